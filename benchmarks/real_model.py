@@ -165,7 +165,8 @@ def commands(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
         "ppo": [
             *("ppo", "--output-dir", path("ppo"), *reinforcement),
             *("--data", path("prompts.json"), "--reward", path("reward_model")),
-            *("--rl.optimizer.learning-rate", "1e-4", "--ppo.num-minibatches", "2"),
+            *("--rl.optimizer.learning-rate", "1e-4"),
+            *("--ppo.num-epochs", "1", "--ppo.num-minibatches", "2"),
         ],
     }
 

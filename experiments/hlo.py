@@ -35,6 +35,12 @@ class Instruction(NamedTuple):
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.line)
         return found[1] if found else None
 
+    @property
+    def number(self) -> int | None:
+        """The value of an integer constant, or the index of a ``get-tuple-element``; else None."""
+        found = re.search(r" constant\((-?\d+)\)| get-tuple-element\(.*index=(\d+)", self.line)
+        return int(found[1] or found[2]) if found else None
+
 
 class Work(NamedTuple):
     """What a program does once, on one device."""
@@ -42,7 +48,8 @@ class Work(NamedTuple):
     kernels: float
     bytes: float
     collectives: collections.Counter[str]
-    in_loop: float = 0.0  # kernels of one turn of the longest loop whose turns XLA does not know
+    in_loop: float = 0.0  # kernels of one turn of the longest loop that ends by what it computes
+    unknown: int = 0  # loops whose turns nobody knows: they are counted as one turn
 
     def __add__(self, other: Any) -> "Work":
         return Work(
@@ -50,23 +57,27 @@ class Work(NamedTuple):
             self.bytes + other.bytes,
             self.collectives + other.collectives,
             max(self.in_loop, other.in_loop),
+            self.unknown + other.unknown,
         )
 
     def times(self, count: int) -> "Work":
         """The same ``count`` times."""
         collectives = collections.Counter({k: count * n for k, n in self.collectives.items()})
-        return Work(count * self.kernels, count * self.bytes, collectives, self.in_loop)
+        return self._replace(
+            kernels=count * self.kernels, bytes=count * self.bytes, collectives=collectives
+        )
 
 
 NOTHING = Work(0.0, 0.0, collections.Counter())
 
 
-def work(text: str, turns: int) -> Work:
+def work(text: str, turns: int | None) -> Work:
     """What a program's text says it does.
 
     Args:
         text: ``compiled.as_text()``.
-        turns: of a loop that ends by what it computes: a sampler's, at most a token each.
+        turns: of a loop that ends by what it computes: a sampler's, at most a token each. None: the
+            program has no such loop.
     """
     computations, entry = _parsed(text)
 
@@ -81,14 +92,16 @@ def work(text: str, turns: int) -> Work:
 
 
 def _of_instruction(
-    instruction: Instruction, table: Any, computations: Any, turns: int, of: Any
+    instruction: Instruction, table: Any, computations: Any, turns: int | None, of: Any
 ) -> Work:
     opcode = instruction.opcode
     if opcode == "while":
         body = of(instruction.called("body"))
-        known = TRIPS.search(instruction.line)
-        if known:
-            return body.times(int(known[1]))
+        counted = _turns(instruction, table, computations)
+        if counted is not None:
+            return body.times(counted)
+        if turns is None:
+            return body._replace(unknown=body.unknown + 1)
         return body.times(turns)._replace(in_loop=body.kernels)
     if opcode == "conditional":
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.line)
@@ -103,6 +116,58 @@ def _of_instruction(
     name = opcode.removesuffix("-start")
     collectives = collections.Counter({name: 1} if name in COLLECTIVES else {})
     return Work(1.0, _traffic(instruction, table, computations), collectives)
+
+
+def _turns(loop: Instruction, table: Any, computations: Any) -> int | None:
+    """How often a loop runs: as XLA:GPU and XLA:CPU say, or, since XLA:TPU does not, by the counter
+    that its condition compares with a constant. None: it ends by what it computes.
+    """
+    known = TRIPS.search(loop.line)
+    if known:
+        return int(known[1])
+    condition = computations[loop.called("condition")]
+    body = computations[loop.called("body")]
+    *_, compare = condition.values()
+    if compare.opcode != "compare":
+        return None
+    if "direction=LT" not in compare.line:
+        return None
+    counter = _source(compare.operands[0], condition)
+    limit = _source(compare.operands[1], condition)
+    if counter.opcode != "get-tuple-element":
+        return None
+    if limit.opcode != "constant":
+        return None
+    *_, result = body.values()
+    start = _part(table[loop.operands[0]], counter.number, table)
+    raised = _part(result, counter.number, body)
+    if start is None or start.opcode != "constant":
+        return None
+    if raised is None or raised.opcode != "add":
+        return None
+    before = _source(raised.operands[0], body)
+    step = _source(raised.operands[1], body)
+    if before.number != counter.number:
+        return None
+    if step.opcode != "constant":
+        return None
+    distance = limit.number - start.number
+    return math.ceil(distance / step.number)
+
+
+def _part(instruction: Instruction, index: Any, table: Any) -> Instruction | None:
+    """What stands at an index of a tuple; None if the instruction makes no tuple."""
+    if instruction.opcode != "tuple":
+        return None
+    return _source(instruction.operands[index], table)
+
+
+def _source(name: str, table: Any) -> Instruction:
+    """The instruction of a name, or what it copies."""
+    instruction: Instruction = table[name]
+    while instruction.opcode == "copy":
+        instruction = table[instruction.operands[0]]
+    return instruction
 
 
 def _traffic(instruction: Instruction, table: Any, computations: Any) -> float:

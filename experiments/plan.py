@@ -36,7 +36,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, phases
+from rlhf_jax.training import critic, initial, memory, phases, references
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.programs import penalty_of, rules
 from rlhf_jax.training.stage import Stage, divides
@@ -61,6 +61,7 @@ OPTIONS = {"xla_backend_optimization_level": 0}
 # docs/notes/memory.md.
 PROCESS = 2**29
 
+SAMPLING = "sample and score"  # the phase with the loop over tokens
 ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 # {phase: (function, its arguments)}
 Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
@@ -119,7 +120,8 @@ def plan(
         compiled = compile_phase(config, name, phase, program, target)
         needed = memory.needed(compiled)
         if target is not None:
-            figures[phase] = _figures(config, compiled, program, target)
+            turns = config.rl.max_new_tokens if phase == SAMPLING else None
+            figures[phase] = _figures(turns, compiled, program, target)
         # Gradients, and as much again while the optimizer runs, are float32 in every run.
         exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
         used[phase] = int(exact + scale * (needed - exact))
@@ -137,8 +139,10 @@ def compile_phase(
     phase: str,
     program: tuple[Any, ...],
     target: targets.Target | None = None,
+    options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """The program of a phase, compiled in float32 for this machine's CPU, or for a target.
+    """The program of a phase, compiled in float32 for this machine's CPU, or for a target with
+    ``options`` of XLA.
 
     Raises:
         UserError: it does not fit the target's memory.
@@ -157,7 +161,7 @@ def compile_phase(
     try:
         # The networks ask the mesh which platform they are for.
         with jax.set_mesh(mesh):
-            compiled = jitted.lower(*arguments).compile()
+            compiled = jitted.lower(*arguments).compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -172,19 +176,22 @@ def compile_phase(
 
 
 def _figures(
-    config: RunConfig,
+    turns: int | None,
     compiled: jax.stages.Compiled,
     program: tuple[Any, ...],
     target: targets.Target,
 ) -> Figures:
-    """What a compiled program does, and the time that the target needs for it at least."""
+    """What a compiled program does, and the time that the target needs for it at least.
+
+    Args:
+        turns: as in ``hlo.work``.
+    """
     text = compiled.as_text() or ""
-    turns = config.rl.max_new_tokens
     work = hlo.work(text, turns)
     fn, *arguments = program
     # Traced for no platform, so that attention is the plain formula's products.
     traced = jax.make_jaxpr(fn)(*jax.tree.map(_unplaced, arguments))
-    operations = hlo.flops(traced.jaxpr, turns) / len(target.devices)
+    operations = hlo.flops(traced.jaxpr, turns or 1) / len(target.devices)
     seconds = max(operations / target.flops, work.bytes / target.bandwidth)
     return Figures(work, operations, seconds, hlo.custom_calls(text))
 
@@ -197,7 +204,7 @@ def _mesh(config: RunConfig, target: targets.Target | None) -> jax.sharding.Mesh
     """The mesh of a run, on the target's devices if there is one."""
     if target is None:
         return initial.mesh_of(config)
-    return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
+    return sharding.make_mesh(**config.mesh.axes, devices=target.devices)
 
 
 def shapes_of(
@@ -216,6 +223,10 @@ def shapes_of(
         raise UserError(
             "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
             "the base"
+        )
+    if config.compute.blocks or config.mesh.sampling:
+        raise UserError(
+            "rlhf-jax plan: compute.blocks and mesh.sampling are not planned; leave them out"
         )
     mesh = _mesh(config, target)
     initial.check_layout(config, mesh)
@@ -407,7 +418,7 @@ def _supervised(
     def first(params: Params) -> tuple[initial.Trainable, TrainState]:
         params = models.add_head(jax.random.key(1), params, "score") if is_scorer else params
         start = initial.trainable(config.lora, params, jax.random.key(2))
-        return start, TrainState.create(start.params, optimizer)
+        return start, references.state(settings).create(start.params, optimizer)
 
     start, state = _laid_out(jax.eval_shape(first, params), mesh)
     of: Any = {"sft": Demonstrations, "kto": Feedback}.get(name, Comparisons)
@@ -417,15 +428,17 @@ def _supervised(
     model_fn: Any = models.score_fn(model) if is_scorer else models.policy_fn(model)
     rows = memory.score_rows(config.compute, 2 * settings.batch_size, settings)
     compares = name == "kto" or (name == "dpo" and settings.needs_reference)
-    ref_fn = (
-        jax.tree_util.Partial(ops.by_rows(model_fn, rows), start.base or start.loaded)
-        if compares
-        else None
-    )
+    ref_fn = None
+    if references.moves(settings):
+        ref_fn = start.bind(ops.by_rows(model_fn, rows))
+    elif compares:
+        ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), start.base or start.loaded)
 
     def learn(
         state: Any, batch: Any, key: jax.Array, bound: Any, ref_fn: Any
     ) -> tuple[Any, Metrics]:
+        if references.moves(settings):
+            ref_fn = jax.tree_util.Partial(ref_fn, state.reference)
         batch = batch if ref_fn is None else SUPERVISED[name].with_reference(batch, ref_fn)
         own = {
             "optimizer": optimizer,
@@ -439,6 +452,8 @@ def _supervised(
     key = jax.eval_shape(jax.random.key, 0)
     held = {"parameters": state.params, "optimizer": state.opt_state, "frozen weights": start.base}
     held["reference"] = start.loaded if ref_fn is not None else None
+    if references.moves(settings):
+        held["reference"] = state.reference
     return held, {"learn": (learn, state, batch, key, start.bind(model_fn), ref_fn)}, {}
 
 
@@ -459,7 +474,7 @@ def _reinforcement(
     _fitting(model, prompt + settings.max_new_tokens)
     penalty = penalty_of(config, algorithm, own)
     has_reference = penalty is not phases.NO_PENALTY
-    refreshes = settings.reference_refresh is not None
+    refreshes = settings.reference_moves
     rows = memory.score_rows(config.compute, size, own)
 
     value = critic.settings(own).value if algorithm.needs_values else None
@@ -512,7 +527,7 @@ def _reinforcement(
     scored = dataclasses.replace(
         rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh)
     )
-    programs: Programs = {"sample and score": (collect, key, state, prompts, functions)}
+    programs: Programs = {SAMPLING: (collect, key, state, prompts, functions)}
     if reward_fn is not None:
         programs["reward"] = (phases.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
@@ -524,6 +539,7 @@ def _reinforcement(
     held |= {
         "reference": state.reference if refreshes else frozen and start.loaded,
         "reward models": reward_fn,
+        "policy that samples": phases.policy(state) if settings.rollouts_ahead else None,
     }
     cache = jax.eval_shape(lambda: model.init_cache(size, prompt + settings.max_new_tokens))
     return held, programs, {"cache": _spread(cache, mesh)}
@@ -587,13 +603,17 @@ def _figure_lines(phase: str, figures: Figures) -> list[str]:
     per_token = f", {work.in_loop:.0f} of them for each token" if work.in_loop else ""
     collectives = ", ".join(f"{n} {what}" for what, n in sorted(work.collectives.items()))
     calls = ", ".join(f"{n} {what}" for what, n in sorted(figures.custom_calls.items()))
-    return [
+    lines = [
         f"phase {phase!r}: {work.kernels:,.0f} kernels{per_token}; "
         f"{figures.flops / 1e12:.3f} TFLOP of products, {work.bytes / 1e9:.1f} GB read and "
         f"written; at least {figures.seconds:.3g} s",
         f"  collectives: {collectives or 'none'}",
         f"  custom calls in the program: {calls or 'none'}",
     ]
+    if work.unknown:
+        loops = "1 loop" if work.unknown == 1 else f"each of {work.unknown} loops"
+        lines.append(f"  these are lower bounds: {loops} of unknown length is counted as one turn")
+    return lines
 
 
 def options(config: RunConfig, name: str, mesh: jax.sharding.Mesh) -> dict[str, RunConfig]:

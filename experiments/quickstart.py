@@ -43,7 +43,8 @@ KL_BAND = 1.5
 MIN_KL_COEF_CHANGE = 1.1
 NEXT = """
 The report: {folder}/report.html
-Next: all curves of the three stages on one page, the policy on held-out pairs, and your own files:
+Next: a conversation, all curves on one page, the policy on held-out pairs, your own files:
+    rlhf-jax chat {folder}/ppo --compare {folder}/sft --temperature 0
     rlhf-jax report {folder}
     rlhf-jax evaluate {folder}/ppo --preferences {folder}/data/heldout_preference_data.json
     rlhf-jax pipeline --config pipeline --data FOLDER"""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         sharding,
         training,
     )
-    from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+    from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
     from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
     from rlhf_jax.runs import checkpoint
     from rlhf_jax.types import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # Updates: from a state and a batch to the next state
 __all__ = [
+    "distill",
     "dpo",
     "gradient_step",
     "grpo",
@@ -62,7 +63,17 @@ __all__ += ["Comparisons", "Demonstrations", "Feedback", "PolicyOutput", "Rollou
 __all__ += ["Algorithm", "PolicyFn", "RewardFn", "ScoreFn", "__version__"]
 
 _PLACES = {
-    "rlhf_jax.algorithms": ("dpo", "grpo", "kto", "ppo", "reward_model", "rloo", "sft", "vpg"),
+    "rlhf_jax.algorithms": (
+        "distill",
+        "dpo",
+        "grpo",
+        "kto",
+        "ppo",
+        "reward_model",
+        "rloo",
+        "sft",
+        "vpg",
+    ),
     "rlhf_jax.algorithms.step": ("gradient_step", "minibatch_epochs"),
     "rlhf_jax.runs": ("checkpoint",),
     "rlhf_jax.types": [name for name in __all__ if name[0].isupper()],

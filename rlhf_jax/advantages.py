@@ -85,7 +85,7 @@ def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
       answers.
     """
     centred, count = _centred(scores, mask)
-    return centred * count / jnp.maximum(count - 1.0, 1.0)
+    return centred * (count / jnp.maximum(count - 1.0, 1.0))
 
 
 def group_normalized(
@@ -114,16 +114,16 @@ def group_normalized(
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis=1, keepdims=True))
     varied = largest != 0  # NaN too
     unit = jnp.where(varied, largest, 1.0)
-    centred = centred / unit
+    centred = centred * (1.0 / unit)
     squares = jnp.sum(jnp.square(centred), axis=1, keepdims=True)
     var = squares / jnp.maximum(count - 1.0, 1.0)
     std = jnp.sqrt(jnp.where(varied, var, 1.0))
-    return jnp.where(varied, centred / (std + eps / unit), 0.0)
+    return jnp.where(varied, centred * (1.0 / (std + eps / unit)), 0.0)
 
 
 def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Scores [N, G] minus the group's mean, 0 for missing answers and for an answer alone in its
-    group; and the number of present answers [N, 1].
+    """Scores [N, G] minus the group's mean, 0 for missing answers and for the only answer of a
+    group; and the number of answers that are not missing [N, 1].
     """
     chex.assert_rank(scores, 2)
     shape = jnp.shape(scores)
@@ -143,7 +143,7 @@ def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
 
 
 def _present(scores: Array, mask: Array | None) -> Array:
-    """Whether each score is there: all of them if the mask is None."""
+    """Whether each score is not missing; all are True if the mask is None."""
     if mask is None:
         return jnp.ones(jnp.shape(scores), jnp.bool_)
     chex.assert_equal_shape([scores, mask])
@@ -163,12 +163,12 @@ def ema_baseline(
     Args:
       baseline: scalar, 0 at the start of a run.
       scores: [B].
-      mask: [B], non-zero where the row is present; None means all are. With no present row the
-        baseline stays.
-      axis_name: the mean is over the rows of all its devices.
+      mask: [B], 0 where the row is missing; None: no row is missing. If all rows are missing, the
+          baseline does not change.
+      axis_name: the mapped axis; the mean is over the rows of all its devices.
 
     Returns:
-      (baseline, advantages): a scalar and [B], float32; absent rows get advantage 0.
+      (baseline, advantages): a scalar and [B], float32; missing rows get advantage 0.
     """
     chex.assert_rank(scores, 1)
     present = _present(scores, mask)

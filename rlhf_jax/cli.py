@@ -103,7 +103,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 MODEL = ("network", "compute", "mesh", "lora", "tokenizer", "text")
-RL = (*MODEL, "rl", "safety", "judge")
+RL = (*MODEL, "rl", "safety", "judge", "engine")
 REWARD = (*RL, "reward")
 SAMPLES = ("rl.max_prompt_length", "rl.max_new_tokens", "rl.temperature")
 # {command: (what it does, the sections and keys of a RunConfig that it reads)}
@@ -119,6 +119,10 @@ STAGES = {
     "grpo": (
         "Train a policy by GRPO: rewards normalised among several answers to a prompt.",
         (*REWARD, "grpo"),
+    ),
+    "distill": (
+        "Train a policy to say on its own samples what a teacher says.",
+        (*REWARD, "distill"),
     ),
     "dpo": (
         "Train a policy on preferences, without a reward model and without samples.",
@@ -148,7 +152,7 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     )
     kind = name.replace("-", "_")
     result: Any
-    if name in ("ppo", "vpg", "rloo", "grpo"):
+    if name in config.ALGORITHMS:
         kind = "policy"
         result = training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
     else:
@@ -316,7 +320,27 @@ def _console() -> Any:
         say=lambda text: _print(text, end="", flush=True),
         note=lambda text: _print(text, file=sys.stderr, flush=True),
         is_terminal=sys.stdin.isatty(),
+        columns=_columns if sys.stdout.isatty() else None,
     )
+
+
+@contextlib.contextmanager
+def _columns(labels: Sequence[str]) -> Iterator[Callable[[Sequence[str]], None]]:
+    """Shows texts in columns under these labels, anew at each call."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    with Live(auto_refresh=False) as live:
+
+        def show(texts: Sequence[str]) -> None:
+            table = Table(*labels, expand=True)
+            for column in table.columns:
+                column.ratio = 1
+            table.add_row(*(Text(escaped(text)) for text in texts))
+            live.update(table, refresh=True)
+
+        yield show
 
 
 def _typed_lines() -> Iterator[str]:

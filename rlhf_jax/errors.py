@@ -1,5 +1,5 @@
-"""What a user is told: the ways in which a run ends early (what the user gave is wrong, training
-went wrong, a signal or an alert came), and the logger of all other messages.
+"""Messages for the user: the errors that end a run early (wrong input, failed training, a signal,
+an alert), and the logger of all other messages.
 """
 
 import contextlib

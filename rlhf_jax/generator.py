@@ -177,7 +177,7 @@ class LanguageModel(NamedTuple):
             return replace(sampled, prompt_length=columns)
 
         sampled = _by_length(sample, batch_size, tokens, mask, by_row)
-        # The prompts as they were given: a batch leaves columns out.
+        # The prompts with all their columns: a batch omits some of them.
         whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
         return replace(sampled, tokens=whole)
 
@@ -216,7 +216,7 @@ class Generations(NamedTuple):
     """Responses to prompts: N = prompts * samples rows, those of one prompt adjacent."""
 
     texts: list[str]
-    """[N] without special tokens; a conversation is the policy's responses, one after the other."""
+    """[N] without special tokens; of a conversation the policy's responses, one after the other."""
     transcripts: list[str]
     """[N] the same with an environment's replies between the responses."""
     log_probs: np.ndarray
@@ -248,7 +248,9 @@ class Asked(NamedTuple):
 
 
 def _load(folder: str | Path, compute: dict[str, Any], *, is_judge: bool) -> LanguageModel:
-    """A policy, or a reward model that judges it. UserError if it is the other of the two."""
+    """A policy, or a reward model that judges it. Raises UserError if the folder holds the other
+    kind.
+    """
     loaded = LanguageModel.load(folder, **compute)
     has_score = "score" in loaded.params
     if has_score and not is_judge:
@@ -279,7 +281,8 @@ class Generator:
             (``data.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
         batch_size: the largest number of rows at once.
-        stop: texts that end a response; they are left out of ``texts`` (``data.stops``).
+        stop: texts that end a response (``data.stops``). They are left out of ``texts``; with an
+            environment, which reads them, they stay.
         max_length: positions for prompt and response, if fewer than the model has.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
@@ -328,8 +331,6 @@ class Generator:
             pad_id=self.tokenizer.pad_id,
         )
         fn = function_of(environment, "environment")
-        if fn is not None and stop:
-            raise UserError("stop: a conversation with an environment takes no stop strings")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
         self._reads_texts = False
@@ -375,15 +376,17 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
-        given = zip(prompts, columns or [{}] * len(prompts), strict=True)
-        rows = [self._row(prompt, f"prompts[{i}]", own) for i, (prompt, own) in enumerate(given)]
+        rows = []
+        own_columns = columns or [{}] * len(prompts)
+        for i, (prompt, own) in enumerate(zip(prompts, own_columns, strict=True)):
+            rows.append(self._row(prompt, f"prompts[{i}]", own))
         asked = self.ask(rows, num_samples)
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         rollout: Any = self.sample(asked, seed)
-        whole = responses(rollout, self.tokenizer)
-        texts = [stops.before(text, self.stop) for text in whole]
-        is_stopped = np.array([text != before for text, before in zip(whole, texts, strict=True)])
+        texts = responses(rollout, self.tokenizer)
+        if self._environment is None:
+            texts = [stops.before(text, self.stop) for text in texts]
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         return Generations(
             texts=texts,
@@ -393,7 +396,7 @@ class Generator:
                 rollout, [row for row in rows for _ in range(num_samples)], texts
             ),
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
-            finished=ended(rollout, self.config.eos_ids) | is_stopped,
+            finished=ended(rollout, self.config.eos_ids),
         )
 
     def ask(self, rows: Sequence[Row], num_samples: int = 1) -> "Asked":
@@ -414,7 +417,7 @@ class Generator:
         def respond(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            sampled = self._policy.sample(
+            return self._policy.sample(
                 tokens,
                 mask,
                 key,
@@ -423,11 +426,11 @@ class Generator:
                 row_ids=asked.streams.ravel(),
                 used=used,
             )
-            return stops.cut(sampled, self.stop, self.tokenizer) if self.stop else sampled
 
         num_rows, num_samples = asked.streams.shape
         numbers = np.repeat(np.arange(num_rows), num_samples)
-        rollout, _ = converse(self._environment, respond, encoded, numbers)
+        until = stops.stopping(respond, self.tokenizer, self.stop)
+        rollout, _ = converse(self._environment, until, encoded, numbers)
         return rollout
 
     def _rewards(
@@ -443,7 +446,7 @@ class Generator:
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
-        """The tokens of ``sample``'s first response to a prompt, each as soon as it is sampled."""
+        """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
         programs = _streamer(self.model)
         if self._decoding is None:
             self._decoding = programs.decoding(self._policy.params)
@@ -516,7 +519,8 @@ def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, 
         def widened(x: Any) -> Any:
             return np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x
 
-        return jax.tree.map(widened, fn(tokens[:, unused:], mask[:, unused:], *trees))
+        result = fn(tokens[:, unused:], mask[:, unused:], *trees)
+        return jax.tree.map(widened, result)
 
     order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
     by_length = jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees))
@@ -563,8 +567,9 @@ def responses(
 
 
 def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
-    """[N] bool, whether the policy's last token in each row is EOS."""
+    """[N] bool, whether EOS or a stop string ended the last response of each row."""
     tokens = np.asarray(rollout.tokens)
     num_rows, num_columns = tokens.shape
     last = np.max(np.where(rollout.mask, np.arange(num_columns), 0), axis=1)
-    return np.isin(tokens[np.arange(num_rows), last], eos_ids)
+    is_ended = np.isin(tokens[np.arange(num_rows), last], eos_ids)
+    return is_ended if rollout.stopped is None else is_ended | np.asarray(rollout.stopped)

@@ -22,6 +22,7 @@ from rlhf_jax.types import Mean
 DPOKind = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo"]
 Aggregation = Literal["token", "sequence", "sum", "fixed"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -230,7 +231,7 @@ def surrogate(
     vespo_powers: Sequence[float] = (2.0, 3.0),
     vespo_decays: Sequence[float] = (3.0, 2.0),
 ) -> tuple[jax.Array, jax.Array]:
-    """The policy loss of each token by one of the surrogates, and where it is clipped: the one
+    """The policy loss of each token by one of the surrogates, and where it is clipped: the only
     place where a ratio becomes a weight.
 
     Clipped means: of ``clip`` that the clipped term is the larger, of ``cispo`` that the weight is
@@ -398,7 +399,7 @@ def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None
             f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0"
         )
     if not ops.is_zero(gamma) and kind != "simpo":
-        raise ValueError(f"gamma: the target margin of 'simpo', {kind!r} has none; use 0")
+        raise ValueError(f"gamma is the target margin of 'simpo'; {kind!r} has no margin, so use 0")
 
 
 def kto(
@@ -428,6 +429,46 @@ def kto(
     return jax.nn.sigmoid(-beta * better)
 
 
+def divergence(
+    logits: Array,
+    teacher_logits: Array,
+    kind: Divergence = "reverse_kl",
+    beta: float = 0.5,
+) -> Array:
+    """How far a student's next-token distribution p is from a teacher's q, in nats, over the whole
+    vocabulary: 0 where they are equal.
+
+    - ``reverse_kl``: KL(p || q); the student leaves out what the teacher does not say.
+    - ``forward_kl``: KL(q || p); the student says everything that the teacher says.
+    - ``jsd``: ``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``, the
+      generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv 2306.13649). Divided by beta
+      it goes to the forward KL as beta goes to 0, divided by 1 - beta to the reverse KL at 1.
+
+    Args:
+      logits, teacher_logits: [..., V], finite. Only ``logits`` is differentiated.
+      beta: of ``jsd``, above 0 and below 1.
+
+    Returns:
+      [...] float32.
+    """
+    chex.assert_equal_shape([logits, teacher_logits])
+    ops.check_choice("kind", kind, get_args(Divergence))
+    ops.check_number("beta", beta, above=0, below=1)
+    student = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+    frozen = jax.lax.stop_gradient(jnp.asarray(teacher_logits, jnp.float32))
+    teacher = jax.nn.log_softmax(frozen)
+    if kind == "reverse_kl":
+        return _kl(student, teacher)
+    if kind == "forward_kl":
+        return _kl(teacher, student)
+    mixture = jnp.logaddexp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
+    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+
+
+def _kl(log_probs: Array, other: Array) -> Array:
+    return jnp.sum(jnp.exp(log_probs) * (log_probs - other), axis=-1)
+
+
 def cross_entropy(log_probs: Array, mask: Array) -> Array:
     """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32."""
     chex.assert_equal_shape([log_probs, mask])
@@ -447,8 +488,8 @@ def aggregate(
     how: Aggregation = "token",
     length: int | None = None,
 ) -> Mean:
-    """One number from losses of tokens; rows with an empty mask count nowhere, and a mean over
-    nothing is 0.
+    """One number from losses of tokens; rows with an empty mask do not count, and a mean over no
+    tokens is 0.
 
     - ``token``: sum over response tokens / number of response tokens (PPO; DAPO for groups).
     - ``sequence``: mean over rows of row means (GRPO, Shao et al. 2024, eq. 3).
@@ -460,7 +501,8 @@ def aggregate(
       per_token, mask: [B, T]; values in masked columns are not read.
 
     Returns:
-      The mean, not divided yet: those of the parts of a batch add up, see ``types.Mean``.
+      The mean, not divided yet, so that the means of a batch's parts can be added: see
+      ``types.Mean``.
     """
     check_aggregation(how, length)
     chex.assert_rank(per_token, 2)

@@ -1,5 +1,5 @@
-"""Measures of scores for people to read: how well the scores agree with preferences and which
-shortcuts they reward, with the intervals of these measures.
+"""Measures of scores: how well they agree with preferences, which shortcuts they reward, and the
+intervals of these measures.
 """
 
 import functools
@@ -16,7 +16,7 @@ DRAWS = 1000  # of a bootstrap
 
 
 class Pairs(NamedTuple):
-    """P pairs of answers, the first one preferred. A ranking, or a best answer among several, is
+    """P pairs of a preferred and a rejected answer. A ranking, or a best answer among several, is
     one row with several pairs.
     """
 
@@ -35,17 +35,19 @@ def top_1(right: Array, pairs: Pairs) -> Array:
     """[G] whether a best answer of each row scores above all others: MC1 of TruthfulQA (Lin et al.
     2022).
 
-    right: [P] 1 where the pair's chosen answer scores higher, 0.5 for a tie. A best answer is one
-    that its row rejects in no pair; of several best answers the one with the best result counts.
+    right: [P] 1 where the pair's chosen answer scores higher, 0.5 for a tie. An answer is a best
+    one if no pair of its row rejects it. Of several best answers the one with the best result
+    counts.
     """
-    num_labels = max(pairs.chosen.max(initial=0), pairs.rejected.max(initial=0)) + 1
+    num_labels = 1 + max(pairs.chosen.max(initial=0), pairs.rejected.max(initial=0))
     first_label = pairs.groups * num_labels
     answers, answer_of_pair = np.unique(first_label + pairs.chosen, return_inverse=True)
     is_best = ~np.isin(answers, first_label + pairs.rejected)
     worst_result = np.ones(len(answers))
     np.minimum.at(worst_result, answer_of_pair, right)
+    row_of_answer = answers // num_labels
     result = np.zeros(pairs.groups.max(initial=-1) + 1)
-    np.maximum.at(result, answers[is_best] // num_labels, worst_result[is_best])
+    np.maximum.at(result, row_of_answer[is_best], worst_result[is_best])
     return result
 
 
@@ -179,8 +181,8 @@ def spearman(x: Array, y: Array) -> float:
 
 
 def win_rate(scores: Array, against: Array, weights: Array | None = None) -> float:
-    """Share of rows [N], weighted by ``weights`` [N] if given, where ``scores`` is higher; ties
-    count half.
+    """Share of rows [N] where ``scores`` is higher than ``against``; ties count half. ``weights``:
+    [N], or None for equal weights.
     """
     scores = np.asarray(scores)
     against = np.asarray(against)
@@ -203,9 +205,9 @@ def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> f
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)``
     (Cohen 1960).
 
-    1 is full agreement; 0 is the agreement of judges who draw their labels at random, each with his
-    own frequencies. NaN if both judges give the same single label to every row: chance alone then
-    agrees everywhere.
+    1 is full agreement. 0 is the agreement of judges who draw their labels at random, each with
+    their own frequencies. NaN if both judges give one and the same label to every row, since chance
+    alone then agrees in every row.
     """
     labels = np.asarray(labels)
     others = np.asarray(others)
@@ -259,17 +261,18 @@ def bootstrap_interval(
     with replacement.
 
     Args:
-      statistic: a function of weights [N] of the N rows, where a row that was not drawn has weight
-        0. Draws that give NaN are left out.
+      statistic: a function of weights [N] of the N rows. A row that was not drawn has weight 0.
+        Draws that give NaN are left out.
       weights: [N] weight of each row.
       key: the same key gives the same draws.
       groups: [N] group numbers from 0; the rows of a group, such as the pairs of one ranking, are
         drawn together. None makes each row its own group.
-      centered: shifts the draws so that their mean is the statistic of the rows themselves. Use it
-        for a statistic that drawing with replacement inflates, such as a calibration error.
+      centered: shift the draws so that their mean is the statistic of the rows themselves, for a
+        statistic that is larger on average when rows are drawn with replacement, such as a
+        calibration error.
 
     Returns:
-      (NaN, NaN) for fewer than two groups, whose variation cannot be estimated.
+      The interval; (NaN, NaN) for fewer than two groups, whose variation cannot be estimated.
     """
     if groups is None:
         groups = np.arange(len(weights))

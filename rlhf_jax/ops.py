@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax import blocks
 from rlhf_jax.types import (
     AxisName,
     Comparisons,
@@ -76,7 +77,9 @@ def psum(x: Any, axis_name: AxisName | None) -> Any:
 
 
 def masked(x: Array, mask: Array) -> Array:
-    """``x`` in float32 where ``mask`` is non-zero, 0 elsewhere: nothing else of it is ever used."""
+    """``x`` in float32 where ``mask`` is non-zero, 0 elsewhere. Masked values are never used, not
+    even NaN.
+    """
     return jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), 0.0)
 
 
@@ -218,7 +221,7 @@ def kl(log_probs: Array, ref_log_probs: Array, estimator: KLEstimator = "k1") ->
     With d = log_probs - ref_log_probs: ``k1`` = d, ``k2`` = d^2 / 2, ``k3`` = exp(-d) - 1 + d. k1
     and k3 are unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy ||
     reference) of that one token, k3 that of its KL(reference || policy), and k1 has expected
-    gradient 0; what a token does to the KL of later ones is not in it (Tang and Munos 2025, arXiv
+    gradient 0. None has the effect of a token on the KL of later tokens (Tang and Munos 2025, arXiv
     2506.09477). The exponential of k3 is continued as in ``ratio``.
 
     Args:
@@ -298,7 +301,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
     gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
     B. With ``rows`` None it is applied to all rows at once.
 
-    The parts are those of ``split_rows``.
+    The parts are those of ``split_rows``, of each block in ``blocks.replicated``.
     """
 
     def in_parts(
@@ -307,17 +310,21 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
         attention_mask: Array,
         key: None = None,
     ) -> Any:
-        num_rows = tokens.shape[0]
-        parts = -(-num_rows // (rows or num_rows))
-        while num_rows % parts:
-            parts += 1
-        if parts == 1:
-            return fn(params, tokens, attention_mask, key)
+        at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
         def apply(part: tuple[Array, Array]) -> Any:
             return fn(params, *part, key)
 
-        return merge_rows(jax.lax.map(apply, split_rows((tokens, attention_mask), parts)))
+        def apply_in_parts(batch: tuple[Array, Array]) -> Any:
+            num_rows = len(batch[0])
+            parts = -(-num_rows // (at_once or num_rows))
+            while num_rows % parts:
+                parts += 1
+            if parts == 1:
+                return apply(batch)
+            return merge_rows(jax.lax.map(apply, split_rows(batch, parts)))
+
+        return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
 
     return in_parts
 
@@ -326,12 +333,22 @@ def split_rows(batch: Any, parts: int) -> Any:
     """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Row i is in part ``i % parts``, so
     that each device of a sharded batch has rows in every part.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def split(x: Array) -> Array:
+        by_part = x.reshape(-1, parts, *x.shape[1:])
+        return by_part.swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def merge_rows(parts: Any) -> Any:
     """The inverse of ``split_rows``: each leaf [parts, B / parts, ...] as [B, ...]."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+    def merge(x: Array) -> Array:
+        in_order = x.swapaxes(0, 1)
+        return in_order.reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(merge, parts)
 
 
 def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array:

@@ -278,7 +278,9 @@ def _read_row(
 
 
 def _check_tokens(where: str, row: _Row, tokenizer: Encoder) -> None:
-    """The policy's log-probs are log-probabilities, and none of its tokens follows its own EOS."""
+    """Checks that the policy's log-probs are log-probabilities, and that none of its tokens follows
+    its EOS.
+    """
     is_log_prob = np.isfinite(row.log_probs) & (row.log_probs <= 0)
     for t in np.flatnonzero(row.mask & ~is_log_prob):
         raise UserError(
@@ -288,7 +290,7 @@ def _check_tokens(where: str, row: _Row, tokenizer: Encoder) -> None:
     is_eos = row.mask & np.isin(row.response, tokenizer.eos_ids)
     for t in np.flatnonzero(is_eos[:-1] & row.mask[1:]):
         raise UserError(
-            f"{where}: the policy goes on after EOS, response token {t} of {len(row.response)}; "
+            f"{where}: the policy has tokens after EOS, response token {t} of {len(row.response)}; "
             "end the row there, or give masks with 0 for what it did not say"
         )
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import models, ops, sharding
+from rlhf_jax import blocks, models, ops, sharding
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 
-# Bytes of a layer's weights from which "fsdp" cuts its heads and mlp while it samples: an H200 reads
-# so many in 14 microseconds, about the time of the two sums over devices that it then needs.
+# Bytes of a layer's weights from which "fsdp" cuts its heads and mlp while it samples: an H200
+# reads so many in 14 microseconds, about the time of the two sums over devices that it then needs.
 LARGE_LAYER = 2**26
 
 
@@ -224,7 +224,8 @@ def generate(
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = functools.partial(_sample_rows, model, config)
     if mesh is None:
-        return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+        inputs = (tokens, attention_mask, row_ids, used)
+        return blocks.map_rows(lambda part: sample_rows(weights, key, *part), inputs)
     rows = sharding.rows(mesh)
     mapped = _mapped_axes(mesh)
     is_joined = _fsdp_joins_tensor(model, decoding, mesh)
@@ -240,12 +241,12 @@ def generate(
     sample_rows = jax.shard_map(
         sample_rows,
         mesh=mesh,
-        in_specs=(replicated, rows.spec, rows.spec, replicated, rows.spec, rows.spec),
+        in_specs=(replicated, replicated, rows.spec, rows.spec, rows.spec, rows.spec),
         out_specs=rows.spec,
         axis_names=mapped,
         check_vma=False,
     )
-    sampled = sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+    sampled = sample_rows(weights, key, tokens, attention_mask, row_ids, used)
     if is_joined:
         # In two steps, or else XLA cuts the rows over "fsdp" inside too.
         sampled = jax.lax.with_sharding_constraint(sampled, rows)
@@ -309,9 +310,9 @@ def _sample_rows(
     model: CachedModel,
     config: SamplingConfig,
     weights: tuple[Params, ...],
+    key: jax.Array,
     tokens: jax.Array,
     attention_mask: jax.Array,
-    key: jax.Array,
     row_ids: jax.Array,
     used: jax.Array,
 ) -> Rollout:

@@ -1,8 +1,7 @@
-"""Where arrays live: a mesh of devices, rows spread over ``data`` and ``fsdp``, parameters by rules
-on their paths.
+"""How arrays are sharded over a mesh of devices: rows over ``data`` and ``fsdp``, parameters by
+rules on their paths.
 
-Works with one process or several; with several, each passes the same arrays, whole, and keeps its
-devices' part.
+With several processes each of them passes the same whole arrays, and keeps the part of its devices.
 """
 
 import math
@@ -27,21 +26,24 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by
-    default all there are.
+    default over all devices.
 
-    The axes are automatic: XLA decides where arrays without a sharding lie. Neighbouring devices
-    share a ``tensor`` group, whose members talk most.
+    The axes are automatic: XLA chooses the sharding of arrays that have none. Neighbouring devices
+    are in one ``tensor`` group, since its members communicate most.
 
     Args:
-      data, fsdp, tensor: sizes; one of them may be -1: as many as the devices leave.
+      data, fsdp, tensor: sizes. One of them may be -1: it takes all devices that are left.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
     given = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
     used = math.prod(sizes.values())
-    if not 1 <= used <= len(devices) or (-1 in (data, fsdp, tensor) and used != len(devices)):
+    fits = 1 <= used <= len(devices)
+    if not fits or (free and used != len(devices)):
         raise UserError(
             f"mesh: {given} does not fit {len(devices)} devices; take sizes whose product divides "
             "that number"
@@ -50,43 +52,41 @@ def make_mesh(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays of which every device holds a copy."""
+    """The sharding of an array that each device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: the leading axis in contiguous parts over ``data`` and, if the mesh
-    has it, ``fsdp``.
-
-    Also for ``minibatch_sharding``.
+    """The sharding of a batch, or of a minibatch: contiguous parts of the leading axis over
+    ``data`` and, if the mesh has it, ``fsdp``.
     """
     axes = ("data", "fsdp") if "fsdp" in mesh.axis_names else "data"
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def num_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """The number of parts of a batch's rows."""
     return mesh.shape["data"] * mesh.shape.get("fsdp", 1)
 
 
 def is_cut(mesh: Mesh) -> bool:
-    """Whether parameters are cut, so that no device need hold all of them."""
+    """Whether parameters are sharded, so that no device must hold all of them."""
     return mesh.shape.get("fsdp", 1) * mesh.shape.get("tensor", 1) > 1
 
 
 def is_set(mesh: Mesh) -> bool:
-    """Whether a run sets the mesh (``jax.set_mesh``): it cuts parameters, or has several
-    accelerators, whose kernels are mapped over the mesh by hand.
+    """Whether a run sets the mesh (``jax.set_mesh``): if the mesh shards parameters, or has several
+    accelerators, since fused kernels are mapped over the mesh by hand.
     """
     is_accelerated = mesh.devices.flat[0].platform != "cpu"
     return is_cut(mesh) or (is_accelerated and mesh.size > 1)
 
 
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
-    """Puts each leaf [B, ...] of a pytree on the devices, its rows spread over ``data``. None
-    leaves stay None.
+    """Puts each leaf [B, ...] of a pytree on the devices, sharded by rows. None leaves stay None.
 
-    UserError, with the nearest sizes, if B is not a multiple of the devices that share the rows.
+    Raises:
+      UserError: B is not a multiple of the number of parts; it names the nearest sizes.
     """
     num_devices = num_parts(mesh)
     for leaf in jax.tree.leaves(batch):
@@ -102,8 +102,8 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
 
 
 def tensor_axes() -> tuple[str, ...]:
-    """The axes of the mesh of ``jax.set_mesh`` that cut heads, mlps and vocabulary: "tensor", and
-    "fsdp" too where rows are mapped over "data" alone, as large models are sampled.
+    """The axes of the mesh of ``jax.set_mesh`` over which heads, mlps and vocabulary are sharded:
+    "tensor", and "fsdp" too where rows are mapped over "data" only, as while a large model samples.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_joined = "data" in mesh.manual_axes and "fsdp" in mesh.auto_axes
@@ -111,24 +111,28 @@ def tensor_axes() -> tuple[str, ...]:
 
 
 def tensor_parts() -> int:
-    """Into how many parts ``tensor_axes`` cut an array; 1 without a mesh."""
+    """The number of parts of an array over ``tensor_axes``; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
 
 
 def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:
-    """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the
-    others whole; of a matrix the second one over ``width``.
+    """Shards x inside a program over the mesh of ``jax.set_mesh``: the leading axis over ``axes``,
+    the second axis of a matrix over ``width``, other axes whole.
 
-    For hidden states over ``data`` and ``fsdp``, which makes XLA gather the weights that are cut
-    over ``fsdp``; it may otherwise send the states. x itself without a mesh, under ``shard_map``
-    over the axes, or where they do not divide.
+    Hidden states that are sharded over ``data`` and ``fsdp`` make XLA gather the weights that are
+    sharded over ``fsdp``; otherwise it may send the states instead. Returns x itself if there is no
+    mesh, under ``shard_map`` over the axes, or if their devices do not divide the leading axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    is_ours = {*axes, width or axes[0]} <= {*mesh.auto_axes}
-    if not is_ours or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    is_automatic = {*axes, width or axes[0]} <= {*mesh.auto_axes}
+    if not is_automatic:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes, width)[: x.ndim]))
+    num_parts = math.prod(mesh.shape[axis] for axis in axes)
+    if x.shape[0] % num_parts:
+        return x
+    spec = (axes, width)[: x.ndim]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
@@ -147,24 +151,27 @@ def by_path(
       params: nested dicts of arrays, or of ``jax.ShapeDtypeStruct``. A path is the keys joined by
         ``/``.
       rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with
-        ``(".*", spec)`` for the rest. A tuple in place of the PartitionSpec speaks of an array's
-        last axes, whatever layers or members are
-        stacked before them. An axis that its devices do not divide stays whole; they help to cut
-        the last if they can.
+        ``(".*", spec)`` for the rest. A tuple in place of the PartitionSpec describes the last axes
+        of an array; axes of stacked layers or members before them stay whole. An axis that is not
+        divisible by its devices stays whole; the last axis is then sharded over these devices too,
+        if it is divisible.
 
     Returns:
-      A tree of NamedSharding like ``params``. UserError if no rule matches a path, or a spec does
-      not fit a shape.
+      A tree of NamedSharding like ``params``.
+
+    Raises:
+      UserError: no rule matches a path, or a spec does not fit a shape.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
-        if spec is None:
+        matching = [spec for pattern, spec in rules if re.search(pattern, name)]
+        if not matching:
             raise UserError(
                 f'no sharding rule matches parameter {name}; add one, or end with (".*", '
                 "PartitionSpec())"
             )
+        spec = matching[0]
         if not isinstance(spec, PartitionSpec):
             spec = _of_last_axes(spec, leaf.shape, mesh)
         result = NamedSharding(mesh, spec)
@@ -185,20 +192,20 @@ def _of_last_axes(
     shape: tuple[int, ...],
     mesh: Mesh,
 ) -> PartitionSpec:
-    """The spec of an array whose last dimensions are cut over these ``axes`` of the mesh where they
-    divide. The last one is cut over the axes that do not divide the others too, if it can be.
+    """The spec of an array whose last dimensions are sharded over these ``axes`` of the mesh where
+    they are divisible. The last dimension is sharded over the unused axes too, if it is divisible.
     """
     num_others = len(shape) - len(axes)
-    cut: list[Any] = []
+    spec: list[Any] = []
     for axis, size in zip(axes, shape[num_others:], strict=True):
         divides = axis is not None and size % mesh.shape[axis] == 0
-        cut.append(axis if divides else None)
-    others = {None, *cut[:-1]}
-    left = tuple(axis for axis in axes[::-1] if axis not in others)
-    num_left = math.prod(mesh.shape[axis] for axis in left)
-    if axes and axes[-1] and shape[-1] % num_left == 0:
-        cut[-1] = left
-    return PartitionSpec(*[None] * num_others, *cut)
+        spec.append(axis if divides else None)
+    used = {None, *spec[:-1]}
+    unused = tuple(axis for axis in axes[::-1] if axis not in used)
+    num_parts = math.prod(mesh.shape[axis] for axis in unused)
+    if axes and axes[-1] and shape[-1] % num_parts == 0:
+        spec[-1] = unused
+    return PartitionSpec(*[None] * num_others, *spec)
 
 
 def place(x: Any, sharding: NamedSharding) -> jax.Array:

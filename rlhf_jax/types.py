@@ -23,7 +23,7 @@ EosId = int | tuple[int, ...]  # what ends a response: one id, or any of several
 
 @flax.struct.dataclass
 class Mean:
-    """A mean that is not divided yet: what a loss and its metrics return.
+    """A mean that is not divided yet: the result of a loss and of its metrics.
 
     The parts of a batch (microbatches, devices) add up, ``a + b``; ``value`` divides once at the
     end, so that the mean and its gradient do not depend on how the batch was cut.
@@ -103,7 +103,9 @@ class _Rows:
 
     @property
     def present(self) -> Array:
-        """[B] bool: the rows with a response; the other rows count in no loss and no metric."""
+        """[B] bool: the rows with a response. Other rows are missing: they count in no loss and no
+        metric.
+        """
         return self.mask.any(axis=1)
 
 
@@ -134,6 +136,8 @@ class Rollout(_Rows):
     """P."""
     greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
+    stopped: Array | None = None
+    """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
 
 
 @flax.struct.dataclass
@@ -184,6 +188,8 @@ class PolicyOutput(NamedTuple):
     log_probs: Array
     entropy: Array
     values: Array | None = None
+    teacher_log_probs: Array | None = None  # of the same tokens, where there is a teacher
+    divergence: Array | None = None  # from the teacher, over the whole vocabulary
 
 
 PolicyFn = Callable[[Params, Array, Array, Array | None], PolicyOutput]
@@ -208,8 +214,10 @@ AlgorithmConfig = Any
 """Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt,
 in adjacent rows; 1 if rows are compared with nothing), ``num_epochs``, ``num_minibatches``,
 ``num_microbatches``, ``shuffle_blocks`` and ``kl_in_loss`` (whether the loss reads
-``rollout.ref_log_probs``) and ``baseline`` ("greedy": ``prepare`` reads
-``rollout.greedy_rewards``); ``algorithms.policy.Batching`` has it all."""
+``rollout.ref_log_probs``), ``baseline`` ("greedy": ``prepare`` reads ``rollout.greedy_rewards``)
+and ``needs_teacher`` (whether the loss reads the policy's ``divergence`` from a teacher: the
+settings then have ``teacher``, the folder of a model, and ``measure(logits, teacher_logits)``,
+which is the divergence); ``algorithms.policy.Batching`` has it all."""
 
 
 class Algorithm(Protocol):
@@ -250,7 +258,7 @@ class Algorithm(Protocol):
         policy_fn: PolicyFn,
         config: Any,
     ) -> tuple[Loss, Parts]:
-        """Loss and metrics of a prepared rollout, of its rows alone: nothing is summed over
+        """Loss and metrics of a prepared rollout. They are of its own rows, not summed over
         devices.
         """
 

@@ -1,4 +1,6 @@
-"""What tests build: models with weights, data files, configs, run folders and the processes of runs."""
+"""What tests build: models with weights, data files, configs, run folders and the processes of
+runs.
+"""
 
 import functools
 import importlib.machinery
@@ -78,16 +80,36 @@ def perturbed(params, key=7):
     """Larger weights and non-zero biases, so that a mistake anywhere moves the logits by much more
     than 1e-5.
     """
-    leaves, tree = jax.tree.flatten(params)
     noise = np.random.default_rng(key)
-    return tree.unflatten(
-        [leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    )
+
+    def moved(leaf):
+        draw = noise.standard_normal(leaf.shape)
+        return jnp.asarray(leaf + 0.3 * draw.astype(np.float32))
+
+    return jax.tree.map(moved, params)
+
+
+def initial_params(model, seed=0):
+    """Weights as of ``model.init``, but drawn by NumPy: nothing has to be compiled."""
+    config = model.config
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "scale":
+            return jnp.full(leaf.shape, 1.0 - getattr(config, "norm_offset", 0.0))
+        if name == "bias":
+            return jnp.zeros(leaf.shape)
+        weights = config.initializer_range * random.standard_normal(leaf.shape)
+        return jnp.asarray(weights, jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.cache
 def some_params(config):
-    return perturbed(models.build(config).init(jax.random.key(0)))
+    return perturbed(initial_params(models.build(config)))
 
 
 @functools.cache
@@ -141,9 +163,7 @@ def save_base(folder, data, num_layers=1, dtype=np.float32):
         "num_heads": 2,
     }
     model = models.build(models.GPT2Config(num_layers=num_layers, **sizes, **special))
-    models.save(
-        folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0)))
-    )
+    models.save(folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), initial_params(model)))
     tokenizer.save(folder)
     return str(folder)
 
@@ -461,7 +481,9 @@ def results(folder: Path) -> dict[str, bytes]:
     """What a run leaves that a seed reproduces, of all stages where there are several."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     kept = [
-        p for p in files if p.parent.name == "model" or p.name in ("metrics.jsonl", "samples.jsonl")
+        p
+        for p in files
+        if "model" in p.relative_to(folder).parts or p.name in ("metrics.jsonl", "samples.jsonl")
     ]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
 

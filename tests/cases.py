@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from tabular import VOCAB_SIZE, comparisons, policy_fn, policy_params, rollout, score_fn
+from tabular import VOCAB_SIZE, comparisons, policy_fn, policy_params, rollout, score_fn, taught
 
-from rlhf_jax import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.algorithms.step import minibatch_epochs
 from rlhf_jax.types import Demonstrations, Feedback, TrainState
 
@@ -41,6 +41,8 @@ class Case(NamedTuple):
 
     @property
     def model(self):
+        if self.module is distill:
+            return {"policy_fn": taught(self.config)}
         return {"score_fn": score_fn} if self.module is reward_model else {"policy_fn": policy_fn}
 
     @property
@@ -307,6 +309,12 @@ CASES = {
     "reinforce++": policy(rloo, batch=samples, baseline="global", group_size=1, **TERMS),
     "reinforce++ baseline": policy(rloo, batch=samples, baseline="both", **TERMS),
     "gspo": policy(grpo, scored, samples, ratio="sequence", **OF_FOUR),
+    "distill": policy(distill, scored, samples, teacher_coef=0.5, **TERMS),
+    "distill forward": policy(distill, divergence="forward_kl", group_size=2, **FIXED),
+    "distill jsd": policy(distill, scored, divergence="jsd", beta=0.3, aggregate="sequence"),
+    "distill sampled": policy(
+        distill, weighed, samples, divergence="sampled", discount=0.5, teacher_coef=2.0, **OF_FOUR
+    ),
 }
 # Those that have updates of their own to test.
 UPDATES = {name: case for name, case in CASES.items() if case.batch}

@@ -26,10 +26,12 @@ QWEN3 = """{%- if messages[0].role == 'system' %}
 {%- for message in messages %}
     {%- set content = message.content %}
     {%- if message.role == "assistant" and '</think>' in content %}
-        {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\\n') %}
+        {%- set reasoning = reasoning.split('<think>')[-1].lstrip('\\n') %}
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- if loop.index0 > ns.last_query_index %}
-            {%- set content = '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content %}
+            {%- set reasoning = reasoning.strip('\\n') %}
+            {%- set content = '<think>\\n' + reasoning + '\\n</think>\\n\\n' + content %}
         {%- endif %}
     {%- endif %}
     {%- if message.role != "system" %}
@@ -107,7 +109,9 @@ QWEN25 = """{%- if tools %}
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- if (message.role == "user")
+        or (message.role == "system" and not loop.first)
+        or (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -143,7 +147,8 @@ LLAMA31 = """{{- bos_token }}
 {{- system_message }}
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -197,7 +202,8 @@ FAMILIES = {
         "<|begin|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
     "mistral": (
         *(MISTRAL, "</s>", "<pad>", "<s>", ("[INST]", "[/INST]"), (), TURNS[1:]),

@@ -51,14 +51,17 @@ os.environ["XLA_FLAGS"] = devices.xla_flags(FLAGS, os.environ.get("XLA_FLAGS", "
 gc.disable()
 
 
+TRAIN_WHOLE_MODELS = {
+    *("real_model", "quickstart", "docs", "processes", "kills", "sentiment", "shakespeare"),
+    *("scripts", "notebooks", "layouts", "arithmetic"),
+}
+
+
 def pytest_collection_modifyitems(items):
     """Files that train whole models come first: a long test that began last would leave the other
     workers idle.
     """
-    first = (
-        "quickstart docs processes kills sentiment shakespeare scripts notebooks layouts arithmetic"
-    )
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in first)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in TRAIN_WHOLE_MODELS)
 
 
 def pytest_collection_finish():

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 from hypothesis import strategies as st
+from tabular import teacher_params
 
 SHAPES = [(1, 1), (3, 5), (4, 8)]  # few, since each shape is compiled once
 
@@ -142,7 +143,9 @@ def group_normalized(scores, mask, eps, scale):
 
 
 def policy(params, tokens):
-    """``tabular.policy_fn``: log-probs, entropy and values [B, T] of a bigram table; column 0 is 0."""
+    """``tabular.policy_fn``: log-probs, entropy and values [B, T] of a bigram table; column 0 is
+    0.
+    """
     outputs = np.zeros((3, *tokens.shape))
     for i, t in np.ndindex(*tokens.shape):
         if t > 0:
@@ -366,13 +369,19 @@ def ppo(params, stopped, batch, config):
     return value + config.value_coef * metrics["value/loss"], metrics
 
 
-def _group_loss(params, stopped, batch, config, estimate, whitened=False):
+def _of_groups(batch, group_size, estimate):
+    """Advantages [B, T] by the rewards of rows."""
     mask = batch.response_mask != 0
     scores = batch.scores
     if batch.rewards is not None:
         scores = np.where(mask, batch.rewards, 0.0).sum(axis=1, dtype=np.float64)
-    groups = (x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))
-    advantages = np.where(mask, estimate(*groups).reshape(-1, 1), 0.0)
+    groups = (x.reshape(-1, group_size) for x in (scores, mask.any(axis=1)))
+    return np.where(mask, estimate(*groups).reshape(-1, 1), 0.0)
+
+
+def _group_loss(params, stopped, batch, config, estimate, whitened=False):
+    mask = batch.response_mask != 0
+    advantages = _of_groups(batch, config.group_size, estimate)
     if whitened:
         advantages = whiten(advantages, mask)
     return _clipped(params, stopped, batch, advantages, config)
@@ -392,6 +401,44 @@ def rloo(params, stopped, batch, config):
 def grpo(params, stopped, batch, config):
     estimate = functools.partial(group_normalized, eps=config.eps, scale=config.scale)
     return _group_loss(params, stopped, batch, config, estimate)
+
+
+def divergence(p, q, kind, beta):
+    """Of a student's probabilities p from a teacher's q."""
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    if kind == "jsd":
+        mixture = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
+        return beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)
+    return kl(q, p) if kind == "forward_kl" else kl(p, q)
+
+
+def distill(params, stopped, batch, config):
+    mask = batch.response_mask != 0
+    teacher = {name: np.asarray(x, np.float64) for name, x in teacher_params().items()}
+    if config.group_size == 1:
+        centred = functools.partial(group_normalized, eps=0.0, scale=False)
+        advantages = _of_groups(batch, len(mask), centred)
+    else:
+        advantages = _of_groups(batch, config.group_size, leave_one_out)
+    if config.divergence == "sampled":
+        log_ratio = policy(teacher, batch.tokens)[0] - policy(stopped, batch.tokens)[0]
+        to_go, _ = gae(log_ratio, np.zeros(mask.shape), mask, config.discount, 1.0)
+        advantages = advantages + config.teacher_coef * to_go
+    value, metrics = _clipped(params, stopped, batch, advantages, config)
+    apart = np.zeros(mask.shape)
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        before = batch.tokens[i, t - 1]
+        weights = [np.exp(table["logits"][before]) for table in (params, teacher)]
+        p, q = (weight / weight.sum() for weight in weights)
+        apart[i, t] = divergence(p, q, config.divergence, config.beta)
+    metrics["distill/divergence"] = aggregate(apart, mask, "token")
+    if config.divergence != "sampled":
+        mean = aggregate(apart, mask, config.aggregate, config.length)
+        value = value + config.teacher_coef * mean
+    return value, metrics
 
 
 @st.composite

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from builders import initial_params
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import models, ops, sharding
@@ -24,6 +25,25 @@ def policy_fn(params, tokens, attention_mask, key):
     logits = params["logits"][tokens]
     values = jnp.pad(params["values"][tokens[:, :-1]], ((0, 0), (1, 0)))
     return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
+
+
+def teacher_params():
+    return policy_params(1)
+
+
+def taught(config):
+    """``policy_fn`` with a teacher, another such table."""
+
+    def taught_fn(params, tokens, attention_mask, key):
+        output = policy_fn(params, tokens, attention_mask, key)
+        teacher = teacher_params()["logits"][tokens]
+        apart = config.measure(params["logits"][tokens[:, :-1]], teacher[:, :-1])
+        return output._replace(
+            teacher_log_probs=ops.token_log_probs(teacher, tokens),
+            divergence=jnp.pad(apart, ((0, 0), (1, 0))),
+        )
+
+    return taught_fn
 
 
 def score_fn(params, tokens, attention_mask, key):
@@ -96,7 +116,9 @@ def comparisons(seed, num_rows, num_answers, length=6, absent=()):
 
 
 def numbers(loss):
-    """``loss`` with the values of its Means in their place: the sum of the terms, and the metrics."""
+    """``loss`` with the values of its Means in their place: the sum of the terms, and the
+    metrics.
+    """
 
     def valued(*args, **kwargs):
         terms, metrics = loss(*args, **kwargs)
@@ -153,5 +175,5 @@ def gpt2(head=None):
         vocab_size=1100, max_length=16, hidden_size=256, num_layers=1, num_heads=2
     )
     model = models.build(config)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     return model, params if head is None else models.add_head(jax.random.key(1), params, head)

@@ -9,9 +9,11 @@ The golden's figures are those of the jax version that it names; other versions 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import hlo
@@ -34,6 +36,7 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import devices
 from rlhf_jax.training import memory
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized")]
@@ -43,14 +46,16 @@ REWRITE = "REWRITE_GOLDENS" in os.environ
 SLACK = 1.1
 LAYERS = 2
 # Columns of a text. From 512 on attention is fused, and no other axis is as long.
-PROMPT, RESPONSE = 576, 64
+PROMPT = 576
+RESPONSE = 64
 LENGTH = PROMPT + RESPONSE
 LAYOUTS = {1: Mesh(), 8: Mesh(data=2, fsdp=2, tensor=2)}
-SAMPLE, LEARN = "sample and score", "learn"
+SAMPLE = "sample and score"
+LEARN = "learn"
 STAGES = ("sft", "reward_model", "dpo", "kto", "ppo", "grpo")
 ON_GPU = [(name, stage, LEARN) for name in ("h200x1", "h200x8") for stage in STAGES]
 ON_GPU += [(name, "grpo", SAMPLE) for name in ("h200x1", "h200x8")]
-ON_TPU = [("v5e-8", "sft", LEARN)]
+ON_TPU = [("v5e-8", "sft", LEARN), ("v5e-1", "grpo", SAMPLE)]
 # What the compilers call fused attention: of whole texts, and of a token with the cache.
 OF_TEXTS = {"gpu": "__cudnn$fmha", "tpu": "tpu_custom_call"}
 OF_A_TOKEN = {"gpu": "__gpu$xla.gpu.triton"}
@@ -92,7 +97,9 @@ def square_scores(text):
 
 
 def expected(case, measured):
-    """The golden's figures of a case; where goldens are rewritten, ``measured`` is written first."""
+    """The golden's figures of a case; where goldens are rewritten, ``measured`` is written
+    first.
+    """
     recorded = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
     if REWRITE:
         recorded |= {"jax": jax.__version__, case: measured}
@@ -122,7 +129,8 @@ def test_a_program_for_an_accelerator(name, stage, phase):
     elif target.backend in OF_A_TOKEN:
         assert attention_calls(text, target.backend, OF_A_TOKEN) >= LAYERS
 
-    work = hlo.work(text, turns=RESPONSE)
+    work = hlo.work(text, turns=RESPONSE if phase == SAMPLE else None)
+    assert work.unknown == 0
     bounded = {
         "kernels": work.kernels,
         "kernels of a token": work.in_loop,
@@ -136,6 +144,35 @@ def test_a_program_for_an_accelerator(name, stage, phase):
         if figure > SLACK * limits[what]
     }
     assert over == {}, "(measured, recorded)"
+
+
+def scatters_of(text):
+    """The sums that many threads add into one array."""
+    return [line for line in text.splitlines() if " scatter(" in line]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
+    """No two threads of it add into one place, and all products are of float32."""
+    try:
+        target = targets.find("h200x1")
+    except UserError as error:
+        pytest.skip(str(error))
+    config = settings(1)
+    config = replace(config, compute=replace(config.compute, dtype="float32"))
+    _, programs, _ = plan.shapes_of(config, stage, target=target)
+    flags = {name: json.loads(value) for name, value in devices.DETERMINISTIC["gpu"].items()}
+    with jax.default_matmul_precision("highest"):
+        made = plan.compile_phase(config, stage, LEARN, programs[LEARN], target, flags)
+    text = made.as_text()
+    scatters = scatters_of(text)
+    assert scatters
+    assert all("unique_indices=true" in line for line in scatters)
+    precisions = re.findall(r'operand_precision"?[:=][[{]"?(\w+)"?,"?(\w+)', text)
+    assert {name.lower() for pair in precisions for name in pair} == {"highest"}
+    if stage == "sft":
+        usual = plan.compile_phase(config, stage, LEARN, programs[LEARN], target).as_text()
+        assert not all("unique_indices=true" in line for line in scatters_of(usual))
 
 
 if __name__ == "__main__":

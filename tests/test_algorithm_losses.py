@@ -15,10 +15,9 @@ from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
-from tabular import assert_identical, numbers, policy_fn, score_fn
+from tabular import assert_identical, numbers, score_fn
 
-from rlhf_jax import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.types import PolicyOutput
+from rlhf_jax import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 
 POISONED = {
     "log_probs",
@@ -39,6 +38,7 @@ SLOW = {
 }
 # Parts of these losses have no gradient: the loop takes their parameters apart.
 SLOW_WITH_STOPPED = {ppo: references.ppo, rloo: references.rloo, grpo: references.grpo}
+SLOW_WITH_STOPPED[distill] = references.distill
 
 
 def slow_loss(case, params, stopped, batch):
@@ -64,7 +64,8 @@ def value_and_gradient(name):
 
         def policy(*args):
             outside = ~inside.reshape(-1, inside.shape[-1])
-            return PolicyOutput(*(x + jnp.where(outside, poison, 0.0) for x in policy_fn(*args)))
+            output = CASES[name].model["policy_fn"](*args)
+            return jax.tree.map(lambda x: x + jnp.where(outside, poison, 0.0), output)
 
         def score(params, *args):
             # A missing answer has no token, through which a gradient could come back.
@@ -72,9 +73,9 @@ def value_and_gradient(name):
             absent = poison + own - jax.lax.stop_gradient(own)
             return score_fn(params, *args) + jnp.where(present.ravel(), 0.0, absent)
 
-        names = POISONED & {field.name for field in fields(batch)}
-        held = {name: getattr(batch, name) for name in names}
-        batch = batch.replace(**{name: poisoned(x) for name, x in held.items() if x is not None})
+        parts = POISONED & {field.name for field in fields(batch)}
+        held = {part: getattr(batch, part) for part in parts}
+        batch = batch.replace(**{part: poisoned(x) for part, x in held.items() if x is not None})
         model = {"score_fn": score} if algorithm is reward_model else {"policy_fn": policy}
         if algorithm in SLOW_WITH_STOPPED:
             batch = algorithm.prepare(batch, config=config)
@@ -102,7 +103,7 @@ def check_gradient(gradient, loss, at, rng):
 
 FAST = {"sft sequence", "reward_model", "centering", "regression", "vpg token", "ppo fixed", "kto"}
 FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo", "reinforce++ baseline"}
-FAST |= {"sapo", "vespo"}
+FAST |= {"sapo", "vespo", "distill", "distill sampled"}
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ def faults():
     return counts
 
 def main():
-    with open("/proc/self/environ") as file:  # as the process was started; glibc cuts the string at its colons
+    # As the process was started; glibc cuts the string at its colons.
+    with open("/proc/self/environ") as file:
         inside = "GLIBC_TUNABLES=" + cli.allocator.TUNABLES.partition(":")[0] in file.read()
     counts = faults() if sys.argv[1:2] == ["faults"] else []
-    print(json.dumps([inside, os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode, counts]))
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    print(json.dumps([inside, tunables, sys.argv[1:], sys.flags.utf8_mode, counts]))
     return 7
 
 cli.run_script(main)

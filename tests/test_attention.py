@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import initial_params
 from numpy.testing import assert_allclose
 from programs import array_sizes
 
@@ -227,7 +228,7 @@ def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 40)
     config = replace(GEMMA, scan_layers=scan_layers)
     plain, blocks = (models.build(replace(config, attention=name)) for name in ("xla", "blockwise"))
-    params = plain.init(KEY)
+    params = initial_params(plain)
     tokens = np.arange(20).reshape(2, 10)
     mask = np.array(
         [
@@ -265,8 +266,8 @@ def temporary_bytes(length, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """The table in docs/notes/performance.md: each doubling at most 2.3 times, where the plain form grows
-    by 3 to 4.
+    """The table in docs/notes/performance.md: each doubling at most 2.3 times, where the plain form
+    grows by 3 to 4.
     """
     lengths = (256, 512, 1024, 2048)
     sizes = {"batch": 8, "hidden_size": 128, "num_layers": 4}

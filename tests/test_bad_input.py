@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import ROOT
+from builders import ROOT, initial_params
 from safetensors.numpy import save_file
 
 from rlhf_jax import cli, models
@@ -46,7 +46,7 @@ def model_files(alphabet, head):
     model = models.build(
         models.GPT2Config(vocab_size=4, max_length=8, hidden_size=4, num_layers=1, num_heads=1)
     )
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     with tempfile.TemporaryDirectory() as folder:
         models.save(
             folder, model, models.add_head(jax.random.key(1), params, head) if head else params
@@ -148,75 +148,133 @@ TWO_MODELS = (
     "4",
 )
 ONE_ROW = write(data__json=f"[{ROW}]")
-# fmt: off
 MISTAKES = [
     ("no data", write(), ("sft",), "no data: give --data FILE"),
     ("empty file", write(data__json=""), DATA, "data.json: holds no rows"),
-    (("misspelt "
-     "key"), write(data__json=('[{"prompt": "a", "respnse": '
-                              '"b"}]')), DATA, "did you mean 'response' by 'respns"),
-    (("empty "
-     "answers"), write(data__json=(f"[{ROW}, {EMPTY}, "
-                                  f"{EMPTY}]")), DATA, "2 rows: 'response' is empty"),
-    (("column that no row "
-     "has"), write(data__json=('[{"q": '
-                              '"a"}]')), (*DATA, "--columns", "prompt=qq"), "no row has 'qq'"),
-    (("only identical "
-     "pairs"), write(data__json=json.dumps([SAME])), PAIRS, ("no usable row: 0 rows, 1 dropped "
-                                                            "(chosen")),
-    (("long "
-     "prompt"), write(prompts__txt="ab\nabababab\n"), PROMPTS, ("line 2: the prompt has 8 tokens, "
-                                                               "more than the 4")),
-    (("long "
-     "text"), write(data__json=LONG), (*DATA, *SMALL, *LETTERS), ("line 1: a prompt of 4 and a "
-                                                                 "response of 5 token")),
-    (("response fills the "
-     "context"), write(prompts__txt="a"), (*PROMPTS, "--rl.max-new-tokens", "8"), "leaves no room f"),
-    (("token ids of another "
-     "tokenizer"), token_ids, (*PAIRS, "--model", "model"), "row 1: holds the token id 99, but th"),
+    (
+        "misspelt key",
+        write(data__json='[{"prompt": "a", "respnse": "b"}]'),
+        DATA,
+        "did you mean 'response' by 'respns",
+    ),
+    (
+        "empty answers",
+        write(data__json=(f"[{ROW}, {EMPTY}, {EMPTY}]")),
+        DATA,
+        "2 rows: 'response' is empty",
+    ),
+    (
+        "column that no row has",
+        write(data__json='[{"q": "a"}]'),
+        (*DATA, "--columns", "prompt=qq"),
+        "no row has 'qq'",
+    ),
+    (
+        "only identical pairs",
+        write(data__json=json.dumps([SAME])),
+        PAIRS,
+        "no usable row: 0 rows, 1 dropped (chosen",
+    ),
+    (
+        "long prompt",
+        write(prompts__txt="ab\nabababab\n"),
+        PROMPTS,
+        "line 2: the prompt has 8 tokens, more than the 4",
+    ),
+    (
+        "long text",
+        write(data__json=LONG),
+        (*DATA, *SMALL, *LETTERS),
+        "line 1: a prompt of 4 and a response of 5 token",
+    ),
+    (
+        "full context",
+        write(prompts__txt="a"),
+        (*PROMPTS, "--rl.max-new-tokens", "8"),
+        "leaves no room f",
+    ),
+    (
+        "token ids of another tokenizer",
+        token_ids,
+        (*PAIRS, "--model", "model"),
+        "row 1: holds the token id 99, but th",
+    ),
     # Settings
-    (("misspelt key in "
-     "YAML"), yaml("ppo:\n  clip_lo: "
-                   "1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean ppo.c"),
+    (
+        "misspelt key in YAML",
+        yaml("ppo:\n  clip_lo: 1"),
+        CONFIG,
+        "line 2: unknown key ppo.clip_lo; did you mean ppo.c",
+    ),
     ("YAML without end", yaml("data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML in UTF-8"),
     ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML in UTF-8"),
-    (("wrong "
-     "tag"), yaml("seed: !!bool "
-                  "maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
-    (("a call in "
-     "YAML"), yaml("model: !!python/object/apply:os.getcwd "
-                   "[]"), CONFIG, "bad.yaml, line 1: model must"),
+    (
+        "wrong tag",
+        yaml("seed: !!bool maybe"),
+        CONFIG,
+        "bad.yaml, line 1: seed must be an int, found maybe",
+    ),
+    (
+        "a call in YAML",
+        yaml("model: !!python/object/apply:os.getcwd []"),
+        CONFIG,
+        "bad.yaml, line 1: model must",
+    ),
     ("missing YAML", write(), CONFIG, "bad.yaml: cannot be read (given by --config)"),
     ("misspelt flag", write(), ("ppo", "--ppo.clip-lo", "0.1"), "--ppo.clip-low"),
     ("value of a flag", write(), ("ppo", "--ppo.clip-low", "much"), "--ppo.clip-low"),
     ("batch", ONE_ROW, BATCH, "sft.batch_size 30 does not divide by 4 devices; use 24 or 36"),
-    ("groups", write(prompts__txt="a"), GROUPS, ("rl.batch_size 16 does not divide by 6 answers to "
-                                                "one prompt (grpo.gr")),
+    (
+        "groups",
+        write(prompts__txt="a"),
+        GROUPS,
+        "rl.batch_size 16 does not divide by 6 answers to one prompt (grpo.gr",
+    ),
     # Models
-    (("no "
-     "model"), ONE_ROW, (*DATA, "--model", "a/b/c"), ("a/b/c: no such folder, nor a name on the "
-                                                     "Hug")),
-    (("no "
-     "weights"), model(without("model.safetensors")), MODEL, ("model/model.safetensors: no such "
-                                                             "file")),
+    (
+        "no model",
+        ONE_ROW,
+        (*DATA, "--model", "a/b/c"),
+        "a/b/c: no such folder, nor a name on the Hug",
+    ),
+    (
+        "no weights",
+        model(without("model.safetensors")),
+        MODEL,
+        "model/model.safetensors: no such file",
+    ),
     ("endless size", model(edit(n_embd=10**30)), MODEL, "model/config.json: n_embd is 1000000000"),
-    (("cut "
-     "weights"), model(put("model.safetensors", b"x" * 9)), MODEL, ("model.safetensors: cannot be "
-                                                                   "read as safet")),
-    (("long name of a "
-     "shard"), model(long_name_of_a_shard), MODEL, ("no such file; model.safetensors.index.json "
-                                                   "lists")),
-    (("large "
-     "tokenizer"), model(alphabet="abcd"), MODEL, ("the tokenizer has 6 entries but the model only "
-                                                  "4 embeddings;")),
-    (("half of a "
-     "pair"), model(settings(b'{"eos_token": '
-                             b'"\\ud83d"}')), MODEL, "a string holds half of a surrogate pair,"),
-    (("Latin-1 "
-     "template"), model(put("chat_template.jinja", b"caf\xe9")), MODEL, ("is not UTF-8, which is "
-                                                                        "exp")),
+    (
+        "cut weights",
+        model(put("model.safetensors", b"x" * 9)),
+        MODEL,
+        "model.safetensors: cannot be read as safet",
+    ),
+    (
+        "long name of a shard",
+        model(long_name_of_a_shard),
+        MODEL,
+        "no such file; model.safetensors.index.json lists",
+    ),
+    (
+        "large tokenizer",
+        model(alphabet="abcd"),
+        MODEL,
+        "the tokenizer has 6 entries but the model only 4 embeddings;",
+    ),
+    (
+        "half of a pair",
+        model(settings(b'{"eos_token": "\\ud83d"}')),
+        MODEL,
+        "a string holds half of a surrogate pair,",
+    ),
+    (
+        "Latin-1 template",
+        model(put("chat_template.jinja", b"caf\xe9")),
+        MODEL,
+        "is not UTF-8, which is exp",
+    ),
 ]
-# fmt: on
 
 
 def call(argv, monkeypatch):
@@ -232,7 +290,7 @@ def call(argv, monkeypatch):
 SLOW = {
     "long prompt",
     "long text",
-    "response fills the context",
+    "full context",
     "token ids of another tokenizer",
 }
 
@@ -269,7 +327,7 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
     ("shape", "message"), [((0, 4), "so no rank"), ((1, 3), r"expected \[1, 4\]")]
 )
 def test_adapters_that_none_wrote(shape, message, tmp_path):
-    params = models.build(models.GPT2Config(4, 8, 4, 1, 1)).init(jax.random.key(0))
+    params = initial_params(models.build(models.GPT2Config(4, 8, 4, 1, 1)))
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "lora_alpha": 1}', encoding="utf-8"
     )

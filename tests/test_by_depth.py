@@ -1,4 +1,6 @@
-"""``compute.scan_layers`` and ``compute.remat``: auto by depth and memory, recorded, kept by --resume."""
+"""``compute.scan_layers`` and ``compute.remat``: auto by depth and memory, recorded, kept by
+--resume.
+"""
 
 import json
 import types
@@ -77,7 +79,7 @@ def test_remat_by_depth_and_memory_is_recorded(
     monkeypatch.setattr(devices, "memory_limit", lambda: limit)
     config = of_depth(layers, remat=given, scan_layers=True)
     own = stage.Stage(config, "sft", a_run(tmp_path), initial.mesh_of(config))
-    own, begun = own.choose_remat(begun, 4 * own.num_devices, 32)
+    own, begun = own.choose_remat(begun, 4 * own.num_parts, 32)
     assert own.config.compute.remat is chosen
     assert begun.model.config.remat is chosen
     recorded = (tmp_path / "config.yaml").read_text()
@@ -87,6 +89,17 @@ def test_remat_by_depth_and_memory_is_recorded(
     assert [line.partition(" (")[0] for line in lines] == is_said * [
         f"compute: scan_layers true, remat {chosen}".lower()
     ]
+
+
+def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatch):
+    """On another device the bits would be others."""
+    network = models.GPT2Config(64, 32, 8, 8, 2)
+    begun = LanguageModel(models.build(network), {}, None)
+    monkeypatch.setattr(devices, "memory_limit", lambda: 1)
+    config = of_depth(8, blocks=8)
+    own = stage.Stage(config, "sft", a_run(tmp_path), initial.mesh_of(config))
+    own, _ = own.choose_remat(begun, 32, 32)
+    assert own.config.compute.remat is False
 
 
 @pytest.mark.parametrize(
@@ -152,7 +165,9 @@ def test_the_memory_of_this_machine():
     [(64, "max", 64), (64, "32768", 20), (8, "32768", 8), (64, "4096", 1 / 1024), (None, None, 0)],
 )
 def test_memory_is_free_as_system_and_container_say(tmp_path, monkeypatch, available, limit, free):
-    """In KiB. Of 16 that the container uses 4 are pages of files, and a 32nd of what is free stays."""
+    """In KiB. Of 16 that the container uses 4 are pages of files, and a 32nd of what is free
+    stays.
+    """
     monkeypatch.setattr(devices, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(devices, "CGROUP", tmp_path)
     if available is not None:

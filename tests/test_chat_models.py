@@ -5,10 +5,10 @@ every stage, evaluations and multi-turn conversations.
 import json
 
 import chat_families
-import jax
 import numpy as np
 import pytest
 import transformers
+from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
 
 from rlhf_jax import models, sampling, training
@@ -19,7 +19,7 @@ from rlhf_jax.data.environment import Environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench, evaluate
 from rlhf_jax.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
 from rlhf_jax.types import Rollout
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
         pad_token_id=tokenizer.eos_id,
     )
     model = models.build(config)
-    models.save(path, model, model.init(jax.random.key(0)))
+    models.save(path, model, initial_params(model))
     return path
 
 
@@ -352,15 +352,15 @@ def test_a_model_without_a_chat_template_reads_prompts_as_they_are():
 
 
 def test_runs_of_unlike_templates_are_not_compared(folder, tmp_path):
-    policy = evaluate.load(str(folder), evaluate.Config())
+    policy = bench.load(str(folder), evaluate.Config())
     assert policy.template == "auto"
     run = tmp_path / "run"
     LanguageModel.load(folder).save(
         run / "model", template="auto", config=sampling.SamplingConfig(5, eos_id=1, pad_id=0)
     )
     (run / "config.yaml").write_text("text: {template: auto}")
-    evaluate.check_template(policy, str(run), evaluate.Config())
+    bench.check_template(policy, str(run), evaluate.Config())
     (run / "config.yaml").write_text("text: {template: '{prompt}'}")
     with pytest.raises(UserError, match=r"was trained with the template '\{prompt\}'"):
-        evaluate.check_template(policy, str(run), evaluate.Config())
-    evaluate.check_template(policy, str(run), evaluate.Config(template="{prompt}"))
+        bench.check_template(policy, str(run), evaluate.Config())
+    bench.check_template(policy, str(run), evaluate.Config(template="{prompt}"))

@@ -63,10 +63,12 @@ def test_every_problem_is_named(write):
 data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
   rows: 3 of prompt, response; 1 of prompt; 1 of text
   problems: 5
-    data.jsonl, line 2: expected keys prompt, response, found prompt, respnse; did you mean 'response' by 'respnse'?
+    data.jsonl, line 2: expected keys prompt, response, found prompt, respnse; \
+did you mean 'response' by 'respnse'?
     data.jsonl, line 3: 'response' must be a string, found the number 3
     data.jsonl, line 4: not valid JSON, expecting ',' delimiter at column 16
-    data.jsonl, line 5: not valid JSON, the key 'prompt' stands twice in {'prompt': 'b', 'response': 'c'}
+    data.jsonl, line 5: not valid JSON, the key 'prompt' stands twice in \
+{'prompt': 'b', 'response': 'c'}
     data.jsonl, line 6: expected an object with keys prompt, response, found a string
 """
     )
@@ -129,8 +131,14 @@ def test_what_files_share(write):
     train = write([pair("p", "x", "y"), pair("q", "x", "y"), pair("r", "x", "y")], "train.jsonl")
     test = write([pair("p", "x", "y"), pair("q", "x", "z"), pair("s", "x", "y")], "test.jsonl")
     text = check.check([train, test, write("q\ns\nt\n", "prompts.txt")]).text
-    assert "test.jsonl shares 2 prompts with train.jsonl; 1 of its 3 rows stand there too\n" in text
-    assert "prompts.txt shares 2 prompts with test.jsonl; 0 of its 3 rows stand there too\n" in text
+    assert (
+        "test.jsonl shares 2 prompts with train.jsonl; 1 of its 3 rows are in that file too\n"
+        in text
+    )
+    assert (
+        "prompts.txt shares 2 prompts with test.jsonl; 0 of its 3 rows are in that file too\n"
+        in text
+    )
 
 
 def test_kinds_and_labels(write):

@@ -182,7 +182,8 @@ def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
             checkpoints.save(step, state, {"step": step})
             state["numpy"][:] = -1
             for _ in range(3):
-                state["one"], state["spread"] = overwrite(state["one"]), overwrite(state["spread"])
+                state["one"] = overwrite(state["one"])
+                state["spread"] = overwrite(state["spread"])
             assert not (
                 tmp_path / str(step - 3)
             ).exists()  # two at most, and the one that is being written
@@ -554,7 +555,7 @@ def test_no_good_checkpoint_is_left(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore(TARGET)
     message = str(caught.value)
-    assert message.startswith("no good checkpoint is left")
+    assert message.startswith("there is no undamaged checkpoint")
     assert all(f"step {step}" in message for step in (10, 20, 30))
 
 

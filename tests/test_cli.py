@@ -1,31 +1,35 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
 import ast
+import contextlib
+import functools
 import importlib
+import io
 import json
 import logging
 import os
 import re
+import resource
 import runpy
 import shlex
 import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
-import jax
 import pytest
 import yaml
-from builders import ROOT, write_run
+from builders import ROOT, initial_params, write_run
 
 import rlhf_jax
-from rlhf_jax import cli, models
+from rlhf_jax import cli, config, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.report import records, verdict
 from rlhf_jax.training import doctor
 
-STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "kto", "pipeline")
+STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "distill", "dpo", "kto", "pipeline")
 NAMES = (
     *STAGES,
     "quickstart",
@@ -83,15 +87,35 @@ def test_help_describes_every_command(argv, capsys):
     assert all(line[-1].endswith(".") for line in lines)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", "plan")])
-def test_a_commands_help_describes_it_and_its_own_options(name, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
+@functools.cache
+def help_of(name):
+    """What a command's ``--help`` prints, in 100 columns."""
+    shown = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="100"),
+        contextlib.redirect_stdout(shown),
+        pytest.raises(SystemExit) as ended,
+    ):
         cli.run([*name.split(), "--help"])
-    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    return shown.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "pipeline", "evaluate", "chat", "plan"])
+def test_help_takes_less_than_three_seconds_of_cpu(name):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "rlhf_jax", name, "--help"], check=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", "plan")])
+def test_a_commands_help_describes_it_and_its_own_options(name):
+    text = help_of(name)
     assert text.startswith(f"usage: rlhf-jax {name} ")
-    assert text.count("\n") < (245 if name == "pipeline" else 180)
-    others = {"sft", "reward-model", "dpo", "kto", "ppo", "vpg", "rloo", "grpo"} - {name}
+    assert text.count("\n") < (255 if name == "pipeline" else 195)
+    others = {"sft", "reward-model", "dpo", "kto", "ppo", "vpg", "rloo", "grpo", "distill"} - {name}
     assert name == "pipeline" or not re.search(f"--({'|'.join(others)})\\.", text)
 
 
@@ -109,7 +133,7 @@ def test_the_list_of_commands_waits_for_no_package():
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch, capsys):
     calls = []
-    module = "rl" if name in ("ppo", "vpg", "rloo", "grpo") else name.replace("-", "_")
+    module = "rl" if name in config.ALGORITHMS else name.replace("-", "_")
     run = importlib.import_module(f"rlhf_jax.training.{module}")
     done = types.SimpleNamespace(folder="runs/f", ppo=types.SimpleNamespace(folder="runs/f/ppo"))
 
@@ -224,7 +248,7 @@ def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
         cli.run(["report", *argv.split()])
         assert capsys.readouterr().out == f"{path}\n"
         assert "<h1>PPO trained on " in Path(path).read_text("utf-8")
-    with pytest.raises(UserError, match="no run here"):
+    with pytest.raises(UserError, match="this folder holds no run"):
         cli.run(["report", "c"])
 
 
@@ -236,7 +260,7 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     model = models.build(
         models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
     )
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     models.save(run / "model", model, params)
     tokenizers.train_bpe(["some text"], 300).save(run / "model")
     manifest = {
@@ -309,18 +333,16 @@ def raising(error):
     raise error
 
 
-def test_what_a_run_proposes_next_can_be_typed(tmp_path, capsys):
+def test_what_a_run_proposes_next_can_be_typed(tmp_path):
     """Each command exists and has the flags that it is given."""
     for kind in records.KINDS:
         for line in verdict.next_commands(kind, tmp_path / "my run"):
             program, *words = shlex.split(line)
             assert program == "rlhf-jax"
+            assert help_of(words[0]).startswith(f"usage: rlhf-jax {words[0]} ")
             if words[0] in ("reward-model", "ppo", "dpo"):
                 assert f"{tmp_path}/my run/model" in words
             else:
                 assert words[1] == str(tmp_path / "my run")
-            with pytest.raises(SystemExit) as ended:
-                cli.run([words[0], "--help"])
-            assert ended.value.code == 0
-            said = capsys.readouterr().out
-            assert [word for word in words if word.startswith("--") and word not in said] == []
+            flags = [word for word in words if word.startswith("--")]
+            assert [flag for flag in flags if flag not in help_of(words[0])] == []

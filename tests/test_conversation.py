@@ -1,9 +1,9 @@
 """rlhf-jax chat: what the model is given, what is shown, and that it is what Generator says."""
 
+import contextlib
 import io
 import re
 import shutil
-import subprocess
 import sys
 
 import asked_runs
@@ -36,7 +36,8 @@ def talk(runs):
     """Has a conversation; what was shown, and the notes about it."""
 
     def talk(*lines, folder="policy", is_terminal=False, **config):
-        said, notes = [], []
+        said = []
+        notes = []
         console = chat.Console(said.append, notes.append, is_terminal)
         chat.run(str(runs / folder), chat.Config(**config), lines, console)
         return "".join(said), notes
@@ -156,7 +157,7 @@ def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path
 def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
     line = "a" * 22
     shown, notes = talk(line, line, line, line, system="be brief")
-    assert notes == ["(the oldest 1 turns are dropped: 74 tokens fit)"] * 2
+    assert notes == ["(the oldest turn is dropped: 74 tokens fit)"] * 2
     system = {"role": "system", "content": "be brief"}
     answers = shown.split("\n")
     kept = [system, *messages(line, answers[1], line)]
@@ -167,16 +168,26 @@ def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
         talk("a" * 80)
 
 
+def test_a_note_stands_before_the_label_of_its_answer(runs):
+    shown = []
+    console = chat.Console(shown.append, shown.append, False)
+    folder = str(runs / "policy")
+    chat.run(folder, chat.Config(compare=folder, system="be brief"), ["a" * 22] * 3, console)
+    places = [i for i, piece in enumerate(shown) if "oldest" in piece]
+    assert [shown[i + 1] for i in places] == ["A: ", "B: "]
+
+
 def test_a_model_without_a_chat_template_is_given_each_line_alone(tmp_path, talk):
     asked_runs.write(tmp_path, template="{prompt}")
     shown, notes = talk("who", "and why", folder=tmp_path / "policy")
     assert notes == [
-        f"{tmp_path}/policy is given each line alone, as '{{prompt}}': it has no chat template"
+        f"{tmp_path}/policy gets each line without the earlier ones, as '{{prompt}}': it has no "
+        "chat template"
     ]
     bare = Generator(tmp_path / "policy" / "model", **HOW)
     assert shown.split("\n")[:2] == bare(["who", "and why"], seed=0).texts
     _, notes = talk("who", template="a{prompt}")
-    assert notes[0].endswith("is given each line alone, as 'a{prompt}'")
+    assert notes[0].endswith("gets each line without the earlier ones, as 'a{prompt}'")
     with pytest.raises(UserError, match=r"--system: .* has no chat template"):
         talk("who", folder=tmp_path / "policy", system="be brief")
 
@@ -214,14 +225,12 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(talk, monkeypatch):
     assert len(shown.split("\n")[0]) == 2
 
 
-def test_lines_from_a_pipe_are_answered_on_stdout(runs, policy, tmp_path):
-    command = [sys.executable, "-m", "rlhf_jax", "chat", str(runs / "policy"), "--seed", "3"]
-    typed = "who\n/quit\nmore\n"
-    done = subprocess.run(
-        command, input=typed, capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert done.stdout == policy([messages("who")], seed=3).texts[0] + "\n"
-    assert "text.template auto" in done.stderr
+def test_lines_from_a_pipe_are_answered_on_stdout(runs, policy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("who\n/quit\nmore\n"))
+    cli.run(["chat", str(runs / "policy"), "--seed", "3"])
+    shown = capsys.readouterr()
+    assert shown.out == policy([messages("who")], seed=3).texts[0] + "\n"
+    assert "text.template auto" in shown.err
 
 
 def test_a_terminal_has_a_mark_and_no_answer_moves_it(runs, monkeypatch, capsys):
@@ -240,3 +249,26 @@ def test_a_terminal_has_a_mark_and_no_answer_moves_it(runs, monkeypatch, capsys)
     cli.run(["chat", str(runs / "policy")])
     assert marks == ["> ", "> "]
     assert capsys.readouterr().out == "\\x1b[2J\n"
+
+
+def test_on_a_terminal_two_answers_grow_side_by_side(runs, talk, policy, tmp_path):
+    """The same answers as one after the other, a token of each in turn."""
+    shutil.copytree(runs / "policy" / "model", tmp_path / "other")
+    shown = []
+    notes = []
+
+    @contextlib.contextmanager
+    def columns(labels):
+        assert labels == ["A", "B"]
+        yield shown.append
+
+    console = chat.Console(notes.append, notes.append, True, columns)
+    config = chat.Config(compare=str(tmp_path / "other"), max_new_tokens=NEW)
+    chat.run(str(runs / "policy"), config, ["who", "and why"], console)
+    beside, _ = talk("who", "and why", compare=str(tmp_path / "other"), max_new_tokens=NEW)
+    texts = [line.partition(": ")[2] for line in beside.splitlines()]
+    assert texts[0] == policy([messages("who")]).texts[0]
+    assert shown[-1] == texts[2:]
+    assert texts[:2] in shown
+    assert all(len(text) <= 1 for text in shown[0])
+    assert notes == []

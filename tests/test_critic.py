@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, run_ppo, save_base
+from builders import goes_on_alike, initial_params, metric_rows, run_ppo, save_base
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
@@ -44,7 +44,7 @@ def samples():
 
 def test_only_the_value_model_learns_while_it_warms_up():
     """Two steps an iteration, one iteration of warm-up."""
-    params = MODEL.init(KEY)
+    params = initial_params(MODEL)
     start = critic.beside(Trainable(params), models.add_head(KEY, params, "value")).params
     assert start.keys() == {"policy", "value"}
     settings = RLStage(num_iterations=3, optimizer=Optimizer(learning_rate=1e-2, schedule="linear"))
@@ -85,9 +85,9 @@ def test_values_reach_their_optimum_before_the_policy_moves():
     learns at the rate of the policy is nowhere near by then."""
     how_to = ppo.Config(num_epochs=1, value_clip=None, value_coef=1.0, gae_lambda=1.0)
     for value, rate, error in (("separate", 1e-2, 0.02), ("shared", None, 2.0)):
-        params = models.add_head(KEY, MODEL.init(KEY), "value")
+        params = models.add_head(KEY, initial_params(MODEL), "value")
         if value == "separate":
-            params = critic.beside(Trainable(MODEL.init(KEY)), params).params
+            params = critic.beside(Trainable(initial_params(MODEL)), params).params
         settings = RLStage(
             num_iterations=301, optimizer=Optimizer(learning_rate=1e-4, schedule="constant")
         )
@@ -116,7 +116,7 @@ def test_values_reach_their_optimum_before_the_policy_moves():
 
 
 def test_the_value_loss_has_no_gradient_in_the_policy():
-    params = MODEL.init(KEY)
+    params = initial_params(MODEL)
     whole = {"policy": params, "value": models.add_head(KEY, params, "value")}
     whole["value"]["value"]["kernel"] = jnp.arange(8.0)  # at 0 the body would get no gradient yet
     policy_fn = models.policy_fn(MODEL, value_model=MODEL)
@@ -236,7 +236,7 @@ class Here:
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
     here = Here(replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2)))
-    policy, whole = critic.start(here, MODEL.init(KEY), "separate")
+    policy, whole = critic.start(here, initial_params(MODEL), "separate")
     assert whole.base["policy"] is whole.base["value"] is policy.base
     adapters = [
         whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")
@@ -250,7 +250,7 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"value_warmup": 4}, "ppo.value_warmup 4: of 4 iterations none is left"),
+        ({"value_warmup": 4}, "ppo.value_warmup 4: of 4 iterations, no iteration is left"),
         ({"value_warmup": -1}, "value_warmup must be at least 0"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Damaged run folders: report, export, resume and evaluate answer with a result or a sentence, soon."""
+"""Damaged run folders: report, export, resume and evaluate answer with a result or a sentence,
+soon.
+"""
 
 import contextlib
 import json
@@ -10,7 +12,7 @@ import time
 import jax
 import pytest
 from accidents import BOMB, DEEP, LOOP, PIECES, hurt, with_odd_value
-from builders import run_loop
+from builders import initial_params, run_loop
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig
@@ -32,7 +34,7 @@ def whole(tmp_path_factory):
     config = RunConfig(output_dir=str(folder), checkpoint_interval=3)
     run_loop(config, num_steps=3, scores=[float(n) for n in range(4)])
     model = models.build(models.LlamaConfig(6, 8, 4, 1, 2, 4, tie_embeddings=True))
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     models.save(folder / "model", model, models.add_head(jax.random.key(1), params, "score"))
     tokenizers.characters("ab").save(folder / "model")
     lora.save(folder / "adapter", params, lora.init(jax.random.key(2), params, 2))

@@ -13,7 +13,7 @@ from builders import goes_on_alike, run_grpo
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import grpo, ppo
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import phases, rl
@@ -32,7 +32,8 @@ def answers(scores, first=0, unfinished=()):
     """Responses of 2 tokens to prompts of 1, ended by EOS but for those ``unfinished``; rows count
     from ``first``.
     """
-    scores, rows = np.asarray(scores, np.float32), np.arange(len(scores), dtype=np.int32)
+    scores = np.asarray(scores, np.float32)
+    rows = np.arange(len(scores), dtype=np.int32)
     tokens = np.stack(
         [rows + first, rows + 2, np.where(np.isin(rows, unfinished), 2, 1)], axis=1
     ).astype(np.int32)
@@ -201,7 +202,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
-        rl._sizes("ppo", RLStage(**settings), ppo.Config(), 1)
+        rl._sizes("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
 
 
 REWARD = """

@@ -1,10 +1,10 @@
 """The documentation's commands and code run as written; its flags, keys, defaults, examples and
 links are true.
 
-In docs/ a command is a line ``$ ...`` of a ``console`` block, and lines ``> ...`` after it are typed
-into it; a block that opens with ``# NAME.py``
-is that file, other ``python`` blocks run. ``text`` blocks are not run. In README a command is an
-indented line. A backslash at the end of a line continues it.
+In docs/ a command is a line ``$ ...`` of a ``console`` block, and lines ``> ...`` after it are
+typed into it; a block that opens with ``# NAME.py`` is that file, other ``python`` blocks run.
+``text`` blocks are not run. In README a command is an indented line. A backslash at the end of a
+line continues it.
 """
 
 import functools
@@ -16,11 +16,12 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 from builders import ROOT
+from fifteen_minutes import FIRST, PAGE, ends_as_shown
+from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
 from rlhf_jax import config
@@ -32,20 +33,18 @@ PAGES = [
     README,
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
 ]
-BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SETTINGS = ShakespeareConfig()
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
 
 RUN_BY_TEST_SCRIPTS = {
     *(f"python experiments/{name}.py --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
-    "python experiments/pipeline.py --config configs/tiny.yaml --output-dir runs/tiny",
-    "rlhf-jax report runs/tiny",
 }
 # What README says that this test does not run.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run starts with these commands",
     "python experiments/quickstart.py": "takes minutes; tests/test_quickstart.py runs it",
+    **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
     "pytest": "is what runs this test",
 }
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
@@ -55,25 +54,14 @@ MINE = (
 )
 
 
-class Block(NamedTuple):
-    """A fenced block: the word after the fence, its text, and the line on which that text starts."""
-
-    language: str
-    text: str
-    line: int
-
-
 def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-def blocks(path):
-    text = path.read_text("utf-8")
-    return [Block(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in BLOCK.finditer(text)]
-
-
 def commands(path):
-    """In the order of the page; a command that goes on in the next line, after a backslash, is one."""
+    """In the order of the page; a command that goes on in the next line, after a backslash, is
+    one.
+    """
     if path == README:
         lines = re.sub(r" *\\\n *", " ", BLOCK.sub("", path.read_text("utf-8"))).splitlines()
         given = [line.removeprefix("    ") for line in lines if line.startswith("    ")]
@@ -85,19 +73,6 @@ def commands(path):
         )
         given = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return [command for command in given if not command.startswith(tuple(NOT_RUN))]
-
-
-def typed(path):
-    """{command: the lines that are typed into it}"""
-    lines = {}
-    command = None
-    for block in blocks(path):
-        for line in re.sub(r" *\\\n *", " ", block.text).splitlines():
-            if block.language == "console" and line.startswith("$ "):
-                command = line.removeprefix("$ ")
-            elif block.language == "console":
-                lines[command] = lines.get(command, "") + line.removeprefix("> ") + "\n"
-    return lines
 
 
 def file_of(block):
@@ -141,8 +116,9 @@ def algorithms_on(path):
 
 
 def test_flags_on_the_pages_exist():
+    ours = all_flags()
     for path in PAGES:
-        flags = all_flags()
+        flags = set(ours)
         for module in algorithms_on(path):
             flags |= all_flags(config.parse(config.RunConfig, [], algorithm=module))
         dotted = re.findall(
@@ -153,13 +129,17 @@ def test_flags_on_the_pages_exist():
             assert set(re.findall(r"--(?!no-)([\w.-]+)", command)) <= flags | OTHER_FLAGS, command
 
 
+@functools.cache
+def defaults():
+    return yaml.safe_load(config.to_yaml(config.RunConfig()))
+
+
 @pytest.mark.parametrize(
     "path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name
 )
 def test_tables_name_real_keys_and_their_defaults(path):
-    settings = yaml.safe_load(config.to_yaml(config.RunConfig()))
     for key, default in KEY.findall(path.read_text("utf-8")):
-        value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
+        value = functools.reduce(lambda section, part: section[part], key.split("."), defaults())
         assert value == yaml.safe_load(default.replace("\\|", "|")), (
             f"{name(path)}: {key} is {value!r} by default"
         )
@@ -193,12 +173,13 @@ def test_commands_that_train_gpt2_say_at_which_rate():
 
 def test_troubleshooting_turns_settings_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    flags = all_flags()
     for heading in ("Out of memory", "Reward hacking", "Mode collapse", "Poor results"):
         part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
         assert "| look at |" in part, heading
         turned = set(re.findall(r"^\| `--([\w.-]+)", part, re.MULTILINE))
         assert len(turned) >= 3, heading
-        assert turned <= all_flags(), heading
+        assert turned <= flags, heading
 
 
 def test_the_examples_of_data_are_read(tmp_path):
@@ -269,7 +250,8 @@ RUN_ALL = """
 import io, json, os, runpy, shutil, sys
 import matplotlib.figure, rlhf_jax.config, rlhf_jax.training
 from rlhf_jax.data import demo
-demo.FILES |= {name: (256, demo.FILES[name][1]) for name in ("sft_data.json", "preference_data.json")}
+for name in ("sft_data.json", "preference_data.json"):
+    demo.FILES[name] = (256, demo.FILES[name][1])
 for (program, *rest), typed in json.loads(sys.argv[1]):
     print("$", program, *rest, flush=True)
     if not os.fork():
@@ -286,7 +268,9 @@ for (program, *rest), typed in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS], ids=name
+    "path",
+    [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path != PAGE],
+    ids=name,
 )
 def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
@@ -304,6 +288,23 @@ def test_the_commands_of_a_page_run(path, tmp_path):
         assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [
             True
         ] * 3
+
+
+def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
+    """`.ci/run` starts that script, which follows the page of one's own preferences too."""
+    first = README.read_text("utf-8").partition("\n## ")[2].partition("\n## ")[0]
+    shown = re.findall(r"^    (rlhf-jax .*?)(?: +#.*)?$", first, re.MULTILINE)
+    assert shown == list(FIRST)[:2]
+    assert "tests/fifteen_minutes.py" in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert len(outputs(PAGE)) == 2
+    assert set(outputs(PAGE)) < set(typed(PAGE)) == set(commands(PAGE))
+
+
+def test_an_output_is_compared_up_to_its_numbers():
+    shown = "6 of 6 pairs: 5 preferences\nout.jsonl: 6 rows\n"
+    assert ends_as_shown("a:\n\n6 of 6 pairs: 4 preferences\nout.jsonl: 12 rows\n", shown)
+    assert not ends_as_shown("6 of 6 pairs: 5 preferences\nout.jsonl: no rows\n", shown)
+    assert not ends_as_shown(shown + "and more\n", shown)
 
 
 @pytest.mark.slow

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import goes_on_alike, metric_rows, run_ppo, save_base, tiny_run, with_rl
+from builders import (
+    goes_on_alike,
+    initial_params,
+    metric_rows,
+    run_ppo,
+    save_base,
+    tiny_run,
+    with_rl,
+)
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, comparisons, score_fn
@@ -132,7 +140,9 @@ def test_a_rows_own_weight_counts_in_every_draw_of_it():
 
 
 def test_uncertainty_by_hand():
-    """The spread of margins, whatever a member adds to all its scores; with targets that of scores."""
+    """The spread of margins, whatever a member adds to all its scores; with targets that of
+    scores.
+    """
     pairs = [Row("a?", ("b", "c"), "1", weight=1.0), Row("b?", ("c", "d", "e"), "2", best=1)]
     encoded = encoding.encode_texts(pairs, LETTERS)
     scores = np.zeros((2, 3, 2))
@@ -162,7 +172,7 @@ def test_members_start_apart(config):
     model = models.build(
         models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
     )
-    body = model.init(KEY)
+    body = initial_params(model)
 
     def starts(params=body, model_name=None, **settings):
         own = replace(config, model=model_name, reward_model=RewardModelStage(**settings))

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from builders import json_lines, write_run
+from builders import initial_params, json_lines, write_run
 
 from rlhf_jax import cli, metrics, models
 from rlhf_jax.data import chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import data, evaluate, measures
+from rlhf_jax.evaluation import bench, data, evaluate, measures
 from rlhf_jax.evaluation.measures import Responses
 
 KEY = jax.random.key(0)
@@ -48,7 +48,7 @@ def values(rows):
 
 # --- Rows
 #
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_refusals_and_uncertainty_are_counted_by_label():
@@ -216,10 +216,10 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
         scored.extend(map(tuple, np.asarray(rollout.tokens)[rollout.response_mask.any(axis=1)]))
         return rollout.tokens[:, 1] * 1.0
 
-    monkeypatch.setattr(evaluate, "score", score)
-    policy = evaluate.Policy("", types.SimpleNamespace(), {}, None, "", 1, is_judge=True)
-    bench = evaluate.Bench(policy, evaluate.Config(batch_size=4), KEY, "a reward", 9, None)
-    margins = evaluate.margins(bench, encoded)
+    monkeypatch.setattr(bench, "score", score)
+    policy = bench.Policy("", types.SimpleNamespace(), {}, None, "", 1, is_judge=True)
+    opened = bench.Bench(policy, evaluate.Config(batch_size=4), KEY, "a reward", 9, None)
+    margins = bench.margins(opened, encoded)
     # and not two in each of the seven pairs
     assert len(scored) == 11
     assert len(set(scored)) == 10
@@ -276,7 +276,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 
 # --- Data
 #
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 READ = {
@@ -421,7 +421,7 @@ def folders(tmp_path_factory):
     for seed, name in enumerate(("run", "other", "rm", "framed")):
         template = {"template": "Q: {prompt}" if name == "framed" else "H: {prompt}\n"}
         folder = write_run(place / name, settings={"rl": {"max_new_tokens": 6}, "text": template})
-        params = model.init(jax.random.key(seed))
+        params = initial_params(model, seed)
         if name == "rm":
             params = models.add_head(jax.random.key(9), params, "score")
         models.save(folder / "model", model, params)
@@ -443,9 +443,12 @@ def folders(tmp_path_factory):
         "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in PAIRS),
         "annotated.json": json.dumps([first, second, third]),
         "broken.yaml": "tea:\n  score: mine.py:none\n",
-        "mine.py": "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n",
+        "mine.py": (
+            "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
+        ),
         "mine.yaml": f"tea:\n  score: {place}/mine.py:is_tea\n"
-        f"long:\n  score: length\n  prompts: ['{place}/safety.json']\nvowels:\n  patterns: ['[aeiou]']\n",
+        f"long:\n  score: length\n  prompts: ['{place}/safety.json']\n"
+        "vowels:\n  patterns: ['[aeiou]']\n",
     }
     for name, text in files.items():
         (place / name).write_text(text)
@@ -633,7 +636,7 @@ def gpt2(tmp_path_factory):
     tokenizer = tokenizers.load_tokenizer(Path(DATA) / "gpt2")
     sizes = {"max_length": 4096, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
-    params = model.init(KEY)
+    params = initial_params(model)
     for name, own in (("policy", params), ("judge", models.add_head(KEY, params, "score"))):
         models.save(place / name, model, own)
         tokenizer.save(place / name)

@@ -183,7 +183,10 @@ def test_a_bootstrap_draws_groups_whole():
 
 def test_a_calibration_error_lies_in_its_centered_interval():
     margins = np.random.default_rng(0).normal(size=100)
-    error = lambda weights: metrics.expected_calibration_error(margins, weights=weights)  # noqa: E731
+
+    def error(weights):
+        return metrics.expected_calibration_error(margins, weights=weights)
+
     plain, (low, high) = (
         metrics.bootstrap_interval(error, np.ones(100), KEY, centered=centered)
         for centered in (False, True)

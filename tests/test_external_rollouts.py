@@ -123,7 +123,7 @@ REFUSED = [
     ({"log_probs": [[-1, {}], [-3, -4]]}, "row 0: log_probs must be numbers"),
     (
         {"responses": [[5, 6], [1, 5]]},
-        "row 1: the policy goes on after EOS, response token 0 of 2",
+        "row 1: the policy has tokens after EOS, response token 0 of 2",
     ),
     ({"responses": [[5, 6]]}, "responses: expected one entry for each prompt, 2, got 1"),
     ({"prompts": [], "responses": [], "log_probs": []}, "prompts: expected at least one row"),

@@ -48,7 +48,8 @@ def outputs_of(model):
     def outputs(params):
         hidden = model.hidden(params, tokens, MASK)
         policy = models.policy_fn(model)(params, tokens, MASK, None)
-        return hidden, *policy, models.score_fn(model)(params, tokens, MASK, None)
+        scores = models.score_fn(model)(params, tokens, MASK, None)
+        return hidden, policy.log_probs, policy.entropy, policy.values, scores
 
     return jax.jit(outputs)
 
@@ -125,9 +126,8 @@ OWN = {
     "Qwen2": "Qwen2|qkv_bias",
     "Qwen3": "Qwen3|qk_norm",
     "Mistral": "(?i)mistral|window",
-    "Gemma "
-    "3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms|post_feedforward|global_every"
-    "|is_local|local_|query_scalar|two_kinds",
+    "Gemma 3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms"
+    "|post_feedforward|global_every|is_local|local_|query_scalar|two_kinds",
 }
 
 

@@ -68,7 +68,8 @@ def test_plain_text_is_a_prompt_a_line(write):
     assert formats.read("prompts", path).rows == expected
     with pytest.raises(
         UserError,
-        match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)",
+        match=r"2 rows: expected an object with keys .* "
+        r"found a string \(prompts.txt, line 1, line 4\)",
     ):
         formats.read("pairs", path)
 
@@ -118,51 +119,67 @@ def test_hugging_face_datasets(monkeypatch):
         formats.read("pairs", "nobody/nothing")
 
 
-# fmt: off
 FAULTS_OF_JSON = [
     ("", "data.json: holds no rows"),
     ("[ ]", "data.json: holds no rows"),
-    ((f'[\n{ROW},\n{{"prompt": "c", '
-     '"resp'), "not valid JSON, unterminated .* line 3, column 17; the text ends there"),
+    (
+        (f'[\n{ROW},\n{{"prompt": "c", "resp'),
+        "not valid JSON, unterminated .* line 3, column 17; the text ends there",
+    ),
     (f"[\n{ROW},\n", "not valid JSON, expecting value at line 3, column 1; the text ends there"),
     (f"[{ROW}\n{ROW}]", r"not valid JSON, expecting ',' delimiter at line 2, column 1$"),
-    (('[\n{"prompt": "a" "response": '
-     '"b"}]'), "not valid JSON, expecting ',' delimiter at line 2, column 16$"),
+    (
+        '[\n{"prompt": "a" "response": "b"}]',
+        "not valid JSON, expecting ',' delimiter at line 2, column 16$",
+    ),
     (f"[{ROW}]\nmore", "not valid JSON, extra data at line 2, column 1"),
-    ((f'{ROW}\n\n{{"prompt": "c", '
-     '"re'), "line 3: not valid JSON.* at column 17; the text ends there"),
-    (('{"prompt": "a",\n"response": '
-     '"b"}'), "line 1: not valid JSON.*; the text ends there .in JSON lines"),
+    (
+        (f'{ROW}\n\n{{"prompt": "c", "re'),
+        "line 3: not valid JSON.* at column 17; the text ends there",
+    ),
+    (
+        '{"prompt": "a",\n"response": "b"}',
+        "line 1: not valid JSON.*; the text ends there .in JSON lines",
+    ),
     ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
     ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
     (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "not valid JSON, Exceeds the limit .* digits"),
-    (('[{"prompt": "a", "prompt": "b", "response": '
-     '"c"}]'), "not valid JSON, the key 'prompt' stands twice in {'prompt'"),
+    (
+        '[{"prompt": "a", "prompt": "b", "response": "c"}]',
+        "not valid JSON, the key 'prompt' stands twice in {'prompt'",
+    ),
     (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
-    (('{"prompt": "a", "response": '
-     '"b'), "line 1: not valid JSON, unterminated string starting at column 29;"),
+    (
+        '{"prompt": "a", "response": "b',
+        "line 1: not valid JSON, unterminated string starting at column 29;",
+    ),
     # Without the time, which would name the case differently in each of pytest-xdist's processes.
     (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
 ]
 FAULTS_OF_CSV = [
     ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
     ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2\n"),
-    ('prompt,response\na,"b\nc', ("line 1: not valid CSV in the row after this one: unexpected end "
-                                 "of data")),
-    ("prompt,prompt\na,b\n", ("line 1: each column needs a name of its own, found 'prompt', "
-                             "'prompt'")),
-    ("prompt,\na,b\n", "line 1: each column needs a name of its own"),
+    (
+        'prompt,response\na,"b\nc',
+        "line 1: not valid CSV in the row after this one: unexpected end of data",
+    ),
+    (
+        "prompt,prompt\na,b\n",
+        "line 1: the names of the columns must differ, found 'prompt', 'prompt'",
+    ),
+    ("prompt,\na,b\n", "line 1: the names of the columns must differ"),
     ("prompt,response\na,\n", "line 2: 'response' is empty"),
     ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
     ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
     ("prompt,response\n", "data.csv: holds no rows"),
     ("prompt,response\na,b\n,\n", "line 3: 'prompt' is empty"),
-    ("prompt;response\na;b\n", ("line 1: one column 'prompt;response'; separate columns by commas, "
-                               "or by tabs")),
+    (
+        "prompt;response\na;b\n",
+        "line 1: one column 'prompt;response'; separate columns by commas, or by tabs",
+    ),
 ]
-# fmt: on
 FAULTS_OF_TEXT = [
-    (ROW, "line 1: a JSON object, where a text should stand; call the file .jsonl"),
+    (ROW, "line 1: expected a text, found a JSON object; call the file .jsonl"),
 ]
 TABLES = {"data.json": FAULTS_OF_JSON, "data.csv": FAULTS_OF_CSV, "data.txt": FAULTS_OF_TEXT}
 FAULTS = [(name, *fault) for name, faults in TABLES.items() for fault in faults]

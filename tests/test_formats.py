@@ -360,67 +360,119 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
     )
 
 
-# fmt: off
 FAULTS = [
-    ("demonstrations", {"prompt": "a", "respnse": "b"}, ("found prompt, respnse; did you mean "
-                                                        "'response' by 'respnse")),
+    (
+        "demonstrations",
+        {"prompt": "a", "respnse": "b"},
+        "found prompt, respnse; did you mean 'response' by 'respnse",
+    ),
     ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
-    ("demonstrations", {"prompt": "a", "response": 3}, ("'response' must be a string, found the "
-                                                       "number 3")),
+    (
+        "demonstrations",
+        {"prompt": "a", "response": 3},
+        "'response' must be a string, found the number 3",
+    ),
     ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty"),
-    ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, ("'response' holds half of a "
-                                                               "surrogate pair")),
-    ("demonstrations", {"chosen": "a", "rejected": "b"}, ("line 2: 'chosen' must be a dialogue .* "
-                                                         "in a row without a")),
+    (
+        "demonstrations",
+        {"prompt": "a", "response": "b\ud83d"},
+        "'response' holds half of a surrogate pair",
+    ),
+    (
+        "demonstrations",
+        {"chosen": "a", "rejected": "b"},
+        "line 2: 'chosen' must be a dialogue .* in a row without a",
+    ),
     ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "did you mean 'prompt' by 'promt'"),
-    ("pairs", DIALOGUES | {"rejected": HUMAN + (" no\n\nHuman: "
-                                               "why?")}, ("'rejected' ends with a human turn, not "
-                                                         "with")),
-    ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, ("'chosen' is not the response that the "
-                                                          "row's label")),
-    ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, ("'chosen' is not the response "
-                                                                   "that the row's label")),
+    (
+        "pairs",
+        DIALOGUES | {"rejected": HUMAN + (" no\n\nHuman: why?")},
+        "'rejected' ends with a human turn, not with",
+    ),
+    (
+        "pairs",
+        PAIR | RANKED | {"chosen": "x", "best": 1},
+        "'chosen' is not the response that the row's label",
+    ),
+    (
+        "pairs",
+        PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]},
+        "'chosen' is not the response that the row's label",
+    ),
     ("pairs", PAIR | {"best": 1}, "'chosen' is not the response that the row's label"),
     ("comparisons", PAIR | {"ranks": [2, 1]}, "'chosen' is not the response that the row's label"),
-    ("pairs", {"prompt": "a", "response": "b"}, ("expected keys prompt, chosen, rejected, found "
-                                                "prompt, response")),
+    (
+        "pairs",
+        {"prompt": "a", "response": "b"},
+        "expected keys prompt, chosen, rejected, found prompt, response",
+    ),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
-    ("prompts", {"promt": "a"}, ("expected keys prompt, found promt; did you mean 'prompt' by "
-                                "'promt'")),
+    (
+        "prompts",
+        {"promt": "a"},
+        "expected keys prompt, found promt; did you mean 'prompt' by 'promt'",
+    ),
     ("prompts", 3, "expected an object with keys prompt, or a string, found the number 3"),
-    ("comparisons", CHOICE | {"best": 4}, ("'best' must be the number of a response, 0 to 3, found "
-                                          "the number 4")),
+    (
+        "comparisons",
+        CHOICE | {"best": 4},
+        "'best' must be the number of a response, 0 to 3, found the number 4",
+    ),
     ("comparisons", CHOICE | {"best": True}, "'best' must be .* found true or false"),
-    ("comparisons", {"query": "q", "sample0": "a", "sample1": "b"}, ("one of the keys best, "
-                                                                    "ranking, ranks, targets")),
-    ("comparisons", {"query": "q", "sample0": "a", "sample2": "b", "best": 0}, ("needs at least 2 "
-                                                                               "responses, found "
-                                                                               "1")),
-    ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, ("expected keys "
-                                                                               "prompt, found "
-                                                                               "quary")),
+    (
+        "comparisons",
+        {"query": "q", "sample0": "a", "sample1": "b"},
+        "one of the keys best, ranking, ranks, targets",
+    ),
+    (
+        "comparisons",
+        {"query": "q", "sample0": "a", "sample2": "b", "best": 0},
+        "needs at least 2 responses, found 1",
+    ),
+    (
+        "comparisons",
+        {"quary": "q", "sample0": "a", "sample1": "b", "best": 0},
+        "expected keys prompt, found quary",
+    ),
     ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": [50259]}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": ["a"]}, "response 1 must hold token ids, found a string"),
-    ("comparisons", CHOICE | {"sample1": None}, ("response 1 must be a string or a list of token "
-                                                "ids, found null")),
-    ("comparisons", RANKED | {"responses": ["a"], "best": 0}, ("needs at least 2 responses, found "
-                                                              "1")),
+    (
+        "comparisons",
+        CHOICE | {"sample1": None},
+        "response 1 must be a string or a list of token ids, found null",
+    ),
+    (
+        "comparisons",
+        RANKED | {"responses": ["a"], "best": 0},
+        "needs at least 2 responses, found 1",
+    ),
     ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "each response number from 0 to 2 once"),
-    ("comparisons", RANKED | {"ranks": [1]}, ("list of 3 numbers, one for each response, found a "
-                                             "list")),
+    (
+        "comparisons",
+        RANKED | {"ranks": [1]},
+        "list of 3 numbers, one for each response, found a list",
+    ),
     ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
     ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
-    ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, ("hold numbers, found a number that is "
-                                                           "too large")),
-    ("annotated", VOTED | {"annotator2": 3}, ("'annotator2' must be 1, 2 or 0 for a tie, found the "
-                                             "number 3")),
+    (
+        "comparisons",
+        RANKED | {"targets": [1, 2, 10**400]},
+        "hold numbers, found a number that is too large",
+    ),
+    (
+        "annotated",
+        VOTED | {"annotator2": 3},
+        "'annotator2' must be 1, 2 or 0 for a tie, found the number 3",
+    ),
     ("annotated", VOTED | {"response1": True}, "'response1' must be a string, found true or false"),
     ("annotated", VOTED | {"input": 3}, "'input' must be a string, found the number 3"),
-    ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, ("expected one of .*, found best, "
-                                                              "ranks")),
+    (
+        "comparisons",
+        RANKED | {"best": 0, "ranks": [0, 1, 2]},
+        "expected one of .*, found best, ranks",
+    ),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize(("kind", "record", "message"), FAULTS)

@@ -19,7 +19,7 @@ from typing import get_args
 import jax
 import pytest
 from accidents import ODD, hurt
-from builders import ROOT
+from builders import ROOT, initial_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +82,7 @@ def model_files():
     parameters.
     """
     model = models.build(models.LlamaConfig(4, 8, 4, 2, 2, 4, tie_embeddings=True))
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     with tempfile.TemporaryDirectory() as folder:
         models.save(folder, model, models.add_head(jax.random.key(1), params, "score"))
         tokenizers.characters("ab").save(folder)
@@ -126,7 +126,9 @@ def odd_settings(draw, content):
 
 
 def answers(read, content_size=0):
-    """Calls ``read``; anything but a result or a UserError, and a large allocation, is a failure."""
+    """Calls ``read``; anything but a result or a UserError, and a large allocation, is a
+    failure.
+    """
     tracemalloc.start()
     try:
         with suppress(UserError):

@@ -1,5 +1,5 @@
-"""rlhf-jax generate: what it writes, and that the file depends on the seed, the model and the prompts
-alone.
+"""rlhf-jax generate: what it writes, and that the file depends on the seed, the model and the
+prompts alone.
 """
 
 import json
@@ -8,11 +8,12 @@ import asked_runs
 import jax
 import pytest
 from asked_runs import NEW
+from builders import json_lines
 
 from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator, LanguageModel
 from rlhf_jax.inference import generate
 
@@ -33,10 +34,6 @@ def prompts(runs):
     return str(file)
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture
 def write(runs, prompts, tmp_path):
     """Calls the command; the rows that it wrote."""
@@ -45,7 +42,7 @@ def write(runs, prompts, tmp_path):
         out = tmp_path / name
         argv = ["generate", str(runs / policy), "--prompts", prompts, "--out", str(out)]
         cli.run([*argv, *flags])
-        return rows_of(out)
+        return json_lines(out)
 
     return write
 
@@ -53,7 +50,8 @@ def write(runs, prompts, tmp_path):
 def test_the_rows_are_what_the_generator_says(runs, write, capsys):
     rows = write("--n", "2", "--log-probs", "--reward", str(runs / "reward"), "--seed", "3")
     assert "wrote 16 responses" in capsys.readouterr().out
-    policy, reward = runs / "policy" / "model", runs / "reward" / "model"
+    policy = runs / "policy" / "model"
+    reward = runs / "reward" / "model"
     how = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9, "template": "{prompt}:"}
     expected = Generator(policy, reward, **how)([*PROMPTS, MESSAGES], seed=3, num_samples=2)
     assert [row["response"] for row in rows] == expected.texts
@@ -152,7 +150,7 @@ def test_the_rows_are_demonstrations(write, tmp_path):
 
 
 def test_prompt_and_response_fit_into_the_reward_model_too(runs, write, monkeypatch):
-    assert evaluate.judge_positions(str(runs / "reward" / "model")) == 80
-    monkeypatch.setattr(evaluate, "judge_positions", lambda entry: 20)
+    assert bench.judge_positions(str(runs / "reward" / "model")) == 80
+    monkeypatch.setattr(bench, "judge_positions", lambda entry: 20)
     with pytest.raises(UserError, match=r"line 3, 'a much.*: has 21 tokens, and 14 are left"):
         write("--reward", str(runs / "reward"))

@@ -145,8 +145,8 @@ def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "fraction", "sizes", "says"),
     [
-        ("a", 0.1, (1, 0), "one prompt in all, so none is held out"),
-        ("aaa", 0.1, (3, 0), "one prompt in all, so none is held out"),
+        ("a", 0.1, (1, 0), "there is only one prompt, so none is held out"),
+        ("aaa", 0.1, (3, 0), "there is only one prompt, so none is held out"),
         ("a", 0.0, (1, 0), ""),
         ("ab", 0.1, (1, 1), "prompts: 1 rows of 1 prompts held out\n"),
         ("aabbccccc", 0.2, (7, 2), "prompts: 2 rows of 1 prompts held out\n"),

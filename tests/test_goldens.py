@@ -9,7 +9,6 @@ A golden that changes by accident is a bug; one that changes on purpose is rewri
 that says why.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import conftest  # noqa: F401, as a script: the jobs in experiments/ are modules
 import jax
-import jaxlib
 import numpy as np
 import pytest
 import yaml
 from builders import json_lines
 from cases import CASES, KEY
+from digests import GOLDENS, REWRITE, check_digest
 from jax.tree_util import keystr, tree_leaves_with_path
 from numpy.testing import assert_allclose
 from quickstart import QuickstartConfig
@@ -35,15 +34,11 @@ from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
-from rlhf_jax.runs import devices
 from rlhf_jax.training import rl, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-GOLDENS = Path(__file__).resolve().parent / "goldens"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-REWRITE = "REWRITE_GOLDENS" in os.environ
-ADD_DIGESTS = "ADD_DIGESTS" in os.environ
 
 
 def parse(file, *arguments):
@@ -89,22 +84,6 @@ def assert_same_numbers(actual, expected, rtol, atol, where=""):
     assert actual.keys() == expected.keys(), where
     for key, value in expected.items():
         assert_allclose(actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}")
-
-
-def check_digest(stage, weights):
-    """Final weights have the same bytes on each machine of a kind. A kind that digests.json does not
-    hold is not compared; goldens that are written anew are true of this kind alone.
-    """
-    path = GOLDENS / "digests.json"
-    kind = f"{devices.cpu()}, jaxlib {jaxlib.__version__}, {jax.device_count()} devices"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    known = json.loads(path.read_text("utf-8"))
-    if REWRITE:
-        known = {kind: known.get(kind, {})}
-    if REWRITE or ADD_DIGESTS:
-        known.setdefault(kind, {})[stage] = digest
-        path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", "utf-8")
-    assert known.get(kind, {}).get(stage, digest) == digest, kind
 
 
 ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
@@ -194,7 +173,8 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
             [row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")
         ]
         assert texts == golden("samples_ppo", texts)
-    check_digest(stage, folder / "model" / "model.safetensors")
+    layout = f"{jax.device_count()} devices"
+    check_digest(stage, folder / "model" / "model.safetensors", layout)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -214,10 +194,10 @@ def test_every_config(file):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse(file)
-    supervised._sizes(config, training.sft.SPEC, 1)
-    supervised._sizes(config, training.reward_model.SPEC, 1)
+    supervised._sizes(config, training.sft.SPEC)
+    supervised._sizes(config, training.reward_model.SPEC)
     for name in ("vpg", "ppo", "rloo", "grpo"):
-        rl._sizes(name, config.rl, getattr(config, name), 1)
+        rl._sizes(name, config, getattr(config, name))
 
 
 if __name__ == "__main__":
@@ -226,5 +206,6 @@ if __name__ == "__main__":
     what = "REWRITE_GOLDENS"
     if sys.argv[1:] == ["digests"]:
         what = "ADD_DIGESTS"
-        command += ["-k", "a_run_of_every_stage"]
+        blocks = Path(__file__).with_name("test_blocks.py")
+        command += [blocks, "-k", "a_run_of_every_stage or any_number_of_devices"]
     sys.exit(subprocess.run(command, env={**os.environ, what: "1"}, check=False).returncode)

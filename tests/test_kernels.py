@@ -1,5 +1,5 @@
-"""The form of an operation is chosen for the machine that a program is lowered for, whatever machine
-that is done on.
+"""The form of an operation is chosen for the machine that a program is lowered for, whatever
+machine that is done on.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import slow
+from builders import initial_params, slow
 from jax.experimental.pallas.ops.gpu import decode_attention
 from numpy.testing import assert_allclose
 
@@ -126,11 +126,11 @@ def decoded(model, params):
 def test_the_cache_of_an_accelerator_gives_the_same_logits(
     family, platform, monkeypatch, interpreted
 ):
-    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel reads
-    the cache, here in its interpreter: in bfloat16, without a window."""
+    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel
+    reads the cache, here in its interpreter: in bfloat16, without a window."""
     config = FAMILIES[family]
     model = models.build(config)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     params = jax.tree.map(lambda x: 3 * x, params)
     expected, _ = jax.jit(lambda: decoded(model, params))()
     monkeypatch.setattr(fused, "platform", lambda: platform)
@@ -181,6 +181,18 @@ def test_where_the_plain_formula_reads_the_cache(platform, sizes, monkeypatch):
     mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
     with mesh:
         assert cache.attention(query, (key, key), jnp.ones((2, 1, 1, 32), bool), True) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]])
+def test_a_program_is_that_of_the_device_that_is_chosen_for_it(device, monkeypatch):
+    """Where JAX's default is another one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    traced = []
+    program = jax.jit(lambda x: traced.append(fused.platform()) or x)
+    program(1.0)
+    with jax.default_device(device):
+        program(1.0)
+    assert traced == ["gpu", "cpu"]
 
 
 def test_a_kernel_gets_all_rows_of_its_heads_where_fsdp_cuts_these():

@@ -1,5 +1,5 @@
-"""No key of a run is used twice: every key that random bits are drawn from is recorded while a run of
-each stage goes on one device.
+"""No key of a run is used twice: every key that random bits are drawn from is recorded while a run
+of each stage goes on one device.
 """
 
 import collections
@@ -24,7 +24,9 @@ DROPPING = ("sft", "reward_model")  # the losses of DPO and KTO draw nothing
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """{"training", "order" of an epoch, or number of a validation: the keys that were drawn from}."""
+    """{"training", "order" of an epoch, or number of a validation: the keys that were drawn
+    from}.
+    """
     keys = collections.defaultdict(list)
     phases = ["training"]
     draw = PRNG.random_bits
@@ -70,8 +72,8 @@ def recorded(monkeypatch):
     "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
-    """The keys of stream, step, microbatch, minibatch, row and position; those of the validations are
-    the same in each, and no others are.
+    """The keys of stream, step, microbatch, minibatch, row and position; those of the validations
+    are the same in each, and no others are.
     """
     config = letters_stage(tmp_path, name)
     if name in DROPPING:

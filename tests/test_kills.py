@@ -3,6 +3,7 @@ of all faults.
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -69,7 +70,7 @@ def test_a_process_killed_while_it_saves(sweeps, random_kills, at_least, tmp_pat
 
 # --- Whole runs
 #
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Instant(NamedTuple):
@@ -101,12 +102,13 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, said
 
 
-def kill_at(instant: Instant, script: str, folder: Path, *flags: str) -> bool:
+def kill_at(instant: Instant, script: str, folder: Path, *flags: str, **environment: str) -> bool:
     """Starts or resumes a run and kills it; False if it was done before."""
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_ino if metrics.exists() else None
     # It reads compiled programs and writes none, of which it would leave half.
-    process = start(script, folder, *flags, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    process = start(script, folder, *flags, **environment)
 
     def reached() -> bool:
         # A process replaces the file when it takes it over.
@@ -181,6 +183,52 @@ def test_every_script_killed_until_done(script, tmp_path):
     print(f"{script}: {kills} kills")
 
 
+def on(num_devices: int) -> dict[str, str]:
+    """The environment of a run on so many devices, compiled as a user's."""
+    return {"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
+
+def digest(folder: Path) -> str:
+    content = hashlib.sha256()
+    for name, data in sorted(results(folder).items()):
+        content.update(name.encode() + data)
+    return content.hexdigest()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_runs_that_move_at_each_kill_end_with_the_same_bytes(script, tmp_path):
+    """Fifty kills (or $KILLS), one after the other, of as many runs as they need. Each start has 1,
+    2, 4 or 8 devices; a kill comes while it starts or within four steps.
+    """
+    flags = ["--compute.blocks", "8", "--checkpoint-interval", "1"]
+    for number in (1, 2, 4, 8):  # which fills the cache of programs, too
+        finish(start(script, tmp_path / f"on {number}", *flags, **on(number)))
+    [expected] = {digest(tmp_path / f"on {number}") for number in (1, 2, 4, 8)}
+    rng = np.random.default_rng()
+    left = int(os.environ.get("KILLS", "50"))
+    starts: Counter[int] = Counter()
+    runs = 0
+    while left:
+        runs += 1
+        folder = tmp_path / f"moved {runs}"
+        is_running = True
+        while left and is_running:
+            number = int(rng.choice([1, 2, 4, 8]))
+            done = len(steps_of(folder)) if (folder / "metrics.jsonl").exists() else 0
+            instant = Instant(done + rng.integers(1, 4), rng.uniform(0, 0.2))
+            if rng.random() < 0.2:
+                instant = Instant(0, rng.uniform(0, 6))
+            is_running = kill_at(instant, script, folder, *flags, **on(number))
+            left -= is_running
+            starts[number] += 1
+        finish(start(script, folder, *flags, **on(int(rng.choice([1, 2, 4, 8])))))
+        assert digest(folder) == expected, folder
+        assert steps_of(folder) == steps_of(tmp_path / "on 1")
+        print(f"{script}: run {runs} is the same, {left} kills left, starts {dict(starts)}")
+    print(f"{script}: digest {expected}")
+
+
 # --- Damaged files
 # --------------------------------------------------------------------------------------------------
 
@@ -251,7 +299,7 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
 
 # --- The table
 #
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_table_of_faults_names_tests_that_exist():

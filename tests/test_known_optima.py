@@ -14,9 +14,10 @@ from jax.tree_util import Partial
 from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
 
-from rlhf_jax import rewards, rollout
-from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.training import phases
+from rlhf_jax import ops, rewards, rollout
+from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.config import DPOStage
+from rlhf_jax.training import phases, references
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
 
 KEY = jax.random.key(7)
@@ -148,7 +149,9 @@ def shaped(name, batch, kl_coef):
 
 
 def expected_gradient(name):
-    """``(params, probs, listed, pairs) -> gradient`` of the mean loss over the pairs of responses."""
+    """``(params, probs, listed, pairs) -> gradient`` of the mean loss over the pairs of
+    responses.
+    """
     algorithm, config, kl_coef, _ = GROUPS[name]
 
     @jax.jit
@@ -272,6 +275,80 @@ def test_learning_from_samples_reaches_the_optimum(name, num_steps, rows, near):
     assert tiny.distance(learnt, optimum_of(name, 2)) > 0.1
 
 
+# From a teacher
+
+TEACHER = np.random.default_rng(9).normal(scale=0.7, size=(tiny.NUM_OPEN, 4)).astype(np.float32)
+
+
+def taught(config):
+    """The policy of the language with a teacher, another table."""
+
+    def policy_fn(params, tokens, attention_mask, key):
+        output = tiny.policy_fn(params, tokens, attention_mask, key)
+        number = jnp.minimum(tiny.prefixes(tokens), tiny.NUM_OPEN - 1)
+        theirs = jnp.asarray(TEACHER)[number]
+        apart = config.measure(params["logits"][number[:, :-1]], theirs[:, :-1])
+        return output._replace(
+            teacher_log_probs=ops.token_log_probs(theirs, tokens),
+            divergence=jnp.pad(apart, ((0, 0), (1, 0))),
+        )
+
+    return policy_fn
+
+
+def distilled(config, num_steps=120, rows=1024):
+    """The probabilities of all responses after training on the student's own samples."""
+    optimizer = adam(num_steps)
+
+    def iteration(state, uniform):
+        batch = tiny.draw(state.params, uniform)
+        if config.teacher_coef == 1.0:
+            batch = batch.replace(scores=None)
+        return distill.update(
+            state, batch, KEY, policy_fn=taught(config), optimizer=optimizer, config=config
+        )
+
+    uniform = np.random.default_rng(3).random((num_steps, rows), np.float32)
+    start = TrainState.create(tiny.params(), optimizer)
+    state, metrics = repeat(iteration, start, uniform)
+    assert not metrics["nonfinite"].any()
+    return tiny.probabilities(state.params["logits"])
+
+
+OF_SAMPLES = {"divergence": "sampled", "clip_high": 10.0}
+WHOLE = {**OF_SAMPLES, "discount": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "near"),
+    [
+        ({"divergence": "reverse_kl"}, 0.01),
+        ({"divergence": "forward_kl"}, 0.01),
+        ({"divergence": "jsd", "beta": 0.5}, 0.01),
+        (OF_SAMPLES, 0.05),
+        (WHOLE, 0.08),
+    ],
+    ids=["reverse_kl", "forward_kl", "jsd", "sampled", "sampled_whole"],
+)
+def test_a_student_reaches_its_teacher(fields, near):
+    learnt = distilled(distill.Config(**fields))
+    assert tiny.distance(learnt, tiny.probabilities(TEACHER)) < near
+    assert tiny.distance(learnt, tiny.REF) > 0.3
+
+
+def test_a_teacher_and_a_reward_have_their_optimum():
+    """The log-ratios of whole responses and a reward: teacher * exp(r / coef), normalised."""
+    learnt = distilled(distill.Config(**WHOLE, teacher_coef=0.5, aggregate="sum"))
+
+    def tilted(coef):
+        weights = tiny.probabilities(TEACHER) * np.exp(tiny.REWARDS / coef)
+        return weights / weights.sum()
+
+    assert tiny.distance(learnt, tilted(0.5)) < 0.08
+    for other in (1.0, 0.25, 1e3):
+        assert tiny.distance(learnt, tilted(other)) > 0.15
+
+
 # From data
 
 
@@ -360,6 +437,34 @@ def test_dpo_reaches_its_optimum():
     assert tiny.distance(learnt, tiny.tilted(1.0)) > 0.1
     implicit = 0.5 * np.log(learnt / tiny.REF)
     assert_allclose(implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_dpo_goes_on_from_a_reference_that_moved(share):
+    """After each move the optimum is the new reference * exp(r / beta), normalised. The logits of
+    each prefix are averaged.
+    """
+    config = DPOStage(beta=0.5, reference_ema=share)
+
+    def advance(state, step):
+        batch = jax.jit(dpo.with_reference)(
+            labelled_pairs(), Partial(tiny.policy_fn, state.reference)
+        )
+        params, _ = fit(
+            dpo, state.params, batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
+        )
+        return state.replace(params=params), {}
+
+    state = references.Followed.create(tiny.params(), adam(1))
+    advance = references.moving(advance, config, lambda state: state.params)
+    for step in range(2):
+        state, _ = advance(state, step)
+    once = tiny.table(tiny.tilted(0.5))
+    reference = tiny.probabilities(share * once + (1.0 - share) * tiny.REF_LOGITS)
+    twice = reference * np.exp(tiny.REWARDS / 0.5)
+    learnt = tiny.probabilities(state.params["logits"])
+    assert tiny.distance(learnt, twice / twice.sum()) < 0.005
+    assert tiny.distance(learnt, tiny.tilted(0.5)) > 0.1
 
 
 def policy_of(log_probs):

@@ -58,7 +58,7 @@ def test_each_prompt_is_followed_by_the_next_rows_response():
 
 def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
     rows = Feedback(*jnp.ones((3, 4, 2), jnp.int32), desirable=jnp.ones(4, bool))
-    ref = policy_fn(policy_params(0), rows.tokens, None, None).log_probs[:, 1]
+    ref = jax.jit(policy_fn)(policy_params(0), rows.tokens, None, None).log_probs[:, 1]
     mask = jnp.array([[0, 1], [0, 1], [0, 1], [0, 0]])
     for gap, expected in (([1.0, 2.0, 6.0, 99.0], 3.0), ([-1.0, -2.0, 1.0, 99.0], 0.0)):
         others = rows.replace(response_mask=mask, ref_log_probs=ref - jnp.array(gap))

@@ -1,5 +1,8 @@
 """rlhf-jax label: blind order, what is written, going on, undoing, and that stages train on it."""
 
+import dataclasses
+import functools
+import io
 import json
 import re
 import subprocess
@@ -8,13 +11,13 @@ import sys
 import asked_runs
 import jax
 import pytest
-from builders import save_base
+from builders import json_lines, save_base
 
-from rlhf_jax import sampling
+from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.inference import label
+from rlhf_jax.inference import asking, label
 from rlhf_jax.inference.chat import Console
 
 NUM_PAIRS = 12
@@ -43,12 +46,24 @@ def answers(runs):
     return [texts[2 * i : 2 * i + 2] for i in range(NUM_PAIRS)]
 
 
+opened = functools.cache(asking.open_policy)
+
+
+def open_once(folder, config, **options):
+    """The policy that an earlier test has opened with the same settings, its programs compiled."""
+    names = [field.name for field in dataclasses.fields(asking.Settings)]
+    settings = asking.Settings(**{name: getattr(config, name) for name in names})
+    return opened(folder, settings, **options)
+
+
 @pytest.fixture
-def ask(runs, tmp_path):
+def ask(runs, tmp_path, monkeypatch):
     """Judges pairs: ``judge`` is the typed lines, or a function of the two answers as shown."""
+    monkeypatch.setattr(asking, "open_policy", open_once)
 
     def ask(judge, *, is_terminal=False, name="out.jsonl", **config):
-        shown, notes = [], []
+        shown = []
+        notes = []
 
         def lines():
             for line in judge if isinstance(judge, list) else iter(int, 1):
@@ -64,10 +79,6 @@ def ask(runs, tmp_path):
     return ask
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def longer(a, b):
     return "tie" if len(a) == len(b) else "a" if len(a) > len(b) else "b"
 
@@ -78,7 +89,7 @@ def later(a, b):
 
 def test_the_rows_say_which_answer_was_chosen(ask, answers, tmp_path):
     shown, _, summary = ask(later)
-    rows = rows_of(tmp_path / "out.jsonl")
+    rows = json_lines(tmp_path / "out.jsonl")
     expected = [
         {"prompt": prompt, "chosen": max(pair), "rejected": min(pair)}
         for prompt, pair in zip(PROMPTS, answers, strict=True)
@@ -105,7 +116,7 @@ def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
         assert text.startswith("\n[once more] say ")
         a, b = re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", text, re.DOTALL).groups()
         assert any(f"\na: {b}\n\nb: {a}\n" in first for first in shown[:NUM_PAIRS])
-    assert len(rows_of(tmp_path / "out.jsonl")) == NUM_PAIRS
+    assert len(json_lines(tmp_path / "out.jsonl")) == NUM_PAIRS
     _, _, summary = ask(lambda a, b: "a", name="first.jsonl")
     assert "chosen 12 times of 12" in summary
     assert "asked again, you said the same 0 times of 1" in summary
@@ -116,7 +127,7 @@ def test_ties_skips_undo_and_going_on(ask, tmp_path):
     out = tmp_path / "out.jsonl"
     shown, _, summary = ask(["a", "T", "b", "skip", "u", "undo", "tie", "q"])
     assert [re.search("say .", text)[0][-1] for text in shown] == [*"abcdedcd"]
-    rows = rows_of(out)
+    rows = json_lines(out)
     assert ["chosen" in row for row in rows] == [True, False, False]
     assert rows[1] == rows[1] | {"prompt": "say b", "ranks": [0, 0]}
     assert rows[2] == rows[2] | {"prompt": "say c", "ranks": [0, 0]}
@@ -127,7 +138,7 @@ def test_ties_skips_undo_and_going_on(ask, tmp_path):
     shown, _, summary = ask(["s", "a"])
     assert [re.search("say .", text)[0][-1] for text in shown] == [*"def"]
     assert summary.startswith("5 of 12 pairs: 2 preferences, 2 ties, 1 skipped")
-    assert rows_of(out)[:3] == rows
+    assert json_lines(out)[:3] == rows
     _, _, whole = ask(later)
     assert whole.startswith("12 of 12 pairs: 9 preferences")
     assert ask(later)[2] == whole
@@ -197,9 +208,19 @@ def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatc
         ask(later)
     monkeypatch.setattr(label, "write_atomically", write)
     ask(["q"])
-    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    assert len(json_lines(tmp_path / "out.jsonl")) == 1
 
 
+def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\ntie\n"))
+    out = tmp_path / "out.jsonl"
+    given = ["--prompts", str(runs / "prompts.txt"), "--out", str(out), "--count", "3"]
+    cli.run(["label", str(runs / "policy"), *given])
+    assert "3 rows for reward-model, dpo and kto" in capsys.readouterr().out
+    assert ["chosen" in row for row in json_lines(out)] == [True, True, False]
+
+
+@pytest.mark.slow
 def test_stages_train_on_the_rows(tmp_path):
     """As a person does it: lines into the command, its file into the next ones."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import Killed, interrupt, perturbed
+from builders import Killed, initial_params, interrupt, perturbed
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from safetensors.numpy import load_file
@@ -58,7 +58,9 @@ STEADY = Optimizer(learning_rate=1e-3, eps=1e-3)
 
 
 def base(folder, data):
-    """A Llama with grouped queries and a reward model of the same tokenizer, random weights both."""
+    """A Llama with grouped queries and a reward model of the same tokenizer, both of random
+    weights.
+    """
     tokenizer = train_bpe(
         [path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300
     )
@@ -78,7 +80,7 @@ def base(folder, data):
         models.LlamaConfig(tokenizer.vocab_size, 128, **sizes, initializer_range=0.2, **ids)
     )
     key = jax.random.key(0)
-    models.save(folder / "policy", model, params := model.init(key))
+    models.save(folder / "policy", model, params := initial_params(model))
     models.save(folder / "reward", model, models.add_head(key, params, "score"))
     for name in ("policy", "reward"):
         tokenizer.save(folder / name)
@@ -138,7 +140,9 @@ def runs(folder):
 
 
 class Probe:
-    """Watches a run: which arrays lie whole on a device, and what the update sends between devices."""
+    """Watches a run: which arrays lie whole on a device, and what the update sends between
+    devices.
+    """
 
     def __init__(self, patch):
         self.whole = []
@@ -427,7 +431,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
         "intermediate_size": 32,
     }
     model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
-    params = perturbed(model.init(jax.random.key(0)))
+    params = perturbed(initial_params(model))
     prompts = np.random.default_rng(0).integers(3, 40, (8, 6), dtype=np.int32)
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2)}
     inputs = (prompts, np.ones_like(prompts))
@@ -473,7 +477,10 @@ def test_hidden_states_are_never_sent_under_fsdp():
         "intermediate_size": 32,
     }
     config = models.LlamaConfig(vocab_size=40, max_length=16, **network)
-    gradient = lambda model, *args: jax.grad(lambda *args: (model.hidden(*args) ** 2).mean())(*args)  # noqa: E731
+
+    def gradient(model, *args):
+        return jax.grad(lambda *args: (model.hidden(*args) ** 2).mean())(*args)
+
     assert set(sent_by(gradient, config, 1, 4)) <= {"all-gather", "all-reduce"}
 
 
@@ -495,7 +502,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
     """
     model = models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3))
     mesh = sharding.make_mesh(2, 1, 2)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
     whole, kernel = (tree["h_0"]["attn"]["c_attn"]["kernel"] for tree in (params, placed))
@@ -526,7 +533,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
         models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3)
     )
     mesh = sharding.make_mesh(1, 2, 2)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
     assert {

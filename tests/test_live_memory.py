@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import plan
 import pytest
+from builders import initial_params
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import grpo, ppo
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
     tokenizer = tokenizers.characters(["abcdefgh"])
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 256, 1, 2, **ids))
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     kinds = {
         dtype: jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), params)
         for dtype in ("float32", "bfloat16")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, LLAMA, some_params, some_tokens, stack_layers, tiny
+from builders import CONFIG, LLAMA, initial_params, some_params, some_tokens, stack_layers, tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
@@ -44,7 +44,7 @@ def grown(adapters):
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def adapted(request):
     model = models.build(request.param)
-    params = model.init(KEY)
+    params = initial_params(model)
     return (
         model._replace(apply=jax.jit(model.apply)),
         params,
@@ -92,7 +92,7 @@ def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
 
 
 def test_match_chooses_layers():
-    params = models.build(CONFIG).init(KEY)
+    params = initial_params(models.build(CONFIG))
     adapters = lora.init(jax.random.key(1), params, 2, "h_1/attn/c_attn|mlp/c_fc")
     places = {"/".join(path[:-1]) for path in flatten_dict(adapters)}
     assert places == {"h_0/mlp/c_fc", "h_1/attn/c_attn", "h_1/mlp/c_fc"}
@@ -145,7 +145,7 @@ def test_a_small_change_survives_merging_into_bfloat16_weights():
 
 def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
     model = models.build(replace(CONFIG, hidden_size=64, num_layers=1, vocab_size=7))
-    base = model.init(KEY)
+    base = initial_params(model)
 
     def largest(apply):
         gradient = jax.grad(lambda adapters: jnp.sum(apply(adapters) ** 2))
@@ -185,8 +185,10 @@ def test_peft_folders_round_trip(adapted, tmp_path):
 
 @pytest.fixture
 def partial(tmp_path):
-    """(parameters, function that saves adapters of the layers that match and returns their keys)."""
-    params = models.build(CONFIG).init(KEY)
+    """(parameters, function that saves adapters of the layers that match and returns their
+    keys).
+    """
+    params = initial_params(models.build(CONFIG))
 
     def save(match):
         lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, match))

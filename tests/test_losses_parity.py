@@ -1,6 +1,8 @@
 """Reward-model, DPO, SimPO, ORPO and KTO losses against torch as TRL computes them, with every
 parameter's gradient, on random tiny GPT-2 and Llama models of transformers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,11 +216,11 @@ def test_relatives_of_dpo_and_their_gradients(tmp_path, kind):
             ref_log_probs=jnp.full(6, -20.0),
         )
         rows = rows.replace(reference_point=jnp.full(6, 0.3))
-        loss = lambda params: kto.loss(params, rows, None, policy_fn=policy_fn, config=kto.Config())  # noqa: E731
+        loss = partial(kto.loss, feedback=rows, key=None, policy_fn=policy_fn, config=kto.Config())
     else:
         config = dpo.Config(
             kind=kind,
             **({"beta": 2.0, "gamma": 1.0} if kind == "simpo" else {}),
         )
-        loss = lambda params: dpo.loss(params, batch, None, policy_fn=policy_fn, config=config)  # noqa: E731
+        loss = partial(dpo.loss, comparisons=batch, key=None, policy_fn=policy_fn, config=config)
     assert_equal(model, policy, params, loss, expected)

@@ -36,7 +36,8 @@ def test_manifest(tmp_path, monkeypatch):
         write_manifest(run, {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}, {})
     text = (tmp_path / "manifest.json").read_text()
     manifest = json.loads(text)
-    git, versions = manifest.pop("git"), manifest.pop("versions")
+    git = manifest.pop("git")
+    versions = manifest.pop("versions")
     assert git is None or len(git["commit"]) == 40
     assert (versions["jax"], versions["python"]) == (
         jax.__version__,
@@ -127,8 +128,10 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
         + "reward: []\n"
     )
     new = {"config": config, "data": {"a": "9", "reward r": "2"}}
-    seed, clip = "seed was 0 and is now 7", "ppo.clip_low was 0.2 and is now 0.3"
-    a, reward = "sha256 of a was '1' and is now '9'", "sha256 of reward r was '1' and is now '2'"
+    seed = "seed was 0 and is now 7"
+    clip = "ppo.clip_low was 0.2 and is now 0.3"
+    a = "sha256 of a was '1' and is now '9'"
+    reward = "sha256 of reward r was '1' and is now '2'"
     with open_run(tmp_path, resume=True) as run:
         for allowed, missing in [
             (["seed", "ppo.clip-low"], [a, reward]),
@@ -148,7 +151,7 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
         )
         assert changed == [seed, clip, a, reward, "reward was not set and is now []"]
         assert (
-            "goes on as another run than it began: seed was 0 and is now 7"
+            "the run continues with other settings or data: seed was 0 and is now 7"
             in capsys.readouterr().out
         )
         write_manifest(run, {"seed": 7, "data": new["data"]}, {}, changed)

@@ -1,4 +1,6 @@
-"""Out of memory is answered with what lies on each device and what would help, whenever it comes."""
+"""Out of memory is answered with what lies on each device and what would help, whenever it
+comes.
+"""
 
 import functools
 import itertools
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import initial_params
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, ops, rollout, training, types
@@ -73,7 +76,7 @@ def test_out_of_memory_names_what_is_held_and_what_helps(tmp_path, options, advi
         "0.2 MiB of trained parameters, 1.0 MiB of rewards, 2.0 MiB of cache while it samples; "
         "activations"
     )
-    assert text.startswith(f"ppo: out of memory. On each device lie {lies}")
+    assert text.startswith(f"ppo: out of memory. Each device holds {lies}")
     assert text.endswith(
         "XLA said: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
     )
@@ -129,7 +132,8 @@ def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypat
     (tmp_path / "never.py").write_text(
         f"{never}\n{never.replace('environment', 'reward')}", "utf-8"
     )
-    algorithm, widths = {"sft": sft, "kto": kto, "ppo": ppo}[name], []
+    algorithm = {"sft": sft, "kto": kto, "ppo": ppo}[name]
+    widths = []
     update = algorithm.update
 
     def limited(state, batch, *args, **options):
@@ -156,7 +160,7 @@ def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypat
         **TINY | {"reward": (f"{tmp_path / 'never.py'}:reward",)},
     )
     with pytest.raises(
-        TrainingFault, match=rf"{name}: out of memory\. On each device lie .* MiB of trained"
+        TrainingFault, match=rf"{name}: out of memory\. Each device holds .* MiB of trained"
     ):
         training.rl.run(config, ppo) if name == "ppo" else getattr(training, name).run(config)
     assert len(widths) == 1
@@ -265,7 +269,7 @@ def test_a_run_that_needs_more_than_is_free_ends_before_its_first_step(
     assert text.startswith(
         f"{stage}: out of memory before the first step: the phase '{phase}' needs"
     )
-    assert "and 0.000 MiB are free. On each device lie" in text
+    assert "and 0.000 MiB are free. Each device holds" in text
     assert f"What helps most: more --{stage}.num-microbatches (now 1), a smaller" in text
     assert text.endswith(f"rlhf-jax plan {stage} computes what other settings need.")
     assert not any((tmp_path / "run" / "checkpoints").glob("*"))
@@ -296,7 +300,8 @@ def test_rows_are_scored_as_many_at_once_as_an_update_takes(score_rows, parts, e
 @pytest.mark.parametrize(("rows", "size"), [(None, 12), (12, 12), (8, 6), (4, 4), (5, 4), (1, 1)])
 def test_rows_in_parts_score_as_all_at_once(rows, size):
     """12 rows; the parts are equal and at most so many rows long; every output keeps its row."""
-    tokens, sizes = jnp.arange(24).reshape(12, 2), []
+    tokens = jnp.arange(24).reshape(12, 2)
+    sizes = []
 
     def fn(params, tokens, attention_mask, key):
         assert key is None
@@ -312,7 +317,8 @@ def test_rows_in_parts_score_as_all_at_once(rows, size):
 
 def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, monkeypatch):
     config = RunConfig(output_dir=str(tmp_path / "run"), compute=Compute(offload=("reference",)))
-    tokens, loaded = jnp.arange(4), {"table": jnp.arange(8.0)}
+    tokens = jnp.arange(4)
+    loaded = {"table": jnp.arange(8.0)}
     expected = loaded["table"][tokens] * 2
 
     def fn(params, tokens):
@@ -334,7 +340,7 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
         assert 'memory_kind = "pinned_host"' in text
         assert "annotate_device_placement" in text
     refreshed = {"rl": RLStage(reference_refresh=1), "output_dir": str(tmp_path / "refreshed")}
-    with pytest.raises(UserError, match="a reference that is refreshed stays on the devices"):
+    with pytest.raises(UserError, match="a reference that moves stays on the devices"):
         training.rl.run(RunConfig(compute=config.compute, reward=("length",), **refreshed))
     monkeypatch.setattr(memory, "HOST", "nowhere")
     with pytest.raises(UserError, match="cpu devices have no nowhere memory"):
@@ -346,11 +352,9 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
 def test_scoring_takes_less_memory_with_more_microbatches():
     """And gives the same numbers: policy, values and reference of 16 rows of 64 tokens."""
     model = models.build(models.GPT2Config(13, 64, 32, 2, 2))
-    params = models.add_head(jax.random.key(0), model.init(jax.random.key(1)), "value")
-    policy_fn, tokens = (
-        models.policy_fn(model),
-        jax.random.randint(jax.random.key(2), (16, 64), 2, 13),
-    )
+    params = models.add_head(jax.random.key(0), initial_params(model, 1), "value")
+    policy_fn = models.policy_fn(model)
+    tokens = jax.random.randint(jax.random.key(2), (16, 64), 2, 13)
     given = types.Rollout(
         tokens, jnp.ones_like(tokens), jnp.ones_like(tokens), jnp.zeros(tokens.shape)
     )

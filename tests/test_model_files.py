@@ -336,7 +336,8 @@ HARMLESS = {
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
         (
             {"model_type": "bert"},
-            r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral, gemma3_text",
+            r"model_type is 'bert'; the supported ones are: "
+            r"gpt2, llama, qwen2, qwen3, mistral, gemma3_text",
         ),
         (
             {"activation_function": "tanh"},

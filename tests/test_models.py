@@ -18,6 +18,7 @@ from builders import (
     MISTRAL,
     QWEN2,
     QWEN3,
+    initial_params,
     perturbed,
     slow,
     some_params,
@@ -279,7 +280,9 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
     ],
 )
 def test_decoding_equals_the_full_forward(config, scan_layers):
-    """Not a token later than the query is seen: its logits are there before that token is written."""
+    """Not a token later than the query is seen: its logits are there before that token is
+    written.
+    """
     config = replace(config, num_layers=3)
     model, params = tiny(config, scan_layers=scan_layers, remat=scan_layers)
     tokens = some_tokens(3, 8)
@@ -506,7 +509,8 @@ def test_a_seed_draws_the_numbers_that_it_always_drew():
         stacked["h_2"]["attn"]["c_proj"]["kernel"][0, 0],
     ]
     assert_allclose(drawn, [0.0067511, 0.0111894, 0.0008438], atol=1e-6)
-    states = model.hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
+    hidden = jax.jit(model.hidden)
+    states = hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
     assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
 
@@ -710,7 +714,7 @@ def test_products_with_the_hessian_of_a_model():
     written out.
     """
     model = models.build(models.GPT2Config(7, 8, 8, 1, 2))
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7
     gradient = jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(params, tokens))))
     along = jax.tree.map(jnp.ones_like, params)

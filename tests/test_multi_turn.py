@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from builders import goes_on_alike, json_lines, launch, metric_rows, outputs, run_grpo
+from builders import (
+    goes_on_alike,
+    initial_params,
+    json_lines,
+    launch,
+    metric_rows,
+    outputs,
+    run_grpo,
+)
 from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_identical
@@ -20,12 +28,12 @@ from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.config import Network, RLStage, RunConfig, to_yaml
 from rlhf_jax.config import Tokenizer as Tokens
-from rlhf_jax.data import chat, encoding, environment
+from rlhf_jax.data import chat, encoding, environment, stops
 from rlhf_jax.data.environment import Environment, converse
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench, evaluate
 from rlhf_jax.generator import Generator
 from rlhf_jax.rollout import rescore
 from rlhf_jax.training.stage import Stage
@@ -66,7 +74,7 @@ def prompts_of(*texts, **columns):
     return encoding.encode_prompts(rows, ALPHABET, length=P)
 
 
-def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None):
+def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None, stop=()):
     """``converse`` with the table policy, the likeliest tokens by default."""
     config = config or sampling.SamplingConfig(R, temperature=0.0, eos_id=EOS, pad_id=PAD)
     params = table() if params is None else params
@@ -76,7 +84,8 @@ def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None)
         return generate(TABLE_MODEL, params, tokens, mask, KEY, config=config, used=used, mesh=mesh)
 
     setting = Environment(fn, ALPHABET, chat.template_of(ALPHABET), R, max_turns)
-    return converse(setting, respond, encoded, np.asarray(rows))
+    until = stops.stopping(respond, ALPHABET, stop)
+    return converse(setting, until, encoded, np.asarray(rows))
 
 
 def replies(conversation, row):
@@ -130,8 +139,25 @@ def test_after_the_last_turn_the_environment_is_asked_and_nothing_follows():
     assert metrics["cut"].tolist() == [1, 0, 0, 1]
 
 
+def test_a_turn_ends_at_a_stop_string_and_the_environment_replies():
+    """The likeliest after c is d, then e; the reply is c again."""
+    asked = []
+
+    def reply(conversation, row):
+        asked.append([message["content"] for message in conversation])
+        return "c" if len(asked) < 3 else None
+
+    rollout, metrics = talk(reply, prompts_of("c"), [0], stop=("d",))
+    assert asked[-1] == ["c", "d", "c", "d", "c", "d"]
+    assert_array_equal(rollout.tokens[0], [PAD, C, D, C, D, C, D, PAD, PAD, PAD])
+    assert_array_equal(rollout.response_mask[0], [0, 0, 1, 0, 1, 0, 1, 0, 0, 0])
+    assert (rollout.stopped.tolist(), metrics["turns"].tolist()) == ([True], [3])
+
+
 def test_a_tokens_randomness_is_that_of_its_slot():
-    """A policy that forgets everything says at each slot what it would say there without any turns."""
+    """A policy that forgets everything says at each slot what it would say there without any
+    turns.
+    """
     params = jnp.zeros((ALPHABET.vocab_size,) * 2)
     encoded = prompts_of("a", "ca", "bb", "b")
     rows = np.arange(4)
@@ -237,7 +263,8 @@ from pathlib import Path
 def ask(conversation, row):
     reply = ("c", 0.5) if len(conversation) <= 2 * row["wanted"] else (None, 1.0)
     with Path(__file__).with_suffix(".jsonl").open("a") as notes:
-        notes.write(json.dumps([[message["content"] for message in conversation], row["wanted"], reply[1]]) + "\\n")
+        texts = [message["content"] for message in conversation]
+        notes.write(json.dumps([texts, row["wanted"], reply[1]]) + "\\n")
     return reply
 """
 
@@ -252,7 +279,7 @@ def talker(tmp_path_factory):
     rows = [{"prompt": word, "wanted": i + 1} for i, word in enumerate(("abe", "bee", "cab"))]
     (folder / "prompts.json").write_text(json.dumps(rows))
     model = models.build(models.GPT2Config(ALPHABET.vocab_size, 40, 8, 1, 2, initializer_range=0.5))
-    models.save(folder / "model", model, model.init(KEY))
+    models.save(folder / "model", model, initial_params(model))
     ALPHABET.save(folder / "model")
     return folder
 
@@ -315,15 +342,13 @@ def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
     content = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     assert config.environment in content["fingerprints"]
     assert "was trained with replies" not in capsys.readouterr().out
-    evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given))
+    bench.open_bench(bench.load(str(talker), config), evaluate.Config(**given))
     assert (
-        "was trained with replies by env.py:ask; here is no --environment"
+        "was trained with replies by env.py:ask; this evaluation has no --environment"
         in capsys.readouterr().out
     )
     with pytest.raises(UserError, match="max_turns 2: conversations have"):
-        evaluate.open_bench(
-            evaluate.load(str(talker), config), evaluate.Config(**given, max_turns=2)
-        )
+        bench.open_bench(bench.load(str(talker), config), evaluate.Config(**given, max_turns=2))
 
 
 WORDS = ("abe", "bee", "cab", "dab", "ebb", "fab", "ade", "User:\nAssistant")
@@ -333,7 +358,9 @@ def more(conversation, row):
     said = conversation[-1]["content"]
     if len(conversation) > 2 * row["wanted"]:
         return None, said.count("e")
-    return {"role": "user", "content": said[:3]} if row["wanted"] == 2 else (said[:2], said.count("b") / 2)
+    if row["wanted"] == 2:
+        return {"role": "user", "content": said[:3]}
+    return said[:2], said.count("b") / 2
 
 def broken(conversation, row):
     import jax
@@ -379,7 +406,7 @@ cli.run_script(main)
 
 @pytest.fixture(scope="module")
 def conversing(tmp_path_factory):
-    """(config, result, arrays that the run held) of a run with an environment."""
+    """(config, result, arrays that the run held) of a run with an environment and stop strings."""
     folder = tmp_path_factory.mktemp("conversing")
     (folder / "env.py").write_text(COUNTING)
     rows = [{"prompt": word, "wanted": 1 + i % 3} for i, word in enumerate(WORDS)]
@@ -398,6 +425,7 @@ def conversing(tmp_path_factory):
             max_new_tokens=40,
             max_turns=3,
             environment=f"{folder / 'env.py'}:more",
+            stop=("ab", "d"),
             validation_interval=2,
             validation_fraction=0.5,
         ),
@@ -426,6 +454,8 @@ def test_a_run_with_an_environment(conversing):
     assert "validation/environment/turns" in first
     samples = (result.folder / "samples.jsonl").read_text("utf-8")
     assert "User:" in samples  # a message as the policy read it
+    said = [row["response"] for row in json_lines(result.folder / "samples.jsonl")]
+    assert any("d" in response for response in said)
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
-"""The notebooks: clean in the repository, and executed from first to last cell on small settings
-(slow).
+"""The notebooks: with small outputs in the repository, and executed from first to last cell on
+small settings (slow).
 
 A notebook's cell tagged ``parameters`` is followed, as papermill does it, by one that overrides
 what is to be small; a last cell asserts what the notebook claims.
+
+    RLHF_JAX_DATA=FOLDER python tests/test_notebooks.py   # executes them, keeps the outputs
 """
 
 import json
 import os
+import re
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import nbclient
@@ -26,6 +31,17 @@ rlhf_jax.training.doctor.self_test = lambda work: []
 rlhf_jax.report.page.write = lambda runs, path: None
 """
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+LARGEST = 160_000  # bytes of a notebook with its outputs
+KEPT_LINES = 8  # of a long output, at its beginning and at its end
+# In place of the network: the file that the notebooks fetch, whose checksum they compare.
+FETCHED = """
+import os, pathlib, urllib.request
+
+def urlopen(url, timeout):
+    return pathlib.Path(os.environ["RLHF_JAX_DATA"], "tinyshakespeare", "input.txt").open("rb")
+
+urllib.request.urlopen = urlopen
+"""
 
 
 def code_cells(name):
@@ -66,11 +82,29 @@ def execute(tmp_path, monkeypatch):
     return execute
 
 
+def texts_of(cell):
+    return ["".join(output["text"]) for output in cell["outputs"] if "text" in output]
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_no_notebook_holds_outputs(name):
-    assert not [
-        cell for cell in code_cells(name) if cell["outputs"] or cell["execution_count"] is not None
-    ]
+def test_a_notebook_holds_small_outputs_and_pictures(name):
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < LARGEST
+    cells = code_cells(name)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    printing = [cell for cell in cells if re.search(r"^ *print\(", "".join(cell["source"]), re.M)]
+    assert printing
+    assert all(texts_of(cell) for cell in printing)
+    said = "".join(text for cell in cells for text in texts_of(cell))
+    assert not re.search(r"(^|[\s'\"(])/(tmp|home|root|work)/", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_says_its_run_time_at_its_top(name):
+    first = json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"][0]
+    assert re.search(r"took \d+ minutes? on two CPU cores", "".join(first["source"]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,3 +178,47 @@ def test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad(execute, 
     said = execute("reward_model_lora", *checks, NUM_PAIRS=800, NUM_EPOCHS=2, NORMALIZE_SAMPLES=0)
     assert "numbers were trained beside" in said
     assert (tmp_path / "runs" / "notebooks" / "reward_model" / "reward_model" / "adapter").is_dir()
+
+
+def shortened(text):
+    """The first and the last lines of a long output."""
+    lines = text.splitlines(keepends=True)
+    left_out = len(lines) - 2 * KEPT_LINES
+    if left_out <= 1:
+        return text
+    middle = f"[... {left_out} lines ...]\n"
+    return "".join([*lines[:KEPT_LINES], middle, *lines[-KEPT_LINES:]])
+
+
+def store(name, folder):
+    """Executes a notebook as it stands, in a folder, and keeps what its cells print and draw."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells.insert(0, nbformat.v4.new_code_cell(FETCHED))
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(book, timeout=7200, resources=resources).execute()
+    del book.cells[0]
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(cells, 1):
+        cell.execution_count = number
+        cell.metadata.pop("execution", None)
+        drawn = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        said = [
+            output.get("text") or output.data["text/plain"]  # of a table by rich
+            for output in cell.outputs
+            if output not in drawn
+        ]
+        if said:
+            shown = shortened("".join(said).replace(f"{folder}/", ""))
+            drawn.insert(0, nbformat.v4.new_output("stream", name="stdout", text=shown))
+        cell.outputs = drawn
+    nbformat.write(book, path)
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sorted(sys.argv[1:] or NAMES):
+            begin = time.monotonic()
+            store(name, folder)
+            print(f"{name}: {(time.monotonic() - begin) / 60:.1f} minutes")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from builders import initial_params
 
 from rlhf_jax import advantages, cli, models, rewards
 from rlhf_jax.data import tokenizers
@@ -51,7 +52,7 @@ def model(head: str | None = None) -> Callable[[Path], None]:
                 vocab_size=30, max_length=32, hidden_size=8, num_layers=1, num_heads=1
             )
         )
-        params = built.init(jax.random.key(0))
+        params = initial_params(built)
         models.save(
             folder, built, models.add_head(jax.random.key(1), params, head) if head else params
         )
@@ -151,7 +152,7 @@ TABLE = [
     checked("prompt,response\na,b\n,\n", "a.csv, line 3: 'prompt' is empty", name="a.csv"),
     checked(
         '{"prompt": "a"}\n',
-        "a JSON object, where a text should stand; call the file .jsonl",
+        "expected a text, found a JSON object; call the file .jsonl",
         name="a.txt",
     ),
     checked({"data": []}, "line 1: expected keys prompt, response, found data"),
@@ -189,7 +190,8 @@ TABLE = [
         {"run/notes.txt": "mine"},
     ),
     Mistake(
-        "report texts.json", "no run here, as there is no manifest.json; give the folder of a run"
+        "report texts.json",
+        "this folder holds no run: it has no manifest.json; give the folder of a run",
     ),
     Mistake(
         "evaluate rm --prompts prompts.json",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, letters_run, metric_rows
+from builders import goes_on_alike, initial_params, letters_run, metric_rows
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
@@ -80,7 +80,7 @@ def loss_and_gradient(model, params, batch):
 def test_loss_and_gradient_are_those_of_padded_rows(name):
     """And a wrong boundary is seen: documents that run into one another have another loss."""
     model = models.build(MODELS[name])
-    params = model.init(KEY)
+    params = initial_params(model)
     rows = np.array([5, 3, -1, 0, 2, 1, 4])
     packed = batches.packed_batch(ENCODED, rows, 12)
     assert packed.tokens.shape == (3, 12)
@@ -142,17 +142,19 @@ def test_packed_comparisons_by_hand():
     equal(batch.response_mask, [[0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1], [0] * 16])
     equal(batch.documents, [[[1, 2], [3, 4]]] * 2)
     assert (batch.best, batch.targets, batch.weight) == (None, None, None)
+
+
+def test_losses_of_packed_comparisons_by_hand():
+    batch = batches.packed_comparisons(PAIRS, np.array([1, -1, 0]), 16, 2)
     log = lambda x: np.log1p(np.exp(x))  # noqa: E731
     batch = dpo.with_reference(batch, jax.tree_util.Partial(table_policy, {"table": jnp.zeros(10)}))
-    loss, metrics = dpo.loss(
-        TABLE, batch, None, policy_fn=table_policy, config=dpo.Config(beta=1.0)
-    )
+    of_dpo = partial(dpo.loss, policy_fn=table_policy, config=dpo.Config(beta=1.0))
+    loss, metrics = jax.jit(of_dpo)(TABLE, batch, None)
     # Nats of the responses: c$ -.5, gg$ -1.7; bh$ -1.3, d$ -.6.
     assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)
     assert (loss.count, metrics["dpo/chosen_log_ratio"].value) == (2, pytest.approx(-0.9))
-    loss, metrics = reward_model.loss(
-        TABLE, batch, None, score_fn=table_score, config=reward_model.Config()
-    )
+    of_scores = partial(reward_model.loss, score_fn=table_score, config=reward_model.Config())
+    loss, metrics = jax.jit(of_scores)(TABLE, batch, None)
     assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)  # the prompts are the same
     assert (loss.count, metrics["reward_model/margin"].value) == (2, pytest.approx(0.25))
 
@@ -180,7 +182,7 @@ def test_packed_answers_of_three_lengths_follow_each_other():
 def language_model(name, kind):
     """The PolicyFn or ScoreFn of a tiny model, and parameters."""
     model = models.build(replace(MODELS[name], num_layers=1))
-    params = model.init(KEY)
+    params = initial_params(model)
     return (
         (models.policy_fn(model), params)
         if kind == "dpo"

@@ -2,6 +2,7 @@
 the same bytes.
 """
 
+import functools
 import json
 import math
 import re
@@ -26,6 +27,7 @@ def drawn(*plots) -> str:
     return render("t", [Figures("Curves", plots)])
 
 
+@functools.cache
 def full_page(text: str = "text") -> str:
     series = {
         f"a {text}": Series(*CURVE, low=[0, 0, 0], high=[1, 1, 1], labels=[text] * 3),
@@ -126,7 +128,7 @@ def test_same_input_same_bytes_whatever_the_user_has_set():
         before = dict(
             dict.items(matplotlib.rcParams)
         )  # as stored: reading the backend would choose one
-        assert full_page() == first
+        assert full_page.__wrapped__() == first
         assert dict(dict.items(matplotlib.rcParams)) == before
 
 
@@ -145,7 +147,7 @@ def test_control_characters_and_half_pairs_are_shown_not_obeyed():
 
 # --- Its sections
 #
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_facts_and_columns_of_numbers_which_are_aligned_right():
@@ -198,7 +200,7 @@ def test_gates():
 
 # --- Its figures
 #
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def vertices(html: str, color: str = COLORS[0]) -> np.ndarray:

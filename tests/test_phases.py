@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import initial_params
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import rollout as tabular_rollout
 
@@ -31,7 +32,7 @@ OPTIMIZER = optax.adam(1e-2)
 
 
 def start(algorithm, kl_coef=0.1):
-    params = MODEL.init(jax.random.key(0))
+    params = initial_params(MODEL)
     if algorithm is ppo:
         params = models.add_head(jax.random.key(1), params, "value")
     return phases.LoopState.create(algorithm.State.create(params, OPTIMIZER), kl_coef)
@@ -46,7 +47,7 @@ def functions(reference=True):
     ref_fn = (
         jax.tree_util.Partial(
             POLICY_FN,
-            MODEL.init(jax.random.key(0)),
+            initial_params(MODEL),
         )
         if reference
         else None
@@ -61,9 +62,9 @@ KL = phases.kl_penalty(0.1)
 
 
 def learning(algorithm=vpg, **how):
-    """``phases.learn`` with its settings bound."""
+    """``phases.learn`` with its settings bound, as a program."""
     how = {"config": algorithm.Config(), "optimizer": OPTIMIZER, "penalty": KL} | how
-    return functools.partial(phases.learn, algorithm=algorithm, **how)
+    return jax.jit(functools.partial(phases.learn, algorithm=algorithm, **how))
 
 
 def iteration(algorithm=vpg, **how):
@@ -105,9 +106,8 @@ def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
         prompts(),
     )
     policy = start(vpg).train.params
-    sample = functools.partial(
-        phases.respond, policy, key=jax.random.key(3), model=MODEL, config=SAMPLING
-    )
+    respond = jax.jit(functools.partial(phases.respond, model=MODEL, config=SAMPLING))
+    sample = functools.partial(respond, policy, key=jax.random.key(3))
     sampled = sample(same)
     assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
     turned = sample(same._replace(places=jnp.arange(ROWS)[::-1]))
@@ -277,7 +277,8 @@ def test_the_share_of_groups_without_a_gradient():
     # Without groups the batch is one.
     assert equal_share(1.0, 1.0, 3.0, 3.0, group_size=1) == 0
     assert equal_share(3.0, 3.0, 3.0, 3.0, group_size=1) == 1
-    # What counts are the scores after the rules: here every second response ends, the others lose 1.
+    # What counts are the scores after the rules: here every second response ends, the others lose
+    # 1.
     lose_one = phases.missing_eos(SAMPLING.eos_id, penalty=1.0, score=None)
     assert equal_share(1.0, 1.0, 1.0, 1.0, shape=lose_one) == 0
     masked = phases.mask_truncated(SAMPLING.eos_id)

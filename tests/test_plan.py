@@ -13,7 +13,7 @@ import tomllib
 import jax
 import plan
 import pytest
-from builders import ROOT
+from builders import ROOT, initial_params
 
 from rlhf_jax import cli, models
 from rlhf_jax.algorithms import ppo
@@ -103,7 +103,8 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
 
 @pytest.mark.usefixtures("no_phases")
 def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
-    found, sampled = [], plan.SamplingConfig
+    found = []
+    sampled = plan.SamplingConfig
     monkeypatch.setattr(
         plan,
         "SamplingConfig",
@@ -242,7 +243,8 @@ def test_a_cut_mesh_takes_less_on_each_device(stage, folder):
     section = "rl" if stage == "grpo" else stage
     rows = (f"--{section}.batch-size", "8", *(RL if stage == "grpo" else ()))
     flags = (stage, "--devices", "4", "--model", folder, "--lora.rank", "4", *rows)
-    whole, cut = command(*flags), command(*flags, "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    whole = command(*flags)
+    cut = command(*flags, "--mesh.fsdp", "2", "--mesh.tensor", "2")
     assert cut.keys() == whole.keys()
     assert any(what.startswith("more in the phase 'learn'") for what in cut)
     assert whole["frozen weights"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)
@@ -259,7 +261,8 @@ def test_all_phases_of_ppo_compile():
     said = command(
         "ppo", "--config", "tiny", "--length", "4", "--devices", "2", "--rl.max-new-tokens", "2"
     )
-    held, phases = sum(said[part] for part in ("parameters", "optimizer", "reference")), said.keys()
+    held = sum(said[part] for part in ("parameters", "optimizer", "reference"))
+    phases = said.keys()
     more = [said[phase] for phase in phases if phase.startswith("more")]
     assert len(more) == 3
     assert said["at the peak"] == pytest.approx(held + max(more), abs=3e-3)
@@ -273,7 +276,7 @@ def with_data(tmp_path):
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(models.GPT2Config(tokenizer.vocab_size, 32, 8, 1, 2, **ids))
     how = SamplingConfig(4, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    language_model = LanguageModel(model, model.init(jax.random.key(0)), tokenizer)
+    language_model = LanguageModel(model, initial_params(model), tokenizer)
     language_model.save(tmp_path / "m", template="{prompt}", config=how)
     pairs = [{"prompt": "ab", "chosen": "aaaaa", "rejected": "b"}] * 2
     pairs += [{"prompt": "aba", "chosen": "a", "rejected": "b"}]

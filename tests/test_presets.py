@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import arithmetic
-import jax
 import numpy as np
 import optax
 import pytest
 import sentiment
 import yaml
-from builders import ROOT, Checker
+from builders import ROOT, Checker, initial_params
 
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
@@ -52,6 +51,7 @@ SAYS = {
     "rloo": "rloo group_size=4 baseline=group num_minibatches=2 aggregate=sum",
     "sapo": "grpo surrogate=sapo ratio=token aggregate=sequence kl_in_loss=False",
     "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128",
+    "tr_dpo": "dpo kind=sigmoid beta=0.1 reference_ema=0.6 reference_refresh=None",
     "vespo": "grpo surrogate=vespo ratio=product aggregate=token kl_in_loss=False",
 }
 # Learning rate and, of RL, the coefficient of the KL in the reward. None: not in the preset.
@@ -74,6 +74,7 @@ RATES = {
     "rloo": (1e-6, 0.03),
     "sapo": (None, None),
     "simpo": (6e-7,),
+    "tr_dpo": (None,),
     "vespo": (None, None),
 }
 SMALL = (
@@ -123,7 +124,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
     )
     config = RunConfig(dpo=DPOStage(kind=kind or "sigmoid"))
     stage = Stage(config, "dpo", None, sharding.make_mesh(1))
-    initial = LanguageModel(model, model.init(jax.random.key(0)), None)
+    initial = LanguageModel(model, initial_params(model), None)
     setting = supervised.Setting(
         stage, initial, [], None, *np.zeros((2, 0), int), None, 4, 16, optax.sgd(1.0)
     )

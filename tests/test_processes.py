@@ -37,7 +37,8 @@ import random, time
 
 def score(prompts, responses):  # random, but by the run's seed and the step
     time.sleep(0.1)  # a signal is spread within a second
-    return [len(prompt) % 7 - random.random() * len(response) for prompt, response in zip(prompts, responses)]
+    pairs = zip(prompts, responses)
+    return [len(prompt) % 7 - random.random() * len(response) for prompt, response in pairs]
 """
 
 
@@ -218,13 +219,18 @@ def state(step, *cut):
         return sharding.place(x, NamedSharding(mesh, P(*spec)))
     parts = parts_of(step)
     loose = {"host": np.arange(4) + step, "coef": jnp.float32(step)}
-    return {"cut": on(parts["cut"], *cut), "copied": on(parts["copied"]), "key": on(jax.random.key(step))} | loose
+    loose["key"] = on(jax.random.key(step))
+    return {"cut": on(parts["cut"], *cut), "copied": on(parts["copied"])} | loose
+
+def shards(x):
+    return [shard.data for shard in x.addressable_shards] if isinstance(x, jax.Array) else [x]
 
 def check(found, step, *cut):
     for name, wanted in state(step, *cut).items():
         x, y = ((jax.random.key_data(x) if name == "key" else x) for x in (found[name], wanted))
-        assert type(x) is type(y) and getattr(x, "sharding", None) == getattr(y, "sharding", None), name
-        pairs = zip(*([s.data for s in z.addressable_shards] if isinstance(z, jax.Array) else [z] for z in (x, y)))
+        assert type(x) is type(y), name
+        assert getattr(x, "sharding", None) == getattr(y, "sharding", None), name
+        pairs = zip(shards(x), shards(y))
         assert all(np.array_equal(a, b) for a, b in pairs), name
 
 def full(*args, **kwargs):
@@ -269,7 +275,8 @@ with checkpoint.Checkpoints(folder, asynchronous=True) as checkpoints:
     processes.agree(lambda: None)
     with warnings.catch_warnings(record=True) as caught:
         check(checkpoints.restore(state(9, *rows))[0], 1, *rows)
-    assert "step 2" in str(caught[0].message) and "Going back to step 1" in str(caught[0].message), caught
+    warning = str(caught[0].message)
+    assert "step 2" in warning and "Going back to step 1" in warning, caught
     checkpoints.save(2, state(2, *rows), {"a": 2})
     checkpoints.wait()
     checkpoint._digests = die
@@ -389,7 +396,9 @@ def test_what_a_process_hears_of_another(monkeypatch):
 
 
 def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
-    """The processes' signals are compared once, at the step that the preemption service has chosen."""
+    """The processes' signals are compared once, at the step that the preemption service has
+    chosen.
+    """
     asked = []
     gathered = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -18,7 +18,7 @@ from rlhf_jax.report import figures, page, plots, records
 from rlhf_jax.report.export import export
 
 BROKEN_FOLDERS = [
-    ("manifest.json", None, "no run here, as there is no manifest.json"),
+    ("manifest.json", None, "this folder holds no run: it has no manifest.json"),
     ("manifest.json", "[]", r"run/manifest.json: expected a mapping of keys, found \[\]"),
     ("manifest.json", "{}", "run/manifest.json: lacks the key command"),
 ]
@@ -243,7 +243,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 # --- Curves
 #
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
@@ -292,7 +292,7 @@ def test_long_curves_stay_small_and_long_paths_are_means_over_stretches(tmp_path
 
 # --- Several runs
 #
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import initial_params
 
 from rlhf_jax import models, rewards, training, vpg
 from rlhf_jax.config import Compute
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench
 from rlhf_jax.rewards import spec, verifiable
 from rlhf_jax.training import initial
 from rlhf_jax.types import Rollout
@@ -278,7 +279,7 @@ MISTAKES = {
     "{mine}:missing": "asks for subject, but the prompts' columns are topic, other",
     "count:a count:a*2": r"--reward count:a\*2: another part is called count:a",
     "no/such/model": "^no/such/model: no such folder",
-    "length:-1": r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'",
+    "length:-1": r"--reward length:-1: after `length:` comes a whole number, at least 0, .*'-1'",
     "repetition:0*-1": r"--reward repetition:0: .* at least 1, .* got '0'",
     "{pair}": r"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} ",
     "min:x/5": "at least two different models, here are x/5",
@@ -326,7 +327,7 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     model = models.build(
         models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
     )
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     load = partial(initial.load_reward_model, compute=Compute())
     TOKENIZER.save(tmp_path)
     models.save(tmp_path, model, params)
@@ -336,7 +337,8 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     models.save(tmp_path, model, params)
     with pytest.raises(UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .* now 9$"):
         load(str(tmp_path), length=9)
-    expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
+    score = jax.jit(models.score_fn(model))
+    expected = score(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(
         build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5
     )
@@ -357,7 +359,7 @@ def test_a_reward_that_leaves_ends_the_run_with_an_error_that_names_it(config, f
 def test_an_evaluation_reads_scores_by_the_same_rules(functions):
     def scored(name):
         columns = {"topic": ["x", "skip"]}
-        return evaluate.score(build(f"{functions}:{name}"), rollout(), columns, 2)
+        return bench.score(build(f"{functions}:{name}"), rollout(), columns, 2)
 
     np.testing.assert_array_equal(scored("length"), [2, np.nan])
     with pytest.raises(TrainingFault, match="row 0, prompt 'ab'"):

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 REWARDS = """
 def judge(prompts, responses):
-    return [min(text.count("ab"), 2) / 2 * len(set(text) & set("abcdefgh")) / 8 for text in responses]
+    letters = [len(set(text) & set("abcdefgh")) / 8 for text in responses]
+    return [min(text.count("ab"), 2) / 2 * part for text, part in zip(responses, letters)]
 
 
 def proxy(prompts, responses):

@@ -8,6 +8,7 @@ import chat_families
 import jax
 import numpy as np
 import pytest
+from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
 
 from rlhf_jax import models, training, vpg
@@ -42,7 +43,7 @@ def save_judge(folder, family="qwen2.5", max_length=256, seed=0):
         pad_token_id=tokenizer.pad_id,
     )
     model = models.build(config)
-    params = models.add_head(jax.random.key(seed), model.init(jax.random.key(seed)), "score")
+    params = models.add_head(jax.random.key(seed), initial_params(model, seed), "score")
     models.save(folder, model, jax.tree.map(lambda x: 4 * x if x.ndim == 2 else x, params))
     return str(folder)
 
@@ -52,7 +53,7 @@ def judge_alone(folder, messages, response):
     judge = LanguageModel.load(folder)
     ids = encoding.answered_ids(messages, response, judge.tokenizer, "")
     tokens = np.array([ids])
-    score = models.score_fn(judge.model)
+    score = jax.jit(models.score_fn(judge.model))
     return float(score(judge.params, tokens, np.ones_like(tokens), None)[0])
 
 
@@ -60,7 +61,8 @@ def rollout(prompts, said):
     """Right-padded responses of the policy's tokenizer behind left-padded prompts."""
     before = [POLICY.encode(prompt) for prompt in prompts]
     after = [[*POLICY.encode(text), POLICY.eos_id] for text in said]
-    left, right = max(map(len, before)), max(map(len, after))
+    left = max(map(len, before))
+    right = max(map(len, after))
     tokens = np.full((len(said), left + right), POLICY.pad_id, np.int32)
     real = np.zeros_like(tokens)
     in_response = np.zeros_like(tokens)
@@ -140,7 +142,7 @@ def test_an_ensemble_across_families(tmp_path):
             vocab_size=POLICY.vocab_size, max_length=64, hidden_size=8, num_layers=1, num_heads=2
         )
     )
-    params = models.add_head(jax.random.key(5), own.init(jax.random.key(5)), "score")
+    params = models.add_head(jax.random.key(5), initial_params(own, 5), "score")
     models.save(tmp_path / "own", own, params)
     POLICY.save(tmp_path / "own")
     names = [save_judge(tmp_path / "a"), save_judge(tmp_path / "b", "llama3", seed=1)]

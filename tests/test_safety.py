@@ -165,7 +165,7 @@ def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, caps
     ]
     assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
     with pytest.raises(
-        UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"
+        UserError, match="all 2 prompts are unsafe, so no prompt is left: f, line 1; f, line 3"
     ):
         guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
     guarded(tmp_path).prompts(

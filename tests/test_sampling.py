@@ -104,7 +104,9 @@ def assert_same(actual, expected):
 
 
 def lookup_log_probs(rollout, temperature=1.0):
-    """[B, T] log-probs of the responses to ``PROMPTS`` by a loop over rows and columns, in float64."""
+    """[B, T] log-probs of the responses to ``PROMPTS`` by a loop over rows and columns, in
+    float64.
+    """
     table, position_table = (np.asarray(PARAMS[name], np.float64) for name in ("token", "position"))
     tokens = np.asarray(rollout.tokens)
     out = np.zeros(rollout.tokens.shape)
@@ -137,7 +139,7 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0):
 #
 #
 #
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # distributions
 
 
@@ -283,7 +285,7 @@ def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
 #
 #
 #
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ends and masks
 
 
@@ -372,7 +374,9 @@ def test_absent_row():
 
 
 def test_positions_and_rows_have_their_own_randomness():
-    """A model that forgets everything: equal rows and positions would repeat if they shared a key."""
+    """A model that forgets everything: equal rows and positions would repeat if they shared a
+    key.
+    """
     params = {"token": jnp.zeros((50, 50)), "position": jnp.zeros((64, 50))}
     sample = partial(
         run, np.full((40, 1), 2, np.int32), params=params, max_new_tokens=40, eos_id=None
@@ -423,7 +427,9 @@ def test_devices_do_not_change_the_tokens(devices):
     ("tensor", "mapped"), [(1, {"data", "fsdp", "tensor"}), (2, {"data", "fsdp"})]
 )
 def test_an_axis_of_one_device_is_mapped_by_hand_too(tensor, mapped):
-    """XLA:GPU refuses cuDNN's attention where an axis is left to it beside others mapped by hand."""
+    """XLA:GPU refuses cuDNN's attention where an axis is left to it beside others mapped by
+    hand.
+    """
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(-1, 1, tensor), ("data", "fsdp", "tensor"))
     tokens, mask = prompts(rows=4)
 
@@ -494,7 +500,7 @@ def test_one_column_prompt_equals_the_tail_of_a_longer_one():
 #
 #
 #
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mistakes
 
 
@@ -558,7 +564,7 @@ def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
 #
 #
 #
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # best of n
 
 

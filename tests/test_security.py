@@ -16,17 +16,18 @@ from rlhf_jax.training import stage
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 # Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run
 # what they read.
-KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS|WANDB_PROJECT"
-KNOWN += "|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS"
-KNOWN += "|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
-KEYS = r"\.get\((SERVICE|JUDGE)_KEY\)"  # of services that the user names
+KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS"
+KNOWN += "|WANDB_PROJECT|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT"
+KNOWN += "|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS|NPROC|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
+KEYS = r"\.get\((SERVICE|JUDGE|ENGINE)_KEY\)"  # of services that the user names
 OPENS_CONNECTIONS = PACKAGE / "rewards" / "service.py"
 BANNED = {
-    "the environment": rf"^(?!.*('({KNOWN})'|{KEYS})).*os\.(environ|getenv)|import (environ|getenv)",
-    "what runs "
-    "data": r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
-    "remote "
-    "code": r"trust_remote_code(?!=False)|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
+    "the environment": rf"^(?!.*('({KNOWN})'|{KEYS})).*os\.(environ|getenv)"
+    "|import (environ|getenv)",
+    "what runs data": r"(?<![\w.])(eval|exec|compile|__import__)\("
+    r"|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
+    "remote code": r"trust_remote_code(?!=False)"
+    r"|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
     "modules": r"^\s*(import|from) (pickle|marshal|shelve|dill|joblib|requests|socket|urllib)\b",
 }
 

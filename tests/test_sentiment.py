@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.special
 import sentiment
-from builders import ROOT, metric_rows, run_script, write_stories
+from builders import ROOT, initial_params, metric_rows, run_script, write_stories
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, sampling
@@ -78,7 +78,7 @@ def one_token():
     tokens = np.array([[2, 3], [4, 4]] * 64, np.int32)
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(vocab_size=5, max_length=4, **sizes))
-    base = model.init(jax.random.key(0))
+    base = initial_params(model)
     policy = {**base, "wte": {"embedding": base["wte"]["embedding"] * 40}}
     config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 

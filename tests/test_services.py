@@ -6,12 +6,11 @@ import dataclasses
 import json
 import math
 import shutil
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from servers import Server
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Judge
@@ -27,53 +26,6 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 KEY = "sk-secret-4711"
 TOKENIZER = characters("abcdefghij ")
 ASKED = {"prompts": ["a", "b"], "responses": ["yes", "no"], "columns": {"topic": [1, 2]}}
-
-
-class Server:
-    """A local server: ``answer(number of the request, body) -> reply``, a JSON value, bytes, or a
-    pair (status, bytes). It records what it was asked.
-    """
-
-    def __init__(self, answer):
-        self.asked = []
-        self.keys = []
-        self.at_once = 0
-        self.most_at_once = 0
-        self._lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                with server._lock:
-                    server.at_once += 1
-                    server.most_at_once = max(server.most_at_once, server.at_once)
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server._lock:
-                    number = len(server.asked)
-                    server.asked.append(body)
-                    server.keys.append(self.headers["Authorization"])
-                reply = answer(number, body)
-                status, content = reply if isinstance(reply, tuple) else (200, reply)
-                if not isinstance(content, bytes):
-                    content = json.dumps(content).encode()
-                with server._lock:
-                    server.at_once -= 1
-                self.send_response(status)
-                length = len(content) + (100 if content.endswith(b"CUT") else 0)
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def stop(self):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture

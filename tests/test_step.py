@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import initial_params
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, every_way
@@ -180,7 +181,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
     """On 2 x 2 devices its weights are cut over fsdp."""
     sizes = {"vocab_size": 7, "max_length": 24, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
     model = models.build(models.GPT2Config(**sizes, initializer_range=0.5))
-    params = model.init(KEY)
+    params = initial_params(model)
     policy_fn = models.policy_fn(model, prompt_length=3)
     batch = ragged_rollout()
     widths = set()
@@ -215,7 +216,9 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
     ("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)]
 )
 def test_the_optimizer_gets_the_loss(learning_rate, expected):
-    """optax's extra-args protocol: the plateau halves the step after two losses that did not fall."""
+    """optax's extra-args protocol: the plateau halves the step after two losses that did not
+    fall.
+    """
     optimizer = optax.chain(
         optax.sgd(learning_rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
     )

@@ -62,7 +62,9 @@ def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
     assert (tokenizer.encode("abb a"), tokenizer.decode(ids)) == (ids, "abb a")
 
     def halves(weight, heads):
-        """llama2.c turns neighbouring pairs of a head, transformers the first half with the second."""
+        """llama2.c turns neighbouring pairs of a head, transformers the first half with the
+        second.
+        """
         return weight.reshape(heads, -1, 2, width).transpose(0, 2, 1, 3).reshape(weight.shape)
 
     for layer in range(2):

@@ -1,5 +1,5 @@
-"""Folders that somebody else has prepared: what is written stays in them, and what is copied comes from
-them.
+"""Folders that somebody else has prepared: what is written stays in them, and what is copied comes
+from them.
 """
 
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from builders import finished_run, write_run
+from builders import finished_run, initial_params, write_run
 
 from rlhf_jax import cli, models
 from rlhf_jax.config import RunConfig
@@ -122,7 +122,7 @@ def test_appending_follows_no_link(tmp_path, outside, monkeypatch):
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_modes_are_those_of_the_umask(tmp_path, umask, mode):
     model = models.build(models.LlamaConfig(4, 8, 4, 2, 2, 4, tie_embeddings=True))
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     before = os.umask(umask)
     try:
         write_atomically(tmp_path / "report.html", "page")

@@ -1,4 +1,6 @@
-"""SAPO, LUSPO and VESPO on the numbers of a batch, as TRL 1.16 computes its losses of these names."""
+"""SAPO, LUSPO and VESPO on the numbers of a batch, as TRL 1.16 computes its losses of these
+names.
+"""
 
 import numpy as np
 import pytest

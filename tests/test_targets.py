@@ -1,4 +1,6 @@
-"""What a compiled program does is read off its text as one counts it by hand; targets have names."""
+"""What a compiled program does is read off its text as one counts it by hand; targets have
+names.
+"""
 
 import collections
 import json
@@ -14,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from rlhf_jax.errors import UserError
 
-# A product of [4, 8] and [8, 2], twice in a loop of 3 turns, and a loop whose end XLA does not know.
+# A product of [4, 8] and [8, 2], twice in a loop of 3 turns, and a loop whose end XLA does not
+# know.
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %fused (param_0: f32[4,8], param_1: f32[1,8], param_2: s32[]) -> f32[4,8] {
@@ -38,6 +41,22 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   ROOT %t = (f32[4,8]{1,0}, s32[]) tuple(%all-reduce, %i)
 }
 
+%c (p.1: (f32[4,8], s32[])) -> pred[] {
+  %p.1 = (f32[4,8]{1,0}, s32[]) parameter(0)
+  %bound = s32[] constant(3)
+  %i.1 = s32[] get-tuple-element(%p.1), index=1
+  ROOT %less = pred[] fusion(%i.1, %bound), kind=kLoop, calls=%compared
+}
+
+%e (q.1: (f32[4,8], f32[1,8], s32[])) -> pred[] {
+  %q.1 = (f32[4,8]{1,0}, f32[1,8]{1,0}, s32[]) parameter(0)
+  %y.1 = f32[4,8]{1,0} get-tuple-element(%q.1), index=0
+  %zero = f32[] constant(0)
+  %sum = f32[] reduce(%y.1, %zero), dimensions={0,1}, to_apply=%add
+  %nine = f32[] constant(9)
+  ROOT %lt = pred[] compare(%sum, %nine), direction=LT
+}
+
 %until (q: (f32[4,8], f32[1,8], s32[])) -> (f32[4,8], f32[1,8], s32[]) {
   %q = (f32[4,8]{1,0}, f32[1,8]{1,0}, s32[]) parameter(0)
   %y = f32[4,8]{1,0} get-tuple-element(%q), index=0
@@ -51,7 +70,8 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %a = f32[4,8]{1,0} parameter(0)
-  %b = (f32[4,8]{1,0}, s32[]) while(%a), condition=%c, body=%known, backend_config={"known_trip_count":{"n":"3"}}
+  %b = (f32[4,8]{1,0}, s32[]) while(%a), condition=%c, body=%known, \
+backend_config={"known_trip_count":{"n":"3"}}
   %d = (f32[4,8]{1,0}, f32[1,8]{1,0}, s32[]) while(%b), condition=%e, body=%until
   ROOT %copy = f32[4,8]{1,0} copy(%a)
 }
@@ -69,6 +89,69 @@ def test_work_counts_kernels_bytes_and_collectives_in_loops():
     update = 32 + 4 + 32
     cut = 4 + 16 + 16
     assert read.bytes == 3 * 256 + 10 * (update + cut) + 256
+
+
+# A loop as XLA:TPU writes it, whose turns stand in its condition: from 2 up to 13, by 3.
+COUNTED = """HloModule jit_g, is_scheduled=true
+
+%below (b: (bf16[8,128], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(13)
+  %b = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%b), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%n, %limit), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%turn (b.1: (bf16[8,128], s32[])) -> (bf16[8,128], s32[]) {
+  %b.1 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) parameter(0)
+  %three = s32[]{:T(128)} constant(3)
+  %n.1 = s32[]{:T(128)} get-tuple-element(%b.1), index=1
+  %copied = s32[]{:T(128)} copy(%n.1)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%b.1), index=0
+  %more = s32[]{:T(128)} add(%copied, %three), backend_config={"flag_configs":[]}
+  %twice = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} add(%x, %x)
+  ROOT %both = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) tuple(%twice, %more)
+}
+
+ENTRY %main (a: bf16[8,128]) -> (bf16[8,128], s32[]) {
+  %a = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  %begin = s32[]{:T(128)} copy(%two)
+  %given = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) tuple(%a, %begin)
+  ROOT %loop = (bf16[8,128]{1,0}, s32[]{:T(128)}) while(%given), condition=%below, body=%turn
+}
+"""
+
+
+def test_turns_of_a_loop_are_those_of_its_counter():
+    read = hlo.work(COUNTED, turns=None)
+    assert read.unknown == 0
+    of_a_turn = 3  # the copy of the counter and two sums
+    assert read.kernels == 4 * of_a_turn + 1
+    assert read.in_loop == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("direction=LT", "direction=NE"),
+        ("s32[]{:T(128)} constant(13)", "s32[]{:T(128)} get-tuple-element(%b), index=1"),
+        ("s32[]{:T(128)} constant(2)", "s32[]{:T(128)} parameter(1)"),
+        ("s32[]{:T(128)} constant(3)", "s32[]{:T(128)} get-tuple-element(%b.1), index=1"),
+        ("add(%copied, %three)", "multiply(%copied, %three)"),
+        ("copy(%n.1)", "add(%n.1, %three)"),
+        ("tuple(%a, %begin)", "custom-call(%a, %begin)"),
+    ],
+)
+def test_a_loop_that_does_not_count_is_of_unknown_length(text, other):
+    assert text in COUNTED
+    assert hlo.work(COUNTED.replace(text, other), turns=None).unknown == 1
+
+
+def test_a_plan_says_what_it_could_not_count():
+    read = hlo.work(PROGRAM, turns=None)
+    assert read.kernels == 3 + 2 + 1
+    said = plan._figure_lines("learn", plan.Figures(read, 1e12, 1.0, {}))
+    assert said[-1] == "  these are lower bounds: 1 loop of unknown length is counted as one turn"
 
 
 def test_custom_calls_are_counted_by_name():

@@ -115,9 +115,11 @@ def test_eos_named_by_the_model_config_alone(tmp_path):
     assert files(**UNNAMED, config='{"eos_token_id": 1}')(tmp_path).eos_id == 1
 
 
-# fmt: off
 REFUSALS = [
-    (lambda _: tokenizers.characters("abcf").encode("café"), r"alphabet lacks 'é' \(U\+00E9\), found in 'café'"),
+    (
+        lambda _: tokenizers.characters("abcf").encode("café"),
+        r"alphabet lacks 'é' \(U\+00E9\), found in 'café'",
+    ),
     (lambda _: tokenizers.train_bpe(TEXTS, 100), "at least 258 ids, 100 asked for"),
     (lambda _: tokenizers.train_bpe([""], 300), "no text"),
     (lambda _: tokenizers.characters([""]), "no text"),
@@ -125,9 +127,11 @@ REFUSALS = [
     (files(**UNNAMED), "names no end-of-text token; set eos_token in its tokenizer_config"),
     (files(tokenizer="{"), "not a tokenizer file"),
     (files(tokenizer=GAPS), "the ids of the vocabulary have gaps"),
-    (files(tokenizer_config='{"eos_token": "</s>"}'), "names '</s>', which is not in its vocabulary"),
+    (
+        files(tokenizer_config='{"eos_token": "</s>"}'),
+        "names '</s>', which is not in its vocabulary",
+    ),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSALS)

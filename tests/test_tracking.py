@@ -55,7 +55,7 @@ def test_rows(tmp_path):
     assert rows(tmp_path / "m.jsonl") == [
         {"step": 1} | row
     ]  # before sync or close: a killed process loses no row
-    with pytest.raises(ValueError, match="key step of its own"):
+    with pytest.raises(ValueError, match="cannot have its own key step"):
         writer.write(1, {"step": 2})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quickstart
 import tokenizers as hf
-from builders import FAST, TINY, goes_on_alike, metric_rows, run_ppo, stages
+from builders import FAST, TINY, goes_on_alike, initial_params, metric_rows, run_ppo, stages
 from numpy.testing import assert_allclose
 
 from rlhf_jax import Rollout, models, sharding, training
@@ -68,7 +68,8 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
     # The first update makes the parameters infinite, the second finds out.
     exploding = replace(config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None))
-    message = r"not finite at step 2; .* checkpoint is step 0 .*rows of this batch: .*sft_data.json, \S+ \d+, "
+    rows = r"rows of this batch: .*sft_data.json, \S+ \d+, "
+    message = rf"not finite at step 2; .* checkpoint is step 0 .*{rows}"
     with pytest.raises(TrainingFault, match=message):
         training.sft.run(replace(config, sft=exploding))
 
@@ -207,7 +208,7 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
     model = models.build(
         models.GPT2Config(vocab_size=size, max_length=128, hidden_size=8, num_layers=1, num_heads=1)
     )
-    models.save(tmp_path, model, model.init(jax.random.key(0)))
+    models.save(tmp_path, model, initial_params(model))
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     for _ in range(2):  # what is saved has one, and does not grow again

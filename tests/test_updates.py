@@ -35,7 +35,6 @@ from tabular import (
 )
 
 from rlhf_jax import grpo, ppo, rloo, sharding, vpg
-from rlhf_jax.types import PolicyOutput
 
 each = pytest.mark.parametrize("name", UPDATES)
 
@@ -50,7 +49,9 @@ def jitted(name, **changes):
 
 @jax.jit
 def shuffled(key, epochs):
-    """Rows of each minibatch [epochs, minibatches, rows], as ``minibatch_epochs`` documents them."""
+    """Rows of each minibatch [epochs, minibatches, rows], as ``minibatch_epochs`` documents
+    them.
+    """
     num_blocks = MINIBATCHES["shuffle_blocks"]
     num_minibatches = MINIBATCHES["num_minibatches"]
     blocks = jnp.arange(len(LENGTHS)).reshape(num_blocks, -1)
@@ -149,6 +150,7 @@ SWEEPS = [
     ("vpg", {"entropy_coef": (0.0, 0.3), "baseline_decay": (0.5, 0.9)}),
     ("ppo", OF_PPO),
     ("grpo", {"eps": (1e-4, 0.1), "kl_loss_coef": (0.0, 0.3), "clip_high": (0.01, 0.3)}),
+    ("distill sampled", {"teacher_coef": (0.2, 1.0), "discount": (0.1, 0.9)}),
 ]
 
 
@@ -188,14 +190,15 @@ def test_what_a_run_is_told_of_an_algorithm():
     facts = {
         name: (UPDATES[name].module.needs_values, UPDATES[name].module.kl_coef) for name in POLICY
     }
-    grpo_or_gspo = dict.fromkeys(("grpo", "gspo", "cispo", "sapo", "vespo"), (False, 0.0))
+    without = ("grpo", "gspo", "cispo", "sapo", "vespo", "distill", "distill sampled")
+    grpo_or_distill = dict.fromkeys(without, (False, 0.0))
     assert facts == {
         "vpg": (False, 0.05),
         "ppo": (True, 0.05),
         **dict.fromkeys(("rloo", "reinforce++", "reinforce++ baseline"), (False, 0.05)),
-        **grpo_or_gspo,
+        **grpo_or_distill,
     }
-    assert [UPDATES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 9]
+    assert [UPDATES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 11]
     assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {
         "greedy",
         "none",
@@ -299,10 +302,16 @@ OF_ONE = [
     ("grpo", {"eps": -1.0}, "eps must be at least 0"),
     ("grpo", {"length": 12}, "length 12 is only for aggregate 'fixed', got 'sequence'"),
     ("vpg", {"baseline": "mean"}, "ema, greedy, none"),
+    ("distill", {"divergence": "kl"}, "reverse_kl, forward_kl, jsd, sampled"),
+    ("distill", {"beta": 1.0}, "beta must be below 1"),
+    ("distill", {"beta": 0.0}, "beta must be above 0"),
+    ("distill", {"discount": 1.5}, "discount must be at most 1"),
+    ("distill", {"teacher_coef": -1.0}, "teacher_coef must be at least 0"),
+    ("distill", {"group_size": 3}, "16 rows .* group_size=3"),
     ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
     ("sft", {"aggregate": "mean"}, "token, sequence, sum"),
     ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo, simpo, orpo"),
-    ("dpo", {"gamma": 0.5}, "gamma: the target margin of 'simpo', 'sigmoid' has none"),
+    ("dpo", {"gamma": 0.5}, "gamma is the target margin of 'simpo'; 'sigmoid' has no margin"),
     ("dpo", {"kind": "orpo", "label_smoothing": 0.1}, "label_smoothing: not defined for 'orpo'"),
     ("kto", {"beta": 0.0}, "beta must be above 0"),
     ("kto", {"undesirable_weight": -1.0}, "undesirable_weight must be at least 0"),
@@ -334,7 +343,9 @@ def test_unusable_configs(name, fields, message):
 
 
 def column(field):
-    """The first column of a field: beside [B, T] everything but a check broadcasts it in silence."""
+    """The first column of a field: beside [B, T] everything but a check broadcasts it in
+    silence.
+    """
     return lambda batch: batch.replace(**{field: getattr(batch, field)[:, :1]})
 
 
@@ -401,7 +412,7 @@ def test_what_a_model_returns_must_not_broadcast(name):
     case = UPDATES[name]
 
     def column_of_policy(*args):
-        return PolicyOutput(*(x[:, :1] for x in policy_fn(*args)))
+        return jax.tree.map(lambda x: x[:, :1], case.model["policy_fn"](*args))
 
     wrong = {"score_fn": lambda *args: score_fn(*args)[:, None]} if "score_fn" in case.model else {}
     with pytest.raises(AssertionError, match=r"\(\d+, 1\)"):
@@ -414,9 +425,7 @@ def test_what_a_model_returns_must_not_broadcast(name):
 def test_a_loss_needs_a_prepared_rollout(name):
     case = UPDATES[name]
     with pytest.raises(ValueError, match=r"rollout\.advantages .*got None"):
-        case.module.loss(
-            case.start.params, case.batch(), KEY, policy_fn=policy_fn, config=case.config
-        )
+        case.module.loss(case.start.params, case.batch(), KEY, **case.model, config=case.config)
 
 
 def test_ppo_needs_values_and_returns():

@@ -214,7 +214,7 @@ def change(copied, **values):
     ("damage", "options", "message"),
     [
         (lambda run: (run / "manifest.json").unlink(), {}, "manifest.json: cannot be read"),
-        (lambda run: change(run, stage="vapo"), {}, "stage vapo is none of this package's"),
+        (lambda run: change(run, stage="vapo"), {}, "stage vapo is not one of this package"),
         (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
         (lambda run: change(run, data="x"), {}, "data is 'x', expected a mapping"),
         (lambda run: (run / "metrics.jsonl").write_text(""), {}, "metrics.jsonl has no rows"),

@@ -8,6 +8,7 @@ import typing
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import LETTERS, letters_run, metric_rows, run_vpg, slow, with_rl
@@ -222,7 +223,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
             shapes.append(inputs[1].tokens.shape)
             return made.respond(*inputs)
 
-        return {"respond": respond}
+        return {"respond": respond, "learn": lambda state, *inputs: untouched(state)}
 
     own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
     own |= talking(tmp_path, turns, max_new_tokens=6) | {"num_iterations": 1}
@@ -308,8 +309,8 @@ def talking(folder, turns, **settings):
 
 
 def check_rewards_of_letters(rollout, times):
-    """Each row that is there has the number of its prompt's letter, so many times; so has its greedy
-    response.
+    """Each row that is there has the number of its prompt's letter, so many times; so has its
+    greedy response.
     """
     present = np.any(rollout.response_mask, axis=1)
     assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
@@ -415,7 +416,11 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
     def recording(name, phase):
         return lambda *inputs: (calls.append((name, inputs[0])), phase(*inputs))[1]
 
-    replacing(monkeypatch, lambda made: {"respond": recording("respond", made.respond)})
+    def learn(state, *inputs):
+        return untouched(jax.tree.map(jnp.copy, state))
+
+    fakes = {"learn": learn, "rescored": unscored}
+    replacing(monkeypatch, lambda made: fakes | {"respond": recording("respond", made.respond)})
     monkeypatch.setattr(phases, "sampler", recording("sampler", phases.sampler))
     talks = talking(tmp_path, 3, max_new_tokens=8)
     compute = replace(config.compute, scan_layers=scan_layers)

@@ -151,7 +151,9 @@ def greedy(params_now):
 
 
 def repeat(update, state, inputs):
-    """``update(state, input) -> (state, metrics)`` for each of the inputs, or their number times."""
+    """``update(state, input) -> (state, metrics)`` for each of the inputs, or their number
+    times.
+    """
     if isinstance(inputs, int):
         return jax.jit(
             lambda state: jax.lax.scan(lambda state, _: update(state, None), state, length=inputs)

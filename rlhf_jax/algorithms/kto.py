@@ -105,7 +105,8 @@ def reference_point(
         raise ValueError(
             "feedback.mismatched with ref_log_probs [B] is needed: kto.with_reference makes them"
         )
-    log_probs = ops.response_log_probs(policy_fn, jax.lax.stop_gradient(params), rows)
+    frozen = jax.lax.stop_gradient(params)
+    log_probs = ops.response_log_probs(ops.by_rows(policy_fn, None), frozen, rows)
     log_ratios = log_probs - rows.ref_log_probs
     present = rows.present
     mean = ops.masked_mean(log_ratios, present, axis_name=axis_name)

@@ -72,11 +72,13 @@ class Batching:
     """Weight of the entropy bonus."""
 
     # No settings here, but of algorithms that override them: answers to each prompt, passes over
-    # each rollout, the weight of a KL term in the loss, what is subtracted from a reward.
+    # each rollout, the weight of a KL term in the loss, what is subtracted from a reward, whether
+    # there is a teacher.
     group_size = 1
     num_epochs = 1
     kl_loss_coef = 0.0
     baseline = "none"
+    needs_teacher = False
 
     @property
     def kl_in_loss(self) -> bool:

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import ops
+from rlhf_jax import blocks, ops
 from rlhf_jax.sharding import cut
 from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, Rollout, TrainState
 
@@ -144,7 +144,7 @@ def minibatch_epochs(
         first_block, num_blocks = _local_blocks(
             num_rows, num_minibatches, shuffle_blocks, axis_name
         )
-    blocks = jax.tree.map(lambda x: x.reshape(num_blocks, -1, *x.shape[1:]), batch)
+    by_block = jax.tree.map(lambda x: x.reshape(num_blocks, -1, *x.shape[1:]), batch)
 
     def run_epoch(state: State, epoch: Array) -> tuple[State, Metrics]:
         # The keys of the steps start where those of the shuffles end: no key is used twice.
@@ -160,7 +160,7 @@ def minibatch_epochs(
 
         def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, Metrics]:
             index, order = inputs  # order: [blocks, rows of the minibatch in each block]
-            minibatch = jax.tree.map(partial(_take, order), blocks)
+            minibatch = jax.tree.map(partial(_take, order), by_block)
             minibatch = _constrained(minibatch, minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
@@ -270,11 +270,14 @@ def _global_gradient(
     # gradient is that of its own rows.
     local = params if axis_name is None else jax.lax.pcast(params, axis_name, to="varying")
     forward = partial(_forward, loss_fn, key, axis_name)
-    if num_microbatches == 1:
+    num_parts = num_microbatches
+    if batch is not None:
+        num_parts = max(num_parts, blocks.number())
+    if num_parts == 1:
         grads, totals, counts, metrics = _backward(forward, local, axis_name, None, 0, batch)
     else:
         grads, totals, counts, metrics = _over_microbatches(
-            forward, local, axis_name, batch, num_microbatches
+            forward, local, axis_name, batch, num_parts
         )
     grads, totals = ops.psum((grads, totals), axis_name)
     if axis_name is not None:
@@ -356,21 +359,43 @@ def _over_microbatches(
     backward = partial(_backward, forward, params, axis_name, counts)
     by_width = [partial(_narrowed, backward, width) for width in widths]
 
-    def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Totals, Parts]]:
-        number, rows = part
+    def of_part(number: Array, rows: Any) -> tuple[Params, Totals, Parts]:
         index = _width_index(rows, widths)
         grads, totals, _, metrics = jax.lax.switch(index, by_width, number, rows)
-        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-        return total, (totals, metrics)
+        return jax.tree.map(_widened, grads), totals, metrics
 
-    # Sums of low-precision gradients would lose the small ones.
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
-    grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
+    if blocks.number():
+
+        def of_number(number: Array) -> tuple[Params, Totals, Parts]:
+            return of_part(number, jax.tree.map(lambda x: x[number], parts[1]))
+
+        grads, totals, metrics = blocks.tree_sum(of_number, num_microbatches)
+    else:
+        grads, totals, metrics = _one_after_the_other(of_part, params, parts)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return grads, totals, counts, metrics
+
+
+def _one_after_the_other(
+    of_part: Callable[[Array, Any], tuple[Params, Totals, Parts]],
+    params: Params,
+    parts: tuple[Array, Any],
+) -> tuple[Params, Totals, Parts]:
+    """The sum over the parts, in their order."""
+
+    def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Totals, Parts]]:
+        grads, totals, metrics = of_part(*part)
+        return jax.tree.map(jnp.add, total, grads), (totals, metrics)
+
+    zeros = jax.tree.map(lambda p: _widened(jnp.zeros_like(p)), params)
+    grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
     totals = tuple(map(jnp.sum, totals))
-    return grads, totals, counts, {name: _merged(part) for name, part in metrics.items()}
+    return grads, totals, {name: _merged(part) for name, part in metrics.items()}
+
+
+def _widened(gradient: Array) -> Array:
+    """In float32 at least: sums of low-precision gradients would lose the small ones."""
+    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
 def _merged(stacked: Mean | Max) -> Mean | Max:
@@ -439,15 +464,15 @@ def _average(metrics: Metrics) -> Metrics:
     return averages
 
 
-def _shuffled(key: Array, blocks: Array, size: int) -> Array:
+def _shuffled(key: Array, numbers: Array, size: int) -> Array:
     """[blocks, size] a permutation of each block's rows, given the blocks' numbers."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(blocks)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
     return jax.vmap(lambda block_key: jax.random.permutation(block_key, size))(keys)
 
 
-def _take(order: Array, blocks: Array) -> Array:
+def _take(order: Array, by_block: Array) -> Array:
     """The rows [blocks * n, ...] of a minibatch: those at ``order`` [blocks, n] in each block."""
-    rows = jax.vmap(lambda block, numbers: block[numbers])(blocks, order)
+    rows = jax.vmap(lambda block, numbers: block[numbers])(by_block, order)
     return rows.reshape(-1, *rows.shape[2:])
 
 

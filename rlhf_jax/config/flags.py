@@ -101,7 +101,8 @@ def parse(
 
 
 def check_trusted(given: Values) -> None:
-    """Refuses values of somebody else's file that run Python code or send texts and keys away.
+    """Refuses values of somebody else's file that would run Python code or send texts and keys to a
+    server.
 
     Configs of this package are trusted, and values whose YAML file and Python file the user has in
     the current folder. A run's folder may be somebody else's wherever it lies.
@@ -128,7 +129,7 @@ def check_trusted(given: Values) -> None:
                     is_own = is_own and run.is_relative_to(here) and not file.is_relative_to(run)
                 if not is_own:
                     problems.append(f"{place}: {key} {text} runs the Python code of {file}")
-            elif re.match(r"https?://", text) and (run or not config.is_relative_to(here)):
+            elif re.match(r"(\w+:)?https?://", text) and (run or not config.is_relative_to(here)):
                 problems.append(
                     f"{place}: {key} {text} gets the texts of the run, and your API key"
                 )
@@ -171,7 +172,7 @@ def _with_values(default: C, given: Values) -> C:
 def _unknown_flag(flag: str, root: type) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
-        switch = "a switch stands alone: --text.pack, or --text.no-pack to turn it off"
+        switch = "a switch takes no value: --text.pack, or --text.no-pack to turn it off"
         return f"unexpected {flag!r}; flags begin with --; {switch}"
     if key in dotted_keys(root):
         return f"{flag} is a setting that this command does not read"
@@ -231,7 +232,7 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
 
 
 def _switch(words: list[str]) -> Switch:
-    """The value of a flag that may stand alone, which turns it on."""
+    """The value of a flag that may have no value, which turns it on."""
     values: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
     word = " ".join(words).lower() or "true"
     if word not in values:

@@ -1,4 +1,4 @@
-"""The section of an algorithm in the settings of a run, also of an algorithm of one's own."""
+"""The section of an algorithm, also of the user's own, in the settings of a run."""
 
 import dataclasses
 import typing
@@ -13,7 +13,7 @@ C = TypeVar("C")
 
 
 def with_section(kind: type[C], algorithm: Algorithm) -> type[C]:
-    """The settings ``kind``, with a section for an algorithm of one's own: the ``Config`` of its
+    """The settings ``kind``, with a section for the user's own algorithm: the ``Config`` of its
     module, under the module's name.
 
     Raises:
@@ -32,7 +32,7 @@ def with_section(kind: type[C], algorithm: Algorithm) -> type[C]:
 
 
 def section_name(algorithm: Algorithm) -> str:
-    """The name of an algorithm's section and run: that of its module."""
+    """The name of an algorithm's section and run: the name of its module."""
     return algorithm.__name__.rpartition(".")[2]
 
 

@@ -10,17 +10,18 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_jax.algorithms import dpo, kto, ppo, reward_model, sft
+from rlhf_jax.algorithms import distill, dpo, kto, ppo, reward_model, sft
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
+from rlhf_jax.losses import ImportanceSampling
 from rlhf_jax.ops import check_number
-from rlhf_jax.rewards.service import Judge
+from rlhf_jax.rewards.service import Judge, Requests, check_url
 from rlhf_jax.runs import alerts
 
 Switch = bool | Literal["auto"]
-ALGORITHMS = ("vpg", "ppo", "rloo", "grpo")  # the sections of those of this package
+ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # the sections of those of this package
 
 
 def _check(section: Any, *names: str, **bounds: float) -> None:
@@ -56,6 +57,10 @@ class Network:
 class Compute:
     """How a model is run; changes speed and memory, not what is learnt."""
 
+    blocks: int | None = None
+    """Parts of each batch, a power of two, such as 8, that the data devices divide: final weights,
+    metrics and samples are then the same bytes on any number of devices and processes. null: sums
+    are in the order of the devices, and another number of them gives other rounding."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters,
     log-probabilities and losses stay float32."""
@@ -73,9 +78,10 @@ class Compute:
     offload: tuple[Literal["reference", "reward"], ...] = ()
     """Frozen models that lie in the host's memory while they do not score: reference, reward."""
     matmul_precision: Literal["default", "high", "highest"] | None = None
-    """Precision of float32 matrix products. default: TF32 on an NVIDIA GPU, one pass of bfloat16 on a
-    TPU; high: TF32, three passes; highest: float32, six passes. A CPU computes in float32. null:
-    highest with deterministic, else default."""
+    """Precision of float32 matrix products. default: TF32 on an NVIDIA GPU, one pass of bfloat16 on
+    a TPU; high: TF32, three passes; highest: float32, six passes. A CPU computes in float32. null:
+    highest with deterministic, else default.
+    """
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "auto"
     """How attention is computed. xla holds all scores of a text; blockwise those of a block of
     queries, on any device; cudnn (bfloat16 on a GPU) and splash (one TPU) are fused kernels. auto:
@@ -83,6 +89,9 @@ class Compute:
 
     def __post_init__(self) -> None:
         _check(self, "score_rows", at_least=1)
+        _check(self, "blocks", at_least=1)
+        if self.blocks is not None and self.blocks & (self.blocks - 1):
+            raise ValueError(f"blocks must be a power of two, such as 8, got {self.blocks}")
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,23 @@ class Mesh:
     """Devices that share each matrix product: a part of the heads, of the mlp's width and of the
     vocabulary.
     """
+    sampling: int = 0
+    """Devices, the last ones, that sample the next rollout while the others learn; each holds all
+    weights. It needs rl.rollouts_ahead, and other stages leave these devices idle. 0: none.
+    """
 
     def __post_init__(self) -> None:
+        _check(self, "sampling", at_least=0)
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(
                 f"data, fsdp and tensor must be at least 1, one of them may be -1, got {sizes}"
             )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of the axes of the mesh that learns."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclass(frozen=True)
@@ -275,16 +294,46 @@ class RewardModelStage(Supervised, reward_model.Config):
 
 
 @dataclass(frozen=True)
-class DPOStage(Supervised, dpo.Config):
+class Reference:
+    """How the reference policy moves; by default it stays --model."""
+
+    reference_refresh: int | None = None
+    """Every so many iterations, of DPO and KTO optimizer steps, the policy becomes the reference;
+    null: never."""
+    reference_ema: float | None = None
+    """The reference does not become the policy but moves by this share to it: ema * policy + (1 -
+    ema) * reference, after each step or every reference_refresh steps. null: it does not."""
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
+        _check(self, "reference_refresh", at_least=1)
+        _check(self, "reference_ema", at_least=0, at_most=1)
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the weights of the reference are part of the state."""
+        return self.reference_refresh is not None or self.reference_ema is not None
+
+
+@dataclass(frozen=True)
+class DPOStage(Supervised, Reference, dpo.Config):
     """Direct preference optimisation of the policy in --model, which is the reference too, from
     pairs or rankings.
     """
 
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference_moves and not self.needs_reference:
+            raise ValueError(
+                f"reference_refresh, reference_ema: the kind {self.kind} has no reference; leave "
+                "them out"
+            )
+
 
 @dataclass(frozen=True)
-class KTOStage(Supervised, kto.Config):
+class KTOStage(Supervised, Reference, kto.Config):
     """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from
     {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
     one is not."""
@@ -292,9 +341,21 @@ class KTOStage(Supervised, kto.Config):
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
 
 
+def _check_engine(engine: str) -> None:
+    """Raises ValueError unless it is KIND:PLACE; ``engines.opened`` knows the kinds."""
+    kind, _, place = engine.partition(":")
+    if not kind.isidentifier() or not place or kind in ("http", "https"):
+        raise ValueError(
+            f"engine must be vllm:http://HOST:PORT, openai:http://HOST:PORT or stored:FOLDER, got "
+            f"{engine!r}"
+        )
+    if kind != "stored":
+        check_url("engine", place)
+
+
 @dataclass(frozen=True)
-class RLStage:
-    """What VPG, PPO, RLOO and GRPO share: prompts, sampling, KL, the optimizer."""
+class RLStage(Reference):
+    """What VPG, PPO, RLOO, GRPO and distillation share: prompts, sampling, KL, the optimizer."""
 
     data: tuple[str, ...] = ()
     """Files of prompts; empty: the run's --data."""
@@ -318,6 +379,8 @@ class RLStage:
     max_turns: int | None = None
     """Most responses of a row; null: until the environment ends it or max_new_tokens, which then
     hold responses and replies, are full."""
+    stop: tuple[str, ...] = ()
+    """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
     temperature: float = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: int | None = None
@@ -357,10 +420,6 @@ class RLStage:
     """Iterations between validations."""
     validation_prompts: int = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
-    reference_refresh: int | None = None
-    """Every so many iterations the policy becomes the reference of the KL; null: the reference
-    stays --model.
-    """
     dynamic_sampling: int = 0
     """At most so many times in an iteration, groups whose answers all score alike are replaced by
     groups of fresh prompts; those left after that stay in the batch. 0: never."""
@@ -379,23 +438,37 @@ class RLStage:
     """
     show_examples: int = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
+    engine: str | None = None
+    """A server that samples in place of the run's own programs: vllm:http://HOST:PORT, which gets
+    the policy's weights before each rollout; openai:http://HOST:PORT, whose weights stay those of
+    --model; stored:FOLDER, the samples that another run kept. null: none."""
+    engine_importance: Literal[ImportanceSampling, "off"] = "token_truncate"
+    """What corrects the log-probabilities of an engine, or of rollouts_ahead: each token's loss is
+    multiplied by the policy's own probability over that of what sampled. token, sequence: the ratio
+    is that of the token, or of its whole response; truncate, mask: it is cut at engine_cap, or 0
+    above it. off: nothing."""
+    engine_cap: float = 2.0
+    """The largest such ratio."""
+    rollouts_ahead: int = 0
+    """1: an iteration samples with the weights before the last update, so that an engine samples
+    while the devices learn. It takes a copy of the trained weights. 0: with the current weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(
             self, "num_iterations", "num_episodes", "batch_size", "top_k", "kl_horizon", at_least=1
         )
-        _check(
-            self,
-            "max_prompt_length",
-            "max_new_tokens",
-            "max_turns",
-            "reference_refresh",
-            at_least=1,
-        )
+        _check(self, "max_prompt_length", "max_new_tokens", "max_turns", at_least=1)
         _check(self, "validation_interval", "validation_prompts", at_least=1)
         _check(self, "kl_coef", "show_examples", "dynamic_sampling", "overlong_penalty", at_least=0)
+        _check(self, "rollouts_ahead", at_least=0, at_most=1)
+        if self.rollouts_ahead and self.dynamic_sampling:
+            raise ValueError(
+                "rollouts_ahead, dynamic_sampling: the groups to replace are known only when the "
+                "rollout is scored; give one"
+            )
         _check(self, "overlong_buffer", at_least=1, at_most=self.max_new_tokens)
-        _check(self, "temperature", "kl_target", above=0)
+        _check(self, "temperature", "kl_target", "engine_cap", above=0)
         _check(self, "validation_fraction", at_least=0, below=1)
         _check(self, "top_p", above=0, at_most=1)
         _check(self, "min_p", at_least=0, at_most=1)
@@ -411,12 +484,16 @@ class RLStage:
                 f"top_k, top_p, min_p and repetition_penalty: {fault}; "
                 "--rl.allow-truncated-sampling trains on them anyway"
             )
+        if not all(self.stop):
+            raise ValueError(f"stop: expected texts that are not empty, got {[*self.stop]}")
         ends = (self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer)
         if self.environment is not None and ends != (None, None, None):
             raise ValueError(
                 "missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays "
                 "itself"
             )
+        if self.engine is not None:
+            _check_engine(self.engine)
         if self.max_turns is not None and self.environment is None:
             raise ValueError(
                 "max_turns: conversations have an environment, which replies; give it too"
@@ -454,6 +531,35 @@ class PPOStage(ppo.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "value_learning_rate", "value_warmup", at_least=0)
+
+
+@dataclass(frozen=True)
+class DistillStage(distill.Config):
+    """Distillation on the policy's own samples, and the teacher of its runs."""
+
+    teacher: str | None = None
+    """The model to learn from, of the policy's vocabulary: a Hugging Face folder (or name), or a
+    run's folder.
+    """
+
+
+@dataclass(frozen=True)
+class EngineServer(Requests):
+    """How the server of `rl.engine` is asked; its key is the variable ENGINE_API_KEY of the
+    environment.
+    """
+
+    concurrency: int = 64
+    """Requests that are sent at once; one holds all responses to a prompt."""
+    timeout: float = 600.0
+    """Seconds without a byte after which a request counts as failed."""
+    model: str | None = None
+    """The name of the model there; null: the first that it lists."""
+    weights: str | None = None
+    """Folder for the weights that the server loads, which it sees at the same place; null: a hidden
+    one in the run's folder."""
+
+    section = "engine"
 
 
 @dataclass(frozen=True)
@@ -534,8 +640,9 @@ class RunConfig:
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
     """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
     deterministic: bool = False
-    """On a GPU, the same bits from run to run: sums in a fixed order, programs that are not chosen by
-    timing, matrix products in full float32. Slower; a CPU needs nothing."""
+    """On a GPU, the same bits from run to run: sums in a fixed order, programs that are not chosen
+    by timing, matrix products in full float32. Slower; a CPU needs nothing.
+    """
     processes: str | None = None
     """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one
     listens, how many there are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI
@@ -583,10 +690,12 @@ class RunConfig:
     rl: RLStage = RLStage()
     safety: Safety = Safety()
     judge: Judge = Judge()
+    engine: EngineServer = EngineServer()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOStage = PPOStage()
     rloo: RLOOConfig = RLOOConfig()
     grpo: GRPOConfig = GRPOConfig()
+    distill: DistillStage = DistillStage()
 
     def __post_init__(self) -> None:
         _check(self, "checkpoint_interval", "keep_last", "early_stopping_patience", at_least=1)
@@ -594,6 +703,13 @@ class RunConfig:
         alerts.parse(self.alerts)
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
+        if self.mesh.sampling and (not self.rl.rollouts_ahead or self.compute.blocks):
+            raise ValueError(
+                "mesh.sampling: devices that sample alone need rl.rollouts_ahead 1, and no "
+                "compute.blocks"
+            )
+        if self.mesh.sampling and self.rl.engine is not None:
+            raise ValueError("mesh.sampling, rl.engine: either samples; give one")
         if self.lora.rank and self.model is None:
             raise ValueError(
                 "lora.rank adapts a trained model: give --model, or leave it out to train every "

@@ -1,9 +1,9 @@
-"""Rows to arrays, and batches that depend only on (key, step).
+"""Rows as arrays, in batches that depend only on (key, step).
 
-Encoded rows are ragged; a batch is padded to its own longest row, rounded up to
-``bucket_multiple``, so that few shapes are compiled. Which rows form batch number ``step`` is
-computed from the key alone: a resumed run continues anywhere without replaying, and the number of
-devices plays no part. Everything is NumPy on the host.
+Encoded rows have different lengths. A batch is padded to its longest row, rounded up to
+``bucket_multiple``, so that few shapes are compiled. The key alone decides which rows form batch
+number ``step``: a resumed run continues at any step without going through the earlier ones, and the
+number of devices does not matter. Everything is NumPy on the host.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback
 
-# A row number that completes the last batch of an epoch and counts in no statistic.
+# The row number of a missing row, which completes the last batch of an epoch and counts in no
+# statistic.
 ABSENT = -1
-# Answer ``answer`` of data row ``row`` begins in column ``start`` of row ``place`` of the arrays,
-# as text ``number``.
+# Answer ``answer`` of data row ``row`` begins in column ``start`` of row ``place`` of the arrays.
+# It is text ``number`` of that row.
 Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
@@ -32,32 +33,34 @@ def split(
     key: jax.Array,
     groups: Sequence | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for training and for validation, each ascending; round(n * fraction) of them, at
-    least 1, validate.
-
-    A fraction of 0 gives an empty validation part. Raises UserError if no row would be left to
-    train on.
+    """Row numbers for training and for validation, each ascending. The validation part has
+    round(n * fraction) rows, at least 1; with a fraction of 0 it is empty.
 
     Args:
-      groups: [n] the group of each row; the rows of a group, such as the answers to one prompt,
-        stay together, so that a few more rows may validate. Groups that are larger than the
-        validation part are taken last. None: each row is its own group.
+      groups: [n] the group of each row. The rows of a group, such as the answers to one prompt,
+        stay together, so that the validation part may have a few more rows. Groups that are larger
+        than the validation part are taken last. None: each row is its own group.
+
+    Raises:
+      UserError: no row would be left to train on.
     """
     names = list(range(n) if groups is None else groups)
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    group_of = np.array([number[name] for name in names], np.int64)
-    order = _permutation(key, len(number))
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    group_of = np.array([number_of[name] for name in names], np.int64)
+    order = _permutation(key, len(number_of))
     num_held_out = 0
     num_groups = 0
     if fraction:
         num_held_out = max(1, round(n * fraction))
         sizes = np.bincount(group_of)
-        order = order[np.argsort(sizes[order] > num_held_out, kind="stable")]
-        num_groups = int(np.searchsorted(np.cumsum(sizes[order]), num_held_out)) + 1
-    if num_groups >= len(number):
-        advice = "give more data or a smaller validation_fraction (0 holds none out)"
+        is_large = sizes[order] > num_held_out
+        order = order[np.argsort(is_large, kind="stable")]
+        num_rows = np.cumsum(sizes[order])
+        num_groups = int(np.searchsorted(num_rows, num_held_out)) + 1
+    if num_groups >= len(number_of):
         raise UserError(
-            f"{n} rows leave none to train on after {num_held_out} for validation; {advice}"
+            f"{n} rows leave none to train on after {num_held_out} for validation; give more data "
+            "or a smaller validation_fraction (0 holds none out)"
         )
     validates = np.isin(group_of, order[:num_groups])
     return np.flatnonzero(~validates), np.flatnonzero(validates)
@@ -79,7 +82,7 @@ class Plan:
         return -(-len(self.lengths) // self.batch_size)
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """Batches of one pass over the rows, as row numbers [batch_size] int64 each; every row
+        """The batches of one pass over the rows, each as row numbers [batch_size] int64. Every row
         appears once.
 
         The rows are shuffled by ``fold_in(key, number)`` and grouped by length rounded up to
@@ -110,28 +113,31 @@ class Plan:
     def extent(self, step: int) -> tuple[int, int]:
         """Length of the longest text of batch ``step``, rounded up, and the sum of all lengths."""
         lengths = np.asarray(self.lengths)[_present(self.rows(step))]
-        return int(_round_up(lengths.max(), self.bucket_multiple)), int(lengths.sum())
+        longest = int(_round_up(lengths.max(), self.bucket_multiple))
+        return longest, int(lengths.sum())
 
 
 def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarray:
-    """[batch_size] int64 row numbers of prompt batch ``step``. It is always full: at the end of an
-    epoch it goes on with the next epoch's shuffle.
+    """[batch_size] int64 row numbers of prompt batch ``step``. The batch is always full: at the end
+    of an epoch it takes its other rows from the next epoch's shuffle.
 
-    Epoch e visits the n prompts in the order of ``fold_in(key, e)``. The batch that crosses an
-    epoch's end may hold a prompt twice, so a sampler must take a row's randomness from its place in
-    the batch, not from this number.
+    Epoch e visits the n prompts in the order of ``fold_in(key, e)``. The batch at an epoch's end
+    may hold a prompt twice, so a sampler must take a row's randomness from its place in the batch,
+    not from this number.
     """
-    position = step * batch_size + np.arange(batch_size)
-    first_epoch = int(position[0]) // n
-    epochs = range(first_epoch, int(position[-1]) // n + 1)
-    orders = [_permutation(jax.random.fold_in(key, epoch), n) for epoch in epochs]
-    return np.concatenate(orders)[position - first_epoch * n]
+    positions = step * batch_size + np.arange(batch_size)
+    first_epoch = int(positions[0]) // n
+    last_epoch = int(positions[-1]) // n
+    orders = []
+    for epoch in range(first_epoch, last_epoch + 1):
+        orders.append(_permutation(jax.random.fold_in(key, epoch), n))
+    return np.concatenate(orders)[positions - first_epoch * n]
 
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
-    """Columns that left-padded prompts [B, P] need: the least of ``multiple``, 2 ``multiple``, 4
-    ``multiple``, ... that holds the longest prompt, or P if that is more than 3/4 P. So at most
-    log2(P / multiple) + 2 widths occur, whatever the batches hold.
+    """The number of columns for left-padded prompts [B, P]: the smallest of ``multiple``, 2
+    ``multiple``, 4 ``multiple``, ... that holds the longest prompt, or P if that is more than 3/4
+    P. So at most log2(P / multiple) + 2 different widths are compiled.
     """
     columns = attention_mask.shape[1]
     is_used = np.any(attention_mask, axis=0)
@@ -142,8 +148,8 @@ def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
 
 
 def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPrompts:
-    """The prompts without the columns that the given rows do not need; other rows may lose their
-    start.
+    """The prompts without the columns that are padding in all of the given rows. Other rows may
+    lose their first tokens.
     """
     mask = data.attention_mask[rows]
     width = prompt_width(mask, multiple)
@@ -159,7 +165,7 @@ def demonstration_batch(
     rows: np.ndarray,
     bucket_multiple: int = 16,
 ) -> Demonstrations:
-    """The given rows, right-padded: fields [B, T] int32. A missing row (-1) is padding with an
+    """The given rows, right-padded: fields [B, T] int32. A missing row (-1) has only padding and an
     empty response_mask.
     """
     arrays = _padded(data, rows, bucket_multiple)
@@ -190,11 +196,11 @@ def packed_batch(
     width: int,
     multiple: int = 1,
 ) -> Demonstrations:
-    """The given rows as documents 1, 2, ... of packed rows [N, width], numbered in
-    ``attention_mask``.
+    """The given rows as documents 1, 2, ... of packed rows [N, width]. The attention mask holds the
+    documents' numbers.
 
-    N is the number of packed rows that they need, rounded up to a ``multiple``, so that few shapes
-    are compiled and devices have equal parts.
+    N is the number of packed rows that the texts fill, rounded up to a ``multiple``, so that few
+    shapes are compiled and devices have equal parts.
     """
     texts, held = _packed(data, rows, width, multiple)
     return Demonstrations(*_placed(data, texts, (len(held), width)))
@@ -207,8 +213,8 @@ def packed_comparisons(
     multiple: int = 1,
 ) -> Comparisons:
     """The given comparisons in packed rows [N, width]. All K answers of a comparison are in the
-    same row, so that rows may be cut over devices and microbatches: answer k of a row's comparison
-    number c is document ``c * K + k + 1``.
+    same row, so that rows may be sharded and cut into microbatches. In a row, answer k of
+    comparison number c is document ``c * K + k + 1``.
 
     N is as in `packed_batch`. The labels have shape [N, C]; C is the same for all batches with the
     same number of rows.
@@ -217,7 +223,8 @@ def packed_comparisons(
     num_rows, num_comparisons = held.shape
     num_answers = data.lengths.shape[1]
     shape = (num_comparisons, num_answers)
-    numbers = np.arange(1, 1 + num_comparisons * num_answers, dtype=np.int32).reshape(shape)
+    num_documents = num_comparisons * num_answers
+    numbers = np.arange(1, 1 + num_documents, dtype=np.int32).reshape(shape)
     labels = _labels_of(data, held)
     labels["documents"] = np.tile(numbers, (num_rows, 1, 1))
     return Comparisons(*_placed(data, texts, (num_rows, width)), **labels)
@@ -232,11 +239,11 @@ def packing(
     """How to pack the training ``rows`` of a plan.
 
     Returns:
-      (plan, width, multiple, padding before, padding after). The plan has batches of as many rows
-      as before, of mixed lengths. The width of packed rows is that of the longest row of the data,
-      with all its answers. The number of packed rows is rounded up to ``multiple``: an eighth of
-      what the batches of the first epoch need, a multiple of the one given. The last two are the
-      shares of padding in that epoch without and with packing.
+      (plan, width, multiple, padding before, padding after). The new plan has batches of the same
+      number of rows, with mixed lengths. The packed rows are as wide as the longest row of the data
+      with all its answers. Their number is rounded up to ``multiple``: about an eighth of the
+      packed rows in the largest batch of the first epoch, and a multiple of the given one. The last
+      two are the shares of padding in that epoch without and with packing.
     """
     num_answers = data.lengths.shape[1]
     totals = data.lengths.sum(axis=1)
@@ -263,17 +270,17 @@ def comparison_batch(
     rows: np.ndarray,
     bucket_multiple: int = 16,
 ) -> Comparisons:
-    """The given comparisons, right-padded: tokens and masks [B, K, T] int32, and those of best,
-    targets and weight that the data has.
+    """The given comparisons, right-padded: tokens and masks [B, K, T] int32, and best, targets and
+    weight if the data has them.
 
-    A missing row (-1) or answer is padding with an empty response_mask. ``best`` None means that
-    answer 0 is the chosen one.
+    A missing row (-1) or answer has only padding and an empty response_mask. ``best`` None means
+    that answer 0 is the chosen one.
     """
     return Comparisons(*_padded(data, rows, bucket_multiple), **_labels_of(data, rows))
 
 
 def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Feedback:
-    """The given comparisons of one answer as [B, T]: a target of 1 says desirable, 0 undesirable.
+    """The given comparisons of one answer as [B, T]. A target of 1 means desirable, 0 undesirable.
 
     The rows are padded so that each response fits after the prompt of the previous row, up to
     ``max_length``.
@@ -292,7 +299,7 @@ def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 
 
 
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
-    """The labels of comparisons; None for labels that are the same in all rows."""
+    """The labels of comparisons. A label that has its default in all rows is None."""
     has_best = data.targets is None and data.best.any()
     has_weight = data.weight.ndim > 1 or (data.weight != 1).any()
     return {
@@ -303,7 +310,7 @@ def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
 
 
 def _labels(values: np.ndarray | None, rows: np.ndarray) -> Any:
-    """The labels of the given rows, an array of any shape; 0 for missing rows."""
+    """The labels of the given rows, an array of any shape. Missing rows have the label 0."""
     if values is None:
         return None
     labels = values[rows]
@@ -316,8 +323,8 @@ def _present(rows: np.ndarray) -> np.ndarray:
 
 
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
-    """The data columns of the given rows, for a reward that reads them; None for a column that a
-    row lacks. Beside them ``messages``, the rows' `Row.conversation`.
+    """The data columns of the given rows, for a reward that reads them, and the column ``messages``
+    of the rows' `Row.conversation`. A value that a row lacks is None.
     """
     rows = [data.rows[row] for row in row_ids]
     columns = {name: [row.columns.get(name) for row in rows] for name in data.columns}
@@ -345,7 +352,7 @@ def _padded(
 
 
 def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int) -> int:
-    """Number of columns for the longest text of the given rows."""
+    """The number of columns for the longest text of the given rows."""
     longest = int(data.lengths[_present(rows)].max(initial=0))
     return min(_round_up(longest, bucket_multiple), data.max_length or sys.maxsize)
 
@@ -356,9 +363,9 @@ def _packed(
     width: int,
     multiple: int,
 ) -> tuple[list[Place], np.ndarray]:
-    """The place of each text of the given rows, first-fit by rows, and the rows that each packed
-    row holds, [N, C], -1 for none. C is the number of rows that fit if they are the shortest of the
-    data, and at most the number of given rows.
+    """The place of each text of the given rows, which are packed first-fit, and [N, C] the rows
+    that each packed row holds, -1 for none. C is the number of the data's shortest rows that fit
+    into a packed row, and at most the number of given rows.
     """
     present = _present(rows)
     num_answers = data.lengths.shape[1]
@@ -379,8 +386,8 @@ def _packed(
 
 
 def _placed(data: EncodedTexts, texts: Sequence[Place], shape: tuple[int, int]) -> tuple[Any, ...]:
-    """NumPy arrays of a shape [N, T], int32: tokens, the number of the text in each column, 0 for
-    none, and response_mask. (Typed Any because they fill fields that are typed as device arrays.)
+    """NumPy arrays of a shape [N, T], int32: tokens, the number of the text in each column (0 for
+    none), and response_mask. Their type is Any because they fill fields of type jax.Array.
     """
     tokens = np.full(shape, data.pad_id, np.int32)
     documents = np.zeros(shape, np.int32)

@@ -45,11 +45,9 @@ _MARK = "{{#- text.template: {} -#}}"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens
-    as such.
-
-    Without one (`PLAIN`), prompts are text. Message contents may not spell a special token of the
-    tokenizer: data could then end a turn or speak as another role.
+    """A Jinja template. With a tokenizer the rendered text is tokenised, its special tokens as
+    special tokens. Without a tokenizer (`PLAIN`) prompts are text. Message contents may not spell a
+    special token of the tokenizer: data could then end a turn or pretend to be another role.
     """
 
     source: str = PLAIN
@@ -63,8 +61,8 @@ class ChatTemplate:
         where: str,
         after: str = "",
     ) -> Text:
-        """The conversation and the opening of the next assistant turn; of it what stands behind the
-        text ``after``.
+        """The conversation and the opening of the next assistant turn; with ``after`` only the part
+        that follows this text.
 
         The token ids are those of transformers' ``apply_chat_template(add_generation_prompt=True)``
         on the date that `_date` gives.
@@ -197,8 +195,8 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
 
 
 def frame(template: str, tokenizer: Tokenizer) -> str | None:
-    """The text with ``{prompt}`` in it that stands around plain prompts under a ``text.template``;
-    None: a plain prompt is a user's message of the tokenizer's chat template.
+    """The text with ``{prompt}`` that encloses plain prompts under a ``text.template``. None: a
+    plain prompt is a user's message in the tokenizer's chat template.
 
     `AUTO` is the text template of the run that left the tokenizer's folder (`text_template`), or
     else its chat template, or else ``{prompt}``.
@@ -218,7 +216,9 @@ def in_force(template: str, tokenizer: Tokenizer) -> str:
 
 
 def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
-    """A line that says how a model is asked whose tokenizer is that of the folder or is new."""
+    """A line that says in which template a model gets its prompts. Its tokenizer is the folder's or
+    new.
+    """
     around = frame(template, tokenizer)
     if template != AUTO:
         return f"text.template: {template!r}"
@@ -232,7 +232,7 @@ def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
 
 
 def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """The tokenizer with a chat template by which chat clients ask a model as its run did.
+    """The tokenizer with a chat template that gives chat clients the prompt format of the run.
 
     A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an
     assistant's has the tokenizer's EOS after it; any other, such as a system message, stands before
@@ -306,9 +306,9 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     """The messages before the last assistant turn of the conversation under ``key``, and that
     turn's content.
 
-    Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages)
-    goes on from it, unless it repeats it. Raises `BadRow` for one that does not end in an assistant
-    turn with a content.
+    If the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages)
+    continues it, unless it repeats it. Raises `BadRow` if the conversation does not end with an
+    assistant turn that has content.
     """
     before = record.value.get("prompt")
     start = list[Message]()
@@ -389,8 +389,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _date(form: str) -> str:
-    """Always 26 July 2024, the date of Llama 3's template where it is told none: a prompt must not
-    depend on the day.
+    """Always 26 July 2024, the default date of Llama 3's template: a prompt must not depend on the
+    day.
     """
     return datetime.datetime(2024, 7, 26).strftime(form)
 

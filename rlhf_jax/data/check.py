@@ -1,10 +1,10 @@
 """Reports on data files and their mistakes, as text: `rlhf-jax data check` and `rlhf-jax data
 preview`.
 
-A problem would stop a run that reads the file. The report has all problems with their places, not
-only the first one. A warning is a key that looks like a misspelled one, so that the rows are read
-as another form. Duplicates, dropped rows and overlap between files do not stop a run; the report
-has their number and places.
+A problem would stop a run that reads the file; the report has all problems with their places. A
+warning names a key that looks misspelled: the rows have another form than their author meant.
+Duplicates, dropped rows and overlap between files do not stop a run; the report has their number
+and places.
 """
 
 import difflib
@@ -33,8 +33,8 @@ _KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
 
 
 class Report(NamedTuple):
-    """The text to print, and how many rows or files have a problem: a run can read the files if
-    there is none.
+    """The text to print, and the number of rows and files with a problem. Without a problem a run
+    can read the files.
     """
 
     text: str
@@ -56,15 +56,15 @@ def check(
     columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
 ) -> Report:
-    """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what
+    """The report on all files: problems, dropped rows, duplicates, lengths, examples, and what the
     files share.
 
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes
-        examples that are token ids; None: words and `chat.PLAIN`.
+        examples that are token ids. None: words and `chat.PLAIN`.
       kind: the kind that the rows should have. None: the kind that the pipeline has for this file
         name, or else the kind of most rows; rows of other kinds are problems.
-      columns, on_bad_row: as `formats.read`.
+      columns, on_bad_row: as in `formats.read`.
     """
     if not paths:
         raise UserError("no data file given")
@@ -85,22 +85,28 @@ def check(
         num_warnings += warnings
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
         texts.append(_overlap(name, first, other, second))
-    counts = []
-    for count, what in ((num_problems, "problem"), (num_warnings, "warning")):
-        if count:
-            counts.append(f"{count} {what}{'s' if count > 1 else ''}")
-    total = ", ".join(counts) or "no problems"
-    texts.append(f"{total}: a run would stop" if num_problems else total)
+    texts.append(_total(num_problems, num_warnings))
     return Report("\n\n".join(texts), num_problems)
 
 
+def _total(num_problems: int, num_warnings: int) -> str:
+    """The last line of a report."""
+    counts = []
+    for count, name in ((num_problems, "problem"), (num_warnings, "warning")):
+        if count:
+            plural = "s" if count > 1 else ""
+            counts.append(f"{count} {name}{plural}")
+    total = ", ".join(counts) or "no problems"
+    return f"{total}: a run would stop" if num_problems else total
+
+
 def _overlap(name: str, first: list[Row], other: str, second: list[Row]) -> str:
-    """How many prompts and rows two files share."""
+    """The number of prompts and of rows that two files share."""
     prompts = {row.prompt for row in first} & {row.prompt for row in second}
-    wholes = {row.texts for row in first}
-    same = sum(row.texts in wholes for row in second)
+    texts_of_first = {row.texts for row in first}
+    num_same = sum(row.texts in texts_of_first for row in second)
     shares = f"{other} shares {len(prompts)} prompts with {name}"
-    return f"{shares}; {same} of its {len(second)} rows stand there too"
+    return f"{shares}; {num_same} of its {len(second)} rows are in that file too"
 
 
 def preview(
@@ -111,13 +117,13 @@ def preview(
     kind: Kind | None = None,
     columns: Sequence[str] = (),
 ) -> str:
-    """The first ``count`` rows in full, as a run would read them, messages rendered, and what is
-    wrong with others.
+    """The first ``count`` rows in full, as a run would read them, with messages rendered; and the
+    problems of the other rows.
 
-    kind, columns: as `check`.
+    kind, columns: as in `check`.
 
     Raises:
-      UserError: for a file that cannot be read.
+      UserError: the file cannot be read.
     """
     file = _read(path, tokenizer, kind, columns)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
@@ -133,8 +139,8 @@ def _read(
     columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
 ) -> _File:
-    """The rows. Their kind is ``kind``, or the one that the pipeline has for this file name, or
-    that of most records.
+    """The rows of a file. Their kind is ``kind``, or the kind that the pipeline has for this file
+    name, or the kind of most records.
     """
     source = read_source(name, whole_text=kind == "demonstrations")
     unused_columns = unused(source.records, columns)
@@ -172,12 +178,15 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
     bad = {getattr(error, "source", None) for error in errors}
     good_records = [record for record in file.records if record.source not in bad]
     unread, warnings = _unread(good_records, file.kind)
-    lines = [f"{file.head}, {len(rows)} {file.kind} kept"]
-    lines += _forms(file.records)
-    lines += _problems(errors)
-    lines += [*warnings, *unread]
-    lines += _dropped(file)
-    lines += _repeats(rows, name)
+    lines = [
+        f"{file.head}, {len(rows)} {file.kind} kept",
+        *_forms(file.records),
+        *_problems(errors),
+        *warnings,
+        *unread,
+        *_dropped(file),
+        *_repeats(rows, name),
+    ]
     unit = "tokens" if tokenizer else "words"
     for text, counts in lengths.items():
         lines.append(_spread(f"{unit} of a {text}", counts))
@@ -188,9 +197,12 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
 
 
 def _forms(records: Sequence[Record]) -> list[str]:
-    """How many records have which keys."""
-    values = [record.value for record in records if not isinstance(record.value, Exception)]
-    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in values)
+    """The number of records of each form."""
+    forms = Counter[str]()
+    for record in records:
+        if not isinstance(record.value, Exception):
+            _, form = formats.form_of(record.value) or ("", _UNKNOWN)
+            forms[form] += 1
     if not forms:
         return []
     counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
@@ -201,7 +213,7 @@ def _forms(records: Sequence[Record]) -> list[str]:
 
 
 def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
-    """A line of the keys that only a reward reads, or no stage at all, and warnings of keys that
+    """A line about the keys that only a reward reads, or no stage at all, and warnings of keys that
     look misspelled.
     """
     others = Counter[str]()
@@ -210,9 +222,8 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
         if not isinstance(record.value, dict):
             continue
         read = formats.keys_read(record.value)
-        for key in record.value:
-            if key in read:
-                continue
+        unread = [key for key in record.value if key not in read]
+        for key in unread:
             others[key] += 1
             slip = _slip(key, record.value, read)
             if slip is not None:
@@ -228,10 +239,11 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
 
 
 def _slip(key: str, row: dict[str, Any], read: set[str]) -> str | None:
-    """A sentence if the key looks like a known key that the row lacks."""
-    absent = [known for known in formats.KNOWN if known not in row]
+    """A sentence if the key looks like a known key that the row lacks, else None."""
+    missing = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
-    near = difflib.get_close_matches(_ALIASES.get(name, name), absent, n=1, cutoff=0.85)
+    meant = _ALIASES.get(name, name)
+    near = difflib.get_close_matches(meant, missing, n=1, cutoff=0.85)
     is_half_a_pair = key in formats.PAIR and read == {"prompt"}
     if not near and not is_half_a_pair:
         return None
@@ -240,7 +252,7 @@ def _slip(key: str, row: dict[str, Any], read: set[str]) -> str | None:
 
 
 def _repeats(rows: list[Row], name: str) -> list[str]:
-    """Rows, and pairs with the opposite preference, that were there before."""
+    """Rows that repeat an earlier row, and pairs that prefer what an earlier row rejects."""
     seen: dict[tuple[Text, ...], str] = {}
     duplicates: list[str] = []
     opposites: list[str] = []
@@ -265,18 +277,19 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     if tokenizer is not None:
         prompts = prompt_ids(rows, tokenizer, chat.AUTO) if prompts else []
         responses = [*itertools.chain.from_iterable(response_ids(rows, tokenizer))]
-
-    def length(text: Any) -> int:
-        return len(text.split() if isinstance(text, str) else text)
-
-    texts = {"prompt": prompts, "response": responses}
-    return {name: [*map(length, own)] for name, own in texts.items() if own}
+    lengths = {}
+    for name, texts in (("prompt", prompts), ("response", responses)):
+        if texts:
+            parts = [text.split() if isinstance(text, str) else text for text in texts]
+            lengths[name] = list(map(len, parts))
+    return lengths
 
 
 def _problems(errors: Sequence[UserError]) -> list[str]:
     if not errors:
         return []
-    return [f"  problems: {len(errors)}", *(f"    {escaped(line)}" for line in summary(errors))]
+    lines = [f"    {escaped(line)}" for line in summary(errors)]
+    return [f"  problems: {len(errors)}", *lines]
 
 
 def _dropped(file: _File) -> list[str]:
@@ -297,13 +310,13 @@ def _finding(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _spread(title: str, lengths: list[int]) -> str:
-    p95 = np.percentile(lengths, 95, method="inverted_cdf")
     median = np.median(lengths)
-    return f"  {title}: median {median:g}, 95% up to {p95:g}, longest {max(lengths)}"
+    most = np.percentile(lengths, 95, method="inverted_cdf")
+    return f"  {title}: median {median:g}, 95% up to {most:g}, longest {max(lengths)}"
 
 
 def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None = None) -> str:
-    """One row with its place, each text under its name; ``limit`` characters of a text."""
+    """One row with its place, each text under its name; of a text at most ``limit`` characters."""
     lines = [row.source]
     if not row.is_plain_text:
         prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
@@ -343,7 +356,8 @@ def _render_text(
     limit: int | None,
 ) -> list[str]:
     if not isinstance(text, str):
-        text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
+        ids = " ".join(map(str, text))
+        text = tokenizer.decode(text) if tokenizer else f"token ids {ids}"
     shown = escaped(text[:limit])
     if limit is not None and len(text) > limit:
         shown += " ..."

@@ -1,9 +1,12 @@
-"""Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of
-ShareGPT, and message trees of Open Assistant, rows of lm-human-preferences and of RewardBench 2.
+"""Records of other projects in our form: renamed columns (``--columns OURS=THEIRS``), ShareGPT's
+turns, Open Assistant's message trees, rows of lm-human-preferences and of RewardBench 2.
 
-THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (in a list: inside
-each of its objects); or ``OUTER.keys`` and ``OUTER.values``, the lists of an object's keys and of
-its values; or ``A+B``, two texts with an empty line between them, where either may be empty.
+THEIRS is one of:
+
+- a key of the record;
+- ``OUTER.INNER``: the value inside an object; of a list of objects the values inside each of them;
+- ``OUTER.keys`` or ``OUTER.values``: the list of an object's keys, or of its values;
+- ``A+B``: two texts with an empty line between them. One of them may be empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +20,14 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
-    """The records with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as messages,
-    lists of chosen and of rejected texts as ``responses``, and each ranking of a message tree as a
-    record ``{prompt, responses, ranks}``.
+    """The records in our form: with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as
+    messages, lists of chosen and of rejected texts as ``responses``, and each ranking of a message
+    tree as a record ``{prompt, responses, ranks}``.
 
-    A record that lacks a column is not changed by it; see ``unused``.
+    A column that a record lacks does not change the record; see ``unused``.
 
     Raises:
-      UserError: for an entry that is no ``OURS=THEIRS``.
+      UserError: an entry is not of the form ``OURS=THEIRS``.
     """
     names = _names(columns)
     renamed = [_renamed(record, names) for record in records]
@@ -32,8 +35,8 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
 
 
 def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
-    """{column: sentence} for the columns that no record has; the sentence names the keys that
-    records have.
+    """{column: sentence} for the columns that no record has. The sentence names the keys of the
+    records.
     """
     values = [record.value for record in records if isinstance(record.value, dict)]
     if not values:
@@ -41,10 +44,11 @@ def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
     keys = dict.fromkeys(key for value in values for key in value)
     sentences = {}
     for ours, theirs in _names(columns).items():
-        if not any(_is_present(value, theirs) for value in values):
-            entry = f"{ours}={theirs}"
-            hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
-            sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
+        if any(_is_present(value, theirs) for value in values):
+            continue
+        entry = f"{ours}={theirs}"
+        hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
+        sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
     return sentences
 
 
@@ -62,7 +66,7 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
 def _is_present(value: dict[str, Any], path: str) -> bool:
     try:
         return _value(value, path) is not None
-    except TypeError:  # it is present, and `adapted` reports its type
+    except TypeError:  # the value is present, and `adapted` reports its type
         return True
 
 
@@ -83,9 +87,11 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
 
 
 def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
-    """``{query, sample0, sample1, ...}`` of lm-human-preferences, and lists of texts ``chosen`` and
-    ``rejected``, as ``{prompt, responses, LABEL}``. A table has the same sample columns in all
-    rows; if a row has fewer samples, its last ones are empty.
+    """The row with the responses of lm-human-preferences, ``{query, sample0, sample1, ...}``, or of
+    two lists of texts ``chosen`` and ``rejected``, as ``{prompt, responses, LABEL}``.
+
+    A table has the same sample columns in all rows: if a row has fewer samples, its last ones are
+    empty.
     """
     row = dict(row)
     if "prompt" not in row and "query" in row and row.keys() & {"sample0", "responses"}:
@@ -98,7 +104,8 @@ def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
     chosen = row.get("chosen")
     rejected = row.get("rejected")
     if _are_texts(chosen) and _are_texts(rejected):
-        del row["chosen"], row["rejected"]
+        del row["chosen"]
+        del row["rejected"]
         row["responses"] = [*chosen, *rejected]
         if len(chosen) == 1:
             row["best"] = 0
@@ -116,7 +123,7 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _messages(value: Any) -> Any:
-    """Turns ``{from, value}`` become messages ``{role, content}``; any other value stays."""
+    """Turns ``{from, value}`` as messages ``{role, content}``; any other value itself."""
     if not isinstance(value, list):
         return value
     messages = []
@@ -129,8 +136,10 @@ def _messages(value: Any) -> Any:
 
 
 def _value(value: Any, path: str) -> Any:
-    """The value under the key or path; None if the record lacks it. Raises TypeError if A+B joins
-    values that are not texts.
+    """The value under the key or path; None if the record lacks it.
+
+    Raises:
+      TypeError: A+B joins values that are not texts.
     """
     if isinstance(value, list):
         values = [_value(item, path) for item in value]
@@ -177,7 +186,9 @@ def _rankings(record: Record) -> list[Record]:
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    waiting: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
+    """The rankings of a message tree, those of earlier turns first."""
+    no_turns: list[Message] = []
+    waiting = [(root, no_turns)]  # messages with the turns before them
     while waiting:
         message, before = waiting.pop(0)
         role = "user" if message["role"] == "prompter" else "assistant"

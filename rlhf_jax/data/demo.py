@@ -86,8 +86,8 @@ def write(
 
     ``sft_data.json`` {prompt, response}; ``preference_data.json`` {prompt, chosen, rejected};
     ``prompts.json`` and ``heldout_prompts.json`` {prompt, category, topic};
-    ``heldout_preference_data.json``, free of noise. The phrasings of the held-out files are in no
-    other file.
+    ``heldout_preference_data.json``, free of noise. No other file has the phrasings of the held-out
+    files.
 
     Args:
       sizes: the number of rows of some of the files, by their names, in place of that in `FILES`.

@@ -1,5 +1,5 @@
-"""Rows to ids: prompt and response are tokenised separately, so that the boundary between them is
-where the sampler puts it.
+"""Rows as ids. Prompt and response are tokenised separately, so that the boundary between them is
+the same as in sampling.
 
 Token ids in the data are used as they are, without an EOS after them.
 """
@@ -96,8 +96,8 @@ def encode_texts(
     Args:
       max_length: tokens a text may have, EOS included; None for no limit.
       too_long: ``error`` names the row; ``drop`` leaves it out; ``truncate`` cuts the response (its
-        EOS goes too) and leaves out rows whose prompt already fills ``max_length``. ``counts`` says
-        how many texts were cut or dropped.
+        EOS goes too) and leaves out rows whose prompt already fills ``max_length``. ``counts`` has
+        the number of texts that were cut or dropped.
 
     Raises:
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
@@ -290,7 +290,7 @@ def _joined(parts: Sequence[list[int]], prompt: Sequence[int]) -> list[int]:
 
 
 def _framed(row: Row, frame: str | None, tokenizer: Tokenizer) -> Text:
-    """A text in its frame or as a user's message; token ids as they are."""
+    """A text in its frame or as a user's message; token ids unchanged."""
     if not isinstance(row.prompt, str):
         return row.prompt
     if frame is None:
@@ -310,8 +310,8 @@ def answered_ids(
     tokenizer: Tokenizer,
     where: str,
 ) -> list[int]:
-    """Ids of a conversation and its response, both texts, as a model reads them that knows nothing
-    of the run: by the chat template of its folder.
+    """Ids of a conversation and its response, both texts, for a model of another tokenizer: in the
+    chat template of its folder.
 
     A model that a run of this package trained on plain prompts reads one in the frame of that run
     (`chat.frame`). A folder without a chat template reads prompt, response and EOS, and nothing
@@ -334,7 +334,7 @@ def answered_ids(
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Ids of the responses of each row, with EOS after those that are texts. Raises as
+    """Ids of the responses of each row, with EOS after responses that are texts. Raises as
     `prompt_ids`.
     """
     texts = [text for row in rows for text in row.responses]
@@ -366,8 +366,8 @@ _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) trunca
 
 
 def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
-    """[N] float32 weights of the rows that are left. If some pairs of a source (a ranking) are
-    dropped, the others get their weight, so that the source's total stays.
+    """[N] float32 weights of the remaining rows. If some pairs of a source (a ranking) are dropped,
+    its other pairs get their weight, so that the source's total does not change.
     """
 
     def total_by_source(rows: Sequence[Row]) -> dict[str, float]:

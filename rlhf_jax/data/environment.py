@@ -7,7 +7,7 @@ prompt is one message of the "user"), the policy's responses as "assistant", and
 ``row`` has the other columns of the prompt's data row. The function returns
 
 - None: the row is done;
-- a text: the policy reads it next, unchanged;
+- a text, which is added to the row unchanged;
 - a message such as {"role": "tool", "content": "42"}: the same, in the chat template that renders
   the messages of data files (the tokenizer's own, or `chat.PLAIN`), up to the opening of the next
   assistant turn;
@@ -92,7 +92,7 @@ def converse(
     encoded: EncodedPrompts,
     rows: np.ndarray,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """Responses and replies in turn, until the environment or a limit ends each row. Without an
+    """Alternating responses and replies, until the environment or a limit ends each row. Without an
     environment each row has one response.
 
     Each turn reads the whole conversation again, in one compiled program: the sampler treats a
@@ -101,7 +101,8 @@ def converse(
 
     Args:
         respond: ``sampling.generate`` of tokens and attention mask [B, P + R], data rows [B] and
-            ``used`` [B]; without an environment of [B, P], [B, P] and [B].
+            ``used`` [B]; without an environment of [B, P], [B, P] and [B]. It may cut what it
+            samples at stop strings (``data.stops``), which end a response as EOS does.
         rows: [B] the data row of each prompt; -1 is a missing row.
 
     Returns:
@@ -134,6 +135,8 @@ def converse(
         batch, status = jax.tree.map(np.array, (batch, status))
         for i in np.flatnonzero(status == _OPEN):
             response, end = _append_response(batch, sampled, i, slots)
+            if sampled.stopped is not None:
+                batch.stopped[i] = sampled.stopped[i]
             content = environment.tokenizer.decode(response)
             talks[i].append({"role": "assistant", "content": content})
             where = f"environment: {own_data[i].source}, turn {turns.max()}"
@@ -182,6 +185,7 @@ def _with_slots(
         "response_mask": np.zeros_like(attention_mask),
         "log_probs": np.zeros(tokens.shape, np.float32),
         "rewards": np.zeros(tokens.shape, np.float32),
+        "stopped": np.zeros(len(rows), bool),
     }
     return Rollout(**arrays, row_ids=jnp.int32(rows))
 

@@ -27,7 +27,7 @@ _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yam
 _PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
 _MAY_UNPACK = 1 << 26  # bytes that any gzip file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
-# CSV columns whose cells are JSON: what they hold has no spelling of its own there.
+# CSV columns whose cells are JSON, since CSV has no lists and numbers.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "desirable")
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
@@ -111,9 +111,7 @@ def parse_text(
     first, start = lines[0] if lines else ("", "")
     if suffix == ".txt":
         if isinstance(_json(start, ""), dict):
-            raise UserError(
-                f"{first}: a JSON object, where a text should stand; call the file .jsonl"
-            )
+            raise UserError(f"{first}: expected a text, found a JSON object; call the file .jsonl")
         if whole_text and lines:
             return iter([Record({"text": text.replace("\r\n", "\n")}, name)]), "text"
         return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
@@ -210,7 +208,7 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
         header = table.fieldnames or []
         if "" in header or len(set(header)) < len(header):
             names = ", ".join(map(repr, header))
-            raise UserError(f"{source}: each column needs a name of its own, found {names}")
+            raise UserError(f"{source}: the names of the columns must differ, found {names}")
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise UserError(
                 f"{source}: one column {header[0]!r}; separate columns by commas, or by tabs in a "
@@ -225,8 +223,8 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
 
 
 def _csv_row(row: dict[Any, Any], width: int, source: str) -> dict[str, Any] | UserError:
-    """The row of a table. The csv module puts cells beyond the header under the key None, and None
-    in place of missing ones.
+    """The row of a table. The csv module puts cells beyond the header under the key None, and gives
+    missing cells the value None.
     """
     num_beyond = len(row.pop(None, ()))
     count = width + num_beyond - list(row.values()).count(None)

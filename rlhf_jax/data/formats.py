@@ -87,19 +87,21 @@ _ANNOTATOR = re.compile(r"annotator[0-9]+")
 
 @dataclasses.dataclass(frozen=True)
 class ReadResult:
-    """The rows in file order, the places of the rows that were left out by reason, the sha256 of
-    each source, the errors of other rows, and {column: sentence} for columns that no row has.
-    """
+    """The rows in file order, and what else was found."""
 
     rows: list[Row]
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """{reason: places of the rows that were left out for it}."""
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{source: sha256}."""
     errors: list[UserError] = dataclasses.field(default_factory=list)
+    """Of the rows that cannot be used."""
     unused_columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{column that no row has: sentence}."""
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many rows were left out for which reason."""
+        """{reason: number of rows that were left out for it}."""
         return {reason: len(sources) for reason, sources in self.places.items()}
 
     def describe(self) -> str:
@@ -124,24 +126,25 @@ def read(
 ) -> ReadResult:
     """The rows of one or several sources.
 
-    Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons
-    (the best) too, and from plain texts. ``comparisons`` are pairs, choices of one response among
-    K > 2, and responses with targets; ``pairs`` turns all of these into pairs. ``feedback`` is one
-    response with the target 1 or 0; a pair becomes two of them, 1 for the chosen response and 0 for
-    the rejected one. ``prompts`` come from rows with responses too, each such prompt once.
+    Kinds: ``demonstrations`` also come from pairs (the chosen response), from other comparisons
+    (the best response) and from plain texts. ``comparisons`` are pairs, choices of one response
+    among K > 2, and responses with targets; ``pairs`` turns all of these into pairs. ``feedback``
+    is one response with the target 1 or 0; a pair becomes two rows, 1 for the chosen response and 0
+    for the rejected one. ``prompts`` also come from rows with responses, each such prompt once.
 
-    Always left out and counted: pairs of equal responses, rankings of nothing but ties, annotated
-    rows without a majority, and repeated prompts.
+    These rows are always left out and counted: pairs of equal responses, rankings that have only
+    ties, annotated rows without a majority, and repeated prompts.
 
     Args:
       names: files or datasets (`files.read_source`), folders with sft_data.json,
-        preference_data.json or prompts.json, or ``demo`` alone: the corpus that `demo` generates
+        preference_data.json or prompts.json, or only ``demo``: the corpus that `demo` generates
         from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
-      columns: OURS=THEIRS, as in `columns`. A column that no row has is an error. With
-        ``shares_columns`` the columns belong to other data too, and the result only notes it.
-      on_bad_row: ``error``: one error names all rows that the stage cannot use; ``drop``: they are
-        left out and counted. A file that cannot be read to its end is always an error.
+      columns: OURS=THEIRS, as in `columns`. A column that no row has is an error.
+      shares_columns: the columns belong to other data too. A column that no row has is then only
+        noted in the result.
+      on_bad_row: ``error``: one error names all rows that the stage cannot use; ``drop``: these
+        rows are left out and counted. A file that cannot be read to its end is always an error.
 
     Raises:
       UserError: no data or no usable row; a file that cannot be read; bad rows; a column that no
@@ -167,7 +170,7 @@ def read(
 
 
 def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
-    """The sha256 of each source that ``read`` would read, by its name."""
+    """{source: sha256} of the sources that ``read`` would read."""
     return {name: source.fingerprint for name, source in _sources(kind, names, seed).items()}
 
 
@@ -177,7 +180,7 @@ def parse_all(
     template: ChatTemplate,
     on_bad_row: rows.OnBadRow,
 ) -> ReadResult:
-    """The rows of all records. With ``drop`` the records of a `BadRow` are left out, by reason."""
+    """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
@@ -213,19 +216,25 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
             f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated "
             "corpus"
         )
-    if DEMO not in given:
-        sources = {}
-        for name in given:
-            is_folder = kind in FILES and os.path.isdir(name)
-            file = str(Path(name) / FILES[kind]) if is_folder else name
-            sources[file] = read_source(file, whole_text=kind == "demonstrations")
-        return sources
-    if len(given) > 1:
-        raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
-    name = f"{DEMO}/{FILES[kind]}"
-    content = demo.file_text(FILES[kind], seed)
+    if DEMO in given:
+        if len(given) > 1:
+            raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
+        return _demo(FILES[kind], seed)
+    sources = {}
+    for name in given:
+        is_folder = kind in FILES and os.path.isdir(name)
+        file = str(Path(name) / FILES[kind]) if is_folder else name
+        sources[file] = read_source(file, whole_text=kind == "demonstrations")
+    return sources
+
+
+def _demo(file: str, seed: int) -> dict[str, Source]:
+    """A file of the generated corpus."""
+    name = f"{DEMO}/{file}"
+    content = demo.file_text(file, seed)
     records, form = parse_text(content, name)
-    return {name: Source(list(records), hashlib.sha256(content.encode()).hexdigest(), form)}
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return {name: Source(list(records), digest, form)}
 
 
 def check_labels(read_rows: Sequence[Row]) -> None:
@@ -278,9 +287,8 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
     """The rows of one record.
 
     Raises:
-      UserError: for a record that could not be read; as `BadRow` for one of another form or with a
-        wrong value.
-      Drop: for a row that is to be left out.
+      UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
+      Drop: the row is to be left out.
     """
     if kind == "prompts":
         return [_prompt(record, template)]
@@ -288,28 +296,40 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
         return [_annotated(record)]
     if kind == "feedback":
         return _feedback(record, template)
-    expected = "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}"
-    row = rows.fields(record, expected)
-    if kind == "demonstrations" and form_of(row) == ("demonstrations", "text"):
-        return [Row("", (rows.text(record, "text"),), record.source)]
-    if kind == "demonstrations" and not ("responses" in row or _is_annotated(row)):
-        is_pair = "response" not in row and all(key in row for key in PAIR)
-        key = "chosen" if is_pair else "response"
-        before, response = _exchange(record, "messages" if "messages" in row else key)
-        return [_row(record, before, template, (response,))]
+    if kind == "demonstrations":
+        return [_demonstration(record, template)]
+    rows.fields(record, f"prompt, {', '.join(PAIR)}")
     comparison, ranks = _answers(record, template)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
+    return _pairs(comparison, _needed(ranks, kind, record))
+
+
+def _needed(ranks: tuple[float, ...] | None, kind: Kind, record: Record) -> tuple[float, ...]:
+    """The ranks. Raises BadRow if the record has none."""
     if ranks is None:
         raise BadRow(
             record.source,
             f"holds targets, which are no preference; {kind} need best, ranking or ranks",
         )
-    if kind == "demonstrations":  # the best response, the first of several
-        best = comparison.responses[_best(ranks)[0]]
-        return [dataclasses.replace(comparison, responses=(best,), best=None, category="")]
-    return _pairs(comparison, ranks)
+    return ranks
+
+
+def _demonstration(record: Record, template: ChatTemplate) -> Row:
+    """A text, a response, or the best response of a comparison, the first of several."""
+    row = rows.fields(record, "prompt, response")
+    if form_of(row) == ("demonstrations", "text"):
+        return Row("", (rows.text(record, "text"),), record.source)
+    if "responses" in row or _is_annotated(row):
+        comparison, ranks = _answers(record, template)
+        first, *_ = _best(_needed(ranks, "demonstrations", record))
+        best = comparison.responses[first]
+        return dataclasses.replace(comparison, responses=(best,), best=None, category="")
+    is_pair = "response" not in row and all(key in row for key in PAIR)
+    key = "chosen" if is_pair else "response"
+    before, response = _exchange(record, "messages" if "messages" in row else key)
+    return _row(record, before, template, (response,))
 
 
 def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
@@ -379,8 +399,8 @@ def _annotated(record: Record) -> Row:
 
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
-    """The text or messages before the response under ``key``, and the response. In a dialogue, the
-    text before its last response.
+    """The text or messages before the response under ``key``, and the response. Of a dialogue it is
+    the last response.
     """
     row = record.value
     keys = PAIR if key in PAIR else (key,)
@@ -420,8 +440,8 @@ def _row(
 
 
 def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, ...] | None]:
-    """The responses of a pair, or of a row of K responses, and their ranks, if known: the lowest is
-    best.
+    """A row with the responses of a pair, or with K responses, and their ranks, if known. The
+    lowest rank is the best.
     """
     row = record.value
     if _is_annotated(row):
@@ -455,10 +475,11 @@ def _several(
     responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(given))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", count) if "targets" in labels else None
-    is_several = count >= (1 if targets else 2)
-    rows.expect(is_several, record, f"a comparison needs at least 2 responses, found {count}")
-    found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
-    rows.expect(targets or len(labels) == 1, record, found)
+    least = 1 if targets else 2
+    wanted = f"a comparison needs at least 2 responses, found {count}"
+    rows.expect(count >= least, record, wanted)
+    wanted = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
+    rows.expect(targets or len(labels) == 1, record, wanted)
     if targets is None and len(set(responses)) == 1:
         raise Drop(record.source, EQUAL if count == 2 else ALL_EQUAL)
     ranks = None
@@ -552,10 +573,10 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
 
 
 def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
-    """All ordered pairs of a ranking, or the best response with each other one; each weighs 1 /
-    (number of them).
+    """All ordered pairs of a ranking, or the best response with each other one. Each of n pairs has
+    the weight 1 / n.
 
-    Ties and equal texts make no pair; without any pair the row is dropped.
+    Ties and equal texts make no pair. A row without a pair is dropped.
     """
     ranked = zip(row.responses, ranks, strict=True)
     pairs = []

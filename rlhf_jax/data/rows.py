@@ -92,9 +92,7 @@ class BadRow(UserError):
 
 
 class Drop(BadRow):
-    """A correct row that training has no use for: it is always left out, and counted under its
-    reason.
-    """
+    """A correct row that training cannot use. It is left out and counted under its reason."""
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:

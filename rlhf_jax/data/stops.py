@@ -1,26 +1,43 @@
-"""Stop strings: texts that end a response where its decoded text has one of them.
+"""Stop strings: a response ends where its decoded text has one of them.
 
-Tokens are sampled in one compiled loop that knows ids only, and a text may begin inside a token. So
-the text is read after sampling, on the host: tokens after the one that completes a stop string are
-masked. That is exact, and costs the time of the slots that are left.
+The compiled sampling loop knows only ids, and a stop string may begin inside a token. So the text
+is searched after sampling, on the host, and the tokens after the one that completes a stop string
+are masked. This is exact, but the masked tokens cost sampling time.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
+
+
+def stopping(
+    respond: Callable[..., Rollout], tokenizer: Tokenizer, stop: Sequence[str]
+) -> Callable[..., Rollout]:
+    """``respond`` with responses that are ``cut`` after sampling. Environments, rewards and updates
+    get the cut responses. Every process cuts all rows.
+    """
+    if not stop:
+        return respond
+
+    def respond_until(*inputs: Any) -> Rollout:
+        return cut(processes.fetch(respond(*inputs)), stop, tokenizer)
+
+    return respond_until
 
 
 def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> Rollout:
     """A Rollout of NumPy arrays whose responses end with the token that completes a stop string;
-    what follows is padding, as after EOS.
+    what follows is padding, as after EOS. ``stopped`` says which rows have one.
     """
     host: Any = jax.tree.map(np.array, rollout)
+    stopped = np.zeros(len(host.tokens), bool)
     for i, mask in enumerate(host.response_mask != 0):
         columns = np.flatnonzero(mask)
         ids = host.tokens[i, columns].tolist()
@@ -29,14 +46,15 @@ def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> Rollout:
             text = tokenizer.decode(ids[:count])
             return before(text, stop) != text
 
-        if ends(len(ids)):
+        stopped[i] = ends(len(ids))
+        if stopped[i]:
             count = bisect.bisect_left(range(len(ids)), True, key=ends)
             after = columns[count:]
             host.tokens[i, after] = tokenizer.pad_id
             host.attention_mask[i, after] = 0
             host.response_mask[i, after] = 0
             host.log_probs[i, after] = 0.0
-    return host
+    return host.replace(stopped=stopped)
 
 
 def before(text: str, stop: Sequence[str]) -> str:

@@ -186,50 +186,49 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     the hub.
 
     A tokenizer without a pad token, or whose pad is its end-of-text, pads with its unknown token,
-    ``unk_token``, as masks and not ids say what is a pad. Without one of these too it gains
+    ``unk_token``: masks, not ids, distinguish pads. If it has no unknown token either, it gets
     ``<|pad|>`` as a new last id: ``vocab_size`` grows by one and the caller resizes the model.
 
     Raises:
-      UserError: if it cannot be found or read, or names no end-of-text token.
+      UserError: the tokenizer cannot be found or read, or names no end-of-text token.
     """
-    is_file = os.path.isfile(path_or_name)  # tokenizer.json itself
-    folder = (
-        Path(path_or_name).parent
-        if is_file
-        else find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
-    )
-    files = [
-        folder / name
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-    ]
-    config, special, of_model = (read_json(file) if file.exists() else {} for file in files)
-    template, single, vocab = (
-        folder / name for name in ("chat_template.jinja", "tokenizer.json", "vocab.json")
-    )
-    ids = {
-        key: of_model.get(f"{key}_id") for key in ("eos_token", "pad_token")
-    }  # some models write -1 for none
-    named: dict[str, Any] = {
-        key: i for key, i in ids.items() if type(i) is int and 0 <= i < 1 << 32
-    }
+    if os.path.isfile(path_or_name):  # tokenizer.json itself
+        folder = Path(path_or_name).parent
+    else:
+        folder = find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
+    config = _read_if_present(folder / "tokenizer_config.json")
+    special = _read_if_present(folder / "special_tokens_map.json")
+    of_model = _read_if_present(folder / "config.json")
+    named: dict[str, Any] = {}
+    for key in ("eos_token", "pad_token"):
+        id_of_model = of_model.get(f"{key}_id")
+        if type(id_of_model) is int and 0 <= id_of_model < 1 << 32:  # some models write -1 for none
+            named[key] = id_of_model
     named |= named_tokens(special) | named_tokens(config)
-    if not single.exists() and not (vocab.exists() and (folder / "merges.txt").exists()):
-        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
     config = named_tokens(special) | config  # a chat template may write each of them
-    if template.exists():  # where newer folders keep it
+    template = folder / "chat_template.jinja"
+    if template.exists():  # newer folders keep it there
         config["chat_template"] = read_text(template)
+    single = folder / "tokenizer.json"
+    vocab = folder / "vocab.json"
+    merges = folder / "merges.txt"
+    if not single.exists() and not (vocab.exists() and merges.exists()):
+        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+    file = single if single.exists() else vocab
     try:
-        if single.exists():
+        if file == single:
             backend = tokenizers.Tokenizer.from_file(str(single))
         else:
-            backend = _byte_level(models.BPE.from_file(str(vocab), str(folder / "merges.txt")))
+            backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
             named.setdefault("eos_token", EOS)
     except Exception as error:  # the package raises a bare Exception for a broken file
-        raise UserError(
-            f"{single if single.exists() else vocab}: not a tokenizer file: {error}"
-        ) from error
+        raise UserError(f"{file}: not a tokenizer file: {error}") from error
     eos, pad, unknown = (named.get(f"{name}_token") for name in ("eos", "pad", "unk"))
     return _tokenizer(backend, pad, eos, config, str(folder), unknown)
+
+
+def _read_if_present(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -247,30 +246,24 @@ def _tokenizer(
     where: str,
     unknown: str | None = None,
 ) -> Tokenizer:
-    """``pad`` and ``eos`` as text, as id, or None; the ``unknown`` token pads if ``pad`` cannot."""
+    """pad, eos: as text, as id, or None. If ``pad`` cannot pad, the ``unknown`` token does."""
     eos, pad = (
         backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad)
     )
     if eos is None or backend.token_to_id(eos) is None:
-        found = (
-            f"names {eos!r}, which is not in its vocabulary"
-            if eos
-            else "names no end-of-text token"
-        )
+        found = "names no end-of-text token"
+        if eos:
+            found = f"names {eos!r}, which is not in its vocabulary"
         raise UserError(
             f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json"
         )
-    usable = [
-        token
-        for token in (pad, unknown)
-        if token not in (None, eos) and token in backend.get_vocab()
-    ]
+    vocab = backend.get_vocab()
+    usable = [token for token in (pad, unknown) if token not in (None, eos) and token in vocab]
     pad = usable[0] if usable else PAD
-    # Does nothing to tokens that are there and special already.
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]
-    )
-    backend.no_truncation()  # a setting in tokenizer.json would shorten texts without a word
+    # This changes nothing if they are special tokens already.
+    special = [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]
+    backend.add_special_tokens(special)
+    backend.no_truncation()  # a setting in tokenizer.json would silently shorten texts
     backend.no_padding()
     backend.encode_special_tokens = True
     ids = backend.get_vocab()

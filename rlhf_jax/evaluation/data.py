@@ -1,4 +1,4 @@
-"""The data that a run is judged by, read from files.
+"""Reads the data of an evaluation from files.
 
 - prompts: whatever `formats.read` reads; a column ``answerable`` (true or false) says whether a
   model can know the answer.
@@ -31,8 +31,8 @@ ANSWERABLE = {"true": True, "false": False, "none": None, "": None}
 
 @dataclasses.dataclass(frozen=True)
 class CustomCategory:
-    """A category of the user's own, judged by exactly one of patterns, keywords and score, or as
-    helpfulness is.
+    """A category of the user's own. Exactly one of patterns, keywords and score judges it, or the
+    measures of helpfulness.
     """
 
     prompts: tuple[str, ...] = ()

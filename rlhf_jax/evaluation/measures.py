@@ -1,4 +1,4 @@
-"""The figures of an evaluation, one row each, made of responses, scores and labels. No models here.
+"""The figures of an evaluation, computed from responses, scores and labels, without models.
 
 Intervals are 95%: Wilson's for shares of 0s and 1s, for means the bootstrap over prompts or
 comparisons.
@@ -25,7 +25,7 @@ _SECTIONS: dict[str, dict[str, int]] = yaml.safe_load(
     Path(__file__).with_name("rewardbench.yaml").read_text("utf-8")
 )
 Margins = Mapping[str, np.ndarray]
-"""``{judge: [N]}``, score of the first (or chosen) response minus that of the second."""
+"""``{judge: [N]}``, score of the first (or chosen) response minus the score of the second."""
 
 
 class Figure(NamedTuple):
@@ -57,19 +57,20 @@ class Responses(NamedTuple):
 
 
 def helpfulness(responses: Responses, key: Array, category: str = "helpfulness") -> list[Figure]:
-    """Quality, if there are scores, and what responses hold: information, tokens, an end."""
-    new = []
+    """Quality, if there are scores; and the information, the tokens and the end of responses."""
+    new_words = []
     for prompt, row in zip(responses.prompts, responses.texts, strict=True):
         asked = texts.words(prompt)
-        new.append([texts.new_content_words(asked, texts.words(text)) for text in row])
-    values = {} if responses.scores is None else {"quality": responses.scores}
-    values["new_content_words"] = np.array(new)
-    values["lexical_density"] = responses.each(
-        lambda text: texts.lexical_density(texts.words(text))
-    )
-    values["response_tokens"] = responses.lengths
-    values["ended"] = responses.ended
-    values["empty"] = responses.each(lambda text: not text.strip())
+        new_words.append([texts.new_content_words(asked, texts.words(text)) for text in row])
+    values = {
+        "new_content_words": np.array(new_words),
+        "lexical_density": responses.each(lambda text: texts.lexical_density(texts.words(text))),
+        "response_tokens": responses.lengths,
+        "ended": responses.ended,
+        "empty": responses.each(lambda text: not text.strip()),
+    }
+    if responses.scores is not None:
+        values = {"quality": responses.scores, **values}
     return [mean(category, metric, value, key) for metric, value in values.items()]
 
 
@@ -78,13 +79,15 @@ def uncertainty(
     answerable: Sequence[bool | None],
     key: Array,
 ) -> list[Figure]:
-    """Share of responses that express uncertainty; also of the prompts that can be answered and of
-    those that cannot, if the data says which these are.
+    """Share of responses that express uncertainty, and the same for prompts that can be answered
+    and for prompts that cannot, if the data has this label.
     """
-    hedged = responses.each(texts.expresses_uncertainty)
-    values = {"uncertainty": hedged}
-    for name, wanted in (("answerable", True), ("unanswerable", False)):
-        values[f"uncertainty_{name}"] = hedged[[value is wanted for value in answerable]]
+    uncertain = responses.each(texts.expresses_uncertainty)
+    values = {
+        "uncertainty": uncertain,
+        "uncertainty_answerable": uncertain[[value is True for value in answerable]],
+        "uncertainty_unanswerable": uncertain[[value is False for value in answerable]],
+    }
     return [mean("honesty", metric, value, key) for metric, value in values.items() if len(value)]
 
 
@@ -111,15 +114,13 @@ def diversity(responses: Responses, key: Array) -> list[Figure]:
     for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
         value = texts.distinct_n(first, n)
         figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
-    note = "needs two prompts or more"
-    bleu: list[float] = []
     if len(first) > 1:
-        note = ""
-        bleu = texts.self_bleu(first)
-    figures.append(mean("diversity", "self_bleu", bleu, key, "texts", note))
-    values: dict[str, Any] = {
-        "repetition": [[texts.repetition(text) for text in row] for row in words]
-    }
+        figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
+    else:
+        note = "needs two prompts or more"
+        figures.append(Figure("diversity", "self_bleu", unit="texts", note=note))
+    repeated = [[texts.repetition(text) for text in row] for row in words]
+    values: dict[str, Any] = {"repetition": repeated}
     if len(words[0]) > 1:
         values["distinct_2_within_prompt"] = [texts.distinct_n(row, 2) for row in words]
         values["self_bleu_within_prompt"] = [np.mean(texts.self_bleu(row)) for row in words]
@@ -234,17 +235,22 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Fi
         Rows without a majority count only among the annotators.
     """
     majority = np.array([-1 if row.majority is None else row.majority for row in annotated])
-    judged = majority >= 0
-    note = "" if judged.all() else f"{int((~judged).sum())} rows have no majority"
-    truth = majority[judged]
+    has_majority = majority >= 0
+    num_without = np.count_nonzero(~has_majority)
+    note = f"{num_without} rows have no majority" if num_without else ""
+    truth = majority[has_majority]
     figures = []
     for judge, margin in margins.items():
-        verdict = np.select([margin > 0, margin < 0], [1, 2], TIE)[judged]
-        figures.append(mean("agreement", f"agreement_{judge}", verdict == truth, key, "rows", note))
-        decided = (verdict == truth)[truth != TIE]
-        figures.append(mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note))
-        figures.append(_kappa(f"kappa_{judge}", [(verdict, truth)], key, note))
-    if len({len(row.votes) for row in annotated}) == 1 and len(annotated[0].votes) > 1:
+        verdict = np.select([margin > 0, margin < 0], [1, 2], TIE)[has_majority]
+        agrees = verdict == truth
+        decided = agrees[truth != TIE]
+        figures += [
+            mean("agreement", f"agreement_{judge}", agrees, key, "rows", note),
+            mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note),
+            _kappa(f"kappa_{judge}", [(verdict, truth)], key, note),
+        ]
+    numbers_of_votes = {len(row.votes) for row in annotated}
+    if len(numbers_of_votes) == 1 and len(annotated[0].votes) > 1:
         votes = np.array([row.votes for row in annotated])
         pairs = list(itertools.combinations(votes.T, 2))
         same = np.mean([a == b for a, b in pairs], axis=0)
@@ -296,14 +302,15 @@ def mean(
     unit: str = "prompts",
     note: str = "",
 ) -> Figure:
-    """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value
-    and not counted. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
+    """The mean of values [N] or [N, S], whose rows are the units of the interval; NaN is a missing
+    value and does not count. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
     """
     array = np.asarray(values)
     is_share = array.dtype == bool
     rows = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
     rows = rows.astype(np.float64)
-    kept = rows[~np.isnan(rows).all(axis=1)]
+    is_missing = np.isnan(rows).all(axis=1)
+    kept = rows[~is_missing]
     if not len(kept):
         return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
@@ -346,5 +353,5 @@ def _figure(
 
 
 def _stream(key: Array, category: str, metric: str) -> Array:
-    """The figure's own key, so that no figure depends on which others are made."""
+    """The figure's own key, so that no figure depends on which other figures are computed."""
     return jax.random.fold_in(key, zlib.crc32(f"{category}/{metric}".encode()))

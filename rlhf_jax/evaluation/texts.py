@@ -1,9 +1,8 @@
-"""Figures about texts, from their words alone: variety, repetition, refusals, uncertainty,
+"""Figures about texts, from their words only: variety, repetition, refusals, uncertainty,
 information. English only.
 
-What is found by word patterns is found by its surface: a paraphrase that has none of the words is
-missed, and a quotation counts. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how
-often they are right.
+Word patterns know no meaning: they miss a paraphrase that has none of the words, and they count a
+quotation. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how often they are right.
 """
 
 import math
@@ -15,6 +14,7 @@ from pathlib import Path
 import yaml
 
 Tokens = Sequence[str]
+Ngram = tuple[str, ...]
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _CONTRACTED = re.compile("(n't|'.*)$")
@@ -45,8 +45,8 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
 
     It falls with the amount of text: compare equal numbers of texts of like length.
     """
-    counts = Counter(gram for text in texts for gram in _ngrams(text, n))
-    return len(counts) / max(counts.total(), 1)
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / max(len(grams), 1)
 
 
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
@@ -62,80 +62,92 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     lengths = Counter(map(len, texts))
     scores = []
     for text, *logs in zip(texts, *by_order, strict=True):
-        present = [log for log in logs if log is not None]
-        if not present:
+        known = [log for log in logs if log is not None]
+        if not known:
             scores.append(0.0)
             continue
-        others = lengths - Counter([len(text)])
-        closest = min(others, key=lambda length: (abs(length - len(text)), length))
-        brevity = min(0.0, 1 - closest / len(text))
-        scores.append(math.exp(brevity + sum(present) / len(present)))
+        length = len(text)
+        others = lengths - Counter([length])
+        closest = min(others, key=lambda other: (abs(other - length), other))
+        brevity = min(0.0, 1 - closest / length)
+        mean_log = sum(known) / len(known)
+        scores.append(math.exp(brevity + mean_log))
     return scores
 
 
 def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
-    """Of each text, the log of the share of its n-grams that another text has; None: it has no
-    n-gram.
+    """For each text the log of the share of its n-grams that another text has. It is None for a
+    text that has no n-gram.
     """
-    own = [Counter(_ngrams(text, order)) for text in texts]
-    highest: dict[tuple[str, ...], list[int]] = {}  # the two highest counts in any text
-    for grams in own:
-        for gram, count in grams.items():
-            counts = [*highest.get(gram, [0, 0]), count]
-            highest[gram] = sorted(counts)[-2:]
+    counted = [Counter(_ngrams(text, order)) for text in texts]
+    highest = _two_highest_counts(counted)
     logs: list[float | None] = []
-    for grams in own:
+    for own in counted:
+        if not own:
+            logs.append(None)
+            continue
         matches = 0
-        for gram, count in grams.items():
+        for gram, count in own.items():
             second, first = highest[gram]
-            # Another text has the n-gram at most as often as the highest count that is not this
-            # text's own.
+            # The highest count in another text clips this text's count.
             matches += second if first == count else count
-        logs.append(math.log((matches or 0.1) / grams.total()) if grams else None)
+        precision = (matches or 0.1) / own.total()
+        logs.append(math.log(precision))
     return logs
 
 
+def _two_highest_counts(counted: Sequence[Counter[Ngram]]) -> dict[Ngram, list[int]]:
+    """{n-gram: the second highest and the highest of its counts in the texts}."""
+    highest: dict[Ngram, list[int]] = {}
+    for own in counted:
+        for gram, count in own.items():
+            counts = [*highest.get(gram, [0, 0]), count]
+            highest[gram] = sorted(counts)[-2:]
+    return highest
+
+
 def repetition(text: Tokens, n: int = 3) -> float:
-    """Share of a text's n-grams that it has said before, ``1 - different / all`` (seq-rep-n,
+    """Share of a text's n-grams that occurred in it before, ``1 - different / all`` (seq-rep-n,
     Welleck et al. 2020); 0 for a text shorter than n.
     """
     return 1 - distinct_n([text], n) if len(text) >= n else 0.0
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the text says that its writer will not do what was asked, by patterns of words.
+    """Whether the text refuses the request, by patterns of words.
 
-    Matching of phrases is what Zou et al. 2023 and the string match of XSTest (Röttger et al. 2024)
-    do; these patterns are our own. An apology alone is no refusal. Only the first 60 words are
-    read: later ones are rarely about the request itself.
+    Zou et al. 2023 and the string match of XSTest (Röttger et al. 2024) match phrases too; these
+    patterns are our own. An apology alone is no refusal. Only the first 60 words count: later ones
+    are rarely about the request itself.
     """
     return bool(_REFUSAL.search(_plain(text, 60)))
 
 
 def expresses_uncertainty(text: str) -> bool:
-    """Whether the text hedges anywhere, by patterns of words: a subset of the epistemic markers in
-    the lists of Hyland 2005 and Zhou et al. 2023, without those that often mean something else,
-    such as "may" and "about".
+    """Whether the text expresses uncertainty, by patterns of words: the epistemic markers of Hyland
+    2005 and Zhou et al. 2023 without those that often mean something else, such as "may" and
+    "about".
     """
     return bool(_UNCERTAINTY.search(_plain(text)))
 
 
 def lexical_density(text: Tokens) -> float:
-    """Share of the words that are no function words (Ure 1971); punctuation is no word, and 0
-    without any word.
+    """Share of the words that are not function words (Ure 1971). Punctuation marks are not words. A
+    text without words has 0.
     """
     spoken = [word for word in text if word[0].isalnum()]
-    return sum(_is_content(word) for word in spoken) / max(len(spoken), 1)
+    num_content = sum(map(_is_content, spoken))
+    return num_content / max(len(spoken), 1)
 
 
 def new_content_words(prompt: Tokens, response: Tokens) -> int:
-    """Different content words of the response that the prompt does not hold: what it adds to the
-    question.
+    """The number of different content words of the response that are not in the prompt.
 
     Content words are those of ``lexical_density``. Word forms are not reduced: "cat" and "cats" are
-    two.
+    two words.
     """
-    return len({word for word in response if _is_content(word)} - set(prompt))
+    content = {word for word in response if _is_content(word)}
+    return len(content - set(prompt))
 
 
 def _is_content(word: str) -> bool:
@@ -144,9 +156,11 @@ def _is_content(word: str) -> bool:
 
 
 def _plain(text: str, most: int | None = None) -> str:
-    """Lower case, one kind of apostrophe, single spaces; at most so many words."""
-    return " ".join(text.lower().replace("’", "'").split()[:most])
+    """Lower case, one kind of apostrophe, single spaces; the first ``most`` words."""
+    lower = text.lower().replace("’", "'")
+    return " ".join(lower.split()[:most])
 
 
-def _ngrams(text: Tokens, n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(text[k:] for k in range(n)), strict=False))
+def _ngrams(text: Tokens, n: int) -> list[Ngram]:
+    shifted = [text[k:] for k in range(n)]
+    return list(zip(*shifted, strict=False))

@@ -1,4 +1,6 @@
-"""A run, opened to be asked: with its own template and sampling settings, and a reward."""
+"""Opens a run for prompts: its policy with the run's template and sampling settings, and a
+reward.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +13,7 @@ from rlhf_jax.data import chat, formats
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
@@ -42,7 +44,8 @@ class Settings:
     repetition_penalty: float | None = None
     """Above 1, tokens that occurred are less likely; null: as the run."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it."""
+    """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it. None:
+    the run's rl.stop."""
     template: str | None = None
     """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
     """
@@ -106,8 +109,8 @@ def open_policy(
         **sampling,
         template=settings.template or of_run.get("text", {}).get("template"),
         batch_size=batch_size,
-        stop=settings.stop,
-        max_length=min([network.max_length, *map(evaluate.judge_positions, reward)]),
+        stop=settings.stop or tuple(trained.get("stop", ())),
+        max_length=min([network.max_length, *map(bench.judge_positions, reward)]),
         **initial.compute_options(Compute(dtype=dtype), network.num_layers),
     )
 
@@ -137,14 +140,16 @@ def reward_of(
 def described(
     folder: str, policy: Generator, config: FromFiles, data: formats.ReadResult
 ) -> dict[str, Any]:
-    """All that decides the responses, as JSON: fingerprints of what is read, and the settings."""
+    """Everything that determines the responses, as JSON: fingerprints of the files, and the
+    settings.
+    """
     sampling = policy.config
     return {
         "model": manifest.fingerprint(hf.find_folder(hf.model_folder(folder))),
         "prompts": data.fingerprints,
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in SAMPLING},
-        "stop": list(config.stop),
+        "stop": list(policy.stop),
         "template": policy.template,
         "dtype": policy.model.config.compute_dtype,
         "columns": list(config.columns),
@@ -153,7 +158,9 @@ def described(
 
 
 def check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the first difference, unless a file was begun like this."""
+    """Raises UserError, which names the first difference, if a file was begun with other
+    settings.
+    """
     for key, value in now.items():
         if before.get(key) != value:
             begun = f"was begun with {key} {before.get(key)!r}, and now it is {value!r}"

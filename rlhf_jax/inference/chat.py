@@ -5,8 +5,10 @@ token by token. An answer is a function of the seed and of the conversation: it 
 `generate` writes for the same messages.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from rlhf_jax.config import check_trusted
 from rlhf_jax.data import chat, encoding, stops
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.rewards import spec
@@ -37,11 +39,16 @@ class Config(asking.Settings):
     """Who answers, and how."""
 
     compare: str | None = None
-    """Another run or model folder, which answers too: the answers are labelled A and B."""
+    """Another run or model folder, which answers too: the answers are labelled A and B, and stand
+    side by side on a terminal."""
     reward: tuple[str, ...] = ()
     """What /score says, SPECs as --reward of a training run has them; by default the run's own."""
     system: str | None = None
     """A system message before the conversation."""
+
+
+Columns = contextlib.AbstractContextManager[Callable[[Sequence[str]], None]]
+"""What is called with all texts each time that one of them has grown."""
 
 
 class Console(NamedTuple):
@@ -50,10 +57,12 @@ class Console(NamedTuple):
     say: Callable[[str], None]  # a piece of an answer
     note: Callable[[str], None]  # a line about the conversation
     is_terminal: bool  # else lines come from a pipe, and the first mistake ends the command
+    columns: Callable[[Sequence[str]], Columns] | None = None
+    """Shows texts side by side, under these labels; None: they are shown one after the other."""
 
 
 class Said(NamedTuple):
-    """What a model has read and said last."""
+    """The last prompt and response of a model."""
 
     prompt: list[int]
     messages: list[Message]  # the prompt as messages
@@ -96,37 +105,53 @@ class Speaker:
         [ids] = encoding.prompt_ids([row], self.policy.tokenizer, self.policy.template)
         return ids
 
-    def answer(self, line: str, seed: int, console: Console) -> None:
-        """Shows the answer as it comes, and remembers it. Ctrl-C ends it."""
+    def begin(self, line: str, note: Callable[[str], None]) -> "Answer":
+        """The answer to a line, of which nothing is sampled yet.
+
+        Raises:
+            UserError: the line does not fit, or spells a special token.
+        """
         ids, num_dropped = self.prompt(line)
         room = self.policy.room
         if len(ids) > room:
             beside = f"{room} fit beside {self.policy.config.max_new_tokens} for the answer"
             raise UserError(f"your line makes a prompt of {len(ids)} tokens, and {beside}")
         if num_dropped:
-            console.note(f"(the oldest {num_dropped} turns are dropped: {room} tokens fit)")
-        said: list[int] = []
-        text = ""
+            turns = "turn is" if num_dropped == 1 else f"{num_dropped} turns are"
+            note(f"(the oldest {turns} dropped: {room} tokens fit)")
+        return Answer(self, line, ids)
 
-        def tokens() -> Iterable[int]:
-            for token in self.policy.stream(ids, seed):
-                said.append(token)
-                yield token
-
-        try:
-            pieces = self.policy.tokenizer.decode_stream(tokens())
-            for piece in stops.until(pieces, self.policy.stop):
-                text += piece
-                console.say(piece)
-        except KeyboardInterrupt:
-            console.note("\n(stopped)")
-        console.say("\n")
-        answer: Message = {"role": "assistant", "content": text}
-        asked: Message = {"role": "user", "content": line}
+    def remember(self, answer: "Answer") -> None:
+        """Adds an answer, whole or stopped, to the conversation."""
+        asked: Message = {"role": "user", "content": answer.line}
         kept = self.turns if self.has_turns else []
         messages = [*self.system, *(message for turn in kept for message in turn), asked]
-        self.last = Said(ids, messages, said)
-        self.turns.append((asked, answer))
+        self.last = Said(answer.prompt, messages, answer.ids)
+        self.turns.append((asked, {"role": "assistant", "content": answer.text}))
+
+
+@dataclasses.dataclass
+class Answer:
+    """An answer while it is sampled."""
+
+    speaker: Speaker
+    line: str
+    prompt: list[int]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+
+    def pieces(self, seed: int) -> Iterator[str]:
+        """The pieces of the text as they come."""
+        policy = self.speaker.policy
+        decoded = policy.tokenizer.decode_stream(self._sampled(seed))
+        for piece in stops.until(decoded, policy.stop):
+            self.text += piece
+            yield piece
+
+    def _sampled(self, seed: int) -> Iterator[int]:
+        for token in self.speaker.policy.stream(self.prompt, seed):
+            self.ids.append(token)
+            yield token
 
 
 def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> None:
@@ -179,7 +204,7 @@ def _speaker(
     if not has_turns:
         around = chat.frame(policy.template, policy.tokenizer)
         why = "" if config.template else ": it has no chat template"
-        console.note(f"{folder} is given each line alone, as {around!r}{why}")
+        console.note(f"{folder} gets each line without the earlier ones, as {around!r}{why}")
     if config.system is not None and not has_turns:
         raise UserError(f"--system: {folder} has no chat template, which would render it")
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
@@ -198,15 +223,41 @@ class _Talk:
     """By the fingerprint of a tokenizer."""
 
     def take(self, line: str) -> None:
-        """Does what a line says: it is a command, or is answered."""
+        """Obeys a line that is a command, answers any other line."""
         command, *words = line.split() or [""]
         if command.startswith("/"):
             self._do(command, words)
+        elif command and len(self.speakers) > 1 and self.console.columns is not None:
+            self._answer_side_by_side(line)
         elif command:
             for speaker in self.speakers:
-                if len(self.speakers) > 1:
-                    self.console.say(f"{speaker.label}: ")
-                speaker.answer(line, self.seed, self.console)
+                self._answer(speaker, line)
+
+    def _answer(self, speaker: Speaker, line: str) -> None:
+        """Shows the answer as it comes, and remembers it. Ctrl-C ends it."""
+        answer = speaker.begin(line, self.console.note)
+        self.console.say(f"{speaker.label}: " if len(self.speakers) > 1 else "")
+        try:
+            for piece in answer.pieces(self.seed):
+                self.console.say(piece)
+        except KeyboardInterrupt:
+            self.console.note("\n(stopped)")
+        self.console.say("\n")
+        speaker.remember(answer)
+
+    def _answer_side_by_side(self, line: str) -> None:
+        """The same with all speakers, who sample a token each in turn. Ctrl-C ends all answers."""
+        assert self.console.columns is not None
+        answers = [speaker.begin(line, self.console.note) for speaker in self.speakers]
+        labels = [speaker.label for speaker in self.speakers]
+        try:
+            with self.console.columns(labels) as show:
+                for _ in itertools.zip_longest(*(answer.pieces(self.seed) for answer in answers)):
+                    show([answer.text for answer in answers])
+        except KeyboardInterrupt:
+            self.console.note("(stopped)")
+        for answer in answers:
+            answer.speaker.remember(answer)
 
     def _do(self, command: str, words: list[str]) -> None:
         if command == "/reset":
@@ -245,7 +296,7 @@ class _Talk:
             reward = self.rewards[known]
             assert reward is not None  # there are entries
             rollout = _rollout(said, tokenizer.pad_id)
-            score = float(evaluate.score(reward, rollout, {"messages": [said.messages]}, 1)[0])
+            score = float(bench.score(reward, rollout, {"messages": [said.messages]}, 1)[0])
             name = f"{speaker.label}: " if len(self.speakers) > 1 else ""
             self.console.say(f"{name}score {score:.3f}\n")
 

@@ -3,8 +3,8 @@
     {"prompt": "Is ice warm?", "response": "No.", "log_prob": -1.2031, "score": 0.75}
 
 The prompt is a text or a list of messages, as the data has it; the samples of a prompt follow each
-other. So the rows are demonstrations that ``sft`` reads. OUT.settings.json beside the file says
-how it was made; the same command goes on where it was interrupted, to the same bytes.
+other. So the rows are demonstrations that ``sft`` reads. OUT.settings.json has the settings of the
+file. If the command is interrupted, the same command completes the file, with the same bytes.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from rlhf_jax.data import stops
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator, responses
 from rlhf_jax.inference import asking
 from rlhf_jax.rewards import spec
@@ -33,7 +33,7 @@ _DIGITS = 3  # of log-probabilities and scores: further ones depend on the batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(asking.FromFiles):
-    """Which prompts, and what is written of the responses."""
+    """The prompts, and the keys of the rows that are written."""
 
     out: str
     """The file of JSON lines. If it was begun with these settings, it is completed."""
@@ -91,7 +91,7 @@ def run(folder: str, config: Config) -> int:
                     name: [row.columns.get(name) for row in samples] for name in columns
                 }
                 of_samples["messages"] = [row.conversation for row in samples]
-                scores = evaluate.score(reward, rollout, of_samples, config.batch_size)
+                scores = bench.score(reward, rollout, of_samples, config.batch_size)
             rows = _rows(policy, samples, rollout, scores, config.log_probs)
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             num_before = start * config.n
@@ -123,11 +123,11 @@ def _rows(
 
 
 def _take(out: Path, settings: dict[str, Any]) -> int:
-    """How many whole lines the file holds already; its last line is cut off if a kill left it half
-    written.
+    """The number of complete lines that the file has already. An incomplete last line, which a kill
+    may leave, is removed.
 
     Raises:
-        UserError: the file was made with other settings, or nothing says how it was made.
+        UserError: the file was made with other settings, or its settings are unknown.
     """
     beside = out.with_name(f"{out.name}.settings.json")
     if not out.exists():

@@ -1,9 +1,9 @@
-"""``rlhf-jax label``: a person says which of two answers to a prompt is better, without knowing who
-wrote which.
+"""``rlhf-jax label``: a person chooses the better of two answers to a prompt, without knowing which
+model wrote which answer.
 
 OUT has rows {prompt, chosen, rejected}, and {prompt, responses, ranks} for ties: preferences that
-``reward-model``, ``dpo`` and ``kto`` read. OUT.session.json has every judgement in order; the same
-command goes on after the last one.
+``reward-model``, ``dpo`` and ``kto`` read. OUT.session.json has every judgement in order. The same
+command continues after the last one.
 """
 
 import collections
@@ -58,14 +58,14 @@ class Config(asking.FromFiles):
 
 
 class Judgement(NamedTuple):
-    """What was said of the answers to a prompt."""
+    """The judgement of the answers to a prompt."""
 
     pair: int  # number of the prompt
     prompt: Any  # text or messages
-    answers: list[str]  # of RUN, and of the other
+    answers: list[str]  # of RUN, and of the other run
     order: list[int]  # in which they were shown
-    choice: str  # a, b, tie, skip; useless: not asked, as the answers are equal or one is empty
-    again: bool  # whether it is the second time
+    choice: str  # a, b, tie, skip; or useless: the answers are equal or one is empty
+    again: bool  # whether the pair is asked for the second time
 
     @property
     def verdict(self) -> int | str:
@@ -79,12 +79,15 @@ class Judgement(NamedTuple):
         if self.choice == "tie":
             return {"prompt": self.prompt, "responses": self.answers, "ranks": [0, 0]}
         best = int(self.verdict)
-        chosen, rejected = self.answers[best], self.answers[1 - best]
-        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected}
+        return {
+            "prompt": self.prompt,
+            "chosen": self.answers[best],
+            "rejected": self.answers[1 - best],
+        }
 
 
 class Session(NamedTuple):
-    """The judgements so far, and what is asked next."""
+    """The judgements so far, and the next pair."""
 
     config: Config
     out: Path
@@ -94,20 +97,25 @@ class Session(NamedTuple):
     answers: Callable[[int], list[str]]  # to a prompt
 
     def next(self) -> Judgement | None:
-        """The pair to ask, without a choice; None at the end."""
+        """The next pair, without a choice; None at the end."""
         done = len(self.judgements)
         if done < len(self.prompts):
             order = np.random.default_rng([self.config.seed, done]).permutation(2).tolist()
             return Judgement(done, self.prompts[done], self.answers(done), order, "", False)
         repeated = self._repeated()
-        if done - len(self.prompts) < len(repeated):
-            first = repeated[done - len(self.prompts)]
-            return first._replace(order=first.order[::-1], choice="", again=True)
-        return None
+        num_repeated = done - len(self.prompts)
+        if num_repeated == len(repeated):
+            return None
+        first = repeated[num_repeated]
+        return first._replace(order=first.order[::-1], choice="", again=True)
+
+    def given(self, *, again: bool) -> list[Judgement]:
+        """The judgements that compare the answers, of the first or of the second time."""
+        return [done for done in self.judgements if is_given(done) and done.again == again]
 
     def _repeated(self) -> list[Judgement]:
-        """The judgements that are asked for again, drawn from the seed."""
-        firsts = [given for given in self.judgements if is_given(given) and not given.again]
+        """The judgements whose pairs are asked again, drawn from the seed."""
+        firsts = self.given(again=False)
         count = round(self.config.again * len(firsts))
         if self.config.again and len(firsts) > 1:
             count = max(count, 1)
@@ -120,7 +128,7 @@ class Session(NamedTuple):
             "settings": self.settings,
             "judgements": [given._asdict() for given in self.judgements],
         }
-        rows = [given.row for given in self.judgements if is_given(given) and not given.again]
+        rows = [given.row for given in self.given(again=False)]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         with file_errors(self.out, "written"):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -129,7 +137,7 @@ class Session(NamedTuple):
 
 
 def is_given(judgement: Judgement) -> bool:
-    """Whether it compares the answers."""
+    """Whether the judgement compares the answers."""
     return judgement.choice in ("a", "b", "tie")
 
 
@@ -139,16 +147,16 @@ def session_file(out: Path) -> Path:
 
 
 def run(folder: str, config: Config, lines: Iterator[str], console: Console) -> str:
-    """Asks until all pairs are judged, the lines end or one says quit; returns a summary.
+    """Asks until all pairs are judged, the lines end or a line is quit; returns a summary.
 
     Raises:
-        UserError: the file was begun otherwise; whatever is wrong with a folder, a file or a row;
-            unless on a terminal, with a line.
+        UserError: the file was begun with other settings; a folder, a file or a row is wrong; a
+            line is no choice, unless it comes from a terminal.
     """
     session = _open(folder, config)
     session.save()
     if session.judgements:
-        logger.info(f"{session.out}: {len(session.judgements)} judgements are there; goes on")
+        logger.info(f"{session.out}: {len(session.judgements)} judgements so far; it continues")
     while (pair := session.next()) is not None:
         if _useless(pair.answers):
             session.judgements.append(pair._replace(choice="useless"))
@@ -195,7 +203,7 @@ def _open(folder: str, config: Config) -> Session:
 def _answers(
     policies: list[Generator], rows: list[Row], config: Config
 ) -> Callable[[int], list[str]]:
-    """The two answers to a prompt, by its number; whole batches are sampled when first needed."""
+    """The two answers to a prompt, by its number. A batch is sampled when it is first needed."""
     num_samples = 2 if len(policies) == 1 else 1
     asked = [policy.ask(_as_read(policy, rows), num_samples) for policy in policies]
 
@@ -206,7 +214,7 @@ def _answers(
         for policy, prompts in zip(policies, asked, strict=True):
             part: Asked = prompts.part(start, start + config.batch_size)
             whole = responses(policy.sample(part, config.seed), policy.tokenizer)
-            texts.append([stops.before(text, config.stop) for text in whole])
+            texts.append([stops.before(text, policy.stop) for text in whole])
         if num_samples == 2:
             texts = [texts[0][::2], texts[0][1::2]]
         return [list(pair) for pair in zip(*texts, strict=True)]
@@ -217,23 +225,23 @@ def _answers(
 def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
     """The rows with messages rendered by the policy's own chat template."""
     template = chat.template_of(policy.tokenizer, policy.template)
-    return [
-        dataclasses.replace(row, prompt=template.prompt(row.messages, row.source))
-        if row.messages
-        else row
-        for row in rows
-    ]
+    rendered = []
+    for row in rows:
+        if row.messages:
+            prompt = template.prompt(row.messages, row.source)
+            row = dataclasses.replace(row, prompt=prompt)
+        rendered.append(row)
+    return rendered
 
 
 def _useless(answers: list[str]) -> bool:
-    """Whether no reward model could learn from a choice between them."""
-    return answers[0] == answers[1] or not all(answer.strip() for answer in answers)
+    """Whether a choice between them teaches nothing: they are equal, or one is empty."""
+    first, second = answers
+    return first == second or not first.strip() or not second.strip()
 
 
 def _shown(pair: Judgement, session: Session) -> str:
-    number = f"{pair.pair + 1} of {len(session.prompts)}"
-    if pair.again:
-        number = "once more"
+    number = "once more" if pair.again else f"{pair.pair + 1} of {len(session.prompts)}"
     prompt = pair.prompt
     if isinstance(prompt, list):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -242,7 +250,7 @@ def _shown(pair: Judgement, session: Session) -> str:
 
 
 def _choice(lines: Iterator[str], console: Console) -> str:
-    """What the next line says; the end of the lines is quit."""
+    """The choice of the next line; quit at the end of the lines."""
     for line in lines:
         word = line.strip().lower()
         choice = KEYS.get(word[:1], "")
@@ -255,7 +263,7 @@ def _choice(lines: Iterator[str], console: Console) -> str:
 
 
 def _undo(judgements: list[Judgement], console: Console) -> None:
-    """Takes the last choice back, and what was passed over since."""
+    """Removes the last choice, and the pairs without a choice after it."""
     while judgements and judgements[-1].choice == "useless":
         judgements.pop()
     if judgements:
@@ -265,7 +273,7 @@ def _undo(judgements: list[Judgement], console: Console) -> None:
 
 
 def _summary(folder: str, session: Session) -> str:
-    """What was judged, how far the person agrees with themselves, and what to do next."""
+    """The number of judgements, the person's agreement with themselves, and the next step."""
     firsts = [given for given in session.judgements if not given.again]
     count = collections.Counter(given.choice for given in firsts)
     num_choices = count["a"] + count["b"]
@@ -278,7 +286,7 @@ def _summary(folder: str, session: Session) -> str:
         won = sum(given.verdict == 0 for given in firsts)
         lines.append(f"{folder} was preferred {won} times of {num_choices}")
     verdicts = {given.pair: given.verdict for given in firsts}
-    seconds = [given for given in session.judgements if given.again and is_given(given)]
+    seconds = session.given(again=True)
     if seconds:
         same = sum(given.verdict == verdicts[given.pair] for given in seconds)
         lines.append(f"asked again, you said the same {same} times of {len(seconds)}")

@@ -10,7 +10,14 @@ from rlhf_jax.models.config import (
     Qwen3Config,
     RopeScaling,
 )
-from rlhf_jax.models.heads import HEADS, add_head, policy_fn, policy_params, score_fn
+from rlhf_jax.models.heads import (
+    HEADS,
+    Teacher,
+    add_head,
+    policy_fn,
+    policy_params,
+    score_fn,
+)
 from rlhf_jax.models.hf import load, save
 from rlhf_jax.models.model import Model, build, resize_vocabulary
 from rlhf_jax.models.names import SHARDING
@@ -21,3 +28,4 @@ __all__ += ["Qwen2Config", "Qwen3Config", "RopeScaling"]
 # A model and its files, heads and adapters, and the places of its parameters on a mesh
 __all__ += ["Model", "build", "load", "resize_vocabulary", "save"]
 __all__ += ["HEADS", "SHARDING", "add_head", "lora", "policy_fn", "policy_params", "score_fn"]
+__all__ += ["Teacher"]

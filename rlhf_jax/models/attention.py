@@ -28,8 +28,8 @@ BLOCK_SCORES = 2**16
 
 
 class Seen(NamedTuple):
-    """The attention mask in parts: a query attends to the keys of its own document up to its own
-    slot and within the window.
+    """The parts of a causal mask: a query attends to the keys of its document up to its own slot
+    and within the window.
     """
 
     slots: Array  # [B, t] of the queries
@@ -71,7 +71,7 @@ def seen_in_text(attention_mask: Array, window: int | None = None) -> Seen:
 
     Args:
         attention_mask: [B, T], 0 on pads; packed documents carry different numbers.
-        window: keys that a query attends to, its own included; None: no limit.
+        window: the number of keys that a query attends to, its own included; None: no limit.
     """
     slots = jnp.arange(attention_mask.shape[1])
     rows = jnp.broadcast_to(slots, attention_mask.shape)
@@ -89,12 +89,13 @@ def seen_in_cache(
 
     Args:
         key_mask: [B, S], 0 on empty and padded slots.
-        index: [] slot of the first query. The number 0 says that the cache is empty: the queries
-            attend to one another only.
-        queries: their number t.
-        window: as in ``seen_in_text``. The cache of a layer with a window holds the last
-            ``window`` slots, slot s at place s % window. A single query attends to the cache with
-            its own token written; several attend to the cache before that, and to one another.
+        index: [] slot of the first query. The number 0 (not an array) means an empty cache: the
+            queries attend only to one another.
+        queries: the number t of query positions.
+        window: as in ``seen_in_text``. The cache of a layer with a window holds the last ``window``
+            slots, slot s at place s % window. A single query attends to the cache after its token
+            is written. Several queries attend to the cache before their tokens are written, and to
+            one another.
     """
     is_empty = isinstance(index, int) and index == 0
     if is_empty and queries > 1:
@@ -202,7 +203,7 @@ def attention(
     if first is None or half < HALF or drop is not None:
         return _attend(query, key, value, mask, drop)
     end = first + half
-    # The gradient of a split is one copy, that of slices is padded.
+    # The gradient of a split is one copy; the gradient of slices would pad each of them.
     early, late = jnp.split(query, [half], axis=3)
     early_key = key[:, :, :end]
     early_value = value[:, :, :end]
@@ -232,7 +233,8 @@ def _attend(
         drop_key, rate = drop
         keep = jax.random.bernoulli(drop_key, 1.0 - rate, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
-    mixed = kernels.weighted_sum(weights.astype(value.dtype), value) / total
+    # A product, since XLA divides where a program is cut over devices and multiplies elsewhere.
+    mixed = kernels.weighted_sum(weights.astype(value.dtype), value) * (1.0 / total)
     return mixed.astype(value.dtype).reshape(shape)
 
 

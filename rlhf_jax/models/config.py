@@ -11,7 +11,7 @@ ATTENTIONS = ("auto", "xla", "cudnn", "splash", "blockwise")
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What the configs of all families hold.
+    """The fields that the configs of all families have.
 
     Args:
         vocab_size: V, rows of the token table.
@@ -90,8 +90,8 @@ class TransformerConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """``sliding_window`` of the layers, or None and that of the local ones where there are
-        both.
+        """``sliding_window`` of all layers; or None and the window of the local layers, if there
+        are layers of both kinds.
         """
         return (self.sliding_window,) if self.global_every is None else (None, self.sliding_window)
 
@@ -105,12 +105,16 @@ class TransformerConfig:
 
     @property
     def num_stacked(self) -> int:
-        """Layers of ``scan_layers``: all but the last, which computes only what is read."""
+        """The number of layers that ``scan_layers`` stacks: all but the last, which computes only
+        the columns that are needed.
+        """
         return self.num_layers - 1 if self.scan_layers else 0
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in a program of the whole model: one stands for all stacked layers."""
+        """The number of blocks in a program of the whole model. The stacked layers are one
+        block.
+        """
         return self.num_layers - max(self.num_stacked - 1, 0)
 
     @property
@@ -154,7 +158,7 @@ class GPT2Config(TransformerConfig):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of rotary positions are stretched for texts longer than those of the
+    """How the frequencies of rotary positions are scaled for texts that are longer than in
     pretraining.
 
     Args:
@@ -187,8 +191,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig(TransformerConfig):
-    """What Llama and its relatives share. A family's class fixes the options that its config.json
-    cannot name.
+    """The fields that Llama and its relatives share. A family's class fixes the options that its
+    config.json cannot name.
 
     Args:
         max_length: longest text in tokens that the model is meant for; positions have no table.

@@ -7,7 +7,9 @@ columns.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,14 @@ from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 # chunks as the whole batch.
 _CHUNK_LOGITS = 2**20
 HEADS = ("value", "score")  # their keys in a model's parameters
+
+
+class Teacher(NamedTuple):
+    """A model with which a policy is compared at every token."""
+
+    model: Model
+    # (logits [..., V], the teacher's [..., V]) -> [...], such as ``losses.divergence``
+    measure: Callable[[Array, Array], Array]
 
 
 def add_head(
@@ -36,7 +46,7 @@ def add_head(
         kind: "value", {"kernel" [D], "bias" []}: zeros; or "score", {"kernel" [D], "bias", "gain",
             "shift"}: weights normal with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020),
             bias 0, gain 1, shift 0.
-        width: D; None: that of the parameters' ``ln_f``.
+        width: D; None: the width of the parameters' ``ln_f``.
 
     Returns:
         A new dict with the head under ``kind``.
@@ -58,9 +68,7 @@ def add_head(
 
 
 def policy_params(params: Params) -> Params:
-    """The policy's own parameters: ``params``, or their "policy" part if they hold a whole value
-    model too.
-    """
+    """The policy's parameters: ``params``, or their "policy" part beside a whole value model."""
     return params["policy"] if isinstance(params, Mapping) and "policy" in params else params
 
 
@@ -69,6 +77,7 @@ def policy_fn(
     temperature: float = 1.0,
     prompt_length: int = 0,
     value_model: Model | None = None,
+    teacher: Teacher | None = None,
 ) -> PolicyFn:
     """Turns a language model into a PolicyFn.
 
@@ -79,11 +88,15 @@ def policy_fn(
         value_model: a whole model for the values; params are then {"policy": ..., "value": ...},
             the latter with its own "value" head. Without it values come from ``params["value"]``;
             they are None if that is missing.
+        teacher: a model of the same tokens, whose parameters are a fifth argument of the result;
+            without that argument it is not called. Of vocabularies of different sizes (padded ones)
+            the first tokens are compared, as many as both have.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies
         of column t come from the logits at t - 1 (equal to ``ops.token_log_probs`` and
-        ``ops.entropy``), and so do values from the head.
+        ``ops.entropy``), and so do values from the head, and with the teacher's parameters
+        ``teacher_log_probs`` and ``divergence``, in the same chunks.
 
     Raises:
         ValueError: if ``temperature`` is not positive.
@@ -100,6 +113,7 @@ def policy_fn(
         tokens: Array,
         attention_mask: Array,
         key: Array | None = None,
+        teacher_params: Params | None = None,
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
@@ -111,8 +125,12 @@ def policy_fn(
         # The states before columns first, ..., T - 1: [B, T - first, D].
         before = slice(first - 1, tokens.shape[1] - 1)
         hidden = model.hidden(body, tokens, attention_mask, policy_key, before)
-        targets = tokens[:, first:]
-        log_probs, entropy = _log_probs_and_entropy(model, body, hidden, targets, temperature)
+        parts = [hidden, tokens[:, first:]]
+        compare = None
+        if teacher is not None and teacher_params is not None:
+            parts.append(teacher.model.hidden(teacher_params, tokens, attention_mask, None, before))
+            compare = partial(_compared, teacher, teacher_params, temperature)
+        output = _of_tokens(model, body, temperature, compare, *parts)
         values = None
         if value_model is not None:
             critic = params["value"]
@@ -120,7 +138,7 @@ def policy_fn(
             values = _scalar(critic, "value", critic_hidden)
         elif "value" in params:
             values = _scalar(params, "value", hidden)
-        output = PolicyOutput(log_probs, entropy, values)
+        output = output._replace(values=values)
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
     return policy
@@ -170,28 +188,33 @@ def _scalar(params: Params, kind: str, hidden: Array) -> Array:
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
-def _log_probs_and_entropy(
+def _of_tokens(
     model: Model,
     params: Params,
+    temperature: float,
+    compare: Callable[..., dict[str, Array]] | None,
     hidden: Array,
     targets: Array,
-    temperature: float,
-) -> tuple[Array, Array]:
-    """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32."""
+    *more: Array,
+) -> PolicyOutput:
+    """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32.
 
-    def chunk(params: Params, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    compare: ``compare(logits [B, n, V], targets [B, n], *columns of more)`` gives further fields.
+    """
+
+    def chunk(params: Params, hidden: Array, targets: Array, *more: Array) -> PolicyOutput:
         logits = model.unembed(params, hidden).astype(jnp.float32) / temperature
-        # A pad's id may lie outside the vocabulary; its column is masked later but must stay
-        # finite.
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+        chosen = _at(logits, targets)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         probs = jnp.exp(logits - normalizer[..., None])
-        return chosen - normalizer, normalizer - jnp.sum(probs * logits, axis=-1)
+        entropy = normalizer - jnp.sum(probs * logits, axis=-1)
+        further = {} if compare is None else compare(logits, targets, *more)
+        return PolicyOutput(chosen - normalizer, entropy, **further)
 
     batch, columns = targets.shape
     chunks = math.ceil(columns * model.config.vocab_size / _CHUNK_LOGITS)
     if chunks <= 1:
-        return chunk(params, hidden, targets)
+        return chunk(params, hidden, targets, *more)
     size = math.ceil(columns / chunks)
     chunks = math.ceil(columns / size)
 
@@ -201,7 +224,30 @@ def _log_probs_and_entropy(
         padded = jnp.pad(x, pads[: x.ndim])
         return padded.reshape(batch, chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    parts = (split(hidden), split(targets))
+    parts = tuple(map(split, (hidden, targets, *more)))
     outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
-    log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, -1) for x in outputs)
-    return log_probs[:, :columns], entropy[:, :columns]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :columns], outputs)
+
+
+def _at(logits: Array, targets: Array) -> Array:
+    """The logits of the targets. A pad's id may lie outside the vocabulary; its column is masked
+    later but must stay finite.
+    """
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def _compared(
+    teacher: Teacher,
+    params: Params,
+    temperature: float,
+    logits: Array,
+    targets: Array,
+    hidden: Array,
+) -> dict[str, Array]:
+    """What a ``teacher`` with ``hidden`` states [B, n, D] says of the tokens, [B, n] each."""
+    theirs = teacher.model.unembed(params, hidden).astype(jnp.float32) / temperature
+    shared = min(logits.shape[-1], theirs.shape[-1])
+    theirs = theirs[..., :shared]
+    log_probs = _at(theirs, targets) - jax.nn.logsumexp(theirs, axis=-1)
+    divergence = teacher.measure(logits[..., :shared], theirs)
+    return {"teacher_log_probs": log_probs, "divergence": divergence}

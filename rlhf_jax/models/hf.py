@@ -1,9 +1,9 @@
 """Hugging Face folders: config.json and safetensors weights, read and written tensor by tensor.
 
-A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM,
-or for GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head.
-A value head, which transformers has no place for, is stored beside the weights in
-value_head.safetensors. Nothing is ever unpickled.
+A folder has the files that transformers' ``save_pretrained`` writes for GPT2LMHeadModel or
+LlamaForCausalLM, or for GPT2ForSequenceClassification or LlamaForSequenceClassification where there
+is a score head. Transformers has no value heads: a value head is stored beside the weights in
+value_head.safetensors. No file is ever unpickled.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def load(
         dtype: of the parameters; None keeps the file's.
         shardings: the sharding of each of the body's parameters, given a tree of their shapes, such
             as ``lambda shapes: sharding.by_path(shapes, models.SHARDING, mesh)``: each device then
-            reads its own part of the files. None: all are on one device.
+            reads only its shards. None: all parameters are on one device.
         compute: compute_dtype, remat, scan_layers and attention, as in GPT2Config and LlamaConfig.
 
     Returns:
@@ -121,6 +121,7 @@ def save(
     params: Params,
     *,
     file_bytes: int = FILE_BYTES,
+    both_tables: bool = False,
 ) -> None:
     """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
     the same bytes.
@@ -135,12 +136,16 @@ def save(
             bias + shift``, to be added to transformers' logit; such a folder has no output table of
             its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
+        both_tables: a tied output table is also written under its own name.
 
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
     family = names.family_of(model.config)
     tensors = _body_tensors(model, params)
+    if both_tables:
+        (token_table,) = family.tensors(("wte", "embedding"), params["wte"]["embedding"].shape)
+        tensors.setdefault(names.OUTPUT_TABLE, tensors[token_table])
     keys = names.to_json(model.config)
     for former in _FORMER:
         keys.pop(former, None)
@@ -158,7 +163,7 @@ def save(
             "problem_type": "regression",
         }
         keys["reward_shift"] = shift
-    # transformers gives all tensors the dtype named here: the widest loses nothing.
+    # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
     keys["dtype"] = str(jnp.result_type(*dtypes))
 

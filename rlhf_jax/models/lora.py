@@ -131,5 +131,5 @@ def bind(fn: Any, params: Params) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_with_adapters, jax.tree_util.Partial(fn), params)
 
 
-def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any) -> Any:
-    return fn(attach(params, adapters), *args)
+def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any, **more: Any) -> Any:
+    return fn(attach(params, adapters), *args, **more)

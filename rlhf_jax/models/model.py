@@ -63,7 +63,7 @@ def build(config: ModelConfig) -> Model:
     init_cache = partial(stack.init_cache, config)
     for_decoding = partial(stack.for_decoding, config)
 
-    # A key that no layer draws from is left out: with one, each layer would be traced for itself.
+    # A key without a use is left out: with a key, each layer would be traced separately.
     rates = [rate for name, rate in vars(config).items() if name.endswith("_dropout")]
     drops = any(rate > 0 for rate in rates)
 

@@ -176,7 +176,7 @@ SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def _relative(defaults: DecoderConfig) -> Family:
-    """A family whose files are written as Llama's, under its own name."""
+    """A family whose files have Llama's names, under the family's own name."""
     name = type(defaults).__name__.removesuffix("Config")
     return LLAMA._replace(
         model_type=name.lower(),
@@ -280,7 +280,9 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json: those that ``from_json`` reads, and the others that it kept."""
+    """The keys of config.json: the keys that ``from_json`` reads, and the other keys, which it has
+    kept.
+    """
     family = family_of(config)
     keys = {name: getattr(config, field) for field, name in family.fields()}
     if isinstance(config, DecoderConfig):  # in the form of transformers 4, which 5 reads too

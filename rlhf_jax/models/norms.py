@@ -1,5 +1,5 @@
-"""Layer norm and RMSNorm with one gradient, which is written out: it reads the input and two
-numbers of each row.
+"""Layer norm and RMSNorm with an explicit gradient, which needs only the input and two numbers of
+each row.
 """
 
 import functools

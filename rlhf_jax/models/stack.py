@@ -3,8 +3,8 @@ blocks, and the model around them.
 
 A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py.
 Parameters are {"wte", "h_0", ..., "ln_f", ...}; under ``scan_layers`` one "h" with a leading [L -
-1] axis stands for all layers but the last. Dropout acts where a "dropout" key is given. The cache
-is an argument and a result: no mutable collections.
+1] axis stands for all layers but the last. Dropout is on if there is a "dropout" key. The cache is
+an argument and a result: no mutable collections.
 """
 
 import functools
@@ -32,7 +32,8 @@ from rlhf_jax.types import Params
 Rotation = Array
 # The attention mask, and the rotation of queries and keys.
 View = tuple[Seen, Rotation | None]
-# One view of all layers; or that of the layers without a window, and that of those with one.
+# One view for all layers; or one for the layers without a window, and one for the layers with a
+# window.
 Views = tuple[View, ...]
 Cache = tuple[LayerCache, ...]
 # Columns of [B, T] to compute: the same slice of each row, [B, n] indices, or None for all.
@@ -274,8 +275,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``. A config with
-    ``post_norms`` norms what is added too.
+    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``. With
+    ``post_norms`` the outputs of attention and MLP are normed before they are added.
     """
 
     config: Any

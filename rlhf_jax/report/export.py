@@ -1,4 +1,4 @@
-"""``rlhf-jax export``: a run's model as a Hugging Face folder with its tokenizer and a model card."""
+"""``rlhf-jax export``: a run's model as a Hugging Face folder with tokenizer and model card."""
 
 import re
 import shutil
@@ -28,15 +28,17 @@ _MEMBER = re.compile(r"member_\d+")
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Copies the files of ``RUN/model`` that a run writes, all members of an ensemble, to ``folder``
-    and writes README.md, the model card: base model, licence (to be filled in), use with the prompt
-    template, command, data, last metrics, settings and limits. Names what else lies there.
+    """Copies the files of ``RUN/model`` that a run writes, all members of an ensemble, to
+    ``folder``, and logs which other files are there. Writes README.md, the model card: base model,
+    licence (to be filled in), use with the prompt template, command, data, last metrics, settings
+    and limits.
 
     Raises:
-        UserError: the run has no model yet, its files are broken or symbolic links, or the folder is
-            in use.
+        UserError: the run has no model yet, its files are broken or symbolic links, or the folder
+            is in use.
     """
-    run, folder = Path(run), Path(folder)
+    run = Path(run)
+    folder = Path(folder)
     config = records.model_config(run)
     if records.is_own(run):
         raise UserError(
@@ -73,10 +75,10 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
 
 def _files(model: Path) -> tuple[list[Path], list[Path]]:
-    """The files that are copied, and the files and folders that are left out.
+    """The files to copy, and the files and folders to leave out.
 
     Raises:
-        UserError: one that would be copied, or a folder of it, is a symbolic link.
+        UserError: a file to copy, or its folder, is a symbolic link.
     """
     entries = sorted(model.iterdir())
     members = [entry for entry in entries if _MEMBER.fullmatch(entry.name)]

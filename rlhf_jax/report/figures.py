@@ -32,7 +32,9 @@ STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 class Series(NamedTuple):
-    """Points [N] of a plot. A pair ``(xs, ys)`` stands for one whose other fields are the defaults."""
+    """Points [N] of a plot. A pair ``(xs, ys)`` stands for a series whose other fields are the
+    defaults.
+    """
 
     x: npt.ArrayLike
     y: npt.ArrayLike
@@ -40,7 +42,7 @@ class Series(NamedTuple):
     """With ``high`` [N], the edges of a band around the curve."""
     high: npt.ArrayLike | None = None
     color: int | None = None
-    """Number of the colour; None: that of the series in its plot."""
+    """Number of the colour. None: the number of the series in its plot."""
     style: int = 0
     """Number of the line style."""
     kind: Literal["curve", "points", "steps"] = "curve"
@@ -67,7 +69,7 @@ class Plot:
     lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Horizontal lines: ``{label: y}``."""
     diagonal: str = ""
-    """Label of the line y = x; empty: no such line."""
+    """Label of the line y = x. Empty: no such line."""
     note: str = ""
     """A sentence below the plot."""
 
@@ -82,13 +84,16 @@ def histogram(
     series: dict[str, Series | tuple[npt.ArrayLike, npt.ArrayLike]] = {}
     outside = []
     x = np.r_[edges[0], edges]
-    for place, (name, of_set) in enumerate(values.items()):
-        counted, _ = np.histogram(np.asarray(of_set, np.float64), edges)
-        counts = np.r_[0, counted, 0]
+    for number, (name, of_set) in enumerate(values.items()):
+        counts, _ = np.histogram(np.asarray(of_set, np.float64), edges)
+        num_values = np.size(of_set)
+        num_outside = num_values - counts.sum()
+        if num_outside:
+            outside.append(f"{name}: {num_outside} of {num_values} values not finite or outside.")
         if counts.any():
-            series[name] = Series(x, counts, 0 * counts, counts, place, place, "steps")
-        if lost := np.size(of_set) - counts.sum():
-            outside.append(f"{name}: {lost} of {np.size(of_set)} values not finite or outside.")
+            top = np.r_[0, counts, 0]
+            bars = Series(x, top, low=np.zeros_like(top), high=top, kind="steps")
+            series[name] = bars._replace(color=number, style=number)
     return Plot(title, x_label, y_label, series, note=" ".join(outside))
 
 
@@ -99,30 +104,36 @@ def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
     numbers = np.asarray(values, np.float64)
     numbers = numbers[np.isfinite(numbers)]
     span = np.ptp(numbers) if numbers.size else 0
-    if numbers.size and np.all(numbers == np.round(numbers)) and span < 2**52:
-        width = np.ceil((span + 1) / max_bins)
-        return numbers.min() - 0.5 + width * np.arange(np.ceil((span + 1) / width) + 1)
-    return np.histogram_bin_edges(numbers, max_bins if span else 1)
+    are_integers = numbers.size and np.all(numbers == np.round(numbers))
+    if not are_integers or span >= 2**52:
+        return np.histogram_bin_edges(numbers, max_bins if span else 1)
+    num_integers = span + 1
+    width = np.ceil(num_integers / max_bins)
+    num_bins = np.ceil(num_integers / width)
+    return numbers.min() - 0.5 + width * np.arange(num_bins + 1)
 
 
 def notes(plot: Plot) -> list[str]:
     """The sentences below the plot: its own, what is smoothed, and which values are not drawn."""
     shown = _shown(plot)
     sentences = [plot.note] if plot.note else []
-    windows = sorted({_window(series) for series in shown.values()} - {1})
-    if windows:
-        sentences.append(f"Thick: the mean over {windows[-1]} points; pale: each point.")
+    windows = [_window(series) for series in shown.values()]
+    if max(windows, default=1) > 1:
+        sentences.append(f"Thick: the mean over {max(windows)} points; pale: each point.")
     for name, (x, *_) in plot.series.items():
+        num_values = np.size(x)
         if name not in shown:
-            values = "finite values" if np.size(x) else "values"
+            values = "finite values" if num_values else "values"
             sentences.append(f"{name}: left out, as it has no {values}.")
-        elif lost := np.sum(np.isnan(shown[name].x)):
-            sentences.append(f"{name}: {lost} of {np.size(x)} values not finite, not drawn.")
+            continue
+        num_lost = np.sum(np.isnan(shown[name].x))
+        if num_lost:
+            sentences.append(f"{name}: {num_lost} of {num_values} values not finite, not drawn.")
     return sentences
 
 
 def alternative(plot: Plot) -> str:
-    """What the plot shows, in words for those who do not see it."""
+    """What the plot shows, in words for readers who do not see it."""
     text = f"{plot.title}: {plot.y_label} over {plot.x_label}."
     for name, series in _shown(plot).items():
         y = np.asarray(series.y)
@@ -147,31 +158,35 @@ def png(plot: Plot) -> bytes:
 
 
 def element(plot: Plot, salt: str) -> str:
-    """:func:`svg` as an element of a page: without the head of the file, a fixed size, and the ids
-    of groups, which would be the same in each plot. The attribute ``data-hover`` is what the page's
-    script needs to show values.
+    """:func:`svg` as an element of a page: without the head of the file, its fixed size, and the
+    ids of groups, which would be the same in each plot. The page's script reads the values that it
+    shows from the attribute ``data-hover``.
     """
     file, axes = _draw(plot, "svg", salt)
     text = file.decode()
     box = re.search(r'viewBox="([^"]*)"', text)
     if box is None:
         return ""
-    hover = html.escape(json.dumps(_hover(plot, axes, box[1]), ensure_ascii=False))
-    label = html.escape(alternative(plot))
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r'<g id="[^"]*"', "<g", body).strip()
-    return f'<svg {box[0]} role="img" aria-label="{label}" data-hover="{hover}">{body}'
+    width = float(box[1].split()[2])
+    hover = json.dumps(_hover(plot, axes, width), ensure_ascii=False)
+    attributes = f'aria-label="{html.escape(alternative(plot))}" data-hover="{html.escape(hover)}"'
+    end_of_tag = text.index(">", text.index("<svg"))
+    body = re.sub(r'<g id="[^"]*"', "<g", text[end_of_tag + 1 :])
+    return f'<svg {box[0]} role="img" {attributes}>{body.strip()}'
 
 
 def _window(series: Series) -> int:
-    """Points of which the smoothed curve is the mean; 1: it is not smoothed."""
-    width = np.isfinite(series.y).sum() // SMOOTHED_PART
+    """The number of points in each mean of the smoothed curve; 1 if it is not smoothed."""
+    width = int(np.isfinite(series.y).sum()) // SMOOTHED_PART
     is_path = bool(series.labels)
-    return int(width) if series.kind == "curve" and width > 2 and not is_path else 1
+    is_smoothed = series.kind == "curve" and width > 2 and not is_path
+    return width if is_smoothed else 1
 
 
-def _hover(plot: Plot, axes: Any, box: str) -> dict[str, Any]:
-    """Where the axes begin and end in the SVG, and at most ``MAX_HOVERED`` points of each series."""
+def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
+    """Where the axes begin and end in an SVG of this width, and at most ``MAX_HOVERED`` points of
+    each series.
+    """
     series = []
     for name, shown in _shown(plot).items():
         points = np.c_[shown.x, shown.y]
@@ -179,30 +194,27 @@ def _hover(plot: Plot, axes: Any, box: str) -> dict[str, Any]:
         stride = -(-len(points) // MAX_HOVERED)
         numbers = np.char.mod("%.5g", points[::stride])
         series.append([name, shown.kind, numbers.tolist()])
-    width = float(box.split()[2])
     place = axes.get_position()
-    left = width * place.x0
-    right = width * place.x1
-    low, high = axes.get_xlim()
-    ends = [left, right, low, high]
+    ends = [width * place.x0, width * place.x1, *axes.get_xlim()]
     return {"x": plot.x_label, "ends": ends, "series": series}
 
 
 def _shown(plot: Plot) -> dict[str, Series]:
-    """The series that have finite values, each with its colour; x and y are NaN where either is not
-    finite.
+    """The series that have finite values, each with its colour. Both x and y are NaN where one of
+    them is not finite.
     """
     shown = {}
-    for place, (name, pair) in enumerate(plot.series.items()):
+    for number, (name, pair) in enumerate(plot.series.items()):
         series = Series(*pair)
         x = np.asarray(series.x, np.float64)
         y = np.asarray(series.y, np.float64)
         finite = np.isfinite(x) & np.isfinite(y)
-        if finite.any():
-            color = place if series.color is None else series.color
-            x = np.where(finite, x, np.nan)
-            y = np.where(finite, y, np.nan)
-            shown[name] = series._replace(x=x, y=y, color=color)
+        if not finite.any():
+            continue
+        x = np.where(finite, x, np.nan)
+        y = np.where(finite, y, np.nan)
+        color = number if series.color is None else series.color
+        shown[name] = series._replace(x=x, y=y, color=color)
     return shown
 
 
@@ -251,10 +263,11 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
     x = x[np.isfinite(x)]
     # The edges of bins of integers lie half-way between them.
     are_integers = np.all(x % 1 == (0.5 if has_bins else 0))
-    how: dict[str, Any] = {"nbins": 6}  # more labels like -0.025 would touch
     if are_integers:
-        how = {"nbins": 8, "integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
-    axes.locator_params(axis="x", **how)
+        nice = {"integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
+        axes.locator_params(axis="x", nbins=8, **nice)
+    else:
+        axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
     return handles
 
 
@@ -263,34 +276,45 @@ def _draw_one(axes: Any, series: Series) -> Any:
     x = np.asarray(series.x)
     y = np.asarray(series.y)
     finite = np.isfinite(x)
-    number = series.color or 0
-    color = COLORS[number % len(COLORS)]
-    round_of_colors = number // len(COLORS)
-    style = LINE_STYLES[(series.style + 2 * round_of_colors) % len(LINE_STYLES)]
-    look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": 1.4}
-    step = None
-    if series.kind == "steps":
-        step = "post"
-        look["drawstyle"] = "steps-post"
-    elif series.kind == "points" or finite.sum() <= MAX_MARKED:
-        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3}
-    if series.kind == "points":
-        look["linestyle"] = ""
+    look = _look(series, int(finite.sum()))
     width = _window(series)
-    (artist,) = axes.plot(x, y, alpha=1.0 if width == 1 else 0.35, **look)
+    alpha = 0.35 if width > 1 else 1.0
+    (artist,) = axes.plot(x, y, alpha=alpha, **look)
     if width > 1:
         import scipy.ndimage
 
         means = scipy.ndimage.uniform_filter1d(y[finite], width, mode="nearest")
-        some = slice(None, None, -(-width // 8))  # between them a smooth curve is straight
-        (artist,) = axes.plot(x[finite][some], means[some], **look | {"linewidth": 1.9})
+        every = -(-width // 8)  # between these points a smooth curve is straight
+        thick = look | {"linewidth": 1.9}
+        (artist,) = axes.plot(x[finite][::every], means[::every], **thick)
     if series.low is not None and series.high is not None:
-        band: dict[str, Any] = {"color": color, "alpha": 0.2, "linewidth": 0}
+        step = "post" if series.kind == "steps" else None
+        band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(x, series.low, series.high, step=step, **band)
-    offset: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-    for i in np.flatnonzero(finite).tolist() if series.labels else ():
-        axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), **offset)
+    if series.labels:
+        above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+        for i in np.flatnonzero(finite).tolist():
+            axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), **above)
     return artist
+
+
+def _look(series: Series, num_points: int) -> dict[str, Any]:
+    """Matplotlib's properties of a series."""
+    number = series.color or 0
+    round_of_colors = number // len(COLORS)
+    style = series.style + 2 * round_of_colors
+    look = {
+        "color": COLORS[number % len(COLORS)],
+        "linestyle": LINE_STYLES[style % len(LINE_STYLES)],
+        "linewidth": 1.4,
+    }
+    if series.kind == "steps":
+        look["drawstyle"] = "steps-post"
+    elif series.kind == "points":
+        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3, "linestyle": ""}
+    elif num_points <= MAX_MARKED:
+        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3}
+    return look
 
 
 def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:

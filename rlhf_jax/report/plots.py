@@ -6,7 +6,7 @@ Runs of a group are drawn as their mean with a band from the lowest to the highe
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from rlhf_jax import metrics
 from rlhf_jax.report.figures import Plot, Series, bin_edges, histogram
 from rlhf_jax.report.records import Group, Row, RunRecord, series
 
-MAX_DOTS = 60  # of reward against KL; of a longer run the means over equal stretches
+MAX_DOTS = 60  # of reward against KL; a longer run is drawn as means over equal stretches
+MAX_NUMBERED = 6  # of these dots
 LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
-# Where the training's part of validation/NAME may be.
+# The training metric of validation/NAME has one of these prefixes.
 _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "kto/", "")
 
 
@@ -29,54 +30,65 @@ def unit(record: RunRecord) -> str:
 
 def meaning(name: str) -> str:
     """A sentence about what a metric is; empty if plots.yaml has none."""
+    meanings: Mapping[str, str] = LABELS["meanings"]
     rest = name.removeprefix("validation/")
-    keys = (name, *(prefix + rest for prefix in _TRAINING), rest.partition("/")[0])
-    return next((LABELS["meanings"][key] for key in keys if key in LABELS["meanings"]), "")
-
-
-def _labels(key: str, suffix: str = "") -> tuple[str, str, str]:
-    """Title and labels of the axes of a plot that is no curve."""
-    title, x_label, y_label = LABELS[key]
-    return title + suffix, x_label, y_label
+    for key in (name, *(prefix + rest for prefix in _TRAINING), rest.partition("/")[0]):
+        if key in meanings:
+            return meanings[key]
+    return ""
 
 
 def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its
     validation]}``.
     """
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # a set in order
     for record in records:
         for row in record.metrics:
-            names |= dict.fromkeys(name for name in row if name != "step")
+            names |= dict.fromkeys(row)
+    names.pop("step", None)
     members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
-        kind, _, rest = name.partition("/")
-        training = [prefix + rest for prefix in _TRAINING if prefix + rest in names]
-        base = training[0] if training and kind == "validation" else name
+        base = _training_metric(name, names)
         members.setdefault(base, []).append(name)
     return {base: together for base, together in members.items() if together}
 
 
+def _training_metric(name: str, names: Collection[str]) -> str:
+    """The training metric that is drawn together with validation/NAME; any other metric itself."""
+    kind, _, rest = name.partition("/")
+    if kind == "validation":
+        for prefix in _TRAINING:
+            if prefix + rest in names:
+                return prefix + rest
+    return name
+
+
 def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
-    """Metrics at the steps at which all runs of the group that record them do so.
+    """Metrics at the steps that all runs of the group have, without the runs that never record
+    them.
 
     Returns:
         Steps [N]; values [runs, N, names]. N is 0 without such steps.
     """
-    recorded = []
+    by_step = []
     for record in group.records:
         rows = [row for row in record.metrics if row.keys() >= set(names)]
         if rows:
-            recorded.append({row["step"]: [row[name] for name in names] for row in rows})
-    steps = sorted(set.intersection(*map(set, recorded))) if recorded else []
-    values = [[run[step] for step in steps] for run in recorded]
+            by_step.append({row["step"]: [row[name] for name in names] for row in rows})
+    if not by_step:
+        return np.empty(0), np.empty(0)
+    steps = sorted(set.intersection(*map(set, by_step)))
+    values = [[run[step] for step in steps] for run in by_step]
     return np.array(steps), np.array(values, np.float64)
 
 
 def mean(group: Group, name: str) -> np.ndarray:
     """[N] finite values of a metric, means over the runs of the group."""
-    _, values = curve(group, name)
-    means = values[..., 0].mean(axis=0) if values.size else np.empty(0)
+    steps, values = curve(group, name)
+    if not steps.size:
+        return np.empty(0)
+    means = values[..., 0].mean(axis=0)
     return means[np.isfinite(means)]
 
 
@@ -88,9 +100,10 @@ def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
     plots = []
     constant: dict[str, float] = {}
     for base, members in metric_groups(records).items():
-        values: dict[str, set[float]] = {}
+        values: dict[str, set[float]] = {name: set() for name in members}
         for name in members:
-            values[name] = {v for record in records for v in series(record.metrics, name)[1]}
+            for record in records:
+                values[name].update(series(record.metrics, name)[1])
         if any(len(different) > 1 for different in values.values()):
             plots.append(_metric_plot(groups, base, members))
         else:
@@ -99,50 +112,65 @@ def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
 
 
 def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> Plot:
-    """The colour tells groups apart, the line style validation from training; with one group the
-    colour does that.
+    """The curves of a metric, with its alerts and its horizontal line.
 
     members: the training metric and that of the validation, or one of them.
     """
-    title, y_label, *lines = LABELS["curves"].get(base, ("", base.rpartition("/")[2]))
     records = [record for group in groups for record in group.records]
+    drawn = _metric_series(groups, members)
+    alerts = [mark for record in records for mark in _alerts(record, members)]
+    if alerts:
+        steps, values = zip(*alerts, strict=True)
+        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
+    own_label = base.rpartition("/")[2]
+    title, y_label, *marks = LABELS["curves"].get(base, ("", own_label))
+    lines = marks[0] if marks else {}
+    targets = {record.settings.get("rl.kl_target") for record in records}
+    if base == "objective/kl" and len(targets) == 1 and None not in targets:
+        lines = {"target": targets.pop()}
+    return Plot(
+        f"{title}: {members[0]}" if title else members[0],
+        unit(records[0]),
+        y_label,
+        drawn,
+        lines=lines,
+        note=meaning(members[0]),
+    )
+
+
+def _metric_series(groups: Sequence[Group], members: Sequence[str]) -> dict[str, Series]:
+    """The curves of each group, by their labels. The colour tells groups apart, the line style
+    validation from training; with one group the colour tells validation from training.
+    """
     drawn: dict[str, Series] = {}
-    for place, group in enumerate(groups):
+    for number, group in enumerate(groups):
         for second, name in enumerate(members):
             steps, values = curve(group, name)
             if not steps.size:
                 continue
-            label, color, style = name, second, 0
-            if len(groups) > 1:
-                label, color, style = group.name, place, second
-                label += ", validation" if second else ""
             y = values[..., 0]
-            line = Series(steps, y.mean(axis=0), color=color, style=style)
+            line = Series(steps, y.mean(axis=0), color=second)
+            label = name
+            if len(groups) > 1:
+                line = line._replace(color=number, style=second)
+                label = f"{group.name}, validation" if second else group.name
             if len(group.records) > 1:
                 line = line._replace(low=y.min(axis=0), high=y.max(axis=0))
             drawn[label] = line
-    if alerts := [mark for record in records for mark in _alerts(record, members)]:
-        at, y_marks = zip(*alerts, strict=True)
-        drawn["alert"] = Series(at, y_marks, kind="points", color=len(groups) + 1)
-    targets = {record.settings.get("rl.kl_target") for record in records}
-    if base == "objective/kl" and len(targets) == 1 and None not in targets:
-        lines = [{"target": targets.pop()}]
-    title = f"{title}: {members[0]}" if title else members[0]
-    marks = lines[0] if lines else {}
-    note = meaning(members[0])
-    return Plot(title, unit(records[0]), y_label, drawn, lines=marks, note=note)
+    return drawn
 
 
 def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
-    """Where an alert of the run names one of these metrics in its rule or message: its step and
-    their values there.
+    """The alerts of the run that name one of these metrics in their rule or message: step and value
+    of the metric there.
     """
     rows = {row["step"]: row for row in record.metrics}
     marks = []
     for alert in record.alerts:
         step = alert["step"]
         row = rows.get(step, {})
-        words = re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")
+        text = f"{alert['rule']} {alert['message']}"
+        words = re.split(r"[\s<>:,]+", text)
         for name in members:
             if name in words and name in row:
                 marks.append((step, row[name]))
@@ -160,23 +188,23 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
         if not steps.size:
             continue
         stretch = math.ceil(len(steps) / MAX_DOTS)
+        longest = max(longest, stretch)
         rows = np.c_[steps, values.mean(axis=0)]
         parts = np.array_split(rows, range(stretch, len(steps), stretch))
-        at, kl, score = np.array([part.mean(axis=0) for part in parts]).T
-        every = -(-len(at) // 6)
-        labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(at)]
-        drawn[group.name] = Series(kl, score, labels=labels)
-        longest = max(longest, stretch)
+        means = np.array([part.mean(axis=0) for part in parts])
+        every = math.ceil(len(means) / MAX_NUMBERED)
+        labels = [""] * len(means)
+        labels[::every] = [f"{step:.0f}" for step in means[::every, 0]]
+        drawn[group.name] = Series(means[:, 1], means[:, 2], labels=labels)
     if not drawn:
         return None
     note = "Numbers count iterations."
     if longest > 1:
         note += f" Each point is the mean of up to {longest}."
-    return Plot(*_labels("reward_against_kl"), drawn, note=note)
+    return Plot(*_axes("reward_against_kl", ""), drawn, note=note)
 
 
 # --- What samples.jsonl holds
-# ---------------------------------------------------------------------------------------
 
 
 def distributions(groups: Sequence[Group]) -> list[Plot]:
@@ -192,12 +220,20 @@ def distributions(groups: Sequence[Group]) -> list[Plot]:
         plots += _histograms(groups, key)
     if kind == "reward_model":
         for group in groups:
-            suffix = f", {group.name}" if len(groups) > 1 else ""
-            plots += _of_reward_model(group, suffix)
+            name = group.name if len(groups) > 1 else ""
+            plots += _of_reward_model(group, name)
     return plots
 
 
-def _of_reward_model(group: Group, suffix: str) -> list[Plot]:
+def _axes(key: str, name: str) -> tuple[str, str, str]:
+    """Title and labels of the axes of a plot of the group ``name``; "" if there is only one."""
+    title, x_label, y_label = LABELS[key]
+    if name:
+        title += f", {name}"
+    return title, x_label, y_label
+
+
+def _of_reward_model(group: Group, name: str) -> list[Plot]:
     """Calibration if the samples are pairs, scores over targets if they have targets."""
     rows: list[Row] = []
     for record in group.records:
@@ -206,13 +242,13 @@ def _of_reward_model(group: Group, suffix: str) -> list[Plot]:
     plots = []
     margins = [row["margin"] for row in rows if "margin" in row]
     if margins:
-        plots.append(_calibration(group, suffix, margins))
+        plots.append(_calibration(group, name, margins))
     scored = [row for row in rows if "target" in row]
     if scored:
         targets = [row["target"] for row in scored]
         scores = [row["score"] for row in scored]
         points = {"responses": Series(targets, scores, kind="points")}
-        plots.append(Plot(*_labels("targets", suffix), points, diagonal="score = target"))
+        plots.append(Plot(*_axes("targets", name), points, diagonal="score = target"))
     return plots
 
 
@@ -221,26 +257,27 @@ def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
     pooled: dict[str, dict[str, list[float]]] = {}
     every: list[float] = []
     for group in groups:
-        for place, when in enumerate(("before", "after")):
-            ends = [r.validations[place] for r in group.records if len(r.validations) > place]
+        for number, when in enumerate(("before", "after")):
+            ends = [r.validations[number] for r in group.records if len(r.validations) > number]
             values = [row[key] for _, rows in ends for row in rows if key in row]
             if values:
-                name = f"{when} (step {_steps(ends)}, n = {len(values)})"
-                pooled.setdefault(group.name, {})[name] = values
+                label = f"{when} (step {_steps(ends)}, n = {len(values)})"
+                pooled.setdefault(group.name, {})[label] = values
                 every += values
     edges = bin_edges(every)
     plots = []
     for name, sets in pooled.items():
-        suffix = f", {name}" if len(groups) > 1 else ""
-        plots.append(histogram(*_labels(key, suffix), sets, edges))
+        axes = _axes(key, name if len(groups) > 1 else "")
+        plots.append(histogram(*axes, sets, edges))
     return plots
 
 
 def _steps(validations: Iterable[tuple[int, list[Row]]]) -> str:
-    return " and ".join(map(str, sorted({step for step, _ in validations})))
+    steps = sorted({step for step, _ in validations})
+    return " and ".join(map(str, steps))
 
 
-def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
+def _calibration(group: Group, name: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = metrics.reliability(finite)
@@ -253,5 +290,5 @@ def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
         note += f" Expected calibration error over all held-out rows: {', '.join(eces)}."
     labels = [f"{count:.0f}" for count in counts]
     points = {"pairs": Series(confidence, accuracy, labels=labels)}
-    perfect = "perfectly calibrated"
-    return Plot(*_labels("calibration", suffix), points, diagonal=perfect, note=note)
+    axes = _axes("calibration", name)
+    return Plot(*axes, points, diagonal="perfectly calibrated", note=note)

@@ -1,10 +1,10 @@
-"""What runs have left in their folders, read back: rows, settings, and which runs belong together.
+"""Reads the folders of runs: rows, settings, and which runs belong together.
 
     runs = records.find(["runs/ppo-0", "runs/ppo-1"])
     for group in records.groups(runs):
         print(group.name, records.series(group.records[0].metrics, "objective/score"))
 
-Nothing is written to the folders.
+The folders do not change.
 """
 
 import dataclasses
@@ -23,35 +23,14 @@ from rlhf_jax.models.hf import OWN_NOTE
 from rlhf_jax.runs import reading
 from rlhf_jax.runs.manifest import dotted
 
-# The seed, and settings that change no number of a run: runs that differ in nothing else are one
-# group.
-FREE_SETTINGS = [
-    "seed",
-    "output_dir",
-    "resume",
-    "overwrite",
-    "checkpoint_interval",
-    "checkpoint_async",
-    "keep_last",
-]
-FREE_SETTINGS += ["allow_changed", "alerts", "track"]
-STAGES = (
-    "sft",
-    "reward_model",
-    "dpo",
-    "kto",
-    "vpg",
-    "ppo",
-    "rloo",
-    "grpo",
-)  # each reads the section of its name
-KINDS = (
-    "sft",
-    "reward_model",
-    "dpo",
-    "kto",
-    "policy",
-)  # runs of one kind are drawn over each other
+# The seed, and settings that do not change the numbers of a run. Runs that differ only in these are
+# one group.
+FREE_SETTINGS = ["seed", "output_dir", "resume", "overwrite", "allow_changed", "alerts", "track"]
+FREE_SETTINGS += ["checkpoint_interval", "checkpoint_async", "keep_last"]
+# Each stage reads the section of its name.
+STAGES = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo", "distill")
+# Runs of one kind are drawn over each other.
+KINDS = ("sft", "reward_model", "dpo", "kto", "policy")
 EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder
 
 Row = dict[str, Any]
@@ -78,7 +57,7 @@ class RunRecord:
     evaluation: list[Row]
     """Rows of evaluation.json; empty if the run has not been evaluated."""
     cut: tuple[str, ...]
-    """Files whose last line has no end, as a run that goes on or was killed may leave them."""
+    """Files whose last line is incomplete, because the run still writes or was killed."""
     folder: str
     """``output_dir`` as the run was given it."""
 
@@ -126,7 +105,7 @@ class RunRecord:
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """The settings that may make a difference: not those of other stages, nor
+        """The settings that can change the results: all but those of other stages and
         ``FREE_SETTINGS``.
         """
         left_out = {*FREE_SETTINGS, *STAGES} - {self.stage}
@@ -159,8 +138,7 @@ def is_own(run: Path) -> bool:
 
 
 def find(paths: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads runs; a folder that is no run but holds some, such as a pipeline's, stands for those in
-    it.
+    """Reads runs. A folder of runs, such as a pipeline's, stands for the runs in it.
 
     Raises:
         UserError: no folder is given, one of them holds no run or a broken one, or a run is given
@@ -171,10 +149,13 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
     folders: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
         inner = not (path / "manifest.json").is_file()
-        runs = sorted(file.parent for file in path.glob("*/manifest.json")) if inner else [path]
+        runs = [path]
+        if inner:
+            runs = sorted(file.parent for file in path.glob("*/manifest.json"))
         if not runs:
             raise UserError(
-                f"{path}: no run here, as there is no manifest.json; give the folder of a run"
+                f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "
+                "run"
             )
         for run in runs:
             if run.resolve() in folders:
@@ -207,11 +188,11 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
     for row in rows["samples"]:
         if "score_chosen" in row and "score_rejected" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
-    num_lines = {
-        kind: len(reading.read_bytes(file).splitlines()) if file.exists() else 0
-        for kind, file in files.items()
-    }
-    cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
+    incomplete = []
+    for kind, file in files.items():
+        content = reading.read_bytes(file) if file.exists() else b""
+        if len(content.splitlines()) > len(rows[kind]):
+            incomplete.append(file.name)
     return RunRecord(
         path,
         name,
@@ -220,7 +201,7 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
         dotted(settings),
         **rows,
         evaluation=evaluated,
-        cut=cut,
+        cut=tuple(incomplete),
         folder=given,
     )
 
@@ -250,25 +231,25 @@ def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
     A setting that a group lacks is "(none)"; it counts as a difference only between groups of one
     stage.
     """
-    settings = [
-        {"stage": group.records[0].stage, **group.records[0].comparable} for group in compared
-    ]
+    settings = []
+    for group in compared:
+        record = group.records[0]
+        settings.append({"stage": record.stage, **record.comparable})
     result = {}
     for key in dict.fromkeys(key for values in settings for key in values):
         stages = {values["stage"] for values in settings if key in values}
+        of_stages = [values for values in settings if values["stage"] in stages]
         row = [values.get(key, "(none)") for values in settings]
-        concerned = [
-            value for value, values in zip(row, settings, strict=True) if values["stage"] in stages
-        ]
-        if any(value != concerned[0] for value in concerned):
+        first, *others = [values.get(key, "(none)") for values in of_stages]
+        if any(value != first for value in others):
             result[key] = row
     return result
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run's ``.jsonl`` file. The strings NaN, Infinity and -Infinity become floats,
-    save in columns of texts. A cut last line, which a run that goes on or was killed may leave, is
-    passed over.
+    except in columns of texts. An incomplete last line, of a run that still writes or was killed,
+    is skipped.
 
     Raises:
         UserError: the file does not exist, or a line is no row.

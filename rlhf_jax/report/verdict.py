@@ -17,47 +17,58 @@ class Tile(NamedTuple):
 
 
 def sentence(group: Group) -> str:
-    """How a run ended that did not finish; its main metric, KL and alerts: "Validation score 0.12
-    → 1.05 in 40 iterations, KL 1.8 of 2 nats, no alert." Of several seeds the means.
+    """The main metric of a run, its KL and its alerts: "Validation score 0.12 → 1.05 in 40
+    iterations, KL 1.8 of 2 nats, no alert." Of several seeds it has the means. If a run did not
+    finish, the sentence before this one says how it ended.
     """
     record = group.records[0]
-    steps = " or ".join(map(str, sorted({record.steps for record in group.records})))
-    parts = [f"{steps} {plots.unit(record)}s"]
+    steps = sorted({record.steps for record in group.records})
+    length = f"{' or '.join(map(str, steps))} {plots.unit(record)}s"
+    parts = []
     measured = _measured(group)
     if measured:
-        parts = [f"{measured[0].label} {measured[0].value} in {parts[0]}"]
+        main = measured[0]
+        parts.append(f"{main.label} {main.value} in {length}")
+    else:
+        parts.append(length)
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
         if tile.label == "KL":
-            parts.append(f"KL {tile.value.rpartition(' ')[2]} {tile.note}")
+            last = tile.value.split()[-1]
+            parts.append(f"KL {last} {tile.note}")
     alerts = _alerts(group)
-    parts.append(": ".join(filter(None, [alerts.value, alerts.note])))
-    ends = [end for record in group.records if (end := unfinished(record))]
-    return " ".join([*ends, f"{', '.join(parts)}."])
+    parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
+    ends = [unfinished(record) for record in group.records]
+    return " ".join([*filter(None, ends), f"{', '.join(parts)}."])
 
 
 def next_commands(kind: str, folder: object) -> list[str]:
     """The commands that go on with a finished run of this kind."""
-    place = shlex.quote(str(folder))
-    return [line.format(run=place) for line in plots.LABELS["next"][kind]]
+    run = shlex.quote(str(folder))
+    return [line.format(run=run) for line in plots.LABELS["next"][kind]]
 
 
 def tiles(group: Group) -> list[Tile]:
     """The metrics that a run of this kind is judged by, the time and the alerts."""
     record = group.records[0]
-    seconds = [row[name] for row in record.timing for name in row if name != "step"]
+    seconds = 0.0
+    for row in record.timing:
+        seconds += sum(value for name, value in row.items() if name != "step")
     pace = record.seconds_per_step
     note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
-    return [*_measured(group), Tile("Time", duration(sum(seconds)), note), _alerts(group)]
+    time = Tile("Time", duration(seconds), note)
+    return [*_measured(group), time, _alerts(group)]
 
 
 def unfinished(record: RunRecord) -> str:
-    """How a run ended that has no model; empty if it has one."""
+    """A sentence about how a run without a model ended; empty if it has a model."""
     if record.finished:
         return ""
-    planned = record.settings.get("rl.num_iterations") if record.kind == "policy" else None
-    where = f"{plots.unit(record)} {record.steps}{f' of {planned}' if planned else ''}"
+    where = f"{plots.unit(record)} {record.steps}"
+    planned = record.settings.get("rl.num_iterations")
+    if record.kind == "policy" and planned:
+        where += f" of {planned}"
     if record.last.get("nonfinite", 0) > 0:
         return f"Failed in {where}: the loss or the gradient was not finite."
     for alert in record.alerts[-1:]:
@@ -74,13 +85,12 @@ def _measured(group: Group) -> list[Tile]:
     found = []
     for metrics in plots.LABELS["tiles"][record.kind]:
         for label, name in metrics.items():
-            y = plots.mean(group, name)
-            if not y.size:
-                continue
-            ends = dict.fromkeys(f"{value:.3g}" for value in (y[0], y[-1]))
-            note = nats if label == "KL" else ""
-            found.append(Tile(label, " → ".join(ends), note))
-            break
+            means = plots.mean(group, name)
+            if means.size:
+                first, last = (f"{value:.3g}" for value in means[[0, -1]])
+                value = last if first == last else f"{first} → {last}"
+                found.append(Tile(label, value, nats if label == "KL" else ""))
+                break
     return found
 
 

@@ -1,7 +1,7 @@
-"""The safety filter of a run: what is unsafe in prompts and responses, and what becomes of the
-rows.
+"""The safety filter of a run: finds unsafe prompts and responses, and drops, changes or counts
+their rows.
 
-A word list finds only what is spelled as listed; docs/safety.md says what it cannot do.
+A word list finds only words that are spelled as in the list; docs/safety.md explains its limits.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed
 
 Verdict = dict[str, str]
-"""{rule: what it found}, with the rules ``words``, ``patterns`` and ``classifier``; empty if the
-text is safe.
+"""{rule: match}, with the rules ``words``, ``patterns`` and ``classifier``; empty if the text is
+safe.
 """
 
 
@@ -95,8 +95,8 @@ def read_words(path: str | Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """The filter of a run, by the section ``safety`` of its settings. Without rules it leaves
-    everything as it is.
+    """The filter of a run, by the section ``safety`` of its settings. Without rules it changes
+    nothing.
 
     In a run: ``create``, then ``prompts`` when the data is read, ``for_responses`` when its columns
     are known, and ``enforce`` on each rollout after ``on_host`` has scored it.
@@ -140,8 +140,10 @@ class Guard:
         """The rows, with ``prompt`` (text or token ids) and ``source``, after the action
         ``settings.prompts``.
 
-        Unsafe by words or patterns are dropped, get ``settings.replacement`` as prompt, or stay.
-        Prints their number and places; UserError if no row is left.
+        Rows that are unsafe by words or patterns are dropped, get ``settings.replacement`` as
+        prompt, or stay. Their number and places are printed.
+
+        Raises UserError if no row is left.
         """
         if self.filter == Filter():
             return list(rows)
@@ -165,7 +167,9 @@ class Guard:
         shown = "; ".join(places)
         logger.info(f"{counted}: {shown}" if shown else counted)
         if rows and not kept:
-            raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
+            raise UserError(
+                f"safety: all {len(rows)} prompts are unsafe, so no prompt is left: {shown}"
+            )
         return kept
 
     def enforce(
@@ -175,12 +179,11 @@ class Guard:
         each row's verdict.
 
         ``penalise`` subtracts ``penalty`` from the score of an unsafe row, ``replace`` puts
-        ``score`` in its place, ``mask`` empties its ``response_mask``, so that no statistic and no
-        loss reads it, ``count`` changes nothing.
+        ``score`` in its place, ``mask`` empties its ``response_mask``, which makes it a missing
+        row, ``count`` changes nothing.
 
         Args:
-          sampled: the rollout before the reward; rows that are absent here are not judged, and not
-            counted.
+          sampled: the rollout before the reward. Its missing rows are neither judged nor counted.
           scored: NumPy arrays, with ``scores`` [B].
 
         Raises:
@@ -216,8 +219,8 @@ class Guard:
         return scored
 
     def _classify(self, sampled: Rollout, columns: Columns, verdicts: Sequence[Verdict]) -> None:
-        """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is
-        not.
+        """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits. A score of
+        None is not.
         """
         if self.classifier is None:
             return
@@ -238,7 +241,7 @@ class Guard:
 
 
 def rule_files(settings: Any) -> dict[str, Path]:
-    """The word lists and what the classifier reads, by the names that a manifest gives them."""
+    """The word lists and the files of the classifier, by their names in a manifest."""
     files = {path: Path(path) for path in settings.words}
     if settings.classifier is not None:
         files |= spec.sources(settings.classifier)

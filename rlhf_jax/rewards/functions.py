@@ -1,10 +1,10 @@
 """Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
 A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts
-{name: [B]}, an empty dict if there are none. Those made here are ``jax.tree_util.Partial``, so the
-arrays that they hold (a reward model's parameters) are arguments of ``jit`` and not constants in
-the compiled program. The score of an absent row, one with an empty ``response_mask``, means
-nothing.
+{name: [B]}, an empty dict if there are none. The rewards of this file are
+``jax.tree_util.Partial``: the arrays that they hold (a reward model's parameters) are arguments of
+``jit``, not constants of the compiled program. The score of a missing row, whose ``response_mask``
+is empty, has no meaning.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +20,23 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
 
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
 
+
+def _uncertain_mean(scores: Array, coef: float) -> Array:
+    return jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0)
+
+
 ENSEMBLES: dict[str, Callable[[Array, float], Array]] = {
     "mean": lambda scores, coef: jnp.mean(scores, axis=0),
     "min": lambda scores, coef: jnp.min(scores, axis=0),
-    "uncertainty": lambda scores, coef: jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0),
+    "uncertainty": _uncertain_mean,
 }
+"""How scores [members, B] become [B]."""
 
 
 def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) -> Partial:
     """Reward ``min(count of token_id, cap)``: jRLHF's Shakespeare reward.
 
-    ``include_prompt`` counts over all real tokens of the row; False counts over the response alone.
+    include_prompt: count in all real tokens of the row; False counts in the response only.
     """
     return Partial(_token_count, token_id, cap, include_prompt)
 
@@ -91,7 +97,9 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     ops.check_choice("how", how, tuple(ENSEMBLES))
     if not fns:
         raise ValueError("fns: an ensemble needs at least one reward function")
-    return Partial(_ensemble, Partial(ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
+    combine = Partial(ENSEMBLES[how])
+    members = [_as_pytree(fn) for fn in fns]
+    return Partial(_ensemble, combine, coef, members)
 
 
 def _ensemble(
@@ -100,8 +108,10 @@ def _ensemble(
     fns: Sequence[RewardFn],
     rollout: Rollout,
 ) -> Scores:
-    scores = jnp.stack([_row_scores(fn, rollout)[0] for fn in fns])  # [members, B]
-    return combine(scores, coef), {"uncertainty": jnp.std(scores, axis=0)}
+    of_members = [_row_scores(fn, rollout)[0] for fn in fns]
+    scores = jnp.stack(of_members)  # [members, B]
+    deviation = jnp.std(scores, axis=0)
+    return combine(scores, coef), {"uncertainty": deviation}
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
@@ -118,7 +128,8 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
-    total = jnp.zeros(jnp.shape(rollout.tokens)[0], jnp.float32)
+    num_rows = jnp.shape(rollout.tokens)[0]
+    total = jnp.zeros(num_rows, jnp.float32)
     reported: dict[str, Array] = {}
     for name, (fn, weight) in parts.items():
         scores, inner = _row_scores(fn, rollout)
@@ -136,7 +147,7 @@ def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:
 
 
 def _as_pytree(fn: Callable[..., Any]) -> Partial:
-    """``fn`` as an argument that jit accepts. A Partial stays: inside another one its arrays would
-    be hidden.
+    """``fn`` as an argument that jit accepts. A Partial stays as it is: inside another Partial jit
+    would not see its arrays.
     """
     return fn if isinstance(fn, Partial) else Partial(fn)

@@ -49,13 +49,12 @@ def on_host(
 
     Returns:
       The Rollout with ``scores`` [B] float32, and {part: [B] float32}, as NumPy arrays. A row whose
-      score is None gets an empty ``response_mask``, so that nothing reads it; its score is 0, and
-      so is a part that is None.
+      score is None gets an empty ``response_mask``, which makes it a missing row; its score is 0,
+      and so is a part that is None.
 
     Raises:
-      FloatingPointError: the score or a part of a present row is not finite; it names the rows.
-      UserError: the reward returned something else than one number or None for each row, or called
-        ``sys.exit``.
+      FloatingPointError: the score or a part of a row is not finite; it names the rows.
+      UserError: the reward did not return one number or None for each row, or called ``sys.exit``.
     """
     host: Any = jax.tree.map(np.asarray, rollout)  # Any: the fields are declared as JAX arrays
     mask = host.response_mask
@@ -76,16 +75,16 @@ def on_host(
 
 
 def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
-    """A HostReward from ``fn(prompts, responses, **columns)``, which sees texts.
+    """A HostReward from ``fn(prompts, responses, **columns)``, a function of texts.
 
     ``prompts`` and ``responses`` are lists of str, and each column of the prompts' data rows is a
-    list too. All have one entry for each present row; absent rows are left out. The prompt is every
-    real token before the first response token, the response is what the policy said (so without the
-    holes of ``response_mask``).
+    list too. All have one entry for each row that is not missing. The prompt is the text of all
+    real tokens before the first response token. The response is the text of the tokens that the
+    policy wrote, without the holes of ``response_mask``.
 
     Args:
-      fn: returns a list, tuple or array of one number for each row, None for a row that cannot be
-        scored; or a pair of such scores and {name of a part: such scores}.
+      fn: returns a list, tuple or array of one number for each row, or None for a row that cannot
+        be scored; or a pair of such scores and {name of a part: such scores}.
 
     Returns:
       HostReward with the errors of ``on_host``, which name the function and the prompts too.
@@ -163,7 +162,7 @@ def from_conversations(score_texts: TextScorer, tokenizer: Decoder, name: str) -
 
 
 def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
-    """What the function returns. A ``SystemExit`` in it would end the run as if it were done."""
+    """The result of the function. A ``SystemExit`` would end the run as if it were complete."""
     try:
         return fn(*args, **columns)
     except SystemExit as error:
@@ -174,7 +173,7 @@ def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> An
 
 
 def _has_parts(result: Any) -> bool:
-    """Whether it is a pair of scores and {name of a part: scores}."""
+    """Whether the result is a pair of scores and {name of a part: scores}."""
     return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
 
 
@@ -184,8 +183,8 @@ def _numbers(
     labels: Sequence[str],
     present: np.ndarray,
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Scores and parts as numbers, None for rows that are absent or cannot be scored; ``labels``
-    name the rows.
+    """Scores and parts as numbers, None for rows that are missing or cannot be scored. Errors name
+    the rows by ``labels``.
     """
     scores, parts = result
     numbers = _checked(name, scores, labels, present)
@@ -203,9 +202,10 @@ def _checked(
     labels: Sequence[str],
     present: np.ndarray,
 ) -> list[float | None]:
-    is_sequence = isinstance(scores, list | tuple) or (
-        isinstance(scores, np.ndarray | jax.Array) and scores.ndim == 1
-    )
+    if isinstance(scores, np.ndarray | jax.Array):
+        is_sequence = scores.ndim == 1
+    else:
+        is_sequence = isinstance(scores, list | tuple)
     if not is_sequence or len(scores) != len(labels):
         raise UserError(
             f"{name}: expected a list, tuple or one-dimensional array of {len(labels)} scores, one "
@@ -213,8 +213,10 @@ def _checked(
         )
     numbers: list[float | None] = []
     not_finite = []
-    for entry, label, here in zip(scores, labels, present, strict=True):
-        number = _number(entry, f"{name}: expected a number or None for {label}") if here else None
+    for entry, label, is_present in zip(scores, labels, present, strict=True):
+        number = None
+        if is_present:
+            number = _number(entry, f"{name}: expected a number or None for {label}")
         if number is not None and not abs(number) <= _LARGEST:
             not_finite.append(f"{label}: {number}")
         numbers.append(number)
@@ -230,12 +232,13 @@ def _number(entry: Any, expected: str) -> float | None:
     if entry is None:
         return None
     is_scalar = isinstance(entry, Number) or getattr(entry, "shape", None) == ()
+    is_text = isinstance(entry, str | bytes)
     try:
-        if is_scalar and not isinstance(entry, str | bytes) and not np.iscomplexobj(entry):
+        if is_scalar and not is_text and not np.iscomplexobj(entry):
             return float(entry)
     except OverflowError:  # an integer beyond float64
         return math.inf
-    except (TypeError, ValueError):  # an array [] of something that is no number
+    except (TypeError, ValueError):  # an array [] of objects that are not numbers
         pass
     raise UserError(f"{expected}, got {_described(entry)}")
 

@@ -4,7 +4,7 @@
 
 math-verify itself ends a comparison after five seconds, so that its verdict depends on the machine.
 Here nothing depends on a clock: texts, expressions and numbers have a largest size, and a
-comparison has a number of function calls. What is beyond a bound is not equal. The program runs in
+comparison has a number of function calls. Answers beyond a bound are not equal. The program runs in
 a process of its own (`rewards.verifiable` starts it), because it changes SymPy and counts calls.
 """
 
@@ -30,7 +30,7 @@ MOST_IN_EXPRESSION = 400  # characters
 MOST_NESTED = 12  # brackets within brackets
 MOST_BITS = 20_000  # of a number, about 6,000 digits
 MOST_ARGUMENT = 2_000  # of factorials and other functions that grow or loop with their argument
-MOST_EXPONENT = 10_000  # of what is no number, such as x + 1
+MOST_EXPONENT = 10_000  # of expressions that are no number, such as x + 1
 MOST_CALLS = 2_000_000  # and returns of functions, in one comparison
 
 _ELEMENTARY = (
@@ -48,7 +48,7 @@ class TooLarge(ValueError):
 
 
 def verdict(expected: str, response: str) -> float | None:
-    """1 if the answers are equal, else 0; None if nothing can be read in the expected one."""
+    """1 if the answers are equal, else 0; None if the expected answer cannot be parsed."""
     gold = _read(expected)
     if not gold:
         return None
@@ -76,14 +76,14 @@ def _end_of(text: str) -> str:
 
 def _equal(gold: list[Any], answer: list[Any]) -> bool | None:
     """Whether math-verify calls them equal; None if that takes too many function calls."""
-    clear_cache()  # what was compared before must not make this comparison cheaper
+    clear_cache()  # earlier comparisons must not make this one cheaper
     calls = 0
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > MOST_CALLS:
-            raise TimeoutException  # math-verify takes it for that of its own clock
+            raise TimeoutException  # math-verify takes it for the timeout of its own clock
 
     # An exception that Python ignores, in the end of a generator, has ended the counting too.
     sys.unraisablehook = lambda ignored: sys.setprofile(count)

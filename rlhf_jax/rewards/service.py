@@ -1,7 +1,6 @@
-"""Rewards that another program computes: a service of one's own, or a chat server that judges by a
-rubric.
-
-Keys come from the environment (`SERVICE_KEY`, `JUDGE_KEY`) and are written nowhere.
+"""Rewards that another program computes: the user's own service, or a chat server that judges by a
+rubric. The client is also that of ``engines``. Keys come from the environment (`SERVICE_KEY`,
+`JUDGE_KEY`, `ENGINE_KEY`) and are never written to a file.
 """
 
 import hashlib
@@ -29,13 +28,33 @@ from rlhf_jax.ops import check_number
 
 SERVICE_KEY = "REWARD_API_KEY"
 JUDGE_KEY = "OPENAI_API_KEY"
+ENGINE_KEY = "ENGINE_API_KEY"
 _SECONDS = 1.0  # before the second attempt; each later one waits twice as long
 _LONGEST_WAIT = 30.0
 _SHOWN = 200  # characters of a reply in an error
 
 
 @dataclass(frozen=True)
-class Judge:
+class Requests:
+    """How a server is asked."""
+
+    concurrency: int = 8
+    """Requests that are sent at once."""
+    timeout: float = 120.0
+    """Seconds without a byte after which a request counts as failed."""
+    retries: int = 4
+    """Times that a failed request is sent again, after 1, 2, 4, ... seconds."""
+
+    section = "judge"  # of the settings, for messages
+
+    def __post_init__(self) -> None:
+        check_number("concurrency", self.concurrency, at_least=1)
+        check_number("timeout", self.timeout, above=0)
+        check_number("retries", self.retries, at_least=0)
+
+
+@dataclass(frozen=True)
+class Judge(Requests):
     """The chat server of `--reward judge:RUBRIC.yaml`, and how it and `--reward http://...` are
     asked.
     """
@@ -49,21 +68,11 @@ class Judge:
     """Most tokens of a judgement; null: as the server has it."""
     temperature: float | None = 0.0
     """Sampling temperature; null: as the server has it."""
-    concurrency: int = 8
-    """Judgements that are asked for at once."""
-    timeout: float = 120.0
-    """Seconds without a byte after which a request counts as failed; of http:// rewards too."""
-    retries: int = 4
-    """Times that a failed request is sent again, after 1, 2, 4, ... seconds; of http:// rewards
-    too.
-    """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("max_tokens", self.max_tokens, at_least=1)
         check_number("temperature", self.temperature, at_least=0)
-        check_number("concurrency", self.concurrency, at_least=1)
-        check_number("timeout", self.timeout, above=0)
-        check_number("retries", self.retries, at_least=0)
         if self.url is not None:
             check_url("url", self.url)
 
@@ -83,22 +92,44 @@ def check_url(name: str, url: str) -> None:
     if "@" in parts.netloc:
         raise ValueError(
             f"{name} holds a name or password, which the run's files would keep; give a key as "
-            f"{JUDGE_KEY} or {SERVICE_KEY} in the environment"
+            f"{JUDGE_KEY}, {SERVICE_KEY} or {ENGINE_KEY} in the environment"
         )
 
 
-def post(url: str, question: Any, settings: Judge, key: str | None) -> Any:
-    """The JSON reply to a JSON POST. What may pass, no connection, a timeout, HTTP 408, 429 or 5xx,
-    a reply that is cut or no JSON, is tried again.
+def post(
+    url: str,
+    question: Any,
+    settings: Requests,
+    key: str | None,
+    read: Callable[[bytes], Any] = json.loads,
+) -> Any:
+    """The reply to a JSON POST. It tries again after errors that may be temporary: no connection, a
+    timeout, HTTP 408, 429 or 5xx, a reply that is incomplete or that ``read`` refuses with a
+    ValueError.
 
     Args:
       key: for an Authorization header, which is not sent on to where the server redirects.
+      read: of the reply's body; by default it is JSON.
 
     Raises:
       ServiceError: it names the URL.
     """
     request = urllib.request.Request(url, json.dumps(question).encode("utf-8"))
     request.add_header("Content-Type", "application/json")
+    return _reply(request, settings, key, read)
+
+
+def get(url: str, settings: Requests, key: str | None) -> Any:
+    """The JSON reply to a GET; otherwise as ``post``."""
+    return _reply(urllib.request.Request(url), settings, key, json.loads)
+
+
+def _reply(
+    request: urllib.request.Request,
+    settings: Requests,
+    key: str | None,
+    read: Callable[[bytes], Any],
+) -> Any:
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     fault = ""
@@ -109,19 +140,19 @@ def post(url: str, question: Any, settings: Judge, key: str | None) -> Any:
         attempts += 1
         try:
             with urllib.request.urlopen(request, timeout=settings.timeout) as reply:
-                return json.loads(reply.read())
+                return read(reply.read())
         except urllib.error.HTTPError as error:
             fault = f"HTTP {error.code} {error.reason}: {_body(error, key)}"
             if error.code < 500 and error.code not in (408, 429):
                 break
         except TimeoutError:
-            fault = f"no reply within {settings.timeout:g} seconds (judge.timeout)"
+            fault = f"no reply within {settings.timeout:g} seconds ({settings.section}.timeout)"
         except (OSError, http.client.HTTPException) as error:
             fault = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
         except ValueError as error:
             fault = f"the reply is no JSON: {error}"
     times = "once" if attempts == 1 else f"{attempts} times"
-    raise ServiceError(f"{url}: {fault} (asked {times})")
+    raise ServiceError(f"{request.full_url}: {fault} (asked {times})")
 
 
 def _body(error: urllib.error.HTTPError, key: str | None) -> str:
@@ -140,8 +171,8 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
     ``{"rewards": [...]}``, a number or null for each response.
 
     Raises:
-      ServiceError: when it is called: no reply, or one that is not this.
-      UserError: a column holds what is no JSON.
+      ServiceError: when it is called: no reply, or a reply of another form.
+      UserError: a column holds a value that JSON cannot.
     """
 
     def rewards(prompts: list[str], responses: list[str], **columns: Any) -> list[float | None]:
@@ -172,7 +203,7 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
 
 
 class Rubric(NamedTuple):
-    """What a judge scores by, as a YAML file says it."""
+    """The instructions of a judge, from a YAML file."""
 
     criteria: str
     scale: tuple[float, float] = (1.0, 10.0)  # the lowest and the highest score
@@ -199,8 +230,9 @@ def read_rubric(file: Path) -> Rubric:
     if not isinstance(criteria, str) or not criteria.strip():
         raise UserError(f"{file}: criteria must be a text: what makes an answer good")
     scale = given.get("scale", list(Rubric._field_defaults["scale"]))
-    is_scale = isinstance(scale, list) and [type(x) in (int, float) for x in scale] == [True] * 2
-    if not is_scale or not scale[0] < scale[1]:
+    is_pair = isinstance(scale, list) and len(scale) == 2
+    are_numbers = is_pair and all(type(end) in (int, float) for end in scale)
+    if not are_numbers or not scale[0] < scale[1]:
         raise UserError(f"{file}: scale must be [LOWEST, HIGHEST], such as [1, 10], got {scale}")
     columns = given.get("columns", [])
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
@@ -242,17 +274,18 @@ class RubricJudge:
     def __call__(
         self, prompts: list[str], responses: list[str], messages: Any = None, **columns: Any
     ) -> list[float | None]:
-        """The scores; a question that was asked before is answered by the reply of then.
+        """The scores. If a question was asked before, its saved reply is used again.
 
         Raises:
-          ServiceError: the server does not reply, or not as such a server does.
+          ServiceError: the server does not reply, or its reply has another form.
         """
         conversations = messages or [None] * len(prompts)
         questions = []
         for i, response in enumerate(responses):
-            said: dict[str, Any] = {name: columns[name][i] for name in self.rubric.columns}
-            said["conversation"] = conversations[i] or prompts[i]
-            questions.append(self._question(said | {"answer": response}))
+            material: dict[str, Any] = {name: columns[name][i] for name in self.rubric.columns}
+            material["conversation"] = conversations[i] or prompts[i]
+            material["answer"] = response
+            questions.append(self._question(material))
         new = dict.fromkeys(text for text in questions if text not in self._replies)
         with ThreadPoolExecutor(self.settings.concurrency) as threads:
             try:
@@ -306,22 +339,26 @@ class RubricJudge:
 class Replies:
     """Replies to questions, kept in a folder by the sha256 of the question: a JSON line each, in a
     file for each process. What a kill cut off is asked again.
+
+    Args:
+      folder: None keeps nothing.
+      name: what the names of the files begin with.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, name: str = "replies"):
         self._file: Path | None = None
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if folder is None:
             return
-        for file in sorted(folder.glob("replies_*.jsonl")):
+        for file in sorted(folder.glob(f"{name}_*.jsonl")):
             for line in file.read_bytes().splitlines():
                 try:
                     kept = json.loads(line)
                     self._known[kept["sha256"]] = str(kept["reply"])
                 except (ValueError, KeyError, TypeError):
                     continue
-        self._file = folder / f"replies_{jax.process_index()}.jsonl"
+        self._file = folder / f"{name}_{jax.process_index()}.jsonl"
         if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
             self._append("")  # ends the line that was cut off
 

@@ -64,8 +64,8 @@ def missing_eos(
     penalty: float | None = None,
     score: float | None = None,
 ) -> Array:
-    """Scores [B] with a rule for responses whose last token is not EOS. Exactly one of the two is
-    given:
+    """Scores [B] with a rule for responses that neither EOS nor a stop string ended. Exactly one of
+    the two is given:
 
     Args:
       scores: [B].
@@ -74,7 +74,7 @@ def missing_eos(
       score: replaces the score of such a response (lm-human-preferences: -1).
 
     Returns:
-      [B] float32; the scores of absent rows do not change.
+      [B] float32; the scores of missing rows do not change.
     """
     if (penalty is None) == (score is None):
         raise ValueError(
@@ -83,6 +83,8 @@ def missing_eos(
     chex.assert_shape(scores, rollout.tokens.shape[:1])
     is_eos = jnp.isin(rollout.tokens, jnp.asarray(eos_id))
     unfinished = jnp.any(_is_last(rollout.mask) & ~is_eos, axis=1)
+    if rollout.stopped is not None:
+        unfinished &= ~rollout.stopped
     scores = jnp.asarray(scores, jnp.float32)
     changed = jnp.float32(score) if penalty is None else scores - penalty
     return jnp.where(unfinished, changed, scores)

@@ -1,12 +1,12 @@
-"""The reward of a run, from what ``--reward`` says.
+"""The reward of a run, from the entries of ``--reward``.
 
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 
-- a reward model's folder or Hugging Face name; where its tokenizer is not the policy's, it reads
-  the texts by its own chat template,
+- a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
+  texts in its own chat template,
 - ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
   (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
-  folder of a run that trained an ensemble means all its members,
+  folder of a run that trained an ensemble stands for all its members,
 - ``count:TEXT``, which counts one token of the vocabulary in prompt and response
   (`rewards.token_count`),
 - ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
@@ -399,7 +399,9 @@ def _ensemble_on_host(
 
 
 def _run_name(model: str) -> str:
-    """The name of the run folder that a reward model lies in; if it lies in none, its own name."""
+    """The name of the run folder that holds a reward model; or the model's own name if no run
+    folder does.
+    """
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 

@@ -34,9 +34,9 @@ def math(prompts: list[str], responses: list[str], answer: list[Any]) -> list[fl
     """1 for a response whose answer equals that of its data row, else 0.
 
     The package math-verify reads both, as numbers, expressions or LaTeX, and compares their values,
-    within the bounds of `rewards.mathematics`: a verdict depends on no clock. Of a text with the
-    mark ``####`` of GSM8K (Cobbe et al. 2021) only what follows the last one is read. None, which
-    leaves the response out, if nothing can be read in the row's answer.
+    within the bounds of `rewards.mathematics`: a verdict depends on no clock. If a text has the
+    mark ``####`` of GSM8K (Cobbe et al. 2021), only the part after the last mark is parsed. If the
+    row's answer cannot be parsed, the score is None, which makes the response a missing row.
 
     Raises:
         TrainingFault: a comparison took a minute, or its process was ended.
@@ -71,9 +71,8 @@ def _verdict(expected: str, response: str) -> float | None:
 
 @functools.cache
 def _worker() -> subprocess.Popen[str]:
-    """The program's process. It ends when its input does, so it survives no end of this one.
-
-    It finds the packages of this one, and sees nothing else of its environment.
+    """The program's process. It ends when its input ends, and therefore together with this process.
+    It finds the packages of this process, but gets no other variable of its environment.
     """
     packages = os.pathsep.join(filter(None, sys.path))
     worker = subprocess.Popen(

@@ -5,16 +5,19 @@
 
 A rule of the user is a line:
 
-    RULE      = ["mean" ROWS "of"] METRIC [" / " METRIC], "<" or ">", THRESHOLD ["for" ROWS] [":"
-    ACTION] THRESHOLD = NUMBER or NUMBER"x first"                 ACTION = log (the default) or stop
+    RULE      = ["mean" ROWS "of"] METRIC [" / " METRIC], "<" or ">", THRESHOLD ["for" ROWS]
+                [":" ACTION]
+    THRESHOLD = NUMBER or NUMBER"x first"
+    ACTION    = log (the default) or stop
 
 ``first`` is the first value of the metric or ratio (or of its mean) in the run. The name of a
 default rule stands for that rule: ``"reward hacking: stop"``. The default rules are below: such
 lines, and functions.
 
-A rule is asked in each row that records all its metrics, and is true when its condition has held in
-ROWS such rows in a row. It raises one alert each time it becomes true. Everything is a function of
-the rows, so a run that is resumed, or a file that is read again, gives the same alerts.
+The condition of a rule is checked in each row that records all its metrics. The rule is true when
+its condition has held in the last ROWS of these rows. It raises one alert each time it becomes
+true. Everything is a function of the rows, so a resumed run, or a file that is read again, gives
+the same alerts.
 """
 
 import difflib
@@ -34,8 +37,20 @@ Action = Literal["log", "stop"]
 _KINDS = ["sft", "reward_model", "dpo", "kto", "validation"]
 _KINDS += ["objective", "policy", "value", "response", "reward", "kl", "safety"]
 _RULE = re.compile(
-    r"(?:mean\s+(?P<window>[1-9]\d*)\s+of\s+)?(?P<metric>[^\s<>]+(?: / [^\s<>]+)?)\s*(?P<sign>[<>])\s*"
-    r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?P<first>x\s+first)?(?:\s+for\s+(?P<rows>[1-9]\d*))?"
+    r"""
+    (?:mean \s+ (?P<window>[1-9]\d*) \s+ of \s+)?
+    (?P<metric>[^\s<>]+ (?:[ ]/[ ][^\s<>]+)?) \s*
+    (?P<sign>[<>]) \s*
+    (?P<number>[-+]? (?:\d+\.?\d*|\.\d+) (?:[eE][-+]?\d+)?)
+    (?P<first>x \s+ first)?
+    (?:\s+ for \s+ (?P<rows>[1-9]\d*))?
+    """,
+    re.VERBOSE,
+)
+_FORM = (
+    "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or `: stop`; "
+    "METRIC may be `mean ROWS of METRIC` or `METRIC / METRIC`, NUMBER `0.5x first`. Or the name of "
+    "a default rule: "
 )
 
 
@@ -57,7 +72,7 @@ class Rule(NamedTuple):
 
 
 class Alert(NamedTuple):
-    """A rule that has come true: a row of alerts.jsonl."""
+    """A rule that became true: a row of alerts.jsonl."""
 
     step: int
     name: str
@@ -83,73 +98,80 @@ class Watch:
     def observe(self, row: Mapping[str, Any]) -> Alert | None:
         """Takes the next row; returns the alert if the rule becomes true in it."""
         rule = self.rule
-        if any(name not in row or math.isnan(float(row[name])) for name in rule.metrics):
+        values = [float(row.get(name, math.nan)) for name in rule.metrics]
+        if any(map(math.isnan, values)):
             return None
-        self._seen.append([float(row[name]) for name in rule.metrics])
-        with np.errstate(
-            all="ignore"
-        ):  # an infinite value leads to NaN, which is beyond no threshold
+        self._seen.append(values)
+        with np.errstate(all="ignore"):  # an infinite value gives NaN, which crosses no threshold
             holds, message = rule.holds(*np.array(self._seen).T)
         self._streak = self._streak + 1 if holds else 0
-        is_new = self._streak == rule.rows
-        return (
-            Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if is_new else None
-        )
+        if self._streak != rule.rows:
+            return None
+        return Alert(int(row["step"]), rule.name, rule.text, rule.action, message)
 
 
 def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
     """The default rules, unless an entry is ``none``, and those of the entries.
 
-    dtype: of the activations, ``compute.dtype``: how far rounding can part the sampler from the
-    update.
+    dtype: of the activations, ``compute.dtype``: it decides how far rounding may separate the
+    sampler from the update.
 
     Raises:
-        UserError: an entry is no rule; it is quoted, with what was expected.
+        UserError: an entry is no rule; the error quotes it and says what was expected.
     """
-    gap = _rule(
-        f"policy/sampler_gap > {0.02 if dtype == 'float32' else 0.5} for 3", {}
-    )  # nats that rounding explains
-    known = DEFAULTS | {"sampler gap": gap._replace(name="sampler gap")}
-    own = [_rule(entry, known) for entry in entries if entry != "none"]
-    defaults = {} if "none" in entries else known
-    return (
-        *(rule for name, rule in defaults.items() if name not in [other.name for other in own]),
-        *own,
-    )
+    nats = 0.02 if dtype == "float32" else 0.5
+    gap = _rule(f"policy/sampler_gap > {nats} for 3", {})
+    defaults = DEFAULTS | {"sampler gap": gap._replace(name="sampler gap")}
+    own = [_rule(entry, defaults) for entry in entries if entry != "none"]
+    if "none" in entries:
+        return tuple(own)
+    changed = [rule.name for rule in own]
+    kept = [rule for name, rule in defaults.items() if name not in changed]
+    return (*kept, *own)
 
 
 def check(rules: Iterable[Rule], history: Iterable[Mapping[str, Any]]) -> list[Alert]:
-    """The alerts that the rules raise in a history: rows of metrics.jsonl, each with its ``step``."""
+    """The alerts that the rules raise in a history: rows of metrics.jsonl, with their ``step``."""
     watches = [Watch(rule) for rule in rules]
-    return [alert for row in history for watch in watches if (alert := watch.observe(row))]
+    alerts = [watch.observe(row) for row in history for watch in watches]
+    return [alert for alert in alerts if alert is not None]
 
 
 def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
     """Compares the metrics of the user's rules with the names of those that the run records.
 
     Returns:
-        A sentence for each rule that never comes true here but may in another stage of a pipeline.
+        A sentence for each rule that never becomes true here but may in another stage of a
+        pipeline.
 
     Raises:
-        UserError: no stage records such a metric; the nearest one is named.
+        UserError: no stage records such a metric; the error names the nearest one.
     """
     kinds = {name.partition("/")[0] for name in names if "/" in name}
     elsewhere = []
-    for rule in (rule for rule in rules if rule.text not in DEFAULTS):
-        for metric in (metric for metric in rule.metrics if metric not in names):
-            elsewhere.append(
-                f"alerts: {rule.text!r} never comes true: this stage does not record {metric}"
-            )
+    for rule in rules:
+        if rule.text in DEFAULTS:
+            continue
+        for metric in rule.metrics:
+            if metric in names:
+                continue
+            never = f"alerts: {rule.text!r} never comes true: this stage does not record {metric}"
+            elsewhere.append(never)
             kind = metric.partition("/")[0]
             if kind not in _KINDS or (kind in kinds and kind != "validation"):
                 [near] = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
-                raise UserError(f"{elsewhere[-1]}; the nearest that it does is {near}")
+                raise UserError(f"{never}; the nearest that it does is {near}")
     return elsewhere
 
 
 def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
-    head, _, tail = (part.strip() for part in entry.rpartition(":"))
-    name, action = (head, tail) if head and tail.isidentifier() else (entry.strip(), "log")
+    """The rule of one entry; ``known``: those that have a name."""
+    name = entry.strip()
+    action = "log"
+    before, _, after = (part.strip() for part in entry.rpartition(":"))
+    if before and after.isidentifier():
+        name = before
+        action = after
     if action not in ("log", "stop"):
         raise UserError(
             f"alerts: {entry!r}: the action behind the colon is log or stop, got {action!r}"
@@ -158,44 +180,43 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
         return known[name]._replace(action=action)  # type: ignore[arg-type]
     match = _RULE.fullmatch(name)
     if match is None:
-        form = (
-            "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or "
-            "`: stop`; METRIC may "
-        )
-        form += (
-            "be `mean ROWS of METRIC` or `METRIC / METRIC`, NUMBER `0.5x first`. Or the name "
-            "of a default rule: "
-        )
-        raise UserError(f"alerts: {entry!r} is no rule: expected {form}{', '.join(DEFAULTS)}")
-    window, number, label = (
-        int(match["window"] or 1),
-        float(match["number"]),
-        name[: match.start("sign")].strip(),
-    )
+        expected = f"{_FORM}{', '.join(DEFAULTS)}"
+        raise UserError(f"alerts: {entry!r} is no rule: expected {expected}")
+    metrics = tuple(match["metric"].split(" / "))
+    rows = int(match["rows"] or 1)
+    return Rule(name, metrics, _condition(match), rows, action)  # type: ignore[arg-type]
+
+
+def _condition(match: re.Match[str]) -> Callable[..., tuple[bool, str]]:
+    """``Rule.holds`` of a rule that is a line."""
+    window = int(match["window"] or 1)
+    number = float(match["number"])
+    is_relative = match["first"] is not None
+    # The first mean has nothing to be compared with.
+    least = window + 1 if is_relative else window
+    label = match.string[: match.start("sign")].strip()
 
     def holds(*columns: np.ndarray) -> tuple[bool, str]:
         values = functools.reduce(np.divide, columns)
-        if len(values) < window + bool(
-            match["first"]
-        ):  # the first mean has nothing to be compared with
+        if len(values) < least:
             return False, ""
-        first = values[:window].mean() if match["first"] else 1.0
-        return _is(
-            label, values[-window:].mean(), match["sign"], number * first if first else math.nan
-        )
+        limit = number
+        if is_relative:
+            first = values[:window].mean()
+            limit = number * first if first else math.nan
+        return _is(label, values[-window:].mean(), match["sign"], limit)
 
-    return Rule(name, tuple(match["metric"].split(" / ")), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
+    return holds
 
 
 # --- The default rules: docs/alerts.md says which failure each one is for, and how often it was
-# wrong. ----------------
+# wrong.
 
 
 def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
     """Whether a value is beyond its limit (never beyond NaN), and the sentence that says so."""
-    return bool(
-        value > limit if sign == ">" else value < limit
-    ), f"{label} is {value:.4g} {sign} {limit:.4g}"
+    is_beyond = value > limit if sign == ">" else value < limit
+    return bool(is_beyond), f"{label} is {value:.4g} {sign} {limit:.4g}"
 
 
 def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
@@ -212,25 +233,28 @@ def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
     if len(score) < 6:
         return False, ""
     means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
-    gain, noise = means[:-1].max() - means[0], _noise(score[:-1])
-    return _is(
-        "mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise)
-    )
+    highest = means[:-1].max()
+    gain = highest - means[0]
+    fall = max(0.5 * gain, 4 * _noise(score[:-1]))
+    return _is("mean 5 of objective/score", means[-1], "<", highest - fall)
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
-    if len(judge) < 4:  # nobody knows the noise
+    if len(judge) < 4:  # the noise cannot be estimated
         return False, ""
     best = judge[:-1].argmax()
-    low = judge[best] - max(0.03 * (judge[best] - judge[0]), _noise(judge[:-1]))
-    is_low, lost = _is("validation/judge", judge[-1], "<", low)
-    is_high, gained = _is("validation/score", score[-1], ">", score[best] + 5 * _noise(score[:-1]))
+    gain = judge[best] - judge[0]
+    fall = max(0.03 * gain, _noise(judge[:-1]))
+    is_low, lost = _is("validation/judge", judge[-1], "<", judge[best] - fall)
+    rise = 5 * _noise(score[:-1])
+    is_high, gained = _is("validation/score", score[-1], ">", score[best] + rise)
     return is_low and is_high, f"{lost}, {gained}"
 
 
 def _noise(values: np.ndarray) -> float:
-    """Standard deviation from row to row, from how far each row lies from the line through its
-    neighbours (Gasser, Sroka and Jennen-Steinmetz 1986): a trend does not count."""
+    """The standard deviation from row to row, estimated from the distance of each row to the line
+    through its neighbours (Gasser, Sroka and Jennen-Steinmetz 1986). A trend does not count.
+    """
     return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
 
 

@@ -1,4 +1,4 @@
-"""glibc's allocator told to keep the memory that it once got, for XLA's CPU backend.
+"""Makes glibc's allocator keep freed memory, for XLA's CPU backend.
 
 At each call XLA allocates one buffer for all temporary values of a program and frees it at the end.
 glibc maps and unmaps a block of that size each time, so the kernel clears every page again: 81,480
@@ -25,13 +25,14 @@ TUNABLES += ":glibc.malloc.tcache_count=0"
 
 
 def keep_memory() -> None:
-    """Starts this process anew, with glibc told to keep freed memory for its own next allocation.
+    """Starts this process again, with the setting that makes glibc keep freed memory for its next
+    allocation.
 
-    For entry points, before they do anything, since all is done again. glibc reads its settings
-    once, from the environment variable ``GLIBC_TUNABLES`` of a new process, where they are then
-    taken away: programs that are started from here do not inherit them. The process keeps up to 4
-    GiB more than it would; a program whose temporary values take more than 1 GiB faults its pages
-    at each call, as it would.
+    An entry point calls it first, since all that ran before runs again. glibc reads its settings
+    once, from the environment variable ``GLIBC_TUNABLES`` of a new process. The variable is then
+    removed: programs that this process starts do not inherit it. The process keeps up to 4 GiB more
+    memory. A program whose temporary values take more than 1 GiB still faults its pages at each
+    call.
 
     Does nothing where ``RLHF_JAX_KEEP_MEMORY`` is 0 or ``GLIBC_TUNABLES`` is set, on a kernel that
     knows no pages of 1 GiB, under a debugger (``sys.gettrace``), and where no file is run. With a
@@ -49,7 +50,7 @@ def keep_memory() -> None:
 
 
 def give_back() -> None:
-    """Gives to the system what glibc keeps of freed memory; does nothing without glibc."""
+    """Returns the freed memory that glibc keeps to the system; does nothing without glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

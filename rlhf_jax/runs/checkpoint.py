@@ -7,18 +7,19 @@
 
 A state is any pytree of arrays, typed PRNG keys included. Each array is stored under its path
 ("params/wte/embedding"). Orbax notices neither flipped bits nor a target of another dtype, so both
-are checked here. A step's folder appears under its number by one rename after everything is
-written, and leaves by one rename before it is deleted: a kill leaves the other steps as they were.
+are checked here. A step's folder gets its number by one rename after everything is written, and is
+renamed once before it is deleted: a kill does not damage the other steps.
 
-With several processes each one writes and hashes the parts that lie on its devices, and reads those
-again: no host holds an array that is cut. The first one merges what Orbax has noted of them, writes
-the record and renames the folder, which all must see. An array that was saved in other parts is
-read whole by each process.
+Each of several processes writes, hashes and reads the shards on its own devices: no host holds a
+whole sharded array. The first process merges Orbax's metadata of them, writes the record and
+renames the folder, which must be on a shared disk. If an array was saved with another sharding,
+each process reads all of it.
 
 Writing and retention are our own. Orbax's checkpointers wait ten minutes at a barrier for a process
 that could not write; here the processes tell each other. Its CheckpointManager decides what to
 delete before the new step is complete, forgets those steps when the save then fails, reads the
-metric of "best" without a checksum (a cut file stops it from opening), and takes NaN for a number.
+metric of "best" without a checksum (a truncated file stops it from opening), and treats NaN as a
+number.
 """
 
 import asyncio
@@ -54,8 +55,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(TrainingFault):
-    """A checkpoint that is missing, unreadable or not what was saved; names the step and, if known,
-    the array.
+    """A checkpoint is missing, unreadable or differs from what was saved. The message names the
+    step and, if known, the array.
     """
 
 
@@ -94,8 +95,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._pending: list[Future[None]] = []
         self._damaged: set[int] = set()
         self._verbosity = absl.logging.get_verbosity()
-        absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it is about to raise
-        # What is saved is copied here already where it could change.
+        absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs the errors that it then raises
+        # Arrays that could change are copied before they are saved.
         kinds = ocp.type_handlers.create_type_handler_registry(
             (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
             (jax.Array, ocp.type_handlers.ArrayHandler()),
@@ -194,7 +195,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._pending.pop().result()
 
     def _make_room(self, folder: Path) -> None:
-        """Makes an empty folder for a step; what is damaged or left over is out of its way."""
+        """Makes an empty folder for a step, after it has moved damaged steps and deleted
+        leftovers.
+        """
         self._delete()
         for damaged in self._damaged:
             aside = self._directory / f"damaged-{damaged}"
@@ -210,8 +213,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         parts: dict[str, Any],
         written: Iterable[Any],
     ) -> None:
-        """What is left of a save once the arrays are on the host; every process does it, in a
-        thread of its own.
+        """The part of a save that follows the copy to the host. Every process runs it in its own
+        thread.
         """
 
         def publish() -> None:
@@ -238,7 +241,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._delete(set(old) - {self.best()})
 
     def _delete(self, old: Iterable[int] = ()) -> None:
-        """Deletes steps, and what a killed or failed save, or a killed deletion, has left."""
+        """Deletes steps, and the leftovers of a killed or failed save or of a killed deletion."""
         trash = self._directory / "trash"  # a step is renamed to here before it is deleted
         for step in sorted(old):
             trash.mkdir(exist_ok=True)
@@ -304,8 +307,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if not errors:
             raise CheckpointError(f"no checkpoint in {self._directory}")
         raise CheckpointError(
-            f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again "
-            "with --overwrite"
+            f"there is no undamaged checkpoint in {self._directory}: {'; '.join(errors)}. Start "
+            "again with --overwrite"
         )
 
     def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
@@ -385,9 +388,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
 @functools.cache
 def _ignore_closed_loops() -> None:
-    """Passes over what the threads of TensorStore cannot raise after a save has failed: the other
-    writes of it report to an event loop that Orbax has closed, and a traceback for each would stand
-    between the user and the error.
+    """Hides errors of TensorStore's threads after a save has failed: its other writes report to an
+    event loop that Orbax has closed, and Python would print a traceback for each of them.
     """
     report = sys.unraisablehook
 
@@ -416,8 +418,8 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """What it is written from: NumPy numbers that nobody changes, unless it lies on several
-    processes' devices.
+    """The array that is written: a NumPy copy that nobody changes, or the array itself if it is
+    sharded over several processes.
     """
     if isinstance(leaf, (np.ndarray, np.generic)):
         return np.array(leaf)
@@ -426,21 +428,21 @@ def _stored(leaf: Any) -> Any:
 
 
 def _is_shared(leaf: Any) -> bool:
-    """Whether the leaf lies on several processes' devices."""
+    """Whether the leaf is sharded over several processes."""
     return not getattr(getattr(leaf, "sharding", None), "is_fully_addressable", True)
 
 
 def _at(shape: Sequence[int], index: Iterable[slice] = itertools.repeat(slice(None))) -> str:
-    """The place of a part in its array, [start, end] of each axis as JSON; without ``index`` that
-    of the whole.
+    """The place of a shard in its array, [start, end] of each axis as JSON; without ``index`` the
+    place of the whole array.
     """
     ends = [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)]
     return json.dumps(ends)
 
 
 def _places(leaf: Any) -> set[str]:
-    """The places of the parts into which several processes' devices cut an array; none if it is
-    this process's own.
+    """The places of the shards of an array that is sharded over several processes; empty for other
+    arrays.
     """
     cuts = leaf.sharding.devices_indices_map(leaf.shape).values() if _is_shared(leaf) else ()
     return {_at(leaf.shape, cut) for cut in cuts}

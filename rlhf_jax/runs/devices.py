@@ -12,7 +12,7 @@ import jax
 import jaxlib
 from jax._src import xla_bridge  # whether a backend has started has no public name
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import allocator, processes
 
 # Given to XLA before its backend starts. GPU: collectives and copies overlap with work; loops, such
@@ -44,14 +44,24 @@ FILES = {
 }
 
 
-def choose(device: str | None, place: str | None = None, *, deterministic: bool = False) -> None:
+def choose(
+    device: str | None,
+    place: str | None = None,
+    *,
+    deterministic: bool = False,
+    threads: int | None = None,
+) -> None:
     """Restricts JAX to one kind of device and joins the other processes; call it before anything
     else touches JAX.
 
-    With None JAX chooses, but does not silently take the CPU while a GPU or TPU is idle.
+    With None JAX chooses, but it is an error if it would take the CPU while a GPU or TPU is idle.
 
-    place: as in ``processes.join``; None: there is one process.
-    deterministic: the same bits from run to run on a GPU too.
+    Args:
+        place: as in ``processes.join``; None: there is one process.
+        deterministic: the same bits from run to run on a GPU too.
+        threads: of XLA on a CPU, whose matrix products round by their number; at least as many as
+            the devices of a process. None: as many as there are cores or devices. If JAX has
+            started before, that number stays, and a line says so.
 
     Raises:
         UserError: JAX finds no such device here, or would leave an accelerator unused although
@@ -67,6 +77,8 @@ def choose(device: str | None, place: str | None = None, *, deterministic: bool 
     ):  # else nobody reads them, and a manifest must not list them
         flags = flags_for(device, deterministic=deterministic)
         os.environ["XLA_FLAGS"] = xla_flags(flags, os.environ.get("XLA_FLAGS", ""))
+        if threads is not None:
+            os.environ["NPROC"] = str(threads)  # of XLA on a CPU
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if place is not None:
@@ -79,13 +91,19 @@ def choose(device: str | None, place: str | None = None, *, deterministic: bool 
         raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
     if deterministic and jax.default_backend() == "gpu" and not is_deterministic():
         raise UserError(
-            "--deterministic: XLA did not get its flags, since JAX had started before, or XLA_FLAGS "
-            "says otherwise"
+            "--deterministic: XLA did not get its flags, since JAX had started before, or "
+            "XLA_FLAGS says otherwise"
+        )
+    is_late = threads is not None and os.environ.get("NPROC") != str(threads)
+    if is_late and jax.default_backend() == "cpu":
+        logger.info(
+            "compute.blocks: JAX had started before, with as many threads as there are cores or "
+            "devices; the bits depend on their number"
         )
 
 
 def is_deterministic() -> bool:
-    """Whether XLA was told to give the same bits from run to run on a GPU."""
+    """Whether XLA's flags ask for the same bits from run to run on a GPU."""
     return "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", "").split()
 
 
@@ -101,35 +119,33 @@ def flags_for(device: str | None, *, deterministic: bool = False) -> dict[str, s
 
 
 def compiler_options(num_blocks: int) -> dict[str, bool]:
-    """Options of ``jax.jit`` for a program with so many blocks of a model.
+    """Options of ``jax.jit`` for a program with ``num_blocks`` blocks of a model.
 
-    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none.
-    The newer ones are faster, and what several blocks need is compiled once. With three blocks or
-    fewer that does not make up for what each takes longer to compile.
+    If FLAGS chose XLA's older CPU kernels, they choose the newer ones; otherwise they are empty.
+    The newer kernels are faster but take longer to compile. Several blocks share them, so that the
+    gain is larger than the cost from four blocks on.
     """
     name = "xla_cpu_use_fusion_emitters"
-    return (
-        {name: True}
-        if num_blocks >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split()
-        else {}
-    )
+    is_off = f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split()
+    return {name: True} if is_off and num_blocks >= 4 else {}
 
 
 def xla_flags(ours: Mapping[str, str], given: str) -> str:
-    """XLA's flags: those ``given``, and of ``ours`` those that they do not set and this jaxlib
-    knows; XLA aborts at others. A name that is no flag any more may be left in the library, but not
-    as a string of its own."""
+    """XLA's flags: the ``given`` ones, and those of ``ours`` that they do not set and that this
+    jaxlib knows, since XLA aborts at unknown flags. The library holds the name of each of its flags
+    as a separate string.
+    """
     library = Path(jaxlib.__file__).with_name("libjax_common.so")
     with (
         library.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        known = {
-            name for name in ours if name not in given and content.find(f"{name}\0".encode()) >= 0
-        }
-    return " ".join(
-        [f"--{name}={value}" for name, value in ours.items() if name in known] + given.split()
-    )
+        flags = [
+            f"--{name}={value}"
+            for name, value in ours.items()
+            if name not in given and content.find(f"{name}\0".encode()) >= 0
+        ]
+    return " ".join([*flags, *given.split()])
 
 
 def idle_accelerator() -> str | None:
@@ -163,9 +179,8 @@ def memory_limit() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of ``memory_limit`` that a program may take now; 0: nobody knows.
-
-    Of a CPU's a part stays for what a process needs beside its arrays, such as compiling.
+    """Bytes of ``memory_limit`` that a program may take now; 0: it is not known. Of a CPU's a part
+    stays for what a process needs beside its arrays, such as compiling.
     """
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}

@@ -1,16 +1,21 @@
-"""The folder of a run: what lies where, and who may use it.
+"""The folder of a run: its files, and its lock.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
         write_atomically(run.config, to_yaml(config))
 
-``config.yaml`` is the resolved configuration, ``manifest.json`` what reproduces the run (seed,
-versions, devices, data fingerprints, command). ``metrics.jsonl`` (equal for equal seeds) and
-``timing.jsonl`` hold a row of numbers or seconds per step, ``samples.jsonl`` texts, each row a JSON
-object on a line. ``checkpoints/`` is the loop's state, ``model/`` the result as a Hugging Face
-folder, ``adapter/`` the LoRA adapters, which ``model/`` holds merged, ``judge/`` the replies of a judge (`rewards.service`), and
-``report.html`` the page.
+- ``config.yaml``: the resolved configuration
+- ``manifest.json``: what reproduces the run (seed, versions, devices, data fingerprints, command)
+- ``metrics.jsonl``: a JSON object of numbers per step, equal for equal seeds
+- ``timing.jsonl``: a JSON object of seconds per step
+- ``samples.jsonl``: texts of the validations
+- ``checkpoints/``: the state of the loop
+- ``model/``: the result as a Hugging Face folder, LoRA's adapters merged in
+- ``adapter/``: LoRA's adapters
+- ``judge/``: the replies of a judge (`rewards.service`)
+- ``engine/``: the samples of an engine (`training.engine`)
+- ``report.html``: the page
 
-Nothing is written through a symbolic link that lies in the folder; the folder itself, or one above
+Nothing is written through a symbolic link inside the folder. The folder itself, or a folder above
 it, may be a link.
 """
 
@@ -43,7 +48,7 @@ _FILES = (
     "evaluation.json",
     "evaluation_samples.jsonl",
 )
-_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "judge")
+_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "judge", "engine")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 
 
@@ -70,6 +75,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.model = path / "model"
         self.adapter = path / "adapter"
         self.judge = path / "judge"
+        self.engine = path / "engine"
+        self.weights = _unfinished(path / "weights")  # for an engine, while the run is open
 
     def close(self) -> None:
         """Releases the folder."""
@@ -149,7 +156,7 @@ def _holder(path: Path) -> str:
 
 
 def check_links(path: Path) -> None:
-    """Raises UserError if a symbolic link in the folder would lead elsewhere what a run writes."""
+    """Raises UserError if a symbolic link in the folder would make the run write elsewhere."""
     refuse_links(path / name for name in (*_FILES, *_FOLDERS))
     for folder in _FOLDERS:
         for place, folders, files in os.walk(path / folder):
@@ -203,9 +210,7 @@ def steps(directory: str | Path) -> list[int]:
 
 
 def is_unused(path: Path) -> bool:
-    """Whether a folder holds nothing, or only the lock of a run that ended before it wrote
-    anything.
-    """
+    """Whether a folder is empty, or has only the lock of a run that ended without writing."""
     with file_errors(path):
         names = os.listdir(path)
     return all(name in _LOCK_FILES or _UNFINISHED.fullmatch(name) for name in names)
@@ -254,9 +259,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new folder to fill in the ``with`` block, which takes the place of ``path`` at its end.
-
-    After an error it is deleted, and what was there stays.
+    """A new folder to fill in the ``with`` block, which replaces ``path`` at the end of the block.
+    After an error it is deleted, and ``path`` stays.
 
     Raises:
       UserError: the path is a symbolic link.

@@ -56,7 +56,7 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """clock: seconds from any origin."""
         self.clock = clock
-        self.status: Callable[[], str] | None = None  # None: nothing to say but what compiles
+        self.status: Callable[[], str] | None = None  # None: only what compiles is shown
         self._last_line = clock()
         self._compiling: dict[str, float] = {}  # {program: when it began}
         self._closed = threading.Event()
@@ -141,7 +141,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           run: the run whose files are written.
           total: the last step.
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
-          label: what is going on, such as ``ppo``.
+          label: the stage, such as ``ppo``.
           show: the metrics of the console's line.
           services: also get rows, samples and alerts; closed with the tracker.
           pulse: what speaks while a step runs; None: nobody does, and its clock is real.
@@ -177,10 +177,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
         self._metrics.write(step, numbers)
         self._services.send("log", step, numbers)
-        line = "  ".join(f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers)
+        line = "  ".join(self._shown(numbers))
         self._latest |= numbers
-        newest = [f"{name} {self._latest[name]:.4g}" for name in self._show if name in self._latest]
-        live = "  ".join([self._label, *newest[:2]])
+        live = "  ".join([self._label, *self._shown(self._latest)[:2]])
         self._progress.update(self._task, completed=step, description=live)
         now = self._pulse.clock()
         self._ends.append((step, now))
@@ -194,12 +193,18 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             self._printed = True
         return numbers
 
+    def _shown(self, numbers: Mapping[str, float]) -> list[str]:
+        """The metrics of the console's line, as texts."""
+        return [f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers]
+
     def pace(self) -> str:
         """Seconds of a step, the mean of the last ten, and what remains; empty before the first."""
-        if len(self._ends) < 2 or self._ends[0][0] == self._ends[-1][0]:
+        if not self._ends:
             return ""
         first, began = self._ends[0]
         last, ended = self._ends[-1]
+        if first == last:
+            return ""
         seconds = (ended - began) / (last - first)
         left = seconds * (self._total - last)
         return f"{seconds:.3g} s a step, about {duration(left)} left"
@@ -270,7 +275,7 @@ class RowWriter:
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
-            raise ValueError(f"a row cannot have a key step of its own: {row}")
+            raise ValueError(f"a row cannot have its own key step: {row}")
         text = json.dumps({"step": step, **row})
         json_values = json.loads(text, parse_constant=str)  # NaN becomes "NaN"
         self._file.write(json.dumps(json_values, ensure_ascii=False) + "\n")

@@ -30,6 +30,10 @@ from rlhf_jax.runs.folder import Run, write_atomically
 from rlhf_jax.runs.reading import MANIFEST, SETTINGS, read_json, read_yaml
 
 Keys = Sequence[str]
+# The value of ``moves`` in the manifest of a run whose bits do not depend on the number of devices,
+# and the entries that tell this number.
+EXACT = "exact"
+COUNTS = ("devices.count", "devices.data")
 PACKAGES = (
     "rlhf-jax",
     "jax",
@@ -68,7 +72,8 @@ def write_manifest(
     Args:
       run: the run.
       facts: JSON values, kept under their keys: ``seed``, ``stage``, ``data``, {file as the user
-        named it: :func:`fingerprint`}, and ``given``, {name: ``objects.describe``}.
+        named it: :func:`fingerprint`}, ``given``, {name: ``objects.describe``}, and ``moves``,
+        `EXACT` if the run may go on with another number of devices.
       mesh: the sizes of the mesh's axes.
       changed: what differs from the run that is resumed; the facts are then the new ones.
     """
@@ -89,17 +94,23 @@ def write_manifest(
         starts = manifest.setdefault("resumed", [])
         last = starts[-1] if starts else manifest
         recorded = {key: last[key] for key in machine if key in last}
-        _report_other_machine(recorded, {key: machine[key] for key in recorded})
+        now = {key: machine[key] for key in recorded}
+        _report_other_machine(recorded, now, moves=manifest.get("moves") == EXACT)
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def _report_other_machine(before: dict[str, Any], now: dict[str, Any]) -> None:
-    changes = differences(before, now)
+def _report_other_machine(before: dict[str, Any], now: dict[str, Any], moves: bool) -> None:
+    """moves: whether the number of devices makes no difference."""
+    changes = _differences(dotted(before), dotted(now))
+    if moves:
+        moved = [changes.pop(key) for key in COUNTS if key in changes]
+        if moved:
+            logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
     if changes:
         logger.info(
-            f"--resume: {'; '.join(changes)}. The run goes on, but is no longer bit for bit "
-            "what it would have been without the stop"
+            f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit for "
+            "bit what it would have been without the stop"
         )
 
 
@@ -120,20 +131,20 @@ def check_unchanged(
     allowed: Keys = (),
     fixed: Keys = (),
 ) -> list[str]:
-    """Refuses to resume a run as another one; returns the differences that were allowed, a sentence
-    each.
+    """Refuses to resume a run with settings or data of another run. Returns a sentence for each
+    difference that is allowed.
 
     Args:
       run: only a run with ``resumed`` set is compared with anything.
       config: the new configuration as ``config.to_yaml`` writes it.
       data: {name: :func:`fingerprint`} of the data as it is now.
       given: {name: ``objects.describe``} of what Python gives to the run.
-      may_change: dotted keys, or sections, whose differences do not count.
+      may_change: dotted keys, or sections, that may differ.
       allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for
         the contents of all data files, ``reward`` and ``safety`` for those of the rewards and of
         the filter.
-      fixed: those that must not differ even so: the state could not be read, or its tokens would
-        mean something else.
+      fixed: keys or sections that ``allowed`` may not name: with another value the state could not
+        be read, or its tokens would have other meanings.
 
     Raises:
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
@@ -170,9 +181,8 @@ def check_unchanged(
             f"new run with another --output-dir; --allow-changed {help_of_flag}"
         )
     if changed:
-        logger.info(
-            f"--resume: goes on as another run than it began: {'; '.join(changed.values())}"
-        )
+        sentences = "; ".join(changed.values())
+        logger.info(f"--resume: the run continues with other settings or data: {sentences}")
     return list(changed.values())
 
 
@@ -199,7 +209,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """{key: what it was and what it is now} of the keys whose values differ."""
+    """{key: sentence with both values} for the keys whose values differ."""
     texts = {}
     for key in before | after:
         old = repr(before[key]) if key in before else "not set"

@@ -1,13 +1,13 @@
-"""What Python gives to a run, as JSON values that can be written down and compared.
+"""Functions and objects that Python gives to a run, as JSON values that can be saved and compared.
 
     describe(functools.partial(letters, sign=-1))
     # {"def": "rewards.letters", "source sha256": "1f3c09ab77d2", "sign": -1}
 
 A function is described by its name, the hash of its source, its arguments (defaults and those of
 ``functools.partial``), the values in its closure, and the constants, functions and classes of its
-own module that it reads; an object by its class and fields; an array by the hash of its bytes. Of
-what belongs to Python or to a package whose version the manifest records (``PACKAGES``), the name
-stands for the source.
+own module that it reads; an object by its class and fields; an array by the hash of its bytes. For
+code of Python itself or of a package whose version the manifest records (``PACKAGES``), the name
+replaces the hash of the source.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ MOST_PARTS = 5_000  # of one description
 
 
 def describe(value: Any) -> Any:
-    """A JSON value that differs where the values differ; a text that begins with ``UNKNOWN`` stands
-    for a part that cannot be compared.
+    """A JSON value that differs if the described values differ. A part that cannot be compared is a
+    text that begins with ``UNKNOWN``.
     """
     return _Description().of(value)
 
@@ -170,8 +170,8 @@ def _closure(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """What a function of the user's own reads from its module: constants, and functions and classes
-    of the user's own.
+    """The constants, functions and classes of the user's code that a function of the user's code
+    reads from its module.
     """
     if _is_versioned(function.__module__) or _is_installed(function):
         return {}
@@ -188,7 +188,7 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code, and that of the functions inside it."""
+    """The code of a function and of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -196,8 +196,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _source(value: Callable[..., Any] | types.ModuleType | type) -> dict[str, str]:
-    """{"source sha256": ...}, or the hash of the code where there is no source; empty for
-    what a recorded version stands for, and for a module or class without source.
+    """{"source sha256": ...}, or the hash of the code if there is no source. Empty for code of a
+    package whose version is recorded, and for a module or class without source.
     """
     name = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
     if _is_versioned(name):

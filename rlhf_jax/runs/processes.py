@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20
 """A process without a sign of life for so long counts as lost, and the others end."""
-# What an error is in the other processes, the narrowest first.
+# The class of an error in the other processes; subclasses come first.
 _KINDS = {kind.__name__: kind for kind in (ServiceError, UserError, TrainingFault)}
 _DAY = 24 * 3600 * 1000  # milliseconds
 # Numbers of the calls of ``gather``, by thread.
@@ -91,14 +91,14 @@ def is_lost(error: Exception) -> bool:
 
 
 def fetch(tree: T) -> T:
-    """``jax.device_get`` of all rows, also of those on the other processes' devices; every process
-    calls it.
+    """``jax.device_get`` of all rows, including those on other processes' devices; every process
+    calls it. NumPy arrays have all rows.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def whole(leaf: jax.Array) -> np.ndarray:
-        if not leaf.is_fully_replicated:
+    def whole(leaf: jax.Array | np.ndarray) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 

@@ -1,5 +1,5 @@
-"""The files of a run, read back. Whoever wrote or damaged them, what they hold is checked here, so
-that nothing else needs to doubt it.
+"""Reads the files of a run and checks their content, so that other code can trust it, whoever wrote
+or damaged the files.
 
     manifest = read_json(path / "manifest.json", MANIFEST, ["command"])
     settings = read_yaml(path / "config.yaml", SETTINGS)
@@ -52,6 +52,7 @@ SETTINGS = {
         "top_p": OPTIONAL_NUMBER,
         "min_p": OPTIONAL_NUMBER,
         "repetition_penalty": (float, int),
+        "stop": [str],
     },
     "reward": [str],
     "text": {"template": str},
@@ -90,8 +91,8 @@ _ROWS: dict[str, Any] = {
 
 
 def misfit(value: Any, shape: Any, key: str = "it") -> str:
-    """Where a JSON value differs from a shape, as a sentence that begins with the key; "" if it
-    fits.
+    """A sentence, beginning with the key, that says where a JSON value differs from a shape; "" if
+    it fits.
 
     Args:
       shape: ``object`` (anything), a type, None (null), a tuple of shapes of which one must fit,
@@ -103,13 +104,17 @@ def misfit(value: Any, shape: Any, key: str = "it") -> str:
         return "" if "" in misfits else misfits[0]
     if isinstance(shape, dict) and isinstance(value, dict):
         others = shape.get(str, object)
-        inner = [
-            misfit(item, shape.get(name, others), f"{key}.{name}") for name, item in value.items()
-        ]
-        return next(filter(None, inner), "")
+        for name, item in value.items():
+            wrong = misfit(item, shape.get(name, others), f"{key}.{name}")
+            if wrong:
+                return wrong
+        return ""
     if isinstance(shape, list) and isinstance(value, list):
-        inner = [misfit(item, shape[0], f"{key}[{i}]") for i, item in enumerate(value)]
-        return next(filter(None, inner), "")
+        for i, item in enumerate(value):
+            wrong = misfit(item, shape[0], f"{key}[{i}]")
+            if wrong:
+                return wrong
+        return ""
     kind = shape if isinstance(shape, type) else type(shape)
     if shape is object or type(value) is kind:
         return ""
@@ -203,8 +208,8 @@ def _checked(value: Any, shape: Any, required: Sequence[str], where: str) -> Any
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is what our files hold: mappings with texts as keys, lists, texts that UTF-8
-    can hold, numbers of 64 bits and null, at most 32 deep.
+    """Whether a value can be in our files: mappings with texts as keys, lists, texts that UTF-8 can
+    hold, numbers of 64 bits and null, at most 32 deep.
 
     Each place counts: a YAML alias repeats what it names.
     """
@@ -245,7 +250,7 @@ def json_lines(path: Path) -> list[tuple[str, _Row]]:
     """The lines of a JSON lines file of this package, and the rows they hold, each with its
     ``step``.
 
-    Nothing if the file is missing. A last line that was cut by a kill is left out.
+    Empty if the file is missing. A last line that a kill truncated is left out.
 
     Raises:
       UserError: another line is no row, or the file is none.

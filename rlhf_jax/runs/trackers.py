@@ -5,9 +5,9 @@ TensorBoard.
     services.log(10, {"objective/score": 1.5})
     services.close()
 
-Each package sends in a process or thread of its own, so no step waits for a network. What a service
-raises becomes a warning, once for each service: the run goes on, and everything it records is in
-its folder too.
+Each package sends in its own process or thread, so that no step waits for a network. An error of a
+service becomes a warning, once for each service: the run continues, and its folder has all its
+records.
 """
 
 import importlib
@@ -116,9 +116,7 @@ class Services:
     """Sends to some services; the first error of one is a warning, its next ones are silent."""
 
     def __init__(self, services: Mapping[str, _Client | _TensorBoard], sent: Mapping[str, int]):
-        """sent: the step up to which a service has everything already; nothing is sent to it for
-        those steps.
-        """
+        """sent: the last step that a service has already; it gets no row up to this step."""
         self._services = services
         self._sent = sent
         self._warned: set[str] = set()
@@ -169,9 +167,8 @@ def start(
 ) -> Services:
     """Opens the services of these names; one that cannot be opened is left out with a warning.
 
-    ``tracker.json`` in the run's folder keeps what the run is called there, so that a resumed one
-    goes on in the same place. ``WANDB_PROJECT`` and ``WANDB_NAME`` name project and run for W&B and
-    trackio.
+    ``tracker.json`` in the run's folder keeps the run's name in each service, so that a resumed run
+    continues there. ``WANDB_PROJECT`` and ``WANDB_NAME`` name project and run for W&B and trackio.
 
     Args:
         run: its metrics.jsonl tells, on resume, what has been sent: call this before later rows are

@@ -26,8 +26,7 @@ def start(
     value: str | None,
     width: int | None = None,
 ) -> tuple[Trainable, Trainable]:
-    """The first parameters of a run, on the devices: the policy's, and those of everything that is
-    trained.
+    """The initial parameters of a run, on the devices: the policy's, and all trained ones.
 
     Args:
         value: "shared": the policy has a value head, and both results are the same. "separate": the

@@ -69,9 +69,7 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
 
 
 def timed(name: str, step: Callable[[], Metrics]) -> Check:
-    """Runs a step and says how long it took, which of its metrics are not finite, or what it
-    raised.
-    """
+    """Runs a step and reports its time, the metrics that are not finite, or its error."""
     started = time.perf_counter()
     try:
         metrics = {metric: np.asarray(value) for metric, value in step().items()}

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from rlhf_jax import models
+from rlhf_jax import blocks, models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedTexts
@@ -31,8 +31,8 @@ def starts(
     params: Params,
     key: Array,
 ) -> list[Trainable]:
-    """What each of the ``ensemble_size`` members starts from: its own score head, and without
-    ``--model`` its own body.
+    """The initial parameters of each of the ``ensemble_size`` members: its own score head, and
+    without ``--model`` its own body.
 
     Raises:
         UserError: as ``initial.trainable``.
@@ -77,26 +77,32 @@ def update_members(
     Args:
       state: of ``create``.
       batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is
-        absent for that member.
+          missing for that member.
       score_fn, optimizer, config: as of ``reward_model.update``.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss
-      or gradient is not finite keeps its state, the others go on.
+      or gradient is not finite keeps its state; the other members are updated.
     """
     num_members = state.step.shape[0]
     weights = jnp.asarray(batch.weight)
     chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
-    def of_member(state: TrainState, weight: Array, member: Array) -> tuple[TrainState, Metrics]:
+    def of_member(member: tuple[TrainState, Array, Array]) -> tuple[TrainState, Metrics]:
+        state, weight, number = member
         own = dataclasses.replace(batch, weight=weight)
-        member_key = jax.random.fold_in(key, member)
+        member_key = jax.random.fold_in(key, number)
         return reward_model.update(
             state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config
         )
 
-    of_members = jax.vmap(of_member, in_axes=(0, -1, 0))
-    state, metrics = of_members(state, weights, jnp.arange(num_members))
+    members = (state, jnp.moveaxis(weights, -1, 0), jnp.arange(num_members))
+    if blocks.number():
+        # One after the other: XLA would compute a division by a number of each member, as the
+        # optimizer makes them, in one way on one device and in another on several.
+        state, metrics = jax.lax.map(of_member, members)
+    else:
+        state, metrics = jax.vmap(of_member)(members)
     means = {name: jnp.mean(values) for name, values in metrics.items()}
     return state, means | {"nonfinite": jnp.max(metrics["nonfinite"])}
 

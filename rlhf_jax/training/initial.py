@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,14 +33,20 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
     Raises:
         UserError: there are too few or too many devices.
     """
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    if mesh.size != jax.device_count():
+    number = jax.device_count() - config.mesh.sampling
+    mesh = sharding.make_mesh(**config.mesh.axes, devices=jax.devices()[: max(number, 0)])
+    if mesh.size != number:
         layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         raise UserError(
-            f"mesh: {layout} uses {mesh.size} of {jax.device_count()} devices; set one of the "
-            "sizes to -1"
+            f"mesh: {layout} uses {mesh.size} of {number} devices; set one of the sizes to -1"
         )
     return mesh
+
+
+def sampling_mesh(config: RunConfig) -> jax.sharding.Mesh | None:
+    """The devices that sample alone (``mesh.sampling``); None: those that learn sample too."""
+    number = config.mesh.sampling
+    return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
 def num_layers(config: RunConfig) -> int:
@@ -51,7 +57,7 @@ def num_layers(config: RunConfig) -> int:
 
 
 def by_depth(compute: Compute, layers: int) -> Compute:
-    """The settings of a model of so many layers, its ``scan_layers`` no longer auto."""
+    """The settings of a model with this number of layers; ``scan_layers`` is no longer auto."""
     if compute.scan_layers != "auto":
         return compute
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
@@ -60,13 +66,13 @@ def by_depth(compute: Compute, layers: int) -> Compute:
 def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int = 0) -> int:
     """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
 
-    There each width takes long to compile. So rows have 4 widths or the root of the number of
-    steps, whichever is more, or up to two more where they pad the longest row less.
+    A deep model takes long to compile for each width. So its rows have max(4, sqrt(number of
+    steps)) widths, or up to two more if the longest row then has less padding.
 
     Args:
         layers: of the model.
         longest: columns of a row.
-        num_steps: of an epoch; 0: nobody knows.
+        num_steps: of an epoch; 0 if unknown.
     """
     multiple = config.text.bucket_multiple
     if layers < DEEP:
@@ -77,7 +83,20 @@ def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int
 
 
 def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless the mesh fits the model, of which only config.json is read."""
+    """Raises UserError unless the mesh fits ``compute.blocks`` and the model, of which only
+    config.json is read.
+    """
+    blocks = config.compute.blocks
+    if blocks and sharding.is_cut(mesh):
+        raise UserError(
+            "compute.blocks: weights that mesh.fsdp or mesh.tensor cut are summed in another order "
+            "on other devices; use mesh.data alone, or leave compute.blocks out"
+        )
+    if blocks and blocks % mesh.size:
+        raise UserError(
+            f"compute.blocks {blocks} does not divide over {mesh.size} devices; use 1, 2, 4, ... "
+            "of them, or more blocks"
+        )
     if not sharding.is_cut(mesh):
         return
     where = "network"
@@ -102,8 +121,40 @@ def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
                 )
 
 
+def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int]:
+    """{name: number} of what has equal parts of each batch: ``compute.blocks``, or the devices.
+
+    Args:
+        microbatches: {dotted setting: number}.
+
+    Raises:
+        UserError: with blocks, microbatches that are no halves of them.
+    """
+    blocks = config.compute.blocks
+    if not blocks:
+        return {"devices": sharding.num_parts(mesh_of(config))}
+    for key, count in microbatches.items():
+        if count > blocks and count & (count - 1):
+            raise UserError(
+                f"{key} {count}: with compute.blocks {blocks} it must be {blocks} or less, which "
+                "all mean that each block is one, or a power of two"
+            )
+    return {"compute.blocks": blocks}
+
+
+def row_parts(config: RunConfig, num_microbatches: int) -> int:
+    """Into how many equal parts the rows of an optimizer step are cut, by devices and microbatches
+    or by ``compute.blocks``.
+    """
+    if config.compute.blocks:
+        return max(config.compute.blocks, num_microbatches)
+    return sharding.num_parts(mesh_of(config)) * num_microbatches
+
+
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Where each array of parameters, or of a state with them, lies: see ``models.SHARDING``."""
+    """The sharding of each array of parameters, or of a state with them: see
+    ``models.SHARDING``.
+    """
     return sharding.by_path(tree, models.SHARDING, mesh)
 
 
@@ -136,8 +187,8 @@ class Trainable(NamedTuple):
 
 
 def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
-    """Splits parameters, heads included, into what is trained and what is frozen. ``key`` is of the
-    adapters' weights.
+    """Splits parameters, heads included, into trained and frozen ones. ``key`` is of the adapters'
+    weights.
 
     Raises:
         UserError: ``lora.match`` matches no kernel.
@@ -202,15 +253,15 @@ def hold_out(
     """Row numbers for training and for validation, by ``batches.split``; prints how many are held
     out.
 
-    Rows with equal prompts stay together: what is learned from one answer to a prompt says
-    something of the others. Of a single prompt nothing is held out.
+    Rows with equal prompts stay together, since training on one answer to a prompt tells about the
+    other answers. If there is only one prompt, no row is held out.
 
     Args:
         what: the rows' kind, for the console.
         prompts: of each row.
     """
     if fraction and len(set(prompts)) == 1:
-        logger.info(f"{what}: one prompt in all, so none is held out for validation")
+        logger.info(f"{what}: there is only one prompt, so none is held out for validation")
         fraction = 0.0
     train_rows, held_out = batches.split(len(prompts), fraction, key, prompts)
     say_held_out(what, prompts, train_rows, held_out)
@@ -285,7 +336,7 @@ def language_model(
 
 
 def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
-    """Prints what the model reads for a prompt."""
+    """Prints the template of the prompts."""
     source = config.model or config.tokenizer.name
     logger.info(chat.describe(config.text.template, tokenizer, source))
 
@@ -312,15 +363,15 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 
 
-def load_language_model(source: str, compute: Compute) -> LanguageModel:
+def load_language_model(source: str, compute: Compute, place: Place = None) -> LanguageModel:
     """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the
-    tokenizer gained a pad.
+    tokenizer gained a pad. ``place``: as ``placement`` gives.
 
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
-    return LanguageModel.load(source, **compute_options(compute, layers))
+    return LanguageModel.load(source, **compute_options(compute, layers), shardings=place)
 
 
 def load_reward_model(
@@ -363,7 +414,7 @@ def load_reward_model(
 
 
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:
-    """The options of ``models.load`` for a model of so many layers."""
+    """The options of ``models.load`` for a model with this number of layers."""
     dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
     name = compute.attention
     here = (jax.default_backend(), dtype)

@@ -67,12 +67,12 @@ class Job(NamedTuple):
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
-    ``job.check_memory`` comes first, so that a run that does not fit says so at once, a resumed one
-    too.
-    Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after
-    row k, step 0 before the first update. Validations come before the first step, every
-    ``validation_interval`` steps and at the end; with ``keep_best`` they are followed by a
-    checkpoint too. Each row is shown to the rules of ``config.alerts``.
+    ``job.check_memory`` comes first, so that a run that does not fit into memory fails at once,
+    also when it is resumed. Row k of metrics.jsonl describes the state after k steps. The
+    checkpoint of step k is saved after row k, that of step 0 before the first update. Validations
+    come before the first step, every ``validation_interval`` steps and at the end; with
+    ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of
+    ``config.alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -123,13 +123,13 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
 
 
 class _Loop:
-    """A loop under way: its state, what was recorded, and up to which step."""
+    """The state of a running loop: the training state, the records, and the last step."""
 
     done = 0  # steps, the one under way included
     ended = ""  # early: why
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
-    is_advancing = False  # the state is still that of the step before
+    is_advancing = False  # the state is still the one before the step
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Loop:
         stack: ExitStack,
         pulse: Pulse,
     ):
-        """Opens the files of the run and goes on from its checkpoint, or validates and saves step
+        """Opens the files of the run and continues from its checkpoint, or validates and saves step
         0.
         """
         self.stage = stage
@@ -223,9 +223,9 @@ class _Loop:
         self.pending = {**metrics, **self.judge.metrics(self.state)}
 
     def settle(self, received: int) -> None:
-        """Waits for the step if something depends on it: a validation, an alert or a function of
-        the user's own that may stop the run, or a checkpoint. A checkpoint is due at the end, at
-        the interval, for a signal or an alert, and after validations under ``keep_best``.
+        """Waits for the step if its result is needed: by a validation, by an alert or a function of
+        the user's that may stop the run, or by a checkpoint. A checkpoint is due at the end, at the
+        interval, for a signal or an alert, and after validations under ``keep_best``.
         """
         config = self.stage.config
         is_last = self.done == self.job.num_steps
@@ -249,8 +249,8 @@ class _Loop:
         self.obey_alerts()
 
     def left_by(self, error: ServiceError) -> ServiceError:
-        """The error of a service with the way to go on, after the state before the step in which it
-        arose is saved. If it arose in a validation, the last checkpoint stays the last.
+        """The error of a service with advice how to continue. It first saves the state before the
+        failed step; after a failed validation the last checkpoint is already this state.
         """
         leaves = jax.tree.leaves(self.state)
         is_whole = not any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
@@ -306,8 +306,8 @@ class _Loop:
             )
 
     def result(self) -> tuple[Any, dict[str, float]]:
-        """The last state and row, or those of the best checkpoint; says why the run ended early,
-        and which it is.
+        """The last state and row, or those of the best checkpoint. Logs why the run ended early,
+        and which checkpoint it returns.
         """
         metric = self.judge.metric
         best = self.checkpoints.best()
@@ -377,11 +377,8 @@ class _Loop:
 
 
 def seed_libraries(seed: int, step: int) -> None:
-    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may draw
-    from.
-
-    By the step, so that a run that goes on from a checkpoint draws what it would have drawn without
-    the stop.
+    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may use. The
+    seed depends on the step, so that a resumed run draws the same numbers as an uninterrupted one.
     """
     number = zlib.crc32(f"{seed} {step}".encode())
     random.seed(number)
@@ -389,7 +386,7 @@ def seed_libraries(seed: int, step: int) -> None:
 
 
 def _grouped(sources: Iterable[str]) -> str:
-    """The distinct sources, those of one file together: "a.json, line 3, 7; b.json, line 1"."""
+    """The distinct sources, grouped by file: "a.json, line 3, 7; b.json, line 1"."""
     numbers: dict[str, list[str]] = {}
     for source in dict.fromkeys(sources):
         where, _, number = source.rpartition(" ")
@@ -398,10 +395,10 @@ def _grouped(sources: Iterable[str]) -> str:
 
 
 def pad_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
-    """Row numbers completed with absent rows (-1) to a multiple."""
+    """Row numbers, padded with missing rows (-1) to a multiple."""
     return np.pad(rows, (0, -len(rows) % multiple), constant_values=ABSENT)
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """The rows in batches of one size, the last completed with absent rows."""
+    """The rows in batches of one size. The last batch is padded with missing rows."""
     return iter(pad_rows(rows, batch_size).reshape(-1, batch_size))

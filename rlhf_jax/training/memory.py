@@ -1,5 +1,5 @@
-"""Memory before the first step: what the largest programs need beside what is free; and out of
-memory as a sentence: what lies on each device, and which settings help most.
+"""Compares the memory that the largest programs need with the free memory, before the first step;
+and explains an out-of-memory error: which arrays are on each device, and which settings help most.
 """
 
 import functools
@@ -28,7 +28,7 @@ def fault(
     sizes: Mapping[str, int],
     error: Exception,
 ) -> TrainingFault:
-    """What to raise in place of XLA's error, or of a program that is too large.
+    """The error to raise instead of XLA's error, or if a program is too large.
 
     Args:
         stage: such as "sft" or "ppo".
@@ -43,9 +43,7 @@ def fault(
         for name, tree in held.items()
         if (size := on_device(tree))
     ]
-    lies = (
-        f"On each device lie {', '.join(parts)}; activations come on top of that. " if parts else ""
-    )
+    lies = f"Each device holds {', '.join(parts)}; activations need more. " if parts else ""
     advice = {
         "num_microbatches": "more --{} (now {})",
         "batch_size": "a smaller --{} (now {})",
@@ -104,8 +102,8 @@ def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Com
     free = devices.free_memory()
     if size > free > 0:
         raise TooLarge(
-            f"the phase {phase!r} needs {amount(size)} more than what lies on each device, and "
-            f"{amount(free)} are free"
+            f"the phase {phase!r} needs {amount(size)} more than the arrays on each device take, "
+            f"and {amount(free)} are free"
         )
     return compiled
 
@@ -154,8 +152,8 @@ def wants_remat(stored: int, limit: float) -> bool:
 
 
 def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
-    """A function whose arrays lie in the host's memory, and on the devices while a program calls
-    it.
+    """A function with its arrays in the host's memory. They are on the devices only while a program
+    calls it.
 
     Raises:
         UserError: the devices cannot read the host's memory.
@@ -177,8 +175,8 @@ def free(tree: Any) -> None:
 
 
 def shapes(tree: Any) -> Any:
-    """Shapes, dtypes and shardings alone, these of committed arrays: a message must not keep arrays
-    on a device.
+    """The shapes, dtypes and (of committed arrays) shardings: a message must not keep arrays on a
+    device.
     """
 
     def shape(leaf: Any) -> Any:

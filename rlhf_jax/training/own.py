@@ -1,7 +1,7 @@
-"""A policy of one's own in a run: functions as a ``Model``, and its parameters in a file.
+"""A policy of the user's own: its functions as a ``Model``, and its parameters in a file.
 
-Such a policy is no Hugging Face model: ``save`` writes its parameters, a note that says so, and the
-tokenizer. Who has the functions reads them back by ``load``.
+Such a policy is not a Hugging Face model: ``save`` writes its parameters, a note that says so, and
+the tokenizer. With the functions, ``load`` reads them back.
 """
 
 import json
@@ -62,7 +62,7 @@ def from_functions(
         unembed: ``(params, states [..., D]) -> logits [..., V]`` if ``apply`` returns states [B, T,
             D] in place of logits: no logits of the prompt are then computed, and a value head
             reads the states.
-        init_cache, decode: as in ``models.Model``; None: each new token costs a pass over all
+        init_cache, decode: as in ``models.Model``; None: each new token takes a pass over all
             columns (``sampling.uncached``).
     """
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import models, ops, rewards, rollout, sampling, sharding
+from rlhf_jax import losses, models, ops, rewards, rollout, sampling, sharding
 from rlhf_jax.algorithms.policy import row_rewards
 from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
 
@@ -28,8 +28,10 @@ class LoopState:
 
     train: TrainState  # of the algorithm's own class
     kl_coef: jax.Array  # [] float32
-    # The policy's parameters at the last refresh; None: the reference never changes.
+    # The parameters of a reference that moves; None: it never changes.
     reference: Params | None = None
+    # The policy that samples the next rollout, without an optimizer; None: that of ``train`` does.
+    behind: TrainState | None = None
 
     @classmethod
     def create(
@@ -37,9 +39,10 @@ class LoopState:
         train: TrainState,
         kl_coef: float,
         reference: Params | None = None,
+        behind: TrainState | None = None,
     ) -> "LoopState":
         """The state before the first iteration."""
-        return cls(train=train, kl_coef=jnp.float32(kl_coef), reference=reference)
+        return cls(train, jnp.float32(kl_coef), reference, behind)
 
 
 class Prompts(NamedTuple):
@@ -64,17 +67,23 @@ class Functions:
     # BoundPolicyFn, or PolicyFn of the parameters in ``loop.reference``; None: no reference
     ref_fn: Any = None
     base: Params | None = None  # under LoRA, the frozen parameters
+    teacher: Params | None = None  # a fifth argument of ``policy_fn`` in updates; None: no teacher
 
 
 # --- Sample
+
+
+def policy(loop: LoopState) -> Params:
+    """The trained parameters of the policy, without those of a whole value model."""
+    return models.policy_params(loop.train.params)
 
 
 def sampler(loop: LoopState, base: Params | None) -> Params:
     """The policy's parameters as it samples: under LoRA the ``base`` with its adapters attached.
     Nothing is copied.
     """
-    policy = models.policy_params(loop.train.params)
-    return policy if base is None else models.lora.attach(base, policy)
+    trained = policy(loop)
+    return trained if base is None else models.lora.attach(base, trained)
 
 
 def respond(
@@ -112,29 +121,42 @@ def rescored(
     *,
     eos_ids: tuple[int, ...],
     score_rows: int | None = None,
+    importance: tuple[float, losses.ImportanceSampling] | None = None,
 ) -> tuple[Rollout, Metrics]:
     """The samples with log-probs and values of the update's own forward pass, the log-probs of the
     reference, and metrics.
 
     Args:
         score_rows: rows that the policy scores at once, see ``ops.by_rows``.
+        importance: cap and kind of the weights that correct an engine's log-probs
+            (``losses.importance_weights``); None: no weights.
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = jax.tree_util.Partial(ref_fn, loop.reference)
     policy_fn = ops.by_rows(functions.policy_fn, score_rows)
-    scored = rollout.rescore(sampled, loop.train.params, policy_fn=policy_fn, ref_fn=ref_fn)
+    weights: Any = {}
+    if importance is not None:
+        weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
+    params = loop.train.params
+    scored = rollout.rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn, **weights)
     is_eos = jnp.isin(scored.tokens, jnp.asarray(eos_ids)) & scored.mask
-    ended = jnp.any(is_eos, axis=1).astype(jnp.float32)
+    ended = jnp.any(is_eos, axis=1)
+    if scored.stopped is not None:
+        ended |= scored.stopped
     lengths, _ = rewards.length()(scored)
     repeated, _ = rewards.repetition()(scored)
+    # An update lies between the policies, or they are one and differ by rounding.
+    gap = "sampler_gap" if loop.behind is None else "update_gap"
     metrics = {
-        "policy/sampler_gap": rollout.sampler_gap(sampled, scored),
+        f"policy/{gap}": rollout.sampler_gap(sampled, scored),
         "response/length": ops.masked_mean(lengths, scored.present),
-        "response/eos_fraction": ops.masked_mean(ended, scored.present),
+        "response/eos_fraction": ops.masked_mean(ended.astype(jnp.float32), scored.present),
         "response/repetition": ops.masked_mean(repeated, scored.present),
         "response/most_common": most_common(scored),
     }
+    if importance is not None:
+        metrics["policy/importance_limited"] = rollout.truncated_share(scored, importance[0])
     return scored, metrics
 
 
@@ -260,6 +282,10 @@ def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
     """
     how: Any = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
     return _on_scores(functools.partial(rewards.overlong_penalty, **how))
+
+
+unrewarded = _on_scores(lambda rollout, scores: jnp.zeros_like(scores))
+"""The rule of a run without a reward: its scores are measured and not learned from."""
 
 
 def mask_truncated(eos_id: EosId | None) -> Rule:
@@ -405,14 +431,18 @@ def learn(
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
-    if rollout.scores is not None and len(rollout.scores) > 1:
+    # With a teacher, groups of equal rewards have a gradient too.
+    if functions.teacher is None and rollout.scores is not None and len(rollout.scores) > 1:
         equal = _equal(masked(judged), config.group_size)
         metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
+    policy_fn = functions.policy_fn
+    if functions.teacher is not None:
+        policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
     train, update_metrics = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
         key,
-        policy_fn=functions.policy_fn,
+        policy_fn=policy_fn,
         optimizer=optimizer,
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),

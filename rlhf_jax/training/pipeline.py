@@ -27,14 +27,19 @@ def run(config: RunConfig) -> PipelineResult:
     """Runs the stages in the subfolders ``sft``, ``reward_model`` and ``ppo`` of
     ``config.output_dir``.
 
-    Each stage starts from the folder that the one before wrote. With ``resume``, finished stages
-    are passed over and the one that was stopped goes on.
+    Each stage starts from the folder of the stage before. ``resume`` skips finished stages and
+    continues the stage that was stopped.
 
     Raises:
-        UserError: the folder is used, or whatever a stage finds wrong.
+        UserError: the folder is used, or an error of a stage.
     """
     path = Path(config.output_dir or "runs/pipeline")
-    devices.choose(config.device, config.processes, deterministic=config.deterministic)
+    devices.choose(
+        config.device,
+        config.processes,
+        deterministic=config.deterministic,
+        threads=config.compute.blocks,
+    )
     processes.in_first(lambda: check_folder(path, config))
     return run_stages(config, path)
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from rlhf_jax import models, ops
+from rlhf_jax import losses, models, ops
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, own, phases
+from rlhf_jax.training import critic, initial, memory, own, phases, references
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.phases import Functions, LoopState, Penalty, Rule
 from rlhf_jax.training.stage import Stage
@@ -26,6 +26,7 @@ from rlhf_jax.types import (
     PolicyFn,
     PolicyOutput,
     Rollout,
+    TrainState,
 )
 
 
@@ -37,6 +38,7 @@ class Method(NamedTuple):
     penalty: Penalty
     score_rows: int | None  # that policy, reference and reward model score at once
     optimizer: optax.GradientTransformation | None = None  # None: that of ``rl.optimizer``
+    is_rewarded: bool = True  # False: it learns from a teacher alone
 
 
 class Networks(NamedTuple):
@@ -70,20 +72,18 @@ def penalty_of(
     settings = config.rl
     coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
-        if settings.reference_refresh is not None and "reference" in config.compute.offload:
-            raise UserError(
-                "compute.offload: a reference that is refreshed stays on the devices; leave it out"
-            )
+        references.check(config, settings)
         return phases.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
-    if settings.reference_refresh is not None:
-        raise UserError(
-            "rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out"
-        )
+    if settings.reference_moves:
+        name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
+        raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")
     return phases.NO_PENALTY
 
 
-def networks_of(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
-    """Puts policy, value model and reference on the devices."""
+def networks_of(
+    stage: Stage, begun: LanguageModel, method: Method, teacher: LanguageModel | None = None
+) -> Networks:
+    """Puts policy, value model and reference on the devices; the teacher is there."""
     settings = stage.config.rl
     model = begun.model
     values = critic.settings(method.config)
@@ -96,29 +96,35 @@ def networks_of(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
 
+    taught_by = None
+    if teacher is not None:
+        taught_by = models.Teacher(teacher.model, method.config.measure)
+    teacher_params = None if teacher is None else teacher.params
+    stage.hold({"teacher": teacher_params})
+
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes no logits of the prompt: of all columns but the last ``max_new_tokens``."""
         prompt_length = columns - settings.max_new_tokens
-        return models.policy_fn(model, settings.temperature, prompt_length, value_model)
+        return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
 
     def scored(params: Params, tokens: jax.Array, *more: Any) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more)
 
     has_reference = method.penalty is not phases.NO_PENALTY
-    refreshes = settings.reference_refresh is not None
-    if refreshes or not has_reference:
-        memory.free(start.loaded)
     reference = None
     if has_reference:
-        bind = start.bind if refreshes else functools.partial(stage.reference, start)
-        reference = bind(ops.by_rows(scored, method.score_rows))
+        ref_fn = ops.by_rows(scored, method.score_rows)
+        reference = stage.reference(start, ref_fn, settings.reference_moves)
+    else:
+        memory.free(start.loaded)
     frozen = None if start.base else reference
     stage.hold({"frozen weights": start.base, "reference": frozen})
     value_model = None if trained is start else model
 
     @functools.cache
     def functions(columns: int) -> Functions:
-        return Functions(trained.bind(policy_fn(columns, value_model)), ref_fn=reference)
+        learner = trained.bind(policy_fn(columns, value_model))
+        return Functions(learner, ref_fn=reference, teacher=teacher_params)
 
     return Networks(start, trained, optimizer, functions)
 
@@ -128,10 +134,14 @@ def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:
     create = functools.partial(method.algorithm.State.create, optimizer=networks.optimizer)
     train = stage.take(create, networks.trained.params)
     reference = None
-    if stage.config.rl.reference_refresh is not None:
+    if stage.config.rl.reference_moves:
         reference = stage.copy(models.policy_params(train.params))
-    stage.hold({"refreshed reference": reference})
-    return stage.lay_out(LoopState.create(train, method.penalty.init, reference))
+    behind = None
+    if stage.config.rl.rollouts_ahead:
+        policy = stage.copy(models.policy_params(train.params))
+        behind = TrainState(stage.copy(train.step), policy, ())
+    stage.hold({"moving reference": reference, "policy that samples": behind})
+    return stage.lay_out(LoopState.create(train, method.penalty.init, reference, behind))
 
 
 def compiled(
@@ -143,11 +153,15 @@ def compiled(
     """The programs of a run."""
     model = begun.model
     samples = initial.sampling_config(stage.config.rl, begun.tokenizer)
-    shape, masked = rules(stage.config.rl, samples)
+    shape, masked = rules(stage.config.rl, samples, method.is_rewarded)
     groups: Any = {"group_size": method.config.group_size, "masked": masked}
-    respond = functools.partial(phases.respond, model=model, mesh=stage.mesh)
+    mesh = initial.sampling_mesh(stage.config) or stage.row_mesh
+    respond = functools.partial(phases.respond, model=model, mesh=mesh)
     rescored = functools.partial(
-        phases.rescored, eos_ids=samples.eos_ids, score_rows=method.score_rows
+        phases.rescored,
+        eos_ids=samples.eos_ids,
+        score_rows=method.score_rows,
+        importance=importance_of(stage.config.rl),
     )
     learn = functools.partial(
         phases.learn,
@@ -157,12 +171,12 @@ def compiled(
         shape=shape,
         penalty=method.penalty,
         masked=masked,
-        mesh=stage.mesh,
+        mesh=stage.row_mesh,
     )
 
     def jit(program: Callable[..., Any], num_blocks: int = 0, **settings: Any) -> Any:
         options = devices.compiler_options(num_blocks)
-        return jax.jit(functools.partial(program, **settings), compiler_options=options)
+        return stage.jit(functools.partial(program, **settings), compiler_options=options)
 
     # A token goes through layer after layer, also where they are scanned.
     layers = model.config.num_layers
@@ -171,17 +185,29 @@ def compiled(
         respond=jit(respond, layers, config=samples),
         respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
         rescored=jit(rescored, blocks),
-        reward=jax.jit(phases.reward),
+        reward=stage.jit(phases.reward),
         with_greedy=jit(phases.with_greedy, shape=shape),
         num_equal=jit(phases.num_equal, **groups),
-        refill=jit(phases.refill, **groups, mesh=stage.mesh),
+        refill=jit(phases.refill, **groups, mesh=stage.row_mesh),
         learn=stage.jit_update(learn, blocks),
     )
 
 
-def rules(settings: RLStage, samples: SamplingConfig) -> tuple[Rule, Rule]:
+def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] | None:
+    """Cap and kind of the weights that correct the log-probs of an engine, or of the policy before
+    an update; None: there are none.
+    """
+    is_current = settings.engine is None and not settings.rollouts_ahead
+    if is_current or settings.engine_importance == "off":
+        return None
+    return settings.engine_cap, settings.engine_importance
+
+
+def rules(
+    settings: RLStage, samples: SamplingConfig, is_rewarded: bool = True
+) -> tuple[Rule, Rule]:
     """The rule that changes scores before the penalty, and the one that masks rows after it."""
-    on_scores = []
+    on_scores: list[Rule] = [] if is_rewarded else [phases.unrewarded]
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
             phases.missing_eos(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models, sharding
+from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
@@ -63,8 +63,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         update: Callable[..., Any] = ensembles.update_members
     else:
         create = TrainState.create
-        rows = sharding.rows(stage.mesh)
-        update = functools.partial(reward_model.update, minibatch_sharding=rows)
+        update = functools.partial(reward_model.update, minibatch_sharding=stage.rows)
     configured = functools.partial(update, optimizer=setting.optimizer, config=settings)
     jitted = stage.jit_update(configured, model.config.num_blocks)
     return supervised.Task(
@@ -85,7 +84,7 @@ def _validation(
     encoded = setting.encoded
     held_out = setting.held_out
     num_members = stage.config.reward_model.ensemble_size
-    score_answers = scoring.answer_scorer(score_fn, num_members)
+    score_answers = scoring.answer_scorer(score_fn, num_members, stage.jit)
 
     def validate(state: TrainState) -> Validation:
         values = {}
@@ -115,7 +114,7 @@ def _all_normalized(
     score_fn: ScoreFn,
     members: Mapping[str, Params],
 ) -> Mapping[str, Params]:
-    """The members with ``_normalized`` scores, where there is a base policy to sample from."""
+    """The members with ``_normalized`` scores if there is a base policy to sample from."""
     if not setting.stage.config.reward_model.normalize_samples:
         return members
     if setting.stage.config.model is None:
@@ -124,7 +123,7 @@ def _all_normalized(
         )
         return members
     samples = _base_samples(setting)
-    score = scoring.answer_scorer(score_fn)
+    score = scoring.answer_scorer(score_fn, jit=setting.stage.jit)
     return {name: _normalized(score, params, samples) for name, params in members.items()}
 
 

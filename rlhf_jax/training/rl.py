@@ -5,7 +5,8 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import models, sharding
+from rlhf_jax import engines, models, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RLStage, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, stops
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, Reply, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
@@ -28,7 +29,9 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.service import Services
-from rlhf_jax.training import critic, initial, loop, memory, own, steps
+from rlhf_jax.training import critic, initial, loop, memory, own, phases, references, steps, teacher
+from rlhf_jax.training.ahead import Ahead, one_at_a_time
+from rlhf_jax.training.engine import Client, silent
 from rlhf_jax.training.programs import (
     Method,
     Networks,
@@ -40,8 +43,8 @@ from rlhf_jax.training.programs import (
 )
 from rlhf_jax.training.schedule import Batch, Schedule
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
-from rlhf_jax.training.steps import Draw, Scorer, Talk
-from rlhf_jax.types import Algorithm, AlgorithmConfig
+from rlhf_jax.training.steps import Draw, Sampler, Scorer, Talk
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Rollout
 
 
 def run(
@@ -99,24 +102,32 @@ def run(
         own.check_settings(config)
     config = set_up(config)
     _check_optimizer(config, optimizer)
-    num_devices = sharding.num_parts(initial.mesh_of(config))
-    sizes = _sizes(name, settings, algorithm_config, num_devices)
+    sizes = _sizes(name, config, algorithm_config)
     score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
     penalty = penalty_of(config, algorithm, algorithm_config)
-    method = Method(algorithm, algorithm_config, penalty, score_rows, optimizer)
+    is_rewarded = _is_rewarded(config, algorithm_config, run_reward)
+    method = Method(algorithm, algorithm_config, penalty, score_rows, optimizer, is_rewarded)
     reply = function_of(settings.environment, "rl.environment")
     sources = [settings.data]
     if settings.validation_data:
         sources.append(settings.validation_data)
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
-    with open_stage(config, name, fingerprints, sizes, files(config), given) as stage:
+    _check_sampling(settings, policy)
+    with (
+        open_stage(config, name, fingerprints, sizes, files(config, name), given) as stage,
+        engines.opened(settings.engine, config.engine, stage.run.weights) as engine,
+        ThreadPoolExecutor(1) as thread,
+    ):
         rows = [data.rows for data in read]
-        parts = _parts(stage, rows, policy, run_reward, reply, score_rows)
+        parts = _parts(stage, rows, policy, run_reward, reply, method)
         stage, parts = _with_remat(stage, parts, method)
-        networks = networks_of(stage, parts.initial, method)
+        networks = networks_of(stage, parts.initial, method, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
-        job = build(stage, parts, method, networks, programs, on_step)
+        client = None
+        if engine is not None:
+            client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
+        job = build(stage, parts, method, networks, programs, client, thread, on_step)
         state, row = loop.train(stage, first_state(stage, method, networks), job)
         params = models.policy_params(state.train.params)
         trained = {part: leaves for part, leaves in params.items() if part != "value"}
@@ -137,6 +148,7 @@ class Parts(NamedTuple):
     judge: spec.Reward | None
     guard: steps.Guarded | None  # the filter of responses, after a reward on the host
     environment: Environment | None
+    teacher: LanguageModel | None
 
 
 def _parts(
@@ -145,7 +157,7 @@ def _parts(
     policy: models.Model | None,
     run_reward: spec.Reward | None,
     reply: Reply,
-    score_rows: int | None,
+    method: Method,
 ) -> Parts:
     """rows: the prompts to train on, and those to validate on if they have files of their own;
     reply: an environment's function.
@@ -163,18 +175,15 @@ def _parts(
         encoded.append(initial.prompts_for(config, language_model, safe, note))
     prompts = encoded[0]
     to_validate = encoded[-1]
-    missing = [column for column in prompts.columns if column not in to_validate.columns]
-    if missing:
-        raise UserError(
-            f"rl.validation_data: its rows have no {', '.join(missing)}, which training has and a "
-            "reward may read"
-        )
+    _check_columns(prompts, to_validate)
+    length = max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens
+    taught_by = teacher.load(stage, method.config, language_model, length)
     load = functools.partial(
         initial.load_reward_model,
         compute=config.compute,
         place=initial.placement(config),
-        score_rows=score_rows,
-        length=max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens,
+        score_rows=method.score_rows,
+        length=length,
         policy=tokenizer.fingerprint,
     )
     services = Services(config.judge, stage.run.judge)
@@ -185,6 +194,8 @@ def _parts(
     if settings.judge:
         judge = build_reward(settings.judge, columns=to_validate.columns, flag="--rl.judge")
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
+    if taught_by is not None and not method.is_rewarded:
+        run_reward = spec.Reward(fn=teacher.log_ratio(taught_by, settings, method.score_rows))
     if run_reward is None:
         run_reward = build_reward(config.reward, columns=prompts.columns)
     guarded = None
@@ -194,10 +205,21 @@ def _parts(
             tokenizer=tokenizer, load=load, columns=prompts.columns, services=services
         )
         guarded = rules_found.enforce
-    if run_reward.fn is not None:
+    if run_reward.fn is not None and method.is_rewarded:
         on_devices = jax.tree.map(jnp.asarray, run_reward.fn)
         run_reward = spec.Reward(fn=stage.frozen("reward", on_devices))
-    return Parts(language_model, prompts, to_validate, run_reward, judge, guarded, environment)
+    read = (language_model, prompts, to_validate)
+    return Parts(*read, run_reward, judge, guarded, environment, taught_by)
+
+
+def _check_columns(prompts: EncodedPrompts, to_validate: EncodedPrompts) -> None:
+    """Raises UserError unless the rows to validate on have the columns of those to train on."""
+    missing = [column for column in prompts.columns if column not in to_validate.columns]
+    if missing:
+        raise UserError(
+            f"rl.validation_data: its rows have no {', '.join(missing)}, which training has and a "
+            "reward may read"
+        )
 
 
 def _with_remat(stage: Stage, parts: Parts, method: Method) -> tuple[Stage, Parts]:
@@ -210,9 +232,29 @@ def _with_remat(stage: Stage, parts: Parts, method: Method) -> tuple[Stage, Part
     return stage, parts._replace(initial=begun)
 
 
-def files(config: RunConfig) -> dict[str, Path]:
-    """The files of rewards, judge, filter and environment, by their names in the manifest."""
+def _is_rewarded(
+    config: RunConfig, algorithm_config: AlgorithmConfig, run_reward: spec.Reward | None
+) -> bool:
+    """Whether there is a reward; with a teacher there need not be one, except that an environment's
+    rewards are added to one (UserError).
+    """
+    if config.reward or run_reward is not None or not algorithm_config.needs_teacher:
+        return True
+    if config.rl.environment:
+        raise UserError(
+            "rl.environment pays, so its run has a reward: give --reward, such as length*0"
+        )
+    return False
+
+
+def files(config: RunConfig, name: str) -> dict[str, Path]:
+    """The files of rewards, judge, filter, environment and teacher, by their names in the manifest
+    of the run of that name.
+    """
     files = filters.rule_files(config.safety)
+    section = vars(config)[name]
+    if section.needs_teacher and Path(str(section.teacher)).is_dir():
+        files["teacher"] = Path(section.teacher)
     for entry in (*config.reward, *config.rl.judge):
         files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
     if config.rl.environment:
@@ -220,15 +262,16 @@ def files(config: RunConfig) -> dict[str, Path]:
     return files
 
 
-def _sizes(
-    name: str, settings: RLStage, config: AlgorithmConfig, num_devices: int
-) -> dict[str, int]:
+def _sizes(name: str, run: RunConfig, config: AlgorithmConfig) -> dict[str, int]:
     """The settings that help when memory runs out.
 
     Raises:
         UserError: the batch does not divide by devices, groups, minibatches and microbatches; there
             are no groups to replace; the policy never learns.
     """
+    settings = run.rl
+    if run.mesh.sampling:
+        divides("rl.batch_size", settings.batch_size, {"mesh.sampling": run.mesh.sampling})
     if settings.dynamic_sampling and config.group_size == 1:
         raise UserError(
             f"rl.dynamic_sampling: {name} samples one answer to a prompt; there are no groups to "
@@ -237,8 +280,8 @@ def _sizes(
     warmup = critic.settings(config).value_warmup
     if warmup >= settings.length:
         raise UserError(
-            f"{name}.value_warmup {warmup}: of {settings.length} iterations none is left for the "
-            "policy"
+            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
+            "for the policy"
         )
     if settings.num_episodes is not None:
         episodes = settings.length * settings.batch_size
@@ -247,19 +290,31 @@ def _sizes(
             f"{episodes} episodes, whatever rl.num_iterations is"
         )
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
+    microbatches = {f"{name}.num_microbatches": config.num_microbatches}
+    sharers = initial.sharers(run, microbatches)
     blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
     divides(
         "rl.batch_size",
         settings.batch_size,
-        {"devices": num_devices},
+        sharers,
         {f"answers to one prompt ({name}.group_size)": config.group_size},
         minibatches | {f"{name}.shuffle_blocks": blocks},
-        minibatches | {f"{name}.num_microbatches": config.num_microbatches},
+        minibatches | microbatches,
+        minibatches | (sharers if run.compute.blocks else {}),
     )
-    return {
-        f"{name}.num_microbatches": config.num_microbatches,
-        "rl.batch_size": settings.batch_size,
-    }
+    return microbatches | {"rl.batch_size": settings.batch_size}
+
+
+def _check_sampling(settings: RLStage, policy: models.Model | None) -> None:
+    """Raises UserError for an engine that cannot load the policy, and for rollouts ahead in several
+    processes.
+    """
+    if policy is not None and settings.engine is not None:
+        raise UserError("rl.engine: a server loads no network that Python gives; leave it out")
+    if settings.rollouts_ahead and jax.process_count() > 1:
+        raise UserError(
+            "rl.rollouts_ahead: several processes sample with the current weights; leave it out"
+        )
 
 
 def _check_optimizer(config: RunConfig, given: optax.GradientTransformation | None) -> None:
@@ -276,7 +331,14 @@ def _check_optimizer(config: RunConfig, given: optax.GradientTransformation | No
 
 # --- The run, composed
 
-SHOWN = ("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score")
+SHOWN = (
+    "objective/score",
+    "distill/divergence",
+    "objective/kl",
+    "kl/coef",
+    "response/length",
+    "validation/score",
+)
 
 
 def build(
@@ -285,18 +347,28 @@ def build(
     method: Method,
     networks: Networks,
     programs: Programs,
+    client: Client | None,
+    thread: Executor,
     on_step: steps.OnStep | None,
 ) -> loop.Job:
-    """What the loop runs: the widest step's memory is checked, then come steps and validations."""
+    """What the loop runs: the widest step's memory is checked, then come steps and validations. An
+    engine samples ahead in the ``thread``.
+    """
     settings = stage.config.rl
     schedule, to_validate = _prompts(stage, parts, method)
-    _hold_cache(stage, parts, schedule)
+    if not _samples_apart(stage, client):
+        _hold_cache(stage, parts, schedule)
     learn = steps.learner(programs.learn, networks)
     drawing = functools.partial(_drawing, stage, method, networks)
 
-    talk = functools.partial(converse, parts.environment)
+    talk = _talk(stage, parts, parts.environment)
     score = steps.scorer(stage, programs.reward, parts.reward, parts.guard)
-    draw = drawing(programs, talk, score)
+    sources = _sources(stage, parts, networks, programs, client)
+    sample = steps.sampler(stage, sources.respond, talk)
+    ahead = None
+    if settings.rollouts_ahead:
+        ahead = Ahead(sample, thread if _samples_apart(stage, client) else None)
+    draw = drawing(programs, sources, talk, score, sample if ahead is None else ahead.sample)
     draw_step = steps.first_of(draw)
     if settings.dynamic_sampling:
         draw_step = steps.replace_uninformative(
@@ -306,18 +378,16 @@ def build(
     if on_step is not None:
         draw_step, observe = steps.observed(draw_step, on_step)
     advance = steps.advancing(draw_step, learn, schedule, stage.key("update"))
-    if settings.reference_refresh is not None:
-        advance = steps.refreshed(advance, settings.reference_refresh, stage.copy)
+    if ahead is not None:
+        advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
+    advance = references.moving(advance, settings, phases.policy)
 
     validate = None
     if to_validate is not None:
-        sample = steps.sampler(stage, programs.respond, talk, networks)
         judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
         validate = steps.validator(stage, parts.initial, to_validate, sample, score, judge)
 
-    named = zip(Programs._fields, programs, strict=True)
-    rehearsed = Programs(*(memory.rehearsed(phase, program) for phase, program in named))
-    rehearsal = drawing(rehearsed, *_without_python(stage, parts, rehearsed))
+    rehearsal = _rehearsal(stage, parts, networks, programs, client, drawing)
     key = stage.key("update")
     check_memory = steps.checking(rehearsal, programs.learn, networks, schedule, key)
     return loop.Job(
@@ -334,23 +404,81 @@ def build(
     )
 
 
+def _rehearsal(
+    stage: Stage,
+    parts: Parts,
+    networks: Networks,
+    programs: Programs,
+    client: Client | None,
+    drawing: Callable[..., Draw],
+) -> Draw:
+    """The draw of a check of memory, without the engine and what others wrote in Python."""
+    named = zip(Programs._fields, programs, strict=True)
+    rehearsed = Programs(*(memory.rehearsed(phase, program) for phase, program in named))
+    dry = rehearsed
+    if _samples_apart(stage, client):
+        dry = dry._replace(respond=silent(programs.respond))
+        dry = dry._replace(respond_greedily=silent(programs.respond_greedily))
+    without_engine = _sources(stage, parts, networks, dry, None)
+    quiet_talk, quiet_score = _without_python(stage, parts, rehearsed)
+    rehearse = steps.sampler(stage, without_engine.respond, quiet_talk)
+    return drawing(rehearsed, without_engine, quiet_talk, quiet_score, rehearse)
+
+
+class Sources(NamedTuple):
+    """Where responses come from, and a step that compares their log-probs with the policy's."""
+
+    respond: steps.Responder
+    respond_greedily: steps.Responder
+    watched: Callable[[steps.Rescorer], steps.Rescorer]
+
+
+def _sources(
+    stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
+) -> Sources:
+    """The run's own programs, on the devices that learn or on others, or its engine."""
+    if client is not None:
+        how = initial.sampling_config(stage.config.rl, parts.initial.tokenizer)
+        greedy = replace(how, temperature=0.0)
+        respond, greedily = one_at_a_time(client.responder(how), client.responder(greedy))
+        return Sources(respond, greedily, client.watched)
+    mesh = initial.sampling_mesh(stage.config)
+    if mesh is None:
+        respond = steps.on_devices(stage, programs.respond, networks)
+        greedily = steps.on_devices(stage, programs.respond_greedily, networks)
+    else:
+        base = networks.start.base
+        placed = None if base is None else sharding.replicate(mesh, base)
+        respond, greedily = one_at_a_time(
+            steps.apart(mesh, programs.respond, placed),
+            steps.apart(mesh, programs.respond_greedily, placed),
+        )
+    return Sources(respond, greedily, lambda rescore: rescore)
+
+
+def _samples_apart(stage: Stage, client: Client | None) -> bool:
+    """Whether something else samples than the devices that learn."""
+    return client is not None or bool(stage.config.mesh.sampling)
+
+
 def _drawing(
     stage: Stage,
     method: Method,
     networks: Networks,
     programs: Programs,
+    sources: Sources,
     talk: Talk,
     score: Scorer,
+    sample: Sampler,
 ) -> Draw:
     """Responses of the policy, their log-probs and scores, with a greedy baseline if the method has
     one.
     """
-    sample = steps.sampler(stage, programs.respond, talk, networks)
-    rescore = steps.rescorer(programs.rescored, networks)
+    rescore = sources.watched(steps.rescorer(programs.rescored, networks))
     draw = steps.drawn(sample, rescore, score)
     if method.config.baseline != "greedy":
         return draw
-    greedily = steps.sampler(stage, programs.respond_greedily, talk, networks)
+    greedily = steps.sampler(stage, sources.respond_greedily, talk)
     return steps.greedy_baseline(draw, greedily, score, programs.with_greedy)
 
 
@@ -390,7 +518,7 @@ def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
     # In several turns a response is written behind the slots of those before it.
     slots = settings.max_new_tokens * (2 if parts.environment else 1)
     length = schedule.widest().prompts.tokens.shape[1] + slots
-    rows = settings.batch_size // stage.num_devices
+    rows = settings.batch_size // stage.num_parts
     cache = jax.eval_shape(lambda: parts.initial.model.init_cache(rows, length))
     stage.hold({"rewards": parts.reward.fn, "cache while it samples": cache})
 
@@ -401,4 +529,15 @@ def _without_python(stage: Stage, parts: Parts, programs: Programs) -> tuple[Tal
     reward = parts.reward
     if reward.host is not None:
         reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
-    return functools.partial(converse, silent), steps.scorer(stage, programs.reward, reward)
+    return _talk(stage, parts, silent), steps.scorer(stage, programs.reward, reward)
+
+
+def _talk(stage: Stage, parts: Parts, environment: Environment | None) -> Talk:
+    """Conversations with an environment, or single responses, that end at the stop strings."""
+    tokenizer = parts.initial.tokenizer
+
+    def talk(respond: Callable[..., Rollout], *prompts: Any) -> Any:
+        until = stops.stopping(respond, tokenizer, stage.config.rl.stop)
+        return converse(environment, until, *prompts)
+
+    return talk

@@ -15,14 +15,14 @@ class Batch(NamedTuple):
     """What one sampling reads."""
 
     prompts: EncodedPrompts
-    rows: np.ndarray  # [B] of the prompts; -1 is an absent row
+    rows: np.ndarray  # [B] of the prompts; -1 is a missing row
     key: Array
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The prompts of each step, by keys and the number of the step alone, so that a resumed run
-    draws the same.
+    """The prompts of each step. They depend only on the keys and the number of the step, so that a
+    resumed run draws the same.
     """
 
     prompts: EncodedPrompts
@@ -46,8 +46,8 @@ class Schedule:
         return self.train_rows[np.stack(drawn)]
 
     def batches(self, step: int) -> list[Batch]:
-        """A step's samplings, all as wide as its longest prompt needs, on whichever device or
-        process its row lies.
+        """The batches of a step, all as wide as the step's longest prompt needs, on all devices and
+        processes.
         """
         rows = self.rows(step)
         prompts = batches.narrowed(self.prompts, rows.ravel(), self.multiple)

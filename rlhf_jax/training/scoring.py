@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from rlhf_jax import metrics
+from rlhf_jax import metrics, ops
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
@@ -21,17 +21,24 @@ from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 
 def answer_scorer(
-    score_fn: ScoreFn, num_members: int = 1
+    score_fn: ScoreFn, num_members: int = 1, jit: Callable[..., Any] = jax.jit
 ) -> Callable[[Params, Comparisons], Array]:
     """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M,
-    ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
+    ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments.
+
+    jit: of the run's stage, or JAX's own.
+    """
 
     if not isinstance(score_fn, jax.tree_util.Partial):
         score_fn = jax.tree_util.Partial(score_fn)
-    scorer: Callable[..., Array] = reward_model.answer_scores
+
+    def of_all(score_fn: ScoreFn, params: Params, comparisons: Comparisons) -> Array:
+        return reward_model.answer_scores(ops.by_rows(score_fn, None), params, comparisons)
+
+    scorer: Callable[..., Array] = of_all
     if num_members > 1:
         scorer = jax.vmap(scorer, in_axes=(None, 0, None), out_axes=2)
-    return functools.partial(jax.jit(scorer), score_fn)
+    return functools.partial(jit(scorer), score_fn)
 
 
 def score_rows(
@@ -43,8 +50,8 @@ def score_rows(
     bucket_multiple: int,
     shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> np.ndarray:
-    """Scores [N, K] of the answers of N rows, [N, K, M] of an ensemble; those of absent answers
-    mean nothing.
+    """Scores [N, K] of the answers of N rows, or [N, K, M] of an ensemble. The scores of missing
+    answers have no meaning.
     """
     scores = []
     for numbers in loop.in_order(rows, batch_size):
@@ -133,8 +140,9 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
     """How far members differ: the standard deviation over them (population) of the margin, or with
     targets of the score, as a mean over the given rows, weighted as they are.
 
-    The margin is the best answer's score minus that of the highest other one by the mean score:
-    what a member adds to all its scores does not count, since comparisons do not determine it.
+    The margin is the best answer's score minus the score of the other answer with the highest mean
+    score. It does not depend on an offset that a member adds to all its scores, which comparisons
+    do not determine.
 
     scores: [N, K, M] of the given N rows.
     """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from rlhf_jax import models, sharding
+from rlhf_jax import blocks, models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "keep_last",
     "checkpoint_interval",
     "checkpoint_async",
+    "engine",
 )
 # What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean
 # something else.
@@ -67,38 +68,57 @@ class Stage:
     run: folder.Run
     mesh: jax.sharding.Mesh
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """{name: pytree of shapes} of what lies on the devices, for the message when memory runs out;
+    """{name: pytree of shapes} of the arrays on the devices, for the message when memory runs out;
     see ``hold``.
     """
 
     @property
-    def num_devices(self) -> int:
+    def num_parts(self) -> int:
         """Parts into which the rows of a batch are cut."""
-        return sharding.num_parts(self.mesh)
+        return self.config.compute.blocks or sharding.num_parts(self.mesh)
 
     def key(self, name: Stream) -> jax.Array:
         """The key of one of the stage's random streams."""
         return stream(self.config.seed, self.name, name)
 
+    @property
+    def row_mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh over which programs cut rows; None with ``compute.blocks``, see ``jit``."""
+        return None if self.config.compute.blocks else self.mesh
+
+    @property
+    def rows(self) -> jax.sharding.NamedSharding | None:
+        """The sharding of rows inside programs, over ``row_mesh``."""
+        return None if self.row_mesh is None else sharding.rows(self.row_mesh)
+
     def shard(self, batch: Tree) -> Tree:
-        """A batch with its rows spread over the devices."""
+        """A batch with its rows spread over the devices; with ``compute.blocks`` whole on each."""
+        if self.config.compute.blocks:
+            return sharding.replicate(self.mesh, batch)
         return sharding.shard_rows(self.mesh, batch)
 
-    def copy(self, tree: Tree) -> Tree:
-        """A copy that lies on the devices as the mesh says: never the same buffers, since updates
-        donate theirs.
+    def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """``jax.jit(program)``; with ``compute.blocks`` each device runs it on whole arrays, and
+        the passes of networks in it block by block (``blocks.replicated``).
         """
+        count = self.config.compute.blocks
+        if count:
+            program = blocks.replicated(program, self.mesh, count)
+        return jax.jit(program, **options)
+
+    def copy(self, tree: Tree) -> Tree:
+        """A copy, sharded over the mesh. It never shares buffers, since updates donate theirs."""
         return self.lay_out(jax.tree.map(functools.partial(jnp.array, copy=True), tree))
 
     def lay_out(self, tree: Tree) -> Tree:
-        """Parameters, or a state with them, on the devices as the mesh says."""
+        """Parameters, or a state with them, sharded over the mesh."""
         return jax.tree.map(sharding.place, tree, initial.shardings(self.mesh, tree))
 
     def take(self, create: Callable[[Params], State], params: Params) -> State:
-        """``create(params)`` in arrays of its own, on the devices as the mesh says; ``params`` are
-        given up.
+        """``create(params)`` in new arrays, sharded over the mesh. The arrays of ``params`` are
+        freed.
 
-        One program, which compiles faster than one for each of its operations.
+        It is one program, which compiles faster than a program for each operation.
         """
         placed = self.lay_out(params)
         state = jax.jit(
@@ -113,8 +133,8 @@ class Stage:
     def choose_remat(
         self, language_model: LanguageModel, rows: int, length: int
     ) -> tuple["Stage", LanguageModel]:
-        """The stage and the model with ``compute.remat`` true or false where it was auto; prints
-        and records what is chosen by depth and memory.
+        """The stage and the model with ``compute.remat`` true or false where it was auto; depth and
+        memory decide, and the choice is printed and recorded.
 
         Args:
             rows: of a microbatch, over all devices.
@@ -125,10 +145,11 @@ class Stage:
         if compute.remat != "auto":
             return self, language_model
         remat = False
-        is_ours = hasattr(model.config, "remat")  # and no network that Python gives
-        if is_ours and model.config.num_layers >= initial.DEEP:
+        # A network that Python gives has none. With blocks a device's memory must not change bits.
+        is_open = hasattr(model.config, "remat") and not compute.blocks
+        if is_open and model.config.num_layers >= initial.DEEP:
             limit = devices.memory_limit()
-            stored = memory.stored(model.config, -(-rows // self.num_devices), length)
+            stored = memory.stored(model.config, -(-rows // self.num_parts), length)
             remat = memory.wants_remat(stored, limit)
             line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
             sizes = f"an update stores about {stored / 2**30:.1f} GiB of activations"
@@ -142,33 +163,40 @@ class Stage:
         return stage, language_model._replace(model=model)
 
     def hold(self, trees: Mapping[str, Any]) -> None:
-        """Notes the shapes of what lies on the devices, by name."""
+        """Records the shapes of arrays on the devices, by name."""
         self.held.update({name: memory.shapes(tree) for name, tree in trees.items()})
 
     def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
-        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back
-        where it was.
+        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated, and the new one
+        has its sharding.
 
         num_blocks: as in ``devices.compiler_options``.
         """
 
         def update_in_place(state: Any, *args: Any, **options: Any) -> Any:
             state, metrics = update(state, *args, **options)
+            if self.config.compute.blocks:
+                return state, metrics
             state = jax.lax.with_sharding_constraint(state, initial.shardings(self.mesh, state))
             return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
 
-        return jax.jit(
+        return self.jit(
             update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks)
         )
 
     def place(self, start: Trainable) -> Trainable:
-        """The frozen part on the devices; no update donates it, so that it needs no copy."""
+        """The frozen part on the devices. It is not copied, since no update donates it."""
         return start if start.base is None else start._replace(base=self.lay_out(start.base))
 
-    def reference(self, start: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
+    def reference(
+        self, start: Trainable, policy_fn: PolicyFn, moves: bool = False
+    ) -> jax.tree_util.Partial:
         """The policy before training, with its parameters as they were loaded, in their file's
-        dtype: no copy.
+        dtype: no copy. If it ``moves``, a function of the trained part, which is in the state.
         """
+        if moves:
+            memory.free(start.loaded)
+            return start.bind(policy_fn)
         if start.base is None:
             return self.frozen("reference", jax.tree_util.Partial(policy_fn, start.loaded))
         if "reference" in self.config.compute.offload:
@@ -205,7 +233,7 @@ class Stage:
             save: ``save(language_model, folder, template=, config=)``.
         """
         allocator.give_back()  # of the last step, before saving makes copies
-        if jax.process_count() > 1:  # the first process computes alone from here
+        if jax.process_count() > 1:  # only the first process computes from here on
             base, trained = processes.fetch((start.base, trained))
             start = start._replace(base=base)
         run = self.run
@@ -255,7 +283,12 @@ def set_up(config: RunConfig) -> RunConfig:
             devices nor the model, or the package of a tracker is missing.
     """
     trackers.check(config.track)
-    devices.choose(config.device, config.processes, deterministic=config.deterministic)
+    devices.choose(
+        config.device,
+        config.processes,
+        deterministic=config.deterministic,
+        threads=config.compute.blocks,
+    )
     enable_compilation_cache()
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
@@ -315,12 +348,12 @@ def open_stage(
 
     Args:
         fingerprints: of the data.
-        sizes: {dotted setting: value} of what helps when memory runs out, such as
+        sizes: {dotted setting: value} of the settings that help when memory runs out, such as
             {"sft.batch_size": 32}.
-        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the
+        files: {name: path} of the other files that the stage reads, beside ``config.model`` and the
             tokenizer.
-        given: {name: function, object or module} of what Python gives to the stage, such as
-            "reward" and "optimizer"; None: nothing. See ``runs.objects``.
+        given: {name: function, object or module} that Python gives to the stage, such as "reward"
+            and "optimizer", or None. See ``runs.objects``.
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
@@ -364,16 +397,17 @@ def open_stage(
 
 
 def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
-    """The settings with what a resumed run has recorded where they say auto, so that it goes on as
-    it began on any machine; else with ``compute.scan_layers`` by depth. The matrix products of a
-    deterministic run are in full precision unless they say otherwise.
+    """The settings without auto. A resumed run gets the recorded values, so that it continues in
+    the same way on any machine; a new run gets ``compute.scan_layers`` by depth. The matrix
+    products of a deterministic run are in full precision unless ``compute.matmul_precision`` is
+    set.
     """
     compute = config.compute
     if run.resumed:
         try:
             recorded = yaml.safe_load(run.config.read_bytes())["compute"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            recorded = {}  # what is wrong with the file is said where it is compared
+            recorded = {}  # the comparison of the settings reports what is wrong
         for key in ("scan_layers", "remat"):
             value = recorded.get(key) if isinstance(recorded, dict) else None
             if getattr(compute, key) == "auto" and isinstance(value, bool):
@@ -410,7 +444,9 @@ def _describe(
     files: Mapping[str, Path],
     given: Mapping[str, Any],
 ) -> None:
-    """Writes or compares what the run is: settings, files and what Python gives to it."""
+    """Writes the run's settings, files and given objects, or compares them with those of the run to
+    resume.
+    """
     config = stage.config
     run = stage.run
     text = _settings(config)
@@ -429,6 +465,8 @@ def _describe(
         fixed=fixed,
     )
     facts = {"seed": config.seed, "data": data, "stage": stage.name}
+    if config.compute.blocks:
+        facts["moves"] = manifest.EXACT
     if python:
         facts["given"] = python
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
@@ -437,7 +475,7 @@ def _describe(
 
 
 def _report_unknown(python: dict[str, Any]) -> None:
-    """Names what Python gives and no fingerprint can be taken of."""
+    """Names the given objects that cannot be fingerprinted."""
     for name, description in python.items():
         parts = manifest.dotted({name: description})
         unknown = [

@@ -1,7 +1,7 @@
 """The steps of an RL iteration on the host, small functions that compose.
 
 A ``Sampler`` makes responses, a ``Scorer`` scores them, a ``Draw`` is both. Others take one of
-these and return one that does more (``greedy_baseline``, ``replace_uninformative``, ``refreshed``).
+these and return one that does more (``greedy_baseline``, ``replace_uninformative``).
 The programs that they call are the pure functions of ``training.phases``.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import generator, models, rewards
+from rlhf_jax import generator, rewards, sharding
 from rlhf_jax.data import batches, chat
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.generator import LanguageModel
@@ -44,6 +44,13 @@ class Scored(NamedTuple):
 Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
 """``data.environment.converse`` with an environment, or with None: one response to each prompt."""
 
+Respond = Callable[[phases.Prompts, jax.Array], Rollout]
+"""Responses to prompts, with a key; the log-probs are those of what samples."""
+
+Responder = Callable[[LoopState], Respond]
+"""Where responses come from: this program's own sampler (``on_devices``) or an engine
+(``training.engine``), each with the policy of a state."""
+
 Sampler = Callable[[LoopState, Batch], tuple[Rollout, Metrics]]
 """Responses with the log-probs of the sampler, not scored."""
 
@@ -68,18 +75,46 @@ Advance = Callable[[LoopState, int], tuple[LoopState, Metrics]]
 """The step of the loop: (state, number of the step) -> (state, metrics)."""
 
 
-def sampler(
-    stage: Stage, respond: Callable[..., Rollout], talk: Talk, networks: Networks
-) -> Sampler:
-    """Samples ``rl.batch_size`` rows at a time by the program ``respond``."""
+def on_devices(stage: Stage, program: Callable[..., Rollout], networks: Networks) -> Responder:
+    """Responses of the program ``phases.respond``."""
+
+    def at(state: LoopState) -> Respond:
+        policy = phases.sampler(state, networks.start.base)
+        return lambda prompts, key: program(policy, stage.shard(prompts), key)
+
+    return at
+
+
+def apart(
+    mesh: jax.sharding.Mesh, program: Callable[..., Rollout], base: Params | None
+) -> Responder:
+    """Responses of the program ``phases.respond`` on devices of their own, as NumPy arrays.
+
+    base: the frozen parameters under LoRA, on the mesh.
+    """
+
+    def at(state: LoopState) -> Respond:
+        placed_state = replace(state, train=sharding.replicate(mesh, state.train))
+        policy = phases.sampler(placed_state, base)
+
+        def respond(prompts: phases.Prompts, key: jax.Array) -> Rollout:
+            there = sharding.shard_rows(mesh, prompts)
+            return jax.device_get(program(policy, there, sharding.replicate(mesh, key)))
+
+        return respond
+
+    return at
+
+
+def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
+    """Samples ``rl.batch_size`` rows at a time."""
     size = stage.config.rl.batch_size
 
     def sample(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
-        policy = phases.sampler(state, networks.start.base)
+        respond = responder(state)
 
         def respond_at(places: Any, *prompts: Any) -> Rollout:
-            inputs = phases.Prompts(*prompts)._replace(places=places)
-            return respond(policy, stage.shard(inputs), batch.key)
+            return respond(phases.Prompts(*prompts)._replace(places=places), batch.key)
 
         sampled: list[Any] = []
         for places in np.arange(len(batch.rows), dtype=np.int32).reshape(-1, size):
@@ -274,19 +309,6 @@ def checking(
         memory.check("learn", program, state, rollout, key, functions)
 
     return check_memory
-
-
-def refreshed(advance: Advance, every: int, copy: Callable[[Params], Params]) -> Advance:
-    """The step, before which every so many steps the policy becomes the reference."""
-
-    def advance_refreshed(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
-        if step and step % every == 0:
-            memory.free(state.reference)
-            policy = models.policy_params(state.train.params)
-            state = replace(state, reference=copy(policy))
-        return advance(state, step)
-
-    return advance_refreshed
 
 
 # --- Validation

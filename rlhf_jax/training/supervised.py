@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import models, ops, sharding
+from rlhf_jax import models, ops
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.training import initial, loop, memory
+from rlhf_jax.training import initial, loop, memory, references
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
@@ -121,8 +121,9 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
     """
     config = set_up(config)
     settings = spec.settings(config)
+    references.check(config, settings)
     initial.warn_of_rate(config, spec.section, settings.optimizer)
-    sizes = _sizes(config, spec, sharding.num_parts(initial.mesh_of(config)))
+    sizes = _sizes(config, spec)
     data, to_validate = _read(config, spec)
     fingerprints = data.fingerprints | to_validate.fingerprints
     with open_stage(config, spec.section, fingerprints, sizes) as stage:
@@ -160,6 +161,7 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         reference = None if task.start.base else task.reference  # under LoRA it is the base
         stage.hold({"frozen weights": task.start.base, "reference": reference})
         state = stage.take(task.create, task.start.params)
+        stage.hold({"moving reference": getattr(state, "reference", None)})
         job = _job(setting, spec, task, feed, num_steps)._replace(on_step=on_step)
         state, row = loop.train(stage, state, job)
         return stage.finish(language_model, task.start, task.trained(state), row)
@@ -196,7 +198,7 @@ def _job(
         return [encoded.sources[row] for row in feed.rows(step) if row != batches.ABSENT]
 
     return loop.Job(
-        advance,
+        references.moving(advance, settings, lambda state: state.params),
         num_steps,
         validate=task.validate if len(setting.held_out) else None,
         validation_interval=settings.validation_interval,
@@ -219,7 +221,7 @@ def policy_task(
 
     Args:
         algorithm: with ``with_reference(batch, ref_fn)`` if ``config.needs_reference``; the
-            reference is the policy before training.
+            reference is the policy before training, or one that moves.
         validation_config: the config of the validations; None: ``config``.
         baselines: {metric: value} of judges that need no model, on the rows that are held out.
     """
@@ -231,15 +233,18 @@ def policy_task(
     num_rows = setting.batch_size * (1 if stage.config.text.pack else 2)
     score_rows = memory.score_rows(stage.config.compute, num_rows, config)
     if config.needs_reference:
-        reference = stage.reference(start, ops.by_rows(model_fn, score_rows))
+        ref_model = ops.by_rows(model_fn, score_rows)
+        reference = stage.reference(start, ref_model, references.moves(config))
     else:
         reference = None
         memory.free(start.loaded)
     # Both travel through jit as arguments.
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
-    loss_config = validation_config or config
 
-    prepared = algorithm.with_reference if config.needs_reference else _unchanged
+    def prepared(state: Any, batch: Any, ref_fn: Any) -> Any:
+        if isinstance(state, references.Followed):
+            ref_fn = jax.tree_util.Partial(ref_fn, state.reference)
+        return batch if ref_fn is None else algorithm.with_reference(batch, ref_fn)
 
     def update(
         state: TrainState,
@@ -251,15 +256,15 @@ def policy_task(
     ) -> tuple[TrainState, Metrics]:
         return algorithm.update(
             state,
-            prepared(batch, ref_fn),
+            prepared(state, batch, ref_fn),
             key,
             policy_fn=policy_fn,
             optimizer=setting.optimizer,
             config=config,
-            minibatch_sharding=sharding.rows(stage.mesh),
+            minibatch_sharding=stage.rows,
         )
 
-    @jax.jit
+    @stage.jit
     def metrics_of(
         state: TrainState,
         batch: Any,
@@ -267,22 +272,17 @@ def policy_task(
         policy_fn: Any,
         ref_fn: Any,
     ) -> Parts:
-        batch = prepared(batch, ref_fn)
-        _, parts = algorithm.loss(
-            state.params, batch, None, policy_fn=policy_fn, config=loss_config
-        )
+        batch = prepared(state, batch, ref_fn)
+        by_block = ops.by_rows(policy_fn, None)
+        loss_config = validation_config or config
+        _, parts = algorithm.loss(state.params, batch, None, policy_fn=by_block, config=loss_config)
         return parts
 
-    create = functools.partial(TrainState.create, optimizer=setting.optimizer)
+    create = functools.partial(references.state(config).create, optimizer=setting.optimizer)
     jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
     of_batch = functools.partial(metrics_of, **functions)
     validate = functools.partial(_validate, setting, of_batch, baselines)
     return Task(start, create, functools.partial(jitted, **functions), validate, reference)
-
-
-def _unchanged(batch: Any, ref_fn: None) -> Any:
-    """The batch of a method without a reference."""
-    return batch
 
 
 def _validate(
@@ -402,7 +402,7 @@ def _batching(
         plan = batches.Plan(longest, settings.batch_size, key, multiple)
         return plan, functools.partial(spec.collate, bucket_multiple=multiple)
     plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
-    multiple = sharding.num_parts(initial.mesh_of(config)) * settings.num_microbatches
+    multiple = initial.row_parts(config, settings.num_microbatches)
     plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(
         f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not "
@@ -429,7 +429,7 @@ def _account(
     return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
 
 
-def _sizes(config: RunConfig, spec: StageSpec, num_devices: int) -> dict[str, int]:
+def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
     """The settings that help when memory runs out.
 
     Raises:
@@ -449,5 +449,5 @@ def _sizes(config: RunConfig, spec: StageSpec, num_devices: int) -> dict[str, in
             "whole rows"
         )
     parts = {f"{name}.num_microbatches": settings.num_microbatches}
-    divides(f"{name}.batch_size", settings.batch_size, {"devices": num_devices}, parts)
+    divides(f"{name}.batch_size", settings.batch_size, initial.sharers(config, parts), parts)
     return parts | {f"{name}.batch_size": settings.batch_size}

@@ -1,16 +1,18 @@
-"""Whether a run repeats: a part of it is run again in a scratch folder and compared byte by byte.
+"""Checks that a run repeats: runs a part of it again in a scratch folder and compares the files,
+byte by byte.
 
     audit = verify("runs/ppo")
     assert not audit.differences
 
-The part begins at one of the run's own checkpoints, or at its seed. Nothing is written into the
-folder of the run, which may come from somebody else.
+The part begins at one of the run's own checkpoints, or at its seed. The folder of the run, which
+may come from somebody else, does not change.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
+from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
 from rlhf_jax.errors import AlertStop, UserError, logger
@@ -31,15 +33,28 @@ from rlhf_jax.types import Algorithm
 
 SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
+METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
+OTHERS = (
+    "model",
+    "tokenizer",
+    "environment",
+    "teacher",
+)  # names in a manifest that are no data files
+NO_ROW = ("no row", dict[str, Any]())
 EXCERPT = 24  # characters on either side of the first one that differs
 MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
 
+Names = Sequence[str]
+Facts = Mapping[str, Any]  # of a manifest
+Digests = Mapping[str, str]  # {name of what a run reads: sha256}
+Array = np.ndarray | None  # None: a checkpoint has none of this name
+
 
 class Difference(NamedTuple):
-    """A value of the run, and what it is here."""
+    """A value of the run, and the value of its repetition."""
 
-    step: int | None  # None: of what the run reads
+    step: int | None  # None: a difference between the files or settings that the run reads
     file: str
     place: str  # a setting, a metric, an array with an index
     recorded: str
@@ -49,10 +64,10 @@ class Difference(NamedTuple):
 class Audit(NamedTuple):
     """What the comparison of a run with its repetition found."""
 
-    differences: list[Difference]  # the first of each file
+    differences: list[Difference]  # the first one in each file
     machine: list[str]  # a sentence for each difference between the run's machine and this one
-    unsure: list[str]  # what is not known to repeat, a sentence each
-    compared: str  # what was repeated and compared
+    unsure: list[str]  # a sentence for each part of the run that may not repeat
+    compared: str  # the steps that were repeated, and the files that were compared
 
 
 class Span(NamedTuple):
@@ -73,9 +88,9 @@ def verify(
     start: int | None = None,
     num_steps: int | None = None,
     from_scratch: bool = False,
-    data: Sequence[str] = (),
+    data: Names = (),
     model: str | None = None,
-    reward: Sequence[str] = (),
+    reward: Names = (),
     trust_config: bool = False,
 ) -> Audit:
     """Repeats steps of a run and compares metrics.jsonl, samples.jsonl, checkpoints and, if they go
@@ -102,36 +117,48 @@ def verify(
     stage = recorded["stage"]
     config = _config(path, model, reward, trust_config)
     config = set_up(_with_data(config, stage, recorded["data"], data))  # before JAX begins
-    last_start = recorded.get("resumed", [recorded])[-1]
-    unsure = _unsure(config, stage, last_start)
+    unsure = _unsure(config, stage, _last_start(recorded))
     here = _inputs(config, stage)
     expected = _renamed(recorded["data"], here, data, reward)
     differences = _setting_differences(path) + _input_differences(expected, here)
     if span.start is not None:
         differences += _damage(path, span.start)
     if differences:
-        return Audit(
-            differences, [], unsure, "nothing was repeated: what the run began with differs"
-        )
+        why = "nothing was repeated: the files or settings at the start differ"
+        return Audit(differences, [], unsure, why)
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
         ours = Path(scratch) / "run"
         config = dataclasses.replace(
             config, output_dir=str(ours), resume=span.start is not None, track=(), processes=None
         )
         if span.start is not None:
-            # What is compared with this machine on --resume is left out.
-            facts = {key: value for key, value in recorded.items() if key not in MACHINE}
-            facts.pop("resumed", None)
-            _copy(path, ours, span.start, config, facts | {"data": expected})
+            _copy(path, ours, span.start, config, _facts(recorded, expected))
         with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
             _repeat(config, stage, span.stop)
         written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
-        this_start = written.get("resumed", [written])[-1]
         differences, compared = _compare(path, ours, span)
-    before, now = (
-        {key: facts[key] for key in MACHINE if key in facts} for facts in (last_start, this_start)
-    )
+    before = _machine(_last_start(recorded))
+    now = _machine(_last_start(written))
     return Audit(differences, manifest.differences(before, now), unsure, compared)
+
+
+def _last_start(recorded: Facts) -> Facts:
+    """The facts of a manifest about the last time that the run was started or resumed."""
+    starts = recorded.get("resumed", [recorded])
+    return starts[-1]
+
+
+def _machine(facts: Facts) -> Facts:
+    return {key: facts[key] for key in MACHINE if key in facts}
+
+
+def _facts(recorded: Facts, data: Digests) -> dict[str, Any]:
+    """The facts of a manifest that --resume does not compare with this machine, with the names of
+    this machine for what the run read.
+    """
+    here = (*MACHINE, "resumed")
+    facts = {key: value for key, value in recorded.items() if key not in here}
+    return facts | {"data": data}
 
 
 # --- What the run is
@@ -140,17 +167,15 @@ def verify(
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run of one of this package's stages that Python gave nothing to."""
     file = path / "manifest.json"
-    inner = sorted(file.parent for file in path.glob("*/manifest.json"))
+    inner = sorted(str(file.parent) for file in path.glob("*/manifest.json"))
     if not file.is_file() and inner:
-        listed = ", ".join(map(str, inner))
-        raise UserError(f"{path}: holds several runs; give one of them: {listed}")
-    recorded: dict[str, Any] = reading.read_json(
-        file, reading.MANIFEST, ["stage", "data", "versions"]
-    )
+        raise UserError(f"{path}: holds several runs; give one of them: {', '.join(inner)}")
+    needed = ["stage", "data", "versions"]
+    recorded: dict[str, Any] = reading.read_json(file, reading.MANIFEST, needed)
     stage = recorded["stage"]
     if stage not in SPECS and stage not in METHODS:
         raise UserError(
-            f"{path}: its stage {stage} is none of this package's; only the script that made the "
+            f"{path}: its stage {stage} is not one of this package; only the script that made the "
             "run can repeat it"
         )
     if recorded.get("given"):
@@ -170,7 +195,7 @@ def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bo
     rows = reading.json_lines(path / "metrics.jsonl")
     if not rows:
         raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
-    end = max(row["step"] for _, row in rows)
+    end = max(values["step"] for _, values in rows)
     if not from_scratch and start is None and len(saved) > 1:
         start = saved[-2]
     if start is not None and start not in saved:
@@ -178,52 +203,60 @@ def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bo
         raise UserError(f"--from {start}: {path} has checkpoints of the steps {listed}")
     if start is not None and start >= end:
         raise UserError(f"--from {start}: the run ends there; begin at an earlier checkpoint")
-    stop = end if num_steps is None else min(end, (start or 0) + num_steps)
-    return Span(start, stop, end)
+    if num_steps is None:
+        return Span(start, end, end)
+    first = 0 if start is None else start
+    return Span(start, min(end, first + num_steps), end)
 
 
-def _config(path: Path, model: str | None, reward: Sequence[str], trust_config: bool) -> RunConfig:
+def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
     """The settings of config.yaml, those of the script that made the run among them."""
     file = path / "config.yaml"
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    settings = reading.read_yaml(file, reading.SETTINGS)
-    own = {
-        key: value
-        for key, value in settings.items()
-        if key not in known and isinstance(value, bool | int | float | str)
-    }
-    if own:
-        logger.info(f"{file}: {', '.join(own)} is read by the script that made the run, not here")
-    fields = [(key, type(value), value) for key, value in own.items()]
-    kind: type[RunConfig] = dataclasses.make_dataclass(
-        "RunConfig", fields, bases=(RunConfig,), frozen=True
-    )
     argv = ["--config", str(file)]
+    if (path / "engine").is_dir():  # the samples that the run kept: no server is asked
+        argv += ["--rl.engine", f"stored:{path / 'engine'}"]
     if model is not None:
         argv += ["--model", model]
     if reward:
         argv += ["--reward", *reward]
     if trust_config:
         argv.append("--trust-config")
-    return parse(kind, argv, prog="rlhf-jax verify", sections=["lora"])
+    kind = _settings_class(file)
+    return parse(kind, argv, prog="rlhf-jax verify", sections=["lora", "rl.engine"])
 
 
-def _unsure(config: RunConfig, stage: str, last_start: Mapping[str, Any]) -> list[str]:
-    """What is not known to repeat."""
+def _settings_class(file: Path) -> type[RunConfig]:
+    """RunConfig with a field for each setting of the script that made the run."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    settings = reading.read_yaml(file, reading.SETTINGS)
+    others = {}
+    for key, value in settings.items():
+        if key not in known and isinstance(value, bool | int | float | str):
+            others[key] = value
+    if others:
+        names = ", ".join(others)
+        logger.info(f"{file}: {names} is read by the script that made the run, not here")
+    fields = [(key, type(value), value) for key, value in others.items()]
+    return dataclasses.make_dataclass("RunConfig", fields, bases=(RunConfig,), frozen=True)
+
+
+def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
+    """A sentence for each part of the run that may not repeat."""
     sentences = []
     if stage in METHODS:
         read = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
-        sentences += [
-            f"{name} is Python code, which is not known to repeat: it may ask a clock or a network"
-            for name in read
-            if name is not None and ".py:" in name
-        ]
+        for name in read:
+            if name is not None and ".py:" in name:
+                sentences.append(
+                    f"{name} is Python code, which is not known to repeat: it may use a clock or a "
+                    "network"
+                )
     if last_start.get("backend") == "gpu" and not config.deterministic:
         sentences.append(
             "the run was on a GPU without --deterministic: the order of its sums may differ from "
             "run to run"
         )
-    changes = [change for start in (last_start,) for change in start.get("changed", [])]
+    changes = last_start.get("changed")
     if changes:
         sentences.append(f"the run went on with changed settings: {'; '.join(changes)}")
     return sentences
@@ -232,59 +265,60 @@ def _unsure(config: RunConfig, stage: str, last_start: Mapping[str, Any]) -> lis
 # --- What the run read
 
 
-def _data_names(config: RunConfig, stage: str) -> dict[str, Sequence[str]]:
-    """{field of the stage's section: the names of its data}."""
-    section = config.rl if stage in METHODS else getattr(config, stage)
-    names = {"data": section.data or config.data, "validation_data": section.validation_data}
-    return {field: given for field, given in names.items() if given}
+def _section(stage: str) -> str:
+    """The section of the settings that names the data of a stage."""
+    return "rl" if stage in METHODS else stage
 
 
 def _kind(stage: str) -> Any:
+    """Of the rows of its data."""
     return "prompts" if stage in METHODS else SPECS[stage].kind
 
 
-def _recorded_name(name: str, stage: str, recorded: Mapping[str, str]) -> str:
-    """What the manifest calls a data file that the settings name: a folder stands for a file."""
-    return name if name in recorded else str(Path(name) / formats.FILES[_kind(stage)])
+def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
+    """{field of the stage's section: the names of its data}."""
+    section = getattr(config, _section(stage))
+    names = {"data": section.data or config.data}
+    if section.validation_data:
+        names["validation_data"] = section.validation_data
+    return names
 
 
-def _with_data(
-    config: RunConfig, stage: str, recorded: Mapping[str, str], given: Sequence[str]
-) -> RunConfig:
-    """The settings with the ``given`` files in place of the run's: those of equal content, then the
-    others in their order.
+def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -> RunConfig:
+    """The settings with the ``given`` files in place of the run's: first files of equal content,
+    then the others in their order.
     """
     if not given:
         return config
-    here = formats.fingerprints(_kind(stage), given, seed=config.seed)
-    by_digest = {digest: name for name, digest in here.items()}
-    spare = [name for name, digest in here.items() if digest not in recorded.values()]
-    places: dict[str, tuple[str, ...]] = {}
+    kind = _kind(stage)
+    here = formats.fingerprints(kind, given, seed=config.seed)
+    same = {digest: name for name, digest in here.items()}
+    others = [name for name, digest in here.items() if digest not in recorded.values()]
+
+    def place_of(name: str) -> str:
+        # The settings may name the folder that holds a file of the manifest.
+        file = name if name in recorded else str(Path(name) / formats.FILES[kind])
+        digest = recorded.get(file, "")
+        if digest in same:
+            return same[digest]
+        return others.pop(0) if others else name
+
+    changes: dict[str, Any] = {}
     for field, names in _data_names(config, stage).items():
-        digests = [recorded.get(_recorded_name(name, stage, recorded), "") for name in names]
-        places[field] = tuple(
-            by_digest[digest] if digest in by_digest else spare.pop(0) if spare else name
-            for name, digest in zip(names, digests, strict=True)
-        )
-    name = "rl" if stage in METHODS else stage
-    section = dataclasses.replace(getattr(config, name), **places)
-    changes: dict[str, Any] = {name: section}
-    return dataclasses.replace(config, **changes)
+        changes[field] = tuple(map(place_of, names))
+    section = _section(stage)
+    sections = {section: dataclasses.replace(getattr(config, section), **changes)}
+    return dataclasses.replace(config, **sections)
 
 
-def _renamed(
-    recorded: Mapping[str, str],
-    here: Mapping[str, str],
-    data: Sequence[str],
-    reward: Sequence[str],
-) -> dict[str, str]:
+def _renamed(recorded: Digests, here: Digests, data: Names, reward: Names) -> Digests:
     """The checksums of the manifest under the names that the files have on this machine."""
     new_names: dict[str, str] = {}
     for is_given, is_kind in ((data, _is_data), (reward, _is_reward)):
         old = list(filter(is_kind, recorded))
         new = list(filter(is_kind, here))
         if is_given and len(old) == len(new):
-            new_names |= dict(zip(old, new, strict=True))
+            new_names |= zip(old, new, strict=True)
     return {new_names.get(name, name): digest for name, digest in recorded.items()}
 
 
@@ -293,20 +327,20 @@ def _is_reward(name: str) -> bool:
 
 
 def _is_data(name: str) -> bool:
-    is_other = name in ("model", "tokenizer", "environment") or name.startswith("safety ")
-    return not is_other and not _is_reward(name)
+    return name not in OTHERS and not name.startswith(("reward ", "safety "))
 
 
-def _inputs(config: RunConfig, stage: str) -> dict[str, str]:
-    """The checksums of what the run would read here."""
-    digests: dict[str, str] = {}
+def _inputs(config: RunConfig, stage: str) -> Digests:
+    """The checksums of the files that the run would read on this machine."""
+    kind = _kind(stage)
+    files = rl.files(config, stage) if stage in METHODS else {}
+    digests = fingerprints_of(config, files)
     for names in _data_names(config, stage).values():
-        digests |= formats.fingerprints(_kind(stage), names, seed=config.seed)
-    files = rl.files(config) if stage in METHODS else {}
-    return digests | fingerprints_of(config, files)
+        digests |= formats.fingerprints(kind, names, seed=config.seed)
+    return digests
 
 
-def _input_differences(expected: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
+def _input_differences(expected: Digests, here: Digests) -> list[Difference]:
     """The files that differ.
 
     Raises:
@@ -318,15 +352,16 @@ def _input_differences(expected: Mapping[str, str], here: Mapping[str, str]) -> 
             f"{', '.join(missing)}: the run read it, and it is not on this machine; give its place "
             "by --data, --model or --reward"
         )
-    return [
-        Difference(None, name, "sha256", expected.get(name, "not read"), digest)
-        for name, digest in here.items()
-        if digest != expected.get(name)
-    ]
+    differences = []
+    for name, digest in here.items():
+        before = expected.get(name, "not read")
+        if digest != before:
+            differences.append(Difference(None, name, "sha256", before, digest))
+    return differences
 
 
 def _setting_differences(path: Path) -> list[Difference]:
-    """The settings of config.yaml that are not those of the newest checkpoint's record, which has a
+    """The settings of config.yaml that differ from the record of the newest checkpoint, which has a
     checksum.
     """
     saved = folder.steps(path / "checkpoints")
@@ -337,16 +372,18 @@ def _setting_differences(path: Path) -> list[Difference]:
         with Checkpoints(path / "checkpoints") as checkpoints:
             recorded = checkpoints.record(step)["meta"].get("config")
     except CheckpointError as error:
-        return [Difference(step, f"checkpoints/{step}", "", str(error), "")]
+        return [_damaged(step, error)]
     if not isinstance(recorded, dict):
         return []
     old = manifest.dotted(recorded)
     new = manifest.dotted(reading.read_yaml(path / "config.yaml", reading.SETTINGS))
-    return [
-        Difference(None, "config.yaml", key, str(old.get(key, "not set")), str(new.get(key)))
-        for key in old | new
-        if old.get(key) != new.get(key) and not manifest.within(key, MAY_CHANGE)
-    ]
+    differences = []
+    for key in old | new:
+        before = old.get(key, "not set")
+        now = new.get(key, "not set")
+        if before != now and not manifest.within(key, MAY_CHANGE):
+            differences.append(Difference(None, "config.yaml", key, str(before), str(now)))
+    return differences
 
 
 # --- The repetition
@@ -362,19 +399,26 @@ def _damage(path: Path, step: int) -> list[Difference]:
     try:
         _arrays(path, step)
     except CheckpointError as error:
-        return [Difference(step, f"checkpoints/{step}", "", str(error), "")]
+        return [_damaged(step, error)]
     return []
 
 
-def _copy(path: Path, ours: Path, start: int, config: RunConfig, facts: Mapping[str, Any]) -> None:
-    """A run folder as the run's was at the checkpoint ``start``; ``facts`` are its manifest."""
+def _damaged(step: int, error: CheckpointError) -> Difference:
+    return Difference(step, f"checkpoints/{step}", "", str(error), "")
+
+
+def _copy(path: Path, ours: Path, start: int, config: RunConfig, facts: Facts) -> None:
+    """Makes a run folder as the run's was at the checkpoint ``start``, with ``facts`` as its
+    manifest.
+    """
     for step in folder.steps(path / "checkpoints"):
         if step <= start:
             name = f"checkpoints/{step}"
             shutil.copytree(path / name, ours / name)
     for file in (*ROWS, "alerts.jsonl"):
-        if (path / file).exists():
-            (ours / file).write_bytes(reading.read_bytes(path / file))
+        content = _content(path / file)
+        if content is not None:
+            (ours / file).write_bytes(content)
     (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
     (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
 
@@ -395,109 +439,140 @@ def _repeat(config: RunConfig, stage: str, stop: int) -> None:
 
 
 def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], str]:
-    """What differs, the earliest first, and what was compared."""
-    found = [_first_row(theirs, ours, name, span) for name in ROWS]
+    """The differences, the earliest first, and a sentence about what was compared."""
     names = list(ROWS)
+    differences = []
+    for name in ROWS:
+        differences += _row_differences(theirs / name, ours / name, span)
     repeated = folder.steps(ours / "checkpoints")
     for step in folder.steps(theirs / "checkpoints"):
-        if span.has(step) and step in repeated:
+        if step in repeated and span.has(step):
             names.append(f"checkpoints/{step}")
-            found.append(_first_array(theirs, ours, step))
+            differences += _state_differences(theirs, ours, step)
     if span.stop == span.end and (theirs / "model").is_dir():
         names.append("model/")
-        found += _files(theirs, ours, span.stop)
+        differences += _file_differences(theirs, ours, span.stop)
+    differences.sort(key=lambda difference: difference.step or 0)
     begin = "the seed" if span.start is None else f"the checkpoint of step {span.start}"
     compared = f"repeated from {begin} to step {span.stop} of {span.end}: {', '.join(names)}"
-    differences = [difference for difference in found if difference is not None]
-    return sorted(differences, key=lambda difference: difference.step or 0), compared
+    return differences, compared
 
 
-def _first_row(theirs: Path, ours: Path, name: str, span: Span) -> Difference | None:
-    """The first row that differs in a file, by the first key that does."""
-    recorded, repeated = (
-        [line for line in reading.json_lines(path / name) if span.has(line[1]["step"])]
-        for path in (theirs, ours)
-    )
-    none = ("no row", dict[str, Any]())
-    for (old, before), (new, now) in itertools.zip_longest(recorded, repeated, fillvalue=none):
+def _row_differences(theirs: Path, ours: Path, span: Span) -> list[Difference]:
+    """The first row of a file that differs, by the first key whose values differ."""
+    recorded = _rows(theirs, span)
+    repeated = _rows(ours, span)
+    for before, now in itertools.zip_longest(recorded, repeated, fillvalue=NO_ROW):
+        old, old_values = before
+        new, new_values = now
         if old == new:
             continue
-        step = before.get("step", now.get("step"))
-        keys = [key for key in before | now if before.get(key) != now.get(key)]
-        if keys and before and now:
-            old = str(before.get(keys[0], "not there"))
-            new = str(now.get(keys[0], "not there"))
-        place = keys[0] if keys and before and now else "the row"
-        return Difference(step, name, place, *_excerpts(old, new))
-    return None
+        step = old_values.get("step", new_values.get("step"))
+        place = "the row"
+        keys = [
+            key for key in old_values | new_values if old_values.get(key) != new_values.get(key)
+        ]
+        if keys and NO_ROW not in (before, now):
+            place = keys[0]
+            old = str(old_values.get(place, "not there"))
+            new = str(new_values.get(place, "not there"))
+        return [Difference(step, theirs.name, place, *_excerpts(old, new))]
+    return []
+
+
+def _rows(file: Path, span: Span) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of the steps that are repeated, as texts and as values."""
+    rows = reading.json_lines(file)
+    return [row for row in rows if span.has(row[1]["step"])]
 
 
 def _excerpts(old: str, new: str) -> tuple[str, str]:
-    """What stands around the first character that differs."""
-    pairs = enumerate(zip(old, new, strict=False))
-    at = next((number for number, (a, b) in pairs if a != b), min(len(old), len(new)))
-    around = slice(max(at - EXCERPT, 0), at + EXCERPT)
-    return old[around], new[around]
+    """The characters around the first one that differs."""
+    place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
+    first = max(place - EXCERPT, 0)
+    last = place + EXCERPT
+    return old[first:last], new[first:last]
 
 
-def _first_array(theirs: Path, ours: Path, step: int) -> Difference | None:
+def _state_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
     """The first array of a checkpoint that differs, by its first number that does."""
     file = f"checkpoints/{step}"
     try:
         recorded = _arrays(theirs, step)
     except CheckpointError as error:
-        return Difference(step, file, "", str(error), "")
+        return [_damaged(step, error)]
     repeated = _arrays(ours, step)
-    unequal = [
-        name
-        for name in recorded | repeated
-        if name not in recorded
-        or name not in repeated
-        or _description(recorded[name]) != _description(repeated[name])
-        or recorded[name].tobytes() != repeated[name].tobytes()
-    ]
+    unequal = []
+    for name in recorded | repeated:
+        if not _are_equal(recorded.get(name), repeated.get(name)):
+            unequal.append(name)
     if not unequal:
-        return None
+        return []
     name = unequal[0]
-    old, new = recorded.get(name), repeated.get(name)
+    index, before, now = _first_number(recorded.get(name), repeated.get(name))
     others = f" (first of {len(unequal)} arrays)" if len(unequal) > 1 else ""
+    return [Difference(step, file, name + index + others, before, now)]
+
+
+def _first_number(old: Array, new: Array) -> tuple[str, str, str]:
+    """The index of the first number that differs, and both numbers; of arrays of different shapes
+    or dtypes no index, and both descriptions.
+    """
     if old is None or new is None or _description(old) != _description(new):
-        return Difference(step, file, name + others, _description(old), _description(new))
+        return "", _description(old), _description(new)
     byte = _first_byte(old.tobytes(), new.tobytes())
     index = np.unravel_index(byte // old.itemsize, old.shape)
-    place = f"{name}[{', '.join(map(str, index))}]{others}"
-    return Difference(step, file, place, str(old[index]), str(new[index]))
+    place = ", ".join(map(str, index))
+    return f"[{place}]", str(old[index]), str(new[index])
 
 
-def _description(array: np.ndarray | None) -> str:
-    return "not there" if array is None else f"{array.dtype}{list(array.shape)}"
+def _are_equal(old: Array, new: Array) -> bool:
+    """Whether both arrays are there and have the same dtype, shape and bytes."""
+    if old is None or new is None or _description(old) != _description(new):
+        return False
+    return old.tobytes() == new.tobytes()
+
+
+def _description(array: Array) -> str:
+    if array is None:
+        return "not there"
+    return f"{array.dtype}{list(array.shape)}"
 
 
 def _first_byte(old: bytes, new: bytes) -> int:
     """The number of the first byte that differs."""
     size = min(len(old), len(new))
-    unequal = np.frombuffer(old, np.uint8)[:size] != np.frombuffer(new, np.uint8)[:size]
-    return int(unequal.argmax()) if unequal.any() else size
+    old_bytes = np.frombuffer(old, np.uint8, size)
+    new_bytes = np.frombuffer(new, np.uint8, size)
+    places = np.flatnonzero(old_bytes != new_bytes)
+    return int(places[0]) if places.size else size
 
 
-def _files(theirs: Path, ours: Path, step: int) -> list[Difference]:
+def _file_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
     """The files of ``model/``, and the weights of ``adapter/``, that differ."""
-    found = []
+    differences = []
     for name in sorted(_results(theirs) | _results(ours)):
-        old, new = (
-            reading.read_bytes(path / name) if (path / name).is_file() else None
-            for path in (theirs, ours)
-        )
-        if old is None or new is None:
-            sizes = ["not there" if content is None else "there" for content in (old, new)]
-            found.append(Difference(step, name, "", *sizes))
+        old = _content(theirs / name)
+        new = _content(ours / name)
+        if old is None:
+            differences.append(Difference(step, name, "", "not there", "there"))
+        elif new is None:
+            differences.append(Difference(step, name, "", "there", "not there"))
         elif old != new:
-            at = _first_byte(old, new)
-            values = [content[at : at + 1].hex() or "the end" for content in (old, new)]
-            found.append(Difference(step, name, f"byte {at}", *values))
-    return found
+            place = _first_byte(old, new)
+            before = old[place : place + 1].hex() or "the end"
+            now = new[place : place + 1].hex() or "the end"
+            differences.append(Difference(step, name, f"byte {place}", before, now))
+    return differences
+
+
+def _content(file: Path) -> bytes | None:
+    return reading.read_bytes(file) if file.is_file() else None
 
 
 def _results(path: Path) -> set[str]:
-    files = [*(path / "model").rglob("*"), *(path / "adapter").rglob("*.safetensors")]
-    return {file.relative_to(path).as_posix() for file in files if file.is_file()}
+    """The names of a run's result files, from its folder."""
+    model = (path / "model").rglob("*")
+    adapters = (path / "adapter").rglob("*.safetensors")
+    files = filter(Path.is_file, itertools.chain(model, adapters))
+    return {file.relative_to(path).as_posix() for file in files}

@@ -1,8 +1,8 @@
 """Operations of the networks in the form that a backend computes fastest.
 
 The choice is made when a program is lowered (``jax.lax.platform_dependent``): a program that is
-lowered for another machine is that machine's. Beside each other form, ``cpu`` and ``fused`` say
-what it gains and where that was measured; without one an operation is the plain formula.
+lowered for another machine gets the forms of that machine. The files ``cpu`` and ``fused`` say what
+each form gains and where that was measured. An operation without such a form is the plain formula.
 """
 
 from typing import Any

@@ -29,7 +29,7 @@ def slots() -> tuple[int, int]:
 
 
 def held(key: Array, value: Array) -> LayerCache:
-    """[B, H, S, Dh] keys and values as they are held."""
+    """[B, H, S, Dh] keys and values in the platform's layout."""
     platform = fused.platform()
     if platform == "cpu":
         return key.mT, value
@@ -67,12 +67,13 @@ def attention(
     is_contiguous: bool,
 ) -> Array | None:
     """``attention.attention`` of one query to a cache, by a form for this platform; None if the
-    plain formula is to be taken.
+    caller must compute the plain formula.
 
     Args:
         query: [B, H, G, 1, Dh], times the scale.
         mask: [B, 1, 1, S] bool: the slots that it attends to.
-        is_contiguous: whether these are neighbours, as they are unless the cache is a window's.
+        is_contiguous: whether these slots are contiguous, as they are in every cache without a
+            window.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_cut = any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
@@ -85,7 +86,8 @@ def attention(
 
 def _all_heads(query: Array, cache: LayerCache, mask: Array) -> Array:
     """Every head's query times all heads' keys, of which the other heads' are multiplied by zeros:
-    two products that read a merged cache as it lies. Reading it takes longer than they do.
+    two products that read a merged cache in its layout. Reading the cache takes longer than these
+    products.
     """
     keys, values = cache
     batch, heads, groups, _, width = query.shape

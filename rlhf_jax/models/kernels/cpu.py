@@ -1,5 +1,5 @@
-"""Forms for XLA's CPU backend. Where nothing else is said, gains were measured on two cores of an
-AMD EPYC with the shapes of ``rlhf-jax bench --preset char-small`` (docs/notes/performance.md).
+"""Forms for XLA's CPU backend. Unless stated otherwise, gains were measured on two cores of an AMD
+EPYC with the shapes of ``rlhf-jax bench --preset char-small`` (docs/notes/performance.md).
 """
 
 import functools
@@ -34,9 +34,9 @@ def weighted_sum(weights: Array, value: Array) -> Array:
 
 
 def weighted_sum_of_one(weights: Array, value: Array) -> Array:
-    """``weighted_sum`` of one query, t = 1, as that of two equal ones: of one row XLA would compile
-    a kernel for each layer, and a slower one. Sampling takes .82 (Gemma 3) to .94 (GPT-2) of the
-    time, together with keys whose slots are last.
+    """``weighted_sum`` of one query, t = 1, computed as two equal queries: for one row XLA would
+    compile a slower kernel, and one for each layer. Sampling takes .82 (Gemma 3) to .94 (GPT-2) of
+    the time, together with keys whose slots are last.
     """
     two = jnp.repeat(weights, 2, axis=2)
     return weighted_sum(two, value)[:, :, :1]
@@ -46,11 +46,9 @@ def _halves(x: Array) -> Array:
     """The rows of x [..., D]: [2, N / 2, D], or [1, N, D] if N is odd or a mesh cuts the rows."""
     width = x.shape[-1]
     num_rows = x.size // width
-    is_even = num_rows % 2 == 0
     mesh = jax.sharding.get_abstract_mesh()
-    is_sharded = bool(mesh.auto_axes)
-    num_parts = 2 if is_even and not is_sharded else 1
-    return x.reshape(num_parts, -1, width)
+    is_whole = num_rows % 2 == 1 or mesh.auto_axes
+    return x.reshape(1 if is_whole else 2, -1, width)
 
 
 def are_large(x: Array, kernel: Array) -> bool:

@@ -14,13 +14,16 @@ from rlhf_jax.sharding import tensor_axes
 
 
 def platform() -> str:
-    """Where the program that is traced will run: the platform of the mesh of ``jax.set_mesh``, or
-    without one JAX's default.
+    """The platform of the program that is being traced: that of the mesh of ``jax.set_mesh``, of
+    ``jax.default_device``, or JAX's default.
 
-    For what decides shapes or the gradient's memory, which cannot wait until a program is lowered.
+    It is for choices of shapes and of the gradient's memory, which must be made before a program is
+    lowered. Under ``jit`` nobody knows on which devices the arguments lie.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else str(device.platform)
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    # A device, the name of a platform or None.
+    device = of_mesh or jax.config.jax_default_device  # type: ignore[attr-defined]
+    return str(getattr(device, "platform", device) or jax.default_backend())
 
 
 def takes_pallas() -> bool:
@@ -87,11 +90,11 @@ def on_each_device(
     of_heads: Sequence[Array],
     of_rows: Array,
 ) -> Array:
-    """``kernel(*of_heads, of_rows)`` of each device's own rows and heads, on the mesh of
+    """``kernel(*of_heads, of_rows)``, applied on each device to its rows and heads, on the mesh of
     ``jax.set_mesh``.
 
-    XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are mapped
-    already stay so. Rows or heads that their axes do not divide are whole on each device.
+    XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are already
+    mapped stay mapped. Rows or heads that are not divisible by their axes are whole on each device.
 
     Args:
         num_heads: of the keys.

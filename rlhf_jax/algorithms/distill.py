@@ -1,0 +1,145 @@
+"""Distillation on the policy's own samples (Agarwal et al. 2024, "On-Policy Distillation of
+Language Models", arXiv 2306.13649): at every token that the student
+sampled, its distribution moves towards the teacher's.
+
+``L = mean over response tokens of D(p || q)``. p and q are the next-token distributions of student
+and teacher, D is one of ``losses.divergence`` over the whole vocabulary. As in the paper, no
+gradient flows through the sampling.
+
+``divergence="sampled"`` uses q of the sampled token only: its advantage in the clipped policy loss
+is ``log q - log p``. With ``discount`` 0 the expected gradient is that of the reverse KL at each
+token, with 1 that of the KL of whole responses.
+
+If the run has a reward, its policy loss is added, with the advantage ``A_i = r_i - mean of the
+others`` in a group, or ``r_i - mean of the batch`` without groups. With ``sampled`` and discount 1
+the optimum is then ``q exp(r / teacher_coef)``, normalised.
+
+Column t of every [B, T] array belongs to ``tokens[:, t]``.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax import advantages, losses, ops
+from rlhf_jax.algorithms import policy
+from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, TrainState
+
+State = TrainState
+needs_values = False
+kl_coef = 0.0
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "sampled"]
+
+
+@dataclass(frozen=True)
+class Config(policy.Config):
+    """Distillation on the policy's own samples."""
+
+    divergence: Divergence = "reverse_kl"
+    """What brings the student nearer to the teacher. reverse_kl: it leaves out what the teacher
+    does not say; forward_kl: it says all that the teacher says; jsd: between the two, by beta;
+    sampled: reverse_kl of the drawn tokens alone, as their advantage.
+    """
+    beta: float = 0.5
+    """With jsd, the teacher's share of the mixture, above 0 and below 1: near 0 as forward_kl, near
+    1 as reverse_kl.
+    """
+    discount: float = 0.0
+    """With sampled, how much of the next token's advantage a token gets too: 0 is its own alone, 1
+    all that follow.
+    """
+    teacher_coef: float = 1.0
+    """Weight of the teacher beside the reward, which a run need not have."""
+    group_size: int = 1
+    """Answers to each prompt, in adjacent rows of the rollout; a reward is compared within them, of
+    1 within the batch."""
+    needs_teacher = True  # not a setting: the run always loads a teacher
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_choice("divergence", self.divergence, get_args(Divergence))
+        ops.check_number("beta", self.beta, above=0, below=1)
+        ops.check_number("discount", self.discount, at_least=0, at_most=1)
+        ops.check_number("teacher_coef", self.teacher_coef, at_least=0)
+
+    def measure(self, logits: Array, teacher_logits: Array) -> Array:
+        """``losses.divergence`` with these settings. For ``sampled`` it is the reverse KL, of which
+        the samples are an estimate.
+        """
+        kind = "reverse_kl" if self.divergence == "sampled" else self.divergence
+        return losses.divergence(logits, teacher_logits, kind, self.beta)
+
+
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
+    """The rollout with ``advantages`` [B, T] from its reward, the same for all response tokens of a
+    row; 0 if the rollout has neither ``rewards`` nor ``scores``.
+
+    The reward of a row is the sum of ``rewards`` over its response or, without ``rewards``, its
+    score. The mean of the other rows of its group is subtracted; with a group size of 1, the mean
+    of the batch.
+
+    Args:
+      rollout: the ``group_size`` rows of a prompt are adjacent.
+      axis_name: the mapped axis; the mean of the batch is over the rows of all its devices.
+    """
+    mask = rollout.mask
+    if rollout.rewards is None and rollout.scores is None:
+        return dataclasses.replace(rollout, advantages=jnp.zeros(mask.shape, jnp.float32))
+    if config.group_size > 1:
+        return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
+    row_reward = policy.row_rewards(rollout)
+    above_mean = row_reward - ops.masked_mean(row_reward, rollout.present, axis_name=axis_name)
+    return dataclasses.replace(rollout, advantages=jnp.where(mask, above_mean[:, None], 0.0))
+
+
+def loss(
+    params: Params,
+    rollout: Rollout,
+    key: Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
+) -> tuple[Mean, Parts]:
+    """``policy.loss`` of a prepared rollout + ``teacher_coef`` * divergence. With ``sampled`` no
+    divergence is added: the teacher's part is in the advantages.
+
+    Args:
+      policy_fn: made by ``models.policy_fn`` with a teacher. Its output has ``divergence``,
+        computed by ``config.measure``, and ``teacher_log_probs``.
+      key: unused: dropout is off in RL.
+
+    Returns:
+      The loss, and the metrics of ``policy.loss`` with ``distill/divergence`` (nats per response
+      token; with ``sampled`` the reverse KL).
+    """
+    output = ops.evaluate(policy_fn, params, rollout)
+    if output.divergence is None or output.teacher_log_probs is None:
+        raise ValueError(
+            "distill needs a policy_fn with a teacher, and it returned divergence=None; "
+            "models.policy_fn(..., teacher=models.Teacher(model, config.measure)) makes one"
+        )
+    mask = rollout.mask  # [B, T]
+    if config.divergence == "sampled":
+        log_probs = jax.lax.stop_gradient(output.log_probs)
+        gap = jnp.where(mask, output.teacher_log_probs - log_probs, 0.0)
+        taught = advantages.discounted_returns(gap, mask, config.discount)
+        own = policy.field(rollout, "advantages", "call distill.prepare first")
+        both = jnp.where(mask, own, 0.0) + config.teacher_coef * taught
+        rollout = dataclasses.replace(rollout, advantages=both)
+    total, metrics = policy.loss(output, rollout, config)
+    metrics["distill/divergence"] = losses.aggregate(output.divergence, mask)
+    if config.divergence != "sampled":
+        how = (mask, config.aggregate, config.length)
+        divergence = losses.aggregate(output.divergence, *how)
+        total = Mean(total.total + config.teacher_coef * divergence.total, total.count)
+    return total, metrics
+
+
+update = policy.updater(prepare, loss)
+"""See ``policy.updater``. The rollout has ``log_probs`` and, if it has a reward, ``rewards`` or
+``scores``.
+"""

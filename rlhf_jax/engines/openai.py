@@ -1,0 +1,133 @@
+"""A server with OpenAI's completions protocol that takes and returns token ids, such as vLLM and
+SGLang. Its weights do not change while it runs.
+
+The API key is read from the environment variable `ENGINE_API_KEY`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_jax.config import EngineServer
+from rlhf_jax.engines import Request, Sample, Weights
+from rlhf_jax.errors import ServiceError
+from rlhf_jax.rewards.service import ENGINE_KEY, get, post
+
+_SHOWN = 200  # the characters of a reply that an error message shows
+
+
+def connect(place: str, server: EngineServer, folder: Path) -> "Completions":
+    """The server at a URL."""
+    return Completions(place, server)
+
+
+class Completions:
+    """A server whose weights do not change during the run."""
+
+    follows = False
+
+    def __init__(self, place: str, server: EngineServer):
+        """Raises ServiceError if the server lists no model, or not ``server.model``."""
+        self.place = place.rstrip("/").removesuffix("/v1")
+        self.server = server
+        self.key = os.environ.get(ENGINE_KEY)
+        self.model = self._model()
+
+    def load(self, version: str, weights: Weights) -> str:
+        """Loads nothing. Returns the name of the server's model."""
+        return self.model
+
+    def sample(self, request: Request) -> Sequence[Sample]:
+        """The responses of one POST to /v1/completions."""
+        body = sampling_settings(request) | {
+            "model": self.model,
+            "prompt": request.prompt,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        reply = self.post("/v1/completions", body)
+        choices = self.choices(reply)
+        version = str(reply.get("model"))
+        return [self._sample(choice, request, version) for choice in choices]
+
+    def close(self) -> None:
+        """Does nothing: the server holds nothing for this run."""
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON reply of the server to a POST."""
+        return post(self.place + path, body, self.server, self.key)
+
+    def choices(self, reply: Any) -> list[Mapping[str, Any]]:
+        """The choices of a reply, ordered by their index."""
+        try:
+            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+            numbers = [choice["index"] for choice in choices]
+        except (KeyError, TypeError):
+            self.refuse('expected {"choices": [{"index": ...}]}', reply)
+        if numbers != list(range(len(numbers))):
+            self.refuse(f"its choices have the numbers {numbers}", reply)
+        return choices
+
+    def refuse(self, fault: str, reply: Any) -> NoReturn:
+        """Raises ServiceError with the fault and the start of the reply."""
+        raise ServiceError(f"{self.place}: {fault}; got {reply!r:.{_SHOWN}}")
+
+    def _model(self) -> str:
+        """The name of the model that requests ask for.
+
+        Raises:
+            ServiceError: the server has no model, or none of the name in ``server.model``.
+        """
+        reply = get(f"{self.place}/v1/models", self.server, self.key)
+        try:
+            names = [str(model["id"]) for model in reply["data"]]
+        except (KeyError, TypeError):
+            self.refuse('expected {"data": [{"id": ...}]} of /v1/models', reply)
+        wanted = self.server.model
+        if not names or wanted not in (None, *names):
+            listed = ", ".join(names) or "none"
+            raise ServiceError(f"{self.place}: it serves no model {wanted}, but {listed}")
+        return wanted or names[0]
+
+    def _sample(self, choice: Mapping[str, Any], request: Request, version: str) -> Sample:
+        told = choice.get("prompt_token_ids")
+        if told not in (None, request.prompt):
+            self.refuse("it read other token ids than the prompt's", told)
+        logprobs = choice.get("logprobs")
+        if not isinstance(logprobs, Mapping):
+            self.refuse("it returned no log-probabilities", choice)
+        tokens = choice.get("token_ids")
+        if tokens is None:
+            tokens = [_id_of(token) for token in logprobs.get("tokens") or ()]
+            if not tokens or None in tokens:
+                self.refuse("it returned no token ids (return_token_ids)", choice)
+        log_probs: Any = logprobs.get("token_logprobs")
+        return Sample(tokens, log_probs, choice.get("finish_reason") == "stop", version)
+
+
+def sampling_settings(request: Request) -> dict[str, Any]:
+    """The sampling settings under the names that all servers share. All of them are sent, because
+    servers have different defaults.
+    """
+    how = request.how
+    return {
+        "n": request.number,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+        "temperature": how.temperature,
+        "top_k": how.top_k or -1,
+        "top_p": how.top_p or 1.0,
+        "min_p": how.min_p or 0.0,
+        "repetition_penalty": how.repetition_penalty,
+        "stop_token_ids": list(how.eos_ids),
+    }
+
+
+def _id_of(token: Any) -> int | None:
+    """7 for "token_id:7", None for any other text."""
+    match = re.fullmatch(r"token_id:(\d+)", str(token))
+    return int(match[1]) if match else None

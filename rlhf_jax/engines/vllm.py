@@ -1,0 +1,142 @@
+"""A vLLM server that loads the policy's weights before each rollout.
+
+With LoRA the server loads the adapters under a new name (``/v1/load_lora_adapter``). Without LoRA
+it reads all weights from a folder (``reload_weights``) and gets a new version for them
+(``/update_weight_version``). It returns that name or version with each sample.
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import EngineServer
+from rlhf_jax.engines import Request, Sample, Weights
+from rlhf_jax.engines.openai import Completions, sampling_settings
+from rlhf_jax.errors import ServiceError, logger
+from rlhf_jax.rewards.service import get, post
+
+LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
+FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"
+
+
+def connect(place: str, server: EngineServer, folder: Path) -> "VLLM":
+    """The server at a URL. It reads weights below ``server.weights`` or, if that is None, in
+    ``folder``.
+    """
+    session = f"rlhf-jax-{secrets.token_hex(4)}"
+    if server.weights is not None:
+        folder = Path(server.weights, session)
+    return VLLM(place, server, folder.resolve(), session)
+
+
+class VLLM(Completions):
+    """A server that loads weights from folders. It must see them under the same paths as we do."""
+
+    follows = True
+
+    def __init__(self, place: str, server: EngineServer, folder: Path, session: str):
+        """session: a name that no other run, and no earlier start of this run, has used."""
+        super().__init__(place, server)
+        self._base = self.model
+        self._session = session
+        self._folder = folder
+        self._adapter: str | None = None
+
+    def load(self, version: str, weights: Weights) -> str:
+        """Writes the weights into a folder of this version, then makes the server load them."""
+        name = f"{self._session}-{version}"
+        folder = self._folder / version
+        weights.save(folder)
+        if weights.are_adapter:
+            self._load_adapter(name, folder)
+        else:
+            self._reload(name, folder)
+        for old in self._folder.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
+        return name
+
+    def sample(self, request: Request) -> Sequence[Sample]:
+        """The responses. With full weights the request uses vLLM's own protocol, which returns the
+        version of the weights with each response.
+        """
+        if self._adapter is not None:
+            return super().sample(request)
+        settings = sampling_settings(request) | {"logprobs": 0, "detokenize": False}
+        body = {"model": self._base, "token_ids": request.prompt, "sampling_params": settings}
+        reply = self._command("/inference/v1/generate", body, FULL_NEEDS, read=json.loads)
+        return [self._versioned(choice) for choice in self.choices(reply)]
+
+    def close(self) -> None:
+        """Deletes the folder of weights and unloads the adapter, if the server still replies."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._adapter is not None:
+            self._unload(self._adapter)
+
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        body = {"lora_name": name, "lora_path": str(folder)}
+        try:
+            self._command("/v1/load_lora_adapter", body, LORA_NEEDS)
+        except ServiceError:
+            # The server refuses an adapter that it has already. It has it if the reply to an
+            # earlier try of this request was lost.
+            listed = get(f"{self.place}/v1/models", self.server, self.key)
+            if name not in [model["id"] for model in listed["data"]]:
+                raise
+        before = self._adapter
+        self._adapter = name
+        self.model = name
+        if before is not None:
+            self._unload(before)
+
+    def _unload(self, name: str) -> None:
+        try:
+            self._command("/v1/unload_lora_adapter", {"lora_name": name}, LORA_NEEDS)
+        except ServiceError as error:
+            logger.info(f"the adapter {name} stays on the server: {error}")
+
+    def _reload(self, name: str, folder: Path) -> None:
+        arguments = {"weights_path": str(folder)}
+        reload = {"method": "reload_weights", "kwargs": arguments}
+        self._command("/collective_rpc", reload, FULL_NEEDS)
+        self._command("/reset_prefix_cache", {}, FULL_NEEDS)
+        self._command("/update_weight_version", {"new_version": name}, FULL_NEEDS)
+
+    def _command(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        needs: str,
+        read: Callable[[bytes], Any] = bytes,
+    ) -> Any:
+        """Sends a POST and returns the reply, which ``read`` decodes.
+
+        Raises:
+            ServiceError: the request failed. If the server has no such path, or refuses it, the
+                message says how to start the server.
+        """
+        try:
+            return post(self.place + path, body, self.server, self.key, read)
+        except ServiceError as error:
+            if re.search("HTTP 40[34]", str(error)):
+                raise ServiceError(f"{error}; start the server with {needs}") from error
+            raise
+
+    def _versioned(self, choice: Mapping[str, Any]) -> Sample:
+        """The sample in a choice of /inference/v1/generate."""
+        spans = choice.get("weight_versions") or ()
+        versions = sorted({str(span["version"]) for span in spans})
+        content = (choice.get("logprobs") or {}).get("content") or ()
+        ids = [token["token_id"] for token in content]
+        if ids != choice["token_ids"]:
+            self.refuse("its log-probabilities are of other token ids", choice)
+        return Sample(
+            ids,
+            [token["logprob"] for token in content],
+            choice["finish_reason"] == "stop",
+            " and ".join(versions),
+        )

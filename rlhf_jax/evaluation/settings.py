@@ -1,0 +1,78 @@
+"""The settings of an evaluation."""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.data import chat
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is judged by. What is not given is named as not run."""
+
+    prompts: tuple[str, ...] = ()
+    """Held-out prompts, for helpfulness, uncertainty, diversity and the win rate."""
+    safety: tuple[str, ...] = ()
+    """Prompts with a key `label`, safe or unsafe, such as XSTest's CSV: which are refused?"""
+    preferences: tuple[str, ...] = ()
+    """Preference data of any format: do the reward model and the policy's log-probabilities agree
+    with it?
+    """
+    annotated: str | None = None
+    """Pairs of responses with several annotators' votes, as in PandaLM's test set."""
+    reward_model: str | None = None
+    """A reward model's run or model folder, or another SPEC of --reward such as mean:A,B."""
+    against: str | None = None
+    """Another run or model folder, for the win rate under the reward model."""
+    categories: str | None = None
+    """YAML file of categories of your own."""
+    trust_config: bool = False
+    """Run the Python files that this YAML file names, though they are not in the current folder."""
+    template: str | None = None
+    """What the models read for a prompt; null: the run's text.template (auto for a model's folder).
+    """
+    max_new_tokens: int | None = None
+    """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
+    environment: str | None = None
+    """FILE.py:FUNCTION, which replies to each response, as rl.environment does in a run."""
+    max_turns: int | None = None
+    """Responses of a row at most; null: the run's rl.max_turns."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    num_samples: int = 1
+    """Responses to each prompt; with two or more, diversity within a prompt too."""
+    batch_size: int = 64
+    """Texts at once. Another one may round differently."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a text that does not fit into the model. Truncated and dropped rows are
+    counted and reported.
+    """
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used, such as one with an empty answer: error names all of them and
+    stops; drop leaves them out and counts them."""
+    judge_url: str | None = None
+    """Of judge:RUBRIC.yaml as reward model, as judge.url in a run."""
+    judge_model: str | None = None
+    """The name of the judge's model there."""
+    seed: int = 0
+    """Root of the samples and of the intervals' draws."""
+    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
+    """Where to run; null: JAX's choice."""
+    output: str | None = None
+    """Folder for evaluation.json; null: the run's."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "max_new_tokens", "temperature"):
+            least = 0 if name == "temperature" else 1
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.template not in (None, chat.AUTO) and "{prompt}" not in str(self.template):
+            raise UserError(f"--template must be auto or contain {{prompt}}, got {self.template!r}")
+        if self.against is not None and (self.reward_model is None or not self.prompts):
+            raise UserError(
+                "--against: a win rate needs --reward-model, which judges, and --prompts"
+            )

@@ -1,0 +1,238 @@
+"""What a page shows of the runs of one kind: a verdict, figures, samples, settings, commands."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.report import plots, records, verdict
+from rlhf_jax.report.parts import Facts, Table
+from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
+
+TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}  # others in capitals
+MAX_SAMPLES = 8  # of one group of runs
+MAX_SHOWN = 3  # samples that are not folded
+MAX_CURVES = 4  # curves that are not folded
+# Columns of samples.jsonl for pairs, for answers with target scores and for prompts: first those
+# that are the same at each validation, then those that change. The last column that stays the same
+# is found in rows of this kind only.
+SAMPLE_COLUMNS = (
+    (("prompt", "chosen", "rejected"), ("margin",)),
+    (("prompt", "response", "target"), ("score",)),
+    (("prompt",), ("response", "score")),
+)
+
+
+def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """A chapter for each kind of run, in the order of KINDS."""
+    chapters = []
+    for kind in KINDS:
+        together = [record for record in run_records if record.kind == kind]
+        if together:
+            chapters.append(_chapter(together))
+    return chapters
+
+
+def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
+    """The values that ``templates/runs.html`` reads for runs of one kind."""
+    groups = records.groups(run_records)
+    is_one = len(run_records) == 1
+    curves, constant = plots.curves(groups)
+    samples, more_samples = _sample_tables(groups, is_one)
+    differences = records.differences(groups)
+    facts = {record.name: _facts(record, group) for group in groups for record in group.records}
+    names = _metric_names(run_records)
+    return {
+        "title": _title(run_records, groups),
+        "stages": _stages(run_records),
+        "records": run_records,
+        "groups": groups,
+        "verdicts": {group.name: verdict.sentence(group) for group in groups},
+        "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
+        "samples": samples,
+        "more_samples": more_samples,
+        "differences": [[key, *map(_plain, values)] for key, values in differences.items()],
+        "curves": curves,
+        "num_shown": MAX_CURVES,
+        "constant": constant,
+        "distributions": plots.distributions(groups),
+        "metrics": _metrics(run_records, names),
+        "facts": _side_by_side("Run" if is_one else "Runs", facts),
+        "validated": any(name.startswith("validation/") for name in names),
+        "commands": [_command(record) for record in run_records],
+    }
+
+
+def _stages(run_records: Sequence[RunRecord]) -> str:
+    names = [TITLES.get(record.stage, record.stage.upper()) for record in run_records]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
+    """What was trained on what: "PPO rewarded by reward_model, 3 seeds"."""
+    record = run_records[0]
+    title = _stages(run_records)
+    if len(groups) > 1:
+        return f"{title}: {len(run_records)} runs compared"
+    how = "trained on"
+    sources = _data(record)
+    if record.kind == "policy" and record.settings.get("reward"):
+        how = "rewarded by"
+        sources = [source.replace("/model", "") for source in record.settings["reward"]]
+    names = [re.sub(r"[^\s,:*]*/", "", source) for source in sources]
+    if names:
+        title += f" {how} {' and '.join(names)}"
+    if len(run_records) > 1:
+        title += f", {len(run_records)} seeds"
+    return title
+
+
+def _data(record: RunRecord) -> list[str]:
+    """The files that the run has trained on."""
+    validation = record.settings.get(f"{record.stage}.validation_data") or []
+    others = ("model", "tokenizer", *validation)
+    return [name for name in record.manifest.get("data", {}) if name not in others]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _metric_names(run_records: Sequence[RunRecord]) -> list[str]:
+    """All metrics of the runs, in the page's order."""
+    return [name for group in plots.metric_groups(run_records).values() for name in group]
+
+
+def _metrics(run_records: Sequence[RunRecord], names: Sequence[str]) -> Table:
+    """The last value of each metric in each run; of one run the first value too."""
+    is_one = len(run_records) == 1
+    rows = []
+    for name in names:
+        values = [record.last.get(name) for record in run_records]
+        if is_one:
+            _, recorded = records.series(run_records[0].metrics, name)
+            values.insert(0, recorded[0])
+        rows.append([name, *values, plots.meaning(name)])
+    columns = ["first", "last"] if is_one else [record.name for record in run_records]
+    return Table("All metrics", ("metric", *columns, "what it is"), rows)
+
+
+def _command(record: RunRecord) -> str:
+    """The command that runs this stage again by itself, from its recorded settings."""
+    if record.stage not in STAGES or record.manifest.get("given"):
+        return str(record.manifest["command"])  # Python gave something that no setting holds
+    folder = record.folder
+    stage = record.stage.replace("_", "-")
+    config = f"{folder}/config.yaml"
+    again = f"{folder}-again"
+    return shlex.join(["rlhf-jax", stage, "--config", config, "--output-dir", again])
+
+
+def _side_by_side(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Facts | Table:
+    """The facts of one run; of several runs a table with one column for each of them, or one for
+    all if they are equal.
+    """
+    first, *others = columns.values()
+    if not others:
+        return Facts(title, first)
+    if all(facts == first for facts in others):
+        return Table(title, ("", "all runs"), list(first.items()))
+    keys = dict.fromkeys(key for facts in columns.values() for key in facts)
+    rows = [[key, *(facts.get(key) for facts in columns.values())] for key in keys]
+    return Table(title, ("", *columns), rows)
+
+
+def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
+    """What the run is, its pace, and what made it."""
+    facts = {"group": group.name} if group.name != record.name else {}
+    return facts | {
+        "stage": _stages([record]),
+        "seed": record.manifest.get("seed"),
+        "steps": record.steps,
+        "s/step (median)": record.seconds_per_step,
+        "state": "finished" if record.finished else "not finished",
+        **_manifest(record.manifest),
+    }
+
+
+def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What made the run what it is, beside its settings."""
+    facts: dict[str, Any] = {}
+    git = manifest.get("git")
+    if git:
+        modified = " (modified)" if git["modified"] else ""
+        facts["git commit"] = f"{git['commit'][:12]}{modified}"
+    facts["backend"] = manifest.get("backend")
+    facts |= manifest.get("versions", {})
+    devices = manifest.get("devices")
+    if devices:
+        facts["devices"] = f"{devices['count']} x {devices['kind']}"
+    for name, digest in manifest.get("data", {}).items():
+        facts[f"{name}, sha256"] = f"{digest[:12]}…"
+    resumed = manifest.get("resumed")
+    if resumed:
+        facts["resumed"] = f"{len(resumed)} times"
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+# --- Samples
+
+
+def _sample_tables(groups: Sequence[Group], is_one: bool) -> tuple[list[Table], list[Table]]:
+    """The first samples of each group, and the rest of them, which the page folds."""
+    limit = MAX_SHOWN if len(groups) == 1 else 1
+    shown = []
+    folded = []
+    for group in groups:
+        record = group.records[0]
+        if not record.samples:
+            continue
+        table = _samples(record, is_one)
+        shown.append(table._replace(rows=table.rows[:limit]))
+        if len(table.rows) > limit:
+            folded.append(table._replace(rows=table.rows[limit:]))
+    return shown, folded
+
+
+def _samples(record: RunRecord, is_one: bool) -> Table:
+    """The first rows of the last validation. Each value that changes stands beside the value that
+    the first validation had in the same row.
+    """
+    steps, validations = zip(*record.validations, strict=True)
+    last = validations[-1]
+    kinds = [kind for kind in SAMPLE_COLUMNS if kind[0][-1] in last[0]]
+    fixed, changing = [*kinds, SAMPLE_COLUMNS[-1]][0]
+    numbered = [_numbered(rows, fixed) for rows in validations]
+    rows = []
+    for key, row in list(numbered[-1].items())[:MAX_SAMPLES]:
+        # Empty lines around a prompt are the template's.
+        prompt = str(row.get("prompt") or "").strip("\n")
+        texts = [row.get(name) for name in fixed[1:]]
+        for by_key in numbered:
+            at_step = by_key.get(key, {})
+            texts += [at_step.get(name) for name in changing]
+        rows.append([prompt, *map(_with_line_ends, texts)])
+    columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
+    title = "Samples before and after" if len(steps) > 1 else "Samples"
+    if not is_one:
+        title += f": {record.name}"
+    formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
+    note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
+    return Table(title, columns, rows, formats, note)
+
+
+def _with_line_ends(text: Any) -> Any:
+    return text.replace("\n", "↵\n") if isinstance(text, str) else text
+
+
+def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> dict[tuple[str, int], Row]:
+    """{(the values that stay the same, how often they came before): row}."""
+    numbered: dict[tuple[str, int], Row] = {}
+    count = Counter[str]()
+    for row in rows:
+        values = repr([row.get(name) for name in fixed])
+        numbered[values, count[values]] = row
+        count[values] += 1
+    return numbered

@@ -1,0 +1,99 @@
+"""Rollouts that are sampled one iteration ahead (``rl.rollouts_ahead``; Noukhovitch et al. 2024,
+"Asynchronous RLHF", arXiv 2410.18252).
+
+The rollout of step k is sampled with the policy before the update of step k - 1, so that an engine
+can sample it during that update. The state holds this policy (``LoopState.behind``): a rollout
+depends on the state and the step alone, not on when it is sampled, and a resumed run samples the
+one that it lost once more.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+
+import jax
+
+from rlhf_jax.training import phases
+from rlhf_jax.training.phases import LoopState, Prompts
+from rlhf_jax.training.schedule import Batch, Schedule
+from rlhf_jax.training.steps import Advance, Respond, Responder, Sampler
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+
+Copy = Callable[[Params], Params]
+"""The same numbers in arrays of their own."""
+
+
+def as_sampler(state: LoopState) -> LoopState:
+    """The state with the policy that samples its next rollout in place of the trained one."""
+    assert state.behind is not None
+    return replace(state, train=state.behind, behind=None)
+
+
+def one_at_a_time(first: Responder, second: Responder) -> tuple[Responder, Responder]:
+    """Responders of which no two threads call the functions at once, as a validation and the next
+    rollout would.
+    """
+    lock = threading.Lock()
+
+    def locked(responder: Responder) -> Responder:
+        def at(state: LoopState) -> Respond:
+            respond = responder(state)
+
+            def respond_alone(prompts: Prompts, key: jax.Array) -> Rollout:
+                with lock:
+                    return respond(prompts, key)
+
+            return respond_alone
+
+        return at
+
+    return locked(first), locked(second)
+
+
+class Ahead:
+    """The sampler of a run whose rollouts are one iteration ahead.
+
+    Args:
+        sample: of the policy of a state.
+        thread: samples the next rollout there; None: each rollout is sampled in its own step.
+    """
+
+    def __init__(self, sample: Sampler, thread: Executor | None):
+        self._sample = sample
+        self._thread = thread
+        self._next: tuple[LoopState, Batch] | None = (
+            None  # what to sample when this step has its own
+        )
+        self._sampled: Future[tuple[Rollout, Metrics]] | None = None
+
+    def sample(self, state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+        """The rollout of a step, a ``Sampler``; the next one is begun."""
+        if self._sampled is None:
+            rollout, metrics = self._sample(as_sampler(state), batch)
+        else:
+            rollout, metrics = self._sampled.result()
+        if self._thread is not None and self._next is not None:
+            self._sampled = self._thread.submit(self._sample, *self._next)
+        return rollout, metrics
+
+    def advancing(
+        self, advance: Advance, schedule: Schedule, num_steps: int, copy: Copy
+    ) -> Advance:
+        """``advance``, which samples by ``sample``; the policy before its update becomes the one
+        that samples next.
+        """
+
+        def advance_ahead(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+            current = TrainState(copy(state.train.step), copy(phases.policy(state)), ())
+            self._next = None
+            if self._thread is not None and step + 1 < num_steps:
+                # On the host: two threads that start programs on the same devices would block each
+                # other where devices wait for one another.
+                on_host = jax.device_get(current)
+                first, *_ = schedule.batches(step + 1)
+                self._next = (replace(state, train=on_host, behind=None), first)
+            state, metrics = advance(state, step)
+            return replace(state, behind=current), metrics
+
+        return advance_ahead

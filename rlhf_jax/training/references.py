@@ -1,0 +1,83 @@
+"""References that move after the policy (Gorbatovski et al. 2024, "Learn Your Reference Model for
+Real Good Alignment", arXiv 2404.09656): of the KL penalty in RL, and of DPO and KTO.
+
+After every ``reference_refresh`` steps the weights of the reference become ``ema * policy + (1 -
+ema) * reference``. With LoRA these are the adapters' matrices A and B, each averaged on its own.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.config import Reference, RunConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Metrics, Params, TrainState
+
+Advance = Callable[[Any, int], tuple[Any, Metrics]]
+"""The step of a loop: (state, number of the step) -> (state, metrics)."""
+
+
+@flax.struct.dataclass
+class Followed(TrainState):
+    """The state of DPO or KTO with a reference that moves."""
+
+    reference: Params
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> Self:
+        """The reference starts as the policy, in arrays of its own."""
+        begun = TrainState.create(params, optimizer)
+        copied = jax.tree.map(jnp.copy, params)
+        return cls(begun.step, begun.params, begun.opt_state, copied)
+
+
+def moves(settings: Any) -> bool:
+    """Whether a section says that its reference moves."""
+    return isinstance(settings, Reference) and settings.reference_moves
+
+
+def state(settings: Any) -> type[TrainState]:
+    """The class of the state of a section's stage."""
+    return Followed if moves(settings) else TrainState
+
+
+def check(config: RunConfig, settings: Any) -> None:
+    """Raises UserError for a reference that moves and should lie in the host's memory."""
+    if moves(settings) and "reference" in config.compute.offload:
+        raise UserError(
+            "compute.offload: a reference that moves stays on the devices; leave it out"
+        )
+
+
+def moving(advance: Advance, settings: Any, policy_of: Callable[[Any], Params]) -> Advance:
+    """``advance``, before which the ``reference`` of the state moves if enough steps were taken;
+    unchanged if the section says that it stays.
+
+    Args:
+        policy_of: the policy's parameters in a state.
+    """
+    if not moves(settings):
+        return advance
+    every = settings.reference_refresh or 1
+    share = 1.0 if settings.reference_ema is None else settings.reference_ema
+
+    def toward(policy: jax.Array, reference: jax.Array) -> jax.Array:
+        # Exact for a share of 1, and for two equal weights.
+        return policy if share == 1.0 else reference + share * (policy - reference)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def moved(reference: Params, policy: Params) -> Params:
+        return jax.tree.map(toward, jax.tree.map(jnp.copy, policy), reference)
+
+    def advance_moved(state: Any, step: int) -> tuple[Any, Metrics]:
+        if step and step % every == 0:
+            state = replace(state, reference=moved(state.reference, policy_of(state)))
+        return advance(state, step)
+
+    return advance_moved

@@ -1,0 +1,113 @@
+"""``rl.rollouts_ahead`` with the run's own sampler: who samples, resume, what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from builders import goes_on_alike, metric_rows, save_base, with_rl
+from numpy.testing import assert_array_equal
+
+from rlhf_jax import ppo, training, vpg
+from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import initial
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+
+@pytest.fixture
+def short(config):
+    return with_rl(config, num_iterations=3, validation_interval=2, kl_target=None)
+
+
+def tokens(config, name, rates, **rl):
+    """The tokens of a run's rollouts; ``rates``: the learning rate of each update."""
+    drawn = []
+
+    def observe(step, state, metrics, rollout):
+        drawn.append(np.asarray(rollout.tokens))
+
+    config = dataclasses.replace(with_rl(config, **rl), output_dir=f"{config.output_dir}-{name}")
+    optimizer = optax.sgd(jnp.asarray(rates).__getitem__)
+    training.rl.run(config, vpg, vpg.Config(), optimizer=optimizer, on_step=observe)
+    return drawn
+
+
+def test_a_rollout_comes_from_the_policy_before_the_last_update(short):
+    """All updates change the weights, or none, or the first alone."""
+    how = {"rollouts_ahead": 1, "engine_importance": "off"}
+    ahead = tokens(short, "ahead", [3.0, 3.0, 3.0], **how)
+    first = tokens(short, "first", [0.0, 0.0, 0.0])
+    second = tokens(short, "second", [3.0, 0.0, 0.0])
+    assert_array_equal(ahead[0], first[0])
+    assert_array_equal(ahead[1], first[1])
+    assert_array_equal(ahead[2], second[2])
+    assert np.any(ahead[2] != first[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=2)])
+def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
+    base = str(save_base(tmp_path / "base", data))
+    config = dataclasses.replace(with_rl(short, rollouts_ahead=1), model=base, lora=lora)
+
+    def run(config):
+        return training.rl.run(config, ppo)
+
+    result = run(config)
+    rows = metric_rows(result.folder)[1:]
+    assert rows[0]["policy/update_gap"] < 1e-4
+    assert rows[-1]["policy/update_gap"] > 1e-4
+    assert all("policy/importance_limited" in row for row in rows)
+    goes_on_alike(run, config, result, 3)
+
+
+def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
+    """Two devices learn, two sample: the same tokens and, up to rounding, metrics."""
+    base = str(save_base(tmp_path / "base", data))
+    config = dataclasses.replace(with_rl(short, rollouts_ahead=1), model=base, lora=LoRA(rank=2))
+    drawn = {}
+
+    def run(config):
+        rows = drawn.setdefault(config.mesh.sampling, [])
+
+        def observe(step, state, metrics, rollout):
+            assert len(rollout.tokens.sharding.device_set) == 4 - config.mesh.sampling
+            rows.append(np.asarray(rollout.tokens))
+
+        return training.rl.run(config, ppo, on_step=observe)
+
+    whole = run(dataclasses.replace(config, output_dir=f"{config.output_dir}-whole"))
+    apart = dataclasses.replace(config, mesh=Mesh(sampling=2))
+    meshes = (initial.mesh_of(apart), initial.sampling_mesh(apart))
+    devices = [device for mesh in meshes for device in mesh.devices.flat]
+    assert devices == jax.devices()
+    result = run(apart)
+    assert_array_equal(np.stack(drawn[2]), np.stack(drawn[0]))
+    for row, expected in zip(metric_rows(result.folder), metric_rows(whole.folder), strict=True):
+        assert row == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    first, *_, last = metric_rows(whole.folder)[1:]
+    assert first["policy/update_gap"] < 1e-4 < last["policy/update_gap"]
+    assert "policy/importance_limited" in last
+
+
+def test_what_does_not_go_together(short, monkeypatch):
+    with pytest.raises(ValueError, match="rollouts_ahead, dynamic_sampling"):
+        RLStage(rollouts_ahead=1, dynamic_sampling=1)
+    with pytest.raises(ValueError, match="rollouts_ahead"):
+        RLStage(rollouts_ahead=2)
+    with pytest.raises(ValueError, match="mesh\\.sampling: devices that sample alone need"):
+        dataclasses.replace(short, mesh=Mesh(sampling=2))
+    ahead = with_rl(short, rollouts_ahead=1)
+    with pytest.raises(ValueError, match="mesh\\.sampling: devices that sample alone need"):
+        dataclasses.replace(ahead, mesh=Mesh(sampling=2), compute=Compute(blocks=4))
+    with pytest.raises(ValueError, match=r"mesh\.sampling, rl\.engine: either samples"):
+        dataclasses.replace(with_rl(ahead, engine="stored:x"), mesh=Mesh(sampling=2))
+    with pytest.raises(UserError, match=r"does not fit 0 devices"):
+        training.rl.run(dataclasses.replace(ahead, mesh=Mesh(sampling=4)), ppo)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"rl\.rollouts_ahead: several processes"):
+        training.rl.run(with_rl(short, rollouts_ahead=1), ppo)

@@ -1,0 +1,186 @@
+"""Divergences of a student from a teacher, and the policy function that computes them in chunks."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import CONFIG, tiny
+from numpy.testing import assert_allclose
+from programs import array_sizes
+from tabular import numbers, policy_params, rollout, taught, teacher_params
+
+from rlhf_jax import distill, losses, models, ops
+from rlhf_jax.models import heads
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(scale=2.0, size=(3, 4, 7)).astype(np.float32)
+THEIRS = RNG.normal(scale=2.0, size=(3, 4, 7)).astype(np.float32)
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divergence_is_zero_between_equals_and_flat_there(kind):
+    def total(logits, teacher):
+        return jnp.sum(losses.divergence(logits, teacher, kind))
+
+    shifted = LOGITS + 3.0  # the same distributions
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(LOGITS), shifted)
+    assert_allclose(value, 0.0, atol=1e-5)
+    assert_allclose(gradient, 0.0, atol=1e-6)
+    assert losses.divergence(LOGITS, THEIRS, kind).min() > 0.01
+    of_teacher = jax.grad(total, argnums=1)(jnp.asarray(LOGITS), jnp.asarray(THEIRS))
+    assert not np.asarray(of_teacher).any()
+
+
+def test_the_jensen_shannon_divergence_lies_between_the_two():
+    ours = partial(losses.divergence, LOGITS, THEIRS)
+    swapped = partial(losses.divergence, THEIRS, LOGITS)
+    assert_allclose(ours("jsd", 0.5), swapped("jsd", 0.5), rtol=1e-5)
+    assert_allclose(ours("jsd", 0.3), swapped("jsd", 0.7), rtol=1e-5)
+    assert_allclose(ours("reverse_kl"), swapped("forward_kl"), rtol=1e-5)
+    assert np.max(ours("jsd", 0.5)) <= math.log(2.0)
+    assert_allclose(ours("jsd", 1e-3) / 1e-3, ours("forward_kl"), rtol=0.05)
+    assert_allclose(ours("jsd", 1.0 - 1e-3) / 1e-3, ours("reverse_kl"), rtol=0.05)
+
+
+@pytest.mark.parametrize("how", [{"kind": "kl"}, {"beta": 0.0}, {"beta": 1.0}])
+def test_what_is_no_divergence(how):
+    with pytest.raises(ValueError, match=r"kind must be one of|beta must be"):
+        losses.divergence(LOGITS, THEIRS, **{"kind": "jsd", **how})
+    with pytest.raises(AssertionError):
+        losses.divergence(LOGITS, THEIRS[..., :5])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(kind):
+    """Not even with the samples' form, whose advantages are then 0."""
+    config = distill.Config(divergence=kind)
+    batch = rollout(0, [4, 1, 0, 3]).replace(rewards=None, scores=None, advantages=None)
+    prepared = distill.prepare(batch, config=config)
+
+    def loss(params):
+        return numbers(distill.loss)(
+            params, prepared, None, policy_fn=taught(config), config=config
+        )
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(teacher_params())
+    assert_allclose([value, metrics["distill/divergence"]], 0.0, atol=1e-6)
+    assert_allclose(gradient["logits"], 0.0, atol=1e-6)
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(policy_params(0))
+    assert metrics["distill/divergence"] > 0.1
+    assert np.abs(gradient["logits"]).max() > 1e-3
+
+
+def test_a_policy_without_a_teacher_is_refused():
+    batch = distill.prepare(rollout(0, [4, 1]), config=distill.Config())
+    alone = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
+    with pytest.raises(ValueError, match=r"a policy_fn with a teacher.*models\.Teacher"):
+        distill.loss(policy_params(0), batch, None, policy_fn=alone, config=distill.Config())
+
+
+TOKENS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (3, 9))
+MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 1, 1, 1, 1, 1, 0, 0, 0]])
+
+
+def with_teacher(prompt_length=0, **changes):
+    """A policy of two layers and a teacher of one, with their parameters."""
+    model, params = tiny()
+    own, theirs = tiny(replace(CONFIG, num_layers=1, **changes))
+    measure = distill.Config(divergence="jsd", beta=0.3).measure
+    policy = models.policy_fn(model, 0.7, prompt_length, teacher=models.Teacher(own, measure))
+    return model, policy, params, own, jax.tree.map(lambda x: 3.0 * x, theirs)
+
+
+def value_and_gradient(function, params):
+    """The outputs, and the gradient of a sum of them with random weights."""
+    weights = np.random.default_rng(2).standard_normal((2, 3, 9)).astype(np.float32)
+
+    def loss(params):
+        outputs = function(params)
+        return sum(jnp.sum(w * x) for w, x in zip(weights, outputs, strict=True)), outputs
+
+    (_, outputs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return outputs, jax.tree.leaves(gradient)
+
+
+@pytest.mark.parametrize(("columns_per_chunk", "prompt_length"), [(None, 0), (2, 4)])
+def test_chunks_equal_full_logits(monkeypatch, columns_per_chunk, prompt_length):
+    """Values and gradient; the parameters of the teacher are an argument."""
+    if columns_per_chunk is not None:
+        monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns_per_chunk * CONFIG.vocab_size)
+    model, policy, params, own, theirs = with_teacher(prompt_length)
+    first = max(prompt_length, 1)
+
+    def chunked(params):
+        output = policy(params, TOKENS, MASK, None, theirs)
+        return output.teacher_log_probs, output.divergence
+
+    def full(params):
+        logits = model.apply(params, TOKENS, MASK) / 0.7
+        teacher = own.apply(theirs, TOKENS, MASK) / 0.7
+        apart = losses.divergence(logits, teacher, "jsd", 0.3)[:, :-1]
+        both = ops.token_log_probs(teacher, TOKENS), jnp.pad(apart, ((0, 0), (1, 0)))
+        return tuple(x.at[:, :first].set(0.0) for x in both)
+
+    outputs, gradient = value_and_gradient(chunked, params)
+    expected, expected_gradient = value_and_gradient(full, params)
+    for got, want in zip((*outputs, *gradient), (*expected, *expected_gradient), strict=True):
+        assert_allclose(got, want, atol=1e-5)
+    assert min(np.abs(x).max() for x in outputs) > 0.01
+    assert max(np.abs(x).max() for x in gradient) > 1e-3
+
+
+def test_without_its_parameters_the_teacher_is_not_called():
+    model, policy, params, *_ = with_teacher()
+    output = policy(params, TOKENS, MASK, None)
+    plain = models.policy_fn(model, 0.7)(params, TOKENS, MASK, None)
+    assert output.divergence is None
+    assert output.teacher_log_probs is None
+    assert_allclose(output.log_probs, plain.log_probs)
+
+
+def test_of_a_padded_vocabulary_the_shared_tokens_are_compared():
+    model, policy, params, own, theirs = with_teacher(vocab_size=CONFIG.vocab_size + 3)
+    output = policy(params, TOKENS, MASK, None, theirs)
+    teacher = own.apply(theirs, TOKENS, MASK)[..., : CONFIG.vocab_size] / 0.7
+    student = model.apply(params, TOKENS, MASK) / 0.7
+    expected = losses.divergence(student, teacher, "jsd", 0.3)
+    assert_allclose(output.divergence[:, 1:], expected[:, :-1], atol=1e-5)
+    assert_allclose(output.teacher_log_probs, ops.token_log_probs(teacher, TOKENS), atol=1e-5)
+
+
+def test_no_array_of_all_logits_is_built():
+    """Four chunks of 32 columns, forwards and backwards."""
+    model = models.build(replace(CONFIG, vocab_size=2**15, max_length=128))
+    policy = models.policy_fn(model, teacher=models.Teacher(model, distill.Config().measure))
+
+    def loss(params, teacher, tokens):
+        return jnp.sum(policy(params, tokens, tokens, None, teacher).divergence)
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(loss))(params, params, tokens)
+    assert max(array_sizes(program.jaxpr)) == 2 * 32 * 2**15
+
+
+@pytest.mark.soak  # needs TRL 1.16, which CI does not install
+@pytest.mark.parametrize(
+    ("kind", "beta", "theirs"),
+    [("forward_kl", 0.5, 0.0), ("reverse_kl", 0.5, 1.0), ("jsd", 0.3, 0.3), ("jsd", 0.5, 0.5)],
+)
+def test_the_divergences_are_trls(kind, beta, theirs):
+    """At its betas 0 and 1 TRL's function is the KL itself."""
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+
+    mask = np.array([[1, 1, 0, 1]] * 3)
+    labels = torch.tensor(np.where(mask, 5, -100))
+    given = [torch.tensor(x) for x in (LOGITS, THEIRS)]
+    expected = GKDTrainer.generalized_jsd_loss(*given, labels=labels, beta=theirs, temperature=0.7)
+    ours = losses.divergence(LOGITS / 0.7, THEIRS / 0.7, kind, beta)
+    mean = losses.aggregate(ours, mask)
+    assert_allclose(mean.value, expected.numpy(), rtol=1e-5)

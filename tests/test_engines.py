@@ -1,0 +1,545 @@
+"""Runs whose samples come from a server: vLLM's protocol, weights by LoRA and by folders, fixed
+weights, samples that are kept, servers that misbehave.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from builders import metric_rows, slow, with_rl
+from numpy.testing import assert_array_equal
+from servers import VLLM
+
+from rlhf_jax import grpo, models, ppo, training
+from rlhf_jax.config import (
+    EngineServer,
+    LoRA,
+    Optimizer,
+    RLStage,
+    RunConfig,
+    Text,
+    check_trusted,
+)
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import ServiceError, UserError
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.rewards import service
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training import steps, verify
+from rlhf_jax.training.ahead import Ahead
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+TOKENIZER = characters("abcdefgh say")
+FAST = Optimizer(learning_rate=0.05, schedule="constant")
+GROUPS = grpo.Config(group_size=4)
+LORA = LoRA(rank=2)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A folder of a model with random weights."""
+    folder = tmp_path_factory.mktemp("policy")
+    size = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 40}
+    network = models.GPT2Config(vocab_size=TOKENIZER.vocab_size, **size, initializer_range=0.3)
+    model = models.build(network)
+    how = SamplingConfig(8, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
+    language_model = LanguageModel(model, model.init(jax.random.key(7)), TOKENIZER)
+    language_model.save(folder, template="{prompt}", config=how)
+    return folder
+
+
+@pytest.fixture
+def server(policy, monkeypatch):
+    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    started = VLLM(policy)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def config(policy, server, tmp_path):
+    rows = [{"prompt": f"say {letter}"} for letter in "abcdefgh"]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    stage = RLStage(
+        num_iterations=4,
+        batch_size=8,
+        max_new_tokens=6,
+        validation_fraction=0.25,
+        validation_interval=2,
+        optimizer=FAST,
+        engine=f"vllm:{server.url}",
+    )
+    return RunConfig(
+        data=(str(tmp_path / "prompts.json"),),
+        model=str(policy),
+        output_dir=str(tmp_path / "run"),
+        checkpoint_interval=1,
+        keep_last=9,
+        text=Text(bucket_multiple=8),
+        reward=("count:a",),
+        lora=LORA,
+        rl=stage,
+        engine=EngineServer(retries=1, timeout=20.0),
+    )
+
+
+def run(config, algorithm=grpo, **given):
+    settings = {ppo: ppo.Config(num_epochs=1), grpo: GROUPS}[algorithm]
+    return training.rl.run(config, algorithm, settings, **given).folder
+
+
+def kinds(server):
+    return [kind for kind, _ in server.commands]
+
+
+def asked(server):
+    """The bodies of requests for samples."""
+    return [body for body in server.asked if body and {"n", "sampling_params"} & body.keys()]
+
+
+def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server):
+    folder = run(config)
+    rows = metric_rows(folder)[1:]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["policy/sampler_gap"] < 1e-4
+        assert row["policy/sampler_gap_mean"] <= row["policy/sampler_gap"]
+        assert row["policy/importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
+        assert row["policy/importance_limited"] == 0.0
+    # Five policies: the first, and that of each step; each is loaded once and unloaded.
+    assert kinds(server) == ["load"] + ["load", "unload"] * 4 + ["unload"]
+    assert not server.adapters
+    training_asked = [body for body in asked(server) if body["n"] == GROUPS.group_size]
+    assert len(training_asked) == 4 * 2  # one request for each group
+    body = training_asked[0]
+    assert body["max_tokens"] == 6
+    assert body["top_k"] == -1
+    assert body["stop_token_ids"] == [TOKENIZER.eos_id]
+    assert len({body["seed"] for body in training_asked}) == 8
+    kept = sorted(file.name for file in (folder / "engine").iterdir())
+    assert [name.partition("-")[0] for name in kept] == ["0", "1", "2", "3", "4"]
+    left = {path.name for path in folder.iterdir() if path.name.endswith(".unfinished")}
+    assert left == set()
+
+
+@pytest.mark.parametrize("value", ["shared", slow("separate")])
+def test_full_weights_are_read_again_and_have_a_version(config, server, value):
+    """Of PPO, whose value function stays here."""
+    full = dataclasses.replace(config, lora=LoRA())
+    settings = training.critic.settings(ppo.Config(num_epochs=1))
+    settings = dataclasses.replace(settings, value=value, num_epochs=1)
+    folder = training.rl.run(full, ppo, settings).folder
+    for row in metric_rows(folder)[1:]:
+        assert row["policy/sampler_gap"] < 1e-4
+    assert kinds(server) == ["reload", "reset"] * 5
+    assert server.version.startswith("rlhf-jax-")
+    _, trained = models.load(folder / "model")
+    jax.tree.map(assert_array_equal, trained, server.policy.params)
+
+
+def test_it_learns_as_with_our_own_sampler(config, server):
+    """The mean score of eight iterations, after as many; the samples differ."""
+    longer = with_rl(config, num_iterations=16, validation_interval=100)
+    scores = {}
+    for engine in (longer.rl.engine, None):
+        place = f"{config.output_dir}_{engine is None}"
+        rows = metric_rows(
+            run(dataclasses.replace(with_rl(longer, engine=engine), output_dir=place))
+        )
+        scored = [row["objective/score"] for row in rows[1:]]
+        scores[engine] = np.mean(scored[:3]), np.mean(scored[8:])
+    for first, last in scores.values():
+        assert last > first + 1.0
+    assert scores[None][1] == pytest.approx(scores[longer.rl.engine][1], abs=1.5)
+
+
+REPLIES = """
+def reply(conversation, row):
+    turns = sum(message["role"] == "assistant" for message in conversation)
+    return ("ab", 1.0) if turns < 2 else None
+"""
+
+
+def with_turns(config, tmp_path):
+    """Of conversations with an environment."""
+    (tmp_path / "talk.py").write_text(REPLIES)
+    return with_rl(config, environment=f"{tmp_path / 'talk.py'}:reply", max_new_tokens=8)
+
+
+@pytest.mark.parametrize("kind", ["grpo", slow("ppo"), slow("turns")])
+def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tmp_path, kind):
+    algorithm = ppo if kind == "ppo" else grpo
+    if kind == "turns":
+        config = with_turns(config, tmp_path)
+    fixed = with_rl(config, engine=f"openai:{server.url}/v1", engine_cap=1.5)
+    folder = run(fixed, algorithm)
+    rows = metric_rows(folder)[1:]
+    assert rows[0]["policy/sampler_gap"] < 1e-4
+    assert rows[-1]["policy/sampler_gap"] > 0.01
+    assert max(row["policy/importance_limited"] for row in rows) > 0
+    assert server.commands == []
+    assert {body["model"] for body in asked(server)} == {server.name}
+    count = len(server.asked)
+    stored = with_rl(fixed, engine=f"stored:{folder / 'engine'}")
+    again = run(dataclasses.replace(stored, output_dir=f"{config.output_dir}_again"), algorithm)
+    assert rows_of(again) == rows_of(folder)
+    assert len(server.asked) == count
+
+
+@pytest.mark.parametrize("how", ["off", "token_mask", "sequence_truncate"])
+def test_the_kinds_of_correction(config, server, how):
+    fixed = with_rl(config, engine=f"openai:{server.url}", engine_cap=1.01, engine_importance=how)
+    row = metric_rows(run(fixed))[-1]
+    if how == "off":
+        assert "policy/importance_weight_mean" not in row
+        assert "policy/importance_limited" not in row
+        return
+    assert 0 < row["policy/importance_limited"] <= 1
+    assert row["policy/importance_weight_mean"] <= 1.01
+
+
+def test_a_server_of_other_weights_is_refused(config, server, policy):
+    params = jax.tree.map(lambda x: x * 3.0, server.policy.params)
+    server.policy = server.policy._replace(params=params)
+    with pytest.raises(ServiceError, match=r"differ from the policy's by .* nats in the mean"):
+        run(with_rl(config, engine=f"openai:{server.url}"))
+    assert not any(Path(config.output_dir).glob("model"))
+    # Samples of a truncated distribution have other log-probabilities.
+    truncated = with_rl(
+        config, engine=f"openai:{server.url}", top_k=3, allow_truncated_sampling=True
+    )
+    assert run(dataclasses.replace(truncated, overwrite=True))
+    assert asked(server)[-1]["top_k"] == 3
+
+
+# --- Samples that were kept
+
+
+def rows_of(folder):
+    return [(folder / name).read_text("utf-8") for name in ("metrics.jsonl", "samples.jsonl")]
+
+
+def test_a_server_that_dies_costs_nothing_and_no_sample_is_asked_for_twice(config, server):
+    straight = rows_of(run(dataclasses.replace(config, output_dir=f"{config.output_dir}_straight")))
+    number = len(asked(server))
+    dies_after = [number + 6]
+
+    def dead(path, body, reply):
+        return (503, b"gone") if len(asked(server)) > dies_after[0] else reply
+
+    server.spoil = dead
+    with pytest.raises(ServiceError, match=r"503(.|\n)*Step [123] of 4 is saved(.|\n)*--resume"):
+        run(config)
+    folder = Path(config.output_dir)
+    newest = max(map(int, (path.name for path in (folder / "checkpoints").iterdir())))
+    shutil.rmtree(folder / "checkpoints" / str(newest))  # as a kill before it was written
+    server.spoil = lambda path, body, reply: reply
+    before = {json.dumps(body.get("prompt")) + str(body["seed"]) for body in asked(server)[number:]}
+    count = len(asked(server))
+    run(dataclasses.replace(config, resume=True))
+    assert rows_of(folder) == straight
+    again = [json.dumps(body["prompt"]) + str(body["seed"]) for body in asked(server)[count:]]
+    assert len(again) < len(asked(server)[number:count])
+    assert before
+
+
+def test_a_run_is_repeated_without_its_server(config, server, monkeypatch):
+    folder = run(config)
+    server.stop()
+    monkeypatch.chdir(folder.parent)
+    for from_scratch in (False, True):
+        audit = verify.verify(folder, from_scratch=from_scratch)
+        assert audit.differences == []
+    file = next((folder / "engine").glob("3-*"))
+    line, *rest = file.read_text("utf-8").splitlines()
+    kept = json.loads(line)
+    kept["reply"] = kept["reply"].replace("true", "false", 1)
+    samples = json.loads(kept["reply"])
+    samples[0][1][0] -= 1.0
+    kept["reply"] = json.dumps(samples)
+    file.write_text("\n".join([json.dumps(kept), *rest]), "utf-8")
+    audit = verify.verify(folder, from_scratch=True)
+    assert audit.differences
+    file.unlink()
+    with pytest.raises(ServiceError, match=r"no samples were kept of the prompt"):
+        verify.verify(folder, from_scratch=True)
+
+
+def test_samples_of_other_weights_are_not_taken(config, server):
+    """A run that goes on with another learning rate has other weights after as many steps."""
+    folder = run(config)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    shutil.rmtree(folder / "checkpoints" / "3")
+    (before,) = (folder / "engine").glob("4-*")
+    slower = with_rl(config, optimizer=Optimizer(learning_rate=0.01, schedule="constant"))
+    count = len(asked(server))
+    run(dataclasses.replace(slower, resume=True, allow_changed=("rl.optimizer.learning_rate",)))
+    (after,) = (folder / "engine").glob("4-*")
+    assert after.name != before.name
+    assert len(asked(server)) > count
+
+
+# --- One iteration ahead
+
+
+def test_an_engine_samples_the_next_rollout_while_the_devices_learn(config, server, monkeypatch):
+    """An update that waits until the server was asked for the next rollout."""
+    ahead = with_rl(config, rollouts_ahead=1, validation_interval=99)
+    of_a_rollout = ahead.rl.batch_size // GROUPS.group_size
+    versions = []
+
+    def learner(*args):
+        learn = make_learner(*args)
+
+        def learn_later(state, rollout, key):
+            number = len(versions) + 1
+            versions.append(int(state.behind.step))
+            expected = min(number + 1, ahead.rl.num_iterations) * of_a_rollout
+            deadline = time.monotonic() + 20.0
+            while len(rollouts_asked(server)) < expected:
+                assert time.monotonic() < deadline, f"step {number}: nothing is sampled meanwhile"
+                time.sleep(0.005)
+            return learn(state, rollout, key)
+
+        return learn_later
+
+    make_learner = steps.learner
+    monkeypatch.setattr(steps, "learner", learner)
+    folder = run(ahead)
+    assert versions == [0, 0, 1, 2]
+    models_asked = [body["model"] for body in rollouts_asked(server)][::of_a_rollout]
+    assert models_asked[0] == models_asked[1]  # the first policy samples two rollouts
+    assert len(set(models_asked)) == 3
+    rows = metric_rows(folder)[1:]
+    assert rows[0]["policy/update_gap"] < 1e-4
+    assert rows[1]["policy/update_gap"] > 1e-3
+    assert rows[1]["policy/importance_limited"] >= 0.0
+    assert all("policy/sampler_gap" not in row for row in rows)
+
+
+def rollouts_asked(server):
+    """Without those of validations, of one response to each prompt."""
+    return [body for body in asked(server) if body["n"] == GROUPS.group_size]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "turns"])
+def test_a_rollout_does_not_depend_on_when_it_was_sampled(
+    config, server, tmp_path, kind, monkeypatch
+):
+    """Ahead in a thread, in its own step, and after a kill: the same rows."""
+    ahead = with_rl(config, rollouts_ahead=1)
+    if kind == "turns":
+        ahead = with_turns(ahead, tmp_path)
+    straight = run(ahead)
+    again = dataclasses.replace(ahead, output_dir=f"{config.output_dir}_again")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.rl, "Ahead", lambda sample, thread: Ahead(sample, None))
+        assert rows_of(run(again)) == rows_of(straight)
+    shutil.rmtree(straight / "checkpoints" / "4")
+    shutil.rmtree(straight / "checkpoints" / "3")
+    shutil.rmtree(straight / "engine")
+    assert rows_of(run(dataclasses.replace(ahead, resume=True))) == rows_of(Path(again.output_dir))
+
+
+def test_a_server_that_dies_while_the_devices_learn(config, server):
+    ahead = with_rl(config, rollouts_ahead=1)
+    straight = rows_of(run(dataclasses.replace(ahead, output_dir=f"{config.output_dir}_straight")))
+    dies_after = len(asked(server)) + 6
+    server.spoil = lambda path, body, reply: (
+        (503, b"gone") if len(asked(server)) > dies_after else reply
+    )
+    with pytest.raises(ServiceError, match=r"503(.|\n)*Step [0123] of 4 is saved(.|\n)*--resume"):
+        run(ahead)
+    server.spoil = lambda path, body, reply: reply
+    assert rows_of(run(dataclasses.replace(ahead, resume=True))) == straight
+
+
+# --- What goes wrong
+
+
+def spoiled(change):
+    """A server that changes the first choice of each reply with samples."""
+
+    def spoil(path, body, reply):
+        if not (isinstance(reply, dict) and "choices" in reply):
+            return reply
+        change(reply, reply["choices"][0])
+        return reply
+
+    return spoil
+
+
+def shorter(reply, choice):
+    choice["token_ids"] = [2, 3]
+    choice["logprobs"]["token_logprobs"] = [-1.0, -1.0]
+    choice["finish_reason"] = "length"
+
+
+WRONG = {
+    "fewer samples": (lambda reply, choice: reply["choices"].pop(), "responses to a prompt, "),
+    "no samples": (lambda reply, choice: reply.pop("choices"), 'expected {"choices": '),
+    "a sample twice": (lambda reply, choice: choice.update(index=1), "its choices have the numb"),
+    "other weights": (lambda reply, choice: reply.update(model="other"), "of the weights 'other'"),
+    "another prompt": (
+        lambda reply, choice: choice.update(prompt_token_ids=[1, 2]),
+        "it read other token ids than the prompt's; got \\[1, 2\\]",
+    ),
+    "no ids": (
+        lambda reply, choice: (choice.pop("token_ids"), choice["logprobs"].pop("tokens")),
+        "it returned no token ids",
+    ),
+    "no log-probs": (lambda reply, choice: choice.pop("logprobs"), "it returned no log-probabil"),
+    "too few log-probs": (
+        lambda reply, choice: choice["logprobs"]["token_logprobs"].pop(),
+        r"row 0: \d log_probs for \d response tokens",
+    ),
+    "null log-probs": (
+        lambda reply, choice: choice["logprobs"].update(token_logprobs=None),
+        r"row 0: 1 log_probs for \d response tokens",
+    ),
+    "a positive log-prob": (
+        lambda reply, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 0.5),
+        "must be finite and at most 0: 0.5",
+    ),
+    "an id outside": (
+        lambda reply, choice: choice["token_ids"].__setitem__(0, 999),
+        "token id 999 is outside the vocabulary",
+    ),
+    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "must be a list of token ids"),
+    "too many": (
+        lambda reply, choice: choice["token_ids"].extend([2] * 9),
+        "tokens, at most 6 were asked for",
+    ),
+    "cut": (shorter, "was cut at 2 of 6 tokens: .*--max-model-len"),
+    "another end": (
+        lambda reply, choice: choice.update(
+            token_ids=[2, 3], finish_reason="stop", logprobs={"token_logprobs": [-1.0, -1.0]}
+        ),
+        "ended with the token 3, which is no end token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_reply_that_is_not_what_was_asked_for_ends_the_run(config, server, name):
+    change, message = WRONG[name]
+    config = with_rl(config, validation_fraction=0.0)
+    server.spoil = spoiled(change)
+    with pytest.raises(ServiceError, match=message) as caught:
+        run(config)
+    assert str(caught.value).startswith(server.url)
+    folder = Path(config.output_dir)
+    assert "Step 0 of 4 is saved" in str(caught.value)
+    assert not server.adapters
+    server.spoil = lambda path, body, reply: reply
+    run(dataclasses.replace(config, resume=True))  # what was wrong was not kept
+    assert len(metric_rows(folder)) == 5
+
+
+def test_log_probs_of_tokens_named_by_their_ids_will_do(config, server):
+    server.spoil = spoiled(lambda reply, choice: choice.pop("token_ids"))
+    assert metric_rows(run(config))[-1]["policy/sampler_gap"] < 1e-4
+
+
+def test_a_reload_that_did_not_happen_is_found(config, server):
+    """By the version of the samples."""
+    server.spoil = lambda path, body, reply: b"" if path == "/update_weight_version" else reply
+    with pytest.raises(ServiceError, match="of the weights 'default' in place of 'rlhf-jax-"):
+        run(dataclasses.replace(config, lora=LoRA()))
+
+
+def test_weights_that_stay_old_are_found_by_their_distance(config, server):
+    """Before they are far from the policy's."""
+    server.spoil = lambda path, body, reply: b"" if path == "/collective_rpc" else reply
+    stale = with_rl(config, num_iterations=30, optimizer=Optimizer(learning_rate=0.0003))
+    with pytest.raises(ServiceError, match=r"by 0\.0[2-9]\d* nats in the mean, after .*e-0"):
+        run(dataclasses.replace(stale, lora=LoRA()))
+
+
+def test_an_adapter_whose_reply_was_lost_is_loaded(config, server):
+    def lost(path, body, reply):
+        is_first = kinds(server).count("load") == 1
+        if path == "/v1/load_lora_adapter" and reply is not None and is_first:
+            server.commands.append(("load", "lost"))
+            return 400, b"has already been loaded"
+        return reply
+
+    server.spoil = lost
+    assert len(metric_rows(run(config))) == 5
+
+
+def test_what_the_server_must_be_started_with_is_said(config, server):
+    server.spoil = lambda path, body, reply: (404, b"Not Found") if "lora" in path else reply
+    with pytest.raises(ServiceError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        run(config)
+    server.spoil = lambda path, body, reply: (404, b"Not Found") if "rpc" in path else reply
+    with pytest.raises(ServiceError, match="VLLM_SERVER_DEV_MODE"):
+        run(dataclasses.replace(config, lora=LoRA(), overwrite=True))
+    server.spoil = lambda path, body, reply: (403, b"closed") if "generate" in path else reply
+    with pytest.raises(ServiceError, match=r"HTTP 403.*--enable-scale-out"):
+        run(dataclasses.replace(config, lora=LoRA(), overwrite=True))
+
+
+def test_the_key_is_sent_and_written_nowhere(config, server, monkeypatch):
+    monkeypatch.setenv("ENGINE_API_KEY", "sk-secret-4712")
+    folder = run(config)
+    assert set(server.keys) == {"Bearer sk-secret-4712"}
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"sk-secret-4712" not in file.read_bytes()
+
+
+def test_no_more_requests_at_once_than_allowed(config, server):
+    run(dataclasses.replace(config, engine=EngineServer(concurrency=1)))
+    assert server.most_at_once == 1
+
+
+# --- Conversations, settings
+
+
+def test_conversations_go_through_the_engine(config, server, tmp_path):
+    row = metric_rows(run(with_turns(config, tmp_path)))[-1]
+    assert row["environment/turns"] > 1
+    assert row["policy/sampler_gap"] < 1e-4
+    rooms = {body["max_tokens"] for body in asked(server)}
+    assert max(rooms) == 8
+    assert min(rooms) < 7  # in the second turn
+    assert 1 in {body["n"] for body in asked(server)}
+
+
+REFUSED = {
+    "http://host": "engine must be vllm:http://HOST:PORT",
+    "vllm": "engine must be vllm:http://HOST:PORT",
+    "vllm:host:8000": "engine must begin with http",
+    "vllm:http://me:word@host": "holds a name or password",
+}
+
+
+@pytest.mark.parametrize("engine", REFUSED)
+def test_a_wrong_engine_is_refused_at_once(engine):
+    with pytest.raises(ValueError, match=REFUSED[engine]):
+        RLStage(engine=engine)
+
+
+def test_a_kind_that_is_not_there_and_a_model_that_is_not_served(config, server):
+    with pytest.raises(UserError, match=r"there is openai, stored, vllm, and no vlm; did you mean"):
+        run(with_rl(config, engine=f"vlm:{server.url}"))
+    with pytest.raises(UserError, match=r"it serves no model x, but "):
+        run(dataclasses.replace(config, engine=EngineServer(model="x")))
+    with pytest.raises(UserError, match=r"stored:nowhere: no such folder"):
+        run(with_rl(config, engine="stored:nowhere"))
+    assert not Path(config.output_dir).exists() or not any(
+        path.suffix == ".yaml" for path in Path(config.output_dir).iterdir()
+    )
+
+
+def test_somebody_elses_config_does_not_name_a_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    given = {"rl.engine": ("vllm:http://their.host", f"{tmp_path}/config.yaml, line 3")}
+    with pytest.raises(UserError, match=r"rl.engine vllm:http://their.host gets the texts"):
+        check_trusted(given)

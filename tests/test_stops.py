@@ -1,0 +1,187 @@
+"""``rl.stop``: a response ends where its text has a stop string, for all that reads it."""
+
+import json
+from dataclasses import replace
+
+import asked_runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from builders import json_lines, letters_run, metric_rows, run_vpg, with_rl
+from numpy.testing import assert_array_equal
+
+from rlhf_jax import rewards
+from rlhf_jax.config import RLStage
+from rlhf_jax.data import stops, tokenizers
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator
+from rlhf_jax.inference import asking
+from rlhf_jax.training import phases, rl
+from rlhf_jax.types import Rollout
+
+ALPHABET = tokenizers.characters("abcde")
+PAD, EOS, A, B, C, D, E = range(7)
+STOP = ("ya", "s", "oo")
+NEW = 8
+REWARD = """
+def size(prompts, responses, **columns):
+    return [float(len(response)) for response in responses]
+"""
+
+
+def a_rollout(*responses, tokenizer=ALPHABET):
+    """Responses of up to five tokens behind a prompt of one, with log-probs of -1, -2, ..."""
+    columns = np.arange(6)
+    lengths = np.array([len(response) for response in responses])
+    tokens = np.full((len(responses), 6), PAD)
+    for i, response in enumerate(responses):
+        tokens[i, 1 : 1 + len(response)] = response
+    attention_mask = (columns <= lengths[:, None]).astype(np.int32)
+    response_mask = np.where(columns > 0, attention_mask, 0)
+    return Rollout(tokens, attention_mask, response_mask, -response_mask * columns * 1.0)
+
+
+def test_the_cut_by_hand():
+    """After the token that completes the string; a text that is over when it has one counts too."""
+    rollout = a_rollout([A, B, C, D, E], [C, A, EOS], [D, A, B], [A, C, D], [B, B, C, B, C])
+    cut = stops.cut(rollout, ("ab", "bc"), ALPHABET)
+    assert_array_equal(cut.response_mask.sum(axis=1), [2, 3, 3, 3, 3])
+    assert cut.stopped.tolist() == [True, False, True, False, True]
+    assert_array_equal(cut.tokens[0], [PAD, A, B, PAD, PAD, PAD])
+    assert_array_equal(cut.attention_mask[0], [1, 1, 1, 0, 0, 0])
+    assert_array_equal(cut.log_probs[0], [0, -1, -2, 0, 0, 0])
+    kept = cut.response_mask == 1
+    assert_array_equal(cut.tokens[kept], rollout.tokens[kept])
+
+
+def test_a_string_inside_a_token_ends_the_response_with_that_token():
+    tokenizer = tokenizers.train_bpe(["yes no\n\nHuman: hi"] * 20, 300)
+    [ids] = tokenizer.encode_batch(["no\n\nHuman: hi yes"], ["here"])
+    rollout = a_rollout(ids[:5], tokenizer=tokenizer)
+    whole = tokenizer.decode(ids[:5])
+    for stop in ("\nH", "o", whole[-1]):
+        cut = stops.cut(rollout, (stop,), tokenizer)
+        count = int(cut.response_mask.sum())
+        assert stop in tokenizer.decode(ids[:count])
+        assert stop not in tokenizer.decode(ids[: count - 1])
+        assert cut.stopped.tolist() == [True]
+
+
+def test_a_row_that_a_string_ended_is_no_truncated_row():
+    cut = stops.cut(a_rollout([A, B, C], [A, EOS], [A, C, D]), ("b",), ALPHABET)
+    rule = phases.missing_eos(EOS, penalty=5.0, score=None)
+    scored = replace(cut, scores=jnp.ones(3))
+    assert rule(scored).scores.tolist() == [1.0, 1.0, -4.0]
+    assert phases.mask_truncated(EOS)(scored).present.tolist() == [True, True, False]
+    assert rewards.missing_eos(replace(cut, stopped=None), jnp.ones(3), EOS, 5.0)[0] == -4.0
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """(config, the rollout of each step, tokenizer, folder) of a run that stops."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = letters_run(folder)
+    (folder / "size.py").write_text(REWARD)
+    config = replace(config, reward=(f"{folder / 'size.py'}:size",))
+    network = replace(config.network, max_length=24)
+    config = replace(config, network=network)
+    config = with_rl(config, stop=STOP, max_new_tokens=NEW, batch_size=12, missing_eos_score=-9.0)
+    learned = []
+
+    def keep(step, state, row, rollout):
+        learned.append(jax.device_get(rollout))
+
+    result = rl.run(config, on_step=keep)
+    tokenizer = tokenizers.load_tokenizer(str(result.folder / "model"))
+
+    return config, learned, tokenizer, result.folder
+
+
+def num_stops(text):
+    return sum(stop in text for stop in STOP)
+
+
+def test_what_a_run_learns_from_ends_at_the_string(stopped_run):
+    """Scores are lengths of the texts that the reward was given."""
+    _, learned, tokenizer, folder = stopped_run
+    num_stopped = 0
+    for rollout, row in zip(learned, metric_rows(folder)[1:], strict=True):
+        mask = np.asarray(rollout.mask)
+        tokens = np.asarray(rollout.tokens)
+        texts = [tokenizer.decode(tokens[i, mask[i]].tolist()) for i in range(12)]
+        assert rollout.scores.tolist() == [len(text) for text in texts]
+        assert [num_stops(text[:-1]) for text in texts] == [0] * 12
+        is_stopped = np.array([num_stops(text) > 0 for text in texts])
+        assert_array_equal(rollout.stopped, is_stopped)
+        num_stopped += np.sum(is_stopped)
+        assert not np.any(np.asarray(rollout.log_probs)[~mask])
+        assert row["response/length"] == pytest.approx(np.mean(np.sum(mask, axis=1)))
+        ended = is_stopped | np.any(mask & (tokens == tokenizer.eos_id), axis=1)
+        assert row["response/eos_fraction"] == pytest.approx(np.mean(ended))
+        judged = np.where(ended, rollout.scores, -9.0)
+        assert row["objective/reward"] == pytest.approx(np.mean(judged), abs=1e-4)
+    assert 5 < num_stopped < 36
+
+
+def test_samples_of_validations_end_at_the_string(stopped_run):
+    _, _, _, folder = stopped_run
+    samples = json_lines(folder / "samples.jsonl")
+    assert samples
+    assert all(row["score"] == len(row["response"]) for row in samples)
+    assert all(num_stops(row["response"][:-1]) == 0 for row in samples)
+    assert any(num_stops(row["response"]) for row in samples)
+
+
+def test_a_greedy_baseline_ends_at_the_string_too(stopped_run, tmp_path, monkeypatch):
+    config, *_ = stopped_run
+    greedy = []
+    with_greedy = phases.with_greedy
+
+    def watched(rollout, given, **how):
+        greedy.append(given.stopped)
+        return with_greedy(rollout, given, **how)
+
+    monkeypatch.setattr(phases, "with_greedy", watched)
+    vpg = replace(config.vpg, baseline="greedy")
+    config = replace(config, output_dir=str(tmp_path / "greedy"), vpg=vpg)
+    run_vpg(with_rl(config, num_iterations=1, validation_fraction=0.0))
+    assert greedy
+    assert None not in greedy
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="stop: expected texts that are not empty"):
+        RLStage(stop=("a", ""))
+
+
+def test_who_asks_a_run_uses_its_stop_strings(tmp_path):
+    folder = asked_runs.write(tmp_path) / "policy"
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["rl"]["stop"] = ["e", "a"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert asking.open_policy(str(folder), asking.Settings()).stop == ("e", "a")
+    assert asking.open_policy(str(folder), asking.Settings(stop=("b",))).stop == ("b",)
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "ab"}, {"prompt": "cd"}]))
+    asked = {"prompts": (str(tmp_path / "prompts.json"),), "num_samples": 8}
+    evaluate.run(folder, evaluate.Config(**asked, output=str(tmp_path)))
+    responses = [row["response"] for row in json_lines(tmp_path / evaluate.SAMPLES)]
+    assert all(not {"e", "a"} & set(response[:-1]) for response in responses)
+    assert any(response[-1:] in ("e", "a") for response in responses)
+
+
+def test_a_stop_string_ends_each_response_of_a_conversation(tmp_path):
+    folder = asked_runs.write(tmp_path) / "policy" / "model"
+    heard = []
+
+    def environment(conversation, row):
+        heard.append(conversation[-1]["content"])
+        return None if conversation[-1]["content"][-1:] not in ("e", "a") else "b"
+
+    generator = Generator(folder, max_new_tokens=30, environment=environment, stop=["e", "a"])
+    said = generator(["ab", "cd"], num_samples=8)
+    assert all(not {"e", "a"} & set(response[:-1]) for response in heard)
+    turns = [sum(text.count(stop) for stop in "ea") for text in said.texts]
+    assert max(turns) > 1
+    assert len(heard) > len(said.texts)
