@@ -136,6 +136,8 @@ class Rollout(_Rows):
     """P."""
     greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
+    teacher_log_probs: Array | None = None
+    """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
 
@@ -216,8 +218,9 @@ in adjacent rows; 1 if rows are compared with nothing), ``num_epochs``, ``num_mi
 ``num_microbatches``, ``shuffle_blocks`` and ``kl_in_loss`` (whether the loss reads
 ``rollout.ref_log_probs``), ``baseline`` ("greedy": ``prepare`` reads ``rollout.greedy_rewards``)
 and ``needs_teacher`` (whether the loss reads the policy's ``divergence`` from a teacher: the
-settings then have ``teacher``, the folder of a model, and ``measure(logits, teacher_logits)``,
-which is the divergence); ``algorithms.policy.Batching`` has it all."""
+settings then have ``teacher``, the folder of a model, ``teacher_server``, its URL or None, and
+``measure(logits, teacher_logits)``, which is the divergence); ``algorithms.policy.Batching`` has
+it all."""
 
 
 class Algorithm(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from safetensors.numpy import load_file
+from scipy.special import log_softmax
 
 from rlhf_jax import models, sampling
 from rlhf_jax.generator import LanguageModel
@@ -71,6 +72,7 @@ class Server:
 
 SLOTS = 8  # tokens that the server below samples, whatever is asked for: one program
 WIDTH = 24  # of its prompts
+LONGEST = 64  # tokens of a text that it scores
 
 
 class VLLM(Server):
@@ -91,6 +93,7 @@ class VLLM(Server):
         config = sampling.SamplingConfig(
             SLOTS, eos_id=self.policy.tokenizer.eos_ids, pad_id=self.policy.tokenizer.pad_id
         )
+        self._logits = jax.jit(self.policy.model.apply)
         self._program = jax.jit(
             lambda params, tokens, mask, key: sampling.generate(
                 self.policy.model, params, tokens, mask, key, config=config
@@ -136,6 +139,8 @@ class VLLM(Server):
         return {"success": True}
 
     def v1_completions(self, body):
+        if body.get("echo"):
+            return {"model": body["model"], "choices": [self.scored(body["prompt"])]}
         params = self.policy.params
         if body["model"] != self.name:
             params = models.lora.merge(params, self.adapters[body["model"]])
@@ -150,6 +155,18 @@ class VLLM(Server):
             for i, (ids, log_probs, reason) in enumerate(self.sampled(params, body["prompt"], body))
         ]
         return {"model": body["model"], "choices": choices}
+
+    def scored(self, prompt):
+        """A prompt with its log-probabilities, and one more token."""
+        tokens = np.zeros((1, LONGEST), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        logits = np.asarray(self._logits(self.policy.params, tokens, tokens >= 0))[0]
+        log_probs = [None]
+        for i in range(1, len(prompt)):
+            log_probs.append(float(log_softmax(logits[i - 1])[prompt[i]]))
+        texts = [self.policy.tokenizer.backend.decode([x], False) for x in prompt]
+        told = {"tokens": [*texts, "!"], "token_logprobs": [*log_probs, -1.0]}
+        return {"index": 0, "text": "", "logprobs": told, "finish_reason": "length"}
 
     def inference_v1_generate(self, body):
         choices = []

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from builders import goes_on_alike, initial_params, metric_rows, perturbed, save_base, slow, with_rl
 from numpy.testing import assert_allclose
+from servers import VLLM
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import distill
-from rlhf_jax.config import DistillStage, LoRA, Optimizer, Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.config import DistillStage, EngineServer, LoRA, Optimizer, Tokenizer
+from rlhf_jax.errors import ServiceError, UserError
+from rlhf_jax.rewards import service
 from rlhf_jax.training import verify
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -139,3 +141,135 @@ def test_an_environment_pays_and_needs_a_reward_beside_it(short, tmp_path):
     (tmp_path / "talk.py").write_text("def talk(conversation, row):\n    return None\n")
     with pytest.raises(UserError, match="environment pays, so its run has a reward"):
         run(with_rl(short, environment=f"{tmp_path}/talk.py:talk"))
+
+
+# --- A teacher on a server
+
+
+@pytest.fixture
+def server(short, monkeypatch):
+    """The teacher of ``short``."""
+    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    started = VLLM(short.distill.teacher)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def asking(short, server):
+    """Two iterations that ask the server, at the temperature that it has."""
+    config = with_rl(short, num_iterations=2, validation_interval=2, temperature=1.0)
+    config = replace(config, checkpoint_interval=1)
+    config = replace(config, engine=EngineServer(retries=1, timeout=20.0))
+    return with_distill(config, divergence="sampled", teacher=f"openai:{server.url}")
+
+
+def scored_texts(server):
+    return [tuple(body["prompt"]) for body in server.asked if body]
+
+
+def test_a_server_teaches_what_the_folder_of_its_model_does(asking, server, short, tmp_path):
+    asked = run(asking)
+    folder = replace(asking, output_dir=str(tmp_path / "folder"))
+    read = run(with_distill(folder, teacher=short.distill.teacher))
+    for name in ("objective/score", "validation/score", "policy/loss"):
+        assert_allclose(of_steps(asked, name), of_steps(read, name), rtol=1e-3, atol=1e-4)
+    _, ours = models.load(asked.model_folder)
+    _, theirs = models.load(read.model_folder)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-3), ours, theirs)
+    # Of the tokens drawn, and of whole distributions.
+    estimates = of_steps(asked, "distill/divergence")
+    assert_allclose(estimates, of_steps(read, "distill/divergence"), rtol=0.5)
+    assert all(row.get("objective/reward", 0.0) == 0.0 for row in metric_rows(asked.folder))
+    assert not any("reward/equal_share" in row for row in metric_rows(asked.folder))
+
+
+def test_a_server_is_asked_nothing_twice(asking, server, monkeypatch):
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher")
+    result = run(asking)
+    texts = scored_texts(server)
+    assert len(set(texts)) >= len(texts) - 1  # the first one also shows the vocabulary
+    assert set(server.keys) == {"Bearer sk-teacher"}
+    for file in result.folder.rglob("*"):
+        assert not file.is_file() or b"sk-teacher" not in file.read_bytes()
+    asked_before = len(server.asked)
+    audit = verify.verify(result.folder, from_scratch=True, trust_config=True)
+    assert audit.differences == []
+    assert len(server.asked) == asked_before
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_finds_what_a_server_told(asking, server):
+    result = run(asking)
+    before = len(server.asked)
+    goes_on_alike(run, asking, result, 2)
+    more = scored_texts(server)[before:]
+    assert len(set(more)) >= len(more) - 2  # the first text of each start shows the vocabulary
+    asked_before = len(server.asked)
+    assert verify.verify(result.folder, start=1, trust_config=True).differences == []
+    assert len(server.asked) == asked_before
+
+
+def test_a_reward_is_learned_from_beside_a_server(asking, tmp_path):
+    (tmp_path / "reward.py").write_text(LETTERS)
+    config = replace(asking, reward=(f"{tmp_path}/reward.py:letters",))
+    result = run(with_distill(config, teacher_coef=0.0))
+    assert min(of_steps(result, "objective/score")) > 0
+    assert len(of_steps(result, "distill/divergence")) == 2
+
+
+def told(changes):
+    """The server's reply with a part of its log-probabilities changed."""
+
+    def spoil(path, body, reply):
+        if reply is not None and body is not None:
+            of_tokens = reply["choices"][0]["logprobs"]
+            reply["choices"][0]["logprobs"] = of_tokens and changes(of_tokens)
+        return reply
+
+    return spoil
+
+
+MISBEHAVIOUR = {
+    "no log-probabilities of the prompt": lambda told: None,
+    "log-probabilities for": lambda told: told | {"tokens": told["tokens"][:-2]},
+    "0.5 is no log-probability": lambda told: (
+        told | {"token_logprobs": [None] + [0.5] * (len(told["tokens"]) - 1)}
+    ),
+    "None is no log-probability": lambda told: (
+        told | {"token_logprobs": [None] * len(told["tokens"])}
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MISBEHAVIOUR)
+def test_a_server_that_answers_otherwise_teaches_nothing(fault, asking, server):
+    server.spoil = told(MISBEHAVIOUR[fault])
+    with pytest.raises(ServiceError, match=fault):
+        run(asking)
+
+
+def test_a_server_of_another_vocabulary_is_refused(asking, server):
+    server.spoil = told(lambda told: told | {"tokens": [f"{text}~" for text in told["tokens"]]})
+    with pytest.raises(UserError, match=r"vocabulary is another one: \d+ of \d+ tokens"):
+        run(asking)
+
+
+def test_a_server_has_one_model_or_is_told_which(asking, server):
+    server.adapters["other"] = None
+    with pytest.raises(UserError, match=r"it serves .*, other; choose one"):
+        run(asking)
+    chosen = with_distill(replace(asking, overwrite=True), teacher_model=server.name)
+    run(with_rl(chosen, num_iterations=1))
+    assert {body["model"] for body in server.asked if body} == {server.name}
+
+
+def test_what_a_server_cannot_teach(asking):
+    with pytest.raises(UserError, match="are those of temperature 1"):
+        run(with_rl(asking, temperature=0.7))
+    with pytest.raises(ValueError, match="reverse_kl needs those of the whole vocabulary"):
+        with_distill(asking, divergence="reverse_kl")
+    with pytest.raises(ValueError, match="teacher must begin with http"):
+        DistillStage(teacher="openai:host:8000", divergence="sampled")
+    with pytest.raises(ValueError, match="teacher_model: only a server has several"):
+        DistillStage(teacher="folder", teacher_model="x")

@@ -108,33 +108,41 @@ def loss(
     divergence is added: the teacher's part is in the advantages.
 
     Args:
+      rollout: for ``sampled`` without a teacher in ``policy_fn``, it has ``teacher_log_probs``.
       policy_fn: made by ``models.policy_fn`` with a teacher. Its output has ``divergence``,
         computed by ``config.measure``, and ``teacher_log_probs``.
       key: unused: dropout is off in RL.
 
     Returns:
       The loss, and the metrics of ``policy.loss`` with ``distill/divergence`` (nats per response
-      token; with ``sampled`` the reverse KL).
+      token; with ``sampled`` the reverse KL, or its estimate by the rollout's tokens if they have
+      ``teacher_log_probs``).
     """
     output = ops.evaluate(policy_fn, params, rollout)
-    if output.divergence is None or output.teacher_log_probs is None:
+    divergence_of_token = output.divergence
+    teacher_log_probs = output.teacher_log_probs
+    if config.divergence == "sampled" and rollout.teacher_log_probs is not None:
+        teacher_log_probs = rollout.teacher_log_probs
+        divergence_of_token = output.log_probs - teacher_log_probs
+    if divergence_of_token is None or teacher_log_probs is None:
         raise ValueError(
             "distill needs a policy_fn with a teacher, and it returned divergence=None; "
-            "models.policy_fn(..., teacher=models.Teacher(model, config.measure)) makes one"
+            "models.policy_fn(..., teacher=models.Teacher(model, config.measure)) makes one. With "
+            "divergence sampled, rollout.teacher_log_probs may be given in its place"
         )
     mask = rollout.mask  # [B, T]
     if config.divergence == "sampled":
         log_probs = jax.lax.stop_gradient(output.log_probs)
-        gap = jnp.where(mask, output.teacher_log_probs - log_probs, 0.0)
+        gap = jnp.where(mask, teacher_log_probs - log_probs, 0.0)
         taught = advantages.discounted_returns(gap, mask, config.discount)
         own = policy.field(rollout, "advantages", "call distill.prepare first")
         both = jnp.where(mask, own, 0.0) + config.teacher_coef * taught
         rollout = dataclasses.replace(rollout, advantages=both)
     total, metrics = policy.loss(output, rollout, config)
-    metrics["distill/divergence"] = losses.aggregate(output.divergence, mask)
+    metrics["distill/divergence"] = losses.aggregate(divergence_of_token, mask)
     if config.divergence != "sampled":
         how = (mask, config.aggregate, config.length)
-        divergence = losses.aggregate(output.divergence, *how)
+        divergence = losses.aggregate(divergence_of_token, *how)
         total = Mean(total.total + config.teacher_coef * divergence.total, total.count)
     return total, metrics
 

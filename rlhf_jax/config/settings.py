@@ -538,15 +538,37 @@ class DistillStage(distill.Config):
     """Distillation on the policy's own samples, and the teacher of its runs."""
 
     teacher: str | None = None
-    """The model to learn from, of the policy's vocabulary: a Hugging Face folder (or name), or a
-    run's folder.
-    """
+    """The model to learn from, of the policy's vocabulary: a Hugging Face folder (or name), a run's
+    folder, or with divergence: sampled a server, openai:http://HOST:PORT, asked as `engine` says
+    and with the key TEACHER_API_KEY of the environment."""
+    teacher_model: str | None = None
+    """The name of the model on the teacher's server; null: the only one that it lists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_server is None:
+            if self.teacher_model is not None:
+                raise ValueError("teacher_model: only a server has several; leave it out")
+            return
+        check_url("teacher", self.teacher_server)
+        if self.divergence != "sampled":
+            raise ValueError(
+                f"teacher {self.teacher}: a server gives the probabilities of the sampled tokens "
+                f"alone, and {self.divergence} needs those of the whole vocabulary; use "
+                "divergence: sampled"
+            )
+
+    @property
+    def teacher_server(self) -> str | None:
+        """The URL of the teacher's server; None: the teacher is a folder."""
+        kind, _, url = (self.teacher or "").partition(":")
+        return url if kind == "openai" else None
 
 
 @dataclass(frozen=True)
 class EngineServer(Requests):
-    """How the server of `rl.engine` is asked; its key is the variable ENGINE_API_KEY of the
-    environment.
+    """How the server of `rl.engine` is asked, and that of a teacher; the engine's key is the
+    variable ENGINE_API_KEY of the environment.
     """
 
     concurrency: int = 64

@@ -4,6 +4,7 @@ SGLang. Its weights do not change while it runs.
 The API key is read from the environment variable `ENGINE_API_KEY`.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from rlhf_jax.errors import ServiceError
 from rlhf_jax.rewards.service import ENGINE_KEY, get, post
 
 _SHOWN = 200  # the characters of a reply that an error message shows
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 
 def connect(place: str, server: EngineServer, folder: Path) -> "Completions":
@@ -28,12 +30,16 @@ class Completions:
 
     follows = False
 
-    def __init__(self, place: str, server: EngineServer):
-        """Raises ServiceError if the server lists no model, or not ``server.model``."""
+    def __init__(self, place: str, server: EngineServer, key: str = ENGINE_KEY):
+        """key: the variable of the environment that holds the API key.
+
+        Raises ServiceError if the server lists no model, or not ``server.model``.
+        """
         self.place = place.rstrip("/").removesuffix("/v1")
         self.server = server
-        self.key = os.environ.get(ENGINE_KEY)
-        self.model = self._model()
+        self.key = os.environ.get(key)
+        self.models = self._models()
+        self.model = server.model or self.models[0]
 
     def load(self, version: str, weights: Weights) -> str:
         """Loads nothing. Returns the name of the server's model."""
@@ -53,6 +59,37 @@ class Completions:
         choices = self.choices(reply)
         version = str(reply.get("model"))
         return [self._sample(choice, request, version) for choice in choices]
+
+    def score(self, ids: Sequence[int]) -> tuple[list[str], list[float]]:
+        """The texts of given tokens, as the server spells them, and their log-probabilities at
+        temperature 1 in nats; that of the first, before which there is nothing, is 0.
+        """
+        body = {
+            "model": self.model,
+            "prompt": list(ids),
+            "max_tokens": 1,  # not all servers take 0
+            "temperature": 0.0,
+            "echo": True,
+            "logprobs": 1,
+        }
+        reply = self.post("/v1/completions", body)
+        choices = self.choices(reply)
+        told = choices[0].get("logprobs") if choices else None
+        if not isinstance(told, Mapping):
+            self.refuse("it returned no log-probabilities of the prompt (echo, logprobs)", reply)
+        texts = told.get("tokens") or []
+        log_probs = told.get("token_logprobs") or []
+        if len(texts) != len(log_probs) or len(texts) not in (len(ids), len(ids) + 1):
+            self.refuse(
+                f"it returned {len(texts)} tokens and {len(log_probs)} log-probabilities for "
+                f"{len(ids)} tokens and one more",
+                told,
+            )
+        log_probs = [0.0, *log_probs[1 : len(ids)]]
+        for value in log_probs:
+            if not isinstance(value, float | int) or not -math.inf < value < _ROUNDING:
+                self.refuse(f"{value!r} is no log-probability", told)
+        return texts[: len(ids)], log_probs
 
     def close(self) -> None:
         """Does nothing: the server holds nothing for this run."""
@@ -76,8 +113,8 @@ class Completions:
         """Raises ServiceError with the fault and the start of the reply."""
         raise ServiceError(f"{self.place}: {fault}; got {reply!r:.{_SHOWN}}")
 
-    def _model(self) -> str:
-        """The name of the model that requests ask for.
+    def _models(self) -> list[str]:
+        """The names of the models that the server lists.
 
         Raises:
             ServiceError: the server has no model, or none of the name in ``server.model``.
@@ -91,7 +128,7 @@ class Completions:
         if not names or wanted not in (None, *names):
             listed = ", ".join(names) or "none"
             raise ServiceError(f"{self.place}: it serves no model {wanted}, but {listed}")
-        return wanted or names[0]
+        return names
 
     def _sample(self, choice: Mapping[str, Any], request: Request, version: str) -> Sample:
         told = choice.get("prompt_token_ids")

@@ -1,6 +1,6 @@
 """Rewards that another program computes: the user's own service, or a chat server that judges by a
 rubric. The client is also that of ``engines``. Keys come from the environment (`SERVICE_KEY`,
-`JUDGE_KEY`, `ENGINE_KEY`) and are never written to a file.
+`JUDGE_KEY`, `ENGINE_KEY`, `TEACHER_KEY`) and are never written to a file.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from rlhf_jax.ops import check_number
 SERVICE_KEY = "REWARD_API_KEY"
 JUDGE_KEY = "OPENAI_API_KEY"
 ENGINE_KEY = "ENGINE_API_KEY"
+TEACHER_KEY = "TEACHER_API_KEY"
 _SECONDS = 1.0  # before the second attempt; each later one waits twice as long
 _LONGEST_WAIT = 30.0
 _SHOWN = 200  # characters of a reply in an error
@@ -92,7 +93,7 @@ def check_url(name: str, url: str) -> None:
     if "@" in parts.netloc:
         raise ValueError(
             f"{name} holds a name or password, which the run's files would keep; give a key as "
-            f"{JUDGE_KEY}, {SERVICE_KEY} or {ENGINE_KEY} in the environment"
+            f"{JUDGE_KEY}, {SERVICE_KEY}, {ENGINE_KEY} or {TEACHER_KEY} in the environment"
         )
 
 

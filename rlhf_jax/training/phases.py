@@ -432,7 +432,8 @@ def learn(
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
     # With a teacher, groups of equal rewards have a gradient too.
-    if functions.teacher is None and rollout.scores is not None and len(rollout.scores) > 1:
+    is_taught = functions.teacher is not None or rollout.teacher_log_probs is not None
+    if not is_taught and rollout.scores is not None and len(rollout.scores) > 1:
         equal = _equal(masked(judged), config.group_size)
         metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
     policy_fn = functions.policy_fn

@@ -149,6 +149,7 @@ class Parts(NamedTuple):
     guard: steps.Guarded | None  # the filter of responses, after a reward on the host
     environment: Environment | None
     teacher: LanguageModel | None
+    teacher_server: teacher.Server | None
 
 
 def _parts(
@@ -178,6 +179,7 @@ def _parts(
     _check_columns(prompts, to_validate)
     length = max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens
     taught_by = teacher.load(stage, method.config, language_model, length)
+    teacher_server = teacher.connect(stage, method.config, language_model)
     load = functools.partial(
         initial.load_reward_model,
         compute=config.compute,
@@ -194,8 +196,9 @@ def _parts(
     if settings.judge:
         judge = build_reward(settings.judge, columns=to_validate.columns, flag="--rl.judge")
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
-    if taught_by is not None and not method.is_rewarded:
-        run_reward = spec.Reward(fn=teacher.log_ratio(taught_by, settings, method.score_rows))
+    if not method.is_rewarded:
+        log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
+        run_reward = spec.Reward(fn=log_ratio)
     if run_reward is None:
         run_reward = build_reward(config.reward, columns=prompts.columns)
     guarded = None
@@ -209,7 +212,7 @@ def _parts(
         on_devices = jax.tree.map(jnp.asarray, run_reward.fn)
         run_reward = spec.Reward(fn=stage.frozen("reward", on_devices))
     read = (language_model, prompts, to_validate)
-    return Parts(*read, run_reward, judge, guarded, environment, taught_by)
+    return Parts(*read, run_reward, judge, guarded, environment, taught_by, teacher_server)
 
 
 def _check_columns(prompts: EncodedPrompts, to_validate: EncodedPrompts) -> None:
@@ -253,7 +256,7 @@ def files(config: RunConfig, name: str) -> dict[str, Path]:
     """
     files = filters.rule_files(config.safety)
     section = vars(config)[name]
-    if section.needs_teacher and Path(str(section.teacher)).is_dir():
+    if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
     for entry in (*config.reward, *config.rl.judge):
         files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
@@ -365,6 +368,8 @@ def build(
     score = steps.scorer(stage, programs.reward, parts.reward, parts.guard)
     sources = _sources(stage, parts, networks, programs, client)
     sample = steps.sampler(stage, sources.respond, talk)
+    if parts.teacher_server is not None:
+        sample = teacher.taught(stage, sample, parts.teacher_server.log_probs)
     ahead = None
     if settings.rollouts_ahead:
         ahead = Ahead(sample, thread if _samples_apart(stage, client) else None)
@@ -422,6 +427,8 @@ def _rehearsal(
     without_engine = _sources(stage, parts, networks, dry, None)
     quiet_talk, quiet_score = _without_python(stage, parts, rehearsed)
     rehearse = steps.sampler(stage, without_engine.respond, quiet_talk)
+    if parts.teacher_server is not None:
+        rehearse = teacher.taught(stage, rehearse, teacher.unasked)
     return drawing(rehearsed, without_engine, quiet_talk, quiet_score, rehearse)
 
 

@@ -1,22 +1,44 @@
-"""The teacher of a distillation run: a model of the policy's vocabulary."""
+"""The teacher of a distillation run: a model of the policy's vocabulary, in a folder or on a
+server.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import models, ops
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import EngineServer, RLStage
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.engines.openai import Completions
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
+from rlhf_jax.rewards.service import TEACHER_KEY, Replies
+from rlhf_jax.runs import processes
 from rlhf_jax.training import initial
+from rlhf_jax.training.phases import LoopState
+from rlhf_jax.training.schedule import Batch
 from rlhf_jax.training.stage import Stage
-from rlhf_jax.types import AlgorithmConfig, Params, Rollout, Scores
+from rlhf_jax.training.steps import Sampler
+from rlhf_jax.types import AlgorithmConfig, Metrics, Params, Rollout, Scores
+
+MOST_FOREIGN = 0.1
+"""Share of tokens that a server of the same vocabulary may spell in another way."""
 
 
 def load(
     stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel, length: int
 ) -> LanguageModel | None:
-    """The model of the settings' ``teacher``, on the devices; None for a method without one.
+    """The model of the settings' ``teacher``, on the devices; None for a method without one, or
+    with one on a server.
 
     Args:
         length: of the longest prompt with its response, in tokens.
@@ -30,6 +52,8 @@ def load(
     source = method_config.teacher
     if source is None:
         raise UserError("no teacher: give --distill.teacher the folder of a model, or of its run")
+    if method_config.teacher_server is not None:
+        return None
     source = model_folder(source)
     place = initial.placement(stage.config)
     loaded = initial.load_language_model(source, stage.config.compute, place)
@@ -61,21 +85,162 @@ def _check_vocabulary(source: str, teacher: LanguageModel, policy: LanguageModel
 
 
 def log_ratio(
-    teacher: LanguageModel, settings: RLStage, score_rows: int | None
+    teacher: LanguageModel | None, settings: RLStage, score_rows: int | None
 ) -> jax.tree_util.Partial:
     """A RewardFn for runs without a reward: ``log q - log p`` of each response, q the teacher and p
     the policy. Its mean is minus the KL of responses from the teacher, at most 0 but for noise.
 
     Args:
+        teacher: None: it is on a server, and rollouts have ``teacher_log_probs``.
         score_rows: rows that the teacher scores at once, see ``ops.by_rows``.
     """
 
     def score(params: Params, rollout: Rollout) -> Scores:
-        prompt_length = rollout.tokens.shape[1] - settings.max_new_tokens
-        policy_fn = models.policy_fn(teacher.model, settings.temperature, prompt_length)
-        by_rows = ops.by_rows(policy_fn, score_rows)
-        log_probs = ops.evaluate(by_rows, params, rollout).log_probs
+        log_probs = rollout.teacher_log_probs
+        if teacher is not None:
+            prompt_length = rollout.tokens.shape[1] - settings.max_new_tokens
+            policy_fn = models.policy_fn(teacher.model, settings.temperature, prompt_length)
+            by_rows = ops.by_rows(policy_fn, score_rows)
+            log_probs = ops.evaluate(by_rows, params, rollout).log_probs
+        assert log_probs is not None
         gap = jnp.where(rollout.mask, log_probs - rollout.log_probs, 0.0)
         return jnp.sum(gap, axis=1), {}
 
-    return jax.tree_util.Partial(score, teacher.params)
+    return jax.tree_util.Partial(score, None if teacher is None else teacher.params)
+
+
+# --- On a server
+
+
+class Server:
+    """A teacher that a server with OpenAI's protocol holds. It says the log-probabilities of given
+    tokens.
+
+    Args:
+        url: of the server.
+        asked: how it is asked, and the name of its model; None: the only one.
+        folder: where its replies are kept, so that a run that goes on asks nothing twice.
+    """
+
+    def __init__(self, url: str, asked: EngineServer, tokenizer: Tokenizer, folder: Path):
+        self._url = url
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._replies = Replies(folder, "teacher")
+        self._is_checked = False  # whether its vocabulary is known to be the policy's
+
+    @functools.cached_property
+    def api(self) -> Completions:
+        """The connection, made when it is needed first: a run may find all replies in its folder.
+
+        Raises:
+            UserError: the server has several models, and none of them was chosen.
+            ServiceError: the server does not reply.
+        """
+        api = Completions(self._url, self._asked, TEACHER_KEY)
+        if self._asked.model is None and len(api.models) > 1:
+            raise UserError(
+                f"distill.teacher {self._url}: it serves {', '.join(api.models)}; choose one with "
+                "--distill.teacher-model"
+            )
+        return api
+
+    def log_probs(self, rollout: Rollout) -> np.ndarray:
+        """[B, T] of the rows' tokens given those before; 0 where there is none.
+
+        Args:
+            rollout: NumPy arrays.
+
+        Raises:
+            ServiceError: there is no reply, or it is not as the protocol says.
+            UserError: the server's tokens have other texts than the policy's.
+        """
+        rows = [
+            tokens[mask != 0].tolist()
+            for tokens, mask in zip(rollout.tokens, rollout.attention_mask, strict=True)
+        ]
+        answers = processes.in_first(lambda: self._answers(rows))
+        log_probs = np.zeros(rollout.tokens.shape, np.float32)
+        for row, answer in enumerate(answers):
+            log_probs[row, rollout.attention_mask[row] != 0] = answer
+        return log_probs
+
+    def _answers(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """The log-probabilities of each row's tokens, those that were kept or new ones."""
+        questions = [json.dumps([self._url, self._asked.model, ids]) for ids in rows]
+        asked = zip(questions, rows, strict=True)
+        missing = {text: ids for text, ids in asked if ids and text not in self._replies}
+        if missing and not self._is_checked:
+            self._check_vocabulary(next(iter(missing.values())))
+        with ThreadPoolExecutor(self._asked.concurrency) as threads:
+            try:
+                list(threads.map(self._ask, missing, missing.values()))
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        return [
+            json.loads(self._replies[text]) if ids else []
+            for text, ids in zip(questions, rows, strict=True)
+        ]
+
+    def _ask(self, question: str, ids: list[int]) -> None:
+        _, log_probs = self.api.score(ids)
+        self._replies.add(question, json.dumps(log_probs))
+
+    def _check_vocabulary(self, ids: list[int]) -> None:
+        """Raises UserError if the server spells the tokens in another way. Special tokens and parts
+        of a character are not compared.
+        """
+        texts, _ = self.api.score(ids)
+        others = []
+        for number, theirs in zip(ids, texts, strict=True):
+            ours = self._tokenizer.decode([number]).strip()
+            is_text = ours and ours.isprintable() and number not in self._tokenizer.special_ids
+            if is_text and "\ufffd" not in ours and theirs.strip() != ours:
+                others.append((ours, theirs))
+        if len(others) > MOST_FOREIGN * len(ids):
+            ours, theirs = others[0]
+            raise UserError(
+                f"distill.teacher {self._url}: its vocabulary is another one: {len(others)} "
+                f"of {len(ids)} tokens have another text, such as {theirs!r} in place of {ours!r}. "
+                "Policy and teacher need the same tokens"
+            )
+        self._is_checked = True
+
+
+def connect(stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel) -> Server | None:
+    """The teacher on a server; None for a method without one, or with one in a folder.
+
+    Raises:
+        UserError: the run samples at another temperature than 1, or as ``Server.api``.
+        ServiceError: the server does not reply.
+    """
+    if not method_config.needs_teacher or method_config.teacher_server is None:
+        return None
+    config = stage.config
+    if config.rl.temperature != 1.0:
+        raise UserError(
+            f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
+            f"of temperature 1; leave rl.temperature {config.rl.temperature:g} out"
+        )
+    asked = replace(config.engine, model=method_config.teacher_model)
+    server = Server(method_config.teacher_server, asked, policy.tokenizer, stage.run.judge)
+    if not stage.run.judge.is_dir():
+        processes.in_first(lambda: server.api.model)
+    return server
+
+
+def taught(stage: Stage, sample: Sampler, ask: Callable[[Rollout], Any]) -> Sampler:
+    """The sampler, whose rollouts also have ``teacher_log_probs``, which ``ask`` returns."""
+
+    def sample_taught(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+        rollout, metrics = sample(state, batch)
+        rows = processes.fetch(rollout)
+        return stage.shard(replace(rows, teacher_log_probs=ask(rows))), metrics
+
+    return sample_taught
+
+
+def unasked(rollout: Rollout) -> np.ndarray:
+    """What a check of memory has in place of a server's log-probabilities."""
+    return np.zeros(rollout.tokens.shape, np.float32)

@@ -128,10 +128,11 @@ def verify(
         return Audit(differences, [], unsure, why)
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
         ours = Path(scratch) / "run"
+        goes_on = span.start is not None or (path / "judge").is_dir()
         config = dataclasses.replace(
-            config, output_dir=str(ours), resume=span.start is not None, track=(), processes=None
+            config, output_dir=str(ours), resume=goes_on, track=(), processes=None
         )
-        if span.start is not None:
+        if goes_on:
             _copy(path, ours, span.start, config, _facts(recorded, expected))
         with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
             _repeat(config, stage, span.stop)
@@ -407,18 +408,22 @@ def _damaged(step: int, error: CheckpointError) -> Difference:
     return Difference(step, f"checkpoints/{step}", "", str(error), "")
 
 
-def _copy(path: Path, ours: Path, start: int, config: RunConfig, facts: Facts) -> None:
+def _copy(path: Path, ours: Path, start: int | None, config: RunConfig, facts: Facts) -> None:
     """Makes a run folder as the run's was at the checkpoint ``start``, with ``facts`` as its
-    manifest.
+    manifest. It has the replies of judges and teachers, so that no server is asked again.
     """
-    for step in folder.steps(path / "checkpoints"):
-        if step <= start:
-            name = f"checkpoints/{step}"
-            shutil.copytree(path / name, ours / name)
-    for file in (*ROWS, "alerts.jsonl"):
-        content = _content(path / file)
-        if content is not None:
-            (ours / file).write_bytes(content)
+    ours.mkdir()
+    if (path / "judge").is_dir():
+        shutil.copytree(path / "judge", ours / "judge")
+    if start is not None:
+        for step in folder.steps(path / "checkpoints"):
+            if step <= start:
+                name = f"checkpoints/{step}"
+                shutil.copytree(path / name, ours / name)
+        for file in (*ROWS, "alerts.jsonl"):
+            content = _content(path / file)
+            if content is not None:
+                (ours / file).write_bytes(content)
     (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
     (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
 
