@@ -1,5 +1,6 @@
 """Local servers for tests of what asks one: of any protocol, and of vLLM's."""
 
+import functools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +60,8 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        serve = functools.partial(self.http.serve_forever, poll_interval=0.01)
+        threading.Thread(target=serve, daemon=True).start()
 
     def reply(self, path, number, body):
         """The reply to a POST of a body, or to a GET (None)."""
@@ -73,6 +75,17 @@ class Server:
 SLOTS = 8  # tokens that the server below samples, whatever is asked for: one program
 WIDTH = 24  # of its prompts
 LONGEST = 64  # tokens of a text that it scores
+
+
+@functools.cache
+def programs(network, config):
+    """The logits of a network and its samples, compiled once for all servers."""
+    model = models.build(network)
+
+    def sampled(params, tokens, mask, key):
+        return sampling.generate(model, params, tokens, mask, key, config=config)
+
+    return jax.jit(model.apply), jax.jit(sampled)
 
 
 class VLLM(Server):
@@ -93,12 +106,9 @@ class VLLM(Server):
         config = sampling.SamplingConfig(
             SLOTS, eos_id=self.policy.tokenizer.eos_ids, pad_id=self.policy.tokenizer.pad_id
         )
-        self._logits = jax.jit(self.policy.model.apply)
-        self._program = jax.jit(
-            lambda params, tokens, mask, key: sampling.generate(
-                self.policy.model, params, tokens, mask, key, config=config
-            )
-        )
+        tokenizer = self.policy.tokenizer
+        config = sampling.SamplingConfig(SLOTS, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+        self._logits, self._program = programs(self.policy.model.config, config)
 
     def reply(self, path, number, body):
         made = self.spoil(path, body, None)

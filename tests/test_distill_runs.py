@@ -82,6 +82,7 @@ def test_a_policy_comes_nearer_to_its_teacher(settings, short):
     assert {"model", "teacher"} < manifest["data"].keys()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_alike_and_is_repeated(short):
     config = with_rl(short, num_iterations=5, validation_interval=3)
     result = run(config)
@@ -118,6 +119,7 @@ def test_a_reward_is_learned_from_beside_the_teacher(learns, short, tmp_path):
     assert (max(jax.tree.leaves(moved)) > 0) == learns
 
 
+@pytest.mark.slow
 def test_under_lora_the_adapters_learn_from_the_teacher(short):
     result = run(replace(short, lora=LoRA(rank=4, alpha=8.0)))
     divergence = of_steps(result, "distill/divergence")

@@ -85,6 +85,7 @@ def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(config, capsys):
     own = PPOStage(value_learning_rate=0.1)
     start = training.rl.run(elsewhere(config, "start"), ppo, optimizer=optax.sgd(0.0))
@@ -125,7 +126,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank"), [slow("gpt2", 0), ("llama", 2), ("gpt2 stacked", 0), slow("gpt2 stacked", 2)]
+    ("kind", "rank"),
+    [slow("gpt2", 0), ("llama", 2), slow("gpt2 stacked", 0), slow("gpt2 stacked", 2)],
 )
 def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     params = initial_params(models.build(KINDS[kind]))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, save_base, slow, with_rl
+from builders import goes_on_alike, metric_rows, save_base, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -177,7 +177,8 @@ def moved(tree, other):
     )
 
 
-@pytest.mark.parametrize("spec", [dpo.SPEC, slow(kto.SPEC)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [dpo.SPEC, kto.SPEC])
 def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_with_it(spec, short):
     result, states = supervised_run(short, spec, reference_ema=0.3, reference_refresh=2)
     every_second = 0
@@ -204,6 +205,7 @@ def rl_run(config, **settings):
     return training.rl.run(config, grpo, algorithm, on_step=keep), states
 
 
+@pytest.mark.slow
 def test_the_reference_of_rl_follows_its_policy_and_a_stopped_run_goes_on_with_it(short):
     config = with_rl(short, reference_ema=0.6)
     result, states = rl_run(config)
@@ -223,6 +225,7 @@ def test_the_kl_of_rl_is_from_the_reference_that_moved(short):
     assert_allclose(of_steps(same, "objective/kl"), 0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_lora_the_adapters_of_the_reference_move(short, data, tmp_path):
     model = save_base(tmp_path / "base", data)
     config = replace(short, model=model, tokenizer=Tokenizer(), lora=LoRA(rank=2, alpha=4.0))

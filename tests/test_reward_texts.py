@@ -135,6 +135,7 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     np.testing.assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_ensemble_across_families(tmp_path):
     """Two of foreign tokenizers and one of the policy's own."""
     own = models.build(

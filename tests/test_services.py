@@ -311,6 +311,7 @@ def rows_of(config):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path):
     settings = dataclasses.replace(config.rl, num_iterations=4, validation_interval=10)
     whole = serve(of_letters)

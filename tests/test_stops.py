@@ -134,6 +134,7 @@ def test_samples_of_validations_end_at_the_string(stopped_run):
     assert any(num_stops(row["response"]) for row in samples)
 
 
+@pytest.mark.slow
 def test_a_greedy_baseline_ends_at_the_string_too(stopped_run, tmp_path, monkeypatch):
     config, *_ = stopped_run
     greedy = []

@@ -110,6 +110,7 @@ def test_another_state_is_named_by_array_index_and_values(copied):
     assert (recorded, repeated) == ("4", "6")
 
 
+@pytest.mark.slow
 def test_steps_between_are_those_that_are_compared(copied):
     """A bit of step 5 is out of the span that ends at 4, and of the rows before a checkpoint."""
     rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -189,6 +190,7 @@ def test_another_machine_is_described(copied):
     assert "without --deterministic" in audit.unsure[0]
 
 
+@pytest.mark.slow
 def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
