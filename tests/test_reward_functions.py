@@ -250,7 +250,7 @@ def test_an_answer_that_would_take_long_is_not_equal_at_once(what):
     verifiable.math([""], ["1"], ["1"])  # starts the process
     started = time.perf_counter()
     assert verifiable.math([""] * 2, [HUGE[what]] * 2, ["1/3"] * 2) == [0, 0]
-    assert time.perf_counter() - started < 6  # math-verify's own clock would need 10
+    assert time.perf_counter() - started < 9  # math-verify's own clock would need 10
 
 
 def test_a_comparison_that_hangs_is_an_error_and_no_verdict(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS"
 KNOWN += "|WANDB_PROJECT|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT"
 KNOWN += "|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS|NPROC|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
-KEYS = r"\.get\((SERVICE|JUDGE|ENGINE)_KEY\)"  # of services that the user names
+KEYS = r"\.get\((SERVICE|JUDGE|ENGINE|TEACHER)_KEY\)"  # of services that the user names
 OPENS_CONNECTIONS = PACKAGE / "rewards" / "service.py"
 BANNED = {
     "the environment": rf"^(?!.*('({KNOWN})'|{KEYS})).*os\.(environ|getenv)"

@@ -22,7 +22,7 @@ _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 def connect(place: str, server: EngineServer, folder: Path) -> "Completions":
     """The server at a URL."""
-    return Completions(place, server)
+    return Completions(place, server, os.environ.get(ENGINE_KEY))
 
 
 class Completions:
@@ -30,14 +30,11 @@ class Completions:
 
     follows = False
 
-    def __init__(self, place: str, server: EngineServer, key: str = ENGINE_KEY):
-        """key: the variable of the environment that holds the API key.
-
-        Raises ServiceError if the server lists no model, or not ``server.model``.
-        """
+    def __init__(self, place: str, server: EngineServer, key: str | None):
+        """Raises ServiceError if the server lists no model, or not ``server.model``."""
         self.place = place.rstrip("/").removesuffix("/v1")
         self.server = server
-        self.key = os.environ.get(key)
+        self.key = key
         self.models = self._models()
         self.model = server.model or self.models[0]
 

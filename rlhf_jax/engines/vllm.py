@@ -6,6 +6,7 @@ it reads all weights from a folder (``reload_weights``) and gets a new version f
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Weights
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
-from rlhf_jax.rewards.service import get, post
+from rlhf_jax.rewards.service import ENGINE_KEY, get, post
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"
@@ -40,7 +41,7 @@ class VLLM(Completions):
 
     def __init__(self, place: str, server: EngineServer, folder: Path, session: str):
         """session: a name that no other run, and no earlier start of this run, has used."""
-        super().__init__(place, server)
+        super().__init__(place, server, os.environ.get(ENGINE_KEY))
         self._base = self.model
         self._session = session
         self._folder = folder
