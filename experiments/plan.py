@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import targets
 
 from rlhf_jax import cli, models, ops, sharding, training
-from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -37,6 +37,7 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import critic, initial, memory, phases, references
+from rlhf_jax.training import teacher as teachers
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.programs import penalty_of, rules
 from rlhf_jax.training.stage import Stage, divides
@@ -51,6 +52,7 @@ from rlhf_jax.types import (
 )
 
 RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
+RL["distill"] = distill
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
 # The advice if no flag lowers the peak.
 OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
@@ -407,6 +409,19 @@ def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
 
 
+def _teacher(config: RunConfig, own: Any, is_there: bool) -> LanguageModel | None:
+    """The teacher of a distillation with its parameters as shapes; None if there is none, or if it
+    is on a server.
+    """
+    if not own.needs_teacher or own.teacher_server is not None:
+        return None
+    if own.teacher is None:
+        raise UserError("rlhf-jax plan: no teacher; give --distill.teacher")
+    model, params = _model(config, own.teacher, is_there)
+    tokenizer: Any = None  # log-probabilities need none
+    return LanguageModel(model, params, tokenizer)
+
+
 def _supervised(
     config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None, is_there: bool
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
@@ -493,16 +508,25 @@ def _reinforcement(
 
     start, trained, state = _laid_out(jax.eval_shape(first, params), mesh)
     model_fn = models.policy_fn(model, settings.temperature, prompt)
+    teacher = _teacher(config, own, is_there)
+    taught_by = None if teacher is None else models.Teacher(teacher.model, own.measure)
     trained_fn = models.policy_fn(
-        model, settings.temperature, prompt, model if value == "separate" else None
+        model, settings.temperature, prompt, model if value == "separate" else None, taught_by
     )
+    teacher_params = None if teacher is None else _laid_out(teacher.params, mesh)
     reward = _reward(config, rows, is_there)
+    if teacher is not None and not config.reward:
+        reward = teachers.log_ratio(teacher, settings, rows)
     reward_fn = None if reward is None else _laid_out(reward, mesh)
     frozen = start.base or start.loaded if has_reference and not refreshes else None
     ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), frozen)
     refreshed = start.bind(ops.by_rows(model_fn, rows)) if refreshes else None
     functions = phases.Functions(
-        trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base
+        trained.bind(trained_fn),
+        reward_fn,
+        ref_fn if frozen else refreshed,
+        start.base,
+        teacher_params,
     )
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
     shape, masked = rules(settings, samples)
@@ -527,6 +551,8 @@ def _reinforcement(
     scored = dataclasses.replace(
         rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh)
     )
+    if own.needs_teacher and teacher is None:
+        scored = dataclasses.replace(scored, teacher_log_probs=rollout.log_probs)
     programs: Programs = {SAMPLING: (collect, key, state, prompts, functions)}
     if reward_fn is not None:
         programs["reward"] = (phases.reward, rollout, functions)
@@ -538,7 +564,8 @@ def _reinforcement(
     }
     held |= {
         "reference": state.reference if refreshes else frozen and start.loaded,
-        "reward models": reward_fn,
+        "teacher": teacher_params,
+        "reward models": reward_fn if config.reward else None,
         "policy that samples": phases.policy(state) if settings.rollouts_ahead else None,
     }
     cache = jax.eval_shape(lambda: model.init_cache(size, prompt + settings.max_new_tokens))

@@ -19,6 +19,7 @@ from rlhf_jax import cli, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import (
     Compute,
+    DistillStage,
     DPOStage,
     KTOStage,
     LoRA,
@@ -99,6 +100,32 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
     )
     assert "reference" not in moved  # but in the first phase, here the only one
     assert moved["at the peak"] == pytest.approx(said["at the peak"], abs=3e-3)
+
+
+@pytest.mark.usefixtures("no_phases")
+def test_a_teacher_is_held_beside_the_policy(folder, capsys):
+    """In its file's bfloat16. Without a reward it scores the samples."""
+    flags = [*RL[:4], "--rl.batch-size", "4", "--model", folder]
+    said = mebibytes(printed(capsys, "distill", *flags, "--distill.teacher", folder))
+    assert said["parameters"] == pytest.approx(4 * COUNT / 2**20, abs=6e-4)
+    assert said["teacher"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)
+    assert "reward models" not in said
+    assert "reference" not in said
+    with pytest.raises(UserError, match=r"no teacher; give --distill\.teacher"):
+        printed(capsys, "distill", *flags)
+
+
+@pytest.mark.parametrize("teacher", ["folder", "server"])
+def test_the_update_of_a_distillation_is_planned(teacher, folder):
+    """From whole distributions, or from what a server tells of the sampled tokens."""
+    settings = DistillStage(teacher=folder)
+    if teacher == "server":
+        settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
+    stage = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
+    config = RunConfig(model=folder, reward=("length",), rl=stage, distill=settings)
+    made = plan.plan(config, "distill")
+    assert made.phases["learn"] > 0
+    assert ("teacher" in made.held) == (teacher == "folder")
 
 
 @pytest.mark.usefixtures("no_phases")

@@ -177,6 +177,20 @@ def test_data_may_lie_elsewhere_but_must_be_the_same(whole, copied, tmp_path, mo
         moved.rename(data)
 
 
+@pytest.mark.slow
+def test_of_two_files_elsewhere_the_changed_one_is_named(tmp_path):
+    config = letters_stage(tmp_path, "reward_model")
+    (name,) = config.data
+    first = Path(name)
+    second = tmp_path / "more.json"
+    second.write_text(json.dumps(json.loads(first.read_text())[::-1]))
+    folder = run_stage(dataclasses.replace(config, data=(name, str(second))), "reward_model")
+    moved = first.rename(tmp_path / "moved.json")
+    flip(second, second.read_bytes().index(b"yes"))
+    [difference] = verify.verify(folder, data=[str(moved), str(second)]).differences
+    assert difference[:3] == (None, str(second), "sha256")
+
+
 def test_another_machine_is_described(copied):
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
