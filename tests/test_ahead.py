@@ -65,6 +65,7 @@ def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
     goes_on_alike(run, config, result, 3)
 
 
+@pytest.mark.slow
 def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
     """Two devices learn, two sample: the same tokens and, up to rounding, metrics."""
     base = str(save_base(tmp_path / "base", data))

@@ -115,7 +115,8 @@ def test_score_rows_counts_the_rows_of_all_blocks():
         assert set(seen) == {expected}
 
 
-@pytest.mark.parametrize("num_microbatches", [1, slow(16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [1, 16])
 def test_a_step_has_the_same_bits_on_one_device_and_four(num_microbatches, optimized):
     """The step of a whole network, with clipping; and the numbers are those without blocks."""
     model = models.build(CONFIG)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from asked_runs import NEW
+from builders import slow
 
 from rlhf_jax import cli
 from rlhf_jax.data import stops, tokenizers
@@ -51,7 +52,9 @@ def messages(*texts):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("prompt", ["a", "abcdefghijklmno", "abcdefghijklmnopqrstuvw", "k" * 73])
+@pytest.mark.parametrize(
+    "prompt", ["a", slow("abcdefghijklmno"), slow("abcdefghijklmnopqrstuvw"), "k" * 73]
+)
 def test_a_stream_is_the_first_sample_token_by_token(policy, prompt):
     for seed in range(4):
         asked = policy.ask([policy._row(prompt, "prompt", {})])

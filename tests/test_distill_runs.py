@@ -212,6 +212,7 @@ def test_a_run_that_goes_on_finds_what_a_server_told(asking, server):
     assert len(server.asked) == asked_before
 
 
+@pytest.mark.slow
 def test_a_reward_is_learned_from_beside_a_server(asking, tmp_path):
     (tmp_path / "reward.py").write_text(LETTERS)
     config = replace(asking, reward=(f"{tmp_path}/reward.py:letters",))

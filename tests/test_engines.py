@@ -196,7 +196,7 @@ def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tm
     assert len(server.asked) == count
 
 
-@pytest.mark.parametrize("how", ["off", "token_mask", slow("sequence_truncate")])
+@pytest.mark.parametrize("how", ["off", slow("token_mask"), slow("sequence_truncate")])
 def test_the_kinds_of_correction(config, server, how):
     fixed = with_rl(config, engine=f"openai:{server.url}", engine_cap=1.01, engine_importance=how)
     row = metric_rows(run(fixed))[-1]
@@ -281,6 +281,7 @@ def test_other_samples_than_those_of_the_run_are_found(config, server, monkeypat
         verify.verify(folder, from_scratch=True)
 
 
+@pytest.mark.slow
 def test_samples_of_other_weights_are_not_taken(config, server):
     """A run that goes on with another learning rate has other weights after as many steps."""
     folder = run(config)
@@ -338,7 +339,8 @@ def rollouts_asked(server):
     return [body for body in asked(server) if body["n"] == GROUPS.group_size]
 
 
-@pytest.mark.parametrize("kind", ["grpo", slow("turns")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "turns"])
 def test_a_rollout_does_not_depend_on_when_it_was_sampled(
     config, server, tmp_path, kind, monkeypatch
 ):

@@ -125,9 +125,10 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [slow("gpt2", 0), ("llama", 2), slow("gpt2 stacked", 0), slow("gpt2 stacked", 2)],
+    [("gpt2", 0), ("llama", 2), ("gpt2 stacked", 0), ("gpt2 stacked", 2)],
 )
 def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     params = initial_params(models.build(KINDS[kind]))

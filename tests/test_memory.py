@@ -220,7 +220,7 @@ def a_run(name, tmp_path, **options):
 
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
-    "name", [*RUNS[1:3], *(pytest.param(x, marks=pytest.mark.slow) for x in ("sft", "environment"))]
+    "name", ["ppo", *(pytest.param(x, marks=pytest.mark.slow) for x in RUNS if x != "ppo")]
 )
 def test_a_run_compiles_what_it_checks_once(name, tmp_path):
     """Its first step finds the programs that were compiled for the check."""

@@ -217,6 +217,7 @@ def test_the_reference_of_rl_follows_its_policy_and_a_stopped_run_goes_on_with_i
     goes_on_alike(lambda config: rl_run(config)[0], config, result, 4)
 
 
+@pytest.mark.slow
 def test_the_kl_of_rl_is_from_the_reference_that_moved(short):
     apart, _ = rl_run(replace(short, output_dir=f"{short.output_dir}-fixed"))
     same, _ = rl_run(short, reference_ema=1.0)

@@ -145,7 +145,8 @@ def test_a_policy_that_says_one_thing_alerts(tmp_path):
     )
 
 
-@pytest.mark.parametrize("algorithm", [rloo, pytest.param(ppo, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [rloo, ppo])
 def test_a_constant_reward_teaches_nothing(algorithm, tmp_path):
     rl = replace(CONFIG.rl, num_iterations=6, validation_interval=6, batch_size=16)
     _, alerts = history(tmp_path, "constant", 0, rl=rl, algorithm=algorithm)

@@ -198,6 +198,7 @@ def test_a_prompts_messages_are_those_before_the_template():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_an_evaluation_and_a_generator_score_the_same_texts(config, tmp_path):
     folder = save_judge(tmp_path / "rm")
     settings = dataclasses.replace(config.rl, num_iterations=1, validation_prompts=2)

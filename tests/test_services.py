@@ -380,6 +380,7 @@ def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_run_with_the_replies_of_another_asks_nothing(judged, tmp_path):
     config, server = judged
     training.rl.run(config, vpg)

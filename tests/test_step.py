@@ -177,6 +177,7 @@ def ragged_rollout():
     return batch.replace(ref_log_probs=ref_log_probs, scores=scores[:, 0])
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
     """On 2 x 2 devices its weights are cut over fsdp."""
     sizes = {"vocab_size": 7, "max_length": 24, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
