@@ -66,7 +66,7 @@ def compiled(
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its
     compilation.
     """
-    mesh = plan.initial.mesh_of(config)
+    mesh = plan.layout.mesh_of(config)
     jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn, 1) if updates else jax.jit(fn)  # type: ignore[arg-type]
     lowered = jitted.lower(*arguments)
     started = time.process_time()

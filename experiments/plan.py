@@ -36,7 +36,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, phases, references
+from rlhf_jax.training import critic, initial, layout, memory, phases, references
 from rlhf_jax.training import teacher as teachers
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.programs import penalty_of, rules
@@ -205,7 +205,7 @@ def _unplaced(leaf: Any) -> Any:
 def _mesh(config: RunConfig, target: targets.Target | None) -> jax.sharding.Mesh:
     """The mesh of a run, on the target's devices if there is one."""
     if target is None:
-        return initial.mesh_of(config)
+        return layout.mesh_of(config)
     return sharding.make_mesh(**config.mesh.axes, devices=target.devices)
 
 
@@ -231,7 +231,7 @@ def shapes_of(
             "rlhf-jax plan: compute.blocks and mesh.sampling are not planned; leave them out"
         )
     mesh = _mesh(config, target)
-    initial.check_layout(config, mesh)
+    layout.check(config, mesh)
     section = getattr(config, name)
     part = "rl" if name in RL else name
     cuts = ("num_minibatches", "num_microbatches")
@@ -383,7 +383,7 @@ def _spread(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def _laid_out(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The shapes of parameters, or of a state with them, on the devices as the mesh says."""
     arrays = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree)
-    where = initial.shardings(mesh, arrays)
+    where = layout.shardings(mesh, arrays)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
     )

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import initial
+from rlhf_jax.training import layout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -83,7 +83,7 @@ def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
 
     whole = run(dataclasses.replace(config, output_dir=f"{config.output_dir}-whole"))
     apart = dataclasses.replace(config, mesh=Mesh(sampling=2))
-    meshes = (initial.mesh_of(apart), initial.sampling_mesh(apart))
+    meshes = (layout.mesh_of(apart), layout.sampling_mesh(apart))
     devices = [device for mesh in meshes for device in mesh.devices.flat]
     assert devices == jax.devices()
     result = run(apart)

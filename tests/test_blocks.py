@@ -35,7 +35,7 @@ from rlhf_jax.config import Compute, Mesh, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
-from rlhf_jax.training import initial, verify
+from rlhf_jax.training import layout, verify
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 VALUES = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 10.0 ** np.arange(8)
@@ -180,8 +180,8 @@ def test_responses_are_sampled_block_by_block():
 
 def test_rows_of_a_step_divide_by_blocks_and_microbatches():
     config = RunConfig(compute=Compute(blocks=8))
-    assert [initial.row_parts(config, number) for number in (1, 4, 16)] == [8, 8, 16]
-    assert [initial.row_parts(RunConfig(), number) for number in (1, 4)] == [4, 16]
+    assert [layout.row_parts(config, number) for number in (1, 4, 16)] == [8, 8, 16]
+    assert [layout.row_parts(RunConfig(), number) for number in (1, 4)] == [4, 16]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_stage_has_the_same_bytes_on_one_device_and_four(
     four = training.sft.run(settings)
     assert "compute.blocks: JAX had started before" in capsys.readouterr().out
     assert json.loads((four.folder / "manifest.json").read_text())["moves"] == "exact"
-    monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
+    monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     audit = verify.verify(four.folder, from_scratch=True)
     assert audit.differences == []
     assert audit.compared.endswith("model/")

@@ -21,7 +21,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import devices
-from rlhf_jax.training import initial, memory, scoring, stage
+from rlhf_jax.training import initial, layout, memory, scoring, stage
 
 
 def a_run(tmp_path, resumed=False, text=""):
@@ -78,7 +78,7 @@ def test_remat_by_depth_and_memory_is_recorded(
     limit = int(share * memory.stored(network, 4, 32))
     monkeypatch.setattr(devices, "memory_limit", lambda: limit)
     config = of_depth(layers, remat=given, scan_layers=True)
-    own = stage.Stage(config, "sft", a_run(tmp_path), initial.mesh_of(config))
+    own = stage.Stage(config, "sft", a_run(tmp_path), layout.mesh_of(config))
     own, begun = own.choose_remat(begun, 4 * own.num_parts, 32)
     assert own.config.compute.remat is chosen
     assert begun.model.config.remat is chosen
@@ -97,7 +97,7 @@ def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatc
     begun = LanguageModel(models.build(network), {}, None)
     monkeypatch.setattr(devices, "memory_limit", lambda: 1)
     config = of_depth(8, blocks=8)
-    own = stage.Stage(config, "sft", a_run(tmp_path), initial.mesh_of(config))
+    own = stage.Stage(config, "sft", a_run(tmp_path), layout.mesh_of(config))
     own, _ = own.choose_remat(begun, 32, 32)
     assert own.config.compute.remat is False
 

@@ -14,7 +14,7 @@ from builders import letters_stage, run_stage
 
 from rlhf_jax import sharding
 from rlhf_jax.data import batches
-from rlhf_jax.training import initial, loop, verify
+from rlhf_jax.training import layout, loop, verify
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 PRNG = inspect.getmodule(type(jax.random.key(0).dtype))  # private, elsewhere in each version
@@ -63,7 +63,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(loop, "train", tracked)
     # The order of an epoch is drawn again by each step that needs it: the same draw.
     monkeypatch.setattr(batches, "_permutation", lambda *args: during("order", order, *args))
-    monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
+    monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     yield keys
     jax.clear_caches()  # of programs that record
 
@@ -104,7 +104,7 @@ def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
 @pytest.mark.parametrize("name", ["sft", *SLOW])
 def test_jax_finds_no_key_used_twice(name, tmp_path, monkeypatch):
     """By its own check, which is static inside a program."""
-    monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
+    monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     jax.clear_caches()
     with jax.debug_key_reuse(True):
         run_stage(letters_stage(tmp_path, name), name)

@@ -44,6 +44,7 @@ from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page
 from rlhf_jax.training import initial, loop, stage
+from rlhf_jax.training import layout as device_layout
 
 LAYOUTS = {
     "one": Mesh(),
@@ -207,7 +208,7 @@ def main(folder, layout, names):
         with pytest.MonkeyPatch.context() as patch:
             probe = Probe(patch)
             if layout == "one":
-                patch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
+                patch.setattr(device_layout, "mesh_of", lambda config: sharding.make_mesh(1))
             started = time.process_time()
             run(
                 replace(
@@ -394,7 +395,7 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
     model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
     mesh = sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    places = initial.shardings(mesh, params)
+    places = device_layout.shardings(mesh, params)
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
     )
@@ -437,7 +438,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
     inputs = (prompts, np.ones_like(prompts))
     expected = sampling.generate(model, params, *inputs, jax.random.key(0), **how)
     mesh = sharding.make_mesh(*sizes)
-    placed = jax.device_put(params, initial.shardings(mesh, params))
+    placed = jax.device_put(params, device_layout.shardings(mesh, params))
     arguments = (placed, *sharding.shard_rows(mesh, inputs), jax.random.key(0))
     generate = jax.jit(functools.partial(sampling.generate, model, **how, mesh=mesh))
     compiled = generate.lower(*arguments).compile()
@@ -455,7 +456,7 @@ def sent_by(function, config, *sizes):
     model = models.build(config)
     mesh = sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    places = initial.shardings(mesh, params)
+    places = device_layout.shardings(mesh, params)
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
     )
@@ -504,7 +505,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
     mesh = sharding.make_mesh(2, 1, 2)
     params = initial_params(model)
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
-    placed = jax.device_put(params, places := initial.shardings(mesh, params))
+    placed = jax.device_put(params, places := device_layout.shardings(mesh, params))
     whole, kernel = (tree["h_0"]["attn"]["c_attn"]["kernel"] for tree in (params, placed))
     for shard in kernel.addressable_shards:
         heads = slice(0, 2) if shard.index[2].start in (None, 0) else slice(2, 4)
@@ -534,7 +535,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     )
     mesh = sharding.make_mesh(1, 2, 2)
     params = initial_params(model)
-    placed = jax.device_put(params, places := initial.shardings(mesh, params))
+    placed = jax.device_put(params, places := device_layout.shardings(mesh, params))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
     assert {
         x["embedding"].addressable_shards[0].data.shape for x in (placed["wte"], placed["lm_head"])

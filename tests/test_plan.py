@@ -33,7 +33,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import initial, memory
+from rlhf_jax.training import layout, memory
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -192,7 +192,7 @@ def test_flags_that_are_on_are_not_offered():
     microbatches = (
         "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
     )
-    mesh = initial.mesh_of(base)
+    mesh = layout.mesh_of(base)
     assert [*plan.options(base, "sft", mesh)] == [
         microbatches,
         "--compute.remat",

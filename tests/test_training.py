@@ -25,7 +25,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.training import initial, stage, supervised
+from rlhf_jax.training import initial, layout, stage, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -48,7 +48,7 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     steady = replace(config.reward_model, optimizer=replace(FAST, eps=1e-3))
     config = replace(config, reward_model=steady)
     four = run(config)
-    monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
+    monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     one = run(replace(config, output_dir=str(tmp_path / "one")))
     for name in ("metrics.jsonl", "samples.jsonl"):
         lines = ((r.folder / name).read_text("utf-8").splitlines() for r in (one, four))

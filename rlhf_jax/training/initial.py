@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models, ops, sampling, sharding
+from rlhf_jax import models, ops, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, Row, Text
@@ -18,35 +18,12 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf, lora
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import own
+from rlhf_jax.training import layout, own
 from rlhf_jax.types import Params
 
 TEXTS_AT_ONCE = 64  # of a reward model that reads texts, where compute.score_rows says nothing
 DEEP = 8  # layers from which compiling them one by one is dear
 FEWEST_WIDTHS = 4  # of rows, for which programs of a deep model are compiled
-Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
-
-
-def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
-    """The devices of a run by its ``mesh`` section.
-
-    Raises:
-        UserError: there are too few or too many devices.
-    """
-    number = jax.device_count() - config.mesh.sampling
-    mesh = sharding.make_mesh(**config.mesh.axes, devices=jax.devices()[: max(number, 0)])
-    if mesh.size != number:
-        layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        raise UserError(
-            f"mesh: {layout} uses {mesh.size} of {number} devices; set one of the sizes to -1"
-        )
-    return mesh
-
-
-def sampling_mesh(config: RunConfig) -> jax.sharding.Mesh | None:
-    """The devices that sample alone (``mesh.sampling``); None: those that learn sample too."""
-    number = config.mesh.sampling
-    return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
 def num_layers(config: RunConfig) -> int:
@@ -80,90 +57,6 @@ def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int
     fewest = max(FEWEST_WIDTHS, math.isqrt(num_steps))
     apart = [-(-longest // (8 * widths)) * 8 for widths in range(fewest, fewest + 3)]
     return max(multiple, min(apart, key=lambda columns: -longest % columns))
-
-
-def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless the mesh fits ``compute.blocks`` and the model, of which only
-    config.json is read.
-    """
-    blocks = config.compute.blocks
-    if blocks and sharding.is_cut(mesh):
-        raise UserError(
-            "compute.blocks: weights that mesh.fsdp or mesh.tensor cut are summed in another order "
-            "on other devices; use mesh.data alone, or leave compute.blocks out"
-        )
-    if blocks and blocks % mesh.size:
-        raise UserError(
-            f"compute.blocks {blocks} does not divide over {mesh.size} devices; use 1, 2, 4, ... "
-            "of them, or more blocks"
-        )
-    if not sharding.is_cut(mesh):
-        return
-    where = "network"
-    model: Any = config.network
-    if config.model is not None:
-        where = config.model
-        model = hf.read_config(hf.find_folder(where))
-    of_tensor = {
-        "attention heads": model.num_heads,
-        "key and value heads": getattr(model, "kv_heads", model.num_heads),
-        "mlp's width": getattr(model, "intermediate_size", None) or 4 * model.hidden_size,
-    }
-    for axis, sizes in {"fsdp": {"hidden size": model.hidden_size}, "tensor": of_tensor}.items():
-        parts = mesh.shape[axis]
-        divisor = math.gcd(*sizes.values())
-        fitting = [str(n) for n in range(1, mesh.size + 1) if divisor % n == 0]
-        for what, size in sizes.items():
-            if size % parts:
-                raise UserError(
-                    f"mesh.{axis} {parts} does not divide the {what} of {where}, {size}; "
-                    f"use {' or '.join(fitting)}"
-                )
-
-
-def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int]:
-    """{name: number} of what has equal parts of each batch: ``compute.blocks``, or the devices.
-
-    Args:
-        microbatches: {dotted setting: number}.
-
-    Raises:
-        UserError: with blocks, microbatches that are no halves of them.
-    """
-    blocks = config.compute.blocks
-    if not blocks:
-        return {"devices": sharding.num_parts(mesh_of(config))}
-    for key, count in microbatches.items():
-        if count > blocks and count & (count - 1):
-            raise UserError(
-                f"{key} {count}: with compute.blocks {blocks} it must be {blocks} or less, which "
-                "all mean that each block is one, or a power of two"
-            )
-    return {"compute.blocks": blocks}
-
-
-def row_parts(config: RunConfig, num_microbatches: int) -> int:
-    """Into how many equal parts the rows of an optimizer step are cut, by devices and microbatches
-    or by ``compute.blocks``.
-    """
-    if config.compute.blocks:
-        return max(config.compute.blocks, num_microbatches)
-    return sharding.num_parts(mesh_of(config)) * num_microbatches
-
-
-def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The sharding of each array of parameters, or of a state with them: see
-    ``models.SHARDING``.
-    """
-    return sharding.by_path(tree, models.SHARDING, mesh)
-
-
-def placement(config: RunConfig) -> Place:
-    """``shardings`` of the run's mesh, for ``models.load``; None where every device holds all
-    parameters.
-    """
-    mesh = mesh_of(config)
-    return functools.partial(shardings, mesh) if sharding.is_cut(mesh) else None
 
 
 class Trainable(NamedTuple):
@@ -297,7 +190,7 @@ def language_model(
             ``is_policy`` and the model is a reward model.
     """
     options = compute_options(config.compute, num_layers(config))
-    place = placement(config)
+    place = layout.placement(config)
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
@@ -363,9 +256,9 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 
 
-def load_language_model(source: str, compute: Compute, place: Place = None) -> LanguageModel:
+def load_language_model(source: str, compute: Compute, place: layout.Place = None) -> LanguageModel:
     """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the
-    tokenizer gained a pad. ``place``: as ``placement`` gives.
+    tokenizer gained a pad. ``place``: as ``layout.placement`` gives.
 
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
@@ -377,13 +270,13 @@ def load_language_model(source: str, compute: Compute, place: Place = None) -> L
 def load_reward_model(
     source: str,
     compute: Compute,
-    place: Place = None,
+    place: layout.Place = None,
     score_rows: int | None = None,
     length: int = 0,
     policy: str | None = None,
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it; ``place``: as
-    ``placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
+    ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
     the first device of each process; its own length is checked with each text.

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, own, phases, references
+from rlhf_jax.training import critic, initial, layout, memory, own, phases, references
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.phases import Functions, LoopState, Penalty, Rule
 from rlhf_jax.training.stage import Stage
@@ -155,7 +155,7 @@ def compiled(
     samples = initial.sampling_config(stage.config.rl, begun.tokenizer)
     shape, masked = rules(stage.config.rl, samples, method.is_rewarded)
     groups: Any = {"group_size": method.config.group_size, "masked": masked}
-    mesh = initial.sampling_mesh(stage.config) or stage.row_mesh
+    mesh = layout.sampling_mesh(stage.config) or stage.row_mesh
     respond = functools.partial(phases.respond, model=model, mesh=mesh)
     rescored = functools.partial(
         phases.rescored,

@@ -29,7 +29,18 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.service import Services
-from rlhf_jax.training import critic, initial, loop, memory, own, phases, references, steps, teacher
+from rlhf_jax.training import (
+    critic,
+    initial,
+    layout,
+    loop,
+    memory,
+    own,
+    phases,
+    references,
+    steps,
+    teacher,
+)
 from rlhf_jax.training.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.engine import Client, silent
 from rlhf_jax.training.programs import (
@@ -183,7 +194,7 @@ def _parts(
     load = functools.partial(
         initial.load_reward_model,
         compute=config.compute,
-        place=initial.placement(config),
+        place=layout.placement(config),
         score_rows=method.score_rows,
         length=length,
         policy=tokenizer.fingerprint,
@@ -294,7 +305,7 @@ def _sizes(name: str, run: RunConfig, config: AlgorithmConfig) -> dict[str, int]
         )
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
-    sharers = initial.sharers(run, microbatches)
+    sharers = layout.sharers(run, microbatches)
     blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
     divides(
         "rl.batch_size",
@@ -449,7 +460,7 @@ def _sources(
         greedy = replace(how, temperature=0.0)
         respond, greedily = one_at_a_time(client.responder(how), client.responder(greedy))
         return Sources(respond, greedily, client.watched)
-    mesh = initial.sampling_mesh(stage.config)
+    mesh = layout.sampling_mesh(stage.config)
     if mesh is None:
         respond = steps.on_devices(stage, programs.respond, networks)
         greedily = steps.on_devices(stage, programs.respond_greedily, networks)

@@ -22,7 +22,7 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page, records, verdict
 from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
-from rlhf_jax.training import initial, memory
+from rlhf_jax.training import initial, layout, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn, TrainState
 
@@ -112,7 +112,7 @@ class Stage:
 
     def lay_out(self, tree: Tree) -> Tree:
         """Parameters, or a state with them, sharded over the mesh."""
-        return jax.tree.map(sharding.place, tree, initial.shardings(self.mesh, tree))
+        return jax.tree.map(sharding.place, tree, layout.shardings(self.mesh, tree))
 
     def take(self, create: Callable[[Params], State], params: Params) -> State:
         """``create(params)`` in new arrays, sharded over the mesh. The arrays of ``params`` are
@@ -122,7 +122,7 @@ class Stage:
         """
         placed = self.lay_out(params)
         state = jax.jit(
-            create, out_shardings=initial.shardings(self.mesh, jax.eval_shape(create, placed))
+            create, out_shardings=layout.shardings(self.mesh, jax.eval_shape(create, placed))
         )(placed)
         memory.free((params, placed))
         parts = state.params if "policy" in state.params else {"parameters": state.params}
@@ -177,7 +177,7 @@ class Stage:
             state, metrics = update(state, *args, **options)
             if self.config.compute.blocks:
                 return state, metrics
-            state = jax.lax.with_sharding_constraint(state, initial.shardings(self.mesh, state))
+            state = jax.lax.with_sharding_constraint(state, layout.shardings(self.mesh, state))
             return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
 
         return self.jit(
@@ -295,7 +295,7 @@ def set_up(config: RunConfig) -> RunConfig:
     parts = [f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"]
     if config.model:
         config = dataclasses.replace(config, model=model_folder(config.model))
-    mesh = initial.mesh_of(config)
+    mesh = layout.mesh_of(config)
     if sharding.is_cut(mesh):
         parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     parts.append(used if dtype == "float16" else dtype)
@@ -304,7 +304,7 @@ def set_up(config: RunConfig) -> RunConfig:
         _say_once(
             "the bits may differ from run to run on a GPU; --deterministic keeps them the same"
         )
-    initial.check_layout(config, mesh)
+    layout.check(config, mesh)
     return config
 
 
@@ -363,7 +363,7 @@ def open_stage(
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         config = _decided(config, run)
-        stage = Stage(config, name, run, initial.mesh_of(config))
+        stage = Stage(config, name, run, layout.mesh_of(config))
         processes.in_first(lambda: _describe(stage, fingerprints, files, given))
         is_set = sharding.is_set(stage.mesh)
         mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()

@@ -20,7 +20,7 @@ from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.training import initial, loop, memory, references
+from rlhf_jax.training import initial, layout, loop, memory, references
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
@@ -402,7 +402,7 @@ def _batching(
         plan = batches.Plan(longest, settings.batch_size, key, multiple)
         return plan, functools.partial(spec.collate, bucket_multiple=multiple)
     plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
-    multiple = initial.row_parts(config, settings.num_microbatches)
+    multiple = layout.row_parts(config, settings.num_microbatches)
     plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(
         f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not "
@@ -449,5 +449,5 @@ def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
             "whole rows"
         )
     parts = {f"{name}.num_microbatches": settings.num_microbatches}
-    divides(f"{name}.batch_size", settings.batch_size, initial.sharers(config, parts), parts)
+    divides(f"{name}.batch_size", settings.batch_size, layout.sharers(config, parts), parts)
     return parts | {f"{name}.batch_size": settings.batch_size}

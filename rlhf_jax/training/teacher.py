@@ -24,7 +24,7 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.service import TEACHER_KEY, Replies
 from rlhf_jax.runs import processes
-from rlhf_jax.training import initial
+from rlhf_jax.training import initial, layout
 from rlhf_jax.training.phases import LoopState
 from rlhf_jax.training.schedule import Batch
 from rlhf_jax.training.stage import Stage
@@ -56,7 +56,7 @@ def load(
     if method_config.teacher_server is not None:
         return None
     source = model_folder(source)
-    place = initial.placement(stage.config)
+    place = layout.placement(stage.config)
     loaded = initial.load_language_model(source, stage.config.compute, place)
     _check_vocabulary(source, loaded, policy)
     if "score" in loaded.params:
