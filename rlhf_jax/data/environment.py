@@ -18,7 +18,7 @@ function depends only on its two arguments.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,51 +122,69 @@ def converse(
     if environment is None:
         inputs: Any = (tokens, attention_mask, rows.astype(np.int32))
         return respond(*inputs), {}
-    slots = environment.slots
     batch = _with_slots(environment, tokens, attention_mask, rows)
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     talks = [_first_messages(row, environment.tokenizer) for row in own_data]
     turns = np.zeros(len(rows), int)
     status = np.where(rows < 0, _DONE, _OPEN)
 
-    def answer(batch: Any, sampled: Rollout, status: np.ndarray) -> tuple[Rollout, np.ndarray]:
-        """Puts this process's responses, and the replies to them, into its open rows."""
-        # Copies, because the arrays of several processes are read-only.
-        batch, status = jax.tree.map(np.array, (batch, status))
-        for i in np.flatnonzero(status == _OPEN):
-            response, end = _append_response(batch, sampled, i, slots)
-            if sampled.stopped is not None:
-                batch.stopped[i] = sampled.stopped[i]
-            content = environment.tokenizer.decode(response)
-            talks[i].append({"role": "assistant", "content": content})
-            where = f"environment: {own_data[i].source}, turn {turns.max()}"
-            reply, reward = _ask(environment, talks[i], own_data[i].columns, where)
-            batch.rewards[i, end - 1] = reward
-            if reply is None:
-                status[i] = _DONE
-                continue
-            reply_end = end + len(reply)
-            if turns.max() == environment.max_turns or reply_end >= batch.tokens.shape[1]:
-                status[i] = _CUT
-                continue
-            batch.tokens[i, end:reply_end] = reply
-            batch.attention_mask[i, end:reply_end] = 1
-        return batch, status
-
     is_open = status == _OPEN
     while is_open.any():
         turns += is_open
-        padding_first = np.argsort(batch.attention_mask, axis=1, kind="stable")
-        ids = np.take_along_axis(batch.tokens, padding_first, axis=1)
-        mask = np.take_along_axis(batch.attention_mask, padding_first, axis=1)
-        used = np.sum(batch.attention_mask[:, -slots:], axis=1)
-        of_open = mask * is_open[:, None]
-        sampled = processes.fetch(respond(ids, of_open, batch.row_ids, used))
+        sampled = processes.fetch(respond(*_as_prompts(batch, is_open, environment.slots)))
         own = processes.own_rows((batch, sampled, status))
-        answered = processes.agree(functools.partial(answer, *own))
-        batch, status = processes.gather_rows(answered)
+        answer = functools.partial(_answer, environment, talks, own_data, turns.max(), *own)
+        batch, status = processes.gather_rows(processes.agree(answer))
         is_open = status == _OPEN
     return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
+
+
+def _as_prompts(batch: Any, is_open: np.ndarray, slots: int) -> tuple[Any, ...]:
+    """The open conversations of a batch as prompts [B, P + R], padded on the left: token ids,
+    attention mask, data rows and used slots. The others are missing rows.
+    """
+    padding_first = np.argsort(batch.attention_mask, axis=1, kind="stable")
+    ids = np.take_along_axis(batch.tokens, padding_first, axis=1)
+    mask = np.take_along_axis(batch.attention_mask, padding_first, axis=1)
+    used = np.sum(batch.attention_mask[:, -slots:], axis=1)
+    return ids, mask * is_open[:, None], batch.row_ids, used
+
+
+def _answer(
+    environment: Environment,
+    talks: Sequence[list[Message]],
+    data: Sequence[Row],
+    turn: int,
+    batch: Any,
+    sampled: Rollout,
+    status: np.ndarray,
+) -> tuple[Rollout, np.ndarray]:
+    """Puts this process's responses, and the replies to them, into its open rows; the batch and the
+    status of each row.
+
+    talks, data: of these rows; each message is added to its talk.
+    """
+    # Copies, because the arrays of several processes are read-only.
+    batch, status = jax.tree.map(np.array, (batch, status))
+    for i in np.flatnonzero(status == _OPEN).tolist():
+        response, end = _append_response(batch, sampled, i, environment.slots)
+        if sampled.stopped is not None:
+            batch.stopped[i] = sampled.stopped[i]
+        content = environment.tokenizer.decode(response)
+        talks[i].append({"role": "assistant", "content": content})
+        where = f"environment: {data[i].source}, turn {turn}"
+        reply, reward = _ask(environment, talks[i], data[i].columns, where)
+        batch.rewards[i, end - 1] = reward
+        if reply is None:
+            status[i] = _DONE
+            continue
+        reply_end = end + len(reply)
+        if turn == environment.max_turns or reply_end >= batch.tokens.shape[1]:
+            status[i] = _CUT
+            continue
+        batch.tokens[i, end:reply_end] = reply
+        batch.attention_mask[i, end:reply_end] = 1
+    return batch, status
 
 
 def _with_slots(

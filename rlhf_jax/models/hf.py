@@ -146,13 +146,34 @@ def save(
     if both_tables:
         (token_table,) = family.tensors(("wte", "embedding"), params["wte"]["embedding"].shape)
         tensors.setdefault(names.OUTPUT_TABLE, tensors[token_table])
+    if "score" in params:
+        kernel, _ = folded_score(params["score"])
+        tensors[names.SCORE] = _Tensor(kernel, kernel.shape)
+    keys = _config_keys(model, params, tensors)
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # All is written before anything is replaced, so that an interrupted save leaves the former
+    # model.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        written = Path(temporary)
+        _write_weights(written, tensors, file_bytes)
+        if "value" in params:
+            value_head = {name: np.asarray(params["value"][name]) for name in ("kernel", "bias")}
+            write_tensors(written / VALUE_HEAD, value_head, {"format": "pt"})
+        text = json.dumps(keys, indent=2, sort_keys=True)
+        (written / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        _replace_model(folder, written)
+
+
+def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"]) -> dict[str, Any]:
+    """The keys of config.json."""
+    family = names.family_of(model.config)
     keys = names.to_json(model.config)
     for former in _FORMER:
         keys.pop(former, None)
     keys["architectures"] = [family.causal_lm]
     if "score" in params:
-        kernel, shift = folded_score(params["score"])
-        tensors[names.SCORE] = _Tensor(kernel, kernel.shape)
         labels = keys.get("id2label")
         if not (isinstance(labels, dict) and len(labels) == 1):
             keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -162,42 +183,35 @@ def save(
             "num_labels": 1,
             "problem_type": "regression",
         }
-        keys["reward_shift"] = shift
+        _, keys["reward_shift"] = folded_score(params["score"])
     # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
     keys["dtype"] = str(jnp.result_type(*dtypes))
+    return keys
 
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # All is written before anything is replaced, so that an interrupted save leaves the former
-    # model.
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        written = Path(temporary)
-        for name, part in _files(tensors, file_bytes).items():
-            arrays = {tensor: tensors[tensor].array() for tensor in part}
-            write_tensors(written / name, arrays, {"format": "pt"})
-        (written / CONFIG).write_text(
-            json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        if "value" in params:
-            value_head = {name: np.asarray(params["value"][name]) for name in ("kernel", "bias")}
-            write_tensors(written / VALUE_HEAD, value_head, {"format": "pt"})
-        if not (written / WEIGHTS).is_file():
-            shards = {
-                tensor: name
-                for name, part in _files(tensors, file_bytes).items()
-                for tensor in part
-            }
-            size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-            (written / INDEX).write_text(
-                json.dumps({"metadata": size, "weight_map": shards}, indent=2) + "\n"
-            )
-        present = {file.name for file in written.iterdir()}
-        for name in present:
-            os.replace(written / name, folder / name)
-        for file in folder.iterdir():  # weights that were here before, under other names
-            if _WEIGHT_FILES.fullmatch(file.name) and file.name not in present:
-                file.unlink()
+
+def _write_weights(folder: Path, tensors: dict[str, "_Tensor"], file_bytes: int) -> None:
+    """One file, or several with an index."""
+    files = _files(tensors, file_bytes)
+    for name, part in files.items():
+        arrays = {tensor: tensors[tensor].array() for tensor in part}
+        write_tensors(folder / name, arrays, {"format": "pt"})
+    if (folder / WEIGHTS).is_file():
+        return
+    file_of = {tensor: name for name, part in files.items() for tensor in part}
+    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    index = {"metadata": size, "weight_map": file_of}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _replace_model(folder: Path, written: Path) -> None:
+    """Moves the files that were ``written`` into the folder, and deletes its other weights."""
+    present = {file.name for file in written.iterdir()}
+    for name in present:
+        os.replace(written / name, folder / name)
+    for file in folder.iterdir():
+        if _WEIGHT_FILES.fullmatch(file.name) and file.name not in present:
+            file.unlink()
 
 
 def write_tensors(

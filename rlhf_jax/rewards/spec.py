@@ -278,6 +278,12 @@ def _read(
             host=from_text(load_function(where, Path(file), function, columns), tokenizer)
         )
 
+    return _of_models(spec, where, tokenizer, load)
+
+
+def _of_models(spec: str, where: str, tokenizer: PolicyTokenizer, load: Load) -> tuple[str, Reward]:
+    """The name and the reward of a SPEC that names a reward model, or several."""
+
     def model_reward(name: str) -> Reward:
         model = load(name)
         if model.fingerprint == tokenizer.fingerprint:
