@@ -109,17 +109,35 @@ def loss(
     chex.assert_shape(weight, (batch,))
 
     if targets is not None:
-        scores = jnp.where(present, scores, 0.0)
-        errors = losses.regression(scores, jnp.where(present, targets, 0.0))
-        mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
-        return mean, {"reward_model/loss": mean}
-
+        return _regression(scores, present, targets, weight)
     best = jnp.zeros(batch, jnp.int32) if best is None else jnp.asarray(best)
+    return _comparison(scores, present, best, wanted, weight, config.centering)
+
+
+def _regression(scores: Array, present: Array, targets: Array, weight: Array) -> tuple[Mean, Parts]:
+    """Scores, presence and targets of answers [B, K], weights of rows [B]."""
+    scores = jnp.where(present, scores, 0.0)
+    errors = losses.regression(scores, jnp.where(present, targets, 0.0))
+    mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
+    return mean, {"reward_model/loss": mean}
+
+
+def _comparison(
+    scores: Array,
+    present: Array,
+    best: Array,
+    wanted: Array | None,
+    weight: Array,
+    centering: float,
+) -> tuple[Mean, Parts]:
+    """Scores and presence of answers [B, K]; the best answer, the wanted margin and the weight of
+    rows [B].
+    """
     entered = jnp.where(present, scores, -jnp.inf)
     usable = jnp.take_along_axis(present, best[:, None], axis=1)[:, 0]
-    per_row = losses.comparison(entered, best, wanted, config.centering)
+    per_row = losses.comparison(entered, best, wanted, centering)
     mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
-    is_best = jnp.arange(num_answers)[None, :] == best[:, None]
+    is_best = jnp.arange(scores.shape[1])[None, :] == best[:, None]
     others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
     has_two = jnp.sum(present, axis=1) > 1
     compared = jnp.where(usable & has_two, weight, 0.0)  # [B]

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,7 @@ def run(folder: str, config: Config) -> int:
             samples = [row for row in part.rows for _ in range(config.n)]
             scores = None
             if reward is not None:
-                of_samples: dict[str, list[Any]] = {
-                    name: [row.columns.get(name) for row in samples] for name in columns
-                }
-                of_samples["messages"] = [row.conversation for row in samples]
+                of_samples = _columns(samples, columns)
                 scores = bench.score(reward, rollout, of_samples, config.batch_size)
             rows = _rows(policy, samples, rollout, scores, config.log_probs)
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
@@ -99,6 +96,15 @@ def run(folder: str, config: Config) -> int:
             file.flush()
             logger.info(f"{num_before + len(lines)} of {total} responses")
     return total
+
+
+def _columns(samples: Sequence[Row], names: Iterable[str]) -> dict[str, list[Any]]:
+    """What a reward in Python sees of the prompts' rows: their columns and conversations."""
+    columns: dict[str, list[Any]] = {
+        name: [row.columns.get(name) for row in samples] for name in names
+    }
+    columns["messages"] = [row.conversation for row in samples]
+    return columns
 
 
 def _rows(
