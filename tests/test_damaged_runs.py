@@ -125,7 +125,13 @@ def test_what_is_whole_works(act, whole, tmp_path):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
-    "seeds", [range(8), pytest.param(range(8, 250), marks=pytest.mark.slow)], ids=["few", "many"]
+    "seeds",
+    [
+        range(8),
+        pytest.param(range(8, 100), marks=pytest.mark.slow),
+        pytest.param(range(100, 250), marks=pytest.mark.soak),
+    ],
+    ids=["few", "many", "more"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_run_ends_in_a_result_or_a_sentence(act, seeds, whole, tmp_path):
