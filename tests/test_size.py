@@ -12,7 +12,7 @@ import pytest
 from source import code_lines, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"rlhf_jax": 202_400, "experiments": 23_700, "tests": 269_500, "benchmarks": 17_600}
+NODES = {"rlhf_jax": 202_400, "experiments": 23_700, "tests": 269_600, "benchmarks": 17_600}
 NODES_A_LINE = {"rlhf_jax": 10.2, "experiments": 10.1, "tests": 9.7, "benchmarks": 9.8}
 NODES_A_LINE_OF_A_FILE = 14.4
 PACKED = {"rlhf_jax": 4, "experiments": 0, "tests": 0, "benchmarks": 0}
