@@ -101,11 +101,19 @@ def run(
     outside = None if name in ALGORITHMS else algorithm
     given: dict[str, Any] = {"algorithm": outside, "reward": run_reward}
     given |= {"optimizer": optimizer, "policy": policy}
-    config = set_up(_without_given(config, run_reward, policy))
+    if run_reward is not None:
+        _check_reward(run_reward)
+        config = replace(config, reward=())
+    if policy is not None:
+        own.check_settings(config)
+    config = set_up(config)
     _check_optimizer(config, optimizer)
     _check_sampling(settings, policy)
     sizes = _sizes(name, config, algorithm_config)
-    method = _method(config, algorithm, algorithm_config, run_reward, optimizer)
+    score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
+    penalty = penalty_of(config, algorithm, algorithm_config)
+    is_rewarded = _is_rewarded(config, algorithm_config, run_reward)
+    method = Method(algorithm, algorithm_config, penalty, score_rows, optimizer, is_rewarded)
     reply = function_of(settings.environment, "rl.environment")
     read = _read(config)
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
@@ -133,37 +141,14 @@ def run(
 # --- What a run is made of
 
 
-def _without_given(
-    config: RunConfig, run_reward: spec.Reward | None, policy: models.Model | None
-) -> RunConfig:
-    """The settings without those that a reward from Python replaces. UserError if it is no reward,
-    or if settings do not fit a policy from Python.
-    """
-    if policy is not None:
-        own.check_settings(config)
-    if run_reward is None:
-        return config
+def _check_reward(run_reward: Any) -> None:
+    """Raises UserError unless it is a reward."""
     if not isinstance(run_reward, spec.Reward):
         raise UserError(
             "run_reward must be a rewards.spec.Reward, such as "
             "spec.Reward(fn=jax.tree_util.Partial(function)), not "
             f"{type(run_reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
         )
-    return replace(config, reward=())
-
-
-def _method(
-    config: RunConfig,
-    algorithm: Algorithm,
-    algorithm_config: AlgorithmConfig,
-    run_reward: spec.Reward | None,
-    optimizer: optax.GradientTransformation | None,
-) -> Method:
-    """How the policy learns. UserError for a reward or a penalty that the settings lack."""
-    score_rows = memory.score_rows(config.compute, config.rl.batch_size, algorithm_config)
-    penalty = penalty_of(config, algorithm, algorithm_config)
-    is_rewarded = _is_rewarded(config, algorithm_config, run_reward)
-    return Method(algorithm, algorithm_config, penalty, score_rows, optimizer, is_rewarded)
 
 
 def _read(config: RunConfig) -> list[formats.ReadResult]:
