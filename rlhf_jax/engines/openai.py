@@ -74,8 +74,10 @@ class Completions:
         told = choices[0].get("logprobs") if choices else None
         if not isinstance(told, Mapping):
             self.refuse("it returned no log-probabilities of the prompt (echo, logprobs)", reply)
-        texts = told.get("tokens") or []
-        log_probs = told.get("token_logprobs") or []
+        texts = told.get("tokens")
+        log_probs = told.get("token_logprobs")
+        if not isinstance(texts, list) or not isinstance(log_probs, list):
+            self.refuse("its tokens and token_logprobs are no lists", told)
         if len(texts) != len(log_probs) or len(texts) not in (len(ids), len(ids) + 1):
             self.refuse(
                 f"it returned {len(texts)} tokens and {len(log_probs)} log-probabilities for "
@@ -86,7 +88,7 @@ class Completions:
         for value in log_probs:
             if not isinstance(value, float | int) or not -math.inf < value < _ROUNDING:
                 self.refuse(f"{value!r} is no log-probability", told)
-        return texts[: len(ids)], log_probs
+        return [str(text) for text in texts[: len(ids)]], log_probs
 
     def close(self) -> None:
         """Does nothing: the server holds nothing for this run."""

@@ -172,7 +172,8 @@ class Server:
         asked = zip(questions, rows, strict=True)
         missing = {text: ids for text, ids in asked if ids and text not in self._replies}
         if missing and not self._is_checked:
-            self._check_vocabulary(next(iter(missing.values())))
+            first = next(iter(missing))
+            self._ask(first, missing.pop(first))
         with ThreadPoolExecutor(self._asked.concurrency) as threads:
             try:
                 list(threads.map(self._ask, missing, missing.values()))
@@ -185,14 +186,15 @@ class Server:
         ]
 
     def _ask(self, question: str, ids: list[int]) -> None:
-        _, log_probs = self.api.score(ids)
+        texts, log_probs = self.api.score(ids)
+        if not self._is_checked:
+            self._check_vocabulary(ids, texts)
         self._replies.add(question, json.dumps(log_probs))
 
-    def _check_vocabulary(self, ids: list[int]) -> None:
+    def _check_vocabulary(self, ids: list[int], texts: list[str]) -> None:
         """Raises UserError if the server spells the tokens in another way. Special tokens and parts
         of a character are not compared.
         """
-        texts, _ = self.api.score(ids)
         others = []
         for number, theirs in zip(ids, texts, strict=True):
             ours = self._tokenizer.decode([number]).strip()
