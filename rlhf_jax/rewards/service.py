@@ -14,17 +14,19 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import yaml
 
 from rlhf_jax.errors import ServiceError, UserError, file_errors
 from rlhf_jax.ops import check_number
+
+T = TypeVar("T")
 
 SERVICE_KEY = "REWARD_API_KEY"
 JUDGE_KEY = "OPENAI_API_KEY"
@@ -123,6 +125,18 @@ def post(
 def get(url: str, settings: Requests, key: str | None) -> Any:
     """The JSON reply to a GET; otherwise as ``post``."""
     return _reply(urllib.request.Request(url), settings, key, json.loads)
+
+
+def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Requests) -> None:
+    """Calls ``ask`` with each question, ``settings.concurrency`` at once. After an error no other
+    call begins.
+    """
+    with ThreadPoolExecutor(settings.concurrency) as threads:
+        try:
+            list(threads.map(ask, questions))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _reply(
@@ -288,12 +302,7 @@ class RubricJudge:
             material["answer"] = response
             questions.append(self._question(material))
         new = dict.fromkeys(text for text in questions if text not in self._replies)
-        with ThreadPoolExecutor(self.settings.concurrency) as threads:
-            try:
-                list(threads.map(self._ask, new))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        ask_each(self._ask, new, self.settings)
         return [self._score(self._replies[text]) for text in questions]
 
     def _question(self, said: dict[str, Any]) -> str:

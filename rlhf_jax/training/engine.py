@@ -7,7 +7,6 @@ checkpoint, or is repeated, reads them there and asks only for what is missing.
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.engines import Engine, Request, Sample, Weights, decoded, encoded, question
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.rewards.service import Replies
+from rlhf_jax.rewards.service import Replies, ask_each
 from rlhf_jax.runs import processes
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.initial import Trainable
@@ -171,12 +170,7 @@ class Client:
 
     def _fetch(self, requests: Sequence[Request]) -> None:
         """Asks for samples and keeps them, so many requests at once as the settings say."""
-        with ThreadPoolExecutor(self._config.engine.concurrency) as threads:
-            try:
-                list(threads.map(self._sample, requests))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        ask_each(self._sample, requests, self._config.engine)
 
     def _sample(self, request: Request) -> None:
         samples = self._engine.sample(request)

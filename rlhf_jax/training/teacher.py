@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rlhf_jax.engines.openai import Completions
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
-from rlhf_jax.rewards.service import TEACHER_KEY, Replies
+from rlhf_jax.rewards.service import TEACHER_KEY, Replies, ask_each
 from rlhf_jax.runs import processes
 from rlhf_jax.training import initial, layout
 from rlhf_jax.training.phases import LoopState
@@ -174,12 +173,7 @@ class Server:
         if missing and not self._is_checked:
             first = next(iter(missing))
             self._ask(first, missing.pop(first))
-        with ThreadPoolExecutor(self._asked.concurrency) as threads:
-            try:
-                list(threads.map(self._ask, missing, missing.values()))
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        ask_each(lambda text: self._ask(text, missing[text]), missing, self._asked)
         return [
             json.loads(self._replies[text]) if ids else []
             for text, ids in zip(questions, rows, strict=True)
