@@ -38,9 +38,10 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import critic, initial, layout, memory, phases, references
 from rlhf_jax.training import teacher as teachers
+from rlhf_jax.training.method import penalty_of
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.programs import penalty_of, rules
-from rlhf_jax.training.stage import Stage, divides
+from rlhf_jax.training.programs import rules
+from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import (
     Algorithm,
     Comparisons,
@@ -237,7 +238,7 @@ def shapes_of(
     cuts = ("num_minibatches", "num_microbatches")
     batch_size = getattr(config, part).batch_size
     num_devices = {"devices": sharding.num_parts(mesh)}
-    divides(
+    layout.check_divides(
         f"{part}.batch_size",
         batch_size,
         num_devices,

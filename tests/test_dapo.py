@@ -16,7 +16,7 @@ from rlhf_jax import grpo, ppo
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import phases, rl
+from rlhf_jax.training import method, phases
 from rlhf_jax.training.schedule import Schedule
 from rlhf_jax.training.steps import replace_uninformative
 from rlhf_jax.types import Rollout, TrainState
@@ -202,7 +202,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
-        rl._sizes("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
+        method.sizes("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
 
 
 REWARD = """

@@ -34,7 +34,7 @@ from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
-from rlhf_jax.training import rl, supervised
+from rlhf_jax.training import method, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -197,7 +197,7 @@ def test_every_config_fits(file):
     supervised._sizes(config, training.sft.SPEC)
     supervised._sizes(config, training.reward_model.SPEC)
     for name in ("vpg", "ppo", "rloo", "grpo"):
-        rl._sizes(name, config, getattr(config, name))
+        method.sizes(name, config, getattr(config, name))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
+from rlhf_jax.training.parts import files
 from rlhf_jax.training.stage import open_stage
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -83,7 +84,7 @@ def test_another_reward_file_is_another_run(config, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("score = len")
     config = replace(config, reward=(f"{file}:score",))
-    with open_stage(config, "vpg", {}, files=training.rl.files(config, "vpg")) as stage:
+    with open_stage(config, "vpg", {}, files=files(config, "vpg")) as stage:
         (stage.run.checkpoints / "0").mkdir(parents=True)
     file.write_text("score = max")
     with pytest.raises(UserError, match=r"sha256 of reward \S+ was '\w{12}' and is now '\w{12}'"):

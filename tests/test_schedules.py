@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
-from rlhf_jax.training import rl
+from rlhf_jax.training import method
 from rlhf_jax.training.optimizer import Judge, make_optimizer, times_exhausted
 from rlhf_jax.training.phases import LoopState
 from rlhf_jax.types import TrainState
@@ -115,6 +115,6 @@ def test_length_in_episodes(capsys):
     assert [
         s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)
     ] == [7, 2, 3]
-    rl._sizes("ppo", RunConfig(rl=odd), ppo.Config())
+    method.sizes("ppo", RunConfig(rl=odd), ppo.Config())
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said

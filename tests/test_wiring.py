@@ -200,7 +200,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
         "learn": lambda state, *inputs: untouched(state),
     }
     replacing(monkeypatch, lambda programs: fakes)
-    monkeypatch.setattr(rl.models, "policy_fn", policy_of)
+    monkeypatch.setattr(models, "policy_fn", policy_of)
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     config = uneven(config, tmp_path, 3, environment=environment)
     run_vpg(replace(config, network=replace(config.network, num_layers=layers)))
@@ -276,7 +276,7 @@ def test_an_rl_program_is_compiled_for_its_number_of_blocks(
 
     run = four_layers(config, tmp_path, monkeypatch)
     compute = replace(run.compute, scan_layers=is_scanned)
-    monkeypatch.setattr(rl.jax, "jit", spy)
+    monkeypatch.setattr(jax, "jit", spy)
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
         run_vpg(replace(run, compute=compute))
     compiled = {phase.__name__: options for phase, options in compiled.items() if any(options)}

@@ -97,6 +97,19 @@ def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int
     return {"compute.blocks": blocks}
 
 
+def check_divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
+    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the
+    nearest that are.
+    """
+    fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
+    below = size - size % fits
+    for parts in divisors:
+        if size % math.prod(parts.values()):
+            product = " x ".join(f"{count} {name}" for name, count in parts.items())
+            nearest = f"{below} or {below + fits}" if below else f"{fits}"
+            raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
+
+
 def row_parts(config: RunConfig, num_microbatches: int) -> int:
     """Into how many equal parts the rows of an optimizer step are cut, by devices and microbatches
     or by ``compute.blocks``.

@@ -9,18 +9,17 @@ import jax
 import optax
 
 from rlhf_jax import losses, models, ops
-from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.config import RLStage
+from rlhf_jax.errors import logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, layout, memory, own, phases, references
+from rlhf_jax.training import critic, initial, layout, memory, own, phases
 from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.phases import Functions, LoopState, Penalty, Rule
+from rlhf_jax.training.method import Method
+from rlhf_jax.training.phases import Functions, LoopState, Rule
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import (
-    Algorithm,
-    AlgorithmConfig,
     Metrics,
     Params,
     PolicyFn,
@@ -28,17 +27,6 @@ from rlhf_jax.types import (
     Rollout,
     TrainState,
 )
-
-
-class Method(NamedTuple):
-    """How the policy learns."""
-
-    algorithm: Algorithm
-    config: AlgorithmConfig
-    penalty: Penalty
-    score_rows: int | None  # that policy, reference and reward model score at once
-    optimizer: optax.GradientTransformation | None = None  # None: that of ``rl.optimizer``
-    is_rewarded: bool = True  # False: it learns from a teacher alone
 
 
 class Networks(NamedTuple):
@@ -61,23 +49,6 @@ class Programs(NamedTuple):
     num_equal: Callable[..., jax.Array]
     refill: Callable[..., Rollout]
     learn: Callable[..., tuple[LoopState, Metrics]]
-
-
-def penalty_of(
-    config: RunConfig,
-    algorithm: Algorithm,
-    algorithm_config: AlgorithmConfig,
-) -> Penalty:
-    """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
-    settings = config.rl
-    coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
-    if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
-        references.check(config, settings)
-        return phases.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
-    if settings.reference_moves:
-        name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
-        raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")
-    return phases.NO_PENALTY
 
 
 def networks_of(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -309,19 +308,6 @@ def set_up(config: RunConfig) -> RunConfig:
 
 
 _say_once = functools.cache(logger.info)
-
-
-def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
-    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the
-    nearest that are.
-    """
-    fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
-    below = size - size % fits
-    for parts in divisors:
-        if size % math.prod(parts.values()):
-            product = " x ".join(f"{count} {name}" for name, count in parts.items())
-            nearest = f"{below} or {below + fits}" if below else f"{fits}"
-            raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
 
 
 def enable_compilation_cache() -> None:

@@ -24,7 +24,7 @@ from rlhf_jax.training import initial, layout, loop, memory, references
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
+from rlhf_jax.training.stage import RunResult, Stage, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -449,5 +449,7 @@ def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
             "whole rows"
         )
     parts = {f"{name}.num_microbatches": settings.num_microbatches}
-    divides(f"{name}.batch_size", settings.batch_size, layout.sharers(config, parts), parts)
+    layout.check_divides(
+        f"{name}.batch_size", settings.batch_size, layout.sharers(config, parts), parts
+    )
     return parts | {f"{name}.batch_size": settings.batch_size}
