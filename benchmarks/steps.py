@@ -160,7 +160,6 @@ def _rl_work(
         optimizer=optimizer,
         penalty=phases.kl_penalty(0.05),
     )
-    collect = functools.partial(phases.collect, model=model, config=how)
     loop = phases.LoopState.create(
         algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05
     )
@@ -176,12 +175,17 @@ def _rl_work(
         sampled = phases.respond(policy, moved, keys[2], model=model, config=how)
         return row_ids + sampled.tokens[:, -1], {"tokens": sampled.tokens}
 
+    def collect(loop: phases.LoopState, prompts: Any, functions: Any) -> tuple[Rollout, Any]:
+        policy = phases.sampler(loop, functions.base)
+        sampled = phases.respond(policy, prompts, keys[2], model=model, config=how)
+        return phases.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
+
     def iterate(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
-        loop, _, metrics = phases.iteration(
-            loop, prompts, keys[2], keys[3], functions, collect=collect, learn=learn
-        )
-        return loop, metrics
+        rollout, collected = collect(loop, prompts, functions)
+        rollout, rewarded = phases.reward(rollout, functions)
+        loop, learned = learn(loop, rollout, keys[3], functions)
+        return loop, collected | rewarded | learned
 
     def update(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
         functions, collected = data

@@ -533,14 +533,15 @@ def _reinforcement(
     shape, masked = rules(settings, samples)
     learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
     learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}
-    sampled: dict[str, Any] = {"model": model, "config": samples, "mesh": mesh, "score_rows": rows}
     tokens = jnp.zeros((size, prompt), jnp.int32)
     numbers = jnp.zeros(size, jnp.int32)
     prompts = _spread(phases.Prompts(tokens, tokens, numbers), mesh)
     key = jax.eval_shape(jax.random.key, 0)
 
     def collect(key: jax.Array, state: Any, prompts: Any, functions: Any) -> Any:
-        return phases.collect(state, prompts, key, functions, **sampled)
+        policy = phases.sampler(state, functions.base)
+        sampled = phases.respond(policy, prompts, key, model=model, config=samples, mesh=mesh)
+        return phases.rescored(state, sampled, functions, eos_ids=samples.eos_ids, score_rows=rows)
 
     def learn(state: Any, rollout: Any, key: jax.Array, functions: Any) -> Any:
         return phases.learn(state, rollout, key, functions, **learning)

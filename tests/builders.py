@@ -39,7 +39,7 @@ from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import open_run, write_atomically
 from rlhf_jax.runs.manifest import write_manifest
-from rlhf_jax.training import loop, verify
+from rlhf_jax.training import loop, phases, verify
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import open_stage
 
@@ -311,6 +311,28 @@ def letters_stage(folder, name):
         method = replace(getattr(config, name), group_size=2, shuffle_blocks=1)
         changes[name] = replace(method, num_minibatches=1)
     return replace(config, **changes)
+
+
+# --- The steps of an RL iteration in one program
+
+
+def collected(loop, prompts, key, functions, *, model, config):
+    """Responses with the log-probs of the update's own forward pass, and metrics."""
+    policy = phases.sampler(loop, functions.base)
+    sampled = phases.respond(policy, prompts, key, model=model, config=config)
+    return phases.rescored(loop, sampled, functions, eos_ids=config.eos_ids)
+
+
+def iteration(collect, learn):
+    """``collect``, reward and ``learn`` of one state; the scored rollout is a result too."""
+
+    def whole(loop, prompts, rollout_key, update_key, functions):
+        rollout, collected_metrics = collect(loop, prompts, rollout_key, functions)
+        rollout, reward_metrics = phases.reward(rollout, functions)
+        loop, learn_metrics = learn(loop, rollout, update_key, functions)
+        return loop, rollout, collected_metrics | reward_metrics | learn_metrics
+
+    return whole
 
 
 # --- Runs in this process

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import builders
 import jax
 import jax.numpy as jnp
 import pytest
@@ -45,8 +46,8 @@ def test_no_iteration_holds_weights(name):
         optimizer=SGD,
         penalty=phases.kl_penalty(0.1),
     )
-    collect = partial(phases.collect, model=model, config=options)
-    iteration = partial(phases.iteration, collect=collect, learn=learn)
+    collect = partial(builders.collected, model=model, config=options)
+    iteration = builders.iteration(collect, learn)
     tokens = jnp.full((16, 3), 2)
     prompts = phases.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
     loop = phases.LoopState.create(case.module.State.create(trained, SGD), 0.1)

@@ -202,7 +202,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
-        method.sizes("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
+        method.check_settings("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
 
 
 REWARD = """

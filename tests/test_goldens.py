@@ -197,7 +197,7 @@ def test_every_config_fits(file):
     supervised._sizes(config, training.sft.SPEC)
     supervised._sizes(config, training.reward_model.SPEC)
     for name in ("vpg", "ppo", "rloo", "grpo"):
-        method.sizes(name, config, getattr(config, name))
+        method.check_settings(name, config, getattr(config, name))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def functions(reference=True):
     )
 
 
-COLLECT = functools.partial(phases.collect, model=MODEL, config=SAMPLING)
+COLLECT = functools.partial(builders.collected, model=MODEL, config=SAMPLING)
 KL = phases.kl_penalty(0.1)
 
 
@@ -69,8 +70,7 @@ def learning(algorithm=vpg, **how):
 
 def iteration(algorithm=vpg, **how):
     """An iteration as one program."""
-    whole = functools.partial(phases.iteration, collect=COLLECT, learn=learning(algorithm, **how))
-    return jax.jit(whole)
+    return jax.jit(builders.iteration(COLLECT, learning(algorithm, **how)))
 
 
 @pytest.mark.slow

@@ -115,6 +115,6 @@ def test_length_in_episodes(capsys):
     assert [
         s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)
     ] == [7, 2, 3]
-    method.sizes("ppo", RunConfig(rl=odd), ppo.Config())
+    method.check_settings("ppo", RunConfig(rl=odd), ppo.Config())
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.tree_util import Partial
 
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
@@ -68,18 +70,18 @@ class Trainable(NamedTuple):
     # Where everything is trained, what it started from, in its file's dtype.
     loaded: Params | None = None
 
-    def bind(self, fn: Any) -> jax.tree_util.Partial:
+    def bind(self, fn: Any) -> Partial:
         """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
         an argument.
         """
-        return jax.tree_util.Partial(fn) if self.base is None else lora.bind(fn, self.base)
+        return Partial(fn) if self.base is None else lora.bind(fn, self.base)
 
     def merged(self, trained: Params) -> Params:
         """A plain model's parameters, to be saved."""
         return trained if self.base is None else lora.merge(self.base, trained)
 
 
-def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
+def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
     """Splits parameters, heads included, into trained and frozen ones. ``key`` is of the adapters'
     weights.
 
@@ -141,7 +143,7 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
 
 
 def hold_out(
-    what: str, prompts: Sequence[Text], fraction: float, key: jax.Array
+    what: str, prompts: Sequence[Text], fraction: float, key: Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, by ``batches.split``; prints how many are held
     out.
@@ -176,7 +178,7 @@ def say_held_out(
 def language_model(
     config: RunConfig,
     texts: Iterable[str],
-    key: jax.Array,
+    key: Array,
     *,
     is_policy: bool = True,
     policy: models.Model | None = None,

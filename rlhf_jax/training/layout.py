@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig
@@ -15,7 +16,7 @@ from rlhf_jax.models import hf
 Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
 
 
-def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
+def mesh_of(config: RunConfig) -> Mesh:
     """The devices of a run by its ``mesh`` section.
 
     Raises:
@@ -31,13 +32,13 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def sampling_mesh(config: RunConfig) -> jax.sharding.Mesh | None:
+def sampling_mesh(config: RunConfig) -> Mesh | None:
     """The devices that sample alone (``mesh.sampling``); None: those that learn sample too."""
     number = config.mesh.sampling
     return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
-def check(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+def check(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError unless the mesh fits ``compute.blocks`` and the model, of which only
     config.json is read.
     """
@@ -119,7 +120,7 @@ def row_parts(config: RunConfig, num_microbatches: int) -> int:
     return sharding.num_parts(mesh_of(config)) * num_microbatches
 
 
-def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of each array of parameters, or of a state with them: see
     ``models.SHARDING``.
     """

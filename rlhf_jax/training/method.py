@@ -10,7 +10,7 @@ from rlhf_jax import models
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import critic, initial, layout, memory, own, phases, references
+from rlhf_jax.training import critic, initial, layout, own, phases, references
 from rlhf_jax.training.phases import Penalty
 from rlhf_jax.types import Algorithm, AlgorithmConfig
 
@@ -22,6 +22,9 @@ class Given(NamedTuple):
     reward: spec.Reward | None = None
     optimizer: optax.GradientTransformation | None = None
     policy: models.Model | None = None
+
+
+NOTHING = Given()
 
 
 class Method(NamedTuple):
@@ -57,73 +60,29 @@ def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
     if not isinstance(given.reward, spec.Reward):
         raise UserError(
             "run_reward must be a rewards.spec.Reward, such as "
-            "spec.Reward(fn=jax.tree_util.Partial(function)), not "
+            "spec.Reward(fn=Partial(function)), not "
             f"{type(given.reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
         )
     return dataclasses.replace(config, reward=())
 
 
-def method_of(
-    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig, given: Given
-) -> Method:
-    """The method of a run on the devices that were chosen.
+def check_settings(
+    name: str, run: RunConfig, config: AlgorithmConfig, given: Given = NOTHING
+) -> dict[str, int]:
+    """Checks the settings of a run against each other and the devices. Returns the sizes that help
+    when memory runs out, {dotted setting: value}.
 
     Raises:
-        UserError: settings that do not fit each other, or the devices.
+        UserError: the batch does not divide by devices, groups, minibatches and microbatches; there
+            are no groups to replace; the policy never learns; several processes sample ahead.
     """
-    settings = config.rl
+    settings = run.rl
+    if given.optimizer is None:
+        initial.warn_of_rate(run, "rl", settings.optimizer)
     if settings.rollouts_ahead and jax.process_count() > 1:
         raise UserError(
             "rl.rollouts_ahead: several processes sample with the current weights; leave it out"
         )
-    if given.optimizer is None:
-        initial.warn_of_rate(config, "rl", settings.optimizer)
-    return Method(
-        algorithm,
-        algorithm_config,
-        penalty=penalty_of(config, algorithm, algorithm_config),
-        score_rows=memory.score_rows(config.compute, settings.batch_size, algorithm_config),
-        optimizer=given.optimizer,
-        is_rewarded=_is_rewarded(config, algorithm_config, given),
-    )
-
-
-def penalty_of(
-    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig
-) -> Penalty:
-    """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
-    settings = config.rl
-    coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
-    if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
-        references.check(config, settings)
-        return phases.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
-    if settings.reference_moves:
-        name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
-        raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")
-    return phases.NO_PENALTY
-
-
-def _is_rewarded(config: RunConfig, algorithm_config: AlgorithmConfig, given: Given) -> bool:
-    """Whether there is a reward. With a teacher there need not be one, but the rewards of an
-    environment are added to one (UserError).
-    """
-    if config.reward or given.reward is not None or not algorithm_config.needs_teacher:
-        return True
-    if config.rl.environment:
-        raise UserError(
-            "rl.environment pays, so its run has a reward: give --reward, such as length*0"
-        )
-    return False
-
-
-def sizes(name: str, run: RunConfig, config: AlgorithmConfig) -> dict[str, int]:
-    """The settings that help when memory runs out.
-
-    Raises:
-        UserError: the batch does not divide by devices, groups, minibatches and microbatches; there
-            are no groups to replace; the policy never learns.
-    """
-    settings = run.rl
     if settings.dynamic_sampling and config.group_size == 1:
         raise UserError(
             f"rl.dynamic_sampling: {name} samples one answer to a prompt; there are no groups to "
@@ -156,3 +115,31 @@ def sizes(name: str, run: RunConfig, config: AlgorithmConfig) -> dict[str, int]:
         minibatches | (sharers if run.compute.blocks else {}),
     )
     return microbatches | {"rl.batch_size": settings.batch_size}
+
+
+def penalty_of(
+    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig
+) -> Penalty:
+    """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
+    settings = config.rl
+    coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
+    if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
+        references.check(config, settings)
+        return phases.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
+    if settings.reference_moves:
+        name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
+        raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    return phases.NO_PENALTY
+
+
+def is_rewarded(config: RunConfig, algorithm_config: AlgorithmConfig, given: Given) -> bool:
+    """Whether there is a reward. With a teacher there need not be one, but the rewards of an
+    environment are added to one (UserError).
+    """
+    if config.reward or given.reward is not None or not algorithm_config.needs_teacher:
+        return True
+    if config.rl.environment:
+        raise UserError(
+            "rl.environment pays, so its run has a reward: give --reward, such as length*0"
+        )
+    return False

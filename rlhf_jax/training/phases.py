@@ -1,10 +1,10 @@
 """The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn.
 
-``collect`` samples, ``reward`` scores, a ``Rule`` and a ``Penalty`` shape the scores into the
-rewards of the update, and ``learn`` makes the update. ``training.rl`` compiles each step
-separately, so that a reward or an environment in ordinary Python can run between them;
-``iteration`` is all of them in one call, for one jit. Both ways give the same parameters, up to
-rounding.
+``respond`` samples, ``rescored`` adds the log-probs of the update's own forward pass, ``reward``
+scores, a ``Rule`` and a ``Penalty`` shape the scores into the rewards of the update, and ``learn``
+makes the update. ``training.rl`` compiles each step separately, so that a reward or an environment
+in ordinary Python can run between them. Called one after the other they also trace into one
+program, which gives the same parameters up to rounding.
 """
 
 import functools
@@ -16,6 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from rlhf_jax import losses, models, ops, rewards, rollout, sampling, sharding
 from rlhf_jax.algorithms.policy import row_rewards
@@ -27,7 +30,7 @@ class LoopState:
     """Everything that an RL run carries from one iteration to the next."""
 
     train: TrainState  # of the algorithm's own class
-    kl_coef: jax.Array  # [] float32
+    kl_coef: Array  # [] float32
     # The parameters of a reference that moves; None: it never changes.
     reference: Params | None = None
     # The policy that samples the next rollout, without an optimizer; None: that of ``train`` does.
@@ -48,12 +51,12 @@ class LoopState:
 class Prompts(NamedTuple):
     """A batch of prompts, left-padded."""
 
-    tokens: jax.Array  # [B, P] int32
-    attention_mask: jax.Array  # [B, P]
-    row_ids: jax.Array  # [B] data row of each prompt
-    used: jax.Array | None = None  # [B] of conversations, see ``sampling.generate``
+    tokens: Array  # [B, P] int32
+    attention_mask: Array  # [B, P]
+    row_ids: Array  # [B] data row of each prompt
+    used: Array | None = None  # [B] of conversations, see ``sampling.generate``
     # [B] int32, the numbers that decide the rows' randomness; None: 0 .. B - 1
-    places: jax.Array | None = None
+    places: Array | None = None
 
 
 @flax.struct.dataclass
@@ -89,11 +92,11 @@ def sampler(loop: LoopState, base: Params | None) -> Params:
 def respond(
     policy: Params,
     prompts: Prompts,
-    key: jax.Array,
+    key: Array,
     *,
     model: models.Model,
     config: sampling.SamplingConfig,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> Rollout:
     """A response of the ``sampler`` to each prompt, with its log-probs.
 
@@ -133,7 +136,7 @@ def rescored(
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
-        ref_fn = jax.tree_util.Partial(ref_fn, loop.reference)
+        ref_fn = Partial(ref_fn, loop.reference)
     policy_fn = ops.by_rows(functions.policy_fn, score_rows)
     weights: Any = {}
     if importance is not None:
@@ -160,7 +163,7 @@ def rescored(
     return scored, metrics
 
 
-def most_common(rollout: Rollout) -> jax.Array:
+def most_common(rollout: Rollout) -> Array:
     """Share of the batch's responses that equal the most common one; 0 with fewer than two.
 
     Two responses are equal if their tokens under the mask are, wherever they stand. They are
@@ -178,23 +181,6 @@ def most_common(rollout: Rollout) -> jax.Array:
     return jnp.where(number > 1, most / jnp.maximum(number, 1), 0.0)
 
 
-def collect(
-    loop: LoopState,
-    prompts: Prompts,
-    key: jax.Array,
-    functions: Functions,
-    *,
-    model: models.Model,
-    config: sampling.SamplingConfig,
-    mesh: jax.sharding.Mesh | None = None,
-    score_rows: int | None = None,
-) -> tuple[Rollout, Metrics]:
-    """``respond``, then ``rescored``."""
-    policy = sampler(loop, functions.base)
-    sampled = respond(policy, prompts, key, model=model, config=config, mesh=mesh)
-    return rescored(loop, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows)
-
-
 # --- Score
 
 
@@ -205,8 +191,8 @@ def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
 
 def scored(
     rollout: Rollout,
-    scores: jax.Array,
-    parts: dict[str, jax.Array],
+    scores: Array,
+    parts: dict[str, Array],
 ) -> tuple[Rollout, Metrics]:
     """Fills ``scores`` [B], and ``rewards`` [B, T] where the scores are dense; scores are then
     their row sums.
@@ -252,7 +238,7 @@ def then(*rules: Rule) -> Rule:
     return all_rules
 
 
-def _on_scores(change: Callable[[Rollout, jax.Array], jax.Array]) -> Rule:
+def _on_scores(change: Callable[[Rollout, Array], Array]) -> Rule:
     """The rule that puts ``change(rollout, scores)`` in place of the scores."""
 
     def rule(rollout: Rollout) -> Rollout:
@@ -315,10 +301,10 @@ class Penalty(NamedTuple):
 
     init: float  # the first coefficient
     # (coefficient [], scored rollout) -> (rewards [B, T], the next coefficient [], metrics)
-    apply: Callable[[jax.Array, Rollout], tuple[jax.Array, jax.Array, Metrics]]
+    apply: Callable[[Array, Rollout], tuple[Array, Array, Metrics]]
 
 
-def _score_at_end(coef: jax.Array, rollout: Rollout) -> tuple[jax.Array, jax.Array, Metrics]:
+def _score_at_end(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
     return rewards.kl_shaped(replace(rollout, ref_log_probs=None), 0.0), coef, {}
 
 
@@ -334,7 +320,7 @@ def kl_penalty(coef: float, target: float | None = None, horizon: int | None = N
         horizon: episodes over which it adapts; None: those of 10 iterations.
     """
 
-    def apply(coef: jax.Array, rollout: Rollout) -> tuple[jax.Array, jax.Array, Metrics]:
+    def apply(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
         shaped = rewards.kl_shaped(rollout, coef)
         assert rollout.ref_log_probs is not None, "kl_shaped checks it"
         per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
@@ -352,7 +338,7 @@ def kl_penalty(coef: float, target: float | None = None, horizon: int | None = N
 # --- Groups of equal scores, which have no gradient
 
 
-def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> jax.Array:
+def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> Array:
     """Number of groups without a gradient: after ``masked``, the scores of their rows are equal.
     With a ``group_size`` of 1 the batch is one group.
     """
@@ -365,7 +351,7 @@ def refill(
     *,
     group_size: int,
     masked: Rule = unchanged,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> Rollout:
     """Replaces groups of ``kept`` with equal scores, in order, by groups of ``fresh`` whose scores
     differ.
@@ -378,7 +364,7 @@ def refill(
     rows = jnp.repeat(source * group_size, group_size) + within
     replaced = jnp.repeat(wanting & (number < jnp.sum(offered)), group_size)  # [B]
 
-    def fill(old: jax.Array, new: jax.Array) -> jax.Array:
+    def fill(old: Array, new: Array) -> Array:
         return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new[rows], old)
 
     filled: Rollout = jax.tree.map(fill, kept, fresh)
@@ -387,7 +373,7 @@ def refill(
     return jax.lax.with_sharding_constraint(filled, sharding.rows(mesh))
 
 
-def _equal(rollout: Rollout, group_size: int) -> jax.Array:
+def _equal(rollout: Rollout, group_size: int) -> Array:
     """[groups] whether the rewards of a group's present rows are equal, or no row is present. NaN
     equals no other reward.
     """
@@ -404,7 +390,7 @@ def _equal(rollout: Rollout, group_size: int) -> jax.Array:
 def learn(
     loop: LoopState,
     rollout: Rollout,
-    key: jax.Array,
+    key: Array,
     functions: Functions,
     *,
     algorithm: Algorithm,
@@ -413,7 +399,7 @@ def learn(
     shape: Rule = unchanged,
     penalty: Penalty = NO_PENALTY,
     masked: Rule = unchanged,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[LoopState, Metrics]:
     """Shapes the rewards of a scored rollout, updates the policy, and moves the coefficient of the
     penalty.
@@ -453,29 +439,7 @@ def learn(
     return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
 
 
-# --- All of it, in one program
-
-
-def iteration(
-    loop: LoopState,
-    prompts: Prompts,
-    rollout_key: jax.Array,
-    update_key: jax.Array,
-    functions: Functions,
-    *,
-    collect: Callable[..., tuple[Rollout, Metrics]],
-    learn: Callable[..., tuple[LoopState, Metrics]],
-) -> tuple[LoopState, Rollout, Metrics]:
-    """``collect``, ``reward`` and ``learn``, the first and the last with their settings bound by
-    ``functools.partial``. Returns the scored rollout too.
-    """
-    rollout, metrics = collect(loop, prompts, rollout_key, functions)
-    rollout, reward_metrics = reward(rollout, functions)
-    loop, learn_metrics = learn(loop, rollout, update_key, functions)
-    return loop, rollout, metrics | reward_metrics | learn_metrics
-
-
-def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
+def _correlation(x: Array, y: Array, mask: Array) -> Array:
     """Pearson's over the rows of the mask, [B] each; 0 where one of the two is constant."""
     pair = jnp.stack([x, y])
     lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
@@ -488,5 +452,5 @@ def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(varies, ops.masked_mean(x * y, mask) / jnp.where(varies, spread, 1.0), 0.0)
 
 
-def _row_sums(values: jax.Array, rollout: Rollout) -> jax.Array:
+def _row_sums(values: Array, rollout: Rollout) -> Array:
     return jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=1)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import optax
+from jax import Array
 
 from rlhf_jax import losses, models, ops
 from rlhf_jax.config import RLStage
@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     rescored: Callable[..., tuple[Rollout, Metrics]]
     reward: Callable[..., tuple[Rollout, Metrics]]
     with_greedy: Callable[..., Rollout]
-    num_equal: Callable[..., jax.Array]
+    num_equal: Callable[..., Array]
     refill: Callable[..., Rollout]
     learn: Callable[..., tuple[LoopState, Metrics]]
 
@@ -78,7 +78,7 @@ def networks_of(
         prompt_length = columns - settings.max_new_tokens
         return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
 
-    def scored(params: Params, tokens: jax.Array, *more: Any) -> PolicyOutput:
+    def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more)
 
     has_reference = method.penalty is not phases.NO_PENALTY

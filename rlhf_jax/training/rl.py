@@ -24,7 +24,14 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.training import initial, layout, loop, memory, own, phases, references, steps, teacher
 from rlhf_jax.training.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.engine import Client, silent
-from rlhf_jax.training.method import Given, Method, method_of, sizes, without_what_is_given
+from rlhf_jax.training.method import (
+    Given,
+    Method,
+    check_settings,
+    is_rewarded,
+    penalty_of,
+    without_what_is_given,
+)
 from rlhf_jax.training.parts import Parts, files, load, read_prompts
 from rlhf_jax.training.programs import Networks, Programs, compiled, first_state, networks_of
 from rlhf_jax.training.schedule import Batch, Schedule
@@ -84,8 +91,15 @@ def run(
     of_ones_own = None if name in ALGORITHMS else algorithm
     given = Given(of_ones_own, run_reward, optimizer, policy)
     config = set_up(without_what_is_given(config, given))
-    helping_sizes = sizes(name, config, algorithm_config)
-    method = method_of(config, algorithm, algorithm_config, given)
+    helping_sizes = check_settings(name, config, algorithm_config, given)
+    method = Method(
+        algorithm,
+        algorithm_config,
+        penalty=penalty_of(config, algorithm, algorithm_config),
+        score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
+        optimizer=optimizer,
+        is_rewarded=is_rewarded(config, algorithm_config, given),
+    )
     reply = function_of(config.rl.environment, "rl.environment")
     data = read_prompts(config)
     fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}

@@ -13,6 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import yaml
+from jax import Array
+from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from rlhf_jax import blocks, models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
@@ -65,7 +68,7 @@ class Stage:
     config: RunConfig
     name: str
     run: folder.Run
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
     """{name: pytree of shapes} of the arrays on the devices, for the message when memory runs out;
     see ``hold``.
@@ -76,12 +79,12 @@ class Stage:
         """Parts into which the rows of a batch are cut."""
         return self.config.compute.blocks or sharding.num_parts(self.mesh)
 
-    def key(self, name: Stream) -> jax.Array:
+    def key(self, name: Stream) -> Array:
         """The key of one of the stage's random streams."""
         return stream(self.config.seed, self.name, name)
 
     @property
-    def row_mesh(self) -> jax.sharding.Mesh | None:
+    def row_mesh(self) -> Mesh | None:
         """The mesh over which programs cut rows; None with ``compute.blocks``, see ``jit``."""
         return None if self.config.compute.blocks else self.mesh
 
@@ -187,9 +190,7 @@ class Stage:
         """The frozen part on the devices. It is not copied, since no update donates it."""
         return start if start.base is None else start._replace(base=self.lay_out(start.base))
 
-    def reference(
-        self, start: Trainable, policy_fn: PolicyFn, moves: bool = False
-    ) -> jax.tree_util.Partial:
+    def reference(self, start: Trainable, policy_fn: PolicyFn, moves: bool = False) -> Partial:
         """The policy before training, with its parameters as they were loaded, in their file's
         dtype: no copy. If it ``moves``, a function of the trained part, which is in the state.
         """
@@ -197,13 +198,13 @@ class Stage:
             memory.free(start.loaded)
             return start.bind(policy_fn)
         if start.base is None:
-            return self.frozen("reference", jax.tree_util.Partial(policy_fn, start.loaded))
+            return self.frozen("reference", Partial(policy_fn, start.loaded))
         if "reference" in self.config.compute.offload:
             raise UserError(
                 "compute.offload: under LoRA the reference is the frozen weights, which stay; "
                 "leave it out"
             )
-        return jax.tree_util.Partial(policy_fn, start.base)
+        return Partial(policy_fn, start.base)
 
     def frozen(self, name: str, fn: Any) -> Any:
         """A model that is not trained, on the devices; in the host's memory while it is not called
@@ -265,7 +266,7 @@ class Stage:
         return RunResult(run.path, run.model, metrics)
 
 
-def stream(seed: int, stage: str, name: Stream) -> jax.Array:
+def stream(seed: int, stage: str, name: Stream) -> Array:
     """The key of a named stream: the run's root key, folded with the names of stage and stream."""
     root = jax.jit(jax.random.key, static_argnums=0)(seed)
     of_stage = jax.random.fold_in(root, zlib.crc32(stage.encode()))

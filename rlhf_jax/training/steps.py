@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 
 from rlhf_jax import generator, rewards, sharding
 from rlhf_jax.data import batches, chat
@@ -44,7 +46,7 @@ class Scored(NamedTuple):
 Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
 """``data.environment.converse`` with an environment, or with None: one response to each prompt."""
 
-Respond = Callable[[phases.Prompts, jax.Array], Rollout]
+Respond = Callable[[phases.Prompts, Array], Rollout]
 """Responses to prompts, with a key; the log-probs are those of what samples."""
 
 Responder = Callable[[LoopState], Respond]
@@ -58,7 +60,7 @@ Scorer = Callable[[Rollout, Batch], Scored]
 
 Rescorer = Callable[[LoopState, Rollout], tuple[Rollout, Metrics]]
 
-Learner = Callable[[LoopState, Rollout, jax.Array], tuple[LoopState, Metrics]]
+Learner = Callable[[LoopState, Rollout, Array], tuple[LoopState, Metrics]]
 
 Guarded = Callable[
     [Rollout, Rollout, Columns], tuple[Rollout, Metrics, list[filters.Verdict] | None]
@@ -85,9 +87,7 @@ def on_devices(stage: Stage, program: Callable[..., Rollout], networks: Networks
     return at
 
 
-def apart(
-    mesh: jax.sharding.Mesh, program: Callable[..., Rollout], base: Params | None
-) -> Responder:
+def apart(mesh: Mesh, program: Callable[..., Rollout], base: Params | None) -> Responder:
     """Responses of the program ``phases.respond`` on devices of their own, as NumPy arrays.
 
     base: the frozen parameters under LoRA, on the mesh.
@@ -97,7 +97,7 @@ def apart(
         placed_state = replace(state, train=sharding.replicate(mesh, state.train))
         policy = phases.sampler(placed_state, base)
 
-        def respond(prompts: phases.Prompts, key: jax.Array) -> Rollout:
+        def respond(prompts: phases.Prompts, key: Array) -> Rollout:
             there = sharding.shard_rows(mesh, prompts)
             return jax.device_get(program(policy, there, sharding.replicate(mesh, key)))
 
@@ -113,21 +113,23 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
     def sample(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
         respond = responder(state)
 
-        def respond_at(places: Any, *prompts: Any) -> Rollout:
-            return respond(phases.Prompts(*prompts)._replace(places=places), batch.key)
+        def respond_at(places: np.ndarray, *prompts: Any) -> Rollout:
+            inputs = phases.Prompts(*prompts)
+            return respond(inputs._replace(places=places), batch.key)
 
         sampled: list[Any] = []
-        for places in np.arange(len(batch.rows), dtype=np.int32).reshape(-1, size):
+        all_places = np.arange(len(batch.rows), dtype=np.int32)
+        for places in all_places.reshape(-1, size):
             at_places = functools.partial(respond_at, places)
             sampled.append(talk(at_places, batch.prompts, batch.rows[places]))
         rollout, talks = sampled[0]
         if len(sampled) > 1:
             rollout, talks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sampled)
         present = batch.rows >= 0
-        metrics = {
-            f"environment/{name}": jnp.float32(np.mean(values[present]))
-            for name, values in talks.items()
-        }
+        metrics = {}
+        for name, values in talks.items():
+            mean = np.mean(values[present])
+            metrics[f"environment/{name}"] = jnp.float32(mean)
         return stage.shard(rollout), metrics
 
     return sample
@@ -149,22 +151,24 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
     Raises:
         TrainingFault: a score is not finite.
     """
+    host_reward = spec.as_host(reward)
 
     def score(rollout: Rollout, batch: Batch) -> Scored:
         before = processes.fetch(rollout)
+        own_rollout = processes.own_rows(before)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
-        own_rows = processes.own_rows(before)
-        score_own = functools.partial(rewards.on_host, spec.as_host(reward), own_rows, own_columns)
+        columns = batches.columns_at(batch.prompts, batch.rows)
+        score_own = functools.partial(rewards.on_host, host_reward, own_rollout, own_columns)
         try:
             after, parts = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
-            columns = batches.columns_at(batch.prompts, batch.rows)
-            after, unsafe, verdicts = guard(before, after, columns)
+            after, guard_metrics, verdicts = guard(before, after, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
-        named = {name: jnp.asarray(values) for name, values in parts.items()}
-        scored, metrics = phases.scored(after, jnp.asarray(after.scores), named)
-        metrics |= {"reward/unscored": jnp.float32(unscored)} | unsafe
+        scores, parts = jax.tree.map(jnp.asarray, (after.scores, parts))
+        scored, metrics = phases.scored(after, scores, parts)
+        metrics["reward/unscored"] = jnp.float32(unscored)
+        metrics |= guard_metrics
         if reward.take_unparsed is not None:
             counts = processes.gather(reward.take_unparsed)
             metrics["reward/unparsed"] = jnp.float32(sum(counts))
@@ -235,7 +239,7 @@ def first_of(draw: Draw) -> DrawStep:
 def replace_uninformative(
     draw: Draw,
     num_groups: int,
-    num_equal: Callable[[Rollout], jax.Array],
+    num_equal: Callable[[Rollout], Array],
     refill: Callable[[Rollout, Rollout], Rollout],
 ) -> DrawStep:
     """Dynamic sampling (Yu et al. 2025, DAPO, section 3.2): while groups of the first batch are
@@ -280,7 +284,7 @@ def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[.
     return draw, observe
 
 
-def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: jax.Array) -> Advance:
+def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: Array) -> Advance:
     """The step: draws a rollout of the schedule's batches and learns from it."""
 
     def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
@@ -296,7 +300,7 @@ def checking(
     program: Callable[..., Any],
     networks: Networks,
     schedule: Schedule,
-    key: jax.Array,
+    key: Array,
 ) -> Callable[[LoopState], None]:
     """Checks the memory of a step of the widest batch.
 
@@ -312,6 +316,9 @@ def checking(
 
 
 # --- Validation
+
+VALIDATED = ("reward/", "safety/", "environment/")
+"""The first words of the metrics that a validation has too, as ``validation/NAME``."""
 
 
 def validator(
@@ -336,18 +343,16 @@ def validator(
             verdict = judge(replace(sampled, rewards=None), batch)  # without the environment's
             judged = {"validation/judge": verdict.metrics["objective/score"]}
         scored = score(sampled, batch)
-        samples = _samples(policy, scored, batch)
-        for shown in samples[: stage.config.rl.show_examples]:
-            logger.info(
-                "Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(
-                    **shown
-                )
-            )
-        kinds = ("reward/", "safety/", "environment/")
         metrics = {"validation/score": scored.metrics["objective/score"]} | judged
         for name, value in (scored.metrics | talk_metrics).items():
-            if name.startswith(kinds):
+            if name.startswith(VALIDATED):
                 metrics[f"validation/{name}"] = value
+        samples = _samples(policy, scored, batch)
+        for row in samples[: stage.config.rl.show_examples]:
+            logger.info(
+                f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
+                f"Reward:    {row['score']:.4g}\n"
+            )
         return Validation({name: float(value) for name, value in metrics.items()}, samples)
 
     return validate
@@ -358,13 +363,16 @@ def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[s
     rollout = processes.fetch(scored.rollout)
     texts = generator.responses(rollout, policy.tokenizer, with_replies=True)
     scores = np.asarray(rollout.scores)
+    lengths = np.sum(rollout.mask, axis=1)
     samples = []
     for i in np.flatnonzero(rollout.present):
+        number = batch.rows[i]
+        prompt = batch.prompts.rows[number]
         row: dict[str, Any] = {
-            "prompt": chat.shown(batch.prompts.rows[batch.rows[i]], policy.tokenizer),
+            "prompt": chat.shown(prompt, policy.tokenizer),
             "response": texts[i],
             "score": float(scores[i]),
-            "length": int(np.sum(rollout.mask[i])),
+            "length": int(lengths[i]),
         }
         if scored.verdicts is not None:
             row["unsafe"] = filters.sentence(scored.verdicts[i])
