@@ -175,9 +175,10 @@ def most_common(rollout: Rollout) -> Array:
     words = jnp.where(mask, rollout.tokens + 1, 0).astype(jnp.uint32)
     hashes = jnp.sum(words[None] * factors[:, place], axis=2)  # [2, B]
     equal = jnp.all(hashes[:, :, None] == hashes[:, None, :], axis=0)  # [B, B]
-    number = jnp.sum(rollout.present)
-    both = rollout.present[:, None] & rollout.present[None, :]
+    present = rollout.present
+    both = present[:, None] & present[None, :]
     most = jnp.max(jnp.sum(equal & both, axis=0))
+    number = jnp.sum(present)
     return jnp.where(number > 1, most / jnp.maximum(number, 1), 0.0)
 
 
@@ -210,7 +211,9 @@ def scored(
         scores = _row_sums(scores, rollout)
     present = rollout.present
     lengths, _ = rewards.length()(rollout)
-    metrics = {f"reward/{name}": ops.masked_mean(values, present) for name, values in parts.items()}
+    metrics = {}
+    for name, values in parts.items():
+        metrics[f"reward/{name}"] = ops.masked_mean(values, present)
     metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
     metrics["objective/score"] = ops.masked_mean(scores, present)
     return replace(rollout, scores=scores), metrics
@@ -365,7 +368,8 @@ def refill(
     replaced = jnp.repeat(wanting & (number < jnp.sum(offered)), group_size)  # [B]
 
     def fill(old: Array, new: Array) -> Array:
-        return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new[rows], old)
+        of_row = (1,) * (old.ndim - 1)
+        return jnp.where(replaced.reshape(-1, *of_row), new[rows], old)
 
     filled: Rollout = jax.tree.map(fill, kept, fresh)
     if mesh is None:
@@ -379,9 +383,9 @@ def _equal(rollout: Rollout, group_size: int) -> Array:
     """
     size = group_size if group_size > 1 else len(rollout.tokens)
     row_reward = row_rewards(rollout)
-    high = jnp.where(rollout.present, row_reward, -jnp.inf).reshape(-1, size)
-    low = jnp.where(rollout.present, row_reward, jnp.inf).reshape(-1, size)
-    return high.max(axis=1) <= low.min(axis=1)
+    lowest = jnp.where(rollout.present, row_reward, jnp.inf)
+    highest = jnp.where(rollout.present, row_reward, -jnp.inf)
+    return highest.reshape(-1, size).max(axis=1) <= lowest.reshape(-1, size).min(axis=1)
 
 
 # --- Learn
@@ -448,8 +452,11 @@ def _correlation(x: Array, y: Array, mask: Array) -> Array:
     varies = jnp.all(highest > lowest)
     x = x - ops.masked_mean(x, mask)
     y = y - ops.masked_mean(y, mask)
-    spread = jnp.sqrt(ops.masked_mean(x * x, mask) * ops.masked_mean(y * y, mask))
-    return jnp.where(varies, ops.masked_mean(x * y, mask) / jnp.where(varies, spread, 1.0), 0.0)
+    variance_x = ops.masked_mean(x * x, mask)
+    variance_y = ops.masked_mean(y * y, mask)
+    covariance = ops.masked_mean(x * y, mask)
+    spread = jnp.sqrt(variance_x * variance_y)
+    return jnp.where(varies, covariance / jnp.where(varies, spread, 1.0), 0.0)
 
 
 def _row_sums(values: Array, rollout: Rollout) -> Array:

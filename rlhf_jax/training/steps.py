@@ -43,6 +43,9 @@ class Scored(NamedTuple):
     verdicts: list[filters.Verdict] | None = None
 
 
+Recorded = tuple[Rollout, Metrics]
+"""A rollout, and metrics of how it was made."""
+
 Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
 """``data.environment.converse`` with an environment, or with None: one response to each prompt."""
 
@@ -53,24 +56,24 @@ Responder = Callable[[LoopState], Respond]
 """Where responses come from: this program's own sampler (``on_devices``) or an engine
 (``training.engine``), each with the policy of a state."""
 
-Sampler = Callable[[LoopState, Batch], tuple[Rollout, Metrics]]
+Sampler = Callable[[LoopState, Batch], Recorded]
 """Responses with the log-probs of the sampler, not scored."""
 
 Scorer = Callable[[Rollout, Batch], Scored]
 
-Rescorer = Callable[[LoopState, Rollout], tuple[Rollout, Metrics]]
+Rescorer = Callable[[LoopState, Rollout], Recorded]
 
 Learner = Callable[[LoopState, Rollout, Array], tuple[LoopState, Metrics]]
 
-Guarded = Callable[
-    [Rollout, Rollout, Columns], tuple[Rollout, Metrics, list[filters.Verdict] | None]
-]
+Verdicts = list[filters.Verdict] | None
+
+Guarded = Callable[[Rollout, Rollout, Columns], tuple[Rollout, Metrics, Verdicts]]
 """(rollout before the reward, after it, columns) -> the latter filtered, metrics, verdicts."""
 
-Draw = Callable[[LoopState, Batch], tuple[Rollout, Metrics]]
+Draw = Callable[[LoopState, Batch], Recorded]
 """Responses with scores and log-probs: what an update reads."""
 
-DrawStep = Callable[[LoopState, Sequence[Batch]], tuple[Rollout, Metrics]]
+DrawStep = Callable[[LoopState, Sequence[Batch]], Recorded]
 """The same, from a step's batches: the first, and those in reserve."""
 
 Advance = Callable[[LoopState, int], tuple[LoopState, Metrics]]
@@ -110,7 +113,7 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
     """Samples ``rl.batch_size`` rows at a time."""
     size = stage.config.rl.batch_size
 
-    def sample(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+    def sample(state: LoopState, batch: Batch) -> Recorded:
         respond = responder(state)
 
         def respond_at(places: np.ndarray, *prompts: Any) -> Rollout:
@@ -182,7 +185,7 @@ def unguarded(before: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollo
     return scored, {}, None
 
 
-def rescorer(program: Callable[..., tuple[Rollout, Metrics]], networks: Networks) -> Rescorer:
+def rescorer(program: Callable[..., Recorded], networks: Networks) -> Rescorer:
     """The log-probs of the update's own forward pass, and those of the reference."""
     return lambda state, sampled: program(
         state, sampled, networks.functions(sampled.tokens.shape[1])
@@ -205,7 +208,7 @@ def drawn(
     scores.
     """
 
-    def draw(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+    def draw(state: LoopState, batch: Batch) -> Recorded:
         sampled, talk_metrics = sample(state, batch)
         rollout, metrics = rescore(state, sampled)
         scored = score(rollout, batch)
@@ -221,7 +224,7 @@ def greedy_baseline(
     ``join(rollout, greedy rollout)`` puts into the rollout.
     """
 
-    def draw_with_baseline(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+    def draw_with_baseline(state: LoopState, batch: Batch) -> Recorded:
         rollout, metrics = draw(state, batch)
         sampled, _ = sample_greedily(state, batch)
         greedy = score(sampled, batch)
@@ -249,7 +252,7 @@ def replace_uninformative(
     responses are those of the first draw: of the policy, not of the groups that were chosen.
     """
 
-    def draw_rounds(state: LoopState, spares: Sequence[Batch]) -> tuple[Rollout, Metrics]:
+    def draw_rounds(state: LoopState, spares: Sequence[Batch]) -> Recorded:
         first, *others = spares
         rollout, metrics = draw(state, first)
         left = float(num_equal(rollout))
@@ -272,7 +275,7 @@ def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[.
     """The draw, and ``on_step`` with the rollout that was drawn last."""
     drawn: list[Rollout] = []
 
-    def draw(state: LoopState, spares: Sequence[Batch]) -> tuple[Rollout, Metrics]:
+    def draw(state: LoopState, spares: Sequence[Batch]) -> Recorded:
         drawn.clear()
         rollout, metrics = draw_step(state, spares)
         drawn.append(rollout)
