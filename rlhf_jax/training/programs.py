@@ -57,16 +57,8 @@ def networks_of(
     """Puts policy, value model and reference on the devices; the teacher is there."""
     settings = stage.config.rl
     model = begun.model
-    values = critic.settings(method.config)
-    value = values.value if method.algorithm.needs_values else None
+    value = critic.settings(method.config).value if method.algorithm.needs_values else None
     start, trained = critic.start(stage, begun.params, value, own.width(begun))
-    updates = method.config.num_epochs * method.config.num_minibatches
-    optimizer = critic.make_optimizer(settings, values, updates, trained.params, method.optimizer)
-    if method.optimizer is not None:
-        has_critic = critic.has_own_optimizer(values, trained.params)
-        use = "trains the value function alone" if has_critic else "is not used"
-        logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
-
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -97,7 +89,19 @@ def networks_of(
         learner = trained.bind(policy_fn(columns, value_model))
         return Functions(learner, ref_fn=reference, teacher=teacher_params)
 
+    optimizer = _optimizer(settings, method, trained.params)
     return Networks(start, trained, optimizer, functions)
+
+
+def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.GradientTransformation:
+    """The optimizer of all trained parameters; says what one from Python leaves to the settings."""
+    values = critic.settings(method.config)
+    if method.optimizer is not None:
+        has_critic = critic.has_own_optimizer(values, params)
+        use = "trains the value function alone" if has_critic else "is not used"
+        logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
+    updates = method.config.num_epochs * method.config.num_minibatches
+    return critic.make_optimizer(settings, values, updates, params, method.optimizer)
 
 
 def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:

@@ -248,22 +248,29 @@ class Stage:
                     save(done, new / name, template=template, config=how)
             if start.base is not None:
                 saved.append(run.adapter)
-                with folder.replacing(run.adapter) as new:
-                    for name, part in trained.items():
-                        adapters = jax.device_get(part)
-                        base_model = self.config.model
-                        models.lora.save(new / name, start.base, adapters, base_model=base_model)
+                self._save_adapters(start.base, trained)
             logger.info(f"saved {', '.join(map(str, saved))}")
-            try:
-                page.write([run.path], run.report)
-                logger.info(f"saved {run.report}")
-                [group] = records.groups(records.find([run.path]))
-                logger.info(verdict.sentence(group))
-            except Exception as error:  # whatever it is: the run is done and its result saved
-                logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
+            _draw_page(run)
 
         processes.in_first(write)
         return RunResult(run.path, run.model, metrics)
+
+    def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
+        with folder.replacing(self.run.adapter) as new:
+            for name, part in trained.items():
+                adapters = jax.device_get(part)
+                models.lora.save(new / name, base, adapters, base_model=self.config.model)
+
+
+def _draw_page(run: folder.Run) -> None:
+    """Draws ``report.html`` and prints a sentence about the result, or why it cannot."""
+    try:
+        page.write([run.path], run.report)
+        logger.info(f"saved {run.report}")
+        [group] = records.groups(records.find([run.path]))
+        logger.info(verdict.sentence(group))
+    except Exception as error:  # whatever it is: the run is done and its result saved
+        logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 
 
 def stream(seed: int, stage: str, name: Stream) -> Array:
@@ -356,31 +363,37 @@ def open_stage(
         mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
         precision = config.compute.matmul_precision
         precise = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
-        try:
-            with mesh, precise:
-                yield stage
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            where = f" while writing {error.filename}" if error.filename else ""
+        with _explained(stage, sizes), mesh, precise:
+            yield stage
+
+
+@contextlib.contextmanager
+def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
+    """Turns errors of a full disk, of full memory and of a lost process into TrainingFaults."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        raise TrainingFault(
+            f"{stage.run.path}: the disk is full{where}; make room, then go on with --resume"
+        ) from error
+    except (jax.errors.JaxRuntimeError, ValueError, memory.TooLarge) as error:
+        if processes.is_lost(error):
             raise TrainingFault(
-                f"{path}: the disk is full{where}; make room, then go on with --resume"
+                f"{stage.name}: another process has gone; start all of them again, --resume"
             ) from error
-        except (jax.errors.JaxRuntimeError, ValueError, memory.TooLarge) as error:
-            if processes.is_lost(error):
-                raise TrainingFault(
-                    f"{name}: another process has gone; start all of them again, --resume"
-                ) from error
-            # XLA's; a ValueError while arrays are placed on a GPU
-            is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
-            if not is_full:
-                raise
-            switches = {
-                "lora.rank": config.lora.rank,
-                "compute.remat": int(config.compute.remat is True),
-            }
-            off = {setting: value for setting, value in switches.items() if not value}
-            raise memory.fault(name, stage.held, {**sizes, **off}, error) from error
+        # XLA's; a ValueError while arrays are placed on a GPU
+        is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
+        if not is_full:
+            raise
+        switches = {
+            "lora.rank": stage.config.lora.rank,
+            "compute.remat": int(stage.config.compute.remat is True),
+        }
+        off = {setting: value for setting, value in switches.items() if not value}
+        raise memory.fault(stage.name, stage.held, {**sizes, **off}, error) from error
 
 
 def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
