@@ -23,20 +23,20 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.training import layout, own
 from rlhf_jax.types import Params
 
-TEXTS_AT_ONCE = 64  # of a reward model that reads texts, where compute.score_rows says nothing
-DEEP = 8  # layers from which compiling them one by one is dear
-FEWEST_WIDTHS = 4  # of rows, for which programs of a deep model are compiled
+TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
+DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
+FEWEST_WIDTHS = 4  # a deep model gets programs for at least so many row widths
 
 
 def num_layers(config: RunConfig) -> int:
-    """Layers of the run's model, of which only config.json is read."""
+    """The number of layers of the run's model, from the settings or its config.json."""
     if config.model is None:
         return config.network.num_layers
     return hf.read_config(hf.find_folder(config.model)).num_layers
 
 
 def by_depth(compute: Compute, layers: int) -> Compute:
-    """The settings of a model with this number of layers; ``scan_layers`` is no longer auto."""
+    """The settings with ``scan_layers`` true or false in place of auto, by the number of layers."""
     if compute.scan_layers != "auto":
         return compute
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
@@ -45,8 +45,8 @@ def by_depth(compute: Compute, layers: int) -> Compute:
 def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int = 0) -> int:
     """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
 
-    A deep model takes long to compile for each width. So its rows have max(4, sqrt(number of
-    steps)) widths, or up to two more if the longest row then has less padding.
+    A deep model takes long to compile for each width, so its rows have only max(4, sqrt(number of
+    steps)) widths, or up to two more if that pads the longest row less.
 
     Args:
         layers: of the model.
@@ -64,11 +64,12 @@ def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int
 class Trainable(NamedTuple):
     """The parameters of a run, in two parts."""
 
-    # What is trained, float32, in arrays of its own: everything, or adapters and heads.
     params: Params
-    base: Params | None = None  # what is not, in its file's dtype; None: everything is trained
-    # Where everything is trained, what it started from, in its file's dtype.
+    """The trained part, float32, in arrays of its own: all parameters, or adapters and heads."""
+    base: Params | None = None
+    """The frozen part, in its file's dtype. None if all parameters are trained."""
     loaded: Params | None = None
+    """The parameters as they were loaded, in their file's dtype, if all are trained."""
 
     def bind(self, fn: Any) -> Partial:
         """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
@@ -77,13 +78,13 @@ class Trainable(NamedTuple):
         return Partial(fn) if self.base is None else lora.bind(fn, self.base)
 
     def merged(self, trained: Params) -> Params:
-        """A plain model's parameters, to be saved."""
+        """The parameters of a plain model, to be saved."""
         return trained if self.base is None else lora.merge(self.base, trained)
 
 
 def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
-    """Splits parameters, heads included, into trained and frozen ones. ``key`` is of the adapters'
-    weights.
+    """Splits parameters, heads included, into trained and frozen ones. ``key`` is for the adapters'
+    random weights.
 
     Raises:
         UserError: ``lora.match`` matches no kernel.
@@ -166,7 +167,7 @@ def hold_out(
 def say_held_out(
     what: str, prompts: Sequence[Text], train_rows: np.ndarray, held_out: np.ndarray
 ) -> None:
-    """Prints how many rows and prompts validate, and how many of these prompts are trained on."""
+    """Prints how many rows and prompts are held out, and how many of the prompts training has too."""
     if not len(held_out):
         return
     validated = {prompts[row] for row in held_out}
@@ -231,7 +232,7 @@ def language_model(
 
 
 def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
-    """Prints the template of the prompts."""
+    """Prints which template renders the prompts."""
     source = config.model or config.tokenizer.name
     logger.info(chat.describe(config.text.template, tokenizer, source))
 
@@ -252,7 +253,7 @@ def prompts_for(
 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
-    """How RL samples, by its settings and the tokenizer's special tokens."""
+    """The sampling settings of RL, with the special tokens of the tokenizer."""
     names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
     how: Any = {name: getattr(settings, name) for name in names}
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
@@ -320,7 +321,7 @@ def compute_options(compute: Compute, layers: int) -> dict[str, Any]:
         )
     return {
         "compute_dtype": dtype,
-        "remat": compute.remat is True,  # auto: what is trained is known later
+        "remat": compute.remat is True,  # auto is decided later, when the trained part is known
         "scan_layers": by_depth(compute, layers).scan_layers,
         "attention": name,
     }

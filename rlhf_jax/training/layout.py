@@ -1,4 +1,4 @@
-"""How a run lies on its devices: the mesh, what it fits, and where parameters lie."""
+"""The device mesh of a run, its checks, and how parameters and batches are sharded over it."""
 
 import functools
 import math
@@ -13,11 +13,12 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 
-Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
+Place = Callable[[Any], Any] | None
+"""Shapes of parameters -> their shardings; None if every device holds all parameters."""
 
 
 def mesh_of(config: RunConfig) -> Mesh:
-    """The devices of a run by its ``mesh`` section.
+    """The mesh of the ``mesh`` section, over all devices but those that only sample.
 
     Raises:
         UserError: there are too few or too many devices.
@@ -33,14 +34,14 @@ def mesh_of(config: RunConfig) -> Mesh:
 
 
 def sampling_mesh(config: RunConfig) -> Mesh | None:
-    """The devices that sample alone (``mesh.sampling``); None: those that learn sample too."""
+    """The mesh of the devices that only sample (``mesh.sampling``); None if there are none."""
     number = config.mesh.sampling
     return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
 def check(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError unless the mesh fits ``compute.blocks`` and the model, of which only
-    config.json is read.
+    """Raises UserError unless the mesh fits ``compute.blocks`` and the sizes of the model. It reads
+    only the model's config.json.
     """
     blocks = config.compute.blocks
     if blocks and sharding.is_cut(mesh):
@@ -78,13 +79,13 @@ def check(config: RunConfig, mesh: Mesh) -> None:
 
 
 def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int]:
-    """{name: number} of what has equal parts of each batch: ``compute.blocks``, or the devices.
+    """What a batch is divided over equally: {"compute.blocks": number}, or {"devices": number}.
 
     Args:
         microbatches: {dotted setting: number}.
 
     Raises:
-        UserError: with blocks, microbatches that are no halves of them.
+        UserError: a number of microbatches that ``compute.blocks`` cannot form.
     """
     blocks = config.compute.blocks
     if not blocks:
@@ -99,8 +100,12 @@ def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int
 
 
 def check_divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
-    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the
-    nearest that are.
+    """Raises UserError unless ``size`` is a multiple of the product of each mapping's numbers. The
+    error names the product that failed and the nearest sizes that fit.
+
+    Args:
+        key: the dotted setting of ``size``.
+        divisors: {name: number} each.
     """
     fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
     below = size - size % fits
@@ -112,8 +117,8 @@ def check_divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
 
 
 def row_parts(config: RunConfig, num_microbatches: int) -> int:
-    """Into how many equal parts the rows of an optimizer step are cut, by devices and microbatches
-    or by ``compute.blocks``.
+    """The number of equal parts of an optimizer step's rows: devices times microbatches, or
+    ``compute.blocks``.
     """
     if config.compute.blocks:
         return max(config.compute.blocks, num_microbatches)
@@ -128,7 +133,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def placement(config: RunConfig) -> Place:
-    """``shardings`` of the run's mesh, for ``models.load``; None where every device holds all
+    """``shardings`` of the run's mesh, for ``models.load``; None if every device holds all
     parameters.
     """
     mesh = mesh_of(config)

@@ -16,9 +16,9 @@ from rlhf_jax.types import Algorithm, AlgorithmConfig
 
 
 class Given(NamedTuple):
-    """What Python gives to a run in place of its settings; the manifest names it so."""
+    """What a program passes to a run in place of settings. The manifest uses these names."""
 
-    algorithm: Algorithm | None = None  # None: one of the package's own
+    algorithm: Algorithm | None = None  # None if it is one of the package's
     reward: spec.Reward | None = None
     optimizer: optax.GradientTransformation | None = None
     policy: models.Model | None = None
@@ -33,9 +33,9 @@ class Method(NamedTuple):
     algorithm: Algorithm
     config: AlgorithmConfig
     penalty: Penalty
-    score_rows: int | None  # that policy, reference and reward model score at once
-    optimizer: optax.GradientTransformation | None = None  # None: that of ``rl.optimizer``
-    is_rewarded: bool = True  # False: it learns from a teacher alone
+    score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
+    optimizer: optax.GradientTransformation | None = None  # None means ``rl.optimizer``
+    is_rewarded: bool = True  # False if it learns only from a teacher
 
 
 def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What an RL run reads and loads, as its settings name it: prompts, models, rewards, a teacher."""
+"""What an RL run reads and loads by its settings: prompts, models, rewards, a teacher."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,22 +27,20 @@ from rlhf_jax.types import Rollout
 
 
 class Parts(NamedTuple):
-    """What the settings name, read and loaded."""
+    """The inputs of an RL run, read and loaded."""
 
     initial: LanguageModel  # the policy before training
     prompts: EncodedPrompts
     to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
     reward: spec.Reward
     judge: spec.Reward | None
-    guard: steps.Guarded | None  # the filter of responses, after a reward on the host
+    guard: steps.Guarded | None  # the filter of responses, which follows a reward on the host
     environment: Environment | None
     teacher: LanguageModel | None
     ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
 
     def without_python(self) -> "Parts":
-        """The same for a check of memory: what others wrote in Python, and servers, are not
-        called.
-        """
+        """The parts of a check of memory, which call no server and none of the user's Python."""
         environment = self.environment
         if environment is not None:
             environment = environment._replace(fn=lambda conversation, row: None)

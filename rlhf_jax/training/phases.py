@@ -31,10 +31,10 @@ class LoopState:
 
     train: TrainState  # of the algorithm's own class
     kl_coef: Array  # [] float32
-    # The parameters of a reference that moves; None: it never changes.
     reference: Params | None = None
-    # The policy that samples the next rollout, without an optimizer; None: that of ``train`` does.
+    """The parameters of a reference that moves; None if it never changes."""
     behind: TrainState | None = None
+    """The policy that samples the next rollout, without an optimizer; None if ``train`` does."""
 
     @classmethod
     def create(
@@ -55,22 +55,23 @@ class Prompts(NamedTuple):
     attention_mask: Array  # [B, P]
     row_ids: Array  # [B] data row of each prompt
     used: Array | None = None  # [B] of conversations, see ``sampling.generate``
-    # [B] int32, the numbers that decide the rows' randomness; None: 0 .. B - 1
     places: Array | None = None
+    """[B] int32: row i samples with the key folded with ``places[i]``. None means 0 .. B - 1."""
 
 
 @flax.struct.dataclass
 class Functions:
-    """The functions that the steps call: ``jax.tree_util.Partial``, so that ``jit`` takes their
+    """The functions that the steps call, each a ``jax.tree_util.Partial``: ``jit`` then takes their
     arrays as arguments.
     """
 
     policy_fn: Any  # PolicyFn of ``loop.train.params``; under LoRA ``models.lora.bind(fn, base)``
-    reward_fn: Any = None  # RewardFn; None: the reward runs on the host
-    # BoundPolicyFn, or PolicyFn of the parameters in ``loop.reference``; None: no reference
+    reward_fn: Any = None  # RewardFn; None if the reward runs on the host
     ref_fn: Any = None
-    base: Params | None = None  # under LoRA, the frozen parameters
-    teacher: Params | None = None  # a fifth argument of ``policy_fn`` in updates; None: no teacher
+    """BoundPolicyFn, or a PolicyFn of ``loop.reference``; None if there is no reference."""
+    base: Params | None = None  # the frozen parameters under LoRA
+    teacher: Params | None = None
+    """The fifth argument of ``policy_fn`` in updates; None if there is no teacher."""
 
 
 # --- Sample
@@ -82,8 +83,8 @@ def policy(loop: LoopState) -> Params:
 
 
 def sampler(loop: LoopState, base: Params | None) -> Params:
-    """The policy's parameters as it samples: under LoRA the ``base`` with its adapters attached.
-    Nothing is copied.
+    """The parameters that sample: the policy's, or under LoRA the ``base`` with the adapters
+    attached. Nothing is copied.
     """
     trained = policy(loop)
     return trained if base is None else models.lora.attach(base, trained)
@@ -98,7 +99,7 @@ def respond(
     config: sampling.SamplingConfig,
     mesh: Mesh | None = None,
 ) -> Rollout:
-    """A response of the ``sampler`` to each prompt, with its log-probs.
+    """A response to each prompt with its log-probs, by the parameters of ``sampler``.
 
     The randomness of a row depends on its place, not on its data row, so a prompt that occurs
     twice gets two samples.
@@ -149,7 +150,7 @@ def rescored(
         ended |= scored.stopped
     lengths, _ = rewards.length()(scored)
     repeated, _ = rewards.repetition()(scored)
-    # An update lies between the policies, or they are one and differ by rounding.
+    # With ``behind`` the gap holds the last update, otherwise it is rounding.
     gap = "sampler_gap" if loop.behind is None else "update_gap"
     metrics = {
         f"policy/{gap}": rollout.sampler_gap(sampled, scored),
@@ -170,7 +171,7 @@ def most_common(rollout: Rollout) -> Array:
     compared by two hashes of 32 bits, sums of tokens times random factors.
     """
     mask = rollout.mask
-    place = jnp.cumsum(mask, axis=1) - 1  # of a token in its response
+    place = jnp.cumsum(mask, axis=1) - 1  # of each token in its response
     factors = jax.random.bits(jax.random.key(0), (2, mask.shape[1]))
     words = jnp.where(mask, rollout.tokens + 1, 0).astype(jnp.uint32)
     hashes = jnp.sum(words[None] * factors[:, place], axis=2)  # [2, B]
@@ -274,7 +275,7 @@ def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
 
 
 unrewarded = _on_scores(lambda rollout, scores: jnp.zeros_like(scores))
-"""The rule of a run without a reward: its scores are measured and not learned from."""
+"""The rule of a run without a reward: scores are measured, but not learned from."""
 
 
 def mask_truncated(eos_id: EosId | None) -> Rule:
@@ -291,7 +292,9 @@ def mask_truncated(eos_id: EosId | None) -> Rule:
 
 
 def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
-    """The rollout with the rewards of scored greedy responses to the same prompts, after ``shape``.
+    """The rollout with ``greedy_rewards``: the rewards, after ``shape``, of scored greedy responses
+    to the same prompts.
+
 
     A row whose greedy response has no score becomes a missing row: it would have no baseline.
     """
@@ -444,11 +447,11 @@ def learn(
 
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:
-    """Pearson's over the rows of the mask, [B] each; 0 where one of the two is constant."""
+    """Pearson's correlation of x and y [B] over the rows of the mask; 0 if one is constant."""
     pair = jnp.stack([x, y])
     lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
     highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
-    # An exact comparison: the rounding errors of constants would correlate too.
+    # Compared exactly: the rounding errors of two constants would correlate.
     varies = jnp.all(highest > lowest)
     x = x - ops.masked_mean(x, mask)
     y = y - ops.masked_mean(y, mask)

@@ -30,12 +30,12 @@ from rlhf_jax.types import (
 
 
 class Networks(NamedTuple):
-    """The models of a run, on the devices, and what changes them."""
+    """The models of a run on the devices, and the optimizer."""
 
     start: Trainable  # the policy before training
-    trained: Trainable  # the same, or under a separate value model {"policy", "value"}
+    trained: Trainable  # ``start``, or with a separate value model {"policy", "value"}
     optimizer: optax.GradientTransformation
-    functions: Callable[[int], Functions]  # for rollouts of so many columns
+    functions: Callable[[int], Functions]  # (columns of a rollout) -> the functions of its steps
 
 
 class Programs(NamedTuple):
@@ -54,7 +54,7 @@ class Programs(NamedTuple):
 def networks_of(
     stage: Stage, begun: LanguageModel, method: Method, teacher: LanguageModel | None = None
 ) -> Networks:
-    """Puts policy, value model and reference on the devices; the teacher is there."""
+    """Puts policy, value model and reference on the devices. The teacher is there already."""
     settings = stage.config.rl
     model = begun.model
     value = critic.settings(method.config).value if method.algorithm.needs_values else None
@@ -66,7 +66,7 @@ def networks_of(
     stage.hold({"teacher": teacher_params})
 
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
-        """Computes no logits of the prompt: of all columns but the last ``max_new_tokens``."""
+        """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
         prompt_length = columns - settings.max_new_tokens
         return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
 
@@ -94,7 +94,7 @@ def networks_of(
 
 
 def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.GradientTransformation:
-    """The optimizer of all trained parameters; says what one from Python leaves to the settings."""
+    """The optimizer of all trained parameters. Prints whether ``rl.optimizer`` is still used."""
     values = critic.settings(method.config)
     if method.optimizer is not None:
         has_critic = critic.has_own_optimizer(values, params)
@@ -105,7 +105,7 @@ def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.Gradi
 
 
 def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:
-    """The state at step 0. Made once and not kept, so that only the loop holds a state."""
+    """The state at step 0. Only the loop keeps it, so that its arrays can be donated."""
     create = functools.partial(method.algorithm.State.create, optimizer=networks.optimizer)
     train = stage.take(create, networks.trained.params)
     reference = None
@@ -153,7 +153,7 @@ def compiled(
         options = devices.compiler_options(num_blocks)
         return stage.jit(functools.partial(program, **settings), compiler_options=options)
 
-    # A token goes through layer after layer, also where they are scanned.
+    # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
     return Programs(
@@ -169,8 +169,8 @@ def compiled(
 
 
 def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] | None:
-    """Cap and kind of the weights that correct the log-probs of an engine, or of the policy before
-    an update; None: there are none.
+    """Cap and kind of the importance weights of responses that another policy sampled: an engine's,
+    or the policy before the last update. None if there are no weights.
     """
     is_current = settings.engine is None and not settings.rollouts_ahead
     if is_current or settings.engine_importance == "off":

@@ -125,7 +125,7 @@ def run(
 
 
 def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
-    """With ``compute.remat`` chosen by the memory of an update."""
+    """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
     settings = stage.config.rl
     updates = method.config.num_minibatches * method.config.num_microbatches
     length = parts.prompts.tokens.shape[1] + settings.max_new_tokens
@@ -206,7 +206,7 @@ def build(
 
 
 class Step(NamedTuple):
-    """What the draw of a step is composed of."""
+    """The functions of which the draw of a step is composed."""
 
     sample: Sampler
     sample_greedily: Sampler
@@ -290,7 +290,7 @@ def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
 
 
 def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batch | None]:
-    """The prompts of each step, and those of validations; None: nothing is held out."""
+    """The prompts of each step, and those of validations or None if none are held out."""
     settings = stage.config.rl
     columns = parts.prompts.tokens.shape[1]
     layers = parts.initial.model.config.num_layers
@@ -320,9 +320,9 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
 
 
 def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
-    """Notes what rewards and the cache of the sampler take on the devices."""
+    """Records the sizes of reward models and of the sampler's cache, for errors of full memory."""
     settings = stage.config.rl
-    # In several turns a response is written behind the slots of those before it.
+    # In a conversation each response is written behind the slots of the one before.
     slots = settings.max_new_tokens * (2 if parts.environment else 1)
     length = schedule.widest().prompts.tokens.shape[1] + slots
     rows = settings.batch_size // stage.num_parts

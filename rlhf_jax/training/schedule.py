@@ -1,4 +1,4 @@
-"""Which prompts each step of an RL run reads, and with which key."""
+"""The prompts and the key of each step of an RL run."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from rlhf_jax.data.encoding import EncodedPrompts
 
 
 class Batch(NamedTuple):
-    """What one sampling reads."""
+    """The prompts and the key of one sampling."""
 
     prompts: EncodedPrompts
-    rows: np.ndarray  # [B] of the prompts; -1 is a missing row
+    rows: np.ndarray  # [B] row numbers in ``prompts``; -1 is a missing row
     key: Array
 
 
@@ -27,12 +27,12 @@ class Schedule:
 
     prompts: EncodedPrompts
     train_rows: np.ndarray
-    num_prompts: int  # of one sampling
+    num_prompts: int  # distinct prompts of one sampling
     group_size: int  # responses to each prompt
-    samplings: int  # of a step at most; those after the first are for ``rl.dynamic_sampling``
+    samplings: int  # the most samplings of a step, 1 without ``rl.dynamic_sampling``
     order_key: Array
     rollout_key: Array
-    multiple: int  # of which the width of a batch is
+    multiple: int  # the width of a batch is a multiple of it
 
     def rows(self, step: int) -> np.ndarray:
         """The prompts' rows, [samplings, num_prompts].
@@ -46,16 +46,14 @@ class Schedule:
         return self.train_rows[np.stack(drawn)]
 
     def batches(self, step: int) -> list[Batch]:
-        """The batches of a step, all as wide as the step's longest prompt needs, on all devices and
-        processes.
-        """
+        """The batches of a step, all as wide as the longest prompt of the step."""
         rows = self.rows(step)
         prompts = batches.narrowed(self.prompts, rows.ravel(), self.multiple)
         first = step * self.samplings
         return [self._batch(prompts, own, first + i) for i, own in enumerate(rows)]
 
     def widest(self) -> Batch:
-        """The first batch, in the columns that the longest prompt of all needs."""
+        """The first batch, as wide as the longest of all prompts."""
         prompts = batches.narrowed(self.prompts, self.train_rows, self.multiple)
         return self._batch(prompts, self.rows(0)[0], 0)
 

@@ -32,7 +32,7 @@ Tree = TypeVar("Tree")
 State = TypeVar("State", bound=TrainState)
 Stream = Literal["init", "data", "rollout", "update", "eval"]
 
-# What may differ between a run and its resumption without making it another run.
+# A resumed run may change these settings and stays the same run.
 MAY_CHANGE = (
     "resume",
     "overwrite",
@@ -48,8 +48,8 @@ MAY_CHANGE = (
     "checkpoint_async",
     "engine",
 )
-# What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean
-# something else.
+# --allow-changed cannot change these: the checkpoint would not fit, or its token ids would mean
+# other texts.
 FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size", "ppo.value")
 
 
@@ -76,7 +76,7 @@ class Stage:
 
     @property
     def num_parts(self) -> int:
-        """Parts into which the rows of a batch are cut."""
+        """The number of parts of a batch's rows: blocks, or devices."""
         return self.config.compute.blocks or sharding.num_parts(self.mesh)
 
     def key(self, name: Stream) -> Array:
@@ -85,7 +85,7 @@ class Stage:
 
     @property
     def row_mesh(self) -> Mesh | None:
-        """The mesh over which programs cut rows; None with ``compute.blocks``, see ``jit``."""
+        """The mesh over which programs shard rows; None with ``compute.blocks``, see ``jit``."""
         return None if self.config.compute.blocks else self.mesh
 
     @property
@@ -94,7 +94,7 @@ class Stage:
         return None if self.row_mesh is None else sharding.rows(self.row_mesh)
 
     def shard(self, batch: Tree) -> Tree:
-        """A batch with its rows spread over the devices; with ``compute.blocks`` whole on each."""
+        """The batch with its rows sharded over the devices; with ``compute.blocks``, replicated."""
         if self.config.compute.blocks:
             return sharding.replicate(self.mesh, batch)
         return sharding.shard_rows(self.mesh, batch)
@@ -147,7 +147,7 @@ class Stage:
         if compute.remat != "auto":
             return self, language_model
         remat = False
-        # A network that Python gives has none. With blocks a device's memory must not change bits.
+        # A user's own network has no remat. With blocks the bits must not depend on the memory.
         is_open = hasattr(model.config, "remat") and not compute.blocks
         if is_open and model.config.num_layers >= initial.DEEP:
             limit = devices.memory_limit()
@@ -187,7 +187,7 @@ class Stage:
         )
 
     def place(self, start: Trainable) -> Trainable:
-        """The frozen part on the devices. It is not copied, since no update donates it."""
+        """``start`` with its frozen part on the devices, not copied: no update donates it."""
         return start if start.base is None else start._replace(base=self.lay_out(start.base))
 
     def reference(self, start: Trainable, policy_fn: PolicyFn, moves: bool = False) -> Partial:
@@ -207,8 +207,8 @@ class Stage:
         return Partial(policy_fn, start.base)
 
     def frozen(self, name: str, fn: Any) -> Any:
-        """A model that is not trained, on the devices; in the host's memory while it is not called
-        if ``compute.offload`` names it."""
+        """The arrays of a model that is not trained, on the devices. If ``compute.offload`` names it,
+        they are in the host's memory while it is not called."""
         placed = self.lay_out(fn)
         if name not in self.config.compute.offload:
             return placed
@@ -384,7 +384,7 @@ def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
             raise TrainingFault(
                 f"{stage.name}: another process has gone; start all of them again, --resume"
             ) from error
-        # XLA's; a ValueError while arrays are placed on a GPU
+        # XLA raises a ValueError if memory runs out while arrays are placed on a GPU.
         is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
         if not is_full:
             raise
@@ -407,7 +407,7 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
         try:
             recorded = yaml.safe_load(run.config.read_bytes())["compute"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            recorded = {}  # the comparison of the settings reports what is wrong
+            recorded = {}  # check_unchanged reports what is wrong
         for key in ("scan_layers", "remat"):
             value = recorded.get(key) if isinstance(recorded, dict) else None
             if getattr(compute, key) == "auto" and isinstance(value, bool):
@@ -453,7 +453,7 @@ def _describe(
     data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}
     _report_unknown(python)
-    # Of a run that trained its tokenizer the data is fixed too.
+    # If the run trained its tokenizer on the data, other data would give another tokenizer.
     fixed = (*FIXED, "data") if config.model is None and config.tokenizer.name is None else FIXED
     changed = manifest.check_unchanged(
         run,

@@ -36,7 +36,7 @@ OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
 
 
 class Scored(NamedTuple):
-    """A rollout with ``scores``, the metrics of the reward, and what a filter found in each row."""
+    """A rollout with ``scores``, metrics of the reward, and the filter's verdict on each row."""
 
     rollout: Rollout
     metrics: Metrics
@@ -50,14 +50,14 @@ Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
 """``data.environment.converse`` with an environment, or with None: one response to each prompt."""
 
 Respond = Callable[[phases.Prompts, Array], Rollout]
-"""Responses to prompts, with a key; the log-probs are those of what samples."""
+"""(prompts, key) -> responses, with the log-probs of the program or server that sampled them."""
 
 Responder = Callable[[LoopState], Respond]
-"""Where responses come from: this program's own sampler (``on_devices``) or an engine
-(``training.engine``), each with the policy of a state."""
+"""The source of responses for the policy of a state: the run's own sampler (``on_devices``,
+``apart``) or an engine (``training.engine``)."""
 
 Sampler = Callable[[LoopState, Batch], Recorded]
-"""Responses with the log-probs of the sampler, not scored."""
+"""Responses without scores, with the log-probs of the sampler."""
 
 Scorer = Callable[[Rollout, Batch], Scored]
 
@@ -68,20 +68,20 @@ Learner = Callable[[LoopState, Rollout, Array], tuple[LoopState, Metrics]]
 Verdicts = list[filters.Verdict] | None
 
 Guarded = Callable[[Rollout, Rollout, Columns], tuple[Rollout, Metrics, Verdicts]]
-"""(rollout before the reward, after it, columns) -> the latter filtered, metrics, verdicts."""
+"""(rollout, scored rollout, columns) -> the scored rollout after the filter, metrics, verdicts."""
 
 Draw = Callable[[LoopState, Batch], Recorded]
-"""Responses with scores and log-probs: what an update reads."""
+"""Responses with scores and the log-probs of the update's own forward pass."""
 
 DrawStep = Callable[[LoopState, Sequence[Batch]], Recorded]
-"""The same, from a step's batches: the first, and those in reserve."""
+"""A ``Draw`` from all batches of a step: the first, and the reserve of dynamic sampling."""
 
 Advance = Callable[[LoopState, int], tuple[LoopState, Metrics]]
 """The step of the loop: (state, number of the step) -> (state, metrics)."""
 
 
 def on_devices(stage: Stage, program: Callable[..., Rollout], networks: Networks) -> Responder:
-    """Responses of the program ``phases.respond``."""
+    """Samples by the program ``phases.respond`` on the devices that learn."""
 
     def at(state: LoopState) -> Respond:
         policy = phases.sampler(state, networks.start.base)
@@ -91,7 +91,7 @@ def on_devices(stage: Stage, program: Callable[..., Rollout], networks: Networks
 
 
 def apart(mesh: Mesh, program: Callable[..., Rollout], base: Params | None) -> Responder:
-    """Responses of the program ``phases.respond`` on devices of their own, as NumPy arrays.
+    """Samples by the program ``phases.respond`` on other devices; the responses are NumPy arrays.
 
     base: the frozen parameters under LoRA, on the mesh.
     """
@@ -110,7 +110,7 @@ def apart(mesh: Mesh, program: Callable[..., Rollout], base: Params | None) -> R
 
 
 def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
-    """Samples ``rl.batch_size`` rows at a time."""
+    """The sampler of a run. It samples ``rl.batch_size`` rows at a time."""
     size = stage.config.rl.batch_size
 
     def sample(state: LoopState, batch: Batch) -> Recorded:
@@ -141,7 +141,7 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
 def scorer(
     stage: Stage, program: Callable[..., Any], reward: spec.Reward, guard: Guarded | None = None
 ) -> Scorer:
-    """The reward as a step, on the devices by the program or on the host, with a filter there."""
+    """Scores by the program ``phases.reward`` on the devices, or on the host with the filter."""
     if reward.host is not None:
         return on_host(stage, reward, guard or unguarded)
     functions = Functions(None, reward.fn)
@@ -149,7 +149,9 @@ def scorer(
 
 
 def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
-    """Each process scores its own rows; all filter all rows, so that they agree on missing ones.
+    """Each process scores its own rows. Every process filters all rows, so that all agree which
+    rows are missing.
+
 
     Raises:
         TrainingFault: a score is not finite.
@@ -181,19 +183,19 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
 
 
 def unguarded(before: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, None]:
-    """No filter."""
+    """The filter that changes nothing."""
     return scored, {}, None
 
 
 def rescorer(program: Callable[..., Recorded], networks: Networks) -> Rescorer:
-    """The log-probs of the update's own forward pass, and those of the reference."""
+    """Adds the log-probs of the update's own forward pass and those of the reference."""
     return lambda state, sampled: program(
         state, sampled, networks.functions(sampled.tokens.shape[1])
     )
 
 
 def learner(program: Callable[..., tuple[LoopState, Metrics]], networks: Networks) -> Learner:
-    """The update."""
+    """The update, by the program ``phases.learn``."""
     return lambda state, rollout, key: program(
         state, rollout, key, networks.functions(rollout.tokens.shape[1])
     )
@@ -220,8 +222,8 @@ def drawn(
 def greedy_baseline(
     draw: Draw, sample_greedily: Sampler, score: Scorer, join: Callable[..., Rollout]
 ) -> Draw:
-    """ReMax (Li et al. 2023): with the score of the greedy response to the same prompt, which
-    ``join(rollout, greedy rollout)`` puts into the rollout.
+    """ReMax (Li et al. 2023): a greedy response to each prompt is scored too, and
+    ``join(rollout, greedy rollout)`` puts its score into the rollout as the baseline.
     """
 
     def draw_with_baseline(state: LoopState, batch: Batch) -> Recorded:
@@ -235,7 +237,7 @@ def greedy_baseline(
 
 
 def first_of(draw: Draw) -> DrawStep:
-    """One draw, of the step's first batch."""
+    """Draws the first batch of a step only."""
     return lambda state, spares: draw(state, spares[0])
 
 
@@ -272,7 +274,7 @@ def replace_uninformative(
 
 
 def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[..., bool]]:
-    """The draw, and ``on_step`` with the rollout that was drawn last."""
+    """The draw, and a function that calls ``on_step`` with the rollout that was drawn last."""
     drawn: list[Rollout] = []
 
     def draw(state: LoopState, spares: Sequence[Batch]) -> Recorded:
@@ -288,7 +290,7 @@ def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[.
 
 
 def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: Array) -> Advance:
-    """The step: draws a rollout of the schedule's batches and learns from it."""
+    """The step of the loop: draws a rollout from the schedule's batches and learns from it."""
 
     def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
         rollout, metrics = draw_step(state, schedule.batches(step))
@@ -305,7 +307,7 @@ def checking(
     schedule: Schedule,
     key: Array,
 ) -> Callable[[LoopState], None]:
-    """Checks the memory of a step of the widest batch.
+    """Checks that a step on the widest batch fits into memory.
 
     draw: of ``memory.rehearsed`` programs; ``program`` is the update's.
     """
@@ -321,7 +323,7 @@ def checking(
 # --- Validation
 
 VALIDATED = ("reward/", "safety/", "environment/")
-"""The first words of the metrics that a validation has too, as ``validation/NAME``."""
+"""Metrics with these prefixes are recorded at validations too, as ``validation/NAME``."""
 
 
 def validator(
@@ -343,7 +345,7 @@ def validator(
         sampled, talk_metrics = sample(state, batch)
         judged: Metrics = {}
         if judge is not None:
-            verdict = judge(replace(sampled, rewards=None), batch)  # without the environment's
+            verdict = judge(replace(sampled, rewards=None), batch)  # not those of the environment
             judged = {"validation/judge": verdict.metrics["objective/score"]}
         scored = score(sampled, batch)
         metrics = {"validation/score": scored.metrics["objective/score"]} | judged
@@ -362,7 +364,7 @@ def validator(
 
 
 def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl: those with a response."""
+    """The rows of samples.jsonl, one for each row that is not missing."""
     rollout = processes.fetch(scored.rollout)
     texts = generator.responses(rollout, policy.tokenizer, with_replies=True)
     scores = np.asarray(rollout.scores)
