@@ -167,7 +167,9 @@ def hold_out(
 def say_held_out(
     what: str, prompts: Sequence[Text], train_rows: np.ndarray, held_out: np.ndarray
 ) -> None:
-    """Prints how many rows and prompts are held out, and how many of those prompts are trained on too."""
+    """Prints how many rows and prompts are held out, and how many of the prompts are also trained
+    on.
+    """
     if not len(held_out):
         return
     validated = {prompts[row] for row in held_out}

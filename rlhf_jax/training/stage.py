@@ -207,8 +207,8 @@ class Stage:
         return Partial(policy_fn, start.base)
 
     def frozen(self, name: str, fn: Any) -> Any:
-        """The arrays of a model that is not trained, on the devices. If ``compute.offload`` names the
-        model, they stay in the host's memory while it is not called.
+        """The arrays of a model that is not trained, on the devices. If ``compute.offload`` names
+        the model, they stay in the host's memory while it is not called.
         """
         placed = self.lay_out(fn)
         if name not in self.config.compute.offload:
