@@ -116,7 +116,7 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
     def sample(state: LoopState, batch: Batch) -> Recorded:
         respond = responder(state)
 
-        def respond_at(places: np.ndarray, *prompts: Any) -> Rollout:
+        def respond_at(places: Any, *prompts: Any) -> Rollout:
             inputs = phases.Prompts(*prompts)
             return respond(inputs._replace(places=places), batch.key)
 
