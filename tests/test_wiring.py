@@ -213,7 +213,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
 
 @pytest.mark.parametrize("turns", [None, slow(3)])
 def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
-    """Nine prompts of their own: three batches of four, the last with three absent rows, or two of
+    """Nine of ten prompts of their own: three batches of four, the last with three absent rows, or two of
     eight. Each response is drawn from the place of its row among all, and the reward, which
     compares responses, sees all."""
     shapes = []
@@ -226,6 +226,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
         return {"respond": respond, "learn": lambda state, *inputs: untouched(state)}
 
     own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
+    own["validation_prompts"] = 9
     own |= talking(tmp_path, turns, max_new_tokens=6) | {"num_iterations": 1}
 
     def validated(batch_size):
@@ -239,7 +240,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
         return samples, found, len(shapes)
 
     replacing(monkeypatch, programs)
-    (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 9))
+    (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 10))
     samples, metrics, num_sampled = validated(4)
     assert turns or num_sampled == 2 + 2 * 3  # the check of memory and a step, then two validations
     assert len({sample["response"] for sample in samples}) == len(samples) == 9
