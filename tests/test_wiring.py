@@ -213,8 +213,8 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
 
 @pytest.mark.parametrize("turns", [None, slow(3)])
 def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
-    """Nine of ten prompts of their own: three batches of four, the last with three absent rows, or two of
-    eight. Each response is drawn from the place of its row among all, and the reward, which
+    """Nine of ten prompts of their own: three batches of four, the last with three missing rows, or
+    two of eight. Each response is drawn from the place of its row among all, and the reward, which
     compares responses, sees all."""
     shapes = []
 
