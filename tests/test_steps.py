@@ -1,0 +1,94 @@
+"""The steps of an RL iteration on the host: who is given which rollout and which columns."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import letters_run, metric_rows, with_rl
+
+from rlhf_jax import rloo, training
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.rewards import spec
+from rlhf_jax.training import steps
+from rlhf_jax.training.schedule import Batch
+from rlhf_jax.types import Rollout
+
+STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
+ROWS = [Row(word, (), f"line {i}", columns={"topic": word}) for i, word in enumerate("abcd")]
+
+
+@pytest.fixture
+def batch():
+    """Two of four prompts, in another order."""
+    tokens = np.full((4, 1), 3, np.int32)
+    prompts = EncodedPrompts(tokens, np.ones_like(tokens), ROWS, ["topic"], {})
+    return Batch(prompts, np.array([2, 0]), jax.random.key(0))
+
+
+@pytest.fixture
+def sampled():
+    """Two responses of two tokens, with an environment's rewards."""
+    ones = jnp.ones((2, 3), jnp.int32)
+    said = ones.at[:, 0].set(0)
+    rewards = 0.5 * said
+    return Rollout(3 * ones, ones, said, jnp.zeros((2, 3)), jnp.array([2, 0]), rewards=rewards)
+
+
+def test_reward_and_filter_on_the_host_get_the_columns_of_each_row(batch, sampled):
+    given = []
+
+    def reward(rollout, columns):
+        given.append(columns["topic"])
+        return np.array([1.0, 2.0], np.float32), {}
+
+    def guard(before, scored, columns):
+        given.append(columns["topic"])
+        return scored, {}, None
+
+    score = steps.on_host(STAGE, spec.Reward(host=reward), guard)
+    scored = score(replace(sampled, rewards=None), batch)
+    assert given == [["c", "a"]] * 2
+    assert scored.rollout.scores.tolist() == [1.0, 2.0]
+
+
+def test_the_judge_scores_without_the_rewards_of_the_environment(batch, sampled):
+    """They are paid in training, and the judge tells what training does not."""
+    given = {}
+
+    def scorer(name, score):
+        def scored(rollout, batch):
+            given[name] = rollout.rewards
+            rollout = replace(rollout, scores=jnp.full(2, score))
+            return steps.Scored(rollout, {"objective/score": jnp.float32(score)})
+
+        return scored
+
+    policy = LanguageModel(None, None, characters("abcd"))
+
+    def sample(state, batch):
+        return sampled, {}
+
+    reward = scorer("reward", 3.0)
+    judge = scorer("judge", 4.0)
+    validate = steps.validator(STAGE, policy, batch, sample, reward, judge)
+    metrics, samples = validate(None)
+    assert metrics == {"validation/score": 3.0, "validation/judge": 4.0}
+    assert [(row["prompt"], row["score"]) for row in samples] == [("c", 3.0), ("a", 3.0)]
+    assert given["judge"] is None
+    assert given["reward"] is sampled.rewards
+
+
+def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path, no_pages):
+    """All groups have equal scores, so that all reserves are drawn."""
+    config = replace(letters_run(tmp_path), reward=("length*0",))
+    config = with_rl(config, num_iterations=1, dynamic_sampling=2, validation_interval=9)
+    folder = training.rl.run(config, rloo, rloo.Config(group_size=2)).folder
+    last = metric_rows(folder)[-1]
+    assert (last["sampling/rounds"], last["sampling/uninformative"]) == (2.0, 1.0)
