@@ -8,7 +8,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs.reading import SETTINGS, read_yaml
 
 # Defaults where --model names pretrained weights: {key: (all weights trained, LoRA)}. Those of the
-# classes suit small networks that start from random weights. docs/settings.md cites the sources.
+# classes suit small networks that start from random weights. docs/pretrained-defaults.md cites
+# the sources.
 PRETRAINED: dict[str, tuple[Any, Any]] = {
     "sft.optimizer.learning_rate": (2e-5, 2e-4),
     "sft.optimizer.schedule": ("cosine", "cosine"),
