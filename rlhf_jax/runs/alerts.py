@@ -209,8 +209,8 @@ def _condition(match: re.Match[str]) -> Callable[..., tuple[bool, str]]:
     return holds
 
 
-# --- The default rules: docs/alerts.md says which failure each one is for, and how often it was
-# wrong.
+# --- The default rules: docs/alerts.md says which failure each one is for, docs/notes/alerts.md how
+# often it was wrong.
 
 
 def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
