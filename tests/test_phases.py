@@ -18,8 +18,10 @@ from tabular import rollout as tabular_rollout
 
 from rlhf_jax import models, rewards, sampling, sharding
 from rlhf_jax.algorithms import ppo, vpg
+from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases, steps
 from rlhf_jax.training.phases import num_equal, scored
+from rlhf_jax.training.programs import rules
 from rlhf_jax.types import Rollout
 
 PROMPT_LENGTH = 4
@@ -203,6 +205,20 @@ def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
         rule(summed)
     with pytest.raises(ValueError, match=needs):
         phases.missing_eos(None, penalty=5.0, score=None)
+
+
+@pytest.mark.parametrize(("is_rewarded", "expected"), [(True, [-4.5, 1.5]), (False, [-5.5, -0.5])])
+def test_the_rules_of_a_run_are_those_of_its_settings(is_rewarded, expected):
+    """The first response has no EOS, which costs 5; both are as long as they may be: 0.5."""
+    settings = RLStage(
+        max_new_tokens=2, missing_eos_penalty=5.0, overlong_buffer=1, overlong_penalty=0.5
+    )
+    shape, masked = rules(settings, SAMPLING, is_rewarded)
+    rollout = made_rollout(scores=jnp.array([1.0, 2.0]))
+    assert shape(rollout).scores.tolist() == expected
+    assert masked is phases.unchanged
+    _, masked = rules(RLStage(mask_truncated=True), SAMPLING)
+    assert masked(rollout).present.tolist() == [False, True]
 
 
 class Recorder:
