@@ -22,6 +22,7 @@ from rlhf_jax.config import (
     Text,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf import VALUE_HEAD
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
 from rlhf_jax.training import memory, phases, rl, stage
@@ -456,9 +457,10 @@ def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
         config = replace(
             again(config, tmp_path), model=str(tmp_path / "first" / "model"), lora=lora
         )
-    metrics = training.rl.run(replace(config, rl=settings), ppo, PPOStage(value=value)).metrics
-    assert metrics["grad_norm"] > 0
-    assert abs(metrics["policy/sampler_gap"]) < 1e-5
+    result = training.rl.run(replace(config, rl=settings), ppo, PPOStage(value=value))
+    assert result.metrics["grad_norm"] > 0
+    assert abs(result.metrics["policy/sampler_gap"]) < 1e-5
+    assert not (result.model_folder / VALUE_HEAD).exists()  # the policy alone is saved
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
