@@ -1,0 +1,83 @@
+"""The composition of an RL run: what its check of memory calls, and what decides its remat."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+from builders import letters_run, with_rl
+
+from rlhf_jax import ppo, training, vpg
+from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.data.environment import Environment
+from rlhf_jax.rewards import spec
+from rlhf_jax.training import rl
+from rlhf_jax.training.method import Method
+from rlhf_jax.training.parts import Parts
+from rlhf_jax.training.phases import NO_PENALTY
+from rlhf_jax.types import Rollout
+
+WORLD = """
+def silent(conversation, row):
+    with open(__file__ + ".log", "a") as log:
+        log.write("x")
+"""
+
+
+def refused(*args):
+    raise AssertionError("a check of memory calls no server and none of the user's Python")
+
+
+def made_parts(**given):
+    nothing = dict.fromkeys(Parts._fields)
+    return Parts(**nothing | {"reward": spec.Reward()} | given)
+
+
+def test_a_check_of_memory_has_silent_parts():
+    ones = jnp.ones((2, 3), jnp.int32)
+    rollout = Rollout(ones, ones, ones, jnp.zeros((2, 3)))
+    parts = made_parts(
+        reward=spec.Reward(host=refused),
+        guard=refused,
+        environment=Environment(refused, None, None, 1),
+        ask_teacher=refused,
+    ).without_python()
+    scores, no_parts = parts.reward.host(rollout, {})
+    assert (scores.tolist(), no_parts) == ([0.0, 0.0], {})
+    assert parts.environment.fn([], {}) is None
+    assert parts.guard is None
+    np.testing.assert_array_equal(parts.ask_teacher(rollout), np.zeros((2, 3)))
+
+
+def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pages):
+    """In one step without a validation each is called once for the batch of four rows."""
+    asked = []
+
+    def reward(rollout, columns):
+        asked.append(len(rollout.tokens))
+        return np.zeros(len(rollout.tokens), np.float32), {}
+
+    world = tmp_path / "world.py"
+    world.write_text(WORLD)
+    config = replace(letters_run(tmp_path), reward=())
+    config = with_rl(
+        config, num_iterations=1, validation_fraction=0.0, environment=f"{world}:silent"
+    )
+    training.rl.run(config, vpg, run_reward=spec.Reward(host=reward))
+    assert asked == [4]
+    assert (tmp_path / "world.py.log").read_text() == "xxxx"
+
+
+def test_remat_is_chosen_by_the_rows_of_a_microbatch():
+    chosen = []
+
+    def choose_remat(begun, rows, length):
+        chosen.append((rows, length))
+        return None, begun
+
+    config = RunConfig(rl=RLStage(batch_size=64, max_new_tokens=5))
+    stage = SimpleNamespace(config=config, choose_remat=choose_remat)
+    settings = ppo.Config(num_minibatches=4, num_microbatches=2)
+    parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
+    rl._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
+    assert chosen == [(8, 12)]
