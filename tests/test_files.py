@@ -158,7 +158,7 @@ FAULTS_OF_JSON = [
 ]
 FAULTS_OF_CSV = [
     ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
-    ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2\n"),
+    ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2; quote cells"),
     (
         'prompt,response\na,"b\nc',
         "line 1: not valid CSV in the row after this one: unexpected end of data",

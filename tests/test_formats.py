@@ -184,7 +184,7 @@ def test_recipes(write, name, record, expected):
         ),
         (
             ["prompt=question+level"],
-            r"line 1: --columns joins texts with \+, found the number 3 in question\+level",
+            r"line 1: --columns question\+level joins texts with \+, found the number 3",
         ),
     ],
 )

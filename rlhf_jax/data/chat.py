@@ -13,9 +13,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ import jinja2
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.rows import BadRow, Message, Record, Row, Text, checked, expect, text
+from rlhf_jax.data.rows import BadRow, Fields, Message, Messages, Record, Row, Text
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
 
 AUTO = "auto"
@@ -41,6 +42,8 @@ PLAIN = (
 _LINES = Path(__file__).with_name("text_template.jinja").read_text("utf-8").splitlines()
 _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
 _MARK = "{{#- text.template: {} -#}}"
+# The default date of Llama 3's template: a prompt must not depend on the day.
+_TODAY = datetime.datetime(2024, 7, 26)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,39 +58,24 @@ class ChatTemplate:
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """bos_token and the like, by the template's names."""
 
-    def prompt(
-        self,
-        messages: Sequence[Message],
-        where: str,
-        after: str = "",
-    ) -> Text:
+    def prompt(self, messages: Messages, where: str, after: str = "") -> Text:
         """The conversation and the opening of the next assistant turn; with ``after`` only the part
         that follows this text.
 
         The token ids are those of transformers' ``apply_chat_template(add_generation_prompt=True)``
-        on the date that `_date` gives.
+        on the date that `_TODAY` gives.
 
         Raises:
           BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
+        self._check(messages, where)
         with _template_errors(where):
             rendered = self._rendered(messages, opens=True)
             if after:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
-            if self.tokenizer is not None:
-                ids = self._encoded(rendered)
-        if self.tokenizer is None:
-            self._check_no_calls(messages, where)
-            return rendered
-        self._check_contents(messages, where)
-        return tuple(ids)
+            return rendered if self.tokenizer is None else tuple(self._encoded(rendered))
 
-    def answered(
-        self,
-        messages: Sequence[Message],
-        response: str,
-        where: str,
-    ) -> list[int]:
+    def answered(self, messages: Messages, response: str, where: str) -> list[int]:
         """Token ids of the conversation with the response as the assistant's next turn, which are
         those of transformers' ``apply_chat_template``; this template has a tokenizer.
 
@@ -97,8 +85,8 @@ class ChatTemplate:
           BadRow: as `prompt`.
         """
         assert self.tokenizer is not None
+        self._check(messages, where)
         turn = {"role": "assistant", "content": response}
-        self._check_contents(messages, where)
         with _template_errors(where):
             rendered = self._rendered([*messages, turn], opens=False)
             if not any(token in response for token in self._special):
@@ -109,7 +97,7 @@ class ChatTemplate:
             after = self._encoded(rendered[start + len(content) :])
             return [*before, *self.tokenizer.encode(content), *after]
 
-    def _rendered(self, messages: Sequence[Message], opens: bool) -> str:
+    def _rendered(self, messages: Messages, opens: bool) -> str:
         """The text of the messages; ``opens``: and the opening of the next assistant turn."""
         return self._template.render(
             messages=messages,
@@ -122,23 +110,18 @@ class ChatTemplate:
     def _encoded(self, rendered: str) -> list[int]:
         return self._encoder.encode(rendered, add_special_tokens=False).ids
 
-    def user(self, content: str, where: str) -> Text:
-        """`prompt` of one message, the user's."""
-        return self.prompt([{"role": "user", "content": content}], where)
-
-    def _check_no_calls(self, messages: Sequence[Message], where: str) -> None:
-        if any(message.get("tool_calls") for message in messages):
-            what = "the plain template writes no tool_calls; name a model whose own template does"
-            raise BadRow(where, what)
-
-    def _check_contents(self, messages: Sequence[Message], where: str) -> None:
-        """Raises `BadRow` for a content that spells a special token of the tokenizer."""
+    def _check(self, messages: Messages, where: str) -> None:
+        """Raises `BadRow` for tool calls that `PLAIN` would leave out, and for a content that
+        spells a special token of the tokenizer.
+        """
         for message in messages:
+            if self.tokenizer is None and message.get("tool_calls"):
+                what = "the plain template writes no tool_calls"
+                raise BadRow(where, f"{what}; name a model whose own template does")
             for token in self._special:
                 if token in message["content"]:
                     what = f"a {message['role']} message spells the special token {token!r}"
-                    advice = "remove it, only the chat template may write it"
-                    raise BadRow(where, f"{what}; {advice}")
+                    raise BadRow(where, f"{what}; remove it, only the chat template may write it")
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
@@ -146,15 +129,13 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _date
+        environment.globals["strftime_now"] = _TODAY.strftime
         # Jinja's own filter is for HTML.
         environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it
         # stands.
-        marks = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
-        source = marks.sub(
-            lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}", self.source
-        )
+        source = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", self.source)
+        source = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", source)
         return environment.from_string(source)
 
     @functools.cached_property
@@ -167,8 +148,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def _special(self) -> list[str]:
-        added = self._encoder.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
+        if self.tokenizer is None:
+            return []
+        return [self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.special_ids]
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,14 +164,11 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
         return ChatTemplate()
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):  # several by name, as Hugging Face has them
-        named = {
-            entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
-        }
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
         source = named.get("default")
-    if not isinstance(source, str) or source == PLAIN:
-        return ChatTemplate()
     is_own = text_template(tokenizer) in (None, "{prompt}")
-    if not is_own and template != AUTO:
+    if source == PLAIN or not isinstance(source, str) or not (is_own or template == AUTO):
         return ChatTemplate()
     return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
 
@@ -260,9 +239,8 @@ def text_template(tokenizer: Tokenizer) -> str | None:
     """The ``text.template`` that `with_text_template` wrote into the chat template; None for any
     other.
     """
-    made = re.match(
-        r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template"))
-    )
+    source = str(tokenizer.config.get("chat_template"))
+    made = re.match(r'\{#- text\.template: (".*?") -#\}', source)
     with contextlib.suppress(ValueError):  # a folder of others may hold anything
         return str(json.loads(made[1])) if made else None
     return None
@@ -282,12 +260,11 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
     return "".join([*turns, "Assistant:\n"])
 
 
-def is_chat(row: dict[str, Any], *keys: str) -> bool:
+def is_chat(row: Fields, *keys: str) -> bool:
     """Whether one of these keys holds messages."""
-    return any(
-        isinstance(row.get(key), list) and any(isinstance(turn, dict) for turn in row[key])
-        for key in keys
-    )
+    values = [row.get(key) for key in keys]
+    lists = [value for value in values if isinstance(value, list)]
+    return any(isinstance(turn, dict) for turn in itertools.chain(*lists))
 
 
 def is_answered(messages: Any) -> bool:
@@ -310,55 +287,45 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     continues it, unless it repeats it. Raises `BadRow` if the conversation does not end with an
     assistant turn that has content.
     """
-    before = record.value.get("prompt")
-    start = list[Message]()
-    if isinstance(before, str):
-        start = [{"role": "user", "content": text(record, "prompt")}]
-    elif before is not None:
+    row = record.value
+    start: list[Message] = []
+    if isinstance(row.get("prompt"), str):
+        start = [{"role": "user", "content": record.text("prompt")}]
+    elif row.get("prompt") is not None:
         start = _messages(record, "prompt")
-    if start and isinstance(record.value[key], str):
-        return start, text(record, key)
+    if start and isinstance(row[key], str):
+        return start, record.text(key)
     messages = _messages(record, key)
     # They may hold the prompt themselves, perhaps after a system message.
     if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
         messages = start + messages
     response = messages[-1]["content"]
     what = f"message {len(messages)} of {key!r} has tool_calls, which are no text to learn"
-    expect(not messages[-1].get("tool_calls"), record, what)
-    expect(is_answered(messages) and response.strip(), record, NO_RESPONSE)
+    record.expect(not messages[-1].get("tool_calls"), what)
+    record.expect(is_answered(messages) and response.strip(), NO_RESPONSE)
     return _before_last(record, key, messages), response
 
 
 def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
-    expect(len(messages) > 1, record, f"{key!r} has no message before the assistant's")
+    record.expect(len(messages) > 1, f"{key!r} has no message before the assistant's")
     return messages[:-1]
 
 
 def _messages(record: Record, key: str) -> list[Message]:
     value = record.value[key]
-    expect(
-        isinstance(value, list) and value,
-        record,
-        f"{key!r} must be a list of messages {{role, content}}",
-        value,
-    )
+    is_list = isinstance(value, list) and value
+    record.expect(is_list, f"{key!r} must be a list of messages {{role, content}}", value)
     for number, message in enumerate(value, 1):
         where = f"message {number} of {key!r}"
-        expect(
-            isinstance(message, dict),
-            record,
-            f"{where} must be an object with role, content",
-            message,
-        )
+        is_object = isinstance(message, dict)
+        record.expect(is_object, f"{where} must be an object with role, content", message)
         for part in ("role", "content"):
             given = message.get(part)
-            expect(isinstance(given, str), record, f"{part!r} of {where} must be a string", given)
-        if (role := message["role"]) not in ROLES:
-            raise BadRow(
-                record.source,
-                f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}",
-            )
-        checked(record, f"the content of {where}", message["content"] or " ")
+            record.expect(isinstance(given, str), f"{part!r} of {where} must be a string", given)
+        role = message["role"]
+        wanted = f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}"
+        record.expect(role in ROLES, wanted)
+        record.checked(f"the content of {where}", message["content"] or " ")
     return value
 
 
@@ -378,21 +345,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("**",))
 
-    def call_binop(
-        self,
-        context: jinja2.runtime.Context,
-        operator: str,
-        left: Any,
-        right: Any,
-    ) -> NoReturn:
-        raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
-
-
-def _date(form: str) -> str:
-    """Always 26 July 2024, the default date of Llama 3's template: a prompt must not depend on the
-    day.
-    """
-    return datetime.datetime(2024, 7, 26).strftime(form)
+    def call_binop(self, *operation: Any) -> NoReturn:
+        raise jinja2.sandbox.SecurityError("** is not allowed")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -20,13 +20,12 @@ from rlhf_jax.data import chat, formats
 from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import read_source
-from rlhf_jax.data.rows import Kind, OnBadRow, Record, Row, Text, places, summary
+from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, escaped
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
-_UNKNOWN = "no known form"
 _ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
 _ALIASES = {"completion": "response", "output": "response"}
 _KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
@@ -91,20 +90,16 @@ def check(
 
 def _total(num_problems: int, num_warnings: int) -> str:
     """The last line of a report."""
-    counts = []
-    for count, name in ((num_problems, "problem"), (num_warnings, "warning")):
-        if count:
-            plural = "s" if count > 1 else ""
-            counts.append(f"{count} {name}{plural}")
-    total = ", ".join(counts) or "no problems"
-    return f"{total}: a run would stop" if num_problems else total
+    if num_problems:
+        return f"problems: {num_problems}, warnings: {num_warnings}; a run would stop"
+    return f"no problems, warnings: {num_warnings}" if num_warnings else "no problems"
 
 
 def _overlap(name: str, first: list[Row], other: str, second: list[Row]) -> str:
     """The number of prompts and of rows that two files share."""
     prompts = {row.prompt for row in first} & {row.prompt for row in second}
-    texts_of_first = {row.texts for row in first}
-    num_same = sum(row.texts in texts_of_first for row in second)
+    texts = {row.texts for row in first}
+    num_same = sum(row.texts in texts for row in second)
     shares = f"{other} shares {len(prompts)} prompts with {name}"
     return f"{shares}; {num_same} of its {len(second)} rows are in that file too"
 
@@ -125,7 +120,7 @@ def preview(
     Raises:
       UserError: the file cannot be read.
     """
-    file = _read(path, tokenizer, kind, columns)
+    file = _read(path, tokenizer, kind, columns, "error")
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file)])
     blocks = [f"{file.head}, {file.kind}", *shown, findings]
@@ -135,13 +130,11 @@ def preview(
 def _read(
     name: str,
     tokenizer: Tokenizer | None,
-    kind: Kind | None = None,
-    columns: Sequence[str] = (),
-    on_bad_row: OnBadRow = "error",
+    kind: Kind | None,
+    columns: Sequence[str],
+    on_bad_row: OnBadRow,
 ) -> _File:
-    """The rows of a file. Their kind is ``kind``, or the kind that the pipeline has for this file
-    name, or the kind of most records.
-    """
+    """The rows of a file, of the given or the likely kind."""
     source = read_source(name, whole_text=kind == "demonstrations")
     unused_columns = unused(source.records, columns)
     if unused_columns:
@@ -154,13 +147,12 @@ def _read(
 
 
 def _kind_of(name: str, records: Sequence[Record]) -> Kind:
-    of_files: dict[str, Kind] = {file: kind for kind, file in formats.FILES.items()}
-    file_name = Path(name).name
-    if file_name in of_files:
-        return of_files[file_name]
-    forms = [formats.form_of(record.value) for record in records]
-    kinds = Counter(form[0] for form in forms if form is not None)
-    return max(kinds, key=kinds.__getitem__, default="demonstrations")
+    """The kind that the pipeline has for this file name, or the kind of most records."""
+    of_names: dict[str, Kind] = {file: kind for kind, file in formats.FILES.items()}
+    kinds = Counter(formats.form_of(record.value).kind for record in records)
+    del kinds[None]
+    likely = kinds.most_common(1) or [("demonstrations", 0)]
+    return of_names.get(Path(name).name, likely[0][0])
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
@@ -175,15 +167,13 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
         errors.append(error)
-    bad = {getattr(error, "source", None) for error in errors}
-    good_records = [record for record in file.records if record.source not in bad]
-    unread, warnings = _unread(good_records, file.kind)
+    others, warnings = _unread(file)
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
         *_forms(file.records),
         *_problems(errors),
         *warnings,
-        *unread,
+        *others,
         *_dropped(file),
         *_repeats(rows, name),
     ]
@@ -198,57 +188,55 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
 
 def _forms(records: Sequence[Record]) -> list[str]:
     """The number of records of each form."""
-    forms = Counter[str]()
-    for record in records:
-        if not isinstance(record.value, Exception):
-            _, form = formats.form_of(record.value) or ("", _UNKNOWN)
-            forms[form] += 1
+    values = [record.value for record in records if not isinstance(record.value, Exception)]
+    forms = Counter(formats.form_of(value).name for value in values)
     if not forms:
         return []
     counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
     lines = [f"  rows: {counted}"]
-    if set(forms) == {_UNKNOWN}:
+    if set(forms) == {formats.UNKNOWN.name}:
         lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
     return lines
 
 
-def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
+def _unread(file: _File) -> tuple[list[str], list[str]]:
     """A line about the keys that only a reward reads, or no stage at all, and warnings of keys that
-    look misspelled.
+    look misspelled. Rows with a problem do not count.
     """
+    bad = {getattr(error, "source", None) for error in file.found.errors}
     others = Counter[str]()
     slips = defaultdict[str, list[str]](list)
-    for record in records:
-        if not isinstance(record.value, dict):
+    for row, source in file.records:
+        if source in bad or not isinstance(row, dict):
             continue
-        read = formats.keys_read(record.value)
-        unread = [key for key in record.value if key not in read]
-        for key in unread:
-            others[key] += 1
-            slip = _slip(key, record.value, read)
-            if slip is not None:
-                slips[slip].append(record.source)
+        read = formats.keys_read(row)
+        for key in row:
+            if key not in read:
+                others[key] += 1
+                slips[_slip(key, row, read)].append(source)
+    slips.pop("", None)
     warnings = []
     for slip, sources in slips.items():
         warnings.append(f"  warning: {slip} ({len(sources)} rows: {places(sources)})")
     if not others:
         return [], warnings
-    title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
+    title = "keys that training does not read"
+    if file.kind == "prompts":
+        title = "columns for the reward"
     counted = ", ".join(f"{escaped(key)} ({count} rows)" for key, count in others.most_common())
     return [f"  {title}: {counted}"], warnings
 
 
-def _slip(key: str, row: dict[str, Any], read: set[str]) -> str | None:
-    """A sentence if the key looks like a known key that the row lacks, else None."""
+def _slip(key: str, row: Fields, read: set[str]) -> str:
+    """A sentence if the key looks like a known key that the row lacks, else ""."""
     missing = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
-    meant = _ALIASES.get(name, name)
-    near = difflib.get_close_matches(meant, missing, n=1, cutoff=0.85)
-    is_half_a_pair = key in formats.PAIR and read == {"prompt"}
-    if not near and not is_half_a_pair:
-        return None
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"the key {key!r} is not read{hint}, beside {', '.join(sorted(read)) or 'no other'}"
+    near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
+    if near:
+        return f"the key {key!r} is not read; did you mean {near[0]!r}?"
+    if key in formats.PAIR and read == {"prompt"}:
+        return f"the key {key!r} is not read without the other one of a pair"
+    return ""
 
 
 def _repeats(rows: list[Row], name: str) -> list[str]:
@@ -270,19 +258,21 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     """Lengths of prompts and responses in tokens, EOS included, or without a tokenizer in words (of
     token ids: in tokens).
     """
-    prompts: Sequence[Any] = []
-    if not (rows and rows[0].is_plain_text):  # all rows are plain texts, or none is
-        prompts = [row.prompt for row in rows]
-    responses: Sequence[Any] = [text for row in rows for text in row.responses]
-    if tokenizer is not None:
-        prompts = prompt_ids(rows, tokenizer, chat.AUTO) if prompts else []
+    prompted = [row for row in rows if not row.is_plain_text]
+    prompts: list[Any]
+    responses: list[Any]
+    if tokenizer is None:
+        prompts = [_words(row.prompt) for row in prompted]
+        responses = [_words(text) for row in rows for text in row.responses]
+    else:
+        prompts = list(prompt_ids(prompted, tokenizer, chat.AUTO))
         responses = [*itertools.chain.from_iterable(response_ids(rows, tokenizer))]
-    lengths = {}
-    for name, texts in (("prompt", prompts), ("response", responses)):
-        if texts:
-            parts = [text.split() if isinstance(text, str) else text for text in texts]
-            lengths[name] = list(map(len, parts))
-    return lengths
+    parts_of = {"prompt": prompts, "response": responses}
+    return {name: list(map(len, parts)) for name, parts in parts_of.items() if parts}
+
+
+def _words(text: Text) -> Sequence[Any]:
+    return text.split() if isinstance(text, str) else text
 
 
 def _problems(errors: Sequence[UserError]) -> list[str]:
@@ -315,14 +305,19 @@ def _spread(title: str, lengths: list[int]) -> str:
     return f"  {title}: median {median:g}, 95% up to {most:g}, longest {max(lengths)}"
 
 
-def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None = None) -> str:
+def _render_row(row: Row, tokenizer: Tokenizer | None, limit: int | None = None) -> str:
     """One row with its place, each text under its name; of a text at most ``limit`` characters."""
-    lines = [row.source]
+    texts = dict(zip(_names(row), row.responses, strict=True))
     if not row.is_plain_text:
         prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
-        lines += _render_text("prompt", prompt, tokenizer, limit)
-    for name, text in zip(_names(row), row.responses, strict=True):
-        lines += _render_text(name, text, tokenizer, limit)
+        texts = {"prompt": prompt, **texts}
+    lines = [row.source]
+    for name, text in texts.items():
+        whole = _as_text(text, tokenizer)
+        shown = escaped(whole[:limit])
+        if len(whole) > len(whole[:limit]):
+            shown += " ..."
+        lines += [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
     if row.votes:
         lines.append(f"  votes: {', '.join(map(str, row.votes))}")
     for key, value in row.columns.items():
@@ -334,31 +329,19 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
 
 def _names(row: Row) -> list[str]:
     """The names of a row's responses."""
+    numbers = range(len(row.responses))
     if row.votes:
         return ["response 1", "response 2"]
-    names = [f"response {i}" for i in range(len(row.responses))]
     if row.targets is not None:
-        targets = zip(names, row.targets, strict=True)
-        names = [f"{name} (target {target:g})" for name, target in targets]
-    elif len(names) == 1:
-        names = ["response"]
-    elif row.is_pair and row.best is None:
-        names = ["chosen", "rejected"]
-    if row.best is not None:
-        names[row.best] += " (best)"
-    return names
+        return [f"response {i} (target {row.targets[i]:g})" for i in numbers]
+    if row.is_pair:
+        return ["chosen", "rejected"]
+    if row.best is None:
+        return ["response"] * len(numbers)
+    return [f"response {i}" + " (best)" * (i == row.best) for i in numbers]
 
 
-def _render_text(
-    name: str,
-    text: Text,
-    tokenizer: Tokenizer | None,
-    limit: int | None,
-) -> list[str]:
-    if not isinstance(text, str):
-        ids = " ".join(map(str, text))
-        text = tokenizer.decode(text) if tokenizer else f"token ids {ids}"
-    shown = escaped(text[:limit])
-    if limit is not None and len(text) > limit:
-        shown += " ..."
-    return [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
+def _as_text(text: Text, tokenizer: Tokenizer | None) -> str:
+    if isinstance(text, str):
+        return text
+    return tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 from rlhf_jax.data.chat import Message
-from rlhf_jax.data.rows import BadRow, Drop, Record, kind
+from rlhf_jax.data.rows import BadRow, Drop, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -30,8 +30,13 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
       UserError: an entry is not of the form ``OURS=THEIRS``.
     """
     names = _names(columns)
-    renamed = [_renamed(record, names) for record in records]
-    return [record for tree in renamed for record in _rankings(tree)]
+    result = []
+    for record in records:
+        try:
+            result += _adapted(record, names)
+        except BadRow as error:
+            result.append(Record(error, record.source))
+    return result
 
 
 def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
@@ -44,11 +49,10 @@ def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
     keys = dict.fromkeys(key for value in values for key in value)
     sentences = {}
     for ours, theirs in _names(columns).items():
-        if any(_is_present(value, theirs) for value in values):
-            continue
-        entry = f"{ours}={theirs}"
-        hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
-        sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
+        if not any(_is_present(value, theirs) for value in values):
+            entry = f"{ours}={theirs}"
+            hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
+            sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
     return sentences
 
 
@@ -63,37 +67,57 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _is_present(value: dict[str, Any], path: str) -> bool:
-    try:
-        return _value(value, path) is not None
-    except TypeError:  # the value is present, and `adapted` reports its type
-        return True
+def _adapted(record: Record, names: dict[str, str]) -> list[Record]:
+    """The record in our form, or the rankings of its message tree. ``names``: our names and theirs.
+
+    Raises:
+      BadRow: A+B joins a value that is no text, or the record is a broken message tree; as `Drop`
+        if the tree has no ranking.
+    """
+    if not isinstance(record.value, dict):
+        return [record]
+    row = dict(record.value)
+    values = {ours: _joined(record, theirs) for ours, theirs in names.items()}
+    for theirs in names.values():
+        for key in theirs.split("+"):
+            row.pop(key, None)
+    row |= {ours: value for ours, value in values.items() if value is not None}
+    _gather_responses(row)
+    root = row.get("prompt")
+    if isinstance(root, dict) and "replies" in root:
+        return _rankings(root, record.source)
+    turned = {key: _messages(value) for key, value in row.items()}
+    return [Record(turned, record.source)]
 
 
-def _renamed(record: Record, names: dict[str, str]) -> Record:
-    """The record with our ``names`` for its keys."""
-    row = record.value
-    if not isinstance(row, dict):
-        return record
-    try:
-        values = {ours: _value(row, theirs) for ours, theirs in names.items()}
-    except TypeError as error:
-        return Record(BadRow(record.source, str(error)), record.source)
-    taken = {part for theirs in names.values() for part in theirs.split("+")}
-    kept = {key: value for key, value in row.items() if key not in taken}
-    kept |= {ours: value for ours, value in values.items() if value is not None}
-    adapted_row = {key: _messages(value) for key, value in _with_responses(kept).items()}
-    return Record(adapted_row, record.source)
+def _joined(record: Record, theirs: str) -> Any:
+    """The value of a column; None if the record lacks it."""
+    parts = _parts(record.value, theirs)
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        is_text = isinstance(part, str | None)
+        record.expect(is_text, f"--columns {theirs} joins texts with +", part)
+    return "\n\n".join(filter(None, parts)) or None
 
 
-def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the responses of lm-human-preferences, ``{query, sample0, sample1, ...}``, or of
-    two lists of texts ``chosen`` and ``rejected``, as ``{prompt, responses, LABEL}``.
+def _is_present(row: Fields, theirs: str) -> bool:
+    return any(part is not None for part in _parts(row, theirs))
+
+
+def _parts(row: Fields, theirs: str) -> list[Any]:
+    """The values that ``A+B`` joins, or the one value of any other column."""
+    paths = [theirs] if theirs in row else theirs.split("+")
+    return [_value(row, path) for path in paths]
+
+
+def _gather_responses(row: Fields) -> None:
+    """Puts into ``responses`` those of lm-human-preferences, ``{query, sample0, sample1, ...}``,
+    and of two lists of texts, ``chosen`` and ``rejected``, with their label.
 
     A table has the same sample columns in all rows: if a row has fewer samples, its last ones are
     empty.
     """
-    row = dict(row)
     if "prompt" not in row and "query" in row and row.keys() & {"sample0", "responses"}:
         row["prompt"] = row.pop("query")
     samples: list[Any] = []
@@ -101,6 +125,8 @@ def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
         samples.append(row.pop(key))
     while samples and samples[-1] is None:
         samples.pop()
+    if samples:
+        row["responses"] = samples
     chosen = row.get("chosen")
     rejected = row.get("rejected")
     if _are_texts(chosen) and _are_texts(rejected):
@@ -111,9 +137,6 @@ def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
             row["best"] = 0
         else:
             row["ranks"] = [0] * len(chosen) + [1] * len(rejected)
-    elif samples:
-        row["responses"] = samples
-    return row
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
@@ -136,11 +159,7 @@ def _messages(value: Any) -> Any:
 
 
 def _value(value: Any, path: str) -> Any:
-    """The value under the key or path; None if the record lacks it.
-
-    Raises:
-      TypeError: A+B joins values that are not texts.
-    """
+    """The value under the key or path; None if it is missing."""
     if isinstance(value, list):
         values = [_value(item, path) for item in value]
         return None if None in values else values
@@ -148,15 +167,7 @@ def _value(value: Any, path: str) -> Any:
         return None
     if path in value:
         return value[path]
-    if "+" in path:
-        parts = [_value(value, part) for part in path.split("+")]
-        for part in parts:
-            if not isinstance(part, str | None):
-                raise TypeError(f"--columns joins texts with +, found {kind(part)} in {path}")
-        return "\n\n".join(filter(None, parts)) or None
-    outer, dot, rest = path.partition(".")
-    if not dot:
-        return None
+    outer, _, rest = path.partition(".")
     inner = value.get(outer)
     if isinstance(inner, dict) and rest not in inner:
         if rest == "keys":
@@ -166,29 +177,22 @@ def _value(value: Any, path: str) -> Any:
     return _value(inner, rest)
 
 
-def _rankings(record: Record) -> list[Record]:
-    """The record itself. A message tree becomes one record for each prompter's message with two
-    replies of known rank, where 0 is the best rank.
+def _rankings(root: Any, source: str) -> list[Record]:
+    """A record for each prompter's message of a tree with two replies of known rank, where 0 is the
+    best rank.
     """
-    source = record.source
-    root = record.value.get("prompt") if isinstance(record.value, dict) else None
-    if not isinstance(root, dict) or "replies" not in root:
-        return [record]
     try:
         rows = list(_walk(root))
     except (KeyError, TypeError, AttributeError) as error:
-        what = f"not a message tree: {type(error).__name__}: {error}"
-        return [Record(BadRow(source, what), source)]
-    if rows:
-        return [Record(row, f"{source}, prompt {number}") for number, row in enumerate(rows, 1)]
-    no_rank = Drop(source, "message tree without two ranked replies to one prompt")
-    return [Record(no_rank, source)]
+        raise BadRow(source, f"not a message tree: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise Drop(source, "message tree without two ranked replies to one prompt")
+    return [Record(row, f"{source}, prompt {number}") for number, row in enumerate(rows, 1)]
 
 
-def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _walk(root: Fields) -> Iterator[Fields]:
     """The rankings of a message tree, those of earlier turns first."""
-    no_turns: list[Message] = []
-    waiting = [(root, no_turns)]  # messages with the turns before them
+    waiting: list[tuple[Any, list[Message]]] = [(root, [])]  # messages and the turns before them
     while waiting:
         message, before = waiting.pop(0)
         role = "user" if message["role"] == "prompter" else "assistant"

@@ -294,7 +294,8 @@ def _framed(row: Row, frame: str | None, tokenizer: Tokenizer) -> Text:
     if not isinstance(row.prompt, str):
         return row.prompt
     if frame is None:
-        return chat.template_of(tokenizer).user(row.prompt, row.source)
+        message = {"role": "user", "content": row.prompt}
+        return chat.template_of(tokenizer).prompt([message], row.source)
     return frame.replace("{prompt}", row.prompt)
 
 

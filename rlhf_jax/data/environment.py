@@ -28,14 +28,14 @@ import numpy as np
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.rows import Message, Row
+from rlhf_jax.data.rows import Fields, Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
 
-Reply = Callable[[list[Message], dict[str, Any]], Any] | None
+Reply = Callable[[list[Message], Fields], Any] | None
 """An environment's function, or None."""
 Source = Reply | str
 """The same, or FILE.py:FUNCTION."""

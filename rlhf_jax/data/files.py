@@ -14,19 +14,20 @@ import itertools
 import json
 import os
 import re
+import statistics
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.rows import BadRow, Record
+from rlhf_jax.data.rows import BadRow, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean, file_errors
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
 _MAY_UNPACK = 1 << 26  # bytes that any gzip file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # CSV columns whose cells are JSON, since CSV has no lists and numbers.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "desirable")
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
@@ -63,7 +64,9 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
         raise UserError(f"{name}: is a folder; name the file inside it")
     match = _DATASET.fullmatch(str(name))
     if os.path.exists(path):
-        source = _file(path, str(name), whole_text)
+        source = parse_bytes(_bytes(path), str(name), whole_text)
+        if path.suffix.lower() == ".gz":
+            source = source._replace(format=f"{source.format}, gzipped")
     elif match and not match["name"].endswith(_SUFFIXES):
         source = _dataset(match["name"], match["split"] or "train")
     else:
@@ -74,50 +77,61 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
     return source
 
 
-def _file(path: Path, name: str, whole_text: bool) -> Source:
-    packed = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem if packed else path.name).suffix.lower()
-    data = _bytes(path)
+def parse_bytes(data: bytes, name: str, whole_text: bool = False) -> Source:
+    """The records in the bytes of a file, unpacked; the name decides how, as in `read_source`."""
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    records: Iterable[Record]
     if suffix == ".parquet" or data.startswith(b"PAR1"):
-        records = _parquet(data, name)
         form = "Parquet"
+        records = _parquet(data, name)
+    elif suffix in _DELIMITERS:
+        form = suffix[1:].upper()
+        records = _csv(_decode(name, data), name, _DELIMITERS[suffix])
+    elif suffix == ".txt":
+        form = "text"
+        records = _text(_decode(name, data), name, whole_text)
     else:
-        parsed, form = parse_text(_decode(name, data), name, suffix, whole_text)
-        records = list(parsed)
-    if packed:
-        form += ", gzipped"
-    return Source(records, hashlib.sha256(data).hexdigest(), form)
+        text = _decode(name, data)
+        is_list = text.lstrip().startswith("[")
+        form = "JSON list" if is_list else "JSON lines"
+        records = _json_list(text, name) if is_list else _json_lines(text, name)
+    return Source(list(records), hashlib.sha256(data).hexdigest(), form)
 
 
-def parse_text(
-    text: str,
-    name: str,
-    suffix: str = ".json",
-    whole_text: bool = False,
-) -> tuple[Iterator[Record], str]:
-    """The records of a file's text, and the name of its format."""
-    if suffix == ".csv":
-        return _csv(text, name, ","), "CSV"
-    if suffix == ".tsv":
-        return _csv(text, name, "\t"), "TSV"
-    if suffix != ".txt" and text.lstrip().startswith("["):
-        rows = _json(text, name)
-        if isinstance(rows, UserError):
-            raise rows
-        return (Record(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)), "JSON list"
+def _numbered(values: Iterable[Any], name: str) -> list[Record]:
+    return [Record(value, f"{name}, row {n}") for n, value in enumerate(values, 1)]
+
+
+def _lines(text: str, name: str) -> list[Record]:
+    """The lines that are not blank, each with its number."""
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
     numbered = enumerate(text.split("\n"), 1)
-    lines = [(f"{name}, line {n}", line) for n, line in numbered if line.strip()]
-    first, start = lines[0] if lines else ("", "")
-    if suffix == ".txt":
-        if isinstance(_json(start, ""), dict):
-            raise UserError(f"{first}: expected a text, found a JSON object; call the file .jsonl")
-        if whole_text and lines:
-            return iter([Record({"text": text.replace("\r\n", "\n")}, name)]), "text"
-        return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
-    if lines and text.lstrip()[0] not in '{"':
-        raise UserError(f"{first}: expected a JSON list or JSON lines, found {start[:20]!r}")
-    return (Record(_json(line, source), source) for source, line in lines), "JSON lines"
+    return [Record(line, f"{name}, line {n}") for n, line in numbered if line.strip()]
+
+
+def _text(text: str, name: str, whole_text: bool) -> list[Record]:
+    lines = _lines(text, name)
+    if lines and isinstance(_json(*lines[0]), dict):
+        fault = "expected a text, found a JSON object; call the file .jsonl"
+        raise UserError(f"{lines[0].source}: {fault}")
+    if whole_text and lines:
+        return [Record({"text": text.replace("\r\n", "\n")}, name)]
+    return [Record(line.removesuffix("\r"), source) for line, source in lines]
+
+
+def _json_list(text: str, name: str) -> list[Record]:
+    rows = _json(text, name)
+    if isinstance(rows, UserError):
+        raise rows
+    return _numbered(rows, name)
+
+
+def _json_lines(text: str, name: str) -> list[Record]:
+    lines = _lines(text, name)
+    if lines and lines[0].value.lstrip()[0] not in '{"':
+        start, source = lines[0]
+        raise UserError(f"{source}: expected a JSON list or JSON lines, found {start[:20]!r}")
+    return [Record(_json(line, source), source) for line, source in lines]
 
 
 def _bytes(path: Path) -> bytes:
@@ -162,11 +176,11 @@ def _decode(name: str, data: bytes) -> str:
         ) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} stands twice in {unique!r:.80}")
+        twice = statistics.mode(key for key, _ in pairs)
+        raise ValueError(f"the key {twice!r} stands twice in {unique!r:.80}")
     return unique
 
 
@@ -188,11 +202,8 @@ def _json(text: str, source: str) -> Any:
 
 def _describe(error: json.JSONDecodeError) -> str:
     """What is wrong, the place, and whether the text ends too early."""
-    message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
-    place = f"column {error.colno}"
-    if error.lineno > 1:
-        place = f"line {error.lineno}, {place}"
-    what = f"{message} at {place}"
+    line = f"line {error.lineno}, " if error.lineno > 1 else ""
+    what = f"{error.msg.lower().removesuffix(' at')} at {line}column {error.colno}"
     if error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()):
         what += "; the text ends there (in JSON lines each row is one line)"
     return what
@@ -202,36 +213,30 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
     """The rows under a header line. Every cell is text, except ``best`` and the columns of lists,
     which are JSON.
     """
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     source = f"{name}, line 1"
     try:
-        header = table.fieldnames or []
+        header = next(table, [])
         if "" in header or len(set(header)) < len(header):
             names = ", ".join(map(repr, header))
             raise UserError(f"{source}: the names of the columns must differ, found {names}")
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-            raise UserError(
-                f"{source}: one column {header[0]!r}; separate columns by commas, or by tabs in a "
-                ".tsv"
-            )
-        for row in table:
+            advice = "separate columns by commas, or by tabs in a .tsv"
+            raise UserError(f"{source}: one column {header[0]!r}; {advice}")
+        for cells in filter(None, table):
             source = f"{name}, line {table.line_num}"
-            yield Record(_csv_row(row, len(header), source), source)
+            yield Record(_csv_row(header, cells, source), source)
     except csv.Error as error:  # where the next row would start is unknown
         what = f"{source}: not valid CSV in the row after this one: {error}"
         yield Record(UserError(what), source)
 
 
-def _csv_row(row: dict[Any, Any], width: int, source: str) -> dict[str, Any] | UserError:
-    """The row of a table. The csv module puts cells beyond the header under the key None, and gives
-    missing cells the value None.
-    """
-    num_beyond = len(row.pop(None, ()))
-    count = width + num_beyond - list(row.values()).count(None)
-    if count != width:
-        hint = "; quote cells that hold a delimiter or a line break" if count > width else ""
-        return BadRow(source, f"{count} cells under a header of {width}{hint}")
-    for key in set(_JSON_COLUMNS) & set(row):
+def _csv_row(header: list[str], cells: list[str], source: str) -> Fields | BadRow:
+    if len(cells) != len(header):
+        advice = "quote cells that hold a delimiter or a line break"
+        return BadRow(source, f"{len(cells)} cells under a header of {len(header)}; {advice}")
+    row: Fields = dict(zip(header, cells, strict=True))
+    for key in row.keys() & _JSON_COLUMNS:
         value = _json(row[key] or "null", source)
         if isinstance(value, UserError):
             return BadRow(source, f"the column {key!r} holds JSON, found {row[key][:40]!r}")
@@ -246,7 +251,7 @@ def _parquet(data: bytes, name: str) -> list[Record]:
         rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read().to_pylist()
     except Exception as error:  # pyarrow's kinds
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
-    return [Record(row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+    return _numbered(rows, name)
 
 
 def _dataset(name: str, split: str) -> Source:
@@ -255,14 +260,12 @@ def _dataset(name: str, split: str) -> Source:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, offline or for a wrong name
-        what = (
-            f"no such file, and it could not be loaded as a Hugging Face dataset (split {split!r})"
-        )
-        raise UserError(f"{name}: {what}: {type(error).__name__}: {error}") from error
-    records = []
+        raise UserError(
+            f"{name}: no such file, and it could not be loaded as a Hugging Face dataset (split "
+            f"{split!r}): {type(error).__name__}: {error}"
+        ) from error
+    values = list(map(dict, rows))
     content = hashlib.sha256()
-    for number, row in enumerate(rows, 1):
-        value = dict(row)
-        records.append(Record(value, f"{name}:{split}, row {number}"))
+    for value in values:
         content.update(json.dumps(value, sort_keys=True, default=str).encode())
-    return Source(records, content.hexdigest(), "Hugging Face dataset")
+    return Source(_numbered(values, f"{name}:{split}"), content.hexdigest(), "Hugging Face dataset")

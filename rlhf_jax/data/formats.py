@@ -26,19 +26,18 @@ their errors.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.files import Source, parse_text, read_source
-from rlhf_jax.data.rows import BadRow, Drop, Kind, Message, Record, Row, Text
+from rlhf_jax.data.files import Source, parse_bytes, read_source
+from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Text
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -83,6 +82,28 @@ EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
 NO_MAJORITY = "no majority of the annotators prefers one response"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
+# The keys that a record of each kind needs, for errors.
+_EXPECTED: dict[Kind, str] = {
+    "demonstrations": "prompt, response",
+    "feedback": "prompt, response, desirable",
+    "pairs": "prompt, chosen, rejected",
+    "comparisons": "prompt, chosen, rejected",
+    "annotated": ", ".join(ANNOTATED),
+    "prompts": "prompt, or a string",
+}
+Ranks = tuple[float, ...]
+"""The rank of each response; empty if they have none."""
+_FIRST_IS_BEST: Ranks = (0, 1)
+
+
+class Form(NamedTuple):
+    """The kind of data that a record's keys make it, and the name of its format."""
+
+    kind: Kind | None
+    name: str
+
+
+UNKNOWN = Form(None, "no known form")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +210,8 @@ def parse_all(
             parsed = parse(kind, record, template)
             if kind == "prompts":
                 prompt = parsed[0].prompt
-                if prompt in seen and not _is_prompt(record.value):
+                has_answers = form_of(record.value).kind not in ("prompts", None)
+                if prompt in seen and has_answers:
                     raise Drop(record.source, "repeated prompt")
                 seen.add(prompt)
             result.rows.extend(parsed)
@@ -201,25 +223,19 @@ def parse_all(
     return result
 
 
-def _is_prompt(value: Any) -> bool:
-    """Whether the keys of a record are those of a prompt, not of a row with answers."""
-    form = form_of(value)
-    return form is None or form[0] == "prompts"
-
-
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
     several = [names] if isinstance(names, str | os.PathLike) else names
     given = [str(name) for name in several]
     if not given:
-        folder = f"a folder that holds {FILES[kind]}"
         raise UserError(
-            f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated "
-            "corpus"
+            f"no data: give --data FILE with {kind}, a folder that holds {FILES[kind]}, or "
+            "`--data demo` for the generated corpus"
         )
     if DEMO in given:
         if len(given) > 1:
             raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
-        return _demo(FILES[kind], seed)
+        name = f"{DEMO}/{FILES[kind]}"
+        return {name: parse_bytes(demo.file_text(FILES[kind], seed).encode(), name)}
     sources = {}
     for name in given:
         is_folder = kind in FILES and os.path.isdir(name)
@@ -228,57 +244,46 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
     return sources
 
 
-def _demo(file: str, seed: int) -> dict[str, Source]:
-    """A file of the generated corpus."""
-    name = f"{DEMO}/{file}"
-    content = demo.file_text(file, seed)
-    records, form = parse_text(content, name)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    return {name: Source(list(records), digest, form)}
-
-
 def check_labels(read_rows: Sequence[Row]) -> None:
     """Raises `UserError` if some rows have targets and others a preference, or some are plain texts
     and others have prompts.
     """
-    have = [row.source for row in read_rows if row.targets is not None]
-    lack = [row.source for row in read_rows if row.targets is None]
-    if have and lack:
+    first_by_targets = {row.targets is not None: row.source for row in reversed(read_rows)}
+    if len(first_by_targets) > 1:
         raise UserError(
-            f"{lack[0]}: has no targets but {have[0]} has; train on one kind of label at a time"
+            f"{first_by_targets[False]}: has no targets but {first_by_targets[True]} has; train on "
+            "one kind of label at a time"
         )
-    plain = [row.source for row in read_rows if row.is_plain_text]
-    framed = [row.source for row in read_rows if not row.is_plain_text]
-    if plain and framed:
+    first_by_form = {row.is_plain_text: row.source for row in reversed(read_rows)}
+    if len(first_by_form) > 1:
         raise UserError(
-            f"{plain[0]}: is plain text but {framed[0]} has a prompt; train on one kind at a time"
+            f"{first_by_form[True]}: is plain text but {first_by_form[False]} has a prompt; train "
+            "on one kind at a time"
         )
 
 
-def form_of(value: Any) -> tuple[Kind, str] | None:
-    """The kind of data that a record's keys make it, and the name of its format; None if the format
-    is unknown.
-    """
+def form_of(value: Any) -> Form:
+    """The form of a record, by its keys."""
     if isinstance(value, str):
-        return "prompts", "text"
+        return Form("prompts", "text")
     if not isinstance(value, dict):
-        return None
+        return UNKNOWN
     if "responses" in value:
         present = [key for key in ("prompt", "responses", *LABELS) if key in value]
-        return "comparisons", ", ".join(present)
+        return Form("comparisons", ", ".join(present))
     for keys, kind in FORMATS.items():
-        if all(key in value for key in keys):
+        if value.keys() >= set(keys):
             if keys == ("messages",) and not chat.is_answered(value["messages"]):
                 kind = "prompts"
-            return kind, ", ".join(keys)
-    return None
+            return Form(kind, ", ".join(keys))
+    return UNKNOWN
 
 
-def keys_read(row: dict[str, Any]) -> set[str]:
+def keys_read(row: Fields) -> set[str]:
     """The keys of a record that its format reads."""
-    kind, name = form_of(row) or ("", "")
-    keys = set(name.split(", "))
-    if kind == "annotated":
+    form = form_of(row)
+    keys = set(form.name.split(", "))
+    if form.kind == "annotated":
         keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
     return keys & set(row)
 
@@ -290,6 +295,9 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
       Drop: the row is to be left out.
     """
+    if kind == "prompts" and isinstance(record.value, str):
+        return [Row(record.checked("the prompt", record.value), (), record.source)]
+    record.fields(_EXPECTED[kind])
     if kind == "prompts":
         return [_prompt(record, template)]
     if kind == "annotated":
@@ -298,62 +306,60 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
         return _feedback(record, template)
     if kind == "demonstrations":
         return [_demonstration(record, template)]
-    rows.fields(record, f"prompt, {', '.join(PAIR)}")
     comparison, ranks = _answers(record, template)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
-    return _pairs(comparison, _needed(ranks, kind, record))
+    _check_ranked(ranks, kind, record)
+    return _pairs(comparison, ranks)
 
 
-def _needed(ranks: tuple[float, ...] | None, kind: Kind, record: Record) -> tuple[float, ...]:
-    """The ranks. Raises BadRow if the record has none."""
-    if ranks is None:
-        raise BadRow(
-            record.source,
-            f"holds targets, which are no preference; {kind} need best, ranking or ranks",
-        )
-    return ranks
+def _check_ranked(ranks: Ranks, kind: Kind, record: Record) -> None:
+    what = f"holds targets, which are no preference; {kind} need best, ranking or ranks"
+    record.expect(ranks, what)
 
 
 def _demonstration(record: Record, template: ChatTemplate) -> Row:
-    """A text, a response, or the best response of a comparison, the first of several."""
-    row = rows.fields(record, "prompt, response")
-    if form_of(row) == ("demonstrations", "text"):
-        return Row("", (rows.text(record, "text"),), record.source)
-    if "responses" in row or _is_annotated(row):
+    """A text, a response, or the first of the best responses of a comparison."""
+    row = record.value
+    form = form_of(row)
+    if form == ("demonstrations", "text"):
+        return Row("", (record.text("text"),), record.source)
+    if "responses" in row or form.kind == "annotated":
         comparison, ranks = _answers(record, template)
-        first, *_ = _best(_needed(ranks, "demonstrations", record))
-        best = comparison.responses[first]
+        _check_ranked(ranks, "demonstrations", record)
+        best = comparison.responses[ranks.index(min(ranks))]
         return dataclasses.replace(comparison, responses=(best,), best=None, category="")
-    is_pair = "response" not in row and all(key in row for key in PAIR)
-    key = "chosen" if is_pair else "response"
-    before, response = _exchange(record, "messages" if "messages" in row else key)
+    key = "response"
+    if "messages" in row:
+        key = "messages"
+    elif "response" not in row and row.keys() >= set(PAIR):
+        key = "chosen"
+    before, response = _exchange(record, key)
     return _row(record, before, template, (response,))
 
 
 def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     """Responses with the target 1 for desirable ones, 0 for others."""
-    row = rows.fields(record, "prompt, response, desirable")
-    if "desirable" not in row and ("responses" in row or "chosen" in row or _is_annotated(row)):
-        judged = []
-        for pair in parse("pairs", record, template):
-            chosen, rejected = pair.responses
-            judged.append(dataclasses.replace(pair, responses=(chosen,), targets=(1.0,)))
-            judged.append(dataclasses.replace(pair, responses=(rejected,), targets=(0.0,)))
-        return judged
-    rows.require(record, ("desirable",))
+    row = record.value
+    is_judged = "responses" in row or "chosen" in row or form_of(row).kind == "annotated"
+    if is_judged and "desirable" not in row:
+        pairs = parse("pairs", record, template)
+        return [
+            dataclasses.replace(pair, responses=(response,), targets=(target,))
+            for pair in pairs
+            for response, target in zip(pair.responses, (1.0, 0.0), strict=True)
+        ]
+    record.require(("desirable",))
     is_bool = isinstance(row["desirable"], bool)
-    rows.expect(is_bool, record, "'desirable' must be true or false", row["desirable"])
+    record.expect(is_bool, "'desirable' must be true or false", row["desirable"])
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     targets = (float(row["desirable"]),)
     return [_row(record, before, template, (response,), targets=targets)]
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Row:
-    if isinstance(record.value, str):
-        return Row(rows.checked(record, "the prompt", record.value), (), record.source)
-    row = rows.fields(record, "prompt, or a string")
+    row = record.value
     if "responses" in row:
         return _row(record, _before_answers(record), template)
     others = ("prompt", "response", "messages", *PAIR)
@@ -366,34 +372,30 @@ def _asked(record: Record) -> str | list[Message]:
     row = record.value
     if "messages" in row:
         return chat.conversation(record, "messages")
-    key = "chosen" if "chosen" in row and "prompt" not in row else "prompt"
+    response = "chosen" if "chosen" in row else "response"
+    is_whole = response == "chosen" and "prompt" not in row
+    key = "chosen" if is_whole else "prompt"
     if chat.is_chat(row, key):
         return chat.conversation(record, key)
-    response = "chosen" if "chosen" in row else "response"
-    if key == "chosen" or chat.is_chat(row, response):
+    if is_whole or chat.is_chat(row, response):
         before, _ = _exchange(record, response)
         return before
-    rows.require(record, ("prompt",))
-    return rows.text(record, "prompt")
-
-
-def _is_annotated(row: dict[str, Any]) -> bool:
-    form = form_of(row)
-    return form is not None and form[0] == "annotated"
+    record.require(("prompt",))
+    return record.text("prompt")
 
 
 def _annotated(record: Record) -> Row:
-    row = rows.fields(record, ", ".join(ANNOTATED))
-    rows.require(record, ANNOTATED)
-    prompt = rows.text(record, "instruction")
+    row = record.value
+    record.require(ANNOTATED)
+    prompt = record.text("instruction")
     if row.get("input"):
-        prompt += "\n\n" + rows.text(record, "input")
-    responses = (rows.text(record, "response1"), rows.text(record, "response2"))
+        prompt += "\n\n" + record.text("input")
+    responses = (record.text("response1"), record.text("response2"))
     votes = []
     for key in filter(_ANNOTATOR.fullmatch, row):
         vote = row[key]
         is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
-        rows.expect(is_vote, record, f"{key!r} must be 1, 2 or 0 for a tie", vote)
+        record.expect(is_vote, f"{key!r} must be 1, 2 or 0 for a tie", vote)
         votes.append(int(vote))
     return Row(prompt, responses, record.source, votes=tuple(votes))
 
@@ -405,24 +407,23 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
     row = record.value
     keys = PAIR if key in PAIR else (key,)
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
-        rows.require(record, keys)
+        record.require(keys)
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         return _dialogue(record, key)
-    rows.require(record, ("prompt", *keys))
-    return rows.text(record, "prompt"), rows.text(record, key)
+    record.require(("prompt", *keys))
+    return record.text("prompt"), record.text(key)
 
 
 def _dialogue(record: Record, key: str) -> tuple[str, str]:
     """The turns of a dialogue of hh-rlhf up to its last response, and that response."""
-    row = record.value
-    before, opening, response = row[key].rpartition(ASSISTANT)
-    hint = rows.meant("prompt", [other for other in row if other not in PAIR])
-    rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
+    before, opening, response = record.text(key).rpartition(ASSISTANT)
+    hint = rows.meant("prompt", [other for other in record.value if other not in PAIR])
+    record.expect(opening, _NO_DIALOGUE.format(key) + hint)
     ends_with_answer = HUMAN not in response
-    rows.expect(ends_with_answer, record, f"{key!r} ends with a human turn, not with an answer")
-    rows.expect(response.strip(), record, chat.NO_RESPONSE)
-    return rows.checked(record, key, before + opening), rows.checked(record, key, response)
+    record.expect(ends_with_answer, f"{key!r} ends with a human turn, not with an answer")
+    record.expect(response.strip(), chat.NO_RESPONSE)
+    return before + opening, response
 
 
 def _row(
@@ -439,154 +440,142 @@ def _row(
     return Row(prompt, responses, record.source, messages=before, **fields)
 
 
-def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, ...] | None]:
-    """A row with the responses of a pair, or with K responses, and their ranks, if known. The
-    lowest rank is the best.
+def _answers(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
+    """A row with the responses of a pair, or with K responses, and their ranks. The lowest rank is
+    the best.
     """
     row = record.value
-    if _is_annotated(row):
-        return _by_majority(_annotated(record)), (0, 1)
-    category = str(row.get("category") or row.get("subset") or "")
+    if form_of(row).kind == "annotated":
+        return _by_majority(_annotated(record)), _FIRST_IS_BEST
     if "responses" in row:
-        return _several(record, template, category)
+        answers, ranks = _several(record, template)
+    else:
+        answers = _pair(record, template)
+        ranks = _FIRST_IS_BEST
+    category = str(row.get("category") or row.get("subset") or "")
+    return dataclasses.replace(answers, category=category), ranks
+
+
+def _pair(record: Record, template: ChatTemplate) -> Row:
+    """A chosen and a rejected response."""
     before, chosen = _exchange(record, "chosen")
     other, rejected = _exchange(record, "rejected")
-    rows.expect(other == before, record, "dialogues differ before the last response")
+    record.expect(other == before, "dialogues differ before the last response")
     if chosen == rejected:
         raise Drop(record.source, EQUAL)
     for label in ("best", "ranking", "ranks"):
-        if row.get(label) is not None:
-            ranks = _ranks(record, label, 2)
-            rows.expect(0 in _best(ranks), record, _CONTRADICTED)
-    pair = _row(record, before, template, (chosen, rejected), category=category)
-    return pair, (0, 1)
+        if record.value.get(label) is not None:
+            first, second = _ranks(record, label, 2)
+            record.expect(first <= second, _CONTRADICTED)
+    return _row(record, before, template, (chosen, rejected))
 
 
-def _several(
-    record: Record,
-    template: ChatTemplate,
-    category: str,
-) -> tuple[Row, tuple[float, ...] | None]:
-    """A row of K responses and their ranks, which are None if it has targets only."""
+def _several(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
+    """A row of K responses and their ranks; no ranks if it has targets only."""
     row = record.value
     given = row["responses"]
-    rows.expect(isinstance(given, list), record, "'responses' must be a list", given)
+    record.expect(isinstance(given, list), "'responses' must be a list", given)
     count = len(given)
-    responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(given))
+    responses = tuple(_text_or_ids(record, f"response {i}", text) for i, text in enumerate(given))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", count) if "targets" in labels else None
-    least = 1 if targets else 2
-    wanted = f"a comparison needs at least 2 responses, found {count}"
-    rows.expect(count >= least, record, wanted)
+    is_enough = count > 1 or targets
+    record.expect(is_enough, f"a comparison needs at least 2 responses, found {count}")
     wanted = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
-    rows.expect(targets or len(labels) == 1, record, wanted)
+    record.expect(targets or len(labels) == 1, wanted)
     if targets is None and len(set(responses)) == 1:
         raise Drop(record.source, EQUAL if count == 2 else ALL_EQUAL)
-    ranks = None
-    best = None
+    ranks: Ranks = ()
     if labels[0] != "targets":
         ranks = _ranks(record, labels[0], count)
-        if labels == ["best"]:
-            best = ranks.index(0)
-        if "chosen" in row:
-            is_best = row["chosen"] in [responses[i] for i in _best(ranks)]
-            rows.expect(is_best, record, _CONTRADICTED)
-    fields: Any = {"best": best, "targets": targets, "category": category}
-    return _row(record, _before_answers(record), template, responses, **fields), ranks
+        best = [responses[i] for i in range(count) if ranks[i] == min(ranks)]
+        record.expect(row.get("chosen", best[0]) in best, _CONTRADICTED)
+    answers = _row(record, _before_answers(record), template, responses, targets=targets)
+    if labels == ["best"]:
+        answers = dataclasses.replace(answers, best=ranks.index(0))
+    return answers, ranks
 
 
 def _by_majority(annotated: Row) -> Row:
     """The pair whose chosen response most annotators prefer."""
-    if annotated.responses[0] == annotated.responses[1]:
+    first, second = annotated.responses
+    if first == second:
         raise Drop(annotated.source, EQUAL)
     if annotated.majority not in (1, 2):
         raise Drop(annotated.source, NO_MAJORITY)
-    first, second = annotated.responses
     pair = (first, second) if annotated.majority == 1 else (second, first)
     return Row(annotated.prompt, pair, annotated.source)
 
 
 def _before_answers(record: Record) -> Text | list[Message]:
     """The prompt of a row of K responses: text, token ids or messages."""
-    rows.require(record, ("prompt",))
+    record.require(("prompt",))
     if chat.is_chat(record.value, "prompt"):
         return chat.conversation(record, "prompt")
     return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 
-def _text_or_ids(
-    record: Record,
-    what: str,
-    value: Any,
-    may_be_space: bool = False,
-) -> Text:
+def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
     if isinstance(value, str):
-        return rows.checked(record, what, value, may_be_space)
-    expected = f"{what} must be a string or a list of token ids"
-    rows.expect(isinstance(value, list), record, expected, value)
+        return record.checked(what, value, may_be_space)
+    is_list = isinstance(value, list)
+    record.expect(is_list, f"{what} must be a string or a list of token ids", value)
     for i in value:
         is_id = type(i) is int and i >= 0
-        rows.expect(is_id, record, f"{what} must hold token ids", i)
+        record.expect(is_id, f"{what} must hold token ids", i)
     ids = tuple(i for i in value if i != PAD_ID)
-    rows.expect(ids, record, f"{what} is empty")
+    record.expect(ids, f"{what} is empty")
     return ids
 
 
-def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
-    """The rank of each response."""
+def _ranks(record: Record, label: str, count: int) -> Ranks:
+    """The rank of each response; 0 is the best rank of ``best`` and of ``ranking``."""
+    if label == "ranks":
+        return _numbers(record, label, count)
     value = record.value[label]
-    last = count - 1
-    if label == "best":
-        one_hot = ["0"] * last + ["1"]  # a list with a 1 at the place of the best response
-        if isinstance(value, list) and sorted(map(str, value)) == one_hot:
-            value = value.index(1)
-        is_number = type(value) is int and 0 <= value < count
-        what = f"'best' must be the number of a response, 0 to {last}"
-        rows.expect(is_number, record, what, value)
-        return tuple(float(i != value) for i in range(count))
+    numbers = [*range(count)]
+    # As texts, because True == 1.
+    found = sorted(map(repr, value)) if isinstance(value, list) else None
     if label == "ranking":
-        are_ints = isinstance(value, list) and all(type(i) is int for i in value)
-        is_order = are_ints and sorted(value) == [*range(count)]
         what = (
-            f"'ranking' must hold each response number from 0 to {last} once, best first "
+            f"'ranking' must hold each response number from 0 to {count - 1} once, best first "
             "('ranks' holds ranks)"
         )
-        rows.expect(is_order, record, what, value)
-        return tuple(float(value.index(i)) for i in range(count))
-    return _numbers(record, label, count)
-
-
-def _best(ranks: Sequence[float]) -> list[int]:
-    least = min(ranks)
-    return [i for i, rank in enumerate(ranks) if rank == least]
+        record.expect(found == sorted(map(repr, numbers)), what, value)
+        return tuple(float(value.index(i)) for i in numbers)
+    if found == ["0"] * (count - 1) + ["1"]:  # a list with a 1 at the place of the best response
+        value = value.index(1)
+    is_number = type(value) is int and value in numbers
+    what = f"'best' must be the number of a response, 0 to {count - 1}"
+    record.expect(is_number, what, value)
+    return tuple(float(i != value) for i in numbers)
 
 
 def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     values = record.value[key]
+    is_list = isinstance(values, list) and len(values) == count
     what = f"{key!r} must be a list of {count} numbers, one for each response"
-    rows.expect(isinstance(values, list) and len(values) == count, record, what, values)
+    record.expect(is_list, what, values)
     for value in values:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number and abs(value) < 3.4e38  # as float32
-        rows.expect(fits, record, f"{key!r} must hold numbers", value)
+        fits = type(value) in (int, float) and abs(value) < 3.4e38  # as float32
+        record.expect(fits, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 
 
-def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
+def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     """All ordered pairs of a ranking, or the best response with each other one. Each of n pairs has
     the weight 1 / n.
 
     Ties and equal texts make no pair. A row without a pair is dropped.
     """
+    if len(set(ranks)) == 1:
+        raise Drop(row.source, "all responses are ranked equal")
     ranked = zip(row.responses, ranks, strict=True)
     pairs = []
-    have_ranks = False
     for (better, rank), (worse, other) in itertools.permutations(ranked, 2):
-        if rank < other:
-            have_ranks = True
-            if better != worse:
-                pairs.append((better, worse))
+        if rank < other and better != worse:
+            pairs.append((better, worse))
     if not pairs:
-        raise Drop(row.source, ALL_EQUAL if have_ranks else "all responses are ranked equal")
+        raise Drop(row.source, ALL_EQUAL)
     weight = 1 / len(pairs) if len(pairs) > 1 else None
     return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in pairs]

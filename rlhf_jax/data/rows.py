@@ -3,7 +3,8 @@ and line.
 """
 
 import difflib
-from collections import Counter, defaultdict
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,9 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated"]
 OnBadRow = Literal["error", "drop"]
-Message = dict[str, Any]
+Fields = dict[str, Any]  # an object of JSON
+Message = Fields  # {role, content}
+Messages = Sequence[Message]
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 # Token ids are used as they are: they are not tokenised again and get no EOS.
@@ -21,11 +24,54 @@ Text = str | TokenIds
 
 class Record(NamedTuple):
     """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted
-    from 1.
+    from 1. The checks of its value raise `BadRow`.
     """
 
     value: Any  # UserError if the line or row could not be read
     source: str
+
+    def fields(self, expected: str) -> Fields:
+        """The value as an object; ``expected`` names its keys in the error."""
+        if isinstance(self.value, UserError):
+            raise self.value
+        is_object = isinstance(self.value, dict)
+        self.expect(is_object, f"expected an object with keys {expected}", self.value)
+        return self.value
+
+    def expect(self, holds: Any, what: str, *found: Any) -> None:
+        """Raises `BadRow` unless ``holds``. The message is ``what`` must be or is wrong and, if a
+        value is given, its kind.
+        """
+        if not holds:
+            kinds = [f", found {kind(value)}" for value in found]
+            raise BadRow(self.source, what + "".join(kinds))
+
+    def require(self, keys: Sequence[str]) -> None:
+        """Raises `BadRow` if a key is missing; it names the keys found and similar ones."""
+        missing = [key for key in keys if key not in self.value]
+        if not missing:
+            return
+        present = ", ".join(self.value) or "none"
+        others = [key for key in self.value if key not in keys]
+        hint = "".join(meant(key, others) for key in missing)
+        raise BadRow(self.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+
+    def text(self, key: str) -> str:
+        """The string under ``key``; only a prompt may consist of spaces."""
+        value = self.value[key]
+        self.expect(isinstance(value, str), f"{key!r} must be a string", value)
+        return self.checked(repr(key), value, may_be_space=key == "prompt")
+
+    def checked(self, what: str, value: str, may_be_space: bool = True) -> str:
+        """The value itself, if it is not empty and can be written as UTF-8."""
+        self.expect(value if may_be_space else value.strip(), f"{what} is empty")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
+            half = value[error.start]
+            fault = f"{what} holds half of a surrogate pair, {half!a}"
+            raise BadRow(self.source, fault) from error
+        return value
 
 
 @dataclass(frozen=True)
@@ -42,13 +88,13 @@ class Row:
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
     category: str = ""  # of given answers; an evaluation reports each category separately
-    columns: dict[str, Any] = field(default_factory=dict)  # a prompt's other keys, for the reward
+    columns: Fields = field(default_factory=dict)  # a prompt's other keys, for the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2, or 0 for a tie
-    messages: Sequence[Message] = field(default=(), compare=False)
+    messages: Messages = field(default=(), compare=False)
     """The messages of which the prompt was rendered; empty for a text or token ids of the data."""
 
     @property
-    def conversation(self) -> Sequence[Message] | None:
+    def conversation(self) -> Messages | None:
         """The prompt as messages, before any template: a text is a user's message. None if the data
         holds token ids.
         """
@@ -74,10 +120,8 @@ class Row:
     @property
     def majority(self) -> int | None:
         """The answer of most annotators; None if two answers have equally many votes."""
-        (first, most), *others = Counter(self.votes).most_common()
-        if others and others[0][1] == most:
-            return None
-        return first
+        modes = statistics.multimode(self.votes)
+        return modes[0] if len(modes) == 1 else None
 
 
 class BadRow(UserError):
@@ -146,64 +190,10 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
             yield text
 
 
-def fields(record: Record, expected: str) -> dict[str, Any]:
-    """The record as an object; ``expected`` are its keys, for the error."""
-    value = record.value
-    if isinstance(value, UserError):
-        raise value
-    what = f"expected an object with keys {expected}"
-    expect(isinstance(value, dict), record, what, value)
-    return value
-
-
-def expect(holds: Any, record: Record, what: str, *found: Any) -> None:
-    """Raises `BadRow` unless ``holds``. The message is the place, ``what`` must be or is wrong and,
-    if a value is given, its kind.
-    """
-    if not holds:
-        kinds = [f", found {kind(value)}" for value in found]
-        raise BadRow(record.source, what + "".join(kinds))
-
-
-def require(record: Record, keys: Sequence[str]) -> None:
-    """Raises `BadRow` if any of ``keys`` is missing; it names the keys found and similar ones."""
-    missing = [key for key in keys if key not in record.value]
-    if not missing:
-        return
-    present = ", ".join(record.value) or "none"
-    others = [key for key in record.value if key not in keys]
-    hint = "".join(meant(key, others) for key in missing)
-    raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
-
-
 def meant(key: str, others: Sequence[str]) -> str:
     """The hint that one of ``others`` was meant to be ``key``; "" if none is similar."""
     near = difflib.get_close_matches(key, others, n=1)
     return f"; did you mean {key!r} by {near[0]!r}?" if near else ""
-
-
-def text(record: Record, key: str) -> str:
-    """The string under ``key``; only a prompt may consist of spaces."""
-    value = record.value[key]
-    expect(isinstance(value, str), record, f"{key!r} must be a string", value)
-    return checked(record, repr(key), value, may_be_space=key in ("prompt", "query"))
-
-
-def checked(
-    record: Record,
-    what: str,
-    value: str,
-    may_be_space: bool = True,
-) -> str:
-    """The value itself, if it is not empty and can be written as UTF-8."""
-    expect(value if may_be_space else value.strip(), record, f"{what} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
-        half = value[error.start]
-        fault = f"{what} holds half of a surrogate pair, {half!a}"
-        raise BadRow(record.source, fault) from error
-    return value
 
 
 def kind(value: Any) -> str:
