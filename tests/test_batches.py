@@ -82,14 +82,14 @@ def test_too_long_texts():
         (
             demonstrations,
             {"max_length": 4},
-            "f, line 1: a prompt of 2 and a response of 3 .* 5, more than max_length 4",
+            "f, line 1: a prompt of 2 and a response of 3 .* are more than max_length 4",
         ),
         (
             demonstrations,
             {"max_length": 1, "too_long": "drop"},
-            "all 2 rows are longer than 1 tokens",
+            "none of 2 rows is left to encode: all are longer than 1 tokens",
         ),
-        (comparisons, {"rows": []}, "no rows to encode"),
+        (comparisons, {"rows": []}, "none of 0 rows is left to encode"),
         (
             comparisons,
             {"rows": [Row("a", ("b", "z"), "f, line 2")]},
@@ -292,19 +292,19 @@ def test_a_split_keeps_groups_together():
     groups = ["a", "b", "b", "c", "d", "d", "d", "e"]
     seen = set()
     for seed in range(20):
-        train, validation = batches.split(8, 0.25, jax.random.key(seed), groups)
+        train, validation = batches.split(groups, 0.25, jax.random.key(seed))
         assert sorted([*train, *validation]) == list(range(8))
         assert not {groups[i] for i in train} & {groups[i] for i in validation}
         assert 2 <= len(validation) <= 4  # whole groups until there are 2 rows
         seen.add(tuple(validation))
     assert len(seen) > 3
     with pytest.raises(UserError, match="3 rows leave none to train on after 1 for validation"):
-        batches.split(3, 0.1, KEY, ["a"] * 3)
+        batches.split(["a"] * 3, 0.1, KEY)
 
 
 def test_split():
-    train, validation = batches.split(10, 0.2, KEY)
+    train, validation = batches.split(range(10), 0.2, KEY)
     equal(validation, np.sort(jax.random.permutation(KEY, 10)[:2]))  # what runs have held out
-    equal(validation, batches.split(10, 0.2, KEY, list("abcdefghij"))[1])
+    equal(validation, batches.split("abcdefghij", 0.2, KEY)[1])
     assert sorted([*train, *validation]) == list(range(10))
-    assert [len(batches.split(10, fraction, KEY)[1]) for fraction in (0.0, 0.01)] == [0, 1]
+    assert [len(batches.split(range(10), fraction, KEY)[1]) for fraction in (0.0, 0.01)] == [0, 1]

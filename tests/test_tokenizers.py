@@ -124,12 +124,15 @@ REFUSALS = [
     (lambda _: tokenizers.train_bpe([""], 300), "no text"),
     (lambda _: tokenizers.characters([""]), "no text"),
     (tokenizers.load_tokenizer, r"holds neither tokenizer\.json nor vocab\.json"),
-    (files(**UNNAMED), "names no end-of-text token; set eos_token in its tokenizer_config"),
+    (
+        files(**UNNAMED),
+        "has no end-of-text token .it names None.; set eos_token in its tokenizer_config",
+    ),
     (files(tokenizer="{"), "not a tokenizer file"),
     (files(tokenizer=GAPS), "the ids of the vocabulary have gaps"),
     (
         files(tokenizer_config='{"eos_token": "</s>"}'),
-        "names '</s>', which is not in its vocabulary",
+        "has no end-of-text token .it names '</s>'.",
     ),
 ]
 

@@ -8,12 +8,14 @@ number of devices does not matter. Everything is NumPy on the host.
 
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
@@ -27,40 +29,35 @@ ABSENT = -1
 Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
-def split(
-    n: int,
-    fraction: float,
-    key: jax.Array,
-    groups: Sequence | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def split(groups: Sequence[Hashable], fraction: float, key: Array) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, each ascending. The validation part has
-    round(n * fraction) rows, at least 1; with a fraction of 0 it is empty.
+    round(N * fraction) rows, at least 1; with a fraction of 0 it is empty.
 
     Args:
-      groups: [n] the group of each row. The rows of a group, such as the answers to one prompt,
+      groups: [N] the group of each row. The rows of a group, such as the answers to one prompt,
         stay together, so that the validation part may have a few more rows. Groups that are larger
-        than the validation part are taken last. None: each row is its own group.
+        than the validation part are taken last.
 
     Raises:
       UserError: no row would be left to train on.
     """
-    names = list(range(n) if groups is None else groups)
-    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    group_of = np.array([number_of[name] for name in names], np.int64)
-    order = _permutation(key, len(number_of))
+    num_rows = len(groups)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    group_of = np.array([numbers[group] for group in groups], np.int64)
+    order = _permutation(key, len(numbers))
     num_held_out = 0
     num_groups = 0
     if fraction:
-        num_held_out = max(1, round(n * fraction))
+        num_held_out = max(1, round(num_rows * fraction))
         sizes = np.bincount(group_of)
         is_large = sizes[order] > num_held_out
         order = order[np.argsort(is_large, kind="stable")]
-        num_rows = np.cumsum(sizes[order])
-        num_groups = int(np.searchsorted(num_rows, num_held_out)) + 1
-    if num_groups >= len(number_of):
+        totals = np.cumsum(sizes[order])
+        num_groups = int(np.searchsorted(totals, num_held_out)) + 1
+    if num_groups >= len(numbers):
         raise UserError(
-            f"{n} rows leave none to train on after {num_held_out} for validation; give more data "
-            "or a smaller validation_fraction (0 holds none out)"
+            f"{num_rows} rows leave none to train on after {num_held_out} for validation; give "
+            "more data or a smaller validation_fraction (0 holds none out)"
         )
     validates = np.isin(group_of, order[:num_groups])
     return np.flatnonzero(~validates), np.flatnonzero(validates)
@@ -74,7 +71,7 @@ class Plan:
 
     lengths: np.ndarray  # [N]
     batch_size: int
-    key: jax.Array
+    key: Array
     bucket_multiple: int = 16
 
     @property
@@ -91,7 +88,7 @@ class Plan:
         """
         epoch_key = jax.random.fold_in(self.key, number)
         order = _permutation(jax.random.fold_in(epoch_key, 0), len(self.lengths))
-        buckets = _round_up(np.asarray(self.lengths)[order], self.bucket_multiple)
+        buckets = _round_up(self.lengths[order], self.bucket_multiple)
         # A stable sort keeps the random order inside a bucket, so that the last rows of a bucket
         # join the next one where the sorted rows are cut into equal slices.
         by_length = order[np.argsort(buckets, kind="stable")]
@@ -112,12 +109,12 @@ class Plan:
 
     def extent(self, step: int) -> tuple[int, int]:
         """Length of the longest text of batch ``step``, rounded up, and the sum of all lengths."""
-        lengths = np.asarray(self.lengths)[_present(self.rows(step))]
+        lengths = self.lengths[_present(self.rows(step))]
         longest = int(_round_up(lengths.max(), self.bucket_multiple))
         return longest, int(lengths.sum())
 
 
-def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarray:
+def prompt_rows(n: int, batch_size: int, key: Array, step: int) -> np.ndarray:
     """[batch_size] int64 row numbers of prompt batch ``step``. The batch is always full: at the end
     of an epoch it takes its other rows from the next epoch's shuffle.
 
@@ -127,11 +124,10 @@ def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarra
     """
     positions = step * batch_size + np.arange(batch_size)
     first_epoch = int(positions[0]) // n
-    last_epoch = int(positions[-1]) // n
-    orders = []
-    for epoch in range(first_epoch, last_epoch + 1):
-        orders.append(_permutation(jax.random.fold_in(key, epoch), n))
-    return np.concatenate(orders)[positions - first_epoch * n]
+    end_epoch = int(positions[-1]) // n + 1
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(first_epoch, end_epoch)]
+    orders = np.concatenate([_permutation(epoch_key, n) for epoch_key in keys])
+    return orders[positions - first_epoch * n]
 
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
@@ -151,13 +147,10 @@ def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPr
     """The prompts without the columns that are padding in all of the given rows. Other rows may
     lose their first tokens.
     """
-    mask = data.attention_mask[rows]
-    width = prompt_width(mask, multiple)
-    return dataclasses.replace(
-        data,
-        tokens=data.tokens[:, -width:],
-        attention_mask=data.attention_mask[:, -width:],
-    )
+    width = prompt_width(data.attention_mask[rows], multiple)
+    tokens = data.tokens[:, -width:]
+    attention_mask = data.attention_mask[:, -width:]
+    return dataclasses.replace(data, tokens=tokens, attention_mask=attention_mask)
 
 
 def demonstration_batch(
@@ -176,17 +169,16 @@ def first_fit(lengths: np.ndarray, width: int) -> list[tuple[int, int, int]]:
     """(text, row, first column) of each text, the longest first: each goes to the first row [width]
     that has room for it.
     """
-    used: list[int] = []  # columns of each row
+    room: list[int] = []  # free columns of each row
     places = []
     for text in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[text])
-        row = 0
-        while row < len(used) and used[row] + length > width:
-            row += 1
-        if row == len(used):
-            used.append(0)
-        places.append((text, row, used[row]))
-        used[row] += length
+        roomy = (row for row, columns in enumerate(room) if columns >= length)
+        row = next(roomy, len(room))
+        if row == len(room):
+            room.append(width)
+        places.append((text, row, width - room[row]))
+        room[row] -= length
     return places
 
 
@@ -221,12 +213,10 @@ def packed_comparisons(
     """
     texts, held = _packed(data, rows, width, multiple)
     num_rows, num_comparisons = held.shape
-    num_answers = data.lengths.shape[1]
-    shape = (num_comparisons, num_answers)
-    num_documents = num_comparisons * num_answers
-    numbers = np.arange(1, 1 + num_documents, dtype=np.int32).reshape(shape)
+    shape = (num_rows, num_comparisons, data.num_answers)
+    numbers = 1 + np.arange(num_comparisons * data.num_answers, dtype=np.int32)
     labels = _labels_of(data, held)
-    labels["documents"] = np.tile(numbers, (num_rows, 1, 1))
+    labels["documents"] = np.broadcast_to(numbers.reshape(shape[1:]), shape)
     return Comparisons(*_placed(data, texts, (num_rows, width)), **labels)
 
 
@@ -245,10 +235,9 @@ def packing(
       packed rows in the largest batch of the first epoch, and a multiple of the given one. The last
       two are the shares of padding in that epoch without and with packing.
     """
-    num_answers = data.lengths.shape[1]
     totals = data.lengths.sum(axis=1)
     width = _round_up(int(totals.max()), plan.bucket_multiple)
-    width = min(width, num_answers * (data.max_length or sys.maxsize))
+    width = min(width, data.num_answers * (data.max_length or sys.maxsize))
     mixed = dataclasses.replace(plan, bucket_multiple=width)  # one bucket holds all
     padded_columns = 0
     needed = []
@@ -260,7 +249,7 @@ def packing(
         needed.append(1 + last_row)
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
-    before = plan.batch_size * num_answers * padded_columns
+    before = plan.batch_size * data.num_answers * padded_columns
     after = width * _round_up(np.array(needed), multiple).sum()
     return mixed, width, multiple, 1 - num_tokens / before, 1 - num_tokens / after
 
@@ -287,15 +276,11 @@ def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 
     """
     next_responses = np.roll(data.response_lengths[rows], -1, axis=0)
     needed = int((data.starts[rows] + next_responses).max())
-    least = min(_round_up(needed, bucket_multiple), data.max_length or sys.maxsize)
-    tokens, attention_mask, response_mask = _padded(data, rows, bucket_multiple, least)
-    return Feedback(
-        tokens[:, 0],
-        attention_mask[:, 0],
-        response_mask[:, 0],
-        desirable=_labels(data.targets, rows)[:, 0] > 0.5,
-        weight=_labels(data.weight, rows),
-    )
+    arrays = _padded(data, rows, bucket_multiple, needed)
+    tokens, attention_mask, response_mask = (array[:, 0] for array in arrays)
+    desirable = _labels(data.targets, rows)[:, 0] > 0.5
+    weight = _labels(data.weight, rows)
+    return Feedback(tokens, attention_mask, response_mask, desirable, weight)
 
 
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
@@ -337,23 +322,22 @@ def _padded(
     bucket_multiple: int,
     least: int = 0,
 ) -> tuple[Any, ...]:
-    """[B, K, T] int32, each text in its own row: tokens and both masks. T is at least ``least``."""
-    num_answers = data.lengths.shape[1]
-    width = max(width_of(data, rows, bucket_multiple), least)
+    """[B, K, T] int32, each text in its own row: tokens and both masks. T is at least ``least``,
+    rounded up.
+    """
+    num_answers = data.num_answers
+    width = width_of(data, rows, bucket_multiple, least)
     texts = []
-    for i, row in enumerate(rows):
-        if row == ABSENT:
-            continue
-        for answer in range(num_answers):
-            place = i * num_answers + answer
-            texts.append((row, answer, place, 0, 1))
+    present = np.flatnonzero(rows != ABSENT).tolist()
+    for i, answer in itertools.product(present, range(num_answers)):
+        texts.append((rows[i], answer, i * num_answers + answer, 0, 1))
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
 
-def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int) -> int:
-    """The number of columns for the longest text of the given rows."""
-    longest = int(data.lengths[_present(rows)].max(initial=0))
+def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int, least: int = 0) -> int:
+    """The number of columns for the longest text of the given rows, and at least for ``least``."""
+    longest = int(data.lengths[_present(rows)].max(initial=least))
     return min(_round_up(longest, bucket_multiple), data.max_length or sys.maxsize)
 
 
@@ -368,7 +352,6 @@ def _packed(
     into a packed row, and at most the number of given rows.
     """
     present = _present(rows)
-    num_answers = data.lengths.shape[1]
     places = first_fit(data.lengths[present].sum(axis=1), width)
     num_packed = 1 + max((place for _, place, _ in places), default=0)
     most = min(int(np.searchsorted(data.shortest, width, side="right")), len(rows))
@@ -376,10 +359,10 @@ def _packed(
     texts: list[Place] = []
     for i, place, start in places:
         row = present[i]
-        number = np.count_nonzero(held[place] != ABSENT)
+        number = len(_present(held[place]))
         held[place, number] = row
-        for answer in range(num_answers):
-            document = number * num_answers + answer + 1
+        for answer in range(data.num_answers):
+            document = number * data.num_answers + answer + 1
             texts.append((row, answer, place, start, document))
             start += data.lengths[row, answer]
     return texts, held
@@ -406,6 +389,6 @@ def _round_up(lengths: Any, multiple: int) -> Any:
     return -(-lengths // multiple) * multiple
 
 
-def _permutation(key: jax.Array, n: int) -> np.ndarray:
+def _permutation(key: Array, n: int) -> np.ndarray:
     permute = jax.jit(jax.random.permutation, static_argnums=1)
     return np.asarray(permute(key, n)).astype(np.int64)

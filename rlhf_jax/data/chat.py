@@ -150,7 +150,8 @@ class ChatTemplate:
     def _special(self) -> list[str]:
         if self.tokenizer is None:
             return []
-        return [self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.special_ids]
+        added = self.tokenizer.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
 
 @functools.lru_cache(maxsize=8)

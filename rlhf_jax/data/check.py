@@ -149,10 +149,10 @@ def _read(
 def _kind_of(name: str, records: Sequence[Record]) -> Kind:
     """The kind that the pipeline has for this file name, or the kind of most records."""
     of_names: dict[str, Kind] = {file: kind for kind, file in formats.FILES.items()}
-    kinds = Counter(formats.form_of(record.value).kind for record in records)
-    del kinds[None]
-    likely = kinds.most_common(1) or [("demonstrations", 0)]
-    return of_names.get(Path(name).name, likely[0][0])
+    kinds = [formats.form_of(record.value).kind for record in records]
+    counts = Counter(kind for kind in kinds if kind is not None)
+    likely: Kind = max(counts, key=counts.__getitem__, default="demonstrations")
+    return of_names.get(Path(name).name, likely)
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:

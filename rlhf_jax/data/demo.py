@@ -11,18 +11,21 @@ Deterministic by seed on every platform: all choices come from ``random.Random(t
 whose sequence Python keeps the same from version to version.
 """
 
-import functools
 import itertools
 import json
 import operator
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from random import Random
+from typing import NamedTuple, TypeVar
 
 from rlhf_jax.errors import UserError
 
 T = TypeVar("T")
+Phrasings = dict[str, list[str]]
+"""{category: templates of prompts}."""
+Fields = dict[str, str]
+"""A row of a file."""
 
 
 class Topic(NamedTuple):
@@ -50,9 +53,9 @@ TOPICS = {
     category: [Topic(*topic) for topic in topics]
     for category, topics in _LANGUAGE["topics"].items()
 }
-PHRASINGS: dict[str, list[str]] = _LANGUAGE["phrasings"]
+PHRASINGS: Phrasings = _LANGUAGE["phrasings"]
 # Of words that training phrasings have.
-HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE["heldout_phrasings"]
+HELDOUT_PHRASINGS: Phrasings = _LANGUAGE["heldout_phrasings"]
 WORDINGS = {
     category: [Wording(**wording) for wording in some]
     for category, some in _LANGUAGE["wordings"].items()
@@ -114,10 +117,16 @@ def file_text(
     """The text of one of the `FILES`, of ``size`` rows instead of its own number."""
     default_size, stream = FILES[name]
     kind = stream.removeprefix("heldout ")
-    phrasings, noise = (PHRASINGS, label_noise) if kind == stream else (HELDOUT_PHRASINGS, 0.0)
-    pairs = functools.partial(_pairs, noise=noise)
-    make: dict[str, Any] = {"demonstrations": _demonstrations, "prompts": _prompts, "pairs": pairs}
-    rows = make[kind](size or default_size, phrasings, random.Random(f"{seed}/{stream}"))
+    is_heldout = kind != stream
+    phrasings = HELDOUT_PHRASINGS if is_heldout else PHRASINGS
+    count = size or default_size
+    generator = Random(f"{seed}/{stream}")
+    if kind == "demonstrations":
+        rows = _demonstrations(count, phrasings, generator)
+    elif kind == "pairs":
+        rows = _pairs(count, phrasings, generator, noise=0.0 if is_heldout else label_noise)
+    else:
+        rows = _prompts(count, phrasings, generator)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
@@ -129,9 +138,9 @@ def fill(template: str, topic: Topic) -> str:
 
 def _demonstrations(
     n: int,
-    phrasings: dict[str, list[str]],
-    generator: random.Random,
-) -> list[dict[str, Any]]:
+    phrasings: Phrasings,
+    generator: Random,
+) -> list[Fields]:
     """Rows {prompt, response} of mixed quality; each topic has its due share of every quality."""
     num_topics = sum(map(len, TOPICS.values()))
     rounds = -(-n // num_topics)
@@ -150,10 +159,10 @@ def _demonstrations(
 
 def _pairs(
     n: int,
-    phrasings: dict[str, list[str]],
-    generator: random.Random,
+    phrasings: Phrasings,
+    generator: Random,
     noise: float,
-) -> list[dict[str, Any]]:
+) -> list[Fields]:
     """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the
     noise.
     """
@@ -173,9 +182,9 @@ def _pairs(
 
 def _prompts(
     n: int,
-    phrasings: dict[str, list[str]],
-    generator: random.Random,
-) -> list[dict[str, Any]]:
+    phrasings: Phrasings,
+    generator: Random,
+) -> list[Fields]:
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
     by_category = []
     for category, topics in TOPICS.items():
@@ -196,7 +205,7 @@ def _response(
     category: str,
     topic: Topic,
     quantile: float,
-    generator: random.Random,
+    generator: Random,
 ) -> tuple[str, float]:
     """A response and its score; ``quantile`` in [0, 1) picks the wording by the weights."""
     for wording in WORDINGS[category]:
@@ -222,10 +231,10 @@ def _subjects() -> Iterator[tuple[str, Topic]]:
     )
 
 
-def _pick(items: Sequence[T], generator: random.Random) -> T:
+def _pick(items: Sequence[T], generator: Random) -> T:
     return items[int(generator.random() * len(items))]
 
 
-def _shuffled(items: Iterable[T], generator: random.Random) -> list[T]:
+def _shuffled(items: Iterable[T], generator: Random) -> list[T]:
     keyed = [(generator.random(), item) for item in items]
     return [item for _, item in sorted(keyed, key=operator.itemgetter(0))]

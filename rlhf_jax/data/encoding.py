@@ -5,6 +5,7 @@ Token ids in the data are used as they are, without an EOS after them.
 """
 
 import functools
+import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import Message, Row, Text
+from rlhf_jax.data.rows import Messages, Row, Text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -36,7 +37,7 @@ class EncodedTexts:
     """
 
     tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
-    starts: np.ndarray  # [N, K] int64 first columns of the responses
+    starts: np.ndarray  # [N, K] int64 first columns of the responses; 0 for missing ones
     prompts: list[str]  # [N] for people to read
     sources: list[str]  # [N]
     pad_id: int
@@ -51,6 +52,11 @@ class EncodedTexts:
         """[N, K] int64 tokens of each text."""
         lengths = [[len(text) for text in texts] for texts in self.tokens]
         return np.array(lengths, np.int64).T
+
+    @property
+    def num_answers(self) -> int:
+        """K."""
+        return len(self.tokens)
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -103,32 +109,26 @@ def encode_texts(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
         left.
     """
-    prompts = prompt_ids(rows, tokenizer, template)
-    responses_of = response_ids(rows, tokenizer)
+    ids_of_prompts = prompt_ids(rows, tokenizer, template)
+    ids_of_responses = response_ids(rows, tokenizer)
     counts = Counter[str]()
     kept: list[Row] = []
-    texts: list[tuple[list[int], list[list[int]]]] = []
-    for row, prompt, responses in zip(rows, prompts, responses_of, strict=True):
+    prompts: list[list[int]] = []
+    answers: list[list[list[int]]] = []
+    for row, prompt, responses in zip(rows, ids_of_prompts, ids_of_responses, strict=True):
         cut = _cut(row, prompt, responses, max_length, too_long, counts)
         if cut is not None:
             kept.append(row)
-            texts.append((prompt, cut))
+            prompts.append(prompt)
+            answers.append(cut)
     _check_some_left(kept, rows, max_length)
-    num_answers = max(len(cut) for _, cut in texts)
-    shape = (len(kept), num_answers)
-    nothing = np.zeros(0, np.int32)
-    tokens = [[nothing] * len(kept) for _ in range(num_answers)]
-    starts = np.zeros(shape, np.int64)
-    targets = np.zeros(shape, np.float32)
-    for i, (prompt, cut) in enumerate(texts):
-        starts[i, : len(cut)] = len(prompt)
-        targets[i, : len(cut)] = kept[i].targets or 0.0
-        for k, response in enumerate(cut):
-            tokens[k][i] = np.array(prompt + response, np.int32)
     frame = chat.frame(template, tokenizer) or "{prompt}"
+    prompt_lengths = np.array([[len(prompt)] for prompt in prompts])
+    num_responses = np.array([[len(cut)] for cut in answers])
+    targets = itertools.zip_longest(*(row.targets or () for row in kept), fillvalue=0.0)
     return EncodedTexts(
-        tokens,
-        starts,
+        tokens=[_whole(prompts, column) for column in itertools.zip_longest(*answers)],
+        starts=np.where(np.arange(num_responses.max()) < num_responses, prompt_lengths, 0),
         prompts=[_shown(row, frame, tokenizer) for row in kept],
         sources=[row.source for row in kept],
         pad_id=tokenizer.pad_id,
@@ -136,8 +136,15 @@ def encode_texts(
         counts=dict(+counts),
         best=np.array([row.best or 0 for row in kept], np.int32),
         weight=_weights(rows, kept),
-        targets=targets if any(row.targets for row in kept) else None,
+        targets=np.array(list(targets), np.float32).T if kept[0].targets else None,
     )
+
+
+def _whole(prompts: Sequence[list[int]], responses: Sequence[list[int] | None]) -> list[np.ndarray]:
+    """Each prompt with its response; without tokens if the response is missing (None)."""
+    pairs = zip(prompts, responses, strict=True)
+    texts = [[] if response is None else prompt + response for prompt, response in pairs]
+    return [np.array(text, np.int32) for text in texts]
 
 
 def _cut(
@@ -153,18 +160,18 @@ def _cut(
     longer = [len(response) for response in responses if len(response) > room]
     if longer and too_long == "error":
         parts = f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included)"
-        total = f"{len(prompt) + longer[0]}, more than max_length {max_length}"
-        raise UserError(f"{row.source}: {parts} make {total}; {_CHOICES}")
-    if longer and too_long == "drop":
-        counts[DROPPED] += 1
-        return None
-    if longer and room < 1:
-        counts[NO_ROOM] += 1
-        return None
-    cut = [response[:room] for response in responses]
+        raise UserError(f"{row.source}: {parts} are more than max_length {max_length}; {_CHOICES}")
+    cut = [response[: max(room, 0)] for response in responses]
     is_choice = len(cut) > 1 and row.targets is None
-    if is_choice and all(response == cut[0] for response in cut):
-        counts[EQUAL_CUT] += 1
+    reason = None
+    if longer and too_long == "drop":
+        reason = DROPPED
+    elif longer and room < 1:
+        reason = NO_ROOM
+    elif is_choice and cut.count(cut[0]) == len(cut):
+        reason = EQUAL_CUT
+    if reason is not None:
+        counts[reason] += 1
         return None
     counts[CUT] += len(longer)
     return cut
@@ -178,14 +185,11 @@ def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[R
     text except the first is predicted once.
     """
     length = min(max_length, LONGEST_PIECE)
-    texts = [row.responses[0] for row in rows]
-    sources = [row.source for row in rows]
     cut = []
-    for source, ids in zip(sources, _ids(texts, tokenizer, sources), strict=True):
-        ids = [*ids, tokenizer.eos_id]
+    for row, [ids] in zip(rows, response_ids(rows, tokenizer), strict=True):
         for number, start in enumerate(range(0, len(ids) - 1, length - 1), 1):
             piece = tuple(ids[start : start + length])
-            cut.append(Row(piece[:1], (piece[1:],), f"{source}, piece {number}"))
+            cut.append(Row(piece[:1], (piece[1:],), f"{row.source}, piece {number}"))
     return cut
 
 
@@ -212,9 +216,9 @@ def encode_prompts(
     room = sys.maxsize if max_positions is None else max_positions - max_new_tokens
     least = length or 1
     if room < least:
-        slots = f"{least} tokens (rl.max_prompt_length) in the model's {max_positions} positions"
         raise UserError(
-            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {slots}"
+            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {least} tokens "
+            f"(rl.max_prompt_length) in the model's {max_positions} positions"
         )
     ids = prompt_ids(rows, tokenizer, template)
     width = length or min(room, max(map(len, ids), default=0))
@@ -222,21 +226,21 @@ def encode_prompts(
     kept: list[Row] = []
     prompts: list[list[int]] = []
     for row, prompt in zip(rows, ids, strict=True):
-        if len(prompt) > width:
-            if too_long == "error":
-                what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
-                raise UserError(f"{row.source}: {what}; {_CHOICES}")
-            if too_long == "drop":
-                counts[DROPPED] += 1
-                continue
-            counts[PROMPT_CUT] += 1
+        is_longer = len(prompt) > width
+        if is_longer and too_long == "error":
+            what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
+            raise UserError(f"{row.source}: {what}; {_CHOICES}")
+        if is_longer and too_long == "drop":
+            counts[DROPPED] += 1
+            continue
+        counts[PROMPT_CUT] += is_longer
         kept.append(row)
         prompts.append(prompt[-width:])
     _check_some_left(kept, rows, width)
     tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
     names = [name for row in kept for name in row.columns]
     columns = list(dict.fromkeys(names))  # in the order of their first appearance
-    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(counts))
+    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
 
 
 def left_padded(
@@ -267,13 +271,8 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     frame = chat.frame(template, tokenizer)
     if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    texts = [_framed(row, frame, tokenizer) for row in rows]
+    texts = [_framed(row, template, frame, tokenizer) for row in rows]
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
-    if template != chat.AUTO:
-        around = [tokenizer.encode(part) for part in template.split("{prompt}")]
-        for i, row in enumerate(rows):
-            if isinstance(row.prompt, tuple):
-                encoded[i] = _joined(around, row.prompt)
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
             what = f"the tokenizer makes no token of the prompt {row.prompt!r}"
@@ -281,22 +280,20 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     return encoded
 
 
-def _joined(parts: Sequence[list[int]], prompt: Sequence[int]) -> list[int]:
-    """The parts with the prompt between them, as ``str.join``."""
-    ids = [*parts[0]]
-    for part in parts[1:]:
-        ids += [*prompt, *part]
-    return ids
-
-
-def _framed(row: Row, frame: str | None, tokenizer: Tokenizer) -> Text:
-    """A text in its frame or as a user's message; token ids unchanged."""
-    if not isinstance(row.prompt, str):
-        return row.prompt
-    if frame is None:
+def _framed(row: Row, template: str, frame: str | None, tokenizer: Tokenizer) -> Text:
+    """A text in its frame or as a user's message; token ids in a template other than ``auto``."""
+    if isinstance(row.prompt, str):
+        if frame is not None:
+            return frame.replace("{prompt}", row.prompt)
         message = {"role": "user", "content": row.prompt}
         return chat.template_of(tokenizer).prompt([message], row.source)
-    return frame.replace("{prompt}", row.prompt)
+    if template == chat.AUTO:
+        return row.prompt
+    first, *others = map(tokenizer.encode, template.split("{prompt}"))
+    ids = [*first]
+    for part in others:
+        ids += [*row.prompt, *part]
+    return tuple(ids)
 
 
 def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
@@ -306,7 +303,7 @@ def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
 
 
 def answered_ids(
-    messages: Sequence[Message],
+    messages: Messages,
     response: str,
     tokenizer: Tokenizer,
     where: str,
@@ -345,20 +342,19 @@ def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[in
         if isinstance(text, str):
             ids.append(tokenizer.eos_id)
     rest = iter(encoded)
-    return [[next(rest) for _ in row.responses] for row in rows]
+    return [list(itertools.islice(rest, len(row.responses))) for row in rows]
 
 
 def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
     strings = [text if isinstance(text, str) else "" for text in texts]
     encoded = tokenizer.encode_batch(strings, sources)
+    last = tokenizer.vocab_size - 1
     for i, text in enumerate(texts):
         if isinstance(text, str):
             continue
-        largest = max(text)
-        if largest >= tokenizer.vocab_size:
-            last = tokenizer.vocab_size - 1
+        if max(text) > last:
             what = f"the tokenizer has ids up to {last} only; use the one that made the ids"
-            raise UserError(f"{sources[i]}: holds the token id {largest}, but {what}")
+            raise UserError(f"{sources[i]}: holds the token id {max(text)}, but {what}")
         encoded[i] = list(text)
     return encoded
 
@@ -366,29 +362,25 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
 _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
-def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
-    """[N] float32 weights of the remaining rows. If some pairs of a source (a ranking) are dropped,
-    its other pairs get their weight, so that the source's total does not change.
+def _weights(rows: Sequence[Row], kept: Sequence[Row]) -> np.ndarray:
+    """[N] float32 weights of the rows that are kept. If some pairs of a source (a ranking) are
+    dropped, its other pairs get their weight, so that the source's total does not change.
     """
-
-    def total_by_source(rows: Sequence[Row]) -> dict[str, float]:
-        total = defaultdict[str, float](float)
-        for row in rows:
-            total[row.source] += row.weight or 1.0
-        return total
-
-    before = total_by_source(rows)
-    after = total_by_source(left)
-    weights = []
-    for row in left:
-        own = row.weight or 1.0
-        weights.append(own * before[row.source] / after[row.source])
+    before = _total_weights(rows)
+    after = _total_weights(kept)
+    weights = [(row.weight or 1.0) * before[row.source] / after[row.source] for row in kept]
     return np.array(weights, np.float32)
 
 
+def _total_weights(rows: Sequence[Row]) -> dict[str, float]:
+    """{source: the sum of its rows' weights}."""
+    totals = defaultdict[str, float](float)
+    for row in rows:
+        totals[row.source] += row.weight or 1.0
+    return totals
+
+
 def _check_some_left(kept: Sequence[Row], rows: Sequence[Row], limit: int | None) -> None:
-    if not rows:
-        raise UserError("no rows to encode")
     if not kept:
-        what = f"all {len(rows)} rows are longer than {limit} tokens; raise the limit"
-        raise UserError(f"{rows[0].source} and {what}")
+        what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
+        raise UserError(f"{what}; raise the limit")

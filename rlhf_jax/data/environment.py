@@ -197,20 +197,16 @@ def _with_slots(
     columns = ((0, 0), (0, environment.slots))
     tokens = np.pad(tokens, columns, constant_values=environment.tokenizer.pad_id)
     attention_mask = np.pad(attention_mask, columns)
+    numbers = np.zeros(tokens.shape, np.float32)
     arrays: Any = {
         "tokens": tokens,
         "attention_mask": attention_mask,
         "response_mask": np.zeros_like(attention_mask),
-        "log_probs": np.zeros(tokens.shape, np.float32),
-        "rewards": np.zeros(tokens.shape, np.float32),
+        "log_probs": numbers,
+        "rewards": np.zeros_like(numbers),
         "stopped": np.zeros(len(rows), bool),
     }
     return Rollout(**arrays, row_ids=jnp.int32(rows))
-
-
-def _first_messages(row: Row, tokenizer: Tokenizer) -> list[Message]:
-    """The messages of a prompt; a text is one message by the user."""
-    return list(row.messages or [{"role": "user", "content": chat.shown(row, tokenizer)}])
 
 
 def _append_response(
@@ -234,55 +230,37 @@ def _append_response(
 def _ask(
     environment: Environment,
     talk: list[Message],
-    row: Any,
+    row: Fields,
     where: str,
 ) -> tuple[list[int] | None, float]:
     """The ids of the reply to a conversation's last response, and the reward of that response. The
     reply is added to the conversation.
     """
-    reply, reward = _call(environment.fn, talk, row, where)
-    if reply is None:
-        return None, reward
-    text: Any = reply
-    if isinstance(reply, dict):
-        turns = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": _RESPONSE},
-            reply,
-        ]
-        text = environment.chat_template.prompt(turns, where, after=_RESPONSE)
-        talk.append(reply)
-    else:
-        talk.append({"role": "user", "content": reply})
-    if isinstance(text, str):
-        [ids] = environment.tokenizer.encode_batch([text], [where])
-    else:
-        ids = list(text)
-    # Without the template's end of the assistant's turn: the policy has sampled it.
-    if ids and ids[0] in environment.tokenizer.eos_ids:
-        ids = ids[1:]
-    return ids, reward
-
-
-def _call(
-    fn: Callable[..., Any],
-    talk: list[Message],
-    row: Any,
-    where: str,
-) -> tuple[Message | str | None, float]:
-    """The environment's reply and reward, after a check of their types."""
     try:
-        answer = fn([dict(message) for message in talk], dict(row))
+        answer = environment.fn([dict(message) for message in talk], dict(row))
         reply, reward = answer if isinstance(answer, tuple) else (answer, 0.0)
-        parts = [reply or ""]
-        if isinstance(reply, dict):
-            parts = [reply.get("role"), reply.get("content")]
-        is_text = all(isinstance(part, str) for part in parts)
+        message = reply if isinstance(reply, dict) else {"role": "user", "content": reply or ""}
+        is_text = all(isinstance(message.get(part), str) for part in ("role", "content"))
         if not is_text or not np.isfinite(reward):
-            raise TypeError(
-                "expected None, a text or a message, or (one of these, a number), got "
-                f"{answer!r:.80}"
-            )
+            expected = "None, a text or a message, or (one of these, a number)"
+            raise TypeError(f"expected {expected}, got {answer!r:.80}")
     except Exception as error:
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-    return reply, reward
+    if reply is None:
+        return None, reward
+    talk.append(message)
+    text = reply
+    if isinstance(reply, dict):
+        response = {"role": "assistant", "content": _RESPONSE}
+        turns = [{"role": "user", "content": "?"}, response, reply]
+        text = environment.chat_template.prompt(turns, where, after=_RESPONSE)
+    if isinstance(text, str):
+        [text] = environment.tokenizer.encode_batch([text], [where])
+    # Without the template's end of the assistant's turn: the policy has sampled it.
+    is_end = text[:1] and text[0] in environment.tokenizer.eos_ids
+    return list(text[1:] if is_end else text), reward
+
+
+def _first_messages(row: Row, tokenizer: Tokenizer) -> list[Message]:
+    """The messages of a prompt; a text is one message by the user."""
+    return list(row.messages or [{"role": "user", "content": chat.shown(row, tokenizer)}])

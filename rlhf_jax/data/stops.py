@@ -40,21 +40,26 @@ def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> Rollout:
     stopped = np.zeros(len(host.tokens), bool)
     for i, mask in enumerate(host.response_mask != 0):
         columns = np.flatnonzero(mask)
-        ids = host.tokens[i, columns].tolist()
-
-        def ends(count: int, ids: list[int] = ids) -> bool:
-            text = tokenizer.decode(ids[:count])
-            return before(text, stop) != text
-
-        stopped[i] = ends(len(ids))
-        if stopped[i]:
-            count = bisect.bisect_left(range(len(ids)), True, key=ends)
-            after = columns[count:]
+        length = _length(host.tokens[i, columns].tolist(), stop, tokenizer)
+        if length is not None:
+            stopped[i] = True
+            after = columns[length:]
             host.tokens[i, after] = tokenizer.pad_id
-            host.attention_mask[i, after] = 0
-            host.response_mask[i, after] = 0
-            host.log_probs[i, after] = 0.0
+            for array in (host.attention_mask, host.response_mask, host.log_probs):
+                array[i, after] = 0
     return host.replace(stopped=stopped)
+
+
+def _length(ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer) -> int | None:
+    """The number of ids whose text is the shortest with a stop string; None without one."""
+
+    def ends(count: int) -> bool:
+        text = tokenizer.decode(ids[:count])
+        return any(word in text for word in stop)
+
+    if not ends(len(ids)):
+        return None
+    return bisect.bisect_left(range(len(ids)), True, key=ends)
 
 
 def before(text: str, stop: Sequence[str]) -> str:
@@ -65,6 +70,7 @@ def before(text: str, stop: Sequence[str]) -> str:
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """The pieces of a text `before` the first stop string. What may be its beginning waits."""
+    beginnings = [word[:length] for word in stop for length in range(1, len(word))]
     text = ""
     num_shown = 0
     for piece in pieces:
@@ -73,11 +79,10 @@ def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         if whole != text:
             yield whole[num_shown:]
             return
-        beginnings = [word[:length] for word in stop for length in range(1, len(word))]
-        waiting = max((len(part) for part in beginnings if text.endswith(part)), default=0)
-        sure = len(text) - waiting
+        waiting = [len(part) for part in beginnings if text.endswith(part)]
+        sure = len(text) - max(waiting, default=0)
         if sure > num_shown:
             yield text[num_shown:sure]
             num_shown = sure
-    if len(text) > num_shown:
+    if text[num_shown:]:
         yield text[num_shown:]

@@ -8,6 +8,7 @@ data cannot end a response or hide as padding.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from rlhf_jax.models.hf import find_folder, read_json
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
+_NEW = {"eos_token": EOS, "pad_token": PAD}
 _NO_CHARACTER = "\ufffd"  # which stands for bytes that are no character, or not yet one
 _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
 
@@ -63,20 +65,18 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            return [
-                encoding.ids
-                for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)
-            ]
-        except (
-            Exception
-        ) as error:  # the package raises a bare Exception for a token outside the vocabulary
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # the package raises a bare one for an unknown character
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
-                if unknown := next((character for character in text if character not in known), ""):
+                unknown = [character for character in text if character not in known]
+                if unknown:
                     where = f"{sources[i]}: " if sources else ""
-                    lacks = f"the tokenizer's alphabet lacks {unknown!r} (U+{ord(unknown):04X})"
-                    raise UserError(f"{where}{lacks}, found in {text[:40]!r}") from error
+                    letter = f"{unknown[0]!r} (U+{ord(unknown[0]):04X})"
+                    what = f"the tokenizer's alphabet lacks {letter}, found in {text[:40]!r}"
+                    raise UserError(where + what) from error
             raise
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad and end-of-text are left out."""
@@ -121,23 +121,23 @@ class Tokenizer:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        eos, pad = map(self.backend.id_to_token, (self.eos_id, self.pad_id))
-        special = {"eos_token": eos, "pad_token": pad}
+        special = {
+            "eos_token": self.backend.id_to_token(self.eos_id),
+            "pad_token": self.backend.id_to_token(self.pad_id),
+        }
         config = {
             "model_max_length": _NO_LIMIT,
             "clean_up_tokenization_spaces": False,
             **self.config,
             **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",
         }
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        for name, content in (
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", special),
-        ):
-            (path / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        files = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (path / name).write_text(f"{text}\n", encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -149,7 +149,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     258, the bytes and two special ids.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < (least := len(alphabet) + 2):
+    least = len(alphabet) + 2
+    if vocab_size < least:
         raise UserError(
             f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} "
             "asked for"
@@ -158,9 +159,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
     backend = _byte_level(models.BPE())
-    how: Any = {"special_tokens": [PAD, EOS], "initial_alphabet": alphabet, "show_progress": False}
-    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=vocab_size, **how))
-    return _tokenizer(backend, PAD, EOS, {}, "")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    return _tokenizer(backend, _NEW)
 
 
 def characters(texts: str | Iterable[str]) -> Tokenizer:
@@ -169,16 +175,15 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
 
     Raises `UserError` without any character.
     """
-    alphabet = sorted(set(texts) if isinstance(texts, str) else set().union(*map(set, texts)))
+    alphabet = sorted(set(itertools.chain.from_iterable(texts)))
     if not alphabet:
         raise UserError("no text to take the characters from")
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate([PAD, EOS, *alphabet])})
-    )
+    vocab = {token: i for i, token in enumerate([PAD, EOS, *alphabet])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab))
     # Oniguruma's syntax: "(?s)." is refused.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    return _tokenizer(backend, PAD, EOS, {}, "")
+    return _tokenizer(backend, _NEW)
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
@@ -196,16 +201,16 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
         folder = Path(path_or_name).parent
     else:
         folder = find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
-    config = _read_if_present(folder / "tokenizer_config.json")
-    special = _read_if_present(folder / "special_tokens_map.json")
     of_model = _read_if_present(folder / "config.json")
     named: dict[str, Any] = {}
     for key in ("eos_token", "pad_token"):
         id_of_model = of_model.get(f"{key}_id")
         if type(id_of_model) is int and 0 <= id_of_model < 1 << 32:  # some models write -1 for none
             named[key] = id_of_model
-    named |= named_tokens(special) | named_tokens(config)
-    config = named_tokens(special) | config  # a chat template may write each of them
+    special = named_tokens(_read_if_present(folder / "special_tokens_map.json"))
+    config = _read_if_present(folder / "tokenizer_config.json")
+    named |= special | named_tokens(config)
+    config = special | config  # a chat template may write each of them
     template = folder / "chat_template.jinja"
     if template.exists():  # newer folders keep it there
         config["chat_template"] = read_text(template)
@@ -223,8 +228,7 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             named.setdefault("eos_token", EOS)
     except Exception as error:  # the package raises a bare Exception for a broken file
         raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    eos, pad, unknown = (named.get(f"{name}_token") for name in ("eos", "pad", "unk"))
-    return _tokenizer(backend, pad, eos, config, str(folder), unknown)
+    return _tokenizer(backend, named, config, str(folder))
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
@@ -240,25 +244,23 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 def _tokenizer(
     backend: tokenizers.Tokenizer,
-    pad: Any,
-    eos: Any,
-    config: Mapping[str, Any],
-    where: str,
-    unknown: str | None = None,
+    named: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    where: str = "",
 ) -> Tokenizer:
-    """pad, eos: as text, as id, or None. If ``pad`` cannot pad, the ``unknown`` token does."""
-    eos, pad = (
-        backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad)
-    )
-    if eos is None or backend.token_to_id(eos) is None:
-        found = "names no end-of-text token"
-        if eos:
-            found = f"names {eos!r}, which is not in its vocabulary"
-        raise UserError(
-            f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json"
-        )
+    """``named`` has the special tokens as texts or ids. If its ``pad_token`` cannot pad, its
+    ``unk_token`` does.
+    """
     vocab = backend.get_vocab()
-    usable = [token for token in (pad, unknown) if token not in (None, eos) and token in vocab]
+    tokens = [named.get(key) for key in ("eos_token", "pad_token", "unk_token")]
+    texts = [backend.id_to_token(i) if isinstance(i, int) else i for i in tokens]
+    eos, *fillers = texts
+    if eos not in vocab:
+        raise UserError(
+            f"{where}: the tokenizer has no end-of-text token (it names {eos!r}); set eos_token in "
+            "its tokenizer_config.json"
+        )
+    usable = [token for token in fillers if token != eos and token in vocab]
     pad = usable[0] if usable else PAD
     # This changes nothing if they are special tokens already.
     special = [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]
@@ -272,16 +274,16 @@ def _tokenizer(
             f"{where}: the ids of the vocabulary have gaps; name a pad_token in its "
             "tokenizer_config.json"
         )
-    return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
+    return Tokenizer(backend, ids[pad], ids[eos], config or {})
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens, ``eos_token`` and the like, that a tokenizer_config.json or
     special_tokens_map.json names.
     """
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    texts = {
-        key: token.get("content") if isinstance(token, dict) else token
-        for key, token in tokens.items()
-    }
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    named = {}
+    for key, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if key.endswith("_token") and isinstance(text, str):
+            named[key] = text
+    return named

@@ -159,7 +159,7 @@ def hold_out(
     if fraction and len(set(prompts)) == 1:
         logger.info(f"{what}: there is only one prompt, so none is held out for validation")
         fraction = 0.0
-    train_rows, held_out = batches.split(len(prompts), fraction, key, prompts)
+    train_rows, held_out = batches.split(prompts, fraction, key)
     say_held_out(what, prompts, train_rows, held_out)
     return train_rows, held_out
 
