@@ -137,6 +137,11 @@ def jitted_hidden(model):
     return hidden
 
 
+def grid(*rows):
+    """[N, T] int32 of texts of digits, one for each row; a space only helps to read."""
+    return np.array([list(row.replace(" ", "")) for row in rows]).astype(np.int32)
+
+
 def some_tokens(batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length))
 

@@ -5,6 +5,7 @@ before it.
 import jax
 import numpy as np
 import pytest
+from builders import grid
 from numpy.testing import assert_array_equal
 
 from rlhf_jax.data import batches, encoding
@@ -13,7 +14,6 @@ from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
 KEY = jax.random.key(7)
-PINNED = [[2, 5], [3, 4], [6, -1], [1, 0]]
 TOKENIZER = characters("abcdefgh{}")  # ids: a..h are 2..9
 ROWS = [Row("ab", ("cd",), "f, line 1"), Row("a", ("b",), "f, line 2")]
 PAIRS = [
@@ -41,17 +41,10 @@ def prompts(rows=PROMPTS, **settings):
 
 def test_demonstration_batch_by_hand():
     batch = batches.demonstration_batch(demonstrations(), np.array([0, -1, 1]), bucket_multiple=4)
-    equal(batch.tokens, [[2, 3, 4, 5, 1, 0, 0, 0], [0] * 8, [2, 3, 1, 0, 0, 0, 0, 0]])
-    equal(
-        batch.attention_mask,
-        [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]],
-    )
-    equal(
-        batch.response_mask,
-        [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]],
-    )
-    assert type(batch.tokens) is np.ndarray
-    assert batch.tokens.dtype == np.int32
+    equal(batch.tokens, grid("2345 1000", "0000 0000", "2310 0000"))
+    equal(batch.attention_mask, grid("1111 1000", "0000 0000", "1110 0000"))
+    equal(batch.response_mask, grid("0011 1000", "0000 0000", "0110 0000"))
+    assert (type(batch.tokens), batch.tokens.dtype) == (np.ndarray, np.int32)
 
 
 def test_template_is_text_not_a_format():
@@ -61,19 +54,14 @@ def test_template_is_text_not_a_format():
 
 def test_too_long_texts():
     dropped = demonstrations(max_length=4, too_long="drop")
-    assert dropped.sources == ["f, line 2"]
-    assert dropped.counts == {"dropped, too long": 1}
+    assert (dropped.sources, dropped.counts) == (["f, line 2"], {"dropped, too long": 1})
     cut = demonstrations(max_length=4, too_long="truncate")
     assert cut.counts == {"response cut, its EOS with it": 1}
     equal(cut.tokens[0][0], [2, 3, 4, 5])
-    assert batches.demonstration_batch(cut, np.array([0])).tokens.shape == (
-        1,
-        4,
-    )  # never wider than max_length
-    assert demonstrations(max_length=2, too_long="truncate").counts == {
-        encoding.NO_ROOM: 1,
-        encoding.CUT: 1,
-    }
+    # Never wider than max_length.
+    assert batches.demonstration_batch(cut, np.array([0])).tokens.shape == (1, 4)
+    none_left = demonstrations(max_length=2, too_long="truncate")
+    assert none_left.counts == {encoding.NO_ROOM: 1, encoding.CUT: 1}
 
 
 @pytest.mark.parametrize(
@@ -116,48 +104,33 @@ def test_what_cannot_be_encoded_is_said(encode, limits, message):
 
 
 def test_comparison_batch_by_hand():
-    rows = [*PAIRS, Row("a", ("b", "c"), "f, line 3")]
-    data = comparisons(rows)
-    equal(data.lengths, [[4, 5], [7, 7], [3, 3]])
+    data = comparisons([*PAIRS, Row("a", ("b", "c"), "f, line 3")])
+    equal(data.lengths, grid("45", "77", "33"))
     batch = batches.comparison_batch(data, np.array([0, -1]), bucket_multiple=1)
-    equal(
-        batch.tokens,
-        [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]],
-    )
-    equal(batch.attention_mask[0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    equal(
-        batch.response_mask,
-        [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]],
-    )
-    assert batch.best is None
-    assert batch.weight is None
+    equal(batch.tokens[0], grid("23410", "23561"))
+    equal(batch.attention_mask[0], grid("11110", "11111"))
+    equal(batch.response_mask[0], grid("00110", "00111"))
+    assert not any(array[1].any() for array in (batch.tokens, batch.response_mask))
+    assert (batch.best, batch.weight) == (None, None)
 
 
 def test_comparisons_that_are_cut_or_dropped():
     rows = [*PAIRS, Row("a", ("b", "c"), "f, line 3")]
     cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.sources == ["f, line 1", "f, line 3"]
-    assert cut.counts == {
-        "dropped, the cut responses are equal": 1,
-        "response cut, its EOS with it": 1,
-    }
+    assert cut.counts == {encoding.EQUAL_CUT: 1, encoding.CUT: 1}
     both = comparisons([Row("a", ("bcd", "cde"), "f")], max_length=3, too_long="truncate")
-    assert both.counts == {"response cut, its EOS with it": 2}
-    ranking = [
-        Row("a", texts, "f, line 4", weight=1 / 3)
-        for texts in (("b", "c"), ("b", "def"), ("c", "def"))
-    ]
-    equal(
-        comparisons([*rows[2:], *ranking]).weight,
-        np.float32([1, 1 / 3, 1 / 3, 1 / 3]),
-    )
-    assert comparisons([*rows[2:], *ranking], max_length=3, too_long="drop").weight.tolist() == [
-        1,
-        1,
-    ]  # what is left weighs 1
+    assert both.counts == {encoding.CUT: 2}
     dropped = comparisons(rows, max_length=4, too_long="drop")
-    assert dropped.sources == ["f, line 3"]
-    assert dropped.counts == {"dropped, too long": 2}
+    assert (dropped.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
+
+
+def test_what_is_left_of_a_ranking_weighs_as_much_as_all_of_it():
+    texts = (("b", "c"), ("b", "def"), ("c", "def"))
+    ranking = [Row("a", pair, "f, line 4", weight=1 / 3) for pair in texts]
+    rows = [Row("a", ("b", "c"), "f, line 3"), *ranking]
+    equal(comparisons(rows).weight, np.float32([1, 1 / 3, 1 / 3, 1 / 3]))
+    assert comparisons(rows, max_length=3, too_long="drop").weight.tolist() == [1, 1]
 
 
 def test_comparisons_of_several_answers_by_hand():
@@ -167,32 +140,25 @@ def test_comparisons_of_several_answers_by_hand():
         Row("a", ("b", "c"), "f, line 3", best=1),
     ]
     data = comparisons(rows)
-    equal(data.lengths, [[4, 4, 5], [3, 3, 0], [3, 3, 0]])
+    equal(data.lengths, grid("445", "330", "330"))
     equal(data.response_lengths[1], [2, 2, 0])
     batch = batches.comparison_batch(data, np.array([1, -1, 0, 2]), bucket_multiple=1)
-    assert batch.tokens.shape == (4, 3, 5)
-    equal(batch.tokens[0], [[2, 3, 1, 0, 0], [2, 4, 1, 0, 0], [0] * 5])  # no third answer
-    equal(batch.attention_mask[0], [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5])
-    equal(batch.response_mask[2], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
-    equal(batch.tokens[1], np.zeros((3, 5)))
+    equal(batch.tokens[:2], [grid("23100", "24100", "00000"), np.zeros((3, 5))])  # no third answer
+    equal(batch.attention_mask[0], grid("11100", "11100", "00000"))
+    equal(batch.response_mask[2], grid("00110", "00110", "00111"))
     equal(batch.best, [0, 0, 2, 1])
     equal(batch.weight, np.float32([0.5, 0, 1, 1]))
-    assert batch.best.dtype == np.int32
-    assert batch.weight.dtype == np.float32
-    assert batch.targets is None
+    assert (batch.best.dtype, batch.weight.dtype, batch.targets) == (np.int32, np.float32, None)
     rows.append(Row("abc", ("d", "de", "def"), "f, line 4", best=0))
     cut = comparisons(rows, max_length=4, too_long="truncate")
-    assert cut.counts == {
-        "response cut, its EOS with it": 1,
-        "dropped, the cut responses are equal": 1,
-    }
+    assert cut.counts == {encoding.CUT: 1, encoding.EQUAL_CUT: 1}
     assert cut.sources == ["f, line 1", "f, line 2", "f, line 3"]
 
 
 def test_prompts_are_left_padded_and_keep_their_columns():
     data = prompts()
-    equal(data.tokens, [[2, 3], [0, 4]])
-    equal(data.attention_mask, [[1, 1], [0, 1]])
+    equal(data.tokens, grid("23", "04"))
+    equal(data.attention_mask, grid("11", "01"))
     assert data.columns == ["topic", "level"]
     said = [[{"role": "user", "content": text}] for text in ("c", "ab", "c")]
     assert batches.columns_at(data, np.array([1, 0, 1])) == {
@@ -200,7 +166,7 @@ def test_prompts_are_left_padded_and_keep_their_columns():
         "level": [2, None, 2],
         "messages": said,
     }
-    equal(prompts(length=3).tokens, [[0, 2, 3], [0, 0, 4]])
+    equal(prompts(length=3).tokens, grid("023", "004"))
     # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's
     # positions.
     for limits in ({"length": 1}, {"max_positions": 8, "max_new_tokens": 7}):
@@ -213,31 +179,21 @@ def test_prompts_are_left_padded_and_keep_their_columns():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width"),  # of 22 columns, multiple 4
-    [
-        ((1,), 4),
-        ((4, 0), 4),
-        ((2, 5), 8),
-        ((9, 1), 16),
-        ((16,), 16),
-        ((17,), 22),
-        ((22, 1), 22),
-        ((0,), 4),
-    ],
+    ("longest", "width"),  # of 22 columns, multiple 4
+    [(0, 4), (1, 4), (4, 4), (5, 8), (9, 16), (16, 16), (17, 22), (22, 22)],
 )
-def test_a_batch_of_prompts_is_as_wide_as_its_longest_needs(lengths, width):
-    mask = np.arange(22) >= 22 - np.array(lengths)[:, None]
-    assert batches.prompt_width(mask.astype(np.int32), 4) == width
-    assert batches.prompt_width(mask[:, 1:].astype(np.int32), 4) == (
-        width if width < 16 else 21
-    )  # saves too little
+def test_a_batch_of_prompts_is_as_wide_as_its_longest_needs(longest, width):
+    mask = np.arange(22) >= 22 - np.array([[longest], [min(longest, 1)]])
+    assert batches.prompt_width(mask, 4) == width
+    of_21 = width if width < 16 else 21  # 16 of 21 columns save too little
+    assert batches.prompt_width(mask[:, 1:], 4) == of_21
 
 
 def test_narrowed_prompts_keep_the_last_columns_of_all_rows():
     data = prompts([Row(text, (), "f, line 1") for text in ("abcdefgh", "ab", "abc")])
     narrow = batches.narrowed(data, np.array([2, 1]), 2)
     equal(narrow.tokens, data.tokens[:, 4:])
-    equal(narrow.attention_mask, [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+    equal(narrow.attention_mask, grid("1111", "0011", "0111"))
     assert narrow.rows is data.rows
 
 
@@ -253,9 +209,8 @@ def test_an_epoch_visits_every_row_once(n, batch_size):
 
 
 def test_batches_hold_rows_of_similar_length():
-    lengths = np.array(
-        [10] * 6 + [40] * 10
-    )  # 2 short rows are left over: they join long ones in one batch
+    """The two short rows that are left over join long ones in one batch."""
+    lengths = np.array([10] * 6 + [40] * 10)
     mixed = [set(lengths[rows]) for rows in batches.Plan(lengths, 4, KEY).epoch(0)]
     assert sorted(map(len, mixed)) == [1, 1, 1, 2]
 
@@ -263,19 +218,16 @@ def test_batches_hold_rows_of_similar_length():
 def test_plans_depend_on_key_and_epoch_alone():
     lengths = np.arange(40) % 30 + 1
     plan = batches.Plan(lengths, 8, KEY)
-    straight = [plan.rows(step) for step in range(12)]
-    for step in (11, 3, 7):  # a resumed run asks for any step first
+    straight = np.stack([plan.rows(step) for step in range(10)])
+    for step in (9, 3, 7):  # a resumed run asks for any step first
         equal(batches.Plan(lengths, 8, KEY).rows(step), straight[step])
     assert plan.steps_per_epoch == 5
-    assert not np.array_equal(np.stack(straight[:5]), np.stack(straight[5:10]))
-    assert not np.array_equal(
-        np.stack(straight[:5]), batches.Plan(lengths, 8, jax.random.key(8)).epoch(0)
-    )
+    other = np.stack(batches.Plan(lengths, 8, jax.random.key(8)).epoch(0))
+    for epoch in (straight[5:], other):
+        assert not np.array_equal(straight[:5], epoch)
     # A changed shuffle would change every run: pinned.
-    equal(
-        batches.Plan(np.array([1] * 3 + [20] * 4), 2, jax.random.key(0)).epoch(1),
-        PINNED,
-    )
+    pinned = batches.Plan(np.array([1] * 3 + [20] * 4), 2, jax.random.key(0)).epoch(1)
+    equal(pinned, [[2, 5], [3, 4], [6, -1], [1, 0]])
 
 
 def test_prompt_rows_are_full_and_run_on_into_the_next_epoch():
