@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 TURNS = ([USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER])
 DATE = {"date_string": "26 Jul 2024"}  # ours, whatever the day
+SAMPLING = sampling.SamplingConfig(5, eos_id=1, pad_id=0)
+END = "<|im_end|>"
 SHOWN = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\n"
 
 
@@ -69,17 +71,8 @@ def folder(tmp_path_factory):
     chat_families.write(path, "smollm2")
     tokenizer = load_tokenizer(path)
     size = tokenizer.vocab_size
-    config = models.GPT2Config(
-        size,
-        128,
-        16,
-        1,
-        2,
-        initializer_range=0.5,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.eos_id,
-    )
-    model = models.build(config)
+    end = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    model = models.build(models.GPT2Config(size, 128, 16, 1, 2, initializer_range=0.5, **end))
     models.save(path, model, initial_params(model))
     return path
 
@@ -120,23 +113,19 @@ def test_pad_that_is_eos_becomes_the_unknown_token_and_the_vocabulary_stays(fold
     tokenizer = policy.tokenizer
     config = policy.model.config
     unknown, end = map(tokenizer.backend.token_to_id, ("<|endoftext|>", "<|im_end|>"))
-    assert tokenizer.pad_id == unknown
-    assert tokenizer.eos_ids == (end,)
+    assert (tokenizer.pad_id, tokenizer.eos_ids) == (unknown, (end,))
     assert config.vocab_size == tokenizer.vocab_size == tokenizer.backend.get_vocab_size()
     # transformers reads a reward model's score at the last token that is no pad: EOS, if it is none
-    assert config.pad_token_id == unknown
-    assert config.eos_token_id == end
-    how = sampling.SamplingConfig(5, eos_id=end, pad_id=unknown)
-    policy.save(tmp_path, template="auto", config=how)
+    assert (config.pad_token_id, config.eos_token_id) == (unknown, end)
+    policy.save(tmp_path, template="auto", config=SAMPLING)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert len(again) == config.vocab_size
-    assert again.pad_token_id == unknown
+    assert (len(again), again.pad_token_id) == (config.vocab_size, unknown)
     assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == unknown
     named = json.loads((folder / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"pad_token": None}))
-    assert load_tokenizer(tmp_path).pad_id == unknown
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"unk_token": "<|im_end|>"}))
-    assert load_tokenizer(tmp_path).pad_id == tokenizer.backend.token_to_id("<|pad|>")
+    for change, pad in (({"pad_token": None}, "<|endoftext|>"), ({"unk_token": END}, "<|pad|>")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | change))
+        left = load_tokenizer(tmp_path)
+        assert left.pad_id == left.backend.token_to_id(pad)
 
 
 class Encoded(Exception):
@@ -255,16 +244,6 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     assert "It reads a prompt as a user's message of its chat template." in card
 
 
-def test_a_preview_shows_messages_as_text(folder, write):
-    tokenizer = load_tokenizer(folder)
-    ids = {"prompt": tokenizer.encode("hello"), "responses": ["a", "b"], "best": 0}
-    rows = [{"prompt": [SYSTEM, USER]}, ids]
-    preview = check.preview(write(rows), tokenizer, kind="prompts")
-    shown = "".join(f"    | {line}\n" for line in SHOWN.split("\n"))
-    assert f"  prompt:\n{shown}" in preview
-    assert "  prompt:\n    | hello" in preview
-
-
 def test_an_evaluation_at_temperature_0_says_what_the_generator_says(
     folder, generator, tmp_path, write
 ):
@@ -298,23 +277,27 @@ def test_transcripts_show_replies_without_special_tokens(folder):
     assert "assistant\n<|im_start|>" in responses(rollout, tokenizer, with_replies=True)[0]
 
 
-def test_the_prompts_of_encoded_texts_are_for_people(folder):
+def test_prompts_are_shown_to_people_as_text(folder, write):
     tokenizer = load_tokenizer(folder)
     prompt = chat.template_of(tokenizer).prompt([SYSTEM, USER], "")
     rows = [Row(prompt, ("a", "b"), "1", messages=[SYSTEM, USER]), Row("hi", ("a", "b"), "2")]
-    rows.append(Row(tuple(tokenizer.encode("hello")), ("a", "b"), "3"))
+    ids = tokenizer.encode("hello")
+    rows.append(Row(tuple(ids), ("a", "b"), "3"))
     for template, plain in (("auto", "hi"), ("Q: {prompt}", "Q: hi")):
         shown = encoding.encode_texts(rows, tokenizer, template=template).prompts
         assert shown == [SHOWN, plain, "hello"]
+    file = write([{"prompt": [SYSTEM, USER]}, {"prompt": ids, "responses": ["a", "b"], "best": 0}])
+    preview = check.preview(file, tokenizer, kind="prompts")
+    for text in (SHOWN, "hello"):
+        lines = "\n".join(f"    | {line}" for line in text.split("\n"))
+        assert f"  prompt:\n{lines}" in preview
 
 
 def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path):
     policy = LanguageModel.load(folder)
-    how = sampling.SamplingConfig(5, eos_id=policy.tokenizer.eos_id, pad_id=policy.tokenizer.pad_id)
-    policy.save(tmp_path / "framed", template="Q: {prompt} A:", config=how)
-    policy.save(tmp_path / "bare", template="{prompt}", config=how)
     for name, frame in (("framed", "Q: {prompt} A:"), ("bare", "{prompt}")):
         left = tmp_path / name
+        policy.save(left, template=frame, config=SAMPLING)
         tokenizer = load_tokenizer(left)
         hi = Row("hi", (), "")
         ids = Row((3, 4), (), "")
@@ -325,8 +308,7 @@ def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path
             assert list(template.prompt(messages, "")) == theirs(left, messages)
         line = chat.describe("auto", tokenizer, "here")
         assert line == f"text.template auto: {frame!r}, with which here was trained"
-        again = LanguageModel.load(left)
-        again.save(tmp_path / "again", template="auto", config=how)
+        LanguageModel.load(left).save(tmp_path / "again", template="auto", config=SAMPLING)
         assert load_tokenizer(tmp_path / "again").config == tokenizer.config
     asked = Generator(tmp_path / "framed", max_new_tokens=5, temperature=0)
     same(asked(["hi"]), asked([[USER]]))
@@ -355,9 +337,7 @@ def test_runs_of_unlike_templates_are_not_compared(folder, tmp_path):
     policy = bench.load(str(folder), evaluate.Config())
     assert policy.template == "auto"
     run = tmp_path / "run"
-    LanguageModel.load(folder).save(
-        run / "model", template="auto", config=sampling.SamplingConfig(5, eos_id=1, pad_id=0)
-    )
+    LanguageModel.load(folder).save(run / "model", template="auto", config=SAMPLING)
     (run / "config.yaml").write_text("text: {template: auto}")
     bench.check_template(policy, str(run), evaluate.Config())
     (run / "config.yaml").write_text("text: {template: '{prompt}'}")

@@ -202,15 +202,15 @@ WEIGHTS = ("config.json", "model.safetensors", "adapter_config.json", "adapter_m
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # What is drawn, what reads it, and how many examples the fast and the slow tier take.
 TARGETS = {
-    "data": (of_files(DATA), read_data, 40, 400),
+    "data": (of_files(DATA), read_data, 16, 400),
     "yaml": (
         of_files({"tiny.yaml": (ROOT / "configs" / "tiny.yaml").read_bytes()}),
         read_yaml,
-        30,
+        12,
         300,
     ),
-    "weights": (of_model(*WEIGHTS), read_model, 20, 120),
-    "tokenizer": (of_model(*TOKENIZERS), read_model, 20, 120),
+    "weights": (of_model(*WEIGHTS), read_model, 12, 120),
+    "tokenizer": (of_model(*TOKENIZERS), read_model, 12, 120),
 }
 
 

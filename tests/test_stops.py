@@ -1,6 +1,5 @@
 """``rl.stop``: a response ends where its text has a stop string, for all that reads it."""
 
-import json
 from dataclasses import replace
 
 import asked_runs
@@ -31,7 +30,7 @@ def size(prompts, responses, **columns):
 """
 
 
-def a_rollout(*responses, tokenizer=ALPHABET):
+def a_rollout(*responses):
     """Responses of up to five tokens behind a prompt of one, with log-probs of -1, -2, ..."""
     columns = np.arange(6)
     lengths = np.array([len(response) for response in responses])
@@ -47,19 +46,18 @@ def test_the_cut_by_hand():
     """After the token that completes the string; a text that is over when it has one counts too."""
     rollout = a_rollout([A, B, C, D, E], [C, A, EOS], [D, A, B], [A, C, D], [B, B, C, B, C])
     cut = stops.cut(rollout, ("ab", "bc"), ALPHABET)
-    assert_array_equal(cut.response_mask.sum(axis=1), [2, 3, 3, 3, 3])
-    assert cut.stopped.tolist() == [True, False, True, False, True]
-    assert_array_equal(cut.tokens[0], [PAD, A, B, PAD, PAD, PAD])
-    assert_array_equal(cut.attention_mask[0], [1, 1, 1, 0, 0, 0])
-    assert_array_equal(cut.log_probs[0], [0, -1, -2, 0, 0, 0])
-    kept = cut.response_mask == 1
-    assert_array_equal(cut.tokens[kept], rollout.tokens[kept])
+    length = np.array([2, 3, 3, 3, 3])
+    assert_array_equal(cut.stopped, [True, False, True, False, True])
+    assert_array_equal(cut.response_mask.sum(axis=1), length)
+    kept = np.arange(6) <= length[:, None]
+    for name, padding in (("tokens", PAD), ("attention_mask", 0), ("log_probs", 0.0)):
+        assert_array_equal(getattr(cut, name), np.where(kept, getattr(rollout, name), padding))
 
 
 def test_a_string_inside_a_token_ends_the_response_with_that_token():
     tokenizer = tokenizers.train_bpe(["yes no\n\nHuman: hi"] * 20, 300)
     [ids] = tokenizer.encode_batch(["no\n\nHuman: hi yes"], ["here"])
-    rollout = a_rollout(ids[:5], tokenizer=tokenizer)
+    rollout = a_rollout(ids[:5])
     whole = tokenizer.decode(ids[:5])
     for stop in ("\nH", "o", whole[-1]):
         cut = stops.cut(rollout, (stop,), tokenizer)
@@ -129,9 +127,10 @@ def test_samples_of_validations_end_at_the_string(stopped_run):
     _, _, _, folder = stopped_run
     samples = json_lines(folder / "samples.jsonl")
     assert samples
-    assert all(row["score"] == len(row["response"]) for row in samples)
-    assert all(num_stops(row["response"][:-1]) == 0 for row in samples)
-    assert any(num_stops(row["response"]) for row in samples)
+    responses = [row["response"] for row in samples]
+    assert [row["score"] for row in samples] == list(map(len, responses))
+    assert not any(num_stops(response[:-1]) for response in responses)
+    assert any(map(num_stops, responses))
 
 
 @pytest.mark.slow
@@ -152,37 +151,45 @@ def test_a_greedy_baseline_ends_at_the_string_too(stopped_run, tmp_path, monkeyp
     assert None not in greedy
 
 
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A folder with a policy that was trained with stop strings."""
+    folder = asked_runs.write(tmp_path_factory.mktemp("asked"))
+    file = folder / "policy" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["rl"]["stop"] = ["e", "a"]
+    file.write_text(yaml.safe_dump(settings))
+    return folder
+
+
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="stop: expected texts that are not empty"):
         RLStage(stop=("a", ""))
 
 
-def test_who_asks_a_run_uses_its_stop_strings(tmp_path):
-    folder = asked_runs.write(tmp_path) / "policy"
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings["rl"]["stop"] = ["e", "a"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+def test_who_asks_a_run_uses_its_stop_strings(asked, tmp_path):
+    folder = asked / "policy"
     assert asking.open_policy(str(folder), asking.Settings()).stop == ("e", "a")
     assert asking.open_policy(str(folder), asking.Settings(stop=("b",))).stop == ("b",)
-    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "ab"}, {"prompt": "cd"}]))
-    asked = {"prompts": (str(tmp_path / "prompts.json"),), "num_samples": 8}
-    evaluate.run(folder, evaluate.Config(**asked, output=str(tmp_path)))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["ab", "cd"]')
+    config = evaluate.Config(prompts=(str(prompts),), num_samples=8, output=str(tmp_path))
+    evaluate.run(folder, config)
     responses = [row["response"] for row in json_lines(tmp_path / evaluate.SAMPLES)]
-    assert all(not {"e", "a"} & set(response[:-1]) for response in responses)
-    assert any(response[-1:] in ("e", "a") for response in responses)
+    assert not {"e", "a"} & set("".join(response[:-1] for response in responses))
+    assert {"e", "a"} & {response[-1:] for response in responses}
 
 
-def test_a_stop_string_ends_each_response_of_a_conversation(tmp_path):
-    folder = asked_runs.write(tmp_path) / "policy" / "model"
+@pytest.mark.slow
+def test_a_stop_string_ends_each_response_of_a_conversation(asked):
     heard = []
 
     def environment(conversation, row):
         heard.append(conversation[-1]["content"])
-        return None if conversation[-1]["content"][-1:] not in ("e", "a") else "b"
+        return "b" if heard[-1].endswith(("e", "a")) else None
 
+    folder = asked / "policy" / "model"
     generator = Generator(folder, max_new_tokens=30, environment=environment, stop=["e", "a"])
     said = generator(["ab", "cd"], num_samples=8)
-    assert all(not {"e", "a"} & set(response[:-1]) for response in heard)
-    turns = [sum(text.count(stop) for stop in "ea") for text in said.texts]
-    assert max(turns) > 1
+    assert not {"e", "a"} & set("".join(response[:-1] for response in heard))
     assert len(heard) > len(said.texts)
