@@ -6,11 +6,11 @@ number ``step``: a resumed run continues at any step without going through the e
 number of devices does not matter. Everything is NumPy on the host.
 """
 
-import dataclasses
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -29,7 +29,11 @@ ABSENT = -1
 Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
-def split(groups: Sequence[Hashable], fraction: float, key: Array) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    groups: Sequence[Hashable],
+    fraction: float,
+    key: Array,
+) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, each ascending. The validation part has
     round(N * fraction) rows, at least 1; with a fraction of 0 it is empty.
 
@@ -42,19 +46,18 @@ def split(groups: Sequence[Hashable], fraction: float, key: Array) -> tuple[np.n
       UserError: no row would be left to train on.
     """
     num_rows = len(groups)
+    if not fraction:
+        return np.arange(num_rows), np.arange(0)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     group_of = np.array([numbers[group] for group in groups], np.int64)
-    order = _permutation(key, len(numbers))
-    num_held_out = 0
-    num_groups = 0
-    if fraction:
-        num_held_out = max(1, round(num_rows * fraction))
-        sizes = np.bincount(group_of)
-        is_large = sizes[order] > num_held_out
-        order = order[np.argsort(is_large, kind="stable")]
-        totals = np.cumsum(sizes[order])
-        num_groups = int(np.searchsorted(totals, num_held_out)) + 1
-    if num_groups >= len(numbers):
+    num_held_out = max(1, round(num_rows * fraction))
+    sizes = np.bincount(group_of)
+    order = _permutation(key, len(sizes))
+    is_large = sizes[order] > num_held_out
+    order = order[np.argsort(is_large, kind="stable")]
+    totals = np.cumsum(sizes[order])
+    num_groups = int(np.searchsorted(totals, num_held_out)) + 1
+    if num_groups >= len(sizes):
         raise UserError(
             f"{num_rows} rows leave none to train on after {num_held_out} for validation; give "
             "more data or a smaller validation_fraction (0 holds none out)"
@@ -63,7 +66,7 @@ def split(groups: Sequence[Hashable], fraction: float, key: Array) -> tuple[np.n
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The row numbers of any step: ``plan.rows(step)`` is a pure function of the fields and the
     step.
@@ -98,9 +101,9 @@ class Plan:
         batch_order = _permutation(jax.random.fold_in(epoch_key, 1), len(batches))
         return list(batches[batch_order])
 
-    @functools.cached_property
+    @cached_property
     def _recent(self) -> Callable[[int], list[np.ndarray]]:
-        return functools.lru_cache(maxsize=2)(self.epoch)  # of consecutive steps
+        return lru_cache(maxsize=2)(self.epoch)  # of consecutive steps
 
     def rows(self, step: int) -> np.ndarray:
         """[batch_size] row numbers of batch ``step`` (counted over all epochs), -1 for no row."""
@@ -114,7 +117,12 @@ class Plan:
         return longest, int(lengths.sum())
 
 
-def prompt_rows(n: int, batch_size: int, key: Array, step: int) -> np.ndarray:
+def prompt_rows(
+    n: int,
+    batch_size: int,
+    key: Array,
+    step: int,
+) -> np.ndarray:
     """[batch_size] int64 row numbers of prompt batch ``step``. The batch is always full: at the end
     of an epoch it takes its other rows from the next epoch's shuffle.
 
@@ -143,14 +151,18 @@ def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
     return width if width <= 0.75 * columns else columns
 
 
-def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPrompts:
+def narrowed(
+    data: EncodedPrompts,
+    rows: np.ndarray,
+    multiple: int,
+) -> EncodedPrompts:
     """The prompts without the columns that are padding in all of the given rows. Other rows may
     lose their first tokens.
     """
     width = prompt_width(data.attention_mask[rows], multiple)
     tokens = data.tokens[:, -width:]
     attention_mask = data.attention_mask[:, -width:]
-    return dataclasses.replace(data, tokens=tokens, attention_mask=attention_mask)
+    return replace(data, tokens=tokens, attention_mask=attention_mask)
 
 
 def demonstration_batch(
@@ -194,7 +206,12 @@ def packed_batch(
     N is the number of packed rows that the texts fill, rounded up to a ``multiple``, so that few
     shapes are compiled and devices have equal parts.
     """
-    texts, held = _packed(data, rows, width, multiple)
+    texts, held = _packed(
+        data,
+        rows,
+        width,
+        multiple,
+    )
     return Demonstrations(*_placed(data, texts, (len(held), width)))
 
 
@@ -211,7 +228,12 @@ def packed_comparisons(
     N is as in `packed_batch`. The labels have shape [N, C]; C is the same for all batches with the
     same number of rows.
     """
-    texts, held = _packed(data, rows, width, multiple)
+    texts, held = _packed(
+        data,
+        rows,
+        width,
+        multiple,
+    )
     num_rows, num_comparisons = held.shape
     shape = (num_rows, num_comparisons, data.num_answers)
     numbers = 1 + np.arange(num_comparisons * data.num_answers, dtype=np.int32)
@@ -238,20 +260,22 @@ def packing(
     totals = data.lengths.sum(axis=1)
     width = _round_up(int(totals.max()), plan.bucket_multiple)
     width = min(width, data.num_answers * (data.max_length or sys.maxsize))
-    mixed = dataclasses.replace(plan, bucket_multiple=width)  # one bucket holds all
+    mixed = replace(plan, bucket_multiple=width)  # one bucket holds all
     padded_columns = 0
     needed = []
     for step in range(plan.steps_per_epoch):
         padded = rows[_present(plan.rows(step))]
         padded_columns += width_of(data, padded, plan.bucket_multiple)
         packed = rows[_present(mixed.rows(step))]
-        last_row = max(row for _, row, _ in first_fit(totals[packed], width))
-        needed.append(1 + last_row)
+        rows_used = {row for _, row, _ in first_fit(totals[packed], width)}
+        needed.append(len(rows_used))
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
     before = plan.batch_size * data.num_answers * padded_columns
     after = width * _round_up(np.array(needed), multiple).sum()
-    return mixed, width, multiple, 1 - num_tokens / before, 1 - num_tokens / after
+    padding_before = 1 - num_tokens / before
+    padding_after = 1 - num_tokens / after
+    return mixed, width, multiple, padding_before, padding_after
 
 
 def comparison_batch(
@@ -268,7 +292,11 @@ def comparison_batch(
     return Comparisons(*_padded(data, rows, bucket_multiple), **_labels_of(data, rows))
 
 
-def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Feedback:
+def feedback_batch(
+    data: EncodedTexts,
+    rows: np.ndarray,
+    bucket_multiple: int = 16,
+) -> Feedback:
     """The given comparisons of one answer as [B, T]. A target of 1 means desirable, 0 undesirable.
 
     The rows are padded so that each response fits after the prompt of the previous row, up to
@@ -276,11 +304,22 @@ def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 
     """
     next_responses = np.roll(data.response_lengths[rows], -1, axis=0)
     needed = int((data.starts[rows] + next_responses).max())
-    arrays = _padded(data, rows, bucket_multiple, needed)
+    arrays = _padded(
+        data,
+        rows,
+        bucket_multiple,
+        needed,
+    )
     tokens, attention_mask, response_mask = (array[:, 0] for array in arrays)
     desirable = _labels(data.targets, rows)[:, 0] > 0.5
     weight = _labels(data.weight, rows)
-    return Feedback(tokens, attention_mask, response_mask, desirable, weight)
+    return Feedback(
+        tokens,
+        attention_mask,
+        response_mask,
+        desirable,
+        weight,
+    )
 
 
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
@@ -312,8 +351,11 @@ def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]
     of the rows' `Row.conversation`. A value that a row lacks is None.
     """
     rows = [data.rows[row] for row in row_ids]
-    columns = {name: [row.columns.get(name) for row in rows] for name in data.columns}
-    return columns | {"messages": [row.conversation for row in rows]}
+    columns: dict[str, list[Any]] = {}
+    for name in data.columns:
+        columns[name] = [row.columns.get(name) for row in rows]
+    columns["messages"] = [row.conversation for row in rows]
+    return columns
 
 
 def _padded(
@@ -326,16 +368,27 @@ def _padded(
     rounded up.
     """
     num_answers = data.num_answers
-    width = width_of(data, rows, bucket_multiple, least)
+    width = width_of(
+        data,
+        rows,
+        bucket_multiple,
+        least,
+    )
     texts = []
     present = np.flatnonzero(rows != ABSENT).tolist()
     for i, answer in itertools.product(present, range(num_answers)):
-        texts.append((rows[i], answer, i * num_answers + answer, 0, 1))
+        place = i * num_answers + answer
+        texts.append((rows[i], answer, place, 0, 1))
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
 
-def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int, least: int = 0) -> int:
+def width_of(
+    data: EncodedTexts,
+    rows: np.ndarray,
+    bucket_multiple: int,
+    least: int = 0,
+) -> int:
     """The number of columns for the longest text of the given rows, and at least for ``least``."""
     longest = int(data.lengths[_present(rows)].max(initial=least))
     return min(_round_up(longest, bucket_multiple), data.max_length or sys.maxsize)
@@ -353,9 +406,10 @@ def _packed(
     """
     present = _present(rows)
     places = first_fit(data.lengths[present].sum(axis=1), width)
-    num_packed = 1 + max((place for _, place, _ in places), default=0)
-    most = min(int(np.searchsorted(data.shortest, width, side="right")), len(rows))
-    held = np.full((_round_up(num_packed, multiple), most), ABSENT)
+    num_packed = len({place for _, place, _ in places}) or 1
+    num_shortest = int(np.searchsorted(data.shortest, width, side="right"))
+    shape = (_round_up(num_packed, multiple), min(num_shortest, len(rows)))
+    held = np.full(shape, ABSENT)
     texts: list[Place] = []
     for i, place, start in places:
         row = present[i]
@@ -368,7 +422,11 @@ def _packed(
     return texts, held
 
 
-def _placed(data: EncodedTexts, texts: Sequence[Place], shape: tuple[int, int]) -> tuple[Any, ...]:
+def _placed(
+    data: EncodedTexts,
+    texts: Sequence[Place],
+    shape: tuple[int, int],
+) -> tuple[Any, ...]:
     """NumPy arrays of a shape [N, T], int32: tokens, the number of the text in each column (0 for
     none), and response_mask. Their type is Any because they fill fields of type jax.Array.
     """

@@ -10,13 +10,13 @@ sandbox whose values cannot be changed and whose unsafe attributes cannot be rea
 """
 
 import contextlib
-import dataclasses
 import datetime
-import functools
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,7 +46,7 @@ _MARK = "{{#- text.template: {} -#}}"
 _TODAY = datetime.datetime(2024, 7, 26)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A Jinja template. With a tokenizer the rendered text is tokenised, its special tokens as
     special tokens. Without a tokenizer (`PLAIN`) prompts are text. Message contents may not spell a
@@ -55,10 +55,15 @@ class ChatTemplate:
 
     source: str = PLAIN
     tokenizer: Tokenizer | None = None
-    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
     """bos_token and the like, by the template's names."""
 
-    def prompt(self, messages: Messages, where: str, after: str = "") -> Text:
+    def prompt(
+        self,
+        messages: Messages,
+        where: str,
+        after: str = "",
+    ) -> Text:
         """The conversation and the opening of the next assistant turn; with ``after`` only the part
         that follows this text.
 
@@ -75,7 +80,12 @@ class ChatTemplate:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
             return rendered if self.tokenizer is None else tuple(self._encoded(rendered))
 
-    def answered(self, messages: Messages, response: str, where: str) -> list[int]:
+    def answered(
+        self,
+        messages: Messages,
+        response: str,
+        where: str,
+    ) -> list[int]:
         """Token ids of the conversation with the response as the assistant's next turn, which are
         those of transformers' ``apply_chat_template``; this template has a tokenizer.
 
@@ -123,7 +133,7 @@ class ChatTemplate:
                     what = f"a {message['role']} message spells the special token {token!r}"
                     raise BadRow(where, f"{what}; remove it, only the chat template may write it")
 
-    @functools.cached_property
+    @cached_property
     def _template(self) -> jinja2.Template:
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -131,14 +141,14 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _TODAY.strftime
         # Jinja's own filter is for HTML.
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it
         # stands.
         source = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", self.source)
         source = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", source)
         return environment.from_string(source)
 
-    @functools.cached_property
+    @cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
         assert self.tokenizer is not None
         encoder = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
@@ -146,7 +156,7 @@ class ChatTemplate:
         encoder.encode_special_tokens = False
         return encoder
 
-    @functools.cached_property
+    @cached_property
     def _special(self) -> list[str]:
         if self.tokenizer is None:
             return []
@@ -154,7 +164,7 @@ class ChatTemplate:
         return [token.content for token in added if token.special]
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> ChatTemplate:
     """The template that renders messages under a ``text.template``: the tokenizer's own chat
     template, or `PLAIN` if it has none.
@@ -195,7 +205,11 @@ def in_force(template: str, tokenizer: Tokenizer) -> str:
     return frame(template, tokenizer) or template_of(tokenizer).source
 
 
-def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
+def describe(
+    template: str,
+    tokenizer: Tokenizer,
+    folder: str | None,
+) -> str:
     """A line that says in which template a model gets its prompts. Its tokenizer is the folder's or
     new.
     """
@@ -233,7 +247,7 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
         )
         parts = {"MARK": mark, "FRAMED": " + text + ".join(before), "AFTER": after}
         source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
-    return dataclasses.replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+    return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
 
 
 def text_template(tokenizer: Tokenizer) -> str | None:
@@ -307,7 +321,11 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     return _before_last(record, key, messages), response
 
 
-def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
+def _before_last(
+    record: Record,
+    key: str,
+    messages: list[Message],
+) -> list[Message]:
     record.expect(len(messages) > 1, f"{key!r} has no message before the assistant's")
     return messages[:-1]
 

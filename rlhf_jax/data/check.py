@@ -73,17 +73,35 @@ def check(
     rows_of: dict[str, list[Row]] = {}
     for path in paths:
         try:
-            file = _read(path, tokenizer, kind, columns, on_bad_row)
+            file = _read(
+                path,
+                tokenizer,
+                kind,
+                columns,
+                on_bad_row,
+            )
         except UserError as error:
             nothing = formats.ReadResult([], errors=[error])
-            file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
+            file = _File(
+                f"{path}: unreadable, 0 rows",
+                kind or "demonstrations",
+                [],
+                nothing,
+            )
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
         rows_of[path] = file.found.rows
         num_problems += len(file.found.errors)
         num_warnings += warnings
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
-        texts.append(_overlap(name, first, other, second))
+        texts.append(
+            _overlap(
+                name,
+                first,
+                other,
+                second,
+            )
+        )
     texts.append(_total(num_problems, num_warnings))
     return Report("\n\n".join(texts), num_problems)
 
@@ -95,7 +113,12 @@ def _total(num_problems: int, num_warnings: int) -> str:
     return f"no problems, warnings: {num_warnings}" if num_warnings else "no problems"
 
 
-def _overlap(name: str, first: list[Row], other: str, second: list[Row]) -> str:
+def _overlap(
+    name: str,
+    first: list[Row],
+    other: str,
+    second: list[Row],
+) -> str:
     """The number of prompts and of rows that two files share."""
     prompts = {row.prompt for row in first} & {row.prompt for row in second}
     texts = {row.texts for row in first}
@@ -120,7 +143,13 @@ def preview(
     Raises:
       UserError: the file cannot be read.
     """
-    file = _read(path, tokenizer, kind, columns, "error")
+    file = _read(
+        path,
+        tokenizer,
+        kind,
+        columns,
+        "error",
+    )
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file)])
     blocks = [f"{file.head}, {file.kind}", *shown, findings]
@@ -142,8 +171,18 @@ def _read(
     records = adapted(source.records, columns)
     kind = kind or _kind_of(name, records)
     template = chat.template_of(tokenizer, chat.AUTO)
-    found = formats.parse_all(kind, records, template, on_bad_row)
-    return _File(f"{name}: {source.format}, {len(source.records)} rows", kind, records, found)
+    found = formats.parse_all(
+        kind,
+        records,
+        template,
+        on_bad_row,
+    )
+    return _File(
+        f"{name}: {source.format}, {len(source.records)} rows",
+        kind,
+        records,
+        found,
+    )
 
 
 def _kind_of(name: str, records: Sequence[Record]) -> Kind:
@@ -155,7 +194,11 @@ def _kind_of(name: str, records: Sequence[Record]) -> Kind:
     return of_names.get(Path(name).name, likely)
 
 
-def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
+def _describe(
+    name: str,
+    file: _File,
+    tokenizer: Tokenizer | None,
+) -> tuple[str, int]:
     """The report on a file, and its number of warnings. Errors of labels and tokens are added to
     ``found.errors``.
     """
@@ -227,11 +270,20 @@ def _unread(file: _File) -> tuple[list[str], list[str]]:
     return [f"  {title}: {counted}"], warnings
 
 
-def _slip(key: str, row: Fields, read: set[str]) -> str:
+def _slip(
+    key: str,
+    row: Fields,
+    read: set[str],
+) -> str:
     """A sentence if the key looks like a known key that the row lacks, else ""."""
     missing = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
-    near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
+    near = difflib.get_close_matches(
+        _ALIASES.get(name, name),
+        missing,
+        n=1,
+        cutoff=0.85,
+    )
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
     if key in formats.PAIR and read == {"prompt"}:
@@ -305,7 +357,11 @@ def _spread(title: str, lengths: list[int]) -> str:
     return f"  {title}: median {median:g}, 95% up to {most:g}, longest {max(lengths)}"
 
 
-def _render_row(row: Row, tokenizer: Tokenizer | None, limit: int | None = None) -> str:
+def _render_row(
+    row: Row,
+    tokenizer: Tokenizer | None,
+    limit: int | None = None,
+) -> str:
     """One row with its place, each text under its name; of a text at most ``limit`` characters."""
     texts = dict(zip(_names(row), row.responses, strict=True))
     if not row.is_plain_text:

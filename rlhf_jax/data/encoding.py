@@ -4,21 +4,22 @@ the same as in sampling.
 Token ids in the data are used as they are, without an EOS after them.
 """
 
-import functools
 import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import Messages, Row, Text
+from rlhf_jax.data.rows import Messages, Row, Rows, Text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
+Ids = list[int]
 TooLong = Literal["error", "truncate", "drop"]
 
 CUT = "response cut, its EOS with it"
@@ -47,7 +48,7 @@ class EncodedTexts:
     weight: np.ndarray  # [N] float32; [N, M] for an ensemble of M members
     targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
 
-    @functools.cached_property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """[N, K] int64 tokens of each text."""
         lengths = [[len(text) for text in texts] for texts in self.tokens]
@@ -63,7 +64,7 @@ class EncodedTexts:
         """[N, K] int64 tokens of each response; 0 for a missing one."""
         return self.lengths - self.starts
 
-    @functools.cached_property
+    @cached_property
     def shortest(self) -> np.ndarray:
         """[N] int64 total tokens of the 1, 2, ..., N shortest rows, with all texts of each row."""
         return np.cumsum(np.sort(self.lengths.sum(axis=1)))
@@ -87,7 +88,7 @@ class EncodedPrompts:
 
 
 def encode_texts(
-    rows: Sequence[Row],
+    rows: Rows,
     tokenizer: Tokenizer,
     *,
     template: str = "{prompt}",
@@ -113,22 +114,32 @@ def encode_texts(
     ids_of_responses = response_ids(rows, tokenizer)
     counts = Counter[str]()
     kept: list[Row] = []
-    prompts: list[list[int]] = []
-    answers: list[list[list[int]]] = []
-    for row, prompt, responses in zip(rows, ids_of_prompts, ids_of_responses, strict=True):
-        cut = _cut(row, prompt, responses, max_length, too_long, counts)
+    prompts: list[Ids] = []
+    answers: list[list[Ids]] = []
+    for row, prompt, responses in zip(
+        rows,
+        ids_of_prompts,
+        ids_of_responses,
+        strict=True,
+    ):
+        cut = _cut(
+            row,
+            prompt,
+            responses,
+            max_length,
+            too_long,
+            counts,
+        )
         if cut is not None:
             kept.append(row)
             prompts.append(prompt)
             answers.append(cut)
     _check_some_left(kept, rows, max_length)
     frame = chat.frame(template, tokenizer) or "{prompt}"
-    prompt_lengths = np.array([[len(prompt)] for prompt in prompts])
-    num_responses = np.array([[len(cut)] for cut in answers])
     targets = itertools.zip_longest(*(row.targets or () for row in kept), fillvalue=0.0)
     return EncodedTexts(
         tokens=[_whole(prompts, column) for column in itertools.zip_longest(*answers)],
-        starts=np.where(np.arange(num_responses.max()) < num_responses, prompt_lengths, 0),
+        starts=_starts(prompts, answers),
         prompts=[_shown(row, frame, tokenizer) for row in kept],
         sources=[row.source for row in kept],
         pad_id=tokenizer.pad_id,
@@ -140,7 +151,14 @@ def encode_texts(
     )
 
 
-def _whole(prompts: Sequence[list[int]], responses: Sequence[list[int] | None]) -> list[np.ndarray]:
+def _starts(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> np.ndarray:
+    """[N, K] int64 first columns of the responses; 0 for missing ones."""
+    num_answers = np.array([[len(cut)] for cut in answers])
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    return np.where(np.arange(num_answers.max()) < num_answers, lengths, 0)
+
+
+def _whole(prompts: Sequence[Ids], responses: Sequence[Ids | None]) -> list[np.ndarray]:
     """Each prompt with its response; without tokens if the response is missing (None)."""
     pairs = zip(prompts, responses, strict=True)
     texts = [[] if response is None else prompt + response for prompt, response in pairs]
@@ -149,12 +167,12 @@ def _whole(prompts: Sequence[list[int]], responses: Sequence[list[int] | None]) 
 
 def _cut(
     row: Row,
-    prompt: list[int],
-    responses: list[list[int]],
+    prompt: Ids,
+    responses: list[Ids],
     max_length: int | None,
     too_long: TooLong,
     counts: Counter[str],
-) -> list[list[int]] | None:
+) -> list[Ids] | None:
     """The responses cut to ``max_length``, or None if the row is dropped; counted in ``counts``."""
     room = sys.maxsize if max_length is None else max_length - len(prompt)
     longer = [len(response) for response in responses if len(response) > room]
@@ -177,7 +195,11 @@ def _cut(
     return cut
 
 
-def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
+def pieces(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> list[Row]:
     """Plain texts, with EOS at their end, cut into rows of token ids. A piece has as many tokens as
     the model can read, and at most `LONGEST_PIECE`.
 
@@ -188,13 +210,14 @@ def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[R
     cut = []
     for row, [ids] in zip(rows, response_ids(rows, tokenizer), strict=True):
         for number, start in enumerate(range(0, len(ids) - 1, length - 1), 1):
-            piece = tuple(ids[start : start + length])
-            cut.append(Row(piece[:1], (piece[1:],), f"{row.source}, piece {number}"))
+            first, *others = ids[start : start + length]
+            source = f"{row.source}, piece {number}"
+            cut.append(Row((first,), (tuple(others),), source))
     return cut
 
 
 def encode_prompts(
-    rows: Sequence[Row],
+    rows: Rows,
     tokenizer: Tokenizer,
     *,
     template: str = "{prompt}",
@@ -224,7 +247,7 @@ def encode_prompts(
     width = length or min(room, max(map(len, ids), default=0))
     counts = Counter[str]()
     kept: list[Row] = []
-    prompts: list[list[int]] = []
+    prompts: list[Ids] = []
     for row, prompt in zip(rows, ids, strict=True):
         is_longer = len(prompt) > width
         if is_longer and too_long == "error":
@@ -240,7 +263,13 @@ def encode_prompts(
     tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
     names = [name for row in kept for name in row.columns]
     columns = list(dict.fromkeys(names))  # in the order of their first appearance
-    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
+    return EncodedPrompts(
+        tokens,
+        attention_mask,
+        kept,
+        columns,
+        dict(+counts),
+    )
 
 
 def left_padded(
@@ -250,13 +279,17 @@ def left_padded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and attention_mask [N, width] int32 of N prompts."""
     lengths = np.array([len(prompt) for prompt in ids])
-    mask = (np.arange(width) >= width - lengths[:, None]).astype(np.int32)
-    tokens = np.full_like(mask, pad_id)
-    tokens[mask == 1] = np.concatenate(ids)
-    return tokens, mask
+    is_real = np.arange(width) >= width - lengths[:, None]
+    tokens = np.full(is_real.shape, pad_id, np.int32)
+    tokens[is_real] = np.concatenate(ids)
+    return tokens, is_real.astype(np.int32)
 
 
-def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list[list[int]]:
+def prompt_ids(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    template: str,
+) -> list[Ids]:
     """Ids of each prompt as the model reads it under the template, a ``text.template``.
 
     A text is put into `chat.frame`, or becomes a user's message of the tokenizer's chat template.
@@ -271,7 +304,15 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     frame = chat.frame(template, tokenizer)
     if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    texts = [_framed(row, template, frame, tokenizer) for row in rows]
+    texts = [
+        _framed(
+            row,
+            template,
+            frame,
+            tokenizer,
+        )
+        for row in rows
+    ]
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
@@ -280,7 +321,12 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     return encoded
 
 
-def _framed(row: Row, template: str, frame: str | None, tokenizer: Tokenizer) -> Text:
+def _framed(
+    row: Row,
+    template: str,
+    frame: str | None,
+    tokenizer: Tokenizer,
+) -> Text:
     """A text in its frame or as a user's message; token ids in a template other than ``auto``."""
     if isinstance(row.prompt, str):
         if frame is not None:
@@ -296,7 +342,11 @@ def _framed(row: Row, template: str, frame: str | None, tokenizer: Tokenizer) ->
     return tuple(ids)
 
 
-def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
+def _shown(
+    row: Row,
+    frame: str,
+    tokenizer: Tokenizer,
+) -> str:
     """A row's prompt for people to read, in its frame if the prompt is a text."""
     text = chat.shown(row, tokenizer)
     return frame.replace("{prompt}", text) if isinstance(row.prompt, str) else text
@@ -307,7 +357,7 @@ def answered_ids(
     response: str,
     tokenizer: Tokenizer,
     where: str,
-) -> list[int]:
+) -> Ids:
     """Ids of a conversation and its response, both texts, for a model of another tokenizer: in the
     chat template of its folder.
 
@@ -331,7 +381,7 @@ def answered_ids(
     return [*before, *after, tokenizer.eos_id]
 
 
-def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:
+def response_ids(rows: Rows, tokenizer: Tokenizer) -> list[list[Ids]]:
     """Ids of the responses of each row, with EOS after responses that are texts. Raises as
     `prompt_ids`.
     """
@@ -345,7 +395,11 @@ def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[in
     return [list(itertools.islice(rest, len(row.responses))) for row in rows]
 
 
-def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
+def _ids(
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    sources: Sequence[str],
+) -> list[Ids]:
     strings = [text if isinstance(text, str) else "" for text in texts]
     encoded = tokenizer.encode_batch(strings, sources)
     last = tokenizer.vocab_size - 1
@@ -362,17 +416,20 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
 _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
-def _weights(rows: Sequence[Row], kept: Sequence[Row]) -> np.ndarray:
+def _weights(rows: Rows, kept: Rows) -> np.ndarray:
     """[N] float32 weights of the rows that are kept. If some pairs of a source (a ranking) are
     dropped, its other pairs get their weight, so that the source's total does not change.
     """
     before = _total_weights(rows)
     after = _total_weights(kept)
-    weights = [(row.weight or 1.0) * before[row.source] / after[row.source] for row in kept]
+    weights = []
+    for row in kept:
+        own = row.weight or 1.0
+        weights.append(own * before[row.source] / after[row.source])
     return np.array(weights, np.float32)
 
 
-def _total_weights(rows: Sequence[Row]) -> dict[str, float]:
+def _total_weights(rows: Rows) -> dict[str, float]:
     """{source: the sum of its rows' weights}."""
     totals = defaultdict[str, float](float)
     for row in rows:
@@ -380,7 +437,11 @@ def _total_weights(rows: Sequence[Row]) -> dict[str, float]:
     return totals
 
 
-def _check_some_left(kept: Sequence[Row], rows: Sequence[Row], limit: int | None) -> None:
+def _check_some_left(
+    kept: Rows,
+    rows: Rows,
+    limit: int | None,
+) -> None:
     if not kept:
         what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
         raise UserError(f"{what}; raise the limit")

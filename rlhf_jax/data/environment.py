@@ -17,8 +17,8 @@ It is called on the host, once after each response. A run is reproducible and re
 function depends only on its two arguments.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.rows import Fields, Message, Row
+from rlhf_jax.data.rows import Fields, Message, Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import spec
@@ -64,7 +64,12 @@ def function_of(source: Source, setting: str) -> Reply:
     if not isinstance(source, str):
         return source
     file, _, function = source.rpartition(":")
-    return spec.load_function(f"{setting} {source}", Path(file), function, ())
+    return spec.load_function(
+        f"{setting} {source}",
+        Path(file),
+        function,
+        (),
+    )
 
 
 def load_environment(
@@ -83,7 +88,13 @@ def load_environment(
         )
     if fn is None:
         return None
-    return Environment(fn, tokenizer, chat.template_of(tokenizer), slots, max_turns)
+    return Environment(
+        fn,
+        tokenizer,
+        chat.template_of(tokenizer),
+        slots,
+        max_turns,
+    )
 
 
 def converse(
@@ -122,7 +133,12 @@ def converse(
     if environment is None:
         inputs: Any = (tokens, attention_mask, rows.astype(np.int32))
         return respond(*inputs), {}
-    batch = _with_slots(environment, tokens, attention_mask, rows)
+    batch = _with_slots(
+        environment,
+        tokens,
+        attention_mask,
+        rows,
+    )
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     talks = [_first_messages(row, environment.tokenizer) for row in own_data]
     turns = np.zeros(len(rows), int)
@@ -133,13 +149,24 @@ def converse(
         turns += is_open
         sampled = processes.fetch(respond(*_as_prompts(batch, is_open, environment.slots)))
         own = processes.own_rows((batch, sampled, status))
-        answer = functools.partial(_answer, environment, talks, own_data, turns.max(), *own)
+        answer = partial(
+            _answer,
+            environment,
+            talks,
+            own_data,
+            turns.max(),
+            *own,
+        )
         batch, status = processes.gather_rows(processes.agree(answer))
         is_open = status == _OPEN
     return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
 
 
-def _as_prompts(batch: Any, is_open: np.ndarray, slots: int) -> tuple[Any, ...]:
+def _as_prompts(
+    batch: Any,
+    is_open: np.ndarray,
+    slots: int,
+) -> tuple[Any, ...]:
     """The open conversations of a batch as prompts [B, P + R], padded on the left: token ids,
     attention mask, data rows and used slots. The others are missing rows.
     """
@@ -153,7 +180,7 @@ def _as_prompts(batch: Any, is_open: np.ndarray, slots: int) -> tuple[Any, ...]:
 def _answer(
     environment: Environment,
     talks: Sequence[list[Message]],
-    data: Sequence[Row],
+    data: Rows,
     turn: int,
     batch: Any,
     sampled: Rollout,
@@ -167,13 +194,23 @@ def _answer(
     # Copies, because the arrays of several processes are read-only.
     batch, status = jax.tree.map(np.array, (batch, status))
     for i in np.flatnonzero(status == _OPEN).tolist():
-        response, end = _append_response(batch, sampled, i, environment.slots)
+        response, end = _append_response(
+            batch,
+            sampled,
+            i,
+            environment.slots,
+        )
         if sampled.stopped is not None:
             batch.stopped[i] = sampled.stopped[i]
         content = environment.tokenizer.decode(response)
         talks[i].append({"role": "assistant", "content": content})
         where = f"environment: {data[i].source}, turn {turn}"
-        reply, reward = _ask(environment, talks[i], data[i].columns, where)
+        reply, reward = _ask(
+            environment,
+            talks[i],
+            data[i].columns,
+            where,
+        )
         batch.rewards[i, end - 1] = reward
         if reply is None:
             status[i] = _DONE

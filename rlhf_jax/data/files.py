@@ -77,7 +77,11 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
     return source
 
 
-def parse_bytes(data: bytes, name: str, whole_text: bool = False) -> Source:
+def parse_bytes(
+    data: bytes,
+    name: str,
+    whole_text: bool = False,
+) -> Source:
     """The records in the bytes of a file, unpacked; the name decides how, as in `read_source`."""
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     records: Iterable[Record]
@@ -109,7 +113,11 @@ def _lines(text: str, name: str) -> list[Record]:
     return [Record(line, f"{name}, line {n}") for n, line in numbered if line.strip()]
 
 
-def _text(text: str, name: str, whole_text: bool) -> list[Record]:
+def _text(
+    text: str,
+    name: str,
+    whole_text: bool,
+) -> list[Record]:
     lines = _lines(text, name)
     if lines and isinstance(_json(*lines[0]), dict):
         fault = "expected a text, found a JSON object; call the file .jsonl"
@@ -209,7 +217,11 @@ def _describe(error: json.JSONDecodeError) -> str:
     return what
 
 
-def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
+def _csv(
+    text: str,
+    name: str,
+    delimiter: str,
+) -> Iterator[Record]:
     """The rows under a header line. Every cell is text, except ``best`` and the columns of lists,
     which are JSON.
     """
@@ -231,7 +243,11 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
         yield Record(UserError(what), source)
 
 
-def _csv_row(header: list[str], cells: list[str], source: str) -> Fields | BadRow:
+def _csv_row(
+    header: list[str],
+    cells: list[str],
+    source: str,
+) -> Fields | BadRow:
     if len(cells) != len(header):
         advice = "quote cells that hold a delimiter or a line break"
         return BadRow(source, f"{len(cells)} cells under a header of {len(header)}; {advice}")

@@ -25,11 +25,11 @@ count as one comparison. Every row remembers where it came from, so that later s
 their errors.
 """
 
-import dataclasses
 import itertools
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.files import Source, parse_bytes, read_source
-from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Text
+from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Rows, Text
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -106,18 +106,18 @@ class Form(NamedTuple):
 UNKNOWN = Form(None, "no known form")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ReadResult:
     """The rows in file order, and what else was found."""
 
     rows: list[Row]
-    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
     """{reason: places of the rows that were left out for it}."""
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
     """{source: sha256}."""
-    errors: list[UserError] = dataclasses.field(default_factory=list)
+    errors: list[UserError] = field(default_factory=list)
     """Of the rows that cannot be used."""
-    unused_columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
 
     @property
@@ -176,7 +176,12 @@ def read(
     unused_columns = unused(records, columns)
     if unused_columns and not shares_columns:
         raise UserError("\n".join(unused_columns.values()))
-    result = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
+    result = parse_all(
+        kind,
+        adapted(records, columns),
+        template or ChatTemplate(),
+        on_bad_row,
+    )
     result.unused_columns.update(unused_columns)
     if result.errors:
         lines = rows.summary(result.errors)
@@ -190,7 +195,12 @@ def read(
     return result
 
 
-def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
+def fingerprints(
+    kind: Kind,
+    names: Names,
+    *,
+    seed: int = 0,
+) -> dict[str, str]:
     """{source: sha256} of the sources that ``read`` would read."""
     return {name: source.fingerprint for name, source in _sources(kind, names, seed).items()}
 
@@ -223,7 +233,11 @@ def parse_all(
     return result
 
 
-def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
+def _sources(
+    kind: Kind,
+    names: Names,
+    seed: int,
+) -> dict[str, Source]:
     several = [names] if isinstance(names, str | os.PathLike) else names
     given = [str(name) for name in several]
     if not given:
@@ -244,7 +258,7 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
     return sources
 
 
-def check_labels(read_rows: Sequence[Row]) -> None:
+def check_labels(read_rows: Rows) -> None:
     """Raises `UserError` if some rows have targets and others a preference, or some are plain texts
     and others have prompts.
     """
@@ -288,7 +302,11 @@ def keys_read(row: Fields) -> set[str]:
     return keys & set(row)
 
 
-def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
+def parse(
+    kind: Kind,
+    record: Record,
+    template: ChatTemplate,
+) -> Rows:
     """The rows of one record.
 
     Raises:
@@ -314,7 +332,11 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
     return _pairs(comparison, ranks)
 
 
-def _check_ranked(ranks: Ranks, kind: Kind, record: Record) -> None:
+def _check_ranked(
+    ranks: Ranks,
+    kind: Kind,
+    record: Record,
+) -> None:
     what = f"holds targets, which are no preference; {kind} need best, ranking or ranks"
     record.expect(ranks, what)
 
@@ -329,14 +351,24 @@ def _demonstration(record: Record, template: ChatTemplate) -> Row:
         comparison, ranks = _answers(record, template)
         _check_ranked(ranks, "demonstrations", record)
         best = comparison.responses[ranks.index(min(ranks))]
-        return dataclasses.replace(comparison, responses=(best,), best=None, category="")
+        return replace(
+            comparison,
+            responses=(best,),
+            best=None,
+            category="",
+        )
     key = "response"
     if "messages" in row:
         key = "messages"
     elif "response" not in row and row.keys() >= set(PAIR):
         key = "chosen"
     before, response = _exchange(record, key)
-    return _row(record, before, template, (response,))
+    return _row(
+        record,
+        before,
+        template,
+        (response,),
+    )
 
 
 def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
@@ -346,7 +378,7 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     if is_judged and "desirable" not in row:
         pairs = parse("pairs", record, template)
         return [
-            dataclasses.replace(pair, responses=(response,), targets=(target,))
+            replace(pair, responses=(response,), targets=(target,))
             for pair in pairs
             for response, target in zip(pair.responses, (1.0, 0.0), strict=True)
         ]
@@ -355,7 +387,15 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     record.expect(is_bool, "'desirable' must be true or false", row["desirable"])
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     targets = (float(row["desirable"]),)
-    return [_row(record, before, template, (response,), targets=targets)]
+    return [
+        _row(
+            record,
+            before,
+            template,
+            (response,),
+            targets=targets,
+        )
+    ]
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Row:
@@ -364,7 +404,12 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
         return _row(record, _before_answers(record), template)
     others = ("prompt", "response", "messages", *PAIR)
     columns = {key: value for key, value in row.items() if key not in others}
-    return _row(record, _asked(record), template, columns=columns)
+    return _row(
+        record,
+        _asked(record),
+        template,
+        columns=columns,
+    )
 
 
 def _asked(record: Record) -> str | list[Message]:
@@ -397,7 +442,12 @@ def _annotated(record: Record) -> Row:
         is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
         record.expect(is_vote, f"{key!r} must be 1, 2 or 0 for a tie", vote)
         votes.append(int(vote))
-    return Row(prompt, responses, record.source, votes=tuple(votes))
+    return Row(
+        prompt,
+        responses,
+        record.source,
+        votes=tuple(votes),
+    )
 
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
@@ -435,9 +485,20 @@ def _row(
 ) -> Row:
     """The row of a prompt and its responses; the template renders a prompt of messages."""
     if not isinstance(before, list):
-        return Row(before, responses, record.source, **fields)
+        return Row(
+            before,
+            responses,
+            record.source,
+            **fields,
+        )
     prompt = template.prompt(before, record.source)
-    return Row(prompt, responses, record.source, messages=before, **fields)
+    return Row(
+        prompt,
+        responses,
+        record.source,
+        messages=before,
+        **fields,
+    )
 
 
 def _answers(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
@@ -453,7 +514,7 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
         answers = _pair(record, template)
         ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
-    return dataclasses.replace(answers, category=category), ranks
+    return replace(answers, category=category), ranks
 
 
 def _pair(record: Record, template: ChatTemplate) -> Row:
@@ -467,7 +528,12 @@ def _pair(record: Record, template: ChatTemplate) -> Row:
         if record.value.get(label) is not None:
             first, second = _ranks(record, label, 2)
             record.expect(first <= second, _CONTRADICTED)
-    return _row(record, before, template, (chosen, rejected))
+    return _row(
+        record,
+        before,
+        template,
+        (chosen, rejected),
+    )
 
 
 def _several(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
@@ -490,9 +556,15 @@ def _several(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
         ranks = _ranks(record, labels[0], count)
         best = [responses[i] for i in range(count) if ranks[i] == min(ranks)]
         record.expect(row.get("chosen", best[0]) in best, _CONTRADICTED)
-    answers = _row(record, _before_answers(record), template, responses, targets=targets)
+    answers = _row(
+        record,
+        _before_answers(record),
+        template,
+        responses,
+        targets=targets,
+    )
     if labels == ["best"]:
-        answers = dataclasses.replace(answers, best=ranks.index(0))
+        answers = replace(answers, best=ranks.index(0))
     return answers, ranks
 
 
@@ -512,10 +584,20 @@ def _before_answers(record: Record) -> Text | list[Message]:
     record.require(("prompt",))
     if chat.is_chat(record.value, "prompt"):
         return chat.conversation(record, "prompt")
-    return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
+    return _text_or_ids(
+        record,
+        "'prompt'",
+        record.value["prompt"],
+        may_be_space=True,
+    )
 
 
-def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
+def _text_or_ids(
+    record: Record,
+    what: str,
+    value: Any,
+    may_be_space: bool = False,
+) -> Text:
     if isinstance(value, str):
         return record.checked(what, value, may_be_space)
     is_list = isinstance(value, list)
@@ -528,7 +610,11 @@ def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = Fal
     return ids
 
 
-def _ranks(record: Record, label: str, count: int) -> Ranks:
+def _ranks(
+    record: Record,
+    label: str,
+    count: int,
+) -> Ranks:
     """The rank of each response; 0 is the best rank of ``best`` and of ``ranking``."""
     if label == "ranks":
         return _numbers(record, label, count)
@@ -551,7 +637,11 @@ def _ranks(record: Record, label: str, count: int) -> Ranks:
     return tuple(float(i != value) for i in numbers)
 
 
-def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
+def _numbers(
+    record: Record,
+    key: str,
+    count: int,
+) -> tuple[float, ...]:
     values = record.value[key]
     is_list = isinstance(values, list) and len(values) == count
     what = f"{key!r} must be a list of {count} numbers, one for each response"
@@ -578,4 +668,12 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     if not pairs:
         raise Drop(row.source, ALL_EQUAL)
     weight = 1 / len(pairs) if len(pairs) > 1 else None
-    return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in pairs]
+    return [
+        replace(
+            row,
+            responses=pair,
+            best=None,
+            weight=weight,
+        )
+        for pair in pairs
+    ]

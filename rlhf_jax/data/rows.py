@@ -62,7 +62,12 @@ class Record(NamedTuple):
         self.expect(isinstance(value, str), f"{key!r} must be a string", value)
         return self.checked(repr(key), value, may_be_space=key == "prompt")
 
-    def checked(self, what: str, value: str, may_be_space: bool = True) -> str:
+    def checked(
+        self,
+        what: str,
+        value: str,
+        may_be_space: bool = True,
+    ) -> str:
         """The value itself, if it is not empty and can be written as UTF-8."""
         self.expect(value if may_be_space else value.strip(), f"{what} is empty")
         try:
@@ -124,6 +129,9 @@ class Row:
         return modes[0] if len(modes) == 1 else None
 
 
+Rows = Sequence[Row]
+
+
 class BadRow(UserError):
     """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out and
     counts it under the reason ``what``.
@@ -174,7 +182,7 @@ def summary(errors: Sequence[UserError]) -> list[str]:
     return lines
 
 
-def texts(rows: Sequence[Row]) -> Iterator[str]:
+def texts(rows: Rows) -> Iterator[str]:
     """Prompts and responses of the rows, to train a tokenizer on.
 
     Raises:

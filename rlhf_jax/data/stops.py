@@ -18,7 +18,9 @@ from rlhf_jax.types import Rollout
 
 
 def stopping(
-    respond: Callable[..., Rollout], tokenizer: Tokenizer, stop: Sequence[str]
+    respond: Callable[..., Rollout],
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
 ) -> Callable[..., Rollout]:
     """``respond`` with responses that are ``cut`` after sampling. Environments, rewards and updates
     get the cut responses. Every process cuts all rows.
@@ -32,7 +34,11 @@ def stopping(
     return respond_until
 
 
-def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> Rollout:
+def cut(
+    rollout: Rollout,
+    stop: Sequence[str],
+    tokenizer: Tokenizer,
+) -> Rollout:
     """A Rollout of NumPy arrays whose responses end with the token that completes a stop string;
     what follows is padding, as after EOS. ``stopped`` says which rows have one.
     """
@@ -50,7 +56,11 @@ def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> Rollout:
     return host.replace(stopped=stopped)
 
 
-def _length(ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer) -> int | None:
+def _length(
+    ids: Sequence[int],
+    stop: Sequence[str],
+    tokenizer: Tokenizer,
+) -> int | None:
     """The number of ids whose text is the shortest with a stop string; None without one."""
 
     def ends(count: int) -> bool:

@@ -6,13 +6,13 @@ always text: the spelling of a special token inside it is encoded as ordinary ch
 data cannot end a response or hide as padding.
 """
 
-import functools
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,18 @@ class Tokenizer:
         if rest:
             yield rest
 
-    @functools.cached_property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: rows that a model's embedding needs."""
         return max(self.backend.get_vocab().values()) + 1
 
-    @functools.cached_property
+    @cached_property
     def special_ids(self) -> list[int]:
         """Ids of the special tokens."""
         added = self.backend.get_added_tokens_decoder()
         return [i for i, token in added.items() if token.special]
 
-    @functools.cached_property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the tokenizer.json that `save` writes."""
         return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
@@ -228,7 +228,12 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             named.setdefault("eos_token", EOS)
     except Exception as error:  # the package raises a bare Exception for a broken file
         raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    return _tokenizer(backend, named, config, str(folder))
+    return _tokenizer(
+        backend,
+        named,
+        config,
+        str(folder),
+    )
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
@@ -274,7 +279,12 @@ def _tokenizer(
             f"{where}: the ids of the vocabulary have gaps; name a pad_token in its "
             "tokenizer_config.json"
         )
-    return Tokenizer(backend, ids[pad], ids[eos], config or {})
+    return Tokenizer(
+        backend,
+        ids[pad],
+        ids[eos],
+        config or {},
+    )
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
