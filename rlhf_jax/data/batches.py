@@ -206,12 +206,7 @@ def packed_batch(
     N is the number of packed rows that the texts fill, rounded up to a ``multiple``, so that few
     shapes are compiled and devices have equal parts.
     """
-    texts, held = _packed(
-        data,
-        rows,
-        width,
-        multiple,
-    )
+    texts, held = _packed(data, rows, width, multiple)
     return Demonstrations(*_placed(data, texts, (len(held), width)))
 
 
@@ -228,12 +223,7 @@ def packed_comparisons(
     N is as in `packed_batch`. The labels have shape [N, C]; C is the same for all batches with the
     same number of rows.
     """
-    texts, held = _packed(
-        data,
-        rows,
-        width,
-        multiple,
-    )
+    texts, held = _packed(data, rows, width, multiple)
     num_rows, num_comparisons = held.shape
     shape = (num_rows, num_comparisons, data.num_answers)
     numbers = 1 + np.arange(num_comparisons * data.num_answers, dtype=np.int32)
@@ -304,22 +294,11 @@ def feedback_batch(
     """
     next_responses = np.roll(data.response_lengths[rows], -1, axis=0)
     needed = int((data.starts[rows] + next_responses).max())
-    arrays = _padded(
-        data,
-        rows,
-        bucket_multiple,
-        needed,
-    )
+    arrays = _padded(data, rows, bucket_multiple, needed)
     tokens, attention_mask, response_mask = (array[:, 0] for array in arrays)
     desirable = _labels(data.targets, rows)[:, 0] > 0.5
     weight = _labels(data.weight, rows)
-    return Feedback(
-        tokens,
-        attention_mask,
-        response_mask,
-        desirable,
-        weight,
-    )
+    return Feedback(tokens, attention_mask, response_mask, desirable, weight)
 
 
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
@@ -368,12 +347,7 @@ def _padded(
     rounded up.
     """
     num_answers = data.num_answers
-    width = width_of(
-        data,
-        rows,
-        bucket_multiple,
-        least,
-    )
+    width = width_of(data, rows, bucket_multiple, least)
     texts = []
     present = np.flatnonzero(rows != ABSENT).tolist()
     for i, answer in itertools.product(present, range(num_answers)):

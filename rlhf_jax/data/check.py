@@ -73,35 +73,17 @@ def check(
     rows_of: dict[str, list[Row]] = {}
     for path in paths:
         try:
-            file = _read(
-                path,
-                tokenizer,
-                kind,
-                columns,
-                on_bad_row,
-            )
+            file = _read(path, tokenizer, kind, columns, on_bad_row)
         except UserError as error:
             nothing = formats.ReadResult([], errors=[error])
-            file = _File(
-                f"{path}: unreadable, 0 rows",
-                kind or "demonstrations",
-                [],
-                nothing,
-            )
+            file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
         rows_of[path] = file.found.rows
         num_problems += len(file.found.errors)
         num_warnings += warnings
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
-        texts.append(
-            _overlap(
-                name,
-                first,
-                other,
-                second,
-            )
-        )
+        texts.append(_overlap(name, first, other, second))
     texts.append(_total(num_problems, num_warnings))
     return Report("\n\n".join(texts), num_problems)
 
@@ -143,13 +125,7 @@ def preview(
     Raises:
       UserError: the file cannot be read.
     """
-    file = _read(
-        path,
-        tokenizer,
-        kind,
-        columns,
-        "error",
-    )
+    file = _read(path, tokenizer, kind, columns, "error")
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file)])
     blocks = [f"{file.head}, {file.kind}", *shown, findings]
@@ -171,18 +147,8 @@ def _read(
     records = adapted(source.records, columns)
     kind = kind or _kind_of(name, records)
     template = chat.template_of(tokenizer, chat.AUTO)
-    found = formats.parse_all(
-        kind,
-        records,
-        template,
-        on_bad_row,
-    )
-    return _File(
-        f"{name}: {source.format}, {len(source.records)} rows",
-        kind,
-        records,
-        found,
-    )
+    found = formats.parse_all(kind, records, template, on_bad_row)
+    return _File(f"{name}: {source.format}, {len(source.records)} rows", kind, records, found)
 
 
 def _kind_of(name: str, records: Sequence[Record]) -> Kind:
@@ -278,12 +244,7 @@ def _slip(
     """A sentence if the key looks like a known key that the row lacks, else ""."""
     missing = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
-    near = difflib.get_close_matches(
-        _ALIASES.get(name, name),
-        missing,
-        n=1,
-        cutoff=0.85,
-    )
+    near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
     if key in formats.PAIR and read == {"prompt"}:

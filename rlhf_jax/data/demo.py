@@ -105,15 +105,7 @@ def write(
     noise = 0.5 if shuffle_labels else LABEL_NOISE
     for name in FILES:
         size = (sizes or {}).get(name)
-        (path / name).write_text(
-            file_text(
-                name,
-                seed,
-                size,
-                noise,
-            ),
-            encoding="utf-8",
-        )
+        (path / name).write_text(file_text(name, seed, size, noise), encoding="utf-8")
 
 
 def file_text(
@@ -132,12 +124,7 @@ def file_text(
     if kind == "demonstrations":
         rows = _demonstrations(count, phrasings, generator)
     elif kind == "pairs":
-        rows = _pairs(
-            count,
-            phrasings,
-            generator,
-            noise=0.0 if is_heldout else label_noise,
-        )
+        rows = _pairs(count, phrasings, generator, noise=0.0 if is_heldout else label_noise)
     else:
         rows = _prompts(count, phrasings, generator)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -165,12 +152,7 @@ def _demonstrations(
         order = orders.setdefault((category, topic.phrase), _shuffled(range(rounds), generator))
         quantile = (order[i // num_topics] + generator.random()) / rounds
         prompt = fill(_pick(phrasings[category], generator), topic)
-        response, _ = _response(
-            category,
-            topic,
-            quantile,
-            generator,
-        )
+        response, _ = _response(category, topic, quantile, generator)
         rows.append({"prompt": prompt, "response": response})
     return _shuffled(rows, generator)
 
@@ -188,18 +170,8 @@ def _pairs(
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):
         score = worse_score = 0.0
         while score <= worse_score:
-            better, score = _response(
-                category,
-                topic,
-                generator.random(),
-                generator,
-            )
-            worse, worse_score = _response(
-                category,
-                topic,
-                generator.random(),
-                generator,
-            )
+            better, score = _response(category, topic, generator.random(), generator)
+            worse, worse_score = _response(category, topic, generator.random(), generator)
         pair = [better, worse]
         if generator.random() < noise:
             pair.reverse()

@@ -116,12 +116,7 @@ def encode_texts(
     kept: list[Row] = []
     prompts: list[Ids] = []
     answers: list[list[Ids]] = []
-    for row, prompt, responses in zip(
-        rows,
-        ids_of_prompts,
-        ids_of_responses,
-        strict=True,
-    ):
+    for row, prompt, responses in zip(rows, ids_of_prompts, ids_of_responses, strict=True):
         cut = _cut(
             row,
             prompt,
@@ -263,13 +258,7 @@ def encode_prompts(
     tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
     names = [name for row in kept for name in row.columns]
     columns = list(dict.fromkeys(names))  # in the order of their first appearance
-    return EncodedPrompts(
-        tokens,
-        attention_mask,
-        kept,
-        columns,
-        dict(+counts),
-    )
+    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
 
 
 def left_padded(
@@ -304,15 +293,7 @@ def prompt_ids(
     frame = chat.frame(template, tokenizer)
     if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    texts = [
-        _framed(
-            row,
-            template,
-            frame,
-            tokenizer,
-        )
-        for row in rows
-    ]
+    texts = [_framed(row, template, frame, tokenizer) for row in rows]
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:

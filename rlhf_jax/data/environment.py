@@ -64,12 +64,7 @@ def function_of(source: Source, setting: str) -> Reply:
     if not isinstance(source, str):
         return source
     file, _, function = source.rpartition(":")
-    return spec.load_function(
-        f"{setting} {source}",
-        Path(file),
-        function,
-        (),
-    )
+    return spec.load_function(f"{setting} {source}", Path(file), function, ())
 
 
 def load_environment(
@@ -88,13 +83,7 @@ def load_environment(
         )
     if fn is None:
         return None
-    return Environment(
-        fn,
-        tokenizer,
-        chat.template_of(tokenizer),
-        slots,
-        max_turns,
-    )
+    return Environment(fn, tokenizer, chat.template_of(tokenizer), slots, max_turns)
 
 
 def converse(
@@ -133,12 +122,7 @@ def converse(
     if environment is None:
         inputs: Any = (tokens, attention_mask, rows.astype(np.int32))
         return respond(*inputs), {}
-    batch = _with_slots(
-        environment,
-        tokens,
-        attention_mask,
-        rows,
-    )
+    batch = _with_slots(environment, tokens, attention_mask, rows)
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     talks = [_first_messages(row, environment.tokenizer) for row in own_data]
     turns = np.zeros(len(rows), int)
@@ -194,23 +178,13 @@ def _answer(
     # Copies, because the arrays of several processes are read-only.
     batch, status = jax.tree.map(np.array, (batch, status))
     for i in np.flatnonzero(status == _OPEN).tolist():
-        response, end = _append_response(
-            batch,
-            sampled,
-            i,
-            environment.slots,
-        )
+        response, end = _append_response(batch, sampled, i, environment.slots)
         if sampled.stopped is not None:
             batch.stopped[i] = sampled.stopped[i]
         content = environment.tokenizer.decode(response)
         talks[i].append({"role": "assistant", "content": content})
         where = f"environment: {data[i].source}, turn {turn}"
-        reply, reward = _ask(
-            environment,
-            talks[i],
-            data[i].columns,
-            where,
-        )
+        reply, reward = _ask(environment, talks[i], data[i].columns, where)
         batch.rewards[i, end - 1] = reward
         if reply is None:
             status[i] = _DONE

@@ -176,12 +176,7 @@ def read(
     unused_columns = unused(records, columns)
     if unused_columns and not shares_columns:
         raise UserError("\n".join(unused_columns.values()))
-    result = parse_all(
-        kind,
-        adapted(records, columns),
-        template or ChatTemplate(),
-        on_bad_row,
-    )
+    result = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
     result.unused_columns.update(unused_columns)
     if result.errors:
         lines = rows.summary(result.errors)
@@ -307,24 +302,34 @@ def parse(
     record: Record,
     template: ChatTemplate,
 ) -> Rows:
-    """The rows of one record.
+    """The rows of one record, with the template's text of a prompt of messages.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
       Drop: the row is to be left out.
     """
+    parsed = _parse(kind, record)
+    messages = parsed[0].messages
+    if not messages:
+        return parsed
+    prompt = template.prompt(messages, record.source)
+    return [replace(row, prompt=prompt) for row in parsed]
+
+
+def _parse(kind: Kind, record: Record) -> Rows:
+    """At least one row; prompts of messages have no text yet."""
     if kind == "prompts" and isinstance(record.value, str):
         return [Row(record.checked("the prompt", record.value), (), record.source)]
     record.fields(_EXPECTED[kind])
     if kind == "prompts":
-        return [_prompt(record, template)]
+        return [_prompt(record)]
     if kind == "annotated":
         return [_annotated(record)]
     if kind == "feedback":
-        return _feedback(record, template)
+        return _feedback(record)
     if kind == "demonstrations":
-        return [_demonstration(record, template)]
-    comparison, ranks = _answers(record, template)
+        return [_demonstration(record)]
+    comparison, ranks = _answers(record)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
@@ -341,42 +346,32 @@ def _check_ranked(
     record.expect(ranks, what)
 
 
-def _demonstration(record: Record, template: ChatTemplate) -> Row:
+def _demonstration(record: Record) -> Row:
     """A text, a response, or the first of the best responses of a comparison."""
     row = record.value
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
     if "responses" in row or form.kind == "annotated":
-        comparison, ranks = _answers(record, template)
+        comparison, ranks = _answers(record)
         _check_ranked(ranks, "demonstrations", record)
         best = comparison.responses[ranks.index(min(ranks))]
-        return replace(
-            comparison,
-            responses=(best,),
-            best=None,
-            category="",
-        )
+        return replace(comparison, responses=(best,), best=None, category="")
     key = "response"
     if "messages" in row:
         key = "messages"
     elif "response" not in row and row.keys() >= set(PAIR):
         key = "chosen"
     before, response = _exchange(record, key)
-    return _row(
-        record,
-        before,
-        template,
-        (response,),
-    )
+    return _row(record, before, (response,))
 
 
-def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
+def _feedback(record: Record) -> list[Row]:
     """Responses with the target 1 for desirable ones, 0 for others."""
     row = record.value
     is_judged = "responses" in row or "chosen" in row or form_of(row).kind == "annotated"
     if is_judged and "desirable" not in row:
-        pairs = parse("pairs", record, template)
+        pairs = _parse("pairs", record)
         return [
             replace(pair, responses=(response,), targets=(target,))
             for pair in pairs
@@ -387,29 +382,16 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     record.expect(is_bool, "'desirable' must be true or false", row["desirable"])
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     targets = (float(row["desirable"]),)
-    return [
-        _row(
-            record,
-            before,
-            template,
-            (response,),
-            targets=targets,
-        )
-    ]
+    return [_row(record, before, (response,), targets=targets)]
 
 
-def _prompt(record: Record, template: ChatTemplate) -> Row:
+def _prompt(record: Record) -> Row:
     row = record.value
     if "responses" in row:
-        return _row(record, _before_answers(record), template)
+        return _row(record, _before_answers(record))
     others = ("prompt", "response", "messages", *PAIR)
     columns = {key: value for key, value in row.items() if key not in others}
-    return _row(
-        record,
-        _asked(record),
-        template,
-        columns=columns,
-    )
+    return _row(record, _asked(record), columns=columns)
 
 
 def _asked(record: Record) -> str | list[Message]:
@@ -442,12 +424,7 @@ def _annotated(record: Record) -> Row:
         is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
         record.expect(is_vote, f"{key!r} must be 1, 2 or 0 for a tie", vote)
         votes.append(int(vote))
-    return Row(
-        prompt,
-        responses,
-        record.source,
-        votes=tuple(votes),
-    )
+    return Row(prompt, responses, record.source, votes=tuple(votes))
 
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
@@ -479,29 +456,16 @@ def _dialogue(record: Record, key: str) -> tuple[str, str]:
 def _row(
     record: Record,
     before: Text | list[Message],
-    template: ChatTemplate,
     responses: tuple[Text, ...] = (),
     **fields: Any,
 ) -> Row:
-    """The row of a prompt and its responses; the template renders a prompt of messages."""
-    if not isinstance(before, list):
-        return Row(
-            before,
-            responses,
-            record.source,
-            **fields,
-        )
-    prompt = template.prompt(before, record.source)
-    return Row(
-        prompt,
-        responses,
-        record.source,
-        messages=before,
-        **fields,
-    )
+    """The row of a prompt, a text or messages, and its responses."""
+    if isinstance(before, list):
+        return Row("", responses, record.source, messages=before, **fields)
+    return Row(before, responses, record.source, **fields)
 
 
-def _answers(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
+def _answers(record: Record) -> tuple[Row, Ranks]:
     """A row with the responses of a pair, or with K responses, and their ranks. The lowest rank is
     the best.
     """
@@ -509,15 +473,15 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
     if form_of(row).kind == "annotated":
         return _by_majority(_annotated(record)), _FIRST_IS_BEST
     if "responses" in row:
-        answers, ranks = _several(record, template)
+        answers, ranks = _several(record)
     else:
-        answers = _pair(record, template)
+        answers = _pair(record)
         ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
     return replace(answers, category=category), ranks
 
 
-def _pair(record: Record, template: ChatTemplate) -> Row:
+def _pair(record: Record) -> Row:
     """A chosen and a rejected response."""
     before, chosen = _exchange(record, "chosen")
     other, rejected = _exchange(record, "rejected")
@@ -528,15 +492,10 @@ def _pair(record: Record, template: ChatTemplate) -> Row:
         if record.value.get(label) is not None:
             first, second = _ranks(record, label, 2)
             record.expect(first <= second, _CONTRADICTED)
-    return _row(
-        record,
-        before,
-        template,
-        (chosen, rejected),
-    )
+    return _row(record, before, (chosen, rejected))
 
 
-def _several(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
+def _several(record: Record) -> tuple[Row, Ranks]:
     """A row of K responses and their ranks; no ranks if it has targets only."""
     row = record.value
     given = row["responses"]
@@ -556,13 +515,7 @@ def _several(record: Record, template: ChatTemplate) -> tuple[Row, Ranks]:
         ranks = _ranks(record, labels[0], count)
         best = [responses[i] for i in range(count) if ranks[i] == min(ranks)]
         record.expect(row.get("chosen", best[0]) in best, _CONTRADICTED)
-    answers = _row(
-        record,
-        _before_answers(record),
-        template,
-        responses,
-        targets=targets,
-    )
+    answers = _row(record, _before_answers(record), responses, targets=targets)
     if labels == ["best"]:
         answers = replace(answers, best=ranks.index(0))
     return answers, ranks
@@ -584,12 +537,7 @@ def _before_answers(record: Record) -> Text | list[Message]:
     record.require(("prompt",))
     if chat.is_chat(record.value, "prompt"):
         return chat.conversation(record, "prompt")
-    return _text_or_ids(
-        record,
-        "'prompt'",
-        record.value["prompt"],
-        may_be_space=True,
-    )
+    return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 
 def _text_or_ids(
@@ -668,12 +616,4 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     if not pairs:
         raise Drop(row.source, ALL_EQUAL)
     weight = 1 / len(pairs) if len(pairs) > 1 else None
-    return [
-        replace(
-            row,
-            responses=pair,
-            best=None,
-            weight=weight,
-        )
-        for pair in pairs
-    ]
+    return [replace(row, responses=pair, best=None, weight=weight) for pair in pairs]

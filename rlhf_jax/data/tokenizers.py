@@ -228,12 +228,7 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             named.setdefault("eos_token", EOS)
     except Exception as error:  # the package raises a bare Exception for a broken file
         raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    return _tokenizer(
-        backend,
-        named,
-        config,
-        str(folder),
-    )
+    return _tokenizer(backend, named, config, str(folder))
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
@@ -279,12 +274,7 @@ def _tokenizer(
             f"{where}: the ids of the vocabulary have gaps; name a pad_token in its "
             "tokenizer_config.json"
         )
-    return Tokenizer(
-        backend,
-        ids[pad],
-        ids[eos],
-        config or {},
-    )
+    return Tokenizer(backend, ids[pad], ids[eos], config or {})
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
