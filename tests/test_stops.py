@@ -83,8 +83,7 @@ def stopped_run(tmp_path_factory):
     config = letters_run(folder)
     (folder / "size.py").write_text(REWARD)
     config = replace(config, reward=(f"{folder / 'size.py'}:size",))
-    network = replace(config.network, max_length=24)
-    config = replace(config, network=network)
+    config = replace(config, network=replace(config.network, max_length=24))
     config = with_rl(config, stop=STOP, max_new_tokens=NEW, batch_size=12, missing_eos_score=-9.0)
     learned = []
 
@@ -108,14 +107,14 @@ def test_what_a_run_learns_from_ends_at_the_string(stopped_run):
     for rollout, row in zip(learned, metric_rows(folder)[1:], strict=True):
         mask = np.asarray(rollout.mask)
         tokens = np.asarray(rollout.tokens)
-        texts = [tokenizer.decode(tokens[i, mask[i]].tolist()) for i in range(12)]
-        assert rollout.scores.tolist() == [len(text) for text in texts]
-        assert [num_stops(text[:-1]) for text in texts] == [0] * 12
+        texts = [tokenizer.decode(ids[own].tolist()) for ids, own in zip(tokens, mask, strict=True)]
+        assert rollout.scores.tolist() == list(map(len, texts))
+        assert not any(num_stops(text[:-1]) for text in texts)
         is_stopped = np.array([num_stops(text) > 0 for text in texts])
         assert_array_equal(rollout.stopped, is_stopped)
         num_stopped += np.sum(is_stopped)
-        assert not np.any(np.asarray(rollout.log_probs)[~mask])
-        assert row["response/length"] == pytest.approx(np.mean(np.sum(mask, axis=1)))
+        assert not np.any(rollout.log_probs[~mask])
+        assert row["response/length"] == pytest.approx(np.sum(mask) / 12)
         ended = is_stopped | np.any(mask & (tokens == tokenizer.eos_id), axis=1)
         assert row["response/eos_fraction"] == pytest.approx(np.mean(ended))
         judged = np.where(ended, rollout.scores, -9.0)
