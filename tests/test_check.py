@@ -64,7 +64,7 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
 did you mean 'response' by 'respnse'?
     data.jsonl, line 3: 'response' must be a string, found the number 3
     data.jsonl, line 4: not valid JSON, expecting ',' delimiter at column 16
-    data.jsonl, line 5: not valid JSON, the key 'prompt' stands twice in \
+    data.jsonl, line 5: not valid JSON, the key 'prompt' occurs twice in \
 {'prompt': 'b', 'response': 'c'}
     data.jsonl, line 6: expected an object with keys prompt, response, found a string
 """

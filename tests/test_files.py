@@ -146,7 +146,7 @@ FAULTS_OF_JSON = [
     (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "not valid JSON, Exceeds the limit .* digits"),
     (
         '[{"prompt": "a", "prompt": "b", "response": "c"}]',
-        "not valid JSON, the key 'prompt' stands twice in {'prompt'",
+        "not valid JSON, the key 'prompt' occurs twice in {'prompt'",
     ),
     (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
     (

@@ -28,7 +28,7 @@ from rlhf_jax.data.rows import BadRow, Fields, Message, Messages, Record, Row, T
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
 
 AUTO = "auto"
-"""The ``text.template`` that asks a model as its folder says (`frame`)."""
+"""The ``text.template`` that follows the model's folder; see `frame`."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
 
@@ -38,7 +38,8 @@ PLAIN = (
     "endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-# Of models that read a ``text.template``, whose parts stand between @: lines are for the reader.
+# The chat template of a model that was trained with a ``text.template``. The parts of that text
+# replace the names between @; the ends of the file's lines do not count.
 _LINES = Path(__file__).with_name("text_template.jinja").read_text("utf-8").splitlines()
 _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
 _MARK = "{{#- text.template: {} -#}}"
@@ -169,7 +170,7 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
     """The template that renders messages under a ``text.template``: the tokenizer's own chat
     template, or `PLAIN` if it has none.
 
-    The chat template that `with_text_template` made from a text counts as none, but under `AUTO`.
+    A chat template that `with_text_template` made from a text is ignored, except under `AUTO`.
     """
     if tokenizer is None:
         return ChatTemplate()
@@ -350,17 +351,17 @@ def _messages(record: Record, key: str) -> list[Message]:
 
 @contextlib.contextmanager
 def _template_errors(where: str) -> Iterator[None]:
-    """Says as a BadRow that the chat template failed."""
+    """Turns any failure of a chat template into a `BadRow`."""
     try:
         yield
-    # a template can fail in any way that an expression can, a vocabulary lack a letter
+    # a template can fail like any expression, and a vocabulary can lack a character
     except Exception as error:
         what = f"the chat template failed: {type(error).__name__}: {error}"
         raise BadRow(where, what) from error
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Without powers: one of them can take hours."""
+    """A sandbox without the operator **, which can take hours."""
 
     intercepted_binops = frozenset(("**",))
 

@@ -54,14 +54,14 @@ TOPICS = {
     for category, topics in _LANGUAGE["topics"].items()
 }
 PHRASINGS: Phrasings = _LANGUAGE["phrasings"]
-# Of words that training phrasings have.
+# All of their words occur in the training phrasings.
 HELDOUT_PHRASINGS: Phrasings = _LANGUAGE["heldout_phrasings"]
 WORDINGS = {
     category: [Wording(**wording) for wording in some]
     for category, some in _LANGUAGE["wordings"].items()
 }
 CLOSES: list[str] = _LANGUAGE["closes"]
-CLOSE_SHARE = 0.3  # of the responses that may close; so the most frequent response does not
+CLOSE_SHARE = 0.3  # of the responses that may close, so that the most frequent one does not
 MAX_WORDS = 24
 PER_EXTRA_WORD = 0.03  # the score that each word beyond the first 24 costs
 LABEL_NOISE = 0.1  # probability that chosen and rejected of a training pair are exchanged
@@ -163,8 +163,8 @@ def _pairs(
     generator: Random,
     noise: float,
 ) -> list[Fields]:
-    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the
-    noise.
+    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, except with
+    the probability ``noise``.
     """
     rows = []
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):

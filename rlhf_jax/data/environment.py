@@ -267,7 +267,7 @@ def _ask(
         text = environment.chat_template.prompt(turns, where, after=_RESPONSE)
     if isinstance(text, str):
         [text] = environment.tokenizer.encode_batch([text], [where])
-    # Without the template's end of the assistant's turn: the policy has sampled it.
+    # The policy has sampled the end of its turn, so the template's is left out.
     is_end = text[:1] and text[0] in environment.tokenizer.eos_ids
     return list(text[1:] if is_end else text), reward
 

@@ -60,7 +60,7 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
       UserError: for a file or dataset that cannot be read at all.
     """
     path = Path(name)
-    if os.path.isdir(path):  # of pathlib's forms, a name that is too long for a file raises
+    if os.path.isdir(path):  # the methods of Path raise for a name that is too long
         raise UserError(f"{name}: is a folder; name the file inside it")
     match = _DATASET.fullmatch(str(name))
     if os.path.exists(path):
@@ -157,8 +157,8 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path}: broken gzip file ({error}); copy it again") from error
     if len(unpacked) > most:
         raise UserError(
-            f"{path}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is meant, use "
-            "gunzip"
+            f"{path}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is intended, "
+            "unpack it with gunzip"
         )
     return unpacked
 
@@ -188,7 +188,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         twice = statistics.mode(key for key, _ in pairs)
-        raise ValueError(f"the key {twice!r} stands twice in {unique!r:.80}")
+        raise ValueError(f"the key {twice!r} occurs twice in {unique!r:.80}")
     return unique
 
 

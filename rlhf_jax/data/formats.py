@@ -116,7 +116,7 @@ class ReadResult:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """{source: sha256}."""
     errors: list[UserError] = field(default_factory=list)
-    """Of the rows that cannot be used."""
+    """The errors of the rows that cannot be used."""
     unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
 
@@ -306,7 +306,7 @@ def parse(
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
-      Drop: the row is to be left out.
+      Drop: training cannot use the row.
     """
     parsed = _parse(kind, record)
     messages = parsed[0].messages

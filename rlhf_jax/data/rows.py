@@ -39,8 +39,8 @@ class Record(NamedTuple):
         return self.value
 
     def expect(self, holds: Any, what: str, *found: Any) -> None:
-        """Raises `BadRow` unless ``holds``. The message is ``what`` must be or is wrong and, if a
-        value is given, its kind.
+        """Raises `BadRow` unless ``holds``. The message is ``what``, and the kind of the value that
+        was found if it is given.
         """
         if not holds:
             kinds = [f", found {kind(value)}" for value in found]

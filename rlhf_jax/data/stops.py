@@ -79,7 +79,7 @@ def before(text: str, stop: Sequence[str]) -> str:
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text `before` the first stop string. What may be its beginning waits."""
+    """The pieces of a text `before` the first stop string. Its possible beginning is held back."""
     beginnings = [word[:length] for word in stop for length in range(1, len(word))]
     text = ""
     num_shown = 0

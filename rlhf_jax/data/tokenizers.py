@@ -26,7 +26,7 @@ from rlhf_jax.models.hf import find_folder, read_json
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
 _NEW = {"eos_token": EOS, "pad_token": PAD}
-_NO_CHARACTER = "\ufffd"  # which stands for bytes that are no character, or not yet one
+_NO_CHARACTER = "\ufffd"  # the text of bytes that are no character, or not yet one
 _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
 
 
