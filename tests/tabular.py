@@ -17,7 +17,12 @@ from rlhf_jax.types import Comparisons, PolicyOutput, Rollout
 VOCAB_SIZE = 5
 
 
-def policy_fn(params, tokens, attention_mask, key):
+def policy_fn(
+    params,
+    tokens,
+    attention_mask,
+    key,
+):
     """A bigram table [V, V] of logits and a table [V] of values, both looked up by the token
     before.
     """
@@ -34,7 +39,12 @@ def teacher_params():
 def taught(config):
     """``policy_fn`` with a teacher, another such table."""
 
-    def taught_fn(params, tokens, attention_mask, key):
+    def taught_fn(
+        params,
+        tokens,
+        attention_mask,
+        key,
+    ):
         output = policy_fn(params, tokens, attention_mask, key)
         teacher = teacher_params()["logits"][tokens]
         apart = config.measure(params["logits"][tokens[:, :-1]], teacher[:, :-1])
@@ -46,7 +56,12 @@ def taught(config):
     return taught_fn
 
 
-def score_fn(params, tokens, attention_mask, key):
+def score_fn(
+    params,
+    tokens,
+    attention_mask,
+    key,
+):
     """The sum of a table [V] over real tokens."""
     del key
     return jnp.sum(jnp.where(attention_mask != 0, params["scores"][tokens], 0.0), axis=1)
@@ -61,7 +76,12 @@ def policy_params(seed):
     }
 
 
-def rollout(seed, lengths, prompt_length=3, response_length=4):
+def rollout(
+    seed,
+    lengths,
+    prompt_length=3,
+    response_length=4,
+):
     """Rows with responses of these ``lengths`` (0: absent) after left-padded prompts of random
     lengths; all fields set.
 
@@ -98,7 +118,13 @@ def rollout(seed, lengths, prompt_length=3, response_length=4):
     )
 
 
-def comparisons(seed, num_rows, num_answers, length=6, absent=()):
+def comparisons(
+    seed,
+    num_rows,
+    num_answers,
+    length=6,
+    absent=(),
+):
     """Random answers; ``absent`` lists (row, answer) pairs that are not there."""
     rng = np.random.default_rng(seed)
     shape = (num_rows, num_answers, length)
@@ -156,7 +182,12 @@ def every_way(update, state, batch, key, check_vma=(True, False), **jit_options)
     return one, compiled(*spread), *(jax.jit(f)(*spread) for f in mapped)
 
 
-def assert_close(actual, expected, atol=1e-6, rtol=1e-5):
+def assert_close(
+    actual,
+    expected,
+    atol=1e-6,
+    rtol=1e-5,
+):
     """Trees of the same structure and, within ``atol``, of the same numbers."""
     actual, expected = jax.tree.map(np.asarray, (actual, expected))
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
@@ -172,7 +203,11 @@ def assert_identical(actual, expected):
 def gpt2(head=None):
     """A GPT-2 of one layer whose token table takes more than 1 MB, and its parameters."""
     config = models.GPT2Config(
-        vocab_size=1100, max_length=16, hidden_size=256, num_layers=1, num_heads=2
+        vocab_size=1100,
+        max_length=16,
+        hidden_size=256,
+        num_layers=1,
+        num_heads=2,
     )
     model = models.build(config)
     params = initial_params(model)

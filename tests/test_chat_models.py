@@ -72,7 +72,17 @@ def folder(tmp_path_factory):
     tokenizer = load_tokenizer(path)
     size = tokenizer.vocab_size
     end = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    model = models.build(models.GPT2Config(size, 128, 16, 1, 2, initializer_range=0.5, **end))
+    model = models.build(
+        models.GPT2Config(
+            size,
+            128,
+            16,
+            1,
+            2,
+            initializer_range=0.5,
+            **end,
+        )
+    )
     models.save(path, model, initial_params(model))
     return path
 
@@ -159,7 +169,11 @@ def encoded(monkeypatch):
 def config_of(folder, data, output, **sections):
     network = Network(hidden_size=8, num_layers=1, num_heads=1, max_length=64)
     return RunConfig(
-        model=str(folder), data=(data,), output_dir=str(output), network=network, **sections
+        model=str(folder),
+        data=(data,),
+        output_dir=str(output),
+        network=network,
+        **sections,
     )
 
 
@@ -180,7 +194,14 @@ STAGES["dpo"] = STAGES["reward_model"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_read_a_prompt_as_transformers_does(stage, folder, tmp_path, write, encoded, capsys):
+def test_stages_read_a_prompt_as_transformers_does(
+    stage,
+    folder,
+    tmp_path,
+    write,
+    encoded,
+    capsys,
+):
     expected = theirs(folder, [USER])
     tokenizer = load_tokenizer(folder)
     response, other = ([*tokenizer.encode(text), tokenizer.eos_id] for text in ("hello", "no"))
@@ -194,7 +215,11 @@ def test_stages_read_a_prompt_as_transformers_does(stage, folder, tmp_path, writ
 
 
 def test_an_evaluation_reads_a_prompt_as_transformers_does(
-    folder, tmp_path, write, encoded, capsys
+    folder,
+    tmp_path,
+    write,
+    encoded,
+    capsys,
 ):
     expected = theirs(folder, [USER])
     for row in STAGES["rl"]:
@@ -212,7 +237,11 @@ def note(conversation, row):
 
 
 def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
-    folder, generator, tmp_path, write, capsys
+    folder,
+    generator,
+    tmp_path,
+    write,
+    capsys,
 ):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("hello")
@@ -227,7 +256,13 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
         show_examples=3,
         environment="env.py:note",
     )
-    config = config_of(folder, write(rows[:1]), tmp_path / "run", reward=("length",), rl=settings)
+    config = config_of(
+        folder,
+        write(rows[:1]),
+        tmp_path / "run",
+        reward=("length",),
+        rl=settings,
+    )
     result = training.rl.run(config, vpg)
     lines = (result.folder / "samples.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == [SHOWN, "hi", "hello"] * 2
@@ -245,7 +280,10 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
 
 
 def test_an_evaluation_at_temperature_0_says_what_the_generator_says(
-    folder, generator, tmp_path, write
+    folder,
+    generator,
+    tmp_path,
+    write,
 ):
     prompts = (write([{"prompt": [SYSTEM, USER]}, {"prompt": "hi"}]),)
     asked = evaluate.Config(

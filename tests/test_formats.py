@@ -29,6 +29,7 @@ def pairs(*texts, weight):
 
 HUMAN = "\n\nHuman: h\n\nAssistant:"
 DIALOGUES = {"chosen": HUMAN + " yes", "rejected": HUMAN + " no"}
+RIGHT_ONES = {"prompt": "p", "chosen": ["x", "y"], "rejected": ["z"]}
 TIES = {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]}
 ORDER = pairs("xy", "zx", "zy", weight=1 / 3)
 BEST = [Row("p", ("a", "b", "c", "d"), W, best=2)]
@@ -44,6 +45,7 @@ FORMATS = [
     *((RANKED | {"ranks": ranks}, "p", "z", ORDER, None) for ranks in ([1, 2, 0], [2.5, 3, 1])),
     (RANKED | {"ranking": [2, 0, 1]}, "p", "z", ORDER, None),
     (RANKED | {"ranks": [0, 1, 1]}, "p", "x", pairs("xy", "xz", weight=0.5), None),
+    (RIGHT_ONES, "p", "x", pairs("xz", "yz", weight=0.5), None),
     (TIES, "p", "x", pairs("xy", "yx", weight=0.5), None),  # ties and equal texts make no pair
 ]
 
@@ -236,8 +238,12 @@ def test_a_text_for_a_language_model_is_one_row(write, name, content):
     [row] = formats.read("demonstrations", path).rows
     assert row.texts == ("", "a\n\nb")
     assert row.is_plain_text
-    with pytest.raises(UserError, match=r"is plain text but .* has a prompt; train on one kind"):
-        formats.read("demonstrations", [path, write([{"prompt": "p", "response": "r"}], "r.jsonl")])
+    with pytest.raises(
+        UserError, match=r"is plain text but r.jsonl, line 1 has a prompt; train on one"
+    ):
+        formats.read(
+            "demonstrations", [path, write([{"prompt": "p", "response": "r"}] * 2, "r.jsonl")]
+        )
 
 
 def test_pieces_hold_every_token_once():
@@ -448,8 +454,12 @@ FAULTS = [
 ]
 
 
+# Of every kind. That 'chosen' is one of the best is enough.
+RIGHT = PAIR | VOTED | {"response": "r", "ranks": [1, 1]}
+
+
 @pytest.mark.parametrize(("kind", "record", "message"), FAULTS)
 def test_faults_name_file_line_and_key(write, kind, record, message):
     with pytest.raises(UserError, match=message) as error:
-        formats.read(kind, write([PAIR | VOTED | {"response": "r"}, record]))
+        formats.read(kind, write([RIGHT, record]))
     assert str(error.value).startswith("data.jsonl, line 2: ")

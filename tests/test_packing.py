@@ -51,7 +51,14 @@ def test_a_packed_batch_by_hand():
 
 def test_first_fit_puts_the_longest_first():
     """Texts of 9, 5, 4, 4, 3 and 3 tokens: number, row, first column."""
-    places = grid("200", "010", "315", "420", "124", "530")
+    places = grid(
+        "200",
+        "010",
+        "315",
+        "420",
+        "124",
+        "530",
+    )
     lengths = np.array([5, 3, 9, 4, 4, 3])
     assert batches.first_fit(lengths, 9) == list(map(tuple, places.tolist()))
     assert batches.first_fit(lengths[:0], 9) == []
@@ -67,7 +74,13 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
     @jax.value_and_grad
     def results(params, batch):
         policy_fn = models.policy_fn(model)
-        loss, _ = sft.loss(params, batch, None, policy_fn=policy_fn, config=sft.Config())
+        loss, _ = sft.loss(
+            params,
+            batch,
+            None,
+            policy_fn=policy_fn,
+            config=sft.Config(),
+        )
         return loss.value
 
     rows = np.array([5, 3, -1, 0, 2, 1, 4])
@@ -100,12 +113,23 @@ SCORED = encoding.encode_texts(
 TABLE = {"table": jnp.arange(10) / -10.0}
 
 
-def table_policy(params, tokens, attention_mask, key):
+def table_policy(
+    params,
+    tokens,
+    attention_mask,
+    key,
+):
     log_probs = params["table"][tokens]
     return PolicyOutput(log_probs, log_probs)
 
 
-def table_score(params, tokens, attention_mask, key, documents=None):
+def table_score(
+    params,
+    tokens,
+    attention_mask,
+    key,
+    documents=None,
+):
     """The sum over the tokens of a text, negative."""
     own = attention_mask[:, None] == (
         jnp.ones((len(tokens), 1, 1)) if documents is None else documents[..., None]
@@ -203,9 +227,13 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
 
     @partial(jax.jit, static_argnames="parts")
     def step(batch, parts):
-        return update(state, batch, KEY, **own, config=reward_model.Config(num_microbatches=parts))[
-            0
-        ].params["table"]
+        return update(
+            state,
+            batch,
+            KEY,
+            **own,
+            config=reward_model.Config(num_microbatches=parts),
+        )[0].params["table"]
 
     rows = np.array([4, 2, -1, 1, 0, 3])
     packed = batches.packed_comparisons(weighted, rows, 10, 8)
@@ -249,7 +277,14 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
     config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
     (plan, to_arrays), (again, _) = (
-        supervised._batching(config, getattr(training, stage).SPEC, PAIRS, train, KEY, 4)
+        supervised._batching(
+            config,
+            getattr(training, stage).SPEC,
+            PAIRS,
+            train,
+            KEY,
+            4,
+        )
         for _ in range(2)
     )
     # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest
@@ -285,7 +320,11 @@ def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
     """One batch holds all pairs, so that the losses of the steps are the same."""
     config = letters_run(tmp_path)
     settings = replace(
-        getattr(config, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own
+        getattr(config, stage),
+        batch_size=16,
+        num_epochs=3,
+        validation_fraction=0.0,
+        **own,
     )
     found = []
     for pack in (False, True):
@@ -321,7 +360,12 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config):
         ("kto", KTOStage(), "kto joins each prompt with the next row's answer and cannot pack"),
     ],
 )
-def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):
+def test_what_cannot_be_packed_is_said_before_data_is_read(
+    stage,
+    own,
+    message,
+    config,
+):
     config = replace(config, data=("nothing.json",), text=Text(pack=True), **{stage: own})
     with pytest.raises(UserError, match=f"^text.pack: {message}"):
         getattr(training, stage).run(config)

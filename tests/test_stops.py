@@ -44,7 +44,13 @@ def a_rollout(*responses):
 
 def test_the_cut_by_hand():
     """After the token that completes the string; a text that is over when it has one counts too."""
-    rollout = a_rollout([A, B, C, D, E], [C, A, EOS], [D, A, B], [A, C, D], [B, B, C, B, C])
+    rollout = a_rollout(
+        [A, B, C, D, E],
+        [C, A, EOS],
+        [D, A, B],
+        [A, C, D],
+        [B, B, C, B, C],
+    )
     cut = stops.cut(rollout, ("ab", "bc"), ALPHABET)
     length = np.array([2, 3, 3, 3, 3])
     assert_array_equal(cut.stopped, [True, False, True, False, True])
@@ -84,10 +90,21 @@ def stopped_run(tmp_path_factory):
     (folder / "size.py").write_text(REWARD)
     config = replace(config, reward=(f"{folder / 'size.py'}:size",))
     config = replace(config, network=replace(config.network, max_length=24))
-    config = with_rl(config, stop=STOP, max_new_tokens=NEW, batch_size=12, missing_eos_score=-9.0)
+    config = with_rl(
+        config,
+        stop=STOP,
+        max_new_tokens=NEW,
+        batch_size=12,
+        missing_eos_score=-9.0,
+    )
     learned = []
 
-    def keep(step, state, row, rollout):
+    def keep(
+        step,
+        state,
+        row,
+        rollout,
+    ):
         learned.append(jax.device_get(rollout))
 
     result = rl.run(config, on_step=keep)

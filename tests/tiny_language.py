@@ -95,7 +95,12 @@ def params():
     return {"logits": REF_LOGITS.astype(np.float32), "values": np.zeros(NUM_OPEN, np.float32)}
 
 
-def policy_fn(params, tokens, attention_mask, key):
+def policy_fn(
+    params,
+    tokens,
+    attention_mask,
+    key,
+):
     del attention_mask
     assert key is None
     number = jnp.minimum(prefixes(tokens), NUM_OPEN - 1)
@@ -107,7 +112,12 @@ def policy_fn(params, tokens, attention_mask, key):
     return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
 
 
-def score_fn(params, tokens, attention_mask, key):
+def score_fn(
+    params,
+    tokens,
+    attention_mask,
+    key,
+):
     """A table of scores [341] of whole responses."""
     del key
     last = jnp.sum(attention_mask != 0, axis=1, keepdims=True) - 1
@@ -115,7 +125,11 @@ def score_fn(params, tokens, attention_mask, key):
 
 
 LISTED = Rollout(
-    TOKENS, ATTENTION_MASK, RESPONSE_MASK, np.zeros(TOKENS.shape), scores=REWARDS.astype(np.float32)
+    TOKENS,
+    ATTENTION_MASK,
+    RESPONSE_MASK,
+    np.zeros(TOKENS.shape),
+    scores=REWARDS.astype(np.float32),
 )
 
 
@@ -179,7 +193,12 @@ def tilted(coef):
     return weights / weights.sum()
 
 
-def fixed_point(advantage, coef, estimator, weight):
+def fixed_point(
+    advantage,
+    coef,
+    estimator,
+    weight,
+):
     """Where the expected gradient of a KL term per token, in the loss, cancels that of the policy
     term: [121].
 
@@ -213,7 +232,12 @@ def fixed_point(advantage, coef, estimator, weight):
     raise AssertionError("no fixed point was found")
 
 
-def _backwards(weighted_advantage, weight, coef, estimator):
+def _backwards(
+    weighted_advantage,
+    weight,
+    coef,
+    estimator,
+):
     ref = np.exp(REF_LOGITS) / np.exp(REF_LOGITS).sum(axis=1, keepdims=True)
     q = np.zeros(NUM_PREFIXES)
     w = np.zeros(NUM_PREFIXES)
@@ -239,7 +263,12 @@ def _backwards(weighted_advantage, weight, coef, estimator):
     return probabilities(np.log(policy))
 
 
-def _conditional(ref, q, scale, estimator):
+def _conditional(
+    ref,
+    q,
+    scale,
+    estimator,
+):
     """mu by bisection, for all prefixes of one length at once: [N, 4] each."""
 
     def shares(mu):

@@ -353,9 +353,12 @@ def _names(row: Row) -> list[str]:
         return [f"response {i} (target {row.targets[i]:g})" for i in numbers]
     if row.is_pair:
         return ["chosen", "rejected"]
-    if row.best is None:
-        return ["response"] * len(numbers)
-    return [f"response {i}" + " (best)" * (i == row.best) for i in numbers]
+    if len(numbers) == 1:
+        return ["response"]
+    names = [f"response {i}" for i in numbers]
+    if row.best is not None:
+        names[row.best] += " (best)"
+    return names
 
 
 def _as_text(text: Text, tokenizer: Tokenizer | None) -> str:
