@@ -359,16 +359,14 @@ def test_a_model_without_a_chat_template_reads_prompts_as_they_are():
     template = chat.template_of(tokenizer, "auto")
     assert template.source == chat.PLAIN
     rows = [Row("hi", (), ""), Row(template.prompt([SYSTEM, USER], ""), (), "")]
-    expected = [tokenizer.encode("hi"), tokenizer.encode(SHOWN)]
+    expected = [tokenizer.encode(text) for text in ("hi", SHOWN)]
     assert encoding.prompt_ids(rows, tokenizer, "auto") == expected
     line = "text.template auto: {prompt}; there is no chat template"
     assert chat.describe("auto", tokenizer, None) == line
     assert chat.with_text_template(tokenizer, "auto").config["chat_template"] == chat.PLAIN
     called = [USER, {**ANSWER, "tool_calls": [{"name": "é"}]}]
-    row = Row((3,), (), "", messages=called)
-    assert chat.shown(row, tokenizer) == (
-        'User:\nhi\n\nAssistant:\nhello[{"name": "é"}]\n\nAssistant:\n'
-    )
+    shown = chat.shown(Row((3,), (), "", messages=called), tokenizer)
+    assert shown == 'User:\nhi\n\nAssistant:\nhello[{"name": "é"}]\n\nAssistant:\n'
 
 
 def test_runs_of_unlike_templates_are_not_compared(folder, tmp_path):

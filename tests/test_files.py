@@ -78,26 +78,21 @@ def test_parquet(write):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
+    def save(rows):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), "data.parquet")
+
     turn = {"role": "user", "content": "hi"}
-    parquet.write_table(
-        pyarrow.Table.from_pylist([{"messages": [turn], "level": n} for n in (3, 4)]),
-        "data.parquet",
-    )
+    save([{"messages": [turn], "level": n} for n in (3, 4)])
     result = formats.read("prompts", ["data.parquet", write('["text"]', "data.json")])
     assert [(row.source, row.columns) for row in result.rows] == [
         ("data.parquet, row 1", {"level": 3}),
         ("data.parquet, row 2", {"level": 4}),
         ("data.json, row 1", {}),
     ]
-    choices = [
-        {"prompt": "q", "sample0": "a", "sample1": "b", "sample2": last, "best": 1}
-        for last in (None, "c")
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(choices), "data.parquet")
-    assert [len(row.responses) for row in formats.read("comparisons", "data.parquet").rows] == [
-        2,
-        3,
-    ]
+    choice = {"prompt": "q", "sample0": "a", "sample1": "b", "best": 1}
+    save([choice | {"sample2": last} for last in (None, "c")])
+    rows = formats.read("comparisons", "data.parquet").rows
+    assert [len(row.responses) for row in rows] == [2, 3]
     for content in ("hello", "PAR1hello", gzip.compress(b"PAR1hello")):
         with pytest.raises(UserError, match=r"bad\.parquet: cannot be read as Parquet: "):
             formats.read("prompts", write(content, "bad.parquet"))

@@ -12,6 +12,7 @@ from builders import json_lines, letters_run, metric_rows, run_vpg, with_rl
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import rewards
+from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import stops, tokenizers
 from rlhf_jax.evaluation import evaluate
@@ -107,7 +108,9 @@ def stopped_run(tmp_path_factory):
     ):
         learned.append(jax.device_get(rollout))
 
-    result = rl.run(config, on_step=keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
+        result = rl.run(config, vpg, on_step=keep)
     tokenizer = tokenizers.load_tokenizer(str(result.folder / "model"))
 
     return config, learned, tokenizer, result.folder
