@@ -203,7 +203,7 @@ def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
     text = check.check([write([row, row])]).text
     assert f"  warning: the key {warning}" in text
     assert "(2 rows: data.jsonl, line 1, line 2)" in text
-    assert "\n\nno problems, warnings: " in text
+    assert "\n\nproblems: 0, warnings: " in text
 
 
 @pytest.mark.parametrize(

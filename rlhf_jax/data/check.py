@@ -90,9 +90,10 @@ def check(
 
 def _total(num_problems: int, num_warnings: int) -> str:
     """The last line of a report."""
-    if num_problems:
-        return f"problems: {num_problems}, warnings: {num_warnings}; a run would stop"
-    return f"no problems, warnings: {num_warnings}" if num_warnings else "no problems"
+    if not num_problems and not num_warnings:
+        return "no problems"
+    total = f"problems: {num_problems}, warnings: {num_warnings}"
+    return f"{total}; a run would stop" if num_problems else total
 
 
 def _overlap(

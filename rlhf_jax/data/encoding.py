@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import Messages, Row, Rows, Text
+from rlhf_jax.data.rows import BadRow, Messages, Row, Rows, Text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -173,7 +173,7 @@ def _cut(
     longer = [len(response) for response in responses if len(response) > room]
     if longer and too_long == "error":
         parts = f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included)"
-        raise UserError(f"{row.source}: {parts} are more than max_length {max_length}; {_CHOICES}")
+        raise BadRow(row.source, f"{parts} are more than max_length {max_length}; {_CHOICES}")
     cut = [response[: max(room, 0)] for response in responses]
     is_choice = len(cut) > 1 and row.targets is None
     reason = None
@@ -247,7 +247,7 @@ def encode_prompts(
         is_longer = len(prompt) > width
         if is_longer and too_long == "error":
             what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
-            raise UserError(f"{row.source}: {what}; {_CHOICES}")
+            raise BadRow(row.source, f"{what}; {_CHOICES}")
         if is_longer and too_long == "drop":
             counts[DROPPED] += 1
             continue
@@ -297,8 +297,7 @@ def prompt_ids(
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
-            what = f"the tokenizer makes no token of the prompt {row.prompt!r}"
-            raise UserError(f"{row.source}: {what}")
+            raise BadRow(row.source, f"the tokenizer makes no token of the prompt {row.prompt!r}")
     return encoded
 
 
@@ -389,7 +388,7 @@ def _ids(
             continue
         if max(text) > last:
             what = f"the tokenizer has ids up to {last} only; use the one that made the ids"
-            raise UserError(f"{sources[i]}: holds the token id {max(text)}, but {what}")
+            raise BadRow(sources[i], f"holds the token id {max(text)}, but {what}")
         encoded[i] = list(text)
     return encoded
 

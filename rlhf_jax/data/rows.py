@@ -191,10 +191,8 @@ def texts(rows: Rows) -> Iterator[str]:
     for row in rows:
         for text in row.texts:
             if not isinstance(text, str):
-                raise UserError(
-                    f"{row.source}: holds token ids, so no tokenizer can be trained on it; name "
-                    "the model"
-                )
+                what = "holds token ids, so no tokenizer can be trained on it; name the model"
+                raise BadRow(row.source, what)
             yield text
 
 
