@@ -155,6 +155,14 @@ def test_comparisons_of_several_answers_by_hand():
     assert cut.sources == ["f, line 1", "f, line 2", "f, line 3"]
 
 
+def test_feedback_has_room_for_each_prompt_with_the_next_rows_response():
+    """The last prompt has 3 tokens, and the first response 4: no text has 7 of its own."""
+    texts = (("a", "bcd"), ("a", "b"), ("abc", "b"))
+    rows = [Row(prompt, (text,), "f, line 1", targets=(1.0,)) for prompt, text in texts]
+    batch = batches.feedback_batch(comparisons(rows), np.arange(3), bucket_multiple=1)
+    assert batch.tokens.shape == (3, 7)
+
+
 def test_prompts_are_left_padded_and_keep_their_columns():
     data = prompts()
     equal(data.tokens, grid("23", "04"))
