@@ -279,6 +279,7 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     assert "It reads a prompt as a user's message of its chat template." in card
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_temperature_0_says_what_the_generator_says(
     folder,
     generator,
