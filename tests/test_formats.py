@@ -257,6 +257,13 @@ def test_pieces_hold_every_token_once():
     assert [1 + len(row.responses[0]) for row in long] == [1024, 1024, 1024, 132]
 
 
+def test_messages_may_repeat_the_prompt_after_a_system_message(write):
+    roles = {"system": "s", "user": "p", "assistant": "r"}
+    turns = [{"role": role, "content": text} for role, text in roles.items()]
+    [row] = formats.read("demonstrations", write([{"prompt": "p", "response": turns}])).rows
+    assert row.texts == ("System:\ns\n\nUser:\np\n\nAssistant:\n", "r")
+
+
 def message(role, text, *replies, rank=None):
     return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 

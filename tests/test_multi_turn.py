@@ -98,7 +98,8 @@ def replies(conversation, row):
     texts = [message["content"] for message in conversation]
     expected = (["a", "b", "c", "de"], ["ca", "b"], ["a", "b", "cc", "de"])[row["number"]]
     assert texts == expected[: len(texts)]
-    conversation.clear()  # its own copy
+    conversation[0].clear()  # its own copies
+    conversation.clear()
     answers = [("c", 0.5), (None, -1), "cc"] if len(texts) == 2 else [(None, 2.0), None, "c"]
     return answers[row["number"]]
 
