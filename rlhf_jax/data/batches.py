@@ -48,7 +48,8 @@ def split(
     num_rows = len(groups)
     if not fraction:
         return np.arange(num_rows), np.arange(0)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    different = enumerate(dict.fromkeys(groups))
+    numbers = {group: number for number, group in different}
     group_of = np.array([numbers[group] for group in groups], np.int64)
     num_held_out = max(1, round(num_rows * fraction))
     sizes = np.bincount(group_of)
@@ -133,7 +134,8 @@ def prompt_rows(
     positions = step * batch_size + np.arange(batch_size)
     first_epoch = int(positions[0]) // n
     end_epoch = int(positions[-1]) // n + 1
-    keys = [jax.random.fold_in(key, epoch) for epoch in range(first_epoch, end_epoch)]
+    epochs = range(first_epoch, end_epoch)
+    keys = [jax.random.fold_in(key, epoch) for epoch in epochs]
     orders = np.concatenate([_permutation(epoch_key, n) for epoch_key in keys])
     return orders[positions - first_epoch * n]
 
@@ -145,7 +147,8 @@ def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
     """
     columns = attention_mask.shape[1]
     is_used = np.any(attention_mask, axis=0)
-    longest = int(np.max(is_used * np.arange(columns, 0, -1), initial=1))
+    widths = np.arange(columns, 0, -1)
+    longest = int(np.max(is_used * widths, initial=1))
     num_multiples = -(-longest // multiple)
     width = multiple << (num_multiples - 1).bit_length()
     return width if width <= 0.75 * columns else columns
@@ -249,7 +252,8 @@ def packing(
     """
     totals = data.lengths.sum(axis=1)
     width = _round_up(int(totals.max()), plan.bucket_multiple)
-    width = min(width, data.num_answers * (data.max_length or sys.maxsize))
+    longest = data.max_length or sys.maxsize
+    width = min(width, data.num_answers * longest)
     mixed = replace(plan, bucket_multiple=width)  # one bucket holds all
     padded_columns = 0
     needed = []
@@ -257,7 +261,8 @@ def packing(
         padded = rows[_present(plan.rows(step))]
         padded_columns += width_of(data, padded, plan.bucket_multiple)
         packed = rows[_present(mixed.rows(step))]
-        rows_used = {row for _, row, _ in first_fit(totals[packed], width)}
+        places = first_fit(totals[packed], width)
+        rows_used = {row for _, row, _ in places}
         needed.append(len(rows_used))
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
@@ -304,7 +309,8 @@ def feedback_batch(
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
     """The labels of comparisons. A label that has its default in all rows is None."""
     has_best = data.targets is None and data.best.any()
-    has_weight = data.weight.ndim > 1 or (data.weight != 1).any()
+    is_ensemble = data.weight.ndim > 1
+    has_weight = is_ensemble or (data.weight != 1).any()
     return {
         "best": _labels(data.best, rows) if has_best else None,
         "targets": _labels(data.targets, rows),
@@ -365,7 +371,8 @@ def width_of(
 ) -> int:
     """The number of columns for the longest text of the given rows, and at least for ``least``."""
     longest = int(data.lengths[_present(rows)].max(initial=least))
-    return min(_round_up(longest, bucket_multiple), data.max_length or sys.maxsize)
+    width = _round_up(longest, bucket_multiple)
+    return min(width, data.max_length or sys.maxsize)
 
 
 def _packed(
@@ -382,7 +389,8 @@ def _packed(
     places = first_fit(data.lengths[present].sum(axis=1), width)
     num_packed = len({place for _, place, _ in places}) or 1
     num_shortest = int(np.searchsorted(data.shortest, width, side="right"))
-    shape = (_round_up(num_packed, multiple), min(num_shortest, len(rows)))
+    num_rows = _round_up(num_packed, multiple)
+    shape = (num_rows, min(num_shortest, len(rows)))
     held = np.full(shape, ABSENT)
     texts: list[Place] = []
     for i, place, start in places:

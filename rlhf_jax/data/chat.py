@@ -268,12 +268,12 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
         return row.prompt
     if not row.messages:
         return tokenizer.decode(row.prompt)
-    turns = []
+    messages = []
     for message in row.messages:
         calls = message.get("tool_calls")
         written = json.dumps(calls, ensure_ascii=False) if calls else ""
-        turns.append(f"{message['role'].capitalize()}:\n{message['content']}{written}\n\n")
-    return "".join([*turns, "Assistant:\n"])
+        messages.append(message | {"content": message["content"] + written})
+    return template_of(None)._rendered(messages, opens=True)
 
 
 def is_chat(row: Fields, *keys: str) -> bool:

@@ -51,7 +51,8 @@ def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
     for ours, theirs in _names(columns).items():
         if not any(_is_present(value, theirs) for value in values):
             entry = f"{ours}={theirs}"
-            hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
+            known = ", ".join(keys)
+            hint = did_you_mean(theirs, keys) or f"; the keys are {known}"
             sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
     return sentences
 
@@ -136,7 +137,8 @@ def _gather_responses(row: Fields) -> None:
         if len(chosen) == 1:
             row["best"] = 0
         else:
-            row["ranks"] = [0] * len(chosen) + [1] * len(rejected)
+            best = [0] * len(chosen)
+            row["ranks"] = best + [1] * len(rejected)
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
@@ -153,7 +155,8 @@ def _messages(value: Any) -> Any:
     for turn in value:
         if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
             return value
-        role = _ROLES.get(str(turn["from"]), turn["from"])
+        speaker = turn["from"]
+        role = _ROLES.get(str(speaker), speaker)
         messages.append({"role": role, "content": turn["value"]})
     return messages
 
@@ -184,10 +187,12 @@ def _rankings(root: Any, source: str) -> list[Record]:
     try:
         rows = list(_walk(root))
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadRow(source, f"not a message tree: {type(error).__name__}: {error}") from error
+        fault = f"{type(error).__name__}: {error}"
+        raise BadRow(source, f"not a message tree: {fault}") from error
     if not rows:
         raise Drop(source, "message tree without two ranked replies to one prompt")
-    return [Record(row, f"{source}, prompt {number}") for number, row in enumerate(rows, 1)]
+    numbered = enumerate(rows, 1)
+    return [Record(row, f"{source}, prompt {number}") for number, row in numbered]
 
 
 def _walk(root: Fields) -> Iterator[Fields]:
