@@ -124,6 +124,11 @@ def test_repetitions_equal_responses_and_opposite_preferences(write):
     )
 
 
+def test_a_demonstration_that_comes_twice_is_no_opposite_preference(write):
+    text = check.check([write([{"prompt": "p", "response": "r"}] * 2)]).text
+    assert "  duplicates: 1\n    data.jsonl, line 2 repeats line 1\n  words" in text
+
+
 def test_what_files_share(write):
     train = write([pair("p", "x", "y"), pair("q", "x", "y"), pair("r", "x", "y")], "train.jsonl")
     test = write([pair("p", "x", "y"), pair("q", "x", "z"), pair("s", "x", "y")], "test.jsonl")
