@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import (
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
-from rlhf_jax.config.pretrained import fill_pretrained
+from rlhf_jax.config.pretrained import pretrained_defaults
 from rlhf_jax.config.sections import section_name, with_section
 from rlhf_jax.config.settings import ALGORITHMS, RunConfig, Switch
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
@@ -22,6 +28,10 @@ from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
 Words = Sequence[str]
+_ABOUT_FILES = (
+    "--config FILE ...: YAML with values for these options; flags go before them. --trust-config: "
+    "run the Python files that such a FILE names, though they are not yours."
+)
 
 
 def parse(
@@ -65,34 +75,31 @@ def parse(
         unread = [name for name in ALGORITHMS if name != section_name(algorithm)]
         sections = sections or [name for name in typing.get_type_hints(kind) if name not in unread]
     given = _given(kind, options.config, unread)
-    defaults = _with_values(kind(), given)
-    about = (
-        f"{description}\n\n--config FILE ...: YAML with values for these options; flags go "
-        "before them. --trust-config: run the Python files that such a FILE names, though they are "
-        "not yours."
-    )
-    how: Any = {
-        "prog": prog,
-        "description": about,
-        "return_unknown_args": True,
-        "compact_help": True,
-    }
-    parsed: Any = tyro.cli(
-        kind, args=flags, default=defaults, registry=_flags_of(kind, sections), **how
-    )
-    values, unknown = parsed
+    config = _with_values(kind(), {key: value for key, (value, _) in given.items()})
+    unknown: list[str] = []
+    if flags:  # else there is nothing to wait for: tyro takes half a second
+        parsed: tuple[C, list[str]] = tyro.cli(
+            kind,
+            args=flags,
+            default=config,
+            prog=prog,
+            description=f"{description}\n\n{_ABOUT_FILES}",
+            return_unknown_args=True,
+            compact_help=True,
+            registry=_flags_of(kind, sections),
+        )
+        config, unknown = parsed
     if unknown:
         raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
     typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
-    if isinstance(defaults, RunConfig):
-        filled = fill_pretrained(values, typed | given.keys())
-        read_here = [key for key in filled if _is_read(key, kind, sections)]
-        if read_here:
-            listed = ", ".join(f"{key} {filled[key]}" for key in read_here)
-            model = values["model"]
-            logger.info(f"defaults for the pretrained {model}: {listed}")
+    if isinstance(config, RunConfig):
+        filled = pretrained_defaults(config, typed | given.keys())
+        listed = [f"{key} {filled[key]}" for key in filled if _is_read(key, kind, sections)]
+        if listed:
+            logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
+        config = _with_values(config, filled)
     problems: list[str] = []
-    config = _build(kind, values, defaults, "", given, problems)
+    config = _checked(config, "", given, problems)
     if problems:
         raise UserError("\n".join(problems))
     if not options.trust_config:
@@ -112,33 +119,40 @@ def check_trusted(given: Values) -> None:
             that the YAML file lies in, or any at all where that run's folder is outside the current
             one; or a URL where the YAML file is in a run's folder or outside the current folder.
     """
-    here = Path.cwd().resolve()
+    own = [path.resolve() for path in shipped().values()]
     problems = []
     for key, (value, place) in given.items():
         config = Path(re.sub(r", line \d+$", "", place)).resolve()
-        if config in [path.resolve() for path in shipped().values()]:
+        if config in own:
             continue
-        run = config.parent if (config.parent / "manifest.json").is_file() else None
-        texts = value if isinstance(value, tuple) else (value,)
-        for text in filter(lambda text: isinstance(text, str), texts):
-            code = re.match(r"(.*\.py):", text, re.DOTALL)
-            if code is not None:
-                file = Path(code[1]).resolve()
-                is_own = file.is_relative_to(here)
-                if run is not None:
-                    is_own = is_own and run.is_relative_to(here) and not file.is_relative_to(run)
-                if not is_own:
-                    problems.append(f"{place}: {key} {text} runs the Python code of {file}")
-            elif re.match(r"(\w+:)?https?://", text) and (run or not config.is_relative_to(here)):
-                problems.append(
-                    f"{place}: {key} {text} gets the texts of the run, and your API key"
-                )
+        for text in value if isinstance(value, tuple) else (value,):
+            harm = _harm(str(text), config)
+            if harm:
+                problems.append(f"{place}: {key} {text} {harm}")
     if problems:
         listed = "\n".join(problems)
         raise UserError(
             f"{listed}\nIt may be somebody else's, and runs with your rights: read it, then give "
             "--trust-config"
         )
+
+
+def _harm(text: str, config: Path) -> str:
+    """What a value of a YAML file could do if the file is somebody else's; "" for nothing."""
+    here = Path.cwd().resolve()
+    folder = config.parent
+    is_here = config.is_relative_to(here)
+    is_run = (folder / "manifest.json").is_file()
+    code = re.match(r"(.*\.py):", text, re.DOTALL)
+    if code is not None:
+        file = Path(code[1]).resolve()
+        is_own = file.is_relative_to(here)
+        if is_run:
+            is_own = is_own and is_here and not file.is_relative_to(folder)
+        return "" if is_own else f"runs the Python code of {file}"
+    if re.match(r"(\w+:)?https?://", text) and (is_run or not is_here):
+        return "gets the texts of the run, and your API key"
+    return ""
 
 
 def _given(kind: type, names: Words, unread: Words) -> Values:
@@ -155,10 +169,10 @@ def _given(kind: type, names: Words, unread: Words) -> Values:
     return {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
 
 
-def _with_values(default: C, given: Values) -> C:
-    """A copy with these values, set without a look at the rules, which hold for the final ones."""
-    config = copy.copy(default)
-    for key, (value, _) in given.items():
+def _with_values(config: C, values: dict[str, Any]) -> C:
+    """A copy with these values, which may break rules until ``_checked`` sees all of them."""
+    config = copy.copy(config)
+    for key, value in values.items():
         section: Any = config
         *path, name = key.split(".")
         for inner in path:
@@ -188,87 +202,76 @@ def shipped() -> dict[str, Path]:
 
 
 def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
-    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before
-    all values are known, and of its fields those that ``sections`` leaves."""
+    """How tyro reads a config: of each dataclass the fields that ``sections`` leaves, into a copy
+    of the default, so that no ``__post_init__`` runs before all values are known.
+    """
     registry = tyro.constructors.ConstructorRegistry()
-    prefixes = {root: ""}
-    for name, kind in subsections(root).items():
-        prefixes[kind] = f"{name}."
+    prefixes = {kind: f"{name}." for name, kind in subsections(root).items()} | {root: ""}
     inside = False
 
     @registry.primitive_rule
-    def switch(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    def switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if info.type != Switch:
             return None
-        return tyro.constructors.PrimitiveConstructorSpec(
+        return PrimitiveConstructorSpec(
             nargs="*",
             metavar="[auto|true|false]",
             instance_from_str=_switch,
-            is_instance=lambda value: value in (True, False, "auto"),
+            is_instance=lambda value: value in _SWITCHES.values(),
             str_from_instance=lambda value: [str(value).lower()],
         )
 
     @registry.struct_rule
-    def rule(
-        info: tyro.constructors.StructTypeInfo,
-    ) -> tyro.constructors.StructConstructorSpec | None:
+    def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal inside
         if inside or not dataclasses.is_dataclass(info.type):
             return None  # and tyro goes on to its own rules, which know defaults and help texts
         inside = True
         spec: Any = registry.get_struct_spec(info)
         inside = False
+
+        def with_flags(**values: Any) -> Any:
+            return _with_values(info.default, values)
+
         prefix = prefixes.get(info.type)
         fields = [
             field
             for field in spec.fields
             if prefix is None or _is_read(prefix + field.name, root, sections)
         ]
-        return dataclasses.replace(spec, instantiate=dict, fields=tuple(fields))
+        return dataclasses.replace(spec, instantiate=with_flags, fields=tuple(fields))
 
     return registry
 
 
+_SWITCHES: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
+
+
 def _switch(words: list[str]) -> Switch:
     """The value of a flag that may have no value, which turns it on."""
-    values: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
     word = " ".join(words).lower() or "true"
-    if word not in values:
+    if word not in _SWITCHES:
         raise ValueError(f"expected auto, true, false or nothing, got {word}")
-    return values[word]
+    return _SWITCHES[word]
 
 
 def _is_read(key: str, root: type, sections: Words) -> bool:
-    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, save the
+    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, except the
     reward.
     """
     if not sections or ("." not in key and key not in subsections(root) and key != "reward"):
         return True
-    for part in sections:
-        is_inside = f"{key}.".startswith(f"{part}.")
-        if is_inside or part.startswith(f"{key}."):
-            return True
-    return False
+    return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
 
 
-def _build(
-    cls: type[C],
-    values: dict[str, Any],
-    default: C,
-    prefix: str,
-    given: Values,
-    problems: list[str],
-) -> C:
-    """An instance of ``cls``, inner sections first. What their rules refuse goes to ``problems``
-    with section, file and line, and has its default in the instance.
+def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:
+    """The section made anew, so that its rules are checked, inner sections first. For what they
+    refuse it has the default, and ``problems`` has the message with section, file and line.
     """
-    values = vars(default) | values
-    for name, kind in subsections(cls).items():
-        inner = values[name] if isinstance(values[name], dict) else {}
-        section = vars(default)[name]
-        values[name] = _build(kind, inner, section, f"{prefix}{name}.", given, problems)
+    cls = type(section)
+    values = dict(vars(section))
+    for name in subsections(cls):
+        values[name] = _checked(values[name], f"{prefix}{name}.", given, problems)
     refused: set[str] = set()
     while True:
         try:
@@ -276,23 +279,17 @@ def _build(
         except ValueError as error:
             message = str(error)
         name = re.findall(r"\w+", message)[0]
-        is_new = name in values and name not in refused
-        if is_new or not refused:
+        if name not in refused:
             problems.append(_problem(message, values, prefix, given))
-        if not is_new:
+        if name in refused or name not in values:
             return cls()
         refused.add(name)
         values[name] = vars(cls())[name]
 
 
-def _problem(
-    message: str,
-    values: dict[str, Any],
-    prefix: str,
-    given: Values,
-) -> str:
-    """What a rule of a section says, after the place of the first setting that it names and whose
-    value no flag has changed.
+def _problem(message: str, values: dict[str, Any], prefix: str, given: Values) -> str:
+    """What a rule of a section says, after the file and line of the first setting that it names
+    whose value in the file still counts.
     """
     words = re.findall(r"\w+(?:\.\w+)*", message)
     section = types.SimpleNamespace(**values)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.config.settings import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.reading import SETTINGS, read_yaml
 
@@ -26,20 +27,14 @@ PRETRAINED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def fill_pretrained(values: dict[str, Any], chosen: Collection[str]) -> dict[str, Any]:
-    """Puts the defaults for pretrained weights into the parsed ``values`` if the model has such;
-    returns them by key. What was ``chosen``, by a flag or a file, stays."""
-    if values["model"] is None or not is_pretrained(values["model"]):
+def pretrained_defaults(config: RunConfig, chosen: Collection[str]) -> dict[str, Any]:
+    """The defaults for pretrained weights by key, without those that a flag or a file has
+    ``chosen``; empty if the model has no such weights.
+    """
+    if config.model is None or not is_pretrained(config.model):
         return {}
-    column = 1 if values["lora"]["rank"] else 0
-    filled = {key: both[column] for key, both in PRETRAINED.items() if key not in chosen}
-    for key, value in filled.items():
-        section = values
-        *path, name = key.split(".")
-        for inner in path:
-            section = section.setdefault(inner, {})
-        section[name] = value
-    return filled
+    column = 1 if config.lora.rank else 0
+    return {key: both[column] for key, both in PRETRAINED.items() if key not in chosen}
 
 
 def is_pretrained(model: str) -> bool:

@@ -1,14 +1,17 @@
 """The settings of a run: one ``RunConfig`` with a section per stage.
 
-The text below a field is its ``--help`` text. Each class checks its own rules in ``__post_init__``
-and raises ValueError with the field's name first; ``parse`` adds the section, the file and the
-line.
+The text below a field is its ``--help`` text, and its type has the bounds of its values. Rules
+between fields are in ``__post_init__``. Both raise ValueError with the field's name first;
+``parse`` adds the section, the file and the line.
 """
 
 import math
 import re
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from rlhf_jax.algorithms import distill, dpo, kto, ppo, reward_model, sft
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
@@ -20,18 +23,43 @@ from rlhf_jax.ops import check_number
 from rlhf_jax.rewards.service import Judge, Requests, check_url
 from rlhf_jax.runs import alerts
 
+Texts = tuple[str, ...]
 Switch = bool | Literal["auto"]
-ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # the sections of those of this package
+ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # those of this package, by their sections
+
+# Numbers with bounds. None passes where a field allows it.
+Count = Annotated[int, partial(check_number, at_least=1)]
+CountOrZero = Annotated[int, partial(check_number, at_least=0)]
+Positive = Annotated[float, partial(check_number, above=0)]
+NonNegative = Annotated[float, partial(check_number, at_least=0)]
+Share = Annotated[float, partial(check_number, at_least=0, at_most=1)]
+ShareBelow1 = Annotated[float, partial(check_number, at_least=0, below=1)]
+ShareAbove0 = Annotated[float, partial(check_number, above=0, at_most=1)]
+OpenShare = Annotated[float, partial(check_number, above=0, below=1)]
 
 
-def _check(section: Any, *names: str, **bounds: float) -> None:
-    """Raises ValueError for the first of these fields that is not None and out of the bounds."""
-    for name in names:
-        check_number(name, getattr(section, name), **bounds)
+def _bounds(section: type) -> dict[str, Callable[[str, Any], None]]:
+    """{field: the check of its bounds} of a class of settings."""
+    checks = {}
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
+        for part in (kind, *typing.get_args(kind)):  # the type itself, or its part beside None
+            for check in getattr(part, "__metadata__", ()):
+                checks[name] = check
+    return checks
 
 
 @dataclass(frozen=True)
-class Network:
+class Section:
+    """Checks the bounds of its fields, after the rules of the ``Config`` that a section extends."""
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()
+        for name, check in _bounds(type(self)).items():
+            check(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Network(Section):
     """The GPT-2 that is started from random weights when no ``model`` is given."""
 
     hidden_size: int = 128
@@ -44,20 +72,17 @@ class Network:
     """Longest text, prompt and response together, in tokens."""
     dropout: float = 0.0
     """Dropout rate in supervised stages; RL and scoring never drop."""
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
     """Standard deviation of the initial weights. GPT-2's 0.02 suits a width of some hundreds;
     1/sqrt(hidden_size), 0.1 for a width of 100, makes narrow networks learn what depends on several
     tokens in a tenth of the steps."""
 
-    def __post_init__(self) -> None:
-        _check(self, "initializer_range", above=0)
-
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Section):
     """How a model is run; changes speed and memory, not what is learnt."""
 
-    blocks: int | None = None
+    blocks: Count | None = None
     """Parts of each batch, a power of two, such as 8, that the data devices divide: final weights,
     metrics and samples are then the same bytes on any number of devices and processes. null: sums
     are in the order of the devices, and another number of them gives other rounding."""
@@ -72,7 +97,7 @@ class Compute:
     """Compile one block for all layers but the last, and loop over depth: faster to compile for
     deep models. auto: from eight layers on.
     """
-    score_rows: int | None = None
+    score_rows: Count | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
@@ -88,14 +113,13 @@ class Compute:
     xla below 512 tokens, else what fits."""
 
     def __post_init__(self) -> None:
-        _check(self, "score_rows", at_least=1)
-        _check(self, "blocks", at_least=1)
+        super().__post_init__()
         if self.blocks is not None and self.blocks & (self.blocks - 1):
             raise ValueError(f"blocks must be a power of two, such as 8, got {self.blocks}")
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(Section):
     """How the devices share the work; a batch is cut over data x fsdp, weights and their optimizer
     over fsdp x tensor.
 
@@ -111,13 +135,13 @@ class Mesh:
     """Devices that share each matrix product: a part of the heads, of the mlp's width and of the
     vocabulary.
     """
-    sampling: int = 0
+    sampling: CountOrZero = 0
     """Devices, the last ones, that sample the next rollout while the others learn; each holds all
     weights. It needs rl.rollouts_ahead, and other stages leave these devices idle. 0: none.
     """
 
     def __post_init__(self) -> None:
-        _check(self, "sampling", at_least=0)
+        super().__post_init__()
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(
@@ -131,21 +155,20 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Section):
     """Train low-rank adapters beside the frozen weights of --model; the reference policy has the
     weights alone.
     """
 
-    rank: int = 0
+    rank: CountOrZero = 0
     """Rank r of the adapters; 0 trains every weight."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """The adapters' term is multiplied by alpha / rank; null: 1."""
     match: str = "attn|mlp"
     """Regular expression of the layers that get one, searched in names such as h_0/attn/c_attn."""
 
     def __post_init__(self) -> None:
-        _check(self, "rank", at_least=0)
-        _check(self, "alpha", above=0)
+        super().__post_init__()
         check_pattern("match", self.match)
 
 
@@ -164,7 +187,7 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Section):
     """How rows of data become tokens."""
 
     template: str = "auto"
@@ -175,7 +198,7 @@ class Text:
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
     """
-    bucket_multiple: int = 16
+    bucket_multiple: Count = 16
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's
     prompts to it, twice, four times, ... that."""
     pack: bool = False
@@ -183,95 +206,81 @@ class Text:
     all, instead of padding each: SFT, reward models and DPO."""
 
     def __post_init__(self) -> None:
-        _check(self, "bucket_multiple", at_least=1)
+        super().__post_init__()
         if self.template != "auto" and "{prompt}" not in self.template:
             raise ValueError(f"template must be auto or contain {{prompt}}, got {self.template!r}")
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Section):
     """Adam or AdamW with clipping and a schedule (optax)."""
 
-    learning_rate: float = 1e-3
+    learning_rate: NonNegative = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "step", "plateau"] = "constant"
     """After the warm-up: linear and cosine decay from the peak to 0 over the run, step multiplies
     by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
     row that bring no improvement."""
-    decay_factor: float = 0.1
+    decay_factor: OpenShare = 0.1
     """What the schedules step and plateau multiply the learning rate by."""
-    decay_every: int | None = None
+    decay_every: Count | None = None
     """Optimizer steps between the decays of the schedule step."""
-    decay_patience: int = 5
+    decay_patience: Count = 5
     """Validations without improvement that the schedule plateau waits for; the metric is that of
     keep_best, without it validation/score in RL and validation/loss elsewhere."""
-    warmup_steps: float = 0
+    warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up; below 1 a share of the run's steps, rounded up."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay; biases, norms and the heads' gain and shift are never decayed."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: NonNegative | None = 1.0
     """Clip gradients to this global norm; null does not clip."""
-    b1: float = 0.9
+    b1: ShareBelow1 = 0.9
     """Adam's decay of the first moment."""
-    b2: float = 0.999
+    b2: ShareBelow1 = 0.999
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
+    eps: NonNegative = 1e-8
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            "learning_rate",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "eps",
-            at_least=0,
-        )
-        _check(self, "decay_every", "decay_patience", at_least=1)
-        _check(self, "decay_factor", above=0, below=1)
+        super().__post_init__()
         if (self.schedule == "step") != (self.decay_every is not None):
             raise ValueError(
                 "schedule: the schedule step needs decay_every, and decay_every the schedule step"
             )
-        _check(self, "b1", "b2", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(Section):
     """What SFT, reward models, DPO and KTO share: rows of data, passes over them, the optimizer,
     validations.
     """
 
-    data: tuple[str, ...] = ()
+    data: Texts = ()
     """Files of the stage's rows; empty: the run's --data."""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """Passes over the data."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Rows (comparisons, pairs) per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer()
-    validation_fraction: float = 0.1
+    validation_fraction: ShareBelow1 = 0.1
     """Share of the rows held out for validation; rows with equal prompts stay together."""
-    validation_data: tuple[str, ...] = ()
+    validation_data: Texts = ()
     """Files of rows to validate on; empty: a validation_fraction of the rows, held out of the
     training.
     """
-    validation_interval: int = 100
+    validation_interval: Count = 100
     """Optimizer steps between validations."""
-
-    def __post_init__(self) -> None:
-        getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
-        _check(
-            self, "num_epochs", "batch_size", "num_microbatches", "validation_interval", at_least=1
-        )
-        _check(self, "validation_fraction", at_least=0, below=1)
+    num_microbatches: Count = 1
+    """Parts of a batch that are run one after the other to save memory; the gradient does not
+    change.
+    """
 
 
 @dataclass(frozen=True)
 class SFTStage(Supervised, sft.Config):
     """Supervised fine-tuning on demonstrations {prompt, response}."""
 
-    validation_fraction: float = 0.05
+    validation_fraction: ShareBelow1 = 0.05
     """Share of the rows held out for validation."""
 
 
@@ -279,35 +288,25 @@ class SFTStage(Supervised, sft.Config):
 class RewardModelStage(Supervised, reward_model.Config):
     """A reward model from human preferences {prompt, chosen, rejected}."""
 
-    normalize_samples: int = 256
+    normalize_samples: CountOrZero = 256
     """After training, scores get mean 0 and variance 1 over this many samples of the policy in
     --model; 0: not.
     """
-    ensemble_size: int = 1
+    ensemble_size: Count = 1
     """Reward models that train at once, each on its own draw of the rows with replacement and from
     a score head of its own, without --model from a body of its own."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "ensemble_size", at_least=1)
-        _check(self, "normalize_samples", "centering", at_least=0)
-
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Section):
     """How the reference policy moves; by default it stays --model."""
 
-    reference_refresh: int | None = None
+    reference_refresh: Count | None = None
     """Every so many iterations, of DPO and KTO optimizer steps, the policy becomes the reference;
     null: never."""
-    reference_ema: float | None = None
+    reference_ema: Share | None = None
     """The reference does not become the policy but moves by this share to it: ema * policy + (1 -
     ema) * reference, after each step or every reference_refresh steps. null: it does not."""
-
-    def __post_init__(self) -> None:
-        getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
-        _check(self, "reference_refresh", at_least=1)
-        _check(self, "reference_ema", at_least=0, at_most=1)
 
     @property
     def reference_moves(self) -> bool:
@@ -357,86 +356,86 @@ def _check_engine(engine: str) -> None:
 class RLStage(Reference):
     """What VPG, PPO, RLOO, GRPO and distillation share: prompts, sampling, KL, the optimizer."""
 
-    data: tuple[str, ...] = ()
+    data: Texts = ()
     """Files of prompts; empty: the run's --data."""
-    num_iterations: int = 100
+    num_iterations: Count = 100
     """Collect, reward, learn: how many times."""
-    num_episodes: int | None = None
+    num_episodes: Count | None = None
     """The run's length in episodes, whole batches, rounded up; where given, num_iterations does not
     count.
     """
-    batch_size: int = 64
+    batch_size: Count = 64
     """Episodes per iteration, over all devices."""
-    max_prompt_length: int | None = None
+    max_prompt_length: Count | None = None
     """Most tokens of a prompt; null: the longest prompt's. A batch has as many slots as its own
     prompts need.
     """
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Response slots R."""
     environment: str | None = None
     """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads
     what it returns and responds again, all in one row, until it returns None."""
-    max_turns: int | None = None
+    max_turns: Count | None = None
     """Most responses of a row; null: until the environment ends it or max_new_tokens, which then
     hold responses and replies, are full."""
-    stop: tuple[str, ...] = ()
+    stop: Texts = ()
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Sample among the k likeliest tokens; null: all. Needs allow_truncated_sampling."""
-    top_p: float | None = None
+    top_p: ShareAbove0 | None = None
     """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling.
     """
-    min_p: float | None = None
+    min_p: Share | None = None
     """Sample among the tokens at least so likely, as a share of the likeliest; null: all. Needs
     allow_truncated_sampling."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Above 1, tokens of the prompt and of the response so far are less likely. Needs
     allow_truncated_sampling."""
     allow_truncated_sampling: bool = False
     """Train on samples that do not come from the policy's full distribution: the KL estimate is
     then biased.
     """
-    kl_coef: float | None = None
+    kl_coef: NonNegative | None = None
     """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's
     own, 0.05 for VPG, PPO and RLOO, 0 for GRPO, whose loss has a KL term."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Adapt the coefficient to this KL, in nats per response; null: fixed."""
-    kl_horizon: int | None = None
+    kl_horizon: Count | None = None
     """Episodes over which the coefficient adapts; null: 10 iterations' worth."""
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that did not end."""
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
-    validation_fraction: float = 0.1
+    validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
-    validation_data: tuple[str, ...] = ()
+    validation_data: Texts = ()
     """Files of prompts to validate on; empty: a validation_fraction of the prompts, held out of the
     training.
     """
-    validation_interval: int = 20
+    validation_interval: Count = 20
     """Iterations between validations."""
-    validation_prompts: int = 64
+    validation_prompts: Count = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
-    dynamic_sampling: int = 0
+    dynamic_sampling: CountOrZero = 0
     """At most so many times in an iteration, groups whose answers all score alike are replaced by
     groups of fresh prompts; those left after that stay in the batch. 0: never."""
     mask_truncated: bool = False
     """Responses that did not end are absent from the loss and from the statistics of their group.
     """
-    overlong_buffer: int | None = None
+    overlong_buffer: Count | None = None
     """The last tokens of max_new_tokens, over which a longer response loses ever more of its score;
     null: no rule.
     """
-    overlong_penalty: float = 1.0
+    overlong_penalty: NonNegative = 1.0
     """What a response of max_new_tokens loses at the end of overlong_buffer."""
-    judge: tuple[str, ...] = ()
+    judge: Texts = ()
     """A reward, as `reward`, that is not trained on: it scores the validations' samples too
     (validation/judge).
     """
-    show_examples: int = 0
+    show_examples: CountOrZero = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
     engine: str | None = None
     """A server that samples in place of the run's own programs: vllm:http://HOST:PORT, which gets
@@ -447,32 +446,20 @@ class RLStage(Reference):
     multiplied by the policy's own probability over that of what sampled. token, sequence: the ratio
     is that of the token, or of its whole response; truncate, mask: it is cut at engine_cap, or 0
     above it. off: nothing."""
-    engine_cap: float = 2.0
+    engine_cap: Positive = 2.0
     """The largest such ratio."""
-    rollouts_ahead: int = 0
+    rollouts_ahead: Annotated[int, partial(check_number, at_least=0, at_most=1)] = 0
     """1: an iteration samples with the weights before the last update, so that an engine samples
     while the devices learn. It takes a copy of the trained weights. 0: with the current weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self, "num_iterations", "num_episodes", "batch_size", "top_k", "kl_horizon", at_least=1
-        )
-        _check(self, "max_prompt_length", "max_new_tokens", "max_turns", at_least=1)
-        _check(self, "validation_interval", "validation_prompts", at_least=1)
-        _check(self, "kl_coef", "show_examples", "dynamic_sampling", "overlong_penalty", at_least=0)
-        _check(self, "rollouts_ahead", at_least=0, at_most=1)
+        check_number("overlong_buffer", self.overlong_buffer, at_most=self.max_new_tokens)
         if self.rollouts_ahead and self.dynamic_sampling:
             raise ValueError(
                 "rollouts_ahead, dynamic_sampling: the groups to replace are known only when the "
                 "rollout is scored; give one"
             )
-        _check(self, "overlong_buffer", at_least=1, at_most=self.max_new_tokens)
-        _check(self, "temperature", "kl_target", "engine_cap", above=0)
-        _check(self, "validation_fraction", at_least=0, below=1)
-        _check(self, "top_p", above=0, at_most=1)
-        _check(self, "min_p", at_least=0, at_most=1)
-        _check(self, "repetition_penalty", above=0)
         truncated = self.top_k is not None or self.top_p not in (None, 1)
         truncated = truncated or bool(self.min_p) or self.repetition_penalty != 1
         if truncated and not self.allow_truncated_sampling:
@@ -515,22 +502,18 @@ class RLStage(Reference):
 
 
 @dataclass(frozen=True)
-class PPOStage(ppo.Config):
+class PPOStage(Section, ppo.Config):
     """Proximal policy optimisation, and the value function of its runs."""
 
     value: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's body; separate: a model of its own, which starts as the policy
     with a head.
     """
-    value_learning_rate: float | None = None
+    value_learning_rate: NonNegative | None = None
     """Peak learning rate of what belongs to the value function alone; null: that of rl.optimizer.
     """
-    value_warmup: int = 0
+    value_warmup: CountOrZero = 0
     """Iterations at the start in which nothing else learns."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "value_learning_rate", "value_warmup", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -585,14 +568,14 @@ class EngineServer(Requests):
 
 
 @dataclass(frozen=True)
-class Safety:
+class Safety(Section):
     """What counts as unsafe in RL's prompts and responses, and what is done about it; nothing does
     by default.
     """
 
-    words: tuple[str, ...] = ()
+    words: Texts = ()
     """Files of words and phrases, one a line, found as whole words whatever their case."""
-    patterns: tuple[str, ...] = ()
+    patterns: Texts = ()
     """Regular expressions in Python's syntax, searched in the text as it is; (?i) ignores case."""
     classifier: str | None = None
     """One SPEC as in `reward` that scores responses; those with a score below `below` or above
@@ -611,7 +594,7 @@ class Safety:
     responses: Literal["penalise", "replace", "mask", "count"] = "penalise"
     """What becomes of an unsafe response: `penalty` is subtracted from its score, `score` replaces
     it, it is absent from every statistic and loss, or it is counted alone."""
-    penalty: float = 1.0
+    penalty: NonNegative = 1.0
     """With responses: penalise, what is subtracted."""
     score: float | None = None
     """With responses: replace, the score in place of the response's own."""
@@ -622,7 +605,7 @@ class Safety:
         return bool(self.words or self.patterns or self.classifier)
 
     def __post_init__(self) -> None:
-        _check(self, "penalty", at_least=0)
+        super().__post_init__()
         for pattern in self.patterns:
             check_pattern(f"patterns: {pattern!r}", pattern)
         if (self.classifier is None) != (self.below is None and self.above is None):
@@ -636,13 +619,13 @@ class Safety:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """One run. Scripts read the sections that concern them."""
 
-    data: tuple[str, ...] = ()
+    data: Texts = ()
     """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json,
     `demo` or `arithmetic`."""
-    columns: tuple[str, ...] = ()
+    columns: Texts = ()
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that the stage cannot use, such as one with an empty answer: error names all of them
@@ -651,13 +634,13 @@ class RunConfig:
     """A Hugging Face folder (or name), or a run's folder, to start from; null: random weights of
     `network`.
     """
-    reward: tuple[str, ...] = ()
+    reward: Texts = ()
     """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
     regex:PATTERN, math, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Root of every random number."""
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
     """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
@@ -673,29 +656,29 @@ class RunConfig:
     """Continue the run in output_dir, bit for bit."""
     overwrite: bool = False
     """Replace the run in output_dir."""
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: Texts = ()
     """With --resume: settings that may differ from the run's, such as rl.num_iterations or data
     (its files too).
     """
-    checkpoint_interval: int = 50
+    checkpoint_interval: Count = 50
     """Steps (supervised) or iterations (RL) between checkpoints."""
     checkpoint_async: bool = False
     """Go on training while a checkpoint is written; needs memory for a copy of the state on the
     host.
     """
-    keep_last: int = 2
+    keep_last: Count = 2
     """Checkpoints kept."""
     keep_best: str | None = None
     """max:METRIC or min:METRIC, a metric of the validations such as max:validation/score: each
     validation is then saved too, the best one is kept, and model/ is made from it."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: Count | None = None
     """End after so many validations in a row without improvement of keep_best's metric, without it
     of validation/score in RL and validation/loss elsewhere; null: go on to the end."""
     track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
     """Services that get metrics, samples and alerts too; WANDB_PROJECT names the project of the
     first two.
     """
-    alerts: tuple[str, ...] = ()
+    alerts: Texts = ()
     """Rules such as "objective/kl > 50 for 3: stop", added to the default ones; `none` turns those
     off.
     """
@@ -720,8 +703,7 @@ class RunConfig:
     distill: DistillStage = DistillStage()
 
     def __post_init__(self) -> None:
-        _check(self, "checkpoint_interval", "keep_last", "early_stopping_patience", at_least=1)
-        _check(self, "seed", at_least=0)
+        super().__post_init__()
         alerts.parse(self.alerts)
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +33,10 @@ def read(config_class: type, file: Path) -> Values:
         text = file.read_bytes()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        hint = f"{error.strerror}; `rlhf-jax configs` lists those that come with the package"
-        raise UserError(f"{file}: cannot be read (given by --config): {hint}") from None
+        raise UserError(
+            f"{file}: cannot be read (given by --config): {error.strerror}; `rlhf-jax configs` "
+            "lists those that come with the package"
+        ) from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         position = getattr(error, "position", None)
@@ -47,48 +48,40 @@ def read(config_class: type, file: Path) -> Values:
         raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
     if node is None:
         raise UserError(f"{file}: is empty; expected a mapping of keys to values")
+    values: Values = {}
     problems: list[str] = []
-    values = dict(_values(node, config_class, "", config_class, file, problems))
+
+    def collect(node: yaml.Node, cls: type, prefix: str) -> None:
+        """Puts every value below ``node`` into ``values``, and mistakes into ``problems``."""
+        if not isinstance(node, yaml.MappingNode):
+            name = prefix[:-1] or "the file"
+            problems.append(
+                f"{_line(node)}: {name} must be a mapping of keys, found {_text_of(node)}"
+            )
+            return
+        kinds = typing.get_type_hints(cls)
+        lines: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _text_of(key_node)
+            key = prefix + name
+            line = _line(key_node)
+            if name not in kinds:
+                problems.append(f"{line}: unknown key {key}; {hint(key, config_class)}")
+            elif name in lines:
+                problems.append(f"{line}: key {key} is given twice, first on {lines[name]}")
+            elif dataclasses.is_dataclass(kinds[name]):
+                collect(value_node, kinds[name], f"{key}.")
+            else:
+                try:
+                    values[key] = (_value(value_node, kinds[name], key), f"{file}, {line}")
+                except ValueError as error:
+                    problems.append(str(error))
+            lines.setdefault(name, line)
+
+    collect(node, config_class, "")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(f"{file}, {problem}" for problem in problems))
     return values
-
-
-def _values(
-    node: yaml.Node,
-    cls: type,
-    prefix: str,
-    root: type,
-    file: Path,
-    problems: list[str],
-) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Yields (dotted key, (value, its place)) for every value below ``node``; mistakes are added to
-    ``problems``.
-    """
-    if not isinstance(node, yaml.MappingNode):
-        name = prefix[:-1] or "the file"
-        problems.append(
-            f"{_at(file, node)}: {name} must be a mapping of keys, found {_found(node)}"
-        )
-        return
-    kinds = typing.get_type_hints(cls)
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _found(key_node)
-        key = prefix + name
-        place = _at(file, key_node)
-        if name not in kinds:
-            problems.append(f"{place}: unknown key {key}; {hint(key, root)}")
-        elif name in lines:
-            problems.append(f"{place}: key {key} is given twice, first on line {lines[name]}")
-        elif dataclasses.is_dataclass(kinds[name]):
-            yield from _values(value_node, kinds[name], f"{key}.", root, file, problems)
-        else:
-            try:
-                yield key, (_value(value_node, kinds[name], key), place)
-            except ValueError as error:
-                problems.append(f"{file}, {error}")
-        lines.setdefault(name, key_node.start_mark.line + 1)
 
 
 def _value(node: yaml.Node, kind: Any, key: str) -> Any:
@@ -120,28 +113,27 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
     if choices:
         expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
     or_null = " or null" if optional else " or auto" if is_switch else ""
-    line = node.start_mark.line + 1
-    raise ValueError(f"line {line}: {key} must be {expected}{or_null}, found {_found(node)}")
+    raise ValueError(f"{_line(node)}: {key} must be {expected}{or_null}, found {_text_of(node)}")
 
 
-def _at(file: Path, node: yaml.Node) -> str:
-    return f"{file}, line {node.start_mark.line + 1}"
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
-def _found(node: yaml.Node) -> str:
+def _text_of(node: yaml.Node) -> str:
+    """What a message calls a node."""
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return f"a list of {len(node.value)}"
-    text = node.value or "nothing"
-    if node.tag == "tag:yaml.org,2002:str":
-        text = repr(node.value)
+    is_text = node.tag == "tag:yaml.org,2002:str"
+    text = repr(node.value) if is_text else node.value or "nothing"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def hint(key: str, root: type, flags: bool = False) -> str:
-    """The keys that may have been meant: alike in its section, of its name elsewhere, else all of
-    the section.
+    """The keys that may have been meant: those like it in its section, else those of its name in
+    other sections, else all of its section.
     """
     section, _, name = key.rpartition(".")
     keys = dotted_keys(root)
@@ -156,7 +148,7 @@ def hint(key: str, root: type, flags: bool = False) -> str:
         meant = ["--" + k.replace("_", "-") for k in meant]
     if meant:
         return f"did you mean {' or '.join(meant)}?"
-    if not inside:  # the section has no keys, or there is none: what stands before the dot is meant
+    if not inside:  # the section is unknown or has no keys
         return hint(section, root, flags)
     place = f"of {section} " if section else ""
     return f"the keys {place}are {', '.join(inside)}"
@@ -171,12 +163,9 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def subsections(cls: type) -> dict[str, Any]:
-    """The fields that are dataclasses, with these."""
-    return {
-        name: kind
-        for name, kind in typing.get_type_hints(cls).items()
-        if dataclasses.is_dataclass(kind)
-    }
+    """The fields that are dataclasses, with their classes."""
+    kinds = typing.get_type_hints(cls)
+    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
 
 # --- Writing
