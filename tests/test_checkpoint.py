@@ -421,16 +421,19 @@ def test_a_target_of_another_kind_is_refused(tmp_path):
         for target, message in [
             (
                 {"a": jnp.ones((2, 3), jnp.bfloat16), "b": state["b"]},
-                r"a is float32\[2, 3\] .*, expected bfloat16\[2, 3\]",
+                r"a is float32\[2, 3\] .* and bfloat16\[2, 3\] in",
             ),
             (
                 {"a": jnp.ones((3, 2)), "b": state["b"]},
-                r"a is float32\[2, 3\] in the checkpoint, expected float32\[3, 2\]",
+                r"a is float32\[2, 3\] in the checkpoint and float32\[3, 2\] in the state",
             ),
-            ({"a": state["a"], "b": {}}, "b/c is in the checkpoint alone"),
+            (
+                {"a": state["a"], "b": {}},
+                r"b/c is float32\[2\] in the checkpoint and missing in the state",
+            ),
             (
                 {"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}},
-                "b/d is not in the checkpoint",
+                "b/d is missing in the checkpoint and float32",
             ),
         ]:
             with pytest.raises(UserError, match=message):

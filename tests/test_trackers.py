@@ -18,7 +18,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import trackers
 from rlhf_jax.runs.folder import open_run
-from rlhf_jax.runs.log import Tracker
+from rlhf_jax.runs.log import Pulse, Tracker
 from rlhf_jax.training import stage
 
 SAMPLES = [
@@ -61,7 +61,13 @@ def track(folder, names, steps, resume_step=None):
     with open_run(folder, resume=resume_step is not None) as run:
         services = trackers.start(run, names, {"seed": 1}, resume_step)
         with Tracker(
-            run, total=9, resume_step=resume_step, label="", show=(), services=services
+            run,
+            total=9,
+            resume_step=resume_step,
+            label="",
+            show=(),
+            services=services,
+            pulse=Pulse(),
         ) as tracker:
             for step in steps:
                 if step % 4 == 0:

@@ -24,6 +24,7 @@ from rlhf_jax.config.sections import section_name, with_section
 from rlhf_jax.config.settings import ALGORITHMS, RunConfig, Switch
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
 from rlhf_jax.errors import UserError, logger
+from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
@@ -76,21 +77,9 @@ def parse(
         sections = sections or [name for name in typing.get_type_hints(kind) if name not in unread]
     given = _given(kind, options.config, unread)
     config = _with_values(kind(), {key: value for key, (value, _) in given.items()})
-    unknown: list[str] = []
+    about = {"prog": prog, "description": f"{description}\n\n{_ABOUT_FILES}"}
     if flags:  # else there is nothing to wait for: tyro takes half a second
-        parsed: tuple[C, list[str]] = tyro.cli(
-            kind,
-            args=flags,
-            default=config,
-            prog=prog,
-            description=f"{description}\n\n{_ABOUT_FILES}",
-            return_unknown_args=True,
-            compact_help=True,
-            registry=_flags_of(kind, sections),
-        )
-        config, unknown = parsed
-    if unknown:
-        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
+        config = _with_flags(config, flags, sections, about)
     typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     if isinstance(config, RunConfig):
         filled = pretrained_defaults(config, typed | given.keys())
@@ -169,7 +158,7 @@ def _given(kind: type, names: Words, unread: Words) -> Values:
     return {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
 
 
-def _with_values(config: C, values: dict[str, Any]) -> C:
+def _with_values(config: C, values: Row) -> C:
     """A copy with these values, which may break rules until ``_checked`` sees all of them."""
     config = copy.copy(config)
     for key, value in values.items():
@@ -181,6 +170,27 @@ def _with_values(config: C, values: dict[str, Any]) -> C:
             section = own
         vars(section)[name] = value
     return config
+
+
+def _with_flags(config: C, flags: Words, sections: Words, about: Row) -> C:
+    """The config with the values of these flags, not checked yet.
+
+    about: what ``--help`` says of the program.
+    """
+    kind = type(config)
+    parsed: tuple[C, list[str]] = tyro.cli(
+        kind,
+        args=flags,
+        default=config,
+        return_unknown_args=True,
+        compact_help=True,
+        registry=_flags_of(kind, sections),
+        **about,
+    )
+    values, unknown = parsed
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
+    return values
 
 
 def _unknown_flag(flag: str, root: type) -> str:
@@ -287,7 +297,7 @@ def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:
         values[name] = vars(cls())[name]
 
 
-def _problem(message: str, values: dict[str, Any], prefix: str, given: Values) -> str:
+def _problem(message: str, values: Row, prefix: str, given: Values) -> str:
     """What a rule of a section says, after the file and line of the first setting that it names
     whose value in the file still counts.
     """

@@ -28,24 +28,7 @@ def read(config_class: type, file: Path) -> Values:
       UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a
         value of another type.
     """
-    text = b""
-    try:
-        text = file.read_bytes()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read (given by --config): {error.strerror}; `rlhf-jax configs` "
-            "lists those that come with the package"
-        ) from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        position = getattr(error, "position", None)
-        line = mark.line if mark else text[:position].count(b"\n") if position else -1
-        place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
-        reason = (
-            getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
-        )
-        raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
+    node = _compose(file)
     if node is None:
         raise UserError(f"{file}: is empty; expected a mapping of keys to values")
     values: Values = {}
@@ -82,6 +65,28 @@ def read(config_class: type, file: Path) -> Values:
     if problems:
         raise UserError("\n".join(f"{file}, {problem}" for problem in problems))
     return values
+
+
+def _compose(file: Path) -> yaml.Node | None:
+    """The root of a YAML file; None if the file is empty."""
+    text = b""
+    try:
+        text = file.read_bytes()
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read (given by --config): {error.strerror}; `rlhf-jax configs` "
+            "lists those that come with the package"
+        ) from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        position = getattr(error, "position", None)
+        line = mark.line if mark else text[:position].count(b"\n") if position else -1
+        place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
+        reason = (
+            getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
+        )
+        raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
 
 
 def _value(node: yaml.Node, kind: Any, key: str) -> Any:

@@ -2,24 +2,24 @@
 
     with Checkpoints(directory, keep_last=2) as checkpoints:
         checkpoints.save(step, state, {"epoch": 3})
-        state, meta = checkpoints.restore(state)      # the newest undamaged one, on the shardings
-        of the given state
+        # The newest undamaged checkpoint, with the shardings of the given state:
+        state, meta = checkpoints.restore(state)
 
 A state is any pytree of arrays, typed PRNG keys included. Each array is stored under its path
 ("params/wte/embedding"). Orbax notices neither flipped bits nor a target of another dtype, so both
 are checked here. A step's folder gets its number by one rename after everything is written, and is
-renamed once before it is deleted: a kill does not damage the other steps.
+renamed before it is deleted, so that a kill leaves the other steps undamaged.
 
 Each of several processes writes, hashes and reads the shards on its own devices: no host holds a
 whole sharded array. The first process merges Orbax's metadata of them, writes the record and
 renames the folder, which must be on a shared disk. If an array was saved with another sharding,
 each process reads all of it.
 
-Writing and retention are our own. Orbax's checkpointers wait ten minutes at a barrier for a process
-that could not write; here the processes tell each other. Its CheckpointManager decides what to
-delete before the new step is complete, forgets those steps when the save then fails, reads the
-metric of "best" without a checksum (a truncated file stops it from opening), and treats NaN as a
-number.
+Orbax's checkpointers and its CheckpointManager are not used. The former wait ten minutes at a
+barrier for a process that could not write; here the processes tell each other. The latter decides
+what to delete before the new step is complete, forgets those steps when the save then fails, reads
+the metric of "best" without a checksum (a truncated file stops it from opening), and treats NaN as
+a number.
 """
 
 import asyncio
@@ -49,8 +49,11 @@ from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import processes, reading
 from rlhf_jax.runs.folder import steps
+from rlhf_jax.runs.reading import Row
 
 T = TypeVar("T")
+Digests = dict[str, str]  # {place of a part in its array: sha256}
+Parts = dict[str, np.ndarray]  # {place: the part}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -127,7 +130,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return steps(self._directory)
 
     def latest(self) -> int | None:
-        """The newest step on disk, if any."""
+        """The newest step on disk; None without one."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
@@ -145,7 +148,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     scores[step] = self._best_sign * metric
         return max(scores, key=scores.__getitem__, default=None)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: Row) -> None:
         """Writes one checkpoint, then deletes those that are no longer to be kept.
 
         Returns when it is complete; if ``asynchronous``, when the one before it is complete, see
@@ -169,16 +172,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"cannot save step {step} in {self._directory}: step {latest} is there already"
             )
         leaves = _leaves(state)
-        described = {name: _describe(leaf) for name, leaf in leaves.items()}
-        record = json.loads(json.dumps({"meta": meta, "leaves": described}))
+        record = json.loads(json.dumps({"meta": meta, "leaves": _described(leaves)}))
         arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
         parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
         folder = self._directory / f"{step}.orbax-checkpoint-tmp"
         with self._writing(step):
             processes.in_first(lambda: self._make_room(folder / "state"))
             filled = {name: array for name, array in arrays.items() if array.size}
-            item = ocp.args.PyTreeSave(filled)
-            copied = self._handler.async_save(folder / "state", args=item)
+            args = ocp.args.PyTreeSave(filled)
+            copied = self._handler.async_save(folder / "state", args=args)
             written = processes.agree(lambda: self._writer.submit(asyncio.run, copied).result())
         self._damaged.clear()
         self._pending.append(self._writer.submit(self._write, step, folder, record, parts, written))
@@ -186,7 +188,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save that is under way, if any, is complete and old steps are deleted.
+        """Returns when the last save is complete and old steps are deleted.
 
         Raises:
           CheckpointError: it could not be written.
@@ -206,25 +208,23 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         folder.mkdir(parents=True)
 
     def _write(
-        self,
-        step: int,
-        folder: Path,
-        record: Any,
-        parts: dict[str, Any],
-        written: Iterable[Any],
+        self, step: int, folder: Path, record: Row, parts: dict[str, Parts], written: Iterable[Any]
     ) -> None:
-        """The part of a save that follows the copy to the host. Every process runs it in its own
-        thread.
+        """The part of a save that follows the copy to the host. Every process runs it in a thread.
+
+        written: futures of Orbax's writes.
         """
 
         def publish() -> None:
             for name, leaf in record["leaves"].items():
-                found = {place: digest for own in digests for place, digest in own[name].items()}
-                leaf |= {"parts": found} if len(found) > 1 else {"sha256": found.popitem()[1]}
+                of_all: Digests = {}
+                for of_process in digests:
+                    of_all |= of_process[name]
+                leaf |= {"parts": of_all} if len(of_all) > 1 else {"sha256": of_all.popitem()[1]}
             self._handler.finalize(folder / "state")
             text = json.dumps(record)
             (folder / "record").mkdir()
-            item = {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            item = {"record": text, "sha256": _hash(text)}
             (folder / "record" / "metadata").write_text(json.dumps(item), "utf-8")
             folder.rename(self._directory / str(step))
 
@@ -257,7 +257,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if processes.is_first():
                 self._delete()  # the unfinished step may be what fills the disk
             latest = self.latest()
-            # TensorStore says these at the end of a long message.
+            # TensorStore's messages are long and end with one of these.
             full = [text for text in map(os.strerror, _FULL) if text in str(error)]
             why = full[0] if full else _first_line(error)
             last = "there is no earlier checkpoint"
@@ -268,7 +268,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"{last}. Make room if the disk is full, then go on with --resume"
             ) from error
 
-    def restore(self, target: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
+    def restore(self, target: T, step: int | None = None) -> tuple[T, Row]:
         """Reads a checkpoint back, bit for bit, and verifies every array.
 
         Args:
@@ -311,8 +311,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             "again with --overwrite"
         )
 
-    def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
-        where = f"checkpoint step {step} in {self._directory}"
+    def _restore(self, target: T, step: int) -> tuple[T, Row]:
+        where = self._name(step)
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
         record = self.record(step)
@@ -323,43 +323,57 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]}
             for name, kind in saved.items()
         }
-        how = {}
-        for name, leaf in leaves.items():
-            if not leaf.size:
-                continue  # Orbax stores no empty array
-            how[name] = ocp.RestoreArgs(restore_type=np.ndarray)
-            if _places(leaf) == digests[name].keys():
-                how[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-        item = ocp.args.PyTreeRestore(how, restore_args=how)
-        try:
-            arrays = self._handler.restore(self._directory / str(step) / "state", args=item)
-        except MemoryError:  # too little memory is no damage
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{where} is damaged: its arrays cannot be read ({_first_line(error)})"
-            ) from error
-        parts = {}
-        for name, leaf in leaves.items():
-            if name not in how:
-                arrays[name] = np.zeros(leaf.shape, leaf.dtype)
-            parts[name] = _parts(arrays[name], leaf.shape, digests[name])
-        for name, found in _digests(saved, parts).items():
-            if any(digests[name][place] != digest for place, digest in found.items()):
+        arrays = self._read(step, leaves, digests)
+        parts = {
+            name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()
+        }
+        for name, of_parts in _digests(saved, parts).items():
+            if not of_parts.items() <= digests[name].items():
                 raise CheckpointError(
                     f"{where} is damaged: the array {name} does not match its checksum"
                 )
         values = [_place(arrays.pop(name), leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
-    def record(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays: their checksums and ``meta``."""
-        record = f"checkpoint step {step} in {self._directory} is damaged: its record"
+    def _read(self, step: int, leaves: Row, digests: dict[str, Digests]) -> dict[str, Any]:
+        """The arrays of a step: jax arrays where leaf and checkpoint have the same shards, else
+        NumPy arrays.
+        """
+        empty = {}
+        how = {}
+        for name, leaf in leaves.items():
+            if not leaf.size:  # Orbax stores none
+                empty[name] = np.zeros(leaf.shape, leaf.dtype)
+            elif _places(leaf) == digests[name].keys():
+                how[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
+            else:
+                how[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = ocp.args.PyTreeRestore(how, restore_args=how)
+        try:
+            stored = self._handler.restore(self._directory / str(step) / "state", args=args)
+        except MemoryError:  # too little memory is no damage
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._name(step)} is damaged: its arrays cannot be read ({_first_line(error)})"
+            ) from error
+        return empty | stored
+
+    def _name(self, step: int) -> str:
+        return f"checkpoint step {step} in {self._directory}"
+
+    def record(self, step: int) -> Row:
+        """What was saved beside the arrays: their checksums and ``meta``.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        record = f"{self._name(step)} is damaged: its record"
         try:
             path = self._directory / str(step) / "record" / "metadata"
             item = json.loads(path.read_text("utf-8"))
             content = json.loads(item["record"])
-            is_whole = hashlib.sha256(item["record"].encode()).hexdigest() == item["sha256"]
+            is_whole = _hash(item["record"]) == item["sha256"]
         except Exception as error:
             raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
         if not is_whole:
@@ -369,8 +383,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise CheckpointError(f"{record} holds something else ({wrong or 'other keys'})")
         return content
 
-    def arrays(self, step: int) -> dict[str, np.ndarray]:
-        """The arrays of a step by their paths, each verified, whatever state they are of.
+    def arrays(self, step: int) -> Parts:
+        """The arrays of a step by their paths, each verified, whatever the structure of the state.
 
         Raises:
           CheckpointError: the step is missing or damaged.
@@ -381,8 +395,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 for name, kind in self.record(step)["leaves"].items()
             }
         except (TypeError, ValueError) as error:
-            where = f"checkpoint step {step} in {self._directory}"
-            raise CheckpointError(f"{where} holds something else ({error})") from error
+            raise CheckpointError(f"{self._name(step)} holds something else ({error})") from error
         return self._restore(target, step)[0]
 
 
@@ -405,7 +418,7 @@ def _leaves(state: Any) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
-        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
             raise ValueError(f"{name}: expected an array, got {type(leaf).__name__}")
         if name in leaves:
             raise ValueError(f"two leaves have the path {name}")
@@ -421,7 +434,7 @@ def _stored(leaf: Any) -> Any:
     """The array that is written: a NumPy copy that nobody changes, or the array itself if it is
     sharded over several processes.
     """
-    if isinstance(leaf, (np.ndarray, np.generic)):
+    if isinstance(leaf, np.ndarray | np.generic):
         return np.array(leaf)
     numbers = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return numbers if _is_shared(leaf) else np.asarray(numbers)
@@ -448,40 +461,40 @@ def _places(leaf: Any) -> set[str]:
     return {_at(leaf.shape, cut) for cut in cuts}
 
 
-def _describe(leaf: Any) -> dict[str, Any]:
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+def _described(leaves: Row) -> dict[str, Row]:
+    """The dtype and shape of each leaf, as the record has them."""
+    return {
+        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in leaves.items()
+    }
 
 
-def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """The parts of an array that this process holds, a NumPy array's at ``places``; without them
-    those it writes.
+def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Parts:
+    """The parts of an array that this process holds, of a NumPy array those at ``places``. Without
+    ``places``, the parts that this process writes.
     """
-    if isinstance(array, np.ndarray):
-        places = places or [_at(shape)] * processes.is_first()
-        parts = {}
-        for place in places:
-            index = tuple(slice(*ends) for ends in json.loads(place))
-            parts[place] = array[index]
-        return parts
-    shards = [shard for shard in array.addressable_shards if places or shard.replica_id == 0]
-    return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
+    if isinstance(array, jax.Array):
+        shards = [shard for shard in array.addressable_shards if places or shard.replica_id == 0]
+        return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
+    parts = {}
+    for place in places or [_at(shape)] * processes.is_first():
+        index = tuple(slice(*ends) for ends in json.loads(place))
+        parts[place] = array[index]
+    return parts
 
 
-def _digests(
-    leaves: dict[str, Any], parts: dict[str, dict[str, np.ndarray]]
-) -> dict[str, dict[str, str]]:
-    """The checksum of each part, on all cores: ``hashlib`` lets go of Python's lock while it
+def _digests(leaves: Row, parts: dict[str, Parts]) -> dict[str, Digests]:
+    """The checksum of each part, on all cores: ``hashlib`` releases Python's lock while it
     computes.
     """
 
-    def own(name: str) -> dict[str, str]:
+    def of_leaf(name: str) -> Digests:
         return {place: _sha256(leaves[name], part) for place, part in parts[name].items()}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(parts, pool.map(own, parts), strict=True))
+        return dict(zip(parts, pool.map(of_leaf, parts), strict=True))
 
 
-def _sha256(leaf: dict[str, Any], part: np.ndarray) -> str:
+def _sha256(leaf: Row, part: np.ndarray) -> str:
     kind = json.dumps({"dtype": leaf["dtype"], "shape": leaf["shape"]})
     digest = hashlib.sha256(kind.encode())
     values = np.ascontiguousarray(part).reshape(-1)
@@ -489,24 +502,31 @@ def _sha256(leaf: dict[str, Any], part: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
-    held = {path: "{dtype}{shape}".format(**kind) for path, kind in saved.items()}
-    wanted = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in target.items()}
-    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in held]
-    problems += [f"{path} is in the checkpoint alone" for path in held if path not in wanted]
-    for path in wanted:
-        if path in held and held[path] != wanted[path]:
-            problems.append(f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}")
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _compare(saved: Row, target: Row, where: str) -> None:
+    """Raises UserError unless the target has the arrays of the checkpoint."""
+    kind_of = "{dtype}{shape}".format_map
+    held = {path: kind_of(leaf) for path, leaf in saved.items()}
+    wanted = {path: kind_of(leaf) for path, leaf in _described(target).items()}
+    problems = []
+    for path in wanted | held:
+        here = held.get(path, "missing")
+        there = wanted.get(path, "missing")
+        if here != there:
+            problems.append(f"{path} is {here} in the checkpoint and {there} in the state")
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(
-            f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}"
+            f"{where} is of another model or optimizer, {len(problems)} arrays differ: "
+            f"{'; '.join(problems[:5])}"
         )
 
 
 def _place(array: Any, target: Any) -> Any:
-    """The array as the target is: on the host, on its devices, or free to move (uncommitted)."""
-    if isinstance(target, (np.ndarray, np.generic)):
+    """The array where the target is: on the host, on its devices, or free to move (uncommitted)."""
+    if isinstance(target, np.ndarray | np.generic):
         return array
     if _is_key(target):
         impl = jax.random.key_impl(jnp.empty((), target.dtype))

@@ -1,12 +1,11 @@
-"""What a run records while it goes: rows of numbers, seconds and texts in its folder, and a line on
-the console.
+"""What a run records: rows of numbers, seconds and texts in its folder, and lines on the console.
 
-    with Tracker(run, total=config.rl.num_iterations, resume_step=step) as tracker:
-        tracker.log(iteration, metrics)
+    with Tracker(run, total=100, resume_step=None, ...) as tracker:
+        tracker.log(step, metrics)
         tracker.sync()
-        checkpoints.save(iteration, ...)
+        checkpoints.save(step, ...)
 
-A row of step s is written before the checkpoint of step s is saved. A run that is resumed from that
+The rows of a step are written before its checkpoint is saved. A run that is resumed from this
 checkpoint removes the rows of later steps and writes them again, so that no row is missing and none
 is there twice.
 """
@@ -37,8 +36,9 @@ from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, open_to_append, write_atomically
 from rlhf_jax.runs.reading import json_lines
-from rlhf_jax.runs.trackers import Services
+from rlhf_jax.runs.trackers import Numbers, Services
 
+Row = Mapping[str, Any]
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
 SILENCE = 15.0  # seconds without a line, at most, if there is no terminal
 SLOW_COMPILE = 5.0  # seconds after which a program that is compiled is named
@@ -47,8 +47,8 @@ PACE_STEPS = 10  # of which the pace is the mean
 
 
 class Pulse(contextlib.AbstractContextManager["Pulse"]):
-    """Speaks while a run is silent: names each program that takes long to compile, and prints
-    ``status()`` whenever no line came for ``SILENCE`` seconds.
+    """Prints lines while a step runs: the name of each program that takes long to compile, and
+    ``status()`` whenever there was no line for ``SILENCE`` seconds.
 
     A thread calls ``tick`` every second while the context is open.
     """
@@ -56,7 +56,7 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """clock: seconds from any origin."""
         self.clock = clock
-        self.status: Callable[[], str] | None = None  # None: only what compiles is shown
+        self.status: Callable[[], str] | None = None  # None: only programs are named
         self._last_line = clock()
         self._compiling: dict[str, float] = {}  # {program: when it began}
         self._closed = threading.Event()
@@ -83,7 +83,7 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
         return self.clock() - self._last_line >= SILENCE
 
     def tick(self) -> None:
-        """Says what there is to say now."""
+        """Prints the lines that are due."""
         for name, began in list(self._compiling.items()):
             if self.clock() - began >= SLOW_COMPILE:
                 self._compiling.pop(name, None)  # it is named once
@@ -114,14 +114,14 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
-    """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it
-    goes.
+    """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows its
+    progress.
 
     On a terminal: the first two of the shown metrics that the run has recorded, a progress bar and
-    the time that is left. Elsewhere: a line at the first, every
-    tenth and the last step, and whenever there was none for ``SILENCE`` seconds, with the seconds
-    of a step and the time that is left once the run is older than that. Lines are messages of the
-    logger ``rlhf_jax``; where nobody listens to its level INFO there is no bar.
+    the time that is left. Elsewhere: a line at the first, every tenth and the last step, and
+    whenever there was none for ``SILENCE`` seconds. Once the run is older than that, the line has
+    the seconds of a step and the time that is left. Lines are messages of the logger ``rlhf_jax``;
+    there is no bar if its level is above INFO.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         label: str,
         show: Sequence[str],
         services: Services,
-        pulse: Pulse | None = None,
+        pulse: Pulse,
     ):
         """Opens the files.
 
@@ -143,8 +143,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: the stage, such as ``ppo``.
           show: the metrics of the console's line.
-          services: also get rows, samples and alerts; closed with the tracker.
-          pulse: what speaks while a step runs; None: nobody does, and its clock is real.
+          services: get rows, samples and alerts too; closed with the tracker.
+          pulse: prints lines while a step runs, and has the clock.
         """
         self._services = services
         self._total = total
@@ -156,7 +156,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
         self._latest: dict[str, float] = {}  # the last value of each metric
-        self._pulse = pulse or Pulse()
+        self._pulse = pulse
         # (step, when it ended) of the last steps
         self._ends = collections.deque[tuple[int, float]](maxlen=PACE_STEPS + 1)
         self._started = self._pulse.clock()
@@ -168,10 +168,10 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         elif not self._progress.console.is_terminal:
             self._pulse.status = self.status
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    def log(self, step: int, metrics: Row) -> dict[str, float]:
         """Writes a row of ``metrics.jsonl`` and shows it. Returns the metrics as Python numbers.
 
-        Waits for the devices: ``metrics`` holds scalars, on a device or not.
+        metrics: scalars, of which those on a device are waited for.
         """
         host = jax.device_get(dict(metrics))
         numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
@@ -193,36 +193,36 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             self._printed = True
         return numbers
 
-    def _shown(self, numbers: Mapping[str, float]) -> list[str]:
+    def _shown(self, numbers: Numbers) -> list[str]:
         """The metrics of the console's line, as texts."""
         return [f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers]
 
     def pace(self) -> str:
-        """Seconds of a step, the mean of the last ten, and what remains; empty before the first."""
-        if not self._ends:
+        """The mean seconds of the last ten steps, and the time that is left; "" before the second
+        step.
+        """
+        if len(self._ends) < 2:
             return ""
         first, began = self._ends[0]
         last, ended = self._ends[-1]
-        if first == last:
-            return ""
         seconds = (ended - began) / (last - first)
         left = seconds * (self._total - last)
         return f"{seconds:.3g} s a step, about {duration(left)} left"
 
     def status(self) -> str:
-        """What the run is at, for a moment without a line."""
+        """The step that the run is at, for a moment without a line."""
         step, ended = self._ends[-1] if self._ends else (0, self._started)
         waited = duration(self._pulse.clock() - ended)
         parts = [f"{self._label} {step}/{self._total}", f"at the next for {waited}", self.pace()]
         return "  ".join(part for part in parts if part)
 
-    def timing(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed
-        reproduces.
+    def timing(self, step: int, seconds: Numbers) -> None:
+        """Writes a row of ``timing.jsonl``. The metrics, which a seed reproduces, are in another
+        file.
         """
-        self._timing.write(step, {name: _number(name, value) for name, value in seconds.items()})
+        self._timing.write(step, seconds)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
         """Writes rows of ``samples.jsonl``: JSON values such as prompt, response, score."""
         for row in rows:
             self._samples.write(step, row)
@@ -250,32 +250,30 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 class RowWriter:
     """Appends JSON objects to a file, one a line, each with its ``"step"``.
 
-    Floats are written so that they read back equal. NaN and the infinities, which JSON lacks,
-    become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float`` and NumPy
-    understand. Each row reaches the operating system at once, so a killed process loses none;
-    :meth:`sync` brings them to the disk, and is due before a checkpoint.
+    Floats read back equal. NaN and the infinities, which JSON lacks, become the strings "NaN",
+    "Infinity" and "-Infinity", which Python's ``float`` and NumPy understand. Each row reaches the
+    operating system at once, so that a killed process loses none; :meth:`sync` brings the rows to
+    the disk, and is due before a checkpoint.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None):
-        """Starts an empty file; with ``resume_step`` goes on behind the rows of the steps up to it.
+    def __init__(self, path: Path, resume_step: int | None = None):
+        """Starts an empty file. With ``resume_step``, keeps the rows of the steps up to it instead.
 
-        Removes the rows of later steps, which the resumed run writes again, and a last line cut by
-        a kill. If several processes share the run, only the first one writes.
+        Rows of later steps, which the resumed run writes again, and a last line cut by a kill are
+        removed. If several processes share the run, only the first one writes.
 
         Raises:
           UserError: a line other than the last one is no row.
         """
         self._writes = processes.is_first()
         if self._writes:
-            rows = [] if resume_step is None else json_lines(Path(path))
+            rows = [] if resume_step is None else json_lines(path)
             kept = [f"{line}\n" for line, row in rows if row["step"] <= resume_step]
-            write_atomically(Path(path), "".join(kept))
-        self._file = open_to_append(Path(path if self._writes else os.devnull))
+            write_atomically(path, "".join(kept))
+        self._file = open_to_append(path if self._writes else Path(os.devnull))
 
-    def write(self, step: int, row: Mapping[str, Any]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Appends ``{"step": step, **row}``."""
-        if "step" in row:
-            raise ValueError(f"a row cannot have its own key step: {row}")
         text = json.dumps({"step": step, **row})
         json_values = json.loads(text, parse_constant=str)  # NaN becomes "NaN"
         self._file.write(json.dumps(json_values, ensure_ascii=False) + "\n")
@@ -292,7 +290,7 @@ class RowWriter:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 12 s, 3 min, 2 h 05 min."""
+    """A time for people: 12 s, 3 min, 2 h 05 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -301,7 +299,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _program(about: Mapping[str, Any]) -> str:
+def _program(about: Row) -> str:
     """The name of the function that is compiled."""
     return str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
 

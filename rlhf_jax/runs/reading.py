@@ -20,7 +20,7 @@ TEXTS = ("prompt", "response", "chosen", "rejected")  # which a model may fill w
 MAX_YAML_BYTES = 1 << 17
 _MAX_DEPTH = 32
 _MAX_PARTS = 1_000_000
-_Row = dict[str, Any]
+Row = dict[str, Any]
 
 # Shapes of JSON values, see `misfit`.
 NUMBER = (int, float, bool)
@@ -154,7 +154,7 @@ def read_json(path: Path, shape: Any, required: Sequence[str] = ()) -> Any:
     return _checked(value, shape, required, str(path))
 
 
-def read_yaml(path: Path, shape: Any) -> _Row:
+def read_yaml(path: Path, shape: Any) -> Row:
     """The mapping in a YAML file of at most ``MAX_YAML_BYTES``.
 
     Raises:
@@ -180,7 +180,7 @@ def settings_of(folder: str) -> dict[str, Any]:
     return read_yaml(file, SETTINGS) if file.is_file() else {}
 
 
-def parse_yaml(text: str | bytes, shape: Any, where: str) -> _Row:
+def parse_yaml(text: str | bytes, shape: Any, where: str) -> Row:
     """``read_yaml`` of a text that comes from ``where``."""
     try:
         value = yaml.safe_load(text)
@@ -246,7 +246,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def json_lines(path: Path) -> list[tuple[str, _Row]]:
+def json_lines(path: Path) -> list[tuple[str, Row]]:
     """The lines of a JSON lines file of this package, and the rows they hold, each with its
     ``step``.
 
@@ -256,7 +256,7 @@ def json_lines(path: Path) -> list[tuple[str, _Row]]:
       UserError: another line is no row, or the file is none.
     """
     lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
-    rows: list[tuple[str, _Row]] = []
+    rows: list[tuple[str, Row]] = []
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
@@ -266,7 +266,7 @@ def json_lines(path: Path) -> list[tuple[str, _Row]]:
     return rows
 
 
-def _row(line: bytes) -> _Row | None:
+def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line.decode("utf-8"))
         is_row = type(row["step"]) is int and row["step"] >= 0 and is_plain(row)
@@ -275,7 +275,7 @@ def _row(line: bytes) -> _Row | None:
     return row if is_row else None
 
 
-def read_rows(path: Path) -> list[_Row]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a run's ``.jsonl`` file, none if it is missing. The strings NaN, Infinity and
     -Infinity become floats, save in columns of texts.
 

@@ -23,28 +23,24 @@ from typing import Any, Literal
 
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.folder import Run, write_atomically
-from rlhf_jax.runs.reading import TRACKER, read_json, read_rows
+from rlhf_jax.runs.reading import TRACKER, Row, read_json, read_rows
 
+Numbers = Mapping[str, float]
+Cells = list[list[Any]]
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 
 
 class _Client:
     """W&B, or trackio, which has the same interface."""
 
-    def __init__(
-        self,
-        name: str,
-        place: Mapping[str, Any],
-        config: Mapping[str, Any],
-        resumed: bool,
-    ):
+    def __init__(self, name: str, place: Row, config: Row, resumed: bool):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by
         # hours.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
         self._module = importlib.import_module(name)
-        arguments = {"project": place["project"], "name": place["name"], "config": dict(config)}
+        arguments = {"project": place["project"], "name": place["name"], "config": config}
         # trackio knows a run by its name, not by an id.
         if "id" in inspect.signature(self._module.init).parameters:
             arguments["id"] = place["id"]
@@ -54,15 +50,10 @@ class _Client:
         self._title = place["name"]
         self.close = self._run.finish
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Numbers) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def samples(
-        self,
-        step: int,
-        columns: list[str],
-        cells: list[list[Any]],
-    ) -> None:
+    def samples(self, step: int, columns: list[str], cells: Cells) -> None:
         self._run.log({"samples": self._module.Table(columns=columns, data=cells)}, step=step)
 
     def alert(self, step: int, text: str) -> None:
@@ -74,33 +65,25 @@ class _TensorBoard:
     texts.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        resume_step: int | None,
-    ):
+    def __init__(self, folder: Path, config: Row, resume_step: int | None):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
         module = importlib.import_module("tensorboardX")
-        # Readers forget what was written from this step on.
         first = 0 if resume_step is None else resume_step + 1
-        # The suffix keeps two starts within one second from writing to one file.
-        suffix = f".step{first}"
-        self._writer = module.SummaryWriter(str(folder), purge_step=first, filename_suffix=suffix)
+        self._writer = module.SummaryWriter(
+            str(folder),
+            purge_step=first,  # readers forget what was written from this step on
+            # keeps two starts within one second from writing to one file
+            filename_suffix=f".step{first}",
+        )
         settings = json.dumps(config, indent=2, ensure_ascii=False)
         self._writer.add_text("config", f"```\n{settings}\n```", first)
         self.close = self._writer.close
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Numbers) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def samples(
-        self,
-        step: int,
-        columns: list[str],
-        cells: list[list[Any]],
-    ) -> None:
+    def samples(self, step: int, columns: list[str], cells: Cells) -> None:
         lines = []
         for line in (columns, ["---"] * len(columns), *cells):
             escaped = [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line]
@@ -112,11 +95,14 @@ class _TensorBoard:
         self._writer.add_text("alerts", text, step)
 
 
-class Services:
-    """Sends to some services; the first error of one is a warning, its next ones are silent."""
+Service = _Client | _TensorBoard
 
-    def __init__(self, services: Mapping[str, _Client | _TensorBoard], sent: Mapping[str, int]):
-        """sent: the last step that a service has already; it gets no row up to this step."""
+
+class Services:
+    """Sends to some services. The first error of each is a warning, the next ones are silent."""
+
+    def __init__(self, services: Mapping[str, Service], sent: Mapping[str, int]):
+        """sent: {service: the last step that it has already}; it gets no row up to this step."""
         self._services = services
         self._sent = sent
         self._warned: set[str] = set()
@@ -127,17 +113,13 @@ class Services:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
 
-        def cell(value: Any) -> Any:
-            if isinstance(value, int | float | str | None):
-                return value
-            return json.dumps(value, ensure_ascii=False)
-
-        cells = [[cell(row.get(name)) for name in columns] for row in rows]
+        cells = [[_cell(row.get(name)) for name in columns] for row in rows]
         self.send("samples", step, columns, cells)
 
     def send(self, what: Literal["log", "samples", "alert", "close"], *values: Any) -> None:
-        """Sends a row of metrics, a table of samples or an alert, each behind its step; or waits
-        until everything has arrived, or until the service's own time limit, and closes."""
+        """Sends a row of metrics, a table of samples or an alert, whose step comes first. Or waits
+        until everything has arrived, or until the service's own time limit, and closes.
+        """
         for name, service in self._services.items():
             if values and values[0] <= self._sent[name]:
                 continue
@@ -145,9 +127,19 @@ class Services:
                 getattr(service, what)(*values)
             except Exception as error:  # whatever it is: the training is worth more
                 if name not in self._warned:
-                    rest = "what it lacks is in the run's folder"
-                    _warn(name, error, f"{rest}; further errors of it are not shown")
+                    _warn(
+                        name,
+                        error,
+                        "what it lacks is in the run's folder; further errors of it are not shown",
+                    )
                 self._warned.add(name)
+
+
+def _cell(value: Any) -> Any:
+    """A value of a table: a number or a text."""
+    if isinstance(value, int | float | str | None):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def check(names: Sequence[str]) -> None:
@@ -162,7 +154,7 @@ def check(names: Sequence[str]) -> None:
 def start(
     run: Run,
     names: Sequence[str],
-    config: Mapping[str, Any],
+    config: Row,
     resume_step: int | None = None,
 ) -> Services:
     """Opens the services of these names; one that cannot be opened is left out with a warning.
@@ -181,18 +173,15 @@ def start(
     if not names:
         return Services({}, {})
     path = run.path / "tracker.json"
-    run_id = secrets.token_hex(4)
-    project = os.environ.get("WANDB_PROJECT") or "rlhf_jax"
-    name = os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}"
-    place: dict[str, Any] = {"id": run_id, "project": project, "name": name, "services": []}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    place = _place(run)
     if resume_step is not None:
+        rows = read_rows(run.metrics)
         if path.is_file():
             place |= read_json(path, TRACKER)
-        rows = read_rows(run.metrics)
     known = place["services"]
+    services: dict[str, Service] = {}
     sent = dict.fromkeys(names, -1)
-    services: dict[str, _Client | _TensorBoard] = {}
     for name in names:
         try:
             if name == "tensorboard":
@@ -201,21 +190,29 @@ def start(
                 services[name] = _Client(name, place, config, resumed=name in known)
         except Exception as error:
             _warn(name, error, "the run goes on without it")
-        if name in known and resume_step is not None:
-            sent[name] = resume_step
-            # TensorBoard forgets the steps behind the checkpoint, the others do not.
-            if rows and name != "tensorboard":
-                sent[name] = rows[-1]["step"]
+        if name in known and rows:
+            # TensorBoard forgets the steps after the checkpoint, the others do not.
+            sent[name] = resume_step or 0 if name == "tensorboard" else rows[-1]["step"]
     if services:
         place["services"] = list(dict.fromkeys([*known, *services]))
         write_atomically(path, json.dumps(place, indent=2) + "\n")
     opened = Services(services, sent)
     for row in rows:
-        step = row["step"]
+        step = row.pop("step")
         if step <= (resume_step or 0):
-            numbers = {key: float(value) for key, value in row.items() if key != "step"}
-            opened.send("log", step, numbers)
+            opened.send("log", step, row)
     return opened
+
+
+def _place(run: Run) -> Row:
+    """The names of a new run in the services: the content of ``tracker.json``."""
+    run_id = secrets.token_hex(4)
+    return {
+        "id": run_id,
+        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
+        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
+        "services": [],
+    }
 
 
 def _warn(name: str, error: Exception, outcome: str) -> None:
