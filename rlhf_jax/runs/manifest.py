@@ -1,13 +1,12 @@
 """What reproduces a run, in ``manifest.json``, and whether a resumed run is still the same one.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
-        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}}, {"data":
-        8})
+        facts = {"seed": 0, "data": {"pairs.json": fingerprint(Path("pairs.json"))}}
+        write_manifest(run, facts, {"data": 8})
 
-It is written whole or not at all.
+The file is written whole or not at all.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -27,28 +26,20 @@ import yaml
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs import devices
 from rlhf_jax.runs.folder import Run, write_atomically
-from rlhf_jax.runs.reading import MANIFEST, SETTINGS, read_json, read_yaml
+from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, read_json, read_yaml
 
 Keys = Sequence[str]
+Texts = Mapping[str, str]
 # The value of ``moves`` in the manifest of a run whose bits do not depend on the number of devices,
-# and the entries that tell this number.
+# and the entries that have this number.
 EXACT = "exact"
 COUNTS = ("devices.count", "devices.data")
-PACKAGES = (
-    "rlhf-jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-    "transformers",
-)
+PACKAGES = ["rlhf-jax", "jax", "jaxlib", "flax", "optax"]
+PACKAGES += ["orbax-checkpoint", "numpy", "transformers"]
 
 
-def fingerprint(path: str | Path) -> str:
-    """sha256 of a file's bytes, or of the names and bytes of all files in a folder."""
-    path = Path(path)
+def fingerprint(path: Path) -> str:
+    """The sha256 of a file's bytes, or of the names and bytes of all files in a folder."""
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
@@ -58,13 +49,10 @@ def fingerprint(path: str | Path) -> str:
 
 
 def write_manifest(
-    run: Run,
-    facts: Mapping[str, Any],
-    mesh: Mapping[str, int],
-    changed: Keys = (),
+    run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], changed: Keys = ()
 ) -> None:
-    """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list
-    ``resumed``.
+    """Writes ``manifest.json``. A resumed run keeps its manifest and adds this start to the list
+    ``resumed`` in it.
 
     Prints a line if a resumed run has other devices or versions than before, because its bits
     depend on them.
@@ -75,10 +63,11 @@ def write_manifest(
         named it: :func:`fingerprint`}, ``given``, {name: ``objects.describe``}, and ``moves``,
         `EXACT` if the run may go on with another number of devices.
       mesh: the sizes of the mesh's axes.
-      changed: what differs from the run that is resumed; the facts are then the new ones.
+      changed: what differs from the run that is resumed; if anything does, the manifest gets the
+        new facts.
     """
     packages = {name: metadata.version(name) for name in PACKAGES}
-    machine: dict[str, Any] = {
+    machine: Row = {
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
         "cpu": devices.cpu(),
@@ -100,13 +89,15 @@ def write_manifest(
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def _report_other_machine(before: dict[str, Any], now: dict[str, Any], moves: bool) -> None:
-    """moves: whether the number of devices makes no difference."""
+def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
+    """Prints how this machine differs from the one before.
+
+    moves: whether the bits do not depend on the number of devices.
+    """
     changes = _differences(dotted(before), dotted(now))
-    if moves:
-        moved = [changes.pop(key) for key in COUNTS if key in changes]
-        if moved:
-            logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
+    moved = [changes.pop(key) for key in COUNTS if moves and key in changes]
+    if moved:
+        logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
     if changes:
         logger.info(
             f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit for "
@@ -115,9 +106,7 @@ def _report_other_machine(before: dict[str, Any], now: dict[str, Any], moves: bo
 
 
 def command_line() -> list[str]:
-    """The words that start this process once more: ``rlhf-jax COMMAND ...`` or ``python SCRIPT
-    ...``.
-    """
+    """The words that start this process again: ``rlhf-jax COMMAND`` or ``python SCRIPT``."""
     return sys.argv if sys.argv[0] == "rlhf-jax" else ["python", *sys.argv]
 
 
@@ -125,7 +114,7 @@ def check_unchanged(
     run: Run,
     *,
     config: str,
-    data: Mapping[str, str],
+    data: Texts,
     given: Mapping[str, Any] = {},
     may_change: Keys = (),
     allowed: Keys = (),
@@ -161,10 +150,7 @@ def check_unchanged(
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    recorded = read_json(run.manifest, MANIFEST)
-    before = dotted(read_yaml(run.config, SETTINGS))
-    before |= _parts(recorded.get("given", {})) | _hashes(recorded.get("data", {}))
-    unequal = _differences(before, after | _hashes(data))
+    unequal = _differences(_recorded(run), after | _hashes(data))
     changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
@@ -172,21 +158,26 @@ def check_unchanged(
         for key, text in changed.items()
         if _setting(key) in never or not within(_setting(key), allowed)
     ]
+    sentences = "; ".join(problems or changed.values())
     if problems:
-        help_of_flag = "lets those differ that you name"
-        if never:
-            help_of_flag = f"cannot help with {', '.join(never)}"
+        use = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
         raise UserError(
-            f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a "
-            f"new run with another --output-dir; --allow-changed {help_of_flag}"
+            f"--resume: {run.path} is another run: {sentences}. Undo this, or start a new run with "
+            f"another --output-dir; --allow-changed {use}"
         )
     if changed:
-        sentences = "; ".join(changed.values())
         logger.info(f"--resume: the run continues with other settings or data: {sentences}")
     return list(changed.values())
 
 
-def _hashes(fingerprints: Mapping[str, str]) -> dict[str, str]:
+def _recorded(run: Run) -> Row:
+    """The settings, files and given objects of a run, as its folder records them."""
+    manifest = read_json(run.manifest, MANIFEST)
+    files = _hashes(manifest.get("data", {}))
+    return dotted(read_yaml(run.config, SETTINGS)) | _parts(manifest.get("given", {})) | files
+
+
+def _hashes(fingerprints: Texts) -> dict[str, str]:
     return {f"sha256 of {name}": digest[:12] for name, digest in fingerprints.items()}
 
 
@@ -208,7 +199,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return list(_differences(dotted(dict(before)), dotted(dict(now))).values())
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+def _differences(before: Row, after: Row) -> dict[str, str]:
     """{key: sentence with both values} for the keys whose values differ."""
     texts = {}
     for key in before | after:
@@ -219,36 +210,35 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str
     return texts
 
 
-def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(value: Any, prefix: str = "") -> Row:
     """{"section.key": value} of a tree of dicts."""
     if not isinstance(value, dict) or not value:
         return {prefix[:-1]: value}
-    return {
-        key: inner
-        for name, child in value.items()
-        for key, inner in dotted(child, f"{prefix}{name}.").items()
-    }
+    keys: Row = {}
+    for name, child in value.items():
+        keys |= dotted(child, f"{prefix}{name}.")
+    return keys
 
 
-def _parts(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``dotted``, with no key for no description."""
+def _parts(given: Mapping[str, Any]) -> Row:
+    """``dotted``, but empty if nothing is given."""
     return dotted(dict(given)) if given else {}
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether its files differ from it;
-    None without one.
+def _git_state() -> Row | None:
+    """The commit of the checkout that this package runs from, and whether files differ from it;
+    None without a checkout.
     """
-    git = functools.partial(
-        subprocess.run, cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True
-    )
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        options: Any = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, cwd=here.parent, **options).stdout.strip()
+
     try:
-        git(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name]
-        )  # not another project's checkout around us
-        text = git(
-            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], text=True
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # fails in a checkout of another project
+        text = git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}

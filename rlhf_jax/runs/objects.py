@@ -5,9 +5,9 @@
 
 A function is described by its name, the hash of its source, its arguments (defaults and those of
 ``functools.partial``), the values in its closure, and the constants, functions and classes of its
-own module that it reads; an object by its class and fields; an array by the hash of its bytes. For
-code of Python itself or of a package whose version the manifest records (``PACKAGES``), the name
-replaces the hash of the source.
+own module that it reads; an object by its class and fields; an array by the hash of its bytes. Code
+of Python itself, or of a package whose version the manifest records (``PACKAGES``), is described by
+its name alone.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ import pathlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from rlhf_jax.runs.reading import Row
 
 UNKNOWN = "cannot be fingerprinted"
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers")
@@ -32,8 +34,8 @@ MOST_PARTS = 5_000  # of one description
 
 
 def describe(value: Any) -> Any:
-    """A JSON value that differs if the described values differ. A part that cannot be compared is a
-    text that begins with ``UNKNOWN``.
+    """A JSON value that differs if the described values differ. A part that cannot be compared
+    becomes a text that begins with ``UNKNOWN``.
     """
     return _Description().of(value)
 
@@ -49,7 +51,7 @@ class _Description:
 
     def __init__(self) -> None:
         self.num_parts = 0
-        self.open: list[int] = []  # ids of the values that hold the present one
+        self.open: list[int] = []  # ids of the values around the present one
 
     def of(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | str):
@@ -92,84 +94,78 @@ class _Description:
             return self.of_callable(value)
         return self.of_instance(value)
 
-    def of_parts(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+    def of_parts(self, parts: Mapping[str, Any]) -> Row:
         return {name: self.of(part) for name, part in parts.items()}
 
-    def of_list(self, values: list[Any] | tuple[Any, ...]) -> Any:
+    def of_list(self, values: Sequence[Any]) -> Any:
         described = [self.of(value) for value in values]
         if any(isinstance(value, dict | list) for value in described):
             return {str(i): value for i, value in enumerate(described)}
         return described
 
     def of_module(self, module: types.ModuleType) -> Any:
-        """A module by its file; one that has none, by its functions and classes."""
+        """A module by its source, or by its functions and classes if it has none."""
         source = _source(module)
         if source or _is_versioned(module.__name__):
             return {"import": module.__name__, **source}
-        members = {}
-        for name, member in vars(module).items():
-            if callable(member) and _module_of(member) == module.__name__:
-                members[name] = member
+        members = {
+            name: member
+            for name, member in vars(module).items()
+            if callable(member) and _module_of(member) == module.__name__
+        }
         return {"import": module.__name__, **self.of_parts(members)}
 
     def of_callable(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
-            description = self.named(self.of(value.func))
             arguments = {str(i): argument for i, argument in enumerate(value.args)}
-            return description | self.of_parts(arguments | value.keywords)
+            return self.named(value.func) | self.of_parts(arguments | value.keywords)
         if isinstance(value, types.MethodType):
-            function = self.named(self.of(value.__func__))
-            return function | {"self": self.of(value.__self__)}
+            return self.named(value.__func__) | {"self": self.of(value.__self__)}
         if isinstance(value, types.FunctionType):
-            parts = _arguments(value) | _closure(value) | _globals(value)
-            name = {"def": qualified_name(value)}
-            return name | _source(value) | self.of_parts(parts)
+            parts = _defaults(value) | _closure(value) | _globals(value)
+            return {"def": qualified_name(value), **_source(value), **self.of_parts(parts)}
         if hasattr(value, "__wrapped__"):  # such as jax.jit(function)
             return self.of(value.__wrapped__)
         if isinstance(value, types.BuiltinFunctionType | np.ufunc):
             return {"def": qualified_name(value)}
         return self.of_instance(value)
 
-    def named(self, description: Any) -> dict[str, Any]:
+    def named(self, function: Any) -> Row:
+        description = self.of(function)
         return description if isinstance(description, dict) else {"def": description}
 
     def of_instance(self, value: Any) -> Any:
         """An object by its class and fields, or attributes if the class is the user's own."""
         kind = type(value)
-        name = {"class": qualified_name(kind), **_source(kind)}
-        if isinstance(value, tuple) and hasattr(value, "_asdict"):
-            return name | self.of_parts(value._asdict())
-        if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
-            return name | self.of_parts({field: getattr(value, field) for field in names})
         package = kind.__module__.partition(".")[0]
         is_foreign = package in sys.stdlib_module_names or _is_installed(kind)
         is_open = package in PACKAGES or kind is types.SimpleNamespace or not is_foreign
-        if is_open and hasattr(value, "__dict__"):
-            return name | self.of_parts(vars(value))
-        return f"{UNKNOWN}: {qualified_name(kind)}"
+        if isinstance(value, tuple):
+            fields = value._asdict()  # type: ignore[attr-defined]
+        elif dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
+            fields = {name: getattr(value, name) for name in names}
+        elif is_open and hasattr(value, "__dict__"):
+            fields = vars(value)
+        else:
+            return f"{UNKNOWN}: {qualified_name(kind)}"
+        return {"class": qualified_name(kind), **_source(kind), **self.of_parts(fields)}
 
 
-def _arguments(function: types.FunctionType) -> dict[str, Any]:
+def _defaults(function: types.FunctionType) -> Row:
     """The defaults of a function's parameters."""
-    defaults = function.__defaults__ or ()
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    positional = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    return positional | (function.__kwdefaults__ or {})
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    return {part.name: part.default for part in parameters if part.default is not part.empty}
 
 
-def _closure(function: types.FunctionType) -> dict[str, Any]:
+def _closure(function: types.FunctionType) -> Row:
     """The values of the variables that a function reads from the functions around it."""
-    values: dict[str, Any] = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            values[name] = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    return values
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    not_assigned = types.CellType()
+    return {name: cell.cell_contents for name, cell in cells if cell != not_assigned}
 
 
-def _globals(function: types.FunctionType) -> dict[str, Any]:
+def _globals(function: types.FunctionType) -> Row:
     """The constants, functions and classes of the user's code that a function of the user's code
     reads from its module.
     """
@@ -178,7 +174,7 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     read: set[str] = set()
     for code in _codes(function.__code__):
         read.update(code.co_names)
-    values: dict[str, Any] = {}
+    values: Row = {}
     for name in sorted(read & function.__globals__.keys()):
         value = function.__globals__[name]
         is_recorded = callable(value) and _is_versioned(_module_of(value))
