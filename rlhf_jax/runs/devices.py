@@ -31,16 +31,21 @@ FLAGS = {
 }
 MEMINFO = Path("/proc/meminfo")  # in KiB
 CGROUP = Path("/sys/fs/cgroup")  # of this container
-RESERVED = 1 / 32  # of what a CPU has available
-# For sums in a fixed order, and kernels that no measurement has chosen.
-DETERMINISTIC = {
-    "gpu": {"xla_gpu_deterministic_ops": "true", "xla_gpu_autotune_level": "0"},
-}
-# Sets of instructions that XLA compiles for where a CPU has them.
+RESERVED = 1 / 32  # share of a CPU's available memory
+# On a GPU: sums in a fixed order, and kernels that are not chosen by timing.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": "true", "xla_gpu_autotune_level": "0"}
+# Sets of instructions that XLA uses if the CPU has them.
 INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 FILES = {
     "gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"),
     "tpu": ("/dev/accel[0-9]*",),
+}
+PLUGINS = {
+    "gpu": (
+        "an NVIDIA GPU",
+        "'rlhf-jax[cuda13]', or with a driver before 580 'rlhf-jax[cuda12]'",
+    ),
+    "tpu": ("a TPU", "'rlhf-jax[tpu]'"),
 }
 
 
@@ -51,17 +56,17 @@ def choose(
     deterministic: bool = False,
     threads: int | None = None,
 ) -> None:
-    """Restricts JAX to one kind of device and joins the other processes; call it before anything
+    """Restricts JAX to one kind of device and joins the other processes. Call it before anything
     else touches JAX.
 
-    With None JAX chooses, but it is an error if it would take the CPU while a GPU or TPU is idle.
-
     Args:
+        device: with None JAX chooses, but it is an error if it takes the CPU while a GPU or TPU is
+            idle.
         place: as in ``processes.join``; None: there is one process.
         deterministic: the same bits from run to run on a GPU too.
-        threads: of XLA on a CPU, whose matrix products round by their number; at least as many as
-            the devices of a process. None: as many as there are cores or devices. If JAX has
-            started before, that number stays, and a line says so.
+        threads: of XLA on a CPU, at least as many as the devices of a process; their number
+            changes how matrix products round. None: as many as there are cores or devices. If JAX
+            has started before, the number stays as it is, and a line says so.
 
     Raises:
         UserError: JAX finds no such device here, or would leave an accelerator unused although
@@ -72,9 +77,8 @@ def choose(
             "--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all "
             "on a Mac"
         )
-    if (
-        not xla_bridge.backends_are_initialized()
-    ):  # else nobody reads them, and a manifest must not list them
+    # A backend that has started reads no flags, and a manifest must not list them.
+    if not xla_bridge.backends_are_initialized():
         flags = flags_for(device, deterministic=deterministic)
         os.environ["XLA_FLAGS"] = xla_flags(flags, os.environ.get("XLA_FLAGS", ""))
         if threads is not None:
@@ -108,22 +112,22 @@ def is_deterministic() -> bool:
 
 
 def flags_for(device: str | None, *, deterministic: bool = False) -> dict[str, str]:
-    """The FLAGS of a device; with None of what JAX_PLATFORMS names or, as JAX would choose, of what
-    is here.
+    """The FLAGS of a device; with None of the one that JAX_PLATFORMS names, or that JAX would
+    choose on this machine.
     """
     named = device or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     here = [platform for platform, patterns in FILES.items() if has_file(*patterns)]
     platform = {"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0]
-    more = DETERMINISTIC.get(platform, {}) if deterministic else {}
-    return {**FLAGS.get(platform, {}), **more}
+    flags = FLAGS.get(platform, {})
+    return flags | DETERMINISTIC if deterministic and platform == "gpu" else flags
 
 
 def compiler_options(num_blocks: int) -> dict[str, bool]:
-    """Options of ``jax.jit`` for a program with ``num_blocks`` blocks of a model.
+    """Options of ``jax.jit`` for a program with ``num_blocks`` blocks of a model: where FLAGS chose
+    XLA's older CPU kernels, the newer ones for four blocks and more.
 
-    If FLAGS chose XLA's older CPU kernels, they choose the newer ones; otherwise they are empty.
-    The newer kernels are faster but take longer to compile. Several blocks share them, so that the
-    gain is larger than the cost from four blocks on.
+    The newer kernels are faster but take longer to compile. Blocks share them, so that from four
+    blocks on the gain is larger than the cost.
     """
     name = "xla_cpu_use_fusion_emitters"
     is_off = f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split()
@@ -149,28 +153,22 @@ def xla_flags(ours: Mapping[str, str], given: str) -> str:
 
 
 def idle_accelerator() -> str | None:
-    """A sentence that names an accelerator which JAX does not use, and how to install its plugin;
+    """A sentence that names an accelerator which JAX does not use, and what installs its plugin;
     None without one.
     """
-    platforms = {device.platform for device in _all_devices()}
-    sentence = (
-        "This machine has {}, but JAX does not use it. Install its plugin: pip install "
-        "'rlhf-jax[{}]'{}."
-    )
-    if "gpu" not in platforms and has_file(*FILES["gpu"]):
-        return sentence.format(
-            "an NVIDIA GPU", "cuda13", ", or with a driver before 580 'rlhf-jax[cuda12]'"
-        )
-    return (
-        sentence.format("a TPU", "tpu", "")
-        if "tpu" not in platforms and has_file(*FILES["tpu"])
-        else None
-    )
+    used = {device.platform for device in _all_devices()}
+    for kind, (name, plugin) in PLUGINS.items():
+        if kind not in used and has_file(*FILES[kind]):
+            return (
+                f"This machine has {name}, but JAX does not use it. Install its plugin: pip "
+                f"install {plugin}."
+            )
+    return None
 
 
 def memory_limit() -> int:
-    """Bytes of memory of one device: an accelerator's own; of a CPU the machine's, or what its
-    container may use, in equal parts for the devices. 0: nobody knows.
+    """Bytes of memory of one device: of an accelerator its own, of a CPU an equal part of what the
+    machine has or the container may use. 0: unknown.
     """
     if jax.default_backend() != "cpu":
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
@@ -179,8 +177,8 @@ def memory_limit() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of ``memory_limit`` that a program may take now; 0: it is not known. Of a CPU's a part
-    stays for what a process needs beside its arrays, such as compiling.
+    """Bytes of ``memory_limit`` that a program may take now; 0: unknown. On a CPU a part is left
+    for what a process needs beside its arrays, such as compiling.
     """
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -189,7 +187,7 @@ def free_memory() -> int:
     limits = [_line_of(MEMINFO, "MemAvailable") * 1024]
     allowed = _cgroup("memory.max")
     if allowed:
-        # Pages of files count as used, and go as soon as somebody needs the memory.
+        # Pages of files count as used, but the kernel drops them when memory is needed.
         kept = [_line_of(CGROUP / "memory.stat", f"{what}active_file") for what in ("", "in")]
         limits.append(max(allowed - _cgroup("memory.current") + sum(kept), 1))
     free = min(filter(None, limits), default=0)
@@ -204,28 +202,25 @@ def cpu() -> str:
 
 
 def _line_of(file: Path, key: str) -> int:
-    """The number behind a key in a file of Linux's; 0 without one."""
+    """The number after a key in a file of Linux; 0 without one."""
     lines = file.read_text().splitlines() if file.exists() else []
     return sum(int(line.split()[1]) for line in lines if re.match(f"{key}:? ", line))
 
 
 def _cgroup(name: str) -> int:
-    """Bytes that this container's cgroup (version 2) names; 0 without a number."""
+    """The bytes in a file of this container's cgroup (version 2); 0 without a number."""
     file = CGROUP / name
     text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
 def has_file(*patterns: str) -> bool:
-    """Whether a file of one of these patterns is here."""
+    """Whether a file matches one of these patterns."""
     return any(glob.glob(pattern) for pattern in patterns)
 
 
 def _all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ):  # the latter if the platform's plugin is not installed (jax 0.10)
+    except (RuntimeError, AssertionError):  # the latter without the plugin, in jax 0.10
         return []

@@ -53,10 +53,9 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
-    """An open run folder; closing it, or the end of the process in any way, lets the next writer
-    in.
+    """An open run folder. No other process can open it until it is closed or this process ends.
 
-    Its files and folders are attributes; ``resumed`` says whether there is a checkpoint to go on
+    Its files and folders are attributes; ``resumed`` says whether it has a checkpoint to continue
     from.
     """
 
@@ -83,11 +82,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._lock.release()
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        is_new = self._was_empty and not steps(self.checkpoints)
         # Nothing has been computed yet, and the corrected command needs a free folder.
-        is_refused = (
-            isinstance(error, UserError) and self._was_empty and not steps(self.checkpoints)
-        )
-        if is_refused and processes.is_first():
+        if isinstance(error, UserError) and is_new and processes.is_first():
             _clear(self.path)
         self.close()
 
@@ -118,7 +115,9 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
 def _take(
     path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
 ) -> tuple[bool, bool]:
-    """Whether there is a checkpoint to go on from, and whether the folder is empty."""
+    """Takes the lock. Returns whether there is a checkpoint to continue from, and whether the
+    folder is empty.
+    """
     check_usable(path, resume, overwrite)
     refuse_links(path / name for name in _LOCK_FILES)
     try:
@@ -129,15 +128,13 @@ def _take(
             f"{path} is in use by {_holder(path)}; wait for it or choose another --output-dir"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be used as a run folder: {error.strerror or error}"
-        ) from None
-    check_usable(path, resume, overwrite)  # another process may have come and gone in between
+        raise UserError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
+    check_usable(path, resume, overwrite)  # another process may have used it in between
     if overwrite:
         _clear(path)
     check_links(path)
-    for entry in path.iterdir():  # of a process that was killed while it wrote
-        if _UNFINISHED.fullmatch(entry.name):
+    for entry in path.iterdir():
+        if _UNFINISHED.fullmatch(entry.name):  # of a process that was killed while it wrote
             _delete(entry)
     write_atomically(path / ".pid", f"{os.getpid()}\n")
     resumed = resume and bool(steps(path / "checkpoints"))
@@ -149,7 +146,7 @@ def _take(
 
 
 def _holder(path: Path) -> str:
-    """Who has the folder open."""
+    """The process that has the folder open, as far as it is known."""
     with contextlib.suppress(OSError, ValueError):
         return f"the process with PID {int((path / '.pid').read_text('utf-8'))}"
     return "another process"
@@ -169,12 +166,12 @@ def refuse_links(paths: Iterable[Path]) -> None:
         if path.is_symlink():
             raise UserError(
                 f"{path} is a symbolic link to {os.readlink(path)}, and no link in a run's folder "
-                "is followed; delete it, or put a copy of what it names in its place"
+                "is followed; delete it, or replace it by a copy of what it names"
             )
 
 
 def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError if ``open_run`` would refuse the folder, whoever has it open."""
+    """Raises UserError if ``open_run`` would refuse the folder, even if no process has it open."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if path.exists() and not path.is_dir():
@@ -186,27 +183,25 @@ def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
     if resume or not path.is_dir() or is_unused(path):
         return
     if not overwrite:
-        hint = (
-            "give --resume to go on with the run in it, --overwrite to delete it, or choose "
-            "another --output-dir"
+        raise UserError(
+            f"{path} holds files already; give --resume to continue the run in it, --overwrite to "
+            "delete it, or choose another --output-dir"
         )
-        raise UserError(f"{path} holds files already; {hint}")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if "rlhf-jax" in json.loads((path / "manifest.json").read_text("utf-8"))["versions"]:
             return
-    holds = f"it has no manifest.json of a run, but {', '.join(sorted(os.listdir(path))[:3])}"
     raise UserError(
-        f"--overwrite: {path} does not look like a run folder ({holds}); nothing was deleted"
+        f"--overwrite: {path} does not look like a run folder (it has no manifest.json of a run, "
+        f"but {', '.join(sorted(os.listdir(path))[:3])}); nothing was deleted"
     )
 
 
 def steps(directory: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, oldest first; touches neither JAX nor the
-    folder.
-    """
-    entries = Path(directory).iterdir() if Path(directory).is_dir() else ()
-    names = [entry.name for entry in entries if entry.is_dir()]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+    """The steps of the complete checkpoints in a folder, oldest first; empty if it is missing."""
+    folders = Path(directory).glob("*/")
+    return sorted(
+        int(folder.name) for folder in folders if re.fullmatch("0|[1-9][0-9]{0,17}", folder.name)
+    )
 
 
 def is_unused(path: Path) -> bool:
@@ -231,12 +226,12 @@ def _delete(entry: Path) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    """A name beside ``path`` that nobody can foresee, for what takes its place when it is whole."""
+    """An unpredictable name beside ``path``, for what replaces ``path`` when it is complete."""
     return path.with_name(f".{secrets.token_hex(8)}.unfinished")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all, whatever happens meanwhile. Its mode is that of the umask.
+    """Writes a whole file or nothing, even if the process is killed. The umask gives its mode.
 
     Raises:
       UserError: the path is a symbolic link.
@@ -259,8 +254,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new folder to fill in the ``with`` block, which replaces ``path`` at the end of the block.
-    After an error it is deleted, and ``path`` stays.
+    """A new folder that replaces ``path`` at the end of the ``with`` block. After an error the new
+    folder is deleted, and ``path`` stays.
 
     Raises:
       UserError: the path is a symbolic link.

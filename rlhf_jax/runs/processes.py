@@ -5,7 +5,7 @@ and prints.
     rlhf-jax ppo ... --processes 10.0.0.1:9876,2,1
 
 All read the same files and see the same run folder. An error in one of them ends all of them,
-because the others would wait for it for ever. The loss of one ends all a little later than
+because the others would wait for it for ever. If one is lost, the others end a little later than
 ``HEARTBEAT_SECONDS``. With a single process every function here works without communication.
 """
 
@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,22 +28,23 @@ from jax._src import distributed  # its key-value store, which Orbax uses too, h
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import ServiceError, TrainingFault, UserError
+from rlhf_jax.runs.reading import Row
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20
 """A process without a sign of life for so long counts as lost, and the others end."""
-# The class of an error in the other processes; subclasses come first.
+# The classes that an error keeps in the other processes; subclasses come first.
 _KINDS = {kind.__name__: kind for kind in (ServiceError, UserError, TrainingFault)}
 _DAY = 24 * 3600 * 1000  # milliseconds
-# Numbers of the calls of ``gather``, by thread.
+# The numbers of the calls of ``gather``, by thread.
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 _steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
 def join(place: str) -> None:
-    """Connects to the other processes; call it before anything else touches a device. Only the
-    first process prints from then on.
+    """Connects to the other processes. Call it before anything touches a device. Only the first
+    process prints from then on.
 
     place: ``HOST:PORT,COUNT,NUMBER``: the address at which the first process listens, the number of
       processes, and the number of this one, from 0; or ``auto`` under SLURM, Open MPI, Kubernetes
@@ -60,7 +61,7 @@ def join(place: str) -> None:
             f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, NUMBER from 0 to COUNT - 1; or "
             "auto"
         )
-    settings: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    settings: Row = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if match is not None:
         settings["coordinator_address"] = match[1]
         settings["num_processes"] = int(match[2])
@@ -69,11 +70,10 @@ def join(place: str) -> None:
         jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
-    # For processes that still wait for this one: JAX's own shutdown, which comes next, waits for
+    # For processes that still wait for this one; JAX's own shutdown, which comes next, waits for
     # them.
-    atexit.register(
-        _tell, {"error": "it has ended; its last lines say why", "kind": "TrainingFault"}
-    )
+    farewell = {"error": "it has ended; its last lines say why", "kind": "TrainingFault"}
+    atexit.register(_tell, farewell)
     if not is_first():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -84,10 +84,9 @@ def is_first() -> bool:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether a collective raised this error because another process has gone."""
-    if jax.process_count() == 1:
-        return False
-    return re.search("Gloo|NCCL|UNAVAILABLE|closed by peer", str(error)) is not None
+    """Whether a collective raised this error because another process is gone."""
+    is_collective = re.search("Gloo|NCCL|UNAVAILABLE|closed by peer", str(error)) is not None
+    return is_collective and jax.process_count() > 1
 
 
 def fetch(tree: T) -> T:
@@ -106,14 +105,14 @@ def fetch(tree: T) -> T:
 
 
 def own_rows(batch: T) -> T:
-    """This process's part of a batch [B, ...] whose rows every process has: equal parts in the
-    processes' order.
+    """This process's part of a batch [B, ...] that every process has: equal parts in the order of
+    the processes.
     """
     return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
 
 
 def gather_rows(tree: T) -> T:
-    """[B, ...] NumPy rows of all processes, from the ``own_rows`` of each."""
+    """The NumPy rows [B, ...] of all processes, from the ``own_rows`` of each."""
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
@@ -134,36 +133,37 @@ def gather(work: Callable[[], T]) -> list[T]:
     if jax.process_count() == 1:
         return [work()]
     failure = None
-    report: dict[str, Any] = {}
+    report: Row = {}
     try:
         report["result"] = work()
     except Exception as error:
         failure = error
         report["error"] = str(error) or type(error).__name__
-        kinds = [kind for kind in _KINDS.values() if isinstance(error, kind)]
-        report["kind"] = kinds[0].__name__ if kinds else TrainingFault.__name__
+        kinds = [name for name, kind in _KINDS.items() if isinstance(error, kind)]
+        report["kind"] = [*kinds, "TrainingFault"][0]
     place = _tell(report)
-    client = cast(Any, distributed.global_state.client)
-    reports = []
-    for number in range(jax.process_count()):
-        # If a process is lost, JAX ends this one while it waits here.
-        reports.append(json.loads(client.blocking_key_value_get(f"{place}/{number}", _DAY)))
+    # If a process is lost, JAX ends this one while it waits here.
+    reports = [
+        json.loads(_store().blocking_key_value_get(f"{place}/{number}", _DAY))
+        for number in range(jax.process_count())
+    ]
     for number, report in enumerate(reports):
-        if "error" not in report:
-            continue
-        if failure is not None:
-            raise failure
-        raise _KINDS[report["kind"]](f"process {number}: {report['error']}")
+        if "error" in report:
+            raise failure or _KINDS[report["kind"]](f"process {number}: {report['error']}")
     return [report["result"] for report in reports]
 
 
-def _tell(report: Mapping[str, Any]) -> str:
+def _tell(report: Row) -> str:
     """Leaves a report for all processes at the next place of this thread, and returns the place."""
     thread = threading.current_thread().name
     place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
-    client = cast(Any, distributed.global_state.client)
-    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(report))
+    _store().key_value_set(f"{place}/{jax.process_index()}", json.dumps(report))
     return place
+
+
+def _store() -> Any:
+    """The key-value store that the processes share."""
+    return distributed.global_state.client
 
 
 def in_first(work: Callable[[], T]) -> T:
@@ -174,12 +174,11 @@ def in_first(work: Callable[[], T]) -> T:
 
 
 def stop_signal(received: Sequence[int]) -> int:
-    """The signal for which all processes stop after this step, or 0; every process calls it after
+    """The signal for which all processes stop after this step, or 0. Every process calls it after
     every step.
 
-    With several processes JAX's preemption service spreads the notice when one of them gets
-    SIGTERM, and chooses a step that none has reached yet. Before that step no process waits for
-    another.
+    With several processes JAX's preemption service tells the others when one of them gets SIGTERM,
+    and chooses a step that none has reached yet. Before that step no process waits for another.
 
     Args:
         received: the signals that Python has caught in this process.

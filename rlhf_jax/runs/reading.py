@@ -1,5 +1,5 @@
-"""Reads the files of a run and checks their content, so that other code can trust it, whoever wrote
-or damaged the files.
+"""Reads the files of a run and checks their content, so that other code can trust it, even if the
+files are damaged or somebody else's.
 
     manifest = read_json(path / "manifest.json", MANIFEST, ["command"])
     settings = read_yaml(path / "config.yaml", SETTINGS)
@@ -15,8 +15,8 @@ import yaml
 
 from rlhf_jax.errors import UserError, file_errors
 
-STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
-TEXTS = ("prompt", "response", "chosen", "rejected")  # which a model may fill with "NaN"
+STRINGS = ("NaN", "Infinity", "-Infinity")  # of our files, for numbers that JSON lacks
+TEXTS = ("prompt", "response", "chosen", "rejected")  # columns in which "NaN" is a text
 MAX_YAML_BYTES = 1 << 17
 _MAX_DEPTH = 32
 _MAX_PARTS = 1_000_000
@@ -91,8 +91,8 @@ _ROWS: dict[str, Any] = {
 
 
 def misfit(value: Any, shape: Any, key: str = "it") -> str:
-    """A sentence, beginning with the key, that says where a JSON value differs from a shape; "" if
-    it fits.
+    """A sentence, which begins with the key, about the first place where a JSON value differs from
+    a shape; "" if it fits.
 
     Args:
       shape: ``object`` (anything), a type, None (null), a tuple of shapes of which one must fit,
@@ -100,21 +100,17 @@ def misfit(value: Any, shape: Any, key: str = "it") -> str:
         the key ``str`` stands for all others.
     """
     if isinstance(shape, tuple):
-        misfits = [misfit(value, choice, key) for choice in shape]
-        return "" if "" in misfits else misfits[0]
+        of_choices = [misfit(value, choice, key) for choice in shape]
+        return "" if "" in of_choices else of_choices[0]
     if isinstance(shape, dict) and isinstance(value, dict):
         others = shape.get(str, object)
-        for name, item in value.items():
-            wrong = misfit(item, shape.get(name, others), f"{key}.{name}")
-            if wrong:
-                return wrong
-        return ""
+        misfits = (
+            misfit(item, shape.get(name, others), f"{key}.{name}") for name, item in value.items()
+        )
+        return next(filter(None, misfits), "")
     if isinstance(shape, list) and isinstance(value, list):
-        for i, item in enumerate(value):
-            wrong = misfit(item, shape[0], f"{key}[{i}]")
-            if wrong:
-                return wrong
-        return ""
+        misfits = (misfit(item, shape[0], f"{key}[{i}]") for i, item in enumerate(value))
+        return next(filter(None, misfits), "")
     kind = shape if isinstance(shape, type) else type(shape)
     if shape is object or type(value) is kind:
         return ""
@@ -167,21 +163,23 @@ def read_yaml(path: Path, shape: Any) -> Row:
 
 
 def settings_file(folder: str) -> Path:
-    """Where config.yaml of a run is, given the run or its ``model/``; other models have none."""
+    """The path of config.yaml of a run, given the run or its ``model/``. Other models have no such
+    file.
+    """
     place = Path(folder)
     if place.name == "model" and not (place / "config.yaml").is_file():
         place = place.parent
     return place / "config.yaml"
 
 
-def settings_of(folder: str) -> dict[str, Any]:
-    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+def settings_of(folder: str) -> Row:
+    """config.yaml of a run, given the run or its ``model/``; empty for other models."""
     file = settings_file(folder)
     return read_yaml(file, SETTINGS) if file.is_file() else {}
 
 
 def parse_yaml(text: str | bytes, shape: Any, where: str) -> Row:
-    """``read_yaml`` of a text that comes from ``where``."""
+    """``read_yaml`` of a text; ``where`` names its source in messages."""
     try:
         value = yaml.safe_load(text)
     except Exception as error:  # PyYAML raises a dozen kinds for values such as !!int ''
@@ -195,12 +193,12 @@ def _checked(value: Any, shape: Any, required: Sequence[str], where: str) -> Any
         raise UserError(f"{where}: expected a mapping of keys, found {value!r:.60}")
     if not is_plain(value):
         raise UserError(
-            f"{where}: is nested too deeply or too large, or holds something else than texts, "
+            f"{where}: is nested too deeply, too large, or holds something other than texts, "
             "numbers of 64 bits, lists and mappings with texts as keys"
         )
-    missing = [key for key in required if key not in value]
-    if missing:
-        raise UserError(f"{where}: lacks the key {missing[0]}")
+    for key in required:
+        if key not in value:
+            raise UserError(f"{where}: lacks the key {key}")
     wrong = misfit(value, shape)
     if wrong:
         raise UserError(f"{where}: {wrong}")
@@ -209,9 +207,9 @@ def _checked(value: Any, shape: Any, required: Sequence[str], where: str) -> Any
 
 def is_plain(value: Any) -> bool:
     """Whether a value can be in our files: mappings with texts as keys, lists, texts that UTF-8 can
-    hold, numbers of 64 bits and null, at most 32 deep.
+    hold, numbers of 64 bits and null, at most 32 levels and a million parts.
 
-    Each place counts: a YAML alias repeats what it names.
+    A YAML alias counts as a copy of what it names.
     """
     waiting = [(value, 0)]
     num_parts = 0
@@ -238,7 +236,7 @@ def is_plain(value: Any) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: it has no half of a surrogate pair."""
+    """Whether UTF-8 can hold a text: it has no half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -247,8 +245,7 @@ def _is_text(text: str) -> bool:
 
 
 def json_lines(path: Path) -> list[tuple[str, Row]]:
-    """The lines of a JSON lines file of this package, and the rows they hold, each with its
-    ``step``.
+    """The lines of a run's ``.jsonl`` file with their rows, each of which has a ``step``.
 
     Empty if the file is missing. A last line that a kill truncated is left out.
 
