@@ -1,6 +1,6 @@
-"""The ``rlhf-jax`` command, and what every script starts with.
+"""The ``rlhf-jax`` command, and the start of every script.
 
-A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them,
+A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits neither for them
 nor for JAX.
 """
 
@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
@@ -49,7 +49,7 @@ class _Console(logging.Handler):
 
 
 def _print(text: object, **how: Any) -> None:
-    """Prints texts of data, files and settings without what would move the terminal's cursor."""
+    """Prints texts of data, files and settings without control characters."""
     print(escaped(str(text)), **how)
 
 
@@ -57,9 +57,7 @@ CONSOLE = _Console()
 
 
 def attach_console() -> None:
-    """Prints what the package reports while it runs, the messages of the logger ``rlhf_jax``, to
-    stdout.
-    """
+    """Prints the messages of the logger ``rlhf_jax``, with which the package reports, to stdout."""
     logger.setLevel(logging.INFO)
     logger.addHandler(CONSOLE)
     # A library that configures the root logger would print each message again.
@@ -80,57 +78,51 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     attach_console()
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *args, **how: escaped(format_warning(*args, **how))
-    gc.set_threshold(
-        100_000
-    )  # modules and traces are many objects that stay: half a second of each start by default
+    # Modules and traces are many objects that stay: by default, half a second of each start.
+    gc.set_threshold(100_000)
     try:
         code = main() or 0
         sys.stdout.flush()
         sys.exit(code)
-    except (
-        BrokenPipeError
-    ):  # of `| head`, which has read enough; what is left in the buffer is for nobody
+    except BrokenPipeError:  # of `| head`: nobody reads what is left in the buffer
         os._exit(141)
-    except (UserError, TrainingFault) as error:
-        _print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except Stopped as stopped:
-        _print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
+    except (UserError, TrainingFault, Stopped) as end:
+        _print(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr)
+        sys.exit(end.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 MODEL = ("network", "compute", "mesh", "lora", "tokenizer", "text")
+SAMPLES = ("rl.max_prompt_length", "rl.max_new_tokens", "rl.temperature")
 RL = (*MODEL, "rl", "safety", "judge", "engine")
 REWARD = (*RL, "reward")
-SAMPLES = ("rl.max_prompt_length", "rl.max_new_tokens", "rl.temperature")
-# {command: (what it does, the sections and keys of a RunConfig that it reads)}
+# {command: (what it does, what it reads of a RunConfig beside the section of its own name)}
 STAGES = {
-    "sft": ("Fine-tune a language model on demonstrations {prompt, response}.", (*MODEL, "sft")),
-    "reward-model": ("Train a reward model on preferences.", (*MODEL, "reward_model", *SAMPLES)),
-    "ppo": ("Train a policy by PPO with a KL penalty, on prompts and a reward.", (*REWARD, "ppo")),
-    "vpg": ("Train a policy by REINFORCE with a running-mean baseline.", (*REWARD, "vpg")),
+    "sft": ("Fine-tune a language model on demonstrations {prompt, response}.", MODEL),
+    "reward-model": ("Train a reward model on preferences.", (*MODEL, *SAMPLES)),
+    "ppo": ("Train a policy by PPO with a KL penalty, on prompts and a reward.", REWARD),
+    "vpg": ("Train a policy by REINFORCE with a running-mean baseline.", REWARD),
     "rloo": (
         "Train a policy by RLOO: several answers to a prompt, each against the others.",
-        (*REWARD, "rloo"),
+        REWARD,
     ),
     "grpo": (
         "Train a policy by GRPO: rewards normalised among several answers to a prompt.",
-        (*REWARD, "grpo"),
+        REWARD,
     ),
     "distill": (
         "Train a policy to say on its own samples what a teacher says.",
-        (*REWARD, "distill"),
+        REWARD,
     ),
     "dpo": (
         "Train a policy on preferences, without a reward model and without samples.",
-        (*MODEL, "dpo"),
+        MODEL,
     ),
     "kto": (
         "Train a policy on single answers called desirable or not, without samples.",
-        (*MODEL, "kto"),
+        MODEL,
     ),
     "pipeline": (
         "Run SFT, a reward model and PPO, one after the other.",
@@ -147,10 +139,10 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     from rlhf_jax.report import verdict
 
     description, reads = STAGES[name]
-    settings = config.parse(
-        config.RunConfig, argv, prog=prog, description=description, sections=reads
-    )
     kind = name.replace("-", "_")
+    settings = config.parse(
+        config.RunConfig, argv, prog=prog, description=description, sections=(*reads, kind)
+    )
     result: Any
     if name in config.ALGORITHMS:
         kind = "policy"
@@ -167,8 +159,8 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
 def train_algorithm(
     algorithm: "Algorithm", argv: Sequence[str] | None = None, **parts: Any
 ) -> None:
-    """Runs an algorithm of one's own, a module, with the settings of a command line: those of any
-    RL stage, and its own ``Config`` as flags (``--vapo.alpha 0.1``) or section of a YAML file.
+    """Runs your own algorithm, a module, with the settings of a command line: those of any RL
+    stage, and its ``Config`` as flags (``--vapo.alpha 0.1``) or as a section of a YAML file.
 
     Args:
         argv: ``sys.argv[1:]`` by default.
@@ -176,11 +168,10 @@ def train_algorithm(
     """
     from rlhf_jax import config, training
 
-    description = (algorithm.__doc__ or "").partition("\n\n")[0]
     settings = config.parse(
         config.RunConfig,
         argv,
-        description=description,
+        description=_summary(algorithm),
         sections=(*REWARD, config.section_name(algorithm)),
         algorithm=algorithm,
     )
@@ -253,26 +244,31 @@ def evaluate_run(
         run: the folder of a finished run, or of a model.
         config: what it is judged by.
     """
-    import rich.console
-    import rich.table
-    import rich.text
-
     from rlhf_jax.evaluation import evaluate
     from rlhf_jax.report import page
 
     result = evaluate.run(run, config)
-    table = rich.table.Table("category", "metric", "value", "95% interval", "n", "", box=None)
+    rows = []
     for row in result.rows:
         interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
         value = "–" if row.value is None else f"{row.value:.3f}"
         count = f"{row.n} {row.unit}" if row.unit else ""
-        cells = (row.category, row.metric, value, interval, count, row.note)
-        # Text: brackets in the name of a category are no markup.
-        table.add_row(*(rich.text.Text(escaped(cell)) for cell in cells))
-    rich.console.Console(width=1000).print(table)  # a terminal's own width would cut texts
+        rows.append((row.category, row.metric, value, interval, count, row.note))
+    _print_table(("category", "metric", "value", "95% interval", "n", ""), rows)
     _print(f"wrote {result.path}")
     if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
         page.write([run], page.default_path([run]))
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints texts in columns under these labels."""
+    from rich import console, table, text
+
+    shown = table.Table(*columns, box=None)
+    for row in rows:
+        # Text: brackets in the name of a category are no markup.
+        shown.add_row(*(text.Text(escaped(cell)) for cell in row))
+    console.Console(width=1000).print(shown)  # a terminal's own width would cut texts
 
 
 def chat_with(
@@ -399,10 +395,6 @@ def verify_run(
         reward: where its --reward is here.
         trust_config: run the Python files that its config names.
     """
-    import rich.console
-    import rich.table
-    import rich.text
-
     from rlhf_jax.training import verify
 
     audit = verify.verify(
@@ -423,11 +415,8 @@ def verify_run(
     if not audit.differences:
         _print("the same bytes")
         return 0
-    table = rich.table.Table("step", "file", "where", "recorded", "repeated", box=None)
-    for step, *texts in audit.differences:
-        cells = ["" if step is None else str(step), *texts]
-        table.add_row(*(rich.text.Text(escaped(cell)) for cell in cells))
-    rich.console.Console(width=1000).print(table)  # a terminal's own width would cut texts
+    rows = [["" if step is None else str(step), *texts] for step, *texts in audit.differences]
+    _print_table(("step", "file", "where", "recorded", "repeated"), rows)
     return 1
 
 
@@ -577,12 +566,11 @@ def run(argv: list[str]) -> int | None:
         train(name, argv[1:], prog)
         return 0
     if name in COMMANDS:
-        style: Any = {"config": (tyro.conf.PositionalMetavarFromFieldName,)}
-        return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
+        style = (tyro.conf.PositionalMetavarFromFieldName,)
+        return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], config=style)
     descriptions = {name: text for name, (text, _) in [*STAGES.items(), *SCRIPTS.items()]}
     for command, function in COMMANDS.items():
-        summary, _, _ = (function.__doc__ or "").partition("\n\n")
-        descriptions[command] = " ".join(summary.split())
+        descriptions[command] = " ".join(_summary(function).split())
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
         hint = did_you_mean(name, descriptions)
         raise UserError(
@@ -595,6 +583,11 @@ def run(argv: list[str]) -> int | None:
     for command, description in descriptions.items():
         print(f"  rlhf-jax {command:<14} {description}")
     return 0
+
+
+def _summary(documented: object) -> str:
+    """The first paragraph of a docstring."""
+    return (documented.__doc__ or "").partition("\n\n")[0]
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("rlhf_jax")
-# What a terminal obeys instead of showing it: control characters (C0 but tab and newline, DEL, C1),
-# marks that turn the direction of a text, other ends of lines; and halves of surrogate pairs, which
-# no terminal can be sent.
+# Characters that a terminal obeys instead of showing them: control characters (C0 but tab and
+# newline, DEL, C1), marks that change the direction of a text, other line ends; and halves of
+# surrogate pairs, which cannot be sent to a terminal.
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -23,10 +23,12 @@ class UserError(ValueError):
     Scripts print the message without a traceback and exit with code 2.
     """
 
+    exit_code = 2
+
 
 class ServiceError(UserError):
-    """A server that the user named does not reply, or not as it should. A run saves the step before
-    it.
+    """A server that the user named does not reply, or its reply is wrong. A run saves the step
+    before it.
     """
 
 
@@ -34,6 +36,8 @@ class TrainingFault(RuntimeError):
     """A fault of a run whose input was right, such as non-finite numbers. Scripts print it and exit
     with code 1.
     """
+
+    exit_code = 1
 
 
 class Stopped(Exception):
@@ -60,12 +64,9 @@ def escaped(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint ``; did you mean OTHER?`` with the known name that is most like this one; "" if none
-    is like it.
-    """
-    return "".join(
-        f"; did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1)
-    )
+    """The hint ``; did you mean OTHER?`` with the most similar known name; "" without one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 @contextlib.contextmanager
