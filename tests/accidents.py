@@ -11,7 +11,7 @@ INF = float("inf")
 ODD = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, 0.0, 1e308, -1e308, 5e-324, NAN, INF]
 ODD += ["", "2", "NaN", "{prompt", "\x1b[2J", "\ud83d"]
 ODD += [[], [0], [[]], {}, {"a": {"b": [None]}}, {"": ""}]
-DEEP = [b"[" * 3000, b'{"a":' * 3000, b"[" * 400 + b"]" * 400, b"- " * 500]
+DEEP = [b"[" * 1500, b'{"a":' * 1500, b"[" * 400 + b"]" * 400, b"- " * 500]
 BOMB = b"a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + b"".join(
     b"%c: &%c [%s]\n" % (now, now, b", ".join([b"*%c" % (now - 1)] * 9)) for now in range(98, 108)
 )
@@ -21,15 +21,8 @@ PIECES = rb"""
 "\UFFFFFFFF"|&a [*a]|*a|<<: *a|? |? [1]|%YAML 9.9|---|...|!<|!!python/object/apply:os.getcwd []
 2020-01-01: 2020-01-01|{"step": 1e5}|{"step": 99999999999999999999}|PAR1
 """
-PIECES = [
-    *PIECES.replace(b"\n", b"|").strip(b"|").split(b"|"),
-    b"",
-    b"\0",
-    b"\n",
-    b"\r",
-    b"\t",
-    b"|\n",
-]
+PIECES = PIECES.replace(b"\n", b"|").strip(b"|").split(b"|")
+PIECES += [b"", b"\0", b"\n", b"\r", b"\t", b"|\n"]
 PIECES += [b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"sample" + b"7" * 4500, b"9" * 5000]
 PIECES += [*DEEP, BOMB, LOOP]
 

@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import yaml
 from builders import ROOT, initial_params, write_run
+from source import Function, parse
 
 import rlhf_jax
 from rlhf_jax import cli, config, models
@@ -30,22 +31,8 @@ from rlhf_jax.report import records, verdict
 from rlhf_jax.training import doctor
 
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "distill", "dpo", "kto", "pipeline")
-NAMES = (
-    *STAGES,
-    "quickstart",
-    "plan",
-    "bench",
-    "configs",
-    "doctor",
-    "evaluate",
-    "generate",
-    "verify",
-    "chat",
-    "label",
-    "report",
-    "export",
-)
-NAMES += ("data check", "data preview", "data demo")
+NAMES = (*STAGES, "quickstart", "plan", "bench", "configs", "doctor", "evaluate", "generate")
+NAMES += ("verify", "chat", "label", "report", "export", "data check", "data preview", "data demo")
 
 
 def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
@@ -131,7 +118,9 @@ def test_the_list_of_commands_waits_for_no_package():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch, capsys):
+def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(
+    name, monkeypatch, capsys, write
+):
     calls = []
     module = "rl" if name in config.ALGORITHMS else name.replace("-", "_")
     run = importlib.import_module(f"rlhf_jax.training.{module}")
@@ -142,7 +131,7 @@ def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monk
         return done
 
     monkeypatch.setattr(run, "run", stand_in)
-    flags = ["--config", "tiny", "--seed", "3"]
+    flags = ["--config", "tiny", write("seed: 3", "own.yaml")]
     assert not cli.run([name, *flags])
     place = "runs/f/ppo" if name == "pipeline" else "runs/f"
     assert re.search(rf"^ +rlhf-jax .*{place}[ /\n]", capsys.readouterr().out, re.MULTILINE)
@@ -185,15 +174,13 @@ def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
 def messages():
     """(file, text) of all strings of the package but its modules', classes' and functions' own."""
     for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef
-        docstrings = {
-            ast.get_docstring(node, clean=False)
-            for node in ast.walk(tree)
-            if isinstance(node, documented)
-        }
-        for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) else None
+        nodes = [*ast.walk(parse(path.read_text("utf-8")))]
+        documented = [
+            node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | Function)
+        ]
+        docstrings = {ast.get_docstring(node, clean=False) for node in documented}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        for text in texts:
             if isinstance(text, str) and text not in docstrings:
                 yield path.name, " ".join(text.split())
 
@@ -313,12 +300,11 @@ def test_exit_codes(outcome, code, stderr, capsys):
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word():
-    """As of `rlhf-jax configs | head -1`: nobody reads any more."""
+    """As of `rlhf-jax | head -1`: nobody reads any more."""
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_jax", "configs"], stdout=writes, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "rlhf_jax"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE)
     os.close(writes)
     assert done.returncode == 141
     assert done.stderr == b""

@@ -144,7 +144,7 @@ prompts: count
             "seed: 1\nmodel: \x01",
             ", line 2: not valid YAML in UTF-8: special characters are not allowed",
         ),
-        ("model: " + "[" * 5000, ": not valid YAML in UTF-8: maximum recursion depth"),
+        ("model: " + "[" * 1000, ": not valid YAML in UTF-8: maximum recursion depth"),
         (b"seed: 1\nmodel: \xe4", ", line 2: not valid YAML in UTF-8: unexpected end of data"),
         ("lora: {alpha: 1,\n rank: -1}", ", line 2: lora.rank must be at least 0, got -1"),
         (
@@ -362,19 +362,13 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         ),
         (["--ppo.num-epoch=3"], "unknown flag --ppo.num-epoch; did you mean --ppo.num-epochs?"),
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
-        (["--sft.opt.b1", "3"], "unknown flag --sft.opt.b1; did you mean --sft.optimizer.b1 or "),
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
         (["--zzz.yyy"], "unknown flag --zzz.yyy; the keys are data, columns"),
         (
-            ["tiny"],
-            "unexpected 'tiny'; flags begin with --; a switch takes no value: --text.pack, or ",
-        ),
-        (
             ["--checkpoint-async", "True"],
             "unexpected 'True'; flags begin with --; a switch takes no value: --text.pack, or ",
         ),
-        (["--grpo.clip-low", "1"], "--grpo.clip-low is a setting that this command does not read"),
         (
             ["--sft.num-epochs", "1"],
             "--sft.num-epochs is a setting that this command does not read",

@@ -2,7 +2,6 @@
 of all faults.
 """
 
-import ast
 import hashlib
 import json
 import os
@@ -302,33 +301,19 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
 # --------------------------------------------------------------------------------------------------
 
 
-def test_every_row_of_the_table_of_faults_names_tests_that_exist():
-    lines = (ROOT / "docs" / "reliability.md").read_text("utf-8").splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in lines
-        if line.startswith("|")
-    ]
-    assert [c.strip("| ") for c in rows[0]] == [
-        "fault",
-        "how injected",
-        "how many times",
-        "what happened",
-        "test",
-    ]
+def test_every_row_of_the_table_of_faults_names_tests():
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == text.count("\n|") - 1  # and the line below the heads
     assert len(rows) > 12
-    for row in rows[2:]:
-        assert len(row) == 5, row
-        assert all(row), row
-        named = re.findall(r"`(\w+)::(\w+)`", row[-1])
-        assert named, f"no test: {row}"
+    assert rows[0] == ("fault", "how injected", "how many times", "what happened", "test")
+    assert all(re.search(r"`(\w+)::(\w+)`", tests) for *_, tests in rows[1:])
 
 
 @pytest.mark.parametrize("page", ["reliability", "reproducibility"])
 def test_the_tests_that_a_page_names_exist(page):
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
-    for module, function in re.findall(r"`(\w+)::(\w+)`", text):
-        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text("utf-8"))
-        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert function.startswith("test_"), function
-        assert function in names, f"{module}.py has no {function}"
+    for module, function in set(re.findall(r"`(\w+)::(\w+)`", text)):
+        source = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+        assert re.search(rf"^def {function}\(", source, re.MULTILINE), f"{module}: no {function}"
+        assert function.startswith("test_")

@@ -3,12 +3,14 @@ that is run.
 """
 
 import ast
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from source import parse
 
 from rlhf_jax.config import RunConfig
 from rlhf_jax.training import stage
@@ -49,9 +51,15 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
     assert secret not in "".join(capsys.readouterr())
 
 
+@functools.cache
+def plain_lines(path):
+    """The lines of a file without comments, each statement on one line."""
+    return ast.unparse(parse(path.read_text("utf-8"))).splitlines()
+
+
 @pytest.mark.parametrize("what", BANNED)
 def test_the_package_reads_named_variables_alone_and_calls_nothing_that_runs_data(what):
     for path in PACKAGE.rglob("*.py"):
-        for line in ast.unparse(ast.parse(path.read_text("utf-8"))).splitlines():
+        for line in plain_lines(path):
             allowed = path == OPENS_CONNECTIONS and re.match(r"import urllib\.\w+$", line)
             assert allowed or not re.search(BANNED[what], line), f"{path}: {line}"
