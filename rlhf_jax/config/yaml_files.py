@@ -79,13 +79,15 @@ def _compose(file: Path) -> yaml.Node | None:
             "lists those that come with the package"
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        position = getattr(error, "position", None)
-        line = mark.line if mark else text[:position].count(b"\n") if position else -1
-        place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
-        reason = (
-            getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
-        )
+        place = f"{file}"
+        reason = str(error)[:100]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            place = f"{file}, line {error.problem_mark.line + 1}"
+            reason = error.problem or reason
+        if isinstance(error, yaml.reader.ReaderError):
+            lines_before = text[: error.position].count(b"\n")
+            place = f"{file}, line {lines_before + 1}"
+            reason = error.reason
         raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
 
 
@@ -107,17 +109,18 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
         # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
         with contextlib.suppress(Exception):
             value = yaml.SafeLoader("").construct_object(node)
+            found = type(value)
             if optional and (value is None or (is_plain and value == "None")):
                 return None
-            if type(value) is inner or (type(value) is str and value in choices):
+            if found is inner or (found is str and value in choices):
                 return value
-            if inner is float and type(value) in (int, str) and is_plain:
+            if inner is float and found in (int, str) and is_plain:
                 return float(value)
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
     expected = names.get(inner, "given in Python")
     if choices:
         expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
-    or_null = " or null" if optional else " or auto" if is_switch else ""
+    or_null = " or auto" if is_switch else " or null" if optional else ""
     raise ValueError(f"{_line(node)}: {key} must be {expected}{or_null}, found {_text_of(node)}")
 
 
@@ -141,15 +144,19 @@ def hint(key: str, root: type, flags: bool = False) -> str:
     other sections, else all of its section.
     """
     section, _, name = key.rpartition(".")
-    keys = dotted_keys(root)
     prefix = f"{section}." if section else ""
-    in_section = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
-    inside = [k for k in in_section if "." not in k]
+    inside = []
+    elsewhere = []
+    for known in dotted_keys(root):
+        its_section, _, its_name = known.rpartition(".")
+        if its_section == section:
+            inside.append(its_name)
+        if its_name == name:
+            elsewhere.append(known)
     close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
-    close = close or [k for k in inside if k[:4] == name[:4]]
-    meant = [prefix + k for k in close]
-    meant = meant or [k for k in keys if k.rpartition(".")[2] == name][:3]
-    if meant and flags:
+    close = close or [k for k in inside if k.startswith(name[:4])]
+    meant = [prefix + k for k in close] or elsewhere[:3]
+    if flags:
         meant = ["--" + k.replace("_", "-") for k in meant]
     if meant:
         return f"did you mean {' or '.join(meant)}?"

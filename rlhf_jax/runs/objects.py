@@ -20,7 +20,7 @@ import pathlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from rlhf_jax.runs.reading import Row
 UNKNOWN = "cannot be fingerprinted"
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers")
 MOST_PARTS = 5_000  # of one description
+_ARRAYS = (np.ndarray, np.generic, jax.Array)
+_SHOWN = (pathlib.PurePath, enum.Enum, range, np.dtype)  # whose repr has their value
 
 
 def describe(value: Any) -> Any:
@@ -74,11 +76,11 @@ class _Description:
             return {"class": qualified_name(type(value)), "fingerprint": own}
         if isinstance(value, bytes):
             return _digest(value)
-        if isinstance(value, np.ndarray | np.generic | jax.Array):
+        if isinstance(value, _ARRAYS):
             return _of_array(value)
         if isinstance(value, re.Pattern):
             return f"{value.pattern!r}, flags {value.flags}"
-        if isinstance(value, pathlib.PurePath | enum.Enum | range | np.dtype):
+        if isinstance(value, _SHOWN):
             return repr(value)
         if isinstance(value, Mapping):
             return self.of_parts({str(key): part for key, part in value.items()})
@@ -191,7 +193,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _source(value: Callable[..., Any] | types.ModuleType | type) -> dict[str, str]:
+def _source(value: Any) -> dict[str, str]:
     """{"source sha256": ...}, or the hash of the code if there is no source. Empty for code of a
     package whose version is recorded, and for a module or class without source.
     """
@@ -224,7 +226,8 @@ def _of_array(array: Any) -> str:
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jax.random.key_data(array)
     values = np.asarray(array)
-    return f"{values.dtype}{list(values.shape)} {_digest(values.tobytes())}"
+    digest = _digest(values.tobytes())
+    return f"{values.dtype}{list(values.shape)} {digest}"
 
 
 def _digest(content: bytes) -> str:
