@@ -5,7 +5,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from builders import ROOT, initial_params, write_run
+from builders import COMMAND, ROOT, initial_params, write_run
 from source import Function, parse
 
 import rlhf_jax
@@ -244,33 +243,24 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     folder = tmp_path / "out"
     with pytest.raises(UserError, match="no model here"):
         cli.run(["export", str(run), str(folder)])
-    model = models.build(
-        models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
-    )
+    settings = {"model": "gpt2", "text": {"template": "Q: {prompt} A:"}}
+    metrics = {"sft/loss": [1.25]}
+    write_run(run, stage="sft", settings=settings, metrics=metrics, samples={}, finished=False)
+    model = models.build(models.GPT2Config(300, 8, 8, 1, 1))
     params = initial_params(model)
     models.save(run / "model", model, params)
     tokenizers.train_bpe(["some text"], 300).save(run / "model")
-    manifest = {
-        "command": "python experiments/sft.py --seed 5",
-        "seed": 5,
-        "stage": "sft",
-        "data": {"my.json": "abc"},
-    }
-    manifest |= {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 1}}
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    (run / "config.yaml").write_text("seed: 5\nmodel: gpt2\ntext: {template: 'Q: {prompt} A:'}\n")
-    (run / "metrics.jsonl").write_text('{"step": 7, "sft/loss": 1.25}\n')
     cli.run(["export", str(run), str(folder)])
     card = (folder / "README.md").read_text("utf-8")
     for part in (
-        "python experiments/sft.py --seed 5",
-        "`my.json`, sha256 abc",
+        COMMAND,
+        "`prompts.json`, sha256 fedcba9876543210",
         "| sft/loss | 1.25 |",
-        "seed: 5",
+        '"seed": 5',
+        "Trained from `gpt2`",
+        "```text\nQ: {prompt} A:\n```",
     ):
         assert part in card
-    assert "Trained from `gpt2`" in card
-    assert "```text\nQ: {prompt} A:\n```" in card
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "gpt2"
     assert head["license"] == "other"

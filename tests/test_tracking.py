@@ -190,44 +190,39 @@ def lines_of(capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_slow_steps_have_a_line_each_with_pace_and_remainder(tmp_path, capsys, clock):
-    with (
-        open_run(tmp_path) as run,
-        tracking(run, total=20, show=("x",), pulse=Pulse(clock)) as tracker,
-    ):
-        for step in range(4):
-            tracker.log(step, {"x": step})
-            clock.now += 25.0
-    assert lines_of(capsys) == [
-        "ppo 0/20  x 0",
-        "ppo 1/20  x 1  25 s a step, about 8 min left",
-        "ppo 2/20  x 2  25 s a step, about 8 min left",
-        "ppo 3/20  x 3  25 s a step, about 7 min left",
-    ]
-
-
-def test_fast_steps_keep_every_tenth_line_and_the_pace_follows_the_last_ten(
-    tmp_path, capsys, clock
-):
-    with open_run(tmp_path) as run, tracking(run, total=100, pulse=Pulse(clock)) as tracker:
-        for step in range(1, 41):
-            clock.now += 0.1 if step <= 20 else 1.2
+@pytest.mark.parametrize(
+    ("total", "seconds", "expected"),
+    [
+        # A line for each slow step, with pace and remainder.
+        (
+            20,
+            [25.0] * 4,
+            [
+                "ppo 1/20",
+                "ppo 2/20    25 s a step, about 8 min left",
+                "ppo 3/20    25 s a step, about 7 min left",
+                "ppo 4/20    25 s a step, about 7 min left",
+            ],
+        ),
+        # Every tenth line of fast steps; the pace is that of the last ten.
+        (
+            100,
+            [0.1] * 20 + [1.2] * 20,
+            [
+                *(f"ppo {step}/100" for step in (1, 10, 20, 30)),
+                "ppo 40/100    1.2 s a step, about 72 s left",
+            ],
+        ),
+        # A line after fifteen seconds, between tenth steps.
+        (100, [4.0] * 7, ["ppo 1/100", "ppo 5/100    4 s a step, about 6 min left"]),
+    ],
+)
+def test_lines_by_time_and_number(tmp_path, capsys, clock, total, seconds, expected):
+    with open_run(tmp_path) as run, tracking(run, total=total, pulse=Pulse(clock)) as tracker:
+        for step, duration_of_step in enumerate(seconds, 1):
+            clock.now += duration_of_step
             tracker.log(step, {})
-    assert lines_of(capsys) == [
-        "ppo 1/100",
-        "ppo 10/100",
-        "ppo 20/100",
-        "ppo 30/100",
-        "ppo 40/100    1.2 s a step, about 72 s left",
-    ]
-
-
-def test_a_line_comes_after_fifteen_seconds_between_tenth_steps(tmp_path, capsys, clock):
-    with open_run(tmp_path) as run, tracking(run, total=100, pulse=Pulse(clock)) as tracker:
-        for step in range(1, 8):
-            tracker.log(step, {})
-            clock.now += 4.0
-    assert [line.split()[1] for line in lines_of(capsys)] == ["1/100", "5/100"]
+    assert lines_of(capsys) == expected
 
 
 def test_a_step_that_takes_long_is_spoken_of_meanwhile(tmp_path, capsys, clock):
