@@ -28,7 +28,7 @@ from rlhf_jax.training.stage import Stage
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 # The section that a preset sets, and what it says of its method: settings, among them those that
-# follow from others, and the learning rate and the coefficient of the KL in the reward that its file
+# follow from others, and the learning rate and the KL coefficient of the reward that its file
 # has. None: not in the file.
 SAYS = {
     "cispo": "grpo surrogate=cispo clip_low=1.0 aggregate=token kl_in_loss=False"
