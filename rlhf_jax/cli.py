@@ -468,12 +468,12 @@ class Reading:
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
 
     def arguments(self) -> dict[str, Any]:
-        """The same for the functions of ``data.check``."""
+        """The arguments of the functions of ``data.check``."""
         from rlhf_jax.data import tokenizers
 
-        if self.tokenizer is None:
-            return dict(vars(self))
-        return vars(self) | {"tokenizer": tokenizers.load_tokenizer(self.tokenizer)}
+        return vars(self) | {
+            "tokenizer": self.tokenizer and tokenizers.load_tokenizer(self.tokenizer)
+        }
 
 
 def check_data(

@@ -487,6 +487,7 @@ def test_yaml_holds_every_field_in_order():
         (RLStage, "validation_fraction=1", "below 1"),
         (RLStage, "top_p=0", "above 0"),
         (RLStage, "top_p=2", "at most 1"),
+        (RLStage, "overlong_buffer=33", "at most 32"),
         (Safety, "penalty=-1", "at least 0"),
     ],
 )

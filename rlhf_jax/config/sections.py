@@ -1,4 +1,4 @@
-"""The section of an algorithm, also of the user's own, in the settings of a run."""
+"""The section of an algorithm in the settings of a run, also of the user's own algorithm."""
 
 import dataclasses
 import typing
@@ -49,11 +49,11 @@ def for_algorithm(
     """The settings of a run of this algorithm, and its own section among them.
 
     Args:
-      section: takes the place of the section; None: that of ``config``, or the module's
+      section: replaces the section of ``config``; None: that of ``config``, or the module's
         ``Config()`` if it has none.
 
     Raises:
-      UserError: ``config`` sets what another algorithm reads and this one, of one's own, does not.
+      UserError: ``config`` sets what another algorithm reads and your own one does not.
     """
     name = section_name(algorithm)
     kind = with_section(type(config), algorithm)
@@ -74,16 +74,21 @@ def for_algorithm(
 def _say_unused(name: str, own: Any, given: Any) -> None:
     """Names the values of a section that do not count, since Python gives its settings."""
     default = vars(type(own)())
-    changed = {key: value for key, value in vars(own).items() if value != default[key]}
     unused = [
-        f"{name}.{key} {changed[key]}" for key in changed if changed[key] != vars(given).get(key)
+        f"{name}.{key} {value}"
+        for key, value in vars(own).items()
+        if value not in (default[key], vars(given).get(key))
     ]
     if unused:
-        listed = ", ".join(unused)
-        logger.info(f"the settings of {name} are those that Python gives; not used: {listed}")
+        logger.info(
+            f"the settings of {name} are those that Python gives; not used: {', '.join(unused)}"
+        )
 
 
 def _check_others_unset(config: RunConfig, algorithm: Algorithm) -> None:
+    """Raises UserError if a section of this package's algorithms has other values than its default,
+    which your own algorithm does not read.
+    """
     before = manifest.dotted(dataclasses.asdict(type(config)()))
     values = manifest.dotted(dataclasses.asdict(config))
     unread = [

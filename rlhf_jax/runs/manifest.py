@@ -94,7 +94,7 @@ def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
 
     moves: whether the bits do not depend on the number of devices.
     """
-    changes = _differences(dotted(before), dotted(now))
+    changes = _differences(before, now)
     moved = [changes.pop(key) for key in COUNTS if moves and key in changes]
     if moved:
         logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
@@ -139,7 +139,7 @@ def check_unchanged(
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
         no setting.
     """
-    after = dotted(yaml.safe_load(config)) | _parts(given)
+    after = dotted(yaml.safe_load(config)) | dotted(dict(given))
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(within(setting, [key]) for setting in after):
@@ -174,7 +174,7 @@ def _recorded(run: Run) -> Row:
     """The settings, files and given objects of a run, as its folder records them."""
     manifest = read_json(run.manifest, MANIFEST)
     files = _hashes(manifest.get("data", {}))
-    return dotted(read_yaml(run.config, SETTINGS)) | _parts(manifest.get("given", {})) | files
+    return dotted(read_yaml(run.config, SETTINGS)) | dotted(manifest.get("given", {})) | files
 
 
 def _hashes(fingerprints: Texts) -> dict[str, str]:
@@ -196,12 +196,14 @@ def within(key: str, names: Iterable[str]) -> bool:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that differs between two trees of dicts."""
-    return list(_differences(dotted(dict(before)), dotted(dict(now))).values())
+    return list(_differences(dict(before), dict(now)).values())
 
 
 def _differences(before: Row, after: Row) -> dict[str, str]:
-    """{key: sentence with both values} for the keys whose values differ."""
+    """{dotted key: sentence with both values} for the keys whose values differ."""
     texts = {}
+    before = dotted(before)
+    after = dotted(after)
     for key in before | after:
         old = repr(before[key]) if key in before else "not set"
         new = repr(after[key]) if key in after else "not set"
@@ -212,17 +214,12 @@ def _differences(before: Row, after: Row) -> dict[str, str]:
 
 def dotted(value: Any, prefix: str = "") -> Row:
     """{"section.key": value} of a tree of dicts."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or (prefix and not value):
         return {prefix[:-1]: value}
     keys: Row = {}
     for name, child in value.items():
         keys |= dotted(child, f"{prefix}{name}.")
     return keys
-
-
-def _parts(given: Mapping[str, Any]) -> Row:
-    """``dotted``, but empty if nothing is given."""
-    return dotted(dict(given)) if given else {}
 
 
 def _git_state() -> Row | None:
