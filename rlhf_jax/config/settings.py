@@ -80,7 +80,7 @@ class Network(Section):
 
 @dataclass(frozen=True)
 class Compute(Section):
-    """How a model is run; changes speed and memory, not what is learnt."""
+    """How a model is computed; changes speed and memory, not what is learnt."""
 
     blocks: Count | None = None
     """Parts of each batch, a power of two, such as 8, that the data devices divide: final weights,
@@ -101,7 +101,8 @@ class Compute(Section):
     """Rows that policy, reference and reward models score at once, over all devices; null: where
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
-    """Frozen models that lie in the host's memory while they do not score: reference, reward."""
+    """Frozen models that are kept in the host's memory while they do not score: reference, reward.
+    """
     matmul_precision: Literal["default", "high", "highest"] | None = None
     """Precision of float32 matrix products. default: TF32 on an NVIDIA GPU, one pass of bfloat16 on
     a TPU; high: TF32, three passes; highest: float32, six passes. A CPU computes in float32. null:
@@ -120,10 +121,11 @@ class Compute(Section):
 
 @dataclass(frozen=True)
 class Mesh(Section):
-    """How the devices share the work; a batch is cut over data x fsdp, weights and their optimizer
-    over fsdp x tensor.
+    """How the devices share the work: a batch is cut over data x fsdp, weights and their optimizer
+    state over fsdp x tensor.
 
-    At most one size is -1: as many as the others leave of the devices."""
+    At most one size is -1, which stands for the rest of the devices.
+    """
 
     data: int = -1
     """Groups that each hold all the weights and a part of every batch."""
@@ -156,8 +158,8 @@ class Mesh(Section):
 
 @dataclass(frozen=True)
 class LoRA(Section):
-    """Train low-rank adapters beside the frozen weights of --model; the reference policy has the
-    weights alone.
+    """Train low-rank adapters beside the frozen weights of --model; the reference policy has these
+    weights without adapters.
     """
 
     rank: CountOrZero = 0
@@ -165,7 +167,8 @@ class LoRA(Section):
     alpha: Positive | None = None
     """The adapters' term is multiplied by alpha / rank; null: 1."""
     match: str = "attn|mlp"
-    """Regular expression of the layers that get one, searched in names such as h_0/attn/c_attn."""
+    """Regular expression for the layers that get an adapter, searched in names such as
+    h_0/attn/c_attn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,9 +180,7 @@ class Tokenizer:
     """The tokenizer of a model that starts from random weights; a ``model`` brings its own."""
 
     name: str | None = None
-    """Folder or Hugging Face name of a tokenizer to take as it is; null: one is trained on the
-    data.
-    """
+    """Folder or Hugging Face name of a tokenizer; null: one is trained on the data."""
     kind: Literal["bpe", "characters"] = "bpe"
     """Byte-level BPE, or one token per character of the data."""
     vocab_size: int = 512
@@ -200,7 +201,7 @@ class Text(Section):
     """
     bucket_multiple: Count = 16
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's
-    prompts to it, twice, four times, ... that."""
+    prompts to this number times a power of two."""
     pack: bool = False
     """Put several demonstrations or comparisons of a batch into one row, as long as the longest of
     all, instead of padding each: SFT, reward models and DPO."""
@@ -218,9 +219,9 @@ class Optimizer(Section):
     learning_rate: NonNegative = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "step", "plateau"] = "constant"
-    """After the warm-up: linear and cosine decay from the peak to 0 over the run, step multiplies
+    """After the warm-up: linear and cosine decay from the peak to 0 over the run; step multiplies
     by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
-    row that bring no improvement."""
+    row without improvement."""
     decay_factor: OpenShare = 0.1
     """What the schedules step and plateau multiply the learning rate by."""
     decay_every: Count | None = None
@@ -265,9 +266,8 @@ class Supervised(Section):
     validation_fraction: ShareBelow1 = 0.1
     """Share of the rows held out for validation; rows with equal prompts stay together."""
     validation_data: Texts = ()
-    """Files of rows to validate on; empty: a validation_fraction of the rows, held out of the
-    training.
-    """
+    """Files of rows to validate on; empty: a validation_fraction of the rows, which are not trained
+    on."""
     validation_interval: Count = 100
     """Optimizer steps between validations."""
     num_microbatches: Count = 1
@@ -290,23 +290,23 @@ class RewardModelStage(Supervised, reward_model.Config):
 
     normalize_samples: CountOrZero = 256
     """After training, scores get mean 0 and variance 1 over this many samples of the policy in
-    --model; 0: not.
+    --model; 0: scores stay as they are.
     """
     ensemble_size: Count = 1
-    """Reward models that train at once, each on its own draw of the rows with replacement and from
-    a score head of its own, without --model from a body of its own."""
+    """Reward models that are trained together. Each has its own rows, drawn with replacement, and
+    its own initial score head; without --model also its own initial body."""
 
 
 @dataclass(frozen=True)
 class Reference(Section):
-    """How the reference policy moves; by default it stays --model."""
+    """How the reference policy changes; by default it stays --model."""
 
     reference_refresh: Count | None = None
-    """Every so many iterations, of DPO and KTO optimizer steps, the policy becomes the reference;
+    """The policy becomes the reference every so many iterations, or optimizer steps of DPO and KTO;
     null: never."""
     reference_ema: Share | None = None
-    """The reference does not become the policy but moves by this share to it: ema * policy + (1 -
-    ema) * reference, after each step or every reference_refresh steps. null: it does not."""
+    """The reference becomes ema * policy + (1 - ema) * reference instead, after each step or every
+    reference_refresh steps; null: no average is taken."""
 
     @property
     def reference_moves(self) -> bool:
@@ -361,14 +361,12 @@ class RLStage(Reference):
     num_iterations: Count = 100
     """Collect, reward, learn: how many times."""
     num_episodes: Count | None = None
-    """The run's length in episodes, whole batches, rounded up; where given, num_iterations does not
-    count.
-    """
+    """The run's length in episodes, rounded up to whole batches; it replaces num_iterations."""
     batch_size: Count = 64
     """Episodes per iteration, over all devices."""
     max_prompt_length: Count | None = None
-    """Most tokens of a prompt; null: the longest prompt's. A batch has as many slots as its own
-    prompts need.
+    """Most tokens of a prompt; null: those of the longest prompt. A batch has as many slots as its
+    own prompts need.
     """
     max_new_tokens: Count = 32
     """Response slots R."""
@@ -376,8 +374,8 @@ class RLStage(Reference):
     """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads
     what it returns and responds again, all in one row, until it returns None."""
     max_turns: Count | None = None
-    """Most responses of a row; null: until the environment ends it or max_new_tokens, which then
-    hold responses and replies, are full."""
+    """Most responses of a row; null: as many as the environment asks for and max_new_tokens, which
+    then hold responses and replies, have room for."""
     stop: Texts = ()
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
     temperature: Positive = 1.0
@@ -412,28 +410,26 @@ class RLStage(Reference):
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
     validation_data: Texts = ()
-    """Files of prompts to validate on; empty: a validation_fraction of the prompts, held out of the
-    training.
-    """
+    """Files of prompts to validate on; empty: a validation_fraction of the prompts, which are not
+    trained on."""
     validation_interval: Count = 20
     """Iterations between validations."""
     validation_prompts: Count = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
     dynamic_sampling: CountOrZero = 0
-    """At most so many times in an iteration, groups whose answers all score alike are replaced by
-    groups of fresh prompts; those left after that stay in the batch. 0: never."""
+    """At most so many times in an iteration, groups whose answers all have one score are replaced
+    by groups of new prompts; such groups that are left then stay in the batch. 0: never."""
     mask_truncated: bool = False
-    """Responses that did not end are absent from the loss and from the statistics of their group.
-    """
+    """Leave responses that did not end out of the loss and of the statistics of their group."""
     overlong_buffer: Count | None = None
-    """The last tokens of max_new_tokens, over which a longer response loses ever more of its score;
-    null: no rule.
+    """Number of last tokens of max_new_tokens over which the penalty of a long response grows from
+    0 to overlong_penalty; null: no penalty.
     """
     overlong_penalty: NonNegative = 1.0
-    """What a response of max_new_tokens loses at the end of overlong_buffer."""
+    """Subtracted from the score of a response of max_new_tokens."""
     judge: Texts = ()
-    """A reward, as `reward`, that is not trained on: it scores the validations' samples too
-    (validation/judge).
+    """A reward, written as `reward` is, that is not trained on: it scores the samples of the
+    validations too (validation/judge).
     """
     show_examples: CountOrZero = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
@@ -443,9 +439,9 @@ class RLStage(Reference):
     --model; stored:FOLDER, the samples that another run kept. null: none."""
     engine_importance: Literal[ImportanceSampling, "off"] = "token_truncate"
     """What corrects the log-probabilities of an engine, or of rollouts_ahead: each token's loss is
-    multiplied by the policy's own probability over that of what sampled. token, sequence: the ratio
-    is that of the token, or of its whole response; truncate, mask: it is cut at engine_cap, or 0
-    above it. off: nothing."""
+    multiplied by the ratio of the policy's own probability to that of the sampler. token, sequence:
+    the ratio of the token, or of its whole response; truncate, mask: a ratio above engine_cap
+    becomes engine_cap, or 0. off: no correction."""
     engine_cap: Positive = 2.0
     """The largest such ratio."""
     rollouts_ahead: Annotated[int, partial(check_number, at_least=0, at_most=1)] = 0
@@ -506,14 +502,15 @@ class PPOStage(Section, ppo.Config):
     """Proximal policy optimisation, and the value function of its runs."""
 
     value: Literal["shared", "separate"] = "shared"
-    """shared: a head on the policy's body; separate: a model of its own, which starts as the policy
-    with a head.
+    """shared: a head on the policy's body; separate: another model, which starts as the policy with
+    a head.
     """
     value_learning_rate: NonNegative | None = None
-    """Peak learning rate of what belongs to the value function alone; null: that of rl.optimizer.
+    """Peak learning rate of the weights that only the value function has; null: that of
+    rl.optimizer.
     """
     value_warmup: CountOrZero = 0
-    """Iterations at the start in which nothing else learns."""
+    """Iterations at the start in which only the value function learns."""
 
 
 @dataclass(frozen=True)
@@ -569,8 +566,8 @@ class EngineServer(Requests):
 
 @dataclass(frozen=True)
 class Safety(Section):
-    """What counts as unsafe in RL's prompts and responses, and what is done about it; nothing does
-    by default.
+    """What counts as unsafe in RL's prompts and responses, by default nothing, and what is done
+    about it.
     """
 
     words: Texts = ()
@@ -586,18 +583,18 @@ class Safety(Section):
     above: float | None = None
     """A response whose classifier score is higher is unsafe."""
     prompts: Literal["drop", "replace", "count"] = "drop"
-    """What becomes of a prompt in which words or patterns are found: left out, replaced, or counted
-    alone.
+    """What happens to a prompt in which words or patterns are found: it is left out, replaced, or
+    only counted.
     """
     replacement: str | None = None
-    """With prompts: replace, the text in place of an unsafe prompt."""
+    """With prompts: replace, the text that replaces an unsafe prompt."""
     responses: Literal["penalise", "replace", "mask", "count"] = "penalise"
-    """What becomes of an unsafe response: `penalty` is subtracted from its score, `score` replaces
-    it, it is absent from every statistic and loss, or it is counted alone."""
+    """What happens to an unsafe response: `penalty` is subtracted from its score, `score` replaces
+    its score, it is left out of every statistic and loss, or it is only counted."""
     penalty: NonNegative = 1.0
     """With responses: penalise, what is subtracted."""
     score: float | None = None
-    """With responses: replace, the score in place of the response's own."""
+    """With responses: replace, the score that replaces the response's own."""
 
     @property
     def on(self) -> bool:
@@ -646,7 +643,7 @@ class RunConfig(Section):
     """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
     deterministic: bool = False
     """On a GPU, the same bits from run to run: sums in a fixed order, programs that are not chosen
-    by timing, matrix products in full float32. Slower; a CPU needs nothing.
+    by timing, matrix products in full float32. Slower; has no effect on a CPU.
     """
     processes: str | None = None
     """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one
