@@ -554,24 +554,25 @@ def run(argv: list[str]) -> int | None:
     attach_console()
     words = 2 if argv[:1] == ["data"] else 1
     name = " ".join(argv[:words])
+    rest = argv[words:]
     prog = f"rlhf-jax {name}"
     if name == "--version":
         print(rlhf_jax.__version__)
         return 0
-    if name in SCRIPTS:
-        _, place = SCRIPTS[name]
-        folder, _, module = place.partition("/")
-        return script(folder, module).main(argv[1:])
     if name in STAGES:
-        train(name, argv[1:], prog)
+        train(name, rest, prog)
         return 0
+    if name in SCRIPTS:
+        folder, _, module = SCRIPTS[name][1].partition("/")
+        return script(folder, module).main(rest)
     if name in COMMANDS:
         style = (tyro.conf.PositionalMetavarFromFieldName,)
-        return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], config=style)
-    descriptions = {name: text for name, (text, _) in [*STAGES.items(), *SCRIPTS.items()]}
+        return tyro.cli(COMMANDS[name], prog=prog, args=rest, config=style)
+    descriptions = {command: text for command, (text, _) in (STAGES | SCRIPTS).items()}
     for command, function in COMMANDS.items():
         descriptions[command] = " ".join(_summary(function).split())
-    if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
+    last_word = [*argv, "--help"][words - 1]
+    if last_word not in ("-h", "--help"):
         hint = did_you_mean(name, descriptions)
         raise UserError(
             f"rlhf-jax: no command {name!r}{hint}\nThere are: {', '.join(descriptions)}"
