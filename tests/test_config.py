@@ -162,7 +162,7 @@ def test_a_mistake_in_the_file_is_named(text, message):
 
 def test_all_mistakes_of_the_files_are_named_at_once():
     Path("d.yaml").write_text("zzz: 1")
-    file = write("seed: x\nrl:\n  temprature: 1\n  top_k: a\nlora: 3\nseed: 1")
+    file = write("seed: x\nrl:\n  temprature: 1\n  top_k: a\nlora: 3\nseed: 1\nseed: 2")
     with pytest.raises(UserError) as caught:
         parse(RunConfig, [*file, "d.yaml"])
     starts = [
@@ -171,6 +171,7 @@ def test_all_mistakes_of_the_files_are_named_at_once():
         "c.yaml, line 4: rl.top_k must be an int or null, found 'a'",
         "c.yaml, line 5: lora must be a mapping of keys, found 3",
         "c.yaml, line 6: key seed is given twice, first on line 1",
+        "c.yaml, line 7: key seed is given twice, first on line 1",
         "d.yaml, line 1: unknown key zzz; the keys are data",
     ]
     lines = str(caught.value).splitlines()
