@@ -117,8 +117,9 @@ def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising,
 
 def test_default_rules_are_on_until_none_and_can_stop():
     assert [rule.name for rule in alerts.parse(["x > 1"])] == [*alerts.DEFAULTS, "x > 1"]
-    stopping = {rule.name: rule.action for rule in alerts.parse(["reward hacking: stop"])}
-    assert stopping == dict.fromkeys(alerts.DEFAULTS, "log") | {"reward hacking": "stop"}
+    stopping = [(rule.name, rule.action) for rule in alerts.parse(["reward hacking: stop"])]
+    expected = dict.fromkeys(alerts.DEFAULTS, "log") | {"reward hacking": "stop"}
+    assert sorted(stopping) == sorted(expected.items())
 
 
 def test_names_may_hold_colons():

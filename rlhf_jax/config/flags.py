@@ -7,7 +7,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
+R = TypeVar("R", bound=RunConfig)
 Words = Sequence[str]
 _ABOUT_FILES = (
     "--config FILE ...: YAML with values for these options; flags go before them. --trust-config: "
@@ -47,22 +48,21 @@ def parse(
     """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of
     this kind.
 
-    A flag goes before the files, a later file before an earlier one, the files before the class's
-    default. ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too.
-    Rules between values are checked once, on the final values. A file that names Python files of
-    somebody else needs ``--trust-config``, see ``check_trust``.
+    A flag overrides the files, a later file an earlier one, and the files the defaults of the
+    class. ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too.
+    Rules are checked once, on the final values. A file that names somebody else's Python files
+    needs ``--trust-config``, see ``check_trusted``.
 
     Args:
       sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside
-        the settings at the top; none given: all. A file may hold keys of the others too, since
+        the settings at the top; empty: all. A file may hold keys of other sections too, since
         several stages share it.
-      algorithm: one of your own: its ``Config`` is a section under the module's name, and the
-        sections of the algorithms of this package have no flags and keep their defaults.
+      algorithm: your own one: its ``Config`` is a section under the module's name. The sections of
+        this package's algorithms have no flags then and keep their defaults.
 
     Raises:
-      UserError: a file is missing, broken or does not fit, a flag is unknown, or a
-        ``__post_init__`` refused the values (ValueError). All mistakes of the files, or all of the
-        values, are in one message, a line each.
+      UserError: a file is missing, broken or of another kind, a flag is unknown, or a value breaks
+        a rule. All mistakes of the files, or of the values, are in one message, a line each.
       SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong
         value.
     """
@@ -82,11 +82,7 @@ def parse(
         config = _with_flags(config, flags, sections, about)
     typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     if isinstance(config, RunConfig):
-        filled = pretrained_defaults(config, typed | given.keys())
-        listed = [f"{key} {filled[key]}" for key in filled if _is_read(key, kind, sections)]
-        if listed:
-            logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
-        config = _with_values(config, filled)
+        config = _with_pretrained(config, typed | given.keys(), sections)
     problems: list[str] = []
     config = _checked(config, "", given, problems)
     if problems:
@@ -100,8 +96,8 @@ def check_trusted(given: Values) -> None:
     """Refuses values of somebody else's file that would run Python code or send texts and keys to a
     server.
 
-    Configs of this package are trusted, and values whose YAML file and Python file the user has in
-    the current folder. A run's folder may be somebody else's wherever it lies.
+    Configs of this package are trusted, and so are values whose YAML file and Python file are in
+    the current folder. A run's folder may be somebody else's wherever it is.
 
     Raises:
         UserError: a value names a Python file outside the current folder or in the run's folder
@@ -145,7 +141,7 @@ def _harm(text: str, config: Path) -> str:
 
 
 def _given(kind: type, names: Words, unread: Words) -> Values:
-    """The values of all files, a later one before an earlier one."""
+    """The values of all files; a later file overrides an earlier one."""
     given: Values = {}
     problems = []
     for name in names:
@@ -193,6 +189,17 @@ def _with_flags(config: C, flags: Words, sections: Words, about: Row) -> C:
     return values
 
 
+def _with_pretrained(config: R, chosen: Collection[str], sections: Words) -> R:
+    """The config with the defaults for pretrained weights, if its model has such. What was
+    ``chosen``, by a flag or a file, stays. Prints those that the command reads.
+    """
+    filled = pretrained_defaults(config, chosen)
+    listed = [f"{key} {filled[key]}" for key in filled if _is_read(key, type(config), sections)]
+    if listed:
+        logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
+    return _with_values(config, filled)
+
+
 def _unknown_flag(flag: str, root: type) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
@@ -212,8 +219,9 @@ def shipped() -> dict[str, Path]:
 
 
 def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
-    """How tyro reads a config: of each dataclass the fields that ``sections`` leaves, into a copy
-    of the default, so that no ``__post_init__`` runs before all values are known.
+    """How tyro reads a config: of each dataclass it sees the fields that ``sections`` leaves, and
+    puts their values into a copy of the default, so that no rule is checked before all values are
+    known.
     """
     registry = tyro.constructors.ConstructorRegistry()
     prefixes = {kind: f"{name}." for name, kind in subsections(root).items()} | {root: ""}
@@ -235,7 +243,7 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal inside
         if inside or not dataclasses.is_dataclass(info.type):
-            return None  # and tyro goes on to its own rules, which know defaults and help texts
+            return None  # tyro's own rules, which know defaults and help texts
         inside = True
         spec: Any = registry.get_struct_spec(info)
         inside = False
@@ -258,7 +266,7 @@ _SWITCHES: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
 
 
 def _switch(words: list[str]) -> Switch:
-    """The value of a flag that may have no value, which turns it on."""
+    """The value of a switch; a flag without a value turns it on."""
     word = " ".join(words).lower() or "true"
     if word not in _SWITCHES:
         raise ValueError(f"expected auto, true, false or nothing, got {word}")
@@ -266,8 +274,8 @@ def _switch(words: list[str]) -> Switch:
 
 
 def _is_read(key: str, root: type, sections: Words) -> bool:
-    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, except the
-    reward.
+    """Whether a command with these sections has flags for ``key``, a setting or a section. Settings
+    at the top always have, except the reward.
     """
     if not sections or ("." not in key and key not in subsections(root) and key != "reward"):
         return True
@@ -275,8 +283,9 @@ def _is_read(key: str, root: type, sections: Words) -> bool:
 
 
 def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:
-    """The section made anew, so that its rules are checked, inner sections first. For what they
-    refuse it has the default, and ``problems`` has the message with section, file and line.
+    """The section, created again so that its rules are checked, inner sections first. A value that
+    breaks a rule is replaced by the default, and the message goes to ``problems`` with section,
+    file and line.
     """
     cls = type(section)
     values = dict(vars(section))
@@ -298,8 +307,8 @@ def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:
 
 
 def _problem(message: str, values: Row, prefix: str, given: Values) -> str:
-    """What a rule of a section says, after the file and line of the first setting that it names
-    whose value in the file still counts.
+    """The message of a rule, after the file and line of the first setting that it names and that no
+    flag has changed.
     """
     words = re.findall(r"\w+(?:\.\w+)*", message)
     section = types.SimpleNamespace(**values)

@@ -28,8 +28,8 @@ PRETRAINED: dict[str, tuple[Any, Any]] = {
 
 
 def pretrained_defaults(config: RunConfig, chosen: Collection[str]) -> dict[str, Any]:
-    """The defaults for pretrained weights by key, without those that a flag or a file has
-    ``chosen``; empty if the model has no such weights.
+    """The defaults for pretrained weights by key, except those of ``chosen`` keys; empty if the
+    model has no such weights.
     """
     if config.model is None or not is_pretrained(config.model):
         return {}
@@ -38,8 +38,8 @@ def pretrained_defaults(config: RunConfig, chosen: Collection[str]) -> dict[str,
 
 
 def is_pretrained(model: str) -> bool:
-    """Whether the weights of ``--model`` are from elsewhere: False if a run wrote them, and it, or
-    a run before it, started from random weights.
+    """Whether ``--model`` has pretrained weights: False if a run wrote them, and this run, or one
+    before it, started from random weights.
     """
     seen: list[str] = []
     above: Any = model

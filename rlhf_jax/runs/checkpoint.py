@@ -81,8 +81,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           keep_last: how many of the newest steps are kept.
           keep_best: ``max:NAME`` or ``min:NAME``: also keep the step whose
             ``meta["metrics"][NAME]`` is the highest or lowest.
-          asynchronous: ``save`` returns once the state is copied to the host; a thread hashes and
-            writes it.
+          asynchronous: ``save`` returns when the state is copied to the host; a thread hashes and
+            writes the copy.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
@@ -113,7 +113,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         error: BaseException | None,
         traceback: Any,
     ) -> None:
-        """Waits as ``wait`` does and ends Orbax's threads. The checkpoints stay."""
+        """Waits for the last save and ends Orbax's threads."""
         try:
             self.wait()
         except CheckpointError as failure:
@@ -251,6 +251,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
+        """Raises a CheckpointError for any error in the block, and removes the unfinished step."""
         try:
             yield
         except Exception as error:
