@@ -44,16 +44,8 @@ def jobset() -> dict:
 
 def skypilot() -> dict:
     recipe = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert recipe.keys() <= {
-        "name",
-        "num_nodes",
-        "resources",
-        "envs",
-        "file_mounts",
-        "workdir",
-        "setup",
-        "run",
-    }
+    keys = {"name", "num_nodes", "resources", "envs", "file_mounts", "workdir", "setup", "run"}
+    assert recipe.keys() <= keys
     assert set(recipe["file_mounts"]) == {"/" + recipe["envs"]["RUN"].split("/")[1]}
     return recipe
 
@@ -74,11 +66,8 @@ def test_what_a_recipe_starts(recipe, resumed, tmp_path):
     shown = program(tmp_path / "rlhf-jax", 'printf "%s\\n" "$*"')
     program(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     program(tmp_path / "gcloud", 'for last; do :; done; exec bash -c "$last"')
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "RUN": str(folder),
-        "RLHF_JAX": shown,
-    }
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(folder)}
+    environment["RLHF_JAX"] = shown
     place = "auto"
     if recipe == "jobset":
         container = jobset()
@@ -119,16 +108,8 @@ def test_the_command_of_the_set_trains_with_two_processes(tmp_path):
         "RLHF_JAX": program(tmp_path / "rlhf-jax", f'exec {sys.executable} -m rlhf_jax "$@"')
     }
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [
-        *container["command"],
-        "vpg",
-        "--config",
-        "tiny",
-        "--reward",
-        "length",
-        "--rl.num-iterations",
-        "2",
-    ]
+    flags = ["vpg", "--config", "tiny", "--reward", "length", "--rl.num-iterations", "2"]
+    command = [*container["command"], *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     places = [environment | {"JOB_COMPLETION_INDEX": str(number)} for number in range(2)]
     running = [subprocess.Popen(command, env=place, **pipes) for place in places]

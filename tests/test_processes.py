@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import TINY, launch, results
+from builders import TINY, launch, metric_rows, results
 from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -48,15 +48,8 @@ def start(
     """The processes of one run, the first one first, with so many devices each; None: two in all,
     or one each.
     """
-    command = [
-        sys.executable,
-        f"experiments/{script}.py",
-        "--config",
-        TINY,
-        "--output-dir",
-        folder,
-        *flags,
-    ]
+    program = [sys.executable, f"experiments/{script}.py"]
+    command = [*program, "--config", TINY, "--output-dir", folder, *flags]
     return launch(command, count, devices or max(2 // count, 1), ["--processes"])
 
 
@@ -141,15 +134,8 @@ def test_a_signal_to_one_process_saves_and_ends_all(count, devices, number, sent
     the same bytes.
     """
     (tmp_path / "reward.py").write_text(REWARD)
-    flags = [
-        "--reward",
-        f"{tmp_path / 'reward.py'}:score",
-        "--rl.num-iterations",
-        "30",
-        "--mesh.fsdp",
-        "2",
-    ]
-    flags += ["--rl.validation-interval", "30", "--checkpoint-interval", "5"]
+    flags = ["--rl.num-iterations", "30", "--mesh.fsdp", "2", "--rl.validation-interval", "30"]
+    flags += ["--checkpoint-interval", "5", "--reward", f"{tmp_path / 'reward.py'}:score"]
     finish(start("vpg", tmp_path / "whole", count, *flags, devices=devices))
     again = functools.partial(start, "vpg", tmp_path / "run", count, *flags, devices=devices)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -176,11 +162,7 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
     flags = [*layout, "--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
-    rows = [
-        map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines())
-        for path in (two, one)
-    ]
-    for row, of_one in zip(*rows, strict=True):
+    for row, of_one in zip(metric_rows(two), metric_rows(one), strict=True):
         assert row == pytest.approx(of_one, rel=1e-4), row["step"]
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
@@ -304,12 +286,8 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
     # itself.
     running = launch([sys.executable, "-c", program, tmp_path], 2, 2, [])
     finish(running, -signal.SIGKILL, -signal.SIGABRT)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "1",
-        "2",
-        "damaged-2",
-        "3.orbax-checkpoint-tmp",
-    }
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"1", "2", "damaged-2", "3.orbax-checkpoint-tmp"}
     written = [tmp_path / "2" / "state" / f"ocdbt.process_{number}" / "d" for number in range(2)]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in written]
     half = parts_of(2)["cut"].nbytes / 2
@@ -341,12 +319,8 @@ def test_a_place_that_is_none(place):
 def test_one_process_is_alone():
     """Work is done here, its errors are its own, and nothing is gathered."""
     assert processes.is_first()
-    assert (
-        processes.agree(lambda: 3)
-        == processes.in_first(lambda: 3)
-        == processes.stop_signal([3])
-        == 3
-    )
+    assert processes.agree(lambda: 3) == processes.in_first(lambda: 3) == 3
+    assert processes.stop_signal([3]) == 3
     with pytest.raises(ZeroDivisionError):
         processes.agree(lambda: 1 // 0)
     rows = np.arange(4)

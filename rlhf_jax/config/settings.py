@@ -459,12 +459,9 @@ class RLStage(Reference):
         truncated = self.top_k is not None or self.top_p not in (None, 1)
         truncated = truncated or bool(self.min_p) or self.repetition_penalty != 1
         if truncated and not self.allow_truncated_sampling:
-            fault = (
-                "the update uses log-probabilities of the whole distribution, from which such "
-                "samples do not come"
-            )
             raise ValueError(
-                f"top_k, top_p, min_p and repetition_penalty: {fault}; "
+                "top_k, top_p, min_p and repetition_penalty: the update uses log-probabilities of "
+                "the whole distribution, from which such samples do not come; "
                 "--rl.allow-truncated-sampling trains on them anyway"
             )
         if not all(self.stop):

@@ -90,9 +90,11 @@ def choose(
     if device is not None and not _all_devices():
         hint = idle_accelerator() or "Use --device cpu, or leave the flag out."
         raise UserError(f"--device {device}: JAX finds no such device here. {hint}")
-    chosen = device is not None or "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
-    if not chosen and jax.default_backend() == "cpu" and (idle := idle_accelerator()) is not None:
-        raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
+    is_chosen = device is not None or "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
+    if not is_chosen and jax.default_backend() == "cpu":
+        idle = idle_accelerator()
+        if idle is not None:
+            raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
     if deterministic and jax.default_backend() == "gpu" and not is_deterministic():
         raise UserError(
             "--deterministic: XLA did not get its flags, since JAX had started before, or "

@@ -97,7 +97,7 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
 
     Args:
       path: the folder. It counts as used as soon as it holds any file.
-      resume: go on with the run in it. Without a complete checkpoint the run starts from the
+      resume: continue the run in it. Without a complete checkpoint the run starts from the
         beginning, and says so.
       overwrite: delete the run in it. A folder without the manifest of a run is never deleted.
 
