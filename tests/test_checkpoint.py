@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.struct
@@ -94,6 +95,7 @@ def test_relative_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Checkpoints("here") as checkpoints:
         checkpoints.save(1, {"a": jnp.ones(2)}, {})
+    Path("here/7").touch()
     assert checkpoint.steps("here") == [1]
     assert checkpoint.steps("elsewhere") == []
     assert not (tmp_path / "elsewhere").exists()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import jax
@@ -44,6 +45,14 @@ def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, mon
     monkeypatch.setattr(devices.xla_bridge, "backends_are_initialized", lambda: False)
     devices.choose(None)
     assert "--xla_backend_optimization_level=1" in os.environ["XLA_FLAGS"].split()
+
+
+def test_an_accelerator_in_use_is_not_idle(monkeypatch):
+    monkeypatch.setattr(devices.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    assert "an NVIDIA GPU" in devices.idle_accelerator()
+    used = [types.SimpleNamespace(platform=platform) for platform in ("gpu", "tpu")]
+    monkeypatch.setattr(jax, "devices", lambda: used)
+    assert devices.idle_accelerator() is None
 
 
 def test_an_apple_gpu_is_refused_with_what_to_give_instead():

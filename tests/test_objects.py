@@ -132,6 +132,7 @@ def test_other_code_of_the_function_or_of_what_it_reads_is_another_thing(monkeyp
 
 def test_what_cannot_be_compared_is_named():
     assert describe(threading.Lock()).startswith(f"{UNKNOWN}: _thread.")
+    assert describe(threading.Event()) == f"{UNKNOWN}: threading.Event"
     description = describe(times({"lock": threading.Lock(), "x": 1}))
     assert description["factor"]["x"] == 1
     assert description["factor"]["lock"].startswith(UNKNOWN)
@@ -140,6 +141,16 @@ def test_what_cannot_be_compared_is_named():
     around = {}
     around["self"] = around
     assert describe(around) == {"self": "itself"}
+
+
+def test_a_variable_without_a_value_is_left_out():
+    def score():
+        return later()
+
+    description = describe(score)
+    later = len
+    assert set(description) == {"def", "source sha256"}
+    assert describe(score)["later"] == describe(later)
 
 
 @dataclasses.dataclass(frozen=True)

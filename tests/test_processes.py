@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +326,7 @@ def test_one_process_is_alone():
         processes.agree(lambda: 1 // 0)
     rows = np.arange(4)
     assert processes.gather_rows(rows) is rows
+    assert not processes.is_lost(RuntimeError("UNAVAILABLE"))  # nobody to lose
 
 
 class Store(dict):
@@ -359,11 +361,18 @@ def test_what_a_process_hears_of_another(monkeypatch):
             gather({"error": "no such file", "kind": kind.__name__})
     with pytest.raises(TrainingFault, match=r"^process 1: it has ended; its last lines say why$"):
         gather(last_words)
+    for kind in (UserError, ServiceError, TrainingFault):  # the others hear which it was
+        with pytest.raises(kind):
+            gather({"result": 4}, mock.Mock(side_effect=kind("no such file")))
+        [report] = map(json.loads, distributed.global_state.client.values())
+        assert report == {"error": "no such file", "kind": kind.__name__}
     with pytest.raises(ZeroDivisionError):
         gather({"result": 4}, lambda: 1 // 0)
     store = distributed.global_state.client
     ((failed_at, report),) = store.items()
     assert "by zero" in json.loads(report)["error"]
+    assert processes.is_lost(RuntimeError("Gloo: connection closed by peer"))
+    assert not processes.is_lost(RuntimeError("out of memory"))
     at_exit(last_words)  # at the next place, and waits for nobody
     ended_at, report = store.popitem()
     assert (ended_at > failed_at, json.loads(report)) == (True, last_words)
