@@ -219,29 +219,25 @@ def is_plain(value: Any) -> bool:
         if depth > _MAX_DEPTH or num_parts + len(waiting) > _MAX_PARTS:
             return False
         if isinstance(item, dict):
-            if not all(isinstance(key, str) and _is_text(key) for key in item):
+            if not all(isinstance(key, str) and _is_scalar(key) for key in item):
                 return False
             item = list(item.values())
         if isinstance(item, list):
             waiting += [(inner, depth + 1) for inner in item]
-        elif isinstance(item, int):
-            if abs(item) >= 1 << 63:
-                return False
-        elif isinstance(item, str):
-            if not _is_text(item):
-                return False
-        elif not isinstance(item, float | None):
+        elif not _is_scalar(item):
             return False
     return True
 
 
-def _is_text(text: str) -> bool:
-    """Whether UTF-8 can hold a text: it has no half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is a number of 64 bits, null or a text that UTF-8 can hold: one without half
+    a surrogate pair.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "ignore").decode("utf-8") == value
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return isinstance(value, float | None)
 
 
 def json_lines(path: Path) -> list[tuple[str, Row]]:
