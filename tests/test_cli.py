@@ -290,6 +290,11 @@ def test_exit_codes(outcome, code, stderr, capsys):
     assert capsys.readouterr().err == stderr
 
 
+def test_cells_of_a_table_are_neither_markup_nor_commands(capsys):
+    cli._print_table(["what"], [["[bold]x[/bold]\x1b[2J"]])
+    assert "[bold]x[/bold]\\x1b[2J" in capsys.readouterr().out
+
+
 def test_a_closed_pipe_ends_a_command_without_a_word():
     """As of `rlhf-jax | head -1`: nobody reads any more."""
     reads, writes = os.pipe()
