@@ -14,6 +14,8 @@ from jax import Array
 from rlhf_jax import ops
 from rlhf_jax.types import AxisName
 
+Next = tuple[Array, Array]  # advantage and value of the next response token
+
 
 def gae(
     rewards: Array,
@@ -39,17 +41,13 @@ def gae(
     chex.assert_rank(rewards, 2)
     chex.assert_equal_shape([rewards, values, mask])
     if jnp.ndim(lam) > 0:
-        num_rows = len(rewards)
-        chex.assert_shape(lam, (num_rows, 1) if jnp.ndim(lam) == 2 else (num_rows,))
-        lam = jnp.asarray(lam).reshape(num_rows)
+        chex.assert_equal_shape_prefix([lam, rewards], 1)
+        lam = jnp.reshape(lam, len(rewards))
     present = jnp.asarray(mask) != 0
     rewards = ops.masked(rewards, present)
     values = ops.masked(values, present)
 
-    def backwards(
-        carry: tuple[Array, Array],
-        column: tuple[Array, Array, Array],
-    ) -> tuple[tuple[Array, Array], Array]:
+    def backwards(carry: Next, column: tuple[Array, Array, Array]) -> tuple[Next, Array]:
         next_advantage, next_value = carry
         reward, value, here = column
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
@@ -68,7 +66,8 @@ def discounted_returns(rewards: Array, mask: Array, gamma: float = 1.0) -> Array
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32,
     0 where masked.
     """
-    return gae(rewards, jnp.zeros(jnp.shape(rewards)), mask, gamma, lam=1.0)[0]
+    returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma, lam=1.0)
+    return returns
 
 
 def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
@@ -126,14 +125,11 @@ def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
     group; and the number of answers that are not missing [N, 1].
     """
     chex.assert_rank(scores, 2)
-    shape = jnp.shape(scores)
-    if shape[1] < 2:
-        raise ValueError(
-            f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {shape}"
-        )
+    if scores.shape[1] < 2:
+        raise ValueError(f"scores: expected at least 2 answers in a group, got {scores.shape}")
     present = _present(scores, mask)
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
-    scores = jnp.asarray(scores, jnp.float32)
+    scores = ops.float32(scores)
     # Subtract one of the scores first: the mean of equal numbers is not always that number in
     # floating point.
     least = jnp.min(jnp.where(present, scores, jnp.inf), axis=1, keepdims=True)
@@ -145,7 +141,7 @@ def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
 def _present(scores: Array, mask: Array | None) -> Array:
     """Whether each score is not missing; all are True if the mask is None."""
     if mask is None:
-        return jnp.ones(jnp.shape(scores), jnp.bool_)
+        return jnp.ones(scores.shape, bool)
     chex.assert_equal_shape([scores, mask])
     return jnp.asarray(mask) != 0
 
@@ -155,7 +151,7 @@ def ema_baseline(
     scores: Array,
     decay: float = 0.9,
     mask: Array | None = None,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
 ) -> tuple[Array, Array]:
     """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then
     ``A = scores - b``.
@@ -173,8 +169,7 @@ def ema_baseline(
     chex.assert_rank(scores, 1)
     present = _present(scores, mask)
     mean = ops.masked_mean(scores, present, axis_name=axis_name)
-    moved = decay * jnp.asarray(baseline, jnp.float32) + (1.0 - decay) * mean
+    moved = decay * ops.float32(baseline) + (1.0 - decay) * mean
     num_present = ops.psum(jnp.sum(present), axis_name)
     baseline = jnp.where(num_present > 0, moved, baseline)
-    advantages = jnp.asarray(scores, jnp.float32) - baseline
-    return baseline, jnp.where(present, advantages, 0.0)
+    return baseline, ops.masked(scores - baseline, present)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from rlhf_jax.types import Max, Mean
+from rlhf_jax.types import is_part
 
 Tree = TypeVar("Tree")
 Program = Callable[..., Any]
@@ -166,5 +166,4 @@ def _stored(stacked: Tree, place: Array, new: Tree) -> Tree:
 
 
 def _sum(a: Tree, b: Tree) -> Tree:
-    is_part = lambda x: isinstance(x, Mean | Max)  # noqa: E731
     return jax.tree.map(operator.add, a, b, is_leaf=is_part)

@@ -50,30 +50,29 @@ def comparison(
     """
     chex.assert_rank([scores, best], [2, 1])
     chex.assert_equal_shape_prefix([scores, best], 1)
-    num_answers = jnp.shape(scores)[1]
-    if not ops.is_zero(centering) and num_answers != 2:
+    has_centering = not ops.is_zero(centering)
+    num_answers = scores.shape[1]
+    if has_centering and num_answers != 2:
         raise ValueError(
             f"centering: defined for pairs (K = 2) only, got K = {num_answers}; use centering=0"
         )
-    scores = jnp.asarray(scores, jnp.float32)
-    best = jnp.asarray(best)[:, None]
+    scores = ops.float32(scores)
     present = scores != -jnp.inf
-    usable = jnp.take_along_axis(present, best, axis=1)  # [B, 1]
+    is_best = jnp.arange(num_answers)[None, :] == best[:, None]
+    usable = jnp.any(present & is_best, axis=1, keepdims=True)  # [B, 1]
     # An unusable row becomes zeros: log_softmax of a row of -inf would put NaN into the gradient.
     entered = jnp.where(usable, scores, 0.0)
     if margin is not None:
-        chex.assert_equal_shape([margin, best[:, 0]])
-        is_best = jnp.arange(num_answers)[None, :] == best
-        margin = jnp.asarray(margin, jnp.float32)[:, None]
-        entered = entered - jnp.where(is_best & usable, margin, 0.0)
+        chex.assert_equal_shape([margin, best])
+        entered = entered - jnp.where(is_best & usable, ops.float32(margin)[:, None], 0.0)
     log_probs = jax.nn.log_softmax(entered, axis=1)
-    chosen = jnp.take_along_axis(log_probs, best, axis=1)
+    chosen = jnp.take_along_axis(log_probs, best[:, None], axis=1)
     loss = jnp.where(usable, -chosen, 0.0)[:, 0]
-    if ops.is_zero(centering):
-        return loss
-    is_pair = jnp.all(present, axis=1, keepdims=True)
-    sums = jnp.sum(jnp.where(is_pair, scores, 0.0), axis=1)
-    return loss + centering * jnp.square(sums)
+    if has_centering:
+        is_pair = jnp.all(present, axis=1, keepdims=True)
+        sums = jnp.sum(jnp.where(is_pair, scores, 0.0), axis=1)
+        loss = loss + centering * jnp.square(sums)
+    return loss
 
 
 def regression(scores: Array, targets: Array) -> Array:
@@ -81,8 +80,7 @@ def regression(scores: Array, targets: Array) -> Array:
     K], float32.
     """
     chex.assert_equal_shape([scores, targets])
-    error = jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32)
-    return jnp.square(error)
+    return jnp.square(ops.float32(scores) - ops.float32(targets))
 
 
 def policy_gradient(log_probs: Array, advantages: Array, mask: Array) -> Array:
@@ -97,7 +95,7 @@ def policy_gradient(log_probs: Array, advantages: Array, mask: Array) -> Array:
       [B, T] float32.
     """
     chex.assert_rank(log_probs, 2)
-    advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+    advantages = ops.frozen(advantages)
     if advantages.ndim == 1:
         chex.assert_equal_shape_prefix([advantages, log_probs], 1)
         advantages = jnp.broadcast_to(advantages[:, None], jnp.shape(log_probs))
@@ -129,8 +127,7 @@ def clipped_surrogate(
       The same shape, float32.
     """
     chex.assert_equal_shape([log_probs, old_log_probs, advantages])
-    ops.check_number("dual_clip", dual_clip, above=1)
-    advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+    advantages = ops.frozen(advantages)
     ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
@@ -162,16 +159,15 @@ def cispo(
     """
     chex.assert_equal_shape([log_probs, ratio, advantages])
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    weight = jax.lax.stop_gradient(clipped * jnp.asarray(advantages, jnp.float32))
-    return -weight * jnp.asarray(log_probs, jnp.float32)
+    return -ops.frozen(clipped * advantages) * ops.float32(log_probs)
 
 
 def sapo(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    advantages: jax.Array,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
     temperatures: Sequence[float] = (1.0, 1.05),
-) -> jax.Array:
+) -> Array:
     """SAPO's policy loss per token: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient
     fades as the ratio leaves 1, where it is that of ``-A * ratio``.
 
@@ -185,18 +181,18 @@ def sapo(
       The same shape, float32.
     """
     chex.assert_equal_shape([log_probs, old_log_probs, advantages])
-    advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+    advantages = ops.frozen(advantages)
     ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
     tau = jnp.where(advantages > 0, temperatures[0], temperatures[1])
     return -advantages * jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
 
 
 def vespo_weight(
-    log_ratio: jax.Array,
-    advantages: jax.Array,
+    log_ratio: Array,
+    advantages: Array,
     powers: Sequence[float] = (2.0, 3.0),
     decays: Sequence[float] = (3.0, 2.0),
-) -> jax.Array:
+) -> Array:
     """VESPO's weight of a response, ``w^k * exp(c * (1 - w))`` of its ratio w: 1 at w = 1 and near
     0 far from it. It is a constant factor of ``policy_gradient``'s advantages.
 
@@ -215,51 +211,7 @@ def vespo_weight(
     ratio = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
     power = jnp.where(advantages >= 0, powers[0], powers[1])
     decay = jnp.where(advantages >= 0, decays[0], decays[1])
-    return jax.lax.stop_gradient(jnp.exp(power * log_ratio + decay * (1.0 - ratio)))
-
-
-def surrogate(
-    kind: Surrogate,
-    log_probs: jax.Array,
-    log_ratio: jax.Array,
-    advantages: jax.Array,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    sapo_temperatures: Sequence[float] = (1.0, 1.05),
-    vespo_powers: Sequence[float] = (2.0, 3.0),
-    vespo_decays: Sequence[float] = (3.0, 2.0),
-) -> tuple[jax.Array, jax.Array]:
-    """The policy loss of each token by one of the surrogates, and where it is clipped: the only
-    place where a ratio becomes a weight.
-
-    Clipped means: of ``clip`` that the clipped term is the larger, of ``cispo`` that the weight is
-    clipped, of ``sapo`` and ``vespo``, which fade, that less than half of the weight is left.
-
-    Args:
-      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is of the
-        token or of its whole row, as the method has it, and is differentiated with ``log_probs``.
-
-    Returns:
-      [B, T] float32, and [B, T] bool.
-    """
-    zeros = jnp.zeros_like(log_ratio)
-    ratio = jax.lax.stop_gradient(ops.ratio(log_ratio, zeros))
-    if kind == "sapo":
-        loss = sapo(log_ratio, zeros, advantages, sapo_temperatures)
-        tau = jnp.where(advantages > 0, sapo_temperatures[0], sapo_temperatures[1])
-        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
-        return loss, 4.0 * gate * (1.0 - gate) < 0.5
-    if kind == "vespo":
-        weight = vespo_weight(log_ratio, advantages, vespo_powers, vespo_decays)
-        return policy_gradient(log_probs, weight * advantages, jnp.ones_like(zeros)), weight < 0.5
-    clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    if kind == "cispo":
-        loss = cispo(log_probs, ratio, advantages, clip_low, clip_high)
-        return loss, clipped_ratio != ratio
-    loss = clipped_surrogate(log_ratio, zeros, advantages, clip_low, clip_high, dual_clip)
-    return loss, -advantages * clipped_ratio > -advantages * ratio
+    return ops.frozen(jnp.exp(power * log_ratio + decay * (1.0 - ratio)))
 
 
 def importance_weights(
@@ -290,8 +242,7 @@ def importance_weights(
     ops.check_number("cap", cap, above=0)
     ops.check_choice("how", how, get_args(ImportanceSampling))
     chex.assert_equal_shape([log_probs, behaviour_log_probs, mask])
-    present = jnp.asarray(mask) != 0
-    log_ratio = jnp.where(present, log_probs, 0.0) - jnp.where(present, behaviour_log_probs, 0.0)
+    log_ratio = ops.masked(log_probs, mask) - ops.masked(behaviour_log_probs, mask)
     if how.startswith("sequence"):
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
     weight = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
@@ -299,7 +250,7 @@ def importance_weights(
         weight = jnp.minimum(weight, cap)
     else:
         weight = jnp.where(weight <= cap, weight, 0.0)
-    return jax.lax.stop_gradient(jnp.where(present, weight, 0.0))
+    return ops.frozen(ops.masked(weight, mask))
 
 
 def clipped_value(
@@ -321,13 +272,11 @@ def clipped_value(
       The same shape, float32.
     """
     chex.assert_equal_shape([values, old_values, returns])
-    values = jnp.asarray(values, jnp.float32)
-    old_values = jax.lax.stop_gradient(jnp.asarray(old_values, jnp.float32))
-    returns = jax.lax.stop_gradient(jnp.asarray(returns, jnp.float32))
+    values = ops.float32(values)
+    old_values = ops.frozen(old_values)
+    returns = ops.frozen(returns)
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
-    error = jnp.square(values - returns)
-    clipped_error = jnp.square(clipped - returns)
-    return 0.5 * jnp.maximum(error, clipped_error)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 
 
 def dpo(
@@ -364,11 +313,10 @@ def dpo(
     """
     check_dpo(kind, label_smoothing, gamma)
     chex.assert_equal_shape([log_ratio_chosen, log_ratio_rejected])
-    chosen = jnp.asarray(log_ratio_chosen, jnp.float32)
-    rejected = jnp.asarray(log_ratio_rejected, jnp.float32)
+    chosen = ops.float32(log_ratio_chosen)
+    rejected = ops.float32(log_ratio_rejected)
     if kind == "orpo":
-        log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
-        return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)
+        return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
     delta = chosen - rejected
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
@@ -423,9 +371,8 @@ def kto(
       [B] float32, in (0, 1).
     """
     chex.assert_equal_shape([log_ratio, desirable])
-    above = jnp.asarray(log_ratio, jnp.float32) - jax.lax.stop_gradient(reference_point)
-    is_desirable = jnp.asarray(desirable) != 0
-    better = jnp.where(is_desirable, above, -above)
+    above = ops.float32(log_ratio) - jax.lax.stop_gradient(reference_point)
+    better = jnp.where(jnp.asarray(desirable) != 0, above, -above)
     return jax.nn.sigmoid(-beta * better)
 
 
@@ -453,10 +400,8 @@ def divergence(
     """
     chex.assert_equal_shape([logits, teacher_logits])
     ops.check_choice("kind", kind, get_args(Divergence))
-    ops.check_number("beta", beta, above=0, below=1)
-    student = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
-    frozen = jax.lax.stop_gradient(jnp.asarray(teacher_logits, jnp.float32))
-    teacher = jax.nn.log_softmax(frozen)
+    student = jax.nn.log_softmax(ops.float32(logits))
+    teacher = jax.nn.log_softmax(ops.frozen(teacher_logits))
     if kind == "reverse_kl":
         return _kl(student, teacher)
     if kind == "forward_kl":
@@ -473,6 +418,16 @@ def cross_entropy(log_probs: Array, mask: Array) -> Array:
     """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32."""
     chex.assert_equal_shape([log_probs, mask])
     return -ops.masked(log_probs, mask)
+
+
+def row_weights(weight: Array | None, present: Array) -> Array:
+    """Weights of rows in float32, of the shape of ``present``: 0 where a row is missing, and 1 for
+    the others if ``weight`` is None.
+    """
+    if weight is None:
+        return ops.float32(present)
+    chex.assert_equal_shape([weight, present])
+    return ops.masked(weight, present)
 
 
 def weighted_mean(x: Array, weight: Array) -> Mean:
@@ -508,8 +463,7 @@ def aggregate(
     chex.assert_rank(per_token, 2)
     chex.assert_equal_shape([per_token, mask])
     present = jnp.asarray(mask) != 0
-    losses = jnp.where(present, jnp.asarray(per_token, jnp.float32), 0.0)
-    per_row = jnp.sum(losses, axis=1)
+    per_row = jnp.sum(ops.masked(per_token, mask), axis=1)
     num_tokens = jnp.sum(present, axis=1, dtype=jnp.float32)
     if how == "token":
         return Mean(jnp.sum(per_row), jnp.sum(num_tokens))

@@ -2,8 +2,8 @@
 intervals of these measures.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 Array = np.ndarray
 Interval = tuple[float, float]
 Groups = np.ndarray | None
+Weights = np.ndarray | None  # [N] of rows; None weights all equally
 DRAWS = 1000  # of a bootstrap
 
 
@@ -55,7 +56,7 @@ def preference_report(
     scores: Array,
     best: Array,
     lengths: Array,
-    weights: Array | None = None,
+    weights: Weights = None,
 ) -> dict[str, float]:
     """How the scores of K answers agree with the choice of the best one (ALGORITHMS 2).
 
@@ -83,9 +84,9 @@ def preference_report(
     both_scores = np.concatenate([chosen, others])
     both_lengths = np.concatenate([chosen_lengths, lengths[row, rivals]])
     return {
-        "loss": float(np.average(losses, weights=weights)),
+        "loss": _mean(losses, weights),
         "accuracy": win_rate(chosen, others, weights),
-        "margin": float(np.average(margin, weights=weights)),
+        "margin": _mean(margin, weights),
         "ece": expected_calibration_error(margin, weights),
         "length_accuracy": win_rate(chosen_lengths, other_lengths.max(axis=1), weights),
         "length_correlation": spearman(both_scores, both_lengths),
@@ -105,7 +106,7 @@ def target_report(
     scores: Array,
     targets: Array,
     lengths: Array,
-    weights: Array | None = None,
+    weights: Weights = None,
 ) -> dict[str, float]:
     """How scores [N, K] of K answers to each of N prompts agree with target scores [N, K].
 
@@ -122,9 +123,8 @@ def target_report(
         weights = np.ones(len(scores))
     errors = np.asarray(scores, np.float64) - targets
     answer_weights = np.broadcast_to(weights[:, None], scores.shape)
-    loss = np.average(errors[present] ** 2, weights=answer_weights[present])
     report = {
-        "loss": float(loss),
+        "loss": _mean(errors[present] ** 2, answer_weights[present]),
         "length_correlation": spearman(scores[present], lengths[present]),
         "target_correlation": spearman(scores[present], targets[present]),
     }
@@ -134,16 +134,14 @@ def target_report(
     if len(row) == 0:
         return report
 
-    def in_pairs(values: Array) -> Array:
-        both = [values[row, better], values[row, worse]]
-        return np.stack(both, axis=1)
-
-    first = np.zeros(len(row), np.int64)
-    pairs = preference_report(in_pairs(scores), first, in_pairs(lengths), weights[row])
-    return pairs | report
+    rows = row[:, None]
+    columns = np.stack([better, worse], axis=1)
+    first = np.zeros(len(row), int)
+    pairs = (scores[rows, columns], first, lengths[rows, columns], weights[row])
+    return preference_report(*pairs) | report
 
 
-def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
+def reliability(margin: Array, weights: Weights = None) -> tuple[Array, Array, Array]:
     """Weight, mean confidence and accuracy of the pairs in each of ten equal bins of the confidence
     in [.5, 1] (Guo et al. 2017), [bins] each, without empty bins.
 
@@ -165,10 +163,10 @@ def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Arr
     return total, mean_confidence, accuracy
 
 
-def expected_calibration_error(margin: Array, weights: Array | None = None) -> float:
+def expected_calibration_error(margin: Array, weights: Weights = None) -> float:
     """Mean ``|accuracy - confidence|`` over the bins of ``reliability``, weighted by bin weight."""
     counts, confidence, accuracy = reliability(margin, weights)
-    return float(np.average(np.abs(accuracy - confidence), weights=counts))
+    return _mean(np.abs(accuracy - confidence), counts)
 
 
 def spearman(x: Array, y: Array) -> float:
@@ -180,28 +178,25 @@ def spearman(x: Array, y: Array) -> float:
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
-def win_rate(scores: Array, against: Array, weights: Array | None = None) -> float:
+def win_rate(scores: Array, against: Array, weights: Weights = None) -> float:
     """Share of rows [N] where ``scores`` is higher than ``against``; ties count half. ``weights``:
     [N], or None for equal weights.
     """
     scores = np.asarray(scores)
     against = np.asarray(against)
-    is_win = scores > against
-    is_tie = scores == against
-    return float(np.average(is_win + 0.5 * is_tie, weights=weights))
+    return _mean((scores > against) + 0.5 * (scores == against), weights)
 
 
-def brier(margin: Array, weights: Array | None = None) -> float:
+def brier(margin: Array, weights: Weights = None) -> float:
     """Mean ``(1 - p)^2`` of the probability p = sigmoid(margin) given to the chosen answer (Brier
     1950, for two outcomes): 0 is perfect, and p = 1/2 always gives 0.25.
 
     margin: [N] score of the chosen answer minus that of the rejected one; weights: [N] or None.
     """
-    missed = _sigmoid(-np.asarray(margin))
-    return float(np.average(missed**2, weights=weights))
+    return _mean(_sigmoid(-np.asarray(margin)) ** 2, weights)
 
 
-def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> float:
+def cohen_kappa(labels: Array, others: Array, weights: Weights = None) -> float:
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)``
     (Cohen 1960).
 
@@ -211,14 +206,12 @@ def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> f
     """
     labels = np.asarray(labels)
     others = np.asarray(others)
-    share = functools.partial(np.average, weights=weights)
+    share = partial(_mean, weights=weights)
     observed = share(labels == others)
-    expected = 0.0
-    for label in np.unique(labels):
-        expected += share(labels == label) * share(others == label)
+    expected = sum(share(labels == x) * share(others == x) for x in np.unique(labels))
     if expected == 1.0:
         return float("nan")
-    return float((observed - expected) / (1 - expected))
+    return (observed - expected) / (1 - expected)
 
 
 def mean_interval(values: Array, key: jax.Array) -> Interval:
@@ -237,13 +230,13 @@ def mean_interval(values: Array, key: jax.Array) -> Interval:
 def bootstrap_mean(
     values: Array,
     key: jax.Array,
-    weights: Array | None = None,
+    weights: Weights = None,
     groups: Groups = None,
 ) -> Interval:
     """``bootstrap_interval`` of the mean of values [N]; weights None weights all equally."""
 
     def mean(drawn: Array) -> float:
-        return float(np.average(values, weights=drawn))
+        return _mean(values, drawn)
 
     if weights is None:
         weights = np.ones(len(values))
@@ -290,6 +283,10 @@ def bootstrap_interval(
         shift = np.nanmean(draws) - statistic(weights)
         return float(low - shift), float(high - shift)
     return float(low), float(high)
+
+
+def _mean(values: Array, weights: Weights) -> float:
+    return float(np.average(values, weights=weights))
 
 
 def _sigmoid(x: Array) -> Array:

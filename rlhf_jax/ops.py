@@ -69,25 +69,35 @@ def is_zero(coefficient: Array | float) -> bool:
     return isinstance(coefficient, int | float) and coefficient == 0
 
 
-def psum(x: Any, axis_name: AxisName | None) -> Any:
+def psum(x: Any, axis_name: AxisName) -> Any:
     """Sum of ``x``, an array or a tree of arrays, over the devices of ``axis_name``; ``x`` itself
     if that is None.
     """
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
+def float32(x: Any) -> Array:
+    """``x``, an array or a number, in float32."""
+    return jnp.asarray(x, jnp.float32)
+
+
+def frozen(x: Any) -> Array:
+    """``x`` in float32 as a constant: no gradient flows through it."""
+    return jax.lax.stop_gradient(float32(x))
+
+
 def masked(x: Array, mask: Array) -> Array:
     """``x`` in float32 where ``mask`` is non-zero, 0 elsewhere. Masked values are never used, not
     even NaN.
     """
-    return jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), 0.0)
+    return jnp.where(jnp.asarray(mask) != 0, float32(x), 0.0)
 
 
 def masked_mean(
     x: Array,
     mask: Array,
     axis: Axis = None,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
     *,
     keepdims: bool = False,
 ) -> Array:
@@ -109,15 +119,14 @@ def masked_var(
     x: Array,
     mask: Array,
     axis: Axis = None,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing.
     Arguments as ``masked_mean``.
     """
     mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
     present = jnp.asarray(mask) != 0
-    x = jnp.where(present, jnp.asarray(x, jnp.float32), mean)
-    squares = jnp.square(x - mean)
+    squares = jnp.square(jnp.where(present, float32(x), mean) - mean)
     return masked_mean(squares, present, axis, axis_name)
 
 
@@ -125,7 +134,7 @@ def whiten(
     x: Array,
     mask: Array,
     shift_mean: bool = True,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
     elsewhere.
@@ -143,9 +152,7 @@ def whiten(
     mean = masked_mean(x, mask, axis_name=axis_name)
     var = masked_var(x, mask, axis_name=axis_name)
     white = (masked(x, mask) - mean) * jax.lax.rsqrt(var + 1e-8)
-    if not shift_mean:
-        white = white + mean
-    return masked(white, mask)
+    return masked(white if shift_mean else white + mean, mask)
 
 
 def _predicting_logits(logits: Array, temperature: float | Array) -> Array:
@@ -194,8 +201,7 @@ def entropy(logits: Array, temperature: float | Array = 1.0) -> Array:
       column 0 is 0.
     """
     log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
-    is_possible = log_probs != -jnp.inf
-    terms = jnp.exp(log_probs) * jnp.where(is_possible, log_probs, 0.0)
+    terms = jnp.exp(log_probs) * jnp.where(log_probs != -jnp.inf, log_probs, 0.0)
     return _align(-jnp.sum(terms, axis=-1))
 
 
@@ -206,7 +212,7 @@ def ratio(log_probs: Array, old_log_probs: Array) -> Array:
     overflow neither in value nor in gradient, and the gradient keeps its direction.
     """
     chex.assert_equal_shape([log_probs, old_log_probs])
-    log_ratio = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32)
+    log_ratio = float32(log_probs) - float32(old_log_probs)
     return jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) + _tangent(log_ratio)
 
 
@@ -232,7 +238,7 @@ def kl(log_probs: Array, ref_log_probs: Array, estimator: KLEstimator = "k1") ->
     """
     check_choice("estimator", estimator, get_args(KLEstimator))
     chex.assert_equal_shape([log_probs, ref_log_probs])
-    d = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(ref_log_probs, jnp.float32)
+    d = float32(log_probs) - float32(ref_log_probs)
     if estimator == "k1":
         return d
     if estimator == "k2":
@@ -291,8 +297,7 @@ def evaluate(
     """
     chex.assert_rank(batch.tokens, 2)
     output = policy_fn(params, batch.tokens, batch.attention_mask, key)
-    given = [x for x in output if x is not None]
-    chex.assert_equal_shape([batch.tokens, *given])
+    chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
     return output
 
 
@@ -322,7 +327,9 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
                 parts += 1
             if parts == 1:
                 return apply(batch)
-            return merge_rows(jax.lax.map(apply, split_rows(batch, parts)))
+            results = jax.lax.map(apply, split_rows(batch, parts))
+            # The inverse of ``split_rows``.
+            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
         return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
 
@@ -334,21 +341,7 @@ def split_rows(batch: Any, parts: int) -> Any:
     that each device of a sharded batch has rows in every part.
     """
 
-    def split(x: Array) -> Array:
-        by_part = x.reshape(-1, parts, *x.shape[1:])
-        return by_part.swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
-def merge_rows(parts: Any) -> Any:
-    """The inverse of ``split_rows``: each leaf [parts, B / parts, ...] as [B, ...]."""
-
-    def merge(x: Array) -> Array:
-        in_order = x.swapaxes(0, 1)
-        return in_order.reshape(-1, *x.shape[2:])
-
-    return jax.tree.map(merge, parts)
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array:
@@ -363,10 +356,8 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array
     """
     arrays = [batch.tokens, batch.attention_mask, batch.response_mask]
     chex.assert_equal_shape(arrays)
-    flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
-    rows = Demonstrations(*flat)
-    output = evaluate(policy_fn, params, rows)
-    log_probs = jnp.asarray(output.log_probs, jnp.float32)
+    rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in arrays))
+    log_probs = float32(evaluate(policy_fn, params, rows).log_probs)
     return response_sums(log_probs.reshape(batch.tokens.shape), batch)
 
 

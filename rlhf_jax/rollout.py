@@ -72,26 +72,21 @@ def rescore(
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
     per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
     """
+    mask = rollout.mask
     inputs = (rollout.tokens, rollout.attention_mask, None)
-
-    def in_response(x: Array) -> Array:
-        return jnp.where(rollout.mask, x, 0.0).astype(jnp.float32)
-
     output = policy_fn(params, *inputs)
-    values = None if output.values is None else in_response(output.values)
-    scored = replace(rollout, log_probs=in_response(output.log_probs), values=values)
+    log_probs = ops.masked(output.log_probs, mask)
+    values = None if output.values is None else ops.masked(output.values, mask)
+    scored = replace(rollout, log_probs=log_probs, values=values)
     if importance_cap is not None:
         weights = losses.importance_weights(
-            scored.log_probs,
-            rollout.log_probs,
-            rollout.response_mask,
-            importance_cap,
-            importance_sampling,
+            log_probs, rollout.log_probs, mask, importance_cap, importance_sampling
         )
         scored = replace(scored, importance_weights=weights)
-    if ref_fn is None:
-        return scored
-    return replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
+    if ref_fn is not None:
+        ref_log_probs = ops.masked(ref_fn(*inputs).log_probs, mask)
+        scored = replace(scored, ref_log_probs=ref_log_probs)
+    return scored
 
 
 def sampler_gap(sampled: Rollout, rescored: Rollout) -> Array:
@@ -101,7 +96,7 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> Array:
     function disagree: by temperature, by parameters, or by a bug.
     """
     gap = jnp.abs(sampled.log_probs - rescored.log_probs)
-    return jnp.max(jnp.where(sampled.mask, gap, 0.0), initial=0.0)
+    return jnp.max(ops.masked(gap, sampled.mask), initial=0.0)
 
 
 def truncated_share(rollout: Rollout, importance_cap: float) -> Array:
@@ -185,43 +180,51 @@ def from_text(
         the vocabulary, tokens of the policy after its EOS.
     """
     num_rows = len(prompts)
-    columns: dict[str, Any] = {
-        "responses": responses,
-        "log_probs": log_probs,
-        "finished": finished,
-        "masks": masks,
-        "row_ids": row_ids,
-    }
-    for name, column in columns.items():
-        if column is not None and len(column) != num_rows:
-            raise UserError(
-                f"{name}: expected one entry for each prompt, {num_rows}, got {len(column)}"
-            )
     if not num_rows:
         raise UserError("prompts: expected at least one row, got none")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        is_finished = None if finished is None else finished[i]
-        mask = None if masks is None else masks[i]
-        entry = (prompt, responses[i], log_probs[i], is_finished, mask)
-        rows.append(_read_row(f"row {i}", tokenizer, *entry))
+    entries = zip(
+        prompts,
+        _column("responses", responses, num_rows),
+        _column("log_probs", log_probs, num_rows),
+        _column("finished", finished, num_rows),
+        _column("masks", masks, num_rows),
+        strict=True,
+    )
+    rows = [_read_row(f"row {i}", tokenizer, *entry) for i, entry in enumerate(entries)]
     p = _width("prompt", [len(row.prompt) for row in rows], prompt_length)
     r = _width("response", [len(row.response) for row in rows], response_length)
-    shape = (num_rows, p + r)
-    tokens = np.full(shape, tokenizer.pad_id, np.int32)
+    ids = np.arange(num_rows) if row_ids is None else _column("row_ids", row_ids, num_rows)
+    padded = _padded(rows, p, r, tokenizer.pad_id)
+    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32))
+
+
+def _padded(rows: list[_Row], p: int, r: int, pad_id: int) -> Rollout:
+    """The rows with prompts padded on the left to p tokens, and responses on the right to r."""
+    shape = (len(rows), p + r)
+    tokens = np.full(shape, pad_id, np.int32)
     attention_mask = np.zeros(shape, np.int32)
     response_mask = np.zeros(shape, np.int32)
-    padded_log_probs = np.zeros(shape, np.float32)
+    log_probs = np.zeros(shape, np.float32)
     for i, row in enumerate(rows):
         start = p - len(row.prompt)
         end = p + len(row.response)
         tokens[i, start:end] = np.concatenate([row.prompt, row.response])
         attention_mask[i, start:end] = 1
         response_mask[i, p:end] = row.mask
-        padded_log_probs[i, p:end] = np.where(row.mask, row.log_probs, 0.0)
-    ids = np.asarray(np.arange(num_rows) if row_ids is None else row_ids, np.int32)
-    arrays = (tokens, attention_mask, response_mask, padded_log_probs, ids)
+        log_probs[i, p:end] = np.where(row.mask, row.log_probs, 0.0)
+    arrays = (tokens, attention_mask, response_mask, log_probs)
     return Rollout(*map(jnp.asarray, arrays), prompt_length=p)
+
+
+def _column(name: str, column: Any, num_rows: int) -> Any:
+    """The entries of all rows; None for each of them if no column is given."""
+    if column is None:
+        return [None] * num_rows
+    if len(column) != num_rows:
+        raise UserError(
+            f"{name}: expected one entry for each prompt, {num_rows}, got {len(column)}"
+        )
+    return column
 
 
 def _read_row(
@@ -233,28 +236,16 @@ def _read_row(
     finished: bool | None,
     mask: Ids | None,
 ) -> _Row:
-    prompt_ids = _ids(f"{where}, prompt", prompt, tokenizer)
-    ids = _ids(f"{where}, response", response, tokenizer)
-    if not len(prompt_ids):
-        raise UserError(f"{where}: the prompt has no tokens")
     if finished is None and isinstance(response, str):
         raise UserError(
             f"{where}: a text does not show whether EOS ended it: give finished, True or False for "
             "each row"
         )
-    # The last token may be the EOS of another speaker's turn, which did not end the row.
-    others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
-    ends_with_eos = len(ids) > 0 and int(ids[-1]) in tokenizer.eos_ids
-    has_eos = ends_with_eos and not others_turn
-    if has_eos and finished is not None and not finished:
-        raise UserError(f"{where}: finished is False, but its last token is EOS, {ids[-1]}")
-    adds_eos = bool(finished) and not has_eos
-    if adds_eos:
-        ids = np.append(ids, tokenizer.eos_ids[0])
-    if not len(ids):
-        raise UserError(
-            f"{where}: the response has no tokens, and EOS did not end it; leave the row out"
-        )
+    prompt_ids = _ids(f"{where}, prompt", prompt, tokenizer)
+    if not len(prompt_ids):
+        raise UserError(f"{where}: the prompt has no tokens")
+    ids = _ids(f"{where}, response", response, tokenizer)
+    ids = _with_eos(where, ids, tokenizer, finished, mask)
     try:
         numbers = np.asarray(log_probs, np.float32)
     except (TypeError, ValueError) as error:
@@ -263,18 +254,37 @@ def _read_row(
         ) from error
     sampled = np.ones(len(ids), bool) if mask is None else np.asarray(mask) != 0
     for name, column in (("log_probs", numbers), ("masks", sampled)):
-        if column.shape == ids.shape:
-            continue
-        eos = " (the EOS that finished adds included)" if adds_eos else ""
-        advice = ""
-        if isinstance(response, str):
-            advice = "; a text need not encode into the tokens that were sampled: give token ids"
-        raise UserError(
-            f"{where}: {column.size} {name} for {len(ids)} response tokens{eos}{advice}"
-        )
+        if column.shape != ids.shape:
+            raise UserError(
+                f"{where}: {column.size} {name} for {len(ids)} response tokens, EOS included; a "
+                "text need not encode into the tokens that were sampled: token ids are safer"
+            )
     row = _Row(prompt_ids, ids, sampled, numbers)
     _check_tokens(where, row, tokenizer)
     return row
+
+
+def _with_eos(
+    where: str,
+    ids: np.ndarray,
+    tokenizer: Encoder,
+    finished: bool | None,
+    mask: Ids | None,
+) -> np.ndarray:
+    """The ids of a response, with EOS at the end if the row is finished."""
+    # The last token may be the EOS of another speaker's turn, which did not end the row.
+    others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
+    ends_with_eos = np.isin(ids[-1:], tokenizer.eos_ids).any()
+    has_eos = ends_with_eos and not others_turn
+    if has_eos and finished is not None and not finished:
+        raise UserError(f"{where}: finished is False, but its last token is EOS, {ids[-1]}")
+    if finished and not has_eos:
+        return np.append(ids, tokenizer.eos_ids[0])
+    if not len(ids):
+        raise UserError(
+            f"{where}: the response has no tokens, and EOS did not end it; leave the row out"
+        )
+    return ids
 
 
 def _check_tokens(where: str, row: _Row, tokenizer: Encoder) -> None:

@@ -8,16 +8,17 @@ The sampler needs two functions of a model, ``init_cache`` and ``decode`` (see `
 ``uncached`` makes them from a forward pass.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import blocks, models, ops, sharding
@@ -66,8 +67,9 @@ class SamplingConfig:
         ops.check_number("top_p", self.top_p, above=0, at_most=1)
         ops.check_number("min_p", self.min_p, at_least=0, at_most=1)
         ops.check_number("repetition_penalty", self.repetition_penalty, above=0, below=math.inf)
-        for name, token_id in (*(("eos_id", i) for i in self.eos_ids), ("pad_id", self.pad_id)):
-            ops.check_number(name, token_id, at_least=0)
+        ops.check_number("pad_id", self.pad_id, at_least=0)
+        for eos_id in self.eos_ids:
+            ops.check_number("eos_id", eos_id, at_least=0)
         if set(self.eos_ids) == {self.pad_id}:
             raise ValueError(f"pad_id must be different from eos_id, got {self.pad_id}")
 
@@ -90,13 +92,13 @@ class CachedModel(Protocol):
     def decode(
         self,
         params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        key_mask: jax.Array,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
         cache: Any,
         index: Any,
         /,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Array, Any]:
         """Logits [B, t, V] of the next tokens, and the cache with ``tokens`` [B, t] in slots index,
         ..., index + t - 1.
 
@@ -105,7 +107,7 @@ class CachedModel(Protocol):
         """
 
 
-def uncached(apply_fn: Callable[..., jax.Array]) -> CachedModel:
+def uncached(apply_fn: Callable[..., Array]) -> CachedModel:
     """Makes a CachedModel of ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T, V]``.
 
     The cache is the tokens so far, and each new token costs a forward pass over all T columns.
@@ -117,21 +119,21 @@ def uncached(apply_fn: Callable[..., jax.Array]) -> CachedModel:
 
 @dataclass(frozen=True)
 class _Uncached:
-    apply_fn: Callable[..., jax.Array]
+    apply_fn: Callable[..., Array]
 
-    def init_cache(self, batch: int, length: int, /) -> jax.Array:
+    def init_cache(self, batch: int, length: int, /) -> Array:
         return jnp.zeros((batch, length), jnp.int32)
 
     def decode(
         self,
         params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        key_mask: jax.Array,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
         cache: Any,
         index: Any,
         /,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Array, Array]:
         num_new = tokens.shape[1]
         cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, index, axis=1)
         written = jnp.arange(cache.shape[1]) < index + num_new
@@ -142,34 +144,34 @@ class _Uncached:
 class Rows(NamedTuple):
     """What no token changes."""
 
-    key_mask: jax.Array  # [B, T]
-    num_real: jax.Array  # [B] tokens of the prompt
-    keys: jax.Array  # [B]
-    used: jax.Array  # [B]
+    key_mask: Array  # [B, T]
+    num_real: Array  # [B] tokens of the prompt
+    keys: Array  # [B]
+    used: Array  # [B]
 
 
 class Loop(NamedTuple):
     """What one token changes."""
 
-    column: jax.Array  # [] int32, of the last token
-    tokens: jax.Array  # [B, T]
-    log_probs: jax.Array  # [B, T]
-    lengths: jax.Array  # [B] response tokens so far
-    ended: jax.Array  # [B] bool
+    column: Array  # [] int32, of the last token
+    tokens: Array  # [B, T]
+    log_probs: Array  # [B, T]
+    lengths: Array  # [B] response tokens so far
+    ended: Array  # [B] bool
     cache: Any
 
 
 def generate(
     model: CachedModel,
     params: Params,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
     *,
     config: SamplingConfig,
-    row_ids: jax.Array | None = None,
+    row_ids: Array | None = None,
     mesh: Mesh | None = None,
-    used: jax.Array | None = None,
+    used: Array | None = None,
 ) -> Rollout:
     """Samples a response to each prompt; stops when every row has ended.
 
@@ -201,57 +203,63 @@ def generate(
     Raises:
         ValueError: outside ``jit``, a prompt is padded on the right; the model has fewer positions.
     """
-    tokens, attention_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask)
-    chex.assert_rank(tokens, 2)
-    chex.assert_axis_dimension_gt(tokens, 1, 0)
-    chex.assert_equal_shape([tokens, attention_mask])
-    _check_left_padded(attention_mask)
-    num_rows = tokens.shape[0]
-    row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
-    chex.assert_shape(row_ids, (num_rows,))
-    max_length = getattr(getattr(model, "config", None), "max_length", None)
-    prompt_length = tokens.shape[1] - (0 if used is None else config.max_new_tokens)
-    length = prompt_length + config.max_new_tokens
-    if max_length is not None and length > max_length:
-        slots = f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = {length}"
-        raise ValueError(f"{slots} is more than the model's max_length {max_length}")
-    used = jnp.zeros(num_rows, jnp.int32) if used is None else used
-    decoding = getattr(model, "for_decoding", lambda params: params)(
-        params
-    )  # once, not for each token
+    tokens = jnp.asarray(tokens, jnp.int32)
+    attention_mask = jnp.asarray(attention_mask)
+    _check_prompts(tokens, attention_mask)
+    row_ids = _row_ids(row_ids, tokens)
+    # With ``used``, the prompt has all slots of earlier responses too.
+    length = tokens.shape[1] + (config.max_new_tokens if used is None else 0)
+    max_length = getattr(getattr(model, "config", None), "max_length", length)
+    if length > max_length:
+        raise ValueError(
+            f"prompts of {length - config.max_new_tokens} tokens + max_new_tokens "
+            f"{config.max_new_tokens} are more than the model's max_length {max_length}"
+        )
+    used = jnp.zeros_like(row_ids) if used is None else used
+    prompts = (tokens, attention_mask, row_ids, used)
+    for_decoding = getattr(model, "for_decoding", lambda params: params)
+    decoding = for_decoding(params)  # once, not for each token
     # The prompt's pass reads them as they were: that compiles faster. A mesh that cuts them gathers
     # each of them once.
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
-    sample_rows = functools.partial(_sample_rows, model, config)
+    sample_rows = partial(_sample_rows, model, config)
     if mesh is None:
-        inputs = (tokens, attention_mask, row_ids, used)
-        return blocks.map_rows(lambda part: sample_rows(weights, key, *part), inputs)
-    rows = sharding.rows(mesh)
-    mapped = _mapped_axes(mesh)
-    is_joined = _fsdp_joins_tensor(model, decoding, mesh)
-    if is_joined:
-        weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
+        return blocks.map_rows(partial(sample_rows, weights, key), prompts)
+    if _fsdp_joins_tensor(model, decoding, mesh):
         rows = NamedSharding(mesh, PartitionSpec("data"))
-        mapped = {"data"}
-        tokens, attention_mask, row_ids, used = jax.lax.with_sharding_constraint(
-            (tokens, attention_mask, row_ids, used), rows
-        )
-    replicated = PartitionSpec()
-    # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
-    sample_rows = jax.shard_map(
-        sample_rows,
-        mesh=mesh,
-        in_specs=(replicated, replicated, rows.spec, rows.spec, rows.spec, rows.spec),
-        out_specs=rows.spec,
-        axis_names=mapped,
-        check_vma=False,
-    )
-    sampled = sample_rows(weights, key, tokens, attention_mask, row_ids, used)
-    if is_joined:
+        weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
+        prompts = jax.lax.with_sharding_constraint(prompts, rows)
+        sampled = _mapped(sample_rows, rows, {"data"})(weights, key, prompts)
         # In two steps, or else XLA cuts the rows over "fsdp" inside too.
         sampled = jax.lax.with_sharding_constraint(sampled, rows)
-        sampled = jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
-    return sampled
+        return jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
+    return _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))(weights, key, prompts)
+
+
+def _mapped(
+    sample_rows: Callable[..., Rollout],
+    rows: NamedSharding,
+    axes: set[str],
+) -> Callable[..., Rollout]:
+    """``sample_rows(weights, key, prompts)`` with its rows mapped over axes of the mesh."""
+    whole = PartitionSpec()
+    # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
+    return jax.shard_map(
+        sample_rows,
+        mesh=rows.mesh,
+        in_specs=(whole, whole, rows.spec),
+        out_specs=rows.spec,
+        axis_names=axes,
+        check_vma=False,
+    )
+
+
+def _row_ids(row_ids: Array | None, tokens: Array) -> Array:
+    """[B] int32; 0..B-1 if ``row_ids`` is None."""
+    num_rows = len(tokens)
+    row_ids = jnp.asarray(jnp.arange(num_rows) if row_ids is None else row_ids, jnp.int32)
+    chex.assert_shape(row_ids, (num_rows,))
+    return row_ids
 
 
 def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
@@ -263,7 +271,7 @@ def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
     """
     if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
         return False
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights["h_0"]))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["h_0"]))
     config = model.config
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -282,18 +290,21 @@ def _over_tensor(weights: Params, mesh: Mesh) -> Any:
     return jax.tree.map(joined, sharding.by_path(weights, models.SHARDING, alone))
 
 
-def _check_left_padded(attention_mask: jax.Array) -> None:
-    """Raises ValueError for a prompt that does not end in the last column; under ``jit``, where no
-    values are known, nothing is checked.
+def _check_prompts(tokens: Array, attention_mask: Array) -> None:
+    """Raises AssertionError for other shapes than [B, P], and ValueError for a prompt that does not
+    end in the last column; under ``jit``, where no values are known, only shapes are checked.
     """
+    chex.assert_rank(tokens, 2)
+    chex.assert_axis_dimension_gt(tokens, 1, 0)
+    chex.assert_equal_shape([tokens, attention_mask])
     if isinstance(attention_mask, jax.core.Tracer) or not attention_mask.is_fully_addressable:
         return
     mask = np.asarray(attention_mask) != 0
     wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
     if len(wrong):
         raise ValueError(
-            f"prompts must be padded on the left: row {wrong[0]} of attention_mask is 0 in the "
-            f"last column, and so are {len(wrong) - 1} other rows"
+            "prompts must be padded on the left: attention_mask is 0 in the last column of "
+            f"{len(wrong)} rows, first in row {wrong[0]}"
         )
 
 
@@ -310,12 +321,10 @@ def _sample_rows(
     model: CachedModel,
     config: SamplingConfig,
     weights: tuple[Params, ...],
-    key: jax.Array,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    row_ids: jax.Array,
-    used: jax.Array,
+    key: Array,
+    prompts: tuple[Array, Array, Array, Array],
 ) -> Rollout:
+    tokens, attention_mask, row_ids, used = prompts
     prompt_length = tokens.shape[1]
     rows, begun = start(
         model,
@@ -349,14 +358,14 @@ def _sample_rows(
 def start(
     model: CachedModel,
     params: Params,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
     *,
     max_new_tokens: int,
     pad_id: int,
-    row_ids: jax.Array,
-    used: jax.Array,
+    row_ids: Array,
+    used: Array,
 ) -> tuple[Rows, Loop]:
     """The state before the first token of each response; the arguments are those of ``generate``.
 
@@ -377,14 +386,13 @@ def start(
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are
         # never read, so the compiler drops the projection to the vocabulary.
-        _, cache = model.decode(
-            params, tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0
-        )
+        positions = counts - prompt_mask
+        _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
     loop = Loop(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
         log_probs=jnp.zeros(key_mask.shape, jnp.float32),
-        lengths=jnp.zeros((num_rows,), jnp.int32),
+        lengths=jnp.zeros(num_rows, jnp.int32),
         ended=(num_real == 0) | (used >= max_new_tokens),
         cache=cache,
     )
@@ -399,14 +407,11 @@ def step(
     """
     # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
     # fewer rounds.
-    write = functools.partial(
-        jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False
-    )
+    in_columns: Any = {"axis": 1, "allow_negative_indices": False}
+    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **in_columns)
     column = loop.column
     prompt_length = loop.tokens.shape[1] - config.max_new_tokens
-    last = jax.lax.dynamic_slice_in_dim(
-        loop.tokens, column, 1, axis=1, allow_negative_indices=False
-    )  # [B, 1]
+    last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **in_columns)  # [B, 1]
     # An absent row has no real token; its position is kept inside the table.
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
     logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
@@ -428,12 +433,12 @@ def step(
 
 
 def _sample(
-    logits: jax.Array,
-    row_keys: jax.Array,
-    positions: jax.Array,
-    seen: tuple[jax.Array, jax.Array],
+    logits: Array,
+    row_keys: Array,
+    positions: Array,
+    seen: tuple[Array, Array],
     config: SamplingConfig,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B]
     float32. ``seen``: the tokens so far [B, T], and which of them count.
     """
@@ -450,10 +455,9 @@ def _sample(
         logits = logits / config.temperature
         noisy = noisy / config.temperature
         keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
-        noise = functools.partial(
-            jax.random.gumbel, shape=(vocab_size,)
-        )  # as jax.random.categorical does
-        noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + jax.vmap(noise)(keys)
+        # As jax.random.categorical does.
+        noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
+        noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + noise
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)
     sampled = jnp.min(jnp.where(noisy < best, vocab_size, jnp.arange(vocab_size)[None]), axis=-1)
@@ -461,7 +465,7 @@ def _sample(
     return sampled.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def penalised(logits: jax.Array, tokens: jax.Array, counts: jax.Array, penalty: float) -> jax.Array:
+def penalised(logits: Array, tokens: Array, counts: Array, penalty: float) -> Array:
     """Logits [B, V], those of the ``tokens`` [B, T] that count made less likely by the repetition
     penalty.
     """
@@ -471,11 +475,11 @@ def penalised(logits: jax.Array, tokens: jax.Array, counts: jax.Array, penalty: 
 
 
 def truncate(
-    logits: jax.Array,
+    logits: Array,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-) -> jax.Array:
+) -> Array:
     """Logits [B, V] with -inf at the tokens that top-k, then top-p and then min-p on what is left
     take away.
 
@@ -483,7 +487,8 @@ def truncate(
     renormalised before top-p, is that of transformers' ``generate``.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
+        largest, _ = jax.lax.top_k(logits, top_k)
+        logits = jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
     if top_p is not None and top_p < 1:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ranked, axis=-1)
@@ -504,16 +509,16 @@ def truncate(
 def best_of_n(
     model: CachedModel,
     params: Params,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
     *,
     config: SamplingConfig,
     n: int,
     reward_fn: RewardFn,
-    row_ids: jax.Array | None = None,
+    row_ids: Array | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Rollout, jax.Array]:
+) -> tuple[Rollout, Array]:
     """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of
     them.
 
@@ -524,24 +529,27 @@ def best_of_n(
     ``best_of_n_kl(n)`` nats.
     """
     ops.check_number("n", n, at_least=1)
-    num_rows = tokens.shape[0]
-    row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
-    tokens, attention_mask = (
-        jnp.repeat(jnp.asarray(x), n, axis=0) for x in (tokens, attention_mask)
-    )
-    ids = (row_ids[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1)
+    row_ids = _row_ids(row_ids, tokens)
+    ids = row_ids[:, None] * n + jnp.arange(n)[None, :]
     samples = generate(
-        model, params, tokens, attention_mask, key, config=config, row_ids=ids, mesh=mesh
+        model,
+        params,
+        jnp.repeat(tokens, n, axis=0),
+        jnp.repeat(attention_mask, n, axis=0),
+        key,
+        config=config,
+        row_ids=ids.reshape(-1),
+        mesh=mesh,
     )
     rewards, _ = reward_fn(samples)
     if rewards.ndim == 2:
-        rewards = jnp.sum(jnp.where(samples.response_mask != 0, rewards, 0.0), axis=1)
-    chex.assert_shape(rewards, (num_rows * n,))
-    scores = rewards.reshape(num_rows, n)
+        rewards = jnp.sum(ops.masked(rewards, samples.response_mask), axis=1)
+    chex.assert_shape(rewards, (ids.size,))
+    scores = rewards.reshape(ids.shape)
     best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=1)
-    chosen = jnp.arange(num_rows) * n + best  # [B] of B * n
-    rollout = jax.tree.map(lambda x: x[chosen], samples)
-    return rollout.replace(row_ids=row_ids, scores=rewards[chosen]), scores
+    chosen = jnp.arange(len(scores)) * n + best  # [B] of B * n
+    rollout: Rollout = jax.tree.map(lambda x: x[chosen], samples)
+    return replace(rollout, row_ids=row_ids, scores=rewards[chosen]), scores
 
 
 def best_of_n_kl(n: int) -> float:

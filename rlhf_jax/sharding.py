@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
@@ -86,17 +87,15 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     """Puts each leaf [B, ...] of a pytree on the devices, sharded by rows. None leaves stay None.
 
     Raises:
-      UserError: B is not a multiple of the number of parts; it names the nearest sizes.
+      UserError: B is not a multiple of the number of parts.
     """
     num_devices = num_parts(mesh)
     for leaf in jax.tree.leaves(batch):
         num_rows = leaf.shape[0]
         if num_rows % num_devices:
-            below = num_rows - num_rows % num_devices
-            nearest = f"{below} or {below + num_devices}" if below else f"{num_devices}"
             raise UserError(
                 f"a batch of {num_rows} rows does not divide over {num_devices} devices: use a "
-                f"batch size of {nearest}"
+                f"batch size that is a multiple of {num_devices}"
             )
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
 
@@ -116,7 +115,7 @@ def tensor_parts() -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
 
 
-def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:
+def cut(x: Array, *axes: str, width: str | None = None) -> Array:
     """Shards x inside a program over the mesh of ``jax.set_mesh``: the leading axis over ``axes``,
     the second axis of a matrix over ``width``, other axes whole.
 
@@ -208,11 +207,11 @@ def _of_last_axes(
     return PartitionSpec(*[None] * num_others, *spec)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: NamedSharding) -> Array:
     """An array on the devices of a sharding. Each device takes the part at its mesh position."""
     if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = place(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     whole = np.asarray(x)

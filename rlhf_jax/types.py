@@ -17,7 +17,9 @@ from jax import Array
 
 Params = Any
 Metrics = dict[str, Array]
-AxisName = str | tuple[str, ...]
+AxisName = str | tuple[str, ...] | None
+"""The mapped axis, or axes, over whose devices rows are sharded. None: rows are not mapped."""
+
 EosId = int | tuple[int, ...]  # what ends a response: one id, or any of several
 
 
@@ -33,7 +35,7 @@ class Mean:
     count: Array  # [] float32, sum of the weights; carries no gradient
 
     @classmethod
-    def of(cls, x: Array | float) -> "Mean":
+    def of(cls, x: Array | float) -> Self:
         """The plain mean of all entries of ``x``; of a scalar, the scalar itself."""
         x = jnp.asarray(x, jnp.float32)
         return cls(jnp.sum(x), jnp.float32(x.size))
@@ -51,6 +53,10 @@ class Mean:
     def __rmul__(self, weight: Array | float) -> "Mean":
         """``weight * mean``, as for one of several losses."""
         return Mean(weight * self.total, self.count)
+
+    def plus(self, term: "Mean") -> "Mean":
+        """The loss with another term of the same count, such as a penalty on the same tokens."""
+        return Mean(self.total + term.total, self.count)
 
     def over(self, axis_name: AxisName) -> "Mean":
         """The mean over all devices of the mapped axis."""
@@ -72,9 +78,17 @@ class Max:
         return Max(jax.lax.pmax(self.value, axis_name))
 
 
+def is_part(x: object) -> bool:
+    """Whether x is a Mean or a Max, as a leaf of a tree."""
+    return isinstance(x, Mean | Max)
+
+
 Parts = dict[str, Mean | Max]
 Loss = Mean | tuple[Mean, ...]
 """A loss, or several that are added: each is divided by its own count."""
+
+LossAndMetrics = tuple[Loss, Parts]
+LossFn = Callable[..., LossAndMetrics]
 
 
 @flax.struct.dataclass
@@ -248,7 +262,7 @@ class Algorithm(Protocol):
         rollout: Rollout,
         *,
         config: Any,
-        axis_name: AxisName | None = None,
+        axis_name: AxisName = None,
     ) -> Rollout:
         """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""
 
@@ -260,7 +274,7 @@ class Algorithm(Protocol):
         *,
         policy_fn: PolicyFn,
         config: Any,
-    ) -> tuple[Loss, Parts]:
+    ) -> LossAndMetrics:
         """Loss and metrics of a prepared rollout. They are of its own rows, not summed over
         devices.
         """
@@ -274,7 +288,7 @@ class Algorithm(Protocol):
         policy_fn: PolicyFn,
         optimizer: optax.GradientTransformation,
         config: Any,
-        axis_name: AxisName | None = None,
+        axis_name: AxisName = None,
         minibatch_sharding: Any = None,
     ) -> tuple[Any, Metrics]:
         """The state after the update, and metrics averaged over its optimizer steps."""

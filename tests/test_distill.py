@@ -47,10 +47,9 @@ def test_the_jensen_shannon_divergence_lies_between_the_two():
     assert_allclose(ours("jsd", 1.0 - 1e-3) / 1e-3, ours("reverse_kl"), rtol=0.05)
 
 
-@pytest.mark.parametrize("how", [{"kind": "kl"}, {"beta": 0.0}, {"beta": 1.0}])
-def test_what_is_no_divergence(how):
-    with pytest.raises(ValueError, match=r"kind must be one of|beta must be"):
-        losses.divergence(LOGITS, THEIRS, **{"kind": "jsd", **how})
+def test_what_is_no_divergence():
+    with pytest.raises(ValueError, match="kind must be one of"):
+        losses.divergence(LOGITS, THEIRS, "kl")
     with pytest.raises(AssertionError):
         losses.divergence(LOGITS, THEIRS[..., :5])
 

@@ -17,11 +17,9 @@ the optimum is then ``q exp(r / teacher_coef)``, normalised.
 Column t of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -74,7 +72,7 @@ class Config(policy.Config):
         return losses.divergence(logits, teacher_logits, kind, self.beta)
 
 
-def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` [B, T] from its reward, the same for all response tokens of a
     row; 0 if the rollout has neither ``rewards`` nor ``scores``.
 
@@ -86,14 +84,13 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
       rollout: the ``group_size`` rows of a prompt are adjacent.
       axis_name: the mapped axis; the mean of the batch is over the rows of all its devices.
     """
-    mask = rollout.mask
     if rollout.rewards is None and rollout.scores is None:
-        return dataclasses.replace(rollout, advantages=jnp.zeros(mask.shape, jnp.float32))
+        return replace(rollout, advantages=jnp.zeros(rollout.tokens.shape))
     if config.group_size > 1:
         return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
-    row_reward = policy.row_rewards(rollout)
-    above_mean = row_reward - ops.masked_mean(row_reward, rollout.present, axis_name=axis_name)
-    return dataclasses.replace(rollout, advantages=jnp.where(mask, above_mean[:, None], 0.0))
+    rewards = policy.row_rewards(rollout)
+    mean = ops.masked_mean(rewards, rollout.present, axis_name=axis_name)
+    return policy.spread(rewards - mean, rollout)
 
 
 def loss(
@@ -119,31 +116,29 @@ def loss(
       ``teacher_log_probs``).
     """
     output = ops.evaluate(policy_fn, params, rollout)
-    divergence_of_token = output.divergence
+    per_token = output.divergence
     teacher_log_probs = output.teacher_log_probs
-    if config.divergence == "sampled" and rollout.teacher_log_probs is not None:
+    is_sampled = config.divergence == "sampled"
+    if is_sampled and rollout.teacher_log_probs is not None:
         teacher_log_probs = rollout.teacher_log_probs
-        divergence_of_token = output.log_probs - teacher_log_probs
-    if divergence_of_token is None or teacher_log_probs is None:
+        per_token = output.log_probs - teacher_log_probs
+    if per_token is None or teacher_log_probs is None:
         raise ValueError(
             "distill needs a policy_fn with a teacher, and it returned divergence=None; "
             "models.policy_fn(..., teacher=models.Teacher(model, config.measure)) makes one. With "
             "divergence sampled, rollout.teacher_log_probs may be given in its place"
         )
     mask = rollout.mask  # [B, T]
-    if config.divergence == "sampled":
-        log_probs = jax.lax.stop_gradient(output.log_probs)
-        gap = jnp.where(mask, teacher_log_probs - log_probs, 0.0)
+    if is_sampled:
+        gap = ops.masked(teacher_log_probs - ops.frozen(output.log_probs), mask)
         taught = advantages.discounted_returns(gap, mask, config.discount)
-        own = policy.field(rollout, "advantages", "call distill.prepare first")
-        both = jnp.where(mask, own, 0.0) + config.teacher_coef * taught
-        rollout = dataclasses.replace(rollout, advantages=both)
+        own = ops.masked(policy.field(rollout, "advantages", "call distill.prepare first"), mask)
+        rollout = replace(rollout, advantages=own + config.teacher_coef * taught)
     total, metrics = policy.loss(output, rollout, config)
-    metrics["distill/divergence"] = losses.aggregate(divergence_of_token, mask)
-    if config.divergence != "sampled":
-        how = (mask, config.aggregate, config.length)
-        divergence = losses.aggregate(divergence_of_token, *how)
-        total = Mean(total.total + config.teacher_coef * divergence.total, total.count)
+    metrics["distill/divergence"] = losses.aggregate(per_token, mask)
+    if not is_sampled:
+        divergence = losses.aggregate(per_token, mask, config.aggregate, config.length)
+        total = total.plus(config.teacher_coef * divergence)
     return total, metrics
 
 

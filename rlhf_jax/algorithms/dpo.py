@@ -7,8 +7,8 @@ and ORPO (Hong et al. 2024) have no reference and take the mean over response to
 sum, as length-normalised DPO does (Lambert et al. 2024, "Tulu 3", section 5.1.2).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import chex
@@ -62,7 +62,7 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
       ref_fn: carries its parameters, ``jax.tree_util.Partial(policy_fn, ref_params)``.
     """
     ref_log_probs = ops.response_log_probs(lambda _, *inputs: ref_fn(*inputs), None, batch)
-    return dataclasses.replace(batch, ref_log_probs=ref_log_probs)
+    return replace(batch, ref_log_probs=ref_log_probs)
 
 
 def loss(
@@ -96,42 +96,34 @@ def loss(
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
             raise ValueError(
-                "comparisons.ref_log_probs [B, 2] is needed, got None: dpo.with_reference makes "
-                "them"
+                "comparisons.ref_log_probs is needed, got None: dpo.with_reference makes them"
             )
         chex.assert_equal_shape([log_ratios, comparisons.ref_log_probs])
         log_ratios = log_ratios - comparisons.ref_log_probs
     lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     if config.length_normalised or not config.needs_reference:
         log_ratios = log_ratios / jnp.maximum(lengths, 1)
-    counts = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
-    weight = (
-        jnp.ones(counts.shape)
-        if comparisons.weight is None
-        else jnp.asarray(comparisons.weight, jnp.float32)
-    )
-    chex.assert_equal_shape([weight, counts])
-    weight = jnp.where(counts, weight, 0.0)
-    log_ratios = jnp.where(
-        weight[..., None] > 0, log_ratios, 0.0
-    )  # what does not count must not reach the loss
-    best = (
-        jnp.zeros(weight.shape, jnp.int32)
-        if comparisons.best is None
-        else jnp.asarray(comparisons.best)
-    )
-    chosen = jnp.take_along_axis(log_ratios, best[..., None], axis=-1)[..., 0]
-    rejected = jnp.take_along_axis(log_ratios, 1 - best[..., None], axis=-1)[..., 0]
+    # What does not count must not reach the loss.
+    weight = losses.row_weights(comparisons.weight, jnp.all(lengths > 0, axis=-1))  # [B] or [B, C]
+    log_ratios = ops.masked(log_ratios, weight[..., None] > 0)
+    best = jnp.zeros(weight.shape, jnp.int32)
+    if comparisons.best is not None:
+        best = jnp.asarray(comparisons.best)
+    order = jnp.stack([best, 1 - best], axis=-1)
+    ordered = jnp.take_along_axis(log_ratios, order, axis=-1)
+    chosen = ordered[..., 0]
+    rejected = ordered[..., 1]
     per_pair = losses.dpo(
         chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma
     )
-    mean = losses.weighted_mean(per_pair, weight)
-    return mean, {
-        "dpo/loss": mean,
-        "dpo/accuracy": losses.weighted_mean(0.5 * (1.0 + jnp.sign(chosen - rejected)), weight),
-        "dpo/margin": losses.weighted_mean(config.beta * (chosen - rejected), weight),
-        "dpo/chosen_log_ratio": losses.weighted_mean(chosen, weight),
-        "dpo/rejected_log_ratio": losses.weighted_mean(rejected, weight),
+    mean = partial(losses.weighted_mean, weight=weight)
+    loss = mean(per_pair)
+    return loss, {
+        "dpo/loss": loss,
+        "dpo/accuracy": mean(0.5 * (1.0 + jnp.sign(chosen - rejected))),
+        "dpo/margin": mean(config.beta * (chosen - rejected)),
+        "dpo/chosen_log_ratio": mean(chosen),
+        "dpo/rejected_log_ratio": mean(rejected),
     }
 
 

@@ -44,7 +44,7 @@ class Config(policy.Config):
         ops.check_number("eps", self.eps, at_least=0)
 
 
-def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` [B, T]: ``advantages.group_normalized`` rewards, on all
     tokens of a row.
 

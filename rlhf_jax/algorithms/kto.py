@@ -8,8 +8,7 @@ reference) without samples: the mean of l over prompts with another row's answer
 (section 4.2).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -70,14 +69,16 @@ def mismatched(feedback: Feedback) -> Feedback:
     both = present & jnp.roll(present, -1, axis=0)
 
     def moved(x: Array) -> Array:
-        x = jnp.asarray(x)
-        taken = jnp.take_along_axis(
-            jnp.roll(x, -1, axis=0), theirs, axis=1, mode="fill", fill_value=0
-        )
+        following = jnp.roll(x, -1, axis=0)
+        taken = jnp.take_along_axis(following, theirs, axis=1, mode="fill", fill_value=0)
         return jnp.where(column < start, x, jnp.where(both, taken, 0))
 
-    rows = moved(feedback.tokens), moved(feedback.attention_mask), moved(feedback.response_mask)
-    return Feedback(*rows, feedback.desirable)
+    return Feedback(
+        moved(feedback.tokens),
+        moved(feedback.attention_mask),
+        moved(feedback.response_mask),
+        feedback.desirable,
+    )
 
 
 def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
@@ -87,7 +88,7 @@ def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
       ref_fn: carries its parameters, ``jax.tree_util.Partial(policy_fn, ref_params)``.
     """
     others = dpo.with_reference(mismatched(feedback), ref_fn)
-    return dataclasses.replace(dpo.with_reference(feedback, ref_fn), mismatched=others)
+    return replace(dpo.with_reference(feedback, ref_fn), mismatched=others)
 
 
 def reference_point(
@@ -95,7 +96,7 @@ def reference_point(
     feedback: Feedback,
     *,
     policy_fn: PolicyFn,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
     rows of all devices, at least 0. It is not differentiated.
@@ -103,14 +104,12 @@ def reference_point(
     rows = feedback.mismatched
     if rows is None or rows.ref_log_probs is None:
         raise ValueError(
-            "feedback.mismatched with ref_log_probs [B] is needed: kto.with_reference makes them"
+            "feedback.mismatched with ref_log_probs is needed: kto.with_reference makes them"
         )
     frozen = jax.lax.stop_gradient(params)
     log_probs = ops.response_log_probs(ops.by_rows(policy_fn, None), frozen, rows)
-    log_ratios = log_probs - rows.ref_log_probs
-    present = rows.present
-    mean = ops.masked_mean(log_ratios, present, axis_name=axis_name)
-    return jnp.broadcast_to(jnp.maximum(mean, 0.0), present.shape)
+    mean = ops.masked_mean(log_probs - rows.ref_log_probs, rows.present, axis_name=axis_name)
+    return jnp.full(log_probs.shape, jnp.maximum(mean, 0.0))
 
 
 def loss(
@@ -137,37 +136,27 @@ def loss(
     """
     if feedback.ref_log_probs is None:
         raise ValueError(
-            "feedback.ref_log_probs [B] is needed, got None: kto.with_reference makes them"
+            "feedback.ref_log_probs is needed, got None: kto.with_reference makes them"
         )
     point = feedback.reference_point
     if point is None:
         point = reference_point(params, feedback, policy_fn=policy_fn)
-    present = feedback.present
-    chex.assert_equal_shape([present, feedback.desirable, feedback.ref_log_probs])
-    weight = jnp.ones(present.shape)
-    if feedback.weight is not None:
-        weight = jnp.asarray(feedback.weight, jnp.float32)
-    weight = jnp.where(present, weight, 0.0)
+    weight = losses.row_weights(feedback.weight, feedback.present)
+    chex.assert_equal_shape([weight, feedback.desirable, feedback.ref_log_probs])
     desirable = jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs
-    log_ratios = jnp.where(
-        weight > 0, log_ratios, 0.0
-    )  # what does not count must not reach the loss
+    # What does not count must not reach the loss.
+    log_ratios = ops.masked(log_ratios, weight > 0)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
-    mean = losses.weighted_mean(
-        lambdas * losses.kto(log_ratios, point, desirable, config.beta), weight
-    )
+    per_row = lambdas * losses.kto(log_ratios, point, desirable, config.beta)
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
+    mean = losses.weighted_mean(per_row, weight)
     return mean, {
         "kto/loss": mean,
         "kto/accuracy": losses.weighted_mean(0.5 * (1.0 + side), weight),
         "kto/reference_point": losses.weighted_mean(point, weight),
-        "kto/desirable_log_ratio": losses.weighted_mean(
-            log_ratios, jnp.where(desirable, weight, 0.0)
-        ),
-        "kto/undesirable_log_ratio": losses.weighted_mean(
-            log_ratios, jnp.where(desirable, 0.0, weight)
-        ),
+        "kto/desirable_log_ratio": losses.weighted_mean(log_ratios, weight * desirable),
+        "kto/undesirable_log_ratio": losses.weighted_mean(log_ratios, weight * ~desirable),
     }
 
 
@@ -188,8 +177,7 @@ def update(
     The reference point is that of the whole batch, whatever its microbatches and devices. The key
     is not used.
     """
-    point = reference_point(
-        state.params, feedback, policy_fn=policy_fn, axis_name=options.get("axis_name")
-    )
-    batch = dataclasses.replace(feedback, mismatched=None, reference_point=point)
+    axis_name = options.get("axis_name")
+    point = reference_point(state.params, feedback, policy_fn=policy_fn, axis_name=axis_name)
+    batch = replace(feedback, mismatched=None, reference_point=point)
     return _step(state, batch, key, policy_fn=policy_fn, **options)

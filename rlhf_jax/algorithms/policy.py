@@ -5,9 +5,8 @@ Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty r
 nowhere.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,7 +20,7 @@ from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import (
     AxisName,
-    Loss,
+    LossFn,
     Max,
     Mean,
     Metrics,
@@ -36,15 +35,6 @@ from rlhf_jax.types import (
 # sample.
 KL_RATIO_CAP = 10.0
 Ratio = Literal["token", "sequence", "product"]
-# Fields of a Config, and arguments of ``losses.surrogate``.
-SURROGATE_SETTINGS = (
-    "clip_low",
-    "clip_high",
-    "dual_clip",
-    "sapo_temperatures",
-    "vespo_powers",
-    "vespo_decays",
-)
 State = TypeVar("State", bound=TrainState)
 
 
@@ -86,13 +76,8 @@ class Batching:
         return not ops.is_zero(self.kl_loss_coef)
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_epochs",
-            "num_minibatches",
-            "shuffle_blocks",
-            "num_microbatches",
-            "group_size",
-        ):
+        counts = ("num_epochs", "num_minibatches", "num_microbatches")
+        for name in (*counts, "shuffle_blocks", "group_size"):
             ops.check_number(name, getattr(self, name), at_least=1)
         losses.check_aggregation(self.aggregate, self.length)
         if self.length is not None and self.aggregate != "fixed":
@@ -165,14 +150,13 @@ class Config(Batching):
             )
 
 
-def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> Array:
-    """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError if it is None, saying what to do,
-    AssertionError if it has another shape."""
+def field(rollout: Rollout, name: str, hint: str = "", ndim: int = 2) -> Array:
+    """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError with the hint if it is None,
+    AssertionError if it has another shape.
+    """
     value = getattr(rollout, name)
     if value is None:
-        raise ValueError(
-            f"rollout.{name} {'[B, T]' if ndim == 2 else '[B]'} is needed, got None: {hint}"
-        )
+        raise ValueError(f"rollout.{name} is needed, got None: {hint}")
     chex.assert_shape(value, rollout.tokens.shape[:ndim])
     return value
 
@@ -182,15 +166,18 @@ def row_rewards(rollout: Rollout) -> Array:
     else ``scores``.
     """
     if rollout.rewards is None:
-        return jnp.asarray(
-            field(rollout, "scores", "call a reward function, or give rewards [B, T]", 1),
-            jnp.float32,
-        )
-    return jnp.sum(
-        jnp.where(rollout.mask, field(rollout, "rewards", ""), 0.0),
-        axis=1,
-        dtype=jnp.float32,
-    )
+        hint = "call a reward function, or give rewards [B, T]"
+        return ops.float32(field(rollout, "scores", hint, ndim=1))
+    rewards = field(rollout, "rewards")
+    return jnp.sum(ops.masked(rewards, rollout.mask), axis=1)
+
+
+def spread(row_advantages: Array, rollout: Rollout) -> Rollout:
+    """The rollout with one advantage [B] for all response tokens of a row: ``advantages`` [B, T], 0
+    elsewhere.
+    """
+    advantages = jnp.where(rollout.mask, row_advantages[:, None], 0.0)
+    return replace(rollout, advantages=advantages)
 
 
 def with_group_advantages(
@@ -206,18 +193,15 @@ def with_group_advantages(
         1`` are group i.
       estimate: ``estimate(row rewards [N, G], mask=present [N, G]) -> advantages [N, G]``.
     """
-    mask = rollout.mask  # [B, T]
-    num_rows = mask.shape[0]
+    num_rows = len(rollout.tokens)
     if num_rows % group_size:
         raise ValueError(
             f"{num_rows} rows (on each device, under shard_map) do not divide by "
             f"group_size={group_size}"
         )
     scores = row_rewards(rollout).reshape(-1, group_size)
-    advantage = estimate(scores, mask=jnp.any(mask, axis=1).reshape(-1, group_size)).reshape(
-        num_rows
-    )
-    return dataclasses.replace(rollout, advantages=jnp.where(mask, advantage[:, None], 0.0))
+    present = rollout.present.reshape(-1, group_size)
+    return spread(estimate(scores, mask=present).reshape(num_rows), rollout)
 
 
 def reweighed(per_token: Array, rollout: Rollout) -> tuple[Array, Parts]:
@@ -231,15 +215,12 @@ def reweighed(per_token: Array, rollout: Rollout) -> tuple[Array, Parts]:
     """
     if rollout.importance_weights is None:
         return per_token, {}
-    weights = jax.lax.stop_gradient(
-        field(rollout, "importance_weights", "rollout.rescore makes them")
-    )
-    return weights * per_token, {
-        "policy/importance_weight_mean": losses.aggregate(weights, rollout.response_mask)
-    }
+    weights = jax.lax.stop_gradient(field(rollout, "importance_weights"))
+    mean = losses.aggregate(weights, rollout.response_mask)
+    return weights * per_token, {"policy/importance_weight_mean": mean}
 
 
-def of_rows(log_ratio: jax.Array, mask: jax.Array, ratio: Ratio) -> jax.Array:
+def of_rows(log_ratio: Array, mask: Array, ratio: Ratio) -> Array:
     """The log-ratios [B, T] of tokens, or of their rows in each column of the response; 0 outside
     it.
     """
@@ -248,8 +229,48 @@ def of_rows(log_ratio: jax.Array, mask: jax.Array, ratio: Ratio) -> jax.Array:
     if ratio == "sequence":
         of_row = ops.masked_mean(log_ratio, mask, axis=1)
     else:
-        of_row = jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1)
+        of_row = jnp.sum(ops.masked(log_ratio, mask), axis=1)
     return jnp.where(mask, of_row[:, None], 0.0)
+
+
+def surrogate(
+    config: Config,
+    log_probs: Array,
+    log_ratio: Array,
+    ratio: Array,
+    advantages: Array,
+) -> tuple[Array, Array]:
+    """The policy loss of each token by ``config.surrogate``, and where it is clipped: the only
+    place where a ratio becomes a weight.
+
+    Clipped means: of ``clip`` that the clipped term is the larger, of ``cispo`` that the weight is
+    clipped, of ``sapo`` and ``vespo``, which fade, that less than half of the weight is left.
+
+    Args:
+      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is that of the
+        token or of its whole row, and is differentiated with ``log_probs``.
+      ratio: [B, T], the exponential of ``log_ratio`` as a constant.
+
+    Returns:
+      [B, T] float32, and [B, T] bool.
+    """
+    zeros = jnp.zeros_like(log_ratio)
+    if config.surrogate == "sapo":
+        temperatures = config.sapo_temperatures
+        loss = losses.sapo(log_ratio, zeros, advantages, temperatures)
+        tau = jnp.where(advantages > 0, temperatures[0], temperatures[1])
+        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
+        return loss, 4.0 * gate * (1.0 - gate) < 0.5
+    if config.surrogate == "vespo":
+        powers = config.vespo_powers
+        weight = losses.vespo_weight(log_ratio, advantages, powers, config.vespo_decays)
+        return -weight * advantages * log_probs, weight < 0.5
+    clips = (config.clip_low, config.clip_high)
+    clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    if config.surrogate == "cispo":
+        return losses.cispo(log_probs, ratio, advantages, *clips), clipped_ratio != ratio
+    loss = losses.clipped_surrogate(log_ratio, zeros, advantages, *clips, config.dual_clip)
+    return loss, -advantages * clipped_ratio > -advantages * ratio
 
 
 def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
@@ -282,52 +303,52 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
 
     # Masked columns get the same numbers on both sides, so that no exponential or square ever sees
     # what is in them.
-    old_log_probs = jnp.where(mask, field(rollout, "log_probs", "the behaviour policy's"), 0.0)
-    log_probs = jnp.where(mask, output.log_probs, 0.0)
-    advantage = jnp.where(
-        mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0
-    )
+    old_log_probs = ops.masked(field(rollout, "log_probs"), mask)
+    log_probs = ops.masked(output.log_probs, mask)
+    advantages = ops.masked(field(rollout, "advantages", "call prepare first"), mask)
     log_ratio = log_probs - old_log_probs
-    zeros = jnp.zeros_like(old_log_probs)
     approx_kl = 0.5 * jnp.square(log_ratio)
     log_ratio = of_rows(log_ratio, mask, config.ratio)
-    ratio = jax.lax.stop_gradient(ops.ratio(log_ratio, zeros))
-    how: Any = {name: getattr(config, name) for name in SURROGATE_SETTINGS}
-    surrogate, is_clipped = losses.surrogate(
-        config.surrogate, log_probs, log_ratio, advantage, **how
-    )
-    surrogate, weight_metrics = reweighed(surrogate, rollout)
-    metrics: Parts = {
-        "policy/loss": mean(surrogate),
+    ratio = ops.frozen(ops.ratio(log_ratio, jnp.zeros_like(log_ratio)))
+    policy_loss, is_clipped = surrogate(config, log_probs, log_ratio, ratio, advantages)
+    policy_loss, metrics = reweighed(policy_loss, rollout)
+    metrics |= {
+        "policy/loss": mean(policy_loss),
         "policy/clip_fraction": losses.aggregate(is_clipped, mask),
         "policy/approx_kl": losses.aggregate(approx_kl, mask),
-        "policy/ratio_max": Max(jnp.max(jnp.where(mask, ratio, 0.0))),
+        "policy/ratio_max": Max(jnp.max(ops.masked(ratio, mask))),
         "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
-        **weight_metrics,
     }
-    per_token = surrogate
+    per_token = policy_loss
     if not ops.is_zero(config.entropy_coef):
         per_token = per_token - config.entropy_coef * output.entropy
     if config.kl_in_loss:
-        ref_log_probs = field(
-            rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0"
-        )
-        # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to
-        # the policy's own.
-        weight = jnp.minimum(ratio, KL_RATIO_CAP)
-        kl = weight * ops.kl(
-            log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator
-        )
+        kl = _kl_term(log_probs, ratio, rollout, config.kl_loss_estimator)
         per_token = per_token + config.kl_loss_coef * kl
         metrics["policy/kl_loss"] = mean(kl)
         metrics["policy/kl_capped_fraction"] = losses.aggregate(ratio > KL_RATIO_CAP, mask)
     return mean(per_token), metrics
 
 
+def _kl_term(
+    log_probs: Array,
+    ratio: Array,
+    rollout: Rollout,
+    estimator: ops.KLEstimator,
+) -> Array:
+    """The KL term [B, T] of the policy's own tokens."""
+    hint = "give rollout.collect a ref_fn, or set kl_loss_coef=0"
+    ref_log_probs = ops.masked(field(rollout, "ref_log_probs", hint), rollout.mask)
+    # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the
+    # policy's own.
+    weight = jnp.minimum(ratio, KL_RATIO_CAP)
+    return weight * ops.kl(log_probs, ref_log_probs, estimator)
+
+
 def updater(
     prepare: Callable[..., Rollout],
-    loss: Callable[..., tuple[Loss, Parts]],
-    rollout_metrics: Callable[[Rollout, AxisName | None], Metrics] = lambda prepared, axis_name: {},
+    loss: LossFn,
+    rollout_metrics: Callable[[Rollout, AxisName], Metrics] = lambda prepared, axis_name: {},
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then
     ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
@@ -349,26 +370,36 @@ def updater(
         policy_fn: PolicyFn,
         optimizer: optax.GradientTransformation,
         config: Any,
-        axis_name: AxisName | None = None,
+        axis_name: AxisName = None,
         minibatch_sharding: Any = None,
     ) -> tuple[State, Metrics]:
         """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
         ``loss``; see ``policy.updater``."""
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
-        parts = config.num_microbatches
+        sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, Metrics]:
             return gradient_step(
-                bound, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, **options
+                bound,
+                state,
+                optimizer,
+                batch=minibatch,
+                key=key,
+                num_microbatches=config.num_microbatches,
+                **sharded,
             )
 
-        cut = {
-            name: getattr(config, name)
-            for name in ("num_epochs", "num_minibatches", "shuffle_blocks")
-        }
-        options: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
-        state, metrics = minibatch_epochs(step, state, prepared, key, **cut, **options)
+        state, metrics = minibatch_epochs(
+            step,
+            state,
+            prepared,
+            key,
+            num_epochs=config.num_epochs,
+            num_minibatches=config.num_minibatches,
+            shuffle_blocks=config.shuffle_blocks,
+            **sharded,
+        )
         return state, {**metrics, **rollout_metrics(prepared, axis_name)}
 
     return update_policy

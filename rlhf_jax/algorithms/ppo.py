@@ -6,9 +6,8 @@ over the whole rollout of all devices. Column t of every [B, T] array speaks of 
 ``values[:, t]`` is V of the state before it.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +19,7 @@ from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rol
 State = TrainState
 needs_values = True
 kl_coef = 0.05
+VALUES_HINT = "the policy needs a value function"
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class Config(policy.Config):
         ops.check_number("value_clip", self.value_clip, above=0)
 
 
-def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
     Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the
     rewards (whitened if the config says so) and are not whitened themselves.
     """
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
-    values = policy.field(rollout, "values", "the policy needs a value function")
+    values = policy.field(rollout, "values", VALUES_HINT)
     mask = rollout.response_mask
     if config.whiten_rewards:
         rewards = ops.whiten(rewards, mask, shift_mean=False, axis_name=axis_name)
     advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.whiten_advantages:
         advantage = ops.whiten(advantage, mask, axis_name=axis_name)
-    return dataclasses.replace(rollout, advantages=advantage, returns=returns)
+    return replace(rollout, advantages=advantage, returns=returns)
 
 
 def loss(
@@ -89,26 +89,24 @@ def loss(
     # Masked columns get the same numbers on both sides, so that no square ever sees what is in
     # them.
     mask = rollout.mask  # [B, T]
-    old_values = jnp.where(
-        mask, policy.field(rollout, "values", "the policy needs a value function"), 0.0
-    )
-    values = jnp.where(mask, output.values, 0.0)
-    returns = jnp.where(mask, policy.field(rollout, "returns", "call ppo.prepare first"), 0.0)
+    old_values = ops.masked(policy.field(rollout, "values", VALUES_HINT), mask)
+    values = ops.masked(output.values, mask)
+    returns = ops.masked(policy.field(rollout, "returns", "call ppo.prepare first"), mask)
     value_clip = math.inf if config.value_clip is None else config.value_clip
     per_token = losses.clipped_value(values, old_values, returns, value_clip)
     value_loss = losses.aggregate(per_token, mask, config.aggregate, config.length)
-    total = Mean(policy_loss.total + config.value_coef * value_loss.total, policy_loss.count)
+    total = policy_loss.plus(config.value_coef * value_loss)
     return total, {**metrics, "value/loss": value_loss}
 
 
-def explained_variance(rollout: Rollout, axis_name: AxisName | None) -> Metrics:
+def explained_variance(rollout: Rollout, axis_name: AxisName) -> Metrics:
     """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(returns - values)
     / var(returns)``; 0 where the returns do not vary."""
-    returns = policy.field(rollout, "returns", "call ppo.prepare first")
-    errors = returns - policy.field(rollout, "values", "the policy needs a value function")
-    var_returns, var_errors = (
-        ops.masked_var(x, rollout.response_mask, axis_name=axis_name) for x in (returns, errors)
-    )
+    returns = policy.field(rollout, "returns")
+    errors = returns - policy.field(rollout, "values")
+    mask = rollout.response_mask
+    var_returns = ops.masked_var(returns, mask, axis_name=axis_name)
+    var_errors = ops.masked_var(errors, mask, axis_name=axis_name)
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)

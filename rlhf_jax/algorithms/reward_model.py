@@ -47,19 +47,12 @@ def answer_scores(
     documents = comparisons.documents
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
-        scores = score_fn(params, tokens, mask, key, numbers)
-        return jnp.reshape(scores, documents.shape)
+        return score_fn(params, tokens, mask, key, numbers).reshape(documents.shape)
     chex.assert_rank(tokens, 3)
-    batch, num_answers, length = tokens.shape
-    rows = tokens.reshape(-1, length)
-    scores = score_fn(params, rows, mask.reshape(-1, length), key)
-    chex.assert_shape(scores, (batch * num_answers,))
-    return jnp.reshape(scores, (batch, num_answers))
-
-
-def _joined(x: Array) -> Array:
-    """[B, C, ...] -> [B * C, ...]."""
-    return jnp.reshape(x, (-1, *jnp.shape(x)[2:]))
+    rows = tokens.reshape(-1, tokens.shape[2])
+    scores = score_fn(params, rows, mask.reshape(rows.shape), key)
+    chex.assert_shape(scores, (len(rows),))
+    return scores.reshape(tokens.shape[:2])
 
 
 def loss(
@@ -88,61 +81,44 @@ def loss(
     """
     scores = answer_scores(score_fn, params, comparisons, key)
     present = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons) > 0
-    parts = (
-        scores,
-        present,
-        comparisons.best,
-        comparisons.targets,
-        comparisons.weight,
-        comparisons.margin,
-    )
+    fields = (comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin)
+    parts = (scores, present, *fields)
     if comparisons.documents is not None:
-        parts = jax.tree.map(_joined, parts)
+        parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)  # [B * C, ...]
     scores, present, best, targets, weight, wanted = parts
-    batch, num_answers = scores.shape
-    if targets is None and num_answers < 2:
+    num_rows, num_answers = scores.shape
+    weight = losses.row_weights(weight, jnp.ones(num_rows, bool))
+    if targets is not None:
+        errors = losses.regression(ops.masked(scores, present), ops.masked(targets, present))
+        mean = losses.weighted_mean(errors, ops.masked(weight[:, None], present))
+        return mean, {"reward_model/loss": mean}
+    if num_answers < 2:
         raise ValueError(
             f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no "
             "targets"
         )
-    weight = jnp.ones(batch) if weight is None else jnp.asarray(weight, jnp.float32)
-    chex.assert_shape(weight, (batch,))
-
-    if targets is not None:
-        return _regression(scores, present, targets, weight)
-    best = jnp.zeros(batch, jnp.int32) if best is None else jnp.asarray(best)
-    return _comparison(scores, present, best, wanted, weight, config.centering)
-
-
-def _regression(scores: Array, present: Array, targets: Array, weight: Array) -> tuple[Mean, Parts]:
-    """Scores, presence and targets of answers [B, K], weights of rows [B]."""
-    scores = jnp.where(present, scores, 0.0)
-    errors = losses.regression(scores, jnp.where(present, targets, 0.0))
-    mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
-    return mean, {"reward_model/loss": mean}
-
-
-def _comparison(
-    scores: Array,
-    present: Array,
-    best: Array,
-    wanted: Array | None,
-    weight: Array,
-    centering: float,
-) -> tuple[Mean, Parts]:
-    """Scores and presence of answers [B, K]; the best answer, the wanted margin and the weight of
-    rows [B].
-    """
+    best = jnp.zeros(num_rows, jnp.int32) if best is None else jnp.asarray(best)
     entered = jnp.where(present, scores, -jnp.inf)
-    usable = jnp.take_along_axis(present, best[:, None], axis=1)[:, 0]
-    per_row = losses.comparison(entered, best, wanted, centering)
-    mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
+    per_row = losses.comparison(entered, best, wanted, config.centering)
+    return _with_metrics(per_row, entered, best, weight)
+
+
+def _with_metrics(
+    per_row: Array,
+    scores: Array,
+    best: Array,
+    weight: Array,
+) -> tuple[Mean, Parts]:
+    """The mean loss and its metrics, of comparisons with scores [B, K], -inf where an answer is
+    missing.
+    """
     is_best = jnp.arange(scores.shape[1])[None, :] == best[:, None]
-    others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
-    has_two = jnp.sum(present, axis=1) > 1
-    compared = jnp.where(usable & has_two, weight, 0.0)  # [B]
-    margin = jnp.take_along_axis(entered, best[:, None], axis=1)[:, 0] - others
-    margin = jax.lax.stop_gradient(jnp.where(compared > 0, margin, 0.0))
+    chosen = jnp.max(jnp.where(is_best, scores, -jnp.inf), axis=1)
+    other = jnp.max(jnp.where(is_best, -jnp.inf, scores), axis=1)
+    usable = chosen != -jnp.inf
+    mean = losses.weighted_mean(per_row, ops.masked(weight, usable))
+    compared = ops.masked(weight, usable & (other != -jnp.inf))
+    margin = ops.frozen(ops.masked(chosen - other, compared))
     right = 0.5 * (1.0 + jnp.sign(margin))
     return mean, {
         "reward_model/loss": mean,

@@ -10,8 +10,7 @@ is ``baseline="both"``: ``r_i - mean of the group``, on all tokens of an answer,
 same way (eqs. 6 and 7). Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -42,12 +41,11 @@ class Config(policy.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_choice("baseline", self.baseline, ("group", "global", "both"))
-        ops.check_number(
-            "group_size", self.group_size, at_least=1 if self.baseline == "global" else 2
-        )
+        if self.baseline != "global":
+            ops.check_number("group_size", self.group_size, at_least=2)
 
 
-def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` [B, T]: ``advantages.leave_one_out`` of the rewards, on all
     tokens of a row. With ``baseline="both"`` the rewards minus the mean of their group, and with
     "global" the rewards from each token on, are brought to mean 0 and variance 1 over the response
@@ -69,12 +67,12 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
         # from group to group, and whitening over the batch does not take the factor away.
         centred = partial(advantages.group_normalized, scale=False)
         prepared = policy.with_group_advantages(rollout, config.group_size, centred)
-        advantage = policy.field(prepared, "advantages", "")
+        advantage = policy.field(prepared, "advantages")
     else:
         rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
         advantage = advantages.discounted_returns(rewards, mask)
     whitened = ops.whiten(advantage, mask, axis_name=axis_name)
-    return dataclasses.replace(rollout, advantages=whitened)
+    return replace(rollout, advantages=whitened)
 
 
 def loss(

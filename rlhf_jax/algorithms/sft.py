@@ -52,7 +52,7 @@ def loss(
     return mean, {"sft/loss": mean}
 
 
-def _num_tokens(batch: Demonstrations, axis_name: AxisName | None) -> Metrics:
+def _num_tokens(batch: Demonstrations, axis_name: AxisName) -> Metrics:
     num_tokens = jnp.sum(batch.mask, dtype=jnp.float32)
     return {"sft/tokens": ops.psum(num_tokens, axis_name)}
 

@@ -20,14 +20,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import blocks, ops
 from rlhf_jax.sharding import cut
-from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    LossAndMetrics,
+    LossFn,
+    Max,
+    Mean,
+    Metrics,
+    Params,
+    Parts,
+    Rollout,
+    TrainState,
+    is_part,
+)
 
 State = TypeVar("State", bound=TrainState)
-Totals = tuple[Array, ...]  # of the terms of a loss
-Counts = tuple[Array, ...]
-Number = Array | int
-Forward = Callable[[Params, Number, Any], tuple[Totals, tuple[Counts, Parts]]]
-Gradient = tuple[Params, Totals, Counts, Parts]
+Terms = tuple[Mean, ...]  # of a loss
+Results = tuple[Terms, Parts]
+PartGradient = tuple[Params, Results]
+Forward = Callable[[Params, Array | int, Any], Results]
+Gradient = tuple[Array, Metrics, Params]  # loss, metrics and gradient of a whole batch
 
 # From this many response slots on, microbatches hold rows of similar length and end after the
 # columns that their rows need.
@@ -35,14 +47,14 @@ LONG = 128
 
 
 def gradient_step(
-    loss_fn: Callable[..., tuple[Loss, Parts]],
+    loss_fn: LossFn,
     state: State,
     optimizer: optax.GradientTransformation,
     *,
     batch: Any = None,
     key: Array | None = None,
     num_microbatches: int = 1,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
     minibatch_sharding: Any = None,
 ) -> tuple[State, Metrics]:
     """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is
@@ -77,18 +89,19 @@ def gradient_step(
       ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
       TypeError: ``loss_fn`` returns anything but Means.
     """
-    gradient: Callable[..., tuple[Array, Metrics, Params]] = partial(
+    gradient: Callable[..., Gradient] = partial(
         _global_gradient, loss_fn, num_microbatches=num_microbatches, axis_name=axis_name
     )
     if num_microbatches > 1 and isinstance(minibatch_sharding, NamedSharding):
-        gradient = _reduced_once(gradient, minibatch_sharding, _num_rows(batch) // num_microbatches)
+        part_rows = _num_rows(batch) // num_microbatches
+        gradient = _reduced_once(gradient, minibatch_sharding, part_rows)
     loss, metrics, grads = gradient(state.params, batch, key)
-    grad_norm = _global_norm(grads)
+    grad_norm = optax.tree.norm(jax.tree.map(_widened, grads))
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm])))
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     state = jax.tree.map(partial(jnp.where, finite), new, state)
     nonfinite = 1.0 - finite.astype(jnp.float32)
     return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "nonfinite": nonfinite}
@@ -103,7 +116,7 @@ def minibatch_epochs(
     num_epochs: int,
     num_minibatches: int,
     shuffle_blocks: int = 1,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
     minibatch_sharding: Any = None,
 ) -> tuple[State, Metrics]:
     """Runs ``step`` on every minibatch of every epoch: ``num_epochs * num_minibatches`` steps,
@@ -137,14 +150,6 @@ def minibatch_epochs(
     ops.check_number("epochs", num_epochs, at_least=1)
     ops.check_number("minibatches", num_minibatches, at_least=1)
     ops.check_number("shuffle_blocks", shuffle_blocks, at_least=1)
-    num_rows = _num_rows(batch)
-    first_block: Number = 0
-    num_blocks = 1
-    if num_minibatches > 1:
-        first_block, num_blocks = _local_blocks(
-            num_rows, num_minibatches, shuffle_blocks, axis_name
-        )
-    by_block = jax.tree.map(lambda x: x.reshape(num_blocks, -1, *x.shape[1:]), batch)
 
     def run_epoch(state: State, epoch: Array) -> tuple[State, Metrics]:
         # The keys of the steps start where those of the shuffles end: no key is used twice.
@@ -153,18 +158,16 @@ def minibatch_epochs(
             whole = _constrained(batch, minibatch_sharding)
             return step(state, whole, jax.random.fold_in(step_key, 0))
 
-        epoch_key = jax.random.fold_in(key, epoch)
-        numbers = first_block + jnp.arange(num_blocks)
-        orders = _shuffled(epoch_key, numbers, num_rows // num_blocks)
-        orders = orders.reshape(num_blocks, num_minibatches, -1).swapaxes(0, 1)
-
         def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, Metrics]:
-            index, order = inputs  # order: [blocks, rows of the minibatch in each block]
-            minibatch = jax.tree.map(partial(_take, order), by_block)
+            index, order = inputs
+            minibatch = jax.tree.map(partial(_take, order), batch)
             minibatch = _constrained(minibatch, minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
-        state, metrics = jax.lax.scan(run_minibatch, state, (jnp.arange(num_minibatches), orders))
+        epoch_key = jax.random.fold_in(key, epoch)
+        numbers = jnp.arange(num_minibatches)
+        orders = _orders(epoch_key, _num_rows(batch), num_minibatches, shuffle_blocks, axis_name)
+        state, metrics = jax.lax.scan(run_minibatch, state, (numbers, orders))
         return state, _average(metrics)
 
     state, metrics = jax.lax.scan(run_epoch, state, jnp.arange(num_epochs))
@@ -172,8 +175,8 @@ def minibatch_epochs(
 
 
 def batch_updater(
-    loss: Callable[..., tuple[Loss, Parts]],
-    batch_metrics: Callable[[Any, AxisName | None], Metrics] = lambda batch, axis_name: {},
+    loss: LossFn,
+    batch_metrics: Callable[[Any, AxisName], Metrics] = lambda batch, axis_name: {},
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The ``update`` of SFT, DPO and reward models: one optimizer step on the loss of a batch.
 
@@ -195,13 +198,13 @@ def batch_updater(
         *,
         optimizer: optax.GradientTransformation,
         config: Any,
-        axis_name: AxisName | None = None,
+        axis_name: AxisName = None,
         minibatch_sharding: Any = None,
         **model: Any,
     ) -> tuple[State, Metrics]:
         """One optimizer step on a batch; see ``step.batch_updater``."""
 
-        def loss_fn(params: Params, part: Any, part_key: Array | None = None) -> tuple[Loss, Parts]:
+        def loss_fn(params: Params, part: Any, part_key: Array | None = None) -> LossAndMetrics:
             return loss(params, part, part_key, config=config, **model)
 
         batch = _constrained(batch, minibatch_sharding)
@@ -227,19 +230,11 @@ def _constrained(batch: Any, sharding: Any) -> Any:
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _global_norm(grads: Params) -> Array:
-    total = jnp.zeros(())
-    for gradient in jax.tree.leaves(grads):
-        magnitude = jnp.abs(gradient.astype(jnp.float32))
-        total += jnp.sum(jnp.square(magnitude))
-    return jnp.sqrt(total)
-
-
 def _reduced_once(
-    gradient: Callable[..., Any],
+    gradient: Callable[..., Gradient],
     sharding: NamedSharding,
     part_rows: int,
-) -> Callable[..., Any]:
+) -> Callable[..., Gradient]:
     """``gradient`` under ``shard_map``, which sums over the devices after the last microbatch.
 
     Unchanged if the rows' first axis is not the whole mesh, or if a microbatch of ``part_rows``
@@ -257,14 +252,14 @@ def _reduced_once(
 
 
 def _global_gradient(
-    loss_fn: Callable[..., tuple[Loss, Parts]],
+    loss_fn: LossFn,
     params: Params,
     batch: Any,
     key: Array | None,
     *,
     num_microbatches: int,
-    axis_name: AxisName | None,
-) -> tuple[Array, Metrics, Params]:
+    axis_name: AxisName,
+) -> Gradient:
     """Loss, metrics and gradient over all microbatches and devices."""
     # Each device differentiates its own copy of the parameters: before the sum over devices its
     # gradient is that of its own rows.
@@ -274,30 +269,25 @@ def _global_gradient(
     if batch is not None:
         num_parts = max(num_parts, blocks.number())
     if num_parts == 1:
-        grads, totals, counts, metrics = _backward(forward, local, axis_name, None, 0, batch)
+        grads, results = _backward(forward, axis_name, None, local, 0, batch)
     else:
-        grads, totals, counts, metrics = _over_microbatches(
-            forward, local, axis_name, batch, num_parts
-        )
-    grads, totals = ops.psum((grads, totals), axis_name)
+        grads, results = _over_microbatches(forward, axis_name, local, batch, num_parts)
+    grads = ops.psum(grads, axis_name)
     if axis_name is not None:
-        metrics = {name: part.over(axis_name) for name, part in metrics.items()}
-    terms = map(Mean, totals, counts)
-    loss = sum((term.value for term in terms), jnp.zeros(()))
-    return loss, {name: part.value for name, part in metrics.items()}, grads
+        results = _map_parts(lambda part: part.over(axis_name), results)
+    terms, metrics = _map_parts(lambda part: part.value, results)
+    return sum(terms, jnp.zeros(())), metrics, grads
 
 
 def _forward(
-    loss_fn: Callable[..., tuple[Loss, Parts]],
+    loss_fn: LossFn,
     key: Array | None,
-    axis_name: AxisName | None,
+    axis_name: AxisName,
     params: Params,
-    number: Number,
+    number: Array | int,
     part: Any,
-) -> tuple[Totals, tuple[Counts, Parts]]:
-    """The totals of the loss of microbatch ``number``, which are differentiated, and (their counts,
-    metrics).
-    """
+) -> Results:
+    """The terms of the loss of microbatch ``number``, and its metrics."""
     arguments = [] if part is None else [part]
     if key is not None:
         part_key = jax.random.fold_in(key, number)
@@ -307,90 +297,94 @@ def _forward(
     loss, metrics = loss_fn(params, *arguments)
     terms = loss if isinstance(loss, tuple) else (loss,)
     for term in (*terms, *metrics.values()):
-        if not isinstance(term, Mean | Max):
+        if not is_part(term):
             raise TypeError(
                 "a loss and its metrics are Means, such as losses.aggregate gives, got "
                 f"{type(term)}"
             )
-    totals = tuple(jnp.asarray(term.total, jnp.float32) for term in terms)
-    counts = tuple(term.count for term in terms)
-    return totals, (counts, metrics)
+    return jax.tree.map(_widened, terms), metrics
 
 
 def _backward(
     forward: Forward,
+    axis_name: AxisName,
+    counts: list[Array] | None,
     params: Params,
-    axis_name: AxisName | None,
-    counts: Counts | None,
-    number: Number,
+    number: Array | int,
     part: Any,
-) -> Gradient:
-    """The gradient of the totals divided by ``counts``, those of the whole batch on all devices;
-    None: the part is the whole batch of this device.
+) -> PartGradient:
+    """The gradient of the terms' totals divided by ``counts``, those of the whole batch on all
+    devices; None: the part is the whole batch of this device.
     """
-    totals, pull_back, (own_counts, metrics) = jax.vjp(
-        lambda p: forward(p, number, part), params, has_aux=True
-    )
-    if counts is None:
-        counts = ops.psum(own_counts, axis_name)
-    terms = map(Mean, jax.tree.map(jnp.ones_like, totals), counts)
-    (grads,) = pull_back(tuple(term.value for term in terms))
-    return grads, totals, counts, metrics
+
+    def divided(params: Params) -> tuple[Array, Results]:
+        terms, metrics = forward(params, number, part)
+        whole = _counts(terms, axis_name) if counts is None else counts
+        shares = [Mean(term.total, count) for term, count in zip(terms, whole, strict=True)]
+        return sum((share.value for share in shares), jnp.zeros(())), (terms, metrics)
+
+    return jax.grad(divided, has_aux=True)(params)
+
+
+def _counts(terms: Terms, axis_name: AxisName) -> list[Array]:
+    """The count of each term on all devices."""
+    return ops.psum([term.count for term in terms], axis_name)
 
 
 def _over_microbatches(
     forward: Forward,
+    axis_name: AxisName,
     params: Params,
-    axis_name: AxisName | None,
     batch: Any,
     num_microbatches: int,
-) -> Gradient:
-    """The sum of the microbatches' gradients and totals, and their metrics as one."""
-    batch, widths = _by_length(batch, num_microbatches)
-    parts = (jnp.arange(num_microbatches), _split(batch, num_microbatches))
-
-    def count(carry: None, part: tuple[Array, Any]) -> tuple[None, Counts]:
-        _, (counts, _) = forward(params, *part)
-        return carry, counts
+) -> PartGradient:
+    """The sum of the microbatches' gradients, and their terms and metrics added up."""
+    num_rows = _num_rows(batch)
+    if num_microbatches < 1 or num_rows % num_microbatches:
+        raise ValueError(
+            f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch"
+        )
+    is_long = _is_long(batch)
+    if is_long:
+        batch = _by_length(batch, num_microbatches)
+    parts = (jnp.arange(num_microbatches), ops.split_rows(batch, num_microbatches))
 
     # The counts do not depend on the parameters: XLA leaves the forward pass out.
-    _, part_counts = jax.lax.scan(count, None, parts)
-    counts = ops.psum(tuple(map(jnp.sum, part_counts)), axis_name)
-    backward = partial(_backward, forward, params, axis_name, counts)
-    by_width = [partial(_narrowed, backward, width) for width in widths]
+    terms = jax.lax.map(lambda part: forward(params, *part)[0], parts)
+    counts = _counts(_merged(terms), axis_name)
+    backward = partial(_backward, forward, axis_name, counts, params)
+    if is_long:
+        backward = partial(_narrowed, backward)
 
-    def of_part(number: Array, rows: Any) -> tuple[Params, Totals, Parts]:
-        index = _width_index(rows, widths)
-        grads, totals, _, metrics = jax.lax.switch(index, by_width, number, rows)
-        return jax.tree.map(_widened, grads), totals, metrics
+    def of_part(part: tuple[Array, Any]) -> PartGradient:
+        grads, results = backward(*part)
+        return jax.tree.map(_widened, grads), results
 
     if blocks.number():
 
-        def of_number(number: Array) -> tuple[Params, Totals, Parts]:
-            return of_part(number, jax.tree.map(lambda x: x[number], parts[1]))
+        def at(number: Array) -> PartGradient:
+            return of_part(jax.tree.map(lambda x: x[number], parts))
 
-        grads, totals, metrics = blocks.tree_sum(of_number, num_microbatches)
+        grads, results = blocks.tree_sum(at, num_microbatches)
     else:
-        grads, totals, metrics = _one_after_the_other(of_part, params, parts)
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return grads, totals, counts, metrics
+        grads, results = _in_order(of_part, params, parts)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), results
 
 
-def _one_after_the_other(
-    of_part: Callable[[Array, Any], tuple[Params, Totals, Parts]],
+def _in_order(
+    of_part: Callable[[Any], PartGradient],
     params: Params,
-    parts: tuple[Array, Any],
-) -> tuple[Params, Totals, Parts]:
-    """The sum over the parts, in their order."""
+    parts: Any,
+) -> PartGradient:
+    """The sum over the parts, one after the other."""
 
-    def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Totals, Parts]]:
-        grads, totals, metrics = of_part(*part)
-        return jax.tree.map(jnp.add, total, grads), (totals, metrics)
+    def add(total: Params, part: Any) -> PartGradient:
+        grads, results = of_part(part)
+        return jax.tree.map(jnp.add, total, grads), results
 
     zeros = jax.tree.map(lambda p: _widened(jnp.zeros_like(p)), params)
-    grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
-    totals = tuple(map(jnp.sum, totals))
-    return grads, totals, {name: _merged(part) for name, part in metrics.items()}
+    grads, stacked = jax.lax.scan(add, zeros, parts)
+    return grads, _merged(stacked)
 
 
 def _widened(gradient: Array) -> Array:
@@ -398,61 +392,57 @@ def _widened(gradient: Array) -> Array:
     return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
-def _merged(stacked: Mean | Max) -> Mean | Max:
-    """One metric from those of all microbatches, stacked on axis 0."""
-    reduce = jnp.sum if isinstance(stacked, Mean) else jnp.max
-    return jax.tree.map(partial(reduce, axis=0), stacked)
+def _map_parts(fn: Callable[[Any], Any], results: Any) -> Any:
+    """``fn`` of each Mean and Max."""
+    return jax.tree.map(fn, results, is_leaf=is_part)
 
 
-def _by_length(batch: Any, num_microbatches: int) -> tuple[Any, tuple[int | None, ...]]:
-    """The rows in an order from which `_split` makes parts of similar length, and the widths that a
-    part may have.
-    """
+def _merged(stacked: Any) -> Any:
+    """One Mean or Max from those of all microbatches, stacked on axis 0."""
+
+    def merge(part: Mean | Max) -> Mean | Max:
+        reduce = jnp.sum if isinstance(part, Mean) else jnp.max
+        return jax.tree.map(partial(reduce, axis=0), part)
+
+    return _map_parts(merge, stacked)
+
+
+def _is_long(batch: Any) -> bool:
+    """Whether the microbatches of a batch hold rows of similar length."""
     if not isinstance(batch, Rollout) or batch.prompt_length is None:
-        return batch, (None,)
-    prompt = batch.prompt_length
-    slots = batch.tokens.shape[1] - prompt
-    if slots < LONG:
-        return batch, (None,)
-    order = jnp.argsort(_used(batch)).reshape(num_microbatches, -1).T.reshape(-1)
-    batch = jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), batch)
-    return batch, (prompt + slots // 4, prompt + slots // 2, prompt + slots)
+        return False
+    return batch.tokens.shape[1] - batch.prompt_length >= LONG
 
 
-def _width_index(rows: Any, widths: tuple[int | None, ...]) -> Number:
-    """The number of the smallest width that holds all response tokens of the rows."""
-    if len(widths) == 1:
-        return 0
-    return jnp.searchsorted(jnp.array(widths), jnp.max(_used(rows)))
+def _by_length(rollout: Rollout, num_microbatches: int) -> Rollout:
+    """The rows in an order from which ``ops.split_rows`` makes parts of similar length."""
+    order = jnp.argsort(_used(rollout)).reshape(num_microbatches, -1).T.reshape(-1)
+    return jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), rollout)
 
 
 def _narrowed(
-    backward: Callable[[Number, Any], Gradient],
-    width: int | None,
-    number: Number,
-    part: Any,
-) -> Gradient:
-    """``backward`` of the first ``width`` columns of a part; None: of all."""
-    return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part))
+    backward: Callable[[Array, Rollout], PartGradient],
+    number: Array,
+    part: Rollout,
+) -> PartGradient:
+    """``backward`` of the columns up to a quarter, a half or all of the response slots, whichever
+    the part's responses need.
+    """
+    prompt = part.prompt_length or 0
+    slots = part.tokens.shape[1] - prompt
+    widths = [prompt + slots // 4, prompt + slots // 2, prompt + slots]
+
+    def of_columns(width: int, part: Rollout) -> PartGradient:
+        return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part))
+
+    index = jnp.searchsorted(jnp.array(widths), jnp.max(_used(part)))
+    return jax.lax.switch(index, [partial(of_columns, width) for width in widths], part)
 
 
 def _used(rollout: Rollout) -> Array:
     """[B] columns up to the last response token of each row."""
     columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
     return jnp.max(jnp.where(rollout.mask, columns, 0), axis=1)
-
-
-def _split(batch: Any, num_microbatches: int) -> Any:
-    if batch is None:
-        raise ValueError(
-            f"num_microbatches={num_microbatches} needs a batch to divide, got batch=None"
-        )
-    num_rows = _num_rows(batch)
-    if num_microbatches < 1 or num_rows % num_microbatches:
-        raise ValueError(
-            f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch"
-        )
-    return ops.split_rows(batch, num_microbatches)
 
 
 def _average(metrics: Metrics) -> Metrics:
@@ -464,32 +454,14 @@ def _average(metrics: Metrics) -> Metrics:
     return averages
 
 
-def _shuffled(key: Array, numbers: Array, size: int) -> Array:
-    """[blocks, size] a permutation of each block's rows, given the blocks' numbers."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    return jax.vmap(lambda block_key: jax.random.permutation(block_key, size))(keys)
-
-
-def _take(order: Array, by_block: Array) -> Array:
-    """The rows [blocks * n, ...] of a minibatch: those at ``order`` [blocks, n] in each block."""
-    rows = jax.vmap(lambda block, numbers: block[numbers])(by_block, order)
-    return rows.reshape(-1, *rows.shape[2:])
-
-
-def _num_rows(batch: Any) -> int:
-    sizes = sorted({x.shape[0] for x in jax.tree.leaves(batch)})
-    if len(sizes) != 1:
-        raise ValueError(f"the leaves of a batch must share their leading axis, got sizes {sizes}")
-    return sizes[0]
-
-
-def _local_blocks(
+def _orders(
+    key: Array,
     num_rows: int,
     num_minibatches: int,
     shuffle_blocks: int,
-    axis_name: AxisName | None,
-) -> tuple[Array | int, int]:
-    """The number of this device's first block, and how many blocks it holds."""
+    axis_name: AxisName,
+) -> Array:
+    """[minibatches, blocks, n]: positions of each minibatch's rows in this device's blocks."""
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if shuffle_blocks % num_devices:
         raise ValueError(
@@ -500,9 +472,31 @@ def _local_blocks(
     if num_rows % (num_blocks * num_minibatches):
         raise ValueError(
             f"a batch of {num_rows * num_devices} rows does not divide into "
-            f"shuffle_blocks={shuffle_blocks} blocks "
-            f"times num_minibatches={num_minibatches}: it must be a multiple of "
-            f"{shuffle_blocks * num_minibatches}"
+            f"shuffle_blocks={shuffle_blocks} blocks times num_minibatches={num_minibatches}: it "
+            f"must be a multiple of {shuffle_blocks * num_minibatches}"
         )
-    first_block = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_blocks
-    return first_block, num_blocks
+    numbers = jnp.arange(num_blocks)
+    if axis_name is not None:
+        numbers += jax.lax.axis_index(axis_name) * num_blocks
+
+    def shuffled(number: Array) -> Array:
+        block_key = jax.random.fold_in(key, number)
+        return jax.random.permutation(block_key, num_rows // num_blocks)
+
+    orders = jax.vmap(shuffled)(numbers)
+    return orders.reshape(num_blocks, num_minibatches, -1).swapaxes(0, 1)
+
+
+def _take(order: Array, x: Array) -> Array:
+    """The rows of a minibatch: those at ``order`` [blocks, n] in the blocks of ``x`` [B, ...]."""
+    by_block = x.reshape(len(order), -1, *x.shape[1:])
+    rows = jax.vmap(lambda block, positions: block[positions])(by_block, order)
+    return rows.reshape(-1, *rows.shape[2:])
+
+
+def _num_rows(batch: Any) -> int:
+    """The leading axis of a batch."""
+    sizes = sorted({x.shape[0] for x in jax.tree.leaves(batch)})
+    if len(sizes) != 1:
+        raise ValueError(f"a batch needs arrays that share their leading axis, got sizes {sizes}")
+    return sizes[0]

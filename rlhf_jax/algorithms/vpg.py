@@ -7,7 +7,6 @@ comes first. The baseline b travels in ``vpg.State``. ReMax is ``baseline="greed
 the b of its prompt. Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -46,16 +45,14 @@ class Config(policy.Batching):
 class State(TrainState):
     """A TrainState with the moving baseline, which starts at 0."""
 
-    baseline: Array = flax.struct.field(
-        default_factory=lambda: jnp.zeros((), jnp.float32)
-    )  # [] float32
+    baseline: Array = flax.struct.field(default_factory=lambda: jnp.zeros(()))  # [] float32
 
 
 def prepare(
     rollout: Rollout,
     *,
     config: Config,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
     baseline: Array | float = 0.0,
 ) -> Rollout:
     """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has
@@ -71,27 +68,13 @@ def prepare(
         return rollout
     advantage = policy.row_rewards(rollout)
     if config.baseline == "ema":
-        _, advantage = _moved(rollout, baseline, config, axis_name)
-    elif config.baseline == "greedy":
-        advantage = advantage - policy.field(
-            rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1
+        _, advantage = advantages.ema_baseline(
+            baseline, advantage, config.baseline_decay, rollout.present, axis_name
         )
-    return dataclasses.replace(rollout, advantages=jnp.where(rollout.mask, advantage[:, None], 0.0))
-
-
-def _moved(
-    rollout: Rollout,
-    baseline: Array | float,
-    config: Config,
-    axis_name: AxisName | None,
-) -> tuple[Array, Array]:
-    """``advantages.ema_baseline`` of the rows' rewards: the moved baseline [] and the advantages
-    [B].
-    """
-    present = rollout.present
-    return advantages.ema_baseline(
-        baseline, policy.row_rewards(rollout), config.baseline_decay, present, axis_name
-    )
+    elif config.baseline == "greedy":
+        hint = "training.phases.with_greedy makes them"
+        advantage = advantage - policy.field(rollout, "greedy_rewards", hint, ndim=1)
+    return policy.spread(advantage, rollout)
 
 
 def loss(
@@ -114,15 +97,14 @@ def loss(
         raise ValueError("rollout.advantages [B, T] is needed, got None: call vpg.prepare first")
     mask = rollout.mask  # [B, T]
     output = ops.evaluate(policy_fn, params, rollout)
-    surrogate, metrics = policy.reweighed(
-        losses.policy_gradient(output.log_probs, rollout.advantages, mask), rollout
-    )
+    policy_loss = losses.policy_gradient(output.log_probs, rollout.advantages, mask)
+    policy_loss, metrics = policy.reweighed(policy_loss, rollout)
     mean = partial(losses.aggregate, mask=mask, how=config.aggregate, length=config.length)
-    per_token = surrogate
+    per_token = policy_loss
     if not ops.is_zero(config.entropy_coef):
-        per_token = surrogate - config.entropy_coef * output.entropy
+        per_token = per_token - config.entropy_coef * output.entropy
     metrics |= {
-        "policy/loss": mean(surrogate),
+        "policy/loss": mean(policy_loss),
         "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
     }
     return mean(per_token), metrics
@@ -137,7 +119,7 @@ def update(
     key: Array,
     *,
     config: Config,
-    axis_name: AxisName | None = None,
+    axis_name: AxisName = None,
     **options: Any,
 ) -> tuple[policy.State, Metrics]:
     """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on
@@ -162,9 +144,13 @@ def update(
         raise ValueError(
             "vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]"
         )
-    prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=state.baseline)
-    after, metrics = _passes(state, prepared, key, **options)
-    moved, _ = _moved(rollout, state.baseline, config, axis_name)
-    return after.replace(
-        baseline=jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)
-    ), metrics
+    moved, advantage = advantages.ema_baseline(
+        state.baseline,
+        policy.row_rewards(rollout),
+        config.baseline_decay,
+        rollout.present,
+        axis_name,
+    )
+    after, metrics = _passes(state, policy.spread(advantage, rollout), key, **options)
+    baseline = jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)
+    return after.replace(baseline=baseline), metrics
