@@ -50,7 +50,7 @@ def replicated(program: Program, mesh: Mesh, count: int) -> Program:
 
     Args:
       mesh: its axes other than ``data`` have size 1.
-      count: a power of two.
+      count: a power of two, at least the number of devices.
     """
     whole = PartitionSpec()
 
@@ -106,8 +106,6 @@ def tree_sum(part: Callable[[Array], Tree], count: int) -> Tree:
     """
     first, own = _share(count)
     num_devices = count // own
-    if count & (count - 1):
-        raise ValueError(f"expected a power of two as the number of parts, got {count}")
 
     def of_part(place: Array) -> Tree:
         with _cut_into(0):
@@ -142,8 +140,6 @@ def tree_sum(part: Callable[[Array], Tree], count: int) -> Tree:
 def _share(count: int) -> tuple[Array, int]:
     """This device's share of ``count`` parts: the first part's index and how many they are."""
     num_devices = jax.lax.axis_size(AXIS)
-    if count % num_devices:
-        raise ValueError(f"{count} blocks or parts do not divide over {num_devices} devices")
     own = count // num_devices
     # The bounds of a loop over the parts must not be constants. XLA would fuse a loop of one
     # iteration with the code around it, and the results would be rounded differently. With several

@@ -64,6 +64,18 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
             raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
+def check_numbers(settings: Any, *names: str, **bounds: float) -> None:
+    """``check_number`` of each of these fields of the settings."""
+    for name in names:
+        check_number(name, getattr(settings, name), **bounds)
+
+
+def check_choices(settings: Any, **literals: Any) -> None:
+    """``check_choice`` of fields of the settings, each given with its Literal type."""
+    for name, literal in literals.items():
+        check_choice(name, getattr(settings, name), get_args(literal))
+
+
 def is_zero(coefficient: Array | float) -> bool:
     """True for Python's 0, whose term is left out; False for an array or tracer of any value."""
     return isinstance(coefficient, int | float) and coefficient == 0

@@ -61,13 +61,12 @@ class SamplingConfig:
     pad_id: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        ops.check_number("max_new_tokens", self.max_new_tokens, at_least=1)
-        ops.check_number("temperature", self.temperature, at_least=0, below=math.inf)
-        ops.check_number("top_k", self.top_k, at_least=1)
-        ops.check_number("top_p", self.top_p, above=0, at_most=1)
-        ops.check_number("min_p", self.min_p, at_least=0, at_most=1)
-        ops.check_number("repetition_penalty", self.repetition_penalty, above=0, below=math.inf)
-        ops.check_number("pad_id", self.pad_id, at_least=0)
+        ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
+        ops.check_numbers(self, "temperature", at_least=0, below=math.inf)
+        ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)
+        ops.check_numbers(self, "top_p", above=0, at_most=1)
+        ops.check_numbers(self, "min_p", at_least=0, at_most=1)
+        ops.check_numbers(self, "pad_id", at_least=0)
         for eos_id in self.eos_ids:
             ops.check_number("eos_id", eos_id, at_least=0)
         if set(self.eos_ids) == {self.pad_id}:

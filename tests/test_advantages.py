@@ -58,7 +58,12 @@ def test_what_is_absent_counts_nowhere():
     [
         (advantages.gae, [(2, 3), (2, 4), (2, 3)], AssertionError, r"shapes.*\(2, 4\)"),
         (advantages.discounted_returns, [(3,), (3,)], AssertionError, "rank"),
-        (advantages.leave_one_out, [(4, 1)], ValueError, r"at least 2 answers in a group, got \(4, 1\)"),
+        (
+            advantages.leave_one_out,
+            [(4, 1)],
+            ValueError,
+            r"at least 2 answers in a group, got \(4, 1\)",
+        ),
         (advantages.group_normalized, [(4,)], AssertionError, "rank"),
         (
             lambda x, mask: advantages.group_normalized(x, mask=mask),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_language as tiny
+from builders import slow
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
@@ -182,10 +183,7 @@ def expected_gradient(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("rloo", "grpo_k3") else pytest.param(name, marks=pytest.mark.slow)
-        for name in GROUPS
-    ],
+    [name if name in ("rloo", "grpo_k3") else slow(name) for name in GROUPS],
 )
 def test_expected_gradient_vanishes_at_the_optimum(name):
     """All 121 x 121 groups of two answers, each with its probability: no samples, no steps."""
@@ -265,7 +263,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     [
         ("vpg", 120, 1024, 0.06),
         ("ppo", 120, 1024, 0.06),
-        *(pytest.param(name, 500, 2048, 0.03, marks=pytest.mark.slow) for name in LEARNERS),
+        *(slow(name, 500, 2048, 0.03) for name in LEARNERS),
     ],
 )
 def test_learning_from_samples_reaches_the_optimum(name, num_steps, rows, near):
@@ -322,11 +320,11 @@ WHOLE = {**OF_SAMPLES, "discount": 1.0}
 @pytest.mark.parametrize(
     ("fields", "near"),
     [
-        ({"divergence": "reverse_kl"}, 0.01),
+        slow({"divergence": "reverse_kl"}, 0.01),
         ({"divergence": "forward_kl"}, 0.01),
-        ({"divergence": "jsd", "beta": 0.5}, 0.01),
+        slow({"divergence": "jsd", "beta": 0.5}, 0.01),
         (OF_SAMPLES, 0.05),
-        (WHOLE, 0.08),
+        slow(WHOLE, 0.08),
     ],
     ids=["reverse_kl", "forward_kl", "jsd", "sampled", "sampled_whole"],
 )
@@ -439,7 +437,7 @@ def test_dpo_reaches_its_optimum():
     assert_allclose(implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("share", [slow(1.0), 0.5])
 def test_dpo_goes_on_from_a_reference_that_moved(share):
     """After each move the optimum is the new reference * exp(r / beta), normalised. The logits of
     each prefix are averaged.
@@ -550,7 +548,7 @@ PREFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", ["ipo", slow("by_length"), slow("simpo"), "orpo"])
 def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
     """Labels in expectation: both of each pair, with their probability. No steps."""
     optimum_for, fields, beta = PREFERENCES[name]

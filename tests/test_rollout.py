@@ -20,7 +20,7 @@ PAD = 0
 ROWS = 8
 PROMPT = 5
 MODEL = models.build(
-    models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2)
+    models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=1, num_heads=2)
 )
 CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PAD)
 POLICY = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT)

@@ -140,45 +140,50 @@ LLAMA = models.LlamaConfig(8, 8, 8, 2, 2, intermediate_size=16)
 GPT2 = models.GPT2Config(8, 8, 8, 2, 2)
 READS = P("fsdp", "tensor")
 WRITES = P("tensor", "fsdp")
-SPECS = [
-    *((LLAMA, f"h_0/attn/{name}_proj/kernel", READS) for name in "qkv"),
-    *((LLAMA, f"h_1/mlp/{name}_proj/kernel", READS) for name in ("gate", "up")),
-    (LLAMA, "h_0/attn/o_proj/kernel", WRITES),
-    (LLAMA, "h_0/mlp/down_proj/kernel", WRITES),
-    (LLAMA, "h_0/mlp/down_proj/lora_a", P("tensor", None)),
-    (LLAMA, "h_0/mlp/down_proj/lora_b", P(None, "fsdp")),
-    (LLAMA, "h_0/attn/k_proj/lora_a", P("fsdp", None)),
-    (LLAMA, "h_0/attn/k_proj/lora_b", P(None, "tensor")),
-    (LLAMA, "h_0/attn/k_proj/lora_scale", P()),
-    (LLAMA, "wte/embedding", WRITES),
-    (LLAMA, "lm_head/embedding", WRITES),
-    (LLAMA, "ln_f/scale", P(None)),
-    (replace(LLAMA, scan_layers=True), "h/attn/q_proj/kernel", P(None, *READS)),
-    (replace(LLAMA, scan_layers=True), "h/attn/o_proj/lora_a", P(None, "tensor", None)),
-    (GPT2, "h_0/attn/c_attn/kernel", P("fsdp", None, "tensor")),
-    (GPT2, "h_0/attn/c_attn/lora_b", P(None, None, "tensor")),
-    (GPT2, "h_0/attn/c_proj/kernel", WRITES),
-    (GPT2, "h_0/mlp/c_fc/kernel", READS),
-    (GPT2, "h_0/attn/c_attn/bias", P(None, None)),
-    (GPT2, "wpe/embedding", P(None, None)),
-    (GPT2, "value/kernel", P(None)),
-]
+SPECS = {
+    LLAMA: {
+        **{f"h_0/attn/{name}_proj/kernel": READS for name in "qkv"},
+        **{f"h_1/mlp/{name}_proj/kernel": READS for name in ("gate", "up")},
+        "h_0/attn/o_proj/kernel": WRITES,
+        "h_0/mlp/down_proj/kernel": WRITES,
+        "h_0/mlp/down_proj/lora_a": P("tensor", None),
+        "h_0/mlp/down_proj/lora_b": P(None, "fsdp"),
+        "h_0/attn/k_proj/lora_a": P("fsdp", None),
+        "h_0/attn/k_proj/lora_b": P(None, "tensor"),
+        "h_0/attn/k_proj/lora_scale": P(),
+        "wte/embedding": WRITES,
+        "lm_head/embedding": WRITES,
+        "ln_f/scale": P(None),
+    },
+    replace(LLAMA, scan_layers=True): {
+        "h/attn/q_proj/kernel": P(None, *READS),
+        "h/attn/o_proj/lora_a": P(None, "tensor", None),
+    },
+    GPT2: {
+        "h_0/attn/c_attn/kernel": P("fsdp", None, "tensor"),
+        "h_0/attn/c_attn/lora_b": P(None, None, "tensor"),
+        "h_0/attn/c_proj/kernel": WRITES,
+        "h_0/mlp/c_fc/kernel": READS,
+        "h_0/attn/c_attn/bias": P(None, None),
+        "wpe/embedding": P(None, None),
+        "value/kernel": P(None),
+    },
+}
 
 
-@pytest.mark.parametrize(("config", "path", "spec"), SPECS, ids=[path for _, path, _ in SPECS])
-def test_the_rules_of_the_families(config, path, spec):
+@pytest.mark.parametrize("config", SPECS, ids=["llama", "scanned", "gpt2"])
+def test_the_rules_of_the_families(config):
     def state(key):
         params = models.build(config).init(key)
-        return models.add_head(
-            key, models.lora.attach(params, models.lora.init(key, params, 2)), "value"
-        )
+        adapted = models.lora.attach(params, models.lora.init(key, params, 2))
+        return models.add_head(key, adapted, "value")
 
     mesh = sharding.make_mesh(1, 2, 2)
     shapes = jax.eval_shape(state, KEY)
-    found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")[path]
-    assert found.is_equivalent_to(
-        NamedSharding(mesh, spec), flatten_dict(shapes, sep="/")[path].ndim
-    )
+    ndims = jax.tree.map(lambda x: x.ndim, flatten_dict(shapes, sep="/"))
+    found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")
+    for path, spec in SPECS[config].items():
+        assert found[path].is_equivalent_to(NamedSharding(mesh, spec), ndims[path]), path
 
 
 def test_cut_where_there_is_a_mesh_that_divides():

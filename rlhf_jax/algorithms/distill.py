@@ -18,7 +18,7 @@ Column t of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -59,10 +59,10 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choice("divergence", self.divergence, get_args(Divergence))
-        ops.check_number("beta", self.beta, above=0, below=1)
-        ops.check_number("discount", self.discount, at_least=0, at_most=1)
-        ops.check_number("teacher_coef", self.teacher_coef, at_least=0)
+        ops.check_choices(self, divergence=Divergence)
+        ops.check_numbers(self, "beta", above=0, below=1)
+        ops.check_numbers(self, "discount", at_least=0, at_most=1)
+        ops.check_numbers(self, "teacher_coef", at_least=0)
 
     def measure(self, logits: Array, teacher_logits: Array) -> Array:
         """``losses.divergence`` with these settings. For ``sampled`` it is the reverse KL, of which

@@ -45,7 +45,7 @@ class Config:
 
     def __post_init__(self) -> None:
         losses.check_dpo(self.kind, self.label_smoothing, self.gamma)
-        ops.check_number("beta", self.beta, above=0)
+        ops.check_numbers(self, "beta", above=0)
 
     @property
     def needs_reference(self) -> bool:

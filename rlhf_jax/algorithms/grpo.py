@@ -40,8 +40,8 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_number("group_size", self.group_size, at_least=2)
-        ops.check_number("eps", self.eps, at_least=0)
+        ops.check_numbers(self, "group_size", at_least=2)
+        ops.check_numbers(self, "eps", at_least=0)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:

@@ -49,9 +49,8 @@ class Config:
     needs_reference = True  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
-        ops.check_number("beta", self.beta, above=0)
-        ops.check_number("desirable_weight", self.desirable_weight, at_least=0)
-        ops.check_number("undesirable_weight", self.undesirable_weight, at_least=0)
+        ops.check_numbers(self, "beta", above=0)
+        ops.check_numbers(self, "desirable_weight", "undesirable_weight", at_least=0)
 
 
 def mismatched(feedback: Feedback) -> Feedback:
@@ -65,7 +64,7 @@ def mismatched(feedback: Feedback) -> Feedback:
     start = jnp.argmax(mask, axis=1, keepdims=True)  # [B, 1] first column of the response
     column = jnp.arange(mask.shape[1])[None, :]
     theirs = column - start + jnp.roll(start, -1, axis=0)  # [B, T] column of the next row
-    present = jnp.any(mask, axis=1, keepdims=True)
+    present = feedback.present[:, None]
     both = present & jnp.roll(present, -1, axis=0)
 
     def moved(x: Array) -> Array:

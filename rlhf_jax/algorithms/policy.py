@@ -8,7 +8,7 @@ nowhere.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
@@ -76,9 +76,8 @@ class Batching:
         return not ops.is_zero(self.kl_loss_coef)
 
     def __post_init__(self) -> None:
-        counts = ("num_epochs", "num_minibatches", "num_microbatches")
-        for name in (*counts, "shuffle_blocks", "group_size"):
-            ops.check_number(name, getattr(self, name), at_least=1)
+        ops.check_numbers(self, "num_epochs", "num_minibatches", "shuffle_blocks", at_least=1)
+        ops.check_numbers(self, "num_microbatches", "group_size", at_least=1)
         losses.check_aggregation(self.aggregate, self.length)
         if self.length is not None and self.aggregate != "fixed":
             raise ValueError(
@@ -123,15 +122,18 @@ class Config(Batching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_number("clip_low", self.clip_low, at_least=0)
-        ops.check_number("clip_high", self.clip_high, at_least=0)
-        ops.check_number("dual_clip", self.dual_clip, above=1)
-        ops.check_choice("surrogate", self.surrogate, get_args(losses.Surrogate))
+        ops.check_numbers(self, "clip_low", "clip_high", at_least=0)
+        ops.check_numbers(self, "dual_clip", above=1)
+        ops.check_choices(
+            self,
+            surrogate=losses.Surrogate,
+            ratio=Ratio,
+            kl_loss_estimator=ops.KLEstimator,
+        )
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(
                 f"dual_clip: only for the surrogate 'clip', not {self.surrogate!r}; use null"
             )
-        ops.check_choice("ratio", self.ratio, get_args(Ratio))
         if self.surrogate == "vespo" and self.ratio != "product":
             raise ValueError(
                 f"ratio: the surrogate 'vespo' weighs whole rows, by 'product', not {self.ratio!r}"
@@ -142,7 +144,6 @@ class Config(Batching):
                 raise ValueError(f"{name} must be two numbers, got {values}")
             for value in values:
                 ops.check_number(name, value, above=0)
-        ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, get_args(ops.KLEstimator))
         if self.kl_loss_estimator == "k1":
             raise ValueError(
                 "kl_loss_estimator 'k1' has expected gradient 0: use it in the reward, or 'k2' or "

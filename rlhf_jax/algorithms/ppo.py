@@ -45,7 +45,7 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_number("value_clip", self.value_clip, above=0)
+        ops.check_numbers(self, "value_clip", above=0)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:

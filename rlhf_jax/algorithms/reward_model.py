@@ -30,7 +30,7 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        ops.check_number("centering", self.centering, at_least=0)
+        ops.check_numbers(self, "centering", at_least=0)
 
 
 def answer_scores(

@@ -23,6 +23,7 @@ from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, Tra
 State = TrainState
 needs_values = False
 kl_coef = 0.05
+Baseline = Literal["group", "global", "both"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Config(policy.Config):
 
     group_size: int = 4
     """Answers to each prompt, in adjacent rows of the rollout."""
-    baseline: Literal["group", "global", "both"] = "group"
+    baseline: Baseline = "group"
     """group: the mean reward of a prompt's other answers; global: rewards to go, whitened over the
     batch (REINFORCE++), for which group_size may be 1; both: reward minus the mean of all answers
     of its prompt, whitened over the batch."""
@@ -40,9 +41,9 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choice("baseline", self.baseline, ("group", "global", "both"))
+        ops.check_choices(self, baseline=Baseline)
         if self.baseline != "global":
-            ops.check_number("group_size", self.group_size, at_least=2)
+            ops.check_numbers(self, "group_size", at_least=2)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:

@@ -21,13 +21,14 @@ from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rol
 
 needs_values = False
 kl_coef = 0.05
+Baseline = Literal["ema", "greedy", "none"]
 
 
 @dataclass(frozen=True)
 class Config(policy.Batching):
     """Vanilla policy gradient."""
 
-    baseline: Literal["ema", "greedy", "none"] = "ema"
+    baseline: Baseline = "ema"
     """What is subtracted from a reward: the running mean of the rewards, the reward of the policy's
     greedy response to the same prompt (ReMax; without KL), or nothing."""
     baseline_decay: float = 0.9
@@ -37,8 +38,8 @@ class Config(policy.Batching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choice("baseline", self.baseline, ("ema", "greedy", "none"))
-        ops.check_number("baseline_decay", self.baseline_decay, at_least=0, at_most=1)
+        ops.check_choices(self, baseline=Baseline)
+        ops.check_numbers(self, "baseline_decay", at_least=0, at_most=1)
 
 
 @flax.struct.dataclass
