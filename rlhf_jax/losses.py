@@ -385,8 +385,8 @@ def divergence(
     """How far a student's next-token distribution p is from a teacher's q, in nats, over the whole
     vocabulary: 0 where they are equal.
 
-    - ``reverse_kl``: KL(p || q); the student leaves out what the teacher does not say.
-    - ``forward_kl``: KL(q || p); the student says everything that the teacher says.
+    - ``reverse_kl``: KL(p || q); the student avoids what is unlikely for the teacher.
+    - ``forward_kl``: KL(q || p); the student covers all that is likely for the teacher.
     - ``jsd``: ``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``, the
       generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv 2306.13649). Divided by beta
       it goes to the forward KL as beta goes to 0, divided by 1 - beta to the reverse KL at 1.

@@ -301,7 +301,7 @@ def _check_tokens(where: str, row: _Row, tokenizer: Encoder) -> None:
     for t in np.flatnonzero(is_eos[:-1] & row.mask[1:]):
         raise UserError(
             f"{where}: the policy has tokens after EOS, response token {t} of {len(row.response)}; "
-            "end the row there, or give masks with 0 for what it did not say"
+            "end the row there, or give masks with 0 for the tokens of others"
         )
 
 

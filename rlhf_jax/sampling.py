@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax import blocks, models, ops, sharding
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 
-# Bytes of a layer's weights from which "fsdp" cuts its heads and mlp while it samples: an H200
-# reads so many in 14 microseconds, about the time of the two sums over devices that it then needs.
+# From this many bytes of weights in a layer on, heads and mlp are sharded over "fsdp" while a batch
+# is sampled: an H200 reads so many in 14 microseconds, about the time of the two sums over devices
+# that the sharding needs.
 LARGE_LAYER = 2**26
 
 
@@ -47,8 +48,8 @@ class SamplingConfig:
         eos_id: the token that ends a response, or several any of which ends it; None lets every
             response run to ``max_new_tokens``.
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
-            ``eos_id``. It may be one of several EOS ids (Qwen's is): masks, not ids, say where a
-            response ends.
+            ``eos_id``. It may be one of several EOS ids (Qwen's is): a response ends where its
+            mask does.
     """
 
     max_new_tokens: int
@@ -141,7 +142,7 @@ class _Uncached:
 
 
 class Rows(NamedTuple):
-    """What no token changes."""
+    """The state of the sampler that stays the same from token to token."""
 
     key_mask: Array  # [B, T]
     num_real: Array  # [B] tokens of the prompt
@@ -150,7 +151,7 @@ class Rows(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What one token changes."""
+    """The state of the sampler that each token changes."""
 
     column: Array  # [] int32, of the last token
     tokens: Array  # [B, T]
@@ -176,15 +177,15 @@ def generate(
 
     Args:
         tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every
-            row is a real token. A row whose mask is all zero is absent: it gets an empty response,
+            row is a real token. A row whose mask is all zero is missing: it gets an empty response,
             and no other row waits for it.
         row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
             0..B-1.
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``); each part stops when
-            its own rows have ended. Parameters that "fsdp" cuts are gathered once, before the first
-            token; those of large layers (``LARGE_LAYER``) are cut by heads instead, and then the
-            rows are split over "data" alone. What is cut over "tensor" stays so. The tokens are
-            the same as on one device.
+            its own rows have ended. Parameters that are sharded over "fsdp" are gathered once,
+            before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
+            instead, and the rows over "data" only. What is sharded over "tensor" stays so. The
+            tokens are the same as on one device.
         used: [B] for conversations of several turns (``data.environment``), whose earlier responses
             stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
             The row gets at most the others, and the randomness of a token is that of its slot. P
@@ -218,8 +219,8 @@ def generate(
     prompts = (tokens, attention_mask, row_ids, used)
     for_decoding = getattr(model, "for_decoding", lambda params: params)
     decoding = for_decoding(params)  # once, not for each token
-    # The prompt's pass reads them as they were: that compiles faster. A mesh that cuts them gathers
-    # each of them once.
+    # The pass over the prompt reads the original ones, which compiles faster. Sharded ones are
+    # gathered once, so that the pass reads those for decoding too.
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = partial(_sample_rows, model, config)
     if mesh is None:
@@ -229,7 +230,7 @@ def generate(
         weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
         prompts = jax.lax.with_sharding_constraint(prompts, rows)
         sampled = _mapped(sample_rows, rows, {"data"})(weights, key, prompts)
-        # In two steps, or else XLA cuts the rows over "fsdp" inside too.
+        # In two steps: otherwise XLA shards the rows over "fsdp" inside the loop too.
         sampled = jax.lax.with_sharding_constraint(sampled, rows)
         return jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
     return _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))(weights, key, prompts)
@@ -262,11 +263,11 @@ def _row_ids(row_ids: Array | None, tokens: Array) -> Array:
 
 
 def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
-    """Whether "fsdp" cuts heads and mlps while a batch is sampled, as "tensor" does
+    """Whether heads and mlps are sharded over "fsdp" too while a batch is sampled, as over "tensor"
     (``sharding.tensor_axes``), because a layer is large.
 
-    Else weights that "fsdp" cuts are gathered before the first token, and each device reads all of
-    them for each token.
+    Otherwise weights that are sharded over "fsdp" are gathered before the first token, and each
+    device reads all of them for each token.
     """
     if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
         return False
@@ -278,7 +279,9 @@ def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
 
 
 def _over_tensor(weights: Params, mesh: Mesh) -> Any:
-    """The shardings of weights where "fsdp" cuts as "tensor" does."""
+    """The shardings of weights over "fsdp" and "tensor" together, wherever they are sharded over
+    "tensor".
+    """
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     alone = sharding.make_mesh(mesh.shape["data"], 1, parts, devices=list(mesh.devices.flat))
 
@@ -308,7 +311,7 @@ def _check_prompts(tokens: Array, attention_mask: Array) -> None:
 
 
 def _mapped_axes(mesh: Mesh) -> set[str]:
-    """The axes that ``generate`` is mapped over by hand: "tensor" too, unless it cuts weights.
+    """The axes that ``generate`` is mapped over by hand: "tensor" only if it has one device.
 
     XLA:GPU cannot partition cuDNN's attention where one axis is mapped by hand and another is left
     to the compiler, even if that has one device.
@@ -368,8 +371,8 @@ def start(
 ) -> tuple[Rows, Loop]:
     """The state before the first token of each response; the arguments are those of ``generate``.
 
-    ``generate`` is ``start`` and then ``step`` until all rows have ended. Who calls them one by one
-    has each token as soon as it is sampled.
+    ``generate`` is ``start`` and then ``step`` until all rows have ended. A caller of the two gets
+    each token as soon as it is sampled.
     """
     num_rows, prompt_length = tokens.shape
     response_columns = ((0, 0), (0, max_new_tokens))
@@ -411,7 +414,7 @@ def step(
     column = loop.column
     prompt_length = loop.tokens.shape[1] - config.max_new_tokens
     last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **in_columns)  # [B, 1]
-    # An absent row has no real token; its position is kept inside the table.
+    # A missing row has no real token; its position is kept inside the table.
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
     logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
     slot = rows.used + (column + (1 - prompt_length))
@@ -479,8 +482,8 @@ def truncate(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Array:
-    """Logits [B, V] with -inf at the tokens that top-k, then top-p and then min-p on what is left
-    take away.
+    """Logits [B, V] with -inf at the tokens that top-k removes, then top-p of those that are left,
+    then min-p.
 
     See ``SamplingConfig`` for which tokens stay. The order, top-k first and probabilities
     renormalised before top-p, is that of transformers' ``generate``.

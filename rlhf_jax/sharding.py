@@ -36,20 +36,16 @@ def make_mesh(
       data, fsdp, tensor: sizes. One of them may be -1: it takes all devices that are left.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    given = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    for axis in free:
-        sizes[axis] = len(devices) // fixed
-    used = math.prod(sizes.values())
-    fits = 1 <= used <= len(devices)
-    if not fits or (free and used != len(devices)):
+    sizes = (data, fsdp, tensor)
+    product = abs(math.prod(sizes))  # -1 counts as 1
+    used = len(devices) if -1 in sizes else product
+    is_size = min(sizes) >= -1 and product > 0 and sizes.count(-1) <= 1
+    if not is_size or used > len(devices) or used % product:
         raise UserError(
-            f"mesh: {given} does not fit {len(devices)} devices; take sizes whose product divides "
-            "that number"
+            f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
+            "devices; take sizes whose product divides that number"
         )
-    return Mesh(np.array(devices[:used]).reshape(*sizes.values()), tuple(sizes))
+    return Mesh(np.array(devices[:used]).reshape(sizes), ("data", "fsdp", "tensor"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

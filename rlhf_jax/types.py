@@ -204,7 +204,7 @@ class PolicyOutput(NamedTuple):
     log_probs: Array
     entropy: Array
     values: Array | None = None
-    teacher_log_probs: Array | None = None  # of the same tokens, where there is a teacher
+    teacher_log_probs: Array | None = None  # of the same tokens, with a teacher
     divergence: Array | None = None  # from the teacher, over the whole vocabulary
 
 
@@ -228,7 +228,7 @@ empty dict.
 
 AlgorithmConfig = Any
 """Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt,
-in adjacent rows; 1 if rows are compared with nothing), ``num_epochs``, ``num_minibatches``,
+in adjacent rows; 1 if rows are not compared), ``num_epochs``, ``num_minibatches``,
 ``num_microbatches``, ``shuffle_blocks`` and ``kl_in_loss`` (whether the loss reads
 ``rollout.ref_log_probs``), ``baseline`` ("greedy": ``prepare`` reads ``rollout.greedy_rewards``)
 and ``needs_teacher`` (whether the loss reads the policy's ``divergence`` from a teacher: the
@@ -275,9 +275,7 @@ class Algorithm(Protocol):
         policy_fn: PolicyFn,
         config: Any,
     ) -> LossAndMetrics:
-        """Loss and metrics of a prepared rollout. They are of its own rows, not summed over
-        devices.
-        """
+        """Loss and metrics of a prepared rollout, of the rows of one device."""
 
     def update(
         self,

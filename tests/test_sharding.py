@@ -35,6 +35,9 @@ def test_make_mesh():
         ((5,), "data 5 x fsdp 1 x tensor 1"),
         ((-1, 3), "data -1 x fsdp 3 x tensor 1"),
         ((-1, 8), "data -1 x fsdp 8 x tensor 1"),
+        ((-1, -1), "data -1 x fsdp -1 x tensor 1"),
+        ((0, 2), "data 0 x fsdp 2 x tensor 1"),
+        ((-2, 2), "data -2 x fsdp 2 x tensor 1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices(sizes, shape):

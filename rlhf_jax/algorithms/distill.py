@@ -38,9 +38,9 @@ class Config(policy.Config):
     """Distillation on the policy's own samples."""
 
     divergence: Divergence = "reverse_kl"
-    """What brings the student nearer to the teacher. reverse_kl: it leaves out what the teacher
-    does not say; forward_kl: it says all that the teacher says; jsd: between the two, by beta;
-    sampled: reverse_kl of the drawn tokens alone, as their advantage.
+    """The distance to the teacher. reverse_kl: the student avoids what is unlikely for the teacher;
+    forward_kl: it covers all that is likely for the teacher; jsd: between the two, by beta;
+    sampled: reverse_kl of the sampled tokens only, as their advantage.
     """
     beta: float = 0.5
     """With jsd, the teacher's share of the mixture, above 0 and below 1: near 0 as forward_kl, near
@@ -137,7 +137,7 @@ def loss(
     total, metrics = policy.loss(output, rollout, config)
     metrics["distill/divergence"] = losses.aggregate(per_token, mask)
     if not is_sampled:
-        divergence = losses.aggregate(per_token, mask, config.aggregate, config.length)
+        divergence = config.mean(per_token, mask)
         total = total.plus(config.teacher_coef * divergence)
     return total, metrics
 

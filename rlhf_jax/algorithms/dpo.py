@@ -55,7 +55,7 @@ class Config:
 
 def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
     """The answers with ``ref_log_probs`` [B, K]: nats under the reference, summed over the
-    response; 0 if absent.
+    response; 0 for a missing answer.
 
     Args:
       batch: comparisons [B, K, T], any K, or packed ones, [B, C, K] results; or feedback [B, T].

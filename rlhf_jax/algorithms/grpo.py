@@ -4,7 +4,7 @@
 ``A_i = (r_i - mean) / (std + eps)`` over the G answers to a prompt, one advantage for all tokens of
 an answer; the ratio of each token is clipped as in PPO, the KL is a term of the loss, and there is
 no value function. Dr. GRPO is ``scale=False, aggregate="fixed", length=max_new_tokens``. Column t
-of every [B, T] array speaks of ``tokens[:, t]``.
+of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     tokens of a row.
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
-    ``scores``. Absent rows, groups of equal rewards and a group with a single answer get 0.
+    ``scores``. Missing rows, groups of equal rewards and a group with a single answer get 0.
     Minibatches may split groups afterwards.
 
     Args:

@@ -1,7 +1,7 @@
 """What the policy algorithms share: settings, the clipped policy loss with its metrics, rewards of
 rows, the passes.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty response mask counts
+Column t of every [B, T] array belongs to ``tokens[:, t]``; a row with an empty response mask counts
 nowhere.
 """
 
@@ -31,8 +31,7 @@ from rlhf_jax.types import (
     TrainState,
 )
 
-# A token that the policy now says ten times as often as when it was drawn is an outlier, not a
-# sample.
+# The largest ratio that the KL term is multiplied by: a token with a larger one is an outlier.
 KL_RATIO_CAP = 10.0
 Ratio = Literal["token", "sequence", "product"]
 State = TypeVar("State", bound=TrainState)
@@ -40,9 +39,7 @@ State = TypeVar("State", bound=TrainState)
 
 @dataclass(frozen=True)
 class Batching:
-    """Settings of every policy algorithm: how a rollout is cut, and how its tokens become one
-    number.
-    """
+    """Settings of every policy algorithm: minibatches, and how token losses become one number."""
 
     num_minibatches: int = 1
     """Optimizer steps of a pass, each on its share of the rollout."""
@@ -74,6 +71,10 @@ class Batching:
     def kl_in_loss(self) -> bool:
         """Whether the loss reads ``rollout.ref_log_probs``."""
         return not ops.is_zero(self.kl_loss_coef)
+
+    def mean(self, per_token: Array, mask: Array) -> Mean:
+        """Losses of tokens [B, T] as one number; see ``losses.aggregate``."""
+        return losses.aggregate(per_token, mask, self.aggregate, self.length)
 
     def __post_init__(self) -> None:
         ops.check_numbers(self, "num_epochs", "num_minibatches", "shuffle_blocks", at_least=1)
@@ -205,20 +206,33 @@ def with_group_advantages(
     return spread(estimate(scores, mask=present).reshape(num_rows), rollout)
 
 
-def reweighed(per_token: Array, rollout: Rollout) -> tuple[Array, Parts]:
-    """Policy losses of tokens [B, T] times ``rollout.importance_weights``, with the metric
-    ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if
-    there are none.
+def with_entropy(
+    policy_loss: Array,
+    output: PolicyOutput,
+    rollout: Rollout,
+    config: Batching,
+) -> tuple[Array, Parts]:
+    """Policy losses of tokens [B, T] times ``rollout.importance_weights`` if there are any, minus
+    ``entropy_coef`` * entropy.
 
     Only the policy loss has these weights: only it depends on how often each token was drawn.
     Entropy and value are what they are at every prefix that was reached, and the KL term holds each
     drawn token at full strength.
+
+    Returns:
+      The losses, and the metrics ``policy/loss``, ``objective/entropy`` (nats per row) and, with
+      importance weights, ``policy/importance_weight_mean`` over response tokens.
     """
-    if rollout.importance_weights is None:
-        return per_token, {}
-    weights = jax.lax.stop_gradient(field(rollout, "importance_weights"))
-    mean = losses.aggregate(weights, rollout.response_mask)
-    return weights * per_token, {"policy/importance_weight_mean": mean}
+    mask = rollout.mask
+    metrics: Parts = {"objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
+    if rollout.importance_weights is not None:
+        weights = jax.lax.stop_gradient(field(rollout, "importance_weights"))
+        policy_loss = weights * policy_loss
+        metrics["policy/importance_weight_mean"] = losses.aggregate(weights, mask)
+    metrics["policy/loss"] = config.mean(policy_loss, mask)
+    if ops.is_zero(config.entropy_coef):
+        return policy_loss, metrics
+    return policy_loss - config.entropy_coef * output.entropy, metrics
 
 
 def of_rows(log_ratio: Array, mask: Array, ratio: Ratio) -> Array:
@@ -278,12 +292,13 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout
     with advantages.
 
-    One sum per token, aggregated once. With ``rollout.importance_weights`` see ``reweighed``. With
-    ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al. 2025,
-    arXiv 2507.18071, eq. 7), ``s_i = exp(mean over the response of log_probs - old_log_probs)``;
-    with ``aggregate = "sequence"`` the loss is that of eq. 5, and with ``"sum"`` that of LUSPO, in
-    which a row counts as often as it has tokens ("Length-Unbiased Sequence Policy Optimization",
-    2026, arXiv 2602.05261). With ``"product"`` it is the exponential of the sum.
+    One sum per token, aggregated once. See ``with_entropy`` for ``rollout.importance_weights``.
+
+    With ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al.
+    2025, arXiv 2507.18071, eq. 7), ``s_i = exp(mean over the response of log_probs -
+    old_log_probs)``; with ``aggregate = "sequence"`` the loss is that of eq. 5, and with ``"sum"``
+    that of LUSPO, in which a row counts as often as it has tokens ("Length-Unbiased Sequence Policy
+    Optimization", 2026, arXiv 2602.05261). With ``"product"`` it is the exponential of the sum.
 
     Args:
       output: the policy's forward pass on ``rollout``.
@@ -298,12 +313,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
       importance weights ``policy/importance_weight_mean``.
     """
     mask = rollout.mask  # [B, T]
-
-    def mean(per_token: Array) -> Mean:
-        return losses.aggregate(per_token, mask, config.aggregate, config.length)
-
-    # Masked columns get the same numbers on both sides, so that no exponential or square ever sees
-    # what is in them.
+    # Masked columns are 0 in all arrays, so that neither a loss nor a gradient depends on them.
     old_log_probs = ops.masked(field(rollout, "log_probs"), mask)
     log_probs = ops.masked(output.log_probs, mask)
     advantages = ops.masked(field(rollout, "advantages", "call prepare first"), mask)
@@ -311,24 +321,19 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     approx_kl = 0.5 * jnp.square(log_ratio)
     log_ratio = of_rows(log_ratio, mask, config.ratio)
     ratio = ops.frozen(ops.ratio(log_ratio, jnp.zeros_like(log_ratio)))
-    policy_loss, is_clipped = surrogate(config, log_probs, log_ratio, ratio, advantages)
-    policy_loss, metrics = reweighed(policy_loss, rollout)
+    per_token, is_clipped = surrogate(config, log_probs, log_ratio, ratio, advantages)
+    per_token, metrics = with_entropy(per_token, output, rollout, config)
     metrics |= {
-        "policy/loss": mean(policy_loss),
         "policy/clip_fraction": losses.aggregate(is_clipped, mask),
         "policy/approx_kl": losses.aggregate(approx_kl, mask),
         "policy/ratio_max": Max(jnp.max(ops.masked(ratio, mask))),
-        "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
     }
-    per_token = policy_loss
-    if not ops.is_zero(config.entropy_coef):
-        per_token = per_token - config.entropy_coef * output.entropy
     if config.kl_in_loss:
         kl = _kl_term(log_probs, ratio, rollout, config.kl_loss_estimator)
         per_token = per_token + config.kl_loss_coef * kl
-        metrics["policy/kl_loss"] = mean(kl)
+        metrics["policy/kl_loss"] = config.mean(kl, mask)
         metrics["policy/kl_capped_fraction"] = losses.aggregate(ratio > KL_RATIO_CAP, mask)
-    return mean(per_token), metrics
+    return config.mean(per_token, mask), metrics
 
 
 def _kl_term(

@@ -2,7 +2,7 @@
 value function, GAE.
 
 Numbers follow lm-human-preferences (Ziegler et al. 2019), except that advantages are whitened once
-over the whole rollout of all devices. Column t of every [B, T] array speaks of ``tokens[:, t]``;
+over the whole rollout of all devices. Column t of every [B, T] array belongs to ``tokens[:, t]``;
 ``values[:, t]`` is V of the state before it.
 """
 
@@ -52,7 +52,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
     Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the
-    rewards (whitened if the config says so) and are not whitened themselves.
+    rewards, after their whitening if there is any, and are not whitened themselves.
     """
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
     values = policy.field(rollout, "values", VALUES_HINT)
@@ -86,15 +86,14 @@ def loss(
             "head"
         )
     policy_loss, metrics = policy.loss(output, rollout, config)
-    # Masked columns get the same numbers on both sides, so that no square ever sees what is in
-    # them.
+    # Masked columns are 0 in all arrays, so that neither a loss nor a gradient depends on them.
     mask = rollout.mask  # [B, T]
     old_values = ops.masked(policy.field(rollout, "values", VALUES_HINT), mask)
     values = ops.masked(output.values, mask)
     returns = ops.masked(policy.field(rollout, "returns", "call ppo.prepare first"), mask)
     value_clip = math.inf if config.value_clip is None else config.value_clip
     per_token = losses.clipped_value(values, old_values, returns, value_clip)
-    value_loss = losses.aggregate(per_token, mask, config.aggregate, config.length)
+    value_loss = config.mean(per_token, mask)
     total = policy_loss.plus(config.value_coef * value_loss)
     return total, {**metrics, "value/loss": value_loss}
 

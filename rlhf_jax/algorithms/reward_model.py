@@ -85,7 +85,7 @@ def loss(
     parts = (scores, present, *fields)
     if comparisons.documents is not None:
         parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)  # [B * C, ...]
-    scores, present, best, targets, weight, wanted = parts
+    scores, present, best, targets, weight, margin = parts
     num_rows, num_answers = scores.shape
     weight = losses.row_weights(weight, jnp.ones(num_rows, bool))
     if targets is not None:
@@ -99,7 +99,7 @@ def loss(
         )
     best = jnp.zeros(num_rows, jnp.int32) if best is None else jnp.asarray(best)
     entered = jnp.where(present, scores, -jnp.inf)
-    per_row = losses.comparison(entered, best, wanted, config.centering)
+    per_row = losses.comparison(entered, best, margin, config.centering)
     return _with_metrics(per_row, entered, best, weight)
 
 

@@ -7,7 +7,7 @@ The ratio of each token is clipped as in PPO, and there is no value function. RE
 ``baseline="global"``, ``group_size=1``: ``A_t = (sum of the rewards from t on - mean) / std`` over
 the batch's response tokens, the KL being in the rewards (eqs. 4 and 5). REINFORCE++ with baseline
 is ``baseline="both"``: ``r_i - mean of the group``, on all tokens of an answer, whitened in the
-same way (eqs. 6 and 7). Column t of every [B, T] array speaks of ``tokens[:, t]``.
+same way (eqs. 6 and 7). Column t of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     tokens.
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
-    ``scores``. Absent rows, and a group with a single answer, get 0. Minibatches may split groups
+    ``scores``. Missing rows, and a group with a single answer, get 0. Minibatches may split groups
     afterwards.
 
     Args:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the mean negative log-likelihood of response tokens.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``. Prompt tokens are learnt only if the
+Column t of every [B, T] array belongs to ``tokens[:, t]``. Prompt tokens are learnt only if the
 response mask has them.
 """
 

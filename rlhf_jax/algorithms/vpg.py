@@ -4,11 +4,10 @@ the reward of the greedy response.
 
 ``loss = -mean_i [A_i sum_t log p_it]`` with ``A_i = r_i - b``, where ``b <- 0.9 b + 0.1 mean(r)``
 comes first. The baseline b travels in ``vpg.State``. ReMax is ``baseline="greedy"``: each row has
-the b of its prompt. Column t of every [B, T] array speaks of ``tokens[:, t]``.
+the b of its prompt. Column t of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import flax.struct
@@ -91,7 +90,7 @@ def loss(
 
     Args:
       rollout: with ``advantages`` [B, T] (or [B], one for each row). With ``importance_weights``
-        see ``policy.reweighed``, which adds a metric.
+        see ``policy.with_entropy``, which adds a metric.
       key: unused: dropout is off in RL.
     """
     if rollout.advantages is None:
@@ -99,16 +98,8 @@ def loss(
     mask = rollout.mask  # [B, T]
     output = ops.evaluate(policy_fn, params, rollout)
     policy_loss = losses.policy_gradient(output.log_probs, rollout.advantages, mask)
-    policy_loss, metrics = policy.reweighed(policy_loss, rollout)
-    mean = partial(losses.aggregate, mask=mask, how=config.aggregate, length=config.length)
-    per_token = policy_loss
-    if not ops.is_zero(config.entropy_coef):
-        per_token = per_token - config.entropy_coef * output.entropy
-    metrics |= {
-        "policy/loss": mean(policy_loss),
-        "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
-    }
-    return mean(per_token), metrics
+    per_token, metrics = policy.with_entropy(policy_loss, output, rollout, config)
+    return config.mean(per_token, mask), metrics
 
 
 _passes = policy.updater(prepare, loss)
@@ -128,7 +119,7 @@ def update(
 
     Args:
       state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has
-        ``advantages`` or the config says another ``baseline`` than "ema".
+        ``advantages`` or ``config.baseline`` is not "ema".
       rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``,
         used as they are.
       key: of the shuffling.
