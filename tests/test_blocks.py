@@ -30,7 +30,17 @@ from builders import (
 from digests import check_digest
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import advantages, blocks, models, ops, sampling, sft, sharding, training
+from rlhf_jax import (
+    advantages,
+    blocks,
+    gradient_step,
+    models,
+    ops,
+    sampling,
+    sft,
+    sharding,
+    training,
+)
 from rlhf_jax.config import Compute, Mesh, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices, manifest
@@ -113,6 +123,20 @@ def test_score_rows_counts_the_rows_of_all_blocks():
         got = on(2, lambda tokens, scored=scored: scored(3, tokens, tokens), tokens)
         assert_array_equal(got, 3 * tokens[:, 0])
         assert set(seen) == {expected}
+
+
+def test_gradients_of_low_precision_are_added_in_float32():
+    """256 + 7 is 264 in bfloat16; 256 + 1 would be 256 again."""
+
+    def loss_fn(params, part):
+        return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 8)), {}
+
+    def step(state, batch):
+        return gradient_step(loss_fn, state, optax.sgd(1.0), batch=batch)[0]
+
+    state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, optax.sgd(1.0))
+    batch = jnp.array([256, 1, 1, 1, 1, 1, 1, 1], jnp.bfloat16)
+    assert on(2, step, state, batch).params["w"] == -264
 
 
 @pytest.mark.slow

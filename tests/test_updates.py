@@ -150,11 +150,11 @@ OF_PPO = {
 }
 SWEEPS = [
     ("dpo", {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.2)}),
-    ("centering", {"centering": (0.0, 0.1)}),
+    slow("centering", {"centering": (0.0, 0.1)}),
     ("vpg", {"entropy_coef": (0.0, 0.3), "baseline_decay": (0.5, 0.9)}),
     ("ppo", OF_PPO),
-    ("grpo", {"eps": (1e-4, 0.1), "kl_loss_coef": (0.0, 0.3), "clip_high": (0.01, 0.3)}),
-    ("distill sampled", {"teacher_coef": (0.2, 1.0), "discount": (0.1, 0.9)}),
+    slow("grpo", {"eps": (1e-4, 0.1), "kl_loss_coef": (0.0, 0.3), "clip_high": (0.01, 0.3)}),
+    slow("distill sampled", {"teacher_coef": (0.2, 1.0), "discount": (0.1, 0.9)}),
 ]
 
 
@@ -303,8 +303,8 @@ GROUPED = [
 ]
 OF_ONE = [
     ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
-    ("grpo", {"eps": -1.0}, "eps must be at least 0"),
-    ("grpo", {"length": 12}, "length 12 is only for aggregate 'fixed', got 'sequence'"),
+    slow("grpo", {"eps": -1.0}, "eps must be at least 0"),
+    slow("grpo", {"length": 12}, "length 12 is only for aggregate 'fixed', got 'sequence'"),
     ("vpg", {"baseline": "mean"}, "ema, greedy, none"),
     ("distill", {"divergence": "kl"}, "reverse_kl, forward_kl, jsd, sampled"),
     ("distill", {"beta": 1.0}, "beta must be below 1"),
@@ -324,7 +324,7 @@ OF_ONE = [
     ("dpo", {"beta": 0.0}, "beta must be above 0"),
     ("dpo", {"label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
     ("dpo", {"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
-    ("centering", {"centering": -0.1}, "centering must be at least 0"),
+    slow("centering", {"centering": -0.1}, "centering must be at least 0"),
     ("reward_model", {"centering": 0.1}, "centering"),
 ]
 
