@@ -23,6 +23,7 @@ from rlhf_jax.types import (
     AxisName,
     Comparisons,
     Demonstrations,
+    DropoutKey,
     EosId,
     Params,
     PolicyFn,
@@ -289,7 +290,7 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
         params: Any,
         tokens: Array,
         attention_mask: Array,
-        key: Array | None,
+        key: DropoutKey,
     ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
         log_probs = token_log_probs(logits, tokens, temperature)
@@ -302,7 +303,7 @@ def evaluate(
     policy_fn: PolicyFn,
     params: Params,
     batch: Rollout | Demonstrations,
-    key: Array | None = None,
+    key: DropoutKey = None,
 ) -> PolicyOutput:
     """The policy's output on the rows of a batch. Raises AssertionError unless its shape is that of
     the tokens, [B, T].

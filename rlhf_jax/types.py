@@ -17,6 +17,7 @@ from jax import Array
 
 Params = Any
 Metrics = dict[str, Array]
+DropoutKey = Array | None  # None: no dropout
 AxisName = str | tuple[str, ...] | None
 """The mapped axis, or axes, over whose devices rows are sharded. None: rows are not mapped."""
 
@@ -208,15 +209,15 @@ class PolicyOutput(NamedTuple):
     divergence: Array | None = None  # from the teacher, over the whole vocabulary
 
 
-PolicyFn = Callable[[Params, Array, Array, Array | None], PolicyOutput]
+PolicyFn = Callable[[Params, Array, Array, DropoutKey], PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
 ``key=None`` turns dropout off, as RL, DPO and all scoring do."""
 
-BoundPolicyFn = Callable[[Array, Array, Array | None], PolicyOutput]
+BoundPolicyFn = Callable[[Array, Array, DropoutKey], PolicyOutput]
 """A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the
 reference: a function of (tokens, attention_mask, key)."""
 
-ScoreFn = Callable[[Params, Array, Array, Array | None], Array]
+ScoreFn = Callable[[Params, Array, Array, DropoutKey], Array]
 """Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B].
 """
 
@@ -270,7 +271,7 @@ class Algorithm(Protocol):
         self,
         params: Params,
         rollout: Rollout,
-        key: Array | None,
+        key: DropoutKey,
         *,
         policy_fn: PolicyFn,
         config: Any,

@@ -25,7 +25,15 @@ from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    DropoutKey,
+    LossAndMetrics,
+    Params,
+    PolicyFn,
+    Rollout,
+    TrainState,
+)
 
 State = TrainState
 needs_values = False
@@ -96,11 +104,11 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 def loss(
     params: Params,
     rollout: Rollout,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """``policy.loss`` of a prepared rollout + ``teacher_coef`` * divergence. With ``sampled`` no
     divergence is added: the teacher's part is in the advantages.
 

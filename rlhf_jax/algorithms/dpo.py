@@ -13,11 +13,18 @@ from typing import TypeVar
 
 import chex
 import jax.numpy as jnp
-from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
-from rlhf_jax.types import BoundPolicyFn, Comparisons, Feedback, Mean, Params, Parts, PolicyFn
+from rlhf_jax.types import (
+    BoundPolicyFn,
+    Comparisons,
+    DropoutKey,
+    Feedback,
+    LossAndMetrics,
+    Params,
+    PolicyFn,
+)
 
 Batch = TypeVar("Batch", Comparisons, Feedback)
 
@@ -68,11 +75,11 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
 def loss(
     params: Params,
     comparisons: Comparisons,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """The weighted mean of ``losses.dpo`` over pairs whose two answers are both present.
 
     Weights are relative: the loss divides by their sum. ``margin`` is a reward model's and is not

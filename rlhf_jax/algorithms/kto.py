@@ -22,11 +22,11 @@ from rlhf_jax.algorithms.step import batch_updater
 from rlhf_jax.types import (
     AxisName,
     BoundPolicyFn,
+    DropoutKey,
     Feedback,
-    Mean,
+    LossAndMetrics,
     Metrics,
     Params,
-    Parts,
     PolicyFn,
     TrainState,
 )
@@ -114,11 +114,11 @@ def reference_point(
 def loss(
     params: Params,
     feedback: Feedback,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """The weighted mean of ``lambda_y * losses.kto`` over the present rows.
 
     Weights of rows are relative: the loss divides by their sum, without the lambdas.
@@ -165,7 +165,7 @@ _step = batch_updater(loss)
 def update(
     state: TrainState,
     feedback: Feedback,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     **options: Any,

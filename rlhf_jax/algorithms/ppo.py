@@ -10,11 +10,19 @@ import math
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    DropoutKey,
+    LossAndMetrics,
+    Metrics,
+    Params,
+    PolicyFn,
+    Rollout,
+    TrainState,
+)
 
 State = TrainState
 needs_values = True
@@ -68,11 +76,11 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 def loss(
     params: Params,
     rollout: Rollout,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
     ``value/loss``.
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
-from rlhf_jax.types import Comparisons, Mean, Params, Parts, ScoreFn
+from rlhf_jax.types import Comparisons, DropoutKey, LossAndMetrics, Mean, Params, Parts, ScoreFn
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def answer_scores(
     score_fn: Any,
     params: Params,
     comparisons: Comparisons,
-    key: Array | None = None,
+    key: DropoutKey = None,
 ) -> Array:
     """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
     ``documents`` too.
@@ -58,11 +58,11 @@ def answer_scores(
 def loss(
     params: Params,
     comparisons: Comparisons,
-    key: Array | None,
+    key: DropoutKey,
     *,
     score_fn: ScoreFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors
     over answers.
 

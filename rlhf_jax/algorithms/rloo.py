@@ -14,11 +14,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from jax import Array
-
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    DropoutKey,
+    LossAndMetrics,
+    Params,
+    PolicyFn,
+    Rollout,
+    TrainState,
+)
 
 State = TrainState
 needs_values = False
@@ -79,11 +85,11 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 def loss(
     params: Params,
     rollout: Rollout,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """``policy.loss`` of a prepared rollout. ``key`` is unused: dropout is off in RL."""
     return policy.loss(ops.evaluate(policy_fn, params, rollout), rollout, config)
 

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
-from rlhf_jax.types import AxisName, Demonstrations, Mean, Metrics, Params, Parts, PolicyFn
+from rlhf_jax.types import (
+    AxisName,
+    Demonstrations,
+    DropoutKey,
+    LossAndMetrics,
+    Metrics,
+    Params,
+    PolicyFn,
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,11 @@ class Config:
 def loss(
     params: Params,
     batch: Demonstrations,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """The loss in nats, and the metric ``sft/loss``.
 
     Args:

@@ -22,6 +22,7 @@ from rlhf_jax import blocks, ops
 from rlhf_jax.sharding import cut
 from rlhf_jax.types import (
     AxisName,
+    DropoutKey,
     LossAndMetrics,
     LossFn,
     Max,
@@ -52,7 +53,7 @@ def gradient_step(
     optimizer: optax.GradientTransformation,
     *,
     batch: Any = None,
-    key: Array | None = None,
+    key: DropoutKey = None,
     num_microbatches: int = 1,
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
@@ -194,7 +195,7 @@ def batch_updater(
     def update_on_batch(
         state: State,
         batch: Any,
-        key: Array | None,
+        key: DropoutKey,
         *,
         optimizer: optax.GradientTransformation,
         config: Any,
@@ -204,7 +205,7 @@ def batch_updater(
     ) -> tuple[State, Metrics]:
         """One optimizer step on a batch; see ``step.batch_updater``."""
 
-        def loss_fn(params: Params, part: Any, part_key: Array | None = None) -> LossAndMetrics:
+        def loss_fn(params: Params, part: Any, part_key: DropoutKey = None) -> LossAndMetrics:
             return loss(params, part, part_key, config=config, **model)
 
         batch = _constrained(batch, minibatch_sharding)
@@ -255,7 +256,7 @@ def _global_gradient(
     loss_fn: LossFn,
     params: Params,
     batch: Any,
-    key: Array | None,
+    key: DropoutKey,
     *,
     num_microbatches: int,
     axis_name: AxisName,
@@ -281,7 +282,7 @@ def _global_gradient(
 
 def _forward(
     loss_fn: LossFn,
-    key: Array | None,
+    key: DropoutKey,
     axis_name: AxisName,
     params: Params,
     number: Array | int,

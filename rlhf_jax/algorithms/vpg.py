@@ -16,7 +16,16 @@ from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    DropoutKey,
+    LossAndMetrics,
+    Metrics,
+    Params,
+    PolicyFn,
+    Rollout,
+    TrainState,
+)
 
 needs_values = False
 kl_coef = 0.05
@@ -80,11 +89,11 @@ def prepare(
 def loss(
     params: Params,
     rollout: Rollout,
-    key: Array | None,
+    key: DropoutKey,
     *,
     policy_fn: PolicyFn,
     config: Config,
-) -> tuple[Mean, Parts]:
+) -> LossAndMetrics:
     """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and
     ``objective/entropy`` (nats per row).
 
