@@ -47,7 +47,10 @@ def gae(
     rewards = ops.masked(rewards, present)
     values = ops.masked(values, present)
 
-    def backwards(carry: Next, column: tuple[Array, Array, Array]) -> tuple[Next, Array]:
+    def backwards(
+        carry: Next,
+        column: tuple[Array, Array, Array],
+    ) -> tuple[Next, Array]:
         next_advantage, next_value = carry
         reward, value, here = column
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
@@ -62,7 +65,11 @@ def gae(
     return advantages, advantages + values
 
 
-def discounted_returns(rewards: Array, mask: Array, gamma: float = 1.0) -> Array:
+def discounted_returns(
+    rewards: Array,
+    mask: Array,
+    gamma: float = 1.0,
+) -> Array:
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32,
     0 where masked.
     """
@@ -70,7 +77,10 @@ def discounted_returns(rewards: Array, mask: Array, gamma: float = 1.0) -> Array
     return returns
 
 
-def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
+def leave_one_out(
+    scores: Array,
+    mask: Array | None = None,
+) -> Array:
     """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) *
     (r - mean)``.
 
@@ -84,7 +94,8 @@ def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
       answers.
     """
     centred, count = _centred(scores, mask)
-    return centred * (count / jnp.maximum(count - 1.0, 1.0))
+    num_others = jnp.maximum(count - 1.0, 1.0)
+    return centred * (count / num_others)
 
 
 def group_normalized(

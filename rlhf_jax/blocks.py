@@ -43,7 +43,11 @@ def number() -> int:
     return _count.get()
 
 
-def replicated(program: Program, mesh: Mesh, count: int) -> Program:
+def replicated(
+    program: Program,
+    mesh: Mesh,
+    count: int,
+) -> Program:
     """``program`` with ``count`` blocks of rows. Its arguments and results are whole arrays on
     every device of ``mesh``. Its results have the same bits on every mesh whose ``data`` axis
     divides ``count``.
@@ -90,7 +94,12 @@ def map_rows(fn: Callable[[Any], Tree], rows: Any) -> Tree:
 
     results = jax.lax.fori_loop(first, first + own, store, _room(own, of_block))
     gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-    return jax.tree.map(lambda x: gather(x.reshape(-1, *x.shape[2:])), results)
+
+    def whole(x: Array) -> Array:
+        own_rows = x.reshape(-1, *x.shape[2:])
+        return gather(own_rows)
+
+    return jax.tree.map(whole, results)
 
 
 def tree_sum(part: Callable[[Array], Tree], count: int) -> Tree:

@@ -93,7 +93,11 @@ def preference_report(
     }
 
 
-def rival(scores: Array, best: Array, lengths: Array) -> Array:
+def rival(
+    scores: Array,
+    best: Array,
+    lengths: Array,
+) -> Array:
     """[N] index of the highest-scored answer other than the best one; arguments as in
     ``preference_report``.
     """
@@ -141,7 +145,10 @@ def target_report(
     return preference_report(*pairs) | report
 
 
-def reliability(margin: Array, weights: Weights = None) -> tuple[Array, Array, Array]:
+def reliability(
+    margin: Array,
+    weights: Weights = None,
+) -> tuple[Array, Array, Array]:
     """Weight, mean confidence and accuracy of the pairs in each of ten equal bins of the confidence
     in [.5, 1] (Guo et al. 2017), [bins] each, without empty bins.
 
@@ -178,7 +185,11 @@ def spearman(x: Array, y: Array) -> float:
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
-def win_rate(scores: Array, against: Array, weights: Weights = None) -> float:
+def win_rate(
+    scores: Array,
+    against: Array,
+    weights: Weights = None,
+) -> float:
     """Share of rows [N] where ``scores`` is higher than ``against``; ties count half. ``weights``:
     [N], or None for equal weights.
     """
@@ -196,7 +207,11 @@ def brier(margin: Array, weights: Weights = None) -> float:
     return _mean(_sigmoid(-np.asarray(margin)) ** 2, weights)
 
 
-def cohen_kappa(labels: Array, others: Array, weights: Weights = None) -> float:
+def cohen_kappa(
+    labels: Array,
+    others: Array,
+    weights: Weights = None,
+) -> float:
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)``
     (Cohen 1960).
 

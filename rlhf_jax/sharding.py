@@ -111,7 +111,11 @@ def tensor_parts() -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
 
 
-def cut(x: Array, *axes: str, width: str | None = None) -> Array:
+def cut(
+    x: Array,
+    *axes: str,
+    width: str | None = None,
+) -> Array:
     """Shards x inside a program over the mesh of ``jax.set_mesh``: the leading axis over ``axes``,
     the second axis of a matrix over ``width``, other axes whole.
 
