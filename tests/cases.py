@@ -294,7 +294,14 @@ CASES = {
         clip_high=0.1,
         kl_loss_coef=0.1,
     ),
-    "sapo": policy(grpo, weighed, samples, group_size=4, surrogate="sapo"),
+    "sapo": policy(
+        grpo,
+        weighed,
+        samples,
+        group_size=4,
+        surrogate="sapo",
+        sapo_temperatures=(0.5, 2.0),
+    ),
     "vespo": policy(
         grpo,
         scored,
