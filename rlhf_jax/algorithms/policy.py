@@ -212,12 +212,10 @@ def with_entropy(
     rollout: Rollout,
     config: Batching,
 ) -> tuple[Array, Parts]:
-    """Policy losses of tokens [B, T] times ``rollout.importance_weights`` if there are any, minus
+    """Token losses [B, T] of a policy times ``rollout.importance_weights``, if there are any, minus
     ``entropy_coef`` * entropy.
 
-    Only the policy loss has these weights: only it depends on how often each token was drawn.
-    Entropy and value are what they are at every prefix that was reached, and the KL term holds each
-    drawn token at full strength.
+    Only the policy loss has these weights, since only it depends on how often each token was drawn.
 
     Returns:
       The losses, and the metrics ``policy/loss``, ``objective/entropy`` (nats per row) and, with
@@ -255,11 +253,10 @@ def surrogate(
     ratio: Array,
     advantages: Array,
 ) -> tuple[Array, Array]:
-    """The policy loss of each token by ``config.surrogate``, and where it is clipped: the only
-    place where a ratio becomes a weight.
+    """The policy loss of each token by ``config.surrogate``, and which tokens are clipped.
 
-    Clipped means: of ``clip`` that the clipped term is the larger, of ``cispo`` that the weight is
-    clipped, of ``sapo`` and ``vespo``, which fade, that less than half of the weight is left.
+    With ``clip`` a token is clipped if the clipped term is the larger, with ``cispo`` if its weight
+    is clipped, with ``sapo`` and ``vespo`` if less than half of its weight is left.
 
     Args:
       log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is that of the
@@ -304,13 +301,10 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
       output: the policy's forward pass on ``rollout``.
 
     Returns:
-      The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term
-      was the larger; of cispo, whose weight was clipped; of sapo and vespo, of whose weight
-      less than half is left),
+      The loss and the metrics of ``with_entropy``, ``policy/clip_fraction`` (see ``surrogate``),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020),
-      ``policy/ratio_max``, ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss``
-      and ``policy/kl_capped_fraction`` (tokens whose ratio ``KL_RATIO_CAP`` bounds there), and with
-      importance weights ``policy/importance_weight_mean``.
+      ``policy/ratio_max`` and, with a KL term, ``policy/kl_loss`` and
+      ``policy/kl_capped_fraction`` (tokens whose ratio is above ``KL_RATIO_CAP``).
     """
     mask = rollout.mask  # [B, T]
     # Masked columns are 0 in all arrays, so that neither a loss nor a gradient depends on them.
