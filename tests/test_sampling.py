@@ -441,6 +441,15 @@ def test_a_response_may_fill_the_models_last_position():
     assert run(max_new_tokens=61).tokens.shape == (24, 64)
 
 
+def test_slots_of_earlier_turns_count_once():
+    """As positions of the model, which has 64, and as new tokens: rows get 4 and 0 of their 6."""
+    tokens = np.full((2, 64), 2, np.int32)
+    mask = np.arange(64) >= np.array([[60], [60]])
+    used = np.array([2, 6])
+    rollout = generate(MODEL, PARAMS, tokens, mask, KEY, config=config(eos_id=None), used=used)
+    assert np.asarray(rollout.response_mask).sum(axis=1).tolist() == [4, 0]
+
+
 def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
     tokens = PROMPTS[0][:3]
     mask = np.array([[0, 1, 1], [0, 0, 0], [1, 1, 0]])

@@ -22,6 +22,7 @@ from cases import (
     answers,
     samples,
 )
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 from tabular import (
     assert_close,
@@ -139,6 +140,23 @@ def test_pmap_agrees(name):
     results = mapped(case.start, shards, KEY)
     for device in range(4):
         assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected)
+
+
+def test_the_reference_point_of_kto_is_that_of_all_devices():
+    case = UPDATES["kto"]
+    batch = case.batch()
+    ref_log_probs = batch.mismatched.ref_log_probs - jnp.arange(16.0)
+    batch = batch.replace(mismatched=batch.mismatched.replace(ref_log_probs=ref_log_probs))
+    _, expected = jitted("kto")(case.start, batch, KEY)
+    mapped = jax.shard_map(
+        partial(case.update(), axis_name="data"),
+        mesh=sharding.make_mesh(4),
+        in_specs=(P(), P("data"), P()),
+        out_specs=P(),
+    )
+    _, metrics = jax.jit(mapped)(case.start, batch, KEY)
+    assert expected["kto/reference_point"] > 1
+    assert_allclose(metrics["kto/reference_point"], expected["kto/reference_point"], rtol=1e-5)
 
 
 OF_PPO = {
