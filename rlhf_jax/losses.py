@@ -214,6 +214,50 @@ def vespo_weight(
     return ops.frozen(jnp.exp(power * log_ratio + decay * (1.0 - ratio)))
 
 
+def surrogate(
+    kind: Surrogate,
+    log_probs: Array,
+    log_ratio: Array,
+    advantages: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    sapo_temperatures: Sequence[float] = (1.0, 1.05),
+    vespo_powers: Sequence[float] = (2.0, 3.0),
+    vespo_decays: Sequence[float] = (3.0, 2.0),
+) -> tuple[Array, Array]:
+    """The policy loss of each token by one of the surrogates, and which tokens are clipped. Only
+    here does a ratio become a weight.
+
+    With ``clip`` a token is clipped if the clipped term is the larger, with ``cispo`` if its weight
+    is clipped, with ``sapo`` and ``vespo`` if less than half of its weight is left.
+
+    Args:
+      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is that of the
+        token or of its whole row, and is differentiated with ``log_probs``.
+
+    Returns:
+      [B, T] float32, and [B, T] bool.
+    """
+    zeros = jnp.zeros_like(log_ratio)
+    ratio = ops.frozen(ops.ratio(log_ratio, zeros))
+    if kind == "sapo":
+        loss = sapo(log_ratio, zeros, advantages, sapo_temperatures)
+        tau = jnp.where(advantages > 0, sapo_temperatures[0], sapo_temperatures[1])
+        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
+        return loss, 4.0 * gate * (1.0 - gate) < 0.5
+    if kind == "vespo":
+        weight = vespo_weight(log_ratio, advantages, vespo_powers, vespo_decays)
+        return policy_gradient(log_probs, weight * advantages, jnp.ones_like(zeros)), weight < 0.5
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    if kind == "cispo":
+        loss = cispo(log_probs, ratio, advantages, clip_low, clip_high)
+        return loss, clipped_ratio != ratio
+    loss = clipped_surrogate(log_ratio, zeros, advantages, clip_low, clip_high, dual_clip)
+    return loss, -advantages * clipped_ratio > -advantages * ratio
+
+
 def importance_weights(
     log_probs: Array,
     behaviour_log_probs: Array,

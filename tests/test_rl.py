@@ -8,10 +8,10 @@ import numpy as np
 from builders import letters_run, with_rl
 
 from rlhf_jax import ppo, training, vpg
-from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.config import Optimizer, RLStage, RunConfig
 from rlhf_jax.data.environment import Environment
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import rl
+from rlhf_jax.training import programs, rl
 from rlhf_jax.training.method import Method
 from rlhf_jax.training.parts import Parts
 from rlhf_jax.training.phases import NO_PENALTY
@@ -81,3 +81,17 @@ def test_remat_is_chosen_by_the_rows_of_a_microbatch():
     parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
     rl._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
     assert chosen == [(8, 12)]
+
+
+def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():
+    """Five iterations of three passes with two minibatches: 30 steps."""
+    linear = Optimizer(learning_rate=1.0, schedule="linear")
+    method = Method(ppo, ppo.Config(num_epochs=3, num_minibatches=2), NO_PENALTY, None)
+    params = {"kernel": jnp.zeros(1)}
+    optimizer = programs._optimizer(RLStage(num_iterations=5, optimizer=linear), method, params)
+    state = optimizer.init(params)
+    rates = []
+    for _ in range(31):
+        _, state = optimizer.update(params, state, params)
+        rates.append(state.hyperparams["learning_rate"])
+    np.testing.assert_allclose(rates, np.linspace(1.0, 0.0, 31), atol=1e-6)

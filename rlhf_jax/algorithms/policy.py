@@ -246,45 +246,6 @@ def of_rows(log_ratio: Array, mask: Array, ratio: Ratio) -> Array:
     return jnp.where(mask, of_row[:, None], 0.0)
 
 
-def surrogate(
-    config: Config,
-    log_probs: Array,
-    log_ratio: Array,
-    ratio: Array,
-    advantages: Array,
-) -> tuple[Array, Array]:
-    """The policy loss of each token by ``config.surrogate``, and which tokens are clipped.
-
-    With ``clip`` a token is clipped if the clipped term is the larger, with ``cispo`` if its weight
-    is clipped, with ``sapo`` and ``vespo`` if less than half of its weight is left.
-
-    Args:
-      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is that of the
-        token or of its whole row, and is differentiated with ``log_probs``.
-      ratio: [B, T], the exponential of ``log_ratio`` as a constant.
-
-    Returns:
-      [B, T] float32, and [B, T] bool.
-    """
-    zeros = jnp.zeros_like(log_ratio)
-    if config.surrogate == "sapo":
-        temperatures = config.sapo_temperatures
-        loss = losses.sapo(log_ratio, zeros, advantages, temperatures)
-        tau = jnp.where(advantages > 0, temperatures[0], temperatures[1])
-        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
-        return loss, 4.0 * gate * (1.0 - gate) < 0.5
-    if config.surrogate == "vespo":
-        powers = config.vespo_powers
-        weight = losses.vespo_weight(log_ratio, advantages, powers, config.vespo_decays)
-        return -weight * advantages * log_probs, weight < 0.5
-    clips = (config.clip_low, config.clip_high)
-    clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
-    if config.surrogate == "cispo":
-        return losses.cispo(log_probs, ratio, advantages, *clips), clipped_ratio != ratio
-    loss = losses.clipped_surrogate(log_ratio, zeros, advantages, *clips, config.dual_clip)
-    return loss, -advantages * clipped_ratio > -advantages * ratio
-
-
 def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
     """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout
     with advantages.
@@ -301,7 +262,8 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
       output: the policy's forward pass on ``rollout``.
 
     Returns:
-      The loss and the metrics of ``with_entropy``, ``policy/clip_fraction`` (see ``surrogate``),
+      The loss and the metrics of ``with_entropy``, ``policy/clip_fraction`` (see
+      ``losses.surrogate``),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020),
       ``policy/ratio_max`` and, with a KL term, ``policy/kl_loss`` and
       ``policy/kl_capped_fraction`` (tokens whose ratio is above ``KL_RATIO_CAP``).
@@ -315,7 +277,18 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     approx_kl = 0.5 * jnp.square(log_ratio)
     log_ratio = of_rows(log_ratio, mask, config.ratio)
     ratio = ops.frozen(ops.ratio(log_ratio, jnp.zeros_like(log_ratio)))
-    per_token, is_clipped = surrogate(config, log_probs, log_ratio, ratio, advantages)
+    per_token, is_clipped = losses.surrogate(
+        config.surrogate,
+        log_probs,
+        log_ratio,
+        advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        sapo_temperatures=config.sapo_temperatures,
+        vespo_powers=config.vespo_powers,
+        vespo_decays=config.vespo_decays,
+    )
     per_token, metrics = with_entropy(per_token, output, rollout, config)
     metrics |= {
         "policy/clip_fraction": losses.aggregate(is_clipped, mask),
