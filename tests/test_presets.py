@@ -111,7 +111,15 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
     stage = Stage(config, "dpo", None, sharding.make_mesh(1))
     initial = LanguageModel(model, initial_params(model), None)
     setting = supervised.Setting(
-        stage, initial, [], None, *np.zeros((2, 0), int), None, 4, 16, optax.sgd(1.0)
+        stage,
+        initial,
+        [],
+        None,
+        *np.zeros((2, 0), int),
+        batches.Plan(np.ones(4), 4, jax.random.key(0)),
+        None,
+        16,
+        optax.sgd(1.0),
     )
     monkeypatch.setattr(supervised, "run", lambda config, spec: spec.make_task(setting))
     task = training.dpo.run(config) if kind else training.sft.run(config)

@@ -33,7 +33,6 @@ def _baselines(setting: supervised.Setting) -> dict[str, float]:
 
 SPEC = supervised.StageSpec(
     section="dpo",
-    settings=lambda config: config.dpo,
     kind="pairs",
     collate=batches.comparison_batch,
     pack=batches.packed_comparisons,

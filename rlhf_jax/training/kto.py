@@ -34,7 +34,6 @@ def _baselines(setting: supervised.Setting) -> dict[str, float]:
 
 SPEC = supervised.StageSpec(
     section="kto",
-    settings=lambda config: config.kto,
     kind="feedback",
     collate=batches.feedback_batch,
     make_task=_task,

@@ -92,7 +92,7 @@ def _validation(
             functools.partial(score_answers, state.params),
             encoded,
             held_out,
-            batch_size=setting.batch_size,
+            batch_size=setting.plan.batch_size,
             bucket_multiple=setting.bucket_multiple,
             shard=stage.shard,
         )
@@ -183,7 +183,6 @@ def _normalized(
 
 SPEC = supervised.StageSpec(
     section="reward_model",
-    settings=lambda config: config.reward_model,
     kind="comparisons",
     collate=batches.comparison_batch,
     pack=batches.packed_comparisons,

@@ -26,7 +26,6 @@ def _task(setting: supervised.Setting) -> supervised.Task:
 
 SPEC = supervised.StageSpec(
     section="sft",
-    settings=lambda config: config.sft,
     kind="demonstrations",
     collate=batches.demonstration_batch,
     pack=batches.packed_batch,

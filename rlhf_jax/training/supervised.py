@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from rlhf_jax import models, ops
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
+from rlhf_jax.data.formats import ReadResult
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, layout, loop, memory, references
@@ -34,9 +37,9 @@ class Task(NamedTuple):
     """What is trained on the batches of a stage, and how."""
 
     start: Trainable
-    create: Callable[[Params], TrainState]
-    """Makes the state at step 0 from ``start.params``."""
-    update: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+    create: Callable[..., TrainState]
+    """(start.params, optimizer=) -> the state at step 0."""
+    update: Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
     """(state, batch on the devices, key) -> (state, metrics)."""
     validate: Callable[[TrainState], Validation]
     reference: Any = None
@@ -49,28 +52,41 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a task is made from."""
+    """What a task is made from. A batch depends on nothing but the number of its step."""
 
     stage: Stage
     initial: LanguageModel
-    rows: list[Any]  # as they were read
+    rows: list[Row]  # as they were read
     encoded: EncodedTexts
     train_rows: np.ndarray
     held_out: np.ndarray
-    batch: Callable[[np.ndarray], Any]  # row numbers (-1: missing) -> a batch on the devices
-    batch_size: int
-    bucket_multiple: int  # of which the width of a batch is
+    plan: batches.Plan  # of places in ``train_rows``
+    collate: Callable[[EncodedTexts, np.ndarray], Any]  # (encoded, row numbers) -> a batch
+    bucket_multiple: int  # of which the width of a padded batch is
     optimizer: optax.GradientTransformation
+
+    def batch(self, numbers: np.ndarray) -> Any:
+        """The rows of these numbers (-1: missing) in arrays of NumPy."""
+        return self.collate(self.encoded, numbers)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """[batch_size] row numbers of a training step, -1 for missing rows."""
+        places = self.plan.rows(step)
+        return np.where(places == batches.ABSENT, places, self.train_rows[places])
+
+    def largest(self) -> Any:
+        """The training batch of the first epoch with the most tokens, padding included."""
+        steps = heapq.nlargest(8, range(self.plan.steps_per_epoch), self.plan.extent)
+        candidates = [self.batch(self.rows_of(step)) for step in steps]
+        return max(candidates, key=lambda batch: batch.tokens.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
-    """What one stage does in its own way; ``run`` does the rest."""
+    """How one stage differs from the others; ``run`` does what they share."""
 
     section: str
     """The name of the config's section; it names the folder and the random streams too."""
-    settings: Callable[[RunConfig], Settings]
-    """The section of that name."""
     kind: rows.Kind
     """What the rows of its data are."""
     collate: Callable[..., Any]
@@ -83,29 +99,10 @@ class StageSpec:
     is_policy: bool = True
     """Whether the model writes text; a reward model scores it."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """The batches of a run's steps: a step's number is all that they depend on."""
-
-    plan: batches.Plan
-    collate: Callable[[EncodedTexts, np.ndarray], Any]  # (encoded, row numbers) -> a batch
-    train_rows: np.ndarray
-
-    def rows(self, step: int) -> np.ndarray:
-        """[batch_size] row numbers of a step, -1 for missing rows."""
-        places = self.plan.rows(step)
-        return np.where(places == batches.ABSENT, places, self.train_rows[places])
-
-    def batch(self, encoded: EncodedTexts, step: int) -> Any:
-        """The batch of a step, in arrays of NumPy."""
-        return self.collate(encoded, self.rows(step))
-
-    def largest(self, encoded: EncodedTexts) -> Any:
-        """The batch of the first epoch with the most tokens, padding included."""
-        steps = heapq.nlargest(8, range(self.plan.steps_per_epoch), self.plan.extent)
-        candidates = [self.batch(encoded, step) for step in steps]
-        return max(candidates, key=lambda batch: batch.tokens.size)
+    def settings(self, config: RunConfig) -> Settings:
+        """The stage's section of a config."""
+        settings: Settings = getattr(config, self.section)
+        return settings
 
 
 def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) -> RunResult:
@@ -133,17 +130,15 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
         split_key, order_key = jax.random.split(stage.key("data"))
         encoded, train_rows, held_out = _encoded(
-            stage, spec, language_model, data, to_validate, split_key
+            config, spec, language_model, data, to_validate, split_key
         )
-        answers = encoded.lengths.shape[1]
-        rows_at_once = answers * settings.batch_size // settings.num_microbatches
         longest = int(encoded.lengths.max())
+        rows_at_once = encoded.lengths.shape[1] * settings.batch_size // settings.num_microbatches
         stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
         layers = language_model.model.config.num_layers
         steps_per_epoch = -(-len(train_rows) // settings.batch_size)
         multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
         plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
-        feed = Feed(plan, collate, train_rows)
         num_steps = settings.num_epochs * plan.steps_per_epoch
         setting = Setting(
             stage,
@@ -152,37 +147,37 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
             encoded,
             train_rows,
             held_out,
-            batch=lambda numbers: stage.shard(collate(encoded, numbers)),
-            batch_size=settings.batch_size,
-            bucket_multiple=multiple,
-            optimizer=make_optimizer(settings.optimizer, num_steps),
+            plan,
+            collate,
+            multiple,
+            make_optimizer(settings.optimizer, num_steps),
         )
         task = spec.make_task(setting)
-        reference = None if task.start.base else task.reference  # under LoRA it is the base
-        stage.hold({"frozen weights": task.start.base, "reference": reference})
-        state = stage.take(task.create, task.start.params)
-        stage.hold({"moving reference": getattr(state, "reference", None)})
-        job = _job(setting, spec, task, feed, num_steps)._replace(on_step=on_step)
-        state, row = loop.train(stage, state, job)
+        state = _first_state(setting, task)
+        state, row = loop.train(stage, state, _job(setting, spec, task, on_step))
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
-def _job(
-    setting: Setting,
-    spec: StageSpec,
-    task: Task,
-    feed: Feed,
-    num_steps: int,
-) -> loop.Job:
+def _first_state(setting: Setting, task: Task) -> TrainState:
+    """The state at step 0. The stage notes what else is on the devices."""
+    stage = setting.stage
+    reference = None if task.start.base else task.reference  # under LoRA it is the base
+    stage.hold({"frozen weights": task.start.base, "reference": reference})
+    create = functools.partial(task.create, optimizer=setting.optimizer)
+    state = stage.take(create, task.start.params)
+    stage.hold({"moving reference": getattr(state, "reference", None)})
+    return state
+
+
+def _job(setting: Setting, spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
     """What the loop runs."""
     stage = setting.stage
-    encoded = setting.encoded
     settings = spec.settings(stage.config)
-    train_on = task.train_on or encoded
+    training = dataclasses.replace(setting, encoded=task.train_on or setting.encoded)
     update_key = stage.key("update")
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        batch = feed.batch(train_on, step)
+        batch = training.batch(training.rows_of(step))
         step_key = jax.random.fold_in(update_key, step)
         state, metrics = task.update(state, stage.shard(batch), step_key)
         if stage.config.text.pack:
@@ -191,21 +186,22 @@ def _job(
         return state, metrics
 
     def check_memory(state: TrainState) -> None:
-        batch = stage.shard(feed.largest(train_on))
-        memory.check("learn", task.update, state, batch, update_key)
+        memory.check("learn", task.update, state, stage.shard(training.largest()), update_key)
 
     def sources(step: int) -> list[str]:
-        return [encoded.sources[row] for row in feed.rows(step) if row != batches.ABSENT]
+        numbers = training.rows_of(step)
+        return [setting.encoded.sources[row] for row in numbers if row != batches.ABSENT]
 
     return loop.Job(
         references.moving(advance, settings, lambda state: state.params),
-        num_steps,
+        settings.num_epochs * setting.plan.steps_per_epoch,
         validate=task.validate if len(setting.held_out) else None,
         validation_interval=settings.validation_interval,
         show=spec.show,
         sources=sources,
         optimizer=settings.optimizer,
         check_memory=check_memory,
+        on_step=on_step,
     )
 
 
@@ -223,40 +219,35 @@ def policy_task(
         algorithm: with ``with_reference(batch, ref_fn)`` if ``config.needs_reference``; the
             reference is the policy before training, or one that moves.
         validation_config: the config of the validations; None: ``config``.
-        baselines: {metric: value} of judges that need no model, on the rows that are held out.
+        baselines: the figures on the held-out rows of judges that need no model, by name.
     """
     stage = setting.stage
+    model_fn = models.policy_fn(setting.initial.model)
     init_key = jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, setting.initial.params, init_key))
-    model_fn = models.policy_fn(setting.initial.model)
-    # A packed row holds both answers of a pair.
-    num_rows = setting.batch_size * (1 if stage.config.text.pack else 2)
-    score_rows = memory.score_rows(stage.config.compute, num_rows, config)
+    reference = None
     if config.needs_reference:
+        # A packed row holds both answers of a pair.
+        num_rows = setting.plan.batch_size * (1 if stage.config.text.pack else 2)
+        score_rows = memory.score_rows(stage.config.compute, num_rows, config)
         ref_model = ops.by_rows(model_fn, score_rows)
         reference = stage.reference(start, ref_model, references.moves(config))
     else:
-        reference = None
         memory.free(start.loaded)
-    # Both travel through jit as arguments.
-    functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
 
-    def prepared(state: Any, batch: Any, ref_fn: Any) -> Any:
+    def with_reference(state: TrainState, batch: Any, ref_fn: Any) -> Any:
+        if ref_fn is None:
+            return batch
         if isinstance(state, references.Followed):
             ref_fn = jax.tree_util.Partial(ref_fn, state.reference)
-        return batch if ref_fn is None else algorithm.with_reference(batch, ref_fn)
+        return algorithm.with_reference(batch, ref_fn)
 
     def update(
-        state: TrainState,
-        batch: Any,
-        key: jax.Array,
-        *,
-        policy_fn: Any,
-        ref_fn: Any,
+        state: TrainState, batch: Any, key: Array, *, policy_fn: Any, ref_fn: Any
     ) -> tuple[TrainState, Metrics]:
         return algorithm.update(
             state,
-            prepared(state, batch, ref_fn),
+            with_reference(state, batch, ref_fn),
             key,
             policy_fn=policy_fn,
             optimizer=setting.optimizer,
@@ -264,47 +255,41 @@ def policy_task(
             minibatch_sharding=stage.rows,
         )
 
-    @stage.jit
-    def metrics_of(
-        state: TrainState,
-        batch: Any,
-        *,
-        policy_fn: Any,
-        ref_fn: Any,
-    ) -> Parts:
-        batch = prepared(state, batch, ref_fn)
-        by_block = ops.by_rows(policy_fn, None)
-        loss_config = validation_config or config
-        _, parts = algorithm.loss(state.params, batch, None, policy_fn=by_block, config=loss_config)
+    def measure(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
+        _, parts = algorithm.loss(
+            state.params,
+            with_reference(state, batch, ref_fn),
+            None,
+            policy_fn=ops.by_rows(policy_fn, None),
+            config=validation_config or config,
+        )
         return parts
 
-    create = functools.partial(references.state(config).create, optimizer=setting.optimizer)
+    # Both travel through jit as arguments.
+    functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
     jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
-    of_batch = functools.partial(metrics_of, **functions)
-    validate = functools.partial(_validate, setting, of_batch, baselines)
+    measured = functools.partial(stage.jit(measure), **functions)
+
+    def validate(state: TrainState) -> Validation:
+        figures = _pooled(setting, functools.partial(measured, state)) | baselines(setting)
+        return Validation({f"validation/{name}": value for name, value in figures.items()})
+
+    create = references.state(config).create
     return Task(start, create, functools.partial(jitted, **functions), validate, reference)
 
 
-def _validate(
-    setting: Setting,
-    metrics_of: Callable[[TrainState, Any], Parts],
-    baselines: Callable[[Setting], dict[str, float]],
-    state: TrainState,
-) -> Validation:
-    """The metrics of all rows that are held out, as one mean each."""
-    numbers = loop.in_order(setting.held_out, setting.batch_size)
-    parts = [metrics_of(state, setting.batch(rows)) for rows in numbers]
-    metrics = {}
+def _pooled(setting: Setting, measure: Callable[[Any], Parts]) -> dict[str, float]:
+    """The metrics of all held-out rows, each as one mean, by their names without the stage's."""
+    numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
+    parts = [measure(setting.stage.shard(setting.batch(rows))) for rows in numbers]
+    figures = {}
     for name in parts[0]:
-        pooled = functools.reduce(operator.add, (part[name] for part in parts))
-        _, _, metric = name.partition("/")
-        metrics[f"validation/{metric}"] = float(pooled.value)
-    for name, value in baselines(setting).items():
-        metrics[f"validation/{name}"] = value
-    return Validation(metrics)
+        total = functools.reduce(operator.add, (part[name] for part in parts))
+        figures[name.partition("/")[2]] = float(total.value)
+    return figures
 
 
-def _read(config: RunConfig, spec: StageSpec) -> tuple[formats.ReadResult, formats.ReadResult]:
+def _read(config: RunConfig, spec: StageSpec) -> tuple[ReadResult, ReadResult]:
     """The rows to train on, and those to validate on if they have files of their own.
 
     Raises:
@@ -313,67 +298,80 @@ def _read(config: RunConfig, spec: StageSpec) -> tuple[formats.ReadResult, forma
     settings = spec.settings(config)
     data = initial.stage_rows(config, spec.kind, settings.data)
     if not settings.validation_data:
-        return data, formats.ReadResult([])
+        return data, ReadResult([])
     key = f"{spec.section}.validation_data"
     to_validate = initial.stage_rows(config, spec.kind, settings.validation_data, f" ({key})")
     trained_on = {digest: name for name, digest in data.fingerprints.items()}
     for name, digest in to_validate.fingerprints.items():
         if digest in trained_on:
-            same = f"{name} is {trained_on[digest]}, which is trained on"
-            raise UserError(f"{key}: {same}; give other rows")
+            raise UserError(
+                f"{key}: {name} is {trained_on[digest]}, which is trained on; give other rows"
+            )
     formats.check_labels([*data.rows, *to_validate.rows])
     return data, to_validate
 
 
 def _encoded(
-    stage: Stage,
+    config: RunConfig,
     spec: StageSpec,
     language_model: LanguageModel,
-    data: formats.ReadResult,
-    to_validate: formats.ReadResult,
-    key: jax.Array,
+    data: ReadResult,
+    to_validate: ReadResult,
+    key: Array,
 ) -> tuple[EncodedTexts, np.ndarray, np.ndarray]:
-    """All rows as token ids, and the numbers of those to train on and to validate on. Prints what
-    became of the rows."""
-    text = stage.config.text
+    """All rows as token ids, and the numbers of those to train on and to validate on. Prints how
+    many rows are used, and why the others are not.
+    """
     kind: str = spec.kind
-    template = text.template
-    to_train: Sequence[rows.Row] = data.rows
-    own: Sequence[rows.Row] = to_validate.rows
-    if data.rows[0].is_plain_text:
+    template = config.text.template
+    to_train = data.rows
+    own = to_validate.rows
+    if to_train[0].is_plain_text:
         kind = "pieces"
         template = "{prompt}"
         to_train = _pieces(to_train, language_model)
         own = _pieces(own, language_model)
     else:
-        initial.say_template(stage.config, language_model.tokenizer)
+        initial.say_template(config, language_model.tokenizer)
     every_row = [*to_train, *own]
     encoded = encoding.encode_texts(
         every_row,
         language_model.tokenizer,
         template=template,
         max_length=language_model.model.config.max_length,
-        too_long=text.too_long,
+        too_long=config.text.too_long,
     )
     # A piece is a group of its own: its prompt is a token that many have.
     group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
-        of_own = {row.source for row in own}
-        is_own = np.array([source in of_own for source in encoded.sources])
+        own_sources = {row.source for row in own}
+        is_own = np.array([source in own_sources for source in encoded.sources])
         train_rows = np.flatnonzero(~is_own)
         held_out = np.flatnonzero(is_own)
         initial.say_held_out(kind, groups, train_rows, held_out)
     else:
-        fraction = spec.settings(stage.config).validation_fraction
+        fraction = spec.settings(config).validation_fraction
         train_rows, held_out = initial.hold_out(kind, groups, fraction, key)
     num_bad = sum(data.dropped.values()) + sum(to_validate.dropped.values())
-    for line in _account(every_row, num_bad, kind, encoded, len(train_rows), len(held_out)):
-        logger.info(line)
+    used = f"{len(train_rows)} train, {len(held_out)} held out"
+    _account(every_row, num_bad, kind, encoded, used)
     return encoded, train_rows, held_out
 
 
-def _pieces(texts: Sequence[rows.Row], language_model: LanguageModel) -> list[rows.Row]:
+def _account(
+    read: Sequence[Row], num_bad: int, kind: str, encoded: EncodedTexts, used: str
+) -> None:
+    """Prints a line for each way in which long texts were treated, and the number of rows."""
+    unit = "pairs" if all(row.is_pair for row in read) else kind
+    for what, count in encoded.counts.items():
+        logger.info(f"{count} {'texts' if what == encoding.CUT else unit}: {what}")
+    num_too_long = len(read) - len(encoded)
+    num_rows = len(read) + num_bad
+    logger.info(f"{num_rows} {unit} in, {num_bad} bad, {num_too_long} too long, {used}")
+
+
+def _pieces(texts: Sequence[Row], language_model: LanguageModel) -> list[Row]:
     """Plain texts as ``encoding.pieces``; prints how many."""
     max_length = language_model.model.config.max_length
     cut = encoding.pieces(texts, language_model.tokenizer, max_length)
@@ -389,11 +387,11 @@ def _batching(
     spec: StageSpec,
     encoded: EncodedTexts,
     rows: np.ndarray,
-    key: jax.Array,
+    key: Array,
     multiple: int,
-) -> tuple[batches.Plan, Callable[[EncodedTexts, np.ndarray], Any]]:
-    """Which of the training ``rows`` form each step, and the function that makes arrays of them,
-    as wide as a ``multiple`` or packed.
+) -> tuple[batches.Plan, Callable[..., Any]]:
+    """Which of the training ``rows`` form each step, and the function that makes arrays of them, as
+    wide as a ``multiple`` or packed.
     """
     settings = spec.settings(config)
     text = config.text
@@ -411,24 +409,6 @@ def _batching(
     return plan, functools.partial(spec.pack, width=width, multiple=multiple)
 
 
-def _account(
-    read: list[rows.Row],
-    num_bad: int,
-    kind: str,
-    encoded: EncodedTexts,
-    num_train: int,
-    num_held_out: int,
-) -> list[str]:
-    """What became of the rows: a line for each thing that was done to long ones, and the sum."""
-    unit = "pairs" if all(row.is_pair for row in read) else kind
-    lines = []
-    for what, count in encoded.counts.items():
-        lines.append(f"{count} {'texts' if what == encoding.CUT else unit}: {what}")
-    num_too_long = len(read) - len(encoded)
-    total = f"{len(read) + num_bad} {unit} in, {num_bad} bad, {num_too_long} too long"
-    return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
-
-
 def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
     """The settings that help when memory runs out.
 
@@ -437,19 +417,19 @@ def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
     """
     name = spec.section
     settings = spec.settings(config)
-    pack = config.text.pack
-    if pack and spec.pack is None:
+    if config.text.pack and spec.pack is None:
         raise UserError(
             f"text.pack: {name} joins each prompt with the next row's answer and cannot pack; "
             "leave it out"
         )
-    if pack and isinstance(settings, SFTStage) and settings.aggregate != "token":
+    aggregate = getattr(settings, "aggregate", "token")
+    if config.text.pack and aggregate != "token":
         raise UserError(
-            f"text.pack: {name}.aggregate must be token, got {settings.aggregate}, which speaks of "
-            "whole rows"
+            f"text.pack: {name}.aggregate must be token, got {aggregate}, which speaks of whole "
+            "rows"
         )
-    parts = {f"{name}.num_microbatches": settings.num_microbatches}
-    layout.check_divides(
-        f"{name}.batch_size", settings.batch_size, layout.sharers(config, parts), parts
-    )
-    return parts | {f"{name}.batch_size": settings.batch_size}
+    microbatches = {f"{name}.num_microbatches": settings.num_microbatches}
+    batch_size = {f"{name}.batch_size": settings.batch_size}
+    sharers = layout.sharers(config, microbatches)
+    layout.check_divides(f"{name}.batch_size", settings.batch_size, sharers, microbatches)
+    return microbatches | batch_size

@@ -35,13 +35,10 @@ SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, 
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
-OTHERS = (
-    "model",
-    "tokenizer",
-    "environment",
-    "teacher",
-)  # names in a manifest that are no data files
-NO_ROW = ("no row", dict[str, Any]())
+# Names in a manifest that are no data files, and how others of them begin.
+NO_DATA = ("model", "tokenizer", "environment", "teacher")
+NO_DATA_PREFIXES = ("reward ", "safety ")
+WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
 MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
 
@@ -115,51 +112,37 @@ def verify(
     folder.check_links(path)
     span = _span(path, start, num_steps, from_scratch)
     stage = recorded["stage"]
+    last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
-    config = set_up(_with_data(config, stage, recorded["data"], data))  # before JAX begins
-    unsure = _unsure(config, stage, _last_start(recorded))
+    moved = _moved(config, stage, recorded["data"], data)
+    config = set_up(_with_data(config, stage, moved))  # before JAX begins
+    unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
-    expected = _renamed(recorded["data"], here, data, reward)
+    expected = _renamed(recorded["data"], here, moved)
     differences = _setting_differences(path) + _input_differences(expected, here)
     if span.start is not None:
-        differences += _damage(path, span.start)
+        _, damage = _arrays(path, span.start)
+        differences += damage
     if differences:
         why = "nothing was repeated: the files or settings at the start differ"
         return Audit(differences, [], unsure, why)
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
         ours = Path(scratch) / "run"
-        goes_on = span.start is not None or (path / "judge").is_dir()
-        config = dataclasses.replace(
-            config, output_dir=str(ours), resume=goes_on, track=(), processes=None
-        )
-        if goes_on:
-            _copy(path, ours, span.start, config, _facts(recorded, expected))
-        with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
-            _repeat(config, stage, span.stop)
+        _repeat(path, ours, config, span, {**recorded, "data": expected})
         written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
         differences, compared = _compare(path, ours, span)
-    before = _machine(_last_start(recorded))
-    now = _machine(_last_start(written))
-    return Audit(differences, manifest.differences(before, now), unsure, compared)
+    machine = manifest.differences(_machine(last_start), _machine(_last_start(written)))
+    return Audit(differences, machine, unsure, compared)
 
 
 def _last_start(recorded: Facts) -> Facts:
     """The facts of a manifest about the last time that the run was started or resumed."""
-    starts = recorded.get("resumed", [recorded])
+    starts: Sequence[Facts] = recorded.get("resumed", [recorded])
     return starts[-1]
 
 
 def _machine(facts: Facts) -> Facts:
     return {key: facts[key] for key in MACHINE if key in facts}
-
-
-def _facts(recorded: Facts, data: Digests) -> dict[str, Any]:
-    """The facts of a manifest that --resume does not compare with this machine, with the names of
-    this machine for what the run read.
-    """
-    here = (*MACHINE, "resumed")
-    facts = {key: value for key, value in recorded.items() if key not in here}
-    return facts | {"data": data}
 
 
 # --- What the run is
@@ -174,16 +157,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     needed = ["stage", "data", "versions"]
     recorded: dict[str, Any] = reading.read_json(file, reading.MANIFEST, needed)
     stage = recorded["stage"]
-    if stage not in SPECS and stage not in METHODS:
-        raise UserError(
-            f"{path}: its stage {stage} is not one of this package; only the script that made the "
-            "run can repeat it"
-        )
-    if recorded.get("given"):
-        raise UserError(
-            f"{path}: Python gave it {', '.join(recorded['given'])}; only the script that made the "
-            "run can repeat it"
-        )
+    why = ""
+    if stage not in SPECS | METHODS:
+        why = f"its stage {stage} is not one of this package"
+    elif recorded.get("given"):
+        why = f"Python gave it {', '.join(recorded['given'])}"
+    if why:
+        raise UserError(f"{path}: {why}; only the script that made the run can repeat it")
     return recorded
 
 
@@ -192,22 +172,21 @@ def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bo
         raise UserError("--all begins at the seed, --from at a checkpoint: give one of them")
     if num_steps is not None and num_steps < 1:
         raise UserError(f"--steps must be at least 1, got {num_steps}")
-    saved = folder.steps(path / "checkpoints")
     rows = reading.json_lines(path / "metrics.jsonl")
     if not rows:
         raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
     end = max(values["step"] for _, values in rows)
-    if not from_scratch and start is None and len(saved) > 1:
+    saved = folder.steps(path / "checkpoints")
+    if start is None and not from_scratch and len(saved) > 1:
         start = saved[-2]
-    if start is not None and start not in saved:
+    if start is None:
+        return Span(None, min(num_steps or end, end), end)
+    if start not in saved:
         listed = ", ".join(map(str, saved)) or "none"
         raise UserError(f"--from {start}: {path} has checkpoints of the steps {listed}")
-    if start is not None and start >= end:
+    if start >= end:
         raise UserError(f"--from {start}: the run ends there; begin at an earlier checkpoint")
-    if num_steps is None:
-        return Span(start, end, end)
-    first = 0 if start is None else start
-    return Span(start, min(end, first + num_steps), end)
+    return Span(start, min(start + (num_steps or end), end), end)
 
 
 def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
@@ -229,29 +208,28 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
 def _settings_class(file: Path) -> type[RunConfig]:
     """RunConfig with a field for each setting of the script that made the run."""
     known = {field.name for field in dataclasses.fields(RunConfig)}
-    settings = reading.read_yaml(file, reading.SETTINGS)
-    others = {}
-    for key, value in settings.items():
+    fields = []
+    for key, value in reading.read_yaml(file, reading.SETTINGS).items():
         if key not in known and isinstance(value, bool | int | float | str):
-            others[key] = value
-    if others:
-        names = ", ".join(others)
+            fields.append((key, type(value), value))
+    if fields:
+        names = ", ".join(key for key, _, _ in fields)
         logger.info(f"{file}: {names} is read by the script that made the run, not here")
-    fields = [(key, type(value), value) for key, value in others.items()]
     return dataclasses.make_dataclass("RunConfig", fields, bases=(RunConfig,), frozen=True)
 
 
 def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
     """A sentence for each part of the run that may not repeat."""
     sentences = []
+    named: list[str | None] = []
     if stage in METHODS:
-        read = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
-        for name in read:
-            if name is not None and ".py:" in name:
-                sentences.append(
-                    f"{name} is Python code, which is not known to repeat: it may use a clock or a "
-                    "network"
-                )
+        named = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
+    for name in named:
+        if name is not None and ".py:" in name:
+            sentences.append(
+                f"{name} is Python code, which is not known to repeat: it may use a clock or a "
+                "network"
+            )
     if last_start.get("backend") == "gpu" and not config.deterministic:
         sentences.append(
             "the run was on a GPU without --deterministic: the order of its sums may differ from "
@@ -285,50 +263,46 @@ def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
     return names
 
 
-def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -> RunConfig:
-    """The settings with the ``given`` files in place of the run's: first files of equal content,
-    then the others in their order.
+def _moved(config: RunConfig, stage: str, recorded: Digests, given: Names) -> dict[str, str]:
+    """{data file in the manifest: the ``given`` file in its place}: one of equal content, or else
+    the next one whose content the manifest does not know.
     """
     if not given:
-        return config
-    kind = _kind(stage)
-    here = formats.fingerprints(kind, given, seed=config.seed)
+        return {}
+    here = formats.fingerprints(_kind(stage), given, seed=config.seed)
     same = {digest: name for name, digest in here.items()}
     others = [name for name, digest in here.items() if digest not in recorded.values()]
-
-    def place_of(name: str) -> str:
-        # The settings may name the folder that holds a file of the manifest.
-        file = name if name in recorded else str(Path(name) / formats.FILES[kind])
-        digest = recorded.get(file, "")
+    moved = {}
+    for name, digest in recorded.items():
+        if name in NO_DATA or name.startswith(NO_DATA_PREFIXES):
+            continue
         if digest in same:
-            return same[digest]
-        return others.pop(0) if others else name
+            moved[name] = same[digest]
+        elif others:
+            moved[name] = others.pop(0)
+    return moved
 
+
+def _with_data(config: RunConfig, stage: str, moved: Mapping[str, str]) -> RunConfig:
+    """The settings with the files of ``moved``; they may name the folder of a file."""
     changes: dict[str, Any] = {}
     for field, names in _data_names(config, stage).items():
-        changes[field] = tuple(map(place_of, names))
+        files = [str(Path(name) / formats.FILES[_kind(stage)]) for name in names]
+        pairs = zip(names, files, strict=True)
+        changes[field] = tuple(moved.get(name, moved.get(file, name)) for name, file in pairs)
     section = _section(stage)
-    sections = {section: dataclasses.replace(getattr(config, section), **changes)}
-    return dataclasses.replace(config, **sections)
+    changed: Any = {section: dataclasses.replace(getattr(config, section), **changes)}
+    return dataclasses.replace(config, **changed)
 
 
-def _renamed(recorded: Digests, here: Digests, data: Names, reward: Names) -> Digests:
-    """The checksums of the manifest under the names that the files have on this machine."""
-    new_names: dict[str, str] = {}
-    for is_given, is_kind in ((data, _is_data), (reward, _is_reward)):
-        old = list(filter(is_kind, recorded))
-        new = list(filter(is_kind, here))
-        if is_given and len(old) == len(new):
-            new_names |= zip(old, new, strict=True)
-    return {new_names.get(name, name): digest for name, digest in recorded.items()}
-
-
-def _is_reward(name: str) -> bool:
-    return name.startswith("reward ")
-
-
-def _is_data(name: str) -> bool:
-    return name not in OTHERS and not name.startswith(("reward ", "safety "))
+def _renamed(recorded: Digests, here: Digests, moved: Mapping[str, str]) -> Digests:
+    """The checksums of the manifest under the names on this machine, of rewards in their order."""
+    old = [name for name in recorded if name.startswith("reward ")]
+    new = [name for name in here if name.startswith("reward ")]
+    names = dict(moved)
+    if len(old) == len(new):
+        names |= zip(old, new, strict=True)
+    return {names.get(name, name): digest for name, digest in recorded.items()}
 
 
 def _inputs(config: RunConfig, stage: str) -> Digests:
@@ -390,54 +364,62 @@ def _setting_differences(path: Path) -> list[Difference]:
 # --- The repetition
 
 
-def _arrays(path: Path, step: int) -> dict[str, np.ndarray]:
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        return checkpoints.arrays(step)
-
-
-def _damage(path: Path, step: int) -> list[Difference]:
-    """The damage of a checkpoint, if any."""
+def _arrays(path: Path, step: int) -> tuple[dict[str, np.ndarray], list[Difference]]:
+    """The arrays of a checkpoint, or its damage."""
     try:
-        _arrays(path, step)
+        with Checkpoints(path / "checkpoints") as checkpoints:
+            return checkpoints.arrays(step), []
     except CheckpointError as error:
-        return [_damaged(step, error)]
-    return []
+        return {}, [_damaged(step, error)]
 
 
 def _damaged(step: int, error: CheckpointError) -> Difference:
     return Difference(step, f"checkpoints/{step}", "", str(error), "")
 
 
-def _copy(path: Path, ours: Path, start: int | None, config: RunConfig, facts: Facts) -> None:
-    """Makes a run folder as the run's was at the checkpoint ``start``, with ``facts`` as its
-    manifest. It has the replies of judges and teachers, so that no server is asked again.
+def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Facts) -> None:
+    """Runs the steps of the span in the folder ``ours``, from what the run's own folder holds.
+
+    Args:
+        recorded: the manifest, with this machine's names for the data.
     """
-    ours.mkdir()
-    if (path / "judge").is_dir():
-        shutil.copytree(path / "judge", ours / "judge")
-    if start is not None:
-        for step in folder.steps(path / "checkpoints"):
-            if step <= start:
-                name = f"checkpoints/{step}"
-                shutil.copytree(path / name, ours / name)
-        for file in (*ROWS, "alerts.jsonl"):
-            content = _content(path / file)
-            if content is not None:
-                (ours / file).write_bytes(content)
-    (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
-    (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
-
-
-def _repeat(config: RunConfig, stage: str, stop: int) -> None:
-    """Runs the stage up to the step ``stop``."""
+    resume = span.start is not None or (path / "judge").is_dir()
+    config = dataclasses.replace(
+        config, output_dir=str(ours), resume=resume, track=(), processes=None
+    )
+    if resume:
+        _copy(path, ours, span.start)
+        # --resume compares the other facts with this machine.
+        facts = {key: recorded[key] for key in recorded if key not in (*MACHINE, "resumed")}
+        (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
+        (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
 
     def is_over(step: int, *of_step: Any) -> bool:
-        return step >= stop
+        return step >= span.stop
 
-    if stage in SPECS:
-        supervised.run(config, SPECS[stage], is_over)
-    else:
-        rl.run(config, METHODS[stage], on_step=is_over)
+    stage = recorded["stage"]
+    with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
+        if stage in SPECS:
+            supervised.run(config, SPECS[stage], is_over)
+        else:
+            rl.run(config, METHODS[stage], on_step=is_over)
+
+
+def _copy(path: Path, ours: Path, start: int | None) -> None:
+    """Copies what a run goes on from at the checkpoint ``start``, and the replies of judges and
+    teachers, so that no server is asked again.
+    """
+    ours.mkdir()
+    names = ["judge"]
+    if start is not None:
+        steps = folder.steps(path / "checkpoints")
+        names += [f"checkpoints/{step}" for step in steps if step <= start]
+        names += [*ROWS, "alerts.jsonl"]
+    for name in names:
+        if (path / name).is_dir():
+            shutil.copytree(path / name, ours / name)
+        elif (path / name).is_file():
+            shutil.copyfile(path / name, ours / name)
 
 
 # --- The comparison
@@ -464,31 +446,27 @@ def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], st
 
 
 def _row_differences(theirs: Path, ours: Path, span: Span) -> list[Difference]:
-    """The first row of a file that differs, by the first key whose values differ."""
+    """The first row of a file that differs, by the first value that does."""
     recorded = _rows(theirs, span)
     repeated = _rows(ours, span)
-    for before, now in itertools.zip_longest(recorded, repeated, fillvalue=NO_ROW):
-        old, old_values = before
-        new, new_values = now
-        if old == new:
-            continue
-        step = old_values.get("step", new_values.get("step"))
-        place = "the row"
-        keys = [
-            key for key in old_values | new_values if old_values.get(key) != new_values.get(key)
-        ]
-        if keys and NO_ROW not in (before, now):
-            place = keys[0]
-            old = str(old_values.get(place, "not there"))
-            new = str(new_values.get(place, "not there"))
-        return [Difference(step, theirs.name, place, *_excerpts(old, new))]
+    for old, new in itertools.zip_longest(recorded, repeated, fillvalue={WHOLE: "no row"}):
+        unequal = [key for key in old if key in new and old[key] != new[key]]
+        if unequal:
+            place = unequal[0]
+            step = int((old | new)["step"])
+            excerpts = _excerpts(old[place], new[place])
+            return [Difference(step, theirs.name, place, *excerpts)]
     return []
 
 
-def _rows(file: Path, span: Span) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of the steps that are repeated, as texts and as values."""
-    rows = reading.json_lines(file)
-    return [row for row in rows if span.has(row[1]["step"])]
+def _rows(file: Path, span: Span) -> list[dict[str, str]]:
+    """The rows of the steps that are repeated: their values as texts, and then their lines."""
+    rows = []
+    for line, values in reading.json_lines(file):
+        if span.has(values["step"]):
+            texts = {key: str(value) for key, value in values.items()}
+            rows.append(texts | {WHOLE: line})
+    return rows
 
 
 def _excerpts(old: str, new: str) -> tuple[str, str]:
@@ -501,56 +479,46 @@ def _excerpts(old: str, new: str) -> tuple[str, str]:
 
 def _state_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
     """The first array of a checkpoint that differs, by its first number that does."""
-    file = f"checkpoints/{step}"
-    try:
-        recorded = _arrays(theirs, step)
-    except CheckpointError as error:
-        return [_damaged(step, error)]
-    repeated = _arrays(ours, step)
-    unequal = []
+    recorded, damage = _arrays(theirs, step)
+    if damage:
+        return damage
+    repeated, _ = _arrays(ours, step)
+    differences = []
     for name in recorded | repeated:
-        if not _are_equal(recorded.get(name), repeated.get(name)):
-            unequal.append(name)
-    if not unequal:
-        return []
-    name = unequal[0]
-    index, before, now = _first_number(recorded.get(name), repeated.get(name))
-    others = f" (first of {len(unequal)} arrays)" if len(unequal) > 1 else ""
-    return [Difference(step, file, name + index + others, before, now)]
+        unequal = _first_number(recorded.get(name), repeated.get(name))
+        if unequal is not None:
+            index, before, now = unequal
+            file = f"checkpoints/{step}"
+            differences.append(Difference(step, file, name + index, before, now))
+    if len(differences) > 1:
+        place = f"{differences[0].place} (first of {len(differences)} arrays)"
+        return [differences[0]._replace(place=place)]
+    return differences
 
 
-def _first_number(old: Array, new: Array) -> tuple[str, str, str]:
+def _first_number(old: Array, new: Array) -> tuple[str, str, str] | None:
     """The index of the first number that differs, and both numbers; of arrays of different shapes
-    or dtypes no index, and both descriptions.
+    or dtypes no index, and both descriptions. None: the arrays are the same.
     """
     if old is None or new is None or _description(old) != _description(new):
         return "", _description(old), _description(new)
     byte = _first_byte(old.tobytes(), new.tobytes())
+    if byte == old.nbytes:
+        return None
     index = np.unravel_index(byte // old.itemsize, old.shape)
     place = ", ".join(map(str, index))
     return f"[{place}]", str(old[index]), str(new[index])
 
 
-def _are_equal(old: Array, new: Array) -> bool:
-    """Whether both arrays are there and have the same dtype, shape and bytes."""
-    if old is None or new is None or _description(old) != _description(new):
-        return False
-    return old.tobytes() == new.tobytes()
-
-
 def _description(array: Array) -> str:
-    if array is None:
-        return "not there"
-    return f"{array.dtype}{list(array.shape)}"
+    return "not there" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 def _first_byte(old: bytes, new: bytes) -> int:
-    """The number of the first byte that differs."""
+    """The number of the first byte that differs; the smaller size if there is none."""
     size = min(len(old), len(new))
-    old_bytes = np.frombuffer(old, np.uint8, size)
-    new_bytes = np.frombuffer(new, np.uint8, size)
-    places = np.flatnonzero(old_bytes != new_bytes)
-    return int(places[0]) if places.size else size
+    is_other = np.frombuffer(old, np.uint8)[:size] != np.frombuffer(new, np.uint8)[:size]
+    return int(np.argmax(is_other)) if is_other.any() else size
 
 
 def _file_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
