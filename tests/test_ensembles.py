@@ -85,7 +85,7 @@ def test_members_trained_at_once_are_members_trained_alone():
         assert_close(metrics, jax.tree.map(lambda *found: np.mean(found, dtype="f4"), *each))
     for i, state in enumerate(alone):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), state)
-        assert_close(ensembles.unstack(together.params)[i], state.params)
+        assert_close(ensembles.members(together.params)[f"member_{i}"], state.params)
     assert np.ptp(together.params["scores"], axis=0).min() > 0.01
 
 

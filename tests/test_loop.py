@@ -221,7 +221,7 @@ def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
         )
 
     config = replace(config, checkpoint_async=True)
-    rows = r"rows of this batch: b\.json, line 5, 11; a\.json, line 6$"
+    rows = r"rows of this batch: a\.json, line 6, b\.json, line 11, line 5$"
     message = rf"at step 5; .*checkpoint is step 4 in .*{rows}"
     with pytest.raises(TrainingFault, match=message):
         run_loop(config, losses=[1.0] * 4 + [jnp.nan], sources=sources)

@@ -21,6 +21,7 @@ from builders import ROOT, Checker, initial_params
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import DPOStage, RunConfig, parse
+from rlhf_jax.data import batches
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.training import supervised
@@ -116,7 +117,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         [],
         None,
         *np.zeros((2, 0), int),
-        batches.Plan(np.ones(4), 4, jax.random.key(0)),
+        batches.Plan(np.ones(4), 4, None),
         None,
         16,
         optax.sgd(1.0),

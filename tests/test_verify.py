@@ -95,7 +95,7 @@ def test_the_first_value_that_differs_is_named_in_each_file(copied, capsys):
     assert table[1][2].split() == ["chosen", "xes", "yes"]
     assert "is damaged" in table[2][2]
     assert table[3][2].startswith(
-        f"byte {(copied / 'model/model.safetensors').stat().st_size - 1} "
+        f"bytes[{(copied / 'model/model.safetensors').stat().st_size - 1}] "
     )
 
 
@@ -237,8 +237,8 @@ def change(copied, **values):
         (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
         (lambda run: change(run, data="x"), {}, "data is 'x', expected a mapping"),
         (lambda run: (run / "metrics.jsonl").write_text(""), {}, "metrics.jsonl has no rows"),
-        (lambda run: None, {"start": 5}, "--from 5: .* has checkpoints of the steps 4, 6"),
-        (lambda run: None, {"start": 6}, "--from 6: the run ends there"),
+        (lambda run: None, {"start": 5}, "--from 5: .* has these checkpoints before its end: 4$"),
+        (lambda run: None, {"start": 6}, "--from 6: .* before its end: 4$"),
         (lambda run: None, {"num_steps": 0}, "--steps must be at least 1"),
         (lambda run: None, {"start": 4, "from_scratch": True}, "give one of them"),
         (lambda run: (run / "model/x").symlink_to("/etc/passwd"), {}, "is a symbolic link"),

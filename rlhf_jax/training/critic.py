@@ -5,7 +5,7 @@ its optimizer.
 from dataclasses import replace
 
 import jax
-import optax
+from optax import GradientTransformation, conditionally_mask, partition
 
 from rlhf_jax import models
 from rlhf_jax.config import PPOStage, RLStage
@@ -58,8 +58,8 @@ def make_optimizer(
     critic: PPOStage,
     updates: int,
     params: Params,
-    given: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformation:
+    given: GradientTransformation | None = None,
+) -> GradientTransformation:
     """The optimizer of a run.
 
     A value model, or a value head with its own learning rate or warm-up, has its own optimizer
@@ -90,17 +90,17 @@ def has_own_optimizer(critic: PPOStage, params: Params) -> bool:
 
 
 def split(
-    policy: optax.GradientTransformation,
-    value: optax.GradientTransformation,
+    policy: GradientTransformation,
+    value: GradientTransformation,
     params: Params,
     frozen_steps: int = 0,
-) -> optax.GradientTransformation:
+) -> GradientTransformation:
     """``value`` for ``params["value"]``, a head or a model, and ``policy`` for the rest; each clips
     its own gradients.
 
     In the first ``frozen_steps`` steps the rest and the state of ``policy`` do not change.
     """
     if frozen_steps:
-        policy = optax.conditionally_mask(policy, lambda step: step >= frozen_steps)
+        policy = conditionally_mask(policy, lambda step: step >= frozen_steps)
     labels = {name: "value" if name == "value" else "policy" for name in params}
-    return optax.partition({"policy": policy, "value": value}, labels)
+    return partition({"policy": policy, "value": value}, labels)

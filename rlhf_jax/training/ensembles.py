@@ -56,10 +56,11 @@ def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -
     return jax.vmap(lambda params: TrainState.create(params, optimizer))(stacked)
 
 
-def unstack(params: Params) -> list[Params]:
-    """The members' own parameters."""
+def members(params: Params) -> dict[str, Params]:
+    """The members' own parameters, by the names of their folders."""
     num_members = len(jax.tree.leaves(params)[0])
-    return [jax.tree.map(operator.itemgetter(i), params) for i in range(num_members)]
+    numbers = range(num_members)
+    return {f"member_{i}": jax.tree.map(operator.itemgetter(i), params) for i in numbers}
 
 
 def update_members(

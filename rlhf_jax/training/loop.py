@@ -6,7 +6,7 @@ import random
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
+from rlhf_jax.data.rows import places
 from rlhf_jax.errors import (
     AlertStop,
     ServiceError,
@@ -100,8 +101,7 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
     )
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
-        pulse = stack.enter_context(Pulse())
-        loop = _Loop(stage, job, judge, checkpoints, state, stack, pulse)
+        loop = _Loop(stage, job, judge, checkpoints, state, stack)
         loop.obey_alerts()
         while loop.going_on:
             try:
@@ -139,11 +139,11 @@ class _Loop:
         checkpoints: Checkpoints,
         state: Any,
         stack: ExitStack,
-        pulse: Pulse,
     ):
         """Opens the files of the run and continues from its checkpoint, or validates and saves step
         0.
         """
+        pulse = stack.enter_context(Pulse())  # it names what compiles
         self.stage = stage
         self.job = job
         self.judge = judge
@@ -365,7 +365,8 @@ class _Loop:
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
         self.checkpoints.wait()
-        rows = _grouped(self.job.sources(self.done - 1))
+        sources = sorted(set(self.job.sources(self.done - 1)))
+        rows = places(sources, most=len(sources))
         look = f", or look at the rows of this batch: {rows}" if rows else ""
         raise TrainingFault(
             f"{self.stage.name}: loss or gradient was not finite at step {self.done}; the update "
@@ -385,20 +386,11 @@ def seed_libraries(seed: int, step: int) -> None:
     np.random.seed(number)  # noqa: NPY002
 
 
-def _grouped(sources: Iterable[str]) -> str:
-    """The distinct sources, grouped by file: "a.json, line 3, 7; b.json, line 1"."""
-    numbers: dict[str, list[str]] = {}
-    for source in dict.fromkeys(sources):
-        where, _, number = source.rpartition(" ")
-        numbers.setdefault(where, []).append(number)
-    return "; ".join(f"{where} {', '.join(group)}".strip() for where, group in numbers.items())
-
-
 def pad_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
     """Row numbers, padded with missing rows (-1) to a multiple."""
     return np.pad(rows, (0, -len(rows) % multiple), constant_values=ABSENT)
 
 
-def in_order(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """The rows in batches of one size. The last batch is padded with missing rows."""
-    return iter(pad_rows(rows, batch_size).reshape(-1, batch_size))
+def in_order(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """The rows in batches [N, batch_size]. The last batch is padded with missing rows."""
+    return pad_rows(rows, batch_size).reshape(-1, batch_size)

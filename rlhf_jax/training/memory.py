@@ -18,6 +18,17 @@ from rlhf_jax.runs import devices
 HOST = "pinned_host"  # JAX's name for memory of the host that devices read
 
 
+# What to do about a setting of this name, with its flag and its value.
+ADVICE = {
+    "num_microbatches": "more --{} (now {})",
+    "batch_size": "a smaller --{} (now {})",
+    "rank": (
+        "--{} 8, which needs no optimizer state for the rest and no second copy for the reference"
+    ),
+    "remat": "--{} (on a CPU with --compute.scan-layers)",
+}
+
+
 class TooLarge(Exception):
     """A program needs more memory than is free: how much of both."""
 
@@ -38,35 +49,21 @@ def fault(
             size to lower, and ``lora.rank`` and ``compute.remat`` where they can still be turned on
             (value 0).
     """
-    parts = [
-        f"{size / 2**20:.1f} MiB of {name}"
-        for name, tree in held.items()
-        if (size := on_device(tree))
-    ]
+    held_bytes = {name: on_device(tree) for name, tree in held.items()}
+    parts = [f"{size / 2**20:.1f} MiB of {name}" for name, size in held_bytes.items() if size]
     lies = f"Each device holds {', '.join(parts)}; activations need more. " if parts else ""
-    advice = {
-        "num_microbatches": "more --{} (now {})",
-        "batch_size": "a smaller --{} (now {})",
-        "rank": (
-            "--{} 8, which needs no optimizer state for the rest and no second copy for the "
-            "reference"
-        ),
-        "remat": "--{} (on a CPU with --compute.scan-layers)",
-    }
-    helps = [
-        advice[name.rpartition(".")[2]].format(name.replace("_", "-"), value)
-        for name, value in sizes.items()
-    ]
-    said = str(error).splitlines()[0]
+    helps = []
+    for name, value in sizes.items():
+        _, _, setting = name.rpartition(".")
+        helps.append(ADVICE[setting].format(name.replace("_", "-"), value))
+    advice = ", ".join([*helps, "shorter texts", "more devices"])
+    reason = str(error).splitlines()[0]
     begins = "out of memory."
-    ends = f"XLA said: {said}"
+    ends = f"XLA said: {reason}"
     if isinstance(error, TooLarge):
-        begins = f"out of memory before the first step: {said}."
+        begins = f"out of memory before the first step: {reason}."
         ends = f"rlhf-jax plan {stage} computes what other settings need."
-    return TrainingFault(
-        f"{stage}: {begins} {lies}What helps most: "
-        f"{', '.join([*helps, 'shorter texts', 'more devices'])}. {ends}"
-    )
+    return TrainingFault(f"{stage}: {begins} {lies}What helps most: {advice}. {ends}")
 
 
 def amount(size: float) -> str:
@@ -92,12 +89,9 @@ def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Com
     Raises:
         TooLarge: it needs more memory beside its arguments than is free.
     """
-    jitted: Any = program
-    options: dict[str, Any] = {}
-    if isinstance(program, functools.partial):
-        jitted = program.func
-        options = program.keywords
-    compiled: jax.stages.Compiled = jitted.lower(*args, **options).compile()
+    bound = functools.partial(program)  # a partial of a partial is flat
+    jitted: Any = bound.func
+    compiled: jax.stages.Compiled = jitted.lower(*bound.args, *args, **bound.keywords).compile()
     size = needed(compiled)
     free = devices.free_memory()
     if size > free > 0:
@@ -180,28 +174,24 @@ def shapes(tree: Any) -> Any:
     """
 
     def shape(leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
         sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-        return (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            if hasattr(leaf, "dtype")
-            else leaf
-        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
 
 
 def on_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree, or their shapes, take on one device; of those in the host's
-    memory none.
+    """Bytes that the arrays of a tree, or their shapes, take on one device; arrays in the host's
+    memory take none.
     """
-    leaves = [
-        leaf for leaf in jax.tree.leaves(shapes(tree)) if isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
-    leaves = [leaf for leaf in leaves if getattr(leaf.sharding, "memory_kind", None) != HOST]
-    own = [
-        leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        for leaf in leaves
-    ]
-    return sum(
-        math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(own, leaves, strict=True)
-    )
+    total = 0
+    for leaf in jax.tree.leaves(shapes(tree)):
+        sharding = getattr(leaf, "sharding", None)
+        is_array = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not is_array or getattr(sharding, "memory_kind", None) == HOST:
+            continue
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

@@ -21,6 +21,7 @@ from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
 T = TypeVar("T")
+Path = tuple[Any, ...]  # of a leaf in nested dicts
 # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
 PLATEAU_SCALE = "plateau_scale"
 
@@ -77,11 +78,11 @@ def muon_dimensions(params: Params) -> Any:
     Embeddings, heads, biases and scales are left to Adam (None).
     """
 
-    def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = [entry.key for entry in path]
-        if names[-1] not in ("kernel", "lora_a", "lora_b") or names[-2] in HEADS:
+    def dimensions(path: Path, _: Array) -> Any:
+        if not _is_of_body(path, "kernel", "lora_a", "lora_b"):
             return None
-        return MuonDimensionNumbers(int("h" in names), -1)
+        is_stacked = any(entry.key == "h" for entry in path)
+        return MuonDimensionNumbers(int(is_stacked), -1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
@@ -91,12 +92,16 @@ def _decayed(params: Params) -> Any:
     rank 2 too.
     """
 
-    def decayed(path: tuple[Any, ...], _: Array) -> bool:
-        names = [entry.key for entry in path]
-        is_matrix = names[-1] in ("kernel", "embedding", "lora_a", "lora_b")
-        return is_matrix and names[-2] not in HEADS
+    def decayed(path: Path, _: Array) -> bool:
+        return _is_of_body(path, "kernel", "embedding", "lora_a", "lora_b")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _is_of_body(path: Path, *names: str) -> bool:
+    """Whether a leaf has one of the names and belongs to no head."""
+    *_, module, leaf = path
+    return leaf.key in names and module.key not in HEADS
 
 
 def times_exhausted(values: Sequence[float], patience: int) -> int:

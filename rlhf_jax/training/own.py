@@ -24,6 +24,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import OWN_NOTE, write_tensors
+from rlhf_jax.models.stack import pick
 from rlhf_jax.types import Params
 
 PARAMETERS = "params.safetensors"
@@ -82,12 +83,7 @@ def from_functions(
         columns: Any = None,
     ) -> Array:
         mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask
-        states = apply(params, tokens, mask, key)
-        if columns is None:
-            return states
-        if isinstance(columns, slice):
-            return states[:, columns]
-        return jnp.take_along_axis(states, columns[..., None], axis=1)
+        return pick(apply(params, tokens, mask, key), columns, axis=1)
 
     cached = sampling.uncached(logits)
     config: Any = OwnConfig(vocab_size, max_length)

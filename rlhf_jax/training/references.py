@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from rlhf_jax.config import Reference, RunConfig
 from rlhf_jax.errors import UserError
@@ -33,8 +34,7 @@ class Followed(TrainState):
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> Self:
         """The reference starts as the policy, in arrays of its own."""
         begun = TrainState.create(params, optimizer)
-        copied = jax.tree.map(jnp.copy, params)
-        return cls(begun.step, begun.params, begun.opt_state, copied)
+        return cls(**vars(begun), reference=jax.tree.map(jnp.copy, params))
 
 
 def moves(settings: Any) -> bool:
@@ -67,7 +67,7 @@ def moving(advance: Advance, settings: Any, policy_of: Callable[[Any], Params]) 
     every = settings.reference_refresh or 1
     share = 1.0 if settings.reference_ema is None else settings.reference_ema
 
-    def toward(policy: jax.Array, reference: jax.Array) -> jax.Array:
+    def toward(policy: Array, reference: Array) -> Array:
         # Exact for a share of 1, and for two equal weights.
         return policy if share == 1.0 else reference + share * (policy - reference)
 

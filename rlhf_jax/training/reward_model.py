@@ -2,6 +2,7 @@
 them out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import batches
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import logger
 from rlhf_jax.training import ensembles, initial, memory, scoring, supervised
@@ -43,37 +45,30 @@ def _task(setting: supervised.Setting) -> supervised.Task:
     stage = setting.stage
     settings = stage.config.reward_model
     model = setting.initial.model
-    is_ensemble = settings.ensemble_size > 1
     starts = ensembles.starts(stage.config, model, setting.initial.params, stage.key("init"))
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
     score_fn = start.bind(models.score_fn(model))
+    validate = _validation(setting, score_fn)
+    create: Callable[..., TrainState] = TrainState.create
+    update: Any = functools.partial(reward_model.update, minibatch_sharding=stage.rows)
+    training = setting
+    if settings.ensemble_size > 1:
+        start = start._replace(params=[member.params for member in starts])
+        create = ensembles.create
+        update = ensembles.update_members
+        training = _weighted(setting)
 
     def trained(state: TrainState) -> Mapping[str, Params]:
-        members = {"": state.params}
-        if is_ensemble:
-            unstacked = ensembles.unstack(state.params)
-            members = {f"member_{i}": params for i, params in enumerate(unstacked)}
+        is_ensemble = settings.ensemble_size > 1
+        members = ensembles.members(state.params) if is_ensemble else {"": state.params}
         return _all_normalized(setting, score_fn, members)
 
-    if is_ensemble:
-        start = start._replace(params=[member.params for member in starts])
-        create: Callable[..., TrainState] = ensembles.create
-        update: Callable[..., Any] = ensembles.update_members
-    else:
-        create = TrainState.create
-        update = functools.partial(reward_model.update, minibatch_sharding=stage.rows)
     configured = functools.partial(update, optimizer=setting.optimizer, config=settings)
     jitted = stage.jit_update(configured, model.config.num_blocks)
-    return supervised.Task(
-        start,
-        functools.partial(create, optimizer=setting.optimizer),
-        functools.partial(jitted, score_fn=score_fn),
-        _validation(setting, score_fn),
-        trained=trained,
-        train_on=_weighted(setting) if is_ensemble else None,
-    )
+    bound = functools.partial(jitted, score_fn=score_fn)
+    return supervised.Task(training, start, create, bound, validate, trained=trained)
 
 
 def _validation(
@@ -87,7 +82,6 @@ def _validation(
     score_answers = scoring.answer_scorer(score_fn, num_members, stage.jit)
 
     def validate(state: TrainState) -> Validation:
-        values = {}
         scores = scoring.score_rows(
             functools.partial(score_answers, state.params),
             encoded,
@@ -96,15 +90,16 @@ def _validation(
             bucket_multiple=setting.bucket_multiple,
             shard=stage.shard,
         )
+        figures = {}
         if num_members > 1:
-            values["uncertainty"] = scoring.disagreement(encoded, held_out, scores)
+            figures["uncertainty"] = scoring.disagreement(encoded, held_out, scores)
             scores = scores.mean(axis=2)
-        values |= scoring.report(encoded, held_out, scores)
+        figures |= scoring.report(encoded, held_out, scores)
         shown = scoring.evenly(len(held_out), MAX_SAMPLES)
         samples = scoring.samples(
             encoded, held_out[shown], scores[shown], setting.initial.tokenizer
         )
-        return Validation({f"validation/{name}": value for name, value in values.items()}, samples)
+        return Validation({f"validation/{name}": value for name, value in figures.items()}, samples)
 
     return validate
 
@@ -127,13 +122,14 @@ def _all_normalized(
     return {name: _normalized(score, params, samples) for name, params in members.items()}
 
 
-def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:
-    """The comparisons with a weight of each row for each member of an ensemble."""
+def _weighted(setting: supervised.Setting) -> supervised.Setting:
+    """With a weight of each comparison for each member of an ensemble."""
     num_members = setting.stage.config.reward_model.ensemble_size
     # 0 and 1 are the split's and the order's.
     key = jax.random.fold_in(setting.stage.key("data"), 2)
     counts = ensembles.bootstrap(key, num_members, len(setting.train_rows))
-    return ensembles.with_counts(setting.encoded, setting.train_rows, counts)
+    weighted = ensembles.with_counts(setting.encoded, setting.train_rows, counts)
+    return dataclasses.replace(setting, encoded=weighted)
 
 
 def _base_samples(setting: supervised.Setting) -> Rollout:
@@ -147,8 +143,7 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
     key = stage.key("rollout")
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
     numbers = np.resize(order, config.reward_model.normalize_samples)
-    chosen = [prompts[number] for number in numbers]
-    rows = [Row(prompt, (), f"the prompt {prompt[:40]!r}") for prompt in chosen]
+    rows = [Row(prompts[i], (), f"the prompt {prompts[i][:40]!r}") for i in numbers]
     encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
     how = initial.sampling_config(config.rl, language_model.tokenizer)
     sample_key = jax.random.fold_in(key, 1)
@@ -156,7 +151,7 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
 
 
 def _normalized(
-    score: Callable[[Params, Comparisons], jax.Array],
+    score: Callable[[Params, Comparisons], Array],
     params: Params,
     rollout: Rollout,
 ) -> Params:
@@ -167,8 +162,8 @@ def _normalized(
     of_texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
     comparisons = Comparisons(*(array[:, None] for array in of_texts))  # one answer a row
     scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
-    mean = float(scores.mean())
-    std = float(scores.std())
+    mean = scores.mean()
+    std = scores.std()
     if std == 0.0:
         logger.info(
             f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}"

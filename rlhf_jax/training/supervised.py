@@ -33,23 +33,6 @@ from rlhf_jax.types import Metrics, Params, Parts, TrainState
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
 
-class Task(NamedTuple):
-    """What is trained on the batches of a stage, and how."""
-
-    start: Trainable
-    create: Callable[..., TrainState]
-    """(start.params, optimizer=) -> the state at step 0."""
-    update: Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
-    """(state, batch on the devices, key) -> (state, metrics)."""
-    validate: Callable[[TrainState], Validation]
-    reference: Any = None
-    """A pytree with the parameters of the reference."""
-    trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}
-    """The parameters to save; see ``Stage.finish``."""
-    train_on: EncodedTexts | None = None
-    """Takes the place of the setting's encoded rows in training, row by row."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What a task is made from. A batch depends on nothing but the number of its step."""
@@ -79,6 +62,23 @@ class Setting:
         steps = heapq.nlargest(8, range(self.plan.steps_per_epoch), self.plan.extent)
         candidates = [self.batch(self.rows_of(step)) for step in steps]
         return max(candidates, key=lambda batch: batch.tokens.size)
+
+
+class Task(NamedTuple):
+    """What is trained on the batches of a stage, and how."""
+
+    setting: Setting
+    """Of its training; validations may have other weights of the rows."""
+    start: Trainable
+    create: Callable[..., TrainState]
+    """(start.params, optimizer=) -> the state at step 0."""
+    update: Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
+    """(state, batch on the devices, key) -> (state, metrics)."""
+    validate: Callable[[TrainState], Validation]
+    reference: Any = None
+    """A pytree with the parameters of the reference."""
+    trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}
+    """The parameters to save; see ``Stage.finish``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,31 +153,30 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
             make_optimizer(settings.optimizer, num_steps),
         )
         task = spec.make_task(setting)
-        state = _first_state(setting, task)
-        state, row = loop.train(stage, state, _job(setting, spec, task, on_step))
+        state, row = loop.train(stage, _first_state(task), _job(spec, task, on_step))
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
-def _first_state(setting: Setting, task: Task) -> TrainState:
+def _first_state(task: Task) -> TrainState:
     """The state at step 0. The stage notes what else is on the devices."""
-    stage = setting.stage
+    stage = task.setting.stage
     reference = None if task.start.base else task.reference  # under LoRA it is the base
     stage.hold({"frozen weights": task.start.base, "reference": reference})
-    create = functools.partial(task.create, optimizer=setting.optimizer)
+    create = functools.partial(task.create, optimizer=task.setting.optimizer)
     state = stage.take(create, task.start.params)
     stage.hold({"moving reference": getattr(state, "reference", None)})
     return state
 
 
-def _job(setting: Setting, spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
+def _job(spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
     """What the loop runs."""
+    setting = task.setting
     stage = setting.stage
     settings = spec.settings(stage.config)
-    training = dataclasses.replace(setting, encoded=task.train_on or setting.encoded)
     update_key = stage.key("update")
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        batch = training.batch(training.rows_of(step))
+        batch = setting.batch(setting.rows_of(step))
         step_key = jax.random.fold_in(update_key, step)
         state, metrics = task.update(state, stage.shard(batch), step_key)
         if stage.config.text.pack:
@@ -186,11 +185,11 @@ def _job(setting: Setting, spec: StageSpec, task: Task, on_step: loop.OnStep | N
         return state, metrics
 
     def check_memory(state: TrainState) -> None:
-        memory.check("learn", task.update, state, stage.shard(training.largest()), update_key)
+        memory.check("learn", task.update, state, stage.shard(setting.largest()), update_key)
 
     def sources(step: int) -> list[str]:
-        numbers = training.rows_of(step)
-        return [setting.encoded.sources[row] for row in numbers if row != batches.ABSENT]
+        present = [row for row in setting.rows_of(step) if row != batches.ABSENT]
+        return [setting.encoded.sources[row] for row in present]
 
     return loop.Job(
         references.moving(advance, settings, lambda state: state.params),
@@ -275,7 +274,8 @@ def policy_task(
         return Validation({f"validation/{name}": value for name, value in figures.items()})
 
     create = references.state(config).create
-    return Task(start, create, functools.partial(jitted, **functions), validate, reference)
+    bound = functools.partial(jitted, **functions)
+    return Task(setting, start, create, bound, validate, reference)
 
 
 def _pooled(setting: Setting, measure: Callable[[Any], Parts]) -> dict[str, float]:
@@ -345,8 +345,8 @@ def _encoded(
     group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
-        own_sources = {row.source for row in own}
-        is_own = np.array([source in own_sources for source in encoded.sources])
+        own_sources = [row.source for row in own]
+        is_own = np.isin(encoded.sources, own_sources)
         train_rows = np.flatnonzero(~is_own)
         held_out = np.flatnonzero(is_own)
         initial.say_held_out(kind, groups, train_rows, held_out)

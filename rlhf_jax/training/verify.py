@@ -35,9 +35,6 @@ SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, 
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
-# Names in a manifest that are no data files, and how others of them begin.
-NO_DATA = ("model", "tokenizer", "environment", "teacher")
-NO_DATA_PREFIXES = ("reward ", "safety ")
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
 MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
@@ -45,7 +42,7 @@ MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a m
 Names = Sequence[str]
 Facts = Mapping[str, Any]  # of a manifest
 Digests = Mapping[str, str]  # {name of what a run reads: sha256}
-Array = np.ndarray | None  # None: a checkpoint has none of this name
+Part = str | np.ndarray | None  # what is in one place of a file; None: nothing
 
 
 class Difference(NamedTuple):
@@ -114,12 +111,10 @@ def verify(
     stage = recorded["stage"]
     last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
-    moved = _moved(config, stage, recorded["data"], data)
-    config = set_up(_with_data(config, stage, moved))  # before JAX begins
+    config = set_up(_with_data(config, stage, recorded["data"], data))  # before JAX begins
     unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
-    expected = _renamed(recorded["data"], here, moved)
-    differences = _setting_differences(path) + _input_differences(expected, here)
+    differences = _setting_differences(path) + _input_differences(recorded["data"], here)
     if span.start is not None:
         _, damage = _arrays(path, span.start)
         differences += damage
@@ -128,7 +123,7 @@ def verify(
         return Audit(differences, [], unsure, why)
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
         ours = Path(scratch) / "run"
-        _repeat(path, ours, config, span, {**recorded, "data": expected})
+        _repeat(path, ours, config, span, {**recorded, "data": here})
         written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
         differences, compared = _compare(path, ours, span)
     machine = manifest.differences(_machine(last_start), _machine(_last_start(written)))
@@ -179,14 +174,13 @@ def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bo
     saved = folder.steps(path / "checkpoints")
     if start is None and not from_scratch and len(saved) > 1:
         start = saved[-2]
-    if start is None:
-        return Span(None, min(num_steps or end, end), end)
-    if start not in saved:
-        listed = ", ".join(map(str, saved)) or "none"
-        raise UserError(f"--from {start}: {path} has checkpoints of the steps {listed}")
-    if start >= end:
-        raise UserError(f"--from {start}: the run ends there; begin at an earlier checkpoint")
-    return Span(start, min(start + (num_steps or end), end), end)
+    first = 0 if start is None else start
+    span = Span(start, min(end, first + (num_steps or end)), end)
+    begins = [step for step in saved if step < end]
+    if start is not None and start not in begins:
+        listed = ", ".join(map(str, begins)) or "none"
+        raise UserError(f"--from {start}: {path} has these checkpoints before its end: {listed}")
+    return span
 
 
 def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
@@ -263,46 +257,28 @@ def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
     return names
 
 
-def _moved(config: RunConfig, stage: str, recorded: Digests, given: Names) -> dict[str, str]:
-    """{data file in the manifest: the ``given`` file in its place}: one of equal content, or else
-    the next one whose content the manifest does not know.
+def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -> RunConfig:
+    """The settings with the ``given`` files in place of the run's: first files of equal content,
+    then the others in their order.
     """
     if not given:
-        return {}
-    here = formats.fingerprints(_kind(stage), given, seed=config.seed)
+        return config
+    kind = _kind(stage)
+    here = formats.fingerprints(kind, given, seed=config.seed)
     same = {digest: name for name, digest in here.items()}
-    others = [name for name, digest in here.items() if digest not in recorded.values()]
-    moved = {}
-    for name, digest in recorded.items():
-        if name in NO_DATA or name.startswith(NO_DATA_PREFIXES):
-            continue
-        if digest in same:
-            moved[name] = same[digest]
-        elif others:
-            moved[name] = others.pop(0)
-    return moved
+    others = iter([name for name, digest in here.items() if digest not in recorded.values()])
 
+    def place_of(name: str) -> str:
+        # The settings may name the folder that holds a file of the manifest.
+        file = name if name in recorded else str(Path(name) / formats.FILES[kind])
+        return same.get(recorded.get(file, "")) or next(others, name)
 
-def _with_data(config: RunConfig, stage: str, moved: Mapping[str, str]) -> RunConfig:
-    """The settings with the files of ``moved``; they may name the folder of a file."""
     changes: dict[str, Any] = {}
     for field, names in _data_names(config, stage).items():
-        files = [str(Path(name) / formats.FILES[_kind(stage)]) for name in names]
-        pairs = zip(names, files, strict=True)
-        changes[field] = tuple(moved.get(name, moved.get(file, name)) for name, file in pairs)
+        changes[field] = tuple(map(place_of, names))
     section = _section(stage)
-    changed: Any = {section: dataclasses.replace(getattr(config, section), **changes)}
-    return dataclasses.replace(config, **changed)
-
-
-def _renamed(recorded: Digests, here: Digests, moved: Mapping[str, str]) -> Digests:
-    """The checksums of the manifest under the names on this machine, of rewards in their order."""
-    old = [name for name in recorded if name.startswith("reward ")]
-    new = [name for name in here if name.startswith("reward ")]
-    names = dict(moved)
-    if len(old) == len(new):
-        names |= zip(old, new, strict=True)
-    return {names.get(name, name): digest for name, digest in recorded.items()}
+    sections = {section: dataclasses.replace(getattr(config, section), **changes)}
+    return dataclasses.replace(config, **sections)
 
 
 def _inputs(config: RunConfig, stage: str) -> Digests:
@@ -315,23 +291,24 @@ def _inputs(config: RunConfig, stage: str) -> Digests:
     return digests
 
 
-def _input_differences(expected: Digests, here: Digests) -> list[Difference]:
-    """The files that differ.
+def _input_differences(recorded: Digests, here: Digests) -> list[Difference]:
+    """The files whose content the run did not read, each in place of one that it did.
 
     Raises:
         UserError: one is missing.
     """
-    missing = [name for name in expected if name not in here]
+    before = [name for name, digest in recorded.items() if digest not in here.values()]
+    now = [name for name, digest in here.items() if digest not in recorded.values()]
+    missing = before[len(now) :]
     if missing:
         raise UserError(
             f"{', '.join(missing)}: the run read it, and it is not on this machine; give its place "
             "by --data, --model or --reward"
         )
     differences = []
-    for name, digest in here.items():
-        before = expected.get(name, "not read")
-        if digest != before:
-            differences.append(Difference(None, name, "sha256", before, digest))
+    for old, new in itertools.zip_longest(before, now, fillvalue=""):
+        digest = recorded.get(old, "not read")
+        differences.append(Difference(None, new, "sha256", digest, here[new]))
     return differences
 
 
@@ -350,15 +327,15 @@ def _setting_differences(path: Path) -> list[Difference]:
         return [_damaged(step, error)]
     if not isinstance(recorded, dict):
         return []
-    old = manifest.dotted(recorded)
-    new = manifest.dotted(reading.read_yaml(path / "config.yaml", reading.SETTINGS))
-    differences = []
-    for key in old | new:
-        before = old.get(key, "not set")
-        now = new.get(key, "not set")
-        if before != now and not manifest.within(key, MAY_CHANGE):
-            differences.append(Difference(None, "config.yaml", key, str(before), str(now)))
-    return differences
+    old = _settings(recorded)
+    new = _settings(reading.read_yaml(path / "config.yaml", reading.SETTINGS))
+    return _differences(None, "config.yaml", old, new)
+
+
+def _settings(tree: Mapping[str, Any]) -> dict[str, str]:
+    """{dotted key: value} of the settings on which the bits of a run depend."""
+    values = manifest.dotted(dict(tree)).items()
+    return {key: str(value) for key, value in values if not manifest.within(key, MAY_CHANGE)}
 
 
 # --- The repetition
@@ -449,13 +426,10 @@ def _row_differences(theirs: Path, ours: Path, span: Span) -> list[Difference]:
     """The first row of a file that differs, by the first value that does."""
     recorded = _rows(theirs, span)
     repeated = _rows(ours, span)
-    for old, new in itertools.zip_longest(recorded, repeated, fillvalue={WHOLE: "no row"}):
-        unequal = [key for key in old if key in new and old[key] != new[key]]
-        if unequal:
-            place = unequal[0]
-            step = int((old | new)["step"])
-            excerpts = _excerpts(old[place], new[place])
-            return [Difference(step, theirs.name, place, *excerpts)]
+    for old, new in itertools.zip_longest(recorded, repeated, fillvalue=dict[str, str]()):
+        differences = _differences(int((old | new)["step"]), theirs.name, old, new)
+        if differences:
+            return differences[:1]
     return []
 
 
@@ -469,78 +443,32 @@ def _rows(file: Path, span: Span) -> list[dict[str, str]]:
     return rows
 
 
-def _excerpts(old: str, new: str) -> tuple[str, str]:
-    """The characters around the first one that differs."""
-    place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
-    first = max(place - EXCERPT, 0)
-    last = place + EXCERPT
-    return old[first:last], new[first:last]
-
-
 def _state_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
-    """The first array of a checkpoint that differs, by its first number that does."""
+    """The first array of a checkpoint that differs."""
     recorded, damage = _arrays(theirs, step)
     if damage:
         return damage
     repeated, _ = _arrays(ours, step)
-    differences = []
-    for name in recorded | repeated:
-        unequal = _first_number(recorded.get(name), repeated.get(name))
-        if unequal is not None:
-            index, before, now = unequal
-            file = f"checkpoints/{step}"
-            differences.append(Difference(step, file, name + index, before, now))
+    differences = _differences(step, f"checkpoints/{step}", recorded, repeated)
     if len(differences) > 1:
         place = f"{differences[0].place} (first of {len(differences)} arrays)"
         return [differences[0]._replace(place=place)]
     return differences
 
 
-def _first_number(old: Array, new: Array) -> tuple[str, str, str] | None:
-    """The index of the first number that differs, and both numbers; of arrays of different shapes
-    or dtypes no index, and both descriptions. None: the arrays are the same.
-    """
-    if old is None or new is None or _description(old) != _description(new):
-        return "", _description(old), _description(new)
-    byte = _first_byte(old.tobytes(), new.tobytes())
-    if byte == old.nbytes:
-        return None
-    index = np.unravel_index(byte // old.itemsize, old.shape)
-    place = ", ".join(map(str, index))
-    return f"[{place}]", str(old[index]), str(new[index])
-
-
-def _description(array: Array) -> str:
-    return "not there" if array is None else f"{array.dtype}{list(array.shape)}"
-
-
-def _first_byte(old: bytes, new: bytes) -> int:
-    """The number of the first byte that differs; the smaller size if there is none."""
-    size = min(len(old), len(new))
-    is_other = np.frombuffer(old, np.uint8)[:size] != np.frombuffer(new, np.uint8)[:size]
-    return int(np.argmax(is_other)) if is_other.any() else size
-
-
 def _file_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
     """The files of ``model/``, and the weights of ``adapter/``, that differ."""
     differences = []
     for name in sorted(_results(theirs) | _results(ours)):
-        old = _content(theirs / name)
-        new = _content(ours / name)
-        if old is None:
-            differences.append(Difference(step, name, "", "not there", "there"))
-        elif new is None:
-            differences.append(Difference(step, name, "", "there", "not there"))
-        elif old != new:
-            place = _first_byte(old, new)
-            before = old[place : place + 1].hex() or "the end"
-            now = new[place : place + 1].hex() or "the end"
-            differences.append(Difference(step, name, f"byte {place}", before, now))
+        differences += _differences(step, name, _bytes(theirs / name), _bytes(ours / name))
     return differences
 
 
-def _content(file: Path) -> bytes | None:
-    return reading.read_bytes(file) if file.is_file() else None
+def _bytes(file: Path) -> dict[str, np.ndarray]:
+    """The content of a file; empty if it is missing."""
+    if not file.is_file():
+        return {}
+    return {"bytes": np.frombuffer(reading.read_bytes(file), np.uint8)}
 
 
 def _results(path: Path) -> set[str]:
@@ -549,3 +477,42 @@ def _results(path: Path) -> set[str]:
     adapters = (path / "adapter").rglob("*.safetensors")
     files = filter(Path.is_file, itertools.chain(model, adapters))
     return {file.relative_to(path).as_posix() for file in files}
+
+
+def _differences(
+    step: int | None, file: str, old: Mapping[str, Part], new: Mapping[str, Part]
+) -> list[Difference]:
+    """The places of a file whose contents differ: ``old`` and ``new`` are the contents by place."""
+    differences = []
+    for place in {**old, **new}:
+        unequal = _unequal(old.get(place), new.get(place))
+        if unequal is not None:
+            index, before, now = unequal
+            differences.append(Difference(step, file, place + index, before, now))
+    return differences
+
+
+def _unequal(old: Part, new: Part) -> tuple[str, str, str] | None:
+    """What differs first: the index of a number and both numbers, or without an index both texts
+    around a character, or both shapes and dtypes. None: nothing differs.
+    """
+    if isinstance(old, str) and isinstance(new, str):
+        place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
+        excerpt = slice(max(place - EXCERPT, 0), place + EXCERPT)
+        return None if old == new else ("", old[excerpt], new[excerpt])
+    before = _description(old)
+    now = _description(new)
+    if not (isinstance(old, np.ndarray) and isinstance(new, np.ndarray)) or before != now:
+        return "", before, now
+    is_other = np.frombuffer(old.tobytes(), np.uint8) != np.frombuffer(new.tobytes(), np.uint8)
+    if not is_other.any():
+        return None
+    index = np.unravel_index(np.argmax(is_other) // old.itemsize, old.shape)
+    number = ", ".join(map(str, index))
+    return f"[{number}]", str(old[index]), str(new[index])
+
+
+def _description(part: Part) -> str:
+    if part is None:
+        return "not there"
+    return part[:EXCERPT] if isinstance(part, str) else f"{part.dtype}{list(part.shape)}"
