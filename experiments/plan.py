@@ -14,16 +14,19 @@ it, and nothing is estimated: see ``targets`` and ``hlo``.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import hlo
 import jax
 import jax.numpy as jnp
 import targets
+from jax import Array
+from jax.sharding import Mesh
 
 from rlhf_jax import cli, models, ops, sharding, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
@@ -54,6 +57,7 @@ from rlhf_jax.types import (
 
 RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
 RL["distill"] = distill
+PAIRS = ("reward_model", "dpo")  # two answers in each row
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
 # The advice if no flag lowers the peak.
 OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
@@ -66,8 +70,15 @@ PROCESS = 2**29
 
 SAMPLING = "sample and score"  # the phase with the loop over tokens
 ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
-# {phase: (function, its arguments)}
-Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
+Program = tuple[Any, ...]  # a function, its arguments
+
+
+class Shapes(NamedTuple):
+    """What a stage has on its devices, with shapes in place of arrays."""
+
+    held: dict[str, Any]  # {name: tree}
+    programs: dict[str, Program]  # by phase
+    known: dict[str, Any]  # {name: tree} of arrays inside the programs
 
 
 class Figures(NamedTuple):
@@ -93,6 +104,86 @@ class Plan(NamedTuple):
         return sum(self.held.values()) + max(self.phases.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A stage that is planned, for a target or for this machine's CPU."""
+
+    config: RunConfig
+    name: str
+    target: targets.Target | None
+
+    @property
+    def own(self) -> Any:
+        """The section of the stage."""
+        return getattr(self.config, self.name)
+
+    @property
+    def settings(self) -> Any:
+        """The section with its data and its batch size."""
+        return self.config.rl if self.name in RL else self.own
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the run, on the target's devices if there is one."""
+        if self.target is None:
+            return layout.mesh_of(self.config)
+        return sharding.make_mesh(**self.config.mesh.axes, devices=self.target.devices)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage, without a folder."""
+        return Stage(self.config, self.name, None, self.mesh)  # type: ignore[arg-type]
+
+    def in_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets the mesh, by which networks know what platform they are for."""
+        is_needed = self.target is not None or sharding.is_set(self.mesh)
+        return jax.set_mesh(self.mesh) if is_needed else contextlib.nullcontext()
+
+    def computed(self, tree: Any) -> Any:
+        """The shapes as a program gets them: a CPU's with float32 in place of shorter floats."""
+        return _widened(tree) if self.target is None else tree
+
+    def spread(self, tree: Any) -> Any:
+        """The shapes of a batch, its rows over the devices."""
+        rows = sharding.rows(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
+
+    def laid_out(self, tree: Any) -> Any:
+        """The shapes of parameters, or of a state with them, on the devices as the mesh says."""
+        arrays = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree)
+        where = layout.shardings(self.mesh, arrays)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
+        )
+
+    def model(self, source: str | None) -> tuple[models.Model, Params]:
+        """A model, and the shapes of its parameters in the dtype that config.json names.
+
+        It computes as a run on the target does, or in float32 as a CPU can.
+        """
+        dtype = "float32"
+        if source is None:
+            network = dataclasses.asdict(self.config.network)
+            del network["dropout"]
+            config: Any = models.GPT2Config(self.config.tokenizer.vocab_size, **network)
+        else:
+            folder = hf.find_folder(hf.model_folder(source))
+            config = hf.read_config(folder)
+            keys = hf.read_json(folder / hf.CONFIG)
+            dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
+        compute = initial.by_depth(self.config.compute, config.num_layers)
+        how: dict[str, Any] = {"attention": compute.attention, "compute_dtype": compute.dtype}
+        if self.target is None:
+            runs_here = compute.attention in ("auto", "xla")
+            how = {"attention": compute.attention if runs_here else "blockwise"}
+        how |= {"remat": compute.remat is True, "scan_layers": compute.scan_layers}
+        model = models.build(dataclasses.replace(config, **how))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        return model, jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params
+        )
+
+
 def plan(
     config: RunConfig,
     name: str,
@@ -111,7 +202,8 @@ def plan(
             target: a program does not fit its memory.
     """
     shapes, programs, known = shapes_of(config, name, length, target)
-    held = {part: size for part, tree in shapes.items() if (size := memory.on_device(tree))}
+    sizes = {part: memory.on_device(tree) for part, tree in shapes.items()}
+    held = {part: size for part, size in sizes.items() if size}
     is_halved = target is None and config.compute.dtype != "float32"
     scale = 0.5 if is_halved else 1.0
     parts = {"gradients": held["parameters"]}
@@ -151,22 +243,18 @@ def compile_phase(
         UserError: it does not fit the target's memory.
     """
     fn, *arguments = program
-    mesh = _mesh(config, target)
-    jitted: Any = jax.jit(fn)
-    if phase == "learn":
-        jitted = Stage(config, name, None, mesh).jit_update(fn, 1)  # type: ignore[arg-type]
+    case = Case(config, name, target)
+    jitted: Any = case.stage.jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
     if target is None:
-        with jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext():
-            compiled: jax.stages.Compiled = jitted.lower(*_widened(arguments)).compile(OPTIONS)
-        return compiled
-    logger.info(f"compiling the phase {phase!r} for {target.name}")
+        options = OPTIONS
+    else:
+        logger.info(f"compiling the phase {phase!r} for {target.name}")
     started = time.monotonic()
     try:
-        # The networks ask the mesh which platform they are for.
-        with jax.set_mesh(mesh):
-            compiled = jitted.lower(*arguments).compile(options)
+        with case.in_mesh():
+            compiled: jax.stages.Compiled = jitted.lower(*case.computed(arguments)).compile(options)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if target is None or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = str(error).partition("\n")[0]
         raise UserError(
@@ -174,7 +262,8 @@ def compile_phase(
             f"{first}; what helps: more --{name.replace('_', '-')}.num-microbatches, "
             f"--compute.remat, --lora.rank 8, or {OTHERWISE}"
         ) from error
-    logger.info(f"compiled in {time.monotonic() - started:.0f} s")
+    if target is not None:
+        logger.info(f"compiled in {time.monotonic() - started:.0f} s")
     return compiled
 
 
@@ -203,22 +292,13 @@ def _unplaced(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
-def _mesh(config: RunConfig, target: targets.Target | None) -> jax.sharding.Mesh:
-    """The mesh of a run, on the target's devices if there is one."""
-    if target is None:
-        return layout.mesh_of(config)
-    return sharding.make_mesh(**config.mesh.axes, devices=target.devices)
-
-
 def shapes_of(
     config: RunConfig,
     name: str,
     length: int | None = None,
     target: targets.Target | None = None,
-) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    """The arrays on the devices as trees of shapes, by name; the stage's programs; and the arrays
-    of these whose size is known.
-    """
+) -> Shapes:
+    """The arrays on the devices and the programs of a stage; see ``plan``."""
     stages = (*SUPERVISED, *RL)
     if name not in stages:
         raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join(stages)}")
@@ -231,53 +311,17 @@ def shapes_of(
         raise UserError(
             "rlhf-jax plan: compute.blocks and mesh.sampling are not planned; leave them out"
         )
-    mesh = _mesh(config, target)
-    layout.check(config, mesh)
-    section = getattr(config, name)
-    part = "rl" if name in RL else name
+    case = Case(config, name, target)
+    layout.check(config, case.mesh)
     cuts = ("num_minibatches", "num_microbatches")
-    batch_size = getattr(config, part).batch_size
-    num_devices = {"devices": sharding.num_parts(mesh)}
+    section = "rl" if name in RL else name
     layout.check_divides(
-        f"{part}.batch_size",
-        batch_size,
-        num_devices,
-        {f"{name}.{key}": getattr(section, key, 1) for key in cuts},
+        f"{section}.batch_size",
+        case.settings.batch_size,
+        {"devices": sharding.num_parts(case.mesh)},
+        {f"{name}.{key}": getattr(case.own, key, 1) for key in cuts},
     )
-    make = _supervised if name in SUPERVISED else _reinforcement
-    return make(config, name, mesh, length, is_there=target is not None)
-
-
-def _model(config: RunConfig, source: str | None, is_there: bool) -> tuple[models.Model, Params]:
-    """A model, and the shapes of its parameters in the dtype that config.json names.
-
-    It computes as a run on the target does (``is_there``), else in float32 as a CPU can.
-    """
-    dtype = "float32"
-    if source is None:
-        network = dataclasses.asdict(config.network)
-        del network["dropout"]
-        model_config: Any = models.GPT2Config(config.tokenizer.vocab_size, **network)
-    else:
-        folder = hf.find_folder(hf.model_folder(source))
-        model_config = hf.read_config(folder)
-        keys = hf.read_json(folder / hf.CONFIG)
-        dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
-    compute = initial.by_depth(config.compute, model_config.num_layers)
-    model_config = dataclasses.replace(
-        model_config,
-        remat=compute.remat is True,
-        scan_layers=compute.scan_layers,
-    )
-    if is_there:
-        own = {"attention": compute.attention, "compute_dtype": compute.dtype}
-    else:
-        runs_here = compute.attention in ("auto", "xla")
-        own = {"attention": compute.attention if runs_here else "blockwise"}
-    model_config = dataclasses.replace(model_config, **own)
-    model = models.build(model_config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
+    return _reinforcement(case, length) if name in RL else _supervised(case, length)
 
 
 def _fitting(model: models.Model, length: int | None) -> int:
@@ -304,14 +348,14 @@ def longest(config: RunConfig, name: str) -> int | None:
         return None
     if config.model is not None:
         config = dataclasses.replace(config, model=hf.model_folder(config.model))
-    own = config.rl if name in RL else getattr(config, name)
-    if not (own.data or config.data):
+    case = Case(config, name, None)
+    if not (case.settings.data or config.data):
         return None
     kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
-    rows = initial.stage_rows(config, kind, own.data).rows
+    rows = initial.stage_rows(config, kind, case.settings.data).rows
     if rows[0].is_plain_text:
         return None
-    model, _ = _model(config, config.model, is_there=False)
+    model, _ = case.model(config.model)
     tokenizer = load_tokenizer(config.model or source)
     if name in RL:
         language_model = LanguageModel(model, {}, tokenizer)
@@ -323,12 +367,11 @@ def longest(config: RunConfig, name: str) -> int | None:
         max_length=model.config.max_length,
         too_long=config.text.too_long,
     )
+    steps = -(-len(encoded) // case.own.batch_size)
     columns = int(encoded.lengths.max())
-    steps = -(-len(encoded) // own.batch_size)
     multiple = initial.bucket_multiple(config, model.config.num_layers, columns, steps)
     num_multiples = -(-columns // multiple)
-    width = num_multiples * multiple
-    return min(width, model.config.max_length)
+    return min(num_multiples * multiple, model.config.max_length)
 
 
 def with_remat(
@@ -346,20 +389,21 @@ def with_remat(
     """
     if config.compute.remat != "auto" or name not in (*SUPERVISED, *RL):
         return config
-    model, _ = _model(config, config.model, is_there=True)
+    case = Case(config, name, target)
+    model, _ = case.model(config.model)
+    network = dataclasses.replace(model.config, compute_dtype=config.compute.dtype)
     columns = length or config.rl.max_prompt_length if name in RL else _fitting(model, length)
     if columns is None:
         return config
-    own = getattr(config, name)
     if name in RL:
         columns += config.rl.max_new_tokens
-        rows = config.rl.batch_size // (own.num_minibatches * own.num_microbatches)
+        rows = config.rl.batch_size // case.own.num_minibatches
     else:
-        answers = 2 if name in ("reward_model", "dpo") else 1
-        rows = answers * own.batch_size // own.num_microbatches
-    parts = sharding.num_parts(_mesh(config, target))
-    stored = memory.stored(model.config, -(-rows // parts), columns)
-    is_deep = model.config.num_layers >= initial.DEEP
+        rows = (1 + (name in PAIRS)) * case.own.batch_size
+    rows_at_once = rows // case.own.num_microbatches
+    device_rows = -(-rows_at_once // sharding.num_parts(case.mesh))
+    stored = memory.stored(network, device_rows, columns)
+    is_deep = network.num_layers >= initial.DEEP
     remat = is_deep and memory.wants_remat(stored, limit)
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
 
@@ -375,26 +419,11 @@ def _widened(tree: Any) -> Any:
     return jax.tree.map(widened, tree)
 
 
-def _spread(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The shapes of a batch, its rows over the devices."""
-    rows = sharding.rows(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
-
-
-def _laid_out(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The shapes of parameters, or of a state with them, on the devices as the mesh says."""
-    arrays = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree)
-    where = layout.shardings(mesh, arrays)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
-    )
-
-
-def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
+def _reward(case: Case, rows: int | None) -> Any:
     """The part of a run's reward that runs on the devices, with the models' parameters as shapes;
     None if there is no such part.
     """
-    entries = [entry for entry in config.reward if ".py:" not in entry]
+    entries = [entry for entry in case.config.reward if ".py:" not in entry]
     if not entries:
         return None
 
@@ -402,7 +431,7 @@ def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
         return models.add_head(jax.random.key(0), params, "score")
 
     def load(source: str) -> spec.RewardModel:
-        model, params = _model(config, source, is_there)
+        model, params = case.model(source)
         score_fn = ops.by_rows(models.score_fn(model), rows)
         return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
 
@@ -410,168 +439,214 @@ def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
 
 
-def _teacher(config: RunConfig, own: Any, is_there: bool) -> LanguageModel | None:
+def _teacher(case: Case) -> LanguageModel | None:
     """The teacher of a distillation with its parameters as shapes; None if there is none, or if it
     is on a server.
     """
-    if not own.needs_teacher or own.teacher_server is not None:
+    if not case.own.needs_teacher or case.own.teacher_server is not None:
         return None
-    if own.teacher is None:
+    if case.own.teacher is None:
         raise UserError("rlhf-jax plan: no teacher; give --distill.teacher")
-    model, params = _model(config, own.teacher, is_there)
+    model, params = case.model(case.own.teacher)
     tokenizer: Any = None  # log-probabilities need none
-    return LanguageModel(model, params, tokenizer)
+    return LanguageModel(model, case.laid_out(params), tokenizer)
 
 
-def _supervised(
-    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None, is_there: bool
-) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    settings = getattr(config, name)
-    model, params = _model(config, config.model, is_there)
+def _supervised(case: Case, length: int | None) -> Shapes:
+    config = case.config
+    settings = case.own
+    algorithm = SUPERVISED[case.name]
+    is_scorer = case.name == "reward_model"
+    model, params = case.model(config.model)
     optimizer = make_optimizer(settings.optimizer, 1)
-    is_scorer = name == "reward_model"
 
     def first(params: Params) -> tuple[initial.Trainable, TrainState]:
-        params = models.add_head(jax.random.key(1), params, "score") if is_scorer else params
+        if is_scorer:
+            params = models.add_head(jax.random.key(1), params, "score")
         start = initial.trainable(config.lora, params, jax.random.key(2))
         return start, references.state(settings).create(start.params, optimizer)
 
-    start, state = _laid_out(jax.eval_shape(first, params), mesh)
-    of: Any = {"sft": Demonstrations, "kto": Feedback}.get(name, Comparisons)
-    shape = (settings.batch_size, *((2,) if of is Comparisons else ()), _fitting(model, length))
-    tokens, flags = (_spread(jax.ShapeDtypeStruct(x, jnp.int32), mesh) for x in (shape, shape[:1]))
-    batch = of(tokens, tokens, tokens, flags) if name == "kto" else of(tokens, tokens, tokens)
+    start, state = case.laid_out(jax.eval_shape(first, params))
     model_fn: Any = models.score_fn(model) if is_scorer else models.policy_fn(model)
-    rows = memory.score_rows(config.compute, 2 * settings.batch_size, settings)
-    compares = name == "kto" or (name == "dpo" and settings.needs_reference)
+    scored_fn = ops.by_rows(
+        model_fn, memory.score_rows(config.compute, 2 * settings.batch_size, settings)
+    )
+    moves = references.moves(settings)
+    reference = None
     ref_fn = None
-    if references.moves(settings):
-        ref_fn = start.bind(ops.by_rows(model_fn, rows))
-    elif compares:
-        ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), start.base or start.loaded)
+    if moves:
+        reference = state.reference
+        ref_fn = start.bind(scored_fn)
+    elif getattr(settings, "needs_reference", False):
+        reference = start.loaded
+        ref_fn = jax.tree_util.Partial(scored_fn, start.base or start.loaded)
 
     def learn(
         state: Any, batch: Any, key: jax.Array, bound: Any, ref_fn: Any
     ) -> tuple[Any, Metrics]:
-        if references.moves(settings):
+        if moves:
             ref_fn = jax.tree_util.Partial(ref_fn, state.reference)
-        batch = batch if ref_fn is None else SUPERVISED[name].with_reference(batch, ref_fn)
-        own = {
-            "optimizer": optimizer,
-            "config": settings,
-            "minibatch_sharding": sharding.rows(mesh),
-        }
-        return SUPERVISED[name].update(
-            state, batch, key, **own, **{"score_fn" if is_scorer else "policy_fn": bound}
+        if ref_fn is not None:
+            batch = algorithm.with_reference(batch, ref_fn)
+        return algorithm.update(
+            state,
+            batch,
+            key,
+            optimizer=optimizer,
+            config=settings,
+            minibatch_sharding=sharding.rows(case.mesh),
+            **{"score_fn" if is_scorer else "policy_fn": bound},
         )
 
+    batch = case.spread(_batch(case, _fitting(model, length)))
     key = jax.eval_shape(jax.random.key, 0)
-    held = {"parameters": state.params, "optimizer": state.opt_state, "frozen weights": start.base}
-    held["reference"] = start.loaded if ref_fn is not None else None
-    if references.moves(settings):
-        held["reference"] = state.reference
-    return held, {"learn": (learn, state, batch, key, start.bind(model_fn), ref_fn)}, {}
+    held = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "frozen weights": start.base,
+        "reference": reference,
+    }
+    program = (learn, state, batch, key, start.bind(model_fn), ref_fn)
+    return Shapes(held, {"learn": program}, {})
 
 
-def _reinforcement(
-    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None, is_there: bool
-) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    algorithm = RL[name]
-    own = getattr(config, name)
-    settings = config.rl
-    model, params = _model(config, config.model, is_there)
-    size = settings.batch_size
+def _batch(case: Case, length: int) -> Any:
+    """A batch of texts, as shapes."""
+    shape: tuple[int, ...] = (case.own.batch_size, length)
+    if case.name in PAIRS:
+        shape = (case.own.batch_size, 2, length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if case.name in PAIRS:
+        return Comparisons(tokens, tokens, tokens)  # type: ignore[arg-type]
+    if case.name == "sft":
+        return Demonstrations(tokens, tokens, tokens)  # type: ignore[arg-type]
+    flags: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    return Feedback(tokens, tokens, tokens, flags)  # type: ignore[arg-type]
+
+
+def _reinforcement(case: Case, length: int | None) -> Shapes:
+    settings = case.config.rl
+    own = case.own
+    algorithm = RL[case.name]
+    stage = case.stage
+    model, params = case.model(case.config.model)
     prompt = length or settings.max_prompt_length
     if prompt is None:
         raise UserError(
             "rlhf-jax plan: nobody knows the longest prompt; give --length or "
             "--rl.max-prompt-length"
         )
-    _fitting(model, prompt + settings.max_new_tokens)
-    penalty = penalty_of(config, algorithm, own)
-    has_reference = penalty is not phases.NO_PENALTY
-    refreshes = settings.reference_moves
-    rows = memory.score_rows(config.compute, size, own)
+    columns = _fitting(model, prompt + settings.max_new_tokens)
+    rows = memory.score_rows(case.config.compute, settings.batch_size, own)
+    values = critic.settings(own)
+    value = values.value if algorithm.needs_values else None
+    starts = functools.partial(critic.start, stage, value=value)
+    start, trained = case.laid_out(jax.eval_shape(starts, params))
+    optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
-    value = critic.settings(own).value if algorithm.needs_values else None
-    stage = Stage(config, name, None, mesh)  # type: ignore[arg-type]
-    shapes = jax.eval_shape(lambda params: critic.start(stage, params, value)[1].params, params)
-    optimizer = critic.make_optimizer(settings, critic.settings(own), 1, shapes)
+    def first(params: Params, reference: Params | None) -> phases.LoopState:
+        train = algorithm.State.create(params, optimizer)
+        return phases.LoopState.create(train, 0.0, reference)
 
-    def first(params: Params) -> tuple[initial.Trainable, initial.Trainable, phases.LoopState]:
-        start, trained = critic.start(stage, params, value)
-        train = algorithm.State.create(trained.params, optimizer)
-        return (
-            start,
-            trained,
-            phases.LoopState.create(train, 0.0, start.params if refreshes else None),
-        )
-
-    start, trained, state = _laid_out(jax.eval_shape(first, params), mesh)
-    model_fn = models.policy_fn(model, settings.temperature, prompt)
-    teacher = _teacher(config, own, is_there)
-    taught_by = None if teacher is None else models.Teacher(teacher.model, own.measure)
-    trained_fn = models.policy_fn(
-        model, settings.temperature, prompt, model if value == "separate" else None, taught_by
-    )
-    teacher_params = None if teacher is None else _laid_out(teacher.params, mesh)
-    reward = _reward(config, rows, is_there)
-    if teacher is not None and not config.reward:
-        reward = teachers.log_ratio(teacher, settings, rows)
-    reward_fn = None if reward is None else _laid_out(reward, mesh)
-    frozen = start.base or start.loaded if has_reference and not refreshes else None
-    ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), frozen)
-    refreshed = start.bind(ops.by_rows(model_fn, rows)) if refreshes else None
-    functions = phases.Functions(
-        trained.bind(trained_fn),
-        reward_fn,
-        ref_fn if frozen else refreshed,
-        start.base,
-        teacher_params,
-    )
+    moving = start.params if settings.reference_moves else None
+    state = case.laid_out(jax.eval_shape(first, trained.params, moving))
+    penalty = penalty_of(case.config, algorithm, own)
+    reference = moving
+    if penalty is not phases.NO_PENALTY and not settings.reference_moves:
+        reference = start.base or start.loaded
+    teacher = _teacher(case)
+    functions = _functions(case, model, start, trained, teacher, reference, prompt)
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
-    shape, masked = rules(settings, samples)
-    learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
-    learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}
-    tokens = jnp.zeros((size, prompt), jnp.int32)
-    numbers = jnp.zeros(size, jnp.int32)
-    prompts = _spread(phases.Prompts(tokens, tokens, numbers), mesh)
-    key = jax.eval_shape(jax.random.key, 0)
-
-    def collect(key: jax.Array, state: Any, prompts: Any, functions: Any) -> Any:
-        policy = phases.sampler(state, functions.base)
-        sampled = phases.respond(policy, prompts, key, model=model, config=samples, mesh=mesh)
-        return phases.rescored(state, sampled, functions, eos_ids=samples.eos_ids, score_rows=rows)
-
-    def learn(state: Any, rollout: Any, key: jax.Array, functions: Any) -> Any:
-        return phases.learn(state, rollout, key, functions, **learning)
-
-    inputs = (state, prompts, functions)
-    with jax.set_mesh(mesh) if is_there else contextlib.nullcontext():
-        collected, _ = jax.eval_shape(collect, key, *(inputs if is_there else _widened(inputs)))
-    rollout = _spread(collected, mesh)
-    scored = dataclasses.replace(
-        rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh)
+    collect = functools.partial(
+        _collected, model=model, config=samples, mesh=case.mesh, score_rows=rows
     )
+    shape, masked = rules(settings, samples)
+    learn = functools.partial(
+        phases.learn,
+        algorithm=algorithm,
+        config=own,
+        optimizer=optimizer,
+        shape=shape,
+        penalty=penalty,
+        masked=masked,
+        mesh=case.mesh,
+    )
+    tokens: Any = jax.ShapeDtypeStruct((settings.batch_size, prompt), jnp.int32)
+    numbers: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
+    prompts = case.spread(phases.Prompts(tokens, tokens, numbers))
+    key = jax.eval_shape(jax.random.key, 0)
+    with case.in_mesh():
+        collected, _ = jax.eval_shape(collect, *case.computed((state, prompts, key, functions)))
+    rollout = case.spread(collected)
+    scores: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.float32)
+    scored = dataclasses.replace(rollout, scores=case.spread(scores))
     if own.needs_teacher and teacher is None:
         scored = dataclasses.replace(scored, teacher_log_probs=rollout.log_probs)
-    programs: Programs = {SAMPLING: (collect, key, state, prompts, functions)}
-    if reward_fn is not None:
+    programs: dict[str, Program] = {SAMPLING: (collect, state, prompts, key, functions)}
+    if functions.reward_fn is not None:
         programs["reward"] = (phases.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
     held = {
         "parameters": state.train.params,
         "optimizer": state.train.opt_state,
         "frozen weights": start.base,
-    }
-    held |= {
-        "reference": state.reference if refreshes else frozen and start.loaded,
-        "teacher": teacher_params,
-        "reward models": reward_fn if config.reward else None,
+        "reference": None if reference is start.base else reference,
+        "teacher": functions.teacher,
+        "reward models": functions.reward_fn if case.config.reward else None,
         "policy that samples": phases.policy(state) if settings.rollouts_ahead else None,
     }
-    cache = jax.eval_shape(lambda: model.init_cache(size, prompt + settings.max_new_tokens))
-    return held, programs, {"cache": _spread(cache, mesh)}
+    cache = jax.eval_shape(lambda: model.init_cache(settings.batch_size, columns))
+    return Shapes(held, programs, {"cache": case.spread(cache)})
+
+
+def _collected(
+    state: phases.LoopState,
+    prompts: phases.Prompts,
+    key: Array,
+    functions: phases.Functions,
+    *,
+    model: models.Model,
+    config: SamplingConfig,
+    mesh: Mesh,
+    score_rows: int | None,
+) -> Any:
+    """Responses with the log-probs of the update's own forward pass and of the reference."""
+    policy = phases.sampler(state, functions.base)
+    sampled = phases.respond(policy, prompts, key, model=model, config=config, mesh=mesh)
+    return phases.rescored(state, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows)
+
+
+def _functions(
+    case: Case,
+    model: models.Model,
+    start: initial.Trainable,
+    trained: initial.Trainable,
+    teacher: LanguageModel | None,
+    reference: Params | None,
+    prompt: int,
+) -> phases.Functions:
+    """What the programs of RL call."""
+    settings = case.config.rl
+    rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
+    policy_fn = functools.partial(models.policy_fn, model, settings.temperature, prompt)
+    scored_fn = ops.by_rows(policy_fn(), rows)
+    ref_fn = None
+    if settings.reference_moves:
+        ref_fn = start.bind(scored_fn)
+    elif reference is not None:
+        ref_fn = jax.tree_util.Partial(scored_fn, reference)
+    reward = _reward(case, rows)
+    taught_by = None
+    teacher_params = None
+    if teacher is not None:
+        taught_by = models.Teacher(teacher.model, case.own.measure)
+        teacher_params = teacher.params
+        if not case.config.reward:
+            reward = teachers.log_ratio(teacher, settings, rows)
+    value_model = model if "policy" in trained.params else None
+    trained_fn = trained.bind(policy_fn(value_model, taught_by))
+    reward_fn = case.laid_out(reward)
+    return phases.Functions(trained_fn, reward_fn, ref_fn, start.base, teacher_params)
 
 
 def report(
@@ -585,38 +660,32 @@ def report(
     whether it fits, and if not which setting helps most.
     """
     made = plan(config, name, length, target)
-    rows: list[tuple[int, str]] = []
-    for part, size in made.held.items():
-        rows.append((size, part))
-    for phase, size in made.phases.items():
-        rows.append((size, f"more in the phase {phase!r}"))
-    for part, size in made.parts.items():
-        rows.append((size, f"of it {part}"))
-    rows.append((made.peak, "at the peak"))
+    rows = dict(made.held)
+    rows |= {f"more in the phase {phase!r}": size for phase, size in made.phases.items()}
+    rows |= {f"of it {part}": size for part, size in made.parts.items()}
+    rows["at the peak"] = made.peak
     if target is None:
-        on_host = jax.device_count() * made.peak + PROCESS
-        rows.append((on_host, "of the whole process, where a CPU is the device"))
+        whole = jax.device_count() * made.peak + PROCESS
+        rows["of the whole process, where a CPU is the device"] = whole
     lines = [_title(name, target)]
-    lines += [f"{memory.amount(size):>14}  {what}" for size, what in rows]
+    lines += [f"{memory.amount(size):>14}  {what}" for what, size in rows.items()]
     for phase, figures in made.figures.items():
         lines += _figure_lines(phase, figures)
     if limit is None and target is not None:
         limit = target.memory
     if limit is None:
         return lines
+    room = memory.amount(limit)
     if made.peak <= limit:
-        return [
-            *lines,
-            f"fits in {memory.amount(limit)}, with {memory.amount(limit - made.peak)} to spare",
-        ]
+        return [*lines, f"fits in {room}, with {memory.amount(limit - made.peak)} to spare"]
     helps = OTHERWISE
     least = made.peak
-    for flag, other in options(config, name, _mesh(config, target)).items():
+    for flag, other in options(Case(config, name, target)).items():
         peak = plan(other, name, length, target).peak
         if peak < least:
             least = peak
             helps = f"{flag}, a peak of {memory.amount(peak)}"
-    return [*lines, f"does not fit in {memory.amount(limit)}; what helps most: {helps}"]
+    return [*lines, f"does not fit in {room}; what helps most: {helps}"]
 
 
 def _title(name: str, target: targets.Target | None) -> str:
@@ -645,24 +714,25 @@ def _figure_lines(phase: str, figures: Figures) -> list[str]:
     return lines
 
 
-def options(config: RunConfig, name: str, mesh: jax.sharding.Mesh) -> dict[str, RunConfig]:
+def options(case: Case) -> dict[str, RunConfig]:
     """{flag: the settings with it} for the settings that save memory."""
-    section = getattr(config, name)
-    batch_size = (config.rl if name in RL else section).batch_size
-    device_rows = batch_size // sharding.num_parts(mesh)
+    config = case.config
+    device_rows = case.settings.batch_size // sharding.num_parts(case.mesh)
     # Each device has one row in each microbatch.
-    most = max(device_rows // getattr(section, "num_minibatches", 1), section.num_microbatches)
-    compute = config.compute
-    flag = f"--{name.replace('_', '-')}.num-microbatches {most}"
-    changed: dict[str, dict[str, Any]] = {
-        flag: {name: dataclasses.replace(section, num_microbatches=most)},
-        "--compute.remat": {"compute": dataclasses.replace(compute, remat=True)},
-        "--compute.dtype bfloat16": {"compute": dataclasses.replace(compute, dtype="bfloat16")},
+    most = device_rows // getattr(case.own, "num_minibatches", 1)
+    most = max(most, case.own.num_microbatches)
+    cut = dataclasses.replace(case.own, num_microbatches=most)
+    changes: dict[str, dict[str, Any]] = {
+        f"--{case.name.replace('_', '-')}.num-microbatches {most}": {case.name: cut},
+        "--compute.remat": {"compute": dataclasses.replace(config.compute, remat=True)},
+        "--compute.dtype bfloat16": {
+            "compute": dataclasses.replace(config.compute, dtype="bfloat16")
+        },
     }
     if config.model is not None:
         lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8)
-        changed["--lora.rank 8"] = {"lora": lora}
-    made = {flag: dataclasses.replace(config, **change) for flag, change in changed.items()}
+        changes["--lora.rank 8"] = {"lora": lora}
+    made = {flag: dataclasses.replace(config, **change) for flag, change in changes.items()}
     return {flag: other for flag, other in made.items() if other != config}
 
 

@@ -33,7 +33,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import layout, memory
+from rlhf_jax.training import memory
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -61,7 +61,7 @@ def no_phases(monkeypatch):
 
     def short(*args):
         held, programs, parts = shapes_of(*args)
-        return held, {"reward": programs["reward"]}, parts
+        return plan.Shapes(held, {"reward": programs["reward"]}, parts)
 
     monkeypatch.setattr(plan, "shapes_of", short)
 
@@ -178,8 +178,7 @@ def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, mon
     ],
 )
 def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, monkeypatch):
-    monkeypatch.setattr(plan, "options", lambda config, name, mesh: peaks)
-    monkeypatch.setattr(plan, "_mesh", lambda config, target: None)
+    monkeypatch.setattr(plan, "options", lambda case: peaks)
     monkeypatch.setattr(
         plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}, {})
     )
@@ -192,8 +191,7 @@ def test_flags_that_are_on_are_not_offered():
     microbatches = (
         "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
     )
-    mesh = layout.mesh_of(base)
-    assert [*plan.options(base, "sft", mesh)] == [
+    assert [*plan.options(plan.Case(base, "sft", None))] == [
         microbatches,
         "--compute.remat",
         "--compute.dtype bfloat16",
@@ -201,9 +199,9 @@ def test_flags_that_are_on_are_not_offered():
     ]
     on = {"compute": Compute(remat=True, dtype="bfloat16"), "lora": LoRA(rank=4)}
     some_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32))
-    assert [*plan.options(some_on, "sft", mesh)] == [microbatches]
+    assert [*plan.options(plan.Case(some_on, "sft", None))] == [microbatches]
     all_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32, num_microbatches=8))
-    assert plan.options(all_on, "sft", mesh) == {}
+    assert plan.options(plan.Case(all_on, "sft", None)) == {}
 
 
 @pytest.mark.parametrize(
@@ -346,7 +344,7 @@ def test_rows_of_an_update_decide_about_remat(tmp_path):
     """A pair is two rows; minibatches and microbatches are as many parts of an iteration."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
     config = RunConfig(model=str(tmp_path), dpo=DPOStage(batch_size=4))
-    model, _ = plan._model(config, config.model, is_there=True)
+    model, _ = plan.Case(config, "dpo", None).model(config.model)
     limit = 4 * memory.stored(model.config, 8 // jax.device_count(), 16)
     assert plan.with_remat(config, "dpo", 16, limit - 4).compute.remat
     assert not plan.with_remat(config, "dpo", 16, limit).compute.remat
@@ -360,4 +358,4 @@ def test_rows_of_an_update_decide_about_remat(tmp_path):
 
 def test_a_checked_answer_is_no_part_of_a_plan(folder):
     config = RunConfig(model=folder, reward=("math",))
-    assert plan._reward(config, None, is_there=False) is None
+    assert plan._reward(plan.Case(config, "ppo", None), None) is None

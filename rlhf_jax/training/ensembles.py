@@ -6,9 +6,9 @@ members see the same batches, and a bootstrap is a weight of each row: one compi
 them all. The folder of an ensemble holds member_0, member_1, ..., each a complete model's folder.
 """
 
-import dataclasses
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 import chex
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.random import fold_in
 
 from rlhf_jax import blocks, models
 from rlhf_jax.algorithms import reward_model
@@ -39,14 +40,14 @@ def starts(
     """
     members = []
     for member in range(config.reward_model.ensemble_size):
-        head_key = jax.random.fold_in(key, 1 + member)
+        head_key = fold_in(key, 1 + member)
         whole = params
         # The first one has the body that a single model has.
         if member > 0 and config.model is None:
-            whole = model.init(jax.random.fold_in(head_key, 0))
+            whole = model.init(fold_in(head_key, 0))
         if "score" not in whole:
             whole = models.add_head(head_key, whole, "score")
-        members.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
+        members.append(trainable(config.lora, whole, fold_in(head_key, 1)))
     return members
 
 
@@ -91,8 +92,8 @@ def update_members(
 
     def of_member(member: tuple[TrainState, Array, Array]) -> tuple[TrainState, Metrics]:
         state, weight, number = member
-        own = dataclasses.replace(batch, weight=weight)
-        member_key = jax.random.fold_in(key, number)
+        own = replace(batch, weight=weight)
+        member_key = fold_in(key, number)
         return reward_model.update(
             state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config
         )
@@ -116,7 +117,7 @@ def bootstrap(key: Array, num_members: int, num_rows: int) -> np.ndarray:
     """
     counts = []
     for member in range(num_members):
-        member_key = jax.random.fold_in(key, member)
+        member_key = fold_in(key, member)
         drawn = jax.random.randint(member_key, (num_rows,), 0, num_rows)
         counts.append(np.bincount(np.asarray(drawn), minlength=num_rows))
     return np.stack(counts, axis=1)
@@ -129,4 +130,4 @@ def with_counts(comparisons: EncodedTexts, rows: np.ndarray, counts: np.ndarray)
     """
     weight = np.zeros((len(comparisons), counts.shape[1]), np.float32)
     weight[rows] = counts
-    return dataclasses.replace(comparisons, weight=weight * comparisons.weight[:, None])
+    return replace(comparisons, weight=weight * comparisons.weight[:, None])

@@ -35,13 +35,14 @@ from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
 
 State = TypeVar("State")
-OnStep = Callable[[int, Any, Mapping[str, float]], bool]
+Row = dict[str, float]  # of metrics.jsonl
+OnStep = Callable[[int, Any, Row], bool]
 
 
 class Validation(NamedTuple):
     """Metrics of a validation, and texts for samples.jsonl."""
 
-    metrics: dict[str, float]
+    metrics: Row
     samples: Sequence[dict[str, Any]] = ()
 
 
@@ -65,7 +66,7 @@ class Job(NamedTuple):
     on_step: OnStep | None = None
 
 
-def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
+def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
     ``job.check_memory`` comes first, so that a run that does not fit into memory fails at once,
@@ -149,7 +150,7 @@ class _Loop:
         self.judge = judge
         self.checkpoints = checkpoints
         self.state = state
-        self.row: dict[str, float] = {}  # the last row of metrics
+        self.row: Row = {}  # the last row of metrics
         # All rows of a resumed run's steps, then those with validations.
         self.history: list[dict[str, Any]] = []
         if (checkpoints.latest() or 0) < job.num_steps:
@@ -305,7 +306,7 @@ class _Loop:
                 f"    {resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
-    def result(self) -> tuple[Any, dict[str, float]]:
+    def result(self) -> tuple[Any, Row]:
         """The last state and row, or those of the best checkpoint. Logs why the run ended early,
         and which checkpoint it returns.
         """
@@ -323,7 +324,7 @@ class _Loop:
         )
         return state, meta["metrics"]
 
-    def _validation(self) -> dict[str, float]:
+    def _validation(self) -> Row:
         if self.job.validate is None:
             return {}
         started = time.perf_counter()

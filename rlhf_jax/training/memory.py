@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled
+from jax.tree_util import Partial
 
 from rlhf_jax import sharding
 from rlhf_jax.config import Compute
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import devices
 
+Program = Callable[..., Any]
 HOST = "pinned_host"  # JAX's name for memory of the host that devices read
 
 
@@ -73,7 +76,7 @@ def amount(size: float) -> str:
     return f"{size / 2**20:.3f} MiB"
 
 
-def needed(compiled: jax.stages.Compiled) -> int:
+def needed(compiled: Compiled) -> int:
     """Bytes that a program takes on a device beside its arguments; 0 if they are not known."""
     analysis: Any = compiled.memory_analysis()
     if analysis is None:
@@ -82,7 +85,7 @@ def needed(compiled: jax.stages.Compiled) -> int:
     return int(analysis.temp_size_in_bytes + max(added, 0))
 
 
-def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
+def check(phase: str, program: Program, *args: Any) -> Compiled:
     """Compiles a jitted function, or a partial of one, and does not run it; a call with such
     arguments then finds it compiled.
 
@@ -91,7 +94,7 @@ def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Com
     """
     bound = functools.partial(program)  # a partial of a partial is flat
     jitted: Any = bound.func
-    compiled: jax.stages.Compiled = jitted.lower(*bound.args, *args, **bound.keywords).compile()
+    compiled: Compiled = jitted.lower(*bound.args, *args, **bound.keywords).compile()
     size = needed(compiled)
     free = devices.free_memory()
     if size > free > 0:
@@ -102,7 +105,7 @@ def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Com
     return compiled
 
 
-def rehearsed(phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
+def rehearsed(phase: str, program: Program) -> Program:
     """``program`` as ``check`` calls it: it returns zeros of the shapes that it would return."""
 
     def rehearse(*args: Any) -> Any:
@@ -145,7 +148,7 @@ def wants_remat(stored: int, limit: float) -> bool:
     return stored > limit / 4 > 0
 
 
-def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
+def offloaded(fn: Partial) -> Partial:
     """A function with its arrays in the host's memory. They are on the devices only while a program
     calls it.
 
@@ -157,9 +160,7 @@ def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
             f"compute.offload: {jax.default_backend()} devices have no {HOST} memory; leave it out"
         )
     on_host = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), fn)
-    return jax.tree_util.Partial(
-        lambda fn, *args: jax.device_put(fn, jax.memory.Space.Device)(*args), on_host
-    )
+    return Partial(lambda fn, *args: jax.device_put(fn, jax.memory.Space.Device)(*args), on_host)
 
 
 def free(tree: Any) -> None:

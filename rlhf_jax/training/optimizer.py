@@ -21,6 +21,7 @@ from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
 T = TypeVar("T")
+Rows = Iterable[Mapping[str, Any]]  # of metrics.jsonl
 Path = tuple[Any, ...]  # of a leaf in nested dicts
 # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
 PLATEAU_SCALE = "plateau_scale"
@@ -148,11 +149,11 @@ class Judge(NamedTuple):
         """Whether the run ends early or lowers its learning rate by the metric."""
         return self.stop_after is not None or self.lowers
 
-    def stops(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+    def stops(self, rows: Rows) -> bool:
         """Whether the run ends early after these rows of metrics."""
         return self.stop_after is not None and self._times(rows, self.stop_after) > 0
 
-    def lowered(self, state: T, rows: Iterable[Mapping[str, Any]]) -> T:
+    def lowered(self, state: T, rows: Rows) -> T:
         """The loop's state with the learning rate that the schedule ``plateau`` has come to after
         these rows.
         """
@@ -174,7 +175,7 @@ class Judge(NamedTuple):
         [(_, scale), *_] = scales
         return {"plateau_scale": jnp.max(scale)}
 
-    def _times(self, rows: Iterable[Mapping[str, Any]], patience: int) -> int:
+    def _times(self, rows: Rows, patience: int) -> int:
         sign = -1 if self.judged_by.startswith("max:") else 1
         values = [sign * row[self.metric] for row in rows if self.metric in row]
         return times_exhausted(values, patience)

@@ -2,15 +2,15 @@
 them out.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.random import fold_in, permutation
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
@@ -52,7 +52,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
     score_fn = start.bind(models.score_fn(model))
     validate = _validation(setting, score_fn)
     create: Callable[..., TrainState] = TrainState.create
-    update: Any = functools.partial(reward_model.update, minibatch_sharding=stage.rows)
+    update: Any = partial(reward_model.update, minibatch_sharding=stage.rows)
     training = setting
     if settings.ensemble_size > 1:
         start = start._replace(params=[member.params for member in starts])
@@ -65,9 +65,9 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         members = ensembles.members(state.params) if is_ensemble else {"": state.params}
         return _all_normalized(setting, score_fn, members)
 
-    configured = functools.partial(update, optimizer=setting.optimizer, config=settings)
+    configured = partial(update, optimizer=setting.optimizer, config=settings)
     jitted = stage.jit_update(configured, model.config.num_blocks)
-    bound = functools.partial(jitted, score_fn=score_fn)
+    bound = partial(jitted, score_fn=score_fn)
     return supervised.Task(training, start, create, bound, validate, trained=trained)
 
 
@@ -83,7 +83,7 @@ def _validation(
 
     def validate(state: TrainState) -> Validation:
         scores = scoring.score_rows(
-            functools.partial(score_answers, state.params),
+            partial(score_answers, state.params),
             encoded,
             held_out,
             batch_size=setting.plan.batch_size,
@@ -126,10 +126,10 @@ def _weighted(setting: supervised.Setting) -> supervised.Setting:
     """With a weight of each comparison for each member of an ensemble."""
     num_members = setting.stage.config.reward_model.ensemble_size
     # 0 and 1 are the split's and the order's.
-    key = jax.random.fold_in(setting.stage.key("data"), 2)
+    key = fold_in(setting.stage.key("data"), 2)
     counts = ensembles.bootstrap(key, num_members, len(setting.train_rows))
     weighted = ensembles.with_counts(setting.encoded, setting.train_rows, counts)
-    return dataclasses.replace(setting, encoded=weighted)
+    return replace(setting, encoded=weighted)
 
 
 def _base_samples(setting: supervised.Setting) -> Rollout:
@@ -141,12 +141,12 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
     distinct = {row.prompt for row in setting.rows}
     prompts = sorted(distinct, key=lambda prompt: (isinstance(prompt, tuple), prompt))
     key = stage.key("rollout")
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
+    order = np.asarray(permutation(fold_in(key, 0), len(prompts)))
     numbers = np.resize(order, config.reward_model.normalize_samples)
     rows = [Row(prompts[i], (), f"the prompt {prompts[i][:40]!r}") for i in numbers]
     encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
     how = initial.sampling_config(config.rl, language_model.tokenizer)
-    sample_key = jax.random.fold_in(key, 1)
+    sample_key = fold_in(key, 1)
     return language_model.sample(encoded.tokens, encoded.attention_mask, sample_key, config=how)
 
 

@@ -2,11 +2,11 @@
 the folder.
 """
 
-import dataclasses
-import functools
 import heapq
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.tree_util import Partial
 
 from rlhf_jax import models, ops
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
@@ -33,7 +34,7 @@ from rlhf_jax.types import Metrics, Params, Parts, TrainState
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Setting:
     """What a task is made from. A batch depends on nothing but the number of its step."""
 
@@ -81,7 +82,7 @@ class Task(NamedTuple):
     """The parameters to save; see ``Stage.finish``."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StageSpec:
     """How one stage differs from the others; ``run`` does what they share."""
 
@@ -101,8 +102,7 @@ class StageSpec:
 
     def settings(self, config: RunConfig) -> Settings:
         """The stage's section of a config."""
-        settings: Settings = getattr(config, self.section)
-        return settings
+        return getattr(config, self.section)
 
 
 def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) -> RunResult:
@@ -162,7 +162,7 @@ def _first_state(task: Task) -> TrainState:
     stage = task.setting.stage
     reference = None if task.start.base else task.reference  # under LoRA it is the base
     stage.hold({"frozen weights": task.start.base, "reference": reference})
-    create = functools.partial(task.create, optimizer=task.setting.optimizer)
+    create = partial(task.create, optimizer=task.setting.optimizer)
     state = stage.take(create, task.start.params)
     stage.hold({"moving reference": getattr(state, "reference", None)})
     return state
@@ -238,7 +238,7 @@ def policy_task(
         if ref_fn is None:
             return batch
         if isinstance(state, references.Followed):
-            ref_fn = jax.tree_util.Partial(ref_fn, state.reference)
+            ref_fn = Partial(ref_fn, state.reference)
         return algorithm.with_reference(batch, ref_fn)
 
     def update(
@@ -267,14 +267,14 @@ def policy_task(
     # Both travel through jit as arguments.
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
     jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
-    measured = functools.partial(stage.jit(measure), **functions)
+    measured = partial(stage.jit(measure), **functions)
 
     def validate(state: TrainState) -> Validation:
-        figures = _pooled(setting, functools.partial(measured, state)) | baselines(setting)
+        figures = _pooled(setting, partial(measured, state)) | baselines(setting)
         return Validation({f"validation/{name}": value for name, value in figures.items()})
 
     create = references.state(config).create
-    bound = functools.partial(jitted, **functions)
+    bound = partial(jitted, **functions)
     return Task(setting, start, create, bound, validate, reference)
 
 
@@ -284,7 +284,7 @@ def _pooled(setting: Setting, measure: Callable[[Any], Parts]) -> dict[str, floa
     parts = [measure(setting.stage.shard(setting.batch(rows))) for rows in numbers]
     figures = {}
     for name in parts[0]:
-        total = functools.reduce(operator.add, (part[name] for part in parts))
+        total = reduce(operator.add, (part[name] for part in parts))
         figures[name.partition("/")[2]] = float(total.value)
     return figures
 
@@ -398,7 +398,7 @@ def _batching(
     longest = encoded.lengths.max(axis=1)[rows]
     if not text.pack or spec.pack is None:
         plan = batches.Plan(longest, settings.batch_size, key, multiple)
-        return plan, functools.partial(spec.collate, bucket_multiple=multiple)
+        return plan, partial(spec.collate, bucket_multiple=multiple)
     plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
     multiple = layout.row_parts(config, settings.num_microbatches)
     plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
@@ -406,7 +406,7 @@ def _batching(
         f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not "
         "packed"
     )
-    return plan, functools.partial(spec.pack, width=width, multiple=multiple)
+    return plan, partial(spec.pack, width=width, multiple=multiple)
 
 
 def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:

@@ -9,13 +9,13 @@ may come from somebody else, does not change.
 """
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, make_dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,15 +201,15 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
 
 def _settings_class(file: Path) -> type[RunConfig]:
     """RunConfig with a field for each setting of the script that made the run."""
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    fields = []
+    known = {field.name for field in fields(RunConfig)}
+    others = []
     for key, value in reading.read_yaml(file, reading.SETTINGS).items():
         if key not in known and isinstance(value, bool | int | float | str):
-            fields.append((key, type(value), value))
-    if fields:
-        names = ", ".join(key for key, _, _ in fields)
+            others.append((key, type(value), value))
+    if others:
+        names = ", ".join(key for key, _, _ in others)
         logger.info(f"{file}: {names} is read by the script that made the run, not here")
-    return dataclasses.make_dataclass("RunConfig", fields, bases=(RunConfig,), frozen=True)
+    return make_dataclass("RunConfig", others, bases=(RunConfig,), frozen=True)
 
 
 def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
@@ -277,8 +277,8 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
     for field, names in _data_names(config, stage).items():
         changes[field] = tuple(map(place_of, names))
     section = _section(stage)
-    sections = {section: dataclasses.replace(getattr(config, section), **changes)}
-    return dataclasses.replace(config, **sections)
+    sections = {section: replace(getattr(config, section), **changes)}
+    return replace(config, **sections)
 
 
 def _inputs(config: RunConfig, stage: str) -> Digests:
@@ -306,7 +306,7 @@ def _input_differences(recorded: Digests, here: Digests) -> list[Difference]:
             "by --data, --model or --reward"
         )
     differences = []
-    for old, new in itertools.zip_longest(before, now, fillvalue=""):
+    for old, new in zip_longest(before, now, fillvalue=""):
         digest = recorded.get(old, "not read")
         differences.append(Difference(None, new, "sha256", digest, here[new]))
     return differences
@@ -361,9 +361,7 @@ def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Fac
         recorded: the manifest, with this machine's names for the data.
     """
     resume = span.start is not None or (path / "judge").is_dir()
-    config = dataclasses.replace(
-        config, output_dir=str(ours), resume=resume, track=(), processes=None
-    )
+    config = replace(config, output_dir=str(ours), resume=resume, track=(), processes=None)
     if resume:
         _copy(path, ours, span.start)
         # --resume compares the other facts with this machine.
@@ -426,7 +424,7 @@ def _row_differences(theirs: Path, ours: Path, span: Span) -> list[Difference]:
     """The first row of a file that differs, by the first value that does."""
     recorded = _rows(theirs, span)
     repeated = _rows(ours, span)
-    for old, new in itertools.zip_longest(recorded, repeated, fillvalue=dict[str, str]()):
+    for old, new in zip_longest(recorded, repeated, fillvalue=dict[str, str]()):
         differences = _differences(int((old | new)["step"]), theirs.name, old, new)
         if differences:
             return differences[:1]
@@ -475,7 +473,7 @@ def _results(path: Path) -> set[str]:
     """The names of a run's result files, from its folder."""
     model = (path / "model").rglob("*")
     adapters = (path / "adapter").rglob("*.safetensors")
-    files = filter(Path.is_file, itertools.chain(model, adapters))
+    files = filter(Path.is_file, chain(model, adapters))
     return {file.relative_to(path).as_posix() for file in files}
 
 
