@@ -51,68 +51,19 @@ def test_only_the_value_model_learns_while_it_warms_up():
     how = PPOStage(value="separate", value_learning_rate=1e-1, value_warmup=1)
     optimizer = critic.make_optimizer(settings, how, 2, start)
     options = {"policy_fn": models.policy_fn(MODEL, value_model=MODEL), "optimizer": optimizer}
-    step = jax.jit(
-        partial(
-            ppo.update,
-            rollout=samples(),
-            key=KEY,
-            config=ppo.Config(num_epochs=1),
-            **options,
-        )
-    )
+    config = ppo.Config(num_epochs=1)
+    step = jax.jit(partial(ppo.update, rollout=samples(), key=KEY, config=config, **options))
     state = TrainState.create(start, optimizer)
     rates = []
     for _ in range(4):
         before = state.params
         state, metrics = step(state)
         assert metrics["nonfinite"] == 0
-        policy, value = (
-            moved(
-                before[part],
-                state.params[part],
-            )
-            for part in ("policy", "value")
-        )
-        rates.append((round(policy, 6), round(value, 2)))
+        rates.append([moved(before[part], state.params[part]) for part in ("policy", "value")])
     # Adam's first step is the learning rate; the value model's is ten times the policy's.
-    assert [policy for policy, _ in rates[:3]] == [0.0, 0.0, 0.01]
-    assert [value for _, value in rates[:1]] == [0.1]
-
-
-@pytest.mark.slow
-def test_values_reach_their_optimum_before_the_policy_moves():
-    """Each of four tokens earns 1, so that V of the states before them is 4, 3, 2, 1; a head that
-    learns at the rate of the policy is nowhere near by then."""
-    how_to = ppo.Config(num_epochs=1, value_clip=None, value_coef=1.0, gae_lambda=1.0)
-    for value, rate, error in (("separate", 1e-2, 0.02), ("shared", None, 2.0)):
-        params = models.add_head(KEY, initial_params(MODEL), "value")
-        if value == "separate":
-            params = critic.beside(Trainable(initial_params(MODEL)), params).params
-        settings = RLStage(
-            num_iterations=301, optimizer=Optimizer(learning_rate=1e-4, schedule="constant")
-        )
-        how = PPOStage(value=value, value_learning_rate=rate, value_warmup=300 if rate else 0)
-        optimizer = critic.make_optimizer(settings, how, 1, params)
-        policy_fn = models.policy_fn(MODEL, value_model=MODEL if value == "separate" else None)
-
-        def step(state, key, policy_fn=policy_fn, optimizer=optimizer):
-            return ppo.update(
-                state, samples(), key, policy_fn=policy_fn, optimizer=optimizer, config=how_to
-            )
-
-        keys = jax.random.split(jax.random.key(2), 300)
-        state, _ = jax.jit(partial(jax.lax.scan, step))(
-            TrainState.create(params, optimizer),
-            keys,
-        )
-        values = policy_fn(state.params, samples().tokens, samples().attention_mask, None).values[
-            :, 2:
-        ]
-        worst = float(jnp.max(jnp.abs(values - jnp.tile(jnp.arange(4.0, 0.0, -1.0), (4, 1)))))
-        assert (worst < error) == (value == "separate"), (value, worst)
-        assert (
-            moved(params.get("policy", params), state.params.get("policy", state.params)) == 0
-        ) == bool(rate)
+    policy, value = np.transpose(rates)
+    assert_allclose(policy[:3], [0.0, 0.0, 0.01], atol=1e-6)
+    assert value[0] == pytest.approx(0.1, abs=0.005)
 
 
 def test_the_value_loss_has_no_gradient_in_the_policy():

@@ -35,17 +35,15 @@ def config(tmp_path):
     return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=2)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [slow(False), True])
 def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(
     config, tmp_path, asynchronous
 ):
     config = replace(config, checkpoint_async=asynchronous)
     straight = replace(config, output_dir=str(tmp_path / "straight"))
     scores = [float(n) for n in range(7)]
-    assert run_loop(straight, scores=scores) == (
-        6,
-        {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0},
-    )
+    last = {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0}
+    assert run_loop(straight, scores=scores) == (6, last)
     for options, die_at in (({}, 3), ({"resume": True}, 3), ({"resume": True}, 5)):
         with pytest.raises(Killed):
             run_loop(replace(config, **options), die_at=die_at, scores=scores)
@@ -85,32 +83,12 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
     def order(**changes):
         events.clear()
         with open_stage(replace(config, **changes), "sft", {}) as stage:
-            loop.train(
-                stage,
-                stage.copy({"n": jnp.float32(0)}),
-                loop.Job(advance, 8, validation_interval=3),
-            )
+            state = stage.copy({"n": jnp.float32(0)})
+            loop.train(stage, state, loop.Job(advance, 8, validation_interval=3))
         return [f"{what[0]}{step}" for what, step in events]
 
-    ahead = [
-        "s1",
-        "s2",
-        "r1",
-        "s3",
-        "r2",
-        "s4",
-        "r3",
-        "r4",
-        "s5",
-        "s6",
-        "r5",
-        "s7",
-        "r6",
-        "s8",
-        "r7",
-        "r8",
-    ]
-    assert order(checkpoint_interval=4) == ahead
+    ahead = "s1 s2 r1 s3 r2 s4 r3 r4 s5 s6 r5 s7 r6 s8 r7 r8"
+    assert " ".join(order(checkpoint_interval=4)) == ahead
     each = [f"{what}{step}" for step in range(1, 9) for what in "sr"]
     assert order(checkpoint_interval=4, alerts=("nonfinite > 1: stop",), overwrite=True) == each
 
@@ -215,10 +193,8 @@ def test_stopped_means_saved(config, monkeypatch):
 
 def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
     def sources(step):
-        return (
-            f"{file}.json, line {line + step}"
-            for file, line in (("b", 1), ("a", 2), ("b", 7), ("b", 1))
-        )
+        places = (("b", 1), ("a", 2), ("b", 7), ("b", 1))
+        return (f"{file}.json, line {line + step}" for file, line in places)
 
     config = replace(config, checkpoint_async=True)
     rows = r"rows of this batch: a\.json, line 6, b\.json, line 11, line 5$"
@@ -247,18 +223,10 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
         (
             {"keep_best": "max:validation/loss"},
             [1.0],
-            "no metric validation/loss; the validations give validation/score",
+            "no metric validation/loss; .* give .*/score",
         ),
-        (
-            {"keep_best": "max:validation/loss"},
-            None,
-            "keep_best max:validation/loss: nothing is held out",
-        ),
-        (
-            {"early_stopping_patience": 2},
-            None,
-            "early_stopping_patience and schedule plateau: nothing is held out",
-        ),
+        ({"keep_best": "max:validation/loss"}, None, "keep_best .*/loss: nothing is held out"),
+        ({"early_stopping_patience": 2}, None, "schedule plateau: nothing is held out"),
     ],
 )
 def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, message):
@@ -266,15 +234,8 @@ def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, me
         run_loop(replace(config, **options), scores=scores)
 
 
-SCORES = [
-    1.0,
-    2.0,
-    3.0,
-    2.5,
-    3.0,
-    2.0,
-    4.0,
-]  # step 5 is the third validation in a row without improvement
+# Step 5 is the third validation in a row without improvement.
+SCORES = [1.0, 2.0, 3.0, 2.5, 3.0, 2.0, 4.0]
 
 
 def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
@@ -304,14 +265,8 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
     straight = replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5
     # Step 4 is the second validation without improvement.
-    assert [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")] == [
-        None,
-        1,
-        1,
-        1,
-        1,
-        0.5,
-    ]
+    scales = [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")]
+    assert scales == [None, 1, 1, 1, 1, 0.5]
     for resume, die_at in ((False, 3), (True, 4)):
         with pytest.raises(Killed):
             run_loop(replace(config, resume=resume), die_at=die_at, **options)
@@ -402,6 +357,5 @@ def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
     with pytest.raises(Killed):
         run_loop(replace(config, overwrite=True), die_at=3)
     assert draws(resume=True) == first[2:]
-    assert (
-        len({number for pair in first + draws(overwrite=True, seed=6) for number in pair}) == 2 * 12
-    )
+    other_seed = draws(overwrite=True, seed=6)
+    assert len({number for pair in first + other_seed for number in pair}) == 2 * 12

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import initial_params
+from builders import initial_params, slow
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, ops, rollout, training, types
@@ -85,9 +85,8 @@ def test_out_of_memory_names_what_is_held_and_what_helps(tmp_path, options, advi
 
 
 def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_really_raises(tmp_path):
-    placing = run_out(
-        RunConfig(output_dir=str(tmp_path / "a")), ValueError("RESOURCE_EXHAUSTED: no\nmore")
-    )
+    error = ValueError("RESOURCE_EXHAUSTED: no\nmore")
+    placing = run_out(RunConfig(output_dir=str(tmp_path / "a")), error)
     assert placing.startswith("ppo: out of memory. What helps most: more --ppo.num-microbatches")
     config = RunConfig(output_dir=str(tmp_path / "b"))
     with pytest.raises(TrainingFault, match="of memory"), open_stage(config, "ppo", {}):
@@ -95,7 +94,7 @@ def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_reall
 
 
 @pytest.mark.usefixtures("no_pages")
-@pytest.mark.parametrize("run", [training.sft.run, training.rl.run], ids=["sft", "ppo"])
+@pytest.mark.parametrize("run", [slow(training.sft.run), training.rl.run], ids=["sft", "ppo"])
 def test_a_model_that_cannot_be_placed_is_the_same_sentence(run, tmp_path):
     """JAX's own error, for 200 TB of random weights."""
     rows = tmp_path / "rows.json"
@@ -121,7 +120,7 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 
 
 @pytest.mark.usefixtures("no_pages")
-@pytest.mark.parametrize("name", ["sft", "kto", "ppo"])
+@pytest.mark.parametrize("name", ["sft", slow("kto"), "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
     """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
     texts = [
@@ -192,9 +191,6 @@ def test_a_program_is_refused_if_it_needs_more_than_is_free(monkeypatch):
     memory.check("learn", program, *arguments)
 
 
-RUNS = ["sft", "kto", "ppo", "environment"]
-
-
 def a_run(name, tmp_path, **options):
     """Runs ``name``, all rows of which are of one width."""
     rows = [{"prompt": "ab", "response": "a" * (1 + n % 4), "desirable": True} for n in range(9)]
@@ -219,9 +215,7 @@ def a_run(name, tmp_path, **options):
 
 
 @pytest.mark.usefixtures("no_pages")
-@pytest.mark.parametrize(
-    "name", ["ppo", *(pytest.param(x, marks=pytest.mark.slow) for x in RUNS if x != "ppo")]
-)
+@pytest.mark.parametrize("name", ["sft", *(slow(name) for name in ("kto", "ppo", "environment"))])
 def test_a_run_compiles_what_it_checks_once(name, tmp_path):
     """Its first step finds the programs that were compiled for the check."""
     compiled = []
@@ -258,22 +252,21 @@ def test_what_was_freed_is_given_back_before_the_first_step_and_before_saving(
 
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
-    ("name", "phase"), [("sft", "learn"), ("kto", "learn"), ("ppo", "respond")]
+    ("name", "phase"), [slow("sft", "learn"), ("kto", "learn"), ("ppo", "respond")]
 )
 def test_a_run_that_needs_more_than_is_free_ends_before_its_first_step(
     name, phase, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(devices, "free_memory", lambda: 1)
-    stage = "ppo" if name == "ppo" else name
     with pytest.raises(TrainingFault) as fault:
         a_run(name, tmp_path)
     text = str(fault.value)
     assert text.startswith(
-        f"{stage}: out of memory before the first step: the phase '{phase}' needs"
+        f"{name}: out of memory before the first step: the phase '{phase}' needs"
     )
     assert "and 0.000 MiB are free. Each device holds" in text
-    assert f"What helps most: more --{stage}.num-microbatches (now 1), a smaller" in text
-    assert text.endswith(f"rlhf-jax plan {stage} computes what other settings need.")
+    assert f"What helps most: more --{name}.num-microbatches (now 1), a smaller" in text
+    assert text.endswith(f"rlhf-jax plan {name} computes what other settings need.")
     assert not any((tmp_path / "run" / "checkpoints").glob("*"))
 
 

@@ -123,9 +123,11 @@ def test_the_update_of_a_distillation_is_planned(teacher, folder):
         settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
     stage = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
     config = RunConfig(model=folder, reward=("length",), rl=stage, distill=settings)
-    made = plan.plan(config, "distill")
-    assert made.phases["learn"] > 0
-    assert ("teacher" in made.held) == (teacher == "folder")
+    held, programs, _ = plan.shapes_of(config, "distill")
+    assert (held["teacher"] is not None) == (teacher == "folder")
+    learn, *arguments = programs["learn"]
+    state, _ = jax.eval_shape(learn, *arguments)
+    assert jax.tree.structure(state.train.params) == jax.tree.structure(held["parameters"])
 
 
 @pytest.mark.usefixtures("no_phases")

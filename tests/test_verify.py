@@ -31,6 +31,14 @@ def copied(whole, tmp_path):
     return Path(shutil.copytree(whole / "run", tmp_path / "run"))
 
 
+@pytest.fixture
+def repeated(whole, monkeypatch):
+    """The steps are not run again: the repetition is a copy of the run."""
+    monkeypatch.setattr(
+        verify, "_repeat", lambda path, ours, *_: shutil.copytree(whole / "run", ours)
+    )
+
+
 def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -42,6 +50,11 @@ def flip_array(checkpoint):
     flip(arrays, arrays.stat().st_size // 2)
 
 
+def change(copied, **values):
+    path = copied / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def contents(folder):
     return {
         path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
@@ -49,10 +62,8 @@ def contents(folder):
     }
 
 
-SLOW = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*verify.SPECS, "vpg", "ppo", "rloo", "grpo"])
 def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name, tmp_path):
     folder = run_stage(letters_stage(tmp_path, name), name)
     for from_scratch in (False, True):
@@ -74,6 +85,7 @@ def test_a_run_repeats_and_nothing_is_written_into_its_folder(copied, capsys):
     assert said.endswith("checkpoints/6, model/\nthe same bytes\n")
 
 
+@pytest.mark.usefixtures("repeated")
 def test_the_first_value_that_differs_is_named_in_each_file(copied, capsys):
     """One bit of the last loss, of a text, of an array of the last checkpoint, of the weights."""
     rows = (copied / "metrics.jsonl").read_bytes()
@@ -99,6 +111,7 @@ def test_the_first_value_that_differs_is_named_in_each_file(copied, capsys):
     )
 
 
+@pytest.mark.usefixtures("repeated")
 def test_another_state_is_named_by_array_index_and_values(copied):
     """The checkpoint of another run is whole, but its numbers are not those of the steps."""
     shutil.rmtree(copied / "checkpoints" / "6")
@@ -110,7 +123,7 @@ def test_another_state_is_named_by_array_index_and_values(copied):
     assert (recorded, repeated) == ("4", "6")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("repeated")
 def test_steps_between_are_those_that_are_compared(copied):
     """A bit of step 5 is out of the span that ends at 4, and of the rows before a checkpoint."""
     rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -141,12 +154,8 @@ def damage_record(copied):
 
 
 def damage_manifest(copied):
-    path = copied / "manifest.json"
-    manifest = json.loads(path.read_text())
-    [name] = manifest["data"]
-    digest = manifest["data"][name]
-    manifest["data"][name] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    [(name, digest)] = json.loads((copied / "manifest.json").read_text())["data"].items()
+    change(copied, data={name: "0" * 64})
     return name, "sha256", "0" * 64, digest
 
 
@@ -161,7 +170,7 @@ def test_what_a_run_began_with_is_checked_before_anything_is_repeated(damage, co
     assert audit.compared.startswith("nothing was repeated")
 
 
-def test_data_may_lie_elsewhere_but_must_be_the_same(whole, copied, tmp_path, monkeypatch):
+def test_data_may_lie_elsewhere_but_must_be_the_same(whole, copied, tmp_path):
     data = whole / "pairs.json"
     moved = tmp_path / "moved.json"
     data.rename(moved)
@@ -194,13 +203,11 @@ def test_of_two_files_elsewhere_the_changed_one_is_named(tmp_path):
     assert difference[:3] == (None, str(second), "sha256")
 
 
+@pytest.mark.usefixtures("repeated")
 def test_another_machine_is_described(copied):
-    path = copied / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["versions"]["jax"] = "0.1"
-    manifest["cpu"] = "riscv64"
-    manifest["backend"] = "gpu"
-    path.write_text(json.dumps(manifest))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    versions = manifest["versions"] | {"jax": "0.1"}
+    change(copied, versions=versions, cpu="riscv64", backend="gpu")
     audit = verify.verify(copied, num_steps=1)
     assert any("versions.jax was '0.1'" in sentence for sentence in audit.machine)
     assert any("cpu was 'riscv64'" in sentence for sentence in audit.machine)
@@ -222,11 +229,6 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     with pytest.raises(UserError, match="--trust-config"):
         verify.verify(tmp_path / folder)
-
-
-def change(copied, **values):
-    path = copied / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Job(NamedTuple):
     judged_by: str = "min:validation/loss"
     # compiles the largest step and raises ``memory.TooLarge`` if it does not fit
     check_memory: Callable[[Any], object] = lambda state: None
-    # (step, state after it, its row of metrics) -> whether the run ends here; None: nobody asks
+    # (step, state after it, its row of metrics) -> whether the run ends here
     on_step: OnStep | None = None
 
 
@@ -114,9 +114,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
-                    f"{signal.Signals(received).name}: stopped after step {loop.done} of "
-                    f"{job.num_steps}, saved. "
-                    f"Go on with:\n    {resume_command()}",
+                    f"{signal.Signals(received).name}: stopped {loop.place}, saved. Go on with:\n"
+                    f"    {resume_command()}",
                     received,
                 )
         checkpoints.wait()
@@ -213,6 +212,11 @@ class _Loop:
         """Whether another step follows."""
         return self.done < self.job.num_steps and not self.ended
 
+    @property
+    def place(self) -> str:
+        """The last step, in words."""
+        return f"after step {self.done} of {self.job.num_steps}"
+
     def step(self) -> None:
         """Starts a step; while the device is at it, records the metrics of the one before."""
         seed_libraries(self.stage.config.seed, self.done + 1)
@@ -299,11 +303,9 @@ class _Loop:
         if stopping and self.going_on:
             self.checkpoints.wait()
             raise AlertStop(
-                f"stopped by an alert after step {self.done} of {self.job.num_steps}, saved: "
-                f"{' and '.join(stopping)} "
-                "is true. Look at alerts.jsonl in the run's folder; go on without the rule, or "
-                "with another one, by\n"
-                f"    {resume_command()} --allow-changed alerts --alerts RULE..."
+                f"stopped by an alert {self.place}, saved: {' and '.join(stopping)} is true. Look "
+                "at alerts.jsonl in the run's folder; go on without the rule, or with another one, "
+                f"by\n    {resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
     def result(self) -> tuple[Any, Row]:
@@ -313,8 +315,7 @@ class _Loop:
         metric = self.judge.metric
         best = self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
-            where = f"after step {self.done} of {self.job.num_steps}"
-            logger.info(f"ended early, {where}: {self.ended}")
+            logger.info(f"ended early, {self.place}: {self.ended}")
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)

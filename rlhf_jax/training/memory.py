@@ -46,8 +46,8 @@ def fault(
 
     Args:
         stage: such as "sft" or "ppo".
-        held: {name: pytree of arrays or shapes} of what lies on the devices; donated arrays are
-            read for their shapes.
+        held: {name: pytree of arrays or shapes} of what the devices hold; of donated arrays only
+            the shapes are read.
         sizes: {dotted setting: its value}, the settings that help: microbatches to raise, a batch
             size to lower, and ``lora.rank`` and ``compute.remat`` where they can still be turned on
             (value 0).
@@ -144,7 +144,7 @@ def stored(config: Any, rows: int, length: int) -> int:
 
 def wants_remat(stored: int, limit: float) -> bool:
     """Whether ``compute.remat: auto`` is on, for what an update stores and a device has; with a
-    limit of 0, which nobody knows, it is off."""
+    limit of 0, which means unknown, it is off."""
     return stored > limit / 4 > 0
 
 
@@ -164,7 +164,7 @@ def offloaded(fn: Partial) -> Partial:
 
 
 def free(tree: Any) -> None:
-    """Gives the memory of arrays back, whoever still refers to them."""
+    """Gives the memory of arrays back, even if there are other references to them."""
     for leaf in jax.tree.leaves(tree):
         leaf.delete()
 

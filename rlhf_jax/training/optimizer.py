@@ -2,8 +2,7 @@
 improving.
 
 Both decisions of ``Judge``, to end early and to lower the learning rate, are functions of the
-validations so far: a run that is resumed from a checkpoint, with the rows of metrics before it,
-decides alike.
+validations so far. A resumed run reads them from its rows of metrics and makes the same decisions.
 """
 
 import math
@@ -106,8 +105,8 @@ def _is_of_body(path: Path, *names: str) -> bool:
 
 
 def times_exhausted(values: Sequence[float], patience: int) -> int:
-    """How many times ``patience`` values in a row brought no new minimum; each time the count
-    starts anew.
+    """How many times ``patience`` values in a row brought no new minimum; the count restarts each
+    time.
 
     ``optax.contrib.reduce_on_plateau`` without tolerance lowers the rate at each of these times;
     PyTorch's ReduceLROnPlateau waits for one value more than its patience. NaN is no minimum.

@@ -50,7 +50,7 @@ def from_functions(
     init_cache: Callable[[int, int], Any] | None = None,
     decode: Callable[..., tuple[Array, Any]] | None = None,
 ) -> models.Model:
-    """A ``models.Model`` of a network of one's own, for ``training.rl.run(policy=...)``.
+    """A ``models.Model`` of the user's own network, for ``training.rl.run(policy=...)``.
 
     B rows, T tokens, D width, V vocabulary.
 

@@ -38,7 +38,7 @@ class Followed(TrainState):
 
 
 def moves(settings: Any) -> bool:
-    """Whether a section says that its reference moves."""
+    """Whether the reference of a section of the settings moves."""
     return isinstance(settings, Reference) and settings.reference_moves
 
 
@@ -57,7 +57,7 @@ def check(config: RunConfig, settings: Any) -> None:
 
 def moving(advance: Advance, settings: Any, policy_of: Callable[[Any], Params]) -> Advance:
     """``advance``, before which the ``reference`` of the state moves if enough steps were taken;
-    unchanged if the section says that it stays.
+    unchanged if the reference is fixed.
 
     Args:
         policy_of: the policy's parameters in a state.

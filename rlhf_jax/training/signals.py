@@ -21,7 +21,7 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
     before.
 
     With several processes SIGTERM is left to JAX, see ``processes.stop_signal``, and SIGINT raises
-    one. Python hands signals to the main thread alone: elsewhere nothing is caught.
+    one. Python delivers signals only to the main thread; in other threads nothing is caught.
     """
     is_alone = jax.process_count() == 1
     received: list[signal.Signals] = []
