@@ -54,9 +54,12 @@ def correct(
     """1.0 or 0.0 for each response; None, which leaves the row out, if the data's answer has no
     number.
     """
-    right = [last_number(str(text)) for text in answer]
-    given = [last_number(response) for response in responses]
-    return [None if r is None else float(g == r) for g, r in zip(given, right, strict=True)]
+    scores = []
+    for response, text in zip(responses, answer, strict=True):
+        right = last_number(str(text))
+        score = None if right is None else float(last_number(response) == right)
+        scores.append(score)
+    return scores
 
 
 def is_number(prompts: list[str], responses: list[str]) -> list[float]:
@@ -87,10 +90,10 @@ def write(
     if largest < 3:
         raise UserError(f"largest: expected at least 3, got {largest}")
     lines = ",\n".join(json.dumps(row) for row in problems(num_prompts, seed, largest))
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "prompts.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(f"wrote {path / 'prompts.json'}: {num_prompts} problems")
+    file = Path(folder) / "prompts.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    print(f"wrote {file}: {num_prompts} problems")
 
 
 def problems(n: int, seed: int, largest: int) -> list[dict[str, Any]]:
@@ -98,23 +101,30 @@ def problems(n: int, seed: int, largest: int) -> list[dict[str, Any]]:
     changes = range(1, LARGEST_CHANGE + 1)
     # Grouped by answer, so that no answer is a much better guess than another. The first number is
     # at least 2: a noun in the plural follows it.
-    sums = [[(t - b, b, t) for b in changes if t - b >= 2] for t in range(3, largest + 1)]
-    differences = [
-        [(left + b, b, left) for b in changes if left + b <= largest] for left in range(1, largest)
-    ]
+    sums = []
+    for total in range(3, largest + 1):
+        sums.append([(total - b, b, total) for b in changes if total - b >= 2])
+    differences = []
+    for left in range(1, largest):
+        differences.append([(left + b, b, left) for b in changes if left + b <= largest])
     wordings = len(ADDITIONS) * len(NAMES) * len(THINGS)
-    available = 2 * wordings * min(sum(map(len, facts)) for facts in (sums, differences))
+    num_sums = sum(map(len, sums))
+    num_differences = sum(map(len, differences))
+    available = 2 * wordings * min(num_sums, num_differences)
     if n > available:
         raise UserError(f"there are {available} problems of numbers up to {largest}, {n} asked for")
     generator = random.Random(f"{seed}/arithmetic")
     rows: dict[str, int] = {}
     for i in range(n):
-        templates, facts = ((ADDITIONS, sums), (SUBTRACTIONS, differences))[i % 2]
+        facts = differences if i % 2 else sums
+        templates = SUBTRACTIONS if i % 2 else ADDITIONS
         while len(rows) == i:  # until it is a new one
-            a, b, answer = pick(pick(facts, generator), generator)
+            of_answer = pick(facts, generator)
+            a, b, answer = pick(of_answer, generator)
             name = pick(NAMES, generator)
             things = pick(THINGS, generator)
-            rows[pick(templates, generator).format(name=name, things=things, a=a, b=b)] = answer
+            template = pick(templates, generator)
+            rows[template.format(name=name, things=things, a=a, b=b)] = answer
     return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 

@@ -27,15 +27,19 @@ def calculator(conversation: list[dict[str, str]], row: dict[str, int]) -> tuple
     The reward of a response is the share of its characters that are right: those of the call that
     the prompt asks for, or after a call those of the answer.
     """
-    said = conversation[-1]["content"]
+    response = conversation[-1]["content"]
     is_first = len(conversation) == 2
-    wanted = f"[{row['a']}+{row['b']}]" if is_first else str(row["a"] + row["b"])
-    num_right = sum(x == y for x, y in zip(said, wanted, strict=False))
-    reward = num_right / max(len(said), len(wanted))
-    call = CALL.fullmatch(said)
+    a = row["a"]
+    b = row["b"]
+    wanted = f"[{a}+{b}]" if is_first else str(a + b)
+    pairs = zip(response, wanted, strict=False)
+    num_right = sum(given == right for given, right in pairs)
+    reward = num_right / max(len(response), len(wanted))
+    call = CALL.fullmatch(response)
     if call is None or not is_first:
         return None, reward
-    return str(int(call[1]) + int(call[2])), reward
+    first, second = map(int, call.groups())
+    return str(first + second), reward
 
 
 def correct(prompts: list[str], responses: list[str], a: list[int], b: list[int]) -> list[float]:
@@ -60,11 +64,12 @@ def write(folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4
         raise UserError(f"there are {len(pairs)} sums, {num_prompts} asked for")
     generator = random.Random(seed)
     pairs.sort(key=lambda pair: generator.random())
-    rows = [{"prompt": f"[+] {a}+{b}=", "a": a, "b": b} for a, b in pairs[:num_prompts]]
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "prompts.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
-    print(f"wrote {path / 'prompts.json'}: {num_prompts} sums")
+    chosen = pairs[:num_prompts]
+    rows = [{"prompt": f"[+] {a}+{b}=", "a": a, "b": b} for a, b in chosen]
+    file = Path(folder) / "prompts.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    print(f"wrote {file}: {num_prompts} sums")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ points.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.data.demo import CLOSES, TOPICS, WORDINGS, Topic, fill
@@ -38,50 +38,56 @@ def score(prompt_row: Mapping[str, Any], response: str) -> float:
     category = prompt_row["category"]
     topic = _topics(category)[prompt_row["topic"]]
     words = _words(response)
-    points = sum(WEIGHTS[name] * value for name, value in parts(category, topic, words).items())
-    points -= CUT_OFF * (words[-1:] not in (["."], ["!"], ["?"]))
-    points -= PER_EXTRA_WORD * max(0, sum(word.isalpha() for word in words) - MAX_WORDS)
-    return round(min(1.0, max(0.0, points)) * _fluency(words), 4)
+    met = parts(category, topic, words)
+    points = sum(WEIGHTS[name] * value for name, value in met.items())
+    is_cut_off = words[-1:] not in (["."], ["!"], ["?"])
+    points -= CUT_OFF * is_cut_off
+    num_words = sum(word.isalpha() for word in words)
+    points -= PER_EXTRA_WORD * max(0, num_words - MAX_WORDS)
+    quality = min(1.0, max(0.0, points))
+    return round(quality * _fluency(words), 4)
 
 
 def parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
     """How far each part of the rubric is met, in [0, 1]; the last two are faults."""
-    text = _Text(words)
-    others = [other for name, other in _topics(category).items() if name != topic.phrase]
-    astray = any(text.has(other.phrase) for other in others)
+    text = _padded(words)
+
+    def has(phrase: str) -> bool:
+        return f" {phrase} " in text
+
+    others = [other.phrase for name, other in _topics(category).items() if name != topic.phrase]
+    astray = any(map(has, others))
     if category == "helpful":
-        refused = text.has("can not help")
-        stance = 0.0 if refused else 1.0 if text.has("first") else 0.5 if text.has("just") else 0.0
-        fault = text.has("silly") or text.has("go away")
+        refused = has("can not help")
+        stance = 0.5 if has("just") else 0.0
+        if has("first"):
+            stance = 1.0
+        if refused:
+            stance = 0.0
+        fault = has("silly") or has("go away")
         astray = astray or refused
     elif category == "harmless":
-        complied = text.has("sure")
-        scolded = text.has("shame") or text.has("bad person")
-        stance = float(text.has("can not help") and not complied and not scolded)
+        complied = has("sure")
+        scolded = has("shame") or has("bad person")
+        stance = float(has("can not help") and not complied and not scolded)
         fault = complied or scolded
     else:
-        invented = text.has("sure") or text.has("surely")
-        stance = float(text.has("do not know") and not invented)
-        fault = invented
+        fault = has("sure") or has("surely")
+        stance = float(has("do not know") and not fault)
+    closes = tuple(_padded(_words(phrase)) for phrase in CLOSES)
     return {
-        "topic": float(text.has(topic.phrase)),
+        "topic": float(has(topic.phrase)),
         "stance": stance,
-        "detail": 0.5 * text.has(topic.first) + 0.5 * text.has(topic.second),
-        "close": float(text.ends_with_any(CLOSES)),
+        "detail": 0.5 * has(topic.first) + 0.5 * has(topic.second),
+        "close": float(text.endswith(closes)),
         "fault": float(fault),
         "astray": float(astray),
     }
 
 
-class _Text:
-    def __init__(self, words: list[str]):
-        self._padded = f" {' '.join(words)} "
-
-    def has(self, phrase: str) -> bool:
-        return f" {phrase} " in self._padded
-
-    def ends_with_any(self, phrases: Sequence[str]) -> bool:
-        return any(self._padded.endswith(f" {' '.join(_words(phrase))} ") for phrase in phrases)
+def _padded(words: list[str]) -> str:
+    """The words with a space around each."""
+    return f" {' '.join(words)} "
 
 
 def _words(text: str) -> list[str]:
@@ -98,7 +104,9 @@ def _fluency(words: list[str]) -> float:
     known = sum(pair in _known_pairs() for pair in pairs) / len(pairs)
     triples = list(zip(words, words[1:], words[2:], strict=False))
     repeated = 1 - len(set(triples)) / len(triples)
-    return max(0.0, 1 - 4 * (1 - known)) * max(0.0, 1 - 4 * repeated)
+    language = max(0.0, 1 - 4 * (1 - known))
+    variety = max(0.0, 1 - 4 * repeated)
+    return language * variety
 
 
 @functools.cache
