@@ -159,15 +159,18 @@ def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
     assert all(reference is not None for _, reference in states)
 
 
-def test_a_share_of_1_is_the_policy_before_the_step(short):
-    """The loss of DPO is then log 2 in each step: it compares a policy with itself."""
-    result, states = supervised_run(short, dpo.SPEC, reference_ema=1.0)
+def test_every_second_step_the_policy_becomes_the_reference(short):
+    """The loss of DPO is then log 2: it compares a policy with itself."""
+    result, states = supervised_run(short, dpo.SPEC, reference_refresh=2)
     losses = of_steps(result, "dpo/loss")
     assert len(losses) == len(states) > 3
-    assert_allclose(losses, np.log(2.0), rtol=1e-5)
-    assert_allclose(of_steps(result, "dpo/margin"), 0.0, atol=1e-5)
-    for (before, _), (_, reference) in itertools.pairwise(states):
-        jax.tree.map(assert_array_equal, before, reference)
+    assert_allclose(losses[::2], np.log(2.0), rtol=1e-5)
+    assert_allclose(of_steps(result, "dpo/margin")[::2], 0.0, atol=1e-5)
+    assert np.abs(np.array(losses[1::2]) - np.log(2.0)).min() > 1e-4
+    for step in range(1, len(states)):
+        policy, reference = states[step - 1]
+        expected = reference if step % 2 else policy
+        jax.tree.map(assert_array_equal, states[step][1], expected)
     assert moved(states[0][0], states[-1][0]) > 1e-3
 
 

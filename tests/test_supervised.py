@@ -3,11 +3,13 @@ they are judged."""
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import slow
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import (
@@ -182,6 +184,28 @@ def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
         )
         assert moved > 1.0
         assert of_opposite < -1.0
+
+
+def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
+    """Three members, two answers: their mean is over the members."""
+
+    def make_task(setting):
+        task = training.reward_model.SPEC.make_task(setting)
+        create = partial(task.create, optimizer=setting.optimizer)
+        state = setting.stage.take(create, task.start.params)
+        stop((setting, task.setting.encoded.weight, task.validate(state)))
+
+    config = changed(config, "reward_model", ensemble_size=3)
+    spec = replace(training.reward_model.SPEC, make_task=make_task)
+    with pytest.raises(Seen) as seen:
+        supervised.run(config, spec)
+    setting, weight, validation = seen.value.args[0]
+    assert setting.encoded.weight.shape == (len(setting.encoded),)
+    assert weight.shape == (len(setting.encoded), 3)
+    assert_array_equal(weight[setting.train_rows].sum(axis=0), len(setting.train_rows))
+    assert_array_equal(weight[setting.held_out], 0)
+    assert validation.metrics["validation/uncertainty"] > 0
+    assert len(validation.samples) == len(setting.held_out)
 
 
 def test_a_text_file_is_cut_into_pieces_that_are_not_framed(config, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import letters_run, letters_stage, run_stage
 
@@ -53,6 +54,12 @@ def flip_array(checkpoint):
 def change(copied, **values):
     path = copied / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def read_more(copied):
+    """Records a file that this machine lacks."""
+    read = json.loads((copied / "manifest.json").read_text())["data"]
+    change(copied, data={"reward gone": "0" * 64} | read)
 
 
 def contents(folder):
@@ -116,8 +123,12 @@ def test_another_state_is_named_by_array_index_and_values(copied):
     """The checkpoint of another run is whole, but its numbers are not those of the steps."""
     shutil.rmtree(copied / "checkpoints" / "6")
     shutil.copytree(copied / "checkpoints" / "4", copied / "checkpoints" / "6")
+    *rows, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    compact = json.dumps(json.loads(last), separators=(",", ":"))  # the same values
+    (copied / "metrics.jsonl").write_text("".join([*rows, compact, "\n"]))
     audit = verify.verify(copied)
-    [(step, file, place, recorded, repeated)] = audit.differences
+    [row, (step, file, place, recorded, repeated)] = audit.differences
+    assert row[:3] == (6, "metrics.jsonl", "the row")
     assert (step, file) == (6, "checkpoints/6")
     assert place.startswith("opt_state/count[] (first of ")
     assert (recorded, repeated) == ("4", "6")
@@ -135,6 +146,27 @@ def test_steps_between_are_those_that_are_compared(copied):
     assert verify.verify(copied, start=4, num_steps=1).differences == []
     [difference] = verify.verify(copied, from_scratch=True, num_steps=3).differences
     assert difference[:2] == (3, "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ([[1.0, 2.0], [3.0, np.nan]], None),
+        ([[1.0, 2.0], [9.0, 9.0]], ("[1, 0]", "3.0", "9.0")),
+        ([1.0, 2.0, 3.0, np.nan], ("", "float32[2, 2]", "float32[4]")),
+        (None, ("", "float32[2, 2]", "not there")),
+    ],
+)
+def test_the_first_number_that_differs(new, expected):
+    old = np.array([[1.0, 2.0], [3.0, np.nan]], np.float32)
+    assert verify._unequal(old, None if new is None else np.array(new, np.float32)) == expected
+
+
+def test_the_text_around_the_first_character_that_differs():
+    assert verify._unequal("same", "same") is None
+    before = "x" * 40
+    excerpts = verify._unequal(f"{before}a{before}", f"{before}b{before}")
+    assert excerpts == ("", f"{'x' * 24}a{'x' * 23}", f"{'x' * 24}b{'x' * 23}")
 
 
 def damage_config(copied):
@@ -208,7 +240,10 @@ def test_another_machine_is_described(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     versions = manifest["versions"] | {"jax": "0.1"}
     change(copied, versions=versions, cpu="riscv64", backend="gpu")
+    settings = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(settings.replace("keep_last: 2", "keep_last: 3"))
     audit = verify.verify(copied, num_steps=1)
+    assert audit.differences == []
     assert any("versions.jax was '0.1'" in sentence for sentence in audit.machine)
     assert any("cpu was 'riscv64'" in sentence for sentence in audit.machine)
     assert "without --deterministic" in audit.unsure[0]
@@ -239,6 +274,7 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
         (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
         (lambda run: change(run, data="x"), {}, "data is 'x', expected a mapping"),
         (lambda run: (run / "metrics.jsonl").write_text(""), {}, "metrics.jsonl has no rows"),
+        (read_more, {}, "reward gone: the run read it"),
         (lambda run: None, {"start": 5}, "--from 5: .* has these checkpoints before its end: 4$"),
         (lambda run: None, {"start": 6}, "--from 6: .* before its end: 4$"),
         (lambda run: None, {"num_steps": 0}, "--steps must be at least 1"),

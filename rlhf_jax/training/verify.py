@@ -292,23 +292,28 @@ def _inputs(config: RunConfig, stage: str) -> Digests:
 
 
 def _input_differences(recorded: Digests, here: Digests) -> list[Difference]:
-    """The files whose content the run did not read, each in place of one that it did.
+    """The files whose content the run did not read. One of a new name takes the place of one that
+    is gone.
 
     Raises:
         UserError: one is missing.
     """
-    before = [name for name, digest in recorded.items() if digest not in here.values()]
-    now = [name for name, digest in here.items() if digest not in recorded.values()]
-    missing = before[len(now) :]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)}: the run read it, and it is not on this machine; give its place "
-            "by --data, --model or --reward"
-        )
+    known = recorded.values()
+    gone = [name for name in recorded if name not in here and recorded[name] not in here.values()]
     differences = []
-    for old, new in zip_longest(before, now, fillvalue=""):
-        digest = recorded.get(old, "not read")
-        differences.append(Difference(None, new, "sha256", digest, here[new]))
+    for name, digest in here.items():
+        if name not in recorded and digest in known:
+            continue  # a file that was read, in another place
+        before = recorded.get(name)
+        if before is None:
+            before = recorded[gone.pop(0)] if gone else "not read"
+        if digest != before:
+            differences.append(Difference(None, name, "sha256", before, digest))
+    if gone:
+        raise UserError(
+            f"{', '.join(gone)}: the run read it, and it is not on this machine; give its place by "
+            "--data, --model or --reward"
+        )
     return differences
 
 
