@@ -18,7 +18,7 @@ from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import critic, rl
 from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.optimizer import Judge
+from rlhf_jax.training.optimizer import Judge, muon_dimensions
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -131,6 +131,15 @@ def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
     here = {"h_0": {"kernel": -0.5, "bias": 0.0}}
     decays = {"policy": here, "value": {**here, "value": {"kernel": 0.0}}}
     assert first_update(optimizer, jax.tree.map(jnp.zeros_like, PARAMS)) == decays
+
+
+def test_muon_takes_the_matrices_of_the_body():
+    """The leading axis of stacked layers is no part of a matrix."""
+    layer = {"attn": {"kernel": 0, "bias": 0, "lora_a": 0}}
+    dimensions = muon_dimensions({"h": layer, "h_0": layer, "wte": BODY, "value": {"kernel": 0}})
+    assert dimensions["h"]["attn"] == {"kernel": (1, -1), "bias": None, "lora_a": (1, -1)}
+    assert dimensions["h_0"]["attn"] == {"kernel": (0, -1), "bias": None, "lora_a": (0, -1)}
+    assert dimensions["value"] == {"kernel": None}
 
 
 @pytest.fixture
