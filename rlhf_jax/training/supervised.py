@@ -29,7 +29,7 @@ from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, set_up
-from rlhf_jax.types import Metrics, Params, Parts, TrainState
+from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
@@ -124,37 +124,43 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
     data, to_validate = _read(config, spec)
     fingerprints = data.fingerprints | to_validate.fingerprints
     with open_stage(config, spec.section, fingerprints, sizes) as stage:
-        config = stage.config
-        texts = rows.texts([*data.rows, *to_validate.rows])
-        init_key = stage.key("init")
-        language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
-        split_key, order_key = jax.random.split(stage.key("data"))
-        encoded, train_rows, held_out = _encoded(
-            config, spec, language_model, data, to_validate, split_key
-        )
-        longest = int(encoded.lengths.max())
-        rows_at_once = encoded.lengths.shape[1] * settings.batch_size // settings.num_microbatches
-        stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
-        layers = language_model.model.config.num_layers
-        steps_per_epoch = -(-len(train_rows) // settings.batch_size)
-        multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
-        plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
-        num_steps = settings.num_epochs * plan.steps_per_epoch
-        setting = Setting(
-            stage,
-            language_model,
-            data.rows,
-            encoded,
-            train_rows,
-            held_out,
-            plan,
-            collate,
-            multiple,
-            make_optimizer(settings.optimizer, num_steps),
-        )
+        setting = _setting(stage, spec, data, to_validate)
         task = spec.make_task(setting)
-        state, row = loop.train(stage, _first_state(task), _job(spec, task, on_step))
-        return stage.finish(language_model, task.start, task.trained(state), row)
+        state, row = loop.train(setting.stage, _first_state(task), _job(spec, task, on_step))
+        return setting.stage.finish(setting.initial, task.start, task.trained(state), row)
+
+
+def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadResult) -> Setting:
+    """The model, and the rows as token ids in batches."""
+    config = stage.config
+    settings = spec.settings(config)
+    texts = rows.texts([*data.rows, *to_validate.rows])
+    init_key = stage.key("init")
+    language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
+    split_key, order_key = jax.random.split(stage.key("data"))
+    encoded, train_rows, held_out = _encoded(
+        config, spec, language_model, data, to_validate, split_key
+    )
+    longest = int(encoded.lengths.max())
+    rows_at_once = encoded.lengths.shape[1] * settings.batch_size // settings.num_microbatches
+    stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
+    layers = language_model.model.config.num_layers
+    steps_per_epoch = -(-len(train_rows) // settings.batch_size)
+    multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
+    plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
+    num_steps = settings.num_epochs * plan.steps_per_epoch
+    return Setting(
+        stage,
+        language_model,
+        data.rows,
+        encoded,
+        train_rows,
+        held_out,
+        plan,
+        collate,
+        multiple,
+        make_optimizer(settings.optimizer, num_steps),
+    )
 
 
 def _first_state(task: Task) -> TrainState:
@@ -221,18 +227,11 @@ def policy_task(
         baselines: the figures on the held-out rows of judges that need no model, by name.
     """
     stage = setting.stage
-    model_fn = models.policy_fn(setting.initial.model)
+    model = setting.initial.model
+    model_fn = models.policy_fn(model)
     init_key = jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, setting.initial.params, init_key))
-    reference = None
-    if config.needs_reference:
-        # A packed row holds both answers of a pair.
-        num_rows = setting.plan.batch_size * (1 if stage.config.text.pack else 2)
-        score_rows = memory.score_rows(stage.config.compute, num_rows, config)
-        ref_model = ops.by_rows(model_fn, score_rows)
-        reference = stage.reference(start, ref_model, references.moves(config))
-    else:
-        memory.free(start.loaded)
+    reference = _reference(setting, start, model_fn, config)
 
     def with_reference(state: TrainState, batch: Any, ref_fn: Any) -> Any:
         if ref_fn is None:
@@ -266,27 +265,42 @@ def policy_task(
 
     # Both travel through jit as arguments.
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
-    jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
+    bound = partial(stage.jit_update(update, model.config.num_blocks), **functions)
     measured = partial(stage.jit(measure), **functions)
-
-    def validate(state: TrainState) -> Validation:
-        figures = _pooled(setting, partial(measured, state)) | baselines(setting)
-        return Validation({f"validation/{name}": value for name, value in figures.items()})
-
-    create = references.state(config).create
-    bound = partial(jitted, **functions)
-    return Task(setting, start, create, bound, validate, reference)
+    validate = partial(_validate, setting, measured, baselines)
+    return Task(setting, start, references.state(config).create, bound, validate, reference)
 
 
-def _pooled(setting: Setting, measure: Callable[[Any], Parts]) -> dict[str, float]:
-    """The metrics of all held-out rows, each as one mean, by their names without the stage's."""
+def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: Any) -> Any:
+    """The policy before training, or a function of the reference that moves; None: the loss needs
+    no reference, and what it would have is freed.
+    """
+    stage = setting.stage
+    if not config.needs_reference:
+        memory.free(start.loaded)
+        return None
+    # A packed row holds both answers of a pair.
+    num_rows = setting.plan.batch_size * (1 if stage.config.text.pack else 2)
+    score_rows = memory.score_rows(stage.config.compute, num_rows, config)
+    return stage.reference(start, ops.by_rows(model_fn, score_rows), references.moves(config))
+
+
+def _validate(
+    setting: Setting,
+    measure: Callable[[TrainState, Any], Parts],
+    baselines: Callable[[Setting], dict[str, float]],
+    state: TrainState,
+) -> Validation:
+    """The metrics of all held-out rows, each as one mean."""
     numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
-    parts = [measure(setting.stage.shard(setting.batch(rows))) for rows in numbers]
+    parts = [measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers]
     figures = {}
     for name in parts[0]:
+        _, _, metric = name.partition("/")
         total = reduce(operator.add, (part[name] for part in parts))
-        figures[name.partition("/")[2]] = float(total.value)
-    return figures
+        figures[metric] = float(total.value)
+    figures |= baselines(setting)
+    return Validation({f"validation/{name}": value for name, value in figures.items()})
 
 
 def _read(config: RunConfig, spec: StageSpec) -> tuple[ReadResult, ReadResult]:
