@@ -59,7 +59,8 @@ def write(folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4
         seed: of the choice.
         num_prompts: how many sums.
     """
-    pairs = list(itertools.product(range(10, 100), repeat=2))
+    numbers = range(10, 100)
+    pairs = list(itertools.product(numbers, repeat=2))
     if num_prompts > len(pairs):
         raise UserError(f"there are {len(pairs)} sums, {num_prompts} asked for")
     generator = random.Random(seed)

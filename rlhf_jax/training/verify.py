@@ -266,7 +266,8 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
     kind = _kind(stage)
     here = formats.fingerprints(kind, given, seed=config.seed)
     same = {digest: name for name, digest in here.items()}
-    others = iter([name for name, digest in here.items() if digest not in recorded.values()])
+    known = recorded.values()
+    others = iter([name for name, digest in here.items() if digest not in known])
 
     def place_of(name: str) -> str:
         # The settings may name the folder that holds a file of the manifest.
@@ -502,15 +503,19 @@ def _unequal(old: Part, new: Part) -> tuple[str, str, str] | None:
     if isinstance(old, str) and isinstance(new, str):
         place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
         excerpt = slice(max(place - EXCERPT, 0), place + EXCERPT)
-        return None if old == new else ("", old[excerpt], new[excerpt])
+        if old == new:
+            return None
+        return "", old[excerpt], new[excerpt]
     before = _description(old)
     now = _description(new)
     if not (isinstance(old, np.ndarray) and isinstance(new, np.ndarray)) or before != now:
         return "", before, now
-    is_other = np.frombuffer(old.tobytes(), np.uint8) != np.frombuffer(new.tobytes(), np.uint8)
-    if not is_other.any():
+    old_bytes = np.frombuffer(old.tobytes(), np.uint8)
+    new_bytes = np.frombuffer(new.tobytes(), np.uint8)
+    unequal = np.flatnonzero(old_bytes != new_bytes)
+    if not unequal.size:
         return None
-    index = np.unravel_index(np.argmax(is_other) // old.itemsize, old.shape)
+    index = np.unravel_index(unequal[0] // old.itemsize, old.shape)
     number = ", ".join(map(str, index))
     return f"[{number}]", str(old[index]), str(new[index])
 
@@ -518,4 +523,6 @@ def _unequal(old: Part, new: Part) -> tuple[str, str, str] | None:
 def _description(part: Part) -> str:
     if part is None:
         return "not there"
-    return part[:EXCERPT] if isinstance(part, str) else f"{part.dtype}{list(part.shape)}"
+    if isinstance(part, str):
+        return part[:EXCERPT]
+    return f"{part.dtype}{list(part.shape)}"
