@@ -388,6 +388,11 @@ def spoiled(change):
     return spoil
 
 
+def longer(reply, choice):
+    choice["token_ids"] = [2] * 15
+    choice["logprobs"]["token_logprobs"] = [-1.0] * 15
+
+
 def shorter(reply, choice):
     choice["token_ids"] = [2, 3]
     choice["logprobs"]["token_logprobs"] = [-1.0, -1.0]
@@ -424,11 +429,8 @@ WRONG = {
         lambda reply, choice: choice["token_ids"].__setitem__(0, 999),
         "token id 999 is outside the vocabulary",
     ),
-    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "must be a list of token ids"),
-    "too many": (
-        lambda reply, choice: choice["token_ids"].extend([2] * 9),
-        "tokens, at most 6 were asked for",
-    ),
+    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "row 0: a text does not show"),
+    "too many": (longer, "row 0: the response has 15 tokens, response_length is 6"),
     "cut": (shorter, "was cut at 2 of 6 tokens: .*--max-model-len"),
     "another end": (
         lambda reply, choice: choice.update(

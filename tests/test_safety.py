@@ -50,8 +50,8 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
     assert Filter.create(read_words(file)).found("(Two   words)") == {"words": "two   words"}
     for content, message in [
         (b"", "has no words"),
+        (b"\n\xc2\xad\n", "has no words"),
         (b"ok\n\xff", "decode byte 0xff"),
-        (b"a\n\xc2\xad\n", "line 2"),
     ]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"words\.txt.*{message}"):
@@ -164,14 +164,12 @@ def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, caps
         Row("hi", (), "f, line 3"),
     ]
     assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
-    with pytest.raises(
-        UserError, match="all 2 prompts are unsafe, so no prompt is left: f, line 1; f, line 3"
-    ):
+    with pytest.raises(UserError, match="all 2 prompts are unsafe, so no prompt is left"):
         guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
     guarded(tmp_path).prompts(
         [Row("bad", (), f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER
     )
-    assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
+    assert capsys.readouterr().out.endswith("line 18; line 19\n")
     assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
 
 
@@ -272,5 +270,7 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
         "def harm(prompts, responses):\n    return [float('nan')] * len(responses)"
     )
     judged = Safety(classifier=f"{tmp_path / 'mine.py'}:harm", below=0.0)
-    with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
+    with pytest.raises(
+        TrainingFault, match=r"reward function harm, row 0, .* not a finite float32"
+    ):
         training.rl.run(replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)

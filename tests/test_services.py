@@ -5,11 +5,13 @@ misbehave.
 import dataclasses
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+from builders import metric_rows, save_base, with_rl
 from servers import Server
 
 from rlhf_jax import training, vpg
@@ -59,69 +61,68 @@ def test_a_reward_service_is_sent_texts_and_columns(serve, monkeypatch):
 
 
 OK = {"rewards": [1, 2]}
-WRONG = {
-    "too few": ({"rewards": [1]}, "1 rewards for 2 responses"),
-    "no rewards": ({"scores": [1, 2]}, r"expected \{\"rewards\": \[\.\.\.\]\}, got \{'scores'"),
-    "a list": ([1, 2], "expected .* got \\[1, 2\\]"),
-    "a text": ({"rewards": [1, "2"]}, "reward 1 must be a finite number or null, got '2'"),
-    "NaN": ({"rewards": [1, math.nan]}, "reward 1 must be a finite number or null, got nan"),
-}
+NOT_OF_THE_PROTOCOL = [
+    {"rewards": [1]},
+    {"scores": [1, 2]},
+    [1, 2],
+    {"rewards": [1, "2"]},
+    {"rewards": [1, math.nan]},
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_reply_that_is_not_the_protocols_is_an_error(serve, name):
-    reply, message = WRONG[name]
-    server = serve(lambda number, body: reply)
-    with pytest.raises(ServiceError, match=f"^{server.url}: {message}"):
-        ask(server)
-    assert len(server.asked) == 1
+def test_a_reply_that_is_not_the_protocols_is_an_error(serve):
+    server = serve(lambda number, body: NOT_OF_THE_PROTOCOL[number])
+    for reply in NOT_OF_THE_PROTOCOL:
+        expected = f'{server.url}: expected {{"rewards": [...]}}, a finite number or null for each '
+        with pytest.raises(ServiceError, match=re.escape(expected)) as caught:
+            ask(server)
+        assert str(caught.value).endswith(f"of 2 responses, got {reply!r}")
+    assert len(server.asked) == len(NOT_OF_THE_PROTOCOL)
 
 
 PASSING = {
-    "busy": ((429, b"slow down"), "HTTP 429 Too Many Requests: slow down"),
-    "broken": ((500, b"oh"), "HTTP 500 Internal Server Error: oh"),
-    "no JSON": (b"<html>", "the reply is no JSON: Expecting value"),
-    "cut": (b'{"rewards": CUT', "IncompleteRead"),
+    "HTTP 408 Request Timeout: ": (408, b""),
+    "HTTP 429 Too Many Requests: slow down": (429, b"slow down"),
+    "HTTP 500 Internal Server Error: oh": (500, b"oh"),
+    "JSONDecodeError(": b"<html>",
+    "IncompleteRead(": b'{"rewards": CUT',
 }
 
 
-@pytest.mark.parametrize("name", PASSING)
-def test_what_may_pass_is_tried_again(serve, name):
-    reply, message = PASSING[name]
-    server = serve(lambda number, body: OK if number == 2 else reply)
-    assert ask(server, retries=2) == [1, 2]
-    server = serve(lambda number, body: reply)
-    with pytest.raises(ServiceError, match=rf"^{server.url}: {message}.* \(asked 2 times\)$"):
-        ask(server, retries=1)
+def test_what_may_pass_is_tried_again(serve):
+    replies = [*PASSING.values(), OK]
+    assert ask(serve(lambda number, body: replies[number]), retries=len(PASSING)) == [1, 2]
+    for message, reply in PASSING.items():
+        server = serve(lambda number, body, reply=reply: reply)
+        with pytest.raises(ServiceError, match=re.escape(f"{server.url}: {message}")) as caught:
+            ask(server, retries=1)
+        assert str(caught.value).endswith("(attempt 2)")
+        assert len(server.asked) == 2
 
 
 def test_what_does_not_pass_is_not(serve, monkeypatch):
     """A server that repeats the key in its error does not bring it into a log."""
     monkeypatch.setenv("REWARD_API_KEY", KEY)
     server = serve(lambda number, body: (401, f"wrong key {KEY}".encode()))
-    with pytest.raises(
-        ServiceError, match=r"HTTP 401 Unauthorized: wrong key \*\*\* \(asked once\)$"
-    ):
+    message = r"HTTP 401 Unauthorized: wrong key \*\*\* \(attempt 1\)$"
+    with pytest.raises(ServiceError, match=message):
         ask(server)
 
 
 def test_a_server_that_is_slow_or_gone_is_named(serve):
     slow = serve(lambda number, body: time.sleep(0.4) or OK)
-    with pytest.raises(ServiceError, match=r"no reply within 0\.1 seconds .* \(asked 2 times\)"):
+    with pytest.raises(
+        ServiceError, match=r"no reply within 0\.1 seconds \(judge\.timeout\) \(attempt 2\)"
+    ):
         ask(slow, timeout=0.1, retries=1)
     gone = serve(lambda number, body: OK)
     gone.stop()
-    with pytest.raises(ServiceError, match=rf"^{gone.url}: .*refused.* \(asked once\)"):
+    with pytest.raises(ServiceError, match=rf"^{gone.url}: .*refused.* \(attempt 1\)"):
         ask(gone, retries=0)
 
 
 def test_a_key_is_not_sent_where_the_server_redirects(serve, monkeypatch):
     seen = []
-
-    class Opener:
-        def __init__(self, request):
-            seen.append(request)
-
     monkeypatch.setenv("REWARD_API_KEY", KEY)
     monkeypatch.setattr(
         service.urllib.request, "urlopen", lambda request, timeout: seen.append(request) or 1 / 0
@@ -205,31 +206,21 @@ def test_what_a_reply_scores(serve, tmp_path):
     assert judge.take_unparsed() == 0
 
 
-def test_no_question_is_asked_twice(serve, tmp_path):
+def test_no_question_is_asked_twice_but_one_whose_reply_a_kill_cut_off(serve, tmp_path):
     server = serve(judged_letters)
-    judge = rubric_judge(server, tmp_path)
+    judge = rubric_judge(server, tmp_path, concurrency=1)
     assert judge(["p"] * 3, ["ab", "ab", "c"]) == [2, 2, 1]
     assert len(server.asked) == 2
-    again = rubric_judge(server, tmp_path)
-    assert again(["p"] * 2, ["c", "ab"]) == [1, 2]
+    assert rubric_judge(server, tmp_path)(["p"] * 2, ["c", "ab"]) == [1, 2]
     assert len(server.asked) == 2
-    other = rubric_judge(server, tmp_path, RUBRIC.replace("kind", "short"))
-    other(["p"], ["c"])
-    assert len(server.asked) == 3
-    rubric_judge(server, tmp_path, temperature=1.0)(["p"], ["c"])
-    assert len(server.asked) == 4
-
-
-def test_a_reply_that_a_kill_cut_off_is_asked_again(serve, tmp_path):
-    server = serve(judged_letters)
-    rubric_judge(server, tmp_path, concurrency=1)(["p", "p"], ["ab", "c"])
     (file,) = (tmp_path / "judge").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
-    judge = rubric_judge(server, tmp_path)
-    assert judge(["p"] * 3, ["ab", "c", "abcd"]) == [2, 1, 4]
-    assert len(server.asked) == 4
-    assert rubric_judge(server, tmp_path)(["p"] * 3, ["ab", "c", "abcd"]) == [2, 1, 4]
-    assert len(server.asked) == 4
+    for _ in range(2):
+        assert rubric_judge(server, tmp_path)(["p"] * 3, ["ab", "c", "abcd"]) == [2, 1, 4]
+        assert len(server.asked) == 4
+    rubric_judge(server, tmp_path, RUBRIC.replace("kind", "short"))(["p"], ["c"])
+    rubric_judge(server, tmp_path, temperature=1.0)(["p"], ["c"])
+    assert len(server.asked) == 6
 
 
 def test_at_most_so_many_are_asked_at_once(serve, tmp_path):
@@ -254,23 +245,22 @@ def test_replies_before_a_failure_are_kept(serve, tmp_path):
     assert rubric_judge(server, tmp_path)(["p"] * 2, ["a", "bb"]) == [1, 2]
 
 
-RUBRICS = {
-    "": "a rubric has the keys criteria, scale, columns; found NoneType",
-    "criteria: a\nscales: [1, 2]": "a rubric has the keys .*; found criteria, scales",
-    "scale: [1, 2]": "criteria must be a text",
-    "criteria: a\nscale: [2, 1]": r"scale must be \[LOWEST, HIGHEST\]",
-    "criteria: a\nscale: 3": r"scale must be \[LOWEST, HIGHEST\]",
-    "criteria: a\ncolumns: b": "columns must be a list of names",
-    "criteria: [": "not valid YAML",
-}
+RUBRICS = ["", "criteria: a\nscales: [1, 2]", "scale: [1, 2]", "criteria: ' '"]
+RUBRICS += ["criteria: a\nscale: [2, 1]", "criteria: a\nscale: 3", "criteria: a\ncolumns: b"]
 
 
-@pytest.mark.parametrize("text", RUBRICS)
+@pytest.mark.parametrize("text", [*RUBRICS, "criteria: ["])
 def test_a_wrong_rubric_names_its_file(text, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=f"^{file}: {RUBRICS[text]}"):
+    message = "a rubric has criteria, a text, and may have" if text in RUBRICS else "not valid YAML"
+    with pytest.raises(UserError, match=f"^{file}: {message}"):
         service.read_rubric(file)
+
+
+def test_a_rubric_has_a_scale_and_columns_by_default(tmp_path):
+    (tmp_path / "r.yaml").write_text("criteria: ' a '")
+    assert service.read_rubric(tmp_path / "r.yaml") == ("a", (1, 10), [])
 
 
 def build(*entries, services=None, columns=()):
@@ -285,7 +275,7 @@ def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
     able = Services(Judge(url="http://a/v1", model="m"))
     with pytest.raises(UserError, match=r"give --judge.url, .* and --judge.model"):
         build(f"judge:{file}")
-    with pytest.raises(UserError, match="asks for answer, but the prompts' columns are topic"):
+    with pytest.raises(UserError, match="the prompts have no column answer"):
         build(f"judge:{file}", services=able, columns=["topic"])
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         build("judge:none.yaml", services=able)
@@ -307,17 +297,14 @@ def of_letters(number, body):
 
 
 def rows_of(config):
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return metric_rows(Path(config.output_dir))
 
 
 @pytest.mark.slow
 def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path):
-    settings = dataclasses.replace(config.rl, num_iterations=4, validation_interval=10)
     whole = serve(of_letters)
-    config = dataclasses.replace(
-        config, rl=settings, checkpoint_interval=10, judge=Judge(retries=0)
-    )
+    config = with_rl(config, num_iterations=4, validation_interval=10)
+    config = dataclasses.replace(config, checkpoint_interval=10, judge=Judge(retries=0))
     expected = dataclasses.replace(
         config, reward=(f"{whole.url}*2",), output_dir=str(tmp_path / "whole")
     )
@@ -360,10 +347,10 @@ def judged(config, serve, tmp_path, monkeypatch):
     server = serve(by_vowels)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (tmp_path / "kind.yaml").write_text(RUBRIC)
-    settings = dataclasses.replace(config.rl, num_iterations=2, validation_interval=10)
+    config = with_rl(config, num_iterations=2, validation_interval=10)
     reward = (f"judge:{tmp_path / 'kind.yaml'}",)
     judge = Judge(url=server.url, model="m")
-    return dataclasses.replace(config, rl=settings, reward=reward, judge=judge), server
+    return dataclasses.replace(config, reward=reward, judge=judge), server
 
 
 def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
@@ -397,14 +384,12 @@ def test_a_service_that_fails_in_one_process_fails_as_such_in_all(monkeypatch):
     assert issubclass(ServiceError, UserError)
 
 
-def test_an_evaluation_asks_a_judge(serve, config, tmp_path):
+def test_an_evaluation_asks_a_judge(serve, data, tmp_path):
     server = serve(judged_letters)
     (tmp_path / "kind.yaml").write_text(RUBRIC)
-    settings = dataclasses.replace(config.rl, num_iterations=1)
-    run = training.rl.run(dataclasses.replace(config, rl=settings), vpg)
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "What is ice?"}]))
     evaluate.run(
-        run.model_folder,
+        save_base(tmp_path / "policy", data),
         evaluate.Config(
             prompts=(str(tmp_path / "prompts.json"),),
             reward_model=f"judge:{tmp_path / 'kind.yaml'}",

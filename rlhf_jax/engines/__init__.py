@@ -37,11 +37,8 @@ class Sample(NamedTuple):
     version: str  # of the weights that made it, as ``Engine.load`` names them
 
 
-class Weights(NamedTuple):
-    """The policy's weights, for an engine that loads them."""
-
-    are_adapter: bool  # whether ``save`` writes LoRA adapters only
-    save: Callable[[Path], None]  # writes a PEFT folder (adapters) or a Hugging Face folder
+Writer = Callable[[Path], None]
+"""Writes the policy's weights into a folder: of PEFT with LoRA, otherwise of Hugging Face."""
 
 
 class Engine(Protocol):
@@ -54,9 +51,9 @@ class Engine(Protocol):
     """Whether it samples with the policy's weights of each step. If not, it samples with the first
     ones, or with unknown ones."""
 
-    def load(self, version: str, weights: Weights) -> str:
-        """Makes the engine sample with these weights if ``follows``. Returns the version that it
-        reports with each sample from now on.
+    def load(self, version: str, write: Writer) -> str:
+        """Makes the engine sample with the weights that ``write`` writes, if ``follows``. Returns
+        the version that it reports with each sample from now on.
 
         Raises:
             ServiceError: it cannot.

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_jax.config import EngineServer
-from rlhf_jax.engines import Request, Sample, Weights
+from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.rewards.service import ENGINE_KEY, get, post
 
 _SHOWN = 200  # the characters of a reply that an error message shows
+_TOKEN_ID = re.compile(r"token_id:(\d+)")
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 
@@ -38,7 +39,7 @@ class Completions:
         self.models = self._models()
         self.model = server.model or self.models[0]
 
-    def load(self, version: str, weights: Weights) -> str:
+    def load(self, version: str, write: Writer) -> str:
         """Loads nothing. Returns the name of the server's model."""
         return self.model
 
@@ -70,25 +71,18 @@ class Completions:
             "logprobs": 1,
         }
         reply = self.post("/v1/completions", body)
-        choices = self.choices(reply)
-        told = choices[0].get("logprobs") if choices else None
-        if not isinstance(told, Mapping):
+        try:
+            told = self.choices(reply)[0]["logprobs"]
+            texts = list(map(str, told["tokens"]))
+            log_probs = [0.0, *map(float, told["token_logprobs"][1:])]
+        except (IndexError, KeyError, TypeError, ValueError):
             self.refuse("it returned no log-probabilities of the prompt (echo, logprobs)", reply)
-        texts = told.get("tokens")
-        log_probs = told.get("token_logprobs")
-        if not isinstance(texts, list) or not isinstance(log_probs, list):
-            self.refuse("its tokens and token_logprobs are no lists", told)
-        if len(texts) != len(log_probs) or len(texts) not in (len(ids), len(ids) + 1):
-            self.refuse(
-                f"it returned {len(texts)} tokens and {len(log_probs)} log-probabilities for "
-                f"{len(ids)} tokens and one more",
-                told,
-            )
-        log_probs = [0.0, *log_probs[1 : len(ids)]]
-        for value in log_probs:
-            if not isinstance(value, float | int) or not -math.inf < value < _ROUNDING:
-                self.refuse(f"{value!r} is no log-probability", told)
-        return [str(text) for text in texts[: len(ids)]], log_probs
+        count = len(ids)
+        if len(texts) != len(log_probs) or len(texts) - count not in (0, 1):
+            self.refuse(f"expected the log-probabilities of {count} tokens and one more", told)
+        if not all(-math.inf < value < _ROUNDING for value in log_probs):
+            self.refuse("its log-probabilities must be finite and at most 0", told)
+        return texts[:count], log_probs[:count]
 
     def close(self) -> None:
         """Does nothing: the server holds nothing for this run."""
@@ -125,8 +119,7 @@ class Completions:
             self.refuse('expected {"data": [{"id": ...}]} of /v1/models', reply)
         wanted = self.server.model
         if not names or wanted not in (None, *names):
-            listed = ", ".join(names) or "none"
-            raise ServiceError(f"{self.place}: it serves no model {wanted}, but {listed}")
+            raise ServiceError(f"{self.place}: it serves no model {wanted}, but {', '.join(names)}")
         return names
 
     def _sample(self, choice: Mapping[str, Any], request: Request, version: str) -> Sample:
@@ -138,8 +131,9 @@ class Completions:
             self.refuse("it returned no log-probabilities", choice)
         tokens = choice.get("token_ids")
         if tokens is None:
-            tokens = [_id_of(token) for token in logprobs.get("tokens") or ()]
-            if not tokens or None in tokens:
+            named = [_TOKEN_ID.fullmatch(str(token)) for token in logprobs.get("tokens") or ()]
+            tokens = [int(match[1]) for match in named if match]
+            if not tokens:
                 self.refuse("it returned no token ids (return_token_ids)", choice)
         log_probs: Any = logprobs.get("token_logprobs")
         return Sample(tokens, log_probs, choice.get("finish_reason") == "stop", version)
@@ -161,9 +155,3 @@ def sampling_settings(request: Request) -> dict[str, Any]:
         "repetition_penalty": how.repetition_penalty,
         "stop_token_ids": list(how.eos_ids),
     }
-
-
-def _id_of(token: Any) -> int | None:
-    """7 for "token_id:7", None for any other text."""
-    match = re.fullmatch(r"token_id:(\d+)", str(token))
-    return int(match[1]) if match else None

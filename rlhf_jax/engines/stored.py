@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_jax.config import EngineServer
-from rlhf_jax.engines import Request, Sample, Weights, decoded, question
+from rlhf_jax.engines import Request, Sample, Writer, decoded, question
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.rewards.service import Replies
 
@@ -28,7 +28,7 @@ class Stored:
         self.place = place
         self._kept = Replies(None)
 
-    def load(self, version: str, weights: Weights) -> str:
+    def load(self, version: str, write: Writer) -> str:
         """Reads the samples of the optimizer step in ``version``. The weights are not compared."""
         steps, _, _ = version.partition("-")
         self._kept = Replies(Path(self.place), f"{steps}-*")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.config import EngineServer
-from rlhf_jax.engines import Request, Sample, Weights
+from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
+from rlhf_jax.models import peft
 from rlhf_jax.rewards.service import ENGINE_KEY, get, post
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
@@ -47,12 +48,12 @@ class VLLM(Completions):
         self._folder = folder
         self._adapter: str | None = None
 
-    def load(self, version: str, weights: Weights) -> str:
+    def load(self, version: str, write: Writer) -> str:
         """Writes the weights into a folder of this version, then makes the server load them."""
         name = f"{self._session}-{version}"
         folder = self._folder / version
-        weights.save(folder)
-        if weights.are_adapter:
+        write(folder)
+        if (folder / peft.CONFIG).exists():
             self._load_adapter(name, folder)
         else:
             self._reload(name, folder)
@@ -130,14 +131,11 @@ class VLLM(Completions):
     def _versioned(self, choice: Mapping[str, Any]) -> Sample:
         """The sample in a choice of /inference/v1/generate."""
         spans = choice.get("weight_versions") or ()
-        versions = sorted({str(span["version"]) for span in spans})
+        versions = {str(span["version"]) for span in spans}
         content = (choice.get("logprobs") or {}).get("content") or ()
         ids = [token["token_id"] for token in content]
         if ids != choice["token_ids"]:
             self.refuse("its log-probabilities are of other token ids", choice)
-        return Sample(
-            ids,
-            [token["logprob"] for token in content],
-            choice["finish_reason"] == "stop",
-            " and ".join(versions),
-        )
+        log_probs = [token["logprob"] for token in content]
+        ended = choice["finish_reason"] == "stop"
+        return Sample(ids, log_probs, ended, " and ".join(sorted(versions)))

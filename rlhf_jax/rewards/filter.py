@@ -22,11 +22,10 @@ from rlhf_jax.types import Metrics, Rollout
 
 _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed
+RULES = ("words", "patterns", "classifier")
 
 Verdict = dict[str, str]
-"""{rule: match}, with the rules ``words``, ``patterns`` and ``classifier``; empty if the text is
-safe.
-"""
+"""{rule of ``RULES``: what it found}; empty if the text is safe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Filter:
     def found(self, text: str) -> Verdict:
         """The first word in the text, and the first pattern that it matches."""
         verdict = {}
-        word = None if self.words is None else self.words.search(normalized(text))
+        word = self.words and self.words.search(normalized(text))
         if word:
             verdict["words"] = word[0]
         matching = [pattern for pattern in self.patterns if pattern.search(text)]
@@ -79,15 +78,12 @@ def _word_pattern(word: str) -> str:
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The words and phrases of a UTF-8 file with one on each line; empty lines are skipped."""
+    """The words and phrases of a UTF-8 file with one on each line. Lines without visible characters
+    are skipped.
+    """
     with file_errors(path):
         lines = Path(path).read_text("utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not normalized(line).strip():
-            raise UserError(
-                f"{path}, line {number}: has only invisible characters; remove the line"
-            )
-    words = [line for line in lines if line.strip()]
+    words = [line for line in lines if normalized(line).strip()]
     if not words:
         raise UserError(f"{path}: has no words; write one word or phrase on each line")
     return words
@@ -126,14 +122,15 @@ class Guard:
         """
         classifier = None
         if self.settings.classifier is not None:
-            how: Any = {
-                "tokenizer": tokenizer,
-                "load": load,
-                "columns": columns,
-                "flag": "safety.classifier",
-                "services": services,
-            }
-            classifier = spec.as_host(spec.build_reward((self.settings.classifier,), **how))
+            reward = spec.build_reward(
+                (self.settings.classifier,),
+                tokenizer=tokenizer,
+                load=load,
+                columns=columns,
+                flag="safety.classifier",
+                services=services,
+            )
+            classifier = spec.as_host(reward)
         return dataclasses.replace(self, tokenizer=tokenizer, classifier=classifier)
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
@@ -148,29 +145,24 @@ class Guard:
         if self.filter == Filter():
             return list(rows)
         action = self.settings.prompts
-        kept = []
+        safe = []
         places = []
         for row in rows:
             text = row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt)
-            if self.filter.found(text):
-                places.append(row.source)
-                if action == "drop":
-                    continue
-                if action == "replace":
-                    row = dataclasses.replace(row, prompt=self.settings.replacement)
-            kept.append(row)
-        num_unsafe = len(places)
-        if num_unsafe > _MOST_PLACES:
-            places[_MOST_PLACES:] = [f"and {num_unsafe - _MOST_PLACES} more"]
+            if not self.filter.found(text):
+                safe.append(row)
+                continue
+            places.append(row.source)
+            if action == "replace":
+                safe.append(dataclasses.replace(row, prompt=self.settings.replacement))
+            elif action == "count":
+                safe.append(row)
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        counted = f"safety: {num_unsafe} of {len(rows)} prompts {done}"
-        shown = "; ".join(places)
-        logger.info(f"{counted}: {shown}" if shown else counted)
-        if rows and not kept:
-            raise UserError(
-                f"safety: all {len(rows)} prompts are unsafe, so no prompt is left: {shown}"
-            )
-        return kept
+        shown = "; ".join(places[:_MOST_PLACES])
+        logger.info(f"safety: {len(places)} of {len(rows)} prompts {done}: {shown or 'none'}")
+        if rows and not safe:
+            raise UserError(f"safety: all {len(rows)} prompts are unsafe, so no prompt is left")
+        return safe
 
     def enforce(
         self, sampled: Rollout, scored: Rollout, columns: Columns
@@ -187,19 +179,21 @@ class Guard:
           scored: NumPy arrays, with ``scores`` [B].
 
         Raises:
-          FloatingPointError: the classifier's score is not finite; it names the rows.
+          FloatingPointError: the classifier's score is not finite; it names the row.
         """
         assert self.tokenizer is not None, "call for_responses first"
-        in_response = np.asarray(sampled.response_mask) != 0
-        num_present = max(in_response.any(axis=1).sum(), 1)
         verdicts: list[Verdict] = []
-        for tokens, mask in zip(np.asarray(sampled.tokens), in_response, strict=True):
+        for tokens, mask in zip(sampled.tokens, sampled.mask, strict=True):
             response = self.tokenizer.decode(tokens[mask].tolist())
             verdicts.append(self.filter.found(response) if mask.any() else {})
-        self._classify(sampled, columns, verdicts)
+        if self.classifier is not None:
+            judged: Any = on_host(self.classifier, sampled, columns, "safety.classifier")[0]
+            for row in np.flatnonzero(judged.present):
+                verdicts[row] |= self._classified(float(judged.scores[row]))
         unsafe = np.array([bool(verdict) for verdict in verdicts])
+        num_present = max(int(sampled.present.sum()), 1)
         metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
-        for rule in ("words", "patterns", "classifier"):
+        for rule in RULES:
             if vars(self.settings)[rule]:
                 hits = sum(rule in verdict for verdict in verdicts)
                 metrics[f"safety/{rule}"] = jnp.float32(hits / num_present)
@@ -208,36 +202,25 @@ class Guard:
     def _punished(self, scored: Rollout, unsafe: np.ndarray) -> Rollout:
         """The scored rollout after the action, given which rows are unsafe [B]."""
         settings = self.settings
-        host: Any = scored  # whose fields are declared as JAX arrays
+        scores: Any = scored.scores
+        mask: Any = scored.response_mask
         if settings.responses == "penalise":
-            lower = host.scores - np.float32(settings.penalty)
-            return host.replace(scores=np.where(unsafe, lower, host.scores))
-        if settings.responses == "replace":
-            return host.replace(scores=np.where(unsafe, np.float32(settings.score), host.scores))
-        if settings.responses == "mask":
-            return host.replace(response_mask=np.where(unsafe[:, None], 0, host.response_mask))
-        return scored
+            scores = np.where(unsafe, scores - np.float32(settings.penalty), scores)
+        elif settings.responses == "replace":
+            scores = np.where(unsafe, np.float32(settings.score), scores)
+        elif settings.responses == "mask":
+            mask = np.where(unsafe[:, None], 0, mask)
+        return dataclasses.replace(scored, scores=scores, response_mask=mask)
 
-    def _classify(self, sampled: Rollout, columns: Columns, verdicts: Sequence[Verdict]) -> None:
-        """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits. A score of
-        None is not.
-        """
-        if self.classifier is None:
-            return
-        try:
-            judged: Any = on_host(self.classifier, sampled, columns, "the score")[0]
-        except FloatingPointError as error:
-            raise FloatingPointError(f"safety.classifier: {error}") from error
+    def _classified(self, score: float) -> Verdict:
+        """The verdict of the classifier: unsafe if its score is beyond a limit."""
         below = self.settings.below
         above = self.settings.above
-        scores = judged.scores.tolist()
-        for verdict, score, is_scored in zip(verdicts, scores, judged.present, strict=True):
-            if not is_scored:
-                continue
-            if below is not None and score < below:
-                verdict["classifier"] = f"score {score:.4g} below {below:g}"
-            elif above is not None and score > above:
-                verdict["classifier"] = f"score {score:.4g} above {above:g}"
+        if below is not None and score < below:
+            return {"classifier": f"score {score:.4g} below {below:g}"}
+        if above is not None and score > above:
+            return {"classifier": f"score {score:.4g} above {above:g}"}
+        return {}
 
 
 def rule_files(settings: Any) -> dict[str, Path]:

@@ -7,8 +7,9 @@ A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, 
 is empty, has no meaning.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import chex
 import jax.numpy as jnp
@@ -21,16 +22,14 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
 
 
-def _uncertain_mean(scores: Array, coef: float) -> Array:
-    return jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0)
-
-
-ENSEMBLES: dict[str, Callable[[Array, float], Array]] = {
-    "mean": lambda scores, coef: jnp.mean(scores, axis=0),
-    "min": lambda scores, coef: jnp.min(scores, axis=0),
-    "uncertainty": _uncertain_mean,
-}
-"""How scores [members, B] become [B]."""
+def combined(how: EnsembleMethod, scores: Array, coef: float) -> Array:
+    """One score [B] from those of an ensemble's members [M, B], as ``ensemble`` says."""
+    if how == "min":
+        return jnp.min(scores, axis=0)
+    mean = jnp.mean(scores, axis=0)
+    if how == "mean":
+        return mean
+    return mean - coef * jnp.var(scores, axis=0)
 
 
 def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) -> Partial:
@@ -61,7 +60,7 @@ def length(target: int = 0) -> Partial:
 
 
 def _length(target: int, rollout: Rollout) -> Scores:
-    num_tokens = jnp.sum(jnp.asarray(rollout.mask), axis=1, dtype=jnp.float32)
+    num_tokens = jnp.sum(rollout.mask, axis=1, dtype=jnp.float32)
     excess = num_tokens - target
     return jnp.maximum(excess, 0.0), {}
 
@@ -94,24 +93,24 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     Returns:
       RewardFn with the part ``uncertainty``, the standard deviation over members [B].
     """
-    ops.check_choice("how", how, tuple(ENSEMBLES))
+    ops.check_choice("how", how, get_args(EnsembleMethod))
     if not fns:
         raise ValueError("fns: an ensemble needs at least one reward function")
-    combine = Partial(ENSEMBLES[how])
-    members = [_as_pytree(fn) for fn in fns]
-    return Partial(_ensemble, combine, coef, members)
+    # The method decides what is computed, so that it cannot be an argument of jit.
+    of_members = functools.partial(_ensemble, how)
+    return Partial(of_members, coef, [_as_pytree(fn) for fn in fns])
 
 
 def _ensemble(
-    combine: Callable[..., Array],
+    how: EnsembleMethod,
     coef: float,
     fns: Sequence[RewardFn],
     rollout: Rollout,
 ) -> Scores:
     of_members = [_row_scores(fn, rollout)[0] for fn in fns]
-    scores = jnp.stack(of_members)  # [members, B]
+    scores = jnp.stack(of_members)
     deviation = jnp.std(scores, axis=0)
-    return combine(scores, coef), {"uncertainty": deviation}
+    return combined(how, scores, coef), {"uncertainty": deviation}
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:

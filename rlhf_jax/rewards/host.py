@@ -2,7 +2,6 @@
 calls it.
 """
 
-import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
@@ -17,8 +16,19 @@ from rlhf_jax.types import Rollout
 Columns = Mapping[str, Sequence[Any]]
 """{name: one value for each row}, the other columns of the prompts' data rows."""
 
-HostScores = Sequence[float | None] | np.ndarray
+HostValues = Sequence[float | None] | np.ndarray
 """[B] numbers, or None for a row that cannot be scored."""
+
+Numbers = list[float | None]
+
+HostScores = tuple[HostValues, Mapping[str, HostValues]]
+"""Scores [B], and {name of a part: [B]}."""
+
+HostReward = Callable[[Rollout, Columns], HostScores]
+"""A reward in ordinary Python, of a rollout of NumPy arrays and the columns."""
+
+TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
+"""(conversations, responses) -> scores [N]; a conversation is a list of messages."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -29,23 +39,14 @@ class Decoder(Protocol):
     def decode(self, ids: list[int], /) -> str: ...
 
 
-HostReward = Callable[[Rollout, Columns], tuple[HostScores, Mapping[str, HostScores]]]
-"""A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and
-the columns.
-"""
-
-
-TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
-"""(conversations, responses) -> scores [N]; a conversation is a list of messages."""
-
-
 def on_host(
     reward: HostReward,
     rollout: Rollout,
     columns: Columns,
     name: str = "the reward",
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """Scores a rollout of NumPy or JAX arrays outside jit; errors call it by the ``name``.
+    """Scores a rollout of NumPy or JAX arrays outside jit. Error messages call the reward by
+    ``name``.
 
     Returns:
       The Rollout with ``scores`` [B] float32, and {part: [B] float32}, as NumPy arrays. A row whose
@@ -53,22 +54,18 @@ def on_host(
       and so is a part that is None.
 
     Raises:
-      FloatingPointError: the score or a part of a row is not finite; it names the rows.
+      FloatingPointError: the score or a part of a row is not finite; it names the row.
       UserError: the reward did not return one number or None for each row, or called ``sys.exit``.
     """
     host: Any = jax.tree.map(np.asarray, rollout)  # Any: the fields are declared as JAX arrays
     mask = host.response_mask
-    present = (mask != 0).any(axis=1)
     labels = [f"row {i}" for i in range(len(mask))]
     if host.row_ids is not None:
-        pairs = zip(labels, host.row_ids, strict=True)
-        labels = [f"{label} (data row {row_id})" for label, row_id in pairs]
+        labels = [f"row {i} (data row {row_id})" for i, row_id in enumerate(host.row_ids)]
     result = _called(name, reward, host, columns)
     if not _has_parts(result):
-        raise UserError(
-            f"{name}: expected a pair, (scores, {{part: scores}}), got {_described(result)}"
-        )
-    scores, parts = _numbers(name, result, labels, present)
+        raise UserError(f"{name}: expected a pair, (scores, {{part: scores}}), {_got(result)}")
+    scores, parts = _checked(name, result, labels, host.present)
     is_scored = np.array([score is not None for score in scores], mask.dtype)
     host = host.replace(scores=_filled(scores), response_mask=mask * is_scored[:, None])
     return host, {part: _filled(values) for part, values in parts.items()}
@@ -91,28 +88,29 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
     """
     name = f"the reward function {getattr(fn, '__name__', type(fn).__name__)}"
 
-    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
-        tokens = np.asarray(rollout.tokens)
-        in_response = np.asarray(rollout.response_mask) != 0
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        in_response = rollout.mask
         is_before = np.cumsum(in_response, axis=1) == 0
-        in_prompt = is_before & (np.asarray(rollout.attention_mask) != 0)
-        present = in_response.any(axis=1)
-        rows = np.flatnonzero(present).tolist()
+        in_prompt = is_before & (rollout.attention_mask != 0)
+        num_rows = len(in_response)
+        rows = np.flatnonzero(rollout.present).tolist()
         if not rows:
-            return [None] * len(present), {}
+            return [None] * num_rows, {}
 
-        prompts = [tokenizer.decode(tokens[i, in_prompt[i]].tolist()) for i in rows]
-        responses = [tokenizer.decode(tokens[i, in_response[i]].tolist()) for i in rows]
-        own_columns = {key: [column[i] for i in rows] for key, column in columns.items()}
-        result = _called(name, fn, prompts, responses, **own_columns)
+        def texts(mask: Any) -> list[str]:
+            return [tokenizer.decode(rollout.tokens[i, mask[i]].tolist()) for i in rows]
+
+        prompts = texts(in_prompt)
+        present_columns = {key: [column[i] for i in rows] for key, column in columns.items()}
+        result = _called(name, fn, prompts, texts(in_response), **present_columns)
         if not _has_parts(result):
             result = (result, {})
         labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
-        scores, parts = _numbers(name, result, labels, present[rows])
+        scores, parts = _checked(name, result, labels, [True] * len(rows))
 
-        def in_all_rows(values: Sequence[float | None]) -> HostScores:
-            by_row = dict(zip(rows, values, strict=True))
-            return [by_row.get(i) for i in range(len(present))]
+        def in_all_rows(values: HostValues) -> HostValues:
+            of_row = dict(zip(rows, values, strict=True))
+            return [of_row.get(i) for i in range(num_rows)]
 
         return in_all_rows(scores), {part: in_all_rows(values) for part, values in parts.items()}
 
@@ -149,10 +147,8 @@ def from_conversations(score_texts: TextScorer, tokenizer: Decoder, name: str) -
 
     from_texts = from_text(score, tokenizer)
 
-    def score_rollout(
-        rollout: Rollout, columns: Columns
-    ) -> tuple[HostScores, Mapping[str, HostScores]]:
-        in_response = np.asarray(rollout.response_mask) != 0
+    def score_rollout(rollout: Rollout, columns: Columns) -> HostScores:
+        in_response = rollout.mask
         begins = in_response[:, 1:] & ~in_response[:, :-1]
         if np.any(np.sum(begins, axis=1) > 1):
             raise UserError(f"{name}: {SINGLE_TURN}")
@@ -177,80 +173,62 @@ def _has_parts(result: Any) -> bool:
     return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
 
 
-def _numbers(
+def _checked(
     name: str,
-    result: tuple[HostScores, Mapping[str, HostScores]],
+    result: HostScores,
     labels: Sequence[str],
-    present: np.ndarray,
-) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Scores and parts as numbers, None for rows that are missing or cannot be scored. Errors name
-    the rows by ``labels``.
+    present: Sequence[bool],
+) -> tuple[Numbers, dict[str, Numbers]]:
+    """Scores and parts as numbers, None for rows that are missing or cannot be scored. Error
+    messages name a row by its label.
     """
     scores, parts = result
-    numbers = _checked(name, scores, labels, present)
-    is_scored = np.array([number is not None for number in numbers], bool)
+    numbers = _numbers(name, scores, labels, present)
+    is_scored = [number is not None for number in numbers]
     checked = {
-        part: _checked(f"{name}, part {part!r}", values, labels, is_scored)
+        part: _numbers(f"{name}, part {part!r}", values, labels, is_scored)
         for part, values in parts.items()
     }
     return numbers, checked
 
 
-def _checked(
+def _numbers(
     name: str,
-    scores: HostScores,
+    values: Any,
     labels: Sequence[str],
-    present: np.ndarray,
-) -> list[float | None]:
-    if isinstance(scores, np.ndarray | jax.Array):
-        is_sequence = scores.ndim == 1
-    else:
-        is_sequence = isinstance(scores, list | tuple)
-    if not is_sequence or len(scores) != len(labels):
+    present: Sequence[bool],
+) -> Numbers:
+    if isinstance(values, np.ndarray | jax.Array):
+        values = values.tolist()
+    if not isinstance(values, list | tuple) or len(values) != len(labels):
         raise UserError(
-            f"{name}: expected a list, tuple or one-dimensional array of {len(labels)} scores, one "
-            f"for each row, got {_described(scores)}"
+            f"{name}: expected a list, tuple or array of {len(labels)} scores, one for each row, "
+            f"{_got(values)}"
         )
-    numbers: list[float | None] = []
-    not_finite = []
-    for entry, label, is_present in zip(scores, labels, present, strict=True):
-        number = None
-        if is_present:
-            number = _number(entry, f"{name}: expected a number or None for {label}")
-        if number is not None and not abs(number) <= _LARGEST:
-            not_finite.append(f"{label}: {number}")
-        numbers.append(number)
-    if not_finite:
-        raise FloatingPointError(
-            f"{name} is not finite ({'; '.join(not_finite)}); return None to leave a row out"
-        )
-    return numbers
+    rows = zip(values, labels, present, strict=True)
+    return [_number(entry, f"{name}, {label}") if here else None for entry, label, here in rows]
 
 
-def _number(entry: Any, expected: str) -> float | None:
-    """A score as a float; True and False are 1 and 0. ``expected`` begins the UserError."""
+def _number(entry: Any, where: str) -> float | None:
+    """A score as a float; True and False are 1 and 0."""
+    if getattr(entry, "shape", None) == ():
+        entry = entry.item()
     if entry is None:
         return None
-    is_scalar = isinstance(entry, Number) or getattr(entry, "shape", None) == ()
-    is_text = isinstance(entry, str | bytes)
-    try:
-        if is_scalar and not is_text and not np.iscomplexobj(entry):
-            return float(entry)
-    except OverflowError:  # an integer beyond float64
-        return math.inf
-    except (TypeError, ValueError):  # an array [] of objects that are not numbers
-        pass
-    raise UserError(f"{expected}, got {_described(entry)}")
+    is_number = isinstance(entry, Number) and not isinstance(entry, complex)
+    if not is_number:
+        raise UserError(f"{where}: expected a number or None, {_got(entry)}")
+    if not abs(entry) <= _LARGEST:
+        raise FloatingPointError(
+            f"{where}: the score is not a finite float32; return None to leave a row out"
+        )
+    return float(entry)
 
 
-def _described(value: Any) -> str:
-    """A value in an error message, shortened."""
-    shape = getattr(value, "shape", None)
-    if shape:
-        return f"{type(value).__name__} of shape {tuple(shape)}"
-    length = f" of {len(value)}" if isinstance(value, list | tuple | dict | set) else ""
-    return f"{type(value).__name__}{length}: {reprlib.repr(value)}"
+def _got(value: Any) -> str:
+    """The end of an error message."""
+    return f"got {type(value).__name__}: {reprlib.repr(value)}"
 
 
-def _filled(numbers: Sequence[float | None]) -> np.ndarray:
-    return np.array([0.0 if number is None else number for number in numbers], np.float32)
+def _filled(numbers: Numbers) -> np.ndarray:
+    return np.array([number or 0.0 for number in numbers], np.float32)

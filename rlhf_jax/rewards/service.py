@@ -3,6 +3,7 @@ rubric. The client is also that of ``engines``. Keys come from the environment (
 `JUDGE_KEY`, `ENGINE_KEY`, `TEACHER_KEY`) and are never written to a file.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -88,12 +89,12 @@ class Services(NamedTuple):
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises ValueError unless it is an http or https URL, without a name and password in it."""
+    """Raises UserError unless it is an http or https URL, without a name and password in it."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{name} must begin with http://HOST or https://HOST, got {url!r}")
+        raise UserError(f"{name} must begin with http://HOST or https://HOST, got {url!r}")
     if "@" in parts.netloc:
-        raise ValueError(
+        raise UserError(
             f"{name} holds a name or password, which the run's files would keep; give a key as "
             f"{JUDGE_KEY}, {SERVICE_KEY}, {ENGINE_KEY} or {TEACHER_KEY} in the environment"
         )
@@ -148,11 +149,9 @@ def _reply(
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     fault = ""
-    attempts = 0
     for attempt in range(settings.retries + 1):
         if attempt:
             time.sleep(min(_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT))
-        attempts += 1
         try:
             with urllib.request.urlopen(request, timeout=settings.timeout) as reply:
                 return read(reply.read())
@@ -162,12 +161,9 @@ def _reply(
                 break
         except TimeoutError:
             fault = f"no reply within {settings.timeout:g} seconds ({settings.section}.timeout)"
-        except (OSError, http.client.HTTPException) as error:
-            fault = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
-        except ValueError as error:
-            fault = f"the reply is no JSON: {error}"
-    times = "once" if attempts == 1 else f"{attempts} times"
-    raise ServiceError(f"{request.full_url}: {fault} (asked {times})")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            fault = repr(error)
+    raise ServiceError(f"{request.full_url}: {fault} (attempt {attempt + 1})")
 
 
 def _body(error: urllib.error.HTTPError, key: str | None) -> str:
@@ -197,39 +193,37 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
         except (TypeError, ValueError) as error:
             raise UserError(f"{url}: a column of the prompts is no JSON: {error}") from error
         reply = post(url, question, settings, os.environ.get(SERVICE_KEY))
-        numbers = reply.get("rewards") if isinstance(reply, dict) else None
-        if not isinstance(numbers, list):
-            raise ServiceError(f'{url}: expected {{"rewards": [...]}}, got {reply!r:.{_SHOWN}}')
-        if len(numbers) != len(responses):
+        numbers: Any = reply.get("rewards") if isinstance(reply, dict) else None
+        is_list = isinstance(numbers, list) and len(numbers) == len(responses)
+        if not is_list or not all(map(_is_reward, numbers)):
             raise ServiceError(
-                f"{url}: {len(numbers)} rewards for {len(responses)} responses; expected one for "
-                "each, null where there is none"
+                f'{url}: expected {{"rewards": [...]}}, a finite number or null for each of '
+                f"{len(responses)} responses, got {reply!r:.{_SHOWN}}"
             )
-        for i, number in enumerate(numbers):
-            is_number = isinstance(number, int | float) and math.isfinite(number)
-            if number is not None and not is_number:
-                raise ServiceError(
-                    f"{url}: reward {i} must be a finite number or null, got {number!r:.{_SHOWN}}"
-                )
         return numbers
 
     rewards.__name__ = url
     return rewards
 
 
+def _is_reward(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
 class Rubric(NamedTuple):
     """The instructions of a judge, from a YAML file."""
 
     criteria: str
-    scale: tuple[float, float] = (1.0, 10.0)  # the lowest and the highest score
-    columns: tuple[str, ...] = ()  # of the prompts' rows, which the judge reads too
+    scale: tuple[float, float]  # the lowest and the highest score
+    columns: list[str]  # of the prompts' rows, which the judge reads too
 
 
 def read_rubric(file: Path) -> Rubric:
-    """The rubric in a YAML file with the keys of `Rubric`.
+    """The rubric in a YAML file with the keys ``criteria``, ``scale`` (by default 1 to 10) and
+    ``columns`` (by default none).
 
     Raises:
-      UserError: it names the file and the key.
+      UserError: it names the file.
     """
     with file_errors(file):
         text = file.read_text("utf-8")
@@ -237,22 +231,19 @@ def read_rubric(file: Path) -> Rubric:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    keys = ", ".join(Rubric._fields)
-    if not isinstance(given, dict) or not given.keys() <= set(Rubric._fields):
-        found = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
-        raise UserError(f"{file}: a rubric has the keys {keys}; found {found}")
-    criteria = given.get("criteria")
-    if not isinstance(criteria, str) or not criteria.strip():
-        raise UserError(f"{file}: criteria must be a text: what makes an answer good")
-    scale = given.get("scale", list(Rubric._field_defaults["scale"]))
-    is_pair = isinstance(scale, list) and len(scale) == 2
-    are_numbers = is_pair and all(type(end) in (int, float) for end in scale)
-    if not are_numbers or not scale[0] < scale[1]:
-        raise UserError(f"{file}: scale must be [LOWEST, HIGHEST], such as [1, 10], got {scale}")
-    columns = given.get("columns", [])
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-        raise UserError(f"{file}: columns must be a list of names, got {columns}")
-    return Rubric(criteria.strip(), (scale[0], scale[1]), tuple(columns))
+    settings: dict[str, Any] = {"scale": [1, 10], "columns": []}
+    match settings | given if isinstance(given, dict) else None:
+        case {
+            "criteria": str(criteria),
+            "scale": [int() | float() as lowest, int() | float() as highest],
+            "columns": [*columns],
+            **others,
+        } if criteria.strip() and lowest < highest and not others:
+            return Rubric(criteria.strip(), (lowest, highest), columns)
+    raise UserError(
+        f"{file}: a rubric has criteria, a text, and may have scale, [LOWEST, HIGHEST], such as "
+        f"[1, 10], and columns, a list of names; got {given!r:.{_SHOWN}}"
+    )
 
 
 _SYSTEM = """You grade one answer. The user's message is a JSON object with the conversation, the \
@@ -276,11 +267,9 @@ class RubricJudge:
     """
 
     def __init__(self, rubric: Rubric, services: Services):
-        settings = services.judge
-        assert settings.url is not None, "checked by spec"
         self.rubric = rubric
-        self.settings = settings
-        self.url = f"{settings.url.rstrip('/')}/chat/completions"
+        self.settings = services.judge
+        self.url = f"{services.judge.url}".rstrip("/") + "/chat/completions"
         self._unparsed = 0
         self._replies = Replies(services.folder)
         lowest, highest = rubric.scale
@@ -297,26 +286,30 @@ class RubricJudge:
         conversations = messages or [None] * len(prompts)
         questions = []
         for i, response in enumerate(responses):
-            material: dict[str, Any] = {name: columns[name][i] for name in self.rubric.columns}
+            material = {name: columns[name][i] for name in self.rubric.columns}
             material["conversation"] = conversations[i] or prompts[i]
             material["answer"] = response
             questions.append(self._question(material))
         new = dict.fromkeys(text for text in questions if text not in self._replies)
         ask_each(self._ask, new, self.settings)
-        return [self._score(self._replies[text]) for text in questions]
+        scores = [self._score(self._replies[text]) for text in questions]
+        self._unparsed += scores.count(None)
+        return scores
 
-    def _question(self, said: dict[str, Any]) -> str:
+    def _question(self, material: dict[str, Any]) -> str:
         """The body of a request, as JSON."""
-        turns = [
-            {"role": "system", "content": self._system},
-            {"role": "user", "content": json.dumps(said, ensure_ascii=False, indent=1)},
-        ]
-        body: dict[str, Any] = {"model": self.settings.model, "messages": turns}
-        for name in ("max_tokens", "temperature"):
-            value = getattr(self.settings, name)
-            if value is not None:
-                body[name] = value
-        return json.dumps(body, sort_keys=True)
+        user = json.dumps(material, ensure_ascii=False, indent=1)
+        body = {
+            "model": self.settings.model,
+            "messages": [
+                {"role": "system", "content": self._system},
+                {"role": "user", "content": user},
+            ],
+            "max_tokens": self.settings.max_tokens,
+            "temperature": self.settings.temperature,
+        }
+        given = {name: value for name, value in body.items() if value is not None}
+        return json.dumps(given, sort_keys=True)
 
     def _ask(self, question: str) -> None:
         body = json.loads(question)
@@ -328,16 +321,14 @@ class RubricJudge:
                 f"{self.url}: expected the reply of a chat server, "
                 f'{{"choices": [{{"message": {{"content": ...}}}}]}}, got {reply!r:.{_SHOWN}}'
             ) from None
-        self._replies.add(question, content if isinstance(content, str) else "")
+        self._replies.add(question, str(content or ""))
 
     def _score(self, reply: str) -> float | None:
         """The last score in a reply; None if it has none on the scale."""
-        found = _SCORE.findall(reply)
         lowest, highest = self.rubric.scale
-        if found and lowest <= float(found[-1]) <= highest:
-            return float(found[-1])
-        self._unparsed += 1
-        return None
+        found = _SCORE.findall(reply)
+        score = float(found[-1]) if found else math.nan
+        return score if lowest <= score <= highest else None
 
     def take_unparsed(self) -> int:
         """How many replies had no score since the last call."""
@@ -363,11 +354,9 @@ class Replies:
             return
         for file in sorted(folder.glob(f"{name}_*.jsonl")):
             for line in file.read_bytes().splitlines():
-                try:
+                with contextlib.suppress(ValueError):  # a line that was cut off
                     kept = json.loads(line)
-                    self._known[kept["sha256"]] = str(kept["reply"])
-                except (ValueError, KeyError, TypeError):
-                    continue
+                    self._known[kept["sha256"]] = kept["reply"]
         self._file = folder / f"{name}_{jax.process_index()}.jsonl"
         if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
             self._append("")  # ends the line that was cut off

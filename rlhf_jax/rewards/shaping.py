@@ -3,6 +3,7 @@ length.
 """
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -52,8 +53,7 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
 
 def _is_last(present: Array) -> Array:
     """[B, T] bool: the last response token of each row; none in an empty row."""
-    backwards = present[:, ::-1]
-    remaining = jnp.cumsum(backwards, axis=1, dtype=jnp.int32)[:, ::-1]
+    remaining = jax.lax.cumsum(present.astype(jnp.int32), axis=1, reverse=True)
     return present & (remaining == 1)
 
 

@@ -28,11 +28,9 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 A folder with the name of one of these is given as ``./length``.
 """
 
-import difflib
 import functools
 import importlib.util
 import inspect
-import math
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -47,8 +45,8 @@ from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import service, verifiable
 from rlhf_jax.rewards.functions import (
-    ENSEMBLES,
     EnsembleMethod,
+    combined,
     ensemble,
     from_model,
     length,
@@ -60,6 +58,7 @@ from rlhf_jax.rewards.host import (
     Decoder,
     HostReward,
     HostScores,
+    HostValues,
     TextScorer,
     from_conversations,
     from_text,
@@ -68,17 +67,14 @@ from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.service import Services
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
-_NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
-_WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
-_HOW = "|".join(get_args(EnsembleMethod))
-_ENSEMBLE = re.compile(
-    rf"(?P<how>{_HOW}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL
-)
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
+_METHODS = get_args(EnsembleMethod)
+_ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER}):)?")
 
-# What may be followed by a number, and the least number.
+# Rewards that a number of tokens may follow, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
-_WORDS = ("count", *_TERMS, "regex", "math", "mean", "min", "uncertainty", "judge")
-_URLS = ("http://", "https://")
+_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge")
 
 
 class Reward(NamedTuple):
@@ -137,35 +133,24 @@ def build_reward(
       UserError: no entry, one that does not exist or does not fit, two of one name.
     """
     if not entries:
-        kinds = "a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, or "
-        kinds += "FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, regex:PATTERN, math, "
-        kinds += f"count:TEXT, {', '.join(_TERMS)}"
-        raise UserError(f"no reward: give {flag} {kinds}, as in {flag} count:e")
-    parts: dict[str, tuple[Reward, float]] = {}
+        raise UserError(
+            f"no reward: give {flag} a reward model's folder, several as mean:A,B, min:A,B or "
+            "uncertainty:A,B, or FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, "
+            f"regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
+        )
+    reader = _Reader(tokenizer, load, columns, services or Services())
+    rewards: dict[str, Reward] = {}
+    weights = {}
     for entry in entries:
         spec, weight = _split_weight(entry)
-        place = f"{flag} {spec}"
-        served = _served(spec, place, tokenizer, columns, services or Services())
-        name, reward = served or _read(spec, place, tokenizer, load, columns)
-        if name in parts:
-            raise UserError(
-                f"{flag} {entry}: another part is called {name} too; rename one of them"
-            )
-        parts[name] = reward, weight
-    if any(reward.host is not None for reward, _ in parts.values()):
-        summed = _sum_on_host(
-            {name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}
-        )
-        counts = [reward.take_unparsed for reward, _ in parts.values() if reward.take_unparsed]
-        return Reward(
-            host=summed,
-            take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
-        )
-    fns = {
-        name: (reward.fn, weight)
-        for name, (reward, weight) in parts.items()
-        if reward.fn is not None
-    }
+        name, reward = reader.read(spec, f"{flag} {spec}")
+        if name in rewards:
+            raise UserError(f"{flag} {entry}: another part is called {name} too; rename one")
+        rewards[name] = reward
+        weights[name] = weight
+    fns = {name: (reward.fn, weights[name]) for name, reward in rewards.items() if reward.fn}
+    if len(fns) < len(rewards):
+        return _sum_on_host(rewards, weights)
     (fn, weight), *others = fns.values()
     return Reward(fn=weighted(fns) if others or weight != 1 else fn)
 
@@ -173,12 +158,14 @@ def build_reward(
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
     spec, _ = _split_weight(entry)
-    if spec.startswith(("count:", "regex:", *_URLS)) or spec.partition(":")[0] in (*_TERMS, "math"):
+    kind, _, rest = spec.partition(":")
+    if kind in ("count", "regex", "math", "http", "https", *_TERMS):
         return {}
-    if match := _ENSEMBLE.fullmatch(spec):
-        return {name: Path(name) for name in match["names"].split(",") if Path(name).exists()}
+    method, names = _split_method(spec)
+    if method:
+        return {name: Path(name) for name in names if Path(name).exists()}
     file, _, _ = spec.rpartition(":")
-    path = Path(file if file.endswith(".py") else spec.removeprefix("judge:"))
+    path = Path(rest if kind == "judge" else file if file.endswith(".py") else spec)
     return {entry: path} if path.exists() else {}
 
 
@@ -191,198 +178,170 @@ def members(folder: str | Path) -> list[Path]:
 
 
 def as_host(reward: Reward) -> HostReward:
-    """A reward that is called on the host; a traced one runs on the devices, and must have one
-    score for each row.
-    """
+    """A reward that is called on the host; a traced one runs on the devices."""
     if reward.host is not None:
         return reward.host
     on_devices = jax.jit(lambda fn, rollout: fn(rollout))
-
-    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
-        scores, parts = jax.device_get(on_devices(reward.fn, rollout))
-        if scores.ndim != 1:
-            raise ValueError(
-                f"expected one score for each response, [{len(rollout.tokens)}], got {scores.shape}"
-            )
-        return scores.tolist(), parts
-
-    return score
+    return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
 
 
-def _sum_on_host(parts: dict[str, tuple[HostReward, float]]) -> HostReward:
-    """As ``weighted``. A row that one part cannot score has no sum."""
+def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
+    """As ``weighted``. A row that one reward cannot score has no sum."""
+    hosts = {name: as_host(reward) for name, reward in rewards.items()}
+    counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
 
-    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
-        reported: dict[str, HostScores] = {}
-        totals: list[float | None] = [0.0] * len(rollout.tokens)
-        for name, (reward, weight) in parts.items():
-            scores, inner = reward(rollout, columns)
-            reported |= {name: scores} | {
-                f"{name}/{part}": values for part, values in inner.items()
-            }
-            pairs = zip(totals, scores, strict=True)
-            totals = [
-                None if None in (total, value) else total + weight * value for total, value in pairs
-            ]
-        return totals, reported
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        reported: dict[str, HostValues] = {}
+        total = np.zeros(len(rollout.tokens))
+        for name, host in hosts.items():
+            reported[name], inner = host(rollout, columns)
+            reported |= {f"{name}/{part}": values for part, values in inner.items()}
+            total += weights[name] * np.array(reported[name], float)
+        return _where_all([reported[name] for name in hosts], total), reported
 
-    return score
+    def take_unparsed() -> int:
+        return sum(count() for count in counts)
+
+    return Reward(host=score, take_unparsed=take_unparsed if counts else None)
+
+
+def _where_all(scores: Sequence[HostValues], values: np.ndarray) -> HostValues:
+    """The values [B], None for a row that has None among its scores [M, B]."""
+    of_rows = zip(values.tolist(), *scores, strict=True)
+    return [None if None in of_row else value for value, *of_row in of_rows]
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
     """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
     match = _WEIGHTED.fullmatch(entry)
-    spec, weight = (match["spec"], float(match["weight"])) if match else (entry, 1.0)
-    several = _ENSEMBLE.fullmatch(spec)
-    names = several["names"] if several else spec
-    return spec.removesuffix(names) + ",".join(
-        map(model_folder, names.split(",") if several else [names])
-    ), weight
+    spec = match[1] if match else entry
+    method, names = _split_method(spec)
+    spec = method + ",".join(map(model_folder, names))
+    return spec, float(match[2]) if match else 1.0
 
 
-def _read(
-    spec: str, where: str, tokenizer: PolicyTokenizer, load: Load, columns: Collection[str]
-) -> tuple[str, Reward]:
-    """The name and the reward of one SPEC; errors begin with ``where``."""
-    term, colon, rest = spec.partition(":")
-    if term == "count" and colon:
-        ids = tokenizer.encode(rest)
-        if len(ids) != 1:
-            raise UserError(
-                f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is "
-                "counted"
-            )
-        return spec, Reward(fn=token_count(ids[0]))
-    if term in _TERMS:
-        make, least = _TERMS[term]
-        if colon and not (re.fullmatch("[0-9]{1,9}", rest) and int(rest) >= least):
-            raise UserError(
-                f"{where}: after `{term}:` comes a whole number, at least {least}, of tokens; got "
-                f"{rest!r}"
-            )
-        return spec, Reward(fn=make(int(rest)) if colon else make())
-    if term == "regex" and colon:
-        check_pattern(f"{where}: {rest!r}", rest)
-        return spec, Reward(host=from_text(verifiable.regex(rest), tokenizer))
-    if term == "math" and not rest:
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError(
-                f"{where}: the package math-verify is not installed; pip install 'rlhf-jax[math]'"
-            )
-        return term, Reward(
-            host=from_text(_of_columns(f"{where}: math", verifiable.math, columns), tokenizer)
-        )
-    file, _, function = spec.rpartition(":")
-    if file.endswith(".py"):
-        return function, Reward(
-            host=from_text(load_function(where, Path(file), function, columns), tokenizer)
-        )
-
-    return _of_models(spec, where, tokenizer, load)
+def _split_method(spec: str) -> tuple[str, list[str]]:
+    """``uncertainty:0.5:A,B`` -> ``uncertainty:0.5:``, [A, B]; any other SPEC -> "", [SPEC]."""
+    match = _ENSEMBLE.match(spec)
+    if match is None:
+        return "", [spec]
+    return match[0], spec.removeprefix(match[0]).split(",")
 
 
-def _of_models(spec: str, where: str, tokenizer: PolicyTokenizer, load: Load) -> tuple[str, Reward]:
-    """The name and the reward of a SPEC that names a reward model, or several."""
+class _Reader(NamedTuple):
+    """Reads a SPEC, with the arguments of ``build_reward``. Its methods return the name and the
+    reward; errors begin with ``where``.
+    """
 
-    def model_reward(name: str) -> Reward:
-        model = load(name)
-        if model.fingerprint == tokenizer.fingerprint:
-            return Reward(fn=from_model(model.score_fn, model.params))
-        place = where if name == spec else f"{where}: {name}"
-        if model.score_texts is None:
-            raise UserError(f"{place}: the reward model's tokenizer is not the policy's")
-        logger.info(f"{place}: another tokenizer than the policy's, so it reads texts on the host")
-        return Reward(host=from_conversations(model.score_texts, tokenizer, place))
+    tokenizer: PolicyTokenizer
+    load: Load
+    columns: Collection[str]
+    services: Services
 
-    if match := _ENSEMBLE.fullmatch(spec):
-        names = match["names"].split(",")
-        name = spec.removesuffix(match["names"]) + ",".join(map(_run_name, names))
-        return name, _ensemble(match["how"], match["coef"], names, where, model_reward)
-    if folders := members(spec):
-        ways = f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
-        raise UserError(
-            f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: "
-            f"{ways}"
-        )
-    _check_spelling(spec, where)
-    return _run_name(spec), model_reward(spec)
+    def read(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward of any kind."""
+        kind, colon, rest = spec.partition(":")
+        if kind == "count":
+            ids = self.tokenizer.encode(rest)
+            if len(ids) != 1:
+                raise UserError(f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, not 1")
+            return spec, Reward(fn=token_count(ids[0]))
+        if kind in _TERMS:
+            make, least = _TERMS[kind]
+            if not colon:
+                return spec, Reward(fn=make())
+            if not re.fullmatch("[0-9]{1,9}", rest) or int(rest) < least:
+                raise UserError(
+                    f"{where}: after `{kind}:` comes a whole number, at least {least}, of tokens; "
+                    f"got {rest!r}"
+                )
+            return spec, Reward(fn=make(int(rest)))
+        of_texts = self._read_function(spec, where)
+        if of_texts is None:
+            return self._read_models(spec, where)
+        name, function = of_texts
+        take_unparsed = getattr(function, "take_unparsed", None)
+        return name, Reward(host=from_text(function, self.tokenizer), take_unparsed=take_unparsed)
 
-
-def _check_spelling(spec: str, where: str) -> None:
-    """Raises UserError if the SPEC of a reward model looks like the name of another reward."""
-    term, colon, rest = spec.partition(":")
-    near = difflib.get_close_matches(term, _WORDS, n=1, cutoff=0.7)
-    if near and "/" not in spec and not Path(spec).exists():
-        raise UserError(
-            f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
-        )
-
-
-def _served(
-    spec: str,
-    where: str,
-    tokenizer: PolicyTokenizer,
-    columns: Collection[str],
-    services: Services,
-) -> tuple[str, Reward] | None:
-    """The name and the reward of a SPEC that a server answers; None for any other SPEC."""
-    if spec.startswith(_URLS):
-        try:
+    def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
+        """A function of texts; None for the SPEC of a reward model."""
+        kind, _, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        if kind == "regex" and rest:
+            check_pattern(f"{where}: {rest!r}", rest)
+            return spec, verifiable.regex(rest)
+        if spec == "math":
+            if importlib.util.find_spec("math_verify") is None:
+                raise UserError(
+                    f"{where}: the package math-verify is not installed; pip install "
+                    "'rlhf-jax[math]'"
+                )
+            return spec, _of_columns(where, verifiable.math, self.columns)
+        if file.endswith(".py"):
+            return function, load_function(where, Path(file), function, self.columns)
+        if kind in ("http", "https"):
             service.check_url(where, spec)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        name = spec.partition("://")[2].partition("?")[0]
-        asked = service.reward_service(spec, services.judge)
-        return name, Reward(host=from_text(asked, tokenizer))
-    kind, colon, file = spec.partition(":")
-    if kind != "judge" or not colon:
+            name, _, _ = rest.removeprefix("//").partition("?")
+            return name, service.reward_service(spec, self.services.judge)
+        if kind == "judge":
+            return Path(rest).stem, self._judge(Path(rest), where)
         return None
-    if services.judge.url is None or services.judge.model is None:
-        raise UserError(
-            f"{where}: a judge is a model on a chat server: give --judge.url, such as "
-            "http://localhost:8000/v1, and --judge.model"
-        )
-    rubric = service.read_rubric(Path(file))
-    missing = [name for name in rubric.columns if name not in columns]
-    if missing:
-        there = ", ".join(columns) or "none"
-        raise UserError(
-            f"{where}: the rubric asks for {', '.join(missing)}, but the prompts' columns are "
-            f"{there}"
-        )
-    judge = service.RubricJudge(rubric, services)
-    host = from_text(judge, tokenizer)
-    return Path(file).stem, Reward(host=host, take_unparsed=judge.take_unparsed)
 
+    def _judge(self, file: Path, where: str) -> service.RubricJudge:
+        judge = self.services.judge
+        if judge.url is None or judge.model is None:
+            raise UserError(
+                f"{where}: a judge is a model on a chat server: give --judge.url, such as "
+                "http://localhost:8000/v1, and --judge.model"
+            )
+        rubric = service.read_rubric(file)
+        missing = [name for name in rubric.columns if name not in self.columns]
+        if missing:
+            raise UserError(f"{where}: the prompts have no column {missing[0]}; {file} reads it")
+        return service.RubricJudge(rubric, self.services)
 
-def _ensemble(
-    how: Any,
-    coef: str | None,
-    names: Sequence[str],
-    where: str,
-    model_reward: Callable[[str], Reward],
-) -> Reward:
-    if coef is not None and not re.fullmatch(_NUMBER, coef, re.IGNORECASE):
-        raise UserError(
-            f"{where}: between the colons stands a coefficient, a number of at least 0; got "
-            f"{coef!r}"
-        )
-    if not all(names):
-        raise UserError(
-            f"{where}: after `{how}:` come reward models' folders, with commas between them"
-        )
-    paths = [path for name in names for path in [*map(str, members(name))] or [name]]
-    if len(paths) < 2 or len(set(paths)) < len(paths):
-        raise UserError(
-            f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}"
-        )
-    logger.info(f"{where}: {len(paths)} models")
-    weight = 1.0 if coef is None else float(coef)
-    rewards = [model_reward(path) for path in paths]
-    fns = [reward.fn for reward in rewards if reward.fn is not None]
-    if len(fns) == len(rewards):
-        return Reward(fn=ensemble(fns, how, weight))
-    return Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+    def _read_models(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward model or an ensemble of several."""
+        method, names = _split_method(spec)
+        name = method + ",".join(map(_run_name, names))
+        if method:
+            return name, self._ensemble(method, names, where)
+        if members(spec):
+            raise UserError(
+                f"{where}: the models of an ensemble; say how their scores become one: "
+                f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+            )
+        kind, _, _ = spec.partition(":")
+        hint = did_you_mean(kind, _WORDS)
+        if hint and "/" not in spec and not Path(spec).exists():
+            raise UserError(f"{where}: no such reward and no such folder{hint}")
+        return name, self._model(spec, where)
+
+    def _ensemble(self, method: str, names: Sequence[str], where: str) -> Reward:
+        how: Any
+        how, coef, *_ = method.split(":")
+        paths = [path for name in names for path in [*map(str, members(name))] or [name]]
+        if "" in paths or len(paths) < 2 or len(set(paths)) < len(paths):
+            raise UserError(
+                f"{where}: an ensemble has at least two different models, with commas between "
+                f"them; got {', '.join(paths)}"
+            )
+        logger.info(f"{where}: {len(paths)} models")
+        rewards = [self._model(path, f"{where}: {path}") for path in paths]
+        weight = float(coef or 1.0)
+        fns = [reward.fn for reward in rewards if reward.fn]
+        if len(fns) == len(rewards):
+            return Reward(fn=ensemble(fns, how, weight))
+        return Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+
+    def _model(self, name: str, where: str) -> Reward:
+        model = self.load(name)
+        if model.fingerprint == self.tokenizer.fingerprint:
+            return Reward(fn=from_model(model.score_fn, model.params))
+        if model.score_texts is None:
+            raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
+        logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")
+        return Reward(host=from_conversations(model.score_texts, self.tokenizer, where))
 
 
 def _ensemble_on_host(
@@ -390,16 +349,13 @@ def _ensemble_on_host(
 ) -> HostReward:
     """As ``ensemble``. A row that one member cannot score has no score."""
 
-    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
-        given = [reward(rollout, columns)[0] for reward in rewards]
-        scores = np.array(given, np.float32)  # [members, B], NaN for None
-        combined = np.asarray(ENSEMBLES[how](jnp.asarray(scores), coef))
-        spread = np.std(scores, axis=0)
-
-        def numbers(values: np.ndarray) -> list[float | None]:
-            return [None if math.isnan(value) else value for value in values.tolist()]
-
-        return numbers(combined), {"uncertainty": numbers(spread)}
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        of_members = [reward(rollout, columns)[0] for reward in rewards]
+        scores = np.array(of_members, np.float32)
+        mean = np.asarray(combined(how, jnp.asarray(scores), coef))
+        deviation = np.std(scores, axis=0)
+        uncertainty = _where_all(of_members, deviation)
+        return _where_all(of_members, mean), {"uncertainty": uncertainty}
 
     return score
 
@@ -432,29 +388,26 @@ def load_function(
             f"{where}: {file} calls sys.exit({error.code!r}) when it is read; call it only under "
             "`if __name__ == '__main__':`"
         ) from None
-    fn = module.get(name)
-    if not callable(fn):
-        hint = did_you_mean(name, [key for key, value in module.items() if callable(value)])
-        raise UserError(f"{where}: {file} has no function {name}{hint}")
-    return _of_columns(f"{where}: {name}", fn, columns)
+    functions = {key: value for key, value in module.items() if callable(value)}
+    if name not in functions:
+        raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
+    return _of_columns(f"{where}: {name}", functions[name], columns)
 
 
 def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) -> Callable[..., Any]:
     """A reward function, called with only those columns that it has parameters for."""
-    parameters = list(inspect.signature(fn).parameters.values())
+    signature = inspect.signature(fn)
+    parameters = list(signature.parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return fn
-    wanted = [
-        parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL
-    ]
-    offered = [*columns, "messages"]
-    missing = [p.name for p in wanted if p.default is p.empty and p.name not in offered]
-    if missing:
-        there = ", ".join(columns) or "none"
+    offered = {*columns, "messages"}
+    names = [parameter.name for parameter in parameters[2:] if parameter.name in offered]
+    try:
+        signature.bind([], [], **dict.fromkeys(names))
+    except TypeError as error:
         raise UserError(
-            f"{where} asks for {', '.join(missing)}, but the prompts' columns are {there}"
-        )
-    names = [parameter.name for parameter in wanted if parameter.name in offered]
+            f"{where}: {error}; the prompts' columns are {', '.join(columns) or 'none'}"
+        ) from None
 
     @functools.wraps(fn)
     def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:

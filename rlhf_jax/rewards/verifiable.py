@@ -47,8 +47,8 @@ def math(prompts: list[str], responses: list[str], answer: list[Any]) -> list[fl
 
 def _verdict(expected: str, response: str) -> float | None:
     worker = _worker()
-    assert worker.stdin is not None, "a pipe"
-    assert worker.stdout is not None, "a pipe"
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     alarm = threading.Timer(SECONDS, worker.kill)
     alarm.start()
     try:

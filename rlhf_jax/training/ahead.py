@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import jax
+from jax import Array
 
 from rlhf_jax.training import phases
 from rlhf_jax.training.phases import LoopState, Prompts
@@ -40,7 +41,7 @@ def one_at_a_time(first: Responder, second: Responder) -> tuple[Responder, Respo
         def at(state: LoopState) -> Respond:
             respond = responder(state)
 
-            def respond_alone(prompts: Prompts, key: jax.Array) -> Rollout:
+            def respond_alone(prompts: Prompts, key: Array) -> Rollout:
                 with lock:
                     return respond(prompts, key)
 
@@ -62,9 +63,8 @@ class Ahead:
     def __init__(self, sample: Sampler, thread: Executor | None):
         self._sample = sample
         self._thread = thread
-        self._next: tuple[LoopState, Batch] | None = (
-            None  # what to sample when this step has its own
-        )
+        # What to sample as soon as this step has its own rollout.
+        self._next: tuple[LoopState, Batch] | None = None
         self._sampled: Future[tuple[Rollout, Metrics]] | None = None
 
     def sample(self, state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:

@@ -31,14 +31,17 @@ class Check(NamedTuple):
 
 def machine() -> list[Check]:
     """Versions, devices with their memory, and an accelerator that JAX does not use (failed)."""
-    versions = [f"Python {platform.python_version()}"]
-    for name in (*manifest.PACKAGES, "datasets"):
-        versions.append(f"{name} {importlib.metadata.version(name)}")
-    checks = [Check("versions", True, ", ".join(versions))]
+    names = (*manifest.PACKAGES, "datasets")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    checks = [
+        Check("Python", True, platform.python_version()),
+        Check("versions", True, ", ".join(versions)),
+    ]
     for device in jax.devices():
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        memory = f", {limit / 2**30:.1f} GiB for JAX" if limit else ""
-        kind = f"{device.platform}: {device.device_kind}{memory}"
+        kind = f"{device.platform}: {device.device_kind}"
+        memory = device.memory_stats()
+        if memory:
+            kind += f", {memory['bytes_limit'] / 2**30:.1f} GiB for JAX"
         checks.append(Check(f"device {device.id}", True, kind))
     idle = devices.idle_accelerator()
     if idle is not None:
@@ -61,8 +64,8 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
         with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
             checkpoints.save(0, saved, {})
             restored, _ = checkpoints.restore(saved)
-        is_equal = jnp.array_equal(saved["x"], restored["x"])
-        return {"identical": jnp.where(is_equal, 1.0, jnp.nan)}
+        np.testing.assert_array_equal(restored["x"], saved["x"])
+        return {}
 
     checks = [timed(name, functools.partial(step, name)) for name in STEPS]
     return [*checks, timed("checkpoint", checkpoint)]
@@ -72,7 +75,7 @@ def timed(name: str, step: Callable[[], Metrics]) -> Check:
     """Runs a step and reports its time, the metrics that are not finite, or its error."""
     started = time.perf_counter()
     try:
-        metrics = {metric: np.asarray(value) for metric, value in step().items()}
+        metrics = jax.device_get(step())
     except Exception as error:  # a broken installation may raise anything
         first_line, _, _ = str(error).strip().partition("\n")
         return Check(name, False, f"{type(error).__name__}: {first_line[:200]}")

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax import models, ops, rollout
 from rlhf_jax.config import RunConfig
-from rlhf_jax.engines import Engine, Request, Sample, Weights, decoded, encoded, question
+from rlhf_jax.engines import Engine, Request, Sample, Writer, decoded, encoded, question
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards.service import Replies, ask_each
@@ -72,18 +73,9 @@ class Client:
             policy = models.policy_params(state.train.params)
             version = f"{int(state.train.step)}-{int(_checksum(policy)):08x}"
 
-            def respond(prompts: Prompts, key: jax.Array) -> Rollout:
+            def respond(prompts: Prompts, key: Array) -> Rollout:
                 groups = _groups(prompts)
-                seeds = np.asarray(_seeds(key, prompts.places, _used(prompts)))
-                requests = []
-                for rows in groups:
-                    first = rows[0]
-                    ids = prompts.tokens[first][prompts.attention_mask[first] != 0]
-                    room = how.max_new_tokens - int(_used(prompts)[first])
-                    request = Request(
-                        version, ids.tolist(), len(rows), room, int(seeds[first]), how
-                    )
-                    requests.append(request)
+                requests = _requests(prompts, groups, version, how, key)
                 samples = self._ask(policy, requests)
                 return self._rollout(prompts, how, groups, requests, samples)
 
@@ -127,97 +119,87 @@ class Client:
             )
 
     def _ask(self, policy: Params, requests: Sequence[Request]) -> list[list[Sample]]:
-        """The samples of each request, those that were kept or new ones."""
+        """The samples of each request, those that were kept or new ones. Every process calls it;
+        the first one asks.
+        """
         version = requests[0].version
-        missing = processes.in_first(lambda: self._missing(requests))
-        if missing and self._loaded != version:
-            weights = self._weights(policy)
-            self._name = processes.in_first(lambda: self._engine.load(version, weights))
+        write = None
+        is_missing = processes.in_first(lambda: self._lacks_samples(requests))
+        if is_missing and self._loaded != version:
+            write = self._writer(policy)
             self._loaded = version
-        processes.in_first(lambda: self._fetch([requests[i] for i in missing]))
-        texts = processes.in_first(lambda: [self._kept[question(request)] for request in requests])
+        texts = processes.in_first(lambda: self._answers(requests, write))
         return [decoded(text, version) for text in texts]
 
-    def _missing(self, requests: Sequence[Request]) -> list[int]:
-        """The numbers of the requests whose samples are not kept."""
+    def _lacks_samples(self, requests: Sequence[Request]) -> bool:
+        """Whether the engine must be asked. Reads the samples that were kept of this version, and
+        deletes those of other weights after as many steps, from before the settings changed.
+        """
         version = requests[0].version
         if version != self._version:
             steps, _, _ = version.partition("-")
             for file in self._folder.glob(f"{steps}-*.jsonl"):
                 if not file.name.startswith(f"{version}_"):
-                    file.unlink()  # of other weights after as many steps, before settings changed
+                    file.unlink()
             self._kept = Replies(self._folder, version)
             self._version = version
-        return [i for i, request in enumerate(requests) if question(request) not in self._kept]
+        return any(question(request) not in self._kept for request in requests)
 
-    def _weights(self, policy: Params) -> Weights:
-        """The weights for the engine; every process calls it."""
+    def _answers(self, requests: Sequence[Request], write: Writer | None) -> list[str]:
+        """The samples as JSON. The engine first loads the weights that ``write`` writes."""
+        if write is not None:
+            self._name = self._engine.load(requests[0].version, write)
+        missing = [request for request in requests if question(request) not in self._kept]
+        ask_each(self._sample, missing, self._config.engine)
+        return [self._kept[question(request)] for request in requests]
+
+    def _writer(self, policy: Params) -> Writer:
+        """What writes the weights for the engine; every process calls it."""
         trained = {name: part for name, part in policy.items() if name != "value"}
         base = self._start.base
-        if base is None:
-            params = processes.fetch(trained) if self._engine.follows else trained
-            model = self._begun.model
-            # A server may hold a packed copy of the output table, and packs it again only when it
-            # reads a tensor of that name (vLLM on a CPU).
-            return Weights(
-                False, lambda folder: models.save(folder, model, params, both_tables=True)
-            )
-        base, adapters = processes.fetch((base, trained))
-        name = self._config.model
-        return Weights(
-            True, lambda folder: models.lora.save(folder, base, adapters, base_model=name)
-        )
-
-    def _fetch(self, requests: Sequence[Request]) -> None:
-        """Asks for samples and keeps them, so many requests at once as the settings say."""
-        ask_each(self._sample, requests, self._config.engine)
+        if base is not None:
+            base, adapters = processes.fetch((base, trained))
+            name = self._config.model
+            return lambda folder: models.lora.save(folder, base, adapters, base_model=name)
+        params = processes.fetch(trained) if self._engine.follows else trained
+        model = self._begun.model
+        # A server may hold a packed copy of the output table, and packs it again only when it
+        # reads a tensor of that name (vLLM on a CPU).
+        return lambda folder: models.save(folder, model, params, both_tables=True)
 
     def _sample(self, request: Request) -> None:
+        """Asks for samples, checks and keeps them."""
         samples = self._engine.sample(request)
-        self._check(request, samples)
+        try:
+            if len(samples) != request.number:
+                raise ValueError(
+                    f"{len(samples)} responses to a prompt, {request.number} were asked for"
+                )
+            _as_rollout(self._begun, [request], [samples], None, request.max_tokens)
+            for sample in samples:
+                self._check(request, sample)
+        except ValueError as error:
+            raise ServiceError(
+                f"{self._engine.place}: {error}; nothing was learned from it"
+            ) from error
         self._kept.add(question(request), encoded(samples))
 
-    def _check(self, request: Request, samples: Sequence[Sample]) -> None:
-        """Raises ServiceError unless the samples are what was asked for."""
-        fault = ""
-        if len(samples) != request.number:
-            fault = f"{len(samples)} responses to a prompt, {request.number} were asked for"
-        for sample in samples:
-            fault = fault or self._fault(request, sample)
-        try:
-            if not fault:
-                _as_rollout(self._begun, [request], [samples])
-        except ValueError as error:
-            fault = str(error)
-        if fault:
-            raise ServiceError(f"{self._engine.place}: {fault}; nothing was learned from it")
-
-    def _fault(self, request: Request, sample: Sample) -> str:
-        """What is wrong with a sample, "" if nothing."""
-        tokens = sample.tokens
+    def _check(self, request: Request, sample: Sample) -> None:
+        """Raises ValueError unless the weights and the end of the sample are what was asked for."""
         if sample.version != self._name:
-            return (
+            raise ValueError(
                 f"a sample of the weights {sample.version!r} in place of {self._name!r}: give each "
                 "run a server of its own"
             )
-        if not isinstance(tokens, list) or not tokens:
-            return f"a response must be a list of token ids, got {tokens!r:.80}"
-        if len(tokens) > request.max_tokens:
-            return (
-                f"a response of {len(tokens)} tokens, at most {request.max_tokens} were asked for"
-            )
-        ends = tokens[-1] in request.how.eos_ids
+        last = sample.tokens[-1]
+        ends = last in request.how.eos_ids
         if sample.finished and not ends:
-            return (
-                f"a response ended with the token {tokens[-1]!r}, which is no end token of the "
-                f"policy ({', '.join(map(str, request.how.eos_ids))})"
+            raise ValueError(f"a response ended with the token {last}, which is no end token")
+        if not ends and len(sample.tokens) < request.max_tokens:
+            raise ValueError(
+                f"a response was cut at {len(sample.tokens)} of {request.max_tokens} tokens: the "
+                "server reads shorter texts; start it with more (vllm serve --max-model-len)"
             )
-        if not ends and len(tokens) < request.max_tokens:
-            return (
-                f"a response was cut at {len(tokens)} of {request.max_tokens} tokens: the server "
-                "reads shorter texts; start it with more (vllm serve --max-model-len)"
-            )
-        return ""
 
     def _rollout(
         self,
@@ -227,11 +209,10 @@ class Client:
         requests: Sequence[Request],
         samples: Sequence[Sequence[Sample]],
     ) -> Rollout:
-        """Rows [B, P + R], NumPy arrays; absent rows are 0."""
+        """Rows [B, P + R], NumPy arrays; missing rows are 0."""
         num_rows, width = prompts.tokens.shape
+        made = _as_rollout(self._begun, requests, samples, width, how.max_new_tokens)
         rows = np.concatenate(groups)
-        sizes = {"prompt_length": width, "response_length": how.max_new_tokens}
-        made = _as_rollout(self._begun, requests, samples, **sizes)
 
         def spread(part: Any) -> np.ndarray:
             whole = np.zeros((num_rows, *part.shape[1:]), part.dtype)
@@ -245,8 +226,10 @@ def _as_rollout(
     begun: LanguageModel,
     requests: Sequence[Request],
     samples: Sequence[Sequence[Sample]],
-    **sizes: Any,
+    prompt_length: int | None = None,
+    response_length: int | None = None,
 ) -> Rollout:
+    """Raises ValueError for samples that cannot be read."""
     prompts = []
     for request in requests:
         prompts += [request.prompt] * request.number
@@ -256,12 +239,13 @@ def _as_rollout(
         [sample.tokens for sample in responses],
         begun.tokenizer,
         log_probs=[sample.log_probs for sample in responses],
-        **sizes,
+        prompt_length=prompt_length,
+        response_length=response_length,
     )
 
 
 @jax.jit
-def _checksum(params: Params) -> jax.Array:
+def _checksum(params: Params) -> Array:
     """[] uint32. A sum of integers, so that it is the same on any number of devices."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(params):
@@ -271,31 +255,53 @@ def _checksum(params: Params) -> jax.Array:
 
 
 @jax.jit
-def _seeds(key: jax.Array, places: jax.Array, used: jax.Array) -> jax.Array:
+def _seeds(key: Array, places: Array, used: Array) -> Array:
     """[B] seeds of 31 bits, by the rows' places and the slots that earlier turns took."""
 
-    def seed(place: jax.Array, used: jax.Array) -> jax.Array:
+    def seed(place: Array, used: Array) -> Array:
         of_row = jax.random.fold_in(jax.random.fold_in(key, place), used)
         return jax.random.bits(of_row) >> 1
 
     return jax.vmap(seed)(places, used)
 
 
-def _used(prompts: Prompts) -> Any:
+def _used(prompts: Prompts) -> np.ndarray:
     """[B] slots of a row's responses that earlier turns took."""
-    return np.zeros(len(prompts.tokens), np.int32) if prompts.used is None else prompts.used
+    if prompts.used is None:
+        return np.zeros(len(prompts.tokens), np.int32)
+    return np.asarray(prompts.used)
+
+
+def _ids(prompts: Prompts, row: int) -> list[int]:
+    """A row's prompt without pads."""
+    return prompts.tokens[row][prompts.attention_mask[row] != 0].tolist()
 
 
 def _groups(prompts: Prompts) -> list[list[int]]:
-    """The rows that are present, those of equal prompts that follow one another together."""
+    """The rows with a prompt; equal ones that follow one another are a group."""
     present = np.flatnonzero(np.any(prompts.attention_mask, axis=1)).tolist()
     used = _used(prompts)
+    groups = itertools.groupby(present, lambda row: (_ids(prompts, row), used[row]))
+    return [list(rows) for _, rows in groups]
 
-    def asked(row: int) -> Any:
-        ids = prompts.tokens[row][prompts.attention_mask[row] != 0]
-        return ids.tobytes(), int(used[row])
 
-    return [list(rows) for _, rows in itertools.groupby(present, asked)]
+def _requests(
+    prompts: Prompts,
+    groups: Sequence[Sequence[int]],
+    version: str,
+    how: SamplingConfig,
+    key: Array,
+) -> list[Request]:
+    """A request for each group of rows."""
+    used = _used(prompts).tolist()
+    seeds = np.asarray(_seeds(key, prompts.places, _used(prompts))).tolist()
+    requests = []
+    for rows in groups:
+        first = rows[0]
+        ids = _ids(prompts, first)
+        room = how.max_new_tokens - used[first]
+        requests.append(Request(version, ids, len(rows), room, seeds[first], how))
+    return requests
 
 
 def silent(program: Callable[..., Rollout]) -> Callable[..., Rollout]:

@@ -45,10 +45,10 @@ def run(config: RunConfig) -> PipelineResult:
 
 
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
-    """``run`` without a look at what else is in the folder."""
+    """``run`` in a folder that ``check_folder`` has checked."""
     if config.reward:
         logger.info(
-            "`reward` is not read: PPO is rewarded by stage 2's model; `rlhf-jax ppo` takes one of "
+            "`reward` is not used: stage 2's model rewards PPO; `rlhf-jax ppo` takes a reward of "
             "your own"
         )
     logger.info("stage 1 of 3: supervised fine-tuning")
@@ -64,8 +64,8 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
 
 
 def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
-    """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check
-    their own subfolders.
+    """Refuses a folder in use; the stages check their own subfolders. Logs that ``resume`` finds no
+    checkpoint.
 
     Args:
         first: the subfolder that is written first: a folder without it is not overwritten.
@@ -88,11 +88,12 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
 
 def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:
     """The settings of a job's stage in the folder ``path``: those of the job with ``changes``."""
-    tokenizer = Tokenizer() if model else config.tokenizer  # the model brings its own
+    is_there = path.exists()
     settings: dict[str, Any] = {
         "output_dir": str(path),
         "model": model or config.model,
-        "tokenizer": tokenizer,
+        "tokenizer": Tokenizer() if model else config.tokenizer,  # the model brings its own
+        "resume": config.resume and is_there,
+        "overwrite": config.overwrite and is_there,
     }
-    settings |= {name: getattr(config, name) and path.exists() for name in ("resume", "overwrite")}
     return dataclasses.replace(config, **settings | changes)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 from rlhf_jax import metrics, ops
 from rlhf_jax.algorithms import reward_model
@@ -28,16 +29,15 @@ def answer_scorer(
 
     jit: of the run's stage, or JAX's own.
     """
+    if not isinstance(score_fn, Partial):
+        score_fn = Partial(score_fn)
 
-    if not isinstance(score_fn, jax.tree_util.Partial):
-        score_fn = jax.tree_util.Partial(score_fn)
-
-    def of_all(score_fn: ScoreFn, params: Params, comparisons: Comparisons) -> Array:
+    def score(score_fn: ScoreFn, params: Params, comparisons: Comparisons) -> Array:
         return reward_model.answer_scores(ops.by_rows(score_fn, None), params, comparisons)
 
-    scorer: Callable[..., Array] = of_all
+    scorer: Callable[..., Array] = score
     if num_members > 1:
-        scorer = jax.vmap(scorer, in_axes=(None, 0, None), out_axes=2)
+        scorer = jax.vmap(score, in_axes=(None, 0, None), out_axes=2)
     return functools.partial(jit(scorer), score_fn)
 
 
@@ -68,21 +68,21 @@ def pairs_of(
     one.
     """
     best = comparisons.best[rows]
-    is_best = np.arange(comparisons.lengths.shape[1]) == best[:, None]
-    is_present = comparisons.response_lengths[rows] > 0
-    place, other = np.nonzero(is_present & ~is_best)
-    both = np.stack([best[place], other], axis=1)
-    row_of_pair = rows[place]
+    lengths = comparisons.response_lengths[rows]
+    is_other = lengths > 0
+    is_other[np.arange(len(rows)), best] = False
+    place, other = np.nonzero(is_other)
+    answers = np.stack([best[place], other], axis=1)
     texts = []
-    for row, pair in zip(row_of_pair, both, strict=True):
+    for row, pair in zip(rows[place], answers, strict=True):
         texts += [comparisons.tokens[answer][row].tobytes() for answer in pair]
-    sources = [comparisons.sources[row] for row in row_of_pair]
     _, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    sources = [comparisons.sources[row] for row in rows[place]]
     _, groups = np.unique(sources, return_inverse=True)
     pairs_of_row = np.bincount(place)[place]
-    weights = comparisons.weight[row_of_pair].astype(np.float64) / pairs_of_row
+    weights = comparisons.weight[rows[place]].astype(np.float64) / pairs_of_row
     chosen, rejected = labels.reshape(-1, 2).T
-    return place, both, metrics.Pairs(groups, chosen, rejected, weights)
+    return place, answers, metrics.Pairs(groups, chosen, rejected, weights)
 
 
 def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -177,44 +177,39 @@ def samples(
     """
     lengths = comparisons.response_lengths[rows]
 
-    def common(place: int) -> dict[str, Any]:
-        row = rows[place]
-        weight = round(float(comparisons.weight[row]), 6)
-        return {"source": comparisons.sources[row], "weight": weight}
-
-    def answer_of(place: int, answer: int) -> tuple[str, float, int]:
+    def text(place: int, answer: int) -> str:
         row = rows[place]
         start = comparisons.starts[row, answer]
-        ids = comparisons.tokens[answer][row][start:]
-        score = float(scores[place, answer])
-        return tokenizer.decode(ids), score, int(lengths[place, answer])
+        return tokenizer.decode(comparisons.tokens[answer][row][start:])
 
-    shown: list[dict[str, Any]] = []
+    def sample(place: int, **answers: Any) -> dict[str, Any]:
+        row = rows[place]
+        weight = round(float(comparisons.weight[row]), 6)
+        source = comparisons.sources[row]
+        return {"prompt": comparisons.prompts[row], **answers, "source": source, "weight": weight}
+
     if comparisons.targets is not None:
-        for place, answer in np.argwhere(lengths > 0):
-            response, score, length = answer_of(place, answer)
-            sample: dict[str, Any] = {
-                "prompt": comparisons.prompts[rows[place]],
-                "response": response,
-                "score": score,
-                "target": float(comparisons.targets[rows[place], answer]),
-                "length": length,
-            }
-            shown.append(sample | common(place))
-        return shown
+        return [
+            sample(
+                place,
+                response=text(place, answer),
+                score=float(scores[place, answer]),
+                target=float(comparisons.targets[rows[place], answer]),
+                length=int(lengths[place, answer]),
+            )
+            for place, answer in np.argwhere(lengths > 0)
+        ]
     best = comparisons.best[rows]
     rivals = metrics.rival(scores, best, lengths)
-    for place, row in enumerate(rows):
-        chosen, score_chosen, length_chosen = answer_of(place, best[place])
-        rejected, score_rejected, length_rejected = answer_of(place, rivals[place])
-        sample = {
-            "prompt": comparisons.prompts[row],
-            "chosen": chosen,
-            "rejected": rejected,
-            "score_chosen": score_chosen,
-            "score_rejected": score_rejected,
-            "length_chosen": length_chosen,
-            "length_rejected": length_rejected,
-        }
-        shown.append(sample | common(place))
-    return shown
+    return [
+        sample(
+            place,
+            chosen=text(place, chosen),
+            rejected=text(place, rejected),
+            score_chosen=float(scores[place, chosen]),
+            score_rejected=float(scores[place, rejected]),
+            length_chosen=int(lengths[place, chosen]),
+            length_rejected=int(lengths[place, rejected]),
+        )
+        for place, (chosen, rejected) in enumerate(zip(best, rivals, strict=True))
+    ]

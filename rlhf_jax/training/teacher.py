@@ -155,31 +155,28 @@ class Server:
             ServiceError: there is no reply, or it is not as the protocol says.
             UserError: the server's tokens have other texts than the policy's.
         """
-        rows = [
-            tokens[mask != 0].tolist()
-            for tokens, mask in zip(rollout.tokens, rollout.attention_mask, strict=True)
-        ]
-        answers = processes.in_first(lambda: self._answers(rows))
+        is_real = rollout.attention_mask != 0
+        rows = np.flatnonzero(is_real.any(axis=1)).tolist()
+        questions = []
+        for row in rows:
+            ids = rollout.tokens[row, is_real[row]].tolist()
+            questions.append(json.dumps([self._url, self._asked.model, ids]))
+        answers = processes.in_first(lambda: self._answers(questions))
         log_probs = np.zeros(rollout.tokens.shape, np.float32)
-        for row, answer in enumerate(answers):
-            log_probs[row, rollout.attention_mask[row] != 0] = answer
+        for row, answer in zip(rows, answers, strict=True):
+            log_probs[row, is_real[row]] = answer
         return log_probs
 
-    def _answers(self, rows: Sequence[list[int]]) -> list[list[float]]:
-        """The log-probabilities of each row's tokens, those that were kept or new ones."""
-        questions = [json.dumps([self._url, self._asked.model, ids]) for ids in rows]
-        asked = zip(questions, rows, strict=True)
-        missing = {text: ids for text, ids in asked if ids and text not in self._replies}
+    def _answers(self, questions: Sequence[str]) -> list[list[float]]:
+        """The log-probabilities of each question's tokens, those that were kept or new ones."""
+        missing = [*dict.fromkeys(text for text in questions if text not in self._replies)]
         if missing and not self._is_checked:
-            first = next(iter(missing))
-            self._ask(first, missing.pop(first))
-        ask_each(lambda text: self._ask(text, missing[text]), missing, self._asked)
-        return [
-            json.loads(self._replies[text]) if ids else []
-            for text, ids in zip(questions, rows, strict=True)
-        ]
+            self._ask(missing.pop(0))
+        ask_each(self._ask, missing, self._asked)
+        return [json.loads(self._replies[text]) for text in questions]
 
-    def _ask(self, question: str, ids: list[int]) -> None:
+    def _ask(self, question: str) -> None:
+        _, _, ids = json.loads(question)
         texts, log_probs = self.api.score(ids)
         if not self._is_checked:
             self._check_vocabulary(ids, texts)
