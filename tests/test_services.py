@@ -128,7 +128,7 @@ def test_a_key_is_not_sent_where_the_server_redirects(serve, monkeypatch):
         service.urllib.request, "urlopen", lambda request, timeout: seen.append(request) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        service.post("http://a/", {}, Judge(), KEY)
+        service.ask("http://a/", {}, Judge(), KEY)
     (request,) = seen
     assert request.headers.keys() == {"Content-type"}
     assert request.unredirected_hdrs == {"Authorization": f"Bearer {KEY}"}

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.errors import ServiceError
-from rlhf_jax.rewards.service import ENGINE_KEY, get, post
+from rlhf_jax.rewards.service import ENGINE_KEY, ask
 
 _SHOWN = 200  # the characters of a reply that an error message shows
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
@@ -36,7 +36,7 @@ class Completions:
         self.place = place.rstrip("/").removesuffix("/v1")
         self.server = server
         self.key = key
-        self.models = self._models()
+        self.models = self.list_models()
         self.model = server.model or self.models[0]
 
     def load(self, version: str, write: Writer) -> str:
@@ -53,7 +53,7 @@ class Completions:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-        reply = self.post("/v1/completions", body)
+        reply = self.ask("/v1/completions", body)
         choices = self.choices(reply)
         version = str(reply.get("model"))
         return [self._sample(choice, request, version) for choice in choices]
@@ -70,7 +70,7 @@ class Completions:
             "echo": True,
             "logprobs": 1,
         }
-        reply = self.post("/v1/completions", body)
+        reply = self.ask("/v1/completions", body)
         try:
             told = self.choices(reply)[0]["logprobs"]
             texts = list(map(str, told["tokens"]))
@@ -78,18 +78,17 @@ class Completions:
         except (IndexError, KeyError, TypeError, ValueError):
             self.refuse("it returned no log-probabilities of the prompt (echo, logprobs)", reply)
         count = len(ids)
-        if len(texts) != len(log_probs) or len(texts) - count not in (0, 1):
-            self.refuse(f"expected the log-probabilities of {count} tokens and one more", told)
-        if not all(-math.inf < value < _ROUNDING for value in log_probs):
-            self.refuse("its log-probabilities must be finite and at most 0", told)
+        is_whole = len(texts) == len(log_probs) and len(texts) - count in (0, 1)
+        if not is_whole or not all(-math.inf < value < _ROUNDING for value in log_probs):
+            self.refuse(f"expected log-probabilities of {count} tokens and one more", told)
         return texts[:count], log_probs[:count]
 
     def close(self) -> None:
         """Does nothing: the server holds nothing for this run."""
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON reply of the server to a POST."""
-        return post(self.place + path, body, self.server, self.key)
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON reply of the server to a POST, or to a GET without a body."""
+        return ask(self.place + path, body, self.server, self.key)
 
     def choices(self, reply: Any) -> list[Mapping[str, Any]]:
         """The choices of a reply, ordered by their index."""
@@ -106,13 +105,13 @@ class Completions:
         """Raises ServiceError with the fault and the start of the reply."""
         raise ServiceError(f"{self.place}: {fault}; got {reply!r:.{_SHOWN}}")
 
-    def _models(self) -> list[str]:
+    def list_models(self) -> list[str]:
         """The names of the models that the server lists.
 
         Raises:
             ServiceError: the server has no model, or none of the name in ``server.model``.
         """
-        reply = get(f"{self.place}/v1/models", self.server, self.key)
+        reply = self.ask("/v1/models")
         try:
             names = [str(model["id"]) for model in reply["data"]]
         except (KeyError, TypeError):

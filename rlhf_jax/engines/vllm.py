@@ -19,7 +19,7 @@ from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
 from rlhf_jax.models import peft
-from rlhf_jax.rewards.service import ENGINE_KEY, get, post
+from rlhf_jax.rewards.service import ENGINE_KEY, ask
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"
@@ -86,8 +86,7 @@ class VLLM(Completions):
         except ServiceError:
             # The server refuses an adapter that it has already. It has it if the reply to an
             # earlier try of this request was lost.
-            listed = get(f"{self.place}/v1/models", self.server, self.key)
-            if name not in [model["id"] for model in listed["data"]]:
+            if name not in self.list_models():
                 raise
         before = self._adapter
         self._adapter = name
@@ -102,8 +101,7 @@ class VLLM(Completions):
             logger.info(f"the adapter {name} stays on the server: {error}")
 
     def _reload(self, name: str, folder: Path) -> None:
-        arguments = {"weights_path": str(folder)}
-        reload = {"method": "reload_weights", "kwargs": arguments}
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._command("/collective_rpc", reload, FULL_NEEDS)
         self._command("/reset_prefix_cache", {}, FULL_NEEDS)
         self._command("/update_weight_version", {"new_version": name}, FULL_NEEDS)
@@ -122,7 +120,7 @@ class VLLM(Completions):
                 message says how to start the server.
         """
         try:
-            return post(self.place + path, body, self.server, self.key, read)
+            return ask(self.place + path, body, self.server, self.key, read)
         except ServiceError as error:
             if re.search("HTTP 40[34]", str(error)):
                 raise ServiceError(f"{error}; start the server with {needs}") from error

@@ -100,16 +100,16 @@ def check_url(name: str, url: str) -> None:
         )
 
 
-def post(
+def ask(
     url: str,
     question: Any,
     settings: Requests,
     key: str | None,
     read: Callable[[bytes], Any] = json.loads,
 ) -> Any:
-    """The reply to a JSON POST. It tries again after errors that may be temporary: no connection, a
-    timeout, HTTP 408, 429 or 5xx, a reply that is incomplete or that ``read`` refuses with a
-    ValueError.
+    """The reply to a JSON POST, or to a GET if the question is None. It tries again after errors
+    that may be temporary: no connection, a timeout, HTTP 408, 429 or 5xx, a reply that is
+    incomplete or that ``read`` refuses with a ValueError.
 
     Args:
       key: for an Authorization header, which is not sent on to where the server redirects.
@@ -118,34 +118,8 @@ def post(
     Raises:
       ServiceError: it names the URL.
     """
-    request = urllib.request.Request(url, json.dumps(question).encode("utf-8"))
-    request.add_header("Content-Type", "application/json")
-    return _reply(request, settings, key, read)
-
-
-def get(url: str, settings: Requests, key: str | None) -> Any:
-    """The JSON reply to a GET; otherwise as ``post``."""
-    return _reply(urllib.request.Request(url), settings, key, json.loads)
-
-
-def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Requests) -> None:
-    """Calls ``ask`` with each question, ``settings.concurrency`` at once. After an error no other
-    call begins.
-    """
-    with ThreadPoolExecutor(settings.concurrency) as threads:
-        try:
-            list(threads.map(ask, questions))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-def _reply(
-    request: urllib.request.Request,
-    settings: Requests,
-    key: str | None,
-    read: Callable[[bytes], Any],
-) -> Any:
+    body = None if question is None else json.dumps(question).encode("utf-8")
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     fault = ""
@@ -163,16 +137,27 @@ def _reply(
             fault = f"no reply within {settings.timeout:g} seconds ({settings.section}.timeout)"
         except (OSError, http.client.HTTPException, ValueError) as error:
             fault = repr(error)
-    raise ServiceError(f"{request.full_url}: {fault} (attempt {attempt + 1})")
+    raise ServiceError(f"{url}: {fault} (attempt {attempt + 1})")
 
 
 def _body(error: urllib.error.HTTPError, key: str | None) -> str:
-    """The beginning of an error's body, in which some servers repeat the key."""
-    try:
+    """The beginning of an error's body, without the key, which some servers repeat."""
+    text = ""
+    with contextlib.suppress(OSError, http.client.HTTPException):
         text = error.read().decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-    return (text.replace(key, "***") if key else text)[:_SHOWN]
+    return text.replace(key or "***", "***")[:_SHOWN]
+
+
+def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Requests) -> None:
+    """Calls ``ask`` with each question, ``settings.concurrency`` at once. After an error no other
+    call begins.
+    """
+    with ThreadPoolExecutor(settings.concurrency) as threads:
+        try:
+            list(threads.map(ask, questions))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None]]:
@@ -192,7 +177,7 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
             json.dumps(question)
         except (TypeError, ValueError) as error:
             raise UserError(f"{url}: a column of the prompts is no JSON: {error}") from error
-        reply = post(url, question, settings, os.environ.get(SERVICE_KEY))
+        reply = ask(url, question, settings, os.environ.get(SERVICE_KEY))
         numbers: Any = reply.get("rewards") if isinstance(reply, dict) else None
         is_list = isinstance(numbers, list) and len(numbers) == len(responses)
         if not is_list or not all(map(_is_reward, numbers)):
@@ -312,8 +297,8 @@ class RubricJudge:
         return json.dumps(given, sort_keys=True)
 
     def _ask(self, question: str) -> None:
-        body = json.loads(question)
-        reply = post(self.url, body, self.settings, os.environ.get(JUDGE_KEY))
+        key = os.environ.get(JUDGE_KEY)
+        reply = ask(self.url, json.loads(question), self.settings, key)
         try:
             content = reply["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):

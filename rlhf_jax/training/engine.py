@@ -5,9 +5,10 @@ the policy's number of optimizer steps and a checksum of its weights. A run that
 checkpoint, or is repeated, reads them there and asks only for what is missing.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +40,21 @@ MOST_GROWTH = 10.0
 weights that the engine did not load are further from the policy's in each step."""
 
 
+@dataclass(eq=False)
 class Client:
-    """What a run asks of its engine; the first process asks, and all get the samples.
+    """What a run asks of its engine; the first process asks, and all get the samples."""
 
-    Args:
-        folder: where samples are kept.
-        begun, start: the policy before training, and its parts.
-    """
+    engine: Engine
+    config: RunConfig
+    folder: Path  # where samples are kept
+    begun: LanguageModel  # the policy before training
+    start: Trainable  # and its parts
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: RunConfig,
-        folder: Path,
-        begun: LanguageModel,
-        start: Trainable,
-    ):
-        self._engine = engine
-        self._config = config
-        self._folder = folder
-        self._begun = begun
-        self._start = start
-        self._version = ""  # of the samples in _kept
-        self._kept = Replies(None)
-        self._loaded = ""  # the version that the engine has
-        self._name = ""  # and how the engine names it
-        self._first_gap: float | None = None  # the mean over the first rollout
+    _kept: Replies = field(default_factory=lambda: Replies(None))
+    _version: str = ""  # of the samples in _kept
+    _loaded: str = ""  # the version that the engine has
+    _name: str = ""  # and how the engine names it
+    _first_gap: float | None = None  # the mean over the first rollout
 
     def responder(self, how: SamplingConfig) -> Responder:
         """The engine's responses, in place of ``steps.on_devices``."""
@@ -74,10 +64,12 @@ class Client:
             version = f"{int(state.train.step)}-{int(_checksum(policy)):08x}"
 
             def respond(prompts: Prompts, key: Array) -> Rollout:
-                groups = _groups(prompts)
-                requests = _requests(prompts, groups, version, how, key)
+                groups, requests = _requests(prompts, version, how, key)
                 samples = self._ask(policy, requests)
-                return self._rollout(prompts, how, groups, requests, samples)
+                num_rows, width = prompts.tokens.shape
+                made = _as_rollout(self.begun, requests, samples, width, how.max_new_tokens)
+                spread = functools.partial(_spread, np.concatenate(groups), num_rows)
+                return replace(jax.tree.map(spread, made), row_ids=np.asarray(prompts.row_ids))
 
             return respond
 
@@ -90,14 +82,14 @@ class Client:
             ServiceError: they are further apart than rounding explains, where the engine should
                 have the policy's weights.
         """
-        compares = not self._config.rl.allow_truncated_sampling
+        compares = not self.config.rl.allow_truncated_sampling
 
         def rescore_watched(state: LoopState, sampled: Rollout) -> tuple[Rollout, Metrics]:
             rescored, metrics = rescore(state, sampled)
             gaps = jnp.abs(sampled.log_probs - rescored.log_probs)
             gap = ops.masked_mean(gaps, sampled.response_mask)
             # Later, an update lies between the policy and the one that sampled ahead.
-            is_current = self._engine.follows and state.behind is None
+            is_current = self.engine.follows and state.behind is None
             has_weights = is_current or int(state.train.step) == 0
             if compares and has_weights:
                 self._check_gap(float(gap))
@@ -112,7 +104,7 @@ class Client:
         limit = min(MOST_APART, max(ALWAYS_ALLOWED, MOST_GROWTH * self._first_gap))
         if not gap <= limit:
             raise ServiceError(
-                f"{self._engine.place}: its log-probabilities differ from the policy's by "
+                f"{self.engine.place}: its log-probabilities differ from the policy's by "
                 f"{gap:.3g} nats in the mean, after {self._first_gap:.3g} in the first rollout: it "
                 "samples with other weights or did not load all, or gives log-probabilities of "
                 "another temperature (vllm serve --logprobs-mode processed_logprobs)"
@@ -138,49 +130,49 @@ class Client:
         version = requests[0].version
         if version != self._version:
             steps, _, _ = version.partition("-")
-            for file in self._folder.glob(f"{steps}-*.jsonl"):
+            for file in self.folder.glob(f"{steps}-*.jsonl"):
                 if not file.name.startswith(f"{version}_"):
                     file.unlink()
-            self._kept = Replies(self._folder, version)
+            self._kept = Replies(self.folder, version)
             self._version = version
         return any(question(request) not in self._kept for request in requests)
 
     def _answers(self, requests: Sequence[Request], write: Writer | None) -> list[str]:
         """The samples as JSON. The engine first loads the weights that ``write`` writes."""
         if write is not None:
-            self._name = self._engine.load(requests[0].version, write)
+            self._name = self.engine.load(requests[0].version, write)
         missing = [request for request in requests if question(request) not in self._kept]
-        ask_each(self._sample, missing, self._config.engine)
+        ask_each(self._sample, missing, self.config.engine)
         return [self._kept[question(request)] for request in requests]
 
     def _writer(self, policy: Params) -> Writer:
         """What writes the weights for the engine; every process calls it."""
         trained = {name: part for name, part in policy.items() if name != "value"}
-        base = self._start.base
+        base = self.start.base
         if base is not None:
             base, adapters = processes.fetch((base, trained))
-            name = self._config.model
+            name = self.config.model
             return lambda folder: models.lora.save(folder, base, adapters, base_model=name)
-        params = processes.fetch(trained) if self._engine.follows else trained
-        model = self._begun.model
+        params = processes.fetch(trained) if self.engine.follows else trained
+        model = self.begun.model
         # A server may hold a packed copy of the output table, and packs it again only when it
         # reads a tensor of that name (vLLM on a CPU).
         return lambda folder: models.save(folder, model, params, both_tables=True)
 
     def _sample(self, request: Request) -> None:
         """Asks for samples, checks and keeps them."""
-        samples = self._engine.sample(request)
+        samples = self.engine.sample(request)
         try:
             if len(samples) != request.number:
                 raise ValueError(
                     f"{len(samples)} responses to a prompt, {request.number} were asked for"
                 )
-            _as_rollout(self._begun, [request], [samples], None, request.max_tokens)
+            _as_rollout(self.begun, [request], [samples], None, request.max_tokens)
             for sample in samples:
                 self._check(request, sample)
         except ValueError as error:
             raise ServiceError(
-                f"{self._engine.place}: {error}; nothing was learned from it"
+                f"{self.engine.place}: {error}; nothing was learned from it"
             ) from error
         self._kept.add(question(request), encoded(samples))
 
@@ -201,25 +193,12 @@ class Client:
                 "server reads shorter texts; start it with more (vllm serve --max-model-len)"
             )
 
-    def _rollout(
-        self,
-        prompts: Prompts,
-        how: SamplingConfig,
-        groups: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        samples: Sequence[Sequence[Sample]],
-    ) -> Rollout:
-        """Rows [B, P + R], NumPy arrays; missing rows are 0."""
-        num_rows, width = prompts.tokens.shape
-        made = _as_rollout(self._begun, requests, samples, width, how.max_new_tokens)
-        rows = np.concatenate(groups)
 
-        def spread(part: Any) -> np.ndarray:
-            whole = np.zeros((num_rows, *part.shape[1:]), part.dtype)
-            whole[rows] = part
-            return whole
-
-        return replace(jax.tree.map(spread, made), row_ids=np.asarray(prompts.row_ids))
+def _spread(rows: np.ndarray, num_rows: int, part: Any) -> np.ndarray:
+    """Puts [N, ...] of the given rows into [B, ...]; missing rows are 0."""
+    whole = np.zeros((num_rows, *part.shape[1:]), part.dtype)
+    whole[rows] = part
+    return whole
 
 
 def _as_rollout(
@@ -255,7 +234,7 @@ def _checksum(params: Params) -> Array:
 
 
 @jax.jit
-def _seeds(key: Array, places: Array, used: Array) -> Array:
+def _seeds(key: Array, places: Any, used: Any) -> Array:
     """[B] seeds of 31 bits, by the rows' places and the slots that earlier turns took."""
 
     def seed(place: Array, used: Array) -> Array:
@@ -265,43 +244,29 @@ def _seeds(key: Array, places: Array, used: Array) -> Array:
     return jax.vmap(seed)(places, used)
 
 
-def _used(prompts: Prompts) -> np.ndarray:
-    """[B] slots of a row's responses that earlier turns took."""
-    if prompts.used is None:
-        return np.zeros(len(prompts.tokens), np.int32)
-    return np.asarray(prompts.used)
-
-
-def _ids(prompts: Prompts, row: int) -> list[int]:
-    """A row's prompt without pads."""
-    return prompts.tokens[row][prompts.attention_mask[row] != 0].tolist()
-
-
-def _groups(prompts: Prompts) -> list[list[int]]:
-    """The rows with a prompt; equal ones that follow one another are a group."""
-    present = np.flatnonzero(np.any(prompts.attention_mask, axis=1)).tolist()
-    used = _used(prompts)
-    groups = itertools.groupby(present, lambda row: (_ids(prompts, row), used[row]))
-    return [list(rows) for _, rows in groups]
-
-
 def _requests(
-    prompts: Prompts,
-    groups: Sequence[Sequence[int]],
-    version: str,
-    how: SamplingConfig,
-    key: Array,
-) -> list[Request]:
-    """A request for each group of rows."""
-    used = _used(prompts).tolist()
-    seeds = np.asarray(_seeds(key, prompts.places, _used(prompts))).tolist()
+    prompts: Prompts, version: str, how: SamplingConfig, key: Array
+) -> tuple[list[list[int]], list[Request]]:
+    """Groups of rows, and a request for each: equal prompts that follow one another are a group.
+    Rows without a prompt are in none.
+    """
+    used = np.zeros(len(prompts.tokens), np.int32) if prompts.used is None else prompts.used
+    slots = np.asarray(used).tolist()
+    seeds = np.asarray(_seeds(key, prompts.places, used)).tolist()
+    is_real = np.asarray(prompts.attention_mask) != 0
+    present = np.flatnonzero(is_real.any(axis=1)).tolist()
+
+    def asked(row: int) -> tuple[list[int], int]:
+        return prompts.tokens[row][is_real[row]].tolist(), slots[row]
+
+    groups = []
     requests = []
-    for rows in groups:
-        first = rows[0]
-        ids = _ids(prompts, first)
-        room = how.max_new_tokens - used[first]
-        requests.append(Request(version, ids, len(rows), room, seeds[first], how))
-    return requests
+    for (ids, taken), group in itertools.groupby(present, asked):
+        rows = list(group)
+        room = how.max_new_tokens - taken
+        requests.append(Request(version, ids, len(rows), room, seeds[rows[0]], how))
+        groups.append(rows)
+    return groups, requests
 
 
 def silent(program: Callable[..., Rollout]) -> Callable[..., Rollout]:
