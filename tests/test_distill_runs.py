@@ -1,6 +1,7 @@
 """Distillation as a run: its teacher, with and without a reward, under LoRA, repeated."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax
@@ -13,9 +14,10 @@ from servers import VLLM
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import distill
 from rlhf_jax.config import DistillStage, EngineServer, LoRA, Optimizer, Tokenizer
-from rlhf_jax.errors import ServiceError, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import service
-from rlhf_jax.training import verify
+from rlhf_jax.training import teacher, verify
+from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -31,18 +33,22 @@ def save_teacher(folder, data, **changes):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def folders(data, tmp_path_factory):
+    """The folders of a policy of random weights and of its teacher."""
+    root = tmp_path_factory.mktemp("models")
+    return save_base(root / "base", data), save_teacher(root / "teacher", data)
+
+
 @pytest.fixture
-def short(config, data, tmp_path):
-    """Eight iterations of a policy of random weights with a teacher, without a reward."""
-    changes = {
-        "model": save_base(tmp_path / "base", data),
-        "distill": DistillStage(teacher=save_teacher(tmp_path / "teacher", data)),
-        "tokenizer": Tokenizer(),
-        "reward": (),
-    }
-    rl = {"num_iterations": 8, "kl_target": None, "validation_interval": 8}
-    rl["optimizer"] = Optimizer(learning_rate=3e-2)
-    return with_rl(replace(config, **changes), **rl)
+def short(config, folders):
+    """Eight iterations of a policy with a teacher, without a reward."""
+    base, teacher = folders
+    distill_stage = DistillStage(teacher=teacher)
+    config = replace(config, model=base, distill=distill_stage, tokenizer=Tokenizer(), reward=())
+    optimizer = Optimizer(learning_rate=3e-2)
+    rl = {"num_iterations": 8, "validation_interval": 8, "optimizer": optimizer}
+    return with_rl(config, kl_target=None, **rl)
 
 
 def run(config):
@@ -109,7 +115,7 @@ def test_a_reward_is_learned_from_beside_the_teacher(learns, short, tmp_path):
     """A teacher of weight 0 is measured alone."""
     (tmp_path / "reward.py").write_text(LETTERS)
     reward = (f"{tmp_path}/reward.py:letters",) if learns else ()
-    config = with_rl(replace(short, reward=reward), num_iterations=3)
+    config = with_rl(replace(short, reward=reward), num_iterations=2)
     result = run(with_distill(config, teacher_coef=0.0))
     scores = of_steps(result, "objective/score")
     assert (min(scores) > 0) == learns  # numbers of letters, or log-ratios
@@ -170,10 +176,25 @@ def scored_texts(server):
     return [tuple(body["prompt"]) for body in server.asked if body]
 
 
-def test_a_server_teaches_what_the_folder_of_its_model_does(asking, server, short, tmp_path):
+def test_a_server_teaches_what_the_folder_of_its_model_does_and_is_asked_nothing_twice(
+    asking, server, short, monkeypatch
+):
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher")
+    server.adapters["other"] = None
+    asking = with_distill(asking, teacher_model=server.name)
     asked = run(asking)
-    folder = replace(asking, output_dir=str(tmp_path / "folder"))
-    read = run(with_distill(folder, teacher=short.distill.teacher))
+    assert {body["model"] for body in server.asked if body} == {server.name}
+    texts = scored_texts(server)
+    assert len(set(texts)) == len(texts)
+    assert set(server.keys) == {"Bearer sk-teacher"}
+    for file in asked.folder.rglob("*"):
+        assert not file.is_file() or b"sk-teacher" not in file.read_bytes()
+    asked_before = len(server.asked)
+    assert verify.verify(asked.folder, from_scratch=True, trust_config=True).differences == []
+    assert len(server.asked) == asked_before
+
+    folder = replace(asking, output_dir=f"{asking.output_dir}-folder")
+    read = run(with_distill(folder, teacher=short.distill.teacher, teacher_model=None))
     for name in ("objective/score", "validation/score", "policy/loss"):
         assert_allclose(of_steps(asked, name), of_steps(read, name), rtol=1e-3, atol=1e-4)
     _, ours = models.load(asked.model_folder)
@@ -182,22 +203,9 @@ def test_a_server_teaches_what_the_folder_of_its_model_does(asking, server, shor
     # Of the tokens drawn, and of whole distributions.
     estimates = of_steps(asked, "distill/divergence")
     assert_allclose(estimates, of_steps(read, "distill/divergence"), rtol=0.5)
-    assert all(row.get("objective/reward", 0.0) == 0.0 for row in metric_rows(asked.folder))
-    assert not any("reward/equal_share" in row for row in metric_rows(asked.folder))
-
-
-def test_a_server_is_asked_nothing_twice(asking, server, monkeypatch):
-    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher")
-    result = run(asking)
-    texts = scored_texts(server)
-    assert len(set(texts)) == len(texts)
-    assert set(server.keys) == {"Bearer sk-teacher"}
-    for file in result.folder.rglob("*"):
-        assert not file.is_file() or b"sk-teacher" not in file.read_bytes()
-    asked_before = len(server.asked)
-    audit = verify.verify(result.folder, from_scratch=True, trust_config=True)
-    assert audit.differences == []
-    assert len(server.asked) == asked_before
+    for row in metric_rows(asked.folder):
+        assert row.get("objective/reward", 0.0) == 0.0
+        assert "reward/equal_share" not in row
 
 
 @pytest.mark.slow
@@ -221,54 +229,57 @@ def test_a_reward_is_learned_from_beside_a_server(asking, tmp_path):
     assert len(of_steps(result, "distill/divergence")) == 2
 
 
-def told(changes):
-    """The server's reply with a part of its log-probabilities changed."""
+def spoiled(change):
+    """A server that changes the log-probabilities in its replies."""
 
     def spoil(path, body, reply):
         if reply is not None and body is not None:
-            of_tokens = reply["choices"][0]["logprobs"]
-            reply["choices"][0]["logprobs"] = of_tokens and changes(of_tokens)
+            (choice,) = reply["choices"]
+            choice["logprobs"] = change(choice["logprobs"], choice["logprobs"]["tokens"])
         return reply
 
     return spoil
 
 
-MISBEHAVIOUR = {
-    "are no lists": lambda told: told | {"tokens": None},
-    "no log-probabilities of the prompt": lambda told: None,
-    "log-probabilities for": lambda told: told | {"tokens": told["tokens"][:-2]},
-    "0.5 is no log-probability": lambda told: (
-        told | {"token_logprobs": [None] + [0.5] * (len(told["tokens"]) - 1)}
+WHOLE = "expected log-probabilities of 4 tokens and one more"
+OTHERWISE = [
+    (lambda told, tokens: None, "no log-probabilities of the prompt"),
+    (lambda told, tokens: told | {"tokens": None}, "no log-probabilities of the prompt"),
+    (lambda told, tokens: told | {"token_logprobs": [None] * 5}, "no log-probabilities of the pro"),
+    (lambda told, tokens: told | {"tokens": tokens[:-1]}, WHOLE),
+    (lambda told, tokens: {"tokens": tokens[:3], "token_logprobs": [None, -1, -1]}, WHOLE),
+    (lambda told, tokens: told | {"token_logprobs": [None, 0.5, -1, -1, -1]}, WHOLE),
+    (lambda told, tokens: told | {"token_logprobs": [None, math.nan, -1, -1, -1]}, WHOLE),
+    (
+        lambda told, tokens: told | {"tokens": [f"{text}~" for text in tokens]},
+        r"vocabulary is another one: \d of 4 tokens",
     ),
-    "None is no log-probability": lambda told: (
-        told | {"token_logprobs": [None] * len(told["tokens"])}
-    ),
-}
+]
 
 
-@pytest.mark.parametrize("fault", MISBEHAVIOUR)
-def test_a_server_that_answers_otherwise_teaches_nothing(fault, asking, server):
-    server.spoil = told(MISBEHAVIOUR[fault])
-    with pytest.raises(ServiceError, match=fault):
-        run(asking)
+def test_a_server_that_answers_otherwise_teaches_nothing(server, tmp_path):
+    tokenizer = server.policy.tokenizer
+    asked = teacher.Server(server.url, EngineServer(retries=0), tokenizer, tmp_path)
+    ids = np.array([tokenizer.encode("What is ice?")[:4]] * 2)
+    real = np.array([[1, 1, 1, 1], [0, 0, 0, 0]])
+    rollout = Rollout(ids, real, real, np.zeros(ids.shape))
+    for change, message in OTHERWISE:
+        server.spoil = spoiled(change)
+        with pytest.raises(UserError, match=message):
+            asked.log_probs(rollout)
+    assert list(tmp_path.iterdir()) == []
+    server.spoil = lambda path, body, reply: reply
+    log_probs = asked.log_probs(rollout)
+    assert np.all(log_probs[0, 1:] < 0)
+    assert not log_probs[1].any()
+    assert log_probs[0, 0] == 0
 
 
-def test_a_server_of_another_vocabulary_is_refused(asking, server):
-    server.spoil = told(lambda told: told | {"tokens": [f"{text}~" for text in told["tokens"]]})
-    with pytest.raises(UserError, match=r"vocabulary is another one: \d+ of \d+ tokens"):
-        run(asking)
-
-
-def test_a_server_has_one_model_or_is_told_which(asking, server):
+def test_what_a_server_cannot_teach(asking, server):
     server.adapters["other"] = None
     with pytest.raises(UserError, match=r"it serves .*, other; choose one"):
         run(asking)
-    chosen = with_distill(replace(asking, overwrite=True), teacher_model=server.name)
-    run(with_rl(chosen, num_iterations=1))
-    assert {body["model"] for body in server.asked if body} == {server.name}
-
-
-def test_what_a_server_cannot_teach(asking):
+    asking = replace(asking, overwrite=True)
     with pytest.raises(UserError, match="are those of temperature 1"):
         run(with_rl(asking, temperature=0.7))
     with pytest.raises(ValueError, match="reverse_kl needs those of the whole vocabulary"):

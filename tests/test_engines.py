@@ -106,27 +106,34 @@ def asked(server):
     return [body for body in server.asked if body and {"n", "sampling_params"} & body.keys()]
 
 
-def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server):
-    folder = run(config)
+def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server, monkeypatch):
+    """One request at a time; the key is sent and written nowhere."""
+    monkeypatch.setenv("ENGINE_API_KEY", "sk-secret-4712")
+    config = with_rl(config, num_iterations=3)
+    folder = run(dataclasses.replace(config, engine=EngineServer(concurrency=1)))
+    assert server.most_at_once == 1
+    assert set(server.keys) == {"Bearer sk-secret-4712"}
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"sk-secret-4712" not in file.read_bytes()
     rows = metric_rows(folder)[1:]
-    assert len(rows) == 4
+    assert len(rows) == 3
     for row in rows:
         assert row["policy/sampler_gap"] < 1e-4
         assert row["policy/sampler_gap_mean"] <= row["policy/sampler_gap"]
         assert row["policy/importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
         assert row["policy/importance_limited"] == 0.0
-    # Five policies: the first, and that of each step; each is loaded once and unloaded.
-    assert kinds(server) == ["load"] + ["load", "unload"] * 4 + ["unload"]
+    # Four policies: the first, and that of each step; each is loaded once and unloaded.
+    assert kinds(server) == ["load"] + ["load", "unload"] * 3 + ["unload"]
     assert not server.adapters
     training_asked = [body for body in asked(server) if body["n"] == GROUPS.group_size]
-    assert len(training_asked) == 4 * 2  # one request for each group
+    assert len(training_asked) == 3 * 2  # one request for each group
     body = training_asked[0]
     assert body["max_tokens"] == 6
     assert body["top_k"] == -1
     assert body["stop_token_ids"] == [TOKENIZER.eos_id]
-    assert len({body["seed"] for body in training_asked}) == 8
+    assert len({body["seed"] for body in training_asked}) == 6
     kept = sorted(file.name for file in (folder / "engine").iterdir())
-    assert [name.partition("-")[0] for name in kept] == ["0", "1", "2", "3", "4"]
+    assert [name.partition("-")[0] for name in kept] == ["0", "1", "2", "3"]
     left = {path.name for path in folder.iterdir() if path.name.endswith(".unfinished")}
     assert left == set()
 
@@ -134,13 +141,13 @@ def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server):
 @pytest.mark.parametrize("value", ["shared", slow("separate")])
 def test_full_weights_are_read_again_and_have_a_version(config, server, value):
     """Of PPO, whose value function stays here."""
-    full = dataclasses.replace(config, lora=LoRA())
+    full = dataclasses.replace(with_rl(config, num_iterations=2), lora=LoRA())
     settings = training.critic.settings(ppo.Config(num_epochs=1))
     settings = dataclasses.replace(settings, value=value, num_epochs=1)
     folder = training.rl.run(full, ppo, settings).folder
     for row in metric_rows(folder)[1:]:
         assert row["policy/sampler_gap"] < 1e-4
-    assert kinds(server) == ["reload", "reset"] * 5
+    assert kinds(server) == ["reload", "reset"] * 3
     assert server.version.startswith("rlhf-jax-")
     _, trained = models.load(folder / "model")
     jax.tree.map(assert_array_equal, trained, server.policy.params)
@@ -209,6 +216,7 @@ def test_the_kinds_of_correction(config, server, how):
 
 
 def test_a_server_of_other_weights_is_refused(config, server, policy):
+    config = with_rl(config, num_iterations=1)
     params = jax.tree.map(lambda x: x * 3.0, server.policy.params)
     server.policy = server.policy._replace(params=params)
     with pytest.raises(ServiceError, match=r"differ from the policy's by .* nats in the mean"):
@@ -469,27 +477,27 @@ def test_a_reply_that_is_not_what_was_asked_for_is_an_error(config, server, name
 
 def test_a_reply_that_is_not_what_was_asked_for_ends_the_run(config, server):
     change, message = WRONG["fewer samples"]
-    config = with_rl(config, validation_fraction=0.0)
+    config = with_rl(config, validation_fraction=0.0, num_iterations=2)
     server.spoil = spoiled(change)
     with pytest.raises(ServiceError, match=message) as caught:
         run(config)
-    assert "Step 0 of 4 is saved" in str(caught.value)
+    assert "Step 0 of 2 is saved" in str(caught.value)
     server.spoil = lambda path, body, reply: reply
     folder = run(dataclasses.replace(config, resume=True))
-    assert len(metric_rows(folder)) == 5
+    assert len(metric_rows(folder)) == 3
 
 
-def test_log_probs_of_tokens_named_by_their_ids_will_do(config, server):
+def test_log_probs_of_tokens_named_by_their_ids_will_do(config, server, tmp_path):
+    expected = ask(config, server, tmp_path / "whole")
     server.spoil = spoiled(lambda reply, choice: choice.pop("token_ids"))
-    row = metric_rows(run(with_rl(config, num_iterations=1)))[-1]
-    assert row["policy/sampler_gap"] < 1e-4
+    jax.tree.map(assert_array_equal, ask(config, server, tmp_path / "named"), expected)
 
 
-def test_a_reload_that_did_not_happen_is_found(config, server):
+def test_a_reload_that_did_not_happen_is_found(config, server, tmp_path):
     """By the version of the samples."""
     server.spoil = lambda path, body, reply: b"" if path == "/update_weight_version" else reply
     with pytest.raises(ServiceError, match="of the weights 'default' in place of 'rlhf-jax-"):
-        run(dataclasses.replace(config, lora=LoRA()))
+        ask(dataclasses.replace(config, lora=LoRA()), server, tmp_path)
 
 
 def test_weights_that_stay_old_are_found_by_their_distance(config, server):
@@ -500,48 +508,36 @@ def test_weights_that_stay_old_are_found_by_their_distance(config, server):
         run(dataclasses.replace(stale, lora=LoRA()))
 
 
-def test_an_adapter_whose_reply_was_lost_is_loaded(config, server):
+def test_an_adapter_whose_reply_was_lost_is_loaded(config, server, tmp_path):
     def lost(path, body, reply):
-        is_first = kinds(server).count("load") == 1
-        if path == "/v1/load_lora_adapter" and reply is not None and is_first:
-            server.commands.append(("load", "lost"))
-            return 400, b"has already been loaded"
-        return reply
+        return (400, b"already loaded") if reply and path.startswith("/v1/load") else reply
 
     server.spoil = lost
-    assert len(metric_rows(run(config))) == 5
+    ask(config, server, tmp_path)
+    assert kinds(server) == ["load", "unload"]
 
 
-def test_what_the_server_must_be_started_with_is_said(config, server):
-    server.spoil = lambda path, body, reply: (404, b"Not Found") if "lora" in path else reply
-    with pytest.raises(ServiceError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-        run(config)
-    server.spoil = lambda path, body, reply: (404, b"Not Found") if "rpc" in path else reply
-    with pytest.raises(ServiceError, match="VLLM_SERVER_DEV_MODE"):
-        run(dataclasses.replace(config, lora=LoRA(), overwrite=True))
-    server.spoil = lambda path, body, reply: (403, b"closed") if "generate" in path else reply
-    with pytest.raises(ServiceError, match=r"HTTP 403.*--enable-scale-out"):
-        run(dataclasses.replace(config, lora=LoRA(), overwrite=True))
+STARTED = [
+    (LORA, "lora", (404, b"Not Found"), "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    (LoRA(), "rpc", (404, b"Not Found"), "VLLM_SERVER_DEV_MODE"),
+    (LoRA(), "generate", (403, b"closed"), r"HTTP 403.*--enable-scale-out"),
+]
 
 
-def test_the_key_is_sent_and_written_nowhere(config, server, monkeypatch):
-    monkeypatch.setenv("ENGINE_API_KEY", "sk-secret-4712")
-    folder = run(with_rl(config, num_iterations=1))
-    assert set(server.keys) == {"Bearer sk-secret-4712"}
-    for file in folder.rglob("*"):
-        assert not file.is_file() or b"sk-secret-4712" not in file.read_bytes()
-
-
-def test_no_more_requests_at_once_than_allowed(config, server):
-    config = with_rl(config, num_iterations=1)
-    run(dataclasses.replace(config, engine=EngineServer(concurrency=1)))
-    assert server.most_at_once == 1
+@pytest.mark.parametrize(("lora", "refused", "answer", "message"), STARTED)
+def test_what_the_server_must_be_started_with_is_said(
+    config, server, tmp_path, lora, refused, answer, message
+):
+    server.spoil = lambda path, body, reply: answer if refused in path else reply
+    with pytest.raises(ServiceError, match=message):
+        ask(dataclasses.replace(config, lora=lora), server, tmp_path)
 
 
 # --- Conversations, settings
 
 
 def test_conversations_go_through_the_engine(config, server, tmp_path):
+    config = with_rl(config, num_iterations=2)
     row = metric_rows(run(with_turns(config, tmp_path)))[-1]
     assert row["environment/turns"] > 1
     assert row["policy/sampler_gap"] < 1e-4
