@@ -103,9 +103,6 @@ class VLLM(Server):
         self.adapters = {}
         self.commands = []
         self.spoil = lambda path, body, reply: reply
-        config = sampling.SamplingConfig(
-            SLOTS, eos_id=self.policy.tokenizer.eos_ids, pad_id=self.policy.tokenizer.pad_id
-        )
         tokenizer = self.policy.tokenizer
         config = sampling.SamplingConfig(SLOTS, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
         self._logits, self._program = programs(self.policy.model.config, config)

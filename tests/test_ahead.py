@@ -1,6 +1,6 @@
 """``rl.rollouts_ahead`` with the run's own sampler: who samples, resume, what is refused."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,10 +9,10 @@ import pytest
 from builders import goes_on_alike, metric_rows, save_base, with_rl
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import ppo, training, vpg
+from rlhf_jax import ppo, vpg
 from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import layout
+from rlhf_jax.training import layout, rl
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -22,7 +22,7 @@ def short(config):
     return with_rl(config, num_iterations=3, validation_interval=2, kl_target=None)
 
 
-def rollouts(config, name, rate, **rl):
+def rollouts(config, name, rate, **changes):
     """The tokens of a run's rollouts, at a learning rate."""
     drawn = []
 
@@ -30,8 +30,8 @@ def rollouts(config, name, rate, **rl):
         assert "policy/importance_weight_mean" not in metrics
         drawn.append(np.asarray(rollout.tokens))
 
-    config = dataclasses.replace(with_rl(config, **rl), output_dir=f"{config.output_dir}-{name}")
-    training.rl.run(config, vpg, vpg.Config(), optimizer=optax.sgd(rate), on_step=observe)
+    config = replace(with_rl(config, **changes), output_dir=f"{config.output_dir}-{name}")
+    rl.run(config, vpg, vpg.Config(), optimizer=optax.sgd(rate), on_step=observe)
     return drawn
 
 
@@ -48,10 +48,10 @@ def test_a_rollout_comes_from_the_policy_before_the_last_update(short):
 @pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=2)])
 def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
     base = str(save_base(tmp_path / "base", data))
-    config = dataclasses.replace(with_rl(short, rollouts_ahead=1), model=base, lora=lora)
+    config = replace(with_rl(short, rollouts_ahead=1), model=base, lora=lora)
 
     def run(config):
-        return training.rl.run(config, ppo)
+        return rl.run(config, ppo)
 
     result = run(config)
     rows = metric_rows(result.folder)[1:]
@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
 def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
     """Two devices learn, two sample: the same tokens and, up to rounding, metrics."""
     base = str(save_base(tmp_path / "base", data))
-    config = dataclasses.replace(with_rl(short, rollouts_ahead=1), model=base, lora=LoRA(rank=2))
+    config = replace(with_rl(short, rollouts_ahead=1), model=base, lora=LoRA(rank=2))
     drawn = {}
 
     def run(config):
@@ -75,10 +75,10 @@ def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
             assert len(rollout.tokens.sharding.device_set) == 4 - config.mesh.sampling
             rows.append(np.asarray(rollout.tokens))
 
-        return training.rl.run(config, ppo, on_step=observe)
+        return rl.run(config, ppo, on_step=observe)
 
-    whole = run(dataclasses.replace(config, output_dir=f"{config.output_dir}-whole"))
-    apart = dataclasses.replace(config, mesh=Mesh(sampling=2))
+    whole = run(replace(config, output_dir=f"{config.output_dir}-whole"))
+    apart = replace(config, mesh=Mesh(sampling=2))
     meshes = (layout.mesh_of(apart), layout.sampling_mesh(apart))
     devices = [device for mesh in meshes for device in mesh.devices.flat]
     assert devices == jax.devices()
@@ -100,15 +100,15 @@ def test_what_does_not_go_together(short, monkeypatch):
     refused = [
         (lambda: RLStage(rollouts_ahead=1, dynamic_sampling=1), "rollouts_ahead, dynamic_sampling"),
         (lambda: RLStage(rollouts_ahead=2), "rollouts_ahead"),
-        (lambda: dataclasses.replace(short, mesh=apart), alone),
-        (lambda: dataclasses.replace(ahead, mesh=apart, compute=blocks), alone),
-        (lambda: dataclasses.replace(served, mesh=apart), r"mesh\.sampling, rl\.engine: either"),
+        (lambda: replace(short, mesh=apart), alone),
+        (lambda: replace(ahead, mesh=apart, compute=blocks), alone),
+        (lambda: replace(served, mesh=apart), r"mesh\.sampling, rl\.engine: either"),
     ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(UserError, match=r"does not fit 0 devices"):
-        training.rl.run(dataclasses.replace(ahead, mesh=Mesh(sampling=4)), ppo)
+        rl.run(replace(ahead, mesh=Mesh(sampling=4)), ppo)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"rl\.rollouts_ahead: several processes"):
-        training.rl.run(ahead, ppo)
+        rl.run(ahead, ppo)

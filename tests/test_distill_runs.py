@@ -11,12 +11,12 @@ from builders import goes_on_alike, initial_params, metric_rows, perturbed, save
 from numpy.testing import assert_allclose
 from servers import VLLM
 
-from rlhf_jax import models, training
+from rlhf_jax import models
 from rlhf_jax.algorithms import distill
 from rlhf_jax.config import DistillStage, EngineServer, LoRA, Optimizer, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import service
-from rlhf_jax.training import teacher, verify
+from rlhf_jax.training import rl, teacher, verify
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -47,12 +47,12 @@ def short(config, folders):
     distill_stage = DistillStage(teacher=teacher)
     config = replace(config, model=base, distill=distill_stage, tokenizer=Tokenizer(), reward=())
     optimizer = Optimizer(learning_rate=3e-2)
-    rl = {"num_iterations": 8, "validation_interval": 8, "optimizer": optimizer}
-    return with_rl(config, kl_target=None, **rl)
+    changes = {"num_iterations": 8, "validation_interval": 8, "kl_target": None}
+    return with_rl(config, optimizer=optimizer, **changes)
 
 
 def run(config):
-    return training.rl.run(config, distill)
+    return rl.run(config, distill)
 
 
 def with_distill(config, **changes):

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
 
-from rlhf_jax import models, ppo, rloo, training
+from rlhf_jax import models, ppo, rloo
 from rlhf_jax.config import (
     Compute,
     LoRA,
@@ -29,7 +29,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import export, records
-from rlhf_jax.training import own
+from rlhf_jax.training import own, rl
 from rlhf_jax.training.optimizer import make_optimizer, muon_dimensions
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -71,10 +71,10 @@ def weights(result):
 def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
     """Of a policy and a value head, which has no optimizer of its own."""
     once = PPOStage(num_epochs=1)
-    usual = training.rl.run(config, ppo, once)
+    usual = rl.run(config, ppo, once)
     own = make_optimizer(ADAM, num_steps=3)
     unused = replace(config.rl, optimizer=Optimizer(learning_rate=7.0))
-    given = training.rl.run(elsewhere(config, "given", rl=unused), ppo, once, optimizer=own)
+    given = rl.run(elsewhere(config, "given", rl=unused), ppo, once, optimizer=own)
     jax.tree.map(assert_array_equal, weights(usual), weights(given))
     said = "the optimizer is the one that Python gives; rl.optimizer is not used\n"
     assert capsys.readouterr().out.count(said) == 1
@@ -88,8 +88,8 @@ def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
 @pytest.mark.slow
 def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(config, capsys):
     own = PPOStage(value_learning_rate=0.1)
-    start = training.rl.run(elsewhere(config, "start"), ppo, optimizer=optax.sgd(0.0))
-    still = training.rl.run(config, ppo, own, optimizer=optax.sgd(0.0))
+    start = rl.run(elsewhere(config, "start"), ppo, optimizer=optax.sgd(0.0))
+    still = rl.run(config, ppo, own, optimizer=optax.sgd(0.0))
     jax.tree.map(assert_array_equal, weights(start), weights(still))
     assert "rl.optimizer trains the value function alone" in capsys.readouterr().out
     losses = [metric_rows(run.folder)[-1]["value/loss"] for run in (start, still)]
@@ -100,21 +100,21 @@ def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
     plateau = Optimizer(schedule="plateau", decay_patience=1)
     wrong = replace(config, rl=replace(config.rl, optimizer=plateau))
     with pytest.raises(UserError, match="plateau cannot lower the rate of an optimizer that Pyth"):
-        training.rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
+        rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
 
 
 def test_settings_that_python_takes_the_place_of_are_named(config, capsys):
     flags = replace(config, ppo=PPOStage(num_epochs=3, value="separate", gamma=0.9))
     start = replace(flags, rl=replace(config.rl, batch_size=3))
     with pytest.raises(UserError, match="batch_size"):  # which ends the run before it starts
-        training.rl.run(start, ppo, ppo.Config(num_epochs=3, num_minibatches=2))
+        rl.run(start, ppo, ppo.Config(num_epochs=3, num_minibatches=2))
     unused = "not used: ppo.gamma 0.9, ppo.value separate\n"
     assert f"those that Python gives; {unused}" in capsys.readouterr().out
 
 
 def test_a_reward_that_is_a_mere_function_is_refused(config):
     with pytest.raises(UserError, match=r"run_reward must be .*spec.Reward.*, not function"):
-        training.rl.run(config, rloo, run_reward=lambda rollout: rollout)
+        rl.run(config, rloo, run_reward=lambda rollout: rollout)
 
 
 SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 16, "num_layers": 3, "num_heads": 2}
@@ -160,21 +160,21 @@ def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
 def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
     rate = optax.linear_schedule(0.02, 0.0, 3)
     optimizer = muon(rate, muon_weight_dimension_numbers=muon_dimensions)
-    straight = training.rl.run(config, rloo, optimizer=optimizer)
+    straight = rl.run(config, rloo, optimizer=optimizer)
     again = elsewhere(config, "again")
-    stopped = training.rl.run(
+    stopped = rl.run(
         again,
         rloo,
         optimizer=optimizer,
         on_step=lambda step, *_: step == 2,
     )
     assert metric_rows(stopped.folder) == metric_rows(straight.folder)[:3]
-    resumed = training.rl.run(replace(again, resume=True), rloo, optimizer=optimizer)
+    resumed = rl.run(replace(again, resume=True), rloo, optimizer=optimizer)
     assert metric_rows(resumed.folder) == metric_rows(straight.folder)
     jax.tree.map(assert_array_equal, weights(resumed), weights(straight))
     other = muon(0.01, muon_weight_dimension_numbers=muon_dimensions)
     with pytest.raises(UserError, match="optimizer"):
-        training.rl.run(replace(again, resume=True), rloo, optimizer=other)
+        rl.run(replace(again, resume=True), rloo, optimizer=other)
 
 
 def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
@@ -184,7 +184,7 @@ def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
         seen.append((step, int(state.train.step), dict(metrics), rollout))
         return step == 2 or None
 
-    result = training.rl.run(config, rloo, on_step=on_step)
+    result = rl.run(config, rloo, on_step=on_step)
     rows = metric_rows(result.folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [step for step, *_ in seen] == [1, 2]
@@ -269,7 +269,7 @@ def with_own_policy(config):
 @pytest.mark.parametrize("make", [slow(counts), counts_by_state])
 def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_policy):
     policy = make()
-    result = training.rl.run(with_own_policy, ppo, policy=policy)
+    result = rl.run(with_own_policy, ppo, policy=policy)
     for row in metric_rows(result.folder)[1:]:
         assert row["policy/sampler_gap"] < 1e-5  # it samples and learns with the same numbers
         assert row["grad_norm"] > 0
@@ -290,13 +290,13 @@ def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_p
     # Who has the functions goes on from the parameters, which do not change at a rate of 0.
     onward = elsewhere(with_own_policy, "onward")
     loaded = policy._replace(init=lambda key: params)
-    after = training.rl.run(onward, ppo, policy=loaded, optimizer=optax.sgd(0.0))
+    after = rl.run(onward, ppo, policy=loaded, optimizer=optax.sgd(0.0))
     jax.tree.map(assert_array_equal, own.load(after.model_folder), params)
 
 
 def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_policy):
-    without = training.rl.run(with_own_policy, rloo, policy=counts())
-    by_state = training.rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())
+    without = rl.run(with_own_policy, rloo, policy=counts())
+    by_state = rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())
     first, second = (own.load(run.model_folder) for run in (without, by_state))
     jax.tree.map(
         lambda x, y: assert_allclose(x, y, atol=1e-4),
@@ -308,14 +308,14 @@ def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_polic
 @pytest.mark.slow
 def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
     policy = counts()
-    straight = training.rl.run(with_own_policy, rloo, policy=policy)
+    straight = rl.run(with_own_policy, rloo, policy=policy)
     again = elsewhere(with_own_policy, "again")
-    training.rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
+    rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
     again = replace(again, resume=True)
-    resumed = training.rl.run(again, rloo, policy=policy)
+    resumed = rl.run(again, rloo, policy=policy)
     assert metric_rows(resumed.folder) == metric_rows(straight.folder)
     with pytest.raises(UserError, match="policy"):
-        training.rl.run(again, rloo, policy=counts_by_state())
+        rl.run(again, rloo, policy=counts_by_state())
 
 
 @pytest.mark.parametrize(
@@ -331,4 +331,4 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
 )
 def test_a_policy_that_does_not_fit(policy, changes, message, with_own_policy):
     with pytest.raises(UserError, match=message):
-        training.rl.run(replace(with_own_policy, **changes), rloo, policy=policy)
+        rl.run(replace(with_own_policy, **changes), rloo, policy=policy)

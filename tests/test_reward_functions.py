@@ -1,8 +1,8 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
-import dataclasses
 import importlib.util
 import time
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import initial_params
+from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import models, rewards, training, vpg
+from rlhf_jax import models, rewards, vpg
 from rlhf_jax.config import Compute
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.rewards import spec, verifiable
-from rlhf_jax.training import initial
+from rlhf_jax.training import initial, rl
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -156,7 +157,7 @@ def test_the_parts_of_several_entries_have_their_names(pair):
         *ensembles,
         *(f"{name}/uncertainty" for name in ensembles),
     }
-    np.testing.assert_allclose(
+    assert_allclose(
         total,
         sum(parts[name] for name in ("length", "rm5", *ensembles)) + parts["uncertainty:0.5:pair"],
     )
@@ -341,21 +342,19 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
         load(str(tmp_path), length=9)
     score = jax.jit(models.score_fn(model))
     expected = score(params, rollout().tokens, rollout().attention_mask, None)
-    np.testing.assert_allclose(
-        build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5
-    )
+    assert_allclose(build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5)
 
 
 def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):
-    config = dataclasses.replace(config, reward=(f"{functions}:nan",))
+    config = replace(config, reward=(f"{functions}:nan",))
     with pytest.raises(TrainingFault, match="row 0, prompt"):
-        training.rl.run(config, vpg)
+        rl.run(config, vpg)
 
 
 def test_a_reward_that_leaves_ends_the_run_with_an_error_that_names_it(config, functions):
-    config = dataclasses.replace(config, reward=(f"{functions}:leaves",))
+    config = replace(config, reward=(f"{functions}:leaves",))
     with pytest.raises(UserError, match=r"the reward function leaves called sys\.exit"):
-        training.rl.run(config, vpg)
+        rl.run(config, vpg)
 
 
 def test_an_evaluation_reads_scores_by_the_same_rules(functions):
@@ -363,7 +362,7 @@ def test_an_evaluation_reads_scores_by_the_same_rules(functions):
         columns = {"topic": ["x", "skip"]}
         return bench.score(build(f"{functions}:{name}"), rollout(), columns, 2)
 
-    np.testing.assert_array_equal(scored("length"), [2, np.nan])
+    assert_array_equal(scored("length"), [2, np.nan])
     with pytest.raises(TrainingFault, match="row 0, prompt 'ab'"):
         scored("nan")
     with pytest.raises(UserError, match=r"the reward function leaves called sys\.exit\(0\)"):

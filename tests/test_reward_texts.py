@@ -1,7 +1,7 @@
 """Reward models of another tokenizer than the policy's: they read texts, by their own template."""
 
-import dataclasses
 import json
+from dataclasses import replace
 from functools import partial
 
 import chat_families
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
+from numpy.testing import assert_allclose
 
-from rlhf_jax import models, training, vpg
+from rlhf_jax import models, vpg
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Row
@@ -20,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator, LanguageModel
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import initial
+from rlhf_jax.training import initial, rl
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -130,9 +131,9 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     scores, parts = reward.host(rollout(["x", "yy", "z"], SAID), {"messages": ASKED})
     alone = [judge_alone(folder, *text) for text in zip(ASKED, SAID, strict=True)]
     assert np.std(alone) > 0.1
-    np.testing.assert_allclose(parts["rm"], alone, atol=1e-5)
+    assert_allclose(parts["rm"], alone, atol=1e-5)
     lengths = [len(text) + 1 for text in SAID]
-    np.testing.assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
+    assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -158,9 +159,9 @@ def test_an_ensemble_across_families(tmp_path):
         "uncertainty:0.5": each.mean(axis=0) - 0.5 * each.var(axis=0),
     }.items():
         scores, parts = build(f"{how}:{joined}").host(given, columns)
-        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert_allclose(scores, expected, atol=1e-5)
         spread = parts[f"{how}:a,b,own/uncertainty"]
-        np.testing.assert_allclose(spread, each.std(axis=0), atol=1e-5)
+        assert_allclose(spread, each.std(axis=0), atol=1e-5)
 
 
 def test_what_it_cannot_read_is_refused_by_name(tmp_path):
@@ -173,7 +174,7 @@ def test_what_it_cannot_read_is_refused_by_name(tmp_path):
         host(long, {"messages": [None]})
     with pytest.raises(UserError, match=r"rm: .* reads prompts as texts or messages"):
         host(long, {})
-    turns = dataclasses.replace(long, response_mask=long.response_mask.copy())
+    turns = replace(long, response_mask=long.response_mask.copy())
     turns.response_mask[0, 4] = 0
     with pytest.raises(UserError, match=r"rm: .* reads a prompt and one response"):
         host(turns, {"messages": [[USER]]})
@@ -201,9 +202,9 @@ def test_a_prompts_messages_are_those_before_the_template():
 @pytest.mark.slow
 def test_a_run_an_evaluation_and_a_generator_score_the_same_texts(config, tmp_path):
     folder = save_judge(tmp_path / "rm")
-    settings = dataclasses.replace(config.rl, num_iterations=1, validation_prompts=2)
-    run = dataclasses.replace(config, reward=(folder,), rl=settings)
-    result = training.rl.run(run, vpg)
+    settings = replace(config.rl, num_iterations=1, validation_prompts=2)
+    run = replace(config, reward=(folder,), rl=settings)
+    result = rl.run(run, vpg)
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert samples
     for sample in samples:
@@ -255,4 +256,4 @@ def test_scores_equal_those_of_transformers_on_the_same_texts(tmp_path):
             expected.append(theirs(input_ids=ids).logits.item())
     assert np.std(expected) > 0.03
     scores, _ = build(str(tmp_path)).host(rollout(["a", "bb", "c"], SAID), {"messages": ASKED})
-    np.testing.assert_allclose(scores, expected, atol=3e-4)
+    assert_allclose(scores, expected, atol=3e-4)

@@ -10,6 +10,7 @@ import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import Rollout, rewards
 from rlhf_jax.errors import UserError
@@ -48,16 +49,14 @@ def constant(value):
 
 
 def test_token_count_by_hand():
-    np.testing.assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
-    np.testing.assert_array_equal(
-        scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3]
-    )
-    np.testing.assert_array_equal(
+    assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
+    assert_array_equal(scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
+    assert_array_equal(
         scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0]
     )
-    np.testing.assert_array_equal(scores_of(rewards.token_count(5), responses([5] * 120)), [100])
+    assert_array_equal(scores_of(rewards.token_count(5), responses([5] * 120)), [100])
     # A pad is no token, even when its id is the one that is counted.
-    np.testing.assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
+    assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
 
 
 def weighted_dense(shape):
@@ -71,7 +70,7 @@ def test_a_models_parameters_travel_through_jit_as_arguments():
 
     fn = rewards.from_model(table_score, {"table": jnp.arange(1_000_000.0)})
     assert isinstance(fn, Partial)
-    np.testing.assert_array_equal(scores_of(fn, a_rollout()), [23, 31, 30, 24])
+    assert_array_equal(scores_of(fn, a_rollout()), [23, 31, 30, 24])
     for reward in (fn, rewards.weighted({"a": (fn, 2.0)}), rewards.ensemble([fn, fn])):
         assert (
             len(call.lower(reward, a_rollout()).as_text()) < 100_000
@@ -90,15 +89,15 @@ def test_a_models_parameters_travel_through_jit_as_arguments():
 def test_ensemble_by_hand(how, expected):
     fn = rewards.ensemble([constant(1.0), constant(3.0), constant(5.0)], how, coef=0.5)
     scores, parts = call(fn, a_rollout())
-    np.testing.assert_allclose(scores, [expected] * 4, rtol=1e-6)
-    np.testing.assert_allclose(parts["uncertainty"], [math.sqrt(8 / 3)] * 4, rtol=1e-6)
+    assert_allclose(scores, [expected] * 4, rtol=1e-6)
+    assert_allclose(parts["uncertainty"], [math.sqrt(8 / 3)] * 4, rtol=1e-6)
 
 
 def test_weighted_sums_its_parts_and_reports_each_before_its_weight():
     inner = rewards.ensemble([constant(1.0), constant(3.0)])
     fn = rewards.weighted({"model": (inner, 0.5), "fives": (rewards.token_count(5), -1.0)})
     scores, parts = call(fn, a_rollout())
-    np.testing.assert_allclose(scores, [-1, -4, 1, -2])
+    assert_allclose(scores, [-1, -4, 1, -2])
     expected = {"model": [2, 2, 2, 2], "fives": [2, 5, 0, 3], "model/uncertainty": [1, 1, 1, 1]}
     assert {name: part.tolist() for name, part in parts.items()} == expected
 
@@ -157,8 +156,8 @@ def test_diversity_by_hand():
     its own. Row 2: 77 across a hole. Rows 3 and 4: too short, absent. Row 5: 23, which is row
     0's."""
     batch = responses([1, 1, 2, 3], [1, 2, 1, 2], [7, None, 7], [3], [], [2, 3])
-    np.testing.assert_allclose(scores_of(rewards.diversity(), batch), [1 / 3, 1 / 2, 1, 0, 0, 0])
-    np.testing.assert_allclose(
+    assert_allclose(scores_of(rewards.diversity(), batch), [1 / 3, 1 / 2, 1, 0, 0, 0])
+    assert_allclose(
         scores_of(rewards.diversity(ngram=9), batch), np.zeros(6)
     )  # longer than the row
 
@@ -196,9 +195,9 @@ def test_from_text_shows_present_rows_their_texts_and_columns(absent):
     columns = {"answers": list("abcd")}
     rollout, parts = rewards.on_host(reward, a_rollout(response_mask=mask), columns)
     expected = np.where(np.arange(4) == absent, 0, [1, 2.5, 3, 7])
-    np.testing.assert_array_equal(rollout.scores, expected)
-    np.testing.assert_array_equal(parts["tone"], -expected)
-    np.testing.assert_array_equal(rollout.response_mask, mask)
+    assert_array_equal(rollout.scores, expected)
+    assert_array_equal(parts["tone"], -expected)
+    assert_array_equal(rollout.response_mask, mask)
     assert (rollout.scores.dtype, rollout.response_mask.dtype) == (np.float32, mask.dtype)
 
 
@@ -207,11 +206,11 @@ def test_none_takes_the_row_out():
         lambda prompts, responses: ([1, None, 3], {"part": [4, math.nan, None]}), Spelled()
     )
     rollout, parts = rewards.on_host(reward, jax.tree.map(jnp.asarray, a_rollout()), {})
-    np.testing.assert_array_equal(rollout.scores, [1, 0, 3, 0])
-    np.testing.assert_array_equal(
+    assert_array_equal(rollout.scores, [1, 0, 3, 0])
+    assert_array_equal(
         rollout.response_mask, a_rollout().response_mask * np.array([[1], [0], [1], [1]])
     )
-    np.testing.assert_array_equal(parts["part"], [4, 0, 0, 0])
+    assert_array_equal(parts["part"], [4, 0, 0, 0])
 
 
 NAN = math.nan
@@ -276,8 +275,8 @@ def test_a_reward_function_that_gives_no_numbers_is_the_users_mistake(what):
 def test_what_a_reward_function_may_return(scores):
     reward = rewards.from_text(lambda prompts, responses: scores, Spelled())
     rollout, _ = rewards.on_host(reward, a_rollout(), {})
-    np.testing.assert_array_equal(rollout.scores, [1, 1, 0, 0])
-    np.testing.assert_array_equal(rollout.response_mask.any(axis=1), [True, True, False, False])
+    assert_array_equal(rollout.scores, [1, 1, 0, 0])
+    assert_array_equal(rollout.response_mask.any(axis=1), [True, True, False, False])
 
 
 def test_a_host_reward_returns_a_pair():
@@ -304,7 +303,7 @@ def test_a_reward_cannot_end_the_run_as_if_it_were_done(code):
 def test_a_batch_of_absent_rows_shows_the_function_nothing():
     reward = rewards.from_text(lambda prompts, responses: pytest.fail("called"), Spelled())
     rollout, _ = rewards.on_host(reward, a_rollout(response_mask=np.zeros((4, 6), np.int32)), {})
-    np.testing.assert_array_equal(rollout.scores, [0, 0, 0, 0])
+    assert_array_equal(rollout.scores, [0, 0, 0, 0])
 
 
 # Shaping
@@ -315,9 +314,9 @@ def test_kl_shaped_takes_dense_rewards_and_needs_no_reference_without_a_coeffici
     dense = a_rollout(
         ref_log_probs=mask * np.float32(-1 - math.log(2)), rewards=np.full((4, 6), 7.0)
     )
-    np.testing.assert_allclose(rewards.kl_shaped(dense, 1.0), mask * (7 - math.log(2)), atol=1e-5)
+    assert_allclose(rewards.kl_shaped(dense, 1.0), mask * (7 - math.log(2)), atol=1e-5)
     scored = a_rollout(scores=np.ones(4, np.float32))
-    np.testing.assert_array_equal(rewards.kl_shaped(scored, 0.0).sum(axis=1), [1, 1, 1, 0])
+    assert_array_equal(rewards.kl_shaped(scored, 0.0).sum(axis=1), [1, 1, 1, 0])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -341,18 +340,16 @@ def test_kl_shaped_equals_a_loop_whatever_is_in_masked_columns(batch, estimator,
     scores = references.poisoned(scores[:, 0], mask.any(axis=1), poison)
     rollout = Rollout(np.zeros_like(mask), mask, mask, log_probs, scores=scores, ref_log_probs=ref)
     shaped = jax.jit(rewards.kl_shaped, static_argnums=2)(rollout, 0.3, estimator)
-    np.testing.assert_allclose(shaped, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(shaped, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_missing_eos_by_hand():
     scores = jnp.array([1.0, 2, 3, 4])
-    np.testing.assert_allclose(
-        rewards.missing_eos(a_rollout(), scores, EOS, penalty=5.0), [1, -3, 3, 4]
-    )
+    assert_allclose(rewards.missing_eos(a_rollout(), scores, EOS, penalty=5.0), [1, -3, 3, 4])
     # An EOS before the last token, such as one at the end of an earlier turn, does not finish the
     # response.
     cut = a_rollout(tokens=np.where(np.arange(6)[None, :] == 2, EOS, a_rollout().tokens))
-    np.testing.assert_allclose(rewards.missing_eos(cut, scores, EOS, score=-1.0), [1, -1, 3, 4])
+    assert_allclose(rewards.missing_eos(cut, scores, EOS, score=-1.0), [1, -1, 3, 4])
 
 
 def test_overlong_penalty_by_hand():
@@ -361,17 +358,13 @@ def test_overlong_penalty_by_hand():
     """
     batch = responses(*([5] * length for length in (1, 6, 7, 9, 10, 12)))
     penalised = rewards.overlong_penalty(batch, jnp.ones(6), max_length=10, buffer=4, penalty=2.0)
-    np.testing.assert_allclose(penalised, [1, 1, 0.5, -0.5, -1, -1], rtol=1e-6)
+    assert_allclose(penalised, [1, 1, 0.5, -0.5, -1, -1], rtol=1e-6)
 
 
 def test_length_by_hand():
-    np.testing.assert_array_equal(scores_of(rewards.length(), a_rollout()), [3, 4, 3, 0])
-    np.testing.assert_allclose(
-        rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1]
-    )
-    np.testing.assert_allclose(
-        rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1]
-    )
+    assert_array_equal(scores_of(rewards.length(), a_rollout()), [3, 4, 3, 0])
+    assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1])
+    assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1])
 
 
 def test_adaptive_kl_by_hand():

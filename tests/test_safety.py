@@ -8,12 +8,13 @@ import pytest
 from builders import json_lines
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import training, vpg
+from rlhf_jax import vpg
 from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards.filter import Filter, Guard, read_words, rule_files, sentence
+from rlhf_jax.training import rl
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -229,7 +230,7 @@ def read(folder, name="metrics.jsonl"):
 
 
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):
-    folder = training.rl.run(config, vpg).folder
+    folder = rl.run(config, vpg).folder
     assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out
     metrics = read(folder)
     samples = read(folder, "samples.jsonl")
@@ -254,13 +255,13 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     )
     (tmp_path / "words.txt").write_text("worse\n")
     with pytest.raises(UserError, match=r"sha256 of safety .*words\.txt was"):
-        training.rl.run(replace(config, resume=True), vpg)
+        rl.run(replace(config, resume=True), vpg)
 
 
 @pytest.mark.slow
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
     nothing = Safety(patterns=("",), prompts="count", responses="mask")
-    folder = training.rl.run(replace(config, safety=nothing), vpg).folder
+    folder = rl.run(replace(config, safety=nothing), vpg).folder
     rows = [
         (row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]
     ]
@@ -273,4 +274,4 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
     with pytest.raises(
         TrainingFault, match=r"reward function harm, row 0, .* not a finite float32"
     ):
-        training.rl.run(replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)
+        rl.run(replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)
