@@ -41,7 +41,8 @@ def diversity(ngram: int = 2) -> Partial:
 
 def _repetition(ngram: int, rollout: Rollout) -> Scores:
     total, different, _ = _count_ngrams(rollout, ngram)
-    return (total - different) / jnp.maximum(total, 1.0), {}
+    repeated = total - different
+    return repeated / jnp.maximum(total, 1.0), {}
 
 
 def _diversity(ngram: int, rollout: Rollout) -> Scores:
@@ -75,12 +76,14 @@ def _count_ngrams(rollout: Rollout, ngram: int) -> tuple[Array, Array, Array]:
     numbers = numbers.reshape(tokens.shape)
     numbers = jnp.where(is_ngram, numbers, none)
 
-    # Sorted, the first of each kind in a response is larger than the number before it.
+    # In sorted order the first of equal numbers is larger than the number before it.
     numbers = jnp.sort(numbers, axis=1)
-    is_larger = jnp.diff(numbers, axis=1, prepend=-1) > 0
-    is_new = is_larger & (numbers < none)
-    num_responses = jnp.zeros(none + 1).at[numbers].add(is_new)
-    is_unshared = is_new & (num_responses[numbers] == 1)
+    steps = jnp.diff(numbers, axis=1, prepend=-1)
+    is_new = (steps > 0) & (numbers < none)
+    num_responses = jnp.zeros(none + 1)
+    num_responses = num_responses.at[numbers].add(is_new)
+    is_alone = num_responses[numbers] == 1
+    is_unshared = is_new & is_alone
     return _count(is_ngram), _count(is_new), _count(is_unshared)
 
 

@@ -55,8 +55,9 @@ def score_rows(
     """
     scores = []
     for numbers in loop.in_order(rows, batch_size):
-        batch = shard(batches.comparison_batch(comparisons, numbers, bucket_multiple))
-        scores.append(processes.fetch(score(batch))[numbers >= 0])
+        batch = batches.comparison_batch(comparisons, numbers, bucket_multiple)
+        of_batch = processes.fetch(score(shard(batch)))
+        scores.append(of_batch[numbers >= 0])
     return np.concatenate(scores)
 
 
@@ -65,23 +66,25 @@ def pairs_of(
 ) -> tuple[np.ndarray, np.ndarray, metrics.Pairs]:
     """Each best answer of the given N rows with each other one: [P] place in ``rows``, [P, 2] the
     two answers' numbers, and the pairs. Rows of one source, such as the pairs of a ranking, are
-    one.
+    one row of ``Pairs``.
     """
     best = comparisons.best[rows]
-    lengths = comparisons.response_lengths[rows]
-    is_other = lengths > 0
-    is_other[np.arange(len(rows)), best] = False
+    is_other = comparisons.response_lengths[rows] > 0
+    every = np.arange(len(rows))
+    is_other[every, best] = False
     place, other = np.nonzero(is_other)
     answers = np.stack([best[place], other], axis=1)
+    row_of_pair = rows[place]
     texts = []
-    for row, pair in zip(rows[place], answers, strict=True):
+    for row, pair in zip(row_of_pair, answers, strict=True):
         texts += [comparisons.tokens[answer][row].tobytes() for answer in pair]
     _, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    sources = [comparisons.sources[row] for row in rows[place]]
+    chosen, rejected = labels.reshape(-1, 2).T
+    sources = [comparisons.sources[row] for row in row_of_pair]
     _, groups = np.unique(sources, return_inverse=True)
     pairs_of_row = np.bincount(place)[place]
-    weights = comparisons.weight[rows[place]].astype(np.float64) / pairs_of_row
-    chosen, rejected = labels.reshape(-1, 2).T
+    weights = comparisons.weight[row_of_pair].astype(np.float64)
+    weights /= pairs_of_row
     return place, answers, metrics.Pairs(groups, chosen, rejected, weights)
 
 
@@ -102,7 +105,8 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     if pairs.is_single:
         return figures
     best, other = both.T
-    for name, values in {"accuracy": scores, "length_accuracy": lengths}.items():
+    measured = {"accuracy": scores, "length_accuracy": lengths}
+    for name, values in measured.items():
         margin = values[place, best] - values[place, other]
         right = np.heaviside(margin, 0.5)
         figures[name] = float(metrics.top_1(right, pairs).mean())
@@ -131,8 +135,10 @@ def desirable_length_accuracy(
     median = np.median(lengths[train_rows])
     targets = feedback.targets
     assert targets is not None  # feedback has them
-    sign = np.where(targets[rows, 0] > 0.5, 1.0, -1.0)
-    right = 0.5 * (1.0 + sign * np.sign(lengths[rows] - median))
+    is_desirable = targets[rows, 0] > 0.5
+    excess = lengths[rows] - median
+    margin = np.where(is_desirable, excess, -excess)
+    right = np.heaviside(margin, 0.5)
     return float(np.average(right, weights=feedback.weight[rows]))
 
 
@@ -185,8 +191,12 @@ def samples(
     def sample(place: int, **answers: Any) -> dict[str, Any]:
         row = rows[place]
         weight = round(float(comparisons.weight[row]), 6)
-        source = comparisons.sources[row]
-        return {"prompt": comparisons.prompts[row], **answers, "source": source, "weight": weight}
+        return {
+            "prompt": comparisons.prompts[row],
+            **answers,
+            "source": comparisons.sources[row],
+            "weight": weight,
+        }
 
     if comparisons.targets is not None:
         return [
