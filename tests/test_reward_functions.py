@@ -123,25 +123,18 @@ def test_what_entries_mean(pair):
         "length": rewards.length(0),
         "length:3": rewards.length(3),
         "repetition": rewards.repetition(3),
-    }
-    expected |= {
         "repetition:2": rewards.repetition(2),
         "diversity": rewards.diversity(2),
-        "x/5": five,
-    }
-    expected |= {
         "diversity:3": rewards.diversity(3),
         "count:a": rewards.token_count(*TOKENIZER.encode("a")),
+        "x/5": five,
+        f"mean:{pair},x/5": rewards.ensemble([zero, one, five], "mean"),
+        f"uncertainty:{pair},x/5": rewards.ensemble([zero, one, five], "uncertainty"),
+        f"min:x/5,{pair}": rewards.ensemble([five, zero, one], "min"),
+        f"uncertainty:0.5:{pair}": rewards.ensemble([zero, one], "uncertainty", 0.5),
     }
-    expected |= {
-        f"{how}:{pair},x/5": rewards.ensemble([zero, one, five], how)
-        for how in ("mean", "uncertainty")
-    }
-    expected[f"min:x/5,{pair}"] = rewards.ensemble([five, zero, one], "min")
-    expected[f"uncertainty:0.5:{pair}"] = rewards.ensemble([zero, one], "uncertainty", 0.5)
-    built = {
-        entry: str(jax.tree.flatten(build(entry).fn)) for entry in expected
-    }  # functions and their numbers
+    # Functions and their numbers
+    built = {entry: str(jax.tree.flatten(build(entry).fn)) for entry in expected}
     assert built == {entry: str(jax.tree.flatten(fn)) for entry, fn in expected.items()}
     assert len(set(built.values())) == len(expected)
 
@@ -161,6 +154,28 @@ def test_the_parts_of_several_entries_have_their_names(pair):
         total,
         sum(parts[name] for name in ("length", "rm5", *ensembles)) + parts["uncertainty:0.5:pair"],
     )
+
+
+def test_an_ensemble_of_two_tokenizers():
+    """A row that one model cannot score has no score; a score that is not finite is an error."""
+
+    def load(path):
+        fingerprint = "another" if path == "other" else TOKENIZER.fingerprint
+        number = jnp.float32(path.replace("other", "0"))
+        return spec.RewardModel(score, number, fingerprint, lambda *texts: [2.0, None])
+
+    columns = {"messages": [[{"role": "user", "content": "hi"}]] * 2}
+    first = float(rollout().tokens[0].sum())
+    for how, expected in {"mean": first / 2 + 1, "min": 2.0, "uncertainty": 1 + first / 2}.items():
+        host = build(f"{how}:1,other", load=load).host
+        scored, parts = rewards.on_host(host, rollout(), columns)
+        deviation = (first - 2) / 2
+        expected -= deviation**2 if how == "uncertainty" else 0
+        assert_allclose(scored.scores, [expected, 0], rtol=1e-5)
+        assert_allclose(parts[f"{how}:1,other/uncertainty"], [deviation, 0], rtol=1e-5)
+        assert scored.present.tolist() == [True, False]
+    with pytest.raises(FloatingPointError, match="row 0: the score is not a finite float32"):
+        rewards.on_host(build("mean:nan,other", load=load).host, rollout(), columns)
 
 
 def test_answers_that_a_rule_verifies(monkeypatch):

@@ -12,7 +12,7 @@ from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
 from numpy.testing import assert_allclose
 
-from rlhf_jax import models, vpg
+from rlhf_jax import models, rollout, vpg
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Row
@@ -22,7 +22,6 @@ from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator, LanguageModel
 from rlhf_jax.rewards import spec
 from rlhf_jax.training import initial, rl
-from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -58,21 +57,12 @@ def judge_alone(folder, messages, response):
     return float(score(judge.params, tokens, np.ones_like(tokens), None)[0])
 
 
-def rollout(prompts, said):
-    """Right-padded responses of the policy's tokenizer behind left-padded prompts."""
-    before = [POLICY.encode(prompt) for prompt in prompts]
-    after = [[*POLICY.encode(text), POLICY.eos_id] for text in said]
-    left = max(map(len, before))
-    right = max(map(len, after))
-    tokens = np.full((len(said), left + right), POLICY.pad_id, np.int32)
-    real = np.zeros_like(tokens)
-    in_response = np.zeros_like(tokens)
-    for i, (prompt, response) in enumerate(zip(before, after, strict=True)):
-        end = left + len(response)
-        tokens[i, left - len(prompt) : end] = [*prompt, *response]
-        real[i, left - len(prompt) : end] = 1
-        in_response[i, left:end] = 1
-    return Rollout(tokens, real, in_response, np.zeros(tokens.shape, np.float32))
+def sampled(prompts, said):
+    """Responses that ended, of the policy's tokenizer."""
+    ids = [[*POLICY.encode(text), POLICY.eos_id] for text in said]
+    log_probs = [[0.0] * len(response) for response in ids]
+    made = rollout.from_text(prompts, ids, POLICY, log_probs=log_probs)
+    return jax.tree.map(np.array, made)
 
 
 load = partial(initial.load_reward_model, compute=Compute(), policy=POLICY.fingerprint)
@@ -128,7 +118,7 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     folder = save_judge(tmp_path / "rm")
     reward = build(f"{folder}*2", "length")
     assert reward.fn is None
-    scores, parts = reward.host(rollout(["x", "yy", "z"], SAID), {"messages": ASKED})
+    scores, parts = reward.host(sampled(["x", "yy", "z"], SAID), {"messages": ASKED})
     alone = [judge_alone(folder, *text) for text in zip(ASKED, SAID, strict=True)]
     assert np.std(alone) > 0.1
     assert_allclose(parts["rm"], alone, atol=1e-5)
@@ -149,7 +139,7 @@ def test_an_ensemble_across_families(tmp_path):
     POLICY.save(tmp_path / "own")
     names = [save_judge(tmp_path / "a"), save_judge(tmp_path / "b", "llama3", seed=1)]
     names.append(str(tmp_path / "own"))
-    given = rollout(["hi", "hi", "hi"], SAID)
+    given = sampled(["hi", "hi", "hi"], SAID)
     columns = {"messages": ASKED}
     each = np.array([spec.as_host(build(name))(given, columns)[0] for name in names])
     joined = ",".join(names)
@@ -167,17 +157,18 @@ def test_an_ensemble_across_families(tmp_path):
 def test_what_it_cannot_read_is_refused_by_name(tmp_path):
     folder = save_judge(tmp_path / "rm", max_length=40)
     host = build(folder).host
-    long = rollout(["x"], ["an answer that is longer"])
-    with pytest.raises(UserError, match=r"--reward .*rm: text 0, 'hi': .* are \d+ tokens .* 40;"):
-        host(long, {"messages": [[USER]]})
-    with pytest.raises(UserError, match=r"rm: .* reads prompts as texts or messages"):
-        host(long, {"messages": [None]})
-    with pytest.raises(UserError, match=r"rm: .* reads prompts as texts or messages"):
-        host(long, {})
+    long = sampled(["x"], ["an answer that is longer"])
     turns = replace(long, response_mask=long.response_mask.copy())
     turns.response_mask[0, 4] = 0
-    with pytest.raises(UserError, match=r"rm: .* reads a prompt and one response"):
-        host(turns, {"messages": [[USER]]})
+    messages = "reads prompts as texts or messages"
+    for given, columns, message in [
+        (long, {"messages": [[USER]]}, r"text 0, 'hi': .* are \d+ tokens .* 40;"),
+        (long, {"messages": [None]}, messages),
+        (long, {}, messages),
+        (turns, {"messages": [[USER]]}, "reads a prompt and one response"),
+    ]:
+        with pytest.raises(UserError, match=f"--reward .*rm: .*{message}"):
+            host(given, columns)
     (tmp_path / "plain").mkdir()
     chat_families.write(tmp_path / "plain", "qwen2.5")
     judge = LanguageModel.load(folder)
@@ -191,12 +182,8 @@ def test_a_prompts_messages_are_those_before_the_template():
     text = Row("hi", (), "")
     chosen = Row((1, 2), (), "", messages=[SYSTEM, USER])
     plain = Row("System:\nbe kind", (), "", messages=[SYSTEM, USER])
-    assert [row.conversation for row in (text, chosen, plain, Row((1, 2), (), ""))] == [
-        [USER],
-        [SYSTEM, USER],
-        [SYSTEM, USER],
-        None,
-    ]
+    given = [row.conversation for row in (text, chosen, plain, Row((1, 2), (), ""))]
+    assert given == [[USER], [SYSTEM, USER], [SYSTEM, USER], None]
 
 
 @pytest.mark.slow
@@ -255,5 +242,5 @@ def test_scores_equal_those_of_transformers_on_the_same_texts(tmp_path):
         with torch.no_grad():
             expected.append(theirs(input_ids=ids).logits.item())
     assert np.std(expected) > 0.03
-    scores, _ = build(str(tmp_path)).host(rollout(["a", "bb", "c"], SAID), {"messages": ASKED})
+    scores, _ = build(str(tmp_path)).host(sampled(["a", "bb", "c"], SAID), {"messages": ASKED})
     assert_allclose(scores, expected, atol=3e-4)

@@ -49,14 +49,16 @@ def constant(value):
 
 
 def test_token_count_by_hand():
-    assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
-    assert_array_equal(scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
-    assert_array_equal(
-        scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0]
-    )
+    counted = {
+        rewards.token_count(5): [2, 5, 0, 3],
+        rewards.token_count(5, cap=3): [2, 3, 0, 3],
+        rewards.token_count(5, include_prompt=False): [1, 4, 0, 0],
+        # A pad is no token, even when its id is the one that is counted.
+        rewards.token_count(PAD): [0, 0, 0, 0],
+    }
+    for fn, expected in counted.items():
+        assert_array_equal(scores_of(fn, a_rollout()), expected)
     assert_array_equal(scores_of(rewards.token_count(5), responses([5] * 120)), [100])
-    # A pad is no token, even when its id is the one that is counted.
-    assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
 
 
 def weighted_dense(shape):
@@ -102,27 +104,21 @@ def test_weighted_sums_its_parts_and_reports_each_before_its_weight():
     assert {name: part.tolist() for name, part in parts.items()} == expected
 
 
-REFUSED = [(lambda: rewards.ensemble([constant(1.0)], "max"), r"mean, min, uncertainty.*'max'")]
-REFUSED += [
-    (lambda make=make: make({}), "at least one") for make in (rewards.ensemble, rewards.weighted)
+SCORED = a_rollout(scores=np.ones(4))
+REFUSED = [
+    (lambda: rewards.ensemble([constant(1.0)], "max"), r"mean, min, uncertainty.*'max'"),
+    (lambda: rewards.ensemble({}), "at least one"),
+    (lambda: rewards.weighted({}), "at least one"),
+    (lambda: weighted_dense((4, 6)), r"\(4, 6\) but expected \(4,?\)"),
+    (lambda: weighted_dense((4, 1)), r"\(4, 1\) but expected \(4,?\)"),
+    (lambda: rewards.diversity(0), "ngram must be at least 1, got 0"),
+    (lambda: rewards.repetition(0), "ngram must be at least 1, got 0"),
+    (lambda: rewards.kl_shaped(a_rollout(), 0.1), "got neither"),
+    (lambda: rewards.kl_shaped(SCORED, 0.1), "ref_log_probs is None"),
+    (lambda: rewards.missing_eos(SCORED, SCORED.scores, EOS), "one of penalty and score"),
+    (lambda: rewards.missing_eos(SCORED, SCORED.scores, EOS, 1.0, 0.0), "one of penalty and score"),
+    (lambda: rewards.adaptive_kl(0.1, 1.0, target=6.0, horizon=0, n=1), "horizon"),
 ]
-REFUSED += [
-    (lambda s=s: weighted_dense(s), r"\(4, \d\) but expected \(4,?\)") for s in ((4, 6), (4, 1))
-]
-REFUSED += [
-    (lambda make=make: make(0), "ngram must be at least 1, got 0")
-    for make in (rewards.diversity, rewards.repetition)
-]
-REFUSED += [(lambda: rewards.kl_shaped(a_rollout(), 0.1), "got neither")]
-REFUSED += [(lambda: rewards.kl_shaped(a_rollout(scores=np.ones(4)), 0.1), "ref_log_probs is None")]
-REFUSED += [(lambda: rewards.missing_eos(a_rollout(), np.ones(4), EOS), "one of penalty and score")]
-REFUSED += [
-    (
-        lambda: rewards.missing_eos(a_rollout(), np.ones(4), EOS, 1.0, 0.0),
-        "one of penalty and score",
-    )
-]
-REFUSED += [(lambda: rewards.adaptive_kl(0.1, 1.0, target=6.0, horizon=0, n=1), "horizon")]
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED)
@@ -135,20 +131,14 @@ def responses(*rows):
     """Rows of response tokens, None for a hole, after a prompt token 1; padded with 1s that are no
     response.
     """
-    length = max(len(row) for row in rows)
-    padded = [
-        [1, *(7 if token is None else token for token in row)] + [1] * (length - len(row))
-        for row in rows
-    ]
-    mask = np.array(
-        [
-            [0, *(int(token is not None) for token in row)] + [0] * (length - len(row))
-            for row in rows
-        ]
-    )
-    return Rollout(
-        np.array(padded, np.int32), np.ones_like(mask), mask, np.zeros(mask.shape, np.float32)
-    )
+    shape = (len(rows), 1 + max(map(len, rows)))
+    tokens = np.ones(shape, np.int32)
+    mask = np.zeros(shape, np.int32)
+    for i, row in enumerate(rows):
+        said = slice(1, 1 + len(row))
+        tokens[i, said] = [7 if token is None else token for token in row]
+        mask[i, said] = [token is not None for token in row]
+    return Rollout(tokens, np.ones_like(mask), mask, np.zeros(shape, np.float32))
 
 
 def test_diversity_by_hand():
