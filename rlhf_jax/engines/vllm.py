@@ -6,7 +6,6 @@ it reads all weights from a folder (``reload_weights``) and gets a new version f
 """
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
 from rlhf_jax.models import peft
-from rlhf_jax.rewards.service import ENGINE_KEY, ask
+from rlhf_jax.rewards.service import ask
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"
@@ -29,10 +28,7 @@ def connect(place: str, server: EngineServer, folder: Path) -> "VLLM":
     """The server at a URL. It reads weights below ``server.weights`` or, if that is None, in
     ``folder``.
     """
-    session = f"rlhf-jax-{secrets.token_hex(4)}"
-    if server.weights is not None:
-        folder = Path(server.weights, session)
-    return VLLM(place, server, folder.resolve(), session)
+    return VLLM(place, server, folder)
 
 
 class VLLM(Completions):
@@ -40,12 +36,14 @@ class VLLM(Completions):
 
     follows = True
 
-    def __init__(self, place: str, server: EngineServer, folder: Path, session: str):
-        """session: a name that no other run, and no earlier start of this run, has used."""
-        super().__init__(place, server, os.environ.get(ENGINE_KEY))
+    def __init__(self, place: str, server: EngineServer, folder: Path):
+        super().__init__(place, server)
+        # A name that no other run, and no earlier start of this run, has used.
+        self._session = f"rlhf-jax-{secrets.token_hex(4)}"
+        if server.weights is not None:
+            folder = Path(server.weights, self._session)
+        self._folder = folder.resolve()
         self._base = self.model
-        self._session = session
-        self._folder = folder
         self._adapter: str | None = None
 
     def load(self, version: str, write: Writer) -> str:

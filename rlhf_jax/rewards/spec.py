@@ -381,13 +381,8 @@ def load_function(
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
         module = runpy.run_path(str(file))
-    except SyntaxError as error:
-        raise UserError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except SystemExit as error:
-        raise UserError(
-            f"{where}: {file} calls sys.exit({error.code!r}) when it is read; call it only under "
-            "`if __name__ == '__main__':`"
-        ) from None
+    except (SyntaxError, SystemExit) as error:
+        raise UserError(f"{where}: {file} cannot be run: {type(error).__name__}: {error}") from None
     functions = {key: value for key, value in module.items() if callable(value)}
     if name not in functions:
         raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
