@@ -152,6 +152,13 @@ def test_diversity_by_hand():
     )  # longer than the row
 
 
+def test_repetition_by_hand():
+    """Bigrams 12, 21, 12, 21: half of them came before. Trigrams 121, 212, 121: a third did."""
+    batch = responses([1, 2, None, 1, 2, 1], [3], [4, 4, 4, 4])
+    assert_allclose(scores_of(rewards.repetition(2), batch), [1 / 2, 0, 2 / 3])
+    assert_allclose(scores_of(rewards.repetition(), batch), [1 / 3, 0, 1 / 2])
+
+
 # Rewards on the host
 
 

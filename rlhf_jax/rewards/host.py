@@ -3,12 +3,13 @@ calls it.
 """
 
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from numpy import ma
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
@@ -18,8 +19,6 @@ Columns = Mapping[str, Sequence[Any]]
 
 HostValues = Sequence[float | None] | np.ndarray
 """[B] numbers, or None for a row that cannot be scored."""
-
-Numbers = list[float | None]
 
 HostScores = tuple[HostValues, Mapping[str, HostValues]]
 """Scores [B], and {name of a part: [B]}."""
@@ -66,7 +65,7 @@ def on_host(
     if not _has_parts(result):
         raise UserError(f"{name}: expected a pair, (scores, {{part: scores}}), {_got(result)}")
     scores, parts = _checked(name, result, labels, host.present)
-    is_scored = np.array([score is not None for score in scores], mask.dtype)
+    is_scored = ~ma.getmaskarray(scores)
     host = host.replace(scores=_filled(scores), response_mask=mask * is_scored[:, None])
     return host, {part: _filled(values) for part, values in parts.items()}
 
@@ -95,7 +94,7 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
         num_rows = len(in_response)
         rows = np.flatnonzero(rollout.present).tolist()
         if not rows:
-            return [None] * num_rows, {}
+            return ma.masked_all(num_rows), {}
 
         def texts(mask: Any) -> list[str]:
             return [tokenizer.decode(rollout.tokens[i, mask[i]].tolist()) for i in rows]
@@ -108,9 +107,10 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
         labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
         scores, parts = _checked(name, result, labels, [True] * len(rows))
 
-        def in_all_rows(values: HostValues) -> HostValues:
-            of_row = dict(zip(rows, values, strict=True))
-            return [of_row.get(i) for i in range(num_rows)]
+        def in_all_rows(values: ma.MaskedArray) -> ma.MaskedArray:
+            whole = ma.masked_all(num_rows)
+            whole[rows] = values
+            return whole
 
         return in_all_rows(scores), {part: in_all_rows(values) for part, values in parts.items()}
 
@@ -177,14 +177,14 @@ def _checked(
     name: str,
     result: HostScores,
     labels: Sequence[str],
-    present: Sequence[bool],
-) -> tuple[Numbers, dict[str, Numbers]]:
-    """Scores and parts as numbers, None for rows that are missing or cannot be scored. Error
-    messages name a row by its label.
+    present: Iterable[bool],
+) -> tuple[ma.MaskedArray, dict[str, ma.MaskedArray]]:
+    """Scores and parts as numbers [B], masked for rows that are missing or cannot be scored.
+    Error messages name a row by its label.
     """
     scores, parts = result
     numbers = _numbers(name, scores, labels, present)
-    is_scored = [number is not None for number in numbers]
+    is_scored = ~ma.getmaskarray(numbers)
     checked = {
         part: _numbers(f"{name}, part {part!r}", values, labels, is_scored)
         for part, values in parts.items()
@@ -196,8 +196,8 @@ def _numbers(
     name: str,
     values: Any,
     labels: Sequence[str],
-    present: Sequence[bool],
-) -> Numbers:
+    present: Iterable[bool],
+) -> ma.MaskedArray:
     if isinstance(values, np.ndarray | jax.Array):
         values = values.tolist()
     if not isinstance(values, list | tuple) or len(values) != len(labels):
@@ -206,7 +206,8 @@ def _numbers(
             f"{_got(values)}"
         )
     rows = zip(values, labels, present, strict=True)
-    return [_number(entry, f"{name}, {label}") if here else None for entry, label, here in rows]
+    numbers = [_number(entry, f"{name}, {label}") if here else None for entry, label, here in rows]
+    return ma.masked_invalid(np.array(numbers, float))
 
 
 def _number(entry: Any, where: str) -> float | None:
@@ -230,5 +231,5 @@ def _got(value: Any) -> str:
     return f"got {type(value).__name__}: {reprlib.repr(value)}"
 
 
-def _filled(numbers: Numbers) -> np.ndarray:
-    return np.array([number or 0.0 for number in numbers], np.float32)
+def _filled(numbers: ma.MaskedArray) -> np.ndarray:
+    return numbers.filled(0).astype(np.float32)

@@ -161,7 +161,7 @@ def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Request
 
 
 def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None]]:
-    """A reward function, as of a Python file, that asks a URL.
+    """A reward function, for ``host.from_text``, that asks a URL.
 
     It POSTs ``{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`` and expects
     ``{"rewards": [...]}``, a number or null for each response.
@@ -246,9 +246,8 @@ _SCORE = re.compile(r"score\W*?[:=]\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class RubricJudge:
-    """A reward function, as of a Python file, by which a chat server scores each response.
-
-    A response whose reply has no score on the scale gets None.
+    """A reward function, for ``host.from_text``: a chat server scores each response by a rubric. A
+    response whose reply has no score on the scale gets None.
     """
 
     def __init__(self, rubric: Rubric, services: Services):
@@ -324,7 +323,7 @@ class RubricJudge:
 
 class Replies:
     """Replies to questions, kept in a folder by the sha256 of the question: a JSON line each, in a
-    file for each process. What a kill cut off is asked again.
+    file for each process. A line that a kill cut off is ignored.
 
     Args:
       folder: None keeps nothing.

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy import ma
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
@@ -196,19 +197,13 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
         for name, host in hosts.items():
             reported[name], inner = host(rollout, columns)
             reported |= {f"{name}/{part}": values for part, values in inner.items()}
-            total += weights[name] * np.array(reported[name], float)
-        return _where_all([reported[name] for name in hosts], total), reported
+            total = total + weights[name] * ma.asarray(reported[name], float)
+        return total, reported
 
     def take_unparsed() -> int:
         return sum(count() for count in counts)
 
     return Reward(host=score, take_unparsed=take_unparsed if counts else None)
-
-
-def _where_all(scores: Sequence[HostValues], values: np.ndarray) -> HostValues:
-    """The values [B], None for a row that has None among its scores [M, B]."""
-    of_rows = zip(values.tolist(), *scores, strict=True)
-    return [None if None in of_row else value for value, *of_row in of_rows]
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -351,11 +346,12 @@ def _ensemble_on_host(
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
         of_members = [reward(rollout, columns)[0] for reward in rewards]
-        scores = np.array(of_members, np.float32)
-        mean = np.asarray(combined(how, jnp.asarray(scores), coef))
-        deviation = np.std(scores, axis=0)
-        uncertainty = _where_all(of_members, deviation)
-        return _where_all(of_members, mean), {"uncertainty": uncertainty}
+        scores: Any = ma.stack(list(map(ma.asarray, of_members)))
+        is_unscored = ma.getmaskarray(scores).any(axis=0)
+        given = scores.filled(0).astype(np.float32)
+        mean = combined(how, jnp.asarray(given), coef)
+        deviation = ma.array(np.std(given, axis=0), mask=is_unscored)
+        return ma.array(mean, mask=is_unscored), {"uncertainty": deviation}
 
     return score
 

@@ -32,8 +32,8 @@ def as_sampler(state: LoopState) -> LoopState:
 
 
 def one_at_a_time(first: Responder, second: Responder) -> tuple[Responder, Responder]:
-    """Responders of which no two threads call the functions at once, as a validation and the next
-    rollout would.
+    """The two responders behind one lock: the thread of the next rollout and a validation must not
+    sample at the same time.
     """
     lock = threading.Lock()
 
@@ -68,7 +68,7 @@ class Ahead:
         self._sampled: Future[tuple[Rollout, Metrics]] | None = None
 
     def sample(self, state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
-        """The rollout of a step, a ``Sampler``; the next one is begun."""
+        """The rollout of a step (a ``Sampler``). The thread then starts with the next one."""
         if self._sampled is None:
             rollout, metrics = self._sample(as_sampler(state), batch)
         else:
@@ -80,8 +80,8 @@ class Ahead:
     def advancing(
         self, advance: Advance, schedule: Schedule, num_steps: int, copy: Copy
     ) -> Advance:
-        """``advance``, which samples by ``sample``; the policy before its update becomes the one
-        that samples next.
+        """``advance``, whose ``sample`` is this one. The policy before each update samples the next
+        rollout.
         """
 
         def advance_ahead(state: LoopState, step: int) -> tuple[LoopState, Metrics]:

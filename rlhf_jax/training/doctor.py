@@ -50,8 +50,8 @@ def machine() -> list[Check]:
 
 
 def self_test(work: Callable[[str], Any]) -> list[Check]:
-    """One step of every phase, as ``benchmarks/steps.py`` makes ``work``, and a checkpoint; all
-    must be finite.
+    """Runs one step of every phase, whose metrics must be finite, and saves and restores a
+    checkpoint. ``work`` is that of ``benchmarks/steps.py``.
     """
 
     def step(name: str) -> Metrics:

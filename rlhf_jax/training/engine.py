@@ -32,12 +32,12 @@ from rlhf_jax.types import Metrics, Params, Rollout
 
 MOST_APART = 0.2
 """Nats by which the log-probabilities of engine and policy may differ in the mean over a rollout's
-tokens. Rounding in bfloat16 parts them by about 0.02."""
+tokens. Rounding in bfloat16 makes a difference of about 0.02."""
 ALWAYS_ALLOWED = 0.02
-"""Such a difference may grow in a run from any smaller one."""
+"""A difference up to this is allowed, whatever it was in the first rollout."""
 MOST_GROWTH = 10.0
-"""A larger difference may be so many times that of the first rollout: rounding stays as it is, and
-weights that the engine did not load are further from the policy's in each step."""
+"""A larger difference may be this many times that of the first rollout: rounding errors stay the
+same, but weights that the engine did not load differ more from the policy's with each step."""
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class Client:
     _first_gap: float | None = None  # the mean over the first rollout
 
     def responder(self, how: SamplingConfig) -> Responder:
-        """The engine's responses, in place of ``steps.on_devices``."""
+        """Responses of the engine, as ``steps.on_devices`` has them of the run's own sampler."""
 
         def at(state: LoopState) -> Respond:
             policy = models.policy_params(state.train.params)

@@ -59,7 +59,7 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
     logger.info("stage 3 of 3: PPO")
-    gc.collect()  # what the reward model's run leaves holds weights
+    gc.collect()  # objects of the reward model's run still hold its weights
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 

@@ -58,7 +58,7 @@ def load(
     loaded = initial.load_language_model(source, stage.config.compute, place)
     _check_vocabulary(source, loaded, policy)
     if "score" in loaded.params:
-        raise UserError(f"distill.teacher {source}: this is a reward model, which says nothing")
+        raise UserError(f"distill.teacher {source}: a reward model has no probabilities of tokens")
     reads = loaded.model.config.max_length
     if reads < length:
         raise UserError(
@@ -112,7 +112,7 @@ def log_ratio(
 
 
 class Server:
-    """A teacher that a server with OpenAI's protocol holds. It says the log-probabilities of given
+    """A teacher on a server with OpenAI's protocol, which returns the log-probabilities of given
     tokens.
 
     Args:
@@ -130,7 +130,8 @@ class Server:
 
     @functools.cached_property
     def api(self) -> Completions:
-        """The connection, made when it is needed first: a run may find all replies in its folder.
+        """The connection. It is made when it is first needed, because a run may find all replies in
+        its folder.
 
         Raises:
             UserError: the server has several models, and none of them was chosen.
@@ -145,7 +146,7 @@ class Server:
         return api
 
     def log_probs(self, rollout: Rollout) -> np.ndarray:
-        """[B, T] of the rows' tokens given those before; 0 where there is none.
+        """[B, T] log-probabilities of the rows' tokens, each given those before it; 0 for pads.
 
         Args:
             rollout: NumPy arrays.
@@ -235,5 +236,5 @@ def taught(stage: Stage, sample: Sampler, ask: Callable[[Rollout], Any]) -> Samp
 
 
 def unasked(rollout: Rollout) -> np.ndarray:
-    """What a check of memory has in place of a server's log-probabilities."""
+    """Zeros in place of a server's log-probabilities, for a check of memory."""
     return np.zeros(rollout.tokens.shape, np.float32)
