@@ -21,13 +21,20 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 TOKENIZER = characters("abcdefghij ")
 # The texts, and what the list finds in them.
-WORDS = {"_BAD_": "bad", "STRASSE": "strasse", "very\n bad luck": "very bad", "say d*mn!": "d*mn"}
-WORDS |= {
-    "ｂａｄ": "bad",
-    "b\u00ad\u200bad": "bad",
-}  # full-width letters; a soft hyphen and a zero-width space
-WORDS["xx\U0001f4a3xx"] = "\U0001f4a3"  # no letter, so no boundary
-WORDS |= dict.fromkeys(("very badly", "badly abad bad1", "b.a.d", "bád", "say damn!"))
+WORDS = {
+    "_BAD_": "bad",
+    "STRASSE": "strasse",
+    "very\n bad luck": "very bad",
+    "say d*mn!": "d*mn",
+    "ｂａｄ": "bad",  # full-width letters
+    "b\u00ad\u200bad": "bad",  # a soft hyphen and a zero-width space
+    "xx\U0001f4a3xx": "\U0001f4a3",  # no letter, so no boundary
+    "very badly": None,
+    "badly abad bad1": None,
+    "b.a.d": None,
+    "bád": None,
+    "say damn!": None,
+}
 
 
 @pytest.mark.parametrize(("text", "found"), WORDS.items())
@@ -62,17 +69,18 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
 
 
 def rollout(*responses):
-    """The prompt "ab", then each response; None is an absent row."""
-    width = max(len(response or "") for response in responses)
-    tokens = [
-        TOKENIZER.encode("ab" + (r or "")) + [TOKENIZER.pad_id] * (width - len(r or ""))
-        for r in responses
-    ]
-    said = np.array([[0, 0] + [1] * len(r or "") + [0] * (width - len(r or "")) for r in responses])
-    scores = np.arange(len(responses), dtype=np.float32)
-    return Rollout(
-        np.array(tokens), np.ones_like(said), said, np.zeros(said.shape, np.float32), scores=scores
-    )
+    """The prompt "ab", then each response; None is a missing row."""
+    texts = [response or "" for response in responses]
+    width = max(map(len, texts))
+    columns = np.arange(2 + width)
+    lengths = np.array([2 + len(text) for text in texts])
+    in_response = (columns >= 2) & (columns < lengths[:, None])
+    pad = [TOKENIZER.pad_id]
+    tokens = [TOKENIZER.encode("ab" + text) + pad * (width - len(text)) for text in texts]
+    scores = np.arange(len(texts), dtype=np.float32)
+    zeros = np.zeros(in_response.shape, np.float32)
+    real = np.ones(zeros.shape, int)
+    return Rollout(np.array(tokens), real, in_response.astype(int), zeros, scores=scores)
 
 
 def guarded(tmp_path, **settings):
@@ -132,9 +140,7 @@ def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
 
 
 LIMITS = [
-    ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None])
-]
-LIMITS += [
+    ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None]),
     ({"below": 0.0}, [None] * 5),
     ({"above": 2.0}, [None] * 3 + ["score 2.01 above 2", None]),
 ]
@@ -187,8 +193,6 @@ def test_the_classifier_and_the_files_behind_the_rules_are_named(tmp_path):
 HALVES = [
     ({"classifier": "length"}, "needs below or above"),
     ({"prompts": "replace"}, "needs a replacement"),
-]
-HALVES += [
     ({"responses": "replace"}, "needs a score"),
     ({"penalty": -1.0}, "penalty must be at least 0"),
 ]
