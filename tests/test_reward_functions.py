@@ -32,6 +32,9 @@ def length(prompts, responses, topic, unit="x"):
     scores = [None if t == "skip" else len(r) + (unit != "x") for r, t in zip(responses, topic)]
     return scores, {"twice": [None if score is None else 2 * score for score in scores]}
 
+def texts(topic, other):
+    return [float(len(prompt + response)) for prompt, response in zip(topic, other)]
+
 def leaves(prompts, responses):
     raise SystemExit(0)
 
@@ -97,6 +100,9 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
         rollout(), {"topic": ["x", "skip"], "other": [1, 2]}
     )
     assert scores.tolist() == [4.0, None]  # what one part cannot score has no sum
+    # The texts are the first two arguments, whatever their names.
+    scores, _ = build(f"{functions}:texts").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
+    assert scores.tolist() == [4.0, 3.0]
 
 
 def test_a_traced_reward_on_the_host():
@@ -123,7 +129,7 @@ def test_what_entries_mean(pair):
         "length": rewards.length(0),
         "length:3": rewards.length(3),
         "repetition": rewards.repetition(3),
-        "repetition:2": rewards.repetition(2),
+        "repetition:1": rewards.repetition(1),
         "diversity": rewards.diversity(2),
         "diversity:3": rewards.diversity(3),
         "count:a": rewards.token_count(*TOKENIZER.encode("a")),

@@ -90,9 +90,13 @@ PASSING = {
 }
 
 
-def test_what_may_pass_is_tried_again(serve):
+def test_what_may_pass_is_tried_again(serve, monkeypatch):
+    waits = []
+    monkeypatch.setattr(service.time, "sleep", waits.append)
+    monkeypatch.setattr(service, "_LONGEST_WAIT", 0.01)
     replies = [*PASSING.values(), OK]
     assert ask(serve(lambda number, body: replies[number]), retries=len(PASSING)) == [1, 2]
+    assert waits == [0.001, 0.002, 0.004, 0.008, 0.01]
     for message, reply in PASSING.items():
         server = serve(lambda number, body, reply=reply: reply)
         with pytest.raises(ServiceError, match=re.escape(f"{server.url}: {message}")) as caught:
