@@ -127,15 +127,21 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
-    num_rows = jnp.shape(rollout.tokens)[0]
-    total = jnp.zeros(num_rows, jnp.float32)
-    reported: dict[str, Array] = {}
-    for name, (fn, weight) in parts.items():
-        scores, inner = _row_scores(fn, rollout)
+    return summed(
+        {name: (_row_scores(fn, rollout), weight) for name, (fn, weight) in parts.items()}
+    )
+
+
+def summed(parts: Mapping[str, tuple[Any, float]]) -> tuple[Any, dict[str, Any]]:
+    """The weighted sum of {name: ((scores, their parts), weight)}, of JAX or NumPy arrays, with the
+    parts of ``weighted``.
+    """
+    total: Any = 0.0
+    reported = {}
+    for name, ((scores, inner), weight) in parts.items():
         total = total + weight * scores
         reported[name] = scores
-        for part, values in inner.items():
-            reported[f"{name}/{part}"] = values
+        reported |= {f"{name}/{part}": values for part, values in inner.items()}
     return total, reported
 
 

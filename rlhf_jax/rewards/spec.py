@@ -51,6 +51,7 @@ from rlhf_jax.rewards.functions import (
     ensemble,
     from_model,
     length,
+    summed,
     token_count,
     weighted,
 )
@@ -59,7 +60,6 @@ from rlhf_jax.rewards.host import (
     Decoder,
     HostReward,
     HostScores,
-    HostValues,
     TextScorer,
     from_conversations,
     from_text,
@@ -192,13 +192,11 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
     counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        reported: dict[str, HostValues] = {}
-        total = np.zeros(len(rollout.tokens))
+        parts: dict[str, Any] = {}
         for name, host in hosts.items():
-            reported[name], inner = host(rollout, columns)
-            reported |= {f"{name}/{part}": values for part, values in inner.items()}
-            total = total + weights[name] * ma.asarray(reported[name], float)
-        return total, reported
+            scores, inner = host(rollout, columns)
+            parts[name] = (ma.asarray(scores, float), inner), weights[name]
+        return summed(parts)
 
     def take_unparsed() -> int:
         return sum(count() for count in counts)
