@@ -24,7 +24,8 @@ def repetition(ngram: int = 3) -> Partial:
     """
     ops.check_number("ngram", ngram, at_least=1)
     # The number decides shapes, so that it cannot be an argument of jit.
-    return Partial(functools.partial(_repetition, ngram))
+    score = functools.partial(_repetition, ngram)
+    return Partial(score)
 
 
 def diversity(ngram: int = 2) -> Partial:
@@ -36,7 +37,8 @@ def diversity(ngram: int = 2) -> Partial:
     all its n-grams, 1 for a response that shares none. Missing rows get 0 and share no n-grams.
     """
     ops.check_number("ngram", ngram, at_least=1)
-    return Partial(functools.partial(_diversity, ngram))
+    score = functools.partial(_diversity, ngram)
+    return Partial(score)
 
 
 def _repetition(ngram: int, rollout: Rollout) -> Scores:
