@@ -474,10 +474,15 @@ def test_a_reply_that_is_not_what_was_asked_for_ends_the_run(config, server):
     assert len(metric_rows(folder)) == 3
 
 
-def test_log_probs_of_tokens_named_by_their_ids_will_do(config, server, tmp_path):
+def test_tokens_named_by_their_ids_and_choices_in_any_order_will_do(config, server, tmp_path):
     expected = ask(config, server, tmp_path / "whole")
-    server.spoil = spoiled(lambda reply, choice: choice.pop("token_ids"))
-    jax.tree.map(assert_array_equal, ask(config, server, tmp_path / "named"), expected)
+    others = {
+        "named": lambda reply, choice: choice.pop("token_ids"),
+        "reversed": lambda reply, choice: reply["choices"].reverse(),
+    }
+    for name, change in others.items():
+        server.spoil = spoiled(change)
+        jax.tree.map(assert_array_equal, ask(config, server, tmp_path / name), expected)
 
 
 def test_a_reload_that_did_not_happen_is_found(config, server, tmp_path):
