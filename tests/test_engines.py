@@ -437,12 +437,15 @@ WRONG = {
 
 
 def ask(config, server, folder):
-    """What a run asks before its first step: two responses to a prompt of two tokens."""
+    """What a run asks before its first step: two responses to a prompt of two tokens, behind a
+    missing row.
+    """
     begun = server.policy
     start = initial.trainable(config.lora, begun.params, jax.random.key(0))
-    tokens = np.full((2, 2), 3, np.int32)
-    rows = np.arange(2, dtype=np.int32)
-    prompts = phases.Prompts(tokens, np.ones_like(tokens), rows, places=rows)
+    tokens = np.full((3, 2), 3, np.int32)
+    rows = np.arange(3, dtype=np.int32)
+    is_real = np.array([[0, 0], [1, 1], [1, 1]])
+    prompts = phases.Prompts(tokens, is_real, rows, places=rows)
     how = SamplingConfig(6, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
     state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:
@@ -476,6 +479,7 @@ def test_a_reply_that_is_not_what_was_asked_for_ends_the_run(config, server):
 
 def test_tokens_named_by_their_ids_and_choices_in_any_order_will_do(config, server, tmp_path):
     expected = ask(config, server, tmp_path / "whole")
+    assert expected.present.tolist() == [False, True, True]
     others = {
         "named": lambda reply, choice: choice.pop("token_ids"),
         "reversed": lambda reply, choice: reply["choices"].reverse(),
