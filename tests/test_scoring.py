@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.scoring import evenly, report, samples
+from rlhf_jax.training.scoring import desirable_length_accuracy, evenly, report, samples
 
 LETTERS = characters("abcde? ")
 
@@ -47,6 +47,15 @@ def test_a_best_one_of_several_is_reported_as_top_1_and_by_its_pairs():
         (0 + 1) / 2,
         pytest.approx((2 / 3 + 1) / 2),
     )
+
+
+def test_a_judge_of_lengths_calls_what_is_longer_than_the_median_desirable():
+    """Lengths with EOS 2, 3, 4, 3; the median of the first three is 3. Two are right, two tie."""
+    labels = [("b", 0.0), ("cc", 1.0), ("ddd", 1.0), ("ee", 0.0)]
+    rows = [Row("a?", (text,), "1", targets=(label,)) for text, label in labels]
+    encoded = encoding.encode_texts(rows, LETTERS)
+    every = np.arange(4)
+    assert desirable_length_accuracy(encoded, every[:3], every) == (1 + 0.5 + 1 + 0.5) / 4
 
 
 def test_samples_are_texts_without_special_tokens():
