@@ -201,25 +201,25 @@ def samples(
     if comparisons.targets is not None:
         return [
             sample(
-                place,
-                response=text(place, answer),
-                score=float(scores[place, answer]),
-                target=float(comparisons.targets[rows[place], answer]),
-                length=int(lengths[place, answer]),
+                i,
+                response=text(i, k),
+                score=float(scores[i, k]),
+                target=float(comparisons.targets[rows[i], k]),
+                length=int(lengths[i, k]),
             )
-            for place, answer in np.argwhere(lengths > 0)
+            for i, k in np.argwhere(lengths > 0)
         ]
     best = comparisons.best[rows]
     rivals = metrics.rival(scores, best, lengths)
     return [
         sample(
-            place,
-            chosen=text(place, chosen),
-            rejected=text(place, rejected),
-            score_chosen=float(scores[place, chosen]),
-            score_rejected=float(scores[place, rejected]),
-            length_chosen=int(lengths[place, chosen]),
-            length_rejected=int(lengths[place, rejected]),
+            i,
+            chosen=text(i, chosen),
+            rejected=text(i, rejected),
+            score_chosen=float(scores[i, chosen]),
+            score_rejected=float(scores[i, rejected]),
+            length_chosen=int(lengths[i, chosen]),
+            length_rejected=int(lengths[i, rejected]),
         )
-        for place, (chosen, rejected) in enumerate(zip(best, rivals, strict=True))
+        for i, (chosen, rejected) in enumerate(zip(best, rivals, strict=True))
     ]
