@@ -148,7 +148,7 @@ def test_shards_and_missing_prefix(folder):
     )
     assert_same(models.load(folder)[1], tiny()[1])
     (folder / "1.safetensors").unlink()
-    refuses(folder, r"1\.safetensors: no such file; model\.safetensors\.index\.json lists it")
+    refuses(folder, r"index\.json: '1\.safetensors' is not the name of a file in this folder")
 
 
 class Counted:
@@ -353,9 +353,9 @@ HARMLESS = {
         # Sizes that the weights cannot have are refused before anything of such a size is made.
         (
             {"n_layer": 10**9},
-            r"num_layers is 1000000000, but .*model\.safetensors holds 28 tensors only",
+            r"num_layers is 1000000000, but .*model\.safetensors has tensors for 28 at most",
         ),
-        ({"n_embd": 10**9}, r"hidden_size is 1000000000, but .* numbers only"),
+        ({"n_embd": 10**9}, r"hidden_size is 1000000000, but .* has tensors for \d+ at most"),
         ({"vocab_size": 10**30}, r"vocab_size is 1000000000"),
         ({"n_positions": 10**9}, r"wpe\.weight has shape \[5, 4\], expected \[1000000000, 4\]"),
         ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon is 1000000000"),
@@ -397,18 +397,18 @@ SCALED = {
         ({"rms_norm_eps": 0}, (1e4, None, 0.0)),  # JSON does not tell 0 from 0.0
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2}},
-            r"parameters\.rope_type is 'yarn'; the supported",
+            r"rope_type is 'yarn'; the supported",
         ),
         (
             {"rope_scaling": {"type": "llama3", "factor": 2}},
-            r"scaling\.low_freq_factor is None, expected a number",
+            r"low_freq_factor is None, expected a number",
         ),
         ({"rope_theta": "1"}, r"rope_theta is '1', expected a number"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             r"partial_rotary_factor changes the logits",
         ),
-        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters or rope_scaling is \[1\], expected an object"),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2"),
         ({"num_key_value_heads": 3}, r"num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"head_dim": 3}, r"even head_dim, got 3"),

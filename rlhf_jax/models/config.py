@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh")
-COMPUTE_DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash", "blockwise")
+_CHOICES = {
+    "activation": ("gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "attention": ATTENTIONS,
+}
+_SIZE_ENDINGS = ("_size", "_dim", "_window", "_length", "_every", "_scalar")
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,11 @@ class TransformerConfig:
             Most families fix None.
         global_every: every such layer sees all, the others the window; None: all layers are of one
             kind.
-        post_norms: what attention and MLP add is normed too. Fixed by the family.
         other_keys: keys of config.json that do not change logits, kept to be written back.
+
+    Attributes, fixed by the family:
+        tie_embeddings: the token table is the output layer too.
+        post_norms: what attention and MLP add is normed too.
 
     Raises:
         ValueError: a value is out of range, or two values do not fit each other.
@@ -58,32 +65,24 @@ class TransformerConfig:
     attention: str = "auto"
     sliding_window: int | None = field(default=None, init=False)
     global_every: int | None = field(default=None, init=False)
-    post_norms: bool = field(default=False, init=False)
     # Not compared and not hashed: a model is a static argument of jit, and these keys change
     # nothing it computes.
     other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # Without an annotation, an attribute of the class and not a field.
+    tie_embeddings = True
+    post_norms = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            is_size = name.endswith(("_size", "_dim", "_window", "_length", "_every", "_scalar"))
-            if (
-                (is_size or name.startswith("num_"))
-                and value is not None
-                and not (is_int(value) and value > 0)
-            ):
+            is_size = name.startswith("num_") or name.endswith(_SIZE_ENDINGS)
+            if is_size and value is not None and not (is_int(value) and value > 0):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             if name.endswith(("_dropout", "_epsilon")) and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-            choices = {
-                "activation": ACTIVATIONS,
-                "compute_dtype": COMPUTE_DTYPES,
-                "attention": ATTENTIONS,
-            }.get(name)
+            choices = _CHOICES.get(name)
             if choices and value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        if self.head_size * self.num_heads != self.hidden_size and not getattr(
-            self, "head_dim", None
-        ):
+        if self.hidden_size % self.num_heads and not getattr(self, "head_dim", None):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
@@ -120,12 +119,12 @@ class TransformerConfig:
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return getattr(self, "num_kv_heads", None) or self.num_heads
+        return self.num_heads
 
     @property
     def head_size(self) -> int:
         """Dh, width of a head."""
-        return getattr(self, "head_dim", None) or self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -203,10 +202,12 @@ class DecoderConfig(TransformerConfig):
         rope_scaling: None: not stretched.
         activation: "silu", "gelu_new", "gelu" or "relu".
         rms_norm_epsilon: added to the mean square in every norm.
-        attention_bias, mlp_bias: whether all layers of the attention, or of the MLP, have biases.
         tie_embeddings: the token table is the output layer too; else that is "lm_head".
 
-    The other fields are those of ``TransformerConfig``, and, fixed by the family:
+    The other fields are those of ``TransformerConfig``.
+
+    Attributes, fixed by the family, or a field where its config.json has the key:
+        attention_bias, mlp_bias: whether all layers of the attention, or of the MLP, have biases.
         qkv_bias: the layers of queries, keys and values have biases.
         qk_norm: queries and keys are normed in each head, before their rotation.
         norm_offset: added to the scales of the norms.
@@ -220,13 +221,13 @@ class DecoderConfig(TransformerConfig):
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
     rms_norm_epsilon: float = 1e-6
-    attention_bias: bool = False
-    mlp_bias: bool = False
     tie_embeddings: bool = False
-    qkv_bias: bool = field(default=False, init=False)
-    qk_norm: bool = field(default=False, init=False)
-    norm_offset: float = field(default=0.0, init=False)
-    scaled_embedding: bool = field(default=False, init=False)
+    attention_bias = False
+    mlp_bias = False
+    qkv_bias = False
+    qk_norm = False
+    norm_offset = 0.0
+    scaled_embedding = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,10 +240,23 @@ class DecoderConfig(TransformerConfig):
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dh, width of a head."""
+        return self.head_dim or super().head_size
+
 
 @dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
     """Llama (Touvron et al. 2023), and those of its shape: Llama 2 and 3, TinyLlama, SmolLM."""
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,9 +266,7 @@ class Qwen2Config(DecoderConfig):
     """
 
     head_dim: int | None = field(default=None, init=False)
-    attention_bias: bool = field(default=False, init=False)
-    mlp_bias: bool = field(default=False, init=False)
-    qkv_bias: bool = field(default=True, init=False)
+    qkv_bias = True
 
 
 @dataclass(frozen=True)
@@ -262,16 +274,14 @@ class Qwen3Config(DecoderConfig):
     """Qwen3 (Yang et al. 2025)."""
 
     head_dim: int | None = 128
-    mlp_bias: bool = field(default=False, init=False)
-    qk_norm: bool = field(default=True, init=False)
+    attention_bias: bool = False
+    qk_norm = True
 
 
 @dataclass(frozen=True)
 class MistralConfig(DecoderConfig):
     """Mistral (Jiang et al. 2023); ``sliding_window`` is None from version 0.2 on."""
 
-    attention_bias: bool = field(default=False, init=False)
-    mlp_bias: bool = field(default=False, init=False)
     sliding_window: int | None = field(default=None, kw_only=True)
 
 
@@ -290,15 +300,15 @@ class Gemma3TextConfig(DecoderConfig):
     rope_theta: float = 1e6
     activation: str = "gelu_pytorch_tanh"
     tie_embeddings: bool = True
-    mlp_bias: bool = field(default=False, init=False)
+    attention_bias: bool = False
     sliding_window: int | None = field(default=4096, kw_only=True)
     local_rope_theta: float = 10000.0
     query_scalar: int = 256
     global_every: int | None = field(default=6, kw_only=True)
-    qk_norm: bool = field(default=True, init=False)
-    post_norms: bool = field(default=True, init=False)
-    norm_offset: float = field(default=1.0, init=False)
-    scaled_embedding: bool = field(default=True, init=False)
+    post_norms = True
+    qk_norm = True
+    norm_offset = 1.0
+    scaled_embedding = True
 
 
 ModelConfig = GPT2Config | DecoderConfig

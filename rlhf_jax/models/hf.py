@@ -54,7 +54,6 @@ _WEIGHT_FILES = re.compile(
 _FORMER = ("reward_shift", "torch_dtype")
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
-    "num_layers",
     "vocab_size",
     "hidden_size",
     "num_heads",
@@ -106,10 +105,9 @@ def load(
     reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
         reader = Reader(folder, single=VALUE_HEAD)
-        kept = dtype or jnp.float32
         params["value"] = {
-            "kernel": reader.read("kernel", (config.hidden_size,), kept),
-            "bias": reader.read("bias", (), kept),
+            "kernel": reader.read("kernel", (config.hidden_size,), dtype),
+            "bias": reader.read("bias", (), dtype),
         }
         reader.check_all_read()
     return model, params
@@ -141,10 +139,9 @@ def save(
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
-    family = names.family_of(model.config)
     tensors = _body_tensors(model, params)
     if both_tables:
-        (token_table,) = family.tensors(("wte", "embedding"), params["wte"]["embedding"].shape)
+        token_table = _token_table(names.family_of(model.config))
         tensors.setdefault(names.OUTPUT_TABLE, tensors[token_table])
     if "score" in params:
         kernel, _ = folded_score(params["score"])
@@ -177,12 +174,10 @@ def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"])
         labels = keys.get("id2label")
         if not (isinstance(labels, dict) and len(labels) == 1):
             keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        keys["architectures"] = [family.classifier]
+        keys["num_labels"] = 1
         # transformers refuses the problem_type "single_label_classification" with one label.
-        keys |= {
-            "architectures": [family.classifier],
-            "num_labels": 1,
-            "problem_type": "regression",
-        }
+        keys["problem_type"] = "regression"
         _, keys["reward_shift"] = folded_score(params["score"])
     # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
@@ -192,16 +187,20 @@ def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"])
 
 def _write_weights(folder: Path, tensors: dict[str, "_Tensor"], file_bytes: int) -> None:
     """One file, or several with an index."""
-    files = _files(tensors, file_bytes)
-    for name, part in files.items():
-        arrays = {tensor: tensors[tensor].array() for tensor in part}
-        write_tensors(folder / name, arrays, {"format": "pt"})
-    if (folder / WEIGHTS).is_file():
-        return
-    file_of = {tensor: name for name, part in files.items() for tensor in part}
-    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-    index = {"metadata": size, "weight_map": file_of}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=_Tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=file_bytes,
+    )
+    for file, part in split.filename_to_tensors.items():
+        arrays = {name: tensors[name].array() for name in part}
+        write_tensors(folder / file, arrays, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _replace_model(folder: Path, written: Path) -> None:
@@ -244,20 +243,18 @@ def read_score(
     dtype: Any = None,
 ) -> Params:
     """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
-    kernel = reader.read(names.SCORE, (1, width), dtype or jnp.float32)[0]
+    kernel = reader.read(names.SCORE, (1, width), dtype)[0]
     scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
-    head = {name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()}
-    return {"kernel": kernel, **head}
+    return {"kernel": kernel} | jax.tree.map(lambda x: jnp.asarray(x, kernel.dtype), scalars)
 
 
 def folded_score(head: Params) -> tuple[np.ndarray, float]:
     """A score head as transformers computes it: ``score.weight`` [1, D] = gain * w, and gain * bias
     + shift.
     """
-    kernel, bias, gain, shift = (
-        np.asarray(head[name], np.float32) for name in ("kernel", "bias", "gain", "shift")
-    )
-    return (gain * kernel)[None, :], float(gain * bias + shift)
+    head = {name: np.asarray(leaf, np.float32) for name, leaf in head.items()}
+    gain = head["gain"]
+    return gain * head["kernel"][None], float(gain * head["bias"] + head["shift"])
 
 
 def model_folder(path_or_hf_name: str) -> str:
@@ -349,12 +346,11 @@ class Reader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
             self.metadata |= opened.metadata() or {}
-            for stored in opened.keys():  # noqa: SIM118
-                if stored in self:
-                    raise UserError(
-                        f"{file}: {stored} is given twice, also as {self.find(stored)[1]}"
-                    )
-                self.where[stored.removeprefix(prefix)] = (opened, stored)
+            for name in opened.keys():  # noqa: SIM118
+                if name in self:
+                    _, first = self.find(name)
+                    raise UserError(f"{file}: {name} is given twice, also as {first}")
+                self.where[name.removeprefix(prefix)] = (opened, name)
         self.unread = {name for name in self.where if not _BUFFERS.fullmatch(name)}
 
     def __contains__(self, name: str) -> bool:
@@ -374,24 +370,22 @@ class Reader:
     def slices(self, name: str, shape: tuple[int, ...]) -> Any:
         """A tensor of that shape. Indexing reads only the indexed part, as a NumPy array."""
         opened, stored = self.find(name)
-        actual = self.shape(name)
-        if actual != shape:
-            raise UserError(
-                f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}"
-            )
         tensor = opened.get_slice(stored)
+        actual = tensor.get_shape()
+        if actual != list(shape):
+            raise UserError(f"{self.source}: {stored} has shape {actual}, expected {list(shape)}")
         kind = tensor.get_dtype()
         if kind not in _DTYPES:
-            expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
-            raise UserError(f"{self.source}: {stored} holds {kind}, {expected}")
+            raise UserError(
+                f"{self.source}: {stored} holds {kind}, expected floating point numbers "
+                f"({', '.join(_DTYPES)})"
+            )
         self.unread.discard(name.removeprefix(self.prefix))
         return tensor
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A tensor of that shape, whole; ``dtype`` None keeps the file's."""
-        self.slices(name, shape)
-        opened, stored = self.find(name)
-        return jnp.asarray(opened.get_tensor(stored), dtype)
+    def read(self, name: str, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """A tensor of that shape, whole, by default in float32."""
+        return jnp.asarray(self.slices(name, shape)[...], dtype or jnp.float32)
 
     def check_all_read(self) -> None:
         """Raises UserError if the files hold a tensor that has not been read."""
@@ -402,37 +396,30 @@ class Reader:
 def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        hint = ""
-        for pickle in sorted(file.name for file in folder.glob("*.bin"))[:1]:
-            hint = f"; {pickle} is a pickle, which is never read: save it as safetensors first"
+        pickles = [
+            f"; {file.name} is a pickle, which is never read" for file in folder.glob("*.bin")
+        ]
+        hint = min(pickles, default="")
         raise UserError(f"{folder / single}: no such file, nor {INDEX}{hint}")
-    weight_map: Any = read_json(index).get("weight_map")
-    is_map = isinstance(weight_map, dict) and weight_map
-    if not is_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
-    files = {file.name for file in folder.iterdir() if file.is_file()}
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if Path(shard).name != shard or "\\" in shard or shard == "..":
-            raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
+    files = [file.name for file in folder.iterdir() if file.is_file()]
+    for shard in weight_map.values():
         if shard not in files:
-            raise UserError(f"{folder / shard}: no such file; {INDEX} lists it")
-    return [folder / shard for shard in shards]
+            raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
+    return [folder / shard for shard in sorted(set(weight_map.values()))]
 
 
 def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
     """Refuses sizes that the weights cannot have, before anything of such a size is allocated."""
-    numbers = sum(math.prod(reader.shape(name)) for name in reader.where)
-    for name in _SIZES:
+    most = dict.fromkeys(_SIZES, sum(math.prod(reader.shape(name)) for name in reader.where))
+    most["num_layers"] = len(reader.where)
+    for name, limit in most.items():
         size = getattr(config, name) or 0
-        held = numbers
-        what = "numbers"
-        if name == "num_layers":
-            held = len(reader.where)
-            what = "tensors"
-        if size > held:
+        if size > limit:
             raise UserError(
-                f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only"
+                f"{where}: {name} is {size}, but {reader.source} has tensors for {limit} at most"
             )
 
 
@@ -445,24 +432,21 @@ def _read_body(
 ) -> Params:
     family = names.family_of(model.config)
     shapes = _shapes(model)
-    if _OUTPUT_TABLE not in shapes and names.OUTPUT_TABLE in reader:
-        [token_table] = family.tensors(("wte", "embedding"), ())
-        _read_tied_tables(reader, token_table, shapes["wte", "embedding"])
-    # A classifier does not use its output table, and transformers stores none.
-    if is_classifier and names.OUTPUT_TABLE not in reader:
-        shapes.pop(_OUTPUT_TABLE, None)
-    tensors = {path: family.tensors(path, shape) for path, shape in shapes.items()}
-    missing = [name for of_leaf in tensors.values() for name in of_leaf if name not in reader]
-    if missing:
-        raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
-    structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
-    leaves: dict[tuple[str, ...], Array] = {}
+    if names.OUTPUT_TABLE not in reader:
+        if is_classifier:  # it does not use its output table, and transformers stores none
+            shapes.pop(_OUTPUT_TABLE, None)
+    elif _OUTPUT_TABLE not in shapes:
+        _read_tied_tables(reader, _token_table(family), shapes["wte", "embedding"])
+    # All tensors are found and checked before the first one is read.
+    stored = {}
     for path, shape in shapes.items():
         stored_shape = family.stored(path, shape)
-        stored = [reader.slices(name, stored_shape) for name in tensors[path]]
-        is_transposed = family.transposed and path[-1] == "kernel"
-        part = functools.partial(_part, stored, path, is_transposed, dtype)
+        stored[path] = [reader.slices(name, stored_shape) for name in family.tensors(path, shape)]
+    structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
+    leaves: dict[names.LeafPath, Array] = {}
+    for path, shape in shapes.items():
+        part = functools.partial(_part, stored[path], path, family.is_transposed(path), dtype)
         if shardings is None:
             leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
         else:
@@ -471,8 +455,8 @@ def _read_body(
 
 
 def _part(
-    stored: list[Any],
-    path: Any,
+    tensors: list[Any],
+    path: names.LeafPath,
     is_transposed: bool,
     dtype: Any,
     index: tuple[slice, ...],
@@ -482,10 +466,9 @@ def _part(
     """
     is_stacked = path[0] == "h"
     is_fused = names.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
-    tensors = stored
     inner = index
     if is_stacked:
-        tensors = stored[index[0]]
+        tensors = tensors[index[0]]
         inner = index[1:]
     if is_fused:
         inner = (*inner[:-2], slice(None))
@@ -494,29 +477,31 @@ def _part(
     parts = [tensor[inner] for tensor in tensors]
     part = np.stack(parts) if is_stacked else parts[0]
     if is_fused:
-        apart = part.reshape(*part.shape[:-1], 3, -1)
-        part = apart[..., index[-1]]
-    kept = jax.dtypes.canonicalize_dtype(dtype or part.dtype)
-    if is_transposed:
+        part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]]
+    elif is_transposed:
         part = np.swapaxes(part, -1, -2)
-    return np.asarray(part, kept)
+    return np.asarray(part, jax.dtypes.canonicalize_dtype(dtype or part.dtype))
 
 
-def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) -> None:
+def _token_table(family: names.Family) -> str:
+    [name] = family.tensors(("wte", "embedding"), ())
+    return name
+
+
+def _read_tied_tables(reader: Reader, token_table: str, shape: names.Shape) -> None:
     """Reads a table stored under two names once. Two different tables would be another model."""
-    output_table = reader.where[names.OUTPUT_TABLE]
+    _, stored = output_table = reader.find(names.OUTPUT_TABLE)
+    outputs = reader.slices(names.OUTPUT_TABLE, shape)
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
-    else:
-        tokens = reader.slices(token_table, shape)[:]
-        outputs = reader.slices(names.OUTPUT_TABLE, shape)[:]
-        if (tokens != outputs).any():
-            both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
-            raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
-    reader.unread.discard(names.OUTPUT_TABLE)
+    elif (reader.slices(token_table, shape)[:] != outputs[:]).any():
+        raise UserError(
+            f"{reader.source}: {stored} differs from {token_table}, but config.json says that they "
+            "are tied"
+        )
 
 
-def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(model: Model) -> dict[names.LeafPath, names.Shape]:
     """Shapes of the body's leaves by path."""
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in leaves.items()}
@@ -530,10 +515,9 @@ class _Tensor(NamedTuple):
     layer: int | None = None
     is_transposed: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        num_layers = 1 if self.layer is None else len(self.leaf)
-        return self.leaf.nbytes // num_layers
+    def num_bytes(self) -> int:
+        """The size in the file."""
+        return math.prod(self.shape) * self.leaf.dtype.itemsize
 
     def array(self) -> np.ndarray:
         """The tensor on the host."""
@@ -541,22 +525,6 @@ class _Tensor(NamedTuple):
         if self.is_transposed:
             part = part.T
         return np.ascontiguousarray(part).reshape(self.shape)
-
-
-def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]:
-    """{file: names of its tensors}. A file has at most ``file_bytes``, or a single tensor."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if parts[-1] and size > file_bytes:
-            parts.append([])
-            size = tensor.nbytes
-        parts[-1].append(name)
-    count = len(parts)
-    if count == 1:
-        return {WEIGHTS: parts[0]}
-    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
@@ -567,26 +535,24 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
         leaves.pop(_OUTPUT_TABLE, None)
         expected.pop(_OUTPUT_TABLE, None)
     actual = {path: leaf.shape for path, leaf in leaves.items()}
-    for path in sorted(actual.keys() | expected.keys()):
-        shape = actual.get(path, "nothing")
-        wanted = expected.get(path, "nothing")
-        if shape != wanted:
-            shapes = f"{shape}, and the model's config expects {wanted}"
-            raise ValueError(f"cannot save params: {'/'.join(path)} is {shapes}")
+    differing = sorted(actual.items() ^ expected.items())
+    if differing:
+        path, _ = differing[0]
+        raise ValueError(
+            f"cannot save params: {'/'.join(path)} is {actual.get(path, 'nothing')}, and the "
+            f"model's config expects {expected.get(path, 'nothing')}"
+        )
     tensors = {}
     for path, leaf in leaves.items():
-        is_transposed = family.transposed and path[-1] == "kernel"
         stored = family.stored(path, leaf.shape)
         for number, name in enumerate(family.tensors(path, leaf.shape)):
             layer = number if path[0] == "h" else None
-            tensors[name] = _Tensor(leaf, stored, layer, is_transposed)
+            tensors[name] = _Tensor(leaf, stored, layer, family.is_transposed(path))
     return tensors
 
 
 def listed(items: Iterable[str], most: int = 8) -> str:
     """The first of the items in order, and how many more there are."""
     ordered = sorted(items)
-    text = ", ".join(ordered[:most])
-    if len(ordered) > most:
-        text += f" and {len(ordered) - most} more"
-    return text
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

@@ -27,6 +27,8 @@ from rlhf_jax.models.config import (
 OUTPUT_TABLE = "lm_head.weight"  # the token table again, where the two are tied
 SCORE = "score.weight"
 FUSED = "c_attn"  # GPT-2's layer of queries, keys and values
+LeafPath = tuple[str, ...]  # of a leaf in nested dicts
+Shape = tuple[int, ...]
 
 
 class Family(NamedTuple):
@@ -45,23 +47,26 @@ class Family(NamedTuple):
 
     def fields(self) -> list[tuple[str, str]]:
         """Pairs of a field of our config and its key in config.json."""
-        names = (field.name for field in dataclasses.fields(self.defaults) if field.init)
+        names = [field.name for field in dataclasses.fields(self.defaults) if field.init]
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
-    def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    def tensors(self, path: LeafPath, shape: Shape) -> list[str]:
         """Names of the tensors of a leaf of the body: one, or one for each stacked layer."""
         top, *inner = [self.modules.get(part, part) for part in path[:-1]]
         tops = [top]
         if path[0].startswith("h"):
-            layers = [path[0].removeprefix("h_")]
-            if path[0] == "h":
-                layers = [str(layer) for layer in range(shape[0])]
+            number = path[0].removeprefix("h_")
+            layers = range(shape[0]) if path[0] == "h" else [number]
             tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
         prefix = "" if top == "lm_head" else self.prefix
         kind = "bias" if path[-1] == "bias" else "weight"
         return [prefix + ".".join([top, *inner, kind]) for top in tops]
 
-    def stored(self, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    def is_transposed(self, path: LeafPath) -> bool:
+        """Whether the files hold a leaf as [out, in]."""
+        return self.transposed and path[-1] == "kernel"
+
+    def stored(self, path: LeafPath, shape: Shape) -> Shape:
         """The shape of each of these tensors, given the leaf's. The last axes [3, D] of c_attn are
         one axis of 3 D in the file.
         """
@@ -69,7 +74,7 @@ class Family(NamedTuple):
             shape = shape[1:]
         if FUSED in path:
             shape = (*shape[:-2], math.prod(shape[-2:]))
-        return shape[::-1] if self.transposed and path[-1] == "kernel" else shape
+        return shape[::-1] if self.is_transposed(path) else shape
 
 
 # Fields that config.json does not have, or not as a key of their own.
@@ -85,13 +90,17 @@ _OTHER_FIELDS = (
 # Keys that change logits unless they are empty, have the value given here, or are a family's field.
 # reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py
 # always computes.
-_UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(
-        ("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False
-    ),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
-    **dict.fromkeys(("per_layer_config", "pruned_heads", "quantization_config"), None),
-    **dict.fromkeys(("is_causal", "tie_word_embeddings"), True),
+_UNSUPPORTED = {
+    "add_cross_attention": False,
+    "use_sliding_window": False,
+    "use_bidirectional_attention": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "per_layer_config": None,
+    "pruned_heads": None,
+    "quantization_config": None,
+    "is_causal": True,
+    "tie_word_embeddings": True,
     "pretraining_tp": 1,
 }
 # Keys that transformers reads for every family, also where it writes others.
@@ -101,13 +110,19 @@ _COMMON = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_DROPOUT: dict[str, Any] = dict.fromkeys(
-    ("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1
-)
 GPT2 = Family(
     model_type="gpt2",
     defaults=GPT2Config(
-        50257, 1024, 768, 12, 12, **_DROPOUT, eos_token_id=50256, bos_token_id=50256
+        50257,
+        1024,
+        768,
+        12,
+        12,
+        embedding_dropout=0.1,
+        attention_dropout=0.1,
+        residual_dropout=0.1,
+        eos_token_id=50256,
+        bos_token_id=50256,
     ),
     keys={
         "max_length": "n_positions",
@@ -186,33 +201,51 @@ def _relative(defaults: DecoderConfig) -> Family:
     )
 
 
-_MISTRAL: dict[str, Any] = {
-    "intermediate_size": 14336,
-    "num_kv_heads": 8,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
-_RELATIVES = (
-    Qwen2Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
-    Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
-    MistralConfig(32000, 131072, 4096, 32, 32, sliding_window=4096, **_MISTRAL),
+QWEN2 = _relative(
+    Qwen2Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32)
 )
-_GEMMA: dict[str, Any] = {"intermediate_size": 9216, "num_kv_heads": 4, "pad_token_id": 0}
+QWEN3 = _relative(
+    Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32)
+)
+MISTRAL = _relative(
+    MistralConfig(
+        32000,
+        131072,
+        4096,
+        32,
+        32,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        sliding_window=4096,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+)
 GEMMA3 = _relative(
-    Gemma3TextConfig(262208, 131072, 2304, 26, 8, **_GEMMA, eos_token_id=1, bos_token_id=2)
+    Gemma3TextConfig(
+        262208,
+        131072,
+        2304,
+        26,
+        8,
+        intermediate_size=9216,
+        num_kv_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
 )._replace(
     model_type="gemma3_text",
     keys={**LLAMA.keys, "activation": "hidden_activation"},
     modules={**LLAMA.modules, "ln_2": "pre_feedforward_layernorm"},
     causal_lm="Gemma3ForCausalLM",
 )
-FAMILIES = {
-    family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES), GEMMA3)
-}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA3)}
 
 # Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
+_ROPE = {"default": _LLAMA3[:0], "linear": _LLAMA3[:1], "llama3": _LLAMA3}
+_KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they are local
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -237,46 +270,50 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(
             f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[model_type]
-    if family is GEMMA3:
-        _read_two_kinds(keys, where)
-    fields: dict[str, Any] = {}
-    for field, name in family.fields():
-        default = getattr(family.defaults, field)
-        alias = _COMMON.get(field, name)
-        if alias != name and alias in keys:
-            value = keys.pop(alias)
-            own = keys.setdefault(name, value)
-            if own != value:
-                raise UserError(
-                    f"{where}: {alias} is {value!r} but {name} is {own!r}; remove one of the two"
-                )
-        value = keys.pop(name, default)
-        if not _is_kind_of(default, value, name):
-            raise UserError(
-                f"{where}: {name} is {value!r}, which is not of the kind of its default, "
-                f"{default!r}"
-            )
-        if isinstance(default, float):
-            value = float(value)  # JSON's 0 is an int, which JAX treats as an array of integers
-        fields[field] = tuple(value) if isinstance(value, list) else value
-    for name, supported in _UNSUPPORTED.items():
-        if keys.get(name, supported) != supported and (keys[name] or supported):
-            raise UserError(
-                f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported"
-            )
     try:
-        if isinstance(family.defaults, DecoderConfig):
-            fields |= _read_rope(keys, fields["max_length"], family.defaults.rope_theta, where)
-        config = type(family.defaults)(**fields, other_keys=keys)
+        return _read_keys(FAMILIES[model_type], keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    types = keys.get("layer_types")
-    if types and types != [_KINDS[is_local] for is_local in config.local_layers]:
-        raise UserError(
-            f"{where}: layer_types is {types!r}, which changes the logits and is not supported"
-        )
+
+
+def _read_keys(family: Family, keys: dict[str, Any]) -> ModelConfig:
+    """The config of the keys of a config.json; ValueError if a key does not fit."""
+    defaults = family.defaults
+    if isinstance(defaults, Gemma3TextConfig):
+        _read_two_kinds(keys)
+    fields: dict[str, Any] = {
+        field: _pop(keys, name, _COMMON.get(field, name), getattr(defaults, field))
+        for field, name in family.fields()
+    }
+    if isinstance(defaults, DecoderConfig):
+        fields |= _read_rope(keys, fields["max_length"], defaults.rope_theta)
+    config = type(defaults)(**fields, other_keys=keys)
+
+    expected: dict[str, Any] = dict(_UNSUPPORTED)
+    if keys.get("layer_types"):
+        expected["layer_types"] = [_KINDS[is_local] for is_local in config.local_layers]
+    for name, supported in expected.items():
+        value = keys.get(name, supported)
+        if value != supported and (value or supported):
+            raise ValueError(f"{name} is {value!r}, which changes the logits and is not supported")
     return config
+
+
+def _pop(keys: dict[str, Any], name: str, alias: str, default: Any) -> Any:
+    """Takes a key's value, checked against the kind of its default. ``alias`` names it too."""
+    if alias in keys and keys.get(name, keys[alias]) != keys[alias]:
+        raise ValueError(
+            f"{alias} is {keys[alias]!r} but {name} is {keys[name]!r}; remove one of the two"
+        )
+    value = keys.pop(alias, default)
+    value = keys.pop(name, value)
+    if not _is_kind_of(default, value, name):
+        raise ValueError(
+            f"{name} is {value!r}, which is not of the kind of its default, {default!r}"
+        )
+    if isinstance(default, float):
+        return float(value)  # JSON's 0 is an int, which JAX treats as an array of integers
+    return tuple(value) if isinstance(value, list) else value
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -294,10 +331,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
-_KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they are local
-
-
-def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
+def _read_two_kinds(keys: dict[str, Any]) -> None:
     """Converts transformers 5's keys of Gemma's two kinds of layers to those of transformers 4."""
     full, sliding = _KINDS
     types = keys.get("layer_types")
@@ -307,55 +341,44 @@ def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
     if isinstance(rope, dict) and full in rope:
         local = rope.get(sliding) or {}
         if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
-            raise UserError(
-                f"{where}: rope_parameters.{sliding} is {local!r}, which is not supported"
-            )
-        keys["rope_parameters"] = rope[full] or {}
+            raise ValueError(f"rope_parameters.{sliding} is {local!r}, which is not supported")
+        keys["rope_parameters"] = rope[full]
         keys["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
 
 
-def _read_rope(
-    keys: dict[str, Any],
-    max_length: int,
-    default: float,
-    where: str,
-) -> dict[str, Any]:
-    """Pops transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys."""
+def _read_rope(keys: dict[str, Any], max_length: int, default: float) -> dict[str, Any]:
+    """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys."""
     theta = keys.pop("rope_theta", None)
     scaling = keys.pop("rope_scaling", None)
-    given = keys.pop("rope_parameters", None)
-    name = "rope_parameters"
-    if given is None:
-        name = "rope_scaling"
-        given = {} if scaling is None else scaling
+    given = keys.pop("rope_parameters", None) or scaling or {}
     if not isinstance(given, dict):
-        raise UserError(f"{where}: {name} is {given!r}, expected an object")
-    kind = str(given.get("rope_type", given.get("type", "default")))
+        raise ValueError(f"rope_parameters or rope_scaling is {given!r}, expected an object")
+    rope = {
+        "rope_theta": default if theta is None else theta,
+        "original_max_position_embeddings": max_length,
+        "partial_rotary_factor": keys.get("partial_rotary_factor", 1.0),
+        **given,
+    }
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in _ROPE:
-        raise UserError(
-            f"{where}: {name}.rope_type is {kind!r}; the supported ones are: {', '.join(_ROPE)}"
-        )
-    if given.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(
-            f"{where}: {name}.partial_rotary_factor changes the logits and is not supported"
-        )
-    theta = given.get("rope_theta", theta)
-    given = {"original_max_position_embeddings": max_length, **given}
-    numbers: dict[str, Any] = {"rope_theta": default if theta is None else theta}
-    numbers |= {f"{name}.{key}": given.get(key) for key in _ROPE[kind]}
-    for key, value in numbers.items():
-        if not is_number(value):
-            raise UserError(f"{where}: {key} is {value!r}, expected a number")
-    theta, *factors = numbers.values()
-    rope_scaling = RopeScaling(kind, *factors) if factors else None
-    return {"rope_theta": float(theta), "rope_scaling": rope_scaling}
+        raise ValueError(f"rope_type is {kind!r}; the supported ones are: {', '.join(_ROPE)}")
+    if rope["partial_rotary_factor"] != 1.0:
+        raise ValueError("partial_rotary_factor changes the logits and is not supported")
+    for key in ("rope_theta", *_ROPE[kind]):
+        if not is_number(rope.get(key)):
+            raise ValueError(f"{key} is {rope.get(key)!r}, expected a number")
+    factors = [rope[key] for key in _ROPE[kind]]
+    return {
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": RopeScaling(kind, *factors) if factors else None,
+    }
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     """True for finite numbers that a float can hold, and not for True and False."""
-    return (isinstance(value, float) and math.isfinite(value)) or (
-        is_int(value) and abs(value) < 1 << 63
-    )
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return is_int(value) and abs(value) < 1 << 63
 
 
 def _is_kind_of(default: Any, value: Any, name: str) -> bool:
@@ -367,5 +390,5 @@ def _is_kind_of(default: Any, value: Any, name: str) -> bool:
     if isinstance(default, float):
         return is_number(value)
     if name == "eos_token_id" and isinstance(value, list):  # several ids may end a text
-        return all(is_int(token_id) for token_id in value)
+        return all(map(is_int, value))
     return is_int(value) and is_number(value)
