@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.tree_util import Partial
 
 from rlhf_jax.models.heads import HEADS
+from rlhf_jax.models.names import LeafPath
 from rlhf_jax.models.peft import read_adapter as load
 from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
@@ -51,28 +53,27 @@ def init(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    kernels = {}
-    chosen = []
-    for path, leaf in sorted(flatten_dict(params).items()):
-        if path[-1] == "kernel" and leaf.ndim > 1:
-            kernels[path] = leaf
-            if path[0] not in HEADS and re.search(match, "/".join(path[:-1])):
-                chosen.append(path)
+    kernels = {
+        path[:-1]: leaf.shape
+        for path, leaf in sorted(flatten_dict(params).items())
+        if path[-1] == "kernel" and path[0] not in HEADS
+    }
+    chosen = [module for module in kernels if re.search(match, "/".join(module))]
     if not chosen:
-        places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
+        places = ", ".join(sorted({"/".join(module[1:]) for module in kernels}))
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
-    leaves: dict[tuple[str, ...], Array] = {}
     scale = 1.0 if alpha is None else alpha / rank
-    for number, path in enumerate(chosen):
-        layers, size_in, out = split_shape(path, kernels[path].shape)
+    leaves: dict[LeafPath, Array] = {}
+    for number, module in enumerate(chosen):
+        layers, size_in, out = split_shape(module, kernels[module])
         bound = 1.0 / math.sqrt(size_in)
         shape = (*layers, size_in, rank)
         own_key = jax.random.fold_in(key, number)
-        a = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
-        *module, _ = path
-        leaves[(*module, "lora_a")] = a
-        leaves[(*module, "lora_b")] = jnp.zeros((*layers, rank, *out))
-        leaves[(*module, "lora_scale")] = jnp.full(layers, scale, jnp.float32)
+        leaves |= {
+            (*module, "lora_a"): jax.random.uniform(own_key, shape, minval=-bound, maxval=bound),
+            (*module, "lora_b"): jnp.zeros((*layers, rank, *out)),
+            (*module, "lora_scale"): jnp.full(layers, scale, jnp.float32),
+        }
     return unflatten_dict(leaves)
 
 
@@ -106,29 +107,26 @@ def merge(params: Params, adapters: Params) -> Params:
     """
     leaves = flatten_dict(attach(params, adapters))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
-    for *module, name in flatten_dict(adapters):
+    for (*module, name), a in leaves.items():
         if name != "lora_a":
             continue
-        kernel = (*module, "kernel")
-        a = leaves[(*module, "lora_a")]
         b = leaves[(*module, "lora_b")]
-        scale = leaves[(*module, "lora_scale")]
         b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
-        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        change = scale[..., None, None] * product
-        before = merged[kernel]
-        merged[kernel] = before.astype(jnp.float32) + change.reshape(before.shape)
+        scale = leaves[(*module, "lora_scale")]
+        change = scale[..., None, None] * jnp.matmul(a, b, precision="highest")
+        kernel = leaves[(*module, "kernel")].astype(jnp.float32)
+        merged[(*module, "kernel")] = kernel + change.reshape(kernel.shape)
     return unflatten_dict(merged)
 
 
-def bind(fn: Any, params: Params) -> jax.tree_util.Partial:
+def bind(fn: Any, params: Params) -> Partial:
     """``fn(params, ...)``, a PolicyFn or ScoreFn, as a function of adapters: ``bind(fn,
     base)(adapters, ...)``.
 
     The result carries the base's arrays and travels through ``jit`` as an argument; closed over,
     they would become constants of the program.
     """
-    return jax.tree_util.Partial(_with_adapters, jax.tree_util.Partial(fn), params)
+    return Partial(_with_adapters, Partial(fn), params)
 
 
 def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any, **more: Any) -> Any:

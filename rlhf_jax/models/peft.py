@@ -22,13 +22,12 @@ from rlhf_jax.models.hf import (
     read_score,
     write_tensors,
 )
+from rlhf_jax.models.names import LeafPath, Shape
 from rlhf_jax.types import Params
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-LeafPath = tuple[str, ...]  # of a leaf in nested dicts
-Shape = tuple[int, ...]
 
 # PEFT computes something else than x W + scale (x A) B with one scale for all, unless these keys
 # are empty or "none".
@@ -74,7 +73,7 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
     return adapters
 
 
-def split_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[Shape, int, Shape]:
+def split_shape(path: LeafPath, shape: Shape) -> tuple[Shape, int, Shape]:
     """A kernel's shape as (layers [L - 1] or [], size of the input, sizes of the output)."""
     is_stacked = path[0] == "h"
     layers = shape[:1] if is_stacked else ()
@@ -91,17 +90,16 @@ def _read_pair(
 ) -> dict[LeafPath, Array]:
     """The leaves of one kernel's adapter, which PEFT stores in one module for each layer."""
     layers, size_in, out = split_shape(kernel, shape)
-    stored = reader.shape(f"{modules[0]}.lora_A.weight")
+    first = f"{modules[0]}.lora_A.weight"
+    stored = reader.shape(first)
     rank = stored[0] if stored else 0
     if not rank:
-        raise UserError(
-            f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank"
-        )
+        raise UserError(f"{reader.source}: {first} has no rank")
 
     def read(letter: str, shape: Shape) -> Array:
         transposed = (math.prod(shape[1:]), shape[0])
         tensors = [f"{module}.lora_{letter}.weight" for module in modules]
-        parts = [reader.read(tensor, transposed, jnp.float32).T for tensor in tensors]
+        parts = [reader.read(tensor, transposed).T for tensor in tensors]
         return jnp.stack(parts).reshape(*layers, *shape)
 
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -157,10 +155,12 @@ def write_adapter(
     Raises:
         ValueError: the adapters hold something else, or are of several ranks or scales.
     """
-    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(adapters).items()}
-    others = {
-        "/".join(path) for path in leaves if path[0] != "score" and not path[-1].startswith("lora_")
+    leaves = {
+        path: np.asarray(leaf, np.float32)
+        for path, leaf in flatten_dict(adapters).items()
+        if path[0] != "score"
     }
+    others = ["/".join(path) for path in leaves if not path[-1].startswith("lora_")]
     if others:
         raise ValueError(f"cannot save {listed(others)} as adapters")
     rank, scale = _rank_and_scale(leaves)
@@ -193,9 +193,9 @@ def write_adapter(
 
 def _rank_and_scale(leaves: dict[LeafPath, np.ndarray]) -> tuple[int, float]:
     kinds = set()
-    for path, leaf in leaves.items():
-        if path[-1] == "lora_a":
-            scales = leaves[(*path[:-1], "lora_scale")].reshape(-1)
+    for (*module, name), leaf in leaves.items():
+        if name == "lora_a":
+            scales = leaves[(*module, "lora_scale")].ravel()
             kinds |= {(leaf.shape[-1], float(scale)) for scale in scales}
     if len(kinds) != 1:
         raise ValueError(
@@ -206,12 +206,12 @@ def _rank_and_scale(leaves: dict[LeafPath, np.ndarray]) -> tuple[int, float]:
 
 def _stored(
     params: Params, leaves: dict[LeafPath, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+) -> tuple[dict[str, np.ndarray], set[str]]:
     """PEFT's tensors by name, and their modules' names such as transformer.h.0.attn.c_attn."""
     tensors: dict[str, np.ndarray] = {}
-    adapted: list[str] = []
+    adapted: set[str] = set()
     for (*place, name), leaf in leaves.items():
-        if name not in ("lora_a", "lora_b"):
+        if name == "lora_scale":
             continue
         modules = _modules(params, (*place, "kernel"), leaf.shape)
         matrices = leaf if place[0] == "h" else [leaf]
@@ -219,18 +219,18 @@ def _stored(
             transposed = matrix.reshape(len(matrix), -1).T
             tensor = f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"
             tensors[tensor] = np.ascontiguousarray(transposed)
-        if name == "lora_a":
-            adapted += modules
+        adapted.update(modules)
     return tensors, adapted
 
 
-def _target_modules(modules: list[str]) -> list[str]:
+def _target_modules(modules: set[str]) -> list[str]:
     """The names within a layer if every adapted layer has them all, else the full names."""
-    layers, short = ({module.split(".", 3)[part] for module in modules} for part in (2, 3))
+    layers = {module.split(".", 3)[2] for module in modules}
+    short = {module.split(".", 3)[3] for module in modules}
     return sorted(short if len(modules) == len(short) * len(layers) else modules)
 
 
-def _modules(params: Params, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+def _modules(params: Params, path: LeafPath, shape: Shape) -> list[str]:
     """transformers' name of a kernel's module in each layer; none for another leaf."""
     if path[-1] != "kernel" or not path[0].startswith("h"):
         return []
