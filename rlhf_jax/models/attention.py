@@ -5,17 +5,21 @@ Heads come before slots ([B, H, S, Dh]): a cache in that layout is read in order
 decoding.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rlhf_jax.models import kernels
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.kernels import fused
 
 Number = Array | float
+# Columns of [B, T] to compute: the same slice of each row, [B, n] indices, or None for all.
+Columns = slice | Array | None
 Drop = tuple[Array, float] | None  # PRNG key and rate at which attention weights are dropped
 # Finite, so that a query without a key (a pad) gets a uniform distribution instead of NaN.
 MASKED = -1e30
@@ -37,9 +41,8 @@ class Seen(NamedTuple):
     key_slots: Array  # [S]
     key_documents: Array  # [B, S], 0 on pads and empty slots
     window: Array | int  # keys that a query attends to, its own included
-    mask: Array | None = (
-        None  # [B, 1, t, S] bool: ``visible`` of the rest, made once for all layers
-    )
+    mask: Array | None = None
+    """[B, 1, t, S] bool: ``visible`` of the rest, made once for all layers."""
 
 
 def positions(attention_mask: Array) -> Array:
@@ -56,12 +59,12 @@ def positions(attention_mask: Array) -> Array:
     real = attention_mask != 0
     counts = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real  # real tokens before this one
     columns = jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape)
-    last_real = jax.lax.cummax(jnp.where(real, columns, 0), axis=1)
+    last_real = lax.cummax(jnp.where(real, columns, 0), axis=1)
     # The document of the last real token up to each column, and up to the column before.
     document = jnp.take_along_axis(attention_mask, last_real, axis=1)
     before = jnp.concatenate([document[:, :1], document[:, :-1]], axis=1)
     is_start = real & (document != before)
-    starts = jax.lax.cummax(jnp.where(is_start, counts, 0), axis=1)
+    starts = lax.cummax(jnp.where(is_start, counts, 0), axis=1)
     return counts - starts
 
 
@@ -109,7 +112,7 @@ def seen_in_cache(
     real = key_mask != 0
     if size < length:
         newest = index if queries == 1 else index - 1  # slot in the cache
-        key_slots = newest - jax.lax.rem(newest + size - jnp.arange(size), size)
+        key_slots = newest - lax.rem(newest + size - jnp.arange(size), size)
         if queries > 1:
             key_slots = jnp.concatenate([key_slots, slots])
         is_written = (key_slots >= 0)[None, :]
@@ -130,27 +133,23 @@ def visible(seen: Seen) -> Array:
     return (is_near & (is_own & is_real))[:, None]
 
 
-def written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
-    """A cache of S slots with new keys or values at slots index, index + 1, ..., each modulo S;
-    ``axis`` is the axis of the slots.
-    """
-    size = cache.shape[axis]
-    dropped = max(new.shape[axis] - size, 0)  # the cache holds the last S of more
-    new = jax.lax.slice_in_dim(new, dropped, None, axis=axis).astype(cache.dtype)
-    index = index + dropped
-    count = new.shape[axis]
-    if isinstance(index, int):
-        start: Array | int = index % size
-        wraps = index % size + count > size
-    else:
-        start = jax.lax.rem(index, size)
-        wraps = count > 1  # perhaps
-    if not wraps:
-        return jax.lax.dynamic_update_slice_in_dim(
-            cache, new, start, axis=axis, allow_negative_indices=False
-        )
-    places = (start + jnp.arange(count)) % size
-    return cache.at[(slice(None),) * axis + (places,)].set(new)
+def pick(x: Array, columns: Columns, axis: int) -> Array:
+    """The given columns of x [B, ...]; ``axis`` is the axis of the columns."""
+    if columns is None:
+        return x
+    if isinstance(columns, slice):
+        return lax.slice_in_dim(x, columns.start, columns.stop, axis=axis)
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = columns.shape
+    return jnp.take_along_axis(x, columns.reshape(shape), axis=axis)
+
+
+def seen_at(seen: Seen, columns: Columns) -> Seen:
+    """The attention mask of the queries in the given columns."""
+    slots = pick(seen.slots, columns, axis=1)
+    documents = pick(seen.documents, columns, axis=1)
+    mask = None if seen.mask is None else pick(seen.mask, columns, axis=2)
+    return seen._replace(slots=slots, documents=documents, mask=mask)
 
 
 def implementation(
@@ -173,6 +172,40 @@ def implementation(
     if drops or queries != keys:
         return "blockwise"
     return fused.fastest(config) if name == "auto" else name
+
+
+def mix(
+    config: TransformerConfig,
+    query: Array,
+    key: Array,
+    value: Array,
+    seen: Seen,
+    drop: Drop,
+    is_local: Array | bool,
+    columns: Columns,
+) -> Array:
+    """``attention`` by the implementation that the config names or that fits: [B, H, G, n, Dh] for
+    the given columns of the queries.
+    """
+    num_queries = query.shape[3]
+    num_keys = key.shape[2]
+    name = implementation(config, num_queries, num_keys, drop is not None)
+    if name in ("cudnn", "splash"):
+        by_window = [
+            partial(fused.attention, name=name, window=window) for window in config.windows
+        ]
+        number = jnp.int32(is_local)
+        whole = lax.switch(number, by_window, query, key, value, seen.key_documents)
+        return pick(whole, columns, axis=3)
+
+    query = pick(query, columns, axis=3)
+    seen = seen_at(seen, columns)
+    if name == "blockwise":
+        return blockwise(query, key, value, seen, drop)
+    first = None
+    if num_keys == num_queries and not isinstance(columns, Array):
+        first = 0 if columns is None else columns.start
+    return attention(query, key, value, seen, drop, first)
 
 
 def attention(
@@ -227,7 +260,7 @@ def _attend(
     # often as by softmax.
     scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
     highest = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
+    weights = jnp.exp(scores - lax.stop_gradient(highest))
     total = weights.sum(axis=-1, keepdims=True)
     if drop is not None:
         drop_key, rate = drop
@@ -251,8 +284,32 @@ def blockwise(
     The backward pass computes each block again (Rabe and Staats 2021). The same key drops other
     weights than in ``attention``.
     """
-    length = query.shape[3]
-    size = min(max(BLOCK_SCORES // key.shape[2], 1), length)
+    size = max(BLOCK_SCORES // key.shape[2], 1)
+
+    def of_block(number: Array, query: Array, slots: Array, documents: Array) -> Array:
+        block_drop = None
+        if drop is not None:
+            drop_key, rate = drop
+            block_drop = (jax.random.fold_in(drop_key, number), rate)
+        block_seen = seen._replace(slots=slots, documents=documents)
+        return attention(query, key, value, block_seen, block_drop)
+
+    return by_blocks(of_block, size, (query, 3), (seen.slots, 1), (seen.documents, 1))
+
+
+def by_blocks(fn: Callable[..., Any], size: int, *columns: tuple[Array, int]) -> Any:
+    """``fn`` of all columns, computed one block of columns after another: memory holds what it
+    computes of one block, in the backward pass too, which computes each block again.
+
+    Args:
+        fn: ``(number of the block, *blocks) -> a tree of arrays`` whose columns have the axis that
+            the first array's have.
+        size: columns of a block.
+        columns: arrays and the axis of their columns.
+    """
+    whole, axis = columns[0]
+    length = whole.shape[axis]
+    size = min(size, length)
     count = -(-length // size)
 
     def blocks(x: Array, axis: int) -> Array:
@@ -262,22 +319,11 @@ def blockwise(
         apart = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(jnp.pad(x, pads).reshape(apart), axis, 0)
 
-    def block(part: tuple[Array, Array, Array, Array]) -> Array:
-        number, query, slots, documents = part
-        block_drop = None
-        if drop is not None:
-            drop_key, rate = drop
-            block_drop = (jax.random.fold_in(drop_key, number), rate)
-        block_seen = seen._replace(slots=slots, documents=documents)
-        return attention(query, key, value, block_seen, block_drop)
+    def joined(x: Array) -> Array:
+        in_order = jnp.moveaxis(x, 0, axis)
+        padded = in_order.reshape(*x.shape[1 : axis + 1], count * size, *x.shape[axis + 2 :])
+        return lax.slice_in_dim(padded, 0, length, axis=axis)
 
-    parts = (
-        jnp.arange(count),
-        blocks(query, 3),
-        blocks(seen.slots, 1),
-        blocks(seen.documents, 1),
-    )
-    mixed = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
-    in_order = jnp.moveaxis(mixed, 0, 3)
-    mixed = in_order.reshape(*query.shape[:3], count * size, -1)
-    return mixed[:, :, :, :length]
+    of_block = jax.checkpoint(fn, prevent_cse=False)
+    parts = (jnp.arange(count), *(blocks(*array) for array in columns))
+    return jax.tree.map(joined, lax.map(lambda part: of_block(*part), parts))

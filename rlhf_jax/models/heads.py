@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
@@ -173,7 +173,7 @@ def score_fn(model: Model) -> ScoreFn:
         hidden = model.hidden(params, tokens, attention_mask, key, last)
         scores = _scalar(params, "score", hidden)
         head = params["score"]
-        gain, shift = jax.lax.stop_gradient((head["gain"], head["shift"]))
+        gain, shift = lax.stop_gradient((head["gain"], head["shift"]))
         scores = jnp.where(jnp.any(real, axis=2), gain * scores + shift, 0.0)
         return scores[:, 0] if documents is None else scores
 
@@ -225,7 +225,7 @@ def _of_tokens(
         return padded.reshape(batch, chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
     parts = tuple(map(split, (hidden, targets, *more)))
-    outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
+    outputs = lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :columns], outputs)
 
 

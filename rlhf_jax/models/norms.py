@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rlhf_jax.models.kernels import mean as mean_of
 
@@ -40,7 +40,7 @@ def _forward(
         # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
         centred = centred - mean
         variance = mean_of(centred * centred)
-    inverse = jax.lax.rsqrt(variance + epsilon)
+    inverse = lax.rsqrt(variance + epsilon)
     out = centred * inverse * jnp.broadcast_to(scale, x.shape)
     if bias is not None:
         out += jnp.broadcast_to(bias, x.shape)

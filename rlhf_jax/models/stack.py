@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+from jax import Array, lax
 
 from rlhf_jax.models import attention, kernels
-from rlhf_jax.models.attention import Number, Seen
+from rlhf_jax.models.attention import Columns, Number, Seen, pick
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.kernels import cache as caches
-from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
 from rlhf_jax.sharding import cut, tensor_axes, tensor_parts
@@ -36,8 +35,6 @@ View = tuple[Seen, Rotation | None]
 # window.
 Views = tuple[View, ...]
 Cache = tuple[LayerCache, ...]
-# Columns of [B, T] to compute: the same slice of each row, [B, n] indices, or None for all.
-Columns = slice | Array | None
 # Factor of a layer's attention scores, and whether the layer takes the second view.
 Layer = tuple[Number, Array | bool]
 
@@ -109,7 +106,7 @@ class Dense(Given):
         names = ("lora_a", "lora_b", "lora_scale")
         adapter: list[Any] = [self.get_variable("params", name) for name in names]
         a, b = promote_dtype(*adapter[:2], dtype=self.dtype)
-        scale = jax.lax.stop_gradient(adapter[2]).astype(x.dtype)
+        scale = lax.stop_gradient(adapter[2]).astype(x.dtype)
         return scale * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
@@ -144,33 +141,6 @@ def rotate(x: Array, rotation: Rotation) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def pick(x: Array, columns: Columns, axis: int) -> Array:
-    """The given columns of x [B, ...]; ``axis`` is the axis of the columns."""
-    if columns is None:
-        return x
-    if isinstance(columns, slice):
-        return jax.lax.slice_in_dim(x, columns.start, columns.stop, axis=axis)
-    shape = [1] * x.ndim
-    shape[0], shape[axis] = columns.shape
-    return jnp.take_along_axis(x, columns.reshape(shape), axis=axis)
-
-
-def seen_at(seen: Seen, columns: Columns) -> Seen:
-    """The attention mask of the queries in the given columns."""
-    slots = pick(seen.slots, columns, axis=1)
-    documents = pick(seen.documents, columns, axis=1)
-    mask = None if seen.mask is None else pick(seen.mask, columns, axis=2)
-    return seen._replace(slots=slots, documents=documents, mask=mask)
-
-
-def write(held: LayerCache, new: LayerCache, start: Array | int) -> LayerCache:
-    """A layer's cache with new keys and values from slot ``start`` on."""
-    of_keys, of_values = caches.slots()
-    keys = attention.written(held[0], new[0], of_keys, start)
-    values = attention.written(held[1], new[1], of_values, start)
-    return keys, values
-
-
 class Attention(nn.Module):
     """Self-attention over the given tokens, or over a cache to which it first writes them at slots
     index, index + 1, ...
@@ -200,7 +170,7 @@ class Attention(nn.Module):
             key = rotate(key, rotation)
         query = scaled.astype(query.dtype)
         if cache is not None:
-            key, value, cache = self.through_cache(key, value, cache, index, len(seen.key_slots))
+            key, value, cache = caches.extend(cache, key, value, index, len(seen.key_slots))
 
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, length, width)
@@ -209,67 +179,13 @@ class Attention(nn.Module):
             is_contiguous = self.config.sliding_window is None
             mixed = caches.attention(grouped, cache, attention.visible(seen), is_contiguous)
         if mixed is None:
-            mixed = self.mix(grouped, key, value, seen, is_local, columns)
+            drop = None
+            if self.has_rng("dropout") and self.config.attention_dropout > 0:
+                drop = (self.make_rng("dropout"), self.config.attention_dropout)
+            arrays = (grouped, key, value)
+            mixed = attention.mix(self.config, *arrays, seen, drop, is_local, columns)
         by_token = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
         return self.output(by_token.reshape(batch, -1, heads * width)), cache
-
-    @nn.nowrap
-    def through_cache(
-        self,
-        key: Array,
-        value: Array,
-        cache: LayerCache,
-        index: Array | None,
-        num_keys: int,
-    ) -> tuple[Array, Array, LayerCache]:
-        """The ``num_keys`` keys and values of these queries, and the cache with the new ones
-        written.
-        """
-        new = write(cache, caches.held(key, value), 0 if index is None else index)
-        heads = key.shape[1]
-        held_keys, held_values = caches.read(cache, heads)
-        if num_keys == held_values.shape[2]:
-            return *caches.read(new, heads), new
-        if num_keys > key.shape[2]:
-            # A window's cache: writing drops keys that the first of these queries attend to.
-            key = jnp.concatenate([held_keys, key], axis=2)
-            value = jnp.concatenate([held_values, value], axis=2)
-        return key, value, new
-
-    @nn.nowrap
-    def mix(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        seen: Seen,
-        is_local: Array | bool,
-        columns: Columns,
-    ) -> Array:
-        """The values mixed by attention, [B, H_kv, G, n, Dh] for n columns of queries."""
-        config = self.config
-        num_queries = query.shape[3]
-        num_keys = key.shape[2]
-        drops = self.has_rng("dropout") and config.attention_dropout > 0
-        name = attention.implementation(config, num_queries, num_keys, drops)
-        if name in ("cudnn", "splash"):
-            by_window = [
-                functools.partial(fused.attention, name=name, window=window)
-                for window in config.windows
-            ]
-            number = jnp.int32(is_local)
-            whole = jax.lax.switch(number, by_window, query, key, value, seen.key_documents)
-            return pick(whole, columns, axis=3)
-
-        drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
-        query = pick(query, columns, axis=3)
-        seen = seen_at(seen, columns)
-        if name == "blockwise":
-            return attention.blockwise(query, key, value, seen, drop)
-        first = None
-        if num_keys == num_queries and not isinstance(columns, Array):
-            first = 0 if columns is None else columns.start
-        return attention.attention(query, key, value, seen, drop, first)
 
 
 class Block(nn.Module):
@@ -448,7 +364,7 @@ class Transformer(nn.Module):
         empty = jax.vmap(caches.held)(new, new)
         x, filled = self.h(x, views, layers, empty, index, None)
         held = cache[: config.num_stacked]
-        return x, [write(*pair, 0) for pair in zip(held, apart(filled), strict=True)]
+        return x, [caches.write(*pair, 0) for pair in zip(held, apart(filled), strict=True)]
 
     def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
@@ -480,7 +396,7 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         seen = functools.partial(attention.seen_in_cache, key_mask, index, length)
         views = self.views(positions, seen)
-        own_mask = jax.lax.dynamic_slice_in_dim(
+        own_mask = lax.dynamic_slice_in_dim(
             key_mask, index, length, axis=1, allow_negative_indices=False
         )
         x = self.embed(tokens, positions, own_mask != 0)
@@ -523,9 +439,9 @@ def apart(stacked: Any) -> tuple[Any, ...]:
     rows = tuple(zeros + i for i in range(len(smallest)))
     start = (jnp.int32(0),) * len(rows)
     maxima = functools.partial(jax.tree.map, jnp.maximum)
-    numbers = jax.lax.reduce(rows, start, maxima, (0,))
+    numbers = lax.reduce(rows, start, maxima, (0,))
     slice_at = functools.partial(
-        jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
+        lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
     )
     return tuple(jax.tree.map(lambda leaf, i=i: slice_at(leaf, i), stacked) for i in numbers)
 

@@ -10,7 +10,8 @@ attention of one query to it.
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.sharding import get_abstract_mesh
 
 from rlhf_jax.models import kernels
 from rlhf_jax.models.attention import MASKED
@@ -21,11 +22,6 @@ LayerCache = tuple[Array, Array]
 SLOTS = {"cpu": (3, 2), "gpu": (2, 2), "tpu": (1, 1)}
 # Programs of one kernel that fill a GPU. Few rows and heads are read by several programs each.
 PROGRAMS = 512
-
-
-def slots() -> tuple[int, int]:
-    """The axes of the slots in a layer's keys and values."""
-    return SLOTS[fused.platform()]
 
 
 def held(key: Array, value: Array) -> LayerCache:
@@ -60,6 +56,54 @@ def _apart(x: Array, num_heads: int) -> Array:
     return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
 
 
+def write(cache: LayerCache, new: LayerCache, index: Array | int) -> LayerCache:
+    """The cache with new keys and values at slots index, index + 1, ..., each modulo S."""
+    of_keys, of_values = SLOTS[fused.platform()]
+    keys, values = cache
+    new_keys, new_values = new
+    return _written(keys, new_keys, of_keys, index), _written(values, new_values, of_values, index)
+
+
+def _written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
+    """Keys or values with new ones; ``axis`` is the axis of the slots."""
+    size = cache.shape[axis]
+    dropped = max(new.shape[axis] - size, 0)  # the cache holds the last S of more
+    new = lax.slice_in_dim(new, dropped, None, axis=axis).astype(cache.dtype)
+    index = index + dropped
+    count = new.shape[axis]
+    start = index % size if isinstance(index, int) else lax.rem(index, size)
+    if count == 1 or (isinstance(start, int) and start + count <= size):
+        return lax.dynamic_update_slice_in_dim(
+            cache, new, start, axis=axis, allow_negative_indices=False
+        )
+    places = (start + jnp.arange(count)) % size
+    return cache.at[(slice(None),) * axis + (places,)].set(new)
+
+
+def extend(
+    cache: LayerCache,
+    key: Array,
+    value: Array,
+    index: Array | None,
+    num_keys: int,
+) -> tuple[Array, Array, LayerCache]:
+    """The ``num_keys`` [B, H, S, Dh] keys and values that queries attend to whose own are ``key``
+    and ``value``, and the cache with these written at slots index, index + 1, ...
+
+    Without an index the cache is empty.
+    """
+    heads = key.shape[1]
+    new = write(cache, held(key, value), 0 if index is None else index)
+    held_keys, held_values = read(cache, heads)
+    if num_keys == held_values.shape[2]:
+        return *read(new, heads), new
+    if num_keys > key.shape[2]:
+        # A window's cache: writing drops keys that the first of these queries attend to.
+        key = jnp.concatenate([held_keys, key], axis=2)
+        value = jnp.concatenate([held_values, value], axis=2)
+    return key, value, new
+
+
 def attention(
     query: Array,
     cache: LayerCache,
@@ -75,7 +119,7 @@ def attention(
         is_contiguous: whether these slots are contiguous, as they are in every cache without a
             window.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = get_abstract_mesh()
     is_cut = any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
     if fused.platform() == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
         return _all_heads(query, cache, mask)

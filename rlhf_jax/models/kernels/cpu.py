@@ -6,7 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.sharding import get_abstract_mesh
 
 
 def mean(x: Array) -> Array:
@@ -18,7 +19,7 @@ def mean(x: Array) -> Array:
     """
     width = x.shape[-1]
     columns = jnp.full((width, 2), 1.0 / width)
-    return jnp.matmul(x, columns, precision=jax.lax.Precision.HIGHEST)[..., :1]
+    return jnp.matmul(x, columns, precision=lax.Precision.HIGHEST)[..., :1]
 
 
 def computed_once(x: Array) -> Array:
@@ -46,7 +47,7 @@ def _halves(x: Array) -> Array:
     """The rows of x [..., D]: [2, N / 2, D], or [1, N, D] if N is odd or a mesh cuts the rows."""
     width = x.shape[-1]
     num_rows = x.size // width
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = get_abstract_mesh()
     is_whole = num_rows % 2 == 1 or mesh.auto_axes
     return x.reshape(1 if is_whole else 2, -1, width)
 
@@ -69,7 +70,7 @@ def product_of_halves(x: Array, kernel: Array, axis: int) -> Array:
     contracted = ((2,), (1 + axis,))
     batched = ((0,), (0,))
     dimensions = (contracted, batched)
-    out = jax.lax.dot_general(_halves(x), copies, dimensions)
+    out = lax.dot_general(_halves(x), copies, dimensions)
     return out.reshape(*x.shape[:-1], -1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.sharding import tensor_axes
@@ -20,7 +20,7 @@ def platform() -> str:
     It is for choices of shapes and of the gradient's memory, which must be made before a program is
     lowered. Under ``jit`` nobody knows on which devices the arguments lie.
     """
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    of_mesh = get_abstract_mesh().abstract_device
     # A device, the name of a platform or None.
     device = of_mesh or jax.config.jax_default_device  # type: ignore[attr-defined]
     return str(getattr(device, "platform", device) or jax.default_backend())
@@ -30,7 +30,7 @@ def takes_pallas() -> bool:
     """Whether a Pallas kernel compiles: of several devices it must know the mesh
     (``on_each_device``).
     """
-    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    has_mesh = not get_abstract_mesh().empty
     return has_mesh or jax.device_count() == 1
 
 
@@ -101,7 +101,7 @@ def on_each_device(
         of_heads: arrays [B, heads, ...]; the result is one too.
         of_rows: an array [B, ...].
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = get_abstract_mesh()
     if not mesh.auto_axes:
         return kernel(*of_heads, of_rows)
 
