@@ -8,13 +8,13 @@ columns.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rlhf_jax.models.attention import by_blocks
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
@@ -56,14 +56,12 @@ def add_head(
     """
     if kind not in HEADS:
         raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
-    zero = jnp.zeros((), jnp.float32)
-    if width is None:
-        width = params["ln_f"]["scale"].shape[-1]
-    if kind == "value":
-        head = {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}
-    else:
-        kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
-        head = {"kernel": kernel, "bias": zero, "gain": jnp.ones_like(zero), "shift": zero}
+    zero = jnp.float32(0.0)
+    size = width or params["ln_f"]["scale"].shape[-1]
+    head = {"kernel": jnp.zeros(size), "bias": zero}
+    if kind == "score":
+        kernel = jax.random.normal(key, (size,)) / math.sqrt(size + 1)
+        head = {"kernel": kernel, "bias": zero, "gain": jnp.float32(1.0), "shift": zero}
     return {**params, kind: head}
 
 
@@ -125,12 +123,21 @@ def policy_fn(
         # The states before columns first, ..., T - 1: [B, T - first, D].
         before = slice(first - 1, tokens.shape[1] - 1)
         hidden = model.hidden(body, tokens, attention_mask, policy_key, before)
-        parts = [hidden, tokens[:, first:]]
-        compare = None
-        if teacher is not None and teacher_params is not None:
-            parts.append(teacher.model.hidden(teacher_params, tokens, attention_mask, None, before))
-            compare = partial(_compared, teacher, teacher_params, temperature)
-        output = _of_tokens(model, body, temperature, compare, *parts)
+        states = [hidden]
+        asked = None if teacher_params is None else teacher
+        if asked is not None:
+            theirs = asked.model.hidden(teacher_params, tokens, attention_mask, None, before)
+            states.append(theirs)
+
+        def of_block(_: Array, targets: Array, hidden: Array, *of_teacher: Array) -> PolicyOutput:
+            logits = model.unembed(body, hidden) / temperature
+            output = _of_tokens(logits, targets)
+            if asked is None:
+                return output
+            theirs = asked.model.unembed(teacher_params, *of_teacher) / temperature
+            return output._replace(**_compared(asked.measure, logits, theirs, targets))
+
+        output = _by_chunks(of_block, model.config.vocab_size, tokens[:, first:], *states)
         values = None
         if value_model is not None:
             critic = params["value"]
@@ -188,45 +195,25 @@ def _scalar(params: Params, kind: str, hidden: Array) -> Array:
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
-def _of_tokens(
-    model: Model,
-    params: Params,
-    temperature: float,
-    compare: Callable[..., dict[str, Array]] | None,
-    hidden: Array,
-    targets: Array,
-    *more: Array,
-) -> PolicyOutput:
-    """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32.
+def _of_tokens(logits: Array, targets: Array) -> PolicyOutput:
+    """Log-probabilities and entropies [B, n] of the targets, from logits [B, n, V]."""
+    chosen = _at(logits, targets)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    probs = jnp.exp(logits - normalizer[..., None])
+    entropy = normalizer - jnp.sum(probs * logits, axis=-1)
+    return PolicyOutput(chosen - normalizer, entropy)
 
-    compare: ``compare(logits [B, n, V], targets [B, n], *columns of more)`` gives further fields.
+
+def _by_chunks(fn: Callable[..., PolicyOutput], vocab_size: int, *arrays: Array) -> PolicyOutput:
+    """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns of which the
+    logits have at most ``_CHUNK_LOGITS`` numbers in a row.
     """
-
-    def chunk(params: Params, hidden: Array, targets: Array, *more: Array) -> PolicyOutput:
-        logits = model.unembed(params, hidden).astype(jnp.float32) / temperature
-        chosen = _at(logits, targets)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        probs = jnp.exp(logits - normalizer[..., None])
-        entropy = normalizer - jnp.sum(probs * logits, axis=-1)
-        further = {} if compare is None else compare(logits, targets, *more)
-        return PolicyOutput(chosen - normalizer, entropy, **further)
-
-    batch, columns = targets.shape
-    chunks = math.ceil(columns * model.config.vocab_size / _CHUNK_LOGITS)
+    columns = arrays[0].shape[1]
+    chunks = math.ceil(columns * vocab_size / _CHUNK_LOGITS)
     if chunks <= 1:
-        return chunk(params, hidden, targets, *more)
-    size = math.ceil(columns / chunks)
-    chunks = math.ceil(columns / size)
-
-    def split(x: Array) -> Array:
-        """[B, N, ...] -> [chunks, B, size, ...], padded at the end."""
-        pads = [(0, 0), (0, chunks * size - columns), (0, 0)]
-        padded = jnp.pad(x, pads[: x.ndim])
-        return padded.reshape(batch, chunks, size, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = tuple(map(split, (hidden, targets, *more)))
-    outputs = lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :columns], outputs)
+        return fn(jnp.int32(0), *arrays)
+    output: PolicyOutput = by_blocks(fn, math.ceil(columns / chunks), *((x, 1) for x in arrays))
+    return output
 
 
 def _at(logits: Array, targets: Array) -> Array:
@@ -237,17 +224,13 @@ def _at(logits: Array, targets: Array) -> Array:
 
 
 def _compared(
-    teacher: Teacher,
-    params: Params,
-    temperature: float,
+    measure: Callable[[Array, Array], Array],
     logits: Array,
+    theirs: Array,
     targets: Array,
-    hidden: Array,
 ) -> dict[str, Array]:
-    """What a ``teacher`` with ``hidden`` states [B, n, D] says of the tokens, [B, n] each."""
-    theirs = teacher.model.unembed(params, hidden).astype(jnp.float32) / temperature
+    """What a teacher with the logits ``theirs`` says of the targets, [B, n] each."""
     shared = min(logits.shape[-1], theirs.shape[-1])
     theirs = theirs[..., :shared]
     log_probs = _at(theirs, targets) - jax.nn.logsumexp(theirs, axis=-1)
-    divergence = teacher.measure(logits[..., :shared], theirs)
-    return {"teacher_log_probs": log_probs, "divergence": divergence}
+    return {"teacher_log_probs": log_probs, "divergence": measure(logits[..., :shared], theirs)}
