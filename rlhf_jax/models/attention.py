@@ -81,6 +81,11 @@ def seen_in_text(attention_mask: Array, window: int | None = None) -> Seen:
     return Seen(rows, attention_mask, slots, attention_mask, window or len(slots))
 
 
+def is_start(index: Array | int) -> bool:
+    """Whether a cache is known to be empty: its next slot is the number 0, and not an array."""
+    return isinstance(index, int) and index == 0
+
+
 def seen_in_cache(
     key_mask: Array,
     index: Array | int,
@@ -92,16 +97,14 @@ def seen_in_cache(
 
     Args:
         key_mask: [B, S], 0 on empty and padded slots.
-        index: [] slot of the first query. The number 0 (not an array) means an empty cache: the
-            queries attend only to one another.
+        index: [] slot of the first query. If ``is_start``, the queries attend only to one another.
         queries: the number t of query positions.
         window: as in ``seen_in_text``. The cache of a layer with a window holds the last ``window``
             slots, slot s at place s % window. A single query attends to the cache after its token
             is written. Several queries attend to the cache before their tokens are written, and to
             one another.
     """
-    is_empty = isinstance(index, int) and index == 0
-    if is_empty and queries > 1:
+    if is_start(index) and queries > 1:
         prompt = (key_mask[:, :queries] != 0).astype(jnp.int32)
         return seen_in_text(prompt, window)
 

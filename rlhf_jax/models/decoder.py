@@ -21,7 +21,7 @@ from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm, Rotation
 
 def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
+    return Dense((features,), config.compute_dtype, init, use_bias)
 
 
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:

@@ -16,7 +16,7 @@ from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm
 from rlhf_jax.sharding import tensor_parts
 
 
-def _dense(config: GPT2Config, features: int | tuple[int, int], *, residual: bool = False) -> Dense:
+def _dense(config: GPT2Config, *features: int, residual: bool = False) -> Dense:
     std = config.initializer_range
     if residual:  # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L)
         std /= math.sqrt(2 * config.num_layers)
@@ -29,7 +29,7 @@ class _Attention(stack.Attention):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_attn = _dense(self.config, (3, self.config.hidden_size))
+        self.c_attn = _dense(self.config, 3, self.config.hidden_size)
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:

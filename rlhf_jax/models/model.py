@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.models import stack
+from rlhf_jax.models.attention import Columns, is_start
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
@@ -60,53 +61,52 @@ def build(config: ModelConfig) -> Model:
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     module = network(config)
     unrolled = network(dataclasses.replace(config, scan_layers=False, remat=False))
-    init_cache = partial(stack.init_cache, config)
-    for_decoding = partial(stack.for_decoding, config)
 
     # A key without a use is left out: with a key, each layer would be traced separately.
-    rates = [rate for name, rate in vars(config).items() if name.endswith("_dropout")]
-    drops = any(rate > 0 for rate in rates)
+    drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
     def init(key: Array) -> Params:
         token = jnp.zeros((1, 1), jnp.int32)
-        params: Params = module.init(key, token, jnp.ones_like(token))["params"]
-        return params
+        return module.init(key, token, jnp.ones_like(token))["params"]
 
     def hidden(
         params: Params,
         tokens: Array,
         attention_mask: Array | None = None,
         key: Array | None = None,
-        columns: stack.Columns = None,
-    ) -> Array:
+        columns: Columns = None,
+    ) -> Any:
         tokens = jnp.asarray(tokens)
-        if attention_mask is None:
-            attention_mask = jnp.ones(tokens.shape, jnp.int32)
-        mask = jnp.asarray(attention_mask)
+        mask = jnp.ones_like(tokens) if attention_mask is None else jnp.asarray(attention_mask)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
-        states: Any = module.apply(
-            {"params": params}, tokens, mask, columns, rngs=rngs, method="hidden"
-        )
-        return states
+        inputs = (tokens, mask, columns)
+        return module.apply({"params": params}, *inputs, rngs=rngs, method="hidden")
 
-    def unembed(params: Params, hidden_states: Array) -> Array:
-        logits: Any = module.apply({"params": params}, hidden_states, method="unembed")
-        return logits
+    def unembed(params: Params, hidden_states: Array) -> Any:
+        return module.apply({"params": params}, hidden_states, method="unembed")
 
     def apply(
         params: Params,
         tokens: Array,
         attention_mask: Array | None = None,
         key: Array | None = None,
-    ) -> Array:
+    ) -> Any:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    decode = partial(_decode, module, unrolled)
-    return Model(config, init, apply, hidden, unembed, init_cache, decode, for_decoding)
+    return Model(
+        config,
+        init,
+        apply,
+        hidden,
+        unembed,
+        init_cache=partial(stack.init_cache, config),
+        decode=partial(_decode, module, unrolled),
+        for_decoding=partial(stack.for_decoding, config),
+    )
 
 
 def _decode(
@@ -116,8 +116,8 @@ def _decode(
     tokens: Array,
     positions: Array,
     key_mask: Array,
-    cache: Any,
-    index: Any,
+    cache: stack.Cache,
+    index: Array | int,
 ) -> Any:
     """``Model.decode``, by the ``module`` for a prompt in stacked layers, else by the ``unrolled``
     one.
@@ -127,11 +127,9 @@ def _decode(
     chex.assert_equal_shape([tokens, positions])
     expected = jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
     chex.assert_trees_all_equal_shapes(cache, expected)
-    network = unrolled
-    is_empty = isinstance(index, int) and index == 0
-    if is_empty and tokens.shape[1] > 1 and "h" in params:
-        network = module
-    else:
+    network = module
+    if not (is_start(index) and tokens.shape[1] > 1 and "h" in params):
+        network = unrolled
         params = stack.for_decoding(config, params)
     inputs = (tokens, positions, key_mask, cache, index)
     return network.apply({"params": params}, *inputs, method="decode")

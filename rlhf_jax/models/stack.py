@@ -7,8 +7,8 @@ Parameters are {"wte", "h_0", ..., "ln_f", ...}; under ``scan_layers`` one "h" w
 an argument and a result: no mutable collections.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -82,16 +82,15 @@ class Dense(Given):
     Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``).
     """
 
-    features: int | tuple[int, ...]
+    features: tuple[int, ...]
     dtype: str
     kernel_init: nn.initializers.Initializer
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        features = self.features if isinstance(self.features, tuple) else (self.features,)
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], *features))
-        bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], *self.features))
+        bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         out = _dot(x, kernel)
         if bias is not None:
@@ -103,10 +102,9 @@ class Dense(Given):
     @nn.nowrap
     def adapted(self, x: Array) -> Array:
         """The adapter's term."""
-        names = ("lora_a", "lora_b", "lora_scale")
-        adapter: list[Any] = [self.get_variable("params", name) for name in names]
-        a, b = promote_dtype(*adapter[:2], dtype=self.dtype)
-        scale = lax.stop_gradient(adapter[2]).astype(x.dtype)
+        adapter = self.variables["params"]
+        a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=self.dtype)
+        scale = lax.stop_gradient(adapter["lora_scale"]).astype(x.dtype)
         return scale * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
@@ -121,13 +119,13 @@ class Norm(Given):
     def __call__(self, x: Array) -> Array:
         config = self.config
         shape = x.shape[-1:]
-        constant = nn.initializers.constant
         if isinstance(config, GPT2Config):
-            bias = self.param("bias", constant(0.0), shape)
-            scale = self.param("scale", constant(1.0), shape)
+            bias = self.param("bias", nn.initializers.zeros, shape)
+            scale = self.param("scale", nn.initializers.ones, shape)
             return norm(x, scale, bias, config.layer_norm_epsilon)
         offset = config.norm_offset
-        scale = self.param("scale", constant(1.0 - offset), shape).astype(jnp.float32)
+        initial = nn.initializers.constant(1.0 - offset)
+        scale = self.param("scale", initial, shape).astype(jnp.float32)
         if offset:
             scale = offset + scale
         return norm(x, scale, None, config.rms_norm_epsilon)
@@ -215,20 +213,19 @@ class Block(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
-        has_post_norms = self.config.post_norms
         deterministic = not self.has_rng("dropout")
         view = views[0]
         if len(views) > 1:
             _, is_local = layer
             view = jax.tree.map(lambda whole, local: jnp.where(is_local, local, whole), *views)
-        attended, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
-        if has_post_norms:
-            attended = self.ln_1_post(attended)
-        x = pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic)
+        added, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
+        if self.config.post_norms:
+            added = self.ln_1_post(added)
+        x = pick(x, columns, axis=1) + self.dropout(added, deterministic=deterministic)
         x = cut(x, "data", "fsdp")
 
         added = self.mlp(self.ln_2(x))
-        if has_post_norms:
+        if self.config.post_norms:
             added = self.ln_2_post(added)
         x = x + self.dropout(added, deterministic=deterministic)
         return cut(x, "data", "fsdp"), cache
@@ -309,14 +306,13 @@ class Transformer(nn.Module):
         The last block computes keys and values of all columns and the rest for the given ones. For
         a slice of more than seven eighths it computes all: one kernel then serves all layers.
         """
-        places = attention.positions(attention_mask)
-        x = self.embed(tokens, places, attention_mask != 0)
-        views = self.views(places, functools.partial(attention.seen_in_text, attention_mask))
-        if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1]:
-            x, _ = self.through_layers(x, views, None, None, None)
-            return pick(self.ln_f(x), columns, axis=1)
-        x, _ = self.through_layers(x, views, None, None, columns)
-        return self.ln_f(x)
+        positions = attention.positions(attention_mask)
+        x = self.embed(tokens, positions, attention_mask != 0)
+        views = self.views(positions, partial(attention.seen_in_text, attention_mask))
+        is_wide = isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1]
+        x, _ = self.through_layers(x, views, None, None, None if is_wide else columns)
+        x = self.ln_f(x)
+        return pick(x, columns, axis=1) if is_wide else x
 
     def through_layers(
         self,
@@ -336,13 +332,13 @@ class Transformer(nn.Module):
         if stacked:
             layers = (jnp.array(scales[:stacked], jnp.float32), jnp.array(local[:stacked]))
             x, written = self.through_stack(x, views, layers, cache, index)
+        last = len(scales) - 1
         for i in range(stacked, len(scales)):
             block = getattr(self, f"h_{i}")
-            layer = (scales[i], local[i])
+            own_views = (views[local[i]],)
             held = None if cache is None else cache[i]
-            is_last = i + 1 == len(scales)
-            block_columns = columns if is_last else None
-            x, held = block(x, (views[local[i]],), layer, held, index, block_columns)
+            own_columns = columns if i == last else None
+            x, held = block(x, own_views, (scales[i], local[i]), held, index, own_columns)
             written.append(held)
         return x, tuple(written)
 
@@ -372,8 +368,7 @@ class Transformer(nn.Module):
         if self.has_variable("params", "unembedding"):
             table: Any = self.get_variable("params", "unembedding")
         else:
-            is_tied = getattr(config, "tie_embeddings", True)
-            table = (self.wte if is_tied else self.lm_head).embedding
+            table = (self.wte if config.tie_embeddings else self.lm_head).embedding
         logits = jnp.einsum(
             "...d,vd->...v",
             hidden.astype(config.compute_dtype),
@@ -394,14 +389,13 @@ class Transformer(nn.Module):
         V].
         """
         length = tokens.shape[1]
-        seen = functools.partial(attention.seen_in_cache, key_mask, index, length)
+        seen = partial(attention.seen_in_cache, key_mask, index, length)
         views = self.views(positions, seen)
         own_mask = lax.dynamic_slice_in_dim(
             key_mask, index, length, axis=1, allow_negative_indices=False
         )
         x = self.embed(tokens, positions, own_mask != 0)
-        is_empty = isinstance(index, int) and index == 0
-        start = None if is_empty else jnp.asarray(index)
+        start = None if attention.is_start(index) else jnp.asarray(index)
         x, written = self.through_layers(x, views, cache, start, None)
         return self.unembed(self.ln_f(x)), written
 
@@ -438,12 +432,13 @@ def apart(stacked: Any) -> tuple[Any, ...]:
     zeros = jnp.minimum(jnp.abs(first), 0).astype(jnp.int32)
     rows = tuple(zeros + i for i in range(len(smallest)))
     start = (jnp.int32(0),) * len(rows)
-    maxima = functools.partial(jax.tree.map, jnp.maximum)
-    numbers = lax.reduce(rows, start, maxima, (0,))
-    slice_at = functools.partial(
-        lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
-    )
-    return tuple(jax.tree.map(lambda leaf, i=i: slice_at(leaf, i), stacked) for i in numbers)
+    numbers = lax.reduce(rows, start, partial(jax.tree.map, jnp.maximum), (0,))
+    slice_at = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+
+    def layer(number: Array) -> Any:
+        return jax.tree.map(lambda leaf: slice_at(leaf, number), stacked)
+
+    return tuple(map(layer, numbers))
 
 
 def for_decoding(config: ModelConfig, params: Params) -> Params:
@@ -462,12 +457,12 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
         params |= {f"h_{i}": layer for i, layer in enumerate(layers)}
     params["unembedding"] = params.get("lm_head", params["wte"])["embedding"]
     leaves = flatten_dict(params)
-    compute_dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.compute_dtype)
     for path, leaf in leaves.items():
         is_linear = path[0].startswith("h_") and (*path[:-1], "kernel") in leaves
-        is_wider = leaf.dtype.itemsize > compute_dtype.itemsize
-        if is_wider and (is_linear or path == ("unembedding",)):
-            leaves[path] = leaf.astype(compute_dtype)
+        is_cast = is_linear or path == ("unembedding",)
+        if is_cast and leaf.dtype.itemsize > dtype.itemsize:
+            leaves[path] = leaf.astype(dtype)
     return unflatten_dict(leaves)
 
 
