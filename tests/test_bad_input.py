@@ -235,7 +235,7 @@ MISTAKES = [
         "no model",
         ONE_ROW,
         (*DATA, "--model", "a/b/c"),
-        "a/b/c: no such folder, nor a name on the Hug",
+        "a/b/c: no such folder here, and the Hugging Face hub did not give it: Repo id must",
     ),
     (
         "no weights",
@@ -254,7 +254,7 @@ MISTAKES = [
         "long name of a shard",
         model(long_name_of_a_shard),
         MODEL,
-        "no such file; model.safetensors.index.json lists",
+        "is not the name of a file in this folder",
     ),
     (
         "large tokenizer",

@@ -62,7 +62,7 @@ def test_the_layer_adds_the_factored_term():
     }
 
     def layer(params):
-        return Dense((2,), jnp.float32, None).apply({"params": params}, jnp.array([[1.0, 2.0]]))
+        return Dense(CONFIG, (2,)).apply({"params": params}, jnp.array([[1.0, 2.0]]))
 
     # x W + b = (11, 22); x A = 7; 0.5 * 7 * (5, 7) = (17.5, 24.5)
     assert_array_equal(layer(params), [[28.5, 46.5]])

@@ -524,7 +524,10 @@ def test_files_that_are_missing_or_broken_are_named(folder):
         (folder / "config.json").write_bytes(content)
         refuses(folder, message)
     refuses(folder / "config.json", r"config\.json: not a folder")
-    refuses(folder / "nowhere", r"nowhere: no such folder, nor a name on the Hugging Face hub")
+    refuses(
+        folder / "nowhere",
+        r"nowhere: no such folder here, and the Hugging Face hub did not give it: Repo id must",
+    )
 
 
 def test_hub_names_fetch_json_and_safetensors_alone(folder, monkeypatch):

@@ -19,11 +19,6 @@ from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm, Rotation
 
 
-def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
-    init = nn.initializers.normal(config.initializer_range)
-    return Dense((features,), config.compute_dtype, init, use_bias)
-
-
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
     """[Dh / 2] float32 angles per position, stretched by ``config.rope_scaling`` (transformers'
     rope utils).
@@ -54,10 +49,10 @@ class _Attention(stack.Attention):
         config = self.config
         kv_width = config.kv_heads * config.head_size
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = _dense(config, config.num_heads * config.head_size, bias)
-        self.k_proj = _dense(config, kv_width, bias)
-        self.v_proj = _dense(config, kv_width, bias)
-        self.o_proj = _dense(config, config.hidden_size, config.attention_bias)
+        self.q_proj = Dense(config, (config.num_heads * config.head_size,), bias)
+        self.k_proj = Dense(config, (kv_width,), bias)
+        self.v_proj = Dense(config, (kv_width,), bias)
+        self.o_proj = Dense(config, (config.hidden_size,), config.attention_bias)
         if config.qk_norm:
             self.q_norm = Norm(config)
             self.k_norm = Norm(config)
@@ -80,9 +75,9 @@ class _MLP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.gate_proj = _dense(config, config.intermediate_size, config.mlp_bias)
-        self.up_proj = _dense(config, config.intermediate_size, config.mlp_bias)
-        self.down_proj = _dense(config, config.hidden_size, config.mlp_bias)
+        self.gate_proj = Dense(config, (config.intermediate_size,), config.mlp_bias)
+        self.up_proj = Dense(config, (config.intermediate_size,), config.mlp_bias)
+        self.down_proj = Dense(config, (config.hidden_size,), config.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
         gate = ACTIVATIONS[self.config.activation](self.gate_proj(x))

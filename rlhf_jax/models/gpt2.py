@@ -16,11 +16,10 @@ from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm
 from rlhf_jax.sharding import tensor_parts
 
 
-def _dense(config: GPT2Config, *features: int, residual: bool = False) -> Dense:
-    std = config.initializer_range
-    if residual:  # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L)
-        std /= math.sqrt(2 * config.num_layers)
-    return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
+def _residual(config: GPT2Config) -> Dense:
+    """A layer that writes to the residual stream. GPT-2 scales the 2 L of them by 1 / sqrt(2 L)."""
+    std = config.initializer_range / math.sqrt(2 * config.num_layers)
+    return Dense(config, (config.hidden_size,), std=std)
 
 
 class _Attention(stack.Attention):
@@ -29,8 +28,8 @@ class _Attention(stack.Attention):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_attn = _dense(self.config, 3, self.config.hidden_size)
-        self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
+        self.c_attn = Dense(self.config, (3, self.config.hidden_size))
+        self.c_proj = _residual(self.config)
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         # [B, T, 3, D] -> three of [B, H, T, Dh]
@@ -52,8 +51,8 @@ class _MLP(nn.Module):
 
     def setup(self) -> None:
         width = self.config.intermediate_size or 4 * self.config.hidden_size
-        self.c_fc = _dense(self.config, width)
-        self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
+        self.c_fc = Dense(self.config, (width,))
+        self.c_proj = _residual(self.config)
 
     def __call__(self, x: Array) -> Array:
         return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
@@ -77,13 +76,15 @@ class GPT2(stack.Transformer):
         self.wpe = stack.table(config, config.max_length)
         self.ln_f = Norm(config)
         self.add_layers(_Block)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = nn.Dropout(
+            config.embedding_dropout, deterministic=not self.has_rng("dropout")
+        )
 
     def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
         in_table = jnp.clip(positions, 0, self.config.max_length - 1)
         position_rows = jnp.take(self.wpe.embedding, in_table, axis=0)
         x = (self.token_rows(tokens, real) + position_rows).astype(self.config.compute_dtype)
-        return self.dropout(x, deterministic=not self.has_rng("dropout"))
+        return self.dropout(x)
 
     def scales(self) -> list[float]:
         config = self.config

@@ -8,6 +8,7 @@ columns.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -124,20 +125,13 @@ def policy_fn(
         before = slice(first - 1, tokens.shape[1] - 1)
         hidden = model.hidden(body, tokens, attention_mask, policy_key, before)
         states = [hidden]
-        asked = None if teacher_params is None else teacher
-        if asked is not None:
-            theirs = asked.model.hidden(teacher_params, tokens, attention_mask, None, before)
-            states.append(theirs)
-
-        def of_block(_: Array, targets: Array, hidden: Array, *of_teacher: Array) -> PolicyOutput:
-            logits = model.unembed(body, hidden) / temperature
-            output = _of_tokens(logits, targets)
-            if asked is None:
-                return output
-            theirs = asked.model.unembed(teacher_params, *of_teacher) / temperature
-            return output._replace(**_compared(asked.measure, logits, theirs, targets))
-
-        output = _by_chunks(of_block, model.config.vocab_size, tokens[:, first:], *states)
+        compare = None
+        if teacher is not None and teacher_params is not None:
+            of_teacher = teacher.model.hidden(teacher_params, tokens, attention_mask, None, before)
+            states.append(of_teacher)
+            compare = partial(_compared, teacher, teacher_params, temperature)
+        of_chunk = partial(_of_tokens, model, body, temperature, compare)
+        output = _by_chunks(of_chunk, model.config.vocab_size, tokens[:, first:], *states)
         values = None
         if value_model is not None:
             critic = params["value"]
@@ -195,13 +189,27 @@ def _scalar(params: Params, kind: str, hidden: Array) -> Array:
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
-def _of_tokens(logits: Array, targets: Array) -> PolicyOutput:
-    """Log-probabilities and entropies [B, n] of the targets, from logits [B, n, V]."""
+def _of_tokens(
+    model: Model,
+    params: Params,
+    temperature: float,
+    compare: Callable[..., dict[str, Array]] | None,
+    _: Array,
+    targets: Array,
+    hidden: Array,
+    *of_teacher: Array,
+) -> PolicyOutput:
+    """Log-probabilities and entropies [B, n] of the targets, from states [B, n, D].
+
+    compare: ``compare(logits [B, n, V], targets, *of_teacher)`` gives further fields.
+    """
+    logits = model.unembed(params, hidden) / temperature
     chosen = _at(logits, targets)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     probs = jnp.exp(logits - normalizer[..., None])
     entropy = normalizer - jnp.sum(probs * logits, axis=-1)
-    return PolicyOutput(chosen - normalizer, entropy)
+    further = {} if compare is None else compare(logits, targets, *of_teacher)
+    return PolicyOutput(chosen - normalizer, entropy, **further)
 
 
 def _by_chunks(fn: Callable[..., PolicyOutput], vocab_size: int, *arrays: Array) -> PolicyOutput:
@@ -224,13 +232,17 @@ def _at(logits: Array, targets: Array) -> Array:
 
 
 def _compared(
-    measure: Callable[[Array, Array], Array],
+    teacher: Teacher,
+    params: Params,
+    temperature: float,
     logits: Array,
-    theirs: Array,
     targets: Array,
+    hidden: Array,
 ) -> dict[str, Array]:
-    """What a teacher with the logits ``theirs`` says of the targets, [B, n] each."""
+    """What a teacher with ``hidden`` states [B, n, D] says of the targets, [B, n] each."""
+    theirs = teacher.model.unembed(params, hidden) / temperature
     shared = min(logits.shape[-1], theirs.shape[-1])
     theirs = theirs[..., :shared]
     log_probs = _at(theirs, targets) - jax.nn.logsumexp(theirs, axis=-1)
-    return {"teacher_log_probs": log_probs, "divergence": measure(logits[..., :shared], theirs)}
+    divergence = teacher.measure(logits[..., :shared], theirs)
+    return {"teacher_log_probs": log_probs, "divergence": divergence}

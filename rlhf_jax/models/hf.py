@@ -39,7 +39,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
 FILE_BYTES = 5 * 10**9  # the largest file of weights that is written, except for a single tensor
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that can be read
 # Causal masks and frequencies that older versions of transformers stored with the weights; without
@@ -273,8 +272,6 @@ def find_folder(
         return path
     if os.path.exists(path):
         raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
     # Imported here: slow, and not needed for local folders.
     from huggingface_hub import snapshot_download
 
@@ -551,8 +548,8 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
     return tensors
 
 
-def listed(items: Iterable[str], most: int = 8) -> str:
-    """The first of the items in order, and how many more there are."""
+def listed(items: Iterable[str]) -> str:
+    """The first eight of the items in order, and how many more there are."""
     ordered = sorted(items)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
+    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
+    return ", ".join(ordered[:8]) + more

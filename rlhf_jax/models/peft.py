@@ -94,7 +94,7 @@ def _read_pair(
     stored = reader.shape(first)
     rank = stored[0] if stored else 0
     if not rank:
-        raise UserError(f"{reader.source}: {first} has no rank")
+        raise UserError(f"{reader.source}: {first} has shape {list(stored)}, so no rank")
 
     def read(letter: str, shape: Shape) -> Array:
         transposed = (math.prod(shape[1:]), shape[0])

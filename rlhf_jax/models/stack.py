@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Columns, Number, Seen, pick
-from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.config import GPT2Config, ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
@@ -77,21 +77,23 @@ class Given(nn.Module):
 
 
 class Dense(Given):
-    """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in ``dtype``.
+    """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in the compute dtype.
 
-    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``).
+    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``). ``std`` is the
+    standard deviation of the initial kernel, by default the config's.
     """
 
+    config: TransformerConfig
     features: tuple[int, ...]
-    dtype: str
-    kernel_init: nn.initializers.Initializer
     use_bias: bool = True
+    std: float | None = None
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], *self.features))
+        initial = nn.initializers.normal(self.std or self.config.initializer_range)
+        kernel = self.param("kernel", initial, (inputs.shape[-1], *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
-        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
         out = _dot(x, kernel)
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
@@ -103,7 +105,7 @@ class Dense(Given):
     def adapted(self, x: Array) -> Array:
         """The adapter's term."""
         adapter = self.variables["params"]
-        a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=self.dtype)
+        a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=x.dtype)
         scale = lax.stop_gradient(adapter["lora_scale"]).astype(x.dtype)
         return scale * _dot(cut(x @ a, "data", "fsdp"), b)
 
@@ -199,7 +201,7 @@ class Block(nn.Module):
         """Makes the norms, and the dropout of the given rate."""
         self.ln_1 = Norm(self.config)
         self.ln_2 = Norm(self.config)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout, deterministic=not self.has_rng("dropout"))
         if self.config.post_norms:
             self.ln_1_post = Norm(self.config)
             self.ln_2_post = Norm(self.config)
@@ -213,7 +215,6 @@ class Block(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
-        deterministic = not self.has_rng("dropout")
         view = views[0]
         if len(views) > 1:
             _, is_local = layer
@@ -221,13 +222,13 @@ class Block(nn.Module):
         added, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
         if self.config.post_norms:
             added = self.ln_1_post(added)
-        x = pick(x, columns, axis=1) + self.dropout(added, deterministic=deterministic)
+        x = pick(x, columns, axis=1) + self.dropout(added)
         x = cut(x, "data", "fsdp")
 
         added = self.mlp(self.ln_2(x))
         if self.config.post_norms:
             added = self.ln_2_post(added)
-        x = x + self.dropout(added, deterministic=deterministic)
+        x = x + self.dropout(added)
         return cut(x, "data", "fsdp"), cache
 
 
