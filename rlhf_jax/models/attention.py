@@ -131,9 +131,10 @@ def visible(seen: Seen) -> Array:
         return seen.mask
     distance = seen.slots[:, :, None] - seen.key_slots[None, None, :]
     is_near = (distance >= 0) & (distance < seen.window)
-    is_own = seen.documents[:, :, None] == seen.key_documents[:, None, :]
-    is_real = (seen.key_documents != 0)[:, None, :]
-    return (is_near & (is_own & is_real))[:, None]
+    key_documents = seen.key_documents[:, None, :]
+    is_own = seen.documents[:, :, None] == key_documents
+    is_visible = is_near & (is_own & (key_documents != 0))
+    return is_visible[:, None]
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
@@ -197,8 +198,8 @@ def mix(
         by_window = [
             partial(fused.attention, name=name, window=window) for window in config.windows
         ]
-        number = jnp.int32(is_local)
-        whole = lax.switch(number, by_window, query, key, value, seen.key_documents)
+        arrays = (query, key, value, seen.key_documents)
+        whole = lax.switch(jnp.int32(is_local), by_window, *arrays)
         return pick(whole, columns, axis=3)
 
     query = pick(query, columns, axis=3)
@@ -261,7 +262,8 @@ def _attend(
     scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
     # The mask is added, and the sum divided by at the end: XLA then touches the scores half as
     # often as by softmax.
-    scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
+    masked = jnp.where(mask, 0.0, MASKED)
+    scores += jnp.tile(masked, (1, 1, shape[2], 1))
     highest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - lax.stop_gradient(highest))
     total = weights.sum(axis=-1, keepdims=True)
@@ -270,7 +272,8 @@ def _attend(
         keep = jax.random.bernoulli(drop_key, 1.0 - rate, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
     # A product, since XLA divides where a program is cut over devices and multiplies elsewhere.
-    mixed = kernels.weighted_sum(weights.astype(value.dtype), value) * (1.0 / total)
+    weighted = kernels.weighted_sum(weights.astype(value.dtype), value)
+    mixed = weighted * (1.0 / total)
     return mixed.astype(value.dtype).reshape(shape)
 
 
@@ -319,14 +322,17 @@ def by_blocks(fn: Callable[..., Any], size: int, *columns: tuple[Array, int]) ->
         """[..., t, ...] -> [count, ..., size, ...], padded at the end."""
         pads = [(0, 0)] * x.ndim
         pads[axis] = (0, count * size - length)
-        apart = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, pads).reshape(apart), axis, 0)
+        shape = list(x.shape)
+        shape[axis : axis + 1] = [count, size]
+        return jnp.moveaxis(jnp.pad(x, pads).reshape(shape), axis, 0)
 
     def joined(x: Array) -> Array:
         in_order = jnp.moveaxis(x, 0, axis)
-        padded = in_order.reshape(*x.shape[1 : axis + 1], count * size, *x.shape[axis + 2 :])
-        return lax.slice_in_dim(padded, 0, length, axis=axis)
+        shape = list(in_order.shape)
+        shape[axis : axis + 2] = [count * size]
+        return lax.slice_in_dim(in_order.reshape(shape), 0, length, axis=axis)
 
     of_block = jax.checkpoint(fn, prevent_cse=False)
     parts = (jnp.arange(count), *(blocks(*array) for array in columns))
-    return jax.tree.map(joined, lax.map(lambda part: of_block(*part), parts))
+    results = lax.map(lambda part: of_block(*part), parts)
+    return jax.tree.map(joined, results)

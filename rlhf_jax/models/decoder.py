@@ -25,8 +25,8 @@ def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
     """
     if is_local and isinstance(config, Gemma3TextConfig):
         config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-    exponents = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
-    inverse = 1.0 / config.rope_theta**exponents
+    even = np.arange(0, config.head_size, 2, dtype=np.float64)
+    inverse = 1.0 / config.rope_theta ** (even / config.head_size)
     scaling = config.rope_scaling
     if scaling is None:
         return inverse.astype(np.float32)
@@ -47,20 +47,27 @@ class _Attention(stack.Attention):
 
     def setup(self) -> None:
         config = self.config
+        width = config.num_heads * config.head_size
         kv_width = config.kv_heads * config.head_size
-        bias = config.attention_bias or config.qkv_bias
-        self.q_proj = Dense(config, (config.num_heads * config.head_size,), bias)
-        self.k_proj = Dense(config, (kv_width,), bias)
-        self.v_proj = Dense(config, (kv_width,), bias)
+        has_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = Dense(config, (width,), has_bias)
+        self.k_proj = Dense(config, (kv_width,), has_bias)
+        self.v_proj = Dense(config, (kv_width,), has_bias)
         self.o_proj = Dense(config, (config.hidden_size,), config.attention_bias)
         if config.qk_norm:
             self.q_norm = Norm(config)
             self.k_norm = Norm(config)
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
-        heads = (*x.shape[:2], -1, self.config.head_size)
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (layer(x).reshape(heads).swapaxes(1, 2) for layer in layers)
+        batch, length, _ = x.shape
+
+        def by_head(projected: Array) -> Array:
+            heads = projected.reshape(batch, length, -1, self.config.head_size)
+            return heads.swapaxes(1, 2)
+
+        query = by_head(self.q_proj(x))
+        key = by_head(self.k_proj(x))
+        value = by_head(self.v_proj(x))
         if self.config.qk_norm:
             query = self.q_norm(query)
             key = self.k_norm(key)
@@ -80,7 +87,8 @@ class _MLP(nn.Module):
         self.down_proj = Dense(config, (config.hidden_size,), config.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
-        gate = ACTIVATIONS[self.config.activation](self.gate_proj(x))
+        activation = ACTIVATIONS[self.config.activation]
+        gate = activation(self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
 
 
@@ -117,4 +125,5 @@ class Decoder(stack.Transformer):
     def rotation(self, positions: Array, is_local: bool) -> Rotation:
         places = positions.astype(jnp.float32)[:, None, :, None]
         angles = places * frequencies(self.config, is_local)[None, None, None]
-        return kernels.computed_once(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
+        rotation = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+        return kernels.computed_once(rotation)

@@ -55,7 +55,8 @@ class _MLP(nn.Module):
         self.c_proj = _residual(self.config)
 
     def __call__(self, x: Array) -> Array:
-        return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
+        activation = ACTIVATIONS[self.config.activation]
+        return self.c_proj(activation(self.c_fc(x)))
 
 
 class _Block(stack.Block):

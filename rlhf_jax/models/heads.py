@@ -132,14 +132,12 @@ def policy_fn(
             compare = partial(_compared, teacher, teacher_params, temperature)
         of_chunk = partial(_of_tokens, model, body, temperature, compare)
         output = _by_chunks(of_chunk, model.config.vocab_size, tokens[:, first:], *states)
-        values = None
+        critic = params
         if value_model is not None:
             critic = params["value"]
-            critic_hidden = value_model.hidden(critic, tokens, attention_mask, value_key, before)
-            values = _scalar(critic, "value", critic_hidden)
-        elif "value" in params:
-            values = _scalar(params, "value", hidden)
-        output = output._replace(values=values)
+            hidden = value_model.hidden(critic, tokens, attention_mask, value_key, before)
+        if value_model is not None or "value" in params:
+            output = output._replace(values=_scalar(critic, "value", hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
     return policy

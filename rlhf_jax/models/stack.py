@@ -53,7 +53,8 @@ def _dot(x: Array, kernel: Array) -> Array:
     """
     if tensor_parts() > 1:
         return jnp.tensordot(x, kernel, 1)
-    out = kernels.product(x, kernel.reshape(len(kernel), -1))
+    matrix = kernel.reshape(len(kernel), -1)
+    out = kernels.product(x, matrix)
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -184,8 +185,9 @@ class Attention(nn.Module):
                 drop = (self.make_rng("dropout"), self.config.attention_dropout)
             arrays = (grouped, key, value)
             mixed = attention.mix(self.config, *arrays, seen, drop, is_local, columns)
-        by_token = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
-        return self.output(by_token.reshape(batch, -1, heads * width)), cache
+        by_head = mixed.reshape(batch, heads, -1, width)
+        by_token = by_head.swapaxes(1, 2).reshape(batch, -1, heads * width)
+        return self.output(by_token), cache
 
 
 class Block(nn.Module):
@@ -293,7 +295,8 @@ class Transformer(nn.Module):
         # rather than a wrong row.
         ids = jnp.where(real, tokens, 0)
         ids = jnp.where(ids < self.config.vocab_size, ids, len(table))
-        return cut(jnp.take(table, ids, axis=0), "data", "fsdp")
+        rows = jnp.take(table, ids, axis=0)
+        return cut(rows, "data", "fsdp")
 
     def hidden(
         self,
@@ -310,7 +313,9 @@ class Transformer(nn.Module):
         positions = attention.positions(attention_mask)
         x = self.embed(tokens, positions, attention_mask != 0)
         views = self.views(positions, partial(attention.seen_in_text, attention_mask))
-        is_wide = isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1]
+        is_wide = False
+        if isinstance(columns, slice):
+            is_wide = 8 * (columns.stop - columns.start) > 7 * x.shape[1]
         x, _ = self.through_layers(x, views, None, None, None if is_wide else columns)
         x = self.ln_f(x)
         return pick(x, columns, axis=1) if is_wide else x

@@ -5,6 +5,7 @@ lowered for another machine gets the forms of that machine. The files ``cpu`` an
 each form gains and where that was measured. An operation without such a form is the plain formula.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def mean(x: Array) -> Array:
     return platform_dependent(x, cpu=cpu.mean, default=_mean)
 
 
-def _mean(x: Array) -> Array:
+def _mean(x: Array) -> Array:  # not a partial: a function is traced once for all layers
     return x.mean(axis=-1, keepdims=True)
 
 
@@ -47,15 +48,10 @@ def product(x: Array, kernel: Array) -> Array:
 
 def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
     """x [..., D] times a kernel whose ``axis`` is D."""
-
-    def plain(x: Array, kernel: Array) -> Array:
-        return jnp.tensordot(x, kernel, ((-1,), (axis,)))
-
-    def by_halves(x: Array, kernel: Array) -> Array:
-        return cpu.product_of_halves(x, kernel, axis)
-
+    plain = partial(jnp.tensordot, axes=((-1,), (axis,)))
     # A trained kernel is multiplied by halves, as its gradient is.
     if is_trained and cpu.are_large(x, kernel):
+        by_halves = partial(cpu.product_of_halves, axis=axis)
         return platform_dependent(x, kernel, cpu=by_halves, default=plain)
     return plain(x, kernel)
 
@@ -63,10 +59,7 @@ def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
 def _kernel_gradient(x: Array, grad: Array) -> Array:
     """[..., D] and [..., F] -> [D, F], summed over the rows."""
     leading = tuple(range(x.ndim - 1))
-
-    def plain(x: Array, grad: Array) -> Array:
-        return jnp.tensordot(x, grad, (leading, leading))
-
+    plain = partial(jnp.tensordot, axes=(leading, leading))
     return platform_dependent(x, grad, cpu=cpu.kernel_gradient, default=plain)
 
 
@@ -74,13 +67,18 @@ def _product_forward(x: Any, kernel: Any) -> tuple[Array, Saved]:
     # Under adapters a kernel is frozen: its gradient is not needed, so x is not saved.
     saved_x = x.value if kernel.perturbed else None
     saved_kernel = kernel.value if x.perturbed else None
-    return _times(x.value, kernel.value, 0, kernel.perturbed), (saved_x, saved_kernel)
+    out = _times(x.value, kernel.value, 0, kernel.perturbed)
+    return out, (saved_x, saved_kernel)
 
 
 def _product_backward(saved: Saved, grad: Array) -> Saved:
     x, kernel = saved
-    x_grad = None if kernel is None else _times(grad, kernel, 1, x is not None)
-    kernel_grad = None if x is None else _kernel_gradient(x, grad)
+    x_grad = None
+    kernel_grad = None
+    if kernel is not None:
+        x_grad = _times(grad, kernel, 1, x is not None)
+    if x is not None:
+        kernel_grad = _kernel_gradient(x, grad)
     return x_grad, kernel_grad
 
 

@@ -61,7 +61,9 @@ def write(cache: LayerCache, new: LayerCache, index: Array | int) -> LayerCache:
     of_keys, of_values = SLOTS[fused.platform()]
     keys, values = cache
     new_keys, new_values = new
-    return _written(keys, new_keys, of_keys, index), _written(values, new_values, of_values, index)
+    keys = _written(keys, new_keys, of_keys, index)
+    values = _written(values, new_values, of_values, index)
+    return keys, values
 
 
 def _written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
@@ -77,7 +79,8 @@ def _written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
             cache, new, start, axis=axis, allow_negative_indices=False
         )
     places = (start + jnp.arange(count)) % size
-    return cache.at[(slice(None),) * axis + (places,)].set(new)
+    before = (slice(None),) * axis
+    return cache.at[(*before, places)].set(new)
 
 
 def extend(
@@ -121,9 +124,10 @@ def attention(
     """
     mesh = get_abstract_mesh()
     is_cut = any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
-    if fused.platform() == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
+    platform = fused.platform()
+    if platform == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
         return _all_heads(query, cache, mask)
-    if fused.platform() == "gpu" and is_contiguous and _fits_pallas(query, cache):
+    if platform == "gpu" and is_contiguous and _fits_pallas(query, cache):
         return fused.on_each_device(_pallas, query.shape[1], (query, *cache), mask)
     return None
 
@@ -136,10 +140,12 @@ def _all_heads(query: Array, cache: LayerCache, mask: Array) -> Array:
     keys, values = cache
     batch, heads, groups, _, width = query.shape
     own = jnp.eye(heads, dtype=query.dtype)
-    spread = jnp.einsum("bhgtd,hk->bhgtkd", query, own).reshape(batch, heads * groups, -1)
+    spread = jnp.einsum("bhgtd,hk->bhgtkd", query, own)
+    spread = spread.reshape(batch, heads * groups, -1)
     scores = jnp.einsum("bqe,bse->bqs", spread, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask[:, 0], scores, MASKED), axis=-1)
-    mixed = kernels.weighted_sum(weights[:, None].astype(values.dtype), values[:, None])
+    scores = jnp.where(mask[:, 0], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = kernels.weighted_sum(weights[:, None], values[:, None])
     by_head = mixed.reshape(batch, heads, groups, 1, heads, width)
     own_mixed = jnp.einsum("bhgthd->bhgtd", by_head)
     return own_mixed.astype(values.dtype)
