@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from builders import run_ppo, save_base
+from builders import run_ppo, save_base, slow
 
 from rlhf_jax import models, training
 from rlhf_jax.config import PRETRAINED, LoRA, Optimizer, RunConfig, parse, to_yaml
@@ -111,7 +111,7 @@ def test_what_was_given_wins_and_is_not_named(flag, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # everything is given
 
 
-@pytest.mark.parametrize("name", ["run", "run/model"])
+@pytest.mark.parametrize("name", [slow("run"), "run/model"])
 def test_a_model_that_a_run_of_ours_trained_from_random_weights_keeps_the_defaults(name, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "second" / "model").mkdir(parents=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import Killed, initial_params, interrupt, perturbed
+from builders import Killed, initial_params, interrupt, perturbed, slow
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from safetensors.numpy import load_file
@@ -58,6 +58,11 @@ LAYOUTS = {
 STEADY = Optimizer(learning_rate=1e-3, eps=1e-3)
 
 
+# Llamas with grouped queries
+GROUPED = {"hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
+SMALL = models.LlamaConfig(vocab_size=40, max_length=16, num_layers=1, **GROUPED)
+
+
 def base(folder, data):
     """A Llama with grouped queries and a reward model of the same tokenizer, both of random
     weights.
@@ -70,16 +75,8 @@ def base(folder, data):
         "eos_token_id": tokenizer.eos_id,
         "bos_token_id": tokenizer.eos_id,
     }
-    sizes = {
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "intermediate_size": 32,
-    }
-    model = models.build(
-        models.LlamaConfig(tokenizer.vocab_size, 128, **sizes, initializer_range=0.2, **ids)
-    )
+    sizes = GROUPED | {"num_layers": 1, "initializer_range": 0.2}
+    model = models.build(models.LlamaConfig(tokenizer.vocab_size, 128, **sizes, **ids))
     key = jax.random.key(0)
     models.save(folder / "policy", model, params := initial_params(model))
     models.save(folder / "reward", model, models.add_head(key, params, "score"))
@@ -377,6 +374,15 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(
         )
 
 
+def cut_shapes(model, mesh):
+    """The shapes of a model's parameters, with their places on a mesh."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    places = device_layout.shardings(mesh, shapes)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "in_loop", "before"),
     [((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
@@ -385,20 +391,9 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
     """Nine are cut. Under ``tensor`` each token needs two sums a block, one of the embedding, three
     of the logits.
     """
-    network = {
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "intermediate_size": 32,
-    }
-    model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
+    model = models.build(SMALL)
     mesh = sharding.make_mesh(*sizes)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    places = device_layout.shardings(mesh, params)
-    params = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
-    )
+    params = cut_shapes(model, mesh)
     prompts = jax.ShapeDtypeStruct((8, 6), "int32", sharding=sharding.rows(mesh))
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2), "mesh": mesh}
     generate = jax.jit(functools.partial(sampling.generate, model, **how))
@@ -411,8 +406,8 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
 @pytest.mark.parametrize(
     ("sizes", "kv_heads", "in_loop", "gathered"),
     [
-        ((1, 4, 1), 4, {"all-reduce": 6}, 2),
-        ((2, 2, 1), 4, {"all-reduce": 6}, 2),
+        slow((1, 4, 1), 4, {"all-reduce": 6}, 2),
+        slow((2, 2, 1), 4, {"all-reduce": 6}, 2),
         ((1, 2, 2), 4, {"all-reduce": 6}, 2),
         ((1, 4, 1), 2, {}, 9),
     ],
@@ -424,14 +419,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
     does not divide the heads.
     """
     monkeypatch.setattr(sampling, "LARGE_LAYER", 1)
-    network = {
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 4,
-        "num_kv_heads": kv_heads,
-        "intermediate_size": 32,
-    }
-    model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
+    model = models.build(replace(SMALL, num_kv_heads=kv_heads))
     params = perturbed(initial_params(model))
     prompts = np.random.default_rng(0).integers(3, 40, (8, 6), dtype=np.int32)
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2)}
@@ -455,11 +443,7 @@ def sent_by(function, config, *sizes):
     """The communication of a function of parameters and of 8 rows of 16 tokens, on four devices."""
     model = models.build(config)
     mesh = sharding.make_mesh(*sizes)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    places = device_layout.shardings(mesh, params)
-    params = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
-    )
+    params = cut_shapes(model, mesh)
     rows = jax.ShapeDtypeStruct((8, 16), "int32", sharding=sharding.rows(mesh))
     with jax.set_mesh(mesh):
         program = jax.jit(functools.partial(function, model)).lower(params, rows).compile()
@@ -470,14 +454,7 @@ def test_hidden_states_are_never_sent_under_fsdp():
     """Rows stay on their devices through the blocks and back: weights are sent, and sums of
     gradients.
     """
-    network = {
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "intermediate_size": 32,
-    }
-    config = models.LlamaConfig(vocab_size=40, max_length=16, **network)
+    config = replace(SMALL, num_layers=2)
 
     def gradient(model, *args):
         return jax.grad(lambda *args: (model.hidden(*args) ** 2).mean())(*args)

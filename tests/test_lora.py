@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, LLAMA, initial_params, some_params, some_tokens, stack_layers, tiny
+from builders import (
+    CONFIG,
+    LLAMA,
+    initial_params,
+    slow,
+    some_params,
+    some_tokens,
+    stack_layers,
+    tiny,
+)
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
@@ -261,10 +270,10 @@ def test_adapters_that_are_no_folder_are_refused(partial, tmp_path):
             lora.save(tmp_path, params, adapters)
 
 
-@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [CONFIG, slow(LLAMA)])
 def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(config, tmp_path):
-    """Of nine layers, which a run scans, and their adapters."""
-    config = replace(config, num_layers=9)
+    """Of the model and of its adapters."""
+    config = replace(config, num_layers=3)
     base = some_params(config)
     adapters = grown(lora.init(jax.random.key(1), base, 2))
     written = []
