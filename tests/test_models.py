@@ -30,13 +30,21 @@ from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close
 
-from rlhf_jax import models, sampling, sharding
+from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.models import attention, decoder, gpt2, kernels, norms, stack
 
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 # Each with what the other has not; Llama's grouped queries are Gemma's too.
 UNLIKE = pytest.mark.parametrize("config", [CONFIG, slow(LLAMA), GEMMA])
-MASK = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def grid(*rows):
+    """An array of digits, one text for each row."""
+    return np.array([[int(digit) for digit in row] for row in rows])
+
+
+TOKENS = some_tokens(2, 5)
+MASK = grid("00011111", "11111111", "01111111")
 ATOL = 1e-5
 
 
@@ -53,52 +61,40 @@ ATOL = 1e-5
     ],
 )
 def test_positions_by_hand(mask, expected):
-    for dtype in (np.int32, np.float32) if max(mask) > 1 else (np.int32, np.float32, bool):
-        assert_array_equal(jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected)
+    kinds = [np.int32, np.float32] + [bool] * (max(mask) < 2)
+    for dtype in kinds:
+        found = jax.jit(attention.positions)(np.asarray([mask], dtype))
+        assert_array_equal(found[0], expected)
 
 
 def test_masks_by_hand():
     def in_text(*args):
-        return attention.visible(attention.seen_in_text(*args))[0, 0].astype(int)
+        seen = attention.seen_in_text(*args)
+        return attention.visible(seen)[0, 0].astype(int)
 
-    expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    assert_array_equal(in_text(jnp.asarray([[0, 1, 1, 2, 2]])), expected)
-    seen = in_text(jnp.asarray([[0, 1, 1, 1, 1]]), 2)
-    assert_array_equal(seen[2:], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
+    of_documents = in_text(jnp.asarray(grid("01122")))
+    assert_array_equal(of_documents, grid("00000", "01000", "01100", "00010", "00011"))
+    in_window = in_text(jnp.asarray(grid("01111")), 2)
+    assert_array_equal(in_window[2:], grid("01100", "00110", "00011"))
 
 
 @pytest.mark.parametrize(
     ("index", "queries", "window", "key_slots", "expected"),
     [
-        (1, 2, None, [0, 1, 2, 3, 4], [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]),
-        (
-            0,
-            3,
-            None,
-            [0, 1, 2],
-            [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
-        ),  # an empty cache: one another alone
-        (
-            4,
-            1,
-            3,
-            [3, 4, 2],
-            [[1, 1, 1]],
-        ),  # slot s at place s % 3, the query's own written over slot 1
-        (1, 1, 3, [0, 1, -1], [[0, 1, 0]]),  # slot 0 is a pad, place 2 is empty
-        (
-            3,
-            2,
-            3,
-            [0, 1, 2, 3, 4],
-            [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]],
-        ),  # as it was, and one another
+        (1, 2, None, [0, 1, 2, 3, 4], ("01000", "01100")),
+        (0, 3, None, [0, 1, 2], ("000", "010", "011")),  # an empty cache: one another alone
+        # slot s is at place s % 3, the query's own is written over slot 1
+        (4, 1, 3, [3, 4, 2], ("111",)),
+        (1, 1, 3, [0, 1, -1], ("010",)),  # slot 0 is a pad, place 2 is empty
+        (3, 2, 3, [0, 1, 2, 3, 4], ("01110", "00111")),  # the cache before, and one another
     ],
 )
 def test_what_a_cache_shows_by_hand(index, queries, window, key_slots, expected):
-    seen = attention.seen_in_cache(jnp.asarray([[0, 1, 1, 1, 1]]), index, queries, window)
+    key_mask = jnp.asarray(grid("01111"))
+    seen = attention.seen_in_cache(key_mask, index, queries, window)
     assert_array_equal(seen.key_slots, key_slots)
-    assert_array_equal(attention.visible(seen)[0, 0].astype(int), expected)
+    visible = attention.visible(seen)[0, 0]
+    assert_array_equal(visible.astype(int), grid(*expected))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,7 @@ def test_what_a_cache_shows_by_hand(index, queries, window, key_slots, expected)
 )
 def test_padding_changes_no_logits(config, pad_id, dtype):
     model, params = tiny(config)
-    tokens = some_tokens(2, 5)
+    tokens = TOKENS
     padded = np.pad(tokens, ((0, 0), (3, 1)), constant_values=pad_id)
     mask = np.pad(np.ones((2, 5), dtype), ((0, 0), (3, 1)))
     logits = model.apply(params, padded, mask)
@@ -118,7 +114,7 @@ def test_padding_changes_no_logits(config, pad_id, dtype):
 def test_packed_documents_equal_separate_rows():
     model, params = tiny()
     tokens = some_tokens(1, 9)[0]
-    mask = np.array([0, 1, 1, 1, 2, 2, 3, 3, 0])
+    (mask,) = grid("011122330")
     packed = model.apply(params, tokens[None], mask[None])[0]
     masks = np.stack(
         [mask == number for number in (1, 2, 3)]
@@ -156,15 +152,21 @@ def turned(x):
 
 
 def llama_block(x, layer):
-    kernels = {name: part["kernel"] for name, part in (layer["attn"] | layer["mlp"]).items()}
-    query, key, value = (rms_normed(x, layer["ln_1"]) @ kernels[f"{name}_proj"] for name in "qkv")
-    key, value = (np.repeat(part, 2, axis=1) for part in (turned(key), value.reshape(6, 2, 4)))
-    scores = np.einsum("thd,shd->hts", turned(query), key.conj()).real / 2
+    parts = layer["attn"] | layer["mlp"]
+    kernels = {name: part["kernel"] for name, part in parts.items()}
+    normed = rms_normed(x, layer["ln_1"])
+    query = turned(normed @ kernels["q_proj"])
+    key = np.repeat(turned(normed @ kernels["k_proj"]), 2, axis=1)
+    value = np.repeat((normed @ kernels["v_proj"]).reshape(6, 2, 4), 2, axis=1)
+    scores = np.einsum("thd,shd->hts", query, key.conj()).real / 2
     weights = np.exp(scores) * np.tri(6)
-    mixed = np.einsum("hts,shd->thd", weights / weights.sum(axis=-1, keepdims=True), value)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = np.einsum("hts,shd->thd", weights, value)
     x = x + mixed.reshape(6, 16) @ kernels["o_proj"]
-    gate, up = (rms_normed(x, layer["ln_2"]) @ kernels[f"{name}_proj"] for name in ("gate", "up"))
-    return x + gate / (1 + np.exp(-gate)) * up @ kernels["down_proj"]
+    normed = rms_normed(x, layer["ln_2"])
+    gate = normed @ kernels["gate_proj"]
+    silu = gate / (1 + np.exp(-gate))
+    return x + silu * (normed @ kernels["up_proj"]) @ kernels["down_proj"]
 
 
 def test_llama_from_its_definition():
@@ -188,9 +190,8 @@ def test_two_layers_of_windows_reach_twice_as_far(config):
     """
     model, params = tiny(config)
     tokens = some_tokens(2, 7)
-    changed = np.abs(
-        model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens)
-    )
+    other = (tokens + np.eye(1, 7, dtype=int)) % 13
+    changed = np.abs(model.apply(params, other) - model.apply(params, tokens))
     assert changed[:, 4].max() > 1e-3
     assert_array_equal(changed[:, 5:], 0)
 
@@ -204,14 +205,13 @@ def test_the_length_of_what_is_normed_does_not_matter(config, kernels):
     def longer(path, leaf):
         return 3.0 * leaf if any(part.key in kernels for part in path) else leaf
 
-    logits = model.apply(params, some_tokens(2, 5))
-    tokens = some_tokens(2, 5)
-    found = model.apply(jax.tree_util.tree_map_with_path(longer, params), tokens)
-    assert_allclose(found, logits, atol=2e-3)  # up to epsilon
+    found = model.apply(jax.tree_util.tree_map_with_path(longer, params), TOKENS)
+    assert_allclose(found, model.apply(params, TOKENS), atol=2e-3)  # up to epsilon
 
 
 def test_qwen2_has_biases_in_queries_keys_and_values_alone():
-    biased = {name for name, layer in some_params(QWEN2)["h_0"]["attn"].items() if "bias" in layer}
+    layers = some_params(QWEN2)["h_0"]["attn"]
+    biased = {name for name, layer in layers.items() if "bias" in layer}
     assert biased == {"q_proj", "k_proj", "v_proj"}
 
 
@@ -250,7 +250,7 @@ def test_positions_beyond_the_table_use_its_last_row():
 
 def test_a_real_token_outside_the_vocabulary_gives_nan():
     model, params = tiny()
-    tokens = some_tokens(2, 5)
+    tokens = TOKENS.copy()
     tokens[0, 2] = CONFIG.vocab_size
     logits = model.apply(params, tokens)
     assert_array_equal(np.isnan(logits[:, 2]).all(axis=-1), [True, False])
@@ -261,16 +261,13 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
     """Also behind prompts that are padded on the left, or have a hole."""
     (model, params) = tiny(config)
     tokens = some_tokens(3, 5)
-    mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 1]])
+    mask = grid("11111", "00011", "01011")
     how = sampling.SamplingConfig(4, eos_id=None, pad_id=0)
-    sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(
-        params, tokens, mask, jax.random.key(1)
-    )
-    scores = jax.nn.log_softmax(
-        model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1]
-    )
-    expected = jnp.take_along_axis(scores, sampled.tokens[:, 5:, None], axis=-1)[..., 0]
-    assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
+    sample = jax.jit(functools.partial(sampling.generate, model, config=how))
+    sampled = sample(params, tokens, mask, jax.random.key(1))
+    logits = model.apply(params, sampled.tokens, sampled.attention_mask)
+    expected = ops.token_log_probs(logits, sampled.tokens)
+    assert_allclose(sampled.log_probs[:, 5:], expected[:, 5:], atol=ATOL)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +408,7 @@ def loss_and_gradient(**changes):
     config = replace(CONFIG, num_layers=3)
     model, params = tiny(config, scale_attn_by_inverse_layer_idx=True, **changes)
     tokens = some_tokens(2, 6)
-    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
+    mask = grid("001111", "111111")
     return jax.jit(
         jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2))
     )(params)
@@ -440,14 +437,14 @@ def test_remat_is_applied(remat):
 def test_each_rate_drops_with_a_key_and_never_without(rate):
     plain, params = tiny()
     model, _ = tiny(**{rate: 0.5})
-    tokens = some_tokens(2, 5)
+    tokens = TOKENS
     expected = plain.apply(params, tokens)
     assert_array_equal(model.apply(params, tokens), expected)
-    first, again, other = (
-        np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2)
-    )
+    keys = map(jax.random.key, (1, 1, 2))
+    first, again, other = (np.asarray(model.apply(params, tokens, None, key)) for key in keys)
     assert_array_equal(first, again)
-    assert min(np.max(np.abs(first - other)), np.max(np.abs(first - expected))) > 1e-3
+    for different in (other, expected):
+        assert np.abs(first - different).max() > 1e-3
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -464,7 +461,7 @@ def test_layers_draw_different_dropout(scan_layers):
     for layer in {"h", "h_0", "h_1"} & {*params}:
         params[layer]["mlp"]["c_proj"]["bias"] += 1.0
     params["ln_f"]["scale"] += 1.0
-    states = np.asarray(model.hidden(params, some_tokens(2, 5), None, jax.random.key(3)))
+    states = np.asarray(model.hidden(params, TOKENS, None, jax.random.key(3)))
     # With the same draw in both layers a row would hold two levels (0 and 4), with different ones
     # three (0, 2 and 4).
     assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
@@ -483,10 +480,9 @@ def test_a_key_from_which_no_layer_draws_changes_no_program():
     model = models.build(CONFIG)
     (_, params) = tiny()
     program = jax.make_jaxpr(lambda key: model.hidden(params, some_tokens(1, 3), None, key))
-    with_key, without = (
-        [eqn.primitive for eqn in program(key).eqns] for key in (jax.random.key(0), None)
-    )
-    assert with_key == without
+    with_key = program(jax.random.key(0))
+    without = program(None)
+    assert [step.primitive for step in with_key.eqns] == [step.primitive for step in without.eqns]
 
 
 def test_a_seed_draws_the_numbers_that_it_always_drew():
@@ -518,41 +514,37 @@ def test_layers_of_one_kind_are_traced_once(config):
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = some_tokens(2, 4)
     cache = model.init_cache(2, 8)
-    decoded = (tokens[:, :1], tokens[:, :1], np.ones((2, 8)), cache, jnp.int32(3))
+    rest = (np.ones((2, 8)), cache)
 
     def loss(params):
         return model.hidden(params, tokens).sum()
 
     kinds = len({*model.config.local_layers[:5]})
-    prompt = (
-        tokens[:, :2],
-        tokens[:, :2],
-        *decoded[2:4],
-        0,
-    )  # whose keys are copied into the empty cache as a whole
-    assert "scatter" not in str(jax.make_jaxpr(model.decode, static_argnums=5)(params, *prompt))
+    # A prompt's keys are copied into the empty cache as a whole.
+    prompt = tokens[:, :2]
+    program = jax.make_jaxpr(model.decode, static_argnums=5)(params, prompt, prompt, *rest, 0)
+    assert "scatter" not in str(program)
+    token = tokens[:, :1]
     learning = jax.make_jaxpr(jax.grad(loss))(params)
-    decoding = jax.make_jaxpr(model.decode)(params, *decoded)
+    decoding = jax.make_jaxpr(model.decode)(params, token, token, *rest, jnp.int32(3))
     for program, passes in ((learning, 2), (decoding, 1)):
-        calls = [
-            step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"
-        ]  # Flax's name
-        assert (len(calls), len({id(call) for call in calls})) == (5 * passes, kinds * passes)
+        steps = [step.params for step in program.eqns]
+        calls = [step["jaxpr"] for step in steps if step.get("name") == "core_fn"]  # Flax's name
+        assert len(calls) == 5 * passes
+        assert len(set(map(id, calls))) == kinds * passes
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     plain, params = tiny()
     model, _ = tiny(compute_dtype="bfloat16")
-    tokens = some_tokens(2, 5)
+    tokens = TOKENS
     logits = model.apply(params, tokens)
     fresh = jax.eval_shape(model.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves((fresh, logits))} == {jnp.dtype("float32")}
-    assert (
-        model.hidden(params, tokens).dtype
-        == jax.tree.leaves(model.init_cache(1, 4))[0].dtype
-        == jnp.bfloat16
-    )
-    assert 1e-4 < np.mean(np.abs(logits - plain.apply(params, tokens))) < 0.1
+    cache = jax.tree.leaves(model.init_cache(1, 4))
+    assert model.hidden(params, tokens).dtype == cache[0].dtype == jnp.bfloat16
+    difference = np.abs(logits - plain.apply(params, tokens))
+    assert 1e-4 < np.mean(difference) < 0.1
 
 
 @FAMILIES
@@ -561,11 +553,12 @@ def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     model = model._replace(config=replace(model.config, other_keys={"mine": 1}))
     wider, wider_params = models.resize_vocabulary(model, params, 15)
     assert (wider.config.other_keys, wider.config.vocab_size) == ({"mine": 1}, 15)
-    tokens = some_tokens(2, 5)
+    tokens = TOKENS
     logits = jax.jit(wider.apply)(wider_params, tokens)
     assert_allclose(logits[..., :13], model.apply(params, tokens), atol=ATOL)
-    expected = np.broadcast_to(np.mean(logits[..., :13], axis=-1, keepdims=True), (2, 5, 2))
-    assert_allclose(logits[..., 13:], expected, atol=1e-4)
+    mean = np.mean(logits[..., :13], axis=-1)
+    for added in (13, 14):
+        assert_allclose(logits[..., added], mean, atol=1e-4)
     assert wider_params["wte"]["embedding"].shape == (15, 8)
 
 
@@ -603,7 +596,7 @@ def test_wrong_shapes_are_refused():
 def states_and_gradient(hidden, params, columns, weights):
     """The states of these columns, and the gradient of their weighted sum."""
     tokens = some_tokens(3, 6)
-    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
+    mask = grid("001111", "111111", "011110")
 
     def loss(params):
         states = hidden(params, tokens, mask, None, columns)
@@ -664,35 +657,28 @@ def test_gpt2_divides_the_scores_of_layer_i_by_i_plus_one():
     assert gpt2.GPT2(config).scales() == [4**-0.5, 4**-0.5 / 2]
 
 
-@pytest.mark.parametrize(
-    ("rows", "is_centred"), [(6, True), (7, False)]
-)  # an even number is taken in halves
+# An even number of rows is taken in halves.
+@pytest.mark.parametrize(("rows", "is_centred"), [(6, True), (7, False)])
 def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
-    x, kernel, scale, bias, cotangent = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(
-            jax.random.split(jax.random.key(0), 5),
-            ((rows, 8), (8, 4), 8, 8, (rows, 4)),
-            strict=True,
-        )
-    )
+    shapes = ((rows, 8), (8, 4), (8,), (8,), (rows, 4))
+    draw = np.random.default_rng(0)
+    drawn = [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+    *values, cotangent = map(jnp.asarray, drawn)
 
     def ours(x, kernel, scale, bias):
-        return jnp.sum(
-            kernels.product(norms.norm(x, scale, bias if is_centred else None, 1e-5), kernel)
-            * cotangent
-        )
+        normed = norms.norm(x, scale, bias if is_centred else None, 1e-5)
+        return jnp.sum(kernels.product(normed, kernel) * cotangent)
 
     def derived(x, kernel, scale, bias):
         centred = x - is_centred * x.mean(1, keepdims=True)
         normed = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
-        return jnp.sum((normed * scale[None] + is_centred * bias[None]) @ kernel * cotangent)
+        scaled = normed * scale[None] + is_centred * bias[None]
+        return jnp.sum(scaled @ kernel * cotangent)
 
-    values = (x, kernel, scale, bias)
-    got, want = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived)
-    )
-    assert_close(got, want, atol=1e-5, rtol=1e-4)
+    every = (0, 1, 2, 3)
+    found = jax.jit(jax.value_and_grad(ours, every))(*values)
+    expected = jax.jit(jax.value_and_grad(derived, every))(*values)
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -710,12 +696,19 @@ def test_products_with_the_hessian_of_a_model():
     model = models.build(models.GPT2Config(7, 8, 8, 1, 2))
     params = initial_params(model)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7
-    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(params, tokens))))
     along = jax.tree.map(jnp.ones_like, params)
-    forward = jax.jit(lambda params: jax.jvp(gradient, (params,), (along,))[1])(params)
+
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(jnp.sin(model.apply(params, tokens)))
+
+    def pushed(params):
+        return jax.jvp(gradient, (params,), (along,))[1]
 
     def product(params):
-        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(params), along)))
+        products = jax.tree.map(jnp.vdot, gradient(params), along)
+        return sum(jax.tree.leaves(products))
 
+    forward = jax.jit(pushed)(params)
     reverse = jax.jit(jax.grad(product))(params)
     assert_close(forward, reverse, atol=1e-4, rtol=1e-3)
