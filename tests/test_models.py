@@ -403,6 +403,13 @@ def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight(c
     assert params["wte"]["embedding"].dtype == layer["ln_1"]["scale"].dtype == jnp.float32
 
 
+def test_decoding_copies_no_weight_that_is_narrower_than_the_compute_dtype():
+    model, params = tiny()
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
+    prepared = jax.eval_shape(model.for_decoding, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(prepared)} == {jnp.dtype("bfloat16")}
+
+
 @functools.cache
 def loss_and_gradient(**changes):
     config = replace(CONFIG, num_layers=3)

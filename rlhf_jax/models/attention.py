@@ -32,8 +32,8 @@ BLOCK_SCORES = 2**16
 
 
 class Seen(NamedTuple):
-    """The parts of a causal mask: a query attends to the keys of its document up to its own slot
-    and within the window.
+    """A causal mask in parts: a query attends to the keys of its own document that lie in its
+    window, which ends with its own slot.
     """
 
     slots: Array  # [B, t] of the queries
@@ -304,14 +304,17 @@ def blockwise(
 
 
 def by_blocks(fn: Callable[..., Any], size: int, *columns: tuple[Array, int]) -> Any:
-    """``fn`` of all columns, computed one block of columns after another: memory holds what it
-    computes of one block, in the backward pass too, which computes each block again.
+    """Applies ``fn`` to one block of columns after another, so that memory holds the intermediate
+    results of one block only. The backward pass computes each block again.
 
     Args:
-        fn: ``(number of the block, *blocks) -> a tree of arrays`` whose columns have the axis that
-            the first array's have.
-        size: columns of a block.
-        columns: arrays and the axis of their columns.
+        fn: ``(number of the block, *blocks)`` -> a tree of arrays, whose columns have the same axis
+            as those of the first array.
+        size: columns of a block; the last block is padded.
+        columns: arrays, each with the axis of its columns.
+
+    Returns:
+        The trees of all blocks, joined along that axis.
     """
     whole, axis = columns[0]
     length = whole.shape[axis]

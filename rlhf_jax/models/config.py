@@ -34,15 +34,15 @@ class TransformerConfig:
             - 1, ...] under "h"; decoding is unrolled.
         attention: which implementation computes it (``attention.implementation``); "cudnn" needs
             "bfloat16".
-        sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all.
-            Most families fix None.
-        global_every: every such layer sees all, the others the window; None: all layers are of one
-            kind.
+        sliding_window: a token attends to itself and the ``sliding_window`` - 1 before it; None: to
+            all before it. Most families fix None.
+        global_every: every n-th layer attends to all tokens, the others to the window; None: all
+            layers are of one kind.
         other_keys: keys of config.json that do not change logits, kept to be written back.
 
     Attributes, fixed by the family:
         tie_embeddings: the token table is the output layer too.
-        post_norms: what attention and MLP add is normed too.
+        post_norms: the outputs of attention and MLP are normed too.
 
     Raises:
         ValueError: a value is out of range, or two values do not fit each other.
@@ -96,7 +96,7 @@ class TransformerConfig:
 
     @property
     def local_layers(self) -> list[bool]:
-        """[L] whether a layer is of the second kind of ``windows``."""
+        """[L] whether a layer has the second of two ``windows``."""
         return [
             self.global_every is not None and (i + 1) % self.global_every != 0
             for i in range(self.num_layers)
@@ -287,11 +287,11 @@ class MistralConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class Gemma3TextConfig(DecoderConfig):
-    """The text model of Gemma 3 (Gemma team 2025): every ``global_every``-th layer sees all, the
-    others a window.
+    """The text model of Gemma 3 (Gemma team 2025): every ``global_every``-th layer attends to all
+    tokens, the others to a window.
 
     Args:
-        rope_theta, rope_scaling: of the layers that see all.
+        rope_theta, rope_scaling: of the layers without a window.
         local_rope_theta: of those with a window.
         query_scalar: attention scores are divided by its square root.
     """

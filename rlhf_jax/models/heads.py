@@ -211,8 +211,8 @@ def _of_tokens(
 
 
 def _by_chunks(fn: Callable[..., PolicyOutput], vocab_size: int, *arrays: Array) -> PolicyOutput:
-    """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns of which the
-    logits have at most ``_CHUNK_LOGITS`` numbers in a row.
+    """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns whose logits
+    are about ``_CHUNK_LOGITS`` numbers for each row.
     """
     columns = arrays[0].shape[1]
     chunks = math.ceil(columns * vocab_size / _CHUNK_LOGITS)

@@ -33,7 +33,7 @@ from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
 CONFIG = "config.json"
-# Beside the parameters of a policy that Python gave to a run (training.own), which have no CONFIG.
+# The file beside the parameters of a policy that Python gave to a run (training.own).
 OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ _BUFFERS = re.compile(
 _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
 )
-# Keys that describe the folder from which a model was loaded.
+# Keys of a loaded config.json that describe that folder's weights, not the model.
 _FORMER = ("reward_shift", "torch_dtype")
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
@@ -123,7 +123,7 @@ def save(
     """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
     the same bytes.
 
-    The host holds the tensors of one file at a time, wherever the parameters lie.
+    The host's memory holds the tensors of one file at a time.
 
     Args:
         path: the folder; made if missing, its model files replaced.

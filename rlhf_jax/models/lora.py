@@ -36,8 +36,8 @@ def init(
     *,
     alpha: float | None = None,
 ) -> Params:
-    """Adapters that change nothing yet: A as Kaiming uniform, within 1 / sqrt(in) of 0, and B 0, as
-    PEFT starts them.
+    """Adapters that change nothing yet: A is uniform within 1 / sqrt(in) of 0, and B is 0, as in
+    PEFT.
 
     Args:
         params: of a model; not changed.

@@ -35,9 +35,9 @@ class Family(NamedTuple):
     """How transformers writes one model_type."""
 
     model_type: str
-    defaults: ModelConfig  # transformers' own; it leaves keys at their default out of some files
+    defaults: ModelConfig  # of transformers, whose files may leave such keys out
     keys: Mapping[str, str]  # our field: the key of config.json, where the two differ
-    # Of the body's tensors in a causal language model; the files of a bare body have none.
+    # Of the names of the body's tensors in a causal language model. A bare body's have none.
     prefix: str
     # Part of a path in params: transformers' name of it, where the two differ.
     modules: Mapping[str, str]
@@ -87,9 +87,8 @@ _OTHER_FIELDS = (
     "rope_theta",
     "rope_scaling",
 )
-# Keys that change logits unless they are empty, have the value given here, or are a family's field.
-# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py
-# always computes.
+# Keys that change the logits, unless they are empty, have this value or are a field of the family.
+# reorder_and_upcast_attn is missing: it asks for the float32 softmax that is always computed.
 _UNSUPPORTED = {
     "add_cross_attention": False,
     "use_sliding_window": False,
@@ -103,7 +102,7 @@ _UNSUPPORTED = {
     "tie_word_embeddings": True,
     "pretraining_tp": 1,
 }
-# Keys that transformers reads for every family, also where it writes others.
+# Names that transformers accepts for every family, even where it writes others.
 _COMMON = {
     "max_length": "max_position_embeddings",
     "hidden_size": "hidden_size",
@@ -300,7 +299,7 @@ def _read_keys(family: Family, keys: dict[str, Any]) -> ModelConfig:
 
 
 def _pop(keys: dict[str, Any], name: str, alias: str, default: Any) -> Any:
-    """Takes a key's value, checked against the kind of its default. ``alias`` names it too."""
+    """Takes the value of a key, which may have the name ``alias``, and checks its kind."""
     if alias in keys and keys.get(name, keys[alias]) != keys[alias]:
         raise ValueError(
             f"{alias} is {keys[alias]!r} but {name} is {keys[name]!r}; remove one of the two"

@@ -90,10 +90,12 @@ def extend(
     index: Array | None,
     num_keys: int,
 ) -> tuple[Array, Array, LayerCache]:
-    """The ``num_keys`` [B, H, S, Dh] keys and values that queries attend to whose own are ``key``
-    and ``value``, and the cache with these written at slots index, index + 1, ...
+    """Writes ``key`` and ``value`` [B, H, t, Dh] of tokens to slots index, index + 1, ...; without
+    an index the cache is empty.
 
-    Without an index the cache is empty.
+    Returns:
+        The ``num_keys`` keys and values that the tokens attend to, [B, H, S, Dh] each, and the
+        cache.
     """
     heads = key.shape[1]
     new = write(cache, held(key, value), 0 if index is None else index)
