@@ -105,6 +105,8 @@ def test_match_chooses_layers():
     adapters = lora.init(jax.random.key(1), params, 2, "h_1/attn/c_attn|mlp/c_fc")
     places = {"/".join(path[:-1]) for path in flatten_dict(adapters)}
     assert places == {"h_0/mlp/c_fc", "h_1/attn/c_attn", "h_1/mlp/c_fc"}
+    first, second = (adapters[layer]["mlp"]["c_fc"]["lora_a"] for layer in ("h_0", "h_1"))
+    assert (first != second).all()  # each layer draws its own
     for message, refused in (
         (
             r"'q_proj'; the layers hold attn/c_attn, attn/c_proj",

@@ -63,6 +63,15 @@ def edit_config(folder, **changes):
     )
 
 
+def without(params, *names):
+    return {name: leaf for name, leaf in params.items() if name not in names}
+
+
+def write_index(folder, weight_map):
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def edit_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -85,17 +94,10 @@ def test_round_trip_is_bit_equal_and_named_as_gpt2_lm_head_model(folder, tmp_pat
     keys = config_of(folder)
     assert len(tensors) == 4 + 2 * 12
     assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (4, 12)
-    expected = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "n_positions": 5,
-        "n_embd": 4,
-        "n_layer": 2,
-    }
-    assert (
-        keys.items()
-        >= {**expected, "eos_token_id": 1, "bos_token_id": None, "dtype": "float32"}.items()
-    )
+    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    expected |= {"n_positions": 5, "n_embd": 4, "n_layer": 2}
+    expected |= {"eos_token_id": 1, "bos_token_id": None}
+    assert keys.items() >= expected.items()
 
 
 def test_scanned_layers_share_the_files(folder, tmp_path):
@@ -143,9 +145,7 @@ def test_shards_and_missing_prefix(folder):
         save_file(
             {name: x for name, x in tensors.items() if weight_map[name] == shard}, folder / shard
         )
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    write_index(folder, weight_map)
     assert_same(models.load(folder)[1], tiny()[1])
     (folder / "1.safetensors").unlink()
     refuses(folder, r"index\.json: '1\.safetensors' is not the name of a file in this folder")
@@ -237,9 +237,7 @@ def test_large_weights_are_written_in_several_files(llama, tmp_path, monkeypatch
 )
 def test_index_names_stay_in_the_folder(folder, shard):
     (folder / "model.safetensors").rename(folder.parent / "one.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"wte.weight": shard}})
-    )
+    write_index(folder, {"wte.weight": shard})
     refuses(folder, "is not the name of a file in this folder")
 
 
@@ -281,17 +279,8 @@ def test_other_keys_are_kept_and_missing_ones_have_transformers_defaults(folder,
     edit_config(folder, n_embd="REMOVED", hidden_size=4, resid_pdrop="REMOVED", n_inner=None)
     model, params = models.load(folder)
     config = model.config
-    assert (
-        config.pad_token_id,
-        config.eos_token_id,
-        config.hidden_size,
-        config.residual_dropout,
-    ) == (
-        3,
-        (1, 2),
-        4,
-        0.1,
-    )
+    changes = {"pad_token_id": 3, "eos_token_id": (1, 2), "residual_dropout": 0.1}
+    assert config == replace(CONFIG, **changes)
     hash(config)
     models.save(tmp_path / "again", model, params)
     expected = {
@@ -463,13 +452,8 @@ def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
         refuses(tmp_path, expected)
     else:
         config = models.load(tmp_path)[0].config
-        found = (
-            config.global_every,
-            config.rope_theta,
-            config.rope_scaling,
-            config.local_rope_theta,
-        )
-        assert found == expected
+        both = (config.rope_theta, config.rope_scaling)
+        assert (config.global_every, *both, config.local_rope_theta) == expected
 
 
 @pytest.mark.parametrize(
@@ -570,11 +554,7 @@ def test_reward_model_round_trip(tmp_path):
     models.save(tmp_path / "again", loaded, loaded_params)
     assert_same_files(tmp_path / "again", tmp_path)
     # A policy started from it forgets the shift.
-    models.save(
-        tmp_path / "policy",
-        loaded,
-        {name: leaf for name, leaf in loaded_params.items() if name != "score"},
-    )
+    models.save(tmp_path / "policy", loaded, without(loaded_params, "score"))
     assert "reward_shift" not in config_of(tmp_path / "policy")
     assert_same(models.load(tmp_path / "policy")[1], tiny()[1])
     edit_tensors(tmp_path, lambda tensors: tensors.pop("score.weight"))
@@ -585,9 +565,7 @@ def test_a_reward_model_has_no_output_table(tmp_path):
     model, params = tiny(LLAMA)
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    assert_same(
-        models.load(tmp_path)[1], {name: leaf for name, leaf in params.items() if name != "lm_head"}
-    )
+    assert_same(models.load(tmp_path)[1], without(params, "lm_head"))
 
 
 def test_value_head_lies_beside_the_weights(tmp_path):
@@ -621,7 +599,7 @@ def test_params_that_do_not_fit_the_config_are_not_saved(tmp_path):
             {**params, "wte": {"embedding": np.ones((9, 4))}},
             r"wte/embedding is \(9, 4\), and .* expects \(7, 4\)",
         ),
-        ({name: leaf for name, leaf in params.items() if name != "ln_f"}, r"ln_f/bias is nothing"),
+        (without(params, "ln_f"), r"ln_f/bias is nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             models.save(tmp_path, model, wrong)
