@@ -115,7 +115,8 @@ class Decoder(stack.Transformer):
     def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
         rows = self.token_rows(tokens, real)
         if self.config.scaled_embedding:
-            rows = rows * jnp.asarray(self.config.hidden_size**0.5, rows.dtype)
+            scale = jnp.asarray(self.config.hidden_size**0.5, rows.dtype)
+            rows = rows * scale
         return rows.astype(self.config.compute_dtype)
 
     def scales(self) -> list[float]:

@@ -53,7 +53,8 @@ def _merged(x: Array) -> Array:
 
 def _apart(x: Array, num_heads: int) -> Array:
     """[B, S, H Dh] -> [B, H, S, Dh]."""
-    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+    by_slot = x.reshape(*x.shape[:2], num_heads, -1)
+    return by_slot.swapaxes(1, 2)
 
 
 def write(cache: LayerCache, new: LayerCache, index: Array | int) -> LayerCache:
@@ -70,7 +71,8 @@ def _written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
     """Keys or values with new ones; ``axis`` is the axis of the slots."""
     size = cache.shape[axis]
     dropped = max(new.shape[axis] - size, 0)  # the cache holds the last S of more
-    new = lax.slice_in_dim(new, dropped, None, axis=axis).astype(cache.dtype)
+    new = lax.slice_in_dim(new, dropped, None, axis=axis)
+    new = new.astype(cache.dtype)
     index = index + dropped
     count = new.shape[axis]
     start = index % size if isinstance(index, int) else lax.rem(index, size)
@@ -98,7 +100,8 @@ def extend(
         cache.
     """
     heads = key.shape[1]
-    new = write(cache, held(key, value), 0 if index is None else index)
+    start = 0 if index is None else index
+    new = write(cache, held(key, value), start)
     held_keys, held_values = read(cache, heads)
     if num_keys == held_values.shape[2]:
         return *read(new, heads), new
@@ -157,7 +160,8 @@ def _fits_pallas(query: Array, cache: LayerCache) -> bool:
     width = query.shape[-1]
     num_slots = cache[1].shape[2]
     is_power_of_two = width >= 16 and width.bit_count() == 1
-    fits = query.dtype == jnp.bfloat16 and is_power_of_two and num_slots % 16 == 0
+    is_bfloat16 = query.dtype == jnp.bfloat16
+    fits = is_bfloat16 and is_power_of_two and num_slots % 16 == 0
     return fits and fused.takes_pallas()
 
 

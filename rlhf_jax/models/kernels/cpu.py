@@ -32,7 +32,12 @@ def computed_once(x: Array) -> Array:
 
 def weighted_sum(weights: Array, value: Array) -> Array:
     """weights [B, H, t, S] @ value [B, H, S, Dh], in float32."""
-    return jnp.einsum("bhts,bhsd->bhtd", weights, value, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "bhts,bhsd->bhtd",
+        weights,
+        value,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def weighted_sum_of_one(weights: Array, value: Array) -> Array:
