@@ -8,17 +8,19 @@ The same plot gives the same bytes, whatever the user has set in matplotlib. Mat
 to import, so it is imported when the first plot is drawn.
 """
 
-import dataclasses
+import functools
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 # Okabe and Ito's colours: told apart with any colour vision, and dark enough for white paper.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#444444")
@@ -36,11 +38,11 @@ class Series(NamedTuple):
     defaults.
     """
 
-    x: npt.ArrayLike
-    y: npt.ArrayLike
-    low: npt.ArrayLike | None = None
+    x: ArrayLike
+    y: ArrayLike
+    low: ArrayLike | None = None
     """With ``high`` [N], the edges of a band around the curve."""
-    high: npt.ArrayLike | None = None
+    high: ArrayLike | None = None
     color: int | None = None
     """Number of the colour. None: the number of the series in its plot."""
     style: int = 0
@@ -53,7 +55,10 @@ class Series(NamedTuple):
     """A text [N] above each point."""
 
 
-@dataclasses.dataclass(frozen=True)
+Pair = tuple[ArrayLike, ArrayLike]
+
+
+@dataclass(frozen=True)
 class Plot:
     """Series over one pair of axes. A series without finite values is left out and named below the
     plot.
@@ -62,42 +67,58 @@ class Plot:
     title: str
     x_label: str
     y_label: str
-    series: Mapping[str, Series | tuple[npt.ArrayLike, npt.ArrayLike]]
+    series: Mapping[str, Series | Pair]
     """``{name: series}``; values that are not finite leave gaps and are counted below the plot."""
     band: tuple[float, float, str] | None = None
     """A horizontal band: low, high, label."""
-    lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lines: Mapping[str, float] = field(default_factory=dict)
     """Horizontal lines: ``{label: y}``."""
     diagonal: str = ""
     """Label of the line y = x. Empty: no such line."""
     note: str = ""
     """A sentence below the plot."""
 
+    @functools.cached_property
+    def shown(self) -> dict[str, Series]:
+        """The series that have finite values, each with its colour. Both x and y are NaN where one
+        of them is not finite.
+        """
+        shown = {}
+        for number, (name, pair) in enumerate(self.series.items()):
+            series = Series(*pair)
+            points = np.array([series.x, series.y], np.float64)
+            finite = np.isfinite(points).all(axis=0)
+            if finite.any():
+                x, y = np.where(finite, points, np.nan)
+                color = number if series.color is None else series.color
+                shown[name] = series._replace(x=x, y=y, color=color)
+        return shown
+
 
 def histogram(
-    title: str, x_label: str, y_label: str, values: Mapping[str, npt.ArrayLike], edges: np.ndarray
+    title: str, x_label: str, y_label: str, values: Mapping[str, ArrayLike], edges: np.ndarray
 ) -> Plot:
     """How many of the values lie in each bin, for several sets ``{name: [N]}`` over the same bins.
 
     edges: [bins + 1] where the bins begin and end; see :func:`bin_edges`.
     """
-    series: dict[str, Series | tuple[npt.ArrayLike, npt.ArrayLike]] = {}
+    series: dict[str, Series | Pair] = {}
     outside = []
     x = np.r_[edges[0], edges]
     for number, (name, of_set) in enumerate(values.items()):
-        counts, _ = np.histogram(np.asarray(of_set, np.float64), edges)
         num_values = np.size(of_set)
+        counts, _ = np.histogram(np.asarray(of_set, np.float64), edges)
         num_outside = num_values - counts.sum()
         if num_outside:
             outside.append(f"{name}: {num_outside} of {num_values} values not finite or outside.")
         if counts.any():
             top = np.r_[0, counts, 0]
-            bars = Series(x, top, low=np.zeros_like(top), high=top, kind="steps")
-            series[name] = bars._replace(color=number, style=number)
+            bottom = np.zeros_like(top)
+            series[name] = Series(x, top, bottom, top, color=number, style=number, kind="steps")
     return Plot(title, x_label, y_label, series, note=" ".join(outside))
 
 
-def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
+def bin_edges(values: ArrayLike, max_bins: int = 20) -> np.ndarray:
     """[bins + 1] edges of equal bins over all finite values; bins of integers hold equally many
     integers each.
     """
@@ -107,35 +128,31 @@ def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
     are_integers = numbers.size and np.all(numbers == np.round(numbers))
     if not are_integers or span >= 2**52:
         return np.histogram_bin_edges(numbers, max_bins if span else 1)
-    num_integers = span + 1
-    width = np.ceil(num_integers / max_bins)
-    num_bins = np.ceil(num_integers / width)
+    width = np.ceil((span + 1) / max_bins)
+    num_bins = np.ceil((span + 1) / width)
     return numbers.min() - 0.5 + width * np.arange(num_bins + 1)
 
 
 def notes(plot: Plot) -> list[str]:
     """The sentences below the plot: its own, what is smoothed, and which values are not drawn."""
-    shown = _shown(plot)
     sentences = [plot.note] if plot.note else []
-    windows = [_window(series) for series in shown.values()]
-    if max(windows, default=1) > 1:
-        sentences.append(f"Thick: the mean over {max(windows)} points; pale: each point.")
+    width = max([1, *map(_window, plot.shown.values())])
+    if width > 1:
+        sentences.append(f"Thick: the mean over {width} points; pale: each point.")
     for name, (x, *_) in plot.series.items():
-        num_values = np.size(x)
-        if name not in shown:
-            values = "finite values" if num_values else "values"
-            sentences.append(f"{name}: left out, as it has no {values}.")
+        if name not in plot.shown:
+            sentences.append(f"{name}: left out, as it has no finite values.")
             continue
-        num_lost = np.sum(np.isnan(shown[name].x))
+        num_lost = np.sum(np.isnan(plot.shown[name].x))
         if num_lost:
-            sentences.append(f"{name}: {num_lost} of {num_values} values not finite, not drawn.")
+            sentences.append(f"{name}: {num_lost} of {np.size(x)} values not finite, not drawn.")
     return sentences
 
 
 def alternative(plot: Plot) -> str:
     """What the plot shows, in words for readers who do not see it."""
     text = f"{plot.title}: {plot.y_label} over {plot.x_label}."
-    for name, series in _shown(plot).items():
+    for name, series in plot.shown.items():
         y = np.asarray(series.y)
         y = y[np.isfinite(y)]
         ends = f"first {y[0]:.4g}, last {y[-1]:.4g}"
@@ -149,12 +166,14 @@ def svg(plot: Plot, salt: str = "") -> str:
 
     salt: the ids inside the SVG are made from it; give another one to each plot of a page.
     """
-    return _draw(plot, "svg", salt)[0].decode()
+    file, _ = _draw(plot, "svg", salt)
+    return file.decode()
 
 
 def png(plot: Plot) -> bytes:
     """The plot as a PNG file with its title; empty if no series has a finite value."""
-    return _draw(plot, "png", "")[0]
+    file, _ = _draw(plot, "png", "")
+    return file
 
 
 def element(plot: Plot, salt: str) -> str:
@@ -164,23 +183,21 @@ def element(plot: Plot, salt: str) -> str:
     """
     file, axes = _draw(plot, "svg", salt)
     text = file.decode()
-    box = re.search(r'viewBox="([^"]*)"', text)
-    if box is None:
+    tag = re.search(r'<svg [^>]*(viewBox="0 0 (\S+) [^"]*")[^>]*>', text)
+    if tag is None:
         return ""
-    width = float(box[1].split()[2])
-    hover = json.dumps(_hover(plot, axes, width), ensure_ascii=False)
+    hover = json.dumps(_hover(plot, axes, float(tag[2])), ensure_ascii=False)
     attributes = f'aria-label="{html.escape(alternative(plot))}" data-hover="{html.escape(hover)}"'
-    end_of_tag = text.index(">", text.index("<svg"))
-    body = re.sub(r'<g id="[^"]*"', "<g", text[end_of_tag + 1 :])
-    return f'<svg {box[0]} role="img" {attributes}>{body.strip()}'
+    body = re.sub(r'<g id="[^"]*"', "<g", text[tag.end() :])
+    return f'<svg {tag[1]} role="img" {attributes}>{body.strip()}'
 
 
 def _window(series: Series) -> int:
     """The number of points in each mean of the smoothed curve; 1 if it is not smoothed."""
+    if series.kind != "curve" or series.labels:  # labels stand along a path
+        return 1
     width = int(np.isfinite(series.y).sum()) // SMOOTHED_PART
-    is_path = bool(series.labels)
-    is_smoothed = series.kind == "curve" and width > 2 and not is_path
-    return width if is_smoothed else 1
+    return width if width > 2 else 1
 
 
 def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
@@ -188,10 +205,10 @@ def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
     each series.
     """
     series = []
-    for name, shown in _shown(plot).items():
+    for name, shown in plot.shown.items():
         points = np.c_[shown.x, shown.y]
         points = points[np.isfinite(points[:, 0])]
-        stride = -(-len(points) // MAX_HOVERED)
+        stride = math.ceil(len(points) / MAX_HOVERED)
         numbers = np.char.mod("%.5g", points[::stride])
         series.append([name, shown.kind, numbers.tolist()])
     place = axes.get_position()
@@ -199,29 +216,9 @@ def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
     return {"x": plot.x_label, "ends": ends, "series": series}
 
 
-def _shown(plot: Plot) -> dict[str, Series]:
-    """The series that have finite values, each with its colour. Both x and y are NaN where one of
-    them is not finite.
-    """
-    shown = {}
-    for number, (name, pair) in enumerate(plot.series.items()):
-        series = Series(*pair)
-        x = np.asarray(series.x, np.float64)
-        y = np.asarray(series.y, np.float64)
-        finite = np.isfinite(x) & np.isfinite(y)
-        if not finite.any():
-            continue
-        x = np.where(finite, x, np.nan)
-        y = np.where(finite, y, np.nan)
-        color = number if series.color is None else series.color
-        shown[name] = series._replace(x=x, y=y, color=color)
-    return shown
-
-
 def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, Any]:
     """The file, empty if nothing is drawn, and matplotlib's axes."""
-    shown = _shown(plot)
-    if not shown:
+    if not plot.shown:
         return b"", None
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -233,7 +230,7 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
         axes = figure.subplots()
         title = plot.title if kind == "png" else ""
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=title)
-        handles = _draw_series(axes, shown) | _draw_marks(axes, plot)
+        handles = _draw_series(axes, plot.shown) | _draw_marks(axes, plot)
         if len(handles) > 1:
             _draw_legend(figure, handles)
         file = io.BytesIO()
@@ -246,7 +243,7 @@ def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> None:
     """Above the axes, in as many columns as the longest label leaves room for."""
     longest = max(map(len, handles))
     columns = min(4, max(1, 50 // (longest + 6)))  # the plot is about 50 letters wide
-    rows = -(-len(handles) // columns)
+    rows = math.ceil(len(handles) / columns)
     width, height = SIZE
     figure.set_size_inches(width, height + 0.22 * (rows - 1))
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
@@ -260,12 +257,11 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
         axes.locator_params(axis="y", nbins=6, integer=True)
         axes.set_ylim(bottom=0)
     x = np.concatenate([series.x for series in shown.values()])
-    x = x[np.isfinite(x)]
     # The edges of bins of integers lie half-way between them.
-    are_integers = np.all(x % 1 == (0.5 if has_bins else 0))
+    are_integers = np.all(x[np.isfinite(x)] % 1 == (0.5 if has_bins else 0))
     if are_integers:
-        nice = {"integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
-        axes.locator_params(axis="x", nbins=8, **nice)
+        steps = [1, 2, 5, 10]
+        axes.locator_params(axis="x", nbins=8, integer=True, steps=steps, min_n_ticks=1)
     else:
         axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
     return handles
@@ -276,25 +272,24 @@ def _draw_one(axes: Any, series: Series) -> Any:
     x = np.asarray(series.x)
     y = np.asarray(series.y)
     finite = np.isfinite(x)
-    look = _look(series, int(finite.sum()))
+    look = _look(series, np.sum(finite))
     width = _window(series)
-    alpha = 0.35 if width > 1 else 1.0
-    (artist,) = axes.plot(x, y, alpha=alpha, **look)
+    (artist,) = axes.plot(x, y, alpha=0.35 if width > 1 else 1.0, **look)
     if width > 1:
         import scipy.ndimage
 
         means = scipy.ndimage.uniform_filter1d(y[finite], width, mode="nearest")
-        every = -(-width // 8)  # between these points a smooth curve is straight
+        every = math.ceil(width / 8)  # between these points a smooth curve is straight
         thick = look | {"linewidth": 1.9}
         (artist,) = axes.plot(x[finite][::every], means[::every], **thick)
-    if series.low is not None and series.high is not None:
+    if series.low is not None:
         step = "post" if series.kind == "steps" else None
         band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(x, series.low, series.high, step=step, **band)
-    if series.labels:
-        above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-        for i in np.flatnonzero(finite).tolist():
-            axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), **above)
+    above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+    for label, *point in zip(series.labels, x, y, strict=False):
+        if np.isfinite(point).all():
+            axes.annotate(label, point, (0, 5), **above)
     return artist
 
 
@@ -309,12 +304,12 @@ def _look(series: Series, num_points: int) -> dict[str, Any]:
         "linewidth": 1.4,
     }
     if series.kind == "steps":
-        look["drawstyle"] = "steps-post"
-    elif series.kind == "points":
-        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3, "linestyle": ""}
-    elif num_points <= MAX_MARKED:
-        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3}
-    return look
+        return look | {"drawstyle": "steps-post"}
+    if series.kind == "points":
+        look["linestyle"] = ""
+    elif num_points > MAX_MARKED:
+        return look
+    return look | {"marker": "o", "linewidth": 1.0, "zorder": 3}
 
 
 def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
@@ -324,10 +319,10 @@ def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
         low, high, label = plot.band
         handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
     for i, (label, y) in enumerate(plot.lines.items()):
-        style = ("--", ":", "-.")[i % 3]
+        style = LINE_STYLES[1 + i % 3]
         handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
     if plot.diagonal:
-        start, _ = axes.get_xlim()
-        look: dict[str, Any] = {"color": "#777777", "linewidth": 1, "linestyle": ":"}
-        handles[plot.diagonal] = axes.axline((start, start), slope=1, **look)
+        left, _ = axes.get_xlim()
+        line = axes.axline((left, left), slope=1, color="#777777", linewidth=1, linestyle=":")
+        handles[plot.diagonal] = line
     return handles

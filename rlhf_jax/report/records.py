@@ -7,12 +7,13 @@
 The folders do not change.
 """
 
-import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's f
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RunRecord:
     """What a run's folder holds."""
 
@@ -90,7 +91,7 @@ class RunRecord:
     def seconds_per_step(self) -> float | None:
         """Median, without the first step, which compiles."""
         seconds = [
-            row["timing/step"] for row in self.timing if "timing/step" in row and row["step"] > 1
+            row["timing/step"] for row in self.timing if row["step"] > 1 and "timing/step" in row
         ]
         return float(np.median(seconds)) if seconds else None
 
@@ -99,9 +100,11 @@ class RunRecord:
         """The samples of the first and of the last validation, each with its step; one if there was
         but one.
         """
-        steps = sorted({row["step"] for row in self.samples})
-        ends = dict.fromkeys(steps[:1] + steps[-1:])
-        return [(end, [row for row in self.samples if row["step"] == end]) for end in ends]
+        by_step: dict[int, list[Row]] = {}
+        for row in self.samples:
+            by_step.setdefault(row["step"], []).append(row)
+        validations = sorted(by_step.items())
+        return validations[:1] + validations[1:][-1:]
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -112,11 +115,11 @@ class RunRecord:
         return {
             key: value
             for key, value in self.settings.items()
-            if left_out.isdisjoint((key, key.split(".")[0]))
+            if not {key, key.split(".")[0]} & left_out
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Group:
     """Runs that differ only in their seeds."""
 
@@ -148,61 +151,57 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
         raise UserError("expected the folder of a run, or several")
     folders: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
-        inner = not (path / "manifest.json").is_file()
-        runs = [path]
-        if inner:
-            runs = sorted(file.parent for file in path.glob("*/manifest.json"))
+        is_outer = not (path / "manifest.json").is_file()
+        runs = sorted(file.parent for file in path.glob("*/manifest.json")) if is_outer else [path]
         if not runs:
             raise UserError(
                 f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "
                 "run"
             )
         for run in runs:
-            if run.resolve() in folders:
+            place = run.resolve()
+            if place in folders:
                 raise UserError(f"{run}: this run is given twice")
-            folders[run.resolve()] = (run, inner)
+            folders[place] = (run, is_outer)
     common = os.path.commonpath([place.parent for place in folders])
     return [
-        _read(run, place.relative_to(common).as_posix(), inner)
-        for place, (run, inner) in folders.items()
+        _read(run, place.relative_to(common).as_posix(), is_inner)
+        for place, (run, is_inner) in folders.items()
     ]
 
 
-def _read(path: Path, name: str, inner: bool) -> RunRecord:
-    """inner: the run is a stage of a pipeline, whose folder is no difference between two runs."""
+def _read(path: Path, name: str, is_inner: bool) -> RunRecord:
+    """The run in a folder. The folder of a pipeline, which an inner run is a stage of, makes no
+    difference between two runs.
+    """
     manifest = reading.read_json(path / "manifest.json", reading.MANIFEST, ["command"])
     place = path / "config.yaml"
     settings = reading.read_yaml(place, reading.SETTINGS)
     config = reading.read_bytes(place).decode("utf-8", "replace")
     given = str(settings.get("output_dir"))
     outer = Path(given).parent
-    if inner and outer.name:
+    if is_inner and outer.name:
         renamed = config.replace(f"{outer}/", "…/")
         settings = reading.parse_yaml(renamed, reading.SETTINGS, str(place))
-    evaluated: list[Row] = []
-    if (path / EVALUATION).exists():
-        content = reading.read_json(path / EVALUATION, reading.EVALUATION, ["rows"])
-        evaluated = content["rows"]
-    files = {kind: path / f"{kind}.jsonl" for kind in ("metrics", "timing", "samples", "alerts")}
-    rows = {kind: reading.read_rows(file) for kind, file in files.items()}
+    evaluation: list[Row] = []
+    file = path / EVALUATION
+    if file.exists():
+        evaluation = reading.read_json(file, reading.EVALUATION, ["rows"])["rows"]
+    rows = {}
+    incomplete = []
+    for kind in ("metrics", "timing", "samples", "alerts"):
+        file = path / f"{kind}.jsonl"
+        rows[kind] = reading.read_rows(file)
+        lines = reading.read_bytes(file).splitlines() if file.exists() else []
+        if len(lines) > len(rows[kind]):
+            incomplete.append(file.name)
     for row in rows["samples"]:
         if "score_chosen" in row and "score_rejected" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
-    incomplete = []
-    for kind, file in files.items():
-        content = reading.read_bytes(file) if file.exists() else b""
-        if len(content.splitlines()) > len(rows[kind]):
-            incomplete.append(file.name)
+    cut = tuple(incomplete)
+    flat = dotted(settings)
     return RunRecord(
-        path,
-        name,
-        manifest,
-        config,
-        dotted(settings),
-        **rows,
-        evaluation=evaluated,
-        cut=tuple(incomplete),
-        folder=given,
+        path, name, manifest, config, flat, **rows, evaluation=evaluation, cut=cut, folder=given
     )
 
 
@@ -215,13 +214,15 @@ def groups(records: Iterable[RunRecord]) -> list[Group]:
     names = [_common_name([record.name for record in group]) for group in members.values()]
     if len(set(names)) < len(names):
         names = [f"{group[0].name} (n = {len(group)})" for group in members.values()]
-    return [Group(name, tuple(group)) for name, group in zip(names, members.values(), strict=True)]
+    return [Group(*named) for named in zip(names, map(tuple, members.values()), strict=True)]
 
 
 def _common_name(names: Sequence[str]) -> str:
     """What the names have in common at their beginning."""
+    if len(names) == 1:
+        return names[0]
     common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", os.path.commonprefix(names))  # noqa: RUF071
-    return names[0] if len(names) == 1 else f"{common or names[0]} (n = {len(names)})"
+    return f"{common or names[0]} (n = {len(names)})"
 
 
 def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
@@ -231,17 +232,16 @@ def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
     A setting that a group lacks is "(none)"; it counts as a difference only between groups of one
     stage.
     """
-    settings = []
-    for group in compared:
-        record = group.records[0]
-        settings.append({"stage": record.stage, **record.comparable})
+    firsts = [group.records[0] for group in compared]
+    settings = [{"stage": record.stage, **record.comparable} for record in firsts]
     result = {}
-    for key in dict.fromkeys(key for values in settings for key in values):
-        stages = {values["stage"] for values in settings if key in values}
-        of_stages = [values for values in settings if values["stage"] in stages]
+    for key in dict.fromkeys(itertools.chain(*settings)):
         row = [values.get(key, "(none)") for values in settings]
-        first, *others = [values.get(key, "(none)") for values in of_stages]
-        if any(value != first for value in others):
+        stages = {values["stage"] for values in settings if key in values}
+        of_stages = [
+            value for value, record in zip(row, firsts, strict=True) if record.stage in stages
+        ]
+        if any(value != of_stages[0] for value in of_stages):
             result[key] = row
     return result
 
