@@ -1,5 +1,6 @@
 """What a page shows of the runs of one kind: a verdict, figures, samples, settings, commands."""
 
+import itertools
 import json
 import re
 import shlex
@@ -13,11 +14,9 @@ from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
 
 TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}  # others in capitals
 MAX_SAMPLES = 8  # of one group of runs
-MAX_SHOWN = 3  # samples that are not folded
-MAX_CURVES = 4  # curves that are not folded
 # Columns of samples.jsonl for pairs, for answers with target scores and for prompts: first those
-# that are the same at each validation, then those that change. The last column that stays the same
-# is found in rows of this kind only.
+# that are the same at each validation, then those that change. Only rows of this kind have the last
+# column that stays the same.
 SAMPLE_COLUMNS = (
     (("prompt", "chosen", "rejected"), ("margin",)),
     (("prompt", "response", "target"), ("score",)),
@@ -29,9 +28,9 @@ def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """A chapter for each kind of run, in the order of KINDS."""
     chapters = []
     for kind in KINDS:
-        together = [record for record in run_records if record.kind == kind]
-        if together:
-            chapters.append(_chapter(together))
+        of_kind = [record for record in run_records if record.kind == kind]
+        if of_kind:
+            chapters.append(_chapter(of_kind))
     return chapters
 
 
@@ -40,10 +39,7 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     groups = records.groups(run_records)
     is_one = len(run_records) == 1
     curves, constant = plots.curves(groups)
-    samples, more_samples = _sample_tables(groups, is_one)
     differences = records.differences(groups)
-    facts = {record.name: _facts(record, group) for group in groups for record in group.records}
-    names = _metric_names(run_records)
     return {
         "title": _title(run_records, groups),
         "stages": _stages(run_records),
@@ -51,16 +47,15 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "groups": groups,
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
-        "samples": samples,
-        "more_samples": more_samples,
+        "samples": [
+            _samples(group.records[0], is_one) for group in groups if group.records[0].samples
+        ],
         "differences": [[key, *map(_plain, values)] for key, values in differences.items()],
         "curves": curves,
-        "num_shown": MAX_CURVES,
         "constant": constant,
         "distributions": plots.distributions(groups),
-        "metrics": _metrics(run_records, names),
-        "facts": _side_by_side("Run" if is_one else "Runs", facts),
-        "validated": any(name.startswith("validation/") for name in names),
+        "metrics": _metrics(run_records),
+        "facts": _facts(groups),
         "commands": [_command(record) for record in run_records],
     }
 
@@ -77,39 +72,31 @@ def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
     if len(groups) > 1:
         return f"{title}: {len(run_records)} runs compared"
     how = "trained on"
-    sources = _data(record)
+    validation = record.settings.get(f"{record.stage}.validation_data") or []
+    others = {"model", "tokenizer", *validation}
+    sources = [name for name in record.manifest.get("data", {}) if name not in others]
     if record.kind == "policy" and record.settings.get("reward"):
         how = "rewarded by"
         sources = [source.replace("/model", "") for source in record.settings["reward"]]
-    names = [re.sub(r"[^\s,:*]*/", "", source) for source in sources]
-    if names:
+    if sources:
+        names = [re.sub(r"[^\s,:*]*/", "", source) for source in sources]
         title += f" {how} {' and '.join(names)}"
     if len(run_records) > 1:
         title += f", {len(run_records)} seeds"
     return title
 
 
-def _data(record: RunRecord) -> list[str]:
-    """The files that the run has trained on."""
-    validation = record.settings.get(f"{record.stage}.validation_data") or []
-    others = ("model", "tokenizer", *validation)
-    return [name for name in record.manifest.get("data", {}) if name not in others]
-
-
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _metric_names(run_records: Sequence[RunRecord]) -> list[str]:
-    """All metrics of the runs, in the page's order."""
-    return [name for group in plots.metric_groups(run_records).values() for name in group]
-
-
-def _metrics(run_records: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """The last value of each metric in each run; of one run the first value too."""
+def _metrics(run_records: Sequence[RunRecord]) -> Table:
+    """The last value of each metric in each run, in the page's order; of one run the first value
+    too.
+    """
     is_one = len(run_records) == 1
     rows = []
-    for name in names:
+    for name in itertools.chain(*plots.metric_groups(run_records).values()):
         values = [record.last.get(name) for record in run_records]
         if is_one:
             _, recorded = records.series(run_records[0].metrics, name)
@@ -123,29 +110,26 @@ def _command(record: RunRecord) -> str:
     """The command that runs this stage again by itself, from its recorded settings."""
     if record.stage not in STAGES or record.manifest.get("given"):
         return str(record.manifest["command"])  # Python gave something that no setting holds
-    folder = record.folder
     stage = record.stage.replace("_", "-")
-    config = f"{folder}/config.yaml"
-    again = f"{folder}-again"
+    config = f"{record.folder}/config.yaml"
+    again = f"{record.folder}-again"
     return shlex.join(["rlhf-jax", stage, "--config", config, "--output-dir", again])
 
 
-def _side_by_side(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Facts | Table:
-    """The facts of one run; of several runs a table with one column for each of them, or one for
-    all if they are equal.
+def _facts(groups: Sequence[Group]) -> Facts | Table:
+    """What the runs are, their pace, and what made them: of several runs a table with a column for
+    each of them.
     """
-    first, *others = columns.values()
-    if not others:
-        return Facts(title, first)
-    if all(facts == first for facts in others):
-        return Table(title, ("", "all runs"), list(first.items()))
-    keys = dict.fromkeys(key for facts in columns.values() for key in facts)
+    columns = {record.name: _of_run(record, group) for group in groups for record in group.records}
+    if len(columns) == 1:
+        [(_, facts)] = columns.items()
+        return Facts("Run", facts)
+    keys = dict.fromkeys(itertools.chain(*columns.values()))
     rows = [[key, *(facts.get(key) for facts in columns.values())] for key in keys]
-    return Table(title, ("", *columns), rows)
+    return Table("Runs", ("", *columns), rows)
 
 
-def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
-    """What the run is, its pace, and what made it."""
+def _of_run(record: RunRecord, group: Group) -> dict[str, Any]:
     facts = {"group": group.name} if group.name != record.name else {}
     return facts | {
         "stage": _stages([record]),
@@ -180,22 +164,6 @@ def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 # --- Samples
 
 
-def _sample_tables(groups: Sequence[Group], is_one: bool) -> tuple[list[Table], list[Table]]:
-    """The first samples of each group, and the rest of them, which the page folds."""
-    limit = MAX_SHOWN if len(groups) == 1 else 1
-    shown = []
-    folded = []
-    for group in groups:
-        record = group.records[0]
-        if not record.samples:
-            continue
-        table = _samples(record, is_one)
-        shown.append(table._replace(rows=table.rows[:limit]))
-        if len(table.rows) > limit:
-            folded.append(table._replace(rows=table.rows[limit:]))
-    return shown, folded
-
-
 def _samples(record: RunRecord, is_one: bool) -> Table:
     """The first rows of the last validation. Each value that changes stands beside the value that
     the first validation had in the same row.
@@ -206,8 +174,8 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
     fixed, changing = [*kinds, SAMPLE_COLUMNS[-1]][0]
     numbered = [_numbered(rows, fixed) for rows in validations]
     rows = []
-    for key, row in list(numbered[-1].items())[:MAX_SAMPLES]:
-        # Empty lines around a prompt are the template's.
+    for key, row in itertools.islice(numbered[-1].items(), MAX_SAMPLES):
+        # The template adds empty lines around a prompt.
         prompt = str(row.get("prompt") or "").strip("\n")
         texts = [row.get(name) for name in fixed[1:]]
         for by_key in numbered:

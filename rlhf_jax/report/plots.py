@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_jax import metrics
 from rlhf_jax.report.figures import Plot, Series, bin_edges, histogram
-from rlhf_jax.report.records import Group, Row, RunRecord, series
+from rlhf_jax.report.records import Group, RunRecord, series
 
 MAX_DOTS = 60  # of reward against KL; a longer run is drawn as means over equal stretches
 MAX_NUMBERED = 6  # of these dots
@@ -42,10 +42,7 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its
     validation]}``.
     """
-    names: dict[str, None] = {}  # a set in order
-    for record in records:
-        for row in record.metrics:
-            names |= dict.fromkeys(row)
+    names = dict.fromkeys(name for record in records for row in record.metrics for name in row)
     names.pop("step", None)
     members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
@@ -56,12 +53,11 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
 
 def _training_metric(name: str, names: Collection[str]) -> str:
     """The training metric that is drawn together with validation/NAME; any other metric itself."""
-    kind, _, rest = name.partition("/")
-    if kind == "validation":
-        for prefix in _TRAINING:
-            if prefix + rest in names:
-                return prefix + rest
-    return name
+    if not name.startswith("validation/"):
+        return name
+    rest = name.removeprefix("validation/")
+    known = [prefix + rest for prefix in _TRAINING if prefix + rest in names]
+    return known[0] if known else name
 
 
 def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +73,7 @@ def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
         if rows:
             by_step.append({row["step"]: [row[name] for name in names] for row in rows})
     if not by_step:
-        return np.empty(0), np.empty(0)
+        return np.empty(0), np.empty((1, 0, len(names)))
     steps = sorted(set.intersection(*map(set, by_step)))
     values = [[run[step] for step in steps] for run in by_step]
     return np.array(steps), np.array(values, np.float64)
@@ -85,9 +81,7 @@ def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
 
 def mean(group: Group, name: str) -> np.ndarray:
     """[N] finite values of a metric, means over the runs of the group."""
-    steps, values = curve(group, name)
-    if not steps.size:
-        return np.empty(0)
+    _, values = curve(group, name)
     means = values[..., 0].mean(axis=0)
     return means[np.isfinite(means)]
 
@@ -100,10 +94,10 @@ def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
     plots = []
     constant: dict[str, float] = {}
     for base, members in metric_groups(records).items():
-        values: dict[str, set[float]] = {name: set() for name in members}
-        for name in members:
-            for record in records:
-                values[name].update(series(record.metrics, name)[1])
+        values = {
+            name: {value for record in records for value in series(record.metrics, name)[1]}
+            for name in members
+        }
         if any(len(different) > 1 for different in values.values()):
             plots.append(_metric_plot(groups, base, members))
         else:
@@ -122,20 +116,17 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
     if alerts:
         steps, values = zip(*alerts, strict=True)
         drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
-    own_label = base.rpartition("/")[2]
-    title, y_label, *marks = LABELS["curves"].get(base, ("", own_label))
-    lines = marks[0] if marks else {}
+    title = members[0]
+    y_label = base.rpartition("/")[2]
+    lines: dict[str, float] = {}
+    if base in LABELS["curves"]:
+        title, y_label, lines = LABELS["curves"][base]
+        title += f": {members[0]}"
     targets = {record.settings.get("rl.kl_target") for record in records}
     if base == "objective/kl" and len(targets) == 1 and None not in targets:
         lines = {"target": targets.pop()}
-    return Plot(
-        f"{title}: {members[0]}" if title else members[0],
-        unit(records[0]),
-        y_label,
-        drawn,
-        lines=lines,
-        note=meaning(members[0]),
-    )
+    x_label = unit(records[0])
+    return Plot(title, x_label, y_label, drawn, lines=lines, note=meaning(members[0]))
 
 
 def _metric_series(groups: Sequence[Group], members: Sequence[str]) -> dict[str, Series]:
@@ -169,11 +160,8 @@ def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]
     for alert in record.alerts:
         step = alert["step"]
         row = rows.get(step, {})
-        text = f"{alert['rule']} {alert['message']}"
-        words = re.split(r"[\s<>:,]+", text)
-        for name in members:
-            if name in words and name in row:
-                marks.append((step, row[name]))
+        words = re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")
+        marks += [(step, row[name]) for name in members if name in words and name in row]
     return marks
 
 
@@ -187,15 +175,15 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
         steps, values = curve(group, "objective/kl", "objective/score")
         if not steps.size:
             continue
-        stretch = math.ceil(len(steps) / MAX_DOTS)
-        longest = max(longest, stretch)
         rows = np.c_[steps, values.mean(axis=0)]
-        parts = np.array_split(rows, range(stretch, len(steps), stretch))
-        means = np.array([part.mean(axis=0) for part in parts])
-        every = math.ceil(len(means) / MAX_NUMBERED)
-        labels = [""] * len(means)
-        labels[::every] = [f"{step:.0f}" for step in means[::every, 0]]
-        drawn[group.name] = Series(means[:, 1], means[:, 2], labels=labels)
+        stretch = math.ceil(len(rows) / MAX_DOTS)
+        longest = max(longest, stretch)
+        parts = np.array_split(rows, range(stretch, len(rows), stretch))
+        step, kl, score = np.array([part.mean(axis=0) for part in parts]).T
+        labels = [""] * len(step)
+        every = math.ceil(len(step) / MAX_NUMBERED)
+        labels[::every] = [f"{number:.0f}" for number in step[::every]]
+        drawn[group.name] = Series(kl, score, labels=labels)
     if not drawn:
         return None
     note = "Numbers count iterations."
@@ -220,8 +208,7 @@ def distributions(groups: Sequence[Group]) -> list[Plot]:
         plots += _histograms(groups, key)
     if kind == "reward_model":
         for group in groups:
-            name = group.name if len(groups) > 1 else ""
-            plots += _of_reward_model(group, name)
+            plots += _of_reward_model(group, group.name if len(groups) > 1 else "")
     return plots
 
 
@@ -235,59 +222,50 @@ def _axes(key: str, name: str) -> tuple[str, str, str]:
 
 def _of_reward_model(group: Group, name: str) -> list[Plot]:
     """Calibration if the samples are pairs, scores over targets if they have targets."""
-    rows: list[Row] = []
-    for record in group.records:
-        for _, last in record.validations[-1:]:
-            rows += last
     plots = []
-    margins = [row["margin"] for row in rows if "margin" in row]
-    if margins:
-        plots.append(_calibration(group, name, margins))
-    scored = [row for row in rows if "target" in row]
-    if scored:
-        targets = [row["target"] for row in scored]
-        scores = [row["score"] for row in scored]
-        points = {"responses": Series(targets, scores, kind="points")}
-        plots.append(Plot(*_axes("targets", name), points, diagonal="score = target"))
+    for steps, rows in group.validations[-1:]:
+        margins = [row["margin"] for row in rows if "margin" in row]
+        if margins:
+            plots.append(_calibration(group, name, steps, margins))
+        scored = [(row["target"], row["score"]) for row in rows if "target" in row]
+        if scored:
+            targets, scores = zip(*scored, strict=True)
+            points = {"responses": Series(targets, scores, kind="points")}
+            plots.append(Plot(*_axes("targets", name), points, diagonal="score = target"))
     return plots
 
 
 def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
     """A histogram for each group whose samples have the key, all over the same bins."""
-    pooled: dict[str, dict[str, list[float]]] = {}
-    every: list[float] = []
+    drawn: dict[str, dict[str, list[float]]] = {}
+    pooled: list[float] = []
     for group in groups:
-        for number, when in enumerate(("before", "after")):
-            ends = [r.validations[number] for r in group.records if len(r.validations) > number]
-            values = [row[key] for _, rows in ends for row in rows if key in row]
+        for when, (steps, rows) in zip(("before", "after"), group.validations, strict=False):
+            values = [row[key] for row in rows if key in row]
             if values:
-                label = f"{when} (step {_steps(ends)}, n = {len(values)})"
-                pooled.setdefault(group.name, {})[label] = values
-                every += values
-    edges = bin_edges(every)
+                label = f"{when} (step {steps}, n = {len(values)})"
+                drawn.setdefault(group.name, {})[label] = values
+                pooled += values
+    edges = bin_edges(pooled)
     plots = []
-    for name, sets in pooled.items():
+    for name, sets in drawn.items():
         axes = _axes(key, name if len(groups) > 1 else "")
         plots.append(histogram(*axes, sets, edges))
     return plots
 
 
-def _steps(validations: Iterable[tuple[int, list[Row]]]) -> str:
-    steps = sorted({step for step, _ in validations})
-    return " and ".join(map(str, steps))
-
-
-def _calibration(group: Group, name: str, margins: Sequence[float]) -> Plot:
+def _calibration(group: Group, name: str, steps: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = metrics.reliability(finite)
-    steps = _steps([end for record in group.records for end in record.validations[-1:]])
-    note = "Each point is a tenth of the range of confidence, its number the pairs in it: "
-    note += f"{len(finite)} held-out rows, those that samples.jsonl holds of step {steps}."
-    recorded = [series(record.metrics, "validation/ece")[1] for record in group.records]
-    eces = [f"{values[-1]:.3f}" for values in recorded if values]
-    if eces:
-        note += f" Expected calibration error over all held-out rows: {', '.join(eces)}."
+    note = (
+        "Each point is a tenth of the range of confidence, its number the pairs in it: "
+        f"{len(finite)} held-out rows, those that samples.jsonl holds of step {steps}."
+    )
+    eces = [record.last.get("validation/ece") for record in group.records]
+    known = [f"{ece:.3f}" for ece in eces if ece is not None]
+    if known:
+        note += f" Expected calibration error over all held-out rows: {', '.join(known)}."
     labels = [f"{count:.0f}" for count in counts]
     points = {"pairs": Series(confidence, accuracy, labels=labels)}
     axes = _axes("calibration", name)

@@ -126,6 +126,19 @@ class Group:
     name: str
     records: tuple[RunRecord, ...]
 
+    @property
+    def validations(self) -> list[tuple[str, list[Row]]]:
+        """The step, or steps, and the samples of the first and of the last validation, of all runs
+        together.
+        """
+        pooled = []
+        for of_runs in itertools.zip_longest(*(run.validations for run in self.records)):
+            ends = [end for end in of_runs if end is not None]
+            steps = sorted({step for step, _ in ends})
+            rows = [row for _, samples in ends for row in samples]
+            pooled.append((" and ".join(map(str, steps)), rows))
+        return pooled
+
 
 def model_config(run: Path) -> Path | None:
     """config.json of the saved model, or of the first member of an ensemble; None if there is no

@@ -24,13 +24,8 @@ def sentence(group: Group) -> str:
     record = group.records[0]
     steps = sorted({record.steps for record in group.records})
     length = f"{' or '.join(map(str, steps))} {plots.unit(record)}s"
-    parts = []
     measured = _measured(group)
-    if measured:
-        main = measured[0]
-        parts.append(f"{main.label} {main.value} in {length}")
-    else:
-        parts.append(length)
+    parts = [f"{main.label} {main.value} in {length}" for main in measured[:1]] or [length]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
@@ -38,7 +33,7 @@ def sentence(group: Group) -> str:
             last = tile.value.split()[-1]
             parts.append(f"KL {last} {tile.note}")
     alerts = _alerts(group)
-    parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
+    parts.append(": ".join(filter(None, [alerts.value, alerts.note])))
     ends = [unfinished(record) for record in group.records]
     return " ".join([*filter(None, ends), f"{', '.join(parts)}."])
 
@@ -52,9 +47,7 @@ def next_commands(kind: str, folder: object) -> list[str]:
 def tiles(group: Group) -> list[Tile]:
     """The metrics that a run of this kind is judged by, the time and the alerts."""
     record = group.records[0]
-    seconds = 0.0
-    for row in record.timing:
-        seconds += sum(value for name, value in row.items() if name != "step")
+    seconds = sum(row[name] for row in record.timing for name in row if name != "step")
     pace = record.seconds_per_step
     note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
     time = Tile("Time", duration(seconds), note)
