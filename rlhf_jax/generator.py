@@ -14,10 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, stops, tokenizers
-from rlhf_jax.data.environment import Source, converse, function_of, load_environment
+from rlhf_jax.data.environment import (
+    Environment,
+    Source,
+    converse,
+    function_of,
+    load_environment,
+)
 from rlhf_jax.data.rows import Message, Record, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
@@ -56,7 +63,7 @@ def _streamer(model: models.Model) -> _Stream:
 
     def stepped(
         params: Params, rows: sampling.Rows, loop: sampling.Loop, config: SamplingConfig
-    ) -> tuple[sampling.Loop, jax.Array]:
+    ) -> tuple[sampling.Loop, Array]:
         after = sampling.step(model, params, rows, loop, config=config)
         return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
 
@@ -97,18 +104,14 @@ class LanguageModel(NamedTuple):
         if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
             model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
         elif tokenizer.vocab_size > size:
-            has = (
-                f"the tokenizer has {tokenizer.vocab_size} entries but the model only {size} "
-                "embeddings"
-            )
             raise UserError(
-                f"{source}: {has}; save the tokenizer that the model was trained with in this "
+                f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only "
+                f"{size} embeddings; save the tokenizer that the model was trained with in this "
                 "folder."
             )
         file = hf.find_folder(source) / "generation_config.json"
-        ends = (hf.read_json(file) if file.exists() else {}).get(
-            "eos_token_id", model.config.eos_token_id
-        )
+        generation = hf.read_json(file) if file.exists() else {}
+        ends = generation.get("eos_token_id", model.config.eos_token_id)
         ids = np.ravel(() if ends is None else ends).tolist()
         others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
         tokenizer = replace(tokenizer, other_eos_ids=others)
@@ -153,11 +156,12 @@ class LanguageModel(NamedTuple):
         self,
         tokens: Any,
         mask: Any,
-        key: jax.Array,
+        key: Array,
         *,
         config: SamplingConfig,
         batch_size: int = 64,
-        **by_row: Any,
+        row_ids: Any = None,
+        used: Any = None,
     ) -> Rollout:
         """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a
         NumPy Rollout.
@@ -165,10 +169,12 @@ class LanguageModel(NamedTuple):
         Prompts of similar length form a batch, without the columns that are padding in all of its
         rows (`batches.prompt_width`).
 
-        by_row: ``row_ids`` and ``used`` [N], as in ``sampling.generate``. Row i is sampled as row
-            ``row_ids[i]`` (by default i) whatever the batch size.
+        row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
+            default i) whatever the batch size.
         """
-        by_row.setdefault("row_ids", np.arange(len(tokens), dtype=np.int32))
+        if row_ids is None:
+            row_ids = np.arange(len(tokens), dtype=np.int32)
+        by_row = {"row_ids": row_ids, "used": used}
         columns = np.shape(tokens)[1]
         generate = _sampler(self.model.config.num_layers)
 
@@ -180,6 +186,31 @@ class LanguageModel(NamedTuple):
         # The prompts with all their columns: a batch omits some of them.
         whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
         return replace(sampled, tokens=whole)
+
+    def respond(
+        self,
+        encoded: encoding.EncodedPrompts,
+        numbers: np.ndarray,
+        key: Array,
+        *,
+        config: SamplingConfig,
+        batch_size: int,
+        row_ids: np.ndarray,
+        stop: Sequence[str],
+        environment: Environment | None,
+    ) -> tuple[Rollout, dict[str, np.ndarray]]:
+        """Samples [N] responses, or conversations with the environment; row i answers the prompt
+        ``numbers[i]``. Returns as `converse` does.
+        """
+
+        def until_eos(
+            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
+        ) -> Rollout:
+            by_row = {"row_ids": row_ids, "used": used}
+            return self.sample(tokens, mask, key, config=config, batch_size=batch_size, **by_row)
+
+        until_stop = stops.stopping(until_eos, self.tokenizer, stop)
+        return converse(environment, until_stop, encoded, numbers)
 
     def score_texts(
         self,
@@ -205,11 +236,15 @@ class LanguageModel(NamedTuple):
                     f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
                 )
             rows.append(ids)
-        longest = max(map(len, rows))
-        width = min(-(-longest // _BUCKET) * _BUCKET, limit)
-        padded = encoding.left_padded(rows, width, self.tokenizer.pad_id)
+        padded = encoding.left_padded(rows, _width(rows, limit), self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
         return _by_length(score, batch_size, *padded)
+
+
+def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
+    """The columns of a batch of these rows, of which few numbers are compiled."""
+    longest = max(map(len, rows))
+    return min(-(-longest // _BUCKET) * _BUCKET, limit)
 
 
 class Generations(NamedTuple):
@@ -376,10 +411,11 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
-        rows = []
         own_columns = columns or [{}] * len(prompts)
-        for i, (prompt, own) in enumerate(zip(prompts, own_columns, strict=True)):
-            rows.append(self._row(prompt, f"prompts[{i}]", own))
+        rows = [
+            self._row(prompt, f"prompts[{i}]", own)
+            for i, (prompt, own) in enumerate(zip(prompts, own_columns, strict=True))
+        ]
         asked = self.ask(rows, num_samples)
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
@@ -388,13 +424,12 @@ class Generator:
         if self._environment is None:
             texts = [stops.before(text, self.stop) for text in texts]
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
+        of_samples = [row for row in rows for _ in range(num_samples)]
         return Generations(
             texts=texts,
             transcripts=responses(rollout, self.tokenizer, with_replies=True),
             log_probs=rollout.log_probs.sum(axis=1),
-            rewards=self._rewards(
-                rollout, [row for row in rows for _ in range(num_samples)], texts
-            ),
+            rewards=self._rewards(rollout, of_samples, texts),
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
             finished=ended(rollout, self.config.eos_ids),
         )
@@ -402,35 +437,31 @@ class Generator:
     def ask(self, rows: Sequence[Row], num_samples: int = 1) -> "Asked":
         """The rows' prompts as the model reads them, for `sample`. Raises as a call does."""
         ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
-        self._check_lengths(rows, ids)
-        each = [tuple(prompt) for prompt in ids for _ in range(num_samples)]
-        return Asked(list(rows), ids, _streams(each).reshape(len(rows), num_samples))
+        for row, own in zip(rows, ids, strict=True):
+            if len(own) > self.room:
+                prompt = chat.shown(row, self.tokenizer)[:40]
+                raise UserError(
+                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self.room} are left "
+                    f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
+                )
+        streams = _streams([tuple(prompt) for prompt in ids for _ in range(num_samples)])
+        return Asked(list(rows), ids, streams.reshape(len(rows), num_samples))
 
     def sample(self, asked: "Asked", seed: int) -> Rollout:
         """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
-        longest = max(map(len, asked.ids))
-        width = min(-(-longest // _BUCKET) * _BUCKET, self.room)
+        width = _width(asked.ids, self.room)
         padded = encoding.left_padded(asked.ids, width, self.tokenizer.pad_id)
-        encoded = encoding.EncodedPrompts(*padded, asked.rows, (), {})
-        key = jax.random.key(seed)
-
-        def respond(
-            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
-        ) -> Rollout:
-            return self._policy.sample(
-                tokens,
-                mask,
-                key,
-                config=self.config,
-                batch_size=self.batch_size,
-                row_ids=asked.streams.ravel(),
-                used=used,
-            )
-
         num_rows, num_samples = asked.streams.shape
-        numbers = np.repeat(np.arange(num_rows), num_samples)
-        until = stops.stopping(respond, self.tokenizer, self.stop)
-        rollout, _ = converse(self._environment, until, encoded, numbers)
+        rollout, _ = self._policy.respond(
+            encoding.EncodedPrompts(*padded, asked.rows, (), {}),
+            np.repeat(np.arange(num_rows), num_samples),
+            jax.random.key(seed),
+            config=self.config,
+            batch_size=self.batch_size,
+            row_ids=asked.streams.ravel(),
+            stop=self.stop,
+            environment=self._environment,
+        )
         return rollout
 
     def _rewards(
@@ -450,8 +481,8 @@ class Generator:
         programs = _streamer(self.model)
         if self._decoding is None:
             self._decoding = programs.decoding(self._policy.params)
-        num_multiples = -(-len(ids) // _BUCKET)
-        width = min(_BUCKET << (num_multiples - 1).bit_length(), self.room)
+        num_buckets = -(-len(ids) // _BUCKET)
+        width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
         prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)
         rows, loop = programs.start(
             self._policy.params,
@@ -469,26 +500,18 @@ class Generator:
             if token in self.config.eos_ids:
                 return
 
-    def _check_lengths(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
-        for row, own in zip(rows, ids, strict=True):
-            if len(own) > self.room:
-                prompt = chat.shown(row, self.tokenizer)[:40]
-                raise UserError(
-                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self.room} are left "
-                    f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
-                )
-
     def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
         """A prompt of a call."""
         if isinstance(prompt, str):
             return Row(prompt, (), source, columns=columns)
         if not isinstance(prompt, Sequence):
-            what = f"expected a text or a list of messages, got {type(prompt).__name__}"
-            raise UserError(f"{source}: {what}")
+            kind = type(prompt).__name__
+            raise UserError(f"{source}: expected a text or a list of messages, got {kind}")
         given = list(prompt)
         if chat.is_answered(given):
-            what = "the last message is the assistant's; leave it out, the model writes it"
-            raise UserError(f"{source}: {what}")
+            raise UserError(
+                f"{source}: the last message is the assistant's; leave it out, the model writes it"
+            )
         messages = chat.conversation(Record({"messages": given}, source), "messages")
         template = chat.template_of(self.tokenizer, self.template)
         text = template.prompt(messages, source)

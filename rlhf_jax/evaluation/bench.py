@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
-from rlhf_jax.data import batches, chat, encoding, rows, stops
-from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
+from rlhf_jax.data import batches, chat, encoding, rows
+from rlhf_jax.data.environment import Environment, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.evaluation import measures
@@ -24,6 +25,7 @@ from rlhf_jax.evaluation.settings import Config
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.service import Judge, Services
+from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
@@ -51,7 +53,7 @@ class Bench(NamedTuple):
 
     policy: Policy
     config: Config
-    key: jax.Array
+    key: Array
     reward: spec.Reward | None
     positions: int  # the context length that the policy and the reward model both have
     environment: Environment | None
@@ -59,15 +61,15 @@ class Bench(NamedTuple):
 
 def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
-    settings = settings_of(folder)
-    compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
+    trained = dotted(settings_of(folder))
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
+    compute = Compute(dtype=trained.get("compute.dtype", "float32"))
     model, params, tokenizer = initial.load_language_model(member, compute)
-    template = config.template or settings.get("text", {}).get("template", chat.AUTO)
-    trained = settings.get("rl", {})
-    slots = config.max_new_tokens or trained.get("max_new_tokens", RLStage().max_new_tokens)
-    stop = tuple(trained.get("stop", ()))
+    template = config.template or trained.get("text.template", chat.AUTO)
+    slots = trained.get("rl.max_new_tokens", RLStage().max_new_tokens)
+    slots = config.max_new_tokens or slots
+    stop = tuple(trained.get("rl.stop", ()))
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params, stop)
 
 
@@ -77,17 +79,18 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     """
     positions = policy.model.config.max_length
     reward = None
-    given = policy.folder if policy.is_judge else config.reward_model
-    if given is not None:
-        entry = hf.model_folder(given)
+    judge = policy.folder if policy.is_judge else config.reward_model
+    if judge is not None:
+        entry = hf.model_folder(judge)
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
-        check_template(policy, given, config)
+        check_template(policy, judge, config)
         reward = reward_of(entry, policy, (), "--reward-model", config)
-        positions = min(positions, judge_positions(entry))
-        if positions < policy.model.config.max_length:
+        limit = judge_positions(entry)
+        if limit < positions:
+            positions = limit
             logger.info(
-                f"{given}: reads {positions} tokens, fewer than the policy; prompt and response "
+                f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
     key = stage.stream(config.seed, "evaluate", "eval")
@@ -96,13 +99,13 @@ def open_bench(policy: Policy, config: Config) -> Bench:
 
 def _environment(policy: Policy, config: Config) -> Environment | None:
     """The environment of ``--environment``; logs if the run had one and the evaluation has none."""
-    trained = settings_of(policy.folder).get("rl", {})
+    trained = dotted(settings_of(policy.folder))
     turns = config.max_turns
-    if config.environment:
-        turns = turns if turns is not None else trained.get("max_turns")
-    elif trained.get("environment"):
+    if config.environment and turns is None:
+        turns = trained.get("rl.max_turns")
+    if trained.get("rl.environment") and not config.environment:
         logger.info(
-            f"{policy.folder} was trained with replies by {trained['environment']}; this "
+            f"{policy.folder} was trained with replies by {trained['rl.environment']}; this "
             "evaluation has no --environment"
         )
     fn = function_of(config.environment, "--environment")
@@ -121,12 +124,11 @@ def judge_positions(entry: str) -> int:
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
-    given = settings_of(folder).get("text", {}).get("template")
+    given = dotted(settings_of(folder)).get("text.template")
     if given is None or config.template is not None:
         return
     model = hf.model_folder(folder)
-    member = next(iter(spec.members(model)), model)
-    tokenizer = load_tokenizer(member)
+    tokenizer = load_tokenizer(next(iter(spec.members(model)), model))
     if tokenizer.fingerprint != policy.tokenizer.fingerprint:
         return  # it reads texts, by its own template
     other = chat.in_force(given, tokenizer)
@@ -142,15 +144,12 @@ def reward_of(
     entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config
 ) -> spec.Reward:
     """The reward of one entry, see ``spec.build_reward``; errors name the setting ``flag``."""
-    tokenizer = policy.tokenizer
-    load = functools.partial(
-        initial.load_reward_model, compute=Compute(), policy=tokenizer.fingerprint
-    )
+    known = policy.tokenizer.fingerprint
     judge = Judge(url=config.judge_url, model=config.judge_model)
     return spec.build_reward(
         (entry,),
-        tokenizer=tokenizer,
-        load=load,
+        tokenizer=policy.tokenizer,
+        load=functools.partial(initial.load_reward_model, compute=Compute(), policy=known),
         columns=columns,
         flag=flag,
         services=Services(judge, Path(config.output or policy.folder) / "judge"),
@@ -212,16 +211,16 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     numbers = np.repeat(np.arange(shape[0]), shape[1])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
     model = generator.LanguageModel(policy.model, policy.params, tokenizer)
-
-    def respond(
-        tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
-    ) -> Rollout:
-        return model.sample(
-            tokens, mask, key, config=settings, batch_size=config.batch_size, used=used
-        )
-
-    until_stop = stops.stopping(respond, tokenizer, policy.stop)
-    rollout, talks = converse(bench.environment, until_stop, encoded, numbers)
+    rollout, talks = model.respond(
+        encoded,
+        numbers,
+        key,
+        config=settings,
+        batch_size=config.batch_size,
+        row_ids=np.arange(len(numbers), dtype=np.int32),
+        stop=policy.stop,
+        environment=bench.environment,
+    )
     columns = batches.columns_at(encoded, numbers)
     scores = None
     if bench.reward is not None:
@@ -296,15 +295,16 @@ def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
 
 def against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
     """The responses of the run of ``--against`` to the same prompts."""
+    policy = bench.policy
     other = load(folder, bench.config)
     if other.is_judge:
         raise UserError(f"--against {folder}: this is a reward model, which writes no text")
-    check_template(bench.policy, folder, bench.config)
-    if other.tokenizer.fingerprint != bench.policy.tokenizer.fingerprint:
+    check_template(policy, folder, bench.config)
+    if other.tokenizer.fingerprint != policy.tokenizer.fingerprint:
         raise UserError(
             f"--against {folder}: its tokenizer is another one, which the reward model cannot read"
         )
-    other = other._replace(max_new_tokens=bench.policy.max_new_tokens)
+    other = other._replace(max_new_tokens=policy.max_new_tokens)
     return sample(bench, other, "prompts", prompts)
 
 

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import yaml
+from jax import Array
 
 from rlhf_jax import generator
 from rlhf_jax.data import chat, encoding, formats, rows
@@ -52,6 +52,7 @@ ORDER = (
     "diversity",
     "win rate",
 )
+SETS = ("prompts", "safety", "preferences", "annotated")
 # The kinds of the sets that are not prompts.
 KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}
 
@@ -128,8 +129,7 @@ def _output(folder: str, config: Config) -> Path:
     Raises:
         UserError: the folder is missing, or the settings name no data to evaluate by.
     """
-    sets = (config.prompts, config.safety, config.preferences, config.annotated)
-    if not any((*sets, config.categories)):
+    if not any(getattr(config, name) for name in (*SETS, "categories")):
         raise UserError(
             "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
             "--categories"
@@ -157,12 +157,10 @@ def _left_out(
 
 def _settings(policy: Policy, config: Config) -> dict[str, Any]:
     """The settings as evaluation.json has them."""
-    settings = {"run": policy.folder} | dataclasses.asdict(config)
+    settings = {"run": policy.folder, **dataclasses.asdict(config)}
     del settings["output"], settings["device"]
-    settings["template"] = policy.template
-    settings["max_new_tokens"] = policy.max_new_tokens
-    settings["stop"] = list(policy.stop)
-    return settings
+    read = {name: getattr(policy, name) for name in ("template", "max_new_tokens")}
+    return settings | read | {"stop": list(policy.stop)}
 
 
 def _check_flags(policy: Policy, config: Config) -> None:
@@ -189,26 +187,19 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
         shares_columns=True,
         on_bad_row=config.on_bad_row,
     )
-    given: dict[str, Any] = {
-        "prompts": config.prompts,
-        "safety": config.safety,
-        "preferences": config.preferences,
-        "annotated": config.annotated,
+    given = {name: getattr(config, name) for name in SETS}
+    given |= {f"custom {name}": category.prompts for name, category in categories.items()}
+    results = {
+        name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
     }
-    for name, category in categories.items():
-        given[f"custom {name}"] = category.prompts
-    results = {}
-    for name, paths in given.items():
-        if paths:
-            results[name] = read(KINDS.get(name, "prompts"), paths)
     _check_columns(config, results)
     for name, category in categories.items():
         place = f"{config.categories}: {name}"
-        if category.texts:
-            prompts = [
-                rows.Row(text, (), f"{place}, prompt {number}")
-                for number, text in enumerate(category.texts, 1)
-            ]
+        prompts = [
+            rows.Row(text, (), f"{place}, prompt {number}")
+            for number, text in enumerate(category.texts, 1)
+        ]
+        if prompts:
             results[f"custom {name}"] = formats.ReadResult(prompts)
         elif not (category.prompts or config.prompts):
             raise UserError(f"{place} has no prompts of its own; add them or give --prompts")
@@ -234,19 +225,15 @@ def _fingerprints(
     fingerprints: dict[str, str] = {}
     for result in sets.values():
         fingerprints |= result.fingerprints
-    paths = {}
-    for name in (folder, config.against, config.categories):
-        if name:
-            paths[name] = Path(hf.model_folder(name))
+    models = filter(None, (folder, config.against, config.categories))
+    paths = {name: Path(hf.model_folder(name)) for name in models}
     reward_model = config.reward_model and hf.model_folder(config.reward_model)
     scores = [category.score for category in categories.values()]
-    for entry in (config.environment, reward_model, *scores):
-        if entry:
-            paths |= spec.sources(entry)
-    for name, path in paths.items():
-        if path.exists():
-            fingerprints[name] = manifest.fingerprint(path)
-    return fingerprints
+    for entry in filter(None, (config.environment, reward_model, *scores)):
+        paths |= spec.sources(entry)
+    return fingerprints | {
+        name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()
+    }
 
 
 # --- Figures
@@ -281,7 +268,7 @@ def _figures(
             yield _category_figure(opened, name, category, own)
 
 
-def _prompt_figures(answers: Answers, key: jax.Array) -> Iterator[measures.Figure]:
+def _prompt_figures(answers: Answers, key: Array) -> Iterator[measures.Figure]:
     responses = answers.responses
     yield from measures.helpfulness(responses, key)
     answerable = [data.answerable(row) for row in answers.rows]
