@@ -440,7 +440,7 @@ def test_a_reward_model_with_targets(tmp_path):
     assert read.texts("h3") == ["Scores", "Score against target"]
     assert read.texts("td")[:10] == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
     [_, plot] = plots.distributions(groups_of(run))
-    assert plot.series["responses"][:2] == ([0.0, 1.0], [1.0, 2.0])
+    assert plot.series["responses"][:2] == ((0.0, 1.0), (1.0, 2.0))
 
 
 # --- Folders and files

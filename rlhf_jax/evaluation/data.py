@@ -18,6 +18,7 @@ import keyword
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -71,11 +72,12 @@ def check_safety(prompts: Sequence[rows.Row]) -> None:
 def answerable(row: rows.Row) -> bool | None:
     """The prompt's column ``answerable``; None if it has none."""
     value = row.columns.get("answerable")
-    if str(value).lower() not in ANSWERABLE:
+    word = str(value).lower()
+    if word not in ANSWERABLE:
         raise UserError(
             f"{row.source}: 'answerable' must be true or false, found {rows.kind(value)}"
         )
-    return ANSWERABLE[str(value).lower()]
+    return ANSWERABLE[word]
 
 
 def read_categories(path: str, trust: bool = False) -> dict[str, CustomCategory]:
@@ -90,31 +92,28 @@ def read_categories(path: str, trust: bool = False) -> dict[str, CustomCategory]
         content = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError:
         content = None  # config.read says where
-    content = content if isinstance(content, dict) and content else {"NAME": None}
-    for name in content:
+    names = content if isinstance(content, dict) and content else {"NAME": None}
+    for name in names:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(
                 f"{path}: a category's name is made of letters, digits and _, found {name!r}"
             )
-    kinds = {
-        name: tuple[str, ...] if isinstance(value, list) else CustomCategory
-        for name, value in content.items()
-    }
-    settings = config.read(dataclasses.make_dataclass("_", kinds.items()), file)
+    kinds = [
+        (name, tuple[str, ...] if isinstance(value, list) else CustomCategory)
+        for name, value in names.items()
+    ]
+    settings = config.read(dataclasses.make_dataclass("_", kinds), file)
     if not trust:
         config.check_trusted(settings)
-    categories = {}
-    for name in content:
-        given = {
-            key.partition(".")[2]: item
-            for key, item in settings.items()
-            if key.partition(".")[0] == name
-        }
-        place = next((place for _, place in given.values()), f"{path}, line 1")
-        categories[name] = CustomCategory(
-            **{key or "texts": value for key, (value, _) in given.items()}
-        )
-        _check_category(categories[name], f"{place}: {name}")
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    places: dict[str, str] = {}
+    for key, (value, place) in settings.items():
+        name, _, field = key.partition(".")
+        given[name][field or "texts"] = value
+        places.setdefault(name, place)
+    categories = {name: CustomCategory(**fields) for name, fields in given.items()}
+    for name, category in categories.items():
+        _check_category(category, f"{places.get(name, f'{path}, line 1')}: {name}")
     return categories
 
 
@@ -122,10 +121,9 @@ def _check_category(category: CustomCategory, where: str) -> None:
     names = ("patterns", "keywords", "score", "texts")
     judges = [name for name in names if getattr(category, name)]
     if len(judges) != 1:
-        listed = " and ".join(judges) or "none"
         raise UserError(
             f"{where} needs exactly one of {', '.join(names)} (or is a list of prompts), found "
-            f"{listed}"
+            f"{' and '.join(judges) or 'none'}"
         )
     if "" in (*category.patterns, *category.keywords, *category.texts):
         raise UserError(f"{where}.{judges[0]} holds an empty text")

@@ -148,13 +148,10 @@ def preferences(
         category = f"preferences: {part}" if part else "preferences"
         for judge, margin in margins.items():
             figures = _accuracies(category, judge, margin[chosen], own, key)
-            if part:
-                accuracies[judge][part] = figures[0].value
+            accuracies[judge][part] = figures[0].value
             yield from figures
-        if part:
-            continue
         for judge, margin in margins.items():
-            if judge != "longer":  # whose margins are no log-odds
+            if not part and judge != "longer":  # whose margins are no log-odds
                 yield from _calibration(judge, margin, own, key)
     for judge, values in accuracies.items():
         yield from _average(judge, values)
@@ -211,16 +208,15 @@ def _average(judge: str, accuracies: Mapping[str, float]) -> Iterator[Figure]:
     subsets, as on the leaderboard.
     """
     metric = f"average_{judge}"
-    means = {part: value for part, value in accuracies.items() if part != "Ties"}
+    means = {part: value for part, value in accuracies.items() if part not in ("", "Ties")}
     of_sections = {}
     for name, sizes in _SECTIONS.items():
         own = [part for part in sizes if part in means]
-        if not own:
-            continue
-        values = [means[part] for part in own]
-        value = float(np.average(values, weights=[sizes[part] for part in own]))
-        of_sections[name] = value
-        yield Figure(f"preferences: {name}", metric, value, n=len(own), unit="parts")
+        if own:
+            weights = [sizes[part] for part in own]
+            value = float(np.average([means[part] for part in own], weights=weights))
+            of_sections[name] = value
+            yield Figure(f"preferences: {name}", metric, value, n=len(own), unit="parts")
     means = of_sections or means
     if len(means) > 1:
         value = float(np.mean([*means.values()]))
@@ -234,9 +230,9 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Fi
     margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie.
         Rows without a majority count only among the annotators.
     """
-    majority = np.array([-1 if row.majority is None else row.majority for row in annotated])
-    has_majority = majority >= 0
-    num_without = np.count_nonzero(~has_majority)
+    majority = np.array([np.nan if row.majority is None else row.majority for row in annotated])
+    has_majority = ~np.isnan(majority)
+    num_without = np.sum(~has_majority)
     note = f"{num_without} rows have no majority" if num_without else ""
     truth = majority[has_majority]
     figures = []
@@ -249,10 +245,9 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Fi
             mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note),
             _kappa(f"kappa_{judge}", [(verdict, truth)], key, note),
         ]
-    numbers_of_votes = {len(row.votes) for row in annotated}
-    if len(numbers_of_votes) == 1 and len(annotated[0].votes) > 1:
-        votes = np.array([row.votes for row in annotated])
-        pairs = list(itertools.combinations(votes.T, 2))
+    votes = [row.votes for row in annotated]
+    if len({len(of_row) for of_row in votes}) == 1 and len(votes[0]) > 1:
+        pairs = list(itertools.combinations(np.array(votes).T, 2))
         same = np.mean([a == b for a, b in pairs], axis=0)
         note = f"mean over {len(pairs)} pairs of annotators"
         figures.append(mean("agreement", "agreement_of_annotators", same, key, "rows", note))
@@ -306,15 +301,12 @@ def mean(
     value and does not count. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
     """
     array = np.asarray(values)
-    is_share = array.dtype == bool
-    rows = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
-    rows = rows.astype(np.float64)
-    is_missing = np.isnan(rows).all(axis=1)
-    kept = rows[~is_missing]
+    rows = array.reshape(len(array), -1 if array.size else 1).astype(np.float64)
+    kept = rows[~np.isnan(rows).all(axis=1)]
     if not len(kept):
         return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
-    interval = metrics.mean_interval if is_share else metrics.bootstrap_mean
+    interval = metrics.mean_interval if array.dtype == bool else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
     return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
 
@@ -326,16 +318,19 @@ def _kappa(
     note: str,
 ) -> Figure:
     """The mean kappa of pairs of judges."""
+    count = len(judges[0][0])
+    if not count:
+        return Figure("agreement", metric, unit="rows", note=note)
 
     def statistic(weights: np.ndarray) -> float:
         return float(np.mean([metrics.cohen_kappa(a, b, weights) for a, b in judges]))
 
-    count = len(judges[0][0])
-    value = statistic(np.ones(count)) if count else float("nan")
+    equal = np.ones(count)
+    value = statistic(equal)
     if np.isnan(value):
-        note = "both say one and the same to all rows" if count else note
+        note = "both say one and the same to all rows"
         return Figure("agreement", metric, n=count, unit="rows", note=note)
-    ends = metrics.bootstrap_interval(statistic, np.ones(count), _stream(key, "agreement", metric))
+    ends = metrics.bootstrap_interval(statistic, equal, _stream(key, "agreement", metric))
     return _figure("agreement", metric, value, ends, count, "rows", note)
 
 

@@ -7,6 +7,14 @@ from rlhf_jax.data import chat
 from rlhf_jax.errors import UserError
 
 
+def check_at_least(config: object, **bounds: float) -> None:
+    """Raises UserError, which names the flag, for a setting below its bound; null passes."""
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What a run is judged by. What is not given is named as not run."""
@@ -65,11 +73,7 @@ class Config:
     """Folder for evaluation.json; null: the run's."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "max_new_tokens", "temperature"):
-            least = 0 if name == "temperature" else 1
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        check_at_least(self, num_samples=1, batch_size=1, max_new_tokens=1, temperature=0)
         if self.template not in (None, chat.AUTO) and "{prompt}" not in str(self.template):
             raise UserError(f"--template must be auto or contain {{prompt}}, got {self.template!r}")
         if self.against is not None and (self.reward_model is None or not self.prompts):

@@ -17,7 +17,8 @@ from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
-from rlhf_jax.runs import devices, manifest
+from rlhf_jax.runs import devices, manifest, reading
+from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training import initial, stage
 
@@ -93,23 +94,22 @@ def open_policy(
     Raises:
         UserError: as ``Generator``.
     """
-    of_run = settings_of(folder)
-    trained = of_run.get("rl", {})
+    trained = dotted(settings_of(folder))
     source = hf.model_folder(folder)
     network = hf.read_config(hf.find_folder(source))
     others = min(_SLOTS, network.max_length // 2)
     sampling: dict[str, Any] = {"max_new_tokens": others, "temperature": 1.0}
     for name in SAMPLING:
-        for given in (trained.get(name), getattr(settings, name)):
+        for given in (trained.get(f"rl.{name}"), getattr(settings, name)):
             if given is not None:
                 sampling[name] = given
-    dtype = settings.dtype or of_run.get("compute", {}).get("dtype", "float32")
+    dtype = settings.dtype or trained.get("compute.dtype", "float32")
     return Generator(
         source,
         **sampling,
-        template=settings.template or of_run.get("text", {}).get("template"),
+        template=settings.template or trained.get("text.template"),
         batch_size=batch_size,
-        stop=settings.stop or tuple(trained.get("stop", ())),
+        stop=settings.stop or tuple(trained.get("rl.stop", ())),
         max_length=min([network.max_length, *map(bench.judge_positions, reward)]),
         **initial.compute_options(Compute(dtype=dtype), network.num_layers),
     )
@@ -117,9 +117,14 @@ def open_policy(
 
 def read(generator: Generator, prompts: Prompts, seed: int) -> formats.ReadResult:
     """The rows of the prompts, messages rendered as the model reads them."""
-    template = chat.template_of(generator.tokenizer, generator.template)
-    how: Any = {"columns": prompts.columns, "on_bad_row": prompts.on_bad_row}
-    return formats.read("prompts", prompts.prompts, seed=seed, template=template, **how)
+    return formats.read(
+        "prompts",
+        prompts.prompts,
+        seed=seed,
+        template=chat.template_of(generator.tokenizer, generator.template),
+        columns=prompts.columns,
+        on_bad_row=prompts.on_bad_row,
+    )
 
 
 def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
@@ -129,10 +134,8 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
 
 def reward_of(
     entries: Sequence[str], tokenizer: Tokenizer, columns: Collection[str]
-) -> spec.Reward | None:
-    """The reward of ``--reward`` entries; None without any. ``columns``: those of the prompts."""
-    if not entries:
-        return None
+) -> spec.Reward:
+    """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
     load = functools.partial(initial.load_reward_model, compute=Compute())
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns)
 
@@ -157,11 +160,28 @@ def described(
     }
 
 
+def read_beside(out: Path, beside: Path, shape: Mapping[Any, Any]) -> dict[str, Any]:
+    """The JSON file beside the output, which says how that was made.
+
+    Raises:
+        UserError: it is missing, broken, or has another shape (``reading.misfit``).
+    """
+    if not beside.exists():
+        raise UserError(
+            f"{out}: exists already, and no {beside.name} says how it was made; choose another "
+            "--out"
+        )
+    required = [key for key in shape if isinstance(key, str)]
+    return reading.read_json(beside, shape, required)
+
+
 def check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError, which names the first difference, if a file was begun with other
     settings.
     """
     for key, value in now.items():
         if before.get(key) != value:
-            begun = f"was begun with {key} {before.get(key)!r}, and now it is {value!r}"
-            raise UserError(f"{out}: {begun}; choose another --out, or delete the file")
+            raise UserError(
+                f"{out}: was begun with {key} {before.get(key)!r}, and now it is {value!r}; choose "
+                "another --out, or delete the file"
+            )

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.config import check_trusted
 from rlhf_jax.data import chat, encoding, stops
-from rlhf_jax.data.rows import Message, Row
+from rlhf_jax.data.rows import Message, Row, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator
@@ -61,14 +61,6 @@ class Console(NamedTuple):
     """Shows texts side by side, under these labels; None: they are shown one after the other."""
 
 
-class Said(NamedTuple):
-    """The last prompt and response of a model."""
-
-    prompt: list[int]
-    messages: list[Message]  # the prompt as messages
-    response: list[int]
-
-
 @dataclasses.dataclass
 class Speaker:
     """A model in a conversation, and its side of it."""
@@ -76,66 +68,60 @@ class Speaker:
     label: str
     policy: Generator
     system: list[Message]
-    has_turns: bool
-    """Whether a chat template renders the conversation; else each line is a prompt by itself."""
+    template: chat.ChatTemplate | None
+    """Renders the conversation; None: each line is a prompt by itself."""
     turns: list[tuple[Message, Message]] = dataclasses.field(default_factory=list)
-    last: Said | None = None
-
-    def prompt(self, line: str) -> tuple[list[int], int]:
-        """The ids of the conversation up to a new line of the user, and how many of the oldest
-        turns were dropped for it to fit.
-
-        Raises:
-            UserError: the line does not fit, or spells a special token.
-        """
-        if not self.has_turns:
-            return self._ids(Row(line, (), "your line")), 0
-        asked: Message = {"role": "user", "content": line}
-        template = chat.template_of(self.policy.tokenizer, self.policy.template)
-        for num_dropped in range(len(self.turns) + 1):
-            before = [message for turn in self.turns[num_dropped:] for message in turn]
-            messages = [*self.system, *before, asked]
-            ids = self._ids(Row(template.prompt(messages, "your line"), (), "your line"))
-            if len(ids) <= self.policy.room:
-                del self.turns[:num_dropped]
-                return ids, num_dropped
-        return ids, 0
-
-    def _ids(self, row: Row) -> list[int]:
-        [ids] = encoding.prompt_ids([row], self.policy.tokenizer, self.policy.template)
-        return ids
+    last: "Answer | None" = None
 
     def begin(self, line: str, note: Callable[[str], None]) -> "Answer":
-        """The answer to a line, of which nothing is sampled yet.
+        """The answer to a line, of which nothing is sampled yet. As many of the oldest turns are
+        dropped as have to for the conversation to fit.
 
         Raises:
             UserError: the line does not fit, or spells a special token.
         """
-        ids, num_dropped = self.prompt(line)
         room = self.policy.room
-        if len(ids) > room:
-            beside = f"{room} fit beside {self.policy.config.max_new_tokens} for the answer"
-            raise UserError(f"your line makes a prompt of {len(ids)} tokens, and {beside}")
+        for num_dropped in range(len(self.turns) + 1):
+            kept = self.turns[num_dropped:]
+            before = [message for turn in kept for message in turn]
+            messages = [*self.system, *before, Message(role="user", content=line)]
+            ids = self._ids(messages)
+            if len(ids) <= room:
+                break
+        else:
+            raise UserError(
+                f"your line makes a prompt of {len(ids)} tokens, and {room} fit beside "
+                f"{self.policy.config.max_new_tokens} for the answer"
+            )
         if num_dropped:
             turns = "turn is" if num_dropped == 1 else f"{num_dropped} turns are"
             note(f"(the oldest {turns} dropped: {room} tokens fit)")
-        return Answer(self, line, ids)
+        self.turns = kept
+        return Answer(self, messages, ids)
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        where = "your line"
+        prompt: Text = messages[-1]["content"]
+        if self.template is not None:
+            prompt = self.template.prompt(messages, where)
+        row = Row(prompt, (), where)
+        [ids] = encoding.prompt_ids([row], self.policy.tokenizer, self.policy.template)
+        return ids
 
     def remember(self, answer: "Answer") -> None:
         """Adds an answer, whole or stopped, to the conversation."""
-        asked: Message = {"role": "user", "content": answer.line}
-        kept = self.turns if self.has_turns else []
-        messages = [*self.system, *(message for turn in kept for message in turn), asked]
-        self.last = Said(answer.prompt, messages, answer.ids)
-        self.turns.append((asked, {"role": "assistant", "content": answer.text}))
+        self.last = answer
+        if self.template is not None:
+            said = Message(role="assistant", content=answer.text)
+            self.turns.append((answer.messages[-1], said))
 
 
 @dataclasses.dataclass
 class Answer:
-    """An answer while it is sampled."""
+    """An answer, while it is sampled and afterwards."""
 
     speaker: Speaker
-    line: str
+    messages: list[Message]  # the prompt as messages
     prompt: list[int]
     ids: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
@@ -162,7 +148,7 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
     """
     asking.start(config)
     reward = config.reward or _own_reward(folder, console)
-    folders = [folder] if config.compare is None else [folder, config.compare]
+    folders = filter(None, (folder, config.compare))
     speakers = [
         _speaker(label, name, config, reward, console)
         for label, name in zip("AB", folders, strict=False)
@@ -200,15 +186,15 @@ def _speaker(
     asked = dataclasses.replace(config, template=config.template or chat.AUTO)
     policy = asking.open_policy(folder, asked, reward=reward)
     own = chat.template_of(policy.tokenizer, policy.template)
-    has_turns = config.template is None and own.tokenizer is not None
-    if not has_turns:
-        around = chat.frame(policy.template, policy.tokenizer)
-        why = "" if config.template else ": it has no chat template"
-        console.note(f"{folder} gets each line without the earlier ones, as {around!r}{why}")
-    if config.system is not None and not has_turns:
+    if config.template is None and own.tokenizer is not None:
+        system = [] if config.system is None else [Message(role="system", content=config.system)]
+        return Speaker(label, policy, system, own)
+    around = chat.frame(policy.template, policy.tokenizer)
+    why = "" if config.template else ": it has no chat template"
+    console.note(f"{folder} gets each line without the earlier ones, as {around!r}{why}")
+    if config.system is not None:
         raise UserError(f"--system: {folder} has no chat template, which would render it")
-    system = [] if config.system is None else [{"role": "system", "content": config.system}]
-    return Speaker(label, policy, system, has_turns)
+    return Speaker(label, policy, [], None)
 
 
 @dataclasses.dataclass
@@ -219,7 +205,7 @@ class _Talk:
     entries: tuple[str, ...]
     seed: int
     console: Console
-    rewards: dict[str, spec.Reward | None] = dataclasses.field(default_factory=dict)
+    rewards: dict[str, spec.Reward] = dataclasses.field(default_factory=dict)
     """By the fingerprint of a tokenizer."""
 
     def take(self, line: str) -> None:
@@ -269,12 +255,11 @@ class _Talk:
         elif command == "/temperature":
             temperature = _number(command, words, float)
             for speaker in self.speakers:
-                before = speaker.policy.config
+                policy = speaker.policy
                 try:
-                    after = dataclasses.replace(before, temperature=temperature)
+                    policy.config = dataclasses.replace(policy.config, temperature=temperature)
                 except ValueError as error:
                     raise UserError(f"{command}: {error}") from error
-                speaker.policy.config = after
         elif command == "/score":
             self._score()
         elif command == "/help":
@@ -286,27 +271,26 @@ class _Talk:
         if not self.entries:
             raise UserError("/score: the run names no reward; give --reward, such as runs/rm")
         for speaker in self.speakers:
-            said = speaker.last
-            if said is None:
+            answer = speaker.last
+            if answer is None:
                 raise UserError("/score: nothing has been answered yet")
             tokenizer = speaker.policy.tokenizer
             known = tokenizer.fingerprint
             if known not in self.rewards:
                 self.rewards[known] = asking.reward_of(self.entries, tokenizer, ())
-            reward = self.rewards[known]
-            assert reward is not None  # there are entries
-            rollout = _rollout(said, tokenizer.pad_id)
-            score = float(bench.score(reward, rollout, {"messages": [said.messages]}, 1)[0])
+            columns = {"messages": [answer.messages]}
+            rollout = _rollout(answer, tokenizer.pad_id)
+            [score] = bench.score(self.rewards[known], rollout, columns, 1)
             name = f"{speaker.label}: " if len(self.speakers) > 1 else ""
             self.console.say(f"{name}score {score:.3f}\n")
 
 
-def _rollout(said: Said, pad_id: int) -> Rollout:
+def _rollout(answer: Answer, pad_id: int) -> Rollout:
     """The prompt and the response as a batch of one row."""
-    both = [*said.prompt, *said.response]
-    width = -(-len(both) // _BUCKET) * _BUCKET
-    tokens, mask = encoding.left_padded([both], width, pad_id)
-    in_response = np.arange(width)[None] >= width - len(said.response)
+    ids = [*answer.prompt, *answer.ids]
+    width = -(-len(ids) // _BUCKET) * _BUCKET
+    tokens, mask = encoding.left_padded([ids], width, pad_id)
+    in_response = np.arange(width)[None] >= width - len(answer.ids)
     arrays: Any = (tokens, mask, in_response.astype(np.int32), np.zeros(tokens.shape, np.float32))
     return Rollout(*arrays)
 

@@ -11,17 +11,15 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf_jax.data import stops
-from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import file_errors, logger
 from rlhf_jax.evaluation import bench
-from rlhf_jax.generator import Generator, responses
+from rlhf_jax.evaluation.settings import check_at_least
+from rlhf_jax.generator import Asked, Generator, responses
 from rlhf_jax.inference import asking
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import manifest, reading
@@ -45,10 +43,7 @@ class Config(asking.FromFiles):
     """Write a score too: SPECs as --reward of a training run has them, such as runs/rm."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check_at_least(self, n=1, batch_size=1)
 
 
 def run(folder: str, config: Config) -> int:
@@ -64,7 +59,9 @@ def run(folder: str, config: Config) -> int:
     data = asking.read(policy, config, config.seed)
     logger.info(f"prompts: {data.describe()}")
     columns = {name for row in data.rows for name in row.columns}
-    reward = asking.reward_of(config.reward, policy.tokenizer, columns)
+    reward = None
+    if config.reward:
+        reward = asking.reward_of(config.reward, policy.tokenizer, columns)
     asked = policy.ask(data.rows, config.n)
     out = Path(config.out)
     total = asked.streams.size
@@ -83,13 +80,7 @@ def run(folder: str, config: Config) -> int:
     with file_errors(out, "written"), out.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(first, len(data.rows), size):
             part = asked.part(start, start + size)
-            rollout = policy.sample(part, config.seed)
-            samples = [row for row in part.rows for _ in range(config.n)]
-            scores = None
-            if reward is not None:
-                of_samples = _columns(samples, columns)
-                scores = bench.score(reward, rollout, of_samples, config.batch_size)
-            rows = _rows(policy, samples, rollout, scores, config.log_probs)
+            rows = _rows(policy, reward, part, config, columns)
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             num_before = start * config.n
             file.writelines(lines[max(0, num_done - num_before) :])
@@ -98,34 +89,32 @@ def run(folder: str, config: Config) -> int:
     return total
 
 
-def _columns(samples: Sequence[Row], names: Iterable[str]) -> dict[str, list[Any]]:
-    """What a reward in Python sees of the prompts' rows: their columns and conversations."""
-    columns: dict[str, list[Any]] = {
-        name: [row.columns.get(name) for row in samples] for name in names
-    }
-    columns["messages"] = [row.conversation for row in samples]
-    return columns
-
-
 def _rows(
     policy: Generator,
-    samples: Sequence[Row],
-    rollout: Any,
-    scores: np.ndarray | None,
-    with_log_probs: bool,
+    reward: spec.Reward | None,
+    asked: Asked,
+    config: Config,
+    columns: Iterable[str],
 ) -> Iterator[dict[str, Any]]:
-    """What is written of each sample: ``samples`` are the prompts' rows, one for each."""
-    log_probs = rollout.log_probs.sum(axis=1)
-    texts = [stops.before(text, policy.stop) for text in responses(rollout, policy.tokenizer)]
+    """Samples responses; yields what is written of each. ``columns``: those that a reward reads."""
+    rollout: Any = policy.sample(asked, config.seed)
+    samples = [row for row in asked.rows for _ in range(config.n)]
+    written = {"log_prob": rollout.log_probs.sum(axis=1)} if config.log_probs else {}
+    if reward is not None:
+        of_samples: dict[str, list[Any]] = {
+            name: [row.columns.get(name) for row in samples] for name in columns
+        }
+        of_samples["messages"] = [row.conversation for row in samples]
+        written["score"] = bench.score(reward, rollout, of_samples, config.batch_size)
+    texts = responses(rollout, policy.tokenizer)
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
         prompt = asking.as_given(sample, policy.tokenizer)
-        row: dict[str, Any] = {"prompt": prompt, "response": text}
-        if with_log_probs:
-            row["log_prob"] = round(float(log_probs[i]), _DIGITS)
-        if scores is not None:
-            score = float(scores[i])
-            row["score"] = None if math.isnan(score) else round(score, _DIGITS)
-        yield row
+        numbers = {name: round(float(values[i]), _DIGITS) for name, values in written.items()}
+        yield {
+            "prompt": prompt,
+            "response": stops.before(text, policy.stop),
+            **{name: None if math.isnan(number) else number for name, number in numbers.items()},
+        }
 
 
 def _take(out: Path, settings: dict[str, Any]) -> int:
@@ -140,10 +129,7 @@ def _take(out: Path, settings: dict[str, Any]) -> int:
         with file_errors(beside, "written"):
             write_atomically(beside, json.dumps(settings, indent=1) + "\n")
         return 0
-    if not beside.exists():
-        what = f"exists already, and no {beside.name} says how it was made"
-        raise UserError(f"{out}: {what}; choose another --out")
-    asking.check_unchanged(out, reading.read_json(beside, {str: object}), settings)
+    asking.check_unchanged(out, asking.read_beside(out, beside, {str: object}), settings)
     data = reading.read_bytes(out)
     length = data.rfind(b"\n") + 1
     with file_errors(out, "written"):

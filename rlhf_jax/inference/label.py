@@ -19,10 +19,10 @@ import numpy as np
 from rlhf_jax.data import chat, stops
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generator import Asked, Generator, responses
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
-from rlhf_jax.runs import reading
 from rlhf_jax.runs.folder import write_atomically
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
@@ -51,10 +51,7 @@ class Config(asking.FromFiles):
     def __post_init__(self) -> None:
         if not 0 <= self.again <= 1:
             raise UserError(f"--again must be from 0 to 1, got {self.again}")
-        for name in ("count", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check_at_least(self, count=1, batch_size=1)
 
 
 class Judgement(NamedTuple):
@@ -188,13 +185,11 @@ def _open(folder: str, config: Config) -> Session:
     settings |= {"count": len(rows), "again": config.again}
     out = Path(config.out)
     judgements = []
-    if session_file(out).exists():
-        session = reading.read_json(session_file(out), _SESSION, [*_SESSION])
+    beside = session_file(out)
+    if beside.exists() or out.exists():
+        session = asking.read_beside(out, beside, _SESSION)
         asking.check_unchanged(out, session["settings"], settings)
         judgements = [Judgement(**given) for given in session["judgements"]]
-    elif out.exists():
-        what = f"exists already, and no {session_file(out).name} says how it was made"
-        raise UserError(f"{out}: {what}; choose another --out")
     prompts = [asking.as_given(row, policies[0].tokenizer) for row in rows]
     answers = _answers(policies, rows, config)
     return Session(config, out, settings, judgements, prompts, answers)

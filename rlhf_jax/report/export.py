@@ -39,17 +39,18 @@ def export(run: str | Path, folder: str | Path) -> Path:
     """
     run = Path(run)
     folder = Path(folder)
+    model = run / "model"
     config = records.model_config(run)
     if records.is_own(run):
         raise UserError(
-            f"{run / 'model'}: the policy is one that Python gave, no Hugging Face model; copy the "
-            "folder as it is"
+            f"{model}: the policy is one that Python gave, no Hugging Face model; copy the folder "
+            "as it is"
         )
     if config is None:
-        raise UserError(f"{run / 'model'}: no model here; give the folder of a finished run")
+        raise UserError(f"{model}: no model here; give the folder of a finished run")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
-    files, unknown = _files(run / "model")
+    files, unknown = _files(model)
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
@@ -64,12 +65,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
     )
     with file_errors(folder, "written"):
         for file in files:
-            copy = folder / file.relative_to(run / "model")
+            copy = folder / file.relative_to(model)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         write_atomically(folder / "README.md", card)
     if unknown:
-        names = ", ".join(str(file.relative_to(run / "model")) for file in unknown)
+        names = ", ".join(str(file.relative_to(model)) for file in unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
 
@@ -80,12 +81,13 @@ def _files(model: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: a file to copy, or its folder, is a symbolic link.
     """
-    entries = sorted(model.iterdir())
-    members = [entry for entry in entries if _MEMBER.fullmatch(entry.name)]
-    refuse_links([model, *members])
-    folders = [entry for entry in members if entry.is_dir()]
-    entries = [entry for entry in entries if entry not in folders]
-    entries += [file for folder in folders for file in sorted(folder.iterdir())]
+    refuse_links([model])
+    members = [entry for entry in model.iterdir() if _MEMBER.fullmatch(entry.name)]
+    folders = [model, *sorted(member for member in members if member.is_dir())]
+    refuse_links(folders)
+    entries = [
+        entry for folder in folders for entry in sorted(folder.iterdir()) if entry not in folders
+    ]
     known = [entry for entry in entries if entry.name in KNOWN or _SHARD.fullmatch(entry.name)]
     refuse_links(known)
     copied = [entry for entry in known if entry.is_file()]

@@ -19,6 +19,7 @@ own.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,32 +97,28 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
         UserError: as ``write`` does, or no place for the files.
     """
     images = _images(chapters.of(records.find(runs)))
-    paths = []
+    paths = {Path(folder, f"{name}.png"): image for name, image in images.items()}
     with file_errors(folder, "written"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            path = Path(folder) / f"{name}.png"
+        for path, image in paths.items():
             write_atomically(path, image)
-            paths.append(path)
-    return paths
+    return list(paths)
 
 
 def _images(drawn: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """{file name without its ending: PNG} of the chapters' figures; equal names are numbered."""
     images: dict[str, bytes] = {}
+    count = Counter[str]()
     for chapter in drawn:
         for figure in chapter["curves"] + chapter["distributions"]:
             image = figures.png(figure)
             if not image:
                 continue
-            title = figure.title
-            if len(drawn) > 1:
-                title = f"{chapter['stages']} {title}"
+            title = f"{chapter['stages']} {figure.title}" if len(drawn) > 1 else figure.title
             name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-            num_same = sum(other.partition("--")[0] == name for other in images)
-            if num_same:
-                name += f"--{num_same + 1}"
-            images[name] = image
+            count[name] += 1
+            numbered = f"{name}--{count[name]}" if count[name] > 1 else name
+            images[numbered] = image
     return images
 
 
@@ -167,8 +164,7 @@ def _text(value: Any, format_spec: str = "") -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, float | np.floating):
         has_many_digits = 1e4 <= abs(float(value)) < 1e9
-        usual = ".0f" if has_many_digits else ".4g"
-        return format(value, format_spec or usual)
+        return format(value, format_spec or (".0f" if has_many_digits else ".4g"))
     if isinstance(value, int | np.integer):
         return format(value, format_spec)
     return str(value)

@@ -122,9 +122,9 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
     if base in LABELS["curves"]:
         title, y_label, lines = LABELS["curves"][base]
         title += f": {members[0]}"
-    targets = {record.settings.get("rl.kl_target") for record in records}
-    if base == "objective/kl" and len(targets) == 1 and None not in targets:
-        lines = {"target": targets.pop()}
+    first, *others = {record.settings.get("rl.kl_target") for record in records}
+    if base == "objective/kl" and first is not None and not others:
+        lines = {"target": first}
     x_label = unit(records[0])
     return Plot(title, x_label, y_label, drawn, lines=lines, note=meaning(members[0]))
 
