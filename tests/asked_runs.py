@@ -1,11 +1,16 @@
 """Run folders for tests of what asks a model: random weights, large enough for texts to differ."""
 
+import copy
+import dataclasses
+import functools
+
 import jax
 import yaml
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generator import LanguageModel
+from rlhf_jax.inference import asking
 
 NEW = 6
 ALPHABET = "abcdefghijklmnopqrstuvwxyzUAS :\n"
@@ -32,3 +37,15 @@ def write(root, template="{prompt}:"):
     }
     (root / "policy" / "config.yaml").write_text(yaml.safe_dump(settings))
     return root
+
+
+_opened = functools.cache(asking.open_policy)
+
+
+def open_once(folder, config, **options):
+    """``asking.open_policy`` of a policy that an earlier test has opened with the same settings: its
+    programs are compiled.
+    """
+    names = [field.name for field in dataclasses.fields(asking.Settings)]
+    settings = asking.Settings(**{name: getattr(config, name) for name in names})
+    return copy.copy(_opened(str(folder), settings, **options))

@@ -15,7 +15,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.inference import generate
+from rlhf_jax.inference import asking, generate
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
@@ -35,8 +35,9 @@ def prompts(runs):
 
 
 @pytest.fixture
-def write(runs, prompts, tmp_path):
+def write(runs, prompts, tmp_path, monkeypatch):
     """Calls the command; the rows that it wrote."""
+    monkeypatch.setattr(asking, "open_policy", asked_runs.open_once)
 
     def write(*flags, name="out.jsonl", policy="policy"):
         out = tmp_path / name

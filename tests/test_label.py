@@ -1,7 +1,5 @@
 """rlhf-jax label: blind order, what is written, going on, undoing, and that stages train on it."""
 
-import dataclasses
-import functools
 import io
 import json
 import re
@@ -46,20 +44,10 @@ def answers(runs):
     return [texts[2 * i : 2 * i + 2] for i in range(NUM_PAIRS)]
 
 
-opened = functools.cache(asking.open_policy)
-
-
-def open_once(folder, config, **options):
-    """The policy that an earlier test has opened with the same settings, its programs compiled."""
-    names = [field.name for field in dataclasses.fields(asking.Settings)]
-    settings = asking.Settings(**{name: getattr(config, name) for name in names})
-    return opened(folder, settings, **options)
-
-
 @pytest.fixture
 def ask(runs, tmp_path, monkeypatch):
     """Judges pairs: ``judge`` is the typed lines, or a function of the two answers as shown."""
-    monkeypatch.setattr(asking, "open_policy", open_once)
+    monkeypatch.setattr(asking, "open_policy", asked_runs.open_once)
 
     def ask(judge, *, is_terminal=False, name="out.jsonl", **config):
         shown = []

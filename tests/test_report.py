@@ -4,8 +4,6 @@ is missing.
 
 import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,49 +12,69 @@ from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
 from rlhf_jax import metrics
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, page, plots, records
+from rlhf_jax.report import chapters, figures, page, plots, records
 from rlhf_jax.report.export import export
 
+NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
 BROKEN_FOLDERS = [
     ("manifest.json", None, "this folder holds no run: it has no manifest.json"),
     ("manifest.json", "[]", r"run/manifest.json: expected a mapping of keys, found \[\]"),
     ("manifest.json", "{}", "run/manifest.json: lacks the key command"),
-]
-BROKEN_FOLDERS += [
     ("config.yaml", None, "run/config.yaml: cannot be read: No such file"),
     ("config.yaml", "a: [", "run/config.yaml: cannot be read as YAML: expected the node"),
     ("evaluation.json", "{}", "run/evaluation.json: lacks the key rows"),
+    *(
+        ("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP)
+        for line in ("[1]", "{}", "step", '{"step": null}', "")
+    ),
 ]
-NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
-BAD_LINES = ("[1]", "{}", "step", '{"step": null}', "")
-BROKEN_FOLDERS += [
-    ("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP) for line in BAD_LINES
+CARDS = [
+    ("", False, "A language model trained"),
+    ("", True, "A reward model trained"),
+    ("member_0", True, "An ensemble of reward models (`member_0`, `member_1`, ...)"),
 ]
-CARDS = [("", False, "A language model trained"), ("", True, "A reward model trained")]
-CARDS.append(("member_0", True, "An ensemble of reward models (`member_0`, `member_1`, ...)"))
+# --- The page of one run
 
 
-def read_page(tmp_path: Path, *folders: Path) -> Page:
+def read_page(tmp_path, *folders):
     page.write(folders, tmp_path / "out.html")
     return Page((tmp_path / "out.html").read_text("utf-8"))
 
 
-def groups_of(*folders: Path) -> list[records.Group]:
+def groups_of(*folders):
     return records.groups(records.find(folders))
 
 
-# --- The page of one run
-# --------------------------------------------------------------------------------------------
+def chapter_of(*folders):
+    """What the template is given, of which nothing is drawn yet."""
+    [chapter] = chapters.of(records.find(folders))
+    return chapter
 
 
-def test_the_page_of_one_run(tmp_path):
-    run = write_run(tmp_path / "mine")
-    read = read_page(tmp_path, run)
-    again = f"rlhf-jax ppo --config {run}/config.yaml --output-dir {run}-again"
-    assert (read.texts("h1"), read.texts("pre")[0]) == (
-        ["PPO trained on prompts.json"],
-        f"\n{again}",
-    )
+def change(run, **manifest):
+    file = run / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | manifest))
+
+
+def after(texts, word, count):
+    """The texts after a word."""
+    at = texts.index(word) + 1
+    return texts[at : at + count]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The page of one run, and the run."""
+    place = tmp_path_factory.mktemp("one")
+    run = write_run(place / "mine")
+    return read_page(place, run), run
+
+
+def test_the_page_of_one_run(one):
+    read, run = one
+    again = f"\nrlhf-jax ppo --config {run}/config.yaml --output-dir {run}-again"
+    assert read.texts("h1") == ["PPO trained on prompts.json"]
+    assert read.texts("pre")[0] == again
     assert f"Started by {COMMAND}." in read.texts("p")
     values = [e["text"] for e in read.all("dd") if e.get("class") != "note"]
     facts = dict(zip(read.texts("dt"), values, strict=True))
@@ -66,164 +84,119 @@ def test_the_page_of_one_run(tmp_path):
         "steps": "3",
         "s/step (median)": "0.375",
         "state": "finished",
-    }
-    expected |= {
         "Validation score": "1.5",
         "KL": "0 → 1.5",
         "Time": "10 s",
         "Alerts": "no alert",
         "git commit": "0123456789ab (modified)",
+        "devices": "2 x cpu",
+        "jax": "0.10.2",
+        "prompts.json, sha256": "fedcba987654…",
     }
-    expected |= {"devices": "2 x cpu", "jax": "0.10.2", "prompts.json, sha256": "fedcba987654…"}
     assert expected.items() <= facts.items()
 
 
-def test_the_figures_and_samples_of_one_run(tmp_path):
-    run = write_run(tmp_path / "mine")
-    read = read_page(tmp_path, run)
+def test_the_figures_and_samples_of_one_run(one, tmp_path):
+    read, run = one
     titles = ["Score: objective/score", "KL from the reference: objective/kl", "Reward against KL"]
     assert read.texts("h3") == [*titles, "Scores", "Response lengths"]
-    assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(
-        read.texts("text")
-    )
+    labels = {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"}
+    assert labels <= set(read.texts("text"))
     assert "These metrics never changed and have no curve: nonfinite 0." in read.texts("p")
-    summaries = ["All metrics", "Run", "Settings: config.yaml of mine"]
-    assert read.texts("summary") == summaries
+    assert read.texts("summary") == ["All metrics", "Run", "Settings: config.yaml of mine"]
     assert ["kl_target" in text for text in read.texts("details")] == [False, False, True]
     # Samples stand beside what was said to the same prompt before.
-    assert read.texts("th")[:5] == [
-        "prompt",
-        "response, step 0",
-        "score, step 0",
-        "response, step 3",
-        "score, step 3",
+    columns = [f"{name}, step {step}" for step in (0, 3) for name in ("response", "score")]
+    assert read.texts("th")[:5] == ["prompt", *columns]
+    rows = [
+        ["a", "b↵\nc", "1", "again", "3"],
+        ["a", HOSTILE, "2", "second", "5"],
+        ["d", "NaN", "1", "NaN", "3"],
     ]
-    rows = (
-        ("a", "b↵\nc", "1", "again", "3"),
-        ("a", HOSTILE, "2", "second", "5"),
-        ("d", "NaN", "1", "NaN", "3"),
-    )
-    assert read.texts("td")[:15] == [cell for row in rows for cell in row]
-    at = read.texts("td").index("objective/score")
+    assert read.texts("td")[:15] == sum(rows, [])
     meaning = "Mean score of the responses, before any penalty."
-    assert read.texts("td")[at + 1 : at + 4] == ["1", "4", meaning]
-    first_bytes = (tmp_path / "out.html").read_bytes()
-    read_page(tmp_path, run)
-    assert (tmp_path / "out.html").read_bytes() == first_bytes
+    assert after(read.texts("td"), "objective/score", 3) == ["1", "4", meaning]
+    page.write([run], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == (run.parent / "out.html").read_bytes()
 
 
 def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
-    many = {
-        step: [{"prompt": f"p{i}", "response": "r", "score": float(step)} for i in range(20)]
-        for step in (0, 3)
-    }
-    read = read_page(tmp_path, write_run(tmp_path / "run", samples=many))
-    prompts = [text for text in read.texts("td") if re.fullmatch(r"p\d+", text)]
+    rows = [{"prompt": f"p{i}", "response": "r"} for i in range(20)]
+    run = write_run(tmp_path / "run", samples={0: rows, 3: rows}, metrics={})
+    read = read_page(tmp_path, run)
+    prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
     [folded] = [text for text in read.texts("details") if "the others" in text]
-    assert [f"p{i}\n" in folded.replace("r", "\n") for i in (2, 3, 7)] == [False, True, True]
+    assert [f"p{i}r" in folded.replace("\n", "") for i in (2, 3, 7)] == [False, True, True]
 
 
+KL = "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats"
+FAR = {"step": 3, "name": "far", "rule": "far: log", "message": "objective/kl is 3 > 2"}
 VERDICTS = {
-    "finished": "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats, no alert.",
-    "killed": "Not finished: the last record is of iteration 3 of 9. Validation score 1.5 in 3 "
-    "iterations, KL 1.5 of 2 nats, no alert.",
-    "stopped": "Stopped after iteration 3 of 9 by the alert 'far'. Validation score 1.5 in 3 "
-    "iterations, KL 1.5 of 2 nats, 1 alert: far.",
-    "failed": "Failed in iteration 3 of 9: the loss or the gradient was not finite. Validation "
-    "score 1.5 in 3 iterations, KL 1.5 of 2 nats, no alert.",
+    "finished": f"{KL}, no alert.",
+    "killed": f"Not finished: the last record is of iteration 3 of 9. {KL}, no alert.",
+    "stop": f"Stopped after iteration 3 of 9 by the alert 'far'. {KL}, 1 alert: far.",
+    "failed": "Failed in iteration 3 of 9: the loss or the gradient was not finite. "
+    f"{KL}, no alert.",
     "begun": "Not finished: the last record is of iteration 0 of 9. 0 iterations, no alert.",
-    "logged": "Not finished: the last record is of iteration 3 of 9. Validation score 1.5 in 3 "
-    "iterations, KL 1.5 of 2 nats, 1 alert: far.",
+    "log": f"Not finished: the last record is of iteration 3 of 9. {KL}, 1 alert: far.",
 }
 
 
 @pytest.mark.parametrize("state", VERDICTS)
 def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
-    metrics = {} if state == "begun" else dict(METRICS)
+    metrics = {} if state == "begun" else METRICS
     if state == "failed":
-        metrics["nonfinite"] = [0.0, 0.0, 1.0]
+        metrics = METRICS | {"nonfinite": [0.0, 0.0, 1.0]}
     settings = {"rl": {"kl_target": 2.0, "num_iterations": 9}}
     is_done = state == "finished"
     run = write_run(tmp_path / "run", settings=settings, metrics=metrics, finished=is_done)
-    if state in ("stopped", "logged"):
-        action = "stop" if state == "stopped" else "log"
-        alert = {"step": 3, "name": "far", "rule": "far", "action": action, "message": "kl is 3"}
-        (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
-    assert read_page(tmp_path, run).texts("p", class_="verdict") == [VERDICTS[state]]
+    if state in ("stop", "log"):
+        (run / "alerts.jsonl").write_text(json.dumps(FAR | {"action": state}) + "\n")
+    assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
 
 
-def test_the_verdict_of_seeds_is_that_of_their_means(tmp_path):
-    scores = {"a": [1.0, 2.0, 4.0], "b": [3.0, 4.0, 6.0]}
-    settings = {"reward": ["runs/rm/model", "length*-0.1"]}
-    runs = [
-        write_run(tmp_path / name, seed=i, settings=settings, metrics={"dpo/accuracy": values})
-        for i, (name, values) in enumerate(scores.items())
-    ]
-    for run in runs:
-        manifest = json.loads((run / "manifest.json").read_text())
-        (run / "manifest.json").write_text(json.dumps(manifest | {"stage": "dpo"}))
-    read = read_page(tmp_path, *runs)
-    expected = ["Accuracy 2 → 5 in 3 steps, mean of 2 runs, no alert."]
-    assert read.texts("p", class_="verdict") == expected
-    assert read.texts("h1") == ["DPO trained on prompts.json, 2 seeds"]
+def test_the_verdict_and_the_title_of_seeds_are_those_of_their_means(tmp_path):
+    runs = []
+    for seed, values in enumerate(([1.0, 2.0, 4.0], [3.0, 4.0, 6.0])):
+        run = write_run(
+            tmp_path / f"{seed}", stage="dpo", seed=seed, metrics={"dpo/accuracy": values}
+        )
+        runs.append(run)
+    chapter = chapter_of(*runs)
+    expected = "Accuracy 2 → 5 in 3 steps, mean of 2 runs, no alert."
+    assert list(chapter["verdicts"].values()) == [expected]
+    assert chapter["title"] == "DPO trained on prompts.json, 2 seeds"
 
 
-def test_a_policys_page_is_called_by_its_reward(tmp_path):
+def test_a_reward_is_in_the_title_and_what_python_gave_is_not_in_the_command(tmp_path):
     settings = {"reward": ["runs/q/reward_model/model", "length:20*-0.05"]}
-    read = read_page(tmp_path, write_run(tmp_path / "run", settings=settings))
-    assert read.texts("h1") == ["PPO rewarded by reward_model and length:20*-0.05"]
-
-
-def test_what_python_gave_is_not_in_the_command(tmp_path):
-    run = write_run(tmp_path / "run")
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"given": {"reward": "mine"}}))
-    assert read_page(tmp_path, run).texts("pre")[0] == f"\n{COMMAND}"
+    run = write_run(tmp_path / "run", settings=settings)
+    change(run, given={"reward": "mine"})
+    chapter = chapter_of(run)
+    assert chapter["title"] == "PPO rewarded by reward_model and length:20*-0.05"
+    assert chapter["commands"] == [COMMAND]
 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
-    alert = {
-        "step": 2,
-        "name": "far",
-        "rule": "far: log",
-        "action": "log",
-        "message": "objective/kl is 3 > 2",
-    }
+    alert = FAR | {"step": 2, "action": "log"}
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
-    row = {
-        "category": "quality",
-        "metric": "win rate",
-        "value": 0.5,
-        "low": 0.25,
-        "high": 0.75,
-        "n": 8,
-    }
+    ends = {"value": 0.5, "low": 0.25, "high": 0.75}
+    row = {"category": "quality", "metric": "win rate", **ends, "n": 8}
     (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
-    read = read_page(tmp_path, run)
-    at = read.texts("td").index("far") - 1
-    assert read.texts("td")[at : at + 5] == list(map(str, alert.values()))
-    at = read.texts("td").index("quality")
-    assert read.texts("td")[at : at + 8] == [
-        "quality",
-        "win rate",
-        "0.500",
-        "0.250",
-        "0.750",
-        "8",
-        "–",
-        "–",
-    ]
+    cells = read_page(tmp_path, run).texts("td")
+    assert after(cells, "far", 3) == ["far: log", "log", "objective/kl is 3 > 2"]
+    numbers = ["0.500", "0.250", "0.750", "8", "–", "–"]
+    assert after(cells, "quality", 7) == ["win rate", *numbers]
     [score, kl] = plots.curves(groups_of(run))[0]
     assert "alert" not in score.series
     assert kl.series["alert"][:2] == ((2,), (0.5,))
 
 
 def test_what_is_missing_is_said(tmp_path):
-    run = write_run(
-        tmp_path / "run", metrics={"objective/reward": [1.0]}, samples={}, finished=False
-    )
+    metrics = {"objective/reward": [1.0]}
+    run = write_run(tmp_path / "run", metrics=metrics, samples={}, finished=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     (run / "timing.jsonl").unlink()
@@ -237,128 +210,103 @@ def test_what_is_missing_is_said(tmp_path):
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step
     assert read.all("svg") == []
-    read = read_page(tmp_path, write_run(tmp_path / "begun", metrics={}, samples={0: SAMPLES[0]}))
-    assert read.texts("th")[:3] == ["prompt", "response, step 0", "score, step 0"]
+    begun = write_run(tmp_path / "begun", metrics={}, samples={0: SAMPLES[0]})
+    [samples] = chapter_of(begun)["samples"]
+    assert samples.columns == ["prompt", "response, step 0", "score, step 0"]
 
 
 # --- Curves
-#
-# --------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
-    metrics = {
-        name: [1.0, 2.0]
-        for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")
-    }
-    metrics |= {"dpo/accuracy": [0.5, math.nan], "validation/accuracy": [0.5, 1.0]}
-    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
-    curves, constant = plots.curves(groups_of(run))
-    members = (
+    members = [
         ["dpo/accuracy", "validation/accuracy"],
         ["mine/new"],
         ["reward/a", "validation/reward/a"],
-    )
-    assert [list(plot.series) for plot in curves] == [*members, ["validation/other"]]
+        ["validation/other"],
+    ]
+    metrics = {name: [1.0, 2.0] for name in sum(members, [])} | {"dpo/accuracy": [0.5, math.nan]}
+    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
+    curves, constant = plots.curves(groups_of(run))
+    assert [list(plot.series) for plot in curves] == members
     labels = [("step", "share of pairs", {"equal log-ratios": 0.5}), ("step", "new", {})]
     assert [(plot.x_label, plot.y_label, plot.lines) for plot in curves[:2]] == labels
     assert constant == {}
-    note = "dpo/accuracy: 1 of 2 values not finite, not drawn."
-    assert note in read_page(tmp_path, run).texts("p", class_="note")
-    assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [
-        {},
-        {"target": 2.0},
-    ]
+    assert figures.notes(curves[0])[1:] == ["dpo/accuracy: 1 of 2 values not finite, not drawn."]
+    [_, kl] = plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]
+    assert kl.lines == {"target": 2.0}
 
 
 def test_long_curves_stay_small_and_long_paths_are_means_over_stretches(tmp_path):
     values = list(map(float, range(2500)))
-    groups = groups_of(
-        write_run(tmp_path, metrics={"objective/score": values, "objective/kl": values}, samples={})
-    )
-    kl = plots.curves(groups)[0][1]
-    line = kl.series["objective/kl"]
+    metrics = {"objective/score": values, "objective/kl": values}
+    groups = groups_of(write_run(tmp_path, metrics=metrics, samples={}))
+    line = plots.curves(groups)[0][1].series["objective/kl"]
     assert (line.y[:2].tolist(), line.x[-1], line.y[-1], len(line.y)) == ([0, 1], 2500, 2499, 2500)
     noise = figures.Plot("p", "x", "y", {"a": (range(20000), np.sin(np.arange(20000.0) ** 2))})
     assert len(figures.svg(noise)) < 200_000  # matplotlib leaves out what no pixel shows
-    [path] = plots.reward_against_kl(groups).series.values()
-    assert (path.x[0], path.y[0], len(path.x), path.labels[:11]) == (
-        20.5,
-        20.5,
-        60,
-        ["22", *[""] * 9, "442"],
-    )
+    plot = plots.reward_against_kl(groups)
+    assert plot.note == "Numbers count iterations. Each point is the mean of up to 42."
+    [path] = plot.series.values()
+    assert (path.x[0], path.y[0], len(path.x)) == (20.5, 20.5, 60)
+    assert path.labels[:11] == ["22", *[""] * 9, "442"]
 
 
 # --- Several runs
-#
-# --------------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
-    first = write_run(tmp_path / "ppo-seed0", seed=0, metrics={"objective/score": [1.0, 2.0, 4.0]})
-    second = write_run(tmp_path / "ppo-seed1", seed=1, metrics={"objective/score": [3.0, 2.5]})
-    [group] = groups_of(first, second)
+    scores = {0: [1.0, 2.0, 4.0], 1: [3.0, 2.5]}
+    runs = [
+        write_run(tmp_path / f"ppo-seed{seed}", seed=seed, metrics={"objective/score": values})
+        for seed, values in scores.items()
+    ]
+    [group] = groups_of(*runs)
     assert group.name == "ppo (n = 2)"
     [plot] = plots.curves([group])[0]
     assert list(plot.series) == ["objective/score", "validation/score"]
     line = plot.series["objective/score"]
-    np.testing.assert_array_equal(
-        [line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]]
-    )
-    scores, _ = plots.distributions([group])
-    assert list(scores.series) == [
-        "before (step 0, n = 6)",
-        "after (step 3, n = 6)",
-    ]  # two runs of three samples
-    assert [line.y.tolist() for line in scores.series.values()] == [
-        [0, 4, 2, 0, 0, 0, 0],
-        [0, 0, 0, 4, 0, 2, 0],
-    ]
-    read = read_page(tmp_path, first, second)
-    assert (
-        "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have."
-        in read.texts("p")
-    )
-    at = read.texts("td").index("group")
-    assert read.texts("td")[at + 1 : at + 3] == ["ppo (n = 2)", "ppo (n = 2)"]
+    expected = [[1, 2], [2, 2.25], [1, 2], [3, 2.5]]
+    np.testing.assert_array_equal([line.x, line.y, line.low, line.high], expected)
+    [scores, _] = plots.distributions([group])
+    heights = {name: line.y.tolist() for name, line in scores.series.items()}
+    assert heights == {  # two runs of three samples
+        "before (step 0, n = 6)": [0, 4, 2, 0, 0, 0, 0],
+        "after (step 3, n = 6)": [0, 0, 0, 4, 0, 2, 0],
+    }
+    read = read_page(tmp_path, *runs)
+    ends = "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have."
+    assert ends in read.texts("p")
+    assert after(read.texts("td"), "group", 2) == ["ppo (n = 2)"] * 2
 
 
 def test_groups_are_compared_by_what_differs(tmp_path):
     def run(name, clip, target, **more):
-        settings = {
-            "ppo": {"clip": clip},
-            "dpo": {"beta": clip},
-            "rl": {"kl_target": target, "same": 1},
-            "data": [],
-        }
+        parts = {"ppo": {"clip": clip}, "dpo": {"beta": clip}, "data": []}
+        settings = parts | {"rl": {"kl_target": target, "same": 1}}
         return write_run(tmp_path / name, settings=settings, **more)
 
     folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", 0.1, None)]
     folders.append(run("d", 0.1, None, stage="mine"))  # an algorithm from outside
     groups = groups_of(*folders)
-    assert [[record.name for record in group.records] for group in groups] == [
-        ["a", "b"],
-        ["c"],
-        ["d"],
+    members = [[record.name for record in group.records] for group in groups]
+    assert members == [["a", "b"], ["c"], ["d"]]
+    chapter = chapter_of(*folders)
+    assert chapter["title"] == "PPO, MINE: 4 runs compared"
+    assert chapter["differences"] == [  # dpo.beta is no setting of these stages
+        ["stage", "ppo", "ppo", "mine"],
+        ["ppo.clip", "0.2", "0.1", "(none)"],
+        ["rl.kl_target", "1.0", "null", "null"],
     ]
-    expected = {
-        "stage": ["ppo", "ppo", "mine"],
-        "ppo.clip": [0.2, 0.1, "(none)"],
-        "rl.kl_target": [1.0, None, None],
-    }
-    assert records.differences(groups) == expected  # dpo.beta is no setting of these stages
-    read = read_page(tmp_path, *folders)
-    assert read.texts("h1") == ["PPO, MINE: 4 runs compared"]
-    at = read.texts("td").index("rl.kl_target")
-    assert read.texts("td")[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
-    looks = {
-        name: (line.color, line.style) for name, line in plots.curves(groups)[0][0].series.items()
-    }
-    names = enumerate(("a (n = 2)", "c", "d"))
+    curve = plots.curves(groups)[0][0]
+    looks = {name: (line.color, line.style) for name, line in curve.series.items()}
     assert looks == {
-        f"{name}{more}": (i, j) for i, name in names for j, more in enumerate(("", ", validation"))
+        f"{name}{more}": (color, style)
+        for color, name in enumerate(("a (n = 2)", "c", "d"))
+        for style, more in enumerate(("", ", validation"))
     }
+    [first, *_] = chapter["samples"]
+    assert first.title == "Samples before and after: a"
 
 
 def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
@@ -373,48 +321,40 @@ def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
 
 
 def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
-    for name, seed in (("one", 1), ("two", 2)):
+    for seed, name in enumerate(("one", "two")):
+        outer = tmp_path / name
+        settings = {"model": f"{outer}/sft/model", "reward": ["count:e", f"{outer}/rm/model"]}
         for stage in ("sft", "ppo"):
-            settings = {
-                "model": f"{tmp_path / name}/sft/model",
-                "reward": ["count:e", f"{tmp_path / name}/rm/model"],
-            }
-            write_run(tmp_path / name / stage, stage=stage, seed=seed, settings=settings)
+            write_run(outer / stage, stage=stage, seed=seed, settings=settings)
     found = records.find([tmp_path / "one", tmp_path / "two" / "ppo", tmp_path / "two" / "sft"])
     assert [record.name for record in found] == ["one/ppo", "one/sft", "two/ppo", "two/sft"]
-    assert (
-        len(records.groups(found)) == 4
-    )  # the second pipeline's stages, given alone, started from its models
+    # The second pipeline's stages, given alone, started from its models.
+    assert len(records.groups(found)) == 4
     assert len(groups_of(tmp_path / "one", tmp_path / "two")) == 2
 
 
 # --- Reward models
-# --------------------------------------------------------------------------------------------------
 
 
 def test_calibration_bins():
-    margin = np.array(
-        [math.log(3), -math.log(3), 0.0, math.log(3), 50.0]
-    )  # confidence .75, .75, .5, .75, 1
-    np.testing.assert_allclose(
-        metrics.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0])
-    )
+    third = math.log(3)
+    margin = np.array([third, -third, 0.0, third, 50.0])  # confidence .75, .75, .5, .75, 1
+    expected = ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0])
+    np.testing.assert_allclose(metrics.reliability(margin), expected)
 
 
 def test_a_reward_models_page(tmp_path):
     def pairs(*margins):
-        names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+        texts = {"chosen": "c", "rejected": "r", "score_rejected": 1.0}
         return [
-            dict(zip(names, (f"p{i}", "c", "r", m + 1.0, 1.0), strict=True))
-            for i, m in enumerate(margins)
+            texts | {"prompt": f"p{i}", "score_chosen": margin + 1.0}
+            for i, margin in enumerate(margins)
         ]
 
     metrics = {"reward_model/loss": [0.7, 0.5], "validation/ece": [0.3, 0.125]}
     samples = {0: pairs(-1.0, 0.5), 2: pairs(1.0, 50.0)}
-    read = read_page(
-        tmp_path,
-        write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples),
-    )
+    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
+    read = read_page(tmp_path, run)
     assert read.texts("h3")[-2:] == ["Margins", "Calibration"]
     [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
     assert "2 held-out rows, those that samples.jsonl holds of step 2." in note
@@ -425,26 +365,24 @@ def test_a_reward_models_page(tmp_path):
 
 
 def test_a_reward_model_with_targets(tmp_path):
-    answers = [
-        {"prompt": "p", "response": r, "target": t, "length": 1}
-        for r, t in (("x", 0.0), ("y", 1.0))
-    ]
-    samples = {step: [row | {"score": row["target"] + step} for row in answers] for step in (0, 1)}
-    run = write_run(
-        tmp_path / "run",
-        stage="reward_model",
-        metrics={"reward_model/loss": [1.0]},
-        samples=samples,
-    )
-    read = read_page(tmp_path, run)
-    assert read.texts("h3") == ["Scores", "Score against target"]
-    assert read.texts("td")[:10] == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
-    [_, plot] = plots.distributions(groups_of(run))
+    samples = {
+        step: [
+            {"prompt": "p", "response": text, "target": target, "score": target + step}
+            for text, target in (("x", 0.0), ("y", 1.0))
+        ]
+        for step in (0, 1)
+    }
+    metrics = {"reward_model/loss": [1.0]}
+    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
+    chapter = chapter_of(run)
+    [samples] = chapter["samples"]
+    assert samples.rows == [["p", "x", 0.0, 0.0, 1.0], ["p", "y", 1.0, 1.0, 2.0]]
+    [scores, plot] = chapter["distributions"]
+    assert (scores.title, plot.title) == ("Scores", "Score against target")
     assert plot.series["responses"][:2] == ((0.0, 1.0), (1.0, 2.0))
 
 
 # --- Folders and files
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("file", "text", "message"), BROKEN_FOLDERS)
@@ -462,10 +400,8 @@ def test_model_cards(member, shift, kind, tmp_path):
     tokenizers.characters("ab").save(run / "model" / member)
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
-    assert all(
-        part in card
-        for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n")
-    )
+    for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"):
+        assert part in card
     assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
     assert ("model.generate(**inputs, max_new_tokens=7)" in card) != shift
 
