@@ -1,16 +1,16 @@
 """Run folders for tests of what asks a model: random weights, large enough for texts to differ."""
 
-import copy
-import dataclasses
+import contextlib
 import functools
 
 import jax
+import pytest
 import yaml
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.inference import asking
+from rlhf_jax.models import hf
 
 NEW = 6
 ALPHABET = "abcdefghijklmnopqrstuvwxyzUAS :\n"
@@ -39,13 +39,14 @@ def write(root, template="{prompt}:"):
     return root
 
 
-_opened = functools.cache(asking.open_policy)
+_build = functools.cache(models.build)
 
 
-def open_once(folder, config, **options):
-    """``asking.open_policy`` of a policy that an earlier test has opened with the same settings: its
-    programs are compiled.
+@contextlib.contextmanager
+def building_once():
+    """Models of one architecture are the same object: what an earlier test has compiled is not
+    compiled again for another folder.
     """
-    names = [field.name for field in dataclasses.fields(asking.Settings)]
-    settings = asking.Settings(**{name: getattr(config, name) for name in names})
-    return copy.copy(_opened(str(folder), settings, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "build", _build)
+        yield

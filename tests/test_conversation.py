@@ -17,9 +17,15 @@ from rlhf_jax import cli
 from rlhf_jax.data import stops, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import Generator
-from rlhf_jax.inference import asking, chat
+from rlhf_jax.inference import chat
 
 HOW = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _build_once():
+    with asked_runs.building_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +36,6 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def policy(runs):
     return Generator(runs / "policy" / "model", runs / "reward" / "model", **HOW)
-
-
-@pytest.fixture(autouse=True)
-def _open_once(monkeypatch):
-    monkeypatch.setattr(asking, "open_policy", asked_runs.open_once)
 
 
 @pytest.fixture

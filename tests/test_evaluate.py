@@ -11,6 +11,7 @@ import shutil
 import types
 from pathlib import Path
 
+import asked_runs
 import jax
 import numpy as np
 import pytest
@@ -403,6 +404,12 @@ def test_keywords_are_whole_words_and_patterns_any_case():
 
 # --- Whole evaluations
 # ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _build_once():
+    with asked_runs.building_once():
+        yield
 
 
 @pytest.fixture(scope="module")

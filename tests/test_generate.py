@@ -15,10 +15,16 @@ from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.inference import asking, generate
+from rlhf_jax.inference import generate
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _build_once():
+    with asked_runs.building_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,8 @@ def prompts(runs):
 
 
 @pytest.fixture
-def write(runs, prompts, tmp_path, monkeypatch):
+def write(runs, prompts, tmp_path):
     """Calls the command; the rows that it wrote."""
-    monkeypatch.setattr(asking, "open_policy", asked_runs.open_once)
 
     def write(*flags, name="out.jsonl", policy="policy"):
         out = tmp_path / name
@@ -74,10 +79,8 @@ def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
     assert inner == write(name="outer.jsonl")
 
 
-def test_neither_the_batch_size_nor_an_interruption_changes_a_byte(
-    runs, write, tmp_path, monkeypatch
-):
-    flags = ("--n", "2", "--log-probs", "--reward", str(runs / "reward"), "--batch-size", "2")
+def test_neither_the_batch_size_nor_an_interruption_changes_a_byte(write, tmp_path, monkeypatch):
+    flags = ("--n", "2", "--log-probs", "--reward", "length", "--batch-size", "2")
     write(*flags)
     whole = (tmp_path / "out.jsonl").read_bytes()
     write(*flags[:-1], "16", name="large.jsonl")
@@ -85,11 +88,12 @@ def test_neither_the_batch_size_nor_an_interruption_changes_a_byte(
     lines = whole.splitlines(keepends=True)
     sampled = []
     sample = Generator.sample
-    monkeypatch.setattr(
-        Generator,
-        "sample",
-        lambda self, asked, seed: sampled.append(len(asked.rows)) or sample(self, asked, seed),
-    )
+
+    def watched(self, asked, seed):
+        sampled.append(len(asked.rows))
+        return sample(self, asked, seed)
+
+    monkeypatch.setattr(Generator, "sample", watched)
     for num_whole, parts in ((0, [4, 4]), (7, [4, 4]), (8, [4]), (11, [4]), (16, [])):
         sampled.clear()
         half = b"" if num_whole == 16 else lines[num_whole][:9]

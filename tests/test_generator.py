@@ -5,6 +5,7 @@ number alone.
 import json
 import shutil
 
+import asked_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,12 @@ from rlhf_jax.training import initial
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _build_once():
+    with asked_runs.building_once():
+        yield
 
 
 @pytest.fixture(scope="module")

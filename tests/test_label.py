@@ -15,11 +15,17 @@ from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.inference import asking, label
+from rlhf_jax.inference import label
 from rlhf_jax.inference.chat import Console
 
 NUM_PAIRS = 12
 PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _build_once():
+    with asked_runs.building_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,8 @@ def answers(runs):
 
 
 @pytest.fixture
-def ask(runs, tmp_path, monkeypatch):
+def ask(runs, tmp_path):
     """Judges pairs: ``judge`` is the typed lines, or a function of the two answers as shown."""
-    monkeypatch.setattr(asking, "open_policy", asked_runs.open_once)
 
     def ask(judge, *, is_terminal=False, name="out.jsonl", **config):
         shown = []

@@ -242,10 +242,10 @@ def test_series_without_values_are_left_out_with_a_note():
         )
     )
     notes = [
-        "validation: left out, as it has no values.",
+        "validation: left out, as it has no finite values.",
         "broken: left out, as it has no finite values.",
     ]
-    assert page.texts("p", class_="note") == [*notes, "c: left out, as it has no values."]
+    assert page.texts("p", class_="note") == [*notes, "c: left out, as it has no finite values."]
     assert not {"validation", "train", "broken"} & set(page.texts("text"))  # one series: no legend
     assert len(page.all("svg")) == 1
 

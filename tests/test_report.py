@@ -2,6 +2,7 @@
 is missing.
 """
 
+import itertools
 import json
 import math
 
@@ -113,7 +114,7 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
         ["a", HOSTILE, "2", "second", "5"],
         ["d", "NaN", "1", "NaN", "3"],
     ]
-    assert read.texts("td")[:15] == sum(rows, [])
+    assert read.texts("td")[:15] == [*itertools.chain(*rows)]
     meaning = "Mean score of the responses, before any penalty."
     assert after(read.texts("td"), "objective/score", 3) == ["1", "4", meaning]
     page.write([run], tmp_path / "again.html")
@@ -225,7 +226,8 @@ def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_pa
         ["reward/a", "validation/reward/a"],
         ["validation/other"],
     ]
-    metrics = {name: [1.0, 2.0] for name in sum(members, [])} | {"dpo/accuracy": [0.5, math.nan]}
+    metrics = {name: [1.0, 2.0] for name in itertools.chain(*members)}
+    metrics["dpo/accuracy"] = [0.5, math.nan]
     run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
     curves, constant = plots.curves(groups_of(run))
     assert [list(plot.series) for plot in curves] == members
@@ -407,7 +409,7 @@ def test_model_cards(member, shift, kind, tmp_path):
 
 
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", metrics={}, samples={})
     with pytest.raises(UserError, match="given twice"):
         page.write([run, tmp_path], tmp_path / "out.html")
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
