@@ -301,7 +301,13 @@ def _category_figure(
     scores = None
     if category.score is not None:
         flag = f"{config.categories}: {name}.score"
-        judge = bench.reward_of(category.score, opened.policy, own.columns, flag, config)
+        judge = bench.reward_of(
+            category.score,
+            opened.policy,
+            own.columns,
+            flag,
+            config,
+        )
         by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
         scores = by_row.reshape(own.responses.lengths.shape)
     return measures.custom(name, category, own.responses._replace(scores=scores), opened.key)

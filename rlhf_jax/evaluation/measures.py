@@ -113,7 +113,15 @@ def diversity(responses: Responses, key: Array) -> list[Figure]:
     figures = []
     for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
         value = texts.distinct_n(first, n)
-        figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
+        figures.append(
+            Figure(
+                "diversity",
+                f"distinct_{n}",
+                value,
+                n=len(first),
+                unit="texts",
+            )
+        )
     if len(first) > 1:
         figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
     else:
@@ -308,7 +316,15 @@ def mean(
     means = np.nanmean(kept, axis=1)
     interval = metrics.mean_interval if array.dtype == bool else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
-    return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
+    return _figure(
+        category,
+        metric,
+        means.mean(),
+        ends,
+        len(kept),
+        unit,
+        note,
+    )
 
 
 def _kappa(

@@ -47,7 +47,8 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     It falls with the amount of text: compare equal numbers of texts of like length.
     """
     grams = [gram for text in texts for gram in _ngrams(text, n)]
-    return len(set(grams)) / max(len(grams), 1)
+    num_different = len(set(grams))
+    return num_different / max(len(grams), 1)
 
 
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
@@ -69,14 +70,18 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
             continue
         length = len(text)
         others = lengths - Counter([length])
-        closest = min(others, key=lambda other: (abs(other - length), other))
+        # Of two that are equally close the shorter one, which comes first.
+        closest = min(sorted(others), key=lambda other: abs(other - length))
         brevity = min(0.0, 1 - closest / length)
         mean_log = sum(known) / len(known)
         scores.append(math.exp(brevity + mean_log))
     return scores
 
 
-def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
+def _log_precisions(
+    texts: Sequence[Tokens],
+    order: int,
+) -> list[float | None]:
     """For each text the log of the share of its n-grams that another text has. It is None for a
     text that has no n-gram.
     """
@@ -92,18 +97,21 @@ def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
             second, first = highest[gram]
             # The highest count in another text clips this text's count.
             matches += second if first == count else count
-        precision = (matches or 0.1) / own.total()
-        logs.append(math.log(precision))
+        share = (matches or 0.1) / own.total()
+        logs.append(math.log(share))
     return logs
 
 
-def _two_highest_counts(counted: Sequence[Counter[Ngram]]) -> dict[Ngram, list[int]]:
+def _two_highest_counts(
+    counted: Sequence[Counter[Ngram]],
+) -> dict[Ngram, list[int]]:
     """{n-gram: the second highest and the highest of its counts in the texts}."""
     highest: dict[Ngram, list[int]] = {}
     for own in counted:
         for gram, count in own.items():
-            counts = [*highest.get(gram, [0, 0]), count]
-            highest[gram] = sorted(counts)[-2:]
+            before = highest.get(gram, [0, 0])
+            _, *two = sorted([*before, count])
+            highest[gram] = two
     return highest
 
 
@@ -111,7 +119,9 @@ def repetition(text: Tokens, n: int = 3) -> float:
     """Share of a text's n-grams that occurred in it before, ``1 - different / all`` (seq-rep-n,
     Welleck et al. 2020); 0 for a text shorter than n.
     """
-    return 1 - distinct_n([text], n) if len(text) >= n else 0.0
+    if len(text) < n:
+        return 0.0
+    return 1 - distinct_n([text], n)
 
 
 def is_refusal(text: str) -> bool:
@@ -138,7 +148,8 @@ def lexical_density(text: Tokens) -> float:
     """
     spoken = [word for word in text if word[0].isalnum()]
     num_content = sum(map(_is_content, spoken))
-    return num_content / max(len(spoken), 1)
+    num_words = max(len(spoken), 1)
+    return num_content / num_words
 
 
 def new_content_words(prompt: Tokens, response: Tokens) -> int:

@@ -55,7 +55,12 @@ def run(folder: str, config: Config) -> int:
             row.
     """
     asking.start(config)
-    policy = asking.open_policy(folder, config, reward=config.reward, batch_size=config.batch_size)
+    policy = asking.open_policy(
+        folder,
+        config,
+        reward=config.reward,
+        batch_size=config.batch_size,
+    )
     data = asking.read(policy, config, config.seed)
     logger.info(f"prompts: {data.describe()}")
     columns = {name for row in data.rows for name in row.columns}

@@ -98,7 +98,14 @@ class Session(NamedTuple):
         done = len(self.judgements)
         if done < len(self.prompts):
             order = np.random.default_rng([self.config.seed, done]).permutation(2).tolist()
-            return Judgement(done, self.prompts[done], self.answers(done), order, "", False)
+            return Judgement(
+                done,
+                self.prompts[done],
+                self.answers(done),
+                order,
+                "",
+                False,
+            )
         repeated = self._repeated()
         num_repeated = done - len(self.prompts)
         if num_repeated == len(repeated):
@@ -143,7 +150,12 @@ def session_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.session.json")
 
 
-def run(folder: str, config: Config, lines: Iterator[str], console: Console) -> str:
+def run(
+    folder: str,
+    config: Config,
+    lines: Iterator[str],
+    console: Console,
+) -> str:
     """Asks until all pairs are judged, the lines end or a line is quit; returns a summary.
 
     Raises:

@@ -37,6 +37,7 @@ def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """The values that ``templates/runs.html`` reads for runs of one kind."""
     groups = records.groups(run_records)
+    firsts = [group.records[0] for group in groups]
     is_one = len(run_records) == 1
     curves, constant = plots.curves(groups)
     differences = records.differences(groups)
@@ -47,9 +48,7 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "groups": groups,
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
-        "samples": [
-            _samples(group.records[0], is_one) for group in groups if group.records[0].samples
-        ],
+        "samples": [_samples(record, is_one) for record in firsts if record.samples],
         "differences": [[key, *map(_plain, values)] for key, values in differences.items()],
         "curves": curves,
         "constant": constant,
@@ -120,12 +119,17 @@ def _facts(groups: Sequence[Group]) -> Facts | Table:
     """What the runs are, their pace, and what made them: of several runs a table with a column for
     each of them.
     """
-    columns = {record.name: _of_run(record, group) for group in groups for record in group.records}
+    columns = {}
+    for group in groups:
+        for record in group.records:
+            columns[record.name] = _of_run(record, group)
     if len(columns) == 1:
-        [(_, facts)] = columns.items()
-        return Facts("Run", facts)
+        return Facts("Run", columns[record.name])
     keys = dict.fromkeys(itertools.chain(*columns.values()))
-    rows = [[key, *(facts.get(key) for facts in columns.values())] for key in keys]
+    rows = []
+    for key in keys:
+        cells = [facts.get(key) for facts in columns.values()]
+        rows.append([key, *cells])
     return Table("Runs", ("", *columns), rows)
 
 
@@ -170,11 +174,14 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
     """
     steps, validations = zip(*record.validations, strict=True)
     last = validations[-1]
-    kinds = [kind for kind in SAMPLE_COLUMNS if kind[0][-1] in last[0]]
-    fixed, changing = [*kinds, SAMPLE_COLUMNS[-1]][0]
+    fixed, changing = SAMPLE_COLUMNS[-1]
+    for kind in SAMPLE_COLUMNS[:-1]:
+        if kind[0][-1] in last[0]:
+            fixed, changing = kind
     numbered = [_numbered(rows, fixed) for rows in validations]
     rows = []
-    for key, row in itertools.islice(numbered[-1].items(), MAX_SAMPLES):
+    shown = itertools.islice(numbered[-1].items(), MAX_SAMPLES)
+    for key, row in shown:
         # The template adds empty lines around a prompt.
         prompt = str(row.get("prompt") or "").strip("\n")
         texts = [row.get(name) for name in fixed[1:]]
@@ -182,20 +189,30 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
             at_step = by_key.get(key, {})
             texts += [at_step.get(name) for name in changing]
         rows.append([prompt, *map(_with_line_ends, texts)])
-    columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
+    at_steps = [f"{name}, step {step}" for step in steps for name in changing]
+    columns = [*fixed, *at_steps]
     title = "Samples before and after" if len(steps) > 1 else "Samples"
     if not is_one:
         title += f": {record.name}"
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
     note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
-    return Table(title, columns, rows, formats, note)
+    return Table(
+        title,
+        columns,
+        rows,
+        formats,
+        note,
+    )
 
 
 def _with_line_ends(text: Any) -> Any:
     return text.replace("\n", "↵\n") if isinstance(text, str) else text
 
 
-def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> dict[tuple[str, int], Row]:
+def _numbered(
+    rows: Sequence[Row],
+    fixed: Sequence[str],
+) -> dict[tuple[str, int], Row]:
     """{(the values that stay the same, how often they came before): row}."""
     numbered: dict[tuple[str, int], Row] = {}
     count = Counter[str]()

@@ -114,7 +114,15 @@ def histogram(
         if counts.any():
             top = np.r_[0, counts, 0]
             bottom = np.zeros_like(top)
-            series[name] = Series(x, top, bottom, top, color=number, style=number, kind="steps")
+            series[name] = Series(
+                x,
+                top,
+                bottom,
+                top,
+                color=number,
+                style=number,
+                kind="steps",
+            )
     return Plot(title, x_label, y_label, series, note=" ".join(outside))
 
 
@@ -216,7 +224,11 @@ def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
     return {"x": plot.x_label, "ends": ends, "series": series}
 
 
-def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, Any]:
+def _draw(
+    plot: Plot,
+    kind: Literal["svg", "png"],
+    salt: str,
+) -> tuple[bytes, Any]:
     """The file, empty if nothing is drawn, and matplotlib's axes."""
     if not plot.shown:
         return b"", None
@@ -246,7 +258,12 @@ def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> None:
     rows = math.ceil(len(handles) / columns)
     width, height = SIZE
     figure.set_size_inches(width, height + 0.22 * (rows - 1))
-    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside upper left",
+        ncols=columns,
+    )
 
 
 def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
@@ -274,7 +291,12 @@ def _draw_one(axes: Any, series: Series) -> Any:
     finite = np.isfinite(x)
     look = _look(series, np.sum(finite))
     width = _window(series)
-    (artist,) = axes.plot(x, y, alpha=0.35 if width > 1 else 1.0, **look)
+    (artist,) = axes.plot(
+        x,
+        y,
+        alpha=0.35 if width > 1 else 1.0,
+        **look,
+    )
     if width > 1:
         import scipy.ndimage
 
@@ -323,6 +345,12 @@ def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
         handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
     if plot.diagonal:
         left, _ = axes.get_xlim()
-        line = axes.axline((left, left), slope=1, color="#777777", linewidth=1, linestyle=":")
+        line = axes.axline(
+            (left, left),
+            slope=1,
+            color="#777777",
+            linewidth=1,
+            linestyle=":",
+        )
         handles[plot.diagonal] = line
     return handles

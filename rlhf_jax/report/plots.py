@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,6 +20,9 @@ from rlhf_jax.report.records import Group, RunRecord, series
 MAX_DOTS = 60  # of reward against KL; a longer run is drawn as means over equal stretches
 MAX_NUMBERED = 6  # of these dots
 LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
+Groups = Sequence[Group]
+Members = Sequence[str]
+"""The training metric and that of the validation, or one of them."""
 # The training metric of validation/NAME has one of these prefixes.
 _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "kto/", "")
 
@@ -32,7 +36,9 @@ def meaning(name: str) -> str:
     """A sentence about what a metric is; empty if plots.yaml has none."""
     meanings: Mapping[str, str] = LABELS["meanings"]
     rest = name.removeprefix("validation/")
-    for key in (name, *(prefix + rest for prefix in _TRAINING), rest.partition("/")[0]):
+    of_training = [prefix + rest for prefix in _TRAINING]
+    kind = rest.partition("/")[0]
+    for key in (name, *of_training, kind):
         if key in meanings:
             return meanings[key]
     return ""
@@ -42,7 +48,9 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its
     validation]}``.
     """
-    names = dict.fromkeys(name for record in records for row in record.metrics for name in row)
+    names: dict[str, Any] = {}
+    for record in records:
+        names |= record.last
     names.pop("step", None)
     members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
@@ -86,7 +94,7 @@ def mean(group: Group, name: str) -> np.ndarray:
     return means[np.isfinite(means)]
 
 
-def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
+def curves(groups: Groups) -> tuple[list[Plot], dict[str, float]]:
     """A plot of each metric, training and validation of the same thing together; and the metrics
     that never change.
     """
@@ -105,17 +113,23 @@ def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
     return plots, constant
 
 
-def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> Plot:
-    """The curves of a metric, with its alerts and its horizontal line.
-
-    members: the training metric and that of the validation, or one of them.
-    """
+def _metric_plot(
+    groups: Groups,
+    base: str,
+    members: Members,
+) -> Plot:
+    """The curves of a metric, with its alerts and its horizontal line."""
     records = [record for group in groups for record in group.records]
     drawn = _metric_series(groups, members)
     alerts = [mark for record in records for mark in _alerts(record, members)]
     if alerts:
         steps, values = zip(*alerts, strict=True)
-        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
+        drawn["alert"] = Series(
+            steps,
+            values,
+            kind="points",
+            color=len(groups) + 1,
+        )
     title = members[0]
     y_label = base.rpartition("/")[2]
     lines: dict[str, float] = {}
@@ -126,10 +140,17 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
     if base == "objective/kl" and first is not None and not others:
         lines = {"target": first}
     x_label = unit(records[0])
-    return Plot(title, x_label, y_label, drawn, lines=lines, note=meaning(members[0]))
+    return Plot(
+        title,
+        x_label,
+        y_label,
+        drawn,
+        lines=lines,
+        note=meaning(members[0]),
+    )
 
 
-def _metric_series(groups: Sequence[Group], members: Sequence[str]) -> dict[str, Series]:
+def _metric_series(groups: Groups, members: Members) -> dict[str, Series]:
     """The curves of each group, by their labels. The colour tells groups apart, the line style
     validation from training; with one group the colour tells validation from training.
     """
@@ -151,7 +172,7 @@ def _metric_series(groups: Sequence[Group], members: Sequence[str]) -> dict[str,
     return drawn
 
 
-def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
+def _alerts(record: RunRecord, members: Members) -> list[tuple[int, float]]:
     """The alerts of the run that name one of these metrics in their rule or message: step and value
     of the metric there.
     """
@@ -161,11 +182,13 @@ def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]
         step = alert["step"]
         row = rows.get(step, {})
         words = re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")
-        marks += [(step, row[name]) for name in members if name in words and name in row]
+        for name in members:
+            if name in words and name in row:
+                marks.append((step, row[name]))
     return marks
 
 
-def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
+def reward_against_kl(groups: Groups) -> Plot | None:
     """``objective/score`` over ``objective/kl``; labels number some iterations. None if no run has
     measured both.
     """
@@ -179,7 +202,8 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
         stretch = math.ceil(len(rows) / MAX_DOTS)
         longest = max(longest, stretch)
         parts = np.array_split(rows, range(stretch, len(rows), stretch))
-        step, kl, score = np.array([part.mean(axis=0) for part in parts]).T
+        means = [part.mean(axis=0) for part in parts]
+        step, kl, score = np.transpose(means)
         labels = [""] * len(step)
         every = math.ceil(len(step) / MAX_NUMBERED)
         labels[::every] = [f"{number:.0f}" for number in step[::every]]
@@ -195,7 +219,7 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
 # --- What samples.jsonl holds
 
 
-def distributions(groups: Sequence[Group]) -> list[Plot]:
+def distributions(groups: Groups) -> list[Plot]:
     """Reward against KL and histograms of the first and the last validation; of a reward model also
     its calibration, or scores over target scores."""
     kind = groups[0].records[0].kind
@@ -235,7 +259,7 @@ def _of_reward_model(group: Group, name: str) -> list[Plot]:
     return plots
 
 
-def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
+def _histograms(groups: Groups, key: str) -> list[Plot]:
     """A histogram for each group whose samples have the key, all over the same bins."""
     drawn: dict[str, dict[str, list[float]]] = {}
     pooled: list[float] = []
@@ -254,7 +278,12 @@ def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
     return plots
 
 
-def _calibration(group: Group, name: str, steps: str, margins: Sequence[float]) -> Plot:
+def _calibration(
+    group: Group,
+    name: str,
+    steps: str,
+    margins: Sequence[float],
+) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = metrics.reliability(finite)
@@ -269,4 +298,9 @@ def _calibration(group: Group, name: str, steps: str, margins: Sequence[float]) 
     labels = [f"{count:.0f}" for count in counts]
     points = {"pairs": Series(confidence, accuracy, labels=labels)}
     axes = _axes("calibration", name)
-    return Plot(*axes, points, diagonal="perfectly calibrated", note=note)
+    return Plot(
+        *axes,
+        points,
+        diagonal="perfectly calibrated",
+        note=note,
+    )

@@ -165,7 +165,9 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
     folders: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
         is_outer = not (path / "manifest.json").is_file()
-        runs = sorted(file.parent for file in path.glob("*/manifest.json")) if is_outer else [path]
+        runs = [path]
+        if is_outer:
+            runs = sorted(file.parent for file in path.glob("*/manifest.json"))
         if not runs:
             raise UserError(
                 f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "
@@ -224,10 +226,13 @@ def groups(records: Iterable[RunRecord]) -> list[Group]:
     for record in records:
         key = json.dumps([record.stage, record.comparable], sort_keys=True, default=str)
         members.setdefault(key, []).append(record)
-    names = [_common_name([record.name for record in group]) for group in members.values()]
+    names = []
+    for group in members.values():
+        names.append(_common_name([record.name for record in group]))
     if len(set(names)) < len(names):
         names = [f"{group[0].name} (n = {len(group)})" for group in members.values()]
-    return [Group(*named) for named in zip(names, map(tuple, members.values()), strict=True)]
+    pairs = zip(names, members.values(), strict=True)
+    return [Group(name, tuple(group)) for name, group in pairs]
 
 
 def _common_name(names: Sequence[str]) -> str:
@@ -277,4 +282,5 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     :class:`rlhf_jax.report.figures.Plot`.
     """
     recorded = [row for row in rows if name in row]
-    return [row["step"] for row in recorded], [row[name] for row in recorded]
+    steps = [row["step"] for row in recorded]
+    return steps, [row[name] for row in recorded]

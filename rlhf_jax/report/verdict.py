@@ -23,9 +23,13 @@ def sentence(group: Group) -> str:
     """
     record = group.records[0]
     steps = sorted({record.steps for record in group.records})
-    length = f"{' or '.join(map(str, steps))} {plots.unit(record)}s"
+    counts = " or ".join(map(str, steps))
+    length = f"{counts} {plots.unit(record)}s"
     measured = _measured(group)
-    parts = [f"{main.label} {main.value} in {length}" for main in measured[:1]] or [length]
+    parts = [length]
+    if measured:
+        main = measured[0]
+        parts = [f"{main.label} {main.value} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
@@ -33,21 +37,25 @@ def sentence(group: Group) -> str:
             last = tile.value.split()[-1]
             parts.append(f"KL {last} {tile.note}")
     alerts = _alerts(group)
-    parts.append(": ".join(filter(None, [alerts.value, alerts.note])))
+    parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
     ends = [unfinished(record) for record in group.records]
-    return " ".join([*filter(None, ends), f"{', '.join(parts)}."])
+    result = ", ".join(parts)
+    return " ".join([*filter(None, ends), f"{result}."])
 
 
 def next_commands(kind: str, folder: object) -> list[str]:
     """The commands that go on with a finished run of this kind."""
     run = shlex.quote(str(folder))
-    return [line.format(run=run) for line in plots.LABELS["next"][kind]]
+    lines = plots.LABELS["next"][kind]
+    return [line.format(run=run) for line in lines]
 
 
 def tiles(group: Group) -> list[Tile]:
     """The metrics that a run of this kind is judged by, the time and the alerts."""
     record = group.records[0]
-    seconds = sum(row[name] for row in record.timing for name in row if name != "step")
+    seconds = 0.0
+    for row in record.timing:
+        seconds += sum(row[name] for name in row.keys() - {"step"})
     pace = record.seconds_per_step
     note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
     time = Tile("Time", duration(seconds), note)
@@ -60,7 +68,7 @@ def unfinished(record: RunRecord) -> str:
         return ""
     where = f"{plots.unit(record)} {record.steps}"
     planned = record.settings.get("rl.num_iterations")
-    if record.kind == "policy" and planned:
+    if planned and record.kind == "policy":
         where += f" of {planned}"
     if record.last.get("nonfinite", 0) > 0:
         return f"Failed in {where}: the loss or the gradient was not finite."
@@ -76,18 +84,22 @@ def _measured(group: Group) -> list[Tile]:
     target = record.settings.get("rl.kl_target")
     nats = f"of {target:g} nats" if target else "nats"
     found = []
-    for metrics in plots.LABELS["tiles"][record.kind]:
-        for label, name in metrics.items():
+    for choices in plots.LABELS["tiles"][record.kind]:
+        for label, name in choices.items():
             means = plots.mean(group, name)
-            if means.size:
-                first, last = (f"{value:.3g}" for value in means[[0, -1]])
-                value = last if first == last else f"{first} → {last}"
-                found.append(Tile(label, value, nats if label == "KL" else ""))
-                break
+            if not means.size:
+                continue
+            ends = means[[0, -1]]
+            first, last = (f"{value:.3g}" for value in ends)
+            value = last if first == last else f"{first} → {last}"
+            note = nats if label == "KL" else ""
+            found.append(Tile(label, value, note))
+            break
     return found
 
 
 def _alerts(group: Group) -> Tile:
-    names = [str(row.get("name")) for record in group.records for row in record.alerts]
-    count = {0: "no alert", 1: "1 alert"}.get(len(names), f"{len(names)} alerts")
-    return Tile("Alerts", count, ", ".join(dict.fromkeys(names)))
+    alerts = [alert for record in group.records for alert in record.alerts]
+    names = dict.fromkeys(str(alert.get("name")) for alert in alerts)
+    count = {0: "no alert", 1: "1 alert"}.get(len(alerts), f"{len(alerts)} alerts")
+    return Tile("Alerts", count, ", ".join(names))
