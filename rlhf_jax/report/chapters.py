@@ -15,8 +15,8 @@ from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
 TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}  # others in capitals
 MAX_SAMPLES = 8  # of one group of runs
 # Columns of samples.jsonl for pairs, for answers with target scores and for prompts: first those
-# that are the same at each validation, then those that change. Only rows of this kind have the last
-# column that stays the same.
+# that are the same at each validation, then those that change. A row is of the first of these kinds
+# whose last unchanging column it has, or else of the last kind.
 SAMPLE_COLUMNS = (
     (("prompt", "chosen", "rejected"), ("margin",)),
     (("prompt", "response", "target"), ("score",)),
@@ -174,10 +174,9 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
     """
     steps, validations = zip(*record.validations, strict=True)
     last = validations[-1]
-    fixed, changing = SAMPLE_COLUMNS[-1]
-    for kind in SAMPLE_COLUMNS[:-1]:
-        if kind[0][-1] in last[0]:
-            fixed, changing = kind
+    for fixed, changing in SAMPLE_COLUMNS:
+        if fixed[-1] in last[0]:
+            break
     numbered = [_numbered(rows, fixed) for rows in validations]
     rows = []
     shown = itertools.islice(numbered[-1].items(), MAX_SAMPLES)
