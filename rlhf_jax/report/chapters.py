@@ -174,7 +174,7 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
     """
     steps, validations = zip(*record.validations, strict=True)
     last = validations[-1]
-    for fixed, changing in SAMPLE_COLUMNS:
+    for fixed, changing in SAMPLE_COLUMNS:  # noqa: B007
         if fixed[-1] in last[0]:
             break
     numbered = [_numbered(rows, fixed) for rows in validations]
