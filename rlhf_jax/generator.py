@@ -1,4 +1,4 @@
-"""Texts in, texts out: a language model as a user meets it."""
+"""Texts in, texts out: generation with a language model."""
 
 import collections
 import functools
@@ -199,8 +199,11 @@ class LanguageModel(NamedTuple):
         stop: Sequence[str],
         environment: Environment | None,
     ) -> tuple[Rollout, dict[str, np.ndarray]]:
-        """Samples [N] responses, or conversations with the environment; row i answers the prompt
-        ``numbers[i]``. Returns as `converse` does.
+        """Samples [N] responses, or conversations with an environment. Row i answers the prompt
+        ``numbers[i]``; its randomness is that of row ``row_ids[i]``.
+
+        Returns:
+            As `converse`: the Rollout, and what is known of each conversation.
         """
 
         def until_eos(
@@ -242,7 +245,9 @@ class LanguageModel(NamedTuple):
 
 
 def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
-    """The columns of a batch of these rows, of which few numbers are compiled."""
+    """The columns of a batch of these rows: a multiple of ``_BUCKET``, so that few shapes are
+    compiled.
+    """
     longest = max(map(len, rows))
     return min(-(-longest // _BUCKET) * _BUCKET, limit)
 

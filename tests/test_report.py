@@ -207,7 +207,7 @@ def test_what_is_missing_is_said(tmp_path):
         "Histograms and samples before and after: no validation has written texts.",
         "No validation: nothing was held out, or no validation has been reached.",
         "run: not finished, as there is no model yet; last recorded step: 1.",
-        "run: the last line of metrics.jsonl is cut and has been passed over.",
+        "run: the last line of metrics.jsonl is incomplete and was skipped.",
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step
     assert read.all("svg") == []

@@ -92,8 +92,8 @@ def uncertainty(
 
 
 def harmlessness(responses: Responses, labels: Sequence[str], key: Array) -> list[Figure]:
-    """Shares of refusals: of unsafe prompts they are wanted, of safe ones not (Röttger et al.
-    2024).
+    """Shares of refused prompts: unsafe ones, which should be refused, and safe ones, which should
+    not (Röttger et al. 2024).
     """
     refused = responses.each(texts.is_refusal)
     labelled = np.array(labels)
@@ -105,8 +105,8 @@ def harmlessness(responses: Responses, labels: Sequence[str], key: Array) -> lis
 
 
 def diversity(responses: Responses, key: Array) -> list[Figure]:
-    """How responses differ: the first one to each prompt from those to other prompts; with several
-    to each prompt, also these among themselves (``_within_prompt``), and how each repeats itself.
+    """How much the first responses to different prompts differ, how much each response repeats
+    itself, and, with several responses to a prompt, how much these differ (``_within_prompt``).
     """
     words = [[texts.words(text) for text in row] for row in responses.texts]
     first = [row[0] for row in words]
@@ -172,8 +172,8 @@ def _accuracies(
     pairs: metrics.Pairs,
     key: Array,
 ) -> list[Figure]:
-    """The accuracy of best answers against all others of their row; where a row has several pairs,
-    of the pairs too.
+    """The share of rows whose best answer scores above all others; if rows have several pairs, the
+    share of right pairs too.
     """
     right = np.heaviside(margin, 0.5)
     metric = f"accuracy_{judge}"
@@ -211,9 +211,9 @@ def _calibration(
 
 
 def _average(judge: str, accuracies: Mapping[str, float]) -> Iterator[Figure]:
-    """The mean of accuracies of parts, without RewardBench 2's Ties, whose score there is another
-    one; of the subsets of RewardBench the mean of its sections, each a weighted mean of its
-    subsets, as on the leaderboard.
+    """The mean of the accuracies of the parts. RewardBench 2's Ties are left out: its leaderboard
+    scores them in another way. The subsets of RewardBench form sections, each a weighted mean, of
+    which the average is the mean, as on its leaderboard.
     """
     metric = f"average_{judge}"
     means = {part: value for part, value in accuracies.items() if part not in ("", "Ties")}

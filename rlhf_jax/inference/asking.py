@@ -1,5 +1,5 @@
-"""Opens a run for prompts: its policy with the run's template and sampling settings, and a
-reward.
+"""Opens the policy of a run, with its template and its sampling settings, and reads prompts for
+it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _SLOTS = 256  # response slots of a model that no run of ours trained
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a model is asked. What is null is as in the run's config.yaml."""
+    """How the model samples. A null setting is taken from the run's config.yaml."""
 
     max_new_tokens: int | None = None
     """Response slots; null: the run's rl.max_new_tokens. For a model's folder 256, or half of its
@@ -45,8 +45,8 @@ class Settings:
     repetition_penalty: float | None = None
     """Above 1, tokens that occurred are less likely; null: as the run."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it. None:
-    the run's rl.stop."""
+    """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it. By
+    default the run's rl.stop."""
     template: str | None = None
     """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
     """
@@ -75,7 +75,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromFiles(Settings, Prompts):
-    """How a model is asked, and what."""
+    """Prompts from files, and how the model samples."""
 
 
 def start(settings: Settings) -> None:

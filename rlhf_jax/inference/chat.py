@@ -36,7 +36,7 @@ _BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few sha
 
 @dataclasses.dataclass(frozen=True)
 class Config(asking.Settings):
-    """Who answers, and how."""
+    """The models that answer, and how they sample."""
 
     compare: str | None = None
     """Another run or model folder, which answers too: the answers are labelled A and B, and stand
@@ -48,7 +48,7 @@ class Config(asking.Settings):
 
 
 Columns = contextlib.AbstractContextManager[Callable[[Sequence[str]], None]]
-"""What is called with all texts each time that one of them has grown."""
+"""A context whose function is called with all texts whenever one of them has grown."""
 
 
 class Console(NamedTuple):
@@ -63,7 +63,7 @@ class Console(NamedTuple):
 
 @dataclasses.dataclass
 class Speaker:
-    """A model in a conversation, and its side of it."""
+    """A model and its history of the conversation."""
 
     label: str
     policy: Generator
@@ -74,8 +74,8 @@ class Speaker:
     last: "Answer | None" = None
 
     def begin(self, line: str, note: Callable[[str], None]) -> "Answer":
-        """The answer to a line, of which nothing is sampled yet. As many of the oldest turns are
-        dropped as have to for the conversation to fit.
+        """Begins an answer to a line; nothing is sampled yet. Drops the oldest turns until the
+        conversation fits.
 
         Raises:
             UserError: the line does not fit, or spells a special token.
@@ -209,7 +209,7 @@ class _Talk:
     """By the fingerprint of a tokenizer."""
 
     def take(self, line: str) -> None:
-        """Obeys a line that is a command, answers any other line."""
+        """Carries out a command, answers any other line."""
         command, *words = line.split() or [""]
         if command.startswith("/"):
             self._do(command, words)

@@ -1,4 +1,4 @@
-"""What a page shows of the runs of one kind: a verdict, figures, samples, settings, commands."""
+"""The chapter of a page about runs of one kind: verdict, figures, samples, settings, commands."""
 
 import itertools
 import json
@@ -116,8 +116,8 @@ def _command(record: RunRecord) -> str:
 
 
 def _facts(groups: Sequence[Group]) -> Facts | Table:
-    """What the runs are, their pace, and what made them: of several runs a table with a column for
-    each of them.
+    """Stage, seed, pace, state and environment: the facts of one run, or a table with a column for
+    each run.
     """
     columns = {}
     for group in groups:
@@ -146,7 +146,7 @@ def _of_run(record: RunRecord, group: Group) -> dict[str, Any]:
 
 
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What made the run what it is, beside its settings."""
+    """The facts of the manifest: code, versions, devices and data."""
     facts: dict[str, Any] = {}
     git = manifest.get("git")
     if git:

@@ -123,7 +123,7 @@ def _images(drawn: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
 
 
 def default_path(runs: Sequence[str | Path]) -> Path:
-    """Where the page of these runs belongs.
+    """The default path of the page of these runs.
 
     In the run's folder; for a folder of runs ``stages.html`` in it, beside a quickstart's own
     ``report.html``; for several folders ``report.html`` in the working directory.
@@ -136,7 +136,7 @@ def default_path(runs: Sequence[str | Path]) -> Path:
 
 
 def fill(template: str, **context: Any) -> str:
-    """A file of ``templates/`` with these values; in HTML all texts are escaped."""
+    """Fills a template of ``templates/`` with values; in HTML all texts are escaped."""
     salts = itertools.count()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhf_jax.report"),

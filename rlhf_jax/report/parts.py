@@ -7,7 +7,7 @@ from rlhf_jax.report import figures
 
 
 class Gates(NamedTuple):
-    """What a run had to reach: ``{name: (passed, numbers and thresholds)}``."""
+    """The checks of a run: ``{name: (passed, numbers and thresholds)}``."""
 
     results: Mapping[str, tuple[bool, str]]
 

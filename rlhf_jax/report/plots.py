@@ -28,7 +28,7 @@ _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "kto/", "")
 
 
 def unit(record: RunRecord) -> str:
-    """What the run counts."""
+    """The name of a step of the run."""
     return "iteration" if record.kind == "policy" else "step"
 
 

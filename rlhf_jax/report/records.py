@@ -30,7 +30,7 @@ FREE_SETTINGS = ["seed", "output_dir", "resume", "overwrite", "allow_changed", "
 FREE_SETTINGS += ["checkpoint_interval", "checkpoint_async", "keep_last"]
 # Each stage reads the section of its name.
 STAGES = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo", "distill")
-# Runs of one kind are drawn over each other.
+# Runs of one kind share their figures.
 KINDS = ("sft", "reward_model", "dpo", "kto", "policy")
 EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder
 
@@ -58,7 +58,7 @@ class RunRecord:
     evaluation: list[Row]
     """Rows of evaluation.json; empty if the run has not been evaluated."""
     cut: tuple[str, ...]
-    """Files whose last line is incomplete, because the run still writes or was killed."""
+    """Files whose last line is incomplete, because the run is still writing or was killed."""
     folder: str
     """``output_dir`` as the run was given it."""
 
@@ -98,7 +98,7 @@ class RunRecord:
     @functools.cached_property
     def validations(self) -> list[tuple[int, list[Row]]]:
         """The samples of the first and of the last validation, each with its step; one if there was
-        but one.
+        only one.
         """
         by_step: dict[int, list[Row]] = {}
         for row in self.samples:
@@ -128,8 +128,8 @@ class Group:
 
     @property
     def validations(self) -> list[tuple[str, list[Row]]]:
-        """The step, or steps, and the samples of the first and of the last validation, of all runs
-        together.
+        """The first and the last validation, pooled over the runs: their steps as a text, and their
+        samples.
         """
         pooled = []
         for of_runs in itertools.zip_longest(*(run.validations for run in self.records)):
@@ -186,8 +186,8 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def _read(path: Path, name: str, is_inner: bool) -> RunRecord:
-    """The run in a folder. The folder of a pipeline, which an inner run is a stage of, makes no
-    difference between two runs.
+    """The run in a folder. is_inner: it is a stage of a pipeline, whose folder is written as "…" in
+    its settings: two runs do not differ by it.
     """
     manifest = reading.read_json(path / "manifest.json", reading.MANIFEST, ["command"])
     place = path / "config.yaml"

@@ -1,4 +1,4 @@
-"""What came of a run, before any details: a sentence and a few figures; and what to do next."""
+"""The result of a run in a sentence and a few figures, and the commands that may come next."""
 
 import shlex
 from typing import NamedTuple
