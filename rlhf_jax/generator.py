@@ -375,20 +375,24 @@ class Generator:
         self._judge: LanguageModel | None = None
         self._reads_texts = False
         self._decoding: Params | None = None  # the weights as a stream reads them
-        positions = min(self.model.config.max_length, max_length or sys.maxsize)
         if reward_model is not None:
             self._judge = _load(reward_model, compute, is_judge=True)
             self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
-            if not self._reads_texts:
-                positions = min(positions, self._judge.model.config.max_length)
-            elif self._environment is not None:
-                raise UserError(f"{reward_model}: {SINGLE_TURN}")
-        self.room = positions - max_new_tokens
-        if self.room < 1:
+        if self._reads_texts and self._environment is not None:
+            raise UserError(f"{reward_model}: {SINGLE_TURN}")
+        self.room = self._room(folder, max_length or sys.maxsize)
+
+    def _room(self, folder: str | Path, positions: int) -> int:
+        """The positions that are left for a prompt. Raises UserError if there are none."""
+        positions = min(positions, self.model.config.max_length)
+        if self._judge is not None and not self._reads_texts:
+            positions = min(positions, self._judge.model.config.max_length)
+        slots = self.config.max_new_tokens
+        if slots >= positions:
             raise UserError(
-                f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in "
-                f"{positions}"
+                f"{folder}: max_new_tokens {slots} leaves no room for a prompt in {positions}"
             )
+        return positions - slots
 
     def __call__(
         self,

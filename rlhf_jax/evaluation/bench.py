@@ -196,16 +196,8 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     """
     config = bench.config
     tokenizer = policy.tokenizer
-    slots = policy.max_new_tokens
-    encoded = encoding.encode_prompts(
-        prompts,
-        tokenizer,
-        template=policy.template,
-        too_long=config.too_long,
-        max_positions=min(bench.positions, policy.model.config.max_length),
-        max_new_tokens=slots,
-    )
-    settings = initial.sampling_config(RLStage(max_new_tokens=slots), tokenizer)
+    encoded = _encode_prompts(bench, policy, prompts)
+    settings = initial.sampling_config(RLStage(max_new_tokens=policy.max_new_tokens), tokenizer)
     settings = dataclasses.replace(settings, temperature=config.temperature)  # which may be 0
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
@@ -306,6 +298,20 @@ def against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
         )
     other = other._replace(max_new_tokens=policy.max_new_tokens)
     return sample(bench, other, "prompts", prompts)
+
+
+def _encode_prompts(
+    bench: Bench, policy: Policy, prompts: Sequence[rows.Row]
+) -> encoding.EncodedPrompts:
+    """The prompts as the policy reads them; with the response they fit into the reward model."""
+    return encoding.encode_prompts(
+        prompts,
+        policy.tokenizer,
+        template=policy.template,
+        too_long=bench.config.too_long,
+        max_positions=min(bench.positions, policy.model.config.max_length),
+        max_new_tokens=policy.max_new_tokens,
+    )
 
 
 def encode_pairs(bench: Bench, pairs: Sequence[rows.Row]) -> encoding.EncodedTexts:

@@ -42,7 +42,6 @@ Encoded = Mapping[str, encoding.EncodedTexts]
 """The pairs of preferences and annotated."""
 
 SAMPLES = "evaluation_samples.jsonl"
-# Categories in this order come first.
 ORDER = (
     "helpfulness",
     "harmlessness",
@@ -97,8 +96,7 @@ def run(folder: str | Path, config: Config) -> Result:
     if config.against is not None:
         answers["prompts, against"] = _against(opened, config.against, sets, answers)
     figures = [*_figures(opened, sets, categories, answers, pairs), *_not_run(policy, config)]
-    places = {category: place for place, category in enumerate(ORDER)}
-    figures.sort(key=lambda figure: places.get(figure.category.partition(":")[0], len(places)))
+    figures.sort(key=_place)
     content = {
         "settings": _settings(policy, config),
         "fingerprints": _fingerprints(folder, config, sets, categories),
@@ -237,6 +235,12 @@ def _fingerprints(
 
 
 # --- Figures
+
+
+def _place(figure: measures.Figure) -> int:
+    """Where the figure's category stands: in ``ORDER``, and the user's own after these."""
+    category = figure.category.partition(":")[0]
+    return ORDER.index(category) if category in ORDER else len(ORDER)
 
 
 def _figures(

@@ -70,12 +70,7 @@ def run(folder: str, config: Config) -> int:
     asked = policy.ask(data.rows, config.n)
     out = Path(config.out)
     total = asked.streams.size
-    settings = asking.described(folder, policy, config, data)
-    settings |= {"n": config.n, "log_probs": config.log_probs}
-    settings["reward"] = {
-        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
-        for entry in config.reward
-    }
+    settings = asking.described(folder, policy, config, data) | _own_settings(config)
     num_done = _take(out, settings)
     if num_done:
         logger.info(f"{out}: holds {num_done} of {total} responses")
@@ -92,6 +87,15 @@ def run(folder: str, config: Config) -> int:
             file.flush()
             logger.info(f"{num_before + len(lines)} of {total} responses")
     return total
+
+
+def _own_settings(config: Config) -> dict[str, Any]:
+    """What determines the rows beside the responses."""
+    reward = {
+        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
+        for entry in config.reward
+    }
+    return {"n": config.n, "log_probs": config.log_probs, "reward": reward}
 
 
 def _rows(
