@@ -223,6 +223,12 @@ def test_a_curve_is_drawn_where_its_values_are():
     assert_allclose(line, diagonal, rtol=1e-3)
 
 
+def test_a_series_has_its_own_colour_or_that_of_its_place():
+    colors = {"a": None, "b": 0, "c": None, "d": 6}
+    plot = Plot("p", "x", "y", {name: Series(*CURVE, color=own) for name, own in colors.items()})
+    assert [series.color for series in plot.shown.values()] == [0, 0, 2, 6]
+
+
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
     values = [float(i % 3) for i in range(20)] + [bad] + [float(i % 3) for i in range(19)]

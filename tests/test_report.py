@@ -123,8 +123,9 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
 
 def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
     rows = [{"prompt": f"p{i}", "response": "r"} for i in range(20)]
-    run = write_run(tmp_path / "run", samples={0: rows, 3: rows}, metrics={})
+    run = write_run(tmp_path / "run", samples={0: rows, 2: rows[:1], 3: rows}, metrics={})
     read = read_page(tmp_path, run)
+    assert read.texts("th")[1::2][:2] == ["response, step 0", "response, step 3"]
     prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
     [folded] = [text for text in read.texts("details") if "the others" in text]
@@ -227,7 +228,7 @@ def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_pa
         ["validation/other"],
     ]
     metrics = {name: [1.0, 2.0] for name in itertools.chain(*members)}
-    metrics["dpo/accuracy"] = [0.5, math.nan]
+    metrics["dpo/accuracy"] = [math.nan, 0.5]
     run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
     curves, constant = plots.curves(groups_of(run))
     assert [list(plot.series) for plot in curves] == members
@@ -411,7 +412,7 @@ def test_model_cards(member, shift, kind, tmp_path):
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):
     run = write_run(tmp_path / "run", metrics={}, samples={})
     with pytest.raises(UserError, match="given twice"):
-        page.write([run, tmp_path], tmp_path / "out.html")
+        page.write([run, tmp_path / "run" / ".." / "run"], tmp_path / "out.html")
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
         page.write([run], tmp_path / "no" / "out.html")
 

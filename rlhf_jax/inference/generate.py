@@ -80,8 +80,7 @@ def run(folder: str, config: Config) -> int:
     with file_errors(out, "written"), out.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(first, len(data.rows), size):
             part = asked.part(start, start + size)
-            rows = _rows(policy, reward, part, config, columns)
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            lines = list(_lines(policy, reward, part, config, columns))
             num_before = start * config.n
             file.writelines(lines[max(0, num_done - num_before) :])
             file.flush()
@@ -98,14 +97,14 @@ def _own_settings(config: Config) -> dict[str, Any]:
     return {"n": config.n, "log_probs": config.log_probs, "reward": reward}
 
 
-def _rows(
+def _lines(
     policy: Generator,
     reward: spec.Reward | None,
     asked: Asked,
     config: Config,
     columns: Iterable[str],
-) -> Iterator[dict[str, Any]]:
-    """Samples responses; yields what is written of each. ``columns``: those that a reward reads."""
+) -> Iterator[str]:
+    """Samples responses; yields the line of each. ``columns``: those that a reward reads."""
     rollout: Any = policy.sample(asked, config.seed)
     samples = [row for row in asked.rows for _ in range(config.n)]
     written = {"log_prob": rollout.log_probs.sum(axis=1)} if config.log_probs else {}
@@ -117,13 +116,14 @@ def _rows(
         written["score"] = bench.score(reward, rollout, of_samples, config.batch_size)
     texts = responses(rollout, policy.tokenizer)
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-        prompt = asking.as_given(sample, policy.tokenizer)
-        numbers = {name: round(float(values[i]), _DIGITS) for name, values in written.items()}
-        yield {
-            "prompt": prompt,
+        row: dict[str, Any] = {
+            "prompt": asking.as_given(sample, policy.tokenizer),
             "response": stops.before(text, policy.stop),
-            **{name: None if math.isnan(number) else number for name, number in numbers.items()},
         }
+        for name, values in written.items():
+            number = round(float(values[i]), _DIGITS)
+            row[name] = None if math.isnan(number) else number
+        yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _take(out: Path, settings: dict[str, Any]) -> int:
