@@ -429,9 +429,7 @@ class Generator:
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         rollout: Any = self.sample(asked, seed)
-        texts = responses(rollout, self.tokenizer)
-        if self._environment is None:
-            texts = [stops.before(text, self.stop) for text in texts]
+        texts = self.texts_of(rollout)
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         of_samples = [row for row in rows for _ in range(num_samples)]
         return Generations(
@@ -472,6 +470,13 @@ class Generator:
             environment=self._environment,
         )
         return rollout
+
+    def texts_of(self, rollout: Rollout) -> list[str]:
+        """[N] the responses without stop strings, which only an environment gets to read."""
+        texts = responses(rollout, self.tokenizer)
+        if self._environment is not None:
+            return texts
+        return [stops.before(text, self.stop) for text in texts]
 
     def _rewards(
         self, rollout: Rollout, rows: Sequence[Row], texts: Sequence[str]

@@ -122,14 +122,20 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
 
 
 def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
-    rows = [{"prompt": f"p{i}", "response": "r"} for i in range(20)]
-    run = write_run(tmp_path / "run", samples={0: rows, 2: rows[:1], 3: rows}, metrics={})
+    rows = [{"prompt": f"\np{i}\n", "response": "r"} for i in range(20)]
+    samples = {0: rows, 2: rows[:1], 3: rows}
+    run, other = (
+        write_run(tmp_path / name, samples=samples, metrics={}, settings={"ppo": {"name": name}})
+        for name in ("run", "other")
+    )
     read = read_page(tmp_path, run)
     assert read.texts("th")[1::2][:2] == ["response, step 0", "response, step 3"]
     prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
     [folded] = [text for text in read.texts("details") if "the others" in text]
     assert [f"p{i}r" in folded.replace("\n", "") for i in (2, 3, 7)] == [False, True, True]
+    both = read_page(tmp_path, run, other)  # of each of several groups one is shown
+    assert [text for text in both.texts("td") if text[1:].isdigit()][:3] == ["p0", "p0", "p1"]
 
 
 KL = "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats"
@@ -141,6 +147,7 @@ VERDICTS = {
     "failed": "Failed in iteration 3 of 9: the loss or the gradient was not finite. "
     f"{KL}, no alert.",
     "begun": "Not finished: the last record is of iteration 0 of 9. 0 iterations, no alert.",
+    "sft": "Not finished: the last record is of step 3. 3 steps, no alert.",
     "log": f"Not finished: the last record is of iteration 3 of 9. {KL}, 1 alert: far.",
 }
 
@@ -152,7 +159,9 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
         metrics = METRICS | {"nonfinite": [0.0, 0.0, 1.0]}
     settings = {"rl": {"kl_target": 2.0, "num_iterations": 9}}
     is_done = state == "finished"
-    run = write_run(tmp_path / "run", settings=settings, metrics=metrics, finished=is_done)
+    stage = "sft" if state == "sft" else "ppo"
+    given = {"stage": stage, "settings": settings, "metrics": metrics}
+    run = write_run(tmp_path / "run", finished=is_done, **given)
     if state in ("stop", "log"):
         (run / "alerts.jsonl").write_text(json.dumps(FAR | {"action": state}) + "\n")
     assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
@@ -161,9 +170,11 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
 def test_the_verdict_and_the_title_of_seeds_are_those_of_their_means(tmp_path):
     runs = []
     for seed, values in enumerate(([1.0, 2.0, 4.0], [3.0, 4.0, 6.0])):
-        run = write_run(
-            tmp_path / f"{seed}", stage="dpo", seed=seed, metrics={"dpo/accuracy": values}
-        )
+        metrics = {"dpo/accuracy": values}
+        settings = {"dpo": {"validation_data": ["held.json"]}}
+        given = {"seed": seed, "settings": settings, "metrics": metrics}
+        run = write_run(tmp_path / f"{seed}", stage="dpo", **given)
+        change(run, data={"model": "0", "prompts.json": "1", "held.json": "2"})
         runs.append(run)
     chapter = chapter_of(*runs)
     expected = "Accuracy 2 → 5 in 3 steps, mean of 2 runs, no alert."
@@ -218,6 +229,15 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 # --- Curves
+
+
+def test_four_curves_are_shown_and_the_others_folded(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "element", lambda plot, salt: "")  # drawing takes long
+    metrics = {name: [1.0, 2.0] for name in "abcdef"}
+    read = read_page(tmp_path, write_run(tmp_path / "run", metrics=metrics, samples={}))
+    assert read.texts("h3") == [*"abcdef"]
+    [folded] = [text for text in read.texts("details") if "The other curves (2)" in text]
+    assert folded.split()[-2:] == ["e", "f"]
 
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
@@ -285,12 +305,12 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
 
 def test_groups_are_compared_by_what_differs(tmp_path):
     def run(name, clip, target, **more):
-        parts = {"ppo": {"clip": clip}, "dpo": {"beta": clip}, "data": []}
+        parts = {"ppo": {"clip": clip, "epochs": 4}, "dpo": {"beta": clip}, "data": []}
         settings = parts | {"rl": {"kl_target": target, "same": 1}}
         return write_run(tmp_path / name, settings=settings, **more)
 
-    folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", 0.1, None)]
-    folders.append(run("d", 0.1, None, stage="mine"))  # an algorithm from outside
+    folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", None, 2.0)]
+    folders.append(run("d", 0.1, 3.0, stage="mine"))  # an algorithm from outside
     groups = groups_of(*folders)
     members = [[record.name for record in group.records] for group in groups]
     assert members == [["a", "b"], ["c"], ["d"]]
@@ -298,10 +318,11 @@ def test_groups_are_compared_by_what_differs(tmp_path):
     assert chapter["title"] == "PPO, MINE: 4 runs compared"
     assert chapter["differences"] == [  # dpo.beta is no setting of these stages
         ["stage", "ppo", "ppo", "mine"],
-        ["ppo.clip", "0.2", "0.1", "(none)"],
-        ["rl.kl_target", "1.0", "null", "null"],
+        ["ppo.clip", "0.2", "null", "(none)"],
+        ["rl.kl_target", "1.0", "2.0", "3.0"],
     ]
-    curve = plots.curves(groups)[0][0]
+    [curve, kl] = plots.curves(groups)[0]
+    assert kl.lines == {}
     looks = {name: (line.color, line.style) for name, line in curve.series.items()}
     assert looks == {
         f"{name}{more}": (color, style)

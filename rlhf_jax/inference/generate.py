@@ -15,11 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import stops
 from rlhf_jax.errors import file_errors, logger
 from rlhf_jax.evaluation import bench
 from rlhf_jax.evaluation.settings import check_at_least
-from rlhf_jax.generator import Asked, Generator, responses
+from rlhf_jax.generator import Asked, Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import manifest, reading
@@ -114,12 +113,10 @@ def _lines(
         }
         of_samples["messages"] = [row.conversation for row in samples]
         written["score"] = bench.score(reward, rollout, of_samples, config.batch_size)
-    texts = responses(rollout, policy.tokenizer)
+    texts = policy.texts_of(rollout)
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-        row: dict[str, Any] = {
-            "prompt": asking.as_given(sample, policy.tokenizer),
-            "response": stops.before(text, policy.stop),
-        }
+        prompt = asking.as_given(sample, policy.tokenizer)
+        row: dict[str, Any] = {"prompt": prompt, "response": text}
         for name, values in written.items():
             number = round(float(values[i]), _DIGITS)
             row[name] = None if math.isnan(number) else number

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, stops
+from rlhf_jax.data import chat
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation.settings import check_at_least
-from rlhf_jax.generator import Asked, Generator, responses
+from rlhf_jax.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
 from rlhf_jax.runs.folder import write_atomically
@@ -217,14 +217,12 @@ def _answers(
     @functools.lru_cache(maxsize=2)
     def batch(number: int) -> list[list[str]]:
         start = number * config.batch_size
-        texts: list[list[str]] = []
+        columns: list[list[str]] = []
         for policy, prompts in zip(policies, asked, strict=True):
-            part: Asked = prompts.part(start, start + config.batch_size)
-            whole = responses(policy.sample(part, config.seed), policy.tokenizer)
-            texts.append([stops.before(text, policy.stop) for text in whole])
-        if num_samples == 2:
-            texts = [texts[0][::2], texts[0][1::2]]
-        return [list(pair) for pair in zip(*texts, strict=True)]
+            part = prompts.part(start, start + config.batch_size)
+            texts = policy.texts_of(policy.sample(part, config.seed))
+            columns += [texts[i::num_samples] for i in range(num_samples)]
+        return [list(pair) for pair in zip(*columns, strict=True)]
 
     return lambda number: batch(number // config.batch_size)[number % config.batch_size]
 
