@@ -374,7 +374,6 @@ class Generator:
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
         self._reads_texts = False
-        self._decoding: Params | None = None  # the weights as a stream reads them
         if reward_model is not None:
             self._judge = _load(reward_model, compute, is_judge=True)
             self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
@@ -490,11 +489,15 @@ class Generator:
         score = functools.partial(_scorer(self._judge.model), self._judge.params)
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
+    @functools.cached_property
+    def _decoding(self) -> Params:
+        """The weights as a stream reads them."""
+        weights: Params = _streamer(self.model).decoding(self._policy.params)
+        return weights
+
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
         """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
         programs = _streamer(self.model)
-        if self._decoding is None:
-            self._decoding = programs.decoding(self._policy.params)
         num_buckets = -(-len(ids) // _BUCKET)
         width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
         prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)

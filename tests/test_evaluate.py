@@ -614,23 +614,16 @@ def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
 
 
 def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
+    words = ("tea", "milk", "salt")
     (tmp_path / "mine.yaml").write_text("custom: [say tea, say milk, say salt]\n")
-    given = config(
-        folders,
-        prompts=(),
-        preferences=(),
-        categories=str(tmp_path / "mine.yaml"),
-        output=str(tmp_path),
-    )
-    found = {
-        row.metric: row
-        for row in evaluate.run(folders / "run", given).rows
-        if row.category == "custom"
-    }
+    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path), "num_samples": 2}
+    figures = evaluate.run(folders / "run", config(folders, prompts=(), preferences=(), **own)).rows
+    found = {row.metric: row for row in figures if row.category == "custom"}
     lines = json_lines(tmp_path / evaluate.SAMPLES)
-    assert [(line["set"], line["prompt"]) for line in lines] == [
-        ("custom custom", f"say {word}") for word in ("tea", "milk", "salt")
-    ]
+    prompts = [("custom custom", f"say {word}") for word in words for _ in range(2)]
+    assert [(line["set"], line["prompt"]) for line in lines] == prompts
+    texts = [line["response"] for line in lines]
+    assert all(first != second for first, second in zip(texts[::2], texts[1::2], strict=True))
     assert found["quality"].value == pytest.approx(np.mean([line["score"] for line in lines]))
     assert {row.n for row in found.values()} == {3}
     assert {"new_content_words", "response_tokens", "ended", "empty"} < found.keys()

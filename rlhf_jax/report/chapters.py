@@ -124,7 +124,8 @@ def _facts(groups: Sequence[Group]) -> Facts | Table:
         for record in group.records:
             columns[record.name] = _of_run(record, group)
     if len(columns) == 1:
-        return Facts("Run", columns[record.name])
+        [facts] = columns.values()
+        return Facts("Run", facts)
     keys = dict.fromkeys(itertools.chain(*columns.values()))
     rows = []
     for key in keys:

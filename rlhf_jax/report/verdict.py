@@ -55,7 +55,7 @@ def tiles(group: Group) -> list[Tile]:
     record = group.records[0]
     seconds = 0.0
     for row in record.timing:
-        seconds += sum(row[name] for name in row.keys() - {"step"})
+        seconds += sum(value for name, value in row.items() if name != "step")
     pace = record.seconds_per_step
     note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
     time = Tile("Time", duration(seconds), note)
