@@ -186,9 +186,17 @@ def test_a_note_stands_before_the_label_of_its_answer(runs):
     assert [shown[i + 1] for i in places] == ["A: ", "B: "]
 
 
-def test_a_model_without_a_chat_template_is_given_each_line_alone(tmp_path, talk):
+def test_a_model_without_a_chat_template_is_given_each_line_alone(tmp_path, talk, monkeypatch):
+    scored = []
+
+    def score(reward, rollout, columns, batch_size):
+        scored.extend(columns["messages"])
+        return [0.5]
+
+    monkeypatch.setattr(chat.bench, "score", score)
     asked_runs.write(tmp_path, template="{prompt}")
-    shown, notes = talk("who", "and why", folder=tmp_path / "policy")
+    shown, notes = talk("who", "and why", "/score", folder=tmp_path / "policy")
+    assert scored == [messages("and why")]
     assert notes == [
         f"{tmp_path}/policy gets each line without the earlier ones, as '{{prompt}}': it has no "
         "chat template"

@@ -136,14 +136,16 @@ def test_a_file_that_was_made_otherwise_is_refused(runs, write, tmp_path):
         write("--columns", "prompt=nothing", name="none.jsonl")
 
 
-def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(runs, write, tmp_path):
+def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(write, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "def wanted(prompts, responses, want):\n"
-        "    return [None if number is None else number / 2 for number in want]\n"
+        "def wanted(prompts, responses, want, messages):\n"
+        "    both = zip(want, messages, strict=True)\n"
+        "    return [None if n is None else n / 2 + len(talk) for n, talk in both]\n"
     )
-    rows = write("--reward", f"{file}:wanted", "--batch-size", "1")
-    assert [row["score"] for row in rows] == [0, 0.5, 1, 1.5, 2, 2.5, 3, None]
+    rows = write("--reward", f"{file}:wanted", "--batch-size", "1", "--n", "2")
+    assert [row["score"] for row in rows[::2]] == [1, 1.5, 2, 2.5, 3, 3.5, 4, None]
+    assert [row["score"] for row in rows[1::2]] == [row["score"] for row in rows[::2]]
 
 
 def test_the_rows_are_demonstrations(write, tmp_path):
