@@ -78,7 +78,12 @@ def test_a_character_is_shown_when_all_its_bytes_are_there():
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())
     assert list(tokenizer.decode_stream(ids)) == list(text)
-    broken = [*tokenizer.encode("a"), ids[3], *tokenizer.encode("b"), ids[3]]
+    broken = [
+        *tokenizer.encode("a"),
+        ids[3],
+        *tokenizer.encode("b"),
+        ids[3],
+    ]
     assert "".join(tokenizer.decode_stream(broken)) == tokenizer.decode(broken) == "a\ufffdb\ufffd"
     assert list(tokenizer.decode_stream([])) == []
 
@@ -151,7 +156,13 @@ def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path,
 
 def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path):
     shutil.copytree(runs / "policy" / "model", tmp_path / "other")
-    shown, _ = talk("who", "x", "/score", compare=str(tmp_path / "other"), temperature=0.5)
+    shown, _ = talk(
+        "who",
+        "x",
+        "/score",
+        compare=str(tmp_path / "other"),
+        temperature=0.5,
+    )
     expected = []
     for label, slots in {"A": NEW, "B": 45}.items():  # half of a model's positions
         top_k = 9 if label == "A" else None
@@ -165,7 +176,13 @@ def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path
 
 def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
     line = "a" * 22
-    shown, notes = talk(line, line, line, line, system="be brief")
+    shown, notes = talk(
+        line,
+        line,
+        line,
+        line,
+        system="be brief",
+    )
     assert notes == ["(the oldest turn is dropped: 74 tokens fit)"] * 2
     system = {"role": "system", "content": "be brief"}
     answers = shown.split("\n")
@@ -282,7 +299,12 @@ def test_on_a_terminal_two_answers_grow_side_by_side(runs, talk, policy, tmp_pat
     console = chat.Console(notes.append, notes.append, True, columns)
     config = chat.Config(compare=str(tmp_path / "other"), max_new_tokens=NEW)
     chat.run(str(runs / "policy"), config, ["who", "and why"], console)
-    beside, _ = talk("who", "and why", compare=str(tmp_path / "other"), max_new_tokens=NEW)
+    beside, _ = talk(
+        "who",
+        "and why",
+        compare=str(tmp_path / "other"),
+        max_new_tokens=NEW,
+    )
     texts = [line.partition(": ")[2] for line in beside.splitlines()]
     assert texts[0] == policy([messages("who")]).texts[0]
     assert shown[-1] == texts[2:]

@@ -128,7 +128,12 @@ def test_win_rate_and_brier_by_hand():
 @pytest.mark.filterwarnings("error")
 def test_cohen_kappa_by_hand():
     """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: .7 agree, .5 would by chance."""
-    table = {(1, 1): 20, (1, 0): 5, (0, 1): 10, (0, 0): 15}
+    table = {
+        (1, 1): 20,
+        (1, 0): 5,
+        (0, 1): 10,
+        (0, 0): 15,
+    }
     cells = np.array(list(table))
     weights = np.array(list(table.values()))
     labels = np.repeat(cells, weights, axis=0)

@@ -46,7 +46,14 @@ def write(runs, prompts, tmp_path):
 
     def write(*flags, name="out.jsonl", policy="policy"):
         out = tmp_path / name
-        argv = ["generate", str(runs / policy), "--prompts", prompts, "--out", str(out)]
+        argv = [
+            "generate",
+            str(runs / policy),
+            "--prompts",
+            prompts,
+            "--out",
+            str(out),
+        ]
         cli.run([*argv, *flags])
         return json_lines(out)
 
@@ -54,7 +61,15 @@ def write(runs, prompts, tmp_path):
 
 
 def test_the_rows_are_what_the_generator_says(runs, write, capsys):
-    rows = write("--n", "2", "--log-probs", "--reward", str(runs / "reward"), "--seed", "3")
+    rows = write(
+        "--n",
+        "2",
+        "--log-probs",
+        "--reward",
+        str(runs / "reward"),
+        "--seed",
+        "3",
+    )
     assert "wrote 16 responses" in capsys.readouterr().out
     policy = runs / "policy" / "model"
     reward = runs / "reward" / "model"

@@ -81,7 +81,13 @@ def several(folders, tmp_path):
 def check_eos_ids(folder, others):
     """Sampler, tokenizer and what is saved name 1, the tokenizer's own, and the others."""
     policy = LanguageModel.load(folder)
-    drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.1}
+    drawn = {
+        "max_new_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.25,
+        "min_p": 0.1,
+    }
     drawn["repetition_penalty"] = 1.1
     settings = RLStage(**drawn, allow_truncated_sampling=True)
     sampled = initial.sampling_config(settings, policy.tokenizer)
@@ -195,7 +201,12 @@ def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(
 
 
 def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(folders):
-    generator = Generator(folders / "policy", max_new_tokens=2, temperature=0, template="{prompt}")
+    generator = Generator(
+        folders / "policy",
+        max_new_tokens=2,
+        temperature=0,
+        template="{prompt}",
+    )
     greedy = generator(["abc"], seed=0)
     assert greedy.rewards is None
     assert greedy.texts == generator(["abc"], seed=1).texts
@@ -262,7 +273,12 @@ def test_a_stop_string_ends_a_response_where_its_text_does(folders, generator, g
     """The tokens up to the end of the string count; what follows is as after EOS."""
     text = next(text for text in generations.texts if len(text) > 4)
     stop = (text[1:3], "zzz")
-    stopped = Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, stop=stop)
+    stopped = Generator(
+        folders / "policy",
+        folders / "reward",
+        max_new_tokens=NEW,
+        stop=stop,
+    )
     given = stopped(PROMPTS, seed=3, num_samples=2)
     num_stopped = 0
     for i, whole in enumerate(generations.texts):

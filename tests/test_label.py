@@ -60,8 +60,7 @@ def ask(runs, tmp_path):
 
         def lines():
             for line in judge if isinstance(judge, list) else iter(int, 1):
-                a, b = re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", shown[-1], re.DOTALL).groups()
-                yield judge(a, b) if callable(judge) else line
+                yield judge(*both(shown[-1])) if callable(judge) else line
 
         files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / name)}
         given = label.Config(**files, **config)
@@ -72,8 +71,14 @@ def ask(runs, tmp_path):
     return ask
 
 
-def longer(a, b):
-    return "tie" if len(a) == len(b) else "a" if len(a) > len(b) else "b"
+def both(text):
+    """The two answers as shown."""
+    return re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", text, re.DOTALL).groups()
+
+
+def letters(shown):
+    """The letters of the prompts ``say LETTER`` that were asked."""
+    return "".join(re.search("say (.)", text)[1] for text in shown)
 
 
 def later(a, b):
@@ -107,7 +112,7 @@ def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
     assert "asked again, you said the same 3 times of 3" in summary
     for text in shown[NUM_PAIRS:]:
         assert text.startswith("\n[once more] say ")
-        a, b = re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", text, re.DOTALL).groups()
+        a, b = both(text)
         assert any(f"\na: {b}\n\nb: {a}\n" in first for first in shown[:NUM_PAIRS])
     assert len(json_lines(tmp_path / "out.jsonl")) == NUM_PAIRS
     _, _, summary = ask(lambda a, b: "a", name="first.jsonl")
@@ -119,7 +124,7 @@ def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
 def test_ties_skips_undo_and_going_on(ask, tmp_path):
     out = tmp_path / "out.jsonl"
     shown, _, summary = ask(["a", "T", "b", "skip", "u", "undo", "tie", "q"])
-    assert [re.search("say .", text)[0][-1] for text in shown] == [*"abcdedcd"]
+    assert letters(shown) == "abcdedcd"
     rows = json_lines(out)
     assert ["chosen" in row for row in rows] == [True, False, False]
     assert rows[1] == rows[1] | {"prompt": "say b", "ranks": [0, 0]}
@@ -129,7 +134,7 @@ def test_ties_skips_undo_and_going_on(ask, tmp_path):
     assert len(read.rows) == 1
     assert read.dropped == {"all responses are ranked equal": 2}
     shown, _, summary = ask(["s", "a"])
-    assert [re.search("say .", text)[0][-1] for text in shown] == [*"def"]
+    assert letters(shown) == "def"
     assert summary.startswith("5 of 12 pairs: 2 preferences, 2 ties, 1 skipped")
     assert json_lines(out)[:3] == rows
     _, _, whole = ask(later)
@@ -143,7 +148,12 @@ def test_ties_skips_undo_and_going_on(ask, tmp_path):
 
 def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
     other = runs / "policy" / "model"
-    shown, _, summary = ask(later, against=str(other), temperature=0.5, count=5)
+    shown, _, summary = ask(
+        later,
+        against=str(other),
+        temperature=0.5,
+        count=5,
+    )
     how = {"max_new_tokens": 6, "temperature": 0.5, "top_k": 9, "template": "{prompt}:"}
     texts = Generator(other, **how)(PROMPTS[:5]).texts
     assert len(shown) == 0  # the same model says the same to the same seed: nothing to choose
@@ -207,7 +217,14 @@ def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatc
 def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\ntie\n"))
     out = tmp_path / "out.jsonl"
-    given = ["--prompts", str(runs / "prompts.txt"), "--out", str(out), "--count", "3"]
+    given = [
+        "--prompts",
+        str(runs / "prompts.txt"),
+        "--out",
+        str(out),
+        "--count",
+        "3",
+    ]
     cli.run(["label", str(runs / "policy"), *given])
     assert "3 rows for reward-model, dpo and kto" in capsys.readouterr().out
     assert ["chosen" in row for row in json_lines(out)] == [True, True, False]
@@ -233,5 +250,11 @@ def test_stages_train_on_the_rows(tmp_path):
     tiny = ["--config", "tiny", "--model", "base", "--data", "mine.jsonl"]
     for stage in ("reward-model", "dpo"):
         flags = (f"--{stage}.batch-size", "4")
-        rlhf_jax(stage, *tiny, "--output-dir", f"runs/{stage}", *flags)
+        rlhf_jax(
+            stage,
+            *tiny,
+            "--output-dir",
+            f"runs/{stage}",
+            *flags,
+        )
         assert (tmp_path / "runs" / stage / "model" / "config.json").is_file()

@@ -218,7 +218,15 @@ def test_a_curve_is_drawn_where_its_values_are():
     assert len(points) == 40
     for at, given in zip(points.T, (x, y), strict=True):
         assert_allclose((at - at.min()) / np.ptp(at), given / 39, atol=1e-4)
-    html = drawn(Plot("p", "x", "y", {"a": ([2, 5], [2, 5])}, diagonal="x = y"))
+    html = drawn(
+        Plot(
+            "p",
+            "x",
+            "y",
+            {"a": ([2, 5], [2, 5])},
+            diagonal="x = y",
+        )
+    )
     line, diagonal = (np.polyfit(*vertices(html, color).T, 1) for color in (COLORS[0], "#777777"))
     assert_allclose(line, diagonal, rtol=1e-3)
 
@@ -240,7 +248,11 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
 
 
 def test_series_without_values_are_left_out_with_a_note():
-    series = {"validation": ([], []), "train": CURVE, "broken": ([0, 1], [math.nan, math.inf])}
+    series = {
+        "validation": ([], []),
+        "train": CURVE,
+        "broken": ([0, 1], [math.nan, math.inf]),
+    }
     page = Page(
         drawn(
             Plot("p", "x", "y", series),
@@ -274,7 +286,11 @@ def test_bins_of_integers_hold_equally_many_of_them():
 
 
 def test_a_histogram_is_as_high_as_its_counts():
-    values = {"before": [0, 1, 1, math.nan, 9], "after": [2, 2, 2, 2], "bad": [math.inf]}
+    values = {
+        "before": [0, 1, 1, math.nan, 9],
+        "after": [2, 2, 2, 2],
+        "bad": [math.inf],
+    }
     html = drawn(histogram("h", "score", "responses", values, EDGES))
     page = Page(html)
     note = "before: 2 of 5 values not finite or outside. bad: 1 of 1 values not finite or outside."

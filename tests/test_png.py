@@ -7,7 +7,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from builders import write_run
+from builders import slow, write_run
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
@@ -20,60 +20,64 @@ def pixels(png: bytes) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
 
 
-def test_title_and_legend_stand_apart():
-    def bands(title: str) -> int:
-        """Stretches of rows with something in them."""
-        series = {
-            name: ([0, 1, 2], values)
-            for name, values in (("training", [1, 2, 3]), ("validation", [3, 2, 1]))
-        }
-        inked = (pixels(figures.png(figures.Plot(title, "step", "nats", series))) < 0.9).any(
-            axis=(1, 2)
-        )
-        return int(np.sum(np.diff(inked.astype(int), prepend=0) == 1))
+def inked(plot) -> np.ndarray:
+    """[height, width] whether there is something on the paper."""
+    return (pixels(figures.png(plot)) < 0.95).any(axis=2)
 
-    assert bands("A long title over the whole width") == bands("") + 1
+
+def test_title_and_legend_stand_apart():
+    curves = {"training": ([0, 1, 2], [1, 2, 3]), "validation": ([0, 1, 2], [3, 2, 1])}
+
+    def num_bands(title: str) -> int:
+        """Stretches of rows with something in them."""
+        rows = inked(figures.Plot(title, "step", "nats", curves)).any(axis=1)
+        begins = np.diff(rows.astype(int), prepend=0) == 1
+        return np.sum(begins)
+
+    assert num_bands("A long title over the whole width") == num_bands("") + 1
 
 
 @pytest.mark.parametrize(
-    ("y_label", "scale"), [("ratio", 1e-4), ("nats per token", -123456.7), ("a" * 32, 1.02)]
+    ("y_label", "scale"),
+    [slow("ratio", 1e-4), ("nats per token", -123456.7), slow("a" * 32, 1.02)],
 )
 def test_labels_are_not_cut(y_label, scale):
-    values = [scale * (1 + 0.2 * np.sin(i)) for i in range(40)]
-    series = {f"objective/reward number {i}": (range(40), values) for i in range(6)}
+    steps = range(40)
+    values = scale * (1 + 0.2 * np.sin(steps))
+    series = {f"objective/reward number {i}": (steps, values) for i in range(6)}
     plot = figures.Plot("A title", "iteration", y_label, series)
-    image = pixels(figures.png(plot))
-    assert image.shape == (int((3.3 + 5 * 0.22) * figures.PNG_DPI), int(5.2 * figures.PNG_DPI), 3)
-    inked = (image < 0.95).any(axis=2)
-    assert inked.any()
-    assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
+    image = inked(plot)
+    rows_of_legend = 6
+    inches = (3.3 + 0.22 * (rows_of_legend - 1), 5.2)
+    assert image.shape == tuple(int(length * figures.PNG_DPI) for length in inches)
+    inside = np.zeros_like(image)
+    inside[3:-3, 3:-3] = True
+    assert image.any()
+    assert not image[~inside].any()
     assert figures.png(plot) == figures.png(plot)
-    [left] = re.findall(
-        rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot)
-    )
-    assert (
-        float(left) > 14
-    )  # a line's height, and room for a browser's own font, which may be larger
+    place = rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<'
+    [left] = re.findall(place, figures.svg(plot))
+    # A line's height, and room for a browser's own font, which may be larger.
+    assert float(left) > 14
 
 
 def test_the_files_of_a_run(tmp_path, capsys):
-    run = write_run(tmp_path / "mine")
-    assert cli.run(["report", str(run), "--png", str(tmp_path / "png")]) is None
+    folder = tmp_path / "png"
+    assert cli.run(["report", str(write_run(tmp_path / "mine")), "--png", str(folder)]) is None
     names = ["score-objective-score", "kl-from-the-reference-objective-kl", "reward-against-kl"]
     names += ["scores", "response-lengths"]
-    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == sorted(
-        f"{name}.png" for name in names
-    )
-    assert capsys.readouterr().out.splitlines()[-1] == f"5 figures in {tmp_path / 'png'}"
-    histogram = pixels((tmp_path / "png" / "scores.png").read_bytes())
+    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
+    said = capsys.readouterr().out
+    assert said.endswith(f"5 figures in {folder}\n")
+    histogram = pixels((folder / "scores.png").read_bytes())
     for color in figures.COLORS[:2]:  # before, after
-        assert np.sum(np.abs(histogram - matplotlib.colors.to_rgb(color)).max(axis=2) < 0.02) > 100
+        differences = np.abs(histogram - matplotlib.colors.to_rgb(color))
+        assert np.sum(differences.max(axis=2) < 0.02) > 100
 
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
-    plot, empty = (
-        figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], []))
-    )
+    plot = figures.Plot("Score!", "x", "y", {"a": ([1], [1])})
+    empty = figures.Plot("Score!", "x", "y", {"a": ([], [])})
     monkeypatch.setattr(plots, "curves", lambda groups: ([plot, empty, plot], {}))
     monkeypatch.setattr(plots, "distributions", lambda groups: [plot])
     run = write_run(tmp_path / "run")

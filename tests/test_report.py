@@ -123,7 +123,11 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
 
 def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
     rows = [{"prompt": f"\np{i}\n", "response": "r"} for i in range(20)]
-    samples = {0: rows, 2: rows[:1], 3: rows}
+    samples = {
+        0: rows,
+        2: rows[:1],
+        3: rows,
+    }
     run, other = (
         write_run(tmp_path / name, samples=samples, metrics={}, settings={"ppo": {"name": name}})
         for name in ("run", "other")
@@ -209,7 +213,12 @@ def test_alerts_and_an_evaluation_are_listed(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     metrics = {"objective/reward": [1.0]}
-    run = write_run(tmp_path / "run", metrics=metrics, samples={}, finished=False)
+    run = write_run(
+        tmp_path / "run",
+        metrics=metrics,
+        samples={},
+        finished=False,
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     (run / "timing.jsonl").unlink()
@@ -249,7 +258,12 @@ def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_pa
     ]
     metrics = {name: [1.0, 2.0] for name in itertools.chain(*members)}
     metrics["dpo/accuracy"] = [math.nan, 0.5]
-    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
+    run = write_run(
+        tmp_path / "run",
+        stage="dpo",
+        metrics=metrics,
+        samples={},
+    )
     curves, constant = plots.curves(groups_of(run))
     assert [list(plot.series) for plot in curves] == members
     labels = [("step", "share of pairs", {"equal log-ratios": 0.5}), ("step", "new", {})]
@@ -289,7 +303,12 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     [plot] = plots.curves([group])[0]
     assert list(plot.series) == ["objective/score", "validation/score"]
     line = plot.series["objective/score"]
-    expected = [[1, 2], [2, 2.25], [1, 2], [3, 2.5]]
+    expected = [
+        [1, 2],
+        [2, 2.25],
+        [1, 2],
+        [3, 2.5],
+    ]
     np.testing.assert_array_equal([line.x, line.y, line.low, line.high], expected)
     [scores, _] = plots.distributions([group])
     heights = {name: line.y.tolist() for name, line in scores.series.items()}
@@ -305,12 +324,23 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
 
 def test_groups_are_compared_by_what_differs(tmp_path):
     def run(name, clip, target, **more):
-        parts = {"ppo": {"clip": clip, "epochs": 4}, "dpo": {"beta": clip}, "data": []}
+        parts = {
+            "ppo": {"clip": clip, "epochs": 4},
+            "dpo": {"beta": clip},
+            "data": [],
+        }
         settings = parts | {"rl": {"kl_target": target, "same": 1}}
         return write_run(tmp_path / name, settings=settings, **more)
 
     folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", None, 2.0)]
-    folders.append(run("d", 0.1, 3.0, stage="mine"))  # an algorithm from outside
+    folders.append(
+        run(
+            "d",
+            0.1,
+            3.0,
+            stage="mine",
+        )
+    )  # an algorithm from outside
     groups = groups_of(*folders)
     members = [[record.name for record in group.records] for group in groups]
     assert members == [["a", "b"], ["c"], ["d"]]
@@ -335,7 +365,12 @@ def test_groups_are_compared_by_what_differs(tmp_path):
 
 def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
     for stage in ("ppo", "sft", "reward_model"):
-        write_run(tmp_path / "pipeline" / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
+        write_run(
+            tmp_path / "pipeline" / stage,
+            stage=stage,
+            metrics={"loss": [1.0]},
+            samples={},
+        )
     (tmp_path / "pipeline" / "data").mkdir()
     read = read_page(tmp_path, tmp_path / "pipeline")
     stages = ["Supervised fine-tuning", "Reward model", "PPO"]
@@ -349,7 +384,12 @@ def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
         outer = tmp_path / name
         settings = {"model": f"{outer}/sft/model", "reward": ["count:e", f"{outer}/rm/model"]}
         for stage in ("sft", "ppo"):
-            write_run(outer / stage, stage=stage, seed=seed, settings=settings)
+            write_run(
+                outer / stage,
+                stage=stage,
+                seed=seed,
+                settings=settings,
+            )
     found = records.find([tmp_path / "one", tmp_path / "two" / "ppo", tmp_path / "two" / "sft"])
     assert [record.name for record in found] == ["one/ppo", "one/sft", "two/ppo", "two/sft"]
     # The second pipeline's stages, given alone, started from its models.
@@ -377,7 +417,12 @@ def test_a_reward_models_page(tmp_path):
 
     metrics = {"reward_model/loss": [0.7, 0.5], "validation/ece": [0.3, 0.125]}
     samples = {0: pairs(-1.0, 0.5), 2: pairs(1.0, 50.0)}
-    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
+    run = write_run(
+        tmp_path / "run",
+        stage="reward_model",
+        metrics=metrics,
+        samples=samples,
+    )
     read = read_page(tmp_path, run)
     assert read.texts("h3")[-2:] == ["Margins", "Calibration"]
     [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
@@ -397,7 +442,12 @@ def test_a_reward_model_with_targets(tmp_path):
         for step in (0, 1)
     }
     metrics = {"reward_model/loss": [1.0]}
-    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
+    run = write_run(
+        tmp_path / "run",
+        stage="reward_model",
+        metrics=metrics,
+        samples=samples,
+    )
     chapter = chapter_of(run)
     [samples] = chapter["samples"]
     assert samples.rows == [["p", "x", 0.0, 0.0, 1.0], ["p", "y", 1.0, 1.0, 2.0]]
