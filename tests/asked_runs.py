@@ -1,6 +1,5 @@
 """Run folders for tests of what asks a model: random weights, large enough for texts to differ."""
 
-import contextlib
 import functools
 
 import jax
@@ -42,10 +41,10 @@ def write(root, template="{prompt}:"):
 _build = functools.cache(models.build)
 
 
-@contextlib.contextmanager
-def building_once():
+@pytest.fixture(scope="module", autouse=True)
+def build_once():
     """Models of one architecture are the same object: what an earlier test has compiled is not
-    compiled again for another folder.
+    compiled again for another folder. Test files that name it use it in all their tests.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "build", _build)

@@ -22,10 +22,7 @@ from rlhf_jax.inference import chat
 HOW = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_once():
-    with asked_runs.building_once():
-        yield
+build_once = asked_runs.build_once
 
 
 @pytest.fixture(scope="module")

@@ -55,24 +55,18 @@ def values(rows):
 def test_refusals_and_uncertainty_are_counted_by_label():
     texts = [["I can't help with that."], ["Sure."], ["I refuse."], ["Perhaps."]]
     said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool))
-    rows = measures.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
-    assert values(rows) == {
-        ("harmlessness", f): 0.5 for f in ("refusal_of_unsafe", "over_refusal_of_safe")
-    }
-    assert [row.n for row in rows] == [2, 2]
-    [row, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
-    assert row.value == 0.5
-    assert row.n == 4
-    assert missing.value is None
-    assert missing.n == 0
-    assert missing.note == "there is no such row"
-    rows = measures.uncertainty(said, [True, None, True, False], KEY)
-    expected = [
+    figures = measures.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
+    expected = [("refusal_of_unsafe", 0.5, 2), ("over_refusal_of_safe", 0.5, 2)]
+    assert [row[1:3] + row[5:6] for row in figures] == expected
+    [refused, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
+    assert (refused.value, refused.n) == (0.5, 4)
+    assert missing[2:] == (None, None, None, 0, "prompts", "there is no such row")
+    figures = measures.uncertainty(said, [True, None, True, False], KEY)
+    assert [row[1:3] + row[5:6] for row in figures] == [
         ("uncertainty", 0.25, 4),
         ("uncertainty_answerable", 0.0, 2),
         ("uncertainty_unanswerable", 1.0, 1),
     ]
-    assert [(row.metric, row.value, row.n) for row in rows] == expected
 
 
 def said(*texts):
@@ -109,17 +103,12 @@ def test_diversity_by_hand():
 
 
 def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
-    row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
-    assert row.value == 3.5
-    assert row.n == 2
-    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
-    assert row.value == 0
-    assert row.low == 0
-    assert row.high == pytest.approx(0.161, abs=1e-3)
-    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
-    # a number, not a share: no bound is known
-    assert row.low == 1
-    assert row.high == 1
+    figure = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
+    assert (figure.value, figure.n) == (3.5, 2)
+    share = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
+    assert share[2:5] == (0, 0, pytest.approx(0.161, abs=1e-3))
+    number = measures.mean("c", "m", np.ones((20, 2)), KEY)
+    assert number[2:5] == (1, 1, 1)  # no share: no bound is known
 
 
 def test_preferences_by_hand():
@@ -161,10 +150,8 @@ def averages(**right):
     """The averages of a judge that is right on so many of the rows of each part."""
     parts = [name.replace("_", "-") for name, row in right.items() for _ in row]
     margins = {"judge": np.array([1.0 if x else -1.0 for row in right.values() for x in row])}
-    count = len(parts)
-    pairs = metrics.Pairs(
-        np.arange(count), np.zeros(count, int), np.ones(count, int), np.ones(count)
-    )
+    zeros = np.zeros(len(parts), int)
+    pairs = metrics.Pairs(np.arange(len(parts)), zeros, zeros + 1, zeros + 1.0)
     rows = measures.preferences(margins, pairs, parts, KEY)
     return {
         (row.category, row.n): pytest.approx(row.value)
@@ -406,10 +393,7 @@ def test_keywords_are_whole_words_and_patterns_any_case():
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_once():
-    with asked_runs.building_once():
-        yield
+build_once = asked_runs.build_once
 
 
 @pytest.fixture(scope="module")

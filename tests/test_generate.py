@@ -21,10 +21,7 @@ PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_once():
-    with asked_runs.building_once():
-        yield
+build_once = asked_runs.build_once
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +139,9 @@ def test_a_file_that_was_made_otherwise_is_refused(runs, write, tmp_path):
     with pytest.raises(UserError, match="begun with model '"):
         write("--n", "2", policy="other")
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "out.jsonl.settings.json").write_text("{}")
+    with pytest.raises(UserError, match="begun with model None"):
+        write("--n", "2")
     (tmp_path / "mine.jsonl").write_text('{"prompt": "mine"}\n')
     with pytest.raises(UserError, match=r"mine.jsonl: exists already, and no mine.jsonl.settings"):
         write(name="mine.jsonl")

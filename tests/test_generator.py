@@ -23,10 +23,7 @@ PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_once():
-    with asked_runs.building_once():
-        yield
+build_once = asked_runs.build_once
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +228,10 @@ def test_transformers_samples_as_the_run_did(folders):
     import transformers
 
     said = transformers.GenerationConfig.from_pretrained(folders / "policy")
-    assert said.do_sample
-    assert said.temperature == 0.7
-    assert said.top_k == 0
-    assert said.top_p == 0.9
-    assert said.max_new_tokens is None  # lm-eval and vLLM would cut their responses there
-    assert said.eos_token_id == 1
-    assert said.pad_token_id == 0
+    expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    # lm-eval and vLLM would cut their responses at a maximum length.
+    expected |= {"max_new_tokens": None, "eos_token_id": 1, "pad_token_id": 0}
+    assert {name: getattr(said, name) for name in expected} == expected
     assert not (folders / "reward" / "generation_config.json").exists()
 
 

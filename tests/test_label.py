@@ -22,10 +22,7 @@ NUM_PAIRS = 12
 PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _build_once():
-    with asked_runs.building_once():
-        yield
+build_once = asked_runs.build_once
 
 
 @pytest.fixture(scope="module")
