@@ -136,16 +136,6 @@ def test_preferences_by_hand():
     assert not {"ece_longer", "brier_longer"} & {metric for _, metric in rows}
 
 
-def test_log_probabilities_of_pairs_are_honesty():
-    pairs = metrics.Pairs(np.arange(4), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), np.ones(4))
-    margins = {"log_prob": np.array([1 / 3, 1 / 3, 1 / 3, 1.0])}
-    found = list(measures.preferences(margins, pairs, [""] * 4, KEY))
-    assert [row.category for row in found] == ["preferences", "honesty", "honesty"]
-    names = [f"{name}_log_prob" for name in ("accuracy", "ece", "brier")]
-    assert [row.metric for row in found] == names
-    assert {(row.n, row.unit) for row in found} == {(4, "rows")}
-
-
 def averages(**right):
     """The averages of a judge that is right on so many of the rows of each part."""
     parts = [name.replace("_", "-") for name, row in right.items() for _ in row]
@@ -175,26 +165,30 @@ def test_averages_are_those_of_the_leaderboards():
     assert averages(Math=[1, 1, 0, 0], Ties=[0]) == {}
 
 
-def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
+@pytest.fixture
+def rewardbench_2(tmp_path):
     """The best of four answers, and ties: several right ones."""
-    best = {
-        "id": "1",
-        "prompt": "p",
-        "chosen": ["a"],
-        "rejected": ["b", "c", "d"],
-        "subset": "Math",
-    }
+    best = {"id": "1", "prompt": "p", "chosen": ["a"], "rejected": ["b", "c", "d"]}
     ties = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties"}
     path = tmp_path / "x.json"
-    path.write_text(json.dumps([best, ties]))
-    found = formats.read("pairs", path).rows
+    path.write_text(json.dumps([best | {"subset": "Math"}, ties]))
+    return path
+
+
+def test_rewardbench_2_rows(rewardbench_2):
+    found = formats.read("pairs", rewardbench_2).rows
     assert [(row.responses, row.weight, row.category) for row in found] == [
         *((("a", other), 1 / 3, "Math") for other in "bcd"),
         *(((right, "c"), 1 / 2, "Ties") for right in "ab"),
     ]
-    choice = formats.read("comparisons", path).rows[0]
-    assert choice.responses == ("a", "b", "c", "d")
-    assert choice.best == 0
+    sources = [row.source for row in found]  # rows on one line are told apart, pairs of a row not
+    assert [sources.index(source) for source in sources] == [0, 0, 0, 3, 3]
+    choice = formats.read("comparisons", rewardbench_2).rows[0]
+    assert (choice.responses, choice.best) == (("a", "b", "c", "d"), 0)
+
+
+def test_texts_of_several_pairs_are_scored_once(rewardbench_2, monkeypatch):
+    found = formats.read("pairs", rewardbench_2).rows
     # The same tokens behind two prompts are two texts.
     found += [Row("p", ("ab", "cd"), "x"), Row("pa", ("b", "c"), "y")]
     encoded = encoding.encode_texts(found, tokenizers.characters("abcdpq"))
@@ -324,22 +318,6 @@ def test_what_is_wrong_in_the_data_is_said_with_its_line(read, name, text, messa
     path.write_text(text, "utf-8")
     with pytest.raises(UserError, match=message):
         READ[read](str(path))
-
-
-def test_rows_on_one_line_are_told_apart(tmp_path):
-    """And a ranking's pairs stay together."""
-    ranking = {
-        "prompt": "a",
-        "responses": ["x", "y", "z"],
-        "ranking": [2, 0, 1],
-        "category": "mine",
-    }
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps([*PAIRS, ranking, {"prompt": "a", "chosen": "b", "rejected": "b"}]))
-    rows = formats.read("pairs", path).rows
-    sources = [row.source for row in rows]
-    assert [sources.index(source) for source in sources] == [0, 1, 2, 3, 3, 3]
-    assert [row.category for row in rows] == ["helpful", "honest", "honest", *["mine"] * 3]
 
 
 def test_columns_and_bad_rows_of_every_set(tmp_path):
@@ -556,7 +534,8 @@ def judging(folders):
 def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     """Against the whole softmax of each text by itself. Against itself a run wins half."""
     given = config(folders, against=str(folders / "run"), output=str(tmp_path))
-    found = values(evaluate.run(str(folders / "run"), given).rows)
+    figures = evaluate.run(str(folders / "run"), given).rows
+    found = values(figures)
     assert found["win rate", "win_rate"] == 0.5
     assert found["win rate", "score_difference"] == 0
     judged = judging(folders)
@@ -570,6 +549,9 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     for (name, place), of in zip(names.items(), margins, strict=True):
         assert found["preferences", f"accuracy_{name}"] == np.mean(of > 0)
         assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(of), abs=1e-4)
+        error = metrics.expected_calibration_error(of)
+        assert found[place, f"ece_{name}"] == pytest.approx(error, abs=1e-4)
+    assert {row[5:7] for row in figures if row.metric == "brier_log_prob"} == {(3, "rows")}
     assert found["preferences", "accuracy_longer"] == pytest.approx(2 / 3)
 
 

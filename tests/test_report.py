@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
 
-from rlhf_jax import metrics
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import chapters, figures, page, plots, records
@@ -121,25 +120,27 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
     assert (tmp_path / "again.html").read_bytes() == (run.parent / "out.html").read_bytes()
 
 
-def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
+def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "element", lambda plot, salt: "")  # drawing takes long
+    metrics = {name: [1.0, 2.0] for name in "abcdef"}
     rows = [{"prompt": f"\np{i}\n", "response": "r"} for i in range(20)]
-    samples = {
-        0: rows,
-        2: rows[:1],
-        3: rows,
-    }
+    samples = {0: rows, 2: rows[:1], 3: rows}
     run, other = (
-        write_run(tmp_path / name, samples=samples, metrics={}, settings={"ppo": {"name": name}})
+        write_run(tmp_path / name, samples=samples, metrics=metrics, settings={"model": name})
         for name in ("run", "other")
     )
     read = read_page(tmp_path, run)
-    assert read.texts("th")[1::2][:2] == ["response, step 0", "response, step 3"]
+    assert read.texts("th")[1:4:2] == ["response, step 0", "response, step 3"]
     prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
-    [folded] = [text for text in read.texts("details") if "the others" in text]
-    assert [f"p{i}r" in folded.replace("\n", "") for i in (2, 3, 7)] == [False, True, True]
+    assert read.texts("h3") == [*"abcdef"]
+    [curves, answers, *_] = read.texts("details")
+    assert "The other curves (2)" in curves
+    assert curves.split()[-2:] == ["e", "f"]
+    assert ["p2" in answers, "p3" in answers] == [False, True]
     both = read_page(tmp_path, run, other)  # of each of several groups one is shown
-    assert [text for text in both.texts("td") if text[1:].isdigit()][:3] == ["p0", "p0", "p1"]
+    prompts = [text for text in both.texts("td") if text[1:].isdigit()]
+    assert prompts[:3] == ["p0", "p0", "p1"]
 
 
 KL = "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats"
@@ -238,15 +239,6 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 # --- Curves
-
-
-def test_four_curves_are_shown_and_the_others_folded(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "element", lambda plot, salt: "")  # drawing takes long
-    metrics = {name: [1.0, 2.0] for name in "abcdef"}
-    read = read_page(tmp_path, write_run(tmp_path / "run", metrics=metrics, samples={}))
-    assert read.texts("h3") == [*"abcdef"]
-    [folded] = [text for text in read.texts("details") if "The other curves (2)" in text]
-    assert folded.split()[-2:] == ["e", "f"]
 
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
@@ -398,13 +390,6 @@ def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
 
 
 # --- Reward models
-
-
-def test_calibration_bins():
-    third = math.log(3)
-    margin = np.array([third, -third, 0.0, third, 50.0])  # confidence .75, .75, .5, .75, 1
-    expected = ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0])
-    np.testing.assert_allclose(metrics.reliability(margin), expected)
 
 
 def test_a_reward_models_page(tmp_path):
