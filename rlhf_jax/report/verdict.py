@@ -37,7 +37,9 @@ def sentence(group: Group) -> str:
             last = tile.value.split()[-1]
             parts.append(f"KL {last} {tile.note}")
     alerts = _alerts(group)
-    parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
+    parts.append(alerts.value)
+    if alerts.note:
+        parts[-1] += f": {alerts.note}"
     ends = [unfinished(record) for record in group.records]
     result = ", ".join(parts)
     return " ".join([*filter(None, ends), f"{result}."])
@@ -89,8 +91,8 @@ def _measured(group: Group) -> list[Tile]:
             means = plots.mean(group, name)
             if not means.size:
                 continue
-            ends = means[[0, -1]]
-            first, last = (f"{value:.3g}" for value in ends)
+            first = f"{means[0]:.3g}"
+            last = f"{means[-1]:.3g}"
             value = last if first == last else f"{first} → {last}"
             note = nats if label == "KL" else ""
             found.append(Tile(label, value, note))
