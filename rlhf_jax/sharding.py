@@ -40,7 +40,7 @@ def make_mesh(
     product = abs(math.prod(sizes))  # -1 counts as 1
     used = len(devices) if -1 in sizes else product
     is_size = min(sizes) >= -1 and product > 0 and sizes.count(-1) <= 1
-    if not is_size or used > len(devices) or used % product:
+    if not is_size or not 1 <= used <= len(devices) or used % product:
         raise UserError(
             f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} does not fit {len(devices)} "
             "devices; take sizes whose product divides that number"

@@ -180,7 +180,7 @@ def test_an_ensemble_of_two_tokenizers():
         assert_allclose(scored.scores, [expected, 0], rtol=1e-5)
         assert_allclose(parts[f"{how}:1,other/uncertainty"], [deviation, 0], rtol=1e-5)
         assert scored.present.tolist() == [True, False]
-    with pytest.raises(FloatingPointError, match="row 0: the score is not a finite float32"):
+    with pytest.raises(FloatingPointError, match=r"the reward is not finite \(row 0: nan\)"):
         rewards.on_host(build("mean:nan,other", load=load).host, rollout(), columns)
 
 
@@ -276,7 +276,7 @@ def test_an_answer_that_would_take_long_is_not_equal_at_once(what):
     verifiable.math([""], ["1"], ["1"])  # starts the process
     started = time.perf_counter()
     assert verifiable.math([""] * 2, [HUGE[what]] * 2, ["1/3"] * 2) == [0, 0]
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 9
 
 
 def test_a_comparison_that_hangs_is_an_error_and_no_verdict(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
     assert Filter.create(read_words(file)).found("(Two   words)") == {"words": "two   words"}
     for content, message in [
         (b"", "has no words"),
-        (b"\n\xc2\xad\n", "has no words"),
+        (b"a\n\xc2\xad\n", "line 2"),
         (b"ok\n\xff", "decode byte 0xff"),
     ]:
         file.write_bytes(content)
@@ -176,7 +176,7 @@ def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, caps
     guarded(tmp_path).prompts(
         [Row("bad", (), f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER
     )
-    assert capsys.readouterr().out.endswith("line 18; line 19\n")
+    assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
     assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
 
 

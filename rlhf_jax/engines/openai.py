@@ -23,7 +23,7 @@ _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 def connect(place: str, server: EngineServer, folder: Path) -> "Completions":
     """The server at a URL."""
-    return Completions(place, server)
+    return Completions(place, server, os.environ.get(ENGINE_KEY))
 
 
 class Completions:
@@ -31,13 +31,11 @@ class Completions:
 
     follows = False
 
-    def __init__(self, place: str, server: EngineServer, variable: str = ENGINE_KEY):
-        """The API key is in an environment variable. Raises ServiceError if the server lists no
-        model, or not ``server.model``.
-        """
+    def __init__(self, place: str, server: EngineServer, key: str | None):
+        """Raises ServiceError if the server lists no model, or not ``server.model``."""
         self.place = place.rstrip("/").removesuffix("/v1")
         self.server = server
-        self.key = os.environ.get(variable)
+        self.key = key
         self.models = self.list_models()
         self.model = server.model or self.models[0]
 

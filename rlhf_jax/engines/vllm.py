@@ -6,6 +6,7 @@ it reads all weights from a folder (``reload_weights``) and gets a new version f
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
 from rlhf_jax.models import peft
-from rlhf_jax.rewards.service import ask
+from rlhf_jax.rewards.service import ENGINE_KEY, ask
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"
@@ -37,7 +38,7 @@ class VLLM(Completions):
     follows = True
 
     def __init__(self, place: str, server: EngineServer, folder: Path):
-        super().__init__(place, server)
+        super().__init__(place, server, os.environ.get(ENGINE_KEY))
         # A name that no other run, and no earlier start of this run, has used.
         self._session = f"rlhf-jax-{secrets.token_hex(4)}"
         if server.weights is not None:

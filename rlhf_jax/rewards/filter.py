@@ -78,12 +78,15 @@ def _word_pattern(word: str) -> str:
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The words and phrases of a UTF-8 file with one on each line. Lines without visible characters
-    are skipped.
-    """
+    """The words and phrases of a UTF-8 file with one on each line. Empty lines are skipped."""
     with file_errors(path):
         lines = Path(path).read_text("utf-8-sig").split("\n")
-    words = [line for line in lines if normalized(line).strip()]
+    words = [line for line in lines if line.strip()]
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not normalized(line).strip():
+            raise UserError(
+                f"{path}, line {number}: has only invisible characters; remove the line"
+            )
     if not words:
         raise UserError(f"{path}: has no words; write one word or phrase on each line")
     return words
@@ -158,7 +161,9 @@ class Guard:
             elif action == "count":
                 safe.append(row)
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        shown = "; ".join(places[:_MOST_PLACES])
+        num_more = len(places) - _MOST_PLACES
+        more = [f"and {num_more} more"] if num_more > 0 else []
+        shown = "; ".join([*places[:_MOST_PLACES], *more])
         logger.info(f"safety: {len(places)} of {len(rows)} prompts {done}: {shown or 'none'}")
         if rows and not safe:
             raise UserError(f"safety: all {len(rows)} prompts are unsafe, so no prompt is left")

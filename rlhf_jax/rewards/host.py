@@ -2,6 +2,7 @@
 calls it.
 """
 
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Number
@@ -207,6 +208,13 @@ def _numbers(
         )
     rows = zip(values, labels, present, strict=True)
     numbers = [_number(entry, f"{name}, {label}") if here else None for entry, label, here in rows]
+    not_finite = []
+    for label, number in zip(labels, numbers, strict=True):
+        if number is not None and not math.isfinite(number):
+            not_finite.append(f"{label}: {number}")
+    if not_finite:
+        listed = "; ".join(not_finite)
+        raise FloatingPointError(f"{name} is not finite ({listed}); return None to leave a row out")
     return ma.masked_invalid(np.array(numbers, float))
 
 
@@ -219,10 +227,8 @@ def _number(entry: Any, where: str) -> float | None:
     is_number = isinstance(entry, Number) and not isinstance(entry, complex)
     if not is_number:
         raise UserError(f"{where}: expected a number or None, {_got(entry)}")
-    if not abs(entry) <= _LARGEST:
-        raise FloatingPointError(
-            f"{where}: the score is not a finite float32; return None to leave a row out"
-        )
+    if abs(entry) > _LARGEST:  # such as an int that is no float
+        return math.inf if entry > 0 else -math.inf
     return float(entry)
 
 

@@ -28,6 +28,7 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 A folder with the name of one of these is given as ``./length``.
 """
 
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -234,7 +235,7 @@ class _Reader(NamedTuple):
     def read(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward of any kind."""
         kind, colon, rest = spec.partition(":")
-        if kind == "count":
+        if kind == "count" and colon:
             ids = self.tokenizer.encode(rest)
             if len(ids) != 1:
                 raise UserError(f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, not 1")
@@ -304,10 +305,12 @@ class _Reader(NamedTuple):
                 f"{where}: the models of an ensemble; say how their scores become one: "
                 f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
             )
-        kind, _, _ = spec.partition(":")
-        hint = did_you_mean(kind, _WORDS)
-        if hint and "/" not in spec and not Path(spec).exists():
-            raise UserError(f"{where}: no such reward and no such folder{hint}")
+        kind, colon, rest = spec.partition(":")
+        near = difflib.get_close_matches(kind, _WORDS, n=1, cutoff=0.7)
+        if near and "/" not in spec and not Path(spec).exists():
+            raise UserError(
+                f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
+            )
         return name, self._model(spec, where)
 
     def _ensemble(self, method: str, names: Sequence[str], where: str) -> Reward:

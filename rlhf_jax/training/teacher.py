@@ -4,6 +4,7 @@ server.
 
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,7 @@ class Server:
             UserError: the server has several models, and none of them was chosen.
             ServiceError: the server does not reply.
         """
-        api = Completions(self._url, self._asked, TEACHER_KEY)
+        api = Completions(self._url, self._asked, os.environ.get(TEACHER_KEY))
         if self._asked.model is None and len(api.models) > 1:
             raise UserError(
                 f"distill.teacher {self._url}: it serves {', '.join(api.models)}; choose one with "
