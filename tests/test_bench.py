@@ -157,6 +157,7 @@ def test_a_row_of_the_table(monkeypatch):
     assert "| refused, 0.500 s |" in said(others_cpu=0.03)
 
 
+@pytest.mark.slow
 def test_a_separate_value_model_is_timed_as_a_run_trains_it():
     preset = bench.Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)
     work = bench.work("iteration", preset, "separate")

@@ -176,6 +176,7 @@ def test_groups_have_the_same_bits_on_one_device_and_two(estimate, optimized):
     assert_array_equal(on(1, estimate, scores), on(2, estimate, scores))
 
 
+@pytest.mark.slow
 def test_responses_are_sampled_block_by_block():
     """Those of a batch as a whole: a row's randomness is its own."""
     model, params = tiny()

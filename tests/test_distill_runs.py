@@ -110,7 +110,7 @@ def letters(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("learns", [slow(False), True])
 def test_a_reward_is_learned_from_beside_the_teacher(learns, short, tmp_path):
     """A teacher of weight 0 is measured alone."""
     (tmp_path / "reward.py").write_text(LETTERS)

@@ -202,7 +202,8 @@ def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tm
     assert len(server.asked) == count
 
 
-@pytest.mark.parametrize("how", ["off", slow("token_mask"), slow("sequence_truncate")])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["off", "token_mask", "sequence_truncate"])
 def test_the_kinds_of_correction(config, server, how):
     fixed = with_rl(config, engine=f"openai:{server.url}", engine_cap=1.01, engine_importance=how)
     row = metric_rows(run(fixed))[-1]
@@ -262,6 +263,7 @@ def test_a_server_that_dies_costs_nothing_and_no_sample_is_asked_for_twice(confi
     assert len(asked(server)) - count < number
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_without_its_server(config, server, monkeypatch):
     folder = run(with_rl(config, num_iterations=2))
     server.stop()
@@ -308,6 +310,7 @@ def test_samples_of_other_weights_are_not_taken(config, server):
 # --- One iteration ahead
 
 
+@pytest.mark.slow
 def test_an_engine_samples_the_next_rollout_while_the_devices_learn(config, server, monkeypatch):
     """An update that waits until the server was asked for the next rollout."""
     ahead = with_rl(config, rollouts_ahead=1, validation_interval=99)
@@ -496,6 +499,7 @@ def test_a_reload_that_did_not_happen_is_found(config, server, tmp_path):
         ask(replace(config, lora=LoRA()), server, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_that_stay_old_are_found_by_their_distance(config, server):
     """Before they are far from the policy's."""
     server.spoil = lambda path, body, reply: b"" if path == "/collective_rpc" else reply
@@ -532,6 +536,7 @@ def test_what_the_server_must_be_started_with_is_said(
 # --- Conversations, settings
 
 
+@pytest.mark.slow
 def test_conversations_go_through_the_engine(config, server, tmp_path):
     config = with_rl(config, num_iterations=2)
     row = metric_rows(run(with_turns(config, tmp_path)))[-1]

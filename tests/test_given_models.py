@@ -132,6 +132,7 @@ def test_a_small_network_from_random_weights_keeps_the_defaults(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):
     base = save_base(tmp_path / "base", data)
     places = ["--model", str(base), "--output-dir", str(tmp_path / "run"), "--data", data]

@@ -294,6 +294,7 @@ def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_p
     jax.tree.map(assert_array_equal, own.load(after.model_folder), params)
 
 
+@pytest.mark.slow
 def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_policy):
     without = rl.run(with_own_policy, rloo, policy=counts())
     by_state = rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())

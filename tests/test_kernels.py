@@ -117,8 +117,7 @@ def decoded(model, params):
     ("family", "platform"),
     [
         ("gpt2", "gpu"),
-        ("gemma", "tpu"),
-        slow("gemma", "gpu"),
+        *(slow("gemma", platform) for platform in ("gpu", "tpu")),
         slow("gpt2", "tpu"),
         *(slow("llama", platform) for platform in ("gpu", "tpu")),
     ],

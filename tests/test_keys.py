@@ -68,9 +68,8 @@ def recorded(monkeypatch):
     jax.clear_caches()  # of programs that record
 
 
-@pytest.mark.parametrize(
-    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", *SLOW])
 def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
     """The keys of stream, step, microbatch, minibatch, row and position; those of the validations
     are the same in each, and no others are.

@@ -236,6 +236,7 @@ ORDINARY += ["$(x + 1)^2$", "$2^{10}$", "1024", "$10\\text{ cm}$", "10", "$5!$",
 ORDINARY += ["$\\frac{\\pi}{4}$", "$\\sin(\\pi/6)$", "$1 < x < 2$", "$i^2$", "-1", "$x^{2024}$"]
 
 
+@pytest.mark.slow
 @needs_math
 def test_ordinary_answers_get_math_verifys_verdict():
     from math_verify import parse, verify

@@ -186,6 +186,7 @@ def test_an_empty_stop_string_is_refused():
         RLStage(stop=("a", ""))
 
 
+@pytest.mark.slow
 def test_who_asks_a_run_uses_its_stop_strings(asked, tmp_path):
     folder = asked / "policy"
     assert asking.open_policy(str(folder), asking.Settings()).stop == ("e", "a")

@@ -249,6 +249,7 @@ def fake_target(monkeypatch, memory):
     monkeypatch.setattr(targets, "find", lambda name: target)
 
 
+@pytest.mark.slow
 def test_plan_for_a_target_prints_what_its_compiler_says(tmp_path, capsys, monkeypatch):
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
