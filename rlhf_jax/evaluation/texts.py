@@ -164,7 +164,10 @@ def new_content_words(prompt: Tokens, response: Tokens) -> int:
 
 def _is_content(word: str) -> bool:
     # "don't" is judged as "do", "it's" as "it", "can't" and "won't" as what is left of them.
-    return word[0].isalnum() and _CONTRACTED.sub("", word) not in FUNCTION_WORDS
+    if not word[0].isalnum():
+        return False
+    stem = _CONTRACTED.sub("", word)
+    return stem not in FUNCTION_WORDS
 
 
 def _plain(text: str, most: int | None = None) -> str:

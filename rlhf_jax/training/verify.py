@@ -27,7 +27,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.errors import AlertStop, UserError, logger
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
-from rlhf_jax.training import dpo, kto, reward_model, rl, sft, supervised
+from rlhf_jax.training import dpo, kto, parts, reward_model, rl, sft, supervised
 from rlhf_jax.training.stage import MAY_CHANGE, fingerprints_of, set_up
 from rlhf_jax.types import Algorithm
 
@@ -217,7 +217,12 @@ def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
     sentences = []
     named: list[str | None] = []
     if stage in METHODS:
-        named = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
+        named = [
+            *config.reward,
+            *config.rl.judge,
+            config.safety.classifier,
+            config.rl.environment,
+        ]
     for name in named:
         if name is not None and ".py:" in name:
             sentences.append(
@@ -285,7 +290,7 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
 def _inputs(config: RunConfig, stage: str) -> Digests:
     """The checksums of the files that the run would read on this machine."""
     kind = _kind(stage)
-    files = rl.files(config, stage) if stage in METHODS else {}
+    files = parts.files(config, stage) if stage in METHODS else {}
     digests = fingerprints_of(config, files)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(kind, names, seed=config.seed)
@@ -360,7 +365,13 @@ def _damaged(step: int, error: CheckpointError) -> Difference:
     return Difference(step, f"checkpoints/{step}", "", str(error), "")
 
 
-def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Facts) -> None:
+def _repeat(
+    path: Path,
+    ours: Path,
+    config: RunConfig,
+    span: Span,
+    recorded: Facts,
+) -> None:
     """Runs the steps of the span in the folder ``ours``, from what the run's own folder holds.
 
     Args:
@@ -484,7 +495,10 @@ def _results(path: Path) -> set[str]:
 
 
 def _differences(
-    step: int | None, file: str, old: Mapping[str, Part], new: Mapping[str, Part]
+    step: int | None,
+    file: str,
+    old: Mapping[str, Part],
+    new: Mapping[str, Part],
 ) -> list[Difference]:
     """The places of a file whose contents differ: ``old`` and ``new`` are the contents by place."""
     differences = []
