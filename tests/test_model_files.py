@@ -459,7 +459,10 @@ def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"transformer.h.1.ln_2.bias": None}, r"missing tensors: transformer\.h\.1\.ln_2\.bias$"),
+        (
+            {"transformer.h.1.ln_2.bias": None, "transformer.ln_f.bias": None},
+            r"missing tensors: transformer\.h\.1\.ln_2\.bias, transformer\.ln_f\.bias$",
+        ),
         (
             {"transformer.ln_f.bias": ZEROS[:3]},
             r"transformer\.ln_f\.bias has shape \[3\], expected \[4\]",

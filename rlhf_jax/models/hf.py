@@ -434,11 +434,15 @@ def _read_body(
             shapes.pop(_OUTPUT_TABLE, None)
     elif _OUTPUT_TABLE not in shapes:
         _read_tied_tables(reader, _token_table(family), shapes["wte", "embedding"])
-    # All tensors are found and checked before the first one is read.
+    tensors = {path: family.tensors(path, shape) for path, shape in shapes.items()}
+    missing = {name for of_leaf in tensors.values() for name in of_leaf if name not in reader}
+    if missing:
+        raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
+    # The shapes of all tensors are checked before the first one is read.
     stored = {}
     for path, shape in shapes.items():
         stored_shape = family.stored(path, shape)
-        stored[path] = [reader.slices(name, stored_shape) for name in family.tensors(path, shape)]
+        stored[path] = [reader.slices(name, stored_shape) for name in tensors[path]]
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
     leaves: dict[names.LeafPath, Array] = {}
