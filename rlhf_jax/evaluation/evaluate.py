@@ -51,7 +51,6 @@ ORDER = (
     "diversity",
     "win rate",
 )
-SETS = ("prompts", "safety", "preferences", "annotated")
 # The kinds of the sets that are not prompts.
 KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}
 
@@ -127,7 +126,8 @@ def _output(folder: str, config: Config) -> Path:
     Raises:
         UserError: the folder is missing, or the settings name no data to evaluate by.
     """
-    if not any(getattr(config, name) for name in (*SETS, "categories")):
+    sets = (config.prompts, config.safety, config.preferences, config.annotated)
+    if not any((*sets, config.categories)):
         raise UserError(
             "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
             "--categories"
@@ -157,8 +157,10 @@ def _settings(policy: Policy, config: Config) -> dict[str, Any]:
     """The settings as evaluation.json has them."""
     settings = {"run": policy.folder, **dataclasses.asdict(config)}
     del settings["output"], settings["device"]
-    read = {name: getattr(policy, name) for name in ("template", "max_new_tokens")}
-    return settings | read | {"stop": list(policy.stop)}
+    settings["template"] = policy.template
+    settings["max_new_tokens"] = policy.max_new_tokens
+    settings["stop"] = list(policy.stop)
+    return settings
 
 
 def _check_flags(policy: Policy, config: Config) -> None:
@@ -185,7 +187,12 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
         shares_columns=True,
         on_bad_row=config.on_bad_row,
     )
-    given = {name: getattr(config, name) for name in SETS}
+    given: dict[str, Any] = {
+        "prompts": config.prompts,
+        "safety": config.safety,
+        "preferences": config.preferences,
+        "annotated": config.annotated,
+    }
     given |= {f"custom {name}": category.prompts for name, category in categories.items()}
     results = {
         name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths

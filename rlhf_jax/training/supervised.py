@@ -436,11 +436,10 @@ def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
             f"text.pack: {name} joins each prompt with the next row's answer and cannot pack; "
             "leave it out"
         )
-    aggregate = getattr(settings, "aggregate", "token")
-    if config.text.pack and aggregate != "token":
+    if config.text.pack and isinstance(settings, SFTStage) and settings.aggregate != "token":
         raise UserError(
-            f"text.pack: {name}.aggregate must be token, got {aggregate}, which speaks of whole "
-            "rows"
+            f"text.pack: {name}.aggregate must be token, got {settings.aggregate}, whose parts are "
+            "whole rows"
         )
     microbatches = {f"{name}.num_microbatches": settings.num_microbatches}
     batch_size = {f"{name}.batch_size": settings.batch_size}
