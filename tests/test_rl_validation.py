@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import json_lines, metric_rows
+from builders import Killed, json_lines, metric_rows
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
+from rlhf_jax.training import loop
 from rlhf_jax.training.parts import files
 from rlhf_jax.training.stage import open_stage
 
@@ -78,6 +79,20 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     with pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic"):
         training.rl.run(config, vpg)
     assert folder.is_unused(tmp_path / "run")
+
+
+def test_the_judge_may_read_a_column_that_only_validation_has(config, tmp_path, monkeypatch):
+    """The run is built, and ends before its first step."""
+    write(tmp_path / "others.json", [{"prompt": "x", "topic": "fox", "answer": "y"}])
+    (tmp_path / "judge.py").write_text("def judge(prompts, responses, answer): return [0.0]")
+    judged = replace(config.rl, judge=(f"{tmp_path / 'judge.py'}:judge",))
+
+    def train(stage, state, job):
+        raise Killed
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(Killed):
+        training.rl.run(replace(config, rl=judged), vpg)
 
 
 def test_another_reward_file_is_another_run(config, tmp_path):
