@@ -275,7 +275,5 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
         "def harm(prompts, responses):\n    return [float('nan')] * len(responses)"
     )
     judged = Safety(classifier=f"{tmp_path / 'mine.py'}:harm", below=0.0)
-    with pytest.raises(
-        TrainingFault, match=r"reward function harm, row 0, .* not a finite float32"
-    ):
+    with pytest.raises(TrainingFault, match=r"reward function harm is not finite \(row 0, prompt"):
         rl.run(replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)

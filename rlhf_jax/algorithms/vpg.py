@@ -145,13 +145,14 @@ def update(
         raise ValueError(
             "vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]"
         )
-    moved, advantage = advantages.ema_baseline(
+    prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=state.baseline)
+    after, metrics = _passes(state, prepared, key, **options)
+    moved, _ = advantages.ema_baseline(
         state.baseline,
         policy.row_rewards(rollout),
         config.baseline_decay,
         rollout.present,
         axis_name,
     )
-    after, metrics = _passes(state, policy.spread(advantage, rollout), key, **options)
     baseline = jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)
     return after.replace(baseline=baseline), metrics
