@@ -6,9 +6,10 @@ and EOS is a token like any other.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.tree_util import Partial
 
 from rlhf_jax import ops
@@ -42,53 +43,79 @@ def diversity(ngram: int = 2) -> Partial:
 
 
 def _repetition(ngram: int, rollout: Rollout) -> Scores:
-    total, different, _ = _count_ngrams(rollout, ngram)
-    repeated = total - different
+    keys, is_new = _distinct_ngrams(rollout, ngram)
+    is_missing, *_ = keys
+    total = _count(is_missing == 0)
+    repeated = total - _count(is_new)
     return repeated / jnp.maximum(total, 1.0), {}
 
 
 def _diversity(ngram: int, rollout: Rollout) -> Scores:
-    _, different, unshared = _count_ngrams(rollout, ngram)
-    return unshared / jnp.maximum(different, 1.0), {}
+    (_, *tokens), is_new = _distinct_ngrams(rollout, ngram)
+    num_rows = len(is_new)
+    numbers = jnp.arange(num_rows)[:, None]
+    rows = jnp.broadcast_to(numbers, is_new.shape)
+    is_missing = jnp.where(is_new, 0, 1)
+    # The n-grams of all rows in sorted order, each row's at most once: [1, B T].
+    of_each_row = (is_missing, *tokens, rows)
+    of_all_rows = [x.reshape(1, -1) for x in of_each_row]
+    *keys, rows = lax.sort(
+        of_all_rows,
+        dimension=1,
+        num_keys=ngram + 1,
+    )
+    is_missing, *_ = keys
+
+    # An n-gram that differs from both its neighbours is in one row only.
+    is_first = _differs(keys)
+    is_last = jnp.roll(is_first, -1, axis=1)
+    is_alone = (is_missing == 0) & is_first & is_last
+    counts = jnp.zeros(num_rows)
+    num_alone = counts.at[rows].add(is_alone).reshape(-1)
+    num_different = _count(is_new)
+    return num_alone / jnp.maximum(num_different, 1.0), {}
 
 
-def _count_ngrams(rollout: Rollout, ngram: int) -> tuple[Array, Array, Array]:
-    """The numbers of n-grams of each response, of its different n-grams, and of those that no other
-    response has: [B] float32 each.
+def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[Array], Array]:
+    """The n-grams of each response in sorted order, and where each is the first of its kind [B, T]
+    bool.
+
+    The n-grams are ``ngram + 1`` keys [B, T]: first 0 for an n-gram and 1 for none, then its
+    tokens. Each row is sorted by itself, so that no row moves to another device.
     """
     in_response = jnp.asarray(rollout.mask)
     response_first = jnp.argsort(~in_response, axis=1, stable=True)
     tokens = jnp.asarray(rollout.tokens)
     tokens = jnp.take_along_axis(tokens, response_first, axis=1)
-    _, num_columns = tokens.shape
-    ends = jnp.arange(num_columns) + ngram
-    lengths = jnp.sum(in_response, axis=1, keepdims=True)
-    is_ngram = ends[None, :] <= lengths
-
-    # Equal n-grams of all responses get the same number.
     following = [jnp.roll(tokens, -k, axis=1) for k in range(ngram)]
-    ngrams = jnp.stack(following, axis=-1)
-    none = tokens.size  # the number of what is no n-gram
-    _, numbers = jnp.unique(
-        ngrams.reshape(-1, ngram),
-        axis=0,
-        size=tokens.size,
-        return_inverse=True,
+    ends = jnp.arange(ngram, ngram + tokens.shape[1])
+    counts = jnp.sum(
+        in_response,
+        axis=1,
+        keepdims=True,
+        dtype=jnp.int32,
     )
-    numbers = numbers.reshape(tokens.shape)
-    numbers = jnp.where(is_ngram, numbers, none)
-
-    # In sorted order the first of equal numbers is larger than the number before it.
-    numbers = jnp.sort(numbers, axis=1)
-    steps = jnp.diff(numbers, axis=1, prepend=-1)
-    is_new = (steps > 0) & (numbers < none)
-    num_responses = jnp.zeros(none + 1)
-    num_responses = num_responses.at[numbers].add(is_new)
-    is_alone = num_responses[numbers] == 1
-    is_unshared = is_new & is_alone
-    return _count(is_ngram), _count(is_new), _count(is_unshared)
+    is_missing = ends[None, :] > counts
+    operands = [is_missing.astype(jnp.int32), *following]
+    keys = lax.sort(
+        operands,
+        dimension=1,
+        num_keys=ngram + 1,
+    )
+    is_new = (keys[0] == 0) & _differs(keys)
+    return keys, is_new
 
 
 def _count(where: Array) -> Array:
     """[B, T] bool -> [B] float32."""
     return jnp.sum(where, axis=1, dtype=jnp.float32)
+
+
+def _differs(keys: Sequence[Array]) -> Array:
+    """Where a column of keys [N, L] differs from the column before it; the first column does."""
+    differs = []
+    for key in keys:
+        before = key[:, :-1]
+        differs.append(key[:, 1:] != before)
+    after_first = jnp.any(jnp.stack(differs), axis=0)
+    return jnp.pad(after_first, ((0, 0), (1, 0)), constant_values=True)
