@@ -207,7 +207,7 @@ TARGETS = {
         of_files({"tiny.yaml": (ROOT / "configs" / "tiny.yaml").read_bytes()}),
         read_yaml,
         12,
-        300,
+        150,
     ),
     "weights": (of_model(*WEIGHTS), read_model, 12, 120),
     "tokenizer": (of_model(*TOKENIZERS), read_model, 12, 120),
