@@ -22,7 +22,7 @@ from typing import get_args
 import jax
 import pytest
 from accidents import ODD, hurt
-from builders import ROOT, initial_params
+from builders import ROOT, initial_params, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -170,6 +170,11 @@ def read_yaml(name, content):
         path.write_bytes(content)
         with usual_recursion_limit():
             answers(lambda: config.read(RunConfig, path), len(content))
+
+
+@pytest.mark.parametrize("opening", [b"{a: ", b"- ", slow(b"[")])
+def test_yaml_that_is_nested_too_deep(opening):
+    read_yaml("tiny.yaml", opening * 3000)
 
 
 def read_model(name, content):

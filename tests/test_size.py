@@ -12,7 +12,7 @@ import pytest
 from source import code_lines, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"rlhf_jax": 194_400, "experiments": 23_800, "tests": 268_000, "benchmarks": 17_700}
+NODES = {"rlhf_jax": 194_400, "experiments": 23_800, "tests": 268_100, "benchmarks": 17_700}
 NODES_A_LINE = {"rlhf_jax": 9.7, "experiments": 9.9, "tests": 9.7, "benchmarks": 9.9}
 NODES_A_LINE_OF_A_FILE = 11.0
 PACKED = {"rlhf_jax": 0, "experiments": 0, "tests": 0, "benchmarks": 0}
