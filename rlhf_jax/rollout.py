@@ -41,8 +41,9 @@ def collect(
     yet.
 
     ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between
-    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``. With a whole
-    value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
+    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``; one that is
+    known to have another temperature is a ValueError, and so is one whose ``prompt_length`` is more
+    than P. With a whole value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
     """
     policy = policy_params(params)
     sampled = generate(
@@ -72,6 +73,7 @@ def rescore(
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
     per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
     """
+    ops.check_fits(policy_fn, rollout)
     mask = rollout.mask
     inputs = (rollout.tokens, rollout.attention_mask, None)
     output = policy_fn(params, *inputs)
@@ -84,6 +86,7 @@ def rescore(
         )
         scored = replace(scored, importance_weights=weights)
     if ref_fn is not None:
+        ops.check_fits(ref_fn, rollout, "ref_fn")
         ref_log_probs = ops.masked(ref_fn(*inputs).log_probs, mask)
         scored = replace(scored, ref_log_probs=ref_log_probs)
     return scored

@@ -328,12 +328,14 @@ def _clipped(params, stopped, batch, advantages, config):
     squares = np.where(mask, log_probs - batch.log_probs, 0.0) ** 2 / 2
     moved = log_probs - batch.ref_log_probs
     log_ratios = _log_ratios(log_probs, batch, config)
-    still = _log_ratios(policy(stopped, batch.tokens)[0], batch, config)
-    surrogate, ratios, clipped, kl_term = np.zeros((4, *mask.shape))
+    stopped_log_probs = policy(stopped, batch.tokens)[0]
+    still = _log_ratios(stopped_log_probs, batch, config)
+    surrogate, ratios, clipped, own_ratios, kl_term = np.zeros((5, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
         numbers = (x[at] for x in (log_probs, log_ratios, still, advantages))
         surrogate[at], ratios[at], clipped[at] = _of_token(*numbers, config)
-        kl_term[at] = min(ratios[at], 10.0) * kl(moved[at], config.kl_loss_estimator)
+        own_ratios[at] = ratio(stopped_log_probs[at] - batch.log_probs[at])
+        kl_term[at] = min(own_ratios[at], 10.0) * kl(moved[at], config.kl_loss_estimator)
     weights, metrics = _importance(batch)
     mean = functools.partial(aggregate, mask=mask, how=config.aggregate, length=config.length)
     by_token = functools.partial(aggregate, mask=mask, how="token")
@@ -346,7 +348,7 @@ def _clipped(params, stopped, batch, advantages, config):
     }
     if config.kl_loss_coef:
         metrics["policy/kl_loss"] = mean(kl_term)
-        metrics["policy/kl_capped_fraction"] = by_token(ratios > 10.0)
+        metrics["policy/kl_capped_fraction"] = by_token(own_ratios > 10.0)
     value = metrics["policy/loss"] - config.entropy_coef * mean(entropy)
     return value + config.kl_loss_coef * metrics.get("policy/kl_loss", 0.0), metrics
 

@@ -55,7 +55,8 @@ def test_what_is_no_divergence():
 
 
 def test_a_policy_without_a_teacher_is_refused():
-    batch = distill.prepare(rollout(0, [4, 1]), config=distill.Config())
+    batch = rollout(0, [4, 1]).replace(advantages=None)
+    batch = distill.prepare(batch, config=distill.Config())
     alone = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
     with pytest.raises(ValueError, match=r"a policy_fn with a teacher.*models\.Teacher"):
         distill.loss(policy_params(0), batch, None, policy_fn=alone, config=distill.Config())

@@ -39,7 +39,7 @@ def test_explained_variance():
     twice it nothing.
     """
     greedy = jax.jit(updater(ppo, num_epochs=1, gamma=0.0, gae_lambda=0.0))
-    batch = rollout(0, [3, 4])
+    batch = rollout(0, [3, 4]).replace(advantages=None)
     constant = jnp.where(batch.response_mask != 0, 0.1, jnp.nan)
     _, metrics = greedy(
         start(), batch.replace(rewards=constant), KEY
@@ -128,6 +128,7 @@ def test_groups_do_not_cross_devices():
     mapped = jax.shard_map(
         prepare, mesh=sharding.make_mesh(4), in_specs=P("data"), out_specs=P("data")
     )
-    assert jax.eval_shape(prepare, rollout(0, LENGTHS)).advantages.shape == (16, 7)
+    batch = rollout(0, LENGTHS).replace(advantages=None)
+    assert jax.eval_shape(prepare, batch).advantages.shape == (16, 7)
     with pytest.raises(ValueError, match=r"4 rows \(on each device.* group_size=8"):
-        jax.eval_shape(mapped, rollout(0, LENGTHS))
+        jax.eval_shape(mapped, batch)

@@ -177,6 +177,8 @@ def build(
 
     learn = steps.learner(programs.learn, networks)
     advance = steps.advancing(draw_step, learn, schedule, key)
+    if method.optimizer is None and settings.optimizer.counts_steps:
+        advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, phases.policy)

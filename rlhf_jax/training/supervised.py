@@ -3,7 +3,6 @@ the folder.
 """
 
 import heapq
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -297,7 +296,7 @@ def _validate(
     figures = {}
     for name in parts[0]:
         _, _, metric = name.partition("/")
-        total = reduce(operator.add, (part[name] for part in parts))
+        total = reduce(lambda one, other: one.merge(other), (part[name] for part in parts))
         figures[metric] = float(total.value)
     figures |= baselines(setting)
     return Validation({f"validation/{name}": value for name, value in figures.items()})
