@@ -19,10 +19,10 @@ from tabular import rollout as tabular_rollout
 
 from rlhf_jax import (
     advantages,
-    blocks,
     distill,
     gradient_step,
     grpo,
+    iteration,
     kto,
     losses,
     minibatch_epochs,
@@ -33,11 +33,11 @@ from rlhf_jax import (
     rloo,
     rollout,
     sampling,
-    sharding,
     vpg,
 )
+from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.rewards import functions
-from rlhf_jax.training import phases, reward_model
+from rlhf_jax.training.supervised import reward_model
 from rlhf_jax.types import PER_TOKEN, Feedback, Max, Mean, Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -125,8 +125,8 @@ def test_a_correlation_far_from_zero():
     x = jnp.asarray(4096.0 + np.arange(99) / 64, jnp.float32)
     y = jnp.arange(99.0)
     mask = jnp.arange(99) < 90
-    assert_allclose(phases._correlation(x, y, mask), 1.0, rtol=1e-5)
-    assert_allclose(phases._correlation(x, -y, mask), -1.0, rtol=1e-5)
+    assert_allclose(iteration._correlation(x, y, mask), 1.0, rtol=1e-5)
+    assert_allclose(iteration._correlation(x, -y, mask), -1.0, rtol=1e-5)
 
 
 def test_equal_scores_are_not_normalised(capsys):
