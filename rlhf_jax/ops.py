@@ -354,11 +354,11 @@ def check_fits(fn: Any, rollout: Any, name: str = "policy_fn") -> None:
             f"{temperature}: give both the same"
         )
     first = settings.prompt_length
+    mask = rollout.response_mask
     prompt_length = getattr(rollout, "prompt_length", None)
-    if prompt_length is None and first and not isinstance(rollout.response_mask, jax.core.Tracer):
-        is_left_out = jnp.any(jnp.asarray(rollout.response_mask)[..., :first] != 0)
-    else:
-        is_left_out = prompt_length is not None and first > prompt_length
+    is_left_out = prompt_length is not None and first > prompt_length
+    if prompt_length is None and first and not isinstance(mask, jax.core.Tracer):
+        is_left_out = bool(jnp.any(jnp.asarray(mask)[..., :first] != 0))
     if is_left_out:
         where = "" if prompt_length is None else f", which follow prompts of {prompt_length} slots"
         raise ValueError(

@@ -7,7 +7,7 @@ D width, L layers, H heads, S cache length.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
 import flax.struct
@@ -97,7 +97,7 @@ def is_part(x: object) -> bool:
 
 
 Parts = dict[str, Mean | Max]
-StepMetrics = dict[str, Array | Max]
+StepMetrics = Mapping[str, Array | Max]
 """Metrics of one optimizer step: scalars, and a ``Max`` of which the largest of several steps is
 taken and not the mean."""
 

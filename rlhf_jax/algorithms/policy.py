@@ -28,6 +28,7 @@ from rlhf_jax.types import (
     PolicyFn,
     PolicyOutput,
     Rollout,
+    StepMetrics,
     TrainState,
 )
 
@@ -364,7 +365,7 @@ def updater(
         bound = partial(loss, policy_fn=policy_fn, config=config)
         sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
 
-        def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, Metrics]:
+        def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
                 bound,
                 state,

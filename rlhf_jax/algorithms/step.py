@@ -468,7 +468,7 @@ def _used(rollout: Rollout) -> Array:
 
 def _average(metrics: StepMetrics) -> StepMetrics:
     """The metrics of several steps, stacked on axis 0, as one."""
-    averages: StepMetrics = {}
+    averages: dict[str, Array | Max] = {}
     for name, x in metrics.items():
         if isinstance(x, Max):
             averages[name] = Max(jnp.max(x.value, axis=0))

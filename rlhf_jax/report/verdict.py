@@ -107,9 +107,13 @@ def _measured(group: Group) -> list[Tile]:
 def _of_earlier_step(group: Group, name: str) -> str:
     """The step of a metric's last value in words; "" if it is the last step of the runs."""
     steps, _ = plots.curve(group, name)
-    if steps[-1] >= min(record.steps for record in group.records):
+    measured_at = steps[-1]
+    record = group.records[0]
+    last_step = min(record.steps for record in group.records)
+    if measured_at >= last_step:
         return ""
-    return f" (of {plots.unit(group.records[0])} {steps[-1]})"
+    unit = plots.unit(record)
+    return f" (of {unit} {measured_at})"
 
 
 def _alerts(group: Group) -> Tile:
