@@ -70,7 +70,7 @@ def learning(algorithm=vpg, **how):
     return jax.jit(functools.partial(iteration.learn, algorithm=algorithm, **how))
 
 
-def iteration(algorithm=vpg, **how):
+def whole_iteration(algorithm=vpg, **how):
     """An iteration as one program."""
     return jax.jit(builders.one_program(COLLECT, learning(algorithm, **how)))
 
@@ -81,7 +81,7 @@ def test_one_jit_and_three_jits_give_identical_parameters():
         pytest.skip("equal bits need XLA's newer emitters: .ci/run runs this file with them")
     shape = iteration.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
     made = {"shape": shape, "penalty": iteration.kl_penalty(0.1, target=1.0)}
-    whole = iteration(**made)
+    whole = whole_iteration(**made)
     collect = jax.jit(COLLECT)
     learn = jax.jit(learning(**made))
     reward = jax.jit(iteration.reward)
@@ -163,7 +163,7 @@ def test_a_row_without_a_greedy_score_is_absent():
 
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
-    step = iteration(penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=ROWS))
+    step = whole_iteration(penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=ROWS))
     loop, _, metrics = step(
         start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions()
     )
@@ -188,6 +188,19 @@ def made_rollout(**fields):
         values=zeros,
         **fields,
     )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_score_is_added_to_the_rewards_of_an_environment(dense):
+    """On the last token, or on its own tokens if it is dense; the scores are the sums."""
+    paid = jnp.array([[0, 0, 0.5, 0], [0, 0, 0, 0.25]])
+    scores = jnp.array([[9, 9, 0, 1.0], [9, 9, 2.0, 0]]) if dense else jnp.array([1.0, 2.0])
+    rollout, metrics = scored(made_rollout(rewards=paid), scores, {})
+    at_end = [[0, 0, 0.5, 1.0], [0, 0, 0, 2.25]]
+    expected = [[0, 0, 0.5, 1.0], [0, 0, 2.0, 0.25]] if dense else at_end
+    assert_array_equal(rollout.rewards[:, 2:], np.array(expected)[:, 2:])
+    assert_array_equal(rollout.scores, [1.5, 2.25])
+    assert float(metrics["objective/score"]) == 1.875
 
 
 def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
