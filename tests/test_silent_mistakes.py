@@ -35,6 +35,7 @@ from rlhf_jax import (
     sampling,
     vpg,
 )
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.rewards import functions
 from rlhf_jax.training.supervised import reward_model
@@ -266,6 +267,16 @@ def test_a_policy_function_that_fits_or_is_unknown_is_used(sampled):
         assert_allclose(rollout.rescore(drawn, params, policy_fn=fn).log_probs, known.log_probs)
     greedy = drawn.replace(temperature=0.0)
     rollout.rescore(greedy, params, policy_fn=models.policy_fn(MODEL))
+
+
+def test_samples_of_an_engine_may_know_their_temperature():
+    made = rollout.from_text(
+        *([[3]], [[4, 5]], characters("abcdefghijk")),
+        log_probs=[[-1.0, -1.0]],
+        temperature=0.5,
+    )
+    with pytest.raises(ValueError, match=r"temperature 1\.0, .*sampled at 0\.5"):
+        rollout.rescore(made, initial_params(MODEL), policy_fn=models.policy_fn(MODEL))
 
 
 def test_a_rollout_that_does_not_know_its_prompts_shows_them_by_its_mask(sampled):

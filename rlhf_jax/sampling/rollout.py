@@ -150,6 +150,7 @@ def from_text(
     prompt_length: int | None = None,
     response_length: int | None = None,
     row_ids: Ids | None = None,
+    temperature: float | None = None,
 ) -> Rollout:
     """A rollout of samples that another engine drew: B rows of texts or token ids with their
     log-probabilities.
@@ -172,6 +173,8 @@ def from_text(
         row of zeros is missing. None: the policy sampled all tokens.
       prompt_length, response_length: P and R, EOS included; None: those of the longest row.
       row_ids: [B] the data row of each prompt; None means 0..B-1.
+      temperature: of the samples; ``rescore`` refuses a ``policy_fn`` of another one. None:
+        unknown.
 
     Returns:
       A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R]
@@ -198,7 +201,7 @@ def from_text(
     r = _width("response", [len(row.response) for row in rows], response_length)
     ids = np.arange(num_rows) if row_ids is None else _column("row_ids", row_ids, num_rows)
     padded = _padded(rows, p, r, tokenizer.pad_id)
-    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32))
+    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32), temperature=temperature)
 
 
 def _padded(rows: list[_Row], p: int, r: int, pad_id: int) -> Rollout:
