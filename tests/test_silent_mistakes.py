@@ -109,6 +109,18 @@ def test_statistics_of_equal_numbers(number):
     assert_array_equal(mean, 0.0)
 
 
+def test_whitening_over_devices_is_that_of_all_rows():
+    """Each device has another smallest number."""
+    x = jnp.arange(24.0).reshape(8, 3)
+    mask = x != 7.0
+    whiten = partial(ops.whiten, axis_name="data")
+    mapped = jax.shard_map(
+        whiten, mesh=sharding.make_mesh(4), in_specs=P("data"), out_specs=P("data")
+    )
+    assert_allclose(jax.jit(mapped)(x, mask), ops.whiten(x, mask), rtol=1e-5)
+    assert_allclose(np.std(np.asarray(ops.whiten(x, mask))[mask]), 1.0, rtol=1e-5)
+
+
 def test_whitening_has_the_gradient_of_its_formula():
     """The number that is subtracted first changes no gradient."""
 
