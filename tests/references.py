@@ -321,31 +321,19 @@ def _log_ratios(log_probs, batch, config):
     return np.broadcast_to(log_ratios.sum(axis=1, keepdims=True) / share, mask.shape)
 
 
-def _kl_terms(log_probs, stopped_log_probs, batch, config):
-    """The KL of each token times its own ratio, whatever the ratio of the surrogate is; and whether
-    the ratio is capped.
-    """
-    kl_term, is_capped = np.zeros((2, *batch.response_mask.shape))
-    for at in zip(*np.nonzero(batch.response_mask), strict=True):
-        own_ratio = ratio(stopped_log_probs[at] - batch.log_probs[at])
-        moved = log_probs[at] - batch.ref_log_probs[at]
-        kl_term[at] = min(own_ratio, 10.0) * kl(moved, config.kl_loss_estimator)
-        is_capped[at] = own_ratio > 10.0
-    return kl_term, is_capped
-
-
 def _clipped(params, stopped, batch, advantages, config):
     """The policy's part of PPO, RLOO and GRPO."""
     mask = batch.response_mask != 0
     log_probs, entropy, _ = policy(params, batch.tokens)
     squares = np.where(mask, log_probs - batch.log_probs, 0.0) ** 2 / 2
+    moved = log_probs - batch.ref_log_probs
     log_ratios = _log_ratios(log_probs, batch, config)
-    stopped_log_probs = policy(stopped, batch.tokens)[0]
-    still = _log_ratios(stopped_log_probs, batch, config)
-    surrogate, ratios, clipped = np.zeros((3, *mask.shape))
+    still = _log_ratios(policy(stopped, batch.tokens)[0], batch, config)
+    surrogate, ratios, clipped, kl_term = np.zeros((4, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
         numbers = (x[at] for x in (log_probs, log_ratios, still, advantages))
         surrogate[at], ratios[at], clipped[at] = _of_token(*numbers, config)
+        kl_term[at] = min(ratios[at], 10.0) * kl(moved[at], config.kl_loss_estimator)
     weights, metrics = _importance(batch)
     mean = functools.partial(aggregate, mask=mask, how=config.aggregate, length=config.length)
     by_token = functools.partial(aggregate, mask=mask, how="token")
@@ -357,9 +345,8 @@ def _clipped(params, stopped, batch, advantages, config):
         "objective/entropy": aggregate(entropy, mask, "sum"),
     }
     if config.kl_loss_coef:
-        kl_term, is_capped = _kl_terms(log_probs, stopped_log_probs, batch, config)
         metrics["policy/kl_loss"] = mean(kl_term)
-        metrics["policy/kl_capped_fraction"] = by_token(is_capped)
+        metrics["policy/kl_capped_fraction"] = by_token(ratios > 10.0)
     value = metrics["policy/loss"] - config.entropy_coef * mean(entropy)
     return value + config.kl_loss_coef * metrics.get("policy/kl_loss", 0.0), metrics
 

@@ -307,8 +307,6 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
         "policy/ratio_max": Max(jnp.max(ops.masked(ratio, mask))),
     }
     if config.kl_in_loss:
-        # A token's KL is weighed by its own ratio, also where the surrogate has that of the row.
-        ratio = ops.frozen(ops.ratio(of_token, jnp.zeros_like(of_token)))
         kl = _kl_term(log_probs, ratio, rollout, config.kl_loss_estimator)
         per_token = per_token + config.kl_loss_coef * kl
         metrics["policy/kl_loss"] = config.mean(kl, mask)
@@ -322,11 +320,13 @@ def _kl_term(
     rollout: Rollout,
     estimator: ops.KLEstimator,
 ) -> Array:
-    """The KL term [B, T] of the policy's own tokens. ``ratio`` is that of each token."""
+    """The KL term [B, T] of the policy's own tokens; ``ratio`` is that of the surrogate."""
     hint = "give rollout.collect a ref_fn, or set kl_loss_coef=0"
     ref_log_probs = ops.masked(field(rollout, "ref_log_probs", hint), rollout.mask)
     # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the
-    # policy's own.
+    # policy's own. With a ratio of rows (GSPO, VESPO) it is that of the row, as in the policy loss:
+    # a row then counts as much in one term as in the other. Its product is the weight of the whole
+    # response; its geometric mean is no importance weight of a token.
     weight = jnp.minimum(ratio, KL_RATIO_CAP)
     return weight * ops.kl(log_probs, ref_log_probs, estimator)
 
