@@ -32,6 +32,7 @@ APPLICATION = [
     {"training"},
     {"evaluation"},
     {"inference"},
+    {"labelling"},
     {"cli", "__main__"},
 ]
 LAYERS = [*SCIENCE, *APPLICATION]
@@ -97,6 +98,9 @@ def test_what_only_one_place_may_import():
         "matplotlib": {"report"},
         "flax.linen": {"models"},
         "flax.nnx": set(),
+        "starlette": {"labelling"},
+        "uvicorn": {"labelling"},
+        "sqlite3": {"labelling"},
         "torch": set(),
         "pickle": set(),
     }
