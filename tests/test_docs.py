@@ -28,6 +28,7 @@ from rlhf_jax import config
 from rlhf_jax.data import check, demo
 
 README = ROOT / "README.md"
+LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
 PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
 PAGES = [
     README,
@@ -269,7 +270,11 @@ for (program, *rest), typed in json.loads(sys.argv[1]):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path != PAGE],
+    [
+        path
+        for path in PAGES
+        if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path not in (PAGE, LABELLED)
+    ],
     ids=name,
 )
 def test_the_commands_of_a_page_run(path, tmp_path):
@@ -293,7 +298,9 @@ def test_the_commands_of_a_page_run(path, tmp_path):
 def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
     """`.ci/run` starts that script, which follows the page of one's own preferences too."""
     first = README.read_text("utf-8").partition("\n## ")[2].partition("\n## ")[0]
-    shown = re.findall(r"^    ((?:pip install -e \. && )?rlhf-jax .*?)(?: +#.*)?$", first, re.MULTILINE)
+    shown = re.findall(
+        r"^    ((?:pip install -e \. && )?rlhf-jax .*?)(?: +#.*)?$", first, re.MULTILINE
+    )
     assert [command.removeprefix("pip install -e . && ") for command in shown] == list(FIRST)[:2]
     assert "tests/fifteen_minutes.py" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert len(outputs(PAGE)) == 2

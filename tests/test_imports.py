@@ -32,7 +32,6 @@ APPLICATION = [
     {"training"},
     {"evaluation"},
     {"inference"},
-    {"labelling"},
     {"cli", "__main__"},
 ]
 LAYERS = [*SCIENCE, *APPLICATION]
@@ -98,9 +97,9 @@ def test_what_only_one_place_may_import():
         "matplotlib": {"report"},
         "flax.linen": {"models"},
         "flax.nnx": set(),
-        "starlette": {"labelling"},
-        "uvicorn": {"labelling"},
-        "sqlite3": {"labelling"},
+        "starlette": {"inference"},
+        "uvicorn": {"inference"},
+        "sqlite3": {"inference"},
         "torch": set(),
         "pickle": set(),
     }

@@ -19,8 +19,8 @@ from builders import json_lines
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
 from rlhf_jax.inference.label import store_file
-from rlhf_jax.labelling import serve, server, store
-from rlhf_jax.labelling.settings import Config
+from rlhf_jax.inference.labelling import serve, server, store
+from rlhf_jax.inference.labelling.settings import Config
 
 ATTACK = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
 PEOPLE = ["ana", "ben"]
@@ -307,10 +307,11 @@ def serving(monkeypatch, caplog):
         while "Ctrl-C" not in caplog.text:
             assert thread.is_alive(), caplog.text
             time.sleep(0.01)
+        web = made[-1]
         addresses = dict(re.findall(r"(\w+): (http://\S+)", caplog.text))
 
         def end():
-            made[-1].should_exit = True
+            web.should_exit = True
             thread.join()
             return said[0]
 

@@ -13,8 +13,8 @@ from rlhf_jax import cli
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.label import Judgement, store_file
-from rlhf_jax.labelling import agreement, markup, pairs, rows, serve, store, summary
-from rlhf_jax.labelling.settings import Config
+from rlhf_jax.inference.labelling import agreement, markup, pairs, rows, serve, store, summary
+from rlhf_jax.inference.labelling.settings import Config
 
 
 def config(tmp_path, **given):

@@ -10,8 +10,8 @@ from rlhf_jax.cli.chat import console
 from rlhf_jax.cli.console import show, typed_lines
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
-from rlhf_jax.labelling import summary
-from rlhf_jax.labelling.settings import Config
+from rlhf_jax.inference.labelling import summary
+from rlhf_jax.inference.labelling.settings import Config
 
 
 def label_pairs(
@@ -43,7 +43,7 @@ def label_pairs(
 
 def _serve(run: str | None, config: Config) -> str:
     try:
-        from rlhf_jax.labelling import serve
+        from rlhf_jax.inference.labelling import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"--serve needs the package {error.name}: pip install 'rlhf-jax[label]'"

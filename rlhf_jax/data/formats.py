@@ -539,7 +539,7 @@ def _by_majority(annotated: Row) -> Row:
     if annotated.majority not in (1, 2):
         raise Drop(annotated.source, NO_MAJORITY)
     pair = (first, second) if annotated.majority == 1 else (second, first)
-    return Row(annotated.prompt, pair, annotated.source)
+    return replace(annotated, responses=pair, votes=())
 
 
 def _before_answers(record: Record) -> Text | list[Message]:

@@ -23,8 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.labelling import markup
-from rlhf_jax.labelling.store import Store, Task
+from rlhf_jax.inference.labelling import markup
+from rlhf_jax.inference.labelling.store import Store, Task
 
 MAX_BODY = 16_384
 MAX_REASON = 2_000

@@ -19,17 +19,24 @@ def krippendorff_alpha(units: Sequence[Labels]) -> float:
     total: collections.Counter[Hashable] = collections.Counter()
     disagreement = 0.0
     for labels in units:
-        if len(labels) < 2:
+        num = len(labels)
+        if num < 2:
             continue
         counts = collections.Counter(labels)
         total += counts
-        different = len(labels) ** 2 - sum(count**2 for count in counts.values())
-        disagreement += different / (len(labels) - 1)
-    num_labels = sum(total.values())
-    by_chance = num_labels**2 - sum(count**2 for count in total.values())
+        disagreement += _num_different(counts) / (num - 1)
+    by_chance = _num_different(total)
     if not by_chance:
         return math.nan
+    num_labels = sum(total.values())
     return 1 - (num_labels - 1) * disagreement / by_chance
+
+
+def _num_different(counts: collections.Counter[Hashable]) -> int:
+    """The ordered pairs of labels, among so many of each, that are different."""
+    num = sum(counts.values())
+    same = sum(count**2 for count in counts.values())
+    return num**2 - same
 
 
 def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
@@ -37,13 +44,21 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
     make them agree, or without units.
     """
     num = len(pairs)
-    firsts = collections.Counter(first for first, _ in pairs)
-    seconds = collections.Counter(second for _, second in pairs)
-    by_chance = sum(firsts[name] * seconds[name] for name in firsts)
+    firsts: collections.Counter[Hashable] = collections.Counter()
+    seconds: collections.Counter[Hashable] = collections.Counter()
+    same = 0
+    for first, second in pairs:
+        firsts[first] += 1
+        seconds[second] += 1
+        same += first == second
+    by_chance = 0
+    for name, count in firsts.items():
+        by_chance += count * seconds[name]
     if num**2 == by_chance:
         return math.nan
-    same = sum(first == second for first, second in pairs)
-    return (same * num - by_chance) / (num**2 - by_chance)
+    gained = same * num - by_chance
+    possible = num**2 - by_chance
+    return gained / possible
 
 
 class Agreement(NamedTuple):
@@ -55,13 +70,20 @@ class Agreement(NamedTuple):
     @property
     def share(self) -> float:
         """The share; nan without any."""
-        return self.same / self.num if self.num else math.nan
+        if not self.num:
+            return math.nan
+        return self.same / self.num
 
 
 def agreement(units: Sequence[Labels]) -> Agreement:
     """Over all pairs of labels of the same unit."""
-    both = [pair for labels in units for pair in itertools.combinations(labels, 2)]
-    return Agreement(sum(first == second for first, second in both), len(both))
+    same = 0
+    num = 0
+    for labels in units:
+        for first, second in itertools.combinations(labels, 2):
+            same += first == second
+            num += 1
+    return Agreement(same, num)
 
 
 def best_accuracy(share: float) -> tuple[float, float]:
@@ -78,4 +100,6 @@ def best_accuracy(share: float) -> tuple[float, float]:
     An agreement below one half, which chance gives, counts as one half.
     """
     squared = max(2 * share - 1, 0.0)
-    return (1 + squared) / 2, (1 + math.sqrt(squared)) / 2
+    low = (1 + squared) / 2
+    high = (1 + math.sqrt(squared)) / 2
+    return low, high

@@ -15,9 +15,9 @@ import uvicorn
 
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.inference import asking, label
-from rlhf_jax.labelling import pairs, rows, server, summary
-from rlhf_jax.labelling.settings import Config
-from rlhf_jax.labelling.store import Store
+from rlhf_jax.inference.labelling import pairs, rows, server, summary
+from rlhf_jax.inference.labelling.settings import Config
+from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.runs.folder import refuse_links, write_atomically
 
 _WRITE_EVERY = 2.0  # seconds

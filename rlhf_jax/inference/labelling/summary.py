@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rlhf_jax.errors import UserError, file_errors
 from rlhf_jax.inference import asking, label
 from rlhf_jax.inference.label import Judgement, is_given
-from rlhf_jax.labelling import agreement, store
+from rlhf_jax.inference.labelling import agreement, store
 from rlhf_jax.report import page
 from rlhf_jax.report.parts import Part
 from rlhf_jax.runs.folder import write_atomically

@@ -12,8 +12,8 @@ from rlhf_jax.data.rows import Message, Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import label
-from rlhf_jax.labelling.settings import Config
-from rlhf_jax.labelling.store import Pair, Store
+from rlhf_jax.inference.labelling.settings import Config
+from rlhf_jax.inference.labelling.store import Pair, Store
 from rlhf_jax.models import hf
 from rlhf_jax.runs import manifest
 

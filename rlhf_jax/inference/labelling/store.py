@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
-from rlhf_jax.labelling.settings import Config
+from rlhf_jax.inference.labelling.settings import Config
 
 LEASE = 900.0
 """Seconds after which a pair that was shown and not judged may be shown to somebody else."""

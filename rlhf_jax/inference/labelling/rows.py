@@ -1,6 +1,6 @@
 """Judgements as rows of preferences, which stages train on."""
 
-import itertools
+import collections
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,26 +16,34 @@ def rows(judgements: Iterable[Judgement]) -> Iterator[dict[str, Any]]:
     are {instruction, response1, response2, annotator1, ...} with a vote each. ``order`` is that of
     the shown answers: of [chosen, rejected] or of the responses.
     """
-    firsts = [given for given in judgements if is_given(given) and not given.again]
-    for _, group in itertools.groupby(sorted(firsts, key=_pair), _pair):
-        of_pair = list(group)
-        yield _single(of_pair[0]) if len(of_pair) == 1 else _votes(of_pair)
-
-
-def _pair(given: Judgement) -> int:
-    return given.pair
+    by_pair = collections.defaultdict(list)
+    for given in judgements:
+        if is_given(given) and not given.again:
+            by_pair[given.pair].append(given)
+    for pair in sorted(by_pair):
+        of_pair = by_pair[pair]
+        if len(of_pair) == 1:
+            yield _single(of_pair[0])
+        else:
+            yield _votes(of_pair)
 
 
 def _single(given: Judgement) -> dict[str, Any]:
     order = given.order
     if given.verdict == 1:  # the row has the second answer first
-        order = [1 - place for place in order]
+        order = order[::-1]
     row = given.row
-    row |= {"annotator": given.annotator, "seconds": given.seconds, "order": order}
-    row |= {name: getattr(given, name) for name in _NOTES if getattr(given, name)}
+    row["annotator"] = given.annotator
+    row["seconds"] = given.seconds
+    row["order"] = order
+    for name in _NOTES:
+        value = getattr(given, name)
+        if value:
+            row[name] = value
     if given.choice == "bad":
         row["both_bad"] = True
-    return row | {"chosen_by": given.chosen_by}
+    row["chosen_by"] = given.chosen_by
+    return row
 
 
 def _votes(of_pair: list[Judgement]) -> dict[str, Any]:
@@ -46,8 +54,7 @@ def _votes(of_pair: list[Judgement]) -> dict[str, Any]:
         "response2": first.answers[1],
     }
     for number, given in enumerate(of_pair, 1):
-        verdict = given.verdict
-        row[f"annotator{number}"] = verdict + 1 if isinstance(verdict, int) else 0
+        row[f"annotator{number}"] = _vote(given)
     row["annotators"] = [given.annotator for given in of_pair]
     row["seconds"] = [given.seconds for given in of_pair]
     row["order"] = [given.order for given in of_pair]
@@ -55,6 +62,14 @@ def _votes(of_pair: list[Judgement]) -> dict[str, Any]:
         values = [getattr(given, name) for given in of_pair]
         if any(values):
             row[name] = values
-    if any(given.choice == "bad" for given in of_pair):
-        row["both_bad"] = [given.choice == "bad" for given in of_pair]
-    return row | {"chosen_by": first.chosen_by}
+    are_bad = [given.choice == "bad" for given in of_pair]
+    if any(are_bad):
+        row["both_bad"] = are_bad
+    row["chosen_by"] = first.chosen_by
+    return row
+
+
+def _vote(given: Judgement) -> int:
+    """1 or 2, or 0 for a tie."""
+    verdict = given.verdict
+    return verdict + 1 if isinstance(verdict, int) else 0
