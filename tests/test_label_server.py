@@ -16,6 +16,7 @@ import httpx
 import pytest
 from builders import json_lines
 
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
 from rlhf_jax.inference.label import store_file
@@ -218,6 +219,23 @@ def test_reasons_are_kept_if_they_are_asked(site):
     assert server._reason({"reason": "\ud800 half a pair"}) == "? half a pair"
 
 
+def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
+    monkeypatch.setattr(server, "MAX_WAIT", 0.01)
+    asked = site()
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
+    scope = {"type": "http", "method": "POST", "path": f"{ANA}/undo", "headers": headers}
+    asyncio.run(asked.app(scope, receive, send))
+    assert sent[0]["status"] == 408
+
+
 def test_the_rate_of_an_address_is_limited(site):
     asked = site()
     num = int(server.BURST) + 20
@@ -382,6 +400,15 @@ def test_what_was_begun_otherwise_is_refused(tmp_path, serving):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="was not begun on the page"):
         serve.run(None, other)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "rlhf_jax.inference.labelling.serve")
+    monkeypatch.delattr("rlhf_jax.inference.labelling.serve")
+    given = ["--serve", "--answers", "a", "--annotators", "ana", "--out", str(tmp_path / "o")]
+    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install"):
+        cli.run(["label", *given])
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path, serving):

@@ -138,7 +138,7 @@ def _serve(store: Store, source: pairs.Source, config: Config) -> None:
     page = server.Page(
         store,
         {server.digest(token): name for name, token in own.items()},
-        names=config.names,
+        names=(*config.names, config.host),
         reasons=config.reasons,
         is_complete=lambda: feeder.is_complete,
     )
@@ -160,6 +160,7 @@ def _serve(store: Store, source: pairs.Source, config: Config) -> None:
     )
     try:
         listening = web.config.bind_socket()
+        listening.listen(2048)  # a browser that is faster than the start waits
     except SystemExit:
         raise UserError(
             f"--port: {config.host}:{config.port} cannot be used; choose another"

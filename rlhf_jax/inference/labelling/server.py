@@ -4,6 +4,7 @@ Who knows the token of an address is its annotator. A request with another Host,
 large body, or at a high rate is refused before anything reads it; SECURITY.md has the model.
 """
 
+import asyncio
 import collections
 import hashlib
 import ipaddress
@@ -27,6 +28,7 @@ from rlhf_jax.inference.labelling import markup
 from rlhf_jax.inference.labelling.store import Store, Task
 
 MAX_BODY = 16_384
+MAX_WAIT = 10.0  # seconds for a body
 MAX_REASON = 2_000
 RATE = 10.0
 """Requests a second of one address, after a burst of ``BURST``; wrong addresses share one rate."""
@@ -238,7 +240,13 @@ class Guard:
                 scope, receive, with_headers
             )
             return
-        body = await _body(receive) if request.method == "POST" else b""
+        body: bytes | None = b""
+        if request.method == "POST":
+            try:
+                body = await asyncio.wait_for(_body(receive), MAX_WAIT)
+            except TimeoutError:
+                await PlainTextResponse("too slow", 408)(scope, receive, with_headers)
+                return
         if body is None:
             await PlainTextResponse("too large", 413)(scope, receive, with_headers)
             return
