@@ -213,7 +213,7 @@ def test_the_commands_of_the_page_with_simulated_clicks(browser, served, tmp_pat
         check=True,
     )
     save_base(tmp_path / "runs" / "quickstart" / "sft", tmp_path / "runs" / "quickstart" / "data")
-    site = served(*serving, "--port", "0")
+    site = served(*serving, "--port", "0", "--max-new-tokens", "24")
     for name in site.addresses:
         page, errors = opened(browser, site.addresses[name], PHONE)
         done = 0

@@ -136,8 +136,11 @@ def test_rows_of_one_judgement_and_votes_of_several(tmp_path):
         judged(3, "skip", "ana"),
         judged(1, "a", "ana", order=(1, 0), again=True),
         judged(4, "bad", "ben"),
+        judged(5, "b", "ben", order=(1, 0)),
     ]
-    first, second, votes, bad = rows.rows(given)
+    first, second, votes, bad, last = rows.rows(given)
+    # B was the first answer, and the row has it first too: what was shown first was rejected.
+    assert (last["chosen"], last["order"]) == ("long answer 5", [1, 0])
     assert first == {
         "prompt": "p0",
         "responses": ["long answer 0", "short"],
@@ -396,6 +399,28 @@ def test_pairs_of_a_file(tmp_path):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=said):
             pairs.open_source(None, config(tmp_path, answers=str(file)))
+
+
+def test_a_server_that_ends_waits_for_no_batch_and_adds_nothing(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "_PATIENCE", 0.01)
+    kept = opened(0)
+    sampling = threading.Event()
+    ended = threading.Event()
+
+    def slow(number):
+        sampling.set()
+        ended.wait()
+        return pair(number)
+
+    feeder = pairs.Feeder(pairs.Source({}, 1, slow), kept, config(tmp_path), ended.set)
+    feeder.start()
+    sampling.wait()
+    feeder.stop()
+    assert feeder.is_alive()
+    ended.set()
+    feeder.join()
+    assert kept.num_pairs() == 0
+    assert not feeder.is_complete
 
 
 def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):

@@ -17,6 +17,8 @@ from rlhf_jax.inference.labelling.store import Pair, Store
 from rlhf_jax.models import hf
 from rlhf_jax.runs import manifest
 
+_PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
+
 
 class Source(NamedTuple):
     """Pairs by their numbers."""
@@ -117,24 +119,28 @@ class Feeder(threading.Thread):
             self._on_error()
 
     def stop(self) -> None:
-        """Ends the thread after the batch that it samples."""
+        """Ends the thread: it adds nothing any more, and a batch that takes long is left."""
         self._stopping.set()
-        self.join()
+        self.join(_PATIENCE)
 
     def _feed(self) -> None:
         config = self._config
         if config.choose != "random":
             if not self._store.num_pairs():
-                self._store.add(choose(self._sampled(), config))
-            self.is_complete = not self._stopping.is_set()
+                chosen = choose(self._sampled(), config)
+                if self._stopping.is_set():
+                    return
+                self._store.add(chosen)
+            self.is_complete = True
             return
         for number in range(self._store.num_pairs(), self._source.num_pairs):
             while self._store.num_waiting() >= config.ahead:
                 if self._stopping.wait(0.2):
                     return
+            pair = self._source.pair(number)
             if self._stopping.is_set():
                 return
-            self._store.add([self._source.pair(number)])
+            self._store.add([pair])
         self.is_complete = True
 
     def _sampled(self) -> list[Pair]:
