@@ -190,7 +190,7 @@ SLIPS = [
     ),
     ({"prompt": "a", "chosen": "b"}, "'chosen' is not read without the other one of a pair"),
     ({"prompt": "a", "respnse": "b"}, "'respnse' is not read; did you mean 'response'?"),
-    ({"prompt": "a", "completion": "b"}, "'completion' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "output": "b"}, "'output' is not read; did you mean 'response'?"),
     ({"prompt": "a", " response": "b"}, "' response' is not read; did you mean 'response'?"),
     (
         {"prompt": "a", "prompt_id": 1, "Response": "b"},
@@ -212,7 +212,7 @@ def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")]
+    ("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "output")]
 )
 def test_the_pipelines_names_say_the_kind(write, name, key):
     report = check.check([write([{"prompt": "a", key: "b"}], name)])
@@ -229,7 +229,7 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     )
     text = capsys.readouterr().out
     assert "1 demonstrations kept" in text
-    assert "  keys that training does not read: id (2 rows)" in text
+    assert "  keys that training does not read: id (1 rows)" in text
     assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in text
     assert text.endswith("no problems\n")
     config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")

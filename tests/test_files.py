@@ -133,7 +133,7 @@ FAULTS_OF_JSON = [
         "line 3: not valid JSON.* at column 17; the text ends there",
     ),
     (
-        '{"prompt": "a",\n"response": "b"}',
+        '{"prompt": "a",\n"response": "b"}\n{"prompt": "c"}',
         "line 1: not valid JSON.*; the text ends there .in JSON lines",
     ),
     ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),

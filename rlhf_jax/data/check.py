@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, formats
+from rlhf_jax.data import chat, formats, forms
 from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import read_source
@@ -26,9 +26,10 @@ from rlhf_jax.errors import UserError, escaped
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
-_ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
-_ALIASES = {"completion": "response", "output": "response"}
-_KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
+_ANSWERS = "prompt, responses, best or ranking or ranks or targets"
+_ALIASES = {"output": "response"}
+_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(forms.OURS)[1:])])
+_PUBLIC = f"or of a public form: {', '.join(known.name for known in forms.FORMS)}"
 
 
 class Report(NamedTuple):
@@ -177,13 +178,14 @@ def _describe(
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
         errors.append(error)
-    others, warnings = _unread(file)
+    warnings = _slips(file)
+    unread = file.found.describe_unread(file.kind)
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
-        *_forms(file.records),
+        *_forms(file.found),
         *_problems(errors),
         *warnings,
-        *others,
+        *([f"  {escaped(unread)}"] if unread else []),
         *_dropped(file),
         *_repeats(rows, name),
     ]
@@ -196,45 +198,34 @@ def _describe(
     return "\n".join(lines), len(warnings)
 
 
-def _forms(records: Sequence[Record]) -> list[str]:
+def _forms(found: formats.ReadResult) -> list[str]:
     """The number of records of each form."""
-    values = [record.value for record in records if not isinstance(record.value, Exception)]
-    forms = Counter(formats.form_of(value).name for value in values)
-    if not forms:
+    if not found.forms:
         return []
-    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
+    most_first = Counter(found.forms).most_common()
+    counted = "; ".join(f"{count} of {name}" for name, count in most_first)
     lines = [f"  rows: {counted}"]
-    if set(forms) == {formats.UNKNOWN.name}:
-        lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
+    if set(found.forms) == {formats.UNKNOWN.name}:
+        lines.append(f"  a row must have the keys of one of these: {_KNOWN}; {_PUBLIC}")
     return lines
 
 
-def _unread(file: _File) -> tuple[list[str], list[str]]:
-    """A line about the keys that only a reward reads, or no stage at all, and warnings of keys that
-    look misspelled. Rows with a problem do not count.
-    """
+def _slips(file: _File) -> list[str]:
+    """Warnings of keys that look misspelled. Rows with a problem do not count."""
     bad = {getattr(error, "source", None) for error in file.found.errors}
-    others = Counter[str]()
     slips = defaultdict[str, list[str]](list)
-    for row, source in file.records:
-        if source in bad or not isinstance(row, dict):
+    for record in file.records:
+        row = record.value
+        if record.source in bad or not isinstance(row, dict):
             continue
-        read = formats.keys_read(row)
-        for key in row:
-            if key not in read:
-                others[key] += 1
-                slips[_slip(key, row, read)].append(source)
+        read = formats.keys_read(row, file.kind)
+        for key in row.keys() - read:
+            slips[_slip(key, row, read)].append(record.source)
     slips.pop("", None)
     warnings = []
     for slip, sources in slips.items():
         warnings.append(f"  warning: {slip} ({len(sources)} rows: {places(sources)})")
-    if not others:
-        return [], warnings
-    title = "keys that training does not read"
-    if file.kind == "prompts":
-        title = "columns for the reward"
-    counted = ", ".join(f"{escaped(key)} ({count} rows)" for key, count in others.most_common())
-    return [f"  {title}: {counted}"], warnings
+    return sorted(warnings)
 
 
 def _slip(
@@ -248,7 +239,7 @@ def _slip(
     near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
-    if key in formats.PAIR and read == {"prompt"}:
+    if key in forms.PAIR and read == {"prompt"}:
         return f"the key {key!r} is not read without the other one of a pair"
     return ""
 

@@ -121,6 +121,9 @@ def stage_rows(
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
     data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     logger.info(f"{kind}{note}: {data.describe()}")
+    unread = data.describe_unread(kind)
+    if unread:
+        logger.info(f"{kind}{note}: {unread}")
     return data
 
 
