@@ -270,6 +270,9 @@ RAW = {
     "pandalm/testset-v1.dev.json": ("annotated", "JSON list", 445, 412),
     "gsm8k/train_first2000.jsonl": ("demonstrations", "JSON lines", 2000, 2000),
     "xstest/xstest_prompts.csv": ("prompts", "CSV", 450, 450),
+    "forms/alpaca_en_demo.first150.json": ("demonstrations", "JSON list", 150, 150),
+    "forms/dpo_en_demo.first60.json": ("pairs", "JSON list", 60, 60),
+    "forms/kto_en_demo.first60.json": ("feedback", "JSON list", 60, 60),
 }
 
 

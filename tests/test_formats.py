@@ -281,7 +281,9 @@ def test_message_trees_are_rankings(write):
     path = write(
         [{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR]
     )
-    with pytest.raises(UserError, match="line 3: not in the form of Open Assistant trees .*TypeError"):
+    with pytest.raises(
+        UserError, match=r"line 3: not in the form of Open Assistant trees .*TypeError"
+    ):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
     p = "User:\np\n\nAssistant:\n"

@@ -143,11 +143,12 @@ def converted(record: Record, given: Fields) -> list[Record]:
         what = f"not in the form of {found.name} ({', '.join(found.keys)}): {fault}"
         raise BadRow(record.source, what) from error
     rest = {key: value for key, value in row.items() if key not in found.known}
+    kept = {key: value for key, value in given.items() if key not in found.known}
     several = read if isinstance(read, list) else [read]
     records = []
     for number, values in enumerate(several, 1):
         source = f"{record.source}, prompt {number}" if isinstance(read, list) else record.source
-        records.append(_in_turns(Record(rest | values | given, source, found.name)))
+        records.append(_in_turns(Record(rest | values | kept, source, found.name)))
     return records
 
 
@@ -185,14 +186,16 @@ def _with_keys(keys: frozenset[str]) -> list[PublicForm]:
 
 
 def _in_turns(record: Record) -> Record:
-    """The record with its conversations as `messages_of`."""
+    """The record with its conversations as `messages_of`, and their tools as a list."""
     row = dict(record.value)
+    has_turns = False
     for key in ("messages", "prompt", "response", "chosen", "rejected"):
         value = row.get(key)
         turns = [value] if isinstance(value, dict) else value
         if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
             row[key] = messages_of(record, turns)
-    if row.get("tools"):
+            has_turns = True
+    if has_turns and row.get("tools"):
         row["tools"] = _tools(record, row["tools"])
     return record._replace(value=row)
 
@@ -223,7 +226,8 @@ def _message(record: Record, turn: Fields) -> Message:
     if weight is not None:
         what = f"the weight of a message must be 0 or 1, found {weight!r:.40}"
         record.expect(weight in (0, 1), what)
-        message["weight"] = int(weight)
+        if message["role"] == "assistant":
+            message["weight"] = int(weight)
     if isinstance(message.get("content"), list):
         _split_content(record, message)
     return message
@@ -785,20 +789,20 @@ def _unpaired(record: Record) -> Fields:
 
 
 @form(
-    "messages and a label",
+    "messages with label",
     "messages label",
     '{"messages": [{"role": "user", "content": "Is ice warm?"}, {"role": "assistant", '
-    '"content": "Yes."}], "label": false}',
+    '"content": "No."}], "label": true}',
 )
 def _labelled(record: Record) -> Fields:
     return {"messages": record.value["messages"], "desirable": record.value["label"]}
 
 
 @form(
-    "ShareGPT feedback",
+    "ShareGPT with label",
     "conversations label",
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}, {"from": "gpt", "value": '
-    '"Yes."}], "label": false}',
+    '"No."}], "label": true}',
     also="system",
 )
 def _labelled_turns(record: Record) -> Fields:
@@ -819,7 +823,7 @@ def _tagged_turns(record: Record) -> Fields:
 @form(
     "Alpaca with kto_tag",
     "instruction output kto_tag",
-    '{"instruction": "Add the numbers.", "input": "1 2", "output": "4", "kto_tag": false}',
+    '{"instruction": "Add the numbers.", "input": "1 2", "output": "3", "kto_tag": true}',
     also="input system history",
 )
 def _tagged_instruction(record: Record) -> Fields:
@@ -878,7 +882,7 @@ def _math(record: Record) -> Fields:
     "problems and answers",
     "problem answer",
     '{"problem": "What is $1 + 2$?", "answer": "3"}',
-    without=_ONLY_IN_OURS,
+    without=(*_ONLY_IN_OURS, "solution"),
 )
 def _problem(record: Record) -> Fields:
     return {"prompt": record.value["problem"], "answer": record.value["answer"]}
