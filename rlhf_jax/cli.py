@@ -4,6 +4,7 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 nor for JAX.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -500,7 +501,12 @@ def check_data(
 def preview_data(
     file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3
 ) -> None:
-    """Print the first rows of a data file as a run reads them.
+    """Print the first rows of a data file: as they are read, or as a stage learns them.
+
+    ``rlhf-jax data preview FILE --for STAGE --model FOLDER`` shows the tokens of a stage (sft,
+    reward-model, dpo, kto, ppo, ...): special tokens spelled out, and what is learned in green, or
+    in [[ ]] where there are no colours. It takes ``--count``, ``--json`` for a line of JSON for
+    each row, and every flag of the stage, such as ``--text.too-long truncate``.
 
     Args:
         file: a data file or the name of a Hugging Face dataset.
@@ -510,6 +516,39 @@ def preview_data(
     from rlhf_jax.data import check
 
     _print(check.preview(file, count=count, **reading.arguments()))
+
+
+def preview_stage(argv: Sequence[str], prog: str) -> None:
+    """Prints the first rows of a file as a stage learns them, by the settings of its flags."""
+    from rlhf_jax import config
+    from rlhf_jax.data import preview
+    from rlhf_jax.training import preview as stages
+
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--for", dest="stage", required=True)
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(argv)
+    name = options.stage.replace("_", "-")
+    if name not in STAGES:
+        raise UserError(f"--for {name}: there is no such stage{did_you_mean(name, STAGES)}")
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"{prog}: name the file first: {prog} FILE --for {name} --model FOLDER")
+    stage = name.replace("-", "_")
+    sections = (*STAGES[name][1], stage)
+    logger.setLevel(logging.WARNING)  # what a run says of its settings
+    settings = config.parse(config.RunConfig, ["--data", *rest], prog=prog, sections=sections)
+    shown = stages.rows(stage, settings, options.count)
+    has_colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if not options.json:
+        _print(f"{shown.found.describe()}\n{shown.template}\n")
+    for row in shown.rows:
+        if options.json:
+            print(preview.to_json(row, shown.tokenizer))
+            for note in row.notes:
+                _print(f"{row.source}: {note}", file=sys.stderr)
+        else:
+            print(preview.to_text(row, shown.tokenizer, has_colors), end="\n\n")
 
 
 SCRIPTS = {
@@ -565,6 +604,9 @@ def run(argv: list[str]) -> int | None:
     if name in SCRIPTS:
         folder, _, module = SCRIPTS[name][1].partition("/")
         return script(folder, module).main(rest)
+    if name == "data preview" and any(word.partition("=")[0] == "--for" for word in rest):
+        preview_stage(rest, prog)
+        return 0
     if name in COMMANDS:
         style = (tyro.conf.PositionalMetavarFromFieldName,)
         return tyro.cli(COMMANDS[name], prog=prog, args=rest, config=style)

@@ -111,8 +111,8 @@ class ReadResult:
     """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
     gets.
     """
-    forms: dict[str, int] = field(default_factory=dict)
-    """{name of a form: number of the records that have it}."""
+    forms: dict[str, str] = field(default_factory=dict)
+    """{place of a record: name of its form}."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -213,12 +213,11 @@ def parse_all(
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
     unread = Counter[str]()
-    named = Counter[str]()
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
         if not isinstance(record.value, UserError):
-            named[record.form or form_of(record.value).name] += 1
+            result.forms[record.source] = record.form or form_of(record.value).name
         try:
             parsed = parse(kind, record, template)
             if kind == "prompts":
@@ -236,7 +235,6 @@ def parse_all(
             else:
                 result.errors.append(error)
     result.unread.update(unread)
-    result.forms.update(named)
     return result
 
 
