@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import cli, models
+from rlhf_jax import models
+from rlhf_jax.cli import commands
 from rlhf_jax.config import RLStage, RunConfig, Text
 from rlhf_jax.data import check, preview
 from rlhf_jax.data.tokenizers import characters
@@ -123,7 +124,7 @@ def test_a_plain_text_is_shown_in_pieces(previewed):
 
 def test_for_people_the_learned_part_is_marked(folder, write, capsys):
     path = write([PAIR | {"chosen": "b\n", "prompt": "h"}])
-    assert cli.run(["data", "preview", path, "--for", "dpo", "--model", folder]) == 0
+    commands.run(["data", "preview", path, "--for", "dpo", "--model", folder])
     assert capsys.readouterr().out.split("\n")[:9] == [
         "1 rows",
         f"text.template auto: the chat template of {folder}; a plain prompt is a user's message",
@@ -143,12 +144,14 @@ def test_for_people_the_learned_part_is_marked(folder, write, capsys):
 
 def test_the_command_with_json_prints_nothing_else(folder, write, capsys):
     path = write([PAIR, PAIR | {"chosen": "b" * 30}])
-    cli.run(["data", "preview", "--for=dpo", path, "--json", "--model", folder, "--count", "2"])
+    commands.run(
+        ["data", "preview", "--for=dpo", path, "--json", "--model", folder, "--count", "2"]
+    )
     output = capsys.readouterr()
     assert len(list(map(json.loads, output.out.splitlines()))) == 2
     assert output.err.startswith("data.jsonl, line 2: a run would not use it: ")
     flags = ["--model", folder, "--text.too-long", "truncate"]
-    cli.run(["data", "preview", path, "--for", "dpo", "--json", *flags])
+    commands.run(["data", "preview", path, "--for", "dpo", "--json", *flags])
     lines = capsys.readouterr().out.splitlines()
     assert [len(json.loads(line)["texts"]) for line in lines] == [2, 2]
 
@@ -163,7 +166,7 @@ def test_mistakes_of_the_command(folder, write):
     ]
     for flags, message in wrong:
         with pytest.raises(UserError, match=message):
-            cli.run(["data", "preview", *flags])
+            commands.run(["data", "preview", *flags])
 
 
 def test_check_counts_what_is_learned(folder, write):

@@ -80,7 +80,7 @@ def to_json(preview: Preview, tokenizer: Tokenizer) -> str:
         "texts": texts,
         "columns": preview.columns,
     }
-    return json.dumps(values, ensure_ascii=False, default=str)
+    return json.dumps(values, default=str)
 
 
 def to_text(
