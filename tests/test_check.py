@@ -11,7 +11,7 @@ from rlhf_jax import cli
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import initial
 
 
@@ -220,7 +220,7 @@ def test_the_pipelines_names_say_the_kind(write, name, key):
     assert f"found prompt, {key}" in report.text
 
 
-def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
+def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys, caplog, monkeypatch):
     path = write([{"prompt": "a", "answer": "b", "id": 3}, {"prompt": "c", "answer": "", "id": 4}])
     assert "  columns for the reward: answer (2 rows), id (2 rows)" in check.check([path]).text
     assert (
@@ -233,7 +233,12 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in text
     assert text.endswith("no problems\n")
     config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
-    assert initial.stage_rows(config, "demonstrations", ()).dropped == {"'response' is empty": 1}
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        rows = initial.stage_rows(config, "demonstrations", ())
+    assert rows.dropped == {"'response' is empty": 1}
+    # A run names it too.
+    assert "demonstrations: keys that training does not read: id (1 rows)" in caplog.messages
     voted = {
         "instruction": "a",
         "response1": "b",

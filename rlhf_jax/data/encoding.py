@@ -30,6 +30,10 @@ NO_ROOM = "dropped, the prompt leaves no room for a response"
 EQUAL_CUT = "dropped, the cut responses are equal"
 
 
+class NothingLeft(UserError):
+    """All rows are too long, or were cut to nothing that can be learned."""
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
     """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was
@@ -427,4 +431,4 @@ def _check_some_left(
 ) -> None:
     if not kept:
         what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
-        raise UserError(f"{what}; raise the limit")
+        raise NothingLeft(f"{what}; raise the limit")

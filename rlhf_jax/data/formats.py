@@ -515,7 +515,7 @@ def _answers(record: Record) -> tuple[Row, Ranks]:
         answers = _pair(record)
         ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
-    return replace(answers, category=category), ranks
+    return replace(answers, category=category) if category else answers, ranks
 
 
 def _pair(record: Record) -> Row:
@@ -661,6 +661,8 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     """
     if len(set(ranks)) == 1:
         raise Drop(row.source, "all responses are ranked equal")
+    if row.is_pair and ranks == _FIRST_IS_BEST and row.best is None:
+        return [row]
     ranked = zip(row.responses, ranks, strict=True)
     pairs = []
     for (better, rank), (worse, other) in itertools.permutations(ranked, 2):

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax import models, ops
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
-from rlhf_jax.data import batches, encoding, formats, rows
+from rlhf_jax.data import batches, encoding, formats, rows, store
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import Row
@@ -377,7 +377,7 @@ def encode(
     """Rows as token ids, by ``config.text``, for a model of that many positions; ``are_pieces``: of
     plain texts, which have no template.
     """
-    return encoding.encode_texts(
+    return store.encode(
         rows,
         tokenizer,
         template="{prompt}" if are_pieces else config.text.template,
