@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.data import batches, encoding, formats, forms
+from rlhf_jax.data import batches, encoding, formats
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.columns import adapted
+from rlhf_jax.data.forms import table
+from rlhf_jax.data.forms.columns import adapted
 from rlhf_jax.data.rows import Record
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
@@ -120,13 +121,13 @@ def parsed(kind, *records, columns=(), drop="error"):
 
 
 def test_the_table_has_every_form():
-    names = [known.name for known in forms.FORMS]
+    names = [known.name for known in table.FORMS]
     assert sorted(names) == sorted([*TABLE, *REFUSED])
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("kind", STAGES)
-@pytest.mark.parametrize("known", forms.FORMS, ids=lambda known: known.name)
+@pytest.mark.parametrize("known", table.FORMS, ids=lambda known: known.name)
 def test_each_form_in_each_stage(known, kind):
     example = json.loads(known.example)
     found = parsed(kind, example)
@@ -223,7 +224,7 @@ def test_parts_of_a_content_go_where_openai_has_them():
 
 
 def test_functions_of_openai_are_tools():
-    [known] = [known for known in forms.FORMS if known.name == "OpenAI functions"]
+    [known] = [known for known in table.FORMS if known.name == "OpenAI functions"]
     row = converted(**json.loads(known.example))
     assert row["messages"][1]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -432,7 +433,7 @@ def page():
     writes_all = ChatTemplate("{{ messages }}", characters(string.printable))
     lines = ["| form | keys | read by |", "|---|---|---|"]
     examples = []
-    for known in forms.FORMS:
+    for known in table.FORMS:
         example = json.loads(known.example)
         reads = []
         for kind, stage in STAGES.items():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from rlhf_jax.data import encoding, formats, store
+from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError, logger
+from rlhf_jax.training.supervised import store
 
 TOKENIZER = characters("abcdefgh ")
 
@@ -127,7 +128,7 @@ def test_a_damaged_entry_is_encoded_anew(cache, encoded_with):
     rows = pairs(8)
     expected = encoded_with(rows)
     [entry] = cache.iterdir()
-    file = entry / "tokens 0.npy"
+    file = entry / "tokens 0"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes(data)

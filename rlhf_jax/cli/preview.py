@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -64,7 +63,7 @@ def preview_stage(argv: Sequence[str]) -> None:
     sections = (*STAGES[name].reads, stage)
     settings = config.parse(config.RunConfig, ["--data", *rest], prog=PROGRAM, sections=sections)
     shown = stages.rows(stage, settings, options.count)
-    has_colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    has_colors = sys.stdout.isatty()
     if not options.json:
         show(f"{shown.found.describe()}\n{shown.template}\n")
     for row in shown.rows:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, formats, forms
+from rlhf_jax.data import chat, formats
 from rlhf_jax.data.batches import comparison_batch
-from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids
 from rlhf_jax.data.files import read_source
+from rlhf_jax.data.forms import table
+from rlhf_jax.data.forms.columns import adapted, unused
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, escaped
@@ -31,8 +32,8 @@ _ROWS_AT_ONCE = 256
 _EXAMPLE = 200  # characters of a text that a report shows
 _ANSWERS = "prompt, responses, best or ranking or ranks or targets"
 _ALIASES = {"output": "response"}
-_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(forms.OURS)[1:])])
-_PUBLIC = f"or of a public form: {', '.join(known.name for known in forms.FORMS)}"
+_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(table.OURS)[1:])])
+_PUBLIC = f"or of a public form: {', '.join(known.name for known in table.FORMS)}"
 
 
 class Report(NamedTuple):
@@ -245,7 +246,7 @@ def _slip(
     near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
-    if key in forms.PAIR and read == {"prompt"}:
+    if key in table.PAIR and read == {"prompt"}:
         return f"the key {key!r} is not read without the other one of a pair"
     return ""
 

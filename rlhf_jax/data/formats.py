@@ -1,5 +1,5 @@
 """Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
-has. Records of public data sets have our keys already (`forms`).
+has. Records of public data sets have our keys already (`forms.table`).
 
 - ``{prompt, response}``: a demonstration.
 - ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.files import Source, is_saved_dataset, parse_bytes, read_source
-from rlhf_jax.data.forms import ANNOTATED, OURS, PAIR
+from rlhf_jax.data.forms.columns import adapted, unused
+from rlhf_jax.data.forms.table import ANNOTATED, OURS, PAIR
 from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Rows, Text
 from rlhf_jax.errors import UserError
 
@@ -315,7 +315,7 @@ def keys_read(row: Fields, kind: Kind) -> set[str]:
 
 def _unread(row: Fields, kind: Kind) -> list[str]:
     """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
-    it reads (`forms`).
+    it reads (`forms.table`).
     """
     read = keys_read(row, kind)
     if kind == "prompts":

@@ -30,7 +30,7 @@ class Record(NamedTuple):
     value: Any  # UserError if the line or row could not be read
     source: str
     form: str = ""
-    """The name of the public form (`forms.FORMS`) that it was published in; "" for ours."""
+    """The name of the public form (`forms.table.FORMS`) that it was published in; "" for ours."""
 
     def fields(self, expected: str) -> Fields:
         """The value as an object; ``expected`` names its keys in the error."""

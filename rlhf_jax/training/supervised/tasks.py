@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax import models, ops
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
-from rlhf_jax.data import batches, encoding, formats, rows, store
+from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import Row
@@ -30,6 +30,7 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import data
 from rlhf_jax.data.encoding import EncodedTexts, NothingLeft, encode_texts
 from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -198,11 +199,10 @@ def key(
 
 @functools.cache
 def _code() -> bytes:
-    """A hash of the modules that make ids of rows."""
+    """A hash of the files that make ids of rows."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.*")):
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in sorted(Path(data.__file__).parent.glob("*.*")):
+        digest.update(file.read_bytes())
     return digest.digest()
 
 
@@ -237,11 +237,12 @@ def save(encoded: EncodedTexts, new: Path) -> None:
             arrays[field.name] = value
         else:
             values[field.name] = value
-    checksums = {}
+    written = {}
     for name, array in arrays.items():
-        np.save(new / f"{name}.npy", array, allow_pickle=False)
-        checksums[name] = _checksum(array)
-    text = json.dumps({"values": values, "checksums": checksums})
+        content = array.tobytes()
+        (new / name).write_bytes(content)
+        written[name] = (array.dtype.name, array.shape, hashlib.sha256(content).hexdigest())
+    text = json.dumps({"values": values, "arrays": written})
     (new / _VALUES).write_text(text, encoding="utf-8")
 
 
@@ -259,10 +260,11 @@ def load(entry: Path) -> EncodedTexts | None:
     try:
         written = json.loads((entry / _VALUES).read_text("utf-8"))
         arrays = {}
-        for name, checksum in written["checksums"].items():
-            arrays[name] = np.load(entry / f"{name}.npy", allow_pickle=False)
-            if _checksum(arrays[name]) != checksum:
+        for name, (kind, shape, checksum) in written["arrays"].items():
+            content = (entry / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != checksum:
                 return None
+            arrays[name] = np.frombuffer(content, kind).reshape(shape)
         return _restored(written["values"], arrays)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -287,7 +289,3 @@ def _texts(arrays: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
     """The arrays of different lengths that `_flat` put into one."""
     ends = np.cumsum(arrays[f"{name} lengths"])
     return np.split(arrays[name], ends[:-1]) if len(ends) else []
-
-
-def _checksum(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Renamed columns of records, ``--columns OURS=THEIRS``, and then public forms in ours (`forms`).
+"""Renamed columns of records, ``--columns OURS=THEIRS``, and then public forms in ours (`table`).
 
 THEIRS is one of:
 
@@ -11,13 +11,13 @@ THEIRS is one of:
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.data import forms
+from rlhf_jax.data.forms import table
 from rlhf_jax.data.rows import BadRow, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean
 
 
 def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
-    """The records in our form, with the renamed ``columns``; see `forms.converted`.
+    """The records in our form, with the renamed ``columns``; see `table.converted`.
 
     A column that a record lacks does not change the record; see `unused`. A record that cannot be
     read becomes its error.
@@ -68,7 +68,7 @@ def _adapted(record: Record, names: dict[str, str]) -> list[Record]:
     """The record in our form, or several of them. ``names``: our names and theirs.
 
     Raises:
-      BadRow: A+B joins a value that is no text, or as `forms.converted`.
+      BadRow: A+B joins a value that is no text, or as `table.converted`.
     """
     if not isinstance(record.value, dict):
         return [record]
@@ -78,7 +78,7 @@ def _adapted(record: Record, names: dict[str, str]) -> list[Record]:
         for key in theirs.split("+"):
             row.pop(key, None)
     given = {ours: value for ours, value in values.items() if value is not None}
-    return forms.converted(record._replace(value=row | given), given)
+    return table.converted(record._replace(value=row | given), given)
 
 
 def _joined(record: Record, theirs: str) -> Any:
