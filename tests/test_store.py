@@ -72,6 +72,39 @@ def test_parts_give_what_the_whole_gives(rows, too_long):
     assert_same(store.in_parts(rows, TOKENIZER, **settings), expected)
 
 
+def test_the_pairs_of_a_ranking_share_their_weight_across_parts():
+    """The third pair is dropped: the others weigh 1/2."""
+    texts = [("a", "b"), ("b", "c"), ("a" * 9, "c")]
+    rows = [*scored(2), *(Row("h", both, "g", weight=1 / 3) for both in texts)]
+    rows = [dataclasses.replace(row, targets=None) for row in rows]
+    found = store.in_parts(rows, TOKENIZER, max_length=5, too_long="drop")
+    np.testing.assert_allclose(found.weight, [1, 1, 0.5, 0.5], rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithMasks(encoding.EncodedTexts):
+    """With an array for some of the texts, by their places."""
+
+    masks: dict[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def test_arrays_of_some_texts_keep_their_places(tmp_path):
+    def part(rows, masks):
+        whole = encoding.encode_texts(rows, TOKENIZER)
+        fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+        return WithMasks(**fields, masks=masks)
+
+    first = part(pairs(2), {(0, 1): np.array([True, False])})
+    second = part(choices(3), {(1, 0): np.array([True]), (3, 2): np.zeros(2, bool)})
+    whole = store.join([first, second])
+    expected = {(0, 1): [True, False], (1, 2): [True], (3, 4): [False, False]}
+    assert {place: mask.tolist() for place, mask in whole.masks.items()} == expected
+    store.save(whole, tmp_path)
+    kept = store.load(tmp_path, WithMasks)
+    assert {place: mask.tolist() for place, mask in kept.masks.items()} == expected
+    assert kept.masks[0, 1].dtype == bool
+
+
 def test_parts_of_which_nothing_is_left():
     """The first and the last parts are too long as a whole."""
     long = [Row("h" * 9, ("a",), f"f, row {i}") for i in range(4)]

@@ -113,7 +113,7 @@ def join(parts: Sequence[EncodedTexts]) -> EncodedTexts:
     num_answers = max(part.num_answers for part in parts)
     offsets = np.cumsum([0, *map(len, parts)])
     fields: dict[str, Any] = {}
-    for field in dataclasses.fields(EncodedTexts):
+    for field in dataclasses.fields(parts[0]):
         values = [getattr(part, field.name) for part in parts]
         if field.name == "tokens":
             fields["tokens"] = _join_tokens(values, num_answers, parts)
@@ -133,7 +133,7 @@ def join(parts: Sequence[EncodedTexts]) -> EncodedTexts:
             fields[field.name] = _join_arrays(values, num_answers, parts)
         else:
             fields[field.name] = values[0]
-    return EncodedTexts(**fields)
+    return type(parts[0])(**fields)
 
 
 def _join_tokens(
@@ -225,7 +225,7 @@ def save(encoded: EncodedTexts, new: Path) -> None:
     """Writes the rows as arrays, and as JSON what is none, with a checksum of each file."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    for field in dataclasses.fields(EncodedTexts):
+    for field in dataclasses.fields(encoded):
         value = getattr(encoded, field.name)
         if field.name == "tokens":
             for answer, texts in enumerate(value):
@@ -248,29 +248,29 @@ def save(encoded: EncodedTexts, new: Path) -> None:
 
 def _flat(name: str, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of different lengths as one, with their lengths."""
-    empty = np.zeros(0, np.int32)
     return {
-        name: np.concatenate([*texts, empty[:0]]) if texts else empty,
+        name: np.concatenate(texts) if texts else np.zeros(0, np.int32),
         f"{name} lengths": np.array([len(text) for text in texts], np.int64),
     }
 
 
-def load(entry: Path) -> EncodedTexts | None:
-    """What `save` wrote; None if it is not there, or is damaged."""
+def load(entry: Path, kind: type[EncodedTexts] = EncodedTexts) -> EncodedTexts | None:
+    """What `save` wrote of this class; None if it is not there, or is damaged."""
     try:
         written = json.loads((entry / _VALUES).read_text("utf-8"))
         arrays = {}
-        for name, (kind, shape, checksum) in written["arrays"].items():
+        for name, (dtype, shape, checksum) in written["arrays"].items():
             content = (entry / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != checksum:
                 return None
-            arrays[name] = np.frombuffer(content, kind).reshape(shape)
-        return _restored(written["values"], arrays)
-    except (OSError, ValueError, KeyError, TypeError):
+            arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+        return kind(**_restored(written["values"], arrays))
+    except (OSError, ValueError, KeyError):
         return None
 
 
-def _restored(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> EncodedTexts:
+def _restored(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields that `save` wrote."""
     fields: dict[str, Any] = dict(values)
     tokens: list[list[np.ndarray]] = []
     while (name := f"tokens {len(tokens)}") in arrays:
@@ -282,7 +282,7 @@ def _restored(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> EncodedT
             fields[name] = dict(zip(keys, _texts(arrays, name), strict=True))
         elif not name.startswith("tokens ") and not name.endswith(" lengths"):
             fields[name] = array
-    return EncodedTexts(**fields)
+    return fields
 
 
 def _texts(arrays: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
