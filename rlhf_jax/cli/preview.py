@@ -1,9 +1,10 @@
 """``rlhf-jax data preview``: rows as they are read, or as a stage learns them."""
 
 import argparse
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import tyro
 
@@ -59,9 +60,10 @@ def preview_stage(argv: Sequence[str]) -> None:
         usage = f"{PROGRAM} FILE --for {name} --model FOLDER"
         raise UserError(f"{PROGRAM}: name the file first: {usage}")
     stage = name.replace("-", "_")
-    logger.setLevel(logging.WARNING)  # what a run says of its settings
     sections = (*STAGES[name].reads, stage)
-    settings = config.parse(config.RunConfig, ["--data", *rest], prog=PROGRAM, sections=sections)
+    with _quiet():
+        flags = ["--data", *rest]
+        settings = config.parse(config.RunConfig, flags, prog=PROGRAM, sections=sections)
     shown = stages.rows(stage, settings, options.count)
     has_colors = sys.stdout.isatty()
     if not options.json:
@@ -74,3 +76,14 @@ def preview_stage(argv: Sequence[str]) -> None:
         else:
             text = preview.to_text(row, shown.tokenizer, has_colors)
             print(text, end="\n\n", file=sys.stdout)  # with the colours, of a text without others
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a run says of its settings, which is no line of JSON."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
