@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
-from rlhf_jax.models import lora, names
+from rlhf_jax.models import families, lora
 
 pytestmark = pytest.mark.parity
 
@@ -57,7 +57,7 @@ def peft_gradients(adapted, tokens, mask):
 def by_their_names(model, found):
     """Pairs of PEFT's name and the gradient of an adapter of ours."""
     for path in [path for path in found if path[-1] != "lora_scale"]:
-        stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), found[path].shape)
+        stored = families.family_of(model.config).tensors((*path[:-1], "kernel"), found[path].shape)
         layers = np.asarray(found[path] if path[0] == "h" else [found[path]])
         kind = path[-1][-1].upper()
         for name, gradient in zip(stored, layers, strict=True):

@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.tree_util import Partial
 
+from rlhf_jax.models.families import LeafPath, takes_adapters
 from rlhf_jax.models.heads import HEADS
-from rlhf_jax.models.names import LeafPath
 from rlhf_jax.models.peft import read_adapter as load
 from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
@@ -43,6 +43,7 @@ def init(
         params: of a model; not changed.
         rank: r, at least 1.
         match: regular expression, searched in the paths of the kernels, such as "h_0/attn/c_attn".
+            Experts and their routers take no adapters.
         alpha: the scale is alpha / rank; None: rank, so a scale of 1.
 
     Returns:
@@ -56,7 +57,7 @@ def init(
     kernels = {
         path[:-1]: leaf.shape
         for path, leaf in sorted(flatten_dict(params).items())
-        if path[-1] == "kernel" and path[0] not in HEADS
+        if path[-1] == "kernel" and path[0] not in HEADS and takes_adapters(path)
     }
     chosen = [module for module in kernels if re.search(match, "/".join(module))]
     if not chosen:

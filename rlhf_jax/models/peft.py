@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import names
+from rlhf_jax.models import families, names
+from rlhf_jax.models.families import LeafPath, Shape
 from rlhf_jax.models.hf import (
     Reader,
     find_folder,
@@ -22,7 +23,6 @@ from rlhf_jax.models.hf import (
     read_score,
     write_tensors,
 )
-from rlhf_jax.models.names import LeafPath, Shape
 from rlhf_jax.types import Params
 
 CONFIG = "adapter_config.json"
@@ -65,7 +65,7 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         if any(f"{module}.lora_A.weight" in reader for module in modules):
             leaves |= _read_pair(reader, config, modules, kernel, leaf.shape)
     adapters = unflatten_dict(leaves)
-    if names.SCORE in reader:
+    if families.SCORE in reader:
         adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), _read_shift(reader))
     reader.check_all_read()
     if not adapters:
@@ -180,7 +180,7 @@ def write_adapter(
     }
     metadata = {"format": "pt"}
     if "score" in adapters:
-        tensors[PREFIX + names.SCORE], shift = folded_score(adapters["score"])
+        tensors[PREFIX + families.SCORE], shift = folded_score(adapters["score"])
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         # The only entry: safetensors writes several in a random order.
         metadata = {"reward_shift": repr(shift)}
@@ -232,8 +232,7 @@ def _target_modules(modules: set[str]) -> list[str]:
 
 def _modules(params: Params, path: LeafPath, shape: Shape) -> list[str]:
     """transformers' name of a kernel's module in each layer; none for another leaf."""
-    if path[-1] != "kernel" or not path[0].startswith("h"):
+    if path[-1] != "kernel" or not path[0].startswith("h") or not families.takes_adapters(path):
         return []
-    # The other families share Llama's names of kernels.
-    family = names.GPT2 if "wpe" in params else names.LLAMA
-    return [name.removesuffix(".weight") for name in family.tensors(path, shape)]
+    names = families.family_with(params).tensors(path, shape)
+    return [name.removesuffix(".weight") for name in names]
