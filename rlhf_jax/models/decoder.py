@@ -14,8 +14,7 @@ from jax import Array
 
 from rlhf_jax.models import kernels, rope, stack
 from rlhf_jax.models.config import DecoderConfig
-from rlhf_jax.models.experts import MixtureOfExperts
-from rlhf_jax.models.mlp import MLP
+from rlhf_jax.models.mlp import MLP, MixtureOfExperts
 from rlhf_jax.models.stack import Dense, Norm, Rotation
 
 
