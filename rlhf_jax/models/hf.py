@@ -33,6 +33,7 @@ from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder of PEFT
 # The file beside the parameters of a policy that Python gave to a run (training.common.own).
 OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
@@ -294,6 +295,11 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
             "Face model; read them by rlhf_jax.training.common.own.load"
         )
+    if not file.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder}: a PEFT adapter, no whole model; `rlhf-jax export {folder} FOLDER` writes "
+            "the base model that it names with the adapter merged, a model for every command"
+        )
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))
@@ -458,6 +464,21 @@ def _read_body(
         else:
             leaves[path] = jax.make_array_from_callback(shape, places[path], part)
     return unflatten_dict(leaves)
+
+
+def read_leaf(
+    reader: Reader,
+    family: families.Family,
+    path: families.LeafPath,
+    shape: families.Shape,
+) -> Array:
+    """A leaf of the body, whole, in float32."""
+    stored = family.stored(path, shape)
+    tensors = [reader.slices(name, stored) for name in family.tensors(path, shape)]
+    separate = family.separate(path, shape)
+    whole = (slice(None),) * len(shape)
+    is_transposed = family.is_transposed(path)
+    return jnp.asarray(_part(tensors, path, separate, is_transposed, jnp.float32, whole))
 
 
 def _part(

@@ -79,8 +79,8 @@ def init(
 
 
 def attach(params: Params, adapters: Params) -> Params:
-    """The parameters with the adapters beside their kernels and with the adapters' heads, for a
-    model's functions.
+    """The parameters with the adapters beside their kernels, and with the adapters' heads and whole
+    modules, for a model's functions.
 
     Nothing is copied: the kernels do not change, and the product of A and B is never computed.
 
@@ -90,7 +90,8 @@ def attach(params: Params, adapters: Params) -> Params:
     leaves = flatten_dict(params)
     added = flatten_dict(adapters)
     for path in added:
-        if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
+        owner = (*path[:-1], "kernel") if path[-1].startswith("lora_") else path
+        if path[0] not in HEADS and owner not in leaves:
             raise ValueError(
                 f"the adapter {'/'.join(path)} belongs to no kernel of these parameters"
             )
@@ -99,7 +100,7 @@ def attach(params: Params, adapters: Params) -> Params:
 
 def merge(params: Params, adapters: Params) -> Params:
     """The parameters of an equal model without adapters: kernels + scale * A @ B, and the adapters'
-    heads.
+    heads and whole modules.
 
     A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
 

@@ -82,7 +82,7 @@ class Router(Given):
         scores = jnp.matmul(tokens, kernel, precision="highest")
         if config.router_bias:
             bias = self.param("bias", nn.initializers.zeros, (number,))
-            scores += bias.astype(jnp.float32)
+            scores += jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
         shares = jax.nn.softmax(scores, axis=-1)
         weights, chosen = lax.top_k(shares, config.experts_per_token)
         if config.normalize_experts:

@@ -213,11 +213,10 @@ def _rope_object(scaling: RopeScaling) -> dict[str, Any]:
     """rope_scaling of config.json."""
     rope = _ROPES[scaling.kind]
     written: dict[str, Any] = {"rope_type": scaling.kind}
-    written |= {key: getattr(scaling, field) for key, field in rope.needed.items()}
-    for key, field in rope.optional.items():
+    for key, field in {**rope.needed, **rope.optional}.items():
         value = getattr(scaling, field)
         if value is not None:
-            written[key] = value
+            written[key] = list(value) if isinstance(value, tuple) else value
     return written
 
 
