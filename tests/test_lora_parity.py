@@ -22,6 +22,9 @@ FAMILIES = {
     "Qwen3 wide heads": ["k_proj", "o_proj"],
     "Mistral windows": ["q_proj", "gate_proj"],
     "Gemma3 tied": ["q_proj", "up_proj", "o_proj"],
+    "GPTNeoX parallel": ["query_key_value", "dense_h_to_4h"],
+    "Phi3 partial": ["qkv_proj", "down_proj"],
+    "Qwen3Moe normalized": ["q_proj", "o_proj"],
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -16,6 +16,7 @@ from builders import (
     LLAMA,
     LLAMA3,
     MISTRAL,
+    MORE,
     QWEN2,
     QWEN3,
     initial_params,
@@ -280,6 +281,8 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
         slow(LLAMA, False),
         slow(LLAMA, True),
         slow(GEMMA, False),
+        (MORE["gpt_oss"], True),
+        *(slow(config, False) for config in MORE.values()),
     ],
 )
 def test_decoding_equals_the_full_forward(config, scan_layers):
