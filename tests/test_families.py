@@ -14,6 +14,7 @@ from builders import (
     GEMMA,
     LLAMA,
     MISTRAL,
+    MORE,
     QWEN2,
     QWEN3,
     ROOT,
@@ -26,7 +27,9 @@ from numpy.testing import assert_allclose
 from programs import whole_on_a_device
 
 from rlhf_jax import models, sharding
+from rlhf_jax.cli import commands
 from rlhf_jax.cli.benchmark import measure
+from rlhf_jax.models.families import FAMILIES, differences
 
 families = script("benchmarks/families.py")
 TINY = {
@@ -36,6 +39,7 @@ TINY = {
     "Qwen3": QWEN3,
     "Mistral": MISTRAL,
     "Gemma 3": GEMMA,
+    **{FAMILIES[name].title: config for name, config in MORE.items()},
 }
 
 
@@ -133,6 +137,21 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
 LISTS = ("each_family", "CLASSIFIERS")
 
 
+def test_the_page_of_models_lists_what_the_command_lists(capsys):
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    assert set(TINY) == {family.title for family in FAMILIES.values()}
+    rows = []
+    for name, family in FAMILIES.items():
+        words = "; ".join(differences(family)) or "what the others are compared with"
+        rows.append(f"| {family.title} | `{name}` | {family.covers} | {words} |")
+    assert "\n".join(rows) in page
+    commands.run(["models"])
+    shown = capsys.readouterr().out
+    for name, family in FAMILIES.items():
+        assert f"{family.title} ({name}): {family.covers}" in shown
+        assert "; ".join(differences(family)) in shown
+
+
 def test_the_cells_of_the_tables_of_families_are_tests():
     """docs/models.md: each case stands in the file of its column's cases, in the list if the test
     takes some alone.
@@ -145,6 +164,7 @@ def test_the_cells_of_the_tables_of_families_are_tests():
         re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS
     )
     parity += (ROOT / "tests" / "torch_models.py").read_text("utf-8")
+    files += (ROOT / "tests" / "builders.py").read_text("utf-8")
     lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
     here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'

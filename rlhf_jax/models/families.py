@@ -444,3 +444,36 @@ def family_with(params: Mapping[str, Any]) -> Family:
 def takes_adapters(path: LeafPath) -> bool:
     """Whether LoRA may change a kernel: those of experts and their router stay as they are."""
     return not {"experts", "router"} & set(path)
+
+
+def differences(family: Family) -> list[str]:
+    """What sets a family apart from Llama, in words, by the attributes of its config."""
+    config = family.defaults
+    if not isinstance(config, DecoderConfig):
+        return ["a table of positions, layer norms, one layer for queries, keys and values"]
+    scaling = config.rope_scaling
+    every = config.global_every
+    said = {
+        "layer norms": config.layer_norm,
+        "norms behind attention and MLP alone": not config.pre_norms,
+        "norms before and behind attention and MLP": config.pre_norms and config.post_norms,
+        "attention and MLP side by side or in turn": "parallel_residual" in vars(config),
+        "biases of queries, keys and values": config.qkv_bias,
+        "normed queries and keys in each head": config.qk_norm == "head",
+        "normed queries and keys, all heads at once": config.qk_norm == "width",
+        "one layer for queries, keys and values": config.qkv != "apart",
+        "an MLP without gates": not config.gated,
+        "a part of each head is turned": "rotary_fraction" in vars(config),
+        f"one layer in {every} without positions": not config.global_rope,
+        "a window": bool(config.sliding_window) and every is None,
+        f"a window except in one layer of {every}": bool(config.sliding_window and every),
+        "a rope for layers with a window": config.local_rope_theta is not None,
+        f"{scaling and scaling.kind} positions": scaling is not None,
+        "queries that grow with their position": scaling is not None and bool(scaling.query_beta),
+        "multipliers": "residual_multiplier" in vars(config),
+        "soft caps of scores and logits": config.attention_softcap is not None,
+        "sinks": config.sinks,
+        f"{config.experts_per_token} of {config.num_experts} experts": bool(config.num_experts),
+        "gates with a limit, biases of experts": config.gate_limit is not None,
+    }
+    return [words for words, is_said in said.items() if is_said]
