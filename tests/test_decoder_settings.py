@@ -53,6 +53,11 @@ def test_yarn_keeps_fast_waves_and_stretches_slow_ones():
     thirds = np.arange(4) / 3
     expected = plain * (1 - thirds) + plain / 4 * thirds
     assert_allclose(rope.frequencies(rounded), expected, rtol=1e-6)
+    # The bounds end at the first index and at the last one of all columns, 7.
+    wide = replace(scaling, original_max_length=10000, beta_fast=1e5, beta_slow=0.1)
+    stretched = np.arange(4) / 7
+    expected = plain * (1 - stretched) + plain / 4 * stretched
+    assert_allclose(rope.frequencies(replace(config, rope_scaling=wide)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

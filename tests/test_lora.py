@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.stack import Dense
@@ -307,6 +308,8 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"adapter: a PEFT adapter, no .* `rlhf-jax export .*adapt"):
         models.load(tmp_path / "adapter")
+    with pytest.raises(UserError, match="a PEFT adapter, no whole model"):
+        load_tokenizer(tmp_path / "adapter")
     export.export(tmp_path / "adapter", tmp_path / "merged")
     again, merged = models.load(tmp_path / "merged")
     assert again.config == model.config

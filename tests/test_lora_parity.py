@@ -158,3 +158,26 @@ def test_reward_models_travel_both_ways(tmp_path, family):
     fresh = type(reference).from_pretrained(tmp_path / "base")
     ours = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
     assert_allclose(torch_forward(ours, tokens, mask)[:, 0], expected, atol=2e-4)
+
+
+def test_modules_that_peft_saves_whole_give_its_logits(tmp_path):
+    import peft
+    import torch
+
+    reference = torch_model("Llama grouped")
+    reference.save_pretrained(tmp_path / "base")
+    whole = ["embed_tokens", "lm_head", "input_layernorm", "up_proj"]
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=whole)
+    adapted = peft.get_peft_model(reference, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens, mask = left_padded()
+    expected = torch_forward(adapted, tokens, mask)
+    model, params = models.load(tmp_path / "base")
+    adapters = lora.load(tmp_path / "adapter", params, model)
+    found = jax.jit(model.apply)(lora.attach(params, adapters), tokens, mask)
+    real = mask.astype(bool)
+    assert_allclose(np.asarray(found)[real], expected[real], atol=2e-4)

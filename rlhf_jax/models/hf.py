@@ -287,6 +287,15 @@ def find_folder(
         ) from error
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError for a folder of PEFT, which holds no whole model."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: a PEFT adapter, no whole model; `rlhf-jax export {folder} FOLDER` writes "
+            "the base model that it names with the adapter merged, a model for every command"
+        )
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in a folder."""
     file = folder / CONFIG
@@ -295,11 +304,7 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
             "Face model; read them by rlhf_jax.training.common.own.load"
         )
-    if not file.is_file() and (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{folder}: a PEFT adapter, no whole model; `rlhf-jax export {folder} FOLDER` writes "
-            "the base model that it names with the adapter merged, a model for every command"
-        )
+    refuse_adapter(folder)
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))
