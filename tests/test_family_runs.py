@@ -37,53 +37,64 @@ def networks(vocab_size, **ids):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
-def test_each_stage_trains_and_its_model_loads(family, tmp_path):
-    """SFT, a reward model from it, DPO, and GRPO with LoRA on that reward model, two steps each."""
-    data = tmp_path / "data"
+def base_folder(family, folder):
+    """A model of the family with random weights and a tokenizer, and data beside it. Returns the
+    model and its parameters.
+    """
     sizes = {"sft_data.json": 32, "preference_data.json": 32, "prompts.json": 32}
-    demo.write(data, sizes=sizes)
-    texts = [path.read_text("utf-8") for path in sorted(data.glob("*.json"))]
+    demo.write(folder / "data", sizes=sizes)
+    texts = [path.read_text("utf-8") for path in sorted((folder / "data").glob("*.json"))]
     tokenizer = train_bpe(texts, 300)
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(networks(tokenizer.vocab_size, **ids)[family])
     params = initial_params(model)
-    models.save(tmp_path / "base", model, params)
-    tokenizer.save(tmp_path / "base")
+    models.save(folder / "base", model, params)
+    tokenizer.save(folder / "base")
+    return model, params
+
+
+def settings(folder):
+    """A few steps of each stage."""
+    optimizer = Optimizer(learning_rate=1e-2)
     stage = {
         "batch_size": 8,
         "validation_fraction": 0.2,
         "validation_interval": 2,
-        "optimizer": Optimizer(learning_rate=1e-2),
+        "optimizer": optimizer,
     }
     sampled = {"max_new_tokens": 4, "validation_interval": 2, "validation_prompts": 8}
-    base = RunConfig(
-        model=str(tmp_path / "base"),
-        data=(str(data),),
+    return RunConfig(
+        data=(str(folder / "data"),),
         tokenizer=Tokenizer(),
         text=Text(bucket_multiple=128),
         sft=SFTStage(**stage),
         reward_model=RewardModelStage(**stage, normalize_samples=8),
         dpo=DPOStage(**stage),
-        rl=RLStage(num_iterations=2, batch_size=8, optimizer=stage["optimizer"], **sampled),
+        rl=RLStage(num_iterations=2, batch_size=8, optimizer=optimizer, **sampled),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )
 
-    def run(stage, name, **changes):
-        config = replace(base, output_dir=str(tmp_path / name), **changes)
-        return stage(config)
 
-    tuned = run(training.sft.run, "sft")
-    rewarded = run(training.reward_model.run, "reward", model=str(tuned.folder))
-    preferred = run(training.dpo.run, "dpo", model=str(tuned.folder))
-    learned = run(
-        lambda config: training.rl.run(config, grpo),
-        "grpo",
-        model=str(tuned.folder),
-        reward=(str(rewarded.folder),),
-        lora=LoRA(rank=2),
-    )
+def run_grpo(config):
+    return training.rl.run(config, grpo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
+def test_each_stage_trains_and_its_model_loads(family, tmp_path):
+    """SFT, a reward model from it, DPO, and GRPO with LoRA on that reward model."""
+    model, params = base_folder(family, tmp_path)
+    base = settings(tmp_path)
+
+    def run(stage, name, start, **changes):
+        places = {"output_dir": str(tmp_path / name), "model": str(start)}
+        return stage(replace(base, **places, **changes))
+
+    tuned = run(training.sft.run, "sft", tmp_path / "base")
+    rewarded = run(training.reward_model.run, "reward", tuned.folder)
+    preferred = run(training.dpo.run, "dpo", tuned.folder)
+    more = {"reward": (str(rewarded.folder),), "lora": LoRA(rank=2)}
+    learned = run(run_grpo, "grpo", tuned.folder, **more)
     for result in (tuned, rewarded, preferred, learned):
         for row in metric_rows(result.folder):
             assert np.isfinite([value for value in row.values() if value is not None]).all()
