@@ -306,6 +306,9 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     adapters = grown(lora.init(KEY, params, 2))
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    norm = np.arange(8, dtype=np.float32)
+    save_file(load_file(weights) | {"base_model.model.model.norm.weight": norm}, weights)
     with pytest.raises(UserError, match=r"adapter: a PEFT adapter, no .* `rlhf-jax export .*adapt"):
         models.load(tmp_path / "adapter")
     with pytest.raises(UserError, match="a PEFT adapter, no whole model"):
@@ -313,6 +316,8 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     export.export(tmp_path / "adapter", tmp_path / "merged")
     again, merged = models.load(tmp_path / "merged")
     assert again.config == model.config
+    assert_array_equal(merged["ln_f"]["scale"], norm)
+    merged["ln_f"] = params["ln_f"]
     jax.tree.map(assert_array_equal, merged, lora.merge(params, adapters))
     assert (tmp_path / "merged" / "tokenizer.json").read_text("utf-8") == "{}"
     with pytest.raises(UserError, match="is in use"):
