@@ -148,7 +148,8 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
         kind = "policy"
         result = training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
     else:
-        result = importlib.import_module(f"rlhf_jax.training.{kind}").run(settings)
+        module = kind if name == "pipeline" else f"supervised.{kind}"
+        result = importlib.import_module(f"rlhf_jax.training.{module}").run(settings)
     if name == "pipeline":
         kind = "policy"
         result = result.ppo

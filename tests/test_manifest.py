@@ -45,6 +45,7 @@ def test_manifest(tmp_path, monkeypatch):
     )
     said = {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}
     said["cpu"] = devices.cpu()
+    said["threads"] = devices.num_threads()
     said["xla_flags"] = "--xla_cpu_multi_thread_eigen=true"
     machine = {"backend": "cpu", "devices": {"kind": "cpu", "count": 4}}
     assert manifest == said | machine | {

@@ -32,7 +32,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training.common import stage
 from rlhf_jax.training.supervised import scoring
 

@@ -22,7 +22,7 @@ from rlhf_jax.generation.generator import Asked, Generator
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
 from rlhf_jax.runs import manifest, reading
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 
 _BATCHES = 4  # that are sorted by length and written together
 _DIGITS = 3  # of log-probabilities and scores: further ones depend on the batch size

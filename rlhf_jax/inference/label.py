@@ -23,7 +23,7 @@ from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"

@@ -9,7 +9,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
-from rlhf_jax.runs.folder import refuse_links, write_atomically
+from rlhf_jax.runs.writing import refuse_links, write_atomically
 
 # What a run writes into ``model/``, beside the folders of an ensemble's members.
 KNOWN = (

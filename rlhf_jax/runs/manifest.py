@@ -25,8 +25,9 @@ import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs import devices
-from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, read_json, read_yaml
+from rlhf_jax.runs.writing import write_atomically
 
 Keys = Sequence[str]
 Texts = Mapping[str, str]
@@ -71,6 +72,7 @@ def write_manifest(
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
         "cpu": devices.cpu(),
+        "threads": devices.num_threads(),
         "versions": {"python": platform.python_version(), **packages},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -103,6 +105,18 @@ def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
             f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit for "
             "bit what it would have been without the stop"
         )
+
+
+def threads_of(path: Path) -> int | None:
+    """XLA's threads at the last start of the run in a folder, as its manifest records them; None
+    without a manifest that does.
+    """
+    try:
+        recorded = read_json(path / "manifest.json", MANIFEST)
+    except UserError:  # who opens the run says what is wrong
+        return None
+    starts = recorded.get("resumed", [recorded])
+    return starts[-1].get("threads")
 
 
 def command_line() -> list[str]:

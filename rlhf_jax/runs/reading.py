@@ -34,6 +34,7 @@ MANIFEST = {
     "versions": {str: str},
     "devices": {"kind": str, "count": int},
     "cpu": str,
+    "threads": (int, None),
     "xla_flags": str,
     "git": ({"commit": str, "modified": bool}, None),
     "data": {str: str},

@@ -39,7 +39,8 @@ METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
-MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
+# Facts of a manifest.
+MACHINE = ("threads", "backend", "devices", "cpu", "xla_flags", "versions")
 
 Names = Sequence[str]
 Facts = Mapping[str, Any]  # of a manifest
@@ -113,7 +114,8 @@ def verify(
     stage = recorded["stage"]
     last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
-    config = set_up(_with_data(config, stage, recorded["data"], data))  # before JAX begins
+    config = _with_data(config, stage, recorded["data"], data)
+    config = set_up(config, threads=last_start.get("threads"))  # before JAX begins
     unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
     differences = _setting_differences(path) + _input_differences(recorded["data"], here)

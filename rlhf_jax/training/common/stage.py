@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -24,7 +24,16 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.report import page, records, verdict
-from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
+from rlhf_jax.runs import (
+    allocator,
+    devices,
+    folder,
+    manifest,
+    objects,
+    processes,
+    trackers,
+    writing,
+)
 from rlhf_jax.training.common import initial, layout, memory
 from rlhf_jax.training.common.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn, TrainState
@@ -160,7 +169,7 @@ class Stage:
         compute = dataclasses.replace(compute, remat=remat)
         stage = dataclasses.replace(self, config=dataclasses.replace(self.config, compute=compute))
         text = _settings(stage.config)
-        processes.in_first(lambda: folder.write_atomically(stage.run.config, text))
+        processes.in_first(lambda: writing.write_atomically(stage.run.config, text))
         if remat:
             model = models.build(dataclasses.replace(model.config, remat=True))
         return stage, language_model._replace(model=model)
@@ -244,7 +253,7 @@ class Stage:
 
         def write() -> None:
             saved = [run.model]
-            with folder.replacing(run.model) as new:
+            with writing.replacing(run.model) as new:
                 for name, part in trained.items():
                     done = begun._replace(params=start.merged(part))
                     save(done, new / name, template=template, config=how)
@@ -258,7 +267,7 @@ class Stage:
         return RunResult(run.path, run.model, metrics)
 
     def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
-        with folder.replacing(self.run.adapter) as new:
+        with writing.replacing(self.run.adapter) as new:
             for name, part in trained.items():
                 adapters = jax.device_get(part)
                 models.lora.save(new / name, base, adapters, base_model=self.config.model)
@@ -282,22 +291,22 @@ def stream(seed: int, stage: str, name: Stream) -> Array:
     return jax.random.fold_in(of_stage, zlib.crc32(name.encode()))
 
 
-def set_up(config: RunConfig) -> RunConfig:
+def set_up(
+    config: RunConfig, folders: Iterable[Path] = (), threads: int | None = None
+) -> RunConfig:
     """Chooses the device and prints which it is: the first thing that every run does.
 
     Returns the settings with ``model/`` in place of a run's folder in ``config.model``.
+
+    Args:
+        folders, threads: as in ``choose_devices``.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, the mesh fits neither the
             devices nor the model, or the package of a tracker is missing.
     """
     trackers.check(config.track)
-    devices.choose(
-        config.device,
-        config.processes,
-        deterministic=config.deterministic,
-        threads=config.compute.blocks,
-    )
+    choose_devices(config, folders, threads)
     enable_compilation_cache()
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
@@ -318,6 +327,31 @@ def set_up(config: RunConfig) -> RunConfig:
 
 
 _say_once = functools.cache(logger.info)
+
+
+def run_folder(config: RunConfig, name: str) -> Path:
+    """The folder of a stage's run."""
+    return Path(config.output_dir or f"runs/{name}")
+
+
+def choose_devices(config: RunConfig, folders: Iterable[Path], threads: int | None = None) -> None:
+    """``devices.choose`` by the settings. A run that is resumed gets as many threads as it had, on
+    any number of cores, since its bits depend on them; with ``compute.blocks`` there are as many as
+    blocks.
+
+    Args:
+        folders: of the run, or of a pipeline's stages, of which the first that was begun decides.
+        threads: of the run that is repeated; None: of the one that is resumed.
+    """
+    if config.resume and threads is None:
+        recorded = map(manifest.threads_of, folders)
+        threads = next(filter(None, recorded), None)
+    devices.choose(
+        config.device,
+        config.processes,
+        deterministic=config.deterministic,
+        threads=config.compute.blocks or threads,
+    )
 
 
 def enable_compilation_cache() -> None:
@@ -356,7 +390,7 @@ def open_stage(
         TrainingFault: the disk or the device's memory is full, now or at any time while the stage
             is open.
     """
-    path = config.output_dir or f"runs/{name}"
+    path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         config = _decided(config, run)
         stage = Stage(config, name, run, layout.mesh_of(config))
@@ -473,7 +507,7 @@ def _describe(
         facts["given"] = python
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
     if changed or not run.resumed:
-        folder.write_atomically(run.config, text)
+        writing.write_atomically(run.config, text)
 
 
 def _report_unknown(python: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
 from rlhf_jax.training.rl import steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
@@ -92,7 +92,8 @@ def run(
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     of_ones_own = None if name in ALGORITHMS else algorithm
     given = Given(of_ones_own, run_reward, optimizer, policy)
-    config = set_up(without_what_is_given(config, given))
+    config = without_what_is_given(config, given)
+    config = set_up(config, [run_folder(config, name)])
     helping_sizes = check_settings(name, config, algorithm_config, given)
     method = Method(
         algorithm,
