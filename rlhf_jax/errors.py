@@ -4,10 +4,14 @@ an alert), and the logger of all other messages.
 
 import contextlib
 import difflib
+import errno
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_DISKS += (errno.EIO, errno.ENAMETOOLONG)
 logger = logging.getLogger("rlhf_jax")
 # Characters that a terminal obeys instead of showing them: control characters (C0 but tab and
 # newline, DEL, C1), marks that change the direction of a text, other line ends; and halves of
@@ -71,15 +75,39 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def file_errors(path: object, verb: str = "read") -> Iterator[None]:
-    """Says as a UserError why a file or folder cannot be read (or written), or that it is not
-    UTF-8.
+    """Says as a UserError why a file or folder cannot be read (or written), or that it or its name
+    is not UTF-8.
     """
     try:
         yield
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
             f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def check_encoding(words: Iterable[str]) -> None:
+    """Raises UserError if a word of the command line, or a path, is not UTF-8, since no file of a
+    run could record it; or if this process cannot use names of files in UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise UserError(
+            f"names of files and texts are in UTF-8, and this process has {encoding}: set "
+            "PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
+    for word in words:
+        if word.encode("utf-8", "ignore").decode("utf-8") != word:
+            raise UserError(f"{word}: is not UTF-8; give the file or folder another name")
+
+
+def disk_fault(error: OSError) -> str | None:
+    """A sentence about a disk that is full, cannot be written or is broken; None for another error,
+    which a bug may have caused.
+    """
+    if error.errno not in _OF_DISKS:
+        return None
+    return f"{error.filename or 'a file'}: {error.strerror}"
 
 
 def check_pattern(name: str, pattern: str) -> None:

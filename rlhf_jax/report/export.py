@@ -9,7 +9,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
-from rlhf_jax.runs.writing import refuse_links, write_atomically
+from rlhf_jax.runs.writing import check_writable, refuse_links, replacing, write_atomically
 
 # What a run writes into ``model/``, beside the folders of an ensemble's members.
 KNOWN = (
@@ -29,9 +29,9 @@ _MEMBER = re.compile(r"member_\d+")
 
 def export(run: str | Path, folder: str | Path) -> Path:
     """Copies the files of ``RUN/model`` that a run writes, all members of an ensemble, to
-    ``folder``, and logs which other files are there. Writes README.md, the model card: base model,
-    licence (to be filled in), use with the prompt template, command, data, last metrics, settings
-    and limits.
+    ``folder``, which appears when it is complete. Logs which other files are there. Writes
+    README.md, the model card: base model, licence (to be filled in), use with the prompt template,
+    command, data, last metrics, settings and limits.
 
     Raises:
         UserError: the run has no model yet, its files are broken or symbolic links, or the folder
@@ -48,8 +48,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
         )
     if config is None:
         raise UserError(f"{model}: no model here; give the folder of a finished run")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is in use; give a new folder")
+    _check_free(folder)
+    check_writable(folder)
     files, unknown = _files(model)
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
@@ -64,15 +64,24 @@ def export(run: str | Path, folder: str | Path) -> Path:
         reward_model="reward_shift" in read_json(config),
     )
     with file_errors(folder, "written"):
-        for file in files:
-            copy = folder / file.relative_to(model)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        write_atomically(folder / "README.md", card)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as new:
+            for file in files:
+                copy = new / file.relative_to(model)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+            write_atomically(new / "README.md", card)
+            _check_free(folder)  # from another process
     if unknown:
         names = ", ".join(str(file.relative_to(model)) for file in unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
+
+
+def _check_free(folder: Path) -> None:
+    """Raises UserError unless the folder is missing or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is in use; give a new folder")
 
 
 def _files(model: Path) -> tuple[list[Path], list[Path]]:

@@ -174,7 +174,8 @@ def check_unchanged(
     ]
     sentences = "; ".join(problems or changed.values())
     if problems:
-        use = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        names = " ".join(dict.fromkeys(_setting(key) for key in changed))
+        use = f"cannot help with {', '.join(never)}" if never else f"{names} lets this differ"
         raise UserError(
             f"--resume: {run.path} is another run: {sentences}. Undo this, or start a new run with "
             f"another --output-dir; --allow-changed {use}"

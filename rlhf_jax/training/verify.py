@@ -12,8 +12,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import files
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
-from rlhf_jax.errors import AlertStop, UserError, logger
+from rlhf_jax.errors import AlertStop, Stopped, UserError, logger
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
@@ -294,8 +296,8 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
 def _inputs(config: RunConfig, stage: str) -> Digests:
     """The checksums of the files that the run would read on this machine."""
     kind = _kind(stage)
-    files = parts.files(config, stage) if stage in METHODS else {}
-    digests = fingerprints_of(config, files)
+    others = parts.files(config, stage) if stage in METHODS else {}
+    digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(kind, names, seed=config.seed)
     return digests
@@ -394,11 +396,29 @@ def _repeat(
         return step >= span.stop
 
     stage = recorded["stage"]
-    with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
+    with _stopped_alike(path):
         if stage in SPECS:
             tasks.run(config, SPECS[stage], is_over)
         else:
             rl.run(config, METHODS[stage], on_step=is_over)
+
+
+@contextlib.contextmanager
+def _stopped_alike(path: Path) -> Iterator[None]:
+    """Goes on after an alert: the run was stopped at the same step, or rows differ. A signal, or a
+    disk or server that fails, ends the comparison: the scratch folder cannot be resumed.
+    """
+    try:
+        yield
+    except AlertStop:
+        pass
+    except Stopped as stop:
+        number = stop.exit_code - 128
+        raise Stopped(
+            f"{signal.Signals(number).name}: stopped before anything was compared; {path} is as it "
+            "was. Start verify again",
+            number,
+        ) from None
 
 
 def _copy(path: Path, ours: Path, start: int | None) -> None:
@@ -487,15 +507,15 @@ def _bytes(file: Path) -> dict[str, np.ndarray]:
     """The content of a file; empty if it is missing."""
     if not file.is_file():
         return {}
-    return {"bytes": np.frombuffer(reading.read_bytes(file), np.uint8)}
+    return {"bytes": np.frombuffer(files.read_bytes(file, most=None), np.uint8)}
 
 
 def _results(path: Path) -> set[str]:
     """The names of a run's result files, from its folder."""
     model = (path / "model").rglob("*")
     adapters = (path / "adapter").rglob("*.safetensors")
-    files = filter(Path.is_file, chain(model, adapters))
-    return {file.relative_to(path).as_posix() for file in files}
+    results = filter(Path.is_file, chain(model, adapters))
+    return {file.relative_to(path).as_posix() for file in results}
 
 
 def _differences(

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault, UserError, logger
+from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.parallel import blocks, sharding
@@ -394,7 +394,8 @@ def open_stage(
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         config = _decided(config, run)
         stage = Stage(config, name, run, layout.mesh_of(config))
-        processes.in_first(lambda: _describe(stage, fingerprints, files, given))
+        with _explained(stage, sizes):
+            processes.in_first(lambda: _describe(stage, fingerprints, files, given))
         is_set = sharding.is_set(stage.mesh)
         mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
         precision = config.compute.matmul_precision
@@ -409,19 +410,24 @@ def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = (
+            "the disk is full; make room" if is_full else "the disk cannot be used; repair this"
+        )
         raise TrainingFault(
-            f"{stage.run.path}: the disk is full{where}; make room, then go on with --resume"
+            f"{stage.run.path}: {advice}, then go on with --resume ({fault})"
         ) from error
-    except (jax.errors.JaxRuntimeError, ValueError, memory.TooLarge) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError, memory.TooLarge) as error:
         if processes.is_lost(error):
             raise TrainingFault(
                 f"{stage.name}: another process has gone; start all of them again, --resume"
             ) from error
         # XLA raises a ValueError if memory runs out while arrays are placed on a GPU.
-        is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
+        is_full = isinstance(error, MemoryError | memory.TooLarge)
+        is_full = is_full or "RESOURCE_EXHAUSTED" in str(error)
         if not is_full:
             raise
         switches = {
