@@ -24,7 +24,7 @@ import jax
 import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import devices, keeping
 from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, read_json, read_yaml
 from rlhf_jax.runs.writing import write_atomically
@@ -111,9 +111,13 @@ def threads_of(path: Path) -> int | None:
     """XLA's threads at the last start of the run in a folder, as its manifest records them; None
     without a manifest that does.
     """
+    texts = keeping.kept_start(path)
     try:
-        recorded = read_json(path / "manifest.json", MANIFEST)
-    except UserError:  # who opens the run says what is wrong
+        if "manifest.json" in texts:
+            recorded = json.loads(texts["manifest.json"])
+        else:
+            recorded = read_json(path / "manifest.json", MANIFEST)
+    except (UserError, ValueError):  # who opens the run says what is wrong
         return None
     starts = recorded.get("resumed", [recorded])
     return starts[-1].get("threads")

@@ -77,6 +77,7 @@ TRACKER = {"id": str, "project": str, "name": str, "services": [str]}
 CHECKPOINT = {
     "meta": {"step": int, "metrics": {str: object}},
     "leaves": {str: {"dtype": str, "shape": [int], "sha256": str, "parts": {str: str}}},
+    "files": {str: {"bytes": int, "sha256": str}},
 }
 _ROWS: dict[str, Any] = {
     "metrics": {str: NUMBER},

@@ -28,6 +28,7 @@ from rlhf_jax.runs import (
     allocator,
     devices,
     folder,
+    keeping,
     manifest,
     objects,
     processes,
@@ -169,7 +170,7 @@ class Stage:
         compute = dataclasses.replace(compute, remat=remat)
         stage = dataclasses.replace(self, config=dataclasses.replace(self.config, compute=compute))
         text = _settings(stage.config)
-        processes.in_first(lambda: writing.write_atomically(stage.run.config, text))
+        processes.in_first(lambda: _write_settings(stage.run, text))
         if remat:
             model = models.build(dataclasses.replace(model.config, remat=True))
         return stage, language_model._replace(model=model)
@@ -392,6 +393,8 @@ def open_stage(
     """
     path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        if run.resumed:
+            processes.in_first(lambda: keeping.restore_start(run))
         config = _decided(config, run)
         stage = Stage(config, name, run, layout.mesh_of(config))
         with _explained(stage, sizes):
@@ -470,6 +473,11 @@ def _settings(config: RunConfig) -> str:
     return to_yaml(own)
 
 
+def _write_settings(run: folder.Run, text: str) -> None:
+    writing.write_atomically(run.config, text)
+    keeping.keep_start(run)
+
+
 def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, str]:
     """The sha256 of the model, the tokenizer and other ``files`` that a stage reads, by name."""
     models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
@@ -514,6 +522,7 @@ def _describe(
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
     if changed or not run.resumed:
         writing.write_atomically(run.config, text)
+    keeping.keep_start(run)
 
 
 def _report_unknown(python: dict[str, Any]) -> None:
