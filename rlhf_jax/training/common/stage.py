@@ -65,11 +65,12 @@ FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size", 
 
 
 class RunResult(NamedTuple):
-    """The folders of a finished run, and the last row of its metrics."""
+    """The folders of a finished run, and its metrics."""
 
     folder: Path
     model_folder: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # of the last step, or of the best one with ``keep_best``
+    rows: list[dict[str, Any]]  # of metrics.jsonl: each step's, with its "step" and validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Stage:
             _draw_page(run)
 
         processes.in_first(write)
-        return RunResult(run.path, run.model, metrics)
+        return RunResult(run.path, run.model, metrics, records.read_rows(run.metrics))
 
     def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
         with writing.replacing(self.run.adapter) as new:
