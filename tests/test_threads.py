@@ -10,9 +10,10 @@ import jax
 import pytest
 from builders import ROOT, results, run_loop
 
+from rlhf_jax.cli import verify
 from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.runs import devices, manifest
-from rlhf_jax.training import pipeline, verify
+from rlhf_jax.training import pipeline
 from rlhf_jax.training.common import stage
 
 

@@ -15,13 +15,13 @@ import pytest
 from builders import ROOT, write_run
 
 from rlhf_jax import cli, errors, models
+from rlhf_jax.cli import verify
 from rlhf_jax.data import demo, tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.inference import generate, label
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import writing
-from rlhf_jax.training import verify
 from rlhf_jax.training.common import stage
 
 LEFT = [".0123456789abcdef.unfinished", ".fedcba9876543210.unfinished"]
