@@ -10,8 +10,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_OF_DISKS += (errno.EIO, errno.ENAMETOOLONG)
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_DISKS |= {errno.EIO, errno.ENAMETOOLONG}
 logger = logging.getLogger("rlhf_jax")
 # Characters that a terminal obeys instead of showing them: control characters (C0 but tab and
 # newline, DEL, C1), marks that change the direction of a text, other line ends; and halves of

@@ -17,7 +17,7 @@ from builders import ROOT, write_run
 from rlhf_jax import cli, errors, models
 from rlhf_jax.cli import verify
 from rlhf_jax.data import demo, tokenizers
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import ServiceError, Stopped, TrainingFault, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.inference import generate, label
 from rlhf_jax.report.export import export
@@ -255,6 +255,13 @@ def test_a_run_that_cannot_write_its_settings_ends_in_a_sentence(tmp_path, monke
         pass
 
 
+def test_too_little_memory_of_the_host_is_a_sentence(tmp_path):
+    config = stage.RunConfig(output_dir=str(tmp_path / "run"))
+    opened = stage.open_stage(config, "sft", {}, {"sft.batch_size": 9})
+    with pytest.raises(TrainingFault, match=r"out of memory.*sft\.batch-size"), opened:
+        raise MemoryError
+
+
 @pytest.mark.parametrize(("number", "is_known"), [(errno.EROFS, True), (errno.ENOENT, False)])
 def test_a_fault_of_a_disk_is_printed_without_a_traceback(number, is_known, capsys):
     def main():
@@ -313,6 +320,12 @@ def test_a_verify_that_is_stopped_does_not_speak_of_resume(tmp_path):
     assert stopped.value.exit_code == 130
     assert str(stopped.value).startswith("SIGINT: stopped before anything was compared")
     assert "resume" not in str(stopped.value)
+
+
+def test_a_verify_whose_server_fails_does_not_speak_of_resume(tmp_path):
+    with pytest.raises(ServiceError) as failed, verify._stopped_alike(tmp_path):
+        raise ServiceError("no reply\nStep 2 is saved, --resume") from ServiceError("no reply")
+    assert str(failed.value) == "no reply"
 
 
 # --- Kills

@@ -28,7 +28,7 @@ from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
-from rlhf_jax.errors import AlertStop, Stopped, UserError, logger
+from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
@@ -421,6 +421,8 @@ def _stopped_alike(path: Path) -> Iterator[None]:
             "was. Start verify again",
             number,
         ) from None
+    except ServiceError as error:  # without the advice to resume
+        raise error.__cause__ or error from None
 
 
 def _copy(path: Path, ours: Path, start: int | None) -> None:
