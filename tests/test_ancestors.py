@@ -8,7 +8,9 @@ import re
 import pytest
 from builders import ROOT
 
-PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("docs/features.md", "docs/coming_from.md")}
+PAGES = {
+    name: (ROOT / name).read_text("utf-8") for name in ("docs/features.md", "docs/coming_from.md")
+}
 OUTSIDE = re.compile(r"pytest\.mark\.(soak|parity|skip)\b")
 PROVED_BY = {
     # jRLHF
