@@ -1,5 +1,5 @@
-"""The rows of the tables in docs/features.md and docs/coming_from.md, each with the test that proves
-it.
+"""The rows of the tables in docs/features.md and docs/coming_from.md, each with the test that
+proves it.
 """
 
 import ast

@@ -13,7 +13,7 @@ from source import parse
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 # The science, which the application below it uses and which never imports it.
 SCIENCE = [
-    {"types", "errors", "files"},
+    {"types", "errors"},
     {"parallel"},
     {"ops", "metrics"},
     {"losses", "advantages"},
@@ -35,7 +35,7 @@ APPLICATION = [
     {"cli", "__main__"},
 ]
 LAYERS = [*SCIENCE, *APPLICATION]
-WITH_FILES = ("errors.py", "files.py", "hf.py", "peft.py")  # models are folders
+WITH_FILES = ("errors.py", "hf.py", "peft.py")  # models are folders
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

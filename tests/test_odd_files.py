@@ -9,7 +9,7 @@ import re
 import pytest
 from builders import initial_params, write_run
 
-from rlhf_jax import files, models
+from rlhf_jax import errors, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
@@ -47,7 +47,7 @@ def folder(path):
 
 def huge(path):
     with path.open("wb") as file:
-        file.truncate(files.MOST_BYTES + 1)
+        file.truncate(errors.MOST_BYTES + 1)
 
 
 KINDS = (pipe, device, nowhere, circle, folder)
@@ -154,6 +154,6 @@ def test_ctrl_c_while_a_tokenizer_loads_is_no_broken_file(copied, monkeypatch):
     def interrupted(*words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizers.files, "read_bytes", interrupted)
+    monkeypatch.setattr(tokenizers, "read_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenizers.load_tokenizer(copied)

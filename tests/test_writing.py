@@ -84,7 +84,8 @@ def test_a_name_that_another_process_swept_before_its_lock_is_not_used(tmp_path,
 
 def test_files_that_belong_together_are_of_one_call(tmp_path, monkeypatch):
     """At each instant the last one, if it is there, is of the same call as the others."""
-    first, last = tmp_path / "samples", tmp_path / "figures"
+    first = tmp_path / "samples"
+    last = tmp_path / "figures"
     writing.write_together({first: "1", last: "1"})
     seen = []
     replace = Path.replace
@@ -331,47 +332,57 @@ def test_a_verify_whose_server_fails_does_not_speak_of_resume(tmp_path):
 # --- Kills
 
 
+SLOW_COPIES = """
+import shutil, time
+copy = shutil.copyfile
+def copyfile(*words):
+    print('copying', flush=True)
+    time.sleep(0.05)
+    return copy(*words)
+shutil.copyfile = copyfile
+"""
+
+
+@pytest.fixture
+def slowed(tmp_path):
+    """The environment of a command whose copies take a while, and which says when it begins."""
+    place = tmp_path / "slow"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(SLOW_COPIES)
+    path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    return os.environ | {"PYTHONPATH": path, "RLHF_JAX_KEEP_MEMORY": "0"}
+
+
+def killed_export(command, environment, draw):
+    """Kills an export while it copies."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout.readline() == b"copying\n"
+    time.sleep(draw.uniform(0, 0.4))
+    process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+    process.communicate()
+
+
 @pytest.mark.slow
-def test_twenty_kills_in_export_leave_no_half_folder(tmp_path):
-    """Each lands between two system calls of the copies; the next export sweeps what it left."""
+def test_twenty_kills_in_export_leave_no_half_folder(tmp_path, slowed):
+    """The next export sweeps what the one before left."""
     run = finished(tmp_path)
-    big = run / "model" / "member_0" / "model.safetensors"
     draw = random.Random(0)
     target = tmp_path / "out"
-    command = [sys.executable, "-c", "from rlhf_jax import cli; cli.main()"]
-    command += ["export", str(run), str(target)]
-    slow_copy = tmp_path / "slow"
-    slow_copy.mkdir()
-    (slow_copy / "sitecustomize.py").write_text(
-        "import shutil, time\n"
-        "copy = shutil.copyfile\n"
-        "def copyfile(*words):\n"
-        "    print('copying', flush=True)\n"
-        "    time.sleep(0.05)\n"
-        "    return copy(*words)\n"
-        "shutil.copyfile = copyfile\n"
-    )
-    path = os.pathsep.join([str(slow_copy), os.environ.get("PYTHONPATH", ""), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "RLHF_JAX_KEEP_MEMORY": "0"}
+    command = [sys.executable, "-m", "rlhf_jax", "export", str(run), str(target)]
     num_left = 0
     for _ in range(20):
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert process.stdout.readline() == b"copying\n"
-        time.sleep(draw.uniform(0, 0.4))
-        process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        process.communicate()
-        num_left += len(list(tmp_path.glob(".*.unfinished")))
-        assert len(list(tmp_path.glob(".*.unfinished"))) <= 1
+        killed_export(command, slowed, draw)
+        left = list(tmp_path.glob(".*.unfinished"))
+        assert len(left) <= 1
+        num_left += len(left)
         if target.exists():
             assert (target / "README.md").exists()  # which is written last
             shutil.rmtree(target)
     assert num_left > 5
-    writing.sweep(tmp_path)
+    subprocess.run(command, env=slowed, check=True, capture_output=True)
     assert hidden(tmp_path) == []
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    names = {file.relative_to(target) for file in target.rglob("*")}
-    known = {file.relative_to(run / "model") for file in (run / "model").rglob("*")}
-    assert names == known | {Path("README.md")}
-    assert (target / "member_0" / big.name).read_bytes() == big.read_bytes()
+    model = run / "model"
+    copied = {file.relative_to(target) for file in target.rglob("*")}
+    assert copied == {file.relative_to(model) for file in model.rglob("*")} | {Path("README.md")}

@@ -23,12 +23,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from rlhf_jax import files
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
-from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger
+from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger, read_file
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
@@ -511,7 +510,7 @@ def _bytes(file: Path) -> dict[str, np.ndarray]:
     """The content of a file; empty if it is missing."""
     if not file.is_file():
         return {}
-    return {"bytes": np.frombuffer(files.read_bytes(file, most=None), np.uint8)}
+    return {"bytes": np.frombuffer(read_file(file, most=None), np.uint8)}
 
 
 def _results(path: Path) -> set[str]:

@@ -20,8 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from rlhf_jax import files
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there, read_file
 from rlhf_jax.models.hf import find_folder, read_json
 
 PAD = "<|pad|>"
@@ -214,17 +213,17 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     named |= special | named_tokens(config)
     config = special | config  # a chat template may write each of them
     template = folder / "chat_template.jinja"
-    if files.is_there(template):  # newer folders keep it there
+    if is_there(template):  # newer folders keep it there
         config["chat_template"] = _text(template)
     single = folder / "tokenizer.json"
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
-    is_single = files.is_there(single)
-    if not is_single and not (files.is_there(vocab) and files.is_there(merges)):
+    is_single = is_there(single)
+    if not is_single and not (is_there(vocab) and is_there(merges)):
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
     with _broken(single if is_single else vocab):
         if is_single:
-            backend = tokenizers.Tokenizer.from_buffer(files.read_bytes(single))
+            backend = tokenizers.Tokenizer.from_buffer(read_file(single))
         else:
             backend = _byte_level(_bpe(vocab, merges))
             named.setdefault("eos_token", EOS)
@@ -253,19 +252,19 @@ def _raise_unless_its_own(error: BaseException) -> None:
 def _bpe(vocab: Path, merges: Path) -> models.BPE:
     """The model in GPT-2's two files."""
     for file in (vocab, merges):
-        files.read_bytes(file)  # the package would wait for a pipe, or read without an end
+        read_file(file)  # the package would wait for a pipe, or read without an end
     return models.BPE.from_file(str(vocab), str(merges))
 
 
 def _text(file: Path) -> str:
     try:
-        return files.read_bytes(file).decode("utf-8-sig")
+        return read_file(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8, which is expected: {error}") from error
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
-    return read_json(file) if files.is_there(file) else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

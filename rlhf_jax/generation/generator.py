@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax import files, models, ops, sampling
+from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, stops, tokenizers
 from rlhf_jax.data.environment import (
     Environment,
@@ -26,7 +26,7 @@ from rlhf_jax.data.environment import (
     load_environment,
 )
 from rlhf_jax.data.rows import Message, Record, Row
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, is_there, logger
 from rlhf_jax.models import hf
 from rlhf_jax.rewards.host import SINGLE_TURN
 from rlhf_jax.runs import devices
@@ -110,7 +110,7 @@ class LanguageModel(NamedTuple):
                 "folder."
             )
         file = hf.find_folder(source) / "generation_config.json"
-        generation = hf.read_json(file) if files.is_there(file) else {}
+        generation = hf.read_json(file) if is_there(file) else {}
         ends = generation.get("eos_token_id", model.config.eos_token_id)
         ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if any(type(i) is not int for i in ids):

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import files
-from rlhf_jax.errors import file_errors, logger
+from rlhf_jax.errors import file_errors, logger, read_file
 from rlhf_jax.evaluation import bench
 from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import Asked, Generator
@@ -149,7 +148,7 @@ def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
     with file_errors(out, "written"):
         if out.exists():  # complete, unless somebody has cut it
             out.replace(part_file)
-        data = files.read_bytes(part_file, most=None)
+        data = read_file(part_file, most=None)
         length = data.rfind(b"\n") + 1
         os.truncate(part_file, length)
     return data.count(b"\n")

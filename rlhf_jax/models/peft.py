@@ -11,8 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from rlhf_jax import files
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there
 from rlhf_jax.models import names
 from rlhf_jax.models.hf import (
     Reader,
@@ -122,7 +121,7 @@ def _read_shift(reader: Reader) -> float:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not files.is_there(file):
+    if not is_there(file):
         raise UserError(f"{file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
     config = read_json(file)
     if config.get("peft_type") != "LORA":

@@ -10,8 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from rlhf_jax import files
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, logger, read_file
 from rlhf_jax.runs.checkpoint import Checkpoints, digest_of
 from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.writing import write_atomically
@@ -23,9 +22,11 @@ START = Path("checkpoints", "start.json")
 
 def keep_start(run: Run) -> None:
     """Writes the copy of the files with which the run was started."""
-    texts = {
-        name: (run.path / name).read_text("utf-8") for name in FILES if (run.path / name).exists()
-    }
+    texts = {}
+    for name in FILES:
+        path = run.path / name
+        if path.exists():
+            texts[name] = path.read_text("utf-8")
     run.checkpoints.mkdir(exist_ok=True)
     content = {"files": texts, "sha256": _hash(texts)}
     write_atomically(run.path / START, json.dumps(content, ensure_ascii=False) + "\n")
@@ -34,7 +35,7 @@ def keep_start(run: Run) -> None:
 def kept_start(path: Path) -> dict[str, str]:
     """{name: text} of the copies in a run's folder; empty if they are missing or damaged."""
     with contextlib.suppress(UserError, ValueError, TypeError, KeyError, RecursionError):
-        content = json.loads(files.read_bytes(path / START))
+        content = json.loads(read_file(path / START))
         if content["sha256"] == _hash(content["files"]):
             return dict(content["files"])
     return {}
@@ -48,14 +49,20 @@ def restore_start(run: Run) -> None:
     if not texts and (run.path / START).exists():
         logger.info(f"--resume: {run.path / START} is damaged; it is written anew")
     for name, text in texts.items():
-        if _content(run.path / name) != text.encode():
-            _restore(run.path / name, text.encode(), run.path / START)
+        path = run.path / name
+        kept = text.encode()
+        if _content(path) != kept:
+            _restore(path, kept, run.path / START)
 
 
 def rows_of(run: Run) -> dict[str, bytes]:
     """{name: content} of the files of rows, for a checkpoint."""
-    paths = {name: run.path / name for name in ROWS}
-    return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+    contents = {}
+    for name in ROWS:
+        path = run.path / name
+        if path.exists():
+            contents[name] = path.read_bytes()
+    return contents
 
 
 def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
@@ -65,10 +72,12 @@ def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
     Raises:
       CheckpointError: the copy is damaged too.
     """
-    for name, about in checkpoints.record(step)["files"].items():
+    recorded = checkpoints.record(step)["files"]
+    for name, about in recorded.items():
         path = run.path / name
         content = _content(path) or b""
-        up_to_step = content[: about["bytes"]]
+        size = about["bytes"]
+        up_to_step = content[:size]
         if digest_of(up_to_step) != about["sha256"]:
             copy = checkpoints.file(step, name)
             _restore(path, copy, run.checkpoints / str(step))
@@ -79,7 +88,7 @@ def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
 def _content(path: Path) -> bytes | None:
     """The content of a file; None if it is missing or is none."""
     with contextlib.suppress(UserError):
-        return files.read_bytes(path, most=None)
+        return read_file(path, most=None)
     return None
 
 
@@ -95,4 +104,5 @@ def _restore(path: Path, content: bytes, source: Path) -> None:
 
 
 def _hash(texts: dict[str, str]) -> str:
-    return digest_of(json.dumps(texts, sort_keys=True).encode())
+    text = json.dumps(texts, sort_keys=True)
+    return digest_of(text.encode())

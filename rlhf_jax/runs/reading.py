@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_jax import files
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there, read_file
 
 STRINGS = ("NaN", "Infinity", "-Infinity")  # of our files, for numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns in which "NaN" is a text
@@ -137,7 +136,7 @@ def read_json(path: Path, shape: Any, required: Sequence[str] = ()) -> Any:
     Raises:
       UserError: the file cannot be read, is no JSON, lacks a required key or has another shape.
     """
-    data = files.read_bytes(path)
+    data = read_file(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -151,7 +150,7 @@ def read_yaml(path: Path, shape: Any) -> Row:
     Raises:
       UserError: the file cannot be read, is no YAML or has another shape.
     """
-    data = files.read_bytes(path)
+    data = read_file(path)
     if len(data) > MAX_YAML_BYTES:
         raise UserError(f"{path}: {len(data)} bytes, more than the {MAX_YAML_BYTES} of any config")
     return parse_yaml(data, shape, str(path))
@@ -244,8 +243,8 @@ def json_lines(path: Path) -> list[tuple[str, Row]]:
       UserError: another line is no row, or the file is none.
     """
     lines = []
-    if files.is_there(path):
-        lines = files.read_bytes(path, most=None).splitlines(keepends=True)
+    if is_there(path):
+        lines = read_file(path, most=None).splitlines(keepends=True)
     rows: list[tuple[str, Row]] = []
     for number, line in enumerate(lines, 1):
         row = _row(line)

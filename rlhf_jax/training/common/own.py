@@ -154,7 +154,7 @@ def _keys_of(params: Params) -> dict[str, tuple[list[str | int], Any]]:
         raise UserError(f"policy: init: {advice} ({error!s:.200})") from error
     found: dict[str, tuple[list[str | int], Any]] = {}
     for path, leaf in leaves:
-        keys = [getattr(part, "key", None) for part in path]
+        keys: list[Any] = [getattr(part, "key", None) for part in path]
         if any(type(key) not in (str, int) for key in keys):
             raise UserError(f"policy: init: {jax.tree_util.keystr(path)}: {advice}")
         name = "/".join(map(str, keys))

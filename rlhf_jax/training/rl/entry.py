@@ -146,9 +146,9 @@ def _policy_of(params: Params, initial: Params) -> Params:
         UserError: the algorithm changed their structure, so that no model could be saved.
     """
     own = models.policy_params(params)
-    policy = {part: own.get(part) for part in initial if part != "value"}
+    policy: Params = {part: own.get(part) for part in initial if part != "value"}
     before = {part: leaves for part, leaves in initial.items() if part != "value"}
-    if jax.tree.structure(policy) != jax.tree.structure(before):
+    if str(jax.tree.structure(policy)) != str(jax.tree.structure(before)):
         raise UserError(
             "the state of the algorithm has other parameters of the policy than it was given; it "
             "may add some under names of their own beside them"
