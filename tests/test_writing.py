@@ -226,6 +226,14 @@ def test_an_export_does_not_replace_what_came_into_its_place(tmp_path, monkeypat
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_an_export_into_the_working_folder_is_refused(tmp_path, monkeypatch):
+    run = finished(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the working folder; give a new folder"):
+        export(run, ".")
+
+
 def test_the_demo_corpus_is_whole_or_not_there(tmp_path, monkeypatch):
     sizes = dict.fromkeys(demo.FILES, 2)
     monkeypatch.setattr(writing.os, "fsync", full)

@@ -82,6 +82,8 @@ def _check_free(folder: Path) -> None:
     """Raises UserError unless the folder is missing or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
+    if folder.resolve() == Path.cwd():  # it is replaced, and a shell would stay in the former one
+        raise UserError(f"{folder} is the working folder; give a new folder, such as my-model")
 
 
 def _files(model: Path) -> tuple[list[Path], list[Path]]:
