@@ -30,6 +30,7 @@ from rlhf_jax.config import (
     yaml_files,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.optimizer import make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -584,3 +585,12 @@ def test_rules_between_settings(cls, values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         cls(**values)
     RLStage(top_k=5, top_p=1.0, allow_truncated_sampling=True, kl_coef=0.0, missing_eos_score=-1.0)
+
+
+def test_counts_are_numbers_that_a_program_can_count_to():
+    for wrong in (2**31, 10**12, 10**20):
+        with pytest.raises(ValueError, match="batch_size must be at most 2147483647"):
+            RLStage(batch_size=wrong)
+    assert RLStage(batch_size=2**31 - 1).batch_size == 2147483647
+    with pytest.raises(UserError, match="optimizer steps are more than can be counted"):
+        make_optimizer(Optimizer(), 2**31)

@@ -26,7 +26,7 @@ from rlhf_jax.data.encoding import EncodedTexts, NothingLeft, encode_texts
 from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.runs.folder import replacing
+from rlhf_jax.runs.writing import replacing
 
 ROWS_AT_ONCE = 2048
 LONG = 20.0  # seconds; what takes longer is kept

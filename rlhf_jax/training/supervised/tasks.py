@@ -28,7 +28,7 @@ from rlhf_jax.training.common import initial, layout, loop, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
 from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
@@ -117,7 +117,7 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    config = set_up(config)
+    config = set_up(config, [run_folder(config, spec.section)])
     settings = spec.settings(config)
     references.check(config, settings)
     initial.warn_of_rate(config, spec.section, settings.optimizer)
