@@ -421,7 +421,7 @@ def _placed(
         response_start = start + data.starts[row, answer]
         tokens[place, start:end] = ids
         documents[place, start:end] = number
-        responses[place, response_start:end] = 1
+        responses[place, response_start:end] = data.learned.get((answer, row), 1)
     return tokens, documents, responses
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.encoding import prompt_ids, response_ids
+from rlhf_jax.data.encoding import as_read, prompt_ids, response_ids
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -280,7 +280,8 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
         responses = [_words(text) for row in rows for text in row.responses]
     else:
         prompts = list(prompt_ids(prompted, tokenizer, chat.AUTO))
-        responses = [*itertools.chain.from_iterable(response_ids(rows, tokenizer))]
+        read = as_read(rows, tokenizer, chat.AUTO)
+        responses = [*itertools.chain.from_iterable(response_ids(read, tokenizer, chat.AUTO))]
     parts_of = {"prompt": prompts, "response": responses}
     return {name: list(map(len, parts)) for name, parts in parts_of.items() if parts}
 

@@ -65,7 +65,8 @@ def load(folder: str, config: Config) -> Policy:
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
-    model, params, tokenizer = initial.load_language_model(member, compute)
+    loaded = initial.load_language_model(member, compute)
+    model, params, tokenizer = loaded.with_options(config.template_options)
     template = config.template or trained.get("text.template", chat.AUTO)
     slots = trained.get("rl.max_new_tokens", RLStage().max_new_tokens)
     slots = config.max_new_tokens or slots
@@ -267,10 +268,17 @@ def _distinct_texts(
     texts = list(itertools.chain(*encoded.tokens))  # [2 N]
     starts = encoded.starts.T.reshape(-1, 1)
     weight = np.ones(1, np.float32)
-    single = dataclasses.replace(encoded, tokens=[texts], starts=starts, weight=weight)
-    keys = [(int(start), text.tobytes()) for (start,), text in zip(starts, texts, strict=True)]
+    num_rows = len(encoded)
+    learned = {(0, k * num_rows + row): mask for (k, row), mask in encoded.learned.items()}
+    single = dataclasses.replace(
+        encoded, tokens=[texts], starts=starts, weight=weight, learned=learned
+    )
+    keys = [
+        (start, learned.get((0, row), starts[:0]).tobytes(), text.tobytes())
+        for row, (start, text) in enumerate(zip(starts[:, 0].tolist(), texts, strict=True))
+    ]
     row_of = {key: row for row, key in enumerate(keys)}
-    distinct = sorted(row_of, key=lambda key: len(key[1]))
+    distinct = sorted(row_of, key=lambda key: len(key[2]))
     place_of = {key: place for place, key in enumerate(distinct)}
     rows = np.array([row_of[key] for key in distinct])
     places = np.array([place_of[key] for key in keys])

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Kind, Row, Text
+from rlhf_jax.data.rows import Kind, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf, lora
@@ -117,8 +117,11 @@ def stage_rows(
     """
     source = config.model or config.tokenizer.name
     tokenizer = tokenizers.load_tokenizer(source) if source else None
+    if tokenizer is not None:
+        tokenizer = chat.with_options(tokenizer, config.text.template_options)
     template = chat.template_of(tokenizer, config.text.template)
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
+    how["turns"] = config.sft.turns
     data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     logger.info(f"{kind}{note}: {data.describe()}")
     return data
@@ -144,7 +147,7 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
 
 
 def hold_out(
-    what: str, prompts: Sequence[Text], fraction: float, key: Array
+    what: str, prompts: Sequence[Hashable], fraction: float, key: Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, by ``batches.split``; prints how many are held
     out.
@@ -154,7 +157,7 @@ def hold_out(
 
     Args:
         what: the rows' kind, for the console.
-        prompts: of each row.
+        prompts: of each row, as ``encoding.group`` gives it.
     """
     if fraction and len(set(prompts)) == 1:
         logger.info(f"{what}: there is only one prompt, so none is held out for validation")
@@ -165,7 +168,7 @@ def hold_out(
 
 
 def say_held_out(
-    what: str, prompts: Sequence[Text], train_rows: np.ndarray, held_out: np.ndarray
+    what: str, prompts: Sequence[Hashable], train_rows: np.ndarray, held_out: np.ndarray
 ) -> None:
     """Prints how many rows and prompts are held out, and how many of the prompts are also trained
     on.
@@ -203,9 +206,10 @@ def language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        return loaded
+        return loaded.with_options(config.text.template_options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
+        tokenizer = chat.with_options(tokenizer, config.text.template_options)
     elif config.tokenizer.kind == "bpe":
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
@@ -237,6 +241,7 @@ def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
     """Prints which template renders the prompts."""
     source = config.model or config.tokenizer.name
     logger.info(chat.describe(config.text.template, tokenizer, source))
+    logger.info(chat.boundaries(config.text.template, tokenizer))
 
 
 def prompts_for(

@@ -16,7 +16,7 @@ import optax
 from rlhf_jax import engines, models, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, stops
+from rlhf_jax.data import batches, encoding, stops
 from rlhf_jax.data.environment import Environment, converse, function_of
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generator import LanguageModel
@@ -121,7 +121,7 @@ def run(
         params = models.policy_params(state.train.params)
         trained = {part: leaves for part, leaves in params.items() if part != "value"}
         save = LanguageModel.save if policy is None else own.save
-        return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
 
 
 def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
@@ -297,7 +297,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     multiple = initial.bucket_multiple(stage.config, layers, columns)
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    texts = [row.prompt for row in parts.prompts.rows]
+    texts = list(map(encoding.group, parts.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
     if settings.validation_data:
         held_out = np.arange(len(parts.to_validate))

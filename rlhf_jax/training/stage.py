@@ -224,6 +224,7 @@ class Stage:
         trained: Mapping[str, Params],
         metrics: dict[str, Any],
         save: Callable[..., None] = LanguageModel.save,
+        samples: bool = False,
     ) -> RunResult:
         """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too;
         draws ``report.html``.
@@ -232,6 +233,8 @@ class Stage:
             trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these
                 folders themselves.
             save: ``save(language_model, folder, template=, config=)``.
+            samples: whether the stage samples by ``config.rl``, as the folder then tells others to.
+                Any other stage leaves them what the author of its model wrote, if anything.
         """
         allocator.give_back()  # of the last step, before saving makes copies
         if jax.process_count() > 1:  # only the first process computes from here on
@@ -239,7 +242,8 @@ class Stage:
             start = start._replace(base=base)
         run = self.run
         template = self.config.text.template
-        how = sampling_config(self.config.rl, begun.tokenizer)
+        is_author_heard = not samples and begun.tokenizer.generation
+        how = None if is_author_heard else sampling_config(self.config.rl, begun.tokenizer)
 
         def write() -> None:
             saved = [run.model]

@@ -4,7 +4,7 @@ the folder.
 
 import heapq
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -356,7 +356,10 @@ def _encoded(
         too_long=config.text.too_long,
     )
     # A piece is a group of its own: its prompt is a token that many have.
-    group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
+    group: Callable[[Row], Hashable] = encoding.group
+    if kind == "pieces":
+        group = operator.attrgetter("source")
+    group_of = {row.source: group(row) for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
         own_sources = [row.source for row in own]
