@@ -23,9 +23,9 @@ from rlhf_jax import cli, models, training
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import tokenizers
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import loop
+from rlhf_jax.training.common import loop
 
 plan = cli.script("experiments", "plan")
 MIB = 2**20

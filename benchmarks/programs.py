@@ -24,8 +24,7 @@ from steps import PRESETS
 
 from rlhf_jax import cli, models
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.training import phases
-from rlhf_jax.training.stage import Stage
+from rlhf_jax.training.common.stage import Stage
 
 plan = cli.script("experiments", "plan")
 OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
@@ -98,7 +97,7 @@ def whole(config: RunConfig) -> list[float]:
 
     def iteration(state: Any, prompts: Any, key: Any, functions: Any) -> Any:
         rollout, _ = collect(key, state, prompts, functions)
-        rollout, _ = phases.reward(rollout, functions)
+        rollout, _ = iteration.reward(rollout, functions)
         return learn(state, rollout, key, functions)
 
     return compiled(iteration, (state, prompts, key, functions), config, updates=True)

@@ -214,7 +214,7 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
 
 def answers(folder: Path) -> dict[str, list[str]]:
     """What the model says to QUESTIONS, greedily, before training and after each stage."""
-    from rlhf_jax.generator import Generator
+    from rlhf_jax.generation.generator import Generator
 
     said = {}
     for name in ("base", "dpo/model", "grpo/model", "ppo/model"):

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import models, rewards, sampling
+from rlhf_jax import iteration, models, rewards, sampling
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft, vpg
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.rollout import rescore
 from rlhf_jax.runs import devices
-from rlhf_jax.training import critic, phases
-from rlhf_jax.training.initial import Trainable
+from rlhf_jax.sampling.rollout import rescore
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.rl import critic
 from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Params, Rollout, TrainState
 
 Name = Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg"]
@@ -154,46 +154,46 @@ def _rl_work(
     optimizer = optax.adamw(1e-5)
     optimizer = critic.split(optimizer, optimizer, start) if separate else optimizer
     learn = functools.partial(
-        phases.learn,
+        iteration.learn,
         algorithm=algorithm,
         config=algorithm.Config(**group),
         optimizer=optimizer,
-        penalty=phases.kl_penalty(0.05),
+        penalty=iteration.kl_penalty(0.05),
     )
-    loop = phases.LoopState.create(
+    loop = iteration.LoopState.create(
         algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05
     )
     prompt = batch.tokens[:, : preset.prompt]
-    prompts = phases.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
+    prompts = iteration.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
     scorer = rewards.from_model(models.score_fn(model), models.add_head(keys[3], params, "score"))
     ref_fn = jax.tree_util.Partial(models.policy_fn(model, prompt_length=preset.prompt), params)
-    functions = phases.Functions(policy_fn, scorer, ref_fn)
+    functions = iteration.Functions(policy_fn, scorer, ref_fn)
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:
         policy, prompts = data
         moved = prompts._replace(row_ids=row_ids)
-        sampled = phases.respond(policy, moved, keys[2], model=model, config=how)
+        sampled = iteration.respond(policy, moved, keys[2], model=model, config=how)
         return row_ids + sampled.tokens[:, -1], {"tokens": sampled.tokens}
 
-    def collect(loop: phases.LoopState, prompts: Any, functions: Any) -> tuple[Rollout, Any]:
-        policy = phases.sampler(loop, functions.base)
-        sampled = phases.respond(policy, prompts, keys[2], model=model, config=how)
-        return phases.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
+    def collect(loop: iteration.LoopState, prompts: Any, functions: Any) -> tuple[Rollout, Any]:
+        policy = iteration.sampler(loop, functions.base)
+        sampled = iteration.respond(policy, prompts, keys[2], model=model, config=how)
+        return iteration.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
 
-    def iterate(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
+    def iterate(loop: iteration.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
         rollout, collected = collect(loop, prompts, functions)
-        rollout, rewarded = phases.reward(rollout, functions)
+        rollout, rewarded = iteration.reward(rollout, functions)
         loop, learned = learn(loop, rollout, keys[3], functions)
         return loop, collected | rewarded | learned
 
-    def update(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
+    def update(loop: iteration.LoopState, data: Any) -> tuple[Any, Any]:
         functions, collected = data
         return learn(loop, collected, keys[3], functions)
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        data = phases.sampler(loop, functions.base), prompts
+        data = iteration.sampler(loop, functions.base), prompts
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
@@ -205,5 +205,5 @@ def _rl_work(
         lambda params, ref_fn: rescore(given, params, policy_fn=policy_fn, ref_fn=ref_fn)
     )
     collected = score(loop.train.params, functions.ref_fn)
-    collected, _ = phases.scored(collected, jnp.linspace(-1.0, 1.0, preset.batch), {})
+    collected, _ = iteration.scored(collected, jnp.linspace(-1.0, 1.0, preset.batch), {})
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)

@@ -28,23 +28,24 @@ import targets
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import cli, models, ops, sharding, training
+from rlhf_jax import cli, iteration, models, ops, sharding, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, layout, memory, phases, references
-from rlhf_jax.training import teacher as teachers
-from rlhf_jax.training.method import penalty_of
-from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.programs import rules
-from rlhf_jax.training.stage import Stage
+from rlhf_jax.training.common import initial, layout, memory, references
+from rlhf_jax.training.common.optimizer import make_optimizer
+from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.rl import critic
+from rlhf_jax.training.rl import teacher as teachers
+from rlhf_jax.training.rl.method import penalty_of
+from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.types import (
     Algorithm,
     Comparisons,
@@ -544,15 +545,15 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     start, trained = case.laid_out(jax.eval_shape(starts, params))
     optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
-    def first(params: Params, reference: Params | None) -> phases.LoopState:
+    def first(params: Params, reference: Params | None) -> iteration.LoopState:
         train = algorithm.State.create(params, optimizer)
-        return phases.LoopState.create(train, 0.0, reference)
+        return iteration.LoopState.create(train, 0.0, reference)
 
     moving = start.params if settings.reference_moves else None
     state = case.laid_out(jax.eval_shape(first, trained.params, moving))
     penalty = penalty_of(case.config, algorithm, own)
     reference = moving
-    if penalty is not phases.NO_PENALTY and not settings.reference_moves:
+    if penalty is not iteration.NO_PENALTY and not settings.reference_moves:
         reference = start.base or start.loaded
     teacher = _teacher(case)
     functions = _functions(case, model, start, trained, teacher, reference, prompt)
@@ -562,7 +563,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     )
     shape, masked = rules(settings, samples)
     learn = functools.partial(
-        phases.learn,
+        iteration.learn,
         algorithm=algorithm,
         config=own,
         optimizer=optimizer,
@@ -573,7 +574,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     )
     tokens: Any = jax.ShapeDtypeStruct((settings.batch_size, prompt), jnp.int32)
     numbers: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
-    prompts = case.spread(phases.Prompts(tokens, tokens, numbers))
+    prompts = case.spread(iteration.Prompts(tokens, tokens, numbers))
     key = jax.eval_shape(jax.random.key, 0)
     with case.in_mesh():
         collected, _ = jax.eval_shape(collect, *case.computed((state, prompts, key, functions)))
@@ -584,7 +585,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         scored = dataclasses.replace(scored, teacher_log_probs=rollout.log_probs)
     programs: dict[str, Program] = {SAMPLING: (collect, state, prompts, key, functions)}
     if functions.reward_fn is not None:
-        programs["reward"] = (phases.reward, rollout, functions)
+        programs["reward"] = (iteration.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
     held = {
         "parameters": state.train.params,
@@ -593,17 +594,17 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         "reference": None if reference is start.base else reference,
         "teacher": functions.teacher,
         "reward models": functions.reward_fn if case.config.reward else None,
-        "policy that samples": phases.policy(state) if settings.rollouts_ahead else None,
+        "policy that samples": iteration.policy(state) if settings.rollouts_ahead else None,
     }
     cache = jax.eval_shape(lambda: model.init_cache(settings.batch_size, columns))
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
 def _collected(
-    state: phases.LoopState,
-    prompts: phases.Prompts,
+    state: iteration.LoopState,
+    prompts: iteration.Prompts,
     key: Array,
-    functions: phases.Functions,
+    functions: iteration.Functions,
     *,
     model: models.Model,
     config: SamplingConfig,
@@ -611,9 +612,11 @@ def _collected(
     score_rows: int | None,
 ) -> Any:
     """Responses with the log-probs of the update's own forward pass and of the reference."""
-    policy = phases.sampler(state, functions.base)
-    sampled = phases.respond(policy, prompts, key, model=model, config=config, mesh=mesh)
-    return phases.rescored(state, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows)
+    policy = iteration.sampler(state, functions.base)
+    sampled = iteration.respond(policy, prompts, key, model=model, config=config, mesh=mesh)
+    return iteration.rescored(
+        state, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows
+    )
 
 
 def _functions(
@@ -624,7 +627,7 @@ def _functions(
     teacher: LanguageModel | None,
     reference: Params | None,
     prompt: int,
-) -> phases.Functions:
+) -> iteration.Functions:
     """What the programs of RL call."""
     settings = case.config.rl
     rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
@@ -646,7 +649,7 @@ def _functions(
     value_model = model if "policy" in trained.params else None
     trained_fn = trained.bind(policy_fn(value_model, taught_by))
     reward_fn = case.laid_out(reward)
-    return phases.Functions(trained_fn, reward_fn, ref_fn, start.base, teacher_params)
+    return iteration.Functions(trained_fn, reward_fn, ref_fn, start.base, teacher_params)
 
 
 def report(

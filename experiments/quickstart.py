@@ -23,17 +23,19 @@ import rich.console
 import rich.table
 import rubric
 
-from rlhf_jax import cli, generator, metrics, models, sampling
+from rlhf_jax import cli, metrics, models, sampling
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo, encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation import generator
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import initial, pipeline, stage
-from rlhf_jax.training.scoring import answer_scorer, report, score_rows
+from rlhf_jax.training import pipeline
+from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.supervised.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Params, Rollout
 
 LAST_ITERATIONS = 10

@@ -33,18 +33,20 @@ import rich.table
 import scipy.special
 import stories260k
 
-from rlhf_jax import cli, generator, models, ops, rewards, rollout, sampling
+from rlhf_jax import cli, models, ops, rewards, rollout, sampling
 from rlhf_jax.algorithms import grpo, ppo, rloo
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import encoding, files
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation import generator
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
 from rlhf_jax.report import figures, page
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import dpo, initial, pipeline, rl
-from rlhf_jax.training import stage as stages
+from rlhf_jax.training import dpo, pipeline, rl
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common import stage as stages
 from rlhf_jax.types import Params, Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"

@@ -8,20 +8,12 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_jax import (
-        advantages,
-        losses,
-        models,
-        ops,
-        rewards,
-        rollout,
-        sampling,
-        sharding,
-        training,
-    )
+    from rlhf_jax import advantages, losses, models, ops, rewards, sampling, training
     from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
     from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
+    from rlhf_jax.parallel import sharding
     from rlhf_jax.runs import checkpoint
+    from rlhf_jax.sampling import rollout
     from rlhf_jax.types import (
         Algorithm,
         Comparisons,
@@ -75,7 +67,9 @@ _PLACES = {
         "vpg",
     ),
     "rlhf_jax.algorithms.step": ("gradient_step", "minibatch_epochs"),
+    "rlhf_jax.parallel": ("sharding",),
     "rlhf_jax.runs": ("checkpoint",),
+    "rlhf_jax.sampling": ("rollout",),
     "rlhf_jax.types": [name for name in __all__ if name[0].isupper()],
 }
 

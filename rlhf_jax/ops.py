@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax import blocks
+from rlhf_jax.parallel import blocks
 from rlhf_jax.types import (
     AxisName,
     Comparisons,

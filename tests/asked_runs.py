@@ -8,7 +8,7 @@ import yaml
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data import tokenizers
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 
 NEW = 6

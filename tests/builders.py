@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import grpo, models, ppo, training, vpg
+from rlhf_jax import grpo, iteration, models, ppo, training, vpg
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
@@ -39,9 +39,10 @@ from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import open_run, write_atomically
 from rlhf_jax.runs.manifest import write_manifest
-from rlhf_jax.training import loop, phases, verify
-from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.stage import open_stage
+from rlhf_jax.training import verify
+from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.optimizer import make_optimizer
+from rlhf_jax.training.common.stage import open_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -323,17 +324,17 @@ def letters_stage(folder, name):
 
 def collected(loop, prompts, key, functions, *, model, config):
     """Responses with the log-probs of the update's own forward pass, and metrics."""
-    policy = phases.sampler(loop, functions.base)
-    sampled = phases.respond(policy, prompts, key, model=model, config=config)
-    return phases.rescored(loop, sampled, functions, eos_ids=config.eos_ids)
+    policy = iteration.sampler(loop, functions.base)
+    sampled = iteration.respond(policy, prompts, key, model=model, config=config)
+    return iteration.rescored(loop, sampled, functions, eos_ids=config.eos_ids)
 
 
-def iteration(collect, learn):
+def one_program(collect, learn):
     """``collect``, reward and ``learn`` of one state; the scored rollout is a result too."""
 
     def whole(loop, prompts, rollout_key, update_key, functions):
         rollout, collected_metrics = collect(loop, prompts, rollout_key, functions)
-        rollout, reward_metrics = phases.reward(rollout, functions)
+        rollout, reward_metrics = iteration.reward(rollout, functions)
         loop, learn_metrics = learn(loop, rollout, update_key, functions)
         return loop, rollout, collected_metrics | reward_metrics | learn_metrics
 
@@ -345,7 +346,7 @@ def iteration(collect, learn):
 
 def run_stage(config, name):
     if name in verify.SPECS:
-        return training.supervised.run(config, verify.SPECS[name]).folder
+        return training.supervised.tasks.run(config, verify.SPECS[name]).folder
     return training.rl.run(config, verify.METHODS[name]).folder
 
 

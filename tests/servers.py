@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
 from rlhf_jax import models, sampling
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 
 
 class Server:

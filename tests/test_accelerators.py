@@ -37,7 +37,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
-from rlhf_jax.training import memory
+from rlhf_jax.training.common import memory
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized")]
 

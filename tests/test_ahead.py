@@ -12,7 +12,8 @@ from numpy.testing import assert_array_equal
 from rlhf_jax import ppo, vpg
 from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import layout, rl
+from rlhf_jax.training import rl
+from rlhf_jax.training.common import layout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

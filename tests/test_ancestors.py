@@ -87,7 +87,7 @@ PROVED_BY = {
     "kl_penalty_fixed": (
         "test_rewards.py::test_kl_shaped_equals_a_loop_whatever_is_in_masked_columns"
     ),
-    "kl_penalty_adaptive": "test_phases.py::test_kl_coefficient_follows_the_kl",
+    "kl_penalty_adaptive": "test_iteration.py::test_kl_coefficient_follows_the_kl",
     "kl_hard_stop": "test_alerts.py::test_a_stop_saves_and_holds_until_the_rule_is_changed",
     "safety_filter_of_prompts": (
         "test_safety.py::test_prompts_are_dropped_replaced_or_counted_where_they_stand"

@@ -30,22 +30,14 @@ from builders import (
 from digests import check_digest
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import (
-    advantages,
-    blocks,
-    gradient_step,
-    models,
-    ops,
-    sampling,
-    sft,
-    sharding,
-    training,
-)
+from rlhf_jax import advantages, gradient_step, models, ops, sampling, sft, sharding, training
 from rlhf_jax.config import Compute, Mesh, RunConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.parallel import blocks
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
-from rlhf_jax.training import layout, verify
+from rlhf_jax.training import verify
+from rlhf_jax.training.common import layout
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 VALUES = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 10.0 ** np.arange(8)

@@ -19,9 +19,10 @@ from rlhf_jax.config import (
     Tokenizer,
     to_yaml,
 )
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import devices
-from rlhf_jax.training import initial, layout, memory, scoring, stage
+from rlhf_jax.training.common import initial, layout, memory, stage
+from rlhf_jax.training.supervised import scoring
 
 
 def a_run(tmp_path, resumed=False, text=""):

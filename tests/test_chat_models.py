@@ -20,7 +20,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
-from rlhf_jax.generator import Generator, LanguageModel, responses
+from rlhf_jax.generation.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
 from rlhf_jax.types import Rollout
 

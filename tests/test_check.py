@@ -12,7 +12,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import initial
+from rlhf_jax.training.common import initial
 
 
 def pair(prompt, chosen, rejected):

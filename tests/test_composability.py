@@ -12,8 +12,7 @@ from jax.tree_util import Partial
 from programs import largest_constant
 from tabular import gpt2
 
-from rlhf_jax import models, rewards, sampling
-from rlhf_jax.training import phases
+from rlhf_jax import iteration, models, rewards, sampling
 
 
 @pytest.mark.parametrize(
@@ -40,17 +39,17 @@ def test_no_iteration_holds_weights(name):
     options = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
     config = replace(case.config, **MINIBATCHES)
     learn = partial(
-        phases.learn,
+        iteration.learn,
         algorithm=case.module,
         config=config,
         optimizer=SGD,
-        penalty=phases.kl_penalty(0.1),
+        penalty=iteration.kl_penalty(0.1),
     )
     collect = partial(builders.collected, model=model, config=options)
-    iteration = builders.iteration(collect, learn)
+    program = builders.one_program(collect, learn)
     tokens = jnp.full((16, 3), 2)
-    prompts = phases.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
-    loop = phases.LoopState.create(case.module.State.create(trained, SGD), 0.1)
+    prompts = iteration.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
+    loop = iteration.LoopState.create(case.module.State.create(trained, SGD), 0.1)
     reward_fn = rewards.from_model(models.score_fn(model), params)
-    functions = phases.Functions(bound, reward_fn, Partial(policy, params), base)
-    assert largest_constant(jax.jit(iteration), loop, prompts, KEY, KEY, functions) < 1_000_000
+    functions = iteration.Functions(bound, reward_fn, Partial(policy, params), base)
+    assert largest_constant(jax.jit(program), loop, prompts, KEY, KEY, functions) < 1_000_000

@@ -16,7 +16,7 @@ from builders import slow
 from rlhf_jax import cli
 from rlhf_jax.data import stops, tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator
+from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import chat
 
 HOW = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9}

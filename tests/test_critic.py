@@ -16,9 +16,10 @@ from numpy.testing import assert_allclose
 from rlhf_jax import models, ppo, training
 from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import critic, rl
-from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.optimizer import Judge, muon_dimensions
+from rlhf_jax.training import rl
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.optimizer import Judge, muon_dimensions
+from rlhf_jax.training.rl import critic
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)

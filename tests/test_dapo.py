@@ -12,13 +12,13 @@ import pytest
 from builders import goes_on_alike, run_grpo
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import grpo, ppo
+from rlhf_jax import grpo, iteration, ppo
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import method, phases
-from rlhf_jax.training.schedule import Schedule
-from rlhf_jax.training.steps import replace_uninformative
+from rlhf_jax.training.rl import method
+from rlhf_jax.training.rl.schedule import Schedule
+from rlhf_jax.training.rl.steps import replace_uninformative
 from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -79,13 +79,13 @@ def answers(scores, first=0, unfinished=()):
     ],
 )
 def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, left, unfinished):
-    masked = phases.mask_truncated(EOS) if unfinished else phases.unchanged
+    masked = iteration.mask_truncated(EOS) if unfinished else iteration.unchanged
     how = {"group_size": 2, "masked": masked}
-    refill = jax.jit(functools.partial(phases.refill, **how))
+    refill = jax.jit(functools.partial(iteration.refill, **how))
     refilled = refill(answers(kept, unfinished=unfinished), answers(fresh, 100))
     assert_array_equal(refilled.row_ids, expected)
     assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
-    assert phases.num_equal(refilled, **how) == left
+    assert iteration.num_equal(refilled, **how) == left
 
 
 def schedule(rounds):
@@ -105,8 +105,8 @@ def step(rounds, number, *scores):
         drawn.append(batch)
         return answers(scores[len(drawn) - 1], 100 * len(drawn)), {}
 
-    num_equal = functools.partial(phases.num_equal, group_size=2)
-    refill = functools.partial(phases.refill, group_size=2)
+    num_equal = functools.partial(iteration.num_equal, group_size=2)
+    refill = functools.partial(iteration.refill, group_size=2)
     draw_rounds = replace_uninformative(draw, 4, num_equal, refill)
     return *draw_rounds(None, schedule(rounds).batches(number)), drawn
 
@@ -158,11 +158,11 @@ class Recorder:
 
 
 def learnt(rollout, **settings):
-    loop = phases.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
+    loop = iteration.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
     how = {"algorithm": Recorder, "config": grpo.Config(group_size=2), "optimizer": None}
-    learn = functools.partial(phases.learn, **how, **settings)
+    learn = functools.partial(iteration.learn, **how, **settings)
     after, metrics = jax.jit(
-        lambda loop, rollout: learn(loop, rollout, None, phases.Functions(None))
+        lambda loop, rollout: learn(loop, rollout, None, iteration.Functions(None))
     )(loop, rollout)
     return after.train, metrics
 
@@ -170,7 +170,7 @@ def learnt(rollout, **settings):
 def test_truncated_responses_are_absent_from_the_loss():
     rollout = answers([1, 2, 3, 4], unfinished=(1, 2))
     rollout = rollout.replace(response_mask=rollout.response_mask.at[3].set(0))  # absent already
-    given, metrics = learnt(rollout, masked=phases.mask_truncated(EOS))
+    given, metrics = learnt(rollout, masked=iteration.mask_truncated(EOS))
     assert_array_equal(given.response_mask, [[0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert metrics["response/masked"] == 2
     assert metrics["objective/reward"] == 2  # of all three that are there
@@ -187,7 +187,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
     rollout = Rollout(
         ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0])
     )
-    given, _ = learnt(rollout, shape=phases.overlong(LENGTH, buffer=2, penalty=3.0))
+    given, _ = learnt(rollout, shape=iteration.overlong(LENGTH, buffer=2, penalty=3.0))
     assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
 
 

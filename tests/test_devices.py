@@ -18,7 +18,7 @@ from rlhf_jax import models
 from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
-from rlhf_jax.training import stage
+from rlhf_jax.training.common import stage
 
 
 @pytest.mark.parametrize(

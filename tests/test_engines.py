@@ -17,7 +17,7 @@ from builders import metric_rows, slow, with_rl
 from numpy.testing import assert_array_equal
 from servers import VLLM
 
-from rlhf_jax import engines, grpo, models, ppo
+from rlhf_jax import engines, grpo, iteration, models, ppo
 from rlhf_jax.config import (
     EngineServer,
     LoRA,
@@ -29,13 +29,15 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
-from rlhf_jax.generator import LanguageModel
-from rlhf_jax.rewards import service
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import service
+from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, phases, rl, steps, verify
-from rlhf_jax.training.ahead import Ahead
-from rlhf_jax.training.engine import Client
-from rlhf_jax.training.phases import LoopState
+from rlhf_jax.training import rl, verify
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.rl import critic, steps
+from rlhf_jax.training.rl.ahead import Ahead
+from rlhf_jax.training.rl.engine import Client
 from rlhf_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -448,7 +450,7 @@ def ask(config, server, folder):
     tokens = np.full((3, 2), 3, np.int32)
     rows = np.arange(3, dtype=np.int32)
     is_real = np.array([[0, 0], [1, 1], [1, 1]])
-    prompts = phases.Prompts(tokens, is_real, rows, places=rows)
+    prompts = iteration.Prompts(tokens, is_real, rows, places=rows)
     how = SamplingConfig(6, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
     state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:

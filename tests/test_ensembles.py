@@ -30,9 +30,10 @@ from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.report.export import export
-from rlhf_jax.training import ensembles, initial
-from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.scoring import disagreement
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.optimizer import make_optimizer
+from rlhf_jax.training.supervised import ensembles
+from rlhf_jax.training.supervised.scoring import disagreement
 from rlhf_jax.types import TrainState
 
 KEY = jax.random.key(11)

@@ -14,7 +14,7 @@ from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
-from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.inference import generate
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]

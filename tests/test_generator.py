@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import generator as module
 from rlhf_jax import models, sampling
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.training import initial
+from rlhf_jax.generation import generator as module
+from rlhf_jax.generation.generator import Generator, LanguageModel
+from rlhf_jax.training.common import initial
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6

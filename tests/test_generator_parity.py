@@ -4,8 +4,9 @@ Generator says.
 
 import pytest
 
-from rlhf_jax import generator, ppo, training
+from rlhf_jax import ppo, training
 from rlhf_jax.config import RunConfig, parse
+from rlhf_jax.generation import generator
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("no_pages")]
 

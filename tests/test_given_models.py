@@ -13,8 +13,9 @@ from rlhf_jax import models, training
 from rlhf_jax.config import PRETRAINED, LoRA, Optimizer, RunConfig, parse, to_yaml
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import spec
-from rlhf_jax.training import initial, pipeline, stage
+from rlhf_jax.graders import spec
+from rlhf_jax.training import pipeline
+from rlhf_jax.training.common import initial, stage
 
 RUNS = {"sft": training.sft.run, "dpo": training.dpo.run, "ppo": run_ppo}
 

@@ -29,8 +29,9 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import export, records
-from rlhf_jax.training import own, rl
-from rlhf_jax.training.optimizer import make_optimizer, muon_dimensions
+from rlhf_jax.training import rl
+from rlhf_jax.training.common import own
+from rlhf_jax.training.common.optimizer import make_optimizer, muon_dimensions
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

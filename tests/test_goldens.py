@@ -34,7 +34,8 @@ from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
-from rlhf_jax.training import method, supervised
+from rlhf_jax.training.rl import method
+from rlhf_jax.training.supervised import tasks
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -194,8 +195,8 @@ def test_every_config(file):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse(file)
-    supervised._sizes(config, training.sft.SPEC)
-    supervised._sizes(config, training.reward_model.SPEC)
+    tasks._sizes(config, training.sft.SPEC)
+    tasks._sizes(config, training.reward_model.SPEC)
     for name in ("vpg", "ppo", "rloo", "grpo"):
         method.check_settings(name, config, getattr(config, name))
 

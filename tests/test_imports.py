@@ -11,24 +11,31 @@ import pytest
 from source import parse
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
-LAYERS = [
+# The science, which the application below it uses and which never imports it.
+SCIENCE = [
     {"types", "errors"},
-    {"blocks"},
-    {"blocks", "ops", "metrics"},
-    {"losses", "advantages", "sharding"},
+    {"parallel"},
+    {"ops", "metrics"},
+    {"losses", "advantages"},
     {"models"},
     {"sampling"},
-    {"rollout", "rewards"},
+    {"rewards"},
     {"algorithms"},
+    {"iteration"},
+]
+APPLICATION = [
     {"runs"},
+    {"graders"},
     {"data", "config"},
-    {"report", "generator"},
+    {"report", "generation"},
     {"engines"},
     {"training"},
     {"evaluation"},
     {"inference"},
     {"cli", "__main__"},
 ]
+LAYERS = [*SCIENCE, *APPLICATION]
+WITH_FILES = ("errors.py", "hf.py", "peft.py")  # models are folders
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -66,9 +73,28 @@ def test_imports_go_down_only(path):
             assert above != "models"
 
 
+def test_the_science_imports_few_packages():
+    allowed = {
+        *("jax", "flax", "optax", "chex", "numpy", "scipy", "safetensors", "huggingface_hub"),
+        "rlhf_jax",
+    }
+    for path in FILES:
+        if LAYER_OF[part(path)] < len(SCIENCE):
+            packages = {name.split(".")[0] for name in imported(path)}
+            assert packages - sys.stdlib_module_names <= allowed, path
+
+
+def test_no_folder_is_crowded():
+    for folder in {path.parent for path in FILES} - {PACKAGE}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 14, folder
+
+
 def test_what_only_one_place_may_import():
     owners = {
         "orbax": {"runs"},
+        "datasets": {"data"},
+        "matplotlib": {"report"},
         "flax.linen": {"models"},
         "flax.nnx": set(),
         "torch": set(),
@@ -81,19 +107,10 @@ def test_what_only_one_place_may_import():
                     assert part(path) in allowed, f"{path} imports {name}"
 
 
-def test_nothing_below_layer_seven_touches_the_world():
+def test_the_science_does_not_touch_the_world():
     world = {"os", "pathlib", "time", "datetime", "logging", "sys", "io", "tempfile", "random"}
     for path in FILES:
-        if LAYER_OF[part(path)] < 7 and path.name not in (
-            "errors.py",
-            "hf.py",
-            "peft.py",
-            "filter.py",
-            "spec.py",
-            "service.py",
-            "verifiable.py",
-            "mathematics.py",  # a program of its own
-        ):
+        if LAYER_OF[part(path)] < len(SCIENCE) and path.name not in WITH_FILES:
             assert not world & {name.split(".")[0] for name in imported(path)}, path
 
 

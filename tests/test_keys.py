@@ -14,7 +14,8 @@ from builders import letters_stage, run_stage
 
 from rlhf_jax import sharding
 from rlhf_jax.data import batches
-from rlhf_jax.training import layout, loop, verify
+from rlhf_jax.training import verify
+from rlhf_jax.training.common import layout, loop
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 PRNG = inspect.getmodule(type(jax.random.key(0).dtype))  # private, elsewhere in each version
@@ -81,7 +82,7 @@ def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
         )
     run_stage(config, name)
     jax.effects_barrier()
-    # key(0) gives the constants of a hash of responses, see ``training.phases``.
+    # key(0) gives the constants of a hash of responses, see ``iteration``.
     training = [key for key in recorded.pop("training") if key != (0, 0)]
     orders = set(recorded.pop("order"))
     assert orders

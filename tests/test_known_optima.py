@@ -15,10 +15,10 @@ from jax.tree_util import Partial
 from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
 
-from rlhf_jax import ops, rewards, rollout
+from rlhf_jax import iteration, ops, rewards, rollout
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import DPOStage
-from rlhf_jax.training import phases, references
+from rlhf_jax.training.common import references
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
 
 KEY = jax.random.key(7)
@@ -101,7 +101,7 @@ OFF_POLICY = ("gspo", "luspo", "vespo")  # on samples of the policy at the start
 
 # The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and
 # L_cache 2.
-DAPO = phases.overlong(tiny.STEPS, buffer=2, penalty=1.0)
+DAPO = iteration.overlong(tiny.STEPS, buffer=2, penalty=1.0)
 OVERLONG = tiny.REWARDS - np.array([0.0, 0.0, 0.0, 0.5, 1.0])[tiny.LENGTHS]
 
 
@@ -235,11 +235,11 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             )
         if name == "dapo":  # groups that score alike are replaced
             kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
-            return phases.refill(kept, fresh, group_size=config.group_size)
+            return iteration.refill(kept, fresh, group_size=config.group_size)
         likeliest = jnp.asarray(tiny.REWARDS, jnp.float32)[tiny.greedy(params)]
         return tiny.draw(params, uniform).replace(greedy_rewards=jnp.full(rows, likeliest))
 
-    def iteration(state, uniform):
+    def one_iteration(state, uniform):
         batch = shaped(name, sample(state.params, uniform), kl_coef)
         return algorithm.update(
             state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config
@@ -250,7 +250,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
         np.float32,
     )
     state, metrics = repeat(
-        iteration,
+        one_iteration,
         algorithm.State.create(tiny.params(), optimizer),
         uniform,
     )
@@ -298,7 +298,7 @@ def distilled(config, num_steps=120, rows=1024):
     """The probabilities of all responses after training on the student's own samples."""
     optimizer = adam(num_steps)
 
-    def iteration(state, uniform):
+    def one_iteration(state, uniform):
         batch = tiny.draw(state.params, uniform)
         if config.teacher_coef == 1.0:
             batch = batch.replace(scores=None)
@@ -308,7 +308,7 @@ def distilled(config, num_steps=120, rows=1024):
 
     uniform = np.random.default_rng(3).random((num_steps, rows), np.float32)
     start = TrainState.create(tiny.params(), optimizer)
-    state, metrics = repeat(iteration, start, uniform)
+    state, metrics = repeat(one_iteration, start, uniform)
     assert not metrics["nonfinite"].any()
     return tiny.probabilities(state.params["logits"])
 

@@ -14,7 +14,7 @@ from builders import json_lines, save_base
 from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.inference import label
 from rlhf_jax.inference.chat import Console
 

@@ -43,8 +43,9 @@ from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page
-from rlhf_jax.training import initial, loop, stage
-from rlhf_jax.training import layout as device_layout
+from rlhf_jax.sampling import decoding
+from rlhf_jax.training.common import initial, loop, stage
+from rlhf_jax.training.common import layout as device_layout
 
 LAYOUTS = {
     "one": Mesh(),
@@ -418,7 +419,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
     """Before the first token prompts and their mask are gathered, and weights only where the mesh
     does not divide the heads.
     """
-    monkeypatch.setattr(sampling, "LARGE_LAYER", 1)
+    monkeypatch.setattr(decoding, "LARGE_LAYER", 1)
     model = models.build(replace(SMALL, num_kv_heads=kv_heads))
     params = perturbed(initial_params(model))
     prompts = np.random.default_rng(0).integers(3, 40, (8, 6), dtype=np.int32)

@@ -16,11 +16,11 @@ from builders import Killed, metric_rows, run_loop, slow
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.training import loop, memory
-from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.stage import open_stage
+from rlhf_jax.training.common import loop, memory
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.stage import open_stage
 
 
 def files(config: RunConfig) -> dict[str, bytes]:

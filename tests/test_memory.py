@@ -27,9 +27,9 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import allocator, devices, folder
-from rlhf_jax.training import loop, memory
-from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.stage import open_stage
+from rlhf_jax.training.common import loop, memory
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.stage import open_stage
 
 SIZES = {"ppo.num_microbatches": 1, "rl.batch_size": 64}
 

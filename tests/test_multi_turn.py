@@ -35,9 +35,9 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
-from rlhf_jax.generator import Generator
-from rlhf_jax.rollout import rescore
-from rlhf_jax.training.stage import Stage
+from rlhf_jax.generation.generator import Generator
+from rlhf_jax.sampling.rollout import rescore
+from rlhf_jax.training.common.stage import Stage
 
 KEY = jax.random.key(7)
 

@@ -21,10 +21,10 @@ from rlhf_jax import ppo, training, vpg
 from rlhf_jax.algorithms import policy
 from rlhf_jax.config import PPOStage, RunConfig, parse
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import spec
+from rlhf_jax.graders import spec
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.objects import MOST_PARTS, UNKNOWN, describe
-from rlhf_jax.training import initial
+from rlhf_jax.training.common import initial
 
 SIGN = 1.0
 

@@ -19,7 +19,7 @@ from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import ensembles, supervised
+from rlhf_jax.training.supervised import ensembles, tasks
 from rlhf_jax.types import PolicyOutput
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -277,7 +277,7 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
     config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
     (plan, to_arrays), (again, _) = (
-        supervised._batching(
+        tasks._batching(
             config,
             getattr(training, stage).SPEC,
             PAIRS,

@@ -31,9 +31,9 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import memory
+from rlhf_jax.training.common import memory
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}

@@ -22,10 +22,10 @@ from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import DPOStage, RunConfig, parse
 from rlhf_jax.data import batches
-from rlhf_jax.generator import LanguageModel
-from rlhf_jax.rewards import verifiable
-from rlhf_jax.training import supervised
-from rlhf_jax.training.stage import Stage
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import verifiable
+from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.supervised import tasks
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 # The section that a preset sets, and what it says of its method: settings, among them those that
@@ -111,7 +111,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
     config = RunConfig(dpo=DPOStage(kind=kind or "sigmoid"))
     stage = Stage(config, "dpo", None, sharding.make_mesh(1))
     initial = LanguageModel(model, initial_params(model), None)
-    setting = supervised.Setting(
+    setting = tasks.Setting(
         stage,
         initial,
         [],
@@ -122,7 +122,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         16,
         optax.sgd(1.0),
     )
-    monkeypatch.setattr(supervised, "run", lambda config, spec: spec.make_task(setting))
+    monkeypatch.setattr(tasks, "run", lambda config, spec: spec.make_task(setting))
     task = training.dpo.run(config) if kind else training.sft.run(config)
     assert (task.reference is None) == (kind != "sigmoid")
 

@@ -30,7 +30,7 @@ from rlhf_jax import sharding
 from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.training.signals import stop_requests
+from rlhf_jax.training.common.signals import stop_requests
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """

@@ -13,7 +13,8 @@ from builders import run_script, write_run
 from rlhf_jax import cli
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.report import figures
-from rlhf_jax.training import pipeline, stage
+from rlhf_jax.training import pipeline
+from rlhf_jax.training.common import stage
 
 SLOW = pytest.mark.slow
 SOAK = pytest.mark.soak

@@ -17,8 +17,9 @@ from rlhf_jax.config import Compute
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.evaluation import bench
-from rlhf_jax.rewards import spec, verifiable
-from rlhf_jax.training import initial, rl
+from rlhf_jax.graders import spec, verifiable
+from rlhf_jax.training import rl
+from rlhf_jax.training.common import initial
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")

@@ -19,9 +19,10 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.generator import Generator, LanguageModel
-from rlhf_jax.rewards import spec
-from rlhf_jax.training import initial, rl
+from rlhf_jax.generation.generator import Generator, LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.training import rl
+from rlhf_jax.training.common import initial
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

@@ -10,11 +10,12 @@ from builders import letters_run, with_rl
 from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
 from rlhf_jax.data.environment import Environment
-from rlhf_jax.rewards import spec
-from rlhf_jax.training import programs, rl
-from rlhf_jax.training.method import Method
-from rlhf_jax.training.parts import Parts
-from rlhf_jax.training.phases import NO_PENALTY
+from rlhf_jax.graders import spec
+from rlhf_jax.iteration import NO_PENALTY
+from rlhf_jax.training import rl
+from rlhf_jax.training.rl import programs
+from rlhf_jax.training.rl.method import Method
+from rlhf_jax.training.rl.parts import Parts
 from rlhf_jax.types import Rollout
 
 WORLD = """

@@ -14,9 +14,9 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
-from rlhf_jax.training import loop
-from rlhf_jax.training.parts import files
-from rlhf_jax.training.stage import open_stage
+from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.rl.parts import files
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

@@ -13,7 +13,7 @@ from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Toke
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.rewards.filter import Filter, Guard, read_words, rule_files, sentence
+from rlhf_jax.graders.filter import Filter, Guard, read_words, rule_files, sentence
 from rlhf_jax.training import rl
 from rlhf_jax.types import Rollout
 

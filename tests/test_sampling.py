@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import ops, rollout, sampling
-from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.sampling import SamplingConfig, decoding
 
 KEY = jax.random.key(0)
 generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
@@ -150,7 +150,7 @@ F = False
 )
 def test_truncate(options, first, second):
     logits = np.log(np.array([[0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]], np.float32))
-    left = sampling.truncate(logits, **options)
+    left = decoding.truncate(logits, **options)
     assert_array_equal(left, np.where([first, second], logits, -np.inf))
 
 
@@ -187,8 +187,8 @@ def test_truncation_is_that_of_token_by_token():
             else np.where(rough < np.sort(rough)[:, -7:-6], -np.inf, rough)
         )
         expected = [nucleus(row, options["top_p"]) for row in cut]
-        assert_array_equal(np.isfinite(sampling.truncate(rough, **options)), expected)
-    assert str(jax.make_jaxpr(partial(sampling.truncate, top_p=0.5))(rough)).count(" sort[") == 1
+        assert_array_equal(np.isfinite(decoding.truncate(rough, **options)), expected)
+    assert str(jax.make_jaxpr(partial(decoding.truncate, top_p=0.5))(rough)).count(" sort[") == 1
 
 
 def test_greedy_follows_the_largest_logit():
@@ -217,7 +217,7 @@ def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot(temperature, tr
         logits = (
             PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
         )
-        left = sampling.truncate(logits / temperature, **truncation)
+        left = decoding.truncate(logits / temperature, **truncation)
         keys = [jax.random.fold_in(jax.random.fold_in(KEY, row), slot) for row in range(24)]
         expected = jax.vmap(jax.random.categorical)(jnp.stack(keys), left)
         assert_array_equal(tokens[:, slot + 3], expected)

@@ -7,9 +7,9 @@ from numpy.testing import assert_allclose
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
-from rlhf_jax.training import method
-from rlhf_jax.training.optimizer import Judge, make_optimizer, times_exhausted
-from rlhf_jax.training.phases import LoopState
+from rlhf_jax.iteration import LoopState
+from rlhf_jax.training.common.optimizer import Judge, make_optimizer, times_exhausted
+from rlhf_jax.training.rl import method
 from rlhf_jax.types import TrainState
 
 

@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.scoring import desirable_length_accuracy, evenly, report, samples
+from rlhf_jax.training.supervised.scoring import desirable_length_accuracy, evenly, report, samples
 
 LETTERS = characters("abcde? ")
 

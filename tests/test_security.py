@@ -13,7 +13,7 @@ import pytest
 from source import parse
 
 from rlhf_jax.config import RunConfig
-from rlhf_jax.training import stage
+from rlhf_jax.training.common import stage
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 # Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run

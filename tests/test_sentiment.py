@@ -23,7 +23,7 @@ from rlhf_jax.config import parse
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import LanguageModel
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.types import Rollout
 
 CONFIG = ROOT / "configs" / "sentiment.yaml"

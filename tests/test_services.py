@@ -19,8 +19,8 @@ from rlhf_jax.config import Judge
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.rewards import service, spec
-from rlhf_jax.rewards.service import RubricJudge, Services
+from rlhf_jax.graders import service, spec
+from rlhf_jax.graders.service import RubricJudge, Services
 from rlhf_jax.runs import processes
 from rlhf_jax.training import rl
 

@@ -14,10 +14,10 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.generator import LanguageModel
-from rlhf_jax.rewards import spec
-from rlhf_jax.training import steps
-from rlhf_jax.training.schedule import Batch
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.types import Rollout
 
 STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)

@@ -11,14 +11,14 @@ import yaml
 from builders import json_lines, letters_run, metric_rows, run_vpg, with_rl
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import rewards
+from rlhf_jax import iteration, rewards
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import stops, tokenizers
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.generator import Generator
+from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
-from rlhf_jax.training import phases, rl
+from rlhf_jax.training import rl
 from rlhf_jax.types import Rollout
 
 ALPHABET = tokenizers.characters("abcde")
@@ -76,10 +76,10 @@ def test_a_string_inside_a_token_ends_the_response_with_that_token():
 
 def test_a_row_that_a_string_ended_is_no_truncated_row():
     cut = stops.cut(a_rollout([A, B, C], [A, EOS], [A, C, D]), ("b",), ALPHABET)
-    rule = phases.missing_eos(EOS, penalty=5.0, score=None)
+    rule = iteration.missing_eos(EOS, penalty=5.0, score=None)
     scored = replace(cut, scores=jnp.ones(3))
     assert rule(scored).scores.tolist() == [1.0, 1.0, -4.0]
-    assert phases.mask_truncated(EOS)(scored).present.tolist() == [True, True, False]
+    assert iteration.mask_truncated(EOS)(scored).present.tolist() == [True, True, False]
     assert rewards.missing_eos(replace(cut, stopped=None), jnp.ones(3), EOS, 5.0)[0] == -4.0
 
 
@@ -156,13 +156,13 @@ def test_samples_of_validations_end_at_the_string(stopped_run):
 def test_a_greedy_baseline_ends_at_the_string_too(stopped_run, tmp_path, monkeypatch):
     config, *_ = stopped_run
     greedy = []
-    with_greedy = phases.with_greedy
+    with_greedy = iteration.with_greedy
 
     def watched(rollout, given, **how):
         greedy.append(given.stopped)
         return with_greedy(rollout, given, **how)
 
-    monkeypatch.setattr(phases, "with_greedy", watched)
+    monkeypatch.setattr(iteration, "with_greedy", watched)
     vpg = replace(config.vpg, baseline="greedy")
     config = replace(config, output_dir=str(tmp_path / "greedy"), vpg=vpg)
     run_vpg(with_rl(config, num_iterations=1, validation_fraction=0.0))

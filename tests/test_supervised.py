@@ -25,7 +25,8 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import loop, supervised
+from rlhf_jax.training.common import loop
+from rlhf_jax.training.supervised import tasks
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -85,7 +86,7 @@ def setting_of(config, stage):
     """What a run of the stage would make its task from."""
     spec = replace(getattr(training, stage).SPEC, make_task=stop)
     with pytest.raises(Seen) as seen:
-        supervised.run(config, spec)
+        tasks.run(config, spec)
     return seen.value.args[0]
 
 
@@ -152,8 +153,8 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
     config = changed(config, stage, num_epochs=2)
     spec = replace(getattr(training, stage).SPEC, make_task=make_task)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.training.memory.check", lambda *args: None)
-        supervised.run(config, spec)
+        patch.setattr("rlhf_jax.training.common.memory.check", lambda *args: None)
+        tasks.run(config, spec)
     setting, *steps = batches
     answers = [texts[row] for texts in setting.encoded.tokens for row in setting.train_rows]
     wanted = sorted(map(tuple, answers))
@@ -198,7 +199,7 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
     config = changed(config, "reward_model", ensemble_size=3)
     spec = replace(training.reward_model.SPEC, make_task=make_task)
     with pytest.raises(Seen) as seen:
-        supervised.run(config, spec)
+        tasks.run(config, spec)
     setting, weight, validation = seen.value.args[0]
     assert setting.encoded.weight.shape == (len(setting.encoded),)
     assert weight.shape == (len(setting.encoded), 3)

@@ -19,7 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs import trackers
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import Pulse, Tracker
-from rlhf_jax.training import stage
+from rlhf_jax.training.common import stage
 
 SAMPLES = [
     {"prompt": "a|b", "response": "c\nd", "score": 0.5},

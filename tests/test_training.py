@@ -24,8 +24,9 @@ from rlhf_jax.config import (
     parse,
 )
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.generator import LanguageModel
-from rlhf_jax.training import initial, layout, stage, supervised
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.training.common import initial, layout, stage
+from rlhf_jax.training.supervised import tasks
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -101,7 +102,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         raise Seen(setting)
 
     with pytest.raises(Seen) as seen:
-        supervised.run(config, replace(training.reward_model.SPEC, make_task=stop))
+        tasks.run(config, replace(training.reward_model.SPEC, make_task=stop))
     setting = seen.value.args[0]
     train, held_out = (
         {setting.encoded.sources[row] for row in part}

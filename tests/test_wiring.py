@@ -14,7 +14,7 @@ import pytest
 from builders import LETTERS, letters_run, metric_rows, run_vpg, slow, with_rl
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import models, ppo, rloo, training, vpg
+from rlhf_jax import iteration, models, ppo, rloo, training, vpg
 from rlhf_jax.config import (
     LoRA,
     Optimizer,
@@ -25,7 +25,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf import VALUE_HEAD
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
-from rlhf_jax.training import memory, phases, rl, stage
+from rlhf_jax.training import rl
+from rlhf_jax.training.common import memory, stage
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -423,7 +424,7 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
 
     fakes = {"learn": learn, "rescored": unscored}
     replacing(monkeypatch, lambda made: fakes | {"respond": recording("respond", made.respond)})
-    monkeypatch.setattr(phases, "sampler", recording("sampler", phases.sampler))
+    monkeypatch.setattr(iteration, "sampler", recording("sampler", iteration.sampler))
     talks = talking(tmp_path, 3, max_new_tokens=8)
     compute = replace(config.compute, scan_layers=scan_layers)
     network = replace(config.network, num_layers=3)

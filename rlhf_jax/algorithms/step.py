@@ -18,8 +18,9 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import blocks, ops
-from rlhf_jax.sharding import cut
+from rlhf_jax import ops
+from rlhf_jax.parallel import blocks
+from rlhf_jax.parallel.sharding import cut
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,

@@ -81,7 +81,7 @@ def prepare(
             baseline, advantage, config.baseline_decay, rollout.present, axis_name
         )
     elif config.baseline == "greedy":
-        hint = "training.phases.with_greedy makes them"
+        hint = "iteration.with_greedy makes them"
         advantage = advantage - policy.field(rollout, "greedy_rewards", hint, ndim=1)
     return policy.spread(advantage, rollout)
 

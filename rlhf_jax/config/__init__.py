@@ -32,7 +32,7 @@ from rlhf_jax.config.settings import (
     Tokenizer,
 )
 from rlhf_jax.config.yaml_files import read, to_yaml
-from rlhf_jax.rewards.service import Judge
+from rlhf_jax.graders.service import Judge
 
 __all__ = [
     "ALGORITHMS",

@@ -18,9 +18,9 @@ from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
+from rlhf_jax.graders.service import Judge, Requests, check_url
 from rlhf_jax.losses import ImportanceSampling
 from rlhf_jax.ops import check_number
-from rlhf_jax.rewards.service import Judge, Requests, check_url
 from rlhf_jax.runs import alerts
 
 Texts = tuple[str, ...]

@@ -31,7 +31,7 @@ from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Fields, Message, Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import spec
+from rlhf_jax.graders import spec
 from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
 

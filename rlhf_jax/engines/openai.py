@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.errors import ServiceError
-from rlhf_jax.rewards.service import ENGINE_KEY, ask
+from rlhf_jax.graders.service import ENGINE_KEY, ask
 
 _SHOWN = 200  # the characters of a reply that an error message shows
 _TOKEN_ID = re.compile(r"token_id:(\d+)")

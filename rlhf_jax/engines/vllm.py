@@ -18,8 +18,8 @@ from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
+from rlhf_jax.graders.service import ENGINE_KEY, ask
 from rlhf_jax.models import peft
-from rlhf_jax.rewards.service import ENGINE_KEY, ask
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 FULL_NEEDS = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out (vLLM 0.32 or later)"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax import generator, models, ops, rewards
+from rlhf_jax import models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, rows
 from rlhf_jax.data.environment import Environment, function_of, load_environment
@@ -22,12 +22,14 @@ from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.evaluation import measures
 from rlhf_jax.evaluation.settings import Config
+from rlhf_jax.generation import generator
+from rlhf_jax.graders import spec
+from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
-from rlhf_jax.rewards import spec
-from rlhf_jax.rewards.service import Judge, Services
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training import initial, scoring, stage
+from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.supervised import scoring
 from rlhf_jax.types import Comparisons, Params, Rollout
 
 BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled

@@ -21,19 +21,20 @@ import numpy as np
 import yaml
 from jax import Array
 
-from rlhf_jax import generator
 from rlhf_jax.data import chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import bench, data, measures, texts
 from rlhf_jax.evaluation.bench import Answers, Bench, Policy
 from rlhf_jax.evaluation.settings import Config
+from rlhf_jax.generation import generator
+from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import scoring, stage
+from rlhf_jax.training.common import stage
+from rlhf_jax.training.supervised import scoring
 
 Categories = Mapping[str, data.CustomCategory]
 Sets = Mapping[str, formats.ReadResult]

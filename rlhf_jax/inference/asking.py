@@ -14,13 +14,13 @@ from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
-from rlhf_jax.generator import Generator
+from rlhf_jax.generation.generator import Generator
+from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest, reading
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training import initial, stage
+from rlhf_jax.training.common import initial, stage
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SLOTS = 256  # response slots of a model that no run of ours trained

@@ -18,9 +18,9 @@ from rlhf_jax.data import chat, encoding, stops
 from rlhf_jax.data.rows import Message, Row, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
-from rlhf_jax.generator import Generator
+from rlhf_jax.generation.generator import Generator
+from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs.reading import settings_file, settings_of
 from rlhf_jax.types import Rollout
 

@@ -18,9 +18,9 @@ from typing import Any
 from rlhf_jax.errors import file_errors, logger
 from rlhf_jax.evaluation import bench
 from rlhf_jax.evaluation.settings import check_at_least
-from rlhf_jax.generator import Asked, Generator
+from rlhf_jax.generation.generator import Asked, Generator
+from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
-from rlhf_jax.rewards import spec
 from rlhf_jax.runs import manifest, reading
 from rlhf_jax.runs.folder import write_atomically
 

@@ -20,7 +20,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation.settings import check_at_least
-from rlhf_jax.generator import Generator
+from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
 from rlhf_jax.runs.folder import write_atomically

@@ -13,7 +13,7 @@ from jax import Array
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm
-from rlhf_jax.sharding import tensor_parts
+from rlhf_jax.parallel.sharding import tensor_parts
 
 
 def _residual(config: GPT2Config) -> Dense:

@@ -33,7 +33,7 @@ from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
 CONFIG = "config.json"
-# The file beside the parameters of a policy that Python gave to a run (training.own).
+# The file beside the parameters of a policy that Python gave to a run (training.common.own).
 OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -289,7 +289,7 @@ def read_config(folder: Path) -> ModelConfig:
     if (folder / OWN_NOTE).is_file():
         raise UserError(
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
-            "Face model; read them by rlhf_jax.training.own.load"
+            "Face model; read them by rlhf_jax.training.common.own.load"
         )
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")

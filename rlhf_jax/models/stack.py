@@ -24,7 +24,7 @@ from rlhf_jax.models.config import GPT2Config, ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
-from rlhf_jax.sharding import cut, tensor_axes, tensor_parts
+from rlhf_jax.parallel.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 
 # Cosines, then sines, of the rotary angles: [2, B, 1, T, Dh / 2] float32.

@@ -3,8 +3,8 @@
 A RewardFn takes a rollout and returns (scores [B] or dense rewards [B, T], {name of a part: [B]}).
 Those made here are ``jax.tree_util.Partial``, so the arrays that they hold (a reward model's
 parameters) are arguments of ``jit``. A HostReward is ordinary Python and runs between two jits;
-``on_host`` calls it. ``rewards.spec`` builds the reward of a run from ``--reward``,
-``rewards.filter`` is the safety filter after it.
+``on_host`` calls it. ``graders.spec`` builds the reward of a run from ``--reward``,
+``graders.filter`` is the safety filter after it.
 """
 
 from rlhf_jax.rewards.functions import (

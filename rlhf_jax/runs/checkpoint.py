@@ -45,8 +45,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import processes, reading
 from rlhf_jax.runs.folder import steps
 from rlhf_jax.runs.reading import Row

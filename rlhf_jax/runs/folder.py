@@ -11,7 +11,7 @@
 - ``checkpoints/``: the state of the loop
 - ``model/``: the result as a Hugging Face folder, LoRA's adapters merged in
 - ``adapter/``: LoRA's adapters
-- ``judge/``: the replies of a judge (`rewards.service`) and of a teacher's server
+- ``judge/``: the replies of a judge (`graders.service`) and of a teacher's server
 - ``engine/``: the samples of an engine (`training.engine`)
 - ``report.html``: the page
 

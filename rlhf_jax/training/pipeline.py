@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import devices, folder, processes
-from rlhf_jax.training import reward_model, rl, sft
-from rlhf_jax.training.stage import RunResult
+from rlhf_jax.training import rl
+from rlhf_jax.training.common.stage import RunResult
+from rlhf_jax.training.supervised import reward_model, sft
 
 STAGES = ("sft", "reward_model", "ppo")
 C = TypeVar("C", bound=RunConfig)

@@ -27,8 +27,10 @@ from rlhf_jax.data import formats
 from rlhf_jax.errors import AlertStop, UserError, logger
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
-from rlhf_jax.training import dpo, kto, parts, reward_model, rl, sft, supervised
-from rlhf_jax.training.stage import MAY_CHANGE, fingerprints_of, set_up
+from rlhf_jax.training import rl
+from rlhf_jax.training.common.stage import MAY_CHANGE, fingerprints_of, set_up
+from rlhf_jax.training.rl import parts
+from rlhf_jax.training.supervised import dpo, kto, reward_model, sft, tasks
 from rlhf_jax.types import Algorithm
 
 SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
@@ -392,7 +394,7 @@ def _repeat(
     stage = recorded["stage"]
     with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
         if stage in SPECS:
-            supervised.run(config, SPECS[stage], is_over)
+            tasks.run(config, SPECS[stage], is_over)
         else:
             rl.run(config, METHODS[stage], on_step=is_over)
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.sharding import tensor_axes
+from rlhf_jax.parallel.sharding import tensor_axes
 
 
 def platform() -> str:

@@ -1,0 +1,639 @@
+"""Texts in, texts out: generation with a language model."""
+
+import collections
+import functools
+import json
+import operator
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rlhf_jax import models, ops, sampling
+from rlhf_jax.data import batches, chat, conversation, encoding, stops, tokenizers
+from rlhf_jax.data.environment import (
+    Environment,
+    Source,
+    converse,
+    function_of,
+    load_environment,
+)
+from rlhf_jax.data.rows import Message, Record, Row
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.models import hf
+from rlhf_jax.rewards.host import SINGLE_TURN
+from rlhf_jax.runs import devices
+from rlhf_jax.sampling import SamplingConfig, decoding
+from rlhf_jax.types import Params, Rollout
+
+_BUCKET = 16  # tokens: widths of prompts are multiples of it, so that few shapes are compiled
+
+
+@functools.cache
+def _sampler(num_layers: int) -> Any:
+    """``sampling.generate``, compiled once for each model, config and shape."""
+    options = devices.compiler_options(num_layers)
+    return jax.jit(sampling.generate, static_argnames=("model", "config"), compiler_options=options)
+
+
+@functools.cache
+def _scorer(model: models.Model) -> Any:
+    """``models.score_fn``, compiled once for each model and shape."""
+    return jax.jit(models.score_fn(model))
+
+
+class _Stream(NamedTuple):
+    """The programs that sample one token at a time."""
+
+    decoding: Any  # model.for_decoding
+    start: Any
+    step: Any  # (the state after a token, that token); the state before is overwritten
+
+
+@functools.cache
+def _streamer(model: models.Model) -> _Stream:
+    """Compiled once for each width of the prompt, ``step`` for each config too."""
+
+    def stepped(
+        params: Params, rows: decoding.Rows, loop: decoding.Loop, config: SamplingConfig
+    ) -> tuple[decoding.Loop, Array]:
+        after = decoding.step(model, params, rows, loop, config=config)
+        return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
+
+    options = devices.compiler_options(model.config.num_layers)
+    start = jax.jit(
+        functools.partial(decoding.start, model),
+        static_argnames=("max_new_tokens", "pad_id"),
+        compiler_options=options,
+    )
+    step = jax.jit(stepped, static_argnames="config", donate_argnums=2, compiler_options=options)
+    return _Stream(jax.jit(model.for_decoding), start, step)
+
+
+class LanguageModel(NamedTuple):
+    """A model, its parameters and the tokenizer that made its vocabulary."""
+
+    model: models.Model
+    params: Params
+    tokenizer: tokenizers.Tokenizer
+
+    @classmethod
+    def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
+        """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer
+        gained a pad. A pad id of the model's config that ends texts too is replaced: transformers
+        takes the score of a reward model from the last token that is no pad.
+
+        The ``eos_token_id`` of generation_config.json, or else of config.json, may be a list: each
+        of them ends a response, and so does the tokenizer's own.
+
+        compute: as in ``models.load``.
+
+        Raises:
+            UserError: the folder lacks a file, or the tokenizer has more entries than the model.
+        """
+        model, params = models.load(source, **compute)
+        tokenizer = tokenizers.load_tokenizer(source)
+        size = model.config.vocab_size
+        if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
+            model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
+        elif tokenizer.vocab_size > size:
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only "
+                f"{size} embeddings; save the tokenizer that the model was trained with in this "
+                "folder."
+            )
+        file = hf.find_folder(source) / "generation_config.json"
+        generation = hf.read_json(file) if file.exists() else {}
+        ends = generation.get("eos_token_id", model.config.eos_token_id)
+        ids = np.ravel(() if ends is None else ends).tolist()
+        ids += [*chat.template_of(tokenizer, chat.AUTO).ends]
+        others = dict.fromkeys(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
+        tokenizer = replace(tokenizer, other_eos_ids=tuple(others), generation=generation)
+        if model.config.pad_token_id in tokenizer.eos_ids:
+            model = models.build(replace(model.config, pad_token_id=tokenizer.pad_id))
+        return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
+
+    def with_options(self, options: Mapping[str, Any] | None) -> "LanguageModel":
+        """The model with defaults of its chat template's variables (``chat.with_options``)."""
+        return self._replace(tokenizer=chat.with_options(self.tokenizer, options))
+
+    def save(self, folder: str | Path, *, template: str, config: SamplingConfig | None) -> None:
+        """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
+        run formatted prompts and sampled.
+
+        Args:
+            folder: made if missing, its files replaced.
+            template: the run's ``text.template``, for the tokenizer's chat template
+                (``chat.with_text_template``).
+            config: for generation_config.json: how transformers samples by default; None: as the
+                model's author wrote, with our ends of a text. Other keys of the author stay, but no
+                maximum length: lm-eval and vLLM would end all responses there, whatever their task
+                allows. A reward model has no such file.
+        """
+        models.save(folder, self.model, self.params)
+        chat.with_text_template(self.tokenizer, template).save(folder)
+        if "score" in self.params:
+            return
+        keys = _generation(self.tokenizer, config)
+        text = json.dumps(keys, indent=2, ensure_ascii=False) + "\n"
+        Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
+
+    def sample(
+        self,
+        tokens: Any,
+        mask: Any,
+        key: Array,
+        *,
+        config: SamplingConfig,
+        batch_size: int = 64,
+        row_ids: Any = None,
+        used: Any = None,
+    ) -> Rollout:
+        """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a
+        NumPy Rollout.
+
+        Prompts of similar length form a batch, without the columns that are padding in all of its
+        rows (`batches.prompt_width`).
+
+        row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
+            default i) whatever the batch size.
+        """
+        if row_ids is None:
+            row_ids = np.arange(len(tokens), dtype=np.int32)
+        by_row = {"row_ids": row_ids, "used": used}
+        columns = np.shape(tokens)[1]
+        generate = _sampler(self.model.config.num_layers)
+
+        def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
+            sampled = generate(self.model, self.params, tokens, mask, key, config=config, **by_row)
+            return replace(sampled, prompt_length=columns)
+
+        sampled = _by_length(sample, batch_size, tokens, mask, by_row)
+        # The prompts with all their columns: a batch omits some of them.
+        whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
+        return replace(sampled, tokens=whole)
+
+    def respond(
+        self,
+        encoded: encoding.EncodedPrompts,
+        numbers: np.ndarray,
+        key: Array,
+        *,
+        config: SamplingConfig,
+        batch_size: int,
+        row_ids: np.ndarray,
+        stop: Sequence[str],
+        environment: Environment | None,
+    ) -> tuple[Rollout, dict[str, np.ndarray]]:
+        """Samples [N] responses, or conversations with an environment. Row i answers the prompt
+        ``numbers[i]``; its randomness is that of row ``row_ids[i]``.
+
+        Returns:
+            As `converse`: the Rollout, and what is known of each conversation.
+        """
+
+        def until_eos(
+            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
+        ) -> Rollout:
+            by_row = {"row_ids": row_ids, "used": used}
+            return self.sample(tokens, mask, key, config=config, batch_size=batch_size, **by_row)
+
+        until_stop = stops.stopping(until_eos, self.tokenizer, stop)
+        return converse(environment, until_stop, encoded, numbers)
+
+    def score_texts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """[N] float32 scores, by a reward model, of responses to conversations, both texts:
+        `encoding.answered_ids`, ``batch_size`` of similar length at a time.
+
+        Raises:
+            UserError: naming the text: it has more tokens than the model reads, or spells a special
+                token of it in a prompt.
+        """
+        limit = self.model.config.max_length
+        rows = []
+        for number, (messages, response) in enumerate(zip(conversations, responses, strict=True)):
+            where = f"text {number}, {messages[-1]['content'][:40]!r}"
+            ids = encoding.answered_ids(messages, response, self.tokenizer, where)
+            if len(ids) > limit:
+                raise UserError(
+                    f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
+                    f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
+                )
+            rows.append(ids)
+        padded = encoding.left_padded(rows, _width(rows, limit), self.tokenizer.pad_id)
+        score = functools.partial(_scorer(self.model), self.params)
+        return _by_length(score, batch_size, *padded)
+
+
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+
+
+def _generation(tokenizer: tokenizers.Tokenizer, config: SamplingConfig | None) -> dict[str, Any]:
+    """The keys of generation_config.json; see ``LanguageModel.save``."""
+    keys = {key: value for key, value in tokenizer.generation.items() if key not in _LENGTHS}
+    ends = tokenizer.eos_ids
+    keys["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    keys["pad_token_id"] = tokenizer.pad_id
+    if tokenizer.beginning:
+        keys["bos_token_id"] = tokenizer.beginning[0]
+    if config is None:
+        return keys
+    keys["do_sample"] = config.temperature > 0
+    sampled = {
+        "temperature": config.temperature,
+        "top_k": config.top_k or 0,  # without it transformers takes the likeliest 50
+        "top_p": config.top_p or 1.0,
+        "min_p": config.min_p,
+    }
+    for key, value in sampled.items():
+        keys.pop(key, None)
+        if config.temperature > 0 and value is not None:
+            keys[key] = value
+    keys.pop("repetition_penalty", None)
+    if config.repetition_penalty != 1:
+        keys["repetition_penalty"] = config.repetition_penalty
+    return keys
+
+
+def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
+    """The columns of a batch of these rows: a multiple of ``_BUCKET``, so that few shapes are
+    compiled.
+    """
+    longest = max(map(len, rows))
+    return min(-(-longest // _BUCKET) * _BUCKET, limit)
+
+
+class Generations(NamedTuple):
+    """Responses to prompts: N = prompts * samples rows, those of one prompt adjacent."""
+
+    texts: list[str]
+    """[N] without special tokens; of a conversation the policy's responses, one after the other."""
+    transcripts: list[str]
+    """[N] the same with an environment's replies between the responses."""
+    log_probs: np.ndarray
+    """[N] float32, of the whole response: the sum of ``token_log_probs``, in nats."""
+    rewards: np.ndarray | None
+    """[N] float32, the reward model's scores; None without one."""
+    token_log_probs: list[np.ndarray]
+    """[N] arrays [response tokens], EOS included: log-probs of the full softmax at the temperature
+    (at temperature 0: of the softmax at temperature 1).
+    """
+    finished: np.ndarray
+    """[N] bool, whether EOS or a stop string ended the last response. False if ``max_new_tokens``
+    cut it.
+    """
+
+
+class Asked(NamedTuple):
+    """N prompts as a model reads them, S samples of each."""
+
+    rows: list[Row]
+    ids: list[list[int]]
+    streams: np.ndarray
+    """[N, S] int32, which decide the randomness of each sample."""
+
+    def part(self, start: int, stop: int) -> "Asked":
+        """The prompts from ``start`` to ``stop``; their samples are the same."""
+        which = slice(start, stop)
+        return Asked(self.rows[which], self.ids[which], self.streams[which])
+
+
+def _load(folder: str | Path, compute: dict[str, Any], *, is_judge: bool) -> LanguageModel:
+    """A policy, or a reward model that judges it. Raises UserError if the folder holds the other
+    kind.
+    """
+    loaded = LanguageModel.load(folder, **compute)
+    has_score = "score" in loaded.params
+    if has_score and not is_judge:
+        raise UserError(
+            f"{folder}: this is a reward model, which writes no text; give the policy first"
+        )
+    if is_judge and not has_score:
+        raise UserError(f"{folder}: this model has no score head; give a reward model's folder")
+    return loaded
+
+
+class Generator:
+    """A policy, and optionally a reward model, from the folders that a run writes.
+
+        generator = Generator("runs/ppo/model", reward_model="runs/rm/model", max_new_tokens=64)
+        generations = generator(["Name a prime.", "Is ice warm?"], seed=0)
+        print(generations.texts, generations.log_probs, generations.rewards)
+
+    Args:
+        folder: a Hugging Face folder (or name) with its tokenizer.
+        reward_model: the folder of a reward model. One of another tokenizer reads the texts, by
+            its own chat template.
+        max_new_tokens: response slots R; replies use them too.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k, top_p, min_p, repetition_penalty: as in ``sampling.SamplingConfig``.
+        template: how a prompt is formatted, as ``text.template``; None is ``auto``.
+        template_options: variables of the chat template, as ``text.template_options``.
+        environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
+            (``data.environment``).
+        max_turns: the largest number of responses in a row; None: as many as fit.
+        batch_size: the largest number of rows at once.
+        stop: texts that end a response (``data.stops``). They are left out of ``texts``; with an
+            environment, which reads them, they stay.
+        max_length: positions for prompt and response, if fewer than the model has.
+        compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
+
+    Raises:
+        UserError: a folder cannot be read, the policy is a reward model, the reward model has no
+            score head, or ``max_new_tokens`` leaves no room for a prompt.
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        reward_model: str | Path | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        environment: Source = None,
+        max_turns: int | None = None,
+        batch_size: int = 64,
+        stop: Sequence[str] = (),
+        max_length: int | None = None,
+        **compute: Any,
+    ):
+        ops.check_number("batch_size", batch_size, at_least=1)
+        self.batch_size = batch_size
+        if isinstance(stop, str) or not all(stop):
+            raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
+        self.stop = tuple(stop)
+        loaded = _load(folder, compute, is_judge=False)
+        self._policy = loaded.with_options(template_options)
+        self.template_options = dict(template_options) if template_options else None
+        self.model, _, self.tokenizer = self._policy
+        self.template = template or chat.AUTO
+        logger.info(chat.describe(self.template, self.tokenizer, str(folder)))
+        self.config = SamplingConfig(
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_id=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+        )
+        fn = function_of(environment, "environment")
+        self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
+        self._judge: LanguageModel | None = None
+        self._reads_texts = False
+        if reward_model is not None:
+            self._judge = _load(reward_model, compute, is_judge=True)
+            self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
+        if self._reads_texts and self._environment is not None:
+            raise UserError(f"{reward_model}: {SINGLE_TURN}")
+        self.room = self._room(folder, max_length or sys.maxsize)
+
+    def _room(self, folder: str | Path, positions: int) -> int:
+        """The positions that are left for a prompt. Raises UserError if there are none."""
+        positions = min(positions, self.model.config.max_length)
+        if self._judge is not None and not self._reads_texts:
+            positions = min(positions, self._judge.model.config.max_length)
+        slots = self.config.max_new_tokens
+        if slots >= positions:
+            raise UserError(
+                f"{folder}: max_new_tokens {slots} leaves no room for a prompt in {positions}"
+            )
+        return positions - slots
+
+    def __call__(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        seed: int = 0,
+        num_samples: int = 1,
+        columns: Sequence[dict[str, Any]] = (),
+    ) -> Generations:
+        """Samples ``num_samples`` responses to each prompt.
+
+        prompts: texts, or lists of messages such as {"role": "user", "content": "Is ice warm?"}.
+        columns: for each prompt, the ``row`` that the environment gets; by default empty.
+
+        A response depends on the seed, the prompt, and the number of the sample: the first sample
+        of a prompt is the same whatever the other prompts and batches are (up to ties within the
+        rounding of the logits). If a prompt is given twice, the second one gets the next samples.
+        Prompts of similar length form a batch, padded to its longest.
+
+        Raises:
+            UserError: naming the prompt, such as ``prompts[3]``: it is neither a text nor messages,
+                it is too long, holds a character that the
+                tokenizer lacks, spells a special token in a message, or makes no token; or the
+                template has no ``{prompt}``.
+        """
+        if isinstance(prompts, str):
+            raise UserError("expected a list of prompts, got one text; put it in a list")
+        own_columns = columns or [{}] * len(prompts)
+        rows = [
+            self._row(prompt, f"prompts[{i}]", own)
+            for i, (prompt, own) in enumerate(zip(prompts, own_columns, strict=True))
+        ]
+        asked = self.ask(rows, num_samples)
+        if not rows:
+            return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
+        rollout: Any = self.sample(asked, seed)
+        texts = self.texts_of(rollout)
+        in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
+        of_samples = [row for row in rows for _ in range(num_samples)]
+        return Generations(
+            texts=texts,
+            transcripts=responses(rollout, self.tokenizer, with_replies=True),
+            log_probs=rollout.log_probs.sum(axis=1),
+            rewards=self._rewards(rollout, of_samples, texts),
+            token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
+            finished=ended(rollout, self.config.eos_ids),
+        )
+
+    def ask(self, rows: Sequence[Row], num_samples: int = 1) -> "Asked":
+        """The rows' prompts as the model reads them, for `sample`. Raises as a call does."""
+        ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
+        for row, own in zip(rows, ids, strict=True):
+            if len(own) > self.room:
+                prompt = chat.shown(row, self.tokenizer)[:40]
+                raise UserError(
+                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self.room} are left "
+                    f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
+                )
+        streams = _streams([tuple(prompt) for prompt in ids for _ in range(num_samples)])
+        return Asked(list(rows), ids, streams.reshape(len(rows), num_samples))
+
+    def sample(self, asked: "Asked", seed: int) -> Rollout:
+        """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
+        width = _width(asked.ids, self.room)
+        padded = encoding.left_padded(asked.ids, width, self.tokenizer.pad_id)
+        num_rows, num_samples = asked.streams.shape
+        rollout, _ = self._policy.respond(
+            encoding.EncodedPrompts(*padded, asked.rows, (), {}),
+            np.repeat(np.arange(num_rows), num_samples),
+            jax.random.key(seed),
+            config=self.config,
+            batch_size=self.batch_size,
+            row_ids=asked.streams.ravel(),
+            stop=self.stop,
+            environment=self._environment,
+        )
+        return rollout
+
+    def texts_of(self, rollout: Rollout) -> list[str]:
+        """[N] the responses without stop strings, which only an environment gets to read."""
+        texts = responses(rollout, self.tokenizer)
+        if self._environment is not None:
+            return texts
+        return [stops.before(text, self.stop) for text in texts]
+
+    def _rewards(
+        self, rollout: Rollout, rows: Sequence[Row], texts: Sequence[str]
+    ) -> np.ndarray | None:
+        """[N] scores of the responses to these rows; None without a reward model."""
+        if self._judge is None:
+            return None
+        if self._reads_texts:
+            conversations = [row.conversation or () for row in rows]
+            return self._judge.score_texts(conversations, texts, self.batch_size)
+        score = functools.partial(_scorer(self._judge.model), self._judge.params)
+        return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
+
+    @functools.cached_property
+    def _decoding(self) -> Params:
+        """The weights as a stream reads them."""
+        weights: Params = _streamer(self.model).decoding(self._policy.params)
+        return weights
+
+    def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
+        """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
+        programs = _streamer(self.model)
+        num_buckets = -(-len(ids) // _BUCKET)
+        width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
+        prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)
+        rows, loop = programs.start(
+            self._policy.params,
+            *prompt,
+            jax.random.key(seed),
+            max_new_tokens=self.config.max_new_tokens,
+            pad_id=self.config.pad_id,
+            row_ids=_streams([tuple(ids)]),
+            used=np.zeros(1, np.int32),
+        )
+        for _ in range(self.config.max_new_tokens):
+            loop, sampled = programs.step(self._decoding, rows, loop, config=self.config)
+            token = int(sampled[0, 0])
+            yield token
+            if token in self.config.eos_ids:
+                return
+
+    def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
+        """A prompt of a call."""
+        if isinstance(prompt, str):
+            return Row(prompt, (), source, columns=columns)
+        if not isinstance(prompt, Sequence):
+            kind = type(prompt).__name__
+            raise UserError(f"{source}: expected a text or a list of messages, got {kind}")
+        given = list(prompt)
+        turns = conversation.messages_of(Record({"messages": given}, source), "messages")
+        tools = conversation.tools_of(Record(columns, source))
+        template = chat.template_of(self.tokenizer, self.template)
+        text = template.prompt(turns, source, tools=tools)
+        return Row(text, (), source, columns=columns, messages=turns, tools=tools)
+
+
+def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """[N] int32 numbers that decide the randomness of each row: functions of its prompt and of how
+    often that prompt came before, not of its place.
+    """
+    times = collections.Counter[tuple[int, ...]]()
+    streams = []
+    for prompt in prompts:
+        identity = np.array([times[prompt], *prompt], "<i4").tobytes()
+        streams.append(zlib.crc32(identity) & 0x7FFFFFFF)
+        times[prompt] += 1
+    return np.array(streams, np.int32)
+
+
+def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:
+    """`in_batches` for left-padded rows [N, T], sorted by length. Each batch omits the columns that
+    are padding in all its rows; the results of ``fn`` are zero there.
+    """
+
+    def narrowed(tokens: np.ndarray, mask: np.ndarray, *trees: Any) -> Any:
+        unused = mask.shape[1] - batches.prompt_width(mask, _BUCKET)
+
+        def widened(x: Any) -> Any:
+            return np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x
+
+        result = fn(tokens[:, unused:], mask[:, unused:], *trees)
+        return jax.tree.map(widened, result)
+
+    order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
+    by_length = jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees))
+    results = in_batches(narrowed, batch_size, *by_length)
+    place = np.argsort(order)
+    return jax.tree.map(lambda x: x[place], results)
+
+
+def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
+    """Applies ``fn`` to the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time;
+    returns a pytree of NumPy arrays.
+
+    The number of rows of a batch is a power of two that holds all N, or ``batch_size`` if that is
+    less, so that few shapes are compiled; the last batch is completed with rows of zeros.
+    """
+    num_rows = len(jax.tree.leaves(trees)[0])
+    size = min(batch_size, 1 << (num_rows - 1).bit_length())
+    num_missing = -num_rows % size
+
+    def pad(x: Any) -> Any:
+        return np.pad(x, [(0, num_missing)] + [(0, 0)] * (x.ndim - 1))
+
+    padded = jax.tree.map(pad, trees)
+    parts = []
+    for start in range(0, num_rows, size):
+        part = operator.itemgetter(slice(start, start + size))
+        parts.append(jax.device_get(fn(*jax.tree.map(part, padded))))
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
+
+
+def responses(
+    rollout: Rollout, tokenizer: tokenizers.Tokenizer, with_replies: bool = False
+) -> list[str]:
+    """The text of each row's responses without pad and EOS. ``with_replies`` inserts an
+    environment's replies between the responses, without special tokens.
+    """
+    tokens = np.asarray(rollout.tokens)
+    shown = np.asarray(rollout.mask)
+    if with_replies:
+        after_prompt = np.maximum.accumulate(shown, axis=1)
+        is_reply = after_prompt & (np.asarray(rollout.attention_mask) != 0) & ~shown
+        shown = shown | is_reply & ~np.isin(tokens, tokenizer.special_ids)
+    return [tokenizer.decode(row[mask]) for row, mask in zip(tokens, shown, strict=True)]
+
+
+def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
+    """[N] bool, whether EOS or a stop string ended the last response of each row."""
+    tokens = np.asarray(rollout.tokens)
+    num_rows, num_columns = tokens.shape
+    last = np.max(np.where(rollout.mask, np.arange(num_columns), 0), axis=1)
+    is_ended = np.isin(tokens[np.arange(num_rows), last], eos_ids)
+    return is_ended if rollout.stopped is None else is_ended | np.asarray(rollout.stopped)

@@ -1,0 +1,1 @@
+"""Scores that leave the program: specs, mathematics, services, judges, the safety filter."""

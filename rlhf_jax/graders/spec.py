@@ -1,0 +1,408 @@
+"""The reward of a run, from the entries of ``--reward``.
+
+Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
+
+- a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
+  texts in its own chat template,
+- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
+  (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
+  folder of a run that trained an ensemble stands for all its members,
+- ``count:TEXT``, which counts one token of the vocabulary in prompt and response
+  (`rewards.token_count`),
+- ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
+- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before
+  (`rewards.repetition`),
+- ``diversity`` or ``diversity:N``, the share that no other response of the batch has
+  (`rewards.diversity`),
+- ``regex:PATTERN``, 1 for a response in which the regular expression is found
+  (`graders.verifiable`),
+- ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
+  row,
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``:
+  prompts as the model reads them, the columns of the prompts' data rows by name, None for a
+  response that cannot be scored,
+- ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
+  (`service.reward_service`),
+- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`).
+
+A folder with the name of one of these is given as ``./length``.
+"""
+
+import difflib
+import functools
+import importlib.util
+import inspect
+import re
+import runpy
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy import ma
+
+from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
+from rlhf_jax.graders import service, verifiable
+from rlhf_jax.graders.service import Services
+from rlhf_jax.models.hf import model_folder
+from rlhf_jax.rewards.functions import (
+    EnsembleMethod,
+    combined,
+    ensemble,
+    from_model,
+    length,
+    summed,
+    token_count,
+    weighted,
+)
+from rlhf_jax.rewards.host import (
+    Columns,
+    Decoder,
+    HostReward,
+    HostScores,
+    TextScorer,
+    from_conversations,
+    from_text,
+)
+from rlhf_jax.rewards.ngrams import diversity, repetition
+from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
+_METHODS = get_args(EnsembleMethod)
+_ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER}):)?")
+
+# Rewards that a number of tokens may follow, and the least number.
+_TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
+_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge")
+
+
+class Reward(NamedTuple):
+    """The reward of a run. One of ``fn`` and ``host`` is None."""
+
+    fn: RewardFn | None = None  # traced into the iteration
+    host: HostReward | None = None  # runs on the host between two jits
+    # how many replies of judges had no score since the last call; None: there is no judge
+    take_unparsed: Callable[[], int] | None = None
+
+
+class RewardModel(NamedTuple):
+    """A reward model as ``load`` returns it."""
+
+    score_fn: ScoreFn
+    params: Params
+    fingerprint: str  # of its tokenizer
+    score_texts: TextScorer | None = None  # for a policy of another tokenizer
+
+
+Load = Callable[[str], RewardModel]
+"""Loads a reward model from a folder or Hugging Face name; UserError, naming it, if it cannot or
+lacks a score head.
+"""
+
+
+class PolicyTokenizer(Decoder, Protocol):
+    """What a reward reads of the policy's tokenizer."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, text: str, /) -> list[int]: ...
+
+
+def build_reward(
+    entries: Sequence[str],
+    *,
+    tokenizer: PolicyTokenizer,
+    load: Load,
+    columns: Collection[str],
+    flag: str = "--reward",
+    services: Services | None = None,
+) -> Reward:
+    """All entries as one reward, on the host if any of them is.
+
+    Several entries, or one with a weight or a Python function, have parts with the entries' names.
+
+    Args:
+      tokenizer: the policy's. A reward model of another one reads texts, on the host.
+      load: loads the reward models, one call for each.
+      columns: names of the prompts' columns, which a Python function may have parameters for.
+      flag: where the entries come from, such as ``--rl.judge``; each error begins with it.
+      services: how servers are asked; None: by the defaults, and no judge can be.
+
+    Raises:
+      UserError: no entry, one that does not exist or does not fit, two of one name.
+    """
+    if not entries:
+        raise UserError(
+            f"no reward: give {flag} a reward model's folder, several as mean:A,B, min:A,B or "
+            "uncertainty:A,B, or FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, "
+            f"regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
+        )
+    reader = _Reader(tokenizer, load, columns, services or Services())
+    rewards: dict[str, Reward] = {}
+    weights = {}
+    for entry in entries:
+        spec, weight = _split_weight(entry)
+        name, reward = reader.read(spec, f"{flag} {spec}")
+        if name in rewards:
+            raise UserError(f"{flag} {entry}: another part is called {name} too; rename one")
+        rewards[name] = reward
+        weights[name] = weight
+    fns = {name: (reward.fn, weights[name]) for name, reward in rewards.items() if reward.fn}
+    if len(fns) < len(rewards):
+        return _sum_on_host(rewards, weights)
+    (fn, weight), *others = fns.values()
+    return Reward(fn=weighted(fns) if others or weight != 1 else fn)
+
+
+def sources(entry: str) -> dict[str, Path]:
+    """The folders and Python files that an entry reads, by the names that a manifest gives them."""
+    spec, _ = _split_weight(entry)
+    kind, _, rest = spec.partition(":")
+    if kind in ("count", "regex", "math", "http", "https", *_TERMS):
+        return {}
+    method, names = _split_method(spec)
+    if method:
+        return {name: Path(name) for name in names if Path(name).exists()}
+    file, _, _ = spec.rpartition(":")
+    path = Path(rest if kind == "judge" else file if file.endswith(".py") else spec)
+    return {entry: path} if path.exists() else {}
+
+
+def members(folder: str | Path) -> list[Path]:
+    """The folders member_0, member_1, ... of an ensemble's folder; an empty list for another
+    folder.
+    """
+    count = sum(member.name[7:].isdecimal() for member in Path(folder).glob("member_*"))
+    return [Path(folder) / f"member_{i}" for i in range(count)]
+
+
+def as_host(reward: Reward) -> HostReward:
+    """A reward that is called on the host; a traced one runs on the devices."""
+    if reward.host is not None:
+        return reward.host
+    on_devices = jax.jit(lambda fn, rollout: fn(rollout))
+    return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
+
+
+def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
+    """As ``weighted``. A row that one reward cannot score has no sum."""
+    hosts = {name: as_host(reward) for name, reward in rewards.items()}
+    counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
+
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        parts: dict[str, Any] = {}
+        for name, host in hosts.items():
+            scores, inner = host(rollout, columns)
+            parts[name] = (ma.asarray(scores, float), inner), weights[name]
+        return summed(parts)
+
+    def take_unparsed() -> int:
+        return sum(count() for count in counts)
+
+    return Reward(host=score, take_unparsed=take_unparsed if counts else None)
+
+
+def _split_weight(entry: str) -> tuple[str, float]:
+    """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
+    match = _WEIGHTED.fullmatch(entry)
+    spec = match[1] if match else entry
+    method, names = _split_method(spec)
+    spec = method + ",".join(map(model_folder, names))
+    return spec, float(match[2]) if match else 1.0
+
+
+def _split_method(spec: str) -> tuple[str, list[str]]:
+    """``uncertainty:0.5:A,B`` -> ``uncertainty:0.5:``, [A, B]; any other SPEC -> "", [SPEC]."""
+    match = _ENSEMBLE.match(spec)
+    if match is None:
+        return "", [spec]
+    return match[0], spec.removeprefix(match[0]).split(",")
+
+
+class _Reader(NamedTuple):
+    """Reads a SPEC, with the arguments of ``build_reward``. Its methods return the name and the
+    reward; errors begin with ``where``.
+    """
+
+    tokenizer: PolicyTokenizer
+    load: Load
+    columns: Collection[str]
+    services: Services
+
+    def read(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward of any kind."""
+        kind, colon, rest = spec.partition(":")
+        if kind == "count" and colon:
+            ids = self.tokenizer.encode(rest)
+            if len(ids) != 1:
+                raise UserError(f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, not 1")
+            return spec, Reward(fn=token_count(ids[0]))
+        if kind in _TERMS:
+            make, least = _TERMS[kind]
+            if not colon:
+                return spec, Reward(fn=make())
+            if not re.fullmatch("[0-9]{1,9}", rest) or int(rest) < least:
+                raise UserError(
+                    f"{where}: after `{kind}:` comes a whole number, at least {least}, of tokens; "
+                    f"got {rest!r}"
+                )
+            return spec, Reward(fn=make(int(rest)))
+        of_texts = self._read_function(spec, where)
+        if of_texts is None:
+            return self._read_models(spec, where)
+        name, function = of_texts
+        take_unparsed = getattr(function, "take_unparsed", None)
+        return name, Reward(host=from_text(function, self.tokenizer), take_unparsed=take_unparsed)
+
+    def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
+        """A function of texts; None for the SPEC of a reward model."""
+        kind, _, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        if kind == "regex" and rest:
+            check_pattern(f"{where}: {rest!r}", rest)
+            return spec, verifiable.regex(rest)
+        if spec == "math":
+            if importlib.util.find_spec("math_verify") is None:
+                raise UserError(
+                    f"{where}: the package math-verify is not installed; pip install "
+                    "'rlhf-jax[math]'"
+                )
+            return spec, _of_columns(where, verifiable.math, self.columns)
+        if file.endswith(".py"):
+            return function, load_function(where, Path(file), function, self.columns)
+        if kind in ("http", "https"):
+            service.check_url(where, spec)
+            name, _, _ = rest.removeprefix("//").partition("?")
+            return name, service.reward_service(spec, self.services.judge)
+        if kind == "judge":
+            return Path(rest).stem, self._judge(Path(rest), where)
+        return None
+
+    def _judge(self, file: Path, where: str) -> service.RubricJudge:
+        judge = self.services.judge
+        if judge.url is None or judge.model is None:
+            raise UserError(
+                f"{where}: a judge is a model on a chat server: give --judge.url, such as "
+                "http://localhost:8000/v1, and --judge.model"
+            )
+        rubric = service.read_rubric(file)
+        missing = [name for name in rubric.columns if name not in self.columns]
+        if missing:
+            raise UserError(f"{where}: the prompts have no column {missing[0]}; {file} reads it")
+        return service.RubricJudge(rubric, self.services)
+
+    def _read_models(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward model or an ensemble of several."""
+        method, names = _split_method(spec)
+        name = method + ",".join(map(_run_name, names))
+        if method:
+            return name, self._ensemble(method, names, where)
+        if members(spec):
+            raise UserError(
+                f"{where}: the models of an ensemble; say how their scores become one: "
+                f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+            )
+        kind, colon, rest = spec.partition(":")
+        near = difflib.get_close_matches(kind, _WORDS, n=1, cutoff=0.7)
+        if near and "/" not in spec and not Path(spec).exists():
+            raise UserError(
+                f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
+            )
+        return name, self._model(spec, where)
+
+    def _ensemble(self, method: str, names: Sequence[str], where: str) -> Reward:
+        how: Any
+        how, coef, *_ = method.split(":")
+        paths = [path for name in names for path in [*map(str, members(name))] or [name]]
+        if "" in paths or len(paths) < 2 or len(set(paths)) < len(paths):
+            raise UserError(
+                f"{where}: an ensemble has at least two different models, with commas between "
+                f"them; got {', '.join(paths)}"
+            )
+        logger.info(f"{where}: {len(paths)} models")
+        rewards = [self._model(path, f"{where}: {path}") for path in paths]
+        weight = float(coef or 1.0)
+        fns = [reward.fn for reward in rewards if reward.fn]
+        if len(fns) == len(rewards):
+            return Reward(fn=ensemble(fns, how, weight))
+        return Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+
+    def _model(self, name: str, where: str) -> Reward:
+        model = self.load(name)
+        if model.fingerprint == self.tokenizer.fingerprint:
+            return Reward(fn=from_model(model.score_fn, model.params))
+        if model.score_texts is None:
+            raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
+        logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")
+        return Reward(host=from_conversations(model.score_texts, self.tokenizer, where))
+
+
+def _ensemble_on_host(
+    rewards: Sequence[HostReward], how: EnsembleMethod, coef: float
+) -> HostReward:
+    """As ``ensemble``. A row that one member cannot score has no score."""
+
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        of_members = [reward(rollout, columns)[0] for reward in rewards]
+        scores: Any = ma.stack(list(map(ma.asarray, of_members)))
+        is_unscored = ma.getmaskarray(scores).any(axis=0)
+        given = scores.filled(0).astype(np.float32)
+        mean = combined(how, jnp.asarray(given), coef)
+        deviation = ma.array(np.std(given, axis=0), mask=is_unscored)
+        return ma.array(mean, mask=is_unscored), {"uncertainty": deviation}
+
+    return score
+
+
+def _run_name(model: str) -> str:
+    """The name of the run folder that holds a reward model; or the model's own name if no run
+    folder does.
+    """
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def load_function(
+    where: str, file: Path, name: str, columns: Collection[str]
+) -> Callable[..., Any]:
+    """The user's function, as ``_of_columns``.
+
+    Raises:
+      UserError: it begins with ``where``; there is no such file or function, or it asks for other
+        columns.
+    """
+    if file.suffix != ".py" or not file.is_file():
+        raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
+    try:
+        module = runpy.run_path(str(file))
+    except (SyntaxError, SystemExit) as error:
+        raise UserError(f"{where}: {file} cannot be run: {type(error).__name__}: {error}") from None
+    functions = {key: value for key, value in module.items() if callable(value)}
+    if name not in functions:
+        raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
+    return _of_columns(f"{where}: {name}", functions[name], columns)
+
+
+def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) -> Callable[..., Any]:
+    """A reward function, called with only those columns that it has parameters for."""
+    signature = inspect.signature(fn)
+    parameters = list(signature.parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return fn
+    offered = {*columns, "messages"}
+    names = [parameter.name for parameter in parameters[2:] if parameter.name in offered]
+    try:
+        signature.bind([], [], **dict.fromkeys(names))
+    except TypeError as error:
+        raise UserError(
+            f"{where}: {error}; the prompts' columns are {', '.join(columns) or 'none'}"
+        ) from None
+
+    @functools.wraps(fn)
+    def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:
+        return fn(prompts, responses, **{name: given[name] for name in names})
+
+    return with_its_columns

@@ -1,0 +1,468 @@
+"""The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn.
+
+``respond`` samples, ``rescored`` adds the log-probs of the update's own forward pass, ``reward``
+scores, a ``Rule`` and a ``Penalty`` shape the scores into the rewards of the update, and ``learn``
+makes the update. ``training.rl`` compiles each step separately, so that a reward or an environment
+in ordinary Python can run between them. Called one after the other they also trace into one
+program, which gives the same parameters up to rounding.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from rlhf_jax import losses, models, ops, rewards, sampling
+from rlhf_jax.algorithms.policy import row_rewards
+from rlhf_jax.parallel import sharding
+from rlhf_jax.sampling import rollout
+from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
+
+
+@flax.struct.dataclass
+class LoopState:
+    """Everything that an RL run carries from one iteration to the next."""
+
+    train: TrainState  # of the algorithm's own class
+    kl_coef: Array  # [] float32
+    reference: Params | None = None
+    """The parameters of a reference that moves; None if it never changes."""
+    behind: TrainState | None = None
+    """The policy that samples the next rollout, without an optimizer; None if ``train`` does."""
+
+    @classmethod
+    def create(
+        cls,
+        train: TrainState,
+        kl_coef: float,
+        reference: Params | None = None,
+        behind: TrainState | None = None,
+    ) -> "LoopState":
+        """The state before the first iteration."""
+        return cls(train, jnp.float32(kl_coef), reference, behind)
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts, left-padded."""
+
+    tokens: Array  # [B, P] int32
+    attention_mask: Array  # [B, P]
+    row_ids: Array  # [B] data row of each prompt
+    used: Array | None = None  # [B] of conversations, see ``sampling.generate``
+    places: Array | None = None
+    """[B] int32: row i samples with the key folded with ``places[i]``. None means 0 .. B - 1."""
+
+
+@flax.struct.dataclass
+class Functions:
+    """The functions that the steps call, each a ``jax.tree_util.Partial``: ``jit`` then takes their
+    arrays as arguments.
+    """
+
+    policy_fn: Any  # PolicyFn of ``loop.train.params``; under LoRA ``models.lora.bind(fn, base)``
+    reward_fn: Any = None  # RewardFn; None if the reward runs on the host
+    ref_fn: Any = None
+    """BoundPolicyFn, or a PolicyFn of ``loop.reference``; None if there is no reference."""
+    base: Params | None = None  # the frozen parameters under LoRA
+    teacher: Params | None = None
+    """The fifth argument of ``policy_fn`` in updates; None if there is no teacher."""
+
+
+# --- Sample
+
+
+def policy(loop: LoopState) -> Params:
+    """The trained parameters of the policy, without those of a whole value model."""
+    return models.policy_params(loop.train.params)
+
+
+def sampler(loop: LoopState, base: Params | None) -> Params:
+    """The parameters that sample: the policy's, or under LoRA the ``base`` with the adapters
+    attached. Nothing is copied.
+    """
+    trained = policy(loop)
+    return trained if base is None else models.lora.attach(base, trained)
+
+
+def respond(
+    policy: Params,
+    prompts: Prompts,
+    key: Array,
+    *,
+    model: models.Model,
+    config: sampling.SamplingConfig,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """A response to each prompt with its log-probs, by the parameters of ``sampler``.
+
+    The randomness of a row depends on its place, not on its data row, so a prompt that occurs
+    twice gets two samples.
+    """
+    sampled = sampling.generate(
+        model,
+        policy,
+        prompts.tokens,
+        prompts.attention_mask,
+        key,
+        config=config,
+        row_ids=prompts.places,
+        mesh=mesh,
+        used=prompts.used,
+    )
+    return replace(sampled, row_ids=prompts.row_ids)
+
+
+def rescored(
+    loop: LoopState,
+    sampled: Rollout,
+    functions: Functions,
+    *,
+    eos_ids: tuple[int, ...],
+    score_rows: int | None = None,
+    importance: tuple[float, losses.ImportanceSampling] | None = None,
+) -> tuple[Rollout, Metrics]:
+    """The samples with log-probs and values of the update's own forward pass, the log-probs of the
+    reference, and metrics.
+
+    Args:
+        score_rows: rows that the policy scores at once, see ``ops.by_rows``.
+        importance: cap and kind of the weights that correct an engine's log-probs
+            (``losses.importance_weights``); None: no weights.
+    """
+    ref_fn = functions.ref_fn
+    if loop.reference is not None:
+        ref_fn = Partial(ref_fn, loop.reference)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows)
+    weights: Any = {}
+    if importance is not None:
+        weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
+    params = loop.train.params
+    scored = rollout.rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn, **weights)
+    is_eos = jnp.isin(scored.tokens, jnp.asarray(eos_ids)) & scored.mask
+    ended = jnp.any(is_eos, axis=1)
+    if scored.stopped is not None:
+        ended |= scored.stopped
+    lengths, _ = rewards.length()(scored)
+    repeated, _ = rewards.repetition()(scored)
+    # With ``behind`` the gap holds the last update, otherwise it is rounding.
+    gap = "sampler_gap" if loop.behind is None else "update_gap"
+    metrics = {
+        f"policy/{gap}": rollout.sampler_gap(sampled, scored),
+        "response/length": ops.masked_mean(lengths, scored.present),
+        "response/eos_fraction": ops.masked_mean(ended.astype(jnp.float32), scored.present),
+        "response/repetition": ops.masked_mean(repeated, scored.present),
+        "response/most_common": most_common(scored),
+    }
+    if importance is not None:
+        metrics["policy/importance_limited"] = rollout.truncated_share(scored, importance[0])
+    return scored, metrics
+
+
+def most_common(rollout: Rollout) -> Array:
+    """Share of the batch's responses that equal the most common one; 0 with fewer than two.
+
+    Two responses are equal if their tokens under the mask are, wherever they stand. They are
+    compared by two hashes of 32 bits, sums of tokens times random factors.
+    """
+    mask = rollout.mask
+    place = jnp.cumsum(mask, axis=1) - 1  # of each token in its response
+    factors = jax.random.bits(jax.random.key(0), (2, mask.shape[1]))
+    words = jnp.where(mask, rollout.tokens + 1, 0).astype(jnp.uint32)
+    hashes = jnp.sum(words[None] * factors[:, place], axis=2)  # [2, B]
+    equal = jnp.all(hashes[:, :, None] == hashes[:, None, :], axis=0)  # [B, B]
+    present = rollout.present
+    both = present[:, None] & present[None, :]
+    most = jnp.max(jnp.sum(equal & both, axis=0))
+    number = jnp.sum(present)
+    return jnp.where(number > 1, most / jnp.maximum(number, 1), 0.0)
+
+
+# --- Score
+
+
+def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
+    """``scored`` with the result of ``functions.reward_fn``."""
+    return scored(rollout, *functions.reward_fn(rollout))
+
+
+def scored(
+    rollout: Rollout,
+    scores: Array,
+    parts: dict[str, Array],
+) -> tuple[Rollout, Metrics]:
+    """Fills ``scores`` [B], and ``rewards`` [B, T] where the scores are dense; scores are then
+    their row sums.
+
+    The ``rewards`` of an environment stay, and the score is added to them at the end of the
+    response.
+    """
+    if rollout.rewards is not None:
+        added = scores
+        if scores.ndim == 1:
+            added = rewards.kl_shaped(replace(rollout, rewards=None, scores=scores), 0.0)
+        scores = rollout.rewards + added
+    if scores.ndim == 2:
+        rollout = replace(rollout, rewards=scores)
+        scores = _row_sums(scores, rollout)
+    present = rollout.present
+    lengths, _ = rewards.length()(rollout)
+    metrics = {}
+    for name, values in parts.items():
+        metrics[f"reward/{name}"] = ops.masked_mean(values, present)
+    metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
+    metrics["objective/score"] = ops.masked_mean(scores, present)
+    return replace(rollout, scores=scores), metrics
+
+
+# --- Shape: from scores to the rewards of the update
+
+Rule = Callable[[Rollout], Rollout]
+"""A pure function that changes scores or masks of a scored rollout."""
+
+_NEEDS = "missing_eos and overlong_buffer need one score per response, and missing_eos an eos_id"
+
+
+def unchanged(rollout: Rollout) -> Rollout:
+    """The rule that does nothing."""
+    return rollout
+
+
+def then(*rules: Rule) -> Rule:
+    """The rules, one after the other."""
+
+    def all_rules(rollout: Rollout) -> Rollout:
+        return functools.reduce(lambda changed, rule: rule(changed), rules, rollout)
+
+    return all_rules
+
+
+def _on_scores(change: Callable[[Rollout, Array], Array]) -> Rule:
+    """The rule that puts ``change(rollout, scores)`` in place of the scores."""
+
+    def rule(rollout: Rollout) -> Rollout:
+        if rollout.scores is None or rollout.rewards is not None:
+            raise ValueError(_NEEDS)
+        return replace(rollout, scores=change(rollout, rollout.scores))
+
+    return rule
+
+
+def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None) -> Rule:
+    """``rewards.missing_eos``: a penalty or another score for responses that did not end.
+
+    Raises:
+        ValueError: ``eos_id`` is None; the rule's rollout has no scores, or dense rewards.
+    """
+    if eos_id is None:
+        raise ValueError(_NEEDS)
+    return _on_scores(
+        functools.partial(rewards.missing_eos, eos_id=eos_id, penalty=penalty, score=score)
+    )
+
+
+def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
+    """``rewards.overlong_penalty``: each of the last ``buffer`` tokens before ``max_length``
+    costs more than the one before, up to ``penalty``.
+    """
+    how: Any = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
+    return _on_scores(functools.partial(rewards.overlong_penalty, **how))
+
+
+unrewarded = _on_scores(lambda rollout, scores: jnp.zeros_like(scores))
+"""The rule of a run without a reward: scores are measured, but not learned from."""
+
+
+def mask_truncated(eos_id: EosId | None) -> Rule:
+    """Rows whose response did not end become missing rows."""
+    if eos_id is None:
+        raise ValueError("mask_truncated needs an eos_id")
+
+    def rule(rollout: Rollout) -> Rollout:
+        zeros = jnp.zeros(rollout.tokens.shape[:1])
+        ended = rewards.missing_eos(rollout, zeros, eos_id, score=1.0) == 0
+        return replace(rollout, response_mask=jnp.where(ended[:, None], rollout.response_mask, 0))
+
+    return rule
+
+
+def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
+    """The rollout with ``greedy_rewards``: the rewards, after ``shape``, of scored greedy responses
+    to the same prompts.
+
+
+    A row whose greedy response has no score becomes a missing row: it would have no baseline.
+    """
+    mask = jnp.where(greedy.present[:, None], rollout.response_mask, 0)
+    return replace(rollout, response_mask=mask, greedy_rewards=row_rewards(shape(greedy)))
+
+
+class Penalty(NamedTuple):
+    """A penalty for the distance from a reference, in the form of ``optax``'s transformations."""
+
+    init: float  # the first coefficient
+    # (coefficient [], scored rollout) -> (rewards [B, T], the next coefficient [], metrics)
+    apply: Callable[[Array, Rollout], tuple[Array, Array, Metrics]]
+
+
+def _score_at_end(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
+    return rewards.kl_shaped(replace(rollout, ref_log_probs=None), 0.0), coef, {}
+
+
+NO_PENALTY = Penalty(0.0, _score_at_end)
+
+
+def kl_penalty(coef: float, target: float | None = None, horizon: int | None = None) -> Penalty:
+    """The KL of each token from the reference, times a coefficient (``rewards.kl_shaped``).
+
+    Args:
+        target: the KL, in nats per response, to which the coefficient adapts
+            (``rewards.adaptive_kl``); None: it is fixed.
+        horizon: episodes over which it adapts; None: those of 10 iterations.
+    """
+
+    def apply(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
+        shaped = rewards.kl_shaped(rollout, coef)
+        assert rollout.ref_log_probs is not None, "kl_shaped checks it"
+        per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
+        kl = ops.masked_mean(_row_sums(per_token, rollout), rollout.present)
+        metrics = {"objective/kl": kl, "kl/coef": coef}
+        if target is None:
+            return shaped, coef, metrics
+        n = rollout.tokens.shape[0]
+        adapted = rewards.adaptive_kl(coef, kl, target=target, horizon=horizon or 10 * n, n=n)
+        return shaped, adapted, metrics
+
+    return Penalty(coef, apply)
+
+
+# --- Groups of equal scores, which have no gradient
+
+
+def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> Array:
+    """Number of groups without a gradient: after ``masked``, the scores of their rows are equal.
+    With a ``group_size`` of 1 the batch is one group.
+    """
+    return jnp.sum(_equal(masked(rollout), group_size)).astype(jnp.float32)
+
+
+def refill(
+    kept: Rollout,
+    fresh: Rollout,
+    *,
+    group_size: int,
+    masked: Rule = unchanged,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """Replaces groups of ``kept`` with equal scores, in order, by groups of ``fresh`` whose scores
+    differ.
+    """
+    wanting = _equal(masked(kept), group_size)  # [groups]
+    offered = ~_equal(masked(fresh), group_size)  # [groups]
+    number = jnp.cumsum(wanting) - 1  # of the replacement
+    source = jnp.argsort(~offered, stable=True)[number]
+    within = jnp.tile(jnp.arange(group_size), len(source))
+    rows = jnp.repeat(source * group_size, group_size) + within
+    replaced = jnp.repeat(wanting & (number < jnp.sum(offered)), group_size)  # [B]
+
+    def fill(old: Array, new: Array) -> Array:
+        of_row = (1,) * (old.ndim - 1)
+        return jnp.where(replaced.reshape(-1, *of_row), new[rows], old)
+
+    filled: Rollout = jax.tree.map(fill, kept, fresh)
+    if mesh is None:
+        return filled
+    return jax.lax.with_sharding_constraint(filled, sharding.rows(mesh))
+
+
+def _equal(rollout: Rollout, group_size: int) -> Array:
+    """[groups] whether the rewards of a group's present rows are equal, or no row is present. NaN
+    equals no other reward.
+    """
+    size = group_size if group_size > 1 else len(rollout.tokens)
+    row_reward = row_rewards(rollout)
+    lowest = jnp.where(rollout.present, row_reward, jnp.inf)
+    highest = jnp.where(rollout.present, row_reward, -jnp.inf)
+    return highest.reshape(-1, size).max(axis=1) <= lowest.reshape(-1, size).min(axis=1)
+
+
+# --- Learn
+
+
+def learn(
+    loop: LoopState,
+    rollout: Rollout,
+    key: Array,
+    functions: Functions,
+    *,
+    algorithm: Algorithm,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    shape: Rule = unchanged,
+    penalty: Penalty = NO_PENALTY,
+    masked: Rule = unchanged,
+    mesh: Mesh | None = None,
+) -> tuple[LoopState, Metrics]:
+    """Shapes the rewards of a scored rollout, updates the policy, and moves the coefficient of the
+    penalty.
+
+    Args:
+        shape: changes the scores before the penalty; ``rollout.scores`` stay as they were scored.
+        masked: the last rule, which decides which rows the update reads.
+        mesh: its "data" axis holds the rows of a minibatch.
+    """
+    judged = shape(rollout)
+    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, judged)
+    row_reward = _row_sums(shaped, rollout)
+    metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
+    counted = masked(rollout)
+    if masked is not unchanged:
+        dropped = rollout.present & ~counted.present
+        metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
+    # With a teacher, groups of equal rewards have a gradient too.
+    is_taught = functions.teacher is not None or rollout.teacher_log_probs is not None
+    if not is_taught and rollout.scores is not None and len(rollout.scores) > 1:
+        equal = _equal(masked(judged), config.group_size)
+        metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
+    policy_fn = functions.policy_fn
+    if functions.teacher is not None:
+        policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
+    train, update_metrics = algorithm.update(
+        loop.train,
+        replace(counted, rewards=shaped),
+        key,
+        policy_fn=policy_fn,
+        optimizer=optimizer,
+        config=config,
+        minibatch_sharding=None if mesh is None else sharding.rows(mesh),
+    )
+    # An update that is not finite keeps the policy; the coefficient must then not move either.
+    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
+    return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+
+
+def _correlation(x: Array, y: Array, mask: Array) -> Array:
+    """Pearson's correlation of x and y [B] over the rows of the mask; 0 if one is constant."""
+    pair = jnp.stack([x, y])
+    lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
+    highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
+    # Compared exactly: the rounding errors of two constants would correlate.
+    varies = jnp.all(highest > lowest)
+    x = x - ops.masked_mean(x, mask)
+    y = y - ops.masked_mean(y, mask)
+    variance_x = ops.masked_mean(x * x, mask)
+    variance_y = ops.masked_mean(y * y, mask)
+    covariance = ops.masked_mean(x * y, mask)
+    spread = jnp.sqrt(variance_x * variance_y)
+    return jnp.where(varies, covariance / jnp.where(varies, spread, 1.0), 0.0)
+
+
+def _row_sums(values: Array, rollout: Rollout) -> Array:
+    return jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=1)

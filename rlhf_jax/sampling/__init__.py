@@ -1,0 +1,19 @@
+"""Responses of a policy: the sampler, best of n, and rollouts for updates."""
+
+from rlhf_jax.sampling.decoding import (
+    CachedModel,
+    SamplingConfig,
+    best_of_n,
+    best_of_n_kl,
+    generate,
+    uncached,
+)
+
+__all__ = [
+    "CachedModel",
+    "SamplingConfig",
+    "best_of_n",
+    "best_of_n_kl",
+    "generate",
+    "uncached",
+]

@@ -1,0 +1,565 @@
+"""Sampling from a language model with a KV cache: one pure function that the caller jits.
+
+The randomness of a row is ``fold_in(fold_in(key, row_id), position)``; position counts response
+slots from 0. So the tokens of a row depend neither on its neighbours, nor on prompt padding, nor on
+the number of devices (up to ties within the rounding of the logits).
+
+The sampler needs two functions of a model, ``init_cache`` and ``decode`` (see ``CachedModel``);
+``uncached`` makes them from a forward pass.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax import models, ops
+from rlhf_jax.parallel import blocks, sharding
+from rlhf_jax.types import EosId, Params, RewardFn, Rollout
+
+# From this many bytes of weights in a layer on, heads and mlp are sharded over "fsdp" while a batch
+# is sampled: an H200 reads so many in 14 microseconds, about the time of the two sums over devices
+# that the sharding needs.
+LARGE_LAYER = 2**26
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to sample. Hashable, so it can be a static argument of jit.
+
+    Args:
+        max_new_tokens: response slots R.
+        temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
+        top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
+        top_p: of those, keep the smallest set of most likely tokens whose probability reaches p
+            (nucleus sampling, Holtzman et al. 2020). The token that reaches p is kept, so at least
+            one is; None or 1 keeps all.
+        min_p: of those, drop the tokens less likely than min_p times the likeliest one (Nguyen et
+            al. 2024); None or 0 keeps all.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of all
+            tokens of the prompt and of the response so far (Keskar et al. 2019); 1 changes nothing.
+        eos_id: the token that ends a response, or several any of which ends it; None lets every
+            response run to ``max_new_tokens``.
+        pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
+            ``eos_id``. It may be one of several EOS ids (Qwen's is): a response ends where its
+            mask does.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = field(default=None, kw_only=True)
+    repetition_penalty: float = field(default=1.0, kw_only=True)
+    eos_id: EosId | None = field(kw_only=True)
+    pad_id: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
+        ops.check_numbers(self, "temperature", at_least=0, below=math.inf)
+        ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)
+        ops.check_numbers(self, "top_p", above=0, at_most=1)
+        ops.check_numbers(self, "min_p", at_least=0, at_most=1)
+        ops.check_numbers(self, "pad_id", at_least=0)
+        for eos_id in self.eos_ids:
+            ops.check_number("eos_id", eos_id, at_least=0)
+        if set(self.eos_ids) == {self.pad_id}:
+            raise ValueError(f"pad_id must be different from eos_id, got {self.pad_id}")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response; empty if none does."""
+        if self.eos_id is None:
+            return ()
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+
+
+class CachedModel(Protocol):
+    """What the sampler needs of a model; ``models.Model`` has it. B rows, t tokens at once, S cache
+    slots.
+    """
+
+    def init_cache(self, batch: int, length: int, /) -> Any:
+        """An empty cache of ``length`` slots: any pytree."""
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
+        cache: Any,
+        index: Any,
+        /,
+    ) -> tuple[Array, Any]:
+        """Logits [B, t, V] of the next tokens, and the cache with ``tokens`` [B, t] in slots index,
+        ..., index + t - 1.
+
+        ``positions`` [B, t] count a row's real tokens from 0. A token sees the slots up to its own
+        whose ``key_mask`` [B, S] is not 0.
+        """
+
+
+def uncached(apply_fn: Callable[..., Array]) -> CachedModel:
+    """Makes a CachedModel of ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T, V]``.
+
+    The cache is the tokens so far, and each new token costs a forward pass over all T columns.
+    ``attention_mask`` is 0 in columns before the prompt and after the tokens so far; ``key`` is
+    None. Hashable, as ``apply_fn`` is.
+    """
+    return _Uncached(apply_fn)
+
+
+@dataclass(frozen=True)
+class _Uncached:
+    apply_fn: Callable[..., Array]
+
+    def init_cache(self, batch: int, length: int, /) -> Array:
+        return jnp.zeros((batch, length), jnp.int32)
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
+        cache: Any,
+        index: Any,
+        /,
+    ) -> tuple[Array, Array]:
+        num_new = tokens.shape[1]
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, index, axis=1)
+        written = jnp.arange(cache.shape[1]) < index + num_new
+        logits = self.apply_fn(params, cache, jnp.where(written, key_mask, 0), None)
+        return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
+
+
+class Rows(NamedTuple):
+    """The state of the sampler that stays the same from token to token."""
+
+    key_mask: Array  # [B, T]
+    num_real: Array  # [B] tokens of the prompt
+    keys: Array  # [B]
+    used: Array  # [B]
+
+
+class Loop(NamedTuple):
+    """The state of the sampler that each token changes."""
+
+    column: Array  # [] int32, of the last token
+    tokens: Array  # [B, T]
+    log_probs: Array  # [B, T]
+    lengths: Array  # [B] response tokens so far
+    ended: Array  # [B] bool
+    cache: Any
+
+
+def generate(
+    model: CachedModel,
+    params: Params,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
+    *,
+    config: SamplingConfig,
+    row_ids: Array | None = None,
+    mesh: Mesh | None = None,
+    used: Array | None = None,
+) -> Rollout:
+    """Samples a response to each prompt; stops when every row has ended.
+
+    Args:
+        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every
+            row is a real token. A row whose mask is all zero is missing: it gets an empty response,
+            and no other row waits for it.
+        row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
+            0..B-1.
+        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``); each part stops when
+            its own rows have ended. Parameters that are sharded over "fsdp" are gathered once,
+            before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
+            instead, and the rows over "data" only. What is sharded over "tensor" stays so. The
+            tokens are the same as on one device.
+        used: [B] for conversations of several turns (``data.environment``), whose earlier responses
+            stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
+            The row gets at most the others, and the randomness of a token is that of its slot. P
+            then counts all slots too. None: no slot is taken.
+
+    Returns:
+        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32
+        and row_ids, where T = P + max_new_tokens. The response mask covers the sampled tokens, EOS
+        included; the rest of a row is ``pad_id`` with log-prob 0. Every id can be sampled: a
+        ``pad_id`` before the end is an ordinary token. Log-probs are those of the full softmax at
+        ``config.temperature``, also under top-k, top-p, min-p and a
+        repetition penalty; for temperature 0 they are those of
+        temperature 1.
+
+    Raises:
+        ValueError: outside ``jit``, a prompt is padded on the right; the model has fewer positions.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    attention_mask = jnp.asarray(attention_mask)
+    _check_prompts(tokens, attention_mask)
+    row_ids = _row_ids(row_ids, tokens)
+    # With ``used``, the prompt has all slots of earlier responses too.
+    length = tokens.shape[1] + (config.max_new_tokens if used is None else 0)
+    max_length = getattr(getattr(model, "config", None), "max_length", length)
+    if length > max_length:
+        raise ValueError(
+            f"prompts of {length - config.max_new_tokens} tokens + max_new_tokens "
+            f"{config.max_new_tokens} are more than the model's max_length {max_length}"
+        )
+    used = jnp.zeros_like(row_ids) if used is None else used
+    prompts = (tokens, attention_mask, row_ids, used)
+    for_decoding = getattr(model, "for_decoding", lambda params: params)
+    decoding = for_decoding(params)  # once, not for each token
+    # The pass over the prompt reads the original ones, which compiles faster. Sharded ones are
+    # gathered once, so that the pass reads those for decoding too.
+    weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
+    sample_rows = partial(_sample_rows, model, config)
+    if mesh is None:
+        return blocks.map_rows(partial(sample_rows, weights, key), prompts)
+    if _fsdp_joins_tensor(model, decoding, mesh):
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
+        prompts = jax.lax.with_sharding_constraint(prompts, rows)
+        sampled = _mapped(sample_rows, rows, {"data"})(weights, key, prompts)
+        # In two steps: otherwise XLA shards the rows over "fsdp" inside the loop too.
+        sampled = jax.lax.with_sharding_constraint(sampled, rows)
+        return jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
+    return _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))(weights, key, prompts)
+
+
+def _mapped(
+    sample_rows: Callable[..., Rollout],
+    rows: NamedSharding,
+    axes: set[str],
+) -> Callable[..., Rollout]:
+    """``sample_rows(weights, key, prompts)`` with its rows mapped over axes of the mesh."""
+    whole = PartitionSpec()
+    # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
+    return jax.shard_map(
+        sample_rows,
+        mesh=rows.mesh,
+        in_specs=(whole, whole, rows.spec),
+        out_specs=rows.spec,
+        axis_names=axes,
+        check_vma=False,
+    )
+
+
+def _row_ids(row_ids: Array | None, tokens: Array) -> Array:
+    """[B] int32; 0..B-1 if ``row_ids`` is None."""
+    num_rows = len(tokens)
+    row_ids = jnp.asarray(jnp.arange(num_rows) if row_ids is None else row_ids, jnp.int32)
+    chex.assert_shape(row_ids, (num_rows,))
+    return row_ids
+
+
+def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
+    """Whether heads and mlps are sharded over "fsdp" too while a batch is sampled, as over "tensor"
+    (``sharding.tensor_axes``), because a layer is large.
+
+    Otherwise weights that are sharded over "fsdp" are gathered before the first token, and each
+    device reads all of them for each token.
+    """
+    if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
+        return False
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["h_0"]))
+    config = model.config
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return size >= LARGE_LAYER and math.gcd(config.kv_heads, width) % parts == 0
+
+
+def _over_tensor(weights: Params, mesh: Mesh) -> Any:
+    """The shardings of weights over "fsdp" and "tensor" together, wherever they are sharded over
+    "tensor".
+    """
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    alone = sharding.make_mesh(mesh.shape["data"], 1, parts, devices=list(mesh.devices.flat))
+
+    def joined(place: NamedSharding) -> NamedSharding:
+        axes = [("fsdp", "tensor") if "tensor" in (axis or ()) else None for axis in place.spec]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(joined, sharding.by_path(weights, models.SHARDING, alone))
+
+
+def _check_prompts(tokens: Array, attention_mask: Array) -> None:
+    """Raises AssertionError for other shapes than [B, P], and ValueError for a prompt that does not
+    end in the last column; under ``jit``, where no values are known, only shapes are checked.
+    """
+    chex.assert_rank(tokens, 2)
+    chex.assert_axis_dimension_gt(tokens, 1, 0)
+    chex.assert_equal_shape([tokens, attention_mask])
+    if isinstance(attention_mask, jax.core.Tracer) or not attention_mask.is_fully_addressable:
+        return
+    mask = np.asarray(attention_mask) != 0
+    wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
+    if len(wrong):
+        raise ValueError(
+            "prompts must be padded on the left: attention_mask is 0 in the last column of "
+            f"{len(wrong)} rows, first in row {wrong[0]}"
+        )
+
+
+def _mapped_axes(mesh: Mesh) -> set[str]:
+    """The axes that ``generate`` is mapped over by hand: "tensor" only if it has one device.
+
+    XLA:GPU cannot partition cuDNN's attention where one axis is mapped by hand and another is left
+    to the compiler, even if that has one device.
+    """
+    return {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
+
+
+def _sample_rows(
+    model: CachedModel,
+    config: SamplingConfig,
+    weights: tuple[Params, ...],
+    key: Array,
+    prompts: tuple[Array, Array, Array, Array],
+) -> Rollout:
+    tokens, attention_mask, row_ids, used = prompts
+    prompt_length = tokens.shape[1]
+    rows, begun = start(
+        model,
+        weights[0],
+        tokens,
+        attention_mask,
+        key,
+        max_new_tokens=config.max_new_tokens,
+        pad_id=config.pad_id,
+        row_ids=row_ids,
+        used=used,
+    )
+    end = jax.lax.while_loop(
+        lambda loop: ~jnp.all(loop.ended),
+        lambda loop: step(model, weights[-1], rows, loop, config=config),
+        begun,
+    )
+    response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
+    response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
+    prompt_mask = rows.key_mask.at[:, prompt_length:].set(0)
+    return Rollout(
+        tokens=end.tokens,
+        attention_mask=prompt_mask + response_mask,
+        response_mask=response_mask,
+        log_probs=end.log_probs,
+        row_ids=row_ids,
+        prompt_length=prompt_length,
+    )
+
+
+def start(
+    model: CachedModel,
+    params: Params,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    row_ids: Array,
+    used: Array,
+) -> tuple[Rows, Loop]:
+    """The state before the first token of each response; the arguments are those of ``generate``.
+
+    ``generate`` is ``start`` and then ``step`` until all rows have ended. A caller of the two gets
+    each token as soon as it is sampled.
+    """
+    num_rows, prompt_length = tokens.shape
+    response_columns = ((0, 0), (0, max_new_tokens))
+    prompt_mask = (attention_mask != 0).astype(jnp.int32)
+    counts = jnp.cumsum(prompt_mask, axis=1)
+    num_real = counts[:, -1]
+    # Slots after the end of a row may count as keys: only columns past the end see them, and those
+    # are not used.
+    key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
+
+    cache = model.init_cache(num_rows, prompt_length + max_new_tokens)
+    if prompt_length > 1:
+        # The last prompt column is left to the loop, whose first step needs its logits. These are
+        # never read, so the compiler drops the projection to the vocabulary.
+        positions = counts - prompt_mask
+        _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
+    loop = Loop(
+        column=jnp.asarray(prompt_length - 1, jnp.int32),
+        tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
+        log_probs=jnp.zeros(key_mask.shape, jnp.float32),
+        lengths=jnp.zeros(num_rows, jnp.int32),
+        ended=(num_real == 0) | (used >= max_new_tokens),
+        cache=cache,
+    )
+    return Rows(key_mask, num_real, keys, used), loop
+
+
+def step(
+    model: CachedModel, params: Params, rows: Rows, loop: Loop, *, config: SamplingConfig
+) -> Loop:
+    """The state after one more token in each row that has not ended; ``params`` may be those of
+    ``model.for_decoding``.
+    """
+    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
+    # fewer rounds.
+    in_columns: Any = {"axis": 1, "allow_negative_indices": False}
+    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **in_columns)
+    column = loop.column
+    prompt_length = loop.tokens.shape[1] - config.max_new_tokens
+    last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **in_columns)  # [B, 1]
+    # A missing row has no real token; its position is kept inside the table.
+    positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
+    logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
+    slot = rows.used + (column + (1 - prompt_length))
+    is_past = jnp.arange(loop.tokens.shape[1])[None] <= column
+    seen = (loop.tokens, is_past & (rows.key_mask != 0))
+    sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, seen, config)
+    sampled = jnp.where(loop.ended, config.pad_id, sampled)
+    log_probs = jnp.where(loop.ended, 0.0, log_probs)
+    ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
+    return Loop(
+        column=column + 1,
+        tokens=write(loop.tokens, sampled[:, None], column + 1),
+        log_probs=write(loop.log_probs, log_probs[:, None], column + 1),
+        lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
+        ended=loop.ended | ended,
+        cache=cache,
+    )
+
+
+def _sample(
+    logits: Array,
+    row_keys: Array,
+    positions: Array,
+    seen: tuple[Array, Array],
+    config: SamplingConfig,
+) -> tuple[Array, Array]:
+    """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B]
+    float32. ``seen``: the tokens so far [B, T], and which of them count.
+    """
+    vocab_size = logits.shape[-1]
+    if max(config.eos_ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"eos_id {config.eos_id} is outside the model's vocabulary of {vocab_size}"
+        )
+    logits = logits.astype(jnp.float32)
+    noisy = logits
+    if config.repetition_penalty != 1:
+        noisy = penalised(logits, *seen, config.repetition_penalty)
+    if config.temperature > 0:
+        logits = logits / config.temperature
+        noisy = noisy / config.temperature
+        keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
+        # As jax.random.categorical does.
+        noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
+        noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + noise
+    # The argmax by two reductions that XLA's CPU compiler vectorises.
+    best = jnp.max(noisy, axis=-1, keepdims=True)
+    sampled = jnp.min(jnp.where(noisy < best, vocab_size, jnp.arange(vocab_size)[None]), axis=-1)
+    chosen = jnp.take_along_axis(logits, sampled[:, None], axis=-1)[:, 0]
+    return sampled.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def penalised(logits: Array, tokens: Array, counts: Array, penalty: float) -> Array:
+    """Logits [B, V], those of the ``tokens`` [B, T] that count made less likely by the repetition
+    penalty.
+    """
+    rows = jnp.arange(len(tokens))[:, None]
+    occurs = jnp.zeros(logits.shape, bool).at[rows, tokens].max(counts)
+    return jnp.where(occurs, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def truncate(
+    logits: Array,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Array:
+    """Logits [B, V] with -inf at the tokens that top-k removes, then top-p of those that are left,
+    then min-p.
+
+    See ``SamplingConfig`` for which tokens stay. The order, top-k first and probabilities
+    renormalised before top-p, is that of transformers' ``generate``.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        largest, _ = jax.lax.top_k(logits, top_k)
+        logits = jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
+    if top_p is not None and top_p < 1:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
+        last = jnp.take_along_axis(ranked, count - 1, axis=-1)
+        # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
+        # first.
+        above = logits > last
+        equal = logits == last
+        room = count - jnp.sum(above, axis=-1, keepdims=True)
+        logits = jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
+    if min_p:
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def best_of_n(
+    model: CachedModel,
+    params: Params,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
+    *,
+    config: SamplingConfig,
+    n: int,
+    reward_fn: RewardFn,
+    row_ids: Array | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Rollout, Array]:
+    """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of
+    them.
+
+    Sample i of a prompt is generated as row ``row_id * n + i``; the other arguments are those of
+    ``generate``. A dense reward [B, T] counts as its sum over the response. Among equal scores the
+    first sample wins; NaN never wins against a number. The returned Rollout [B, T] has the best
+    ``scores`` and the prompts' own ``row_ids``. Its divergence from the sampled policy is at most
+    ``best_of_n_kl(n)`` nats.
+    """
+    ops.check_number("n", n, at_least=1)
+    row_ids = _row_ids(row_ids, tokens)
+    ids = row_ids[:, None] * n + jnp.arange(n)[None, :]
+    samples = generate(
+        model,
+        params,
+        jnp.repeat(tokens, n, axis=0),
+        jnp.repeat(attention_mask, n, axis=0),
+        key,
+        config=config,
+        row_ids=ids.reshape(-1),
+        mesh=mesh,
+    )
+    rewards, _ = reward_fn(samples)
+    if rewards.ndim == 2:
+        rewards = jnp.sum(ops.masked(rewards, samples.response_mask), axis=1)
+    chex.assert_shape(rewards, (ids.size,))
+    scores = rewards.reshape(ids.shape)
+    best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=1)
+    chosen = jnp.arange(len(scores)) * n + best  # [B] of B * n
+    rollout: Rollout = jax.tree.map(lambda x: x[chosen], samples)
+    return replace(rollout, row_ids=row_ids, scores=rewards[chosen]), scores
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound in nats on KL(best-of-n || policy): ln n - (n - 1) / n.
+
+    Exact if no two answers are equally good and none has much probability, an upper bound otherwise
+    (Beirami et al. 2024).
+    """
+    ops.check_number("n", n, at_least=1)
+    return math.log(n) - (n - 1) / n

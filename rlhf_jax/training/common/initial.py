@@ -1,0 +1,334 @@
+"""What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from rlhf_jax import models, ops, sampling
+from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
+from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
+from rlhf_jax.data.rows import Kind, Row
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.models import hf, lora
+from rlhf_jax.training.common import layout, own
+from rlhf_jax.types import Params
+
+TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
+DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
+FEWEST_WIDTHS = 4  # a deep model gets programs for at least so many row widths
+
+
+def num_layers(config: RunConfig) -> int:
+    """The number of layers of the run's model, from the settings or its config.json."""
+    if config.model is None:
+        return config.network.num_layers
+    return hf.read_config(hf.find_folder(config.model)).num_layers
+
+
+def by_depth(compute: Compute, layers: int) -> Compute:
+    """The settings with ``scan_layers`` true or false in place of auto, by the number of layers."""
+    if compute.scan_layers != "auto":
+        return compute
+    return dataclasses.replace(compute, scan_layers=layers >= DEEP)
+
+
+def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int = 0) -> int:
+    """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
+
+    A deep model takes long to compile for each width, so its rows have only max(4, sqrt(number of
+    steps)) widths, or up to two more if that pads the longest row less.
+
+    Args:
+        layers: of the model.
+        longest: columns of a row.
+        num_steps: of an epoch; 0 if unknown.
+    """
+    multiple = config.text.bucket_multiple
+    if layers < DEEP:
+        return multiple
+    fewest = max(FEWEST_WIDTHS, math.isqrt(num_steps))
+    apart = [-(-longest // (8 * widths)) * 8 for widths in range(fewest, fewest + 3)]
+    return max(multiple, min(apart, key=lambda columns: -longest % columns))
+
+
+class Trainable(NamedTuple):
+    """The parameters of a run, in two parts."""
+
+    params: Params
+    """The trained part, float32, in arrays of its own: all parameters, or adapters and heads."""
+    base: Params | None = None
+    """The frozen part, in its file's dtype. None if all parameters are trained."""
+    loaded: Params | None = None
+    """The parameters as they were loaded, in their file's dtype, if all are trained."""
+
+    def bind(self, fn: Any) -> Partial:
+        """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
+        an argument.
+        """
+        return Partial(fn) if self.base is None else lora.bind(fn, self.base)
+
+    def merged(self, trained: Params) -> Params:
+        """The parameters of a plain model, to be saved."""
+        return trained if self.base is None else lora.merge(self.base, trained)
+
+
+def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
+    """Splits parameters, heads included, into trained and frozen ones. ``key`` is for the adapters'
+    random weights.
+
+    Raises:
+        UserError: ``lora.match`` matches no kernel.
+    """
+    copy = functools.partial(jnp.array, dtype=jnp.float32, copy=True)
+    copied = jax.jit(functools.partial(jax.tree.map, copy))
+    body = {name: part for name, part in params.items() if name not in lora.HEADS}
+    if not settings.rank:
+        return Trainable(copied(params), loaded=body)
+    heads = {name: part for name, part in params.items() if name in lora.HEADS}
+    try:
+        adapters = lora.init(key, body, settings.rank, settings.match, alpha=settings.alpha)
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from error
+    return Trainable(adapters | copied(heads), base=body)
+
+
+def stage_rows(
+    config: RunConfig, kind: Kind, names: Sequence[str], note: str = ""
+) -> formats.ReadResult:
+    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints
+    their number.
+
+    Args:
+        names: the section's own data; empty: the run's ``--data``.
+        note: what the rows are for, in the line that is printed.
+
+    Raises:
+        UserError: there is no data, or a row is wrong.
+    """
+    source = config.model or config.tokenizer.name
+    tokenizer = tokenizers.load_tokenizer(source) if source else None
+    if tokenizer is not None:
+        tokenizer = chat.with_options(tokenizer, config.text.template_options)
+    template = chat.template_of(tokenizer, config.text.template)
+    how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
+    how["turns"] = config.sft.turns
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
+    logger.info(f"{kind}{note}: {data.describe()}")
+    return data
+
+
+def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
+    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits
+    random ones.
+    """
+    rate = optimizer.learning_rate
+    if (
+        config.model is not None
+        and not config.lora.rank
+        and rate >= 1e-4
+        and is_pretrained(config.model)
+    ):
+        high = (
+            f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
+            f"{config.model}"
+        )
+        usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
+        logger.info(f"warning: {high} and may undo what they know; {usual}")
+
+
+def hold_out(
+    what: str, prompts: Sequence[Hashable], fraction: float, key: Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for training and for validation, by ``batches.split``; prints how many are held
+    out.
+
+    Rows with equal prompts stay together, since training on one answer to a prompt tells about the
+    other answers. If there is only one prompt, no row is held out.
+
+    Args:
+        what: the rows' kind, for the console.
+        prompts: of each row, as ``encoding.group`` gives it.
+    """
+    if fraction and len(set(prompts)) == 1:
+        logger.info(f"{what}: there is only one prompt, so none is held out for validation")
+        fraction = 0.0
+    train_rows, held_out = batches.split(prompts, fraction, key)
+    say_held_out(what, prompts, train_rows, held_out)
+    return train_rows, held_out
+
+
+def say_held_out(
+    what: str, prompts: Sequence[Hashable], train_rows: np.ndarray, held_out: np.ndarray
+) -> None:
+    """Prints how many rows and prompts are held out, and how many of the prompts are also trained
+    on.
+    """
+    if not len(held_out):
+        return
+    validated = {prompts[row] for row in held_out}
+    shared = validated & {prompts[row] for row in train_rows}
+    line = f"{what}: {len(held_out)} rows of {len(validated)} prompts held out"
+    logger.info(line + (f", {len(shared)} of which are trained on too" if shared else ""))
+
+
+def language_model(
+    config: RunConfig,
+    texts: Iterable[str],
+    key: Array,
+    *,
+    is_policy: bool = True,
+    policy: models.Model | None = None,
+) -> LanguageModel:
+    """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
+    ``--tokenizer.name``, or one that is trained on ``texts``; or with such a tokenizer ``policy``,
+    if it is given.
+
+    Raises:
+        UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
+            ``is_policy`` and the model is a reward model.
+    """
+    options = compute_options(config.compute, num_layers(config))
+    place = layout.placement(config)
+    if config.model is not None:
+        loaded = LanguageModel.load(config.model, **options, shardings=place)
+        if is_policy and "score" in loaded.params:
+            raise UserError(
+                f"--model {config.model}: this is a reward model, which writes no text; give a "
+                "policy"
+            )
+        return loaded.with_options(config.text.template_options)
+    if config.tokenizer.name is not None:
+        tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
+        tokenizer = chat.with_options(tokenizer, config.text.template_options)
+    elif config.tokenizer.kind == "bpe":
+        tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
+    else:
+        tokenizer = tokenizers.characters(texts)
+    if policy is not None:
+        return own.start(policy, tokenizer, key)
+    network = dataclasses.asdict(config.network)
+    rate = network.pop("dropout")
+    network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
+    network |= {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_token_id": tokenizer.pad_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    try:
+        model_config = models.GPT2Config(**network, **options)
+    except ValueError as error:
+        raise UserError(f"network: {error}") from error
+    model = models.build(model_config)
+    init = (
+        model.init
+        if place is None
+        else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
+    )
+    return LanguageModel(model, init(key), tokenizer)
+
+
+def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
+    """Prints which template renders the prompts."""
+    source = config.model or config.tokenizer.name
+    logger.info(chat.describe(config.text.template, tokenizer, source))
+    logger.info(chat.boundaries(config.text.template, tokenizer))
+
+
+def prompts_for(
+    config: RunConfig, language_model: LanguageModel, rows: Sequence[Row], note: str = ""
+) -> encoding.EncodedPrompts:
+    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were
+    cut or left out.
+    """
+    how: Any = {"template": config.text.template, "too_long": config.text.too_long}
+    how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
+    how["max_positions"] = language_model.model.config.max_length
+    encoded = encoding.encode_prompts(rows, language_model.tokenizer, **how)
+    for what, count in encoded.counts.items():
+        logger.info(f"{count} prompts: {what}{note}")
+    return encoded
+
+
+def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
+    """The sampling settings of RL, with the special tokens of the tokenizer."""
+    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+    how: Any = {name: getattr(settings, name) for name in names}
+    return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+
+
+def load_language_model(source: str, compute: Compute, place: layout.Place = None) -> LanguageModel:
+    """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the
+    tokenizer gained a pad. ``place``: as ``layout.placement`` gives.
+
+    Raises:
+        UserError: the folder lacks a file, or the tokenizer has more entries than the model.
+    """
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    return LanguageModel.load(source, **compute_options(compute, layers), shardings=place)
+
+
+def load_reward_model(
+    source: str,
+    compute: Compute,
+    place: layout.Place = None,
+    score_rows: int | None = None,
+    length: int = 0,
+    policy: str | None = None,
+) -> spec.RewardModel:
+    """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
+    ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
+
+    ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
+    the first device of each process; its own length is checked with each text.
+
+    Raises:
+        UserError: the folder cannot be read, or the model has no score head or fewer positions than
+            ``length``.
+    """
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    options = compute_options(compute, layers)
+    own = tokenizers.load_tokenizer(source).fingerprint
+    reads_texts = policy is not None and own != policy
+    loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
+    model, params, _ = loaded
+    if "score" not in params:
+        raise UserError(
+            f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
+        )
+    reads = model.config.max_length
+    if reads < length and not reads_texts:
+        raise UserError(
+            f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
+            f"{length}"
+        )
+    score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
+    score_fn = ops.by_rows(models.score_fn(model), score_rows)
+    return spec.RewardModel(score_fn, params, own, score_texts)
+
+
+def compute_options(compute: Compute, layers: int) -> dict[str, Any]:
+    """The options of ``models.load`` for a model with this number of layers."""
+    dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
+    name = compute.attention
+    here = (jax.default_backend(), dtype)
+    wanted = {"cudnn": ("gpu", "bfloat16"), "splash": ("tpu", dtype)}
+    if wanted.get(name, here) != here:
+        raise UserError(
+            f"compute.attention: {name} does not run on this {' in '.join(here)}; use auto"
+        )
+    return {
+        "compute_dtype": dtype,
+        "remat": compute.remat is True,  # auto is decided later, when the trained part is known
+        "scan_layers": by_depth(compute, layers).scan_layers,
+        "attention": name,
+    }

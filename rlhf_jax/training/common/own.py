@@ -1,0 +1,182 @@
+"""A policy of the user's own: its functions as a ``Model``, and its parameters in a file.
+
+Such a policy is not a Hugging Face model: ``save`` writes its parameters, a note that says so, and
+the tokenizer. With the functions, ``load`` reads them back.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from safetensors.numpy import load_file
+
+from rlhf_jax import models, sampling
+from rlhf_jax.config import Compute, Network, RunConfig
+from rlhf_jax.data import chat
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.models.hf import OWN_NOTE, write_tensors
+from rlhf_jax.models.stack import pick
+from rlhf_jax.types import Params
+
+PARAMETERS = "params.safetensors"
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """What a run reads of a model's config."""
+
+    vocab_size: int
+    max_length: int  # positions of prompt and response
+    num_layers: int = 1
+    num_blocks: int = 1
+
+
+def from_functions(
+    init: Callable[[Array], Params],
+    apply: Callable[..., Array],
+    *,
+    vocab_size: int,
+    max_length: int,
+    unembed: Callable[[Params, Array], Array] = lambda params, logits: logits,
+    init_cache: Callable[[int, int], Any] | None = None,
+    decode: Callable[..., tuple[Array, Any]] | None = None,
+) -> models.Model:
+    """A ``models.Model`` of the user's own network, for ``training.rl.run(policy=...)``.
+
+    B rows, T tokens, D width, V vocabulary.
+
+    Args:
+        init: ``(key) -> params``, nested dicts of arrays: random ones, or those of a file.
+        apply: ``(params, tokens [B, T], attention_mask [B, T], key) -> logits [B, T, V]``. The mask
+            is 0 on the pads before a prompt and after a response: positions count real tokens, and
+            no token sees a pad. ``key`` is None.
+        max_length: the most tokens of prompt and response.
+        unembed: ``(params, states [..., D]) -> logits [..., V]`` if ``apply`` returns states [B, T,
+            D] in place of logits: no logits of the prompt are then computed, and a value head
+            reads the states.
+        init_cache, decode: as in ``models.Model``; None: each new token takes a pass over all
+            columns (``sampling.uncached``).
+    """
+
+    def logits(
+        params: Params,
+        tokens: Array,
+        attention_mask: Any = None,
+        key: Any = None,
+    ) -> Array:
+        return unembed(params, hidden(params, tokens, attention_mask, key))
+
+    def hidden(
+        params: Params,
+        tokens: Array,
+        attention_mask: Any = None,
+        key: Any = None,
+        columns: Any = None,
+    ) -> Array:
+        mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask
+        return pick(apply(params, tokens, mask, key), columns, axis=1)
+
+    cached = sampling.uncached(logits)
+    config: Any = OwnConfig(vocab_size, max_length)
+    return models.Model(
+        config=config,
+        init=init,
+        apply=logits,
+        hidden=hidden,
+        unembed=unembed,
+        init_cache=init_cache or cached.init_cache,
+        decode=decode or cached.decode,
+        for_decoding=lambda params: params,
+    )
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises UserError for settings that a policy from Python does not read."""
+    compute = replace(config.compute, score_rows=None, offload=())
+    unread = {
+        "model": config.model is not None,
+        "network": config.network != Network(),
+        "lora.rank": config.lora.rank > 0,
+        "compute (dtype, remat, scan_layers, attention)": compute != Compute(),
+        "mesh (fsdp, tensor)": config.mesh.fsdp != 1 or config.mesh.tensor != 1,
+    }
+    named = [setting for setting, is_set in unread.items() if is_set]
+    if named:
+        raise UserError(
+            f"{', '.join(named)}: a policy that Python gives does not read them; leave them out"
+        )
+
+
+def start(policy: models.Model, tokenizer: Tokenizer, key: Array) -> LanguageModel:
+    """The policy with its first parameters.
+
+    Raises:
+        UserError: the tokenizer has more entries than the policy, or the parameters are no nested
+            dicts of arrays.
+    """
+    size = policy.config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"policy: the tokenizer has {tokenizer.vocab_size} entries but the policy only {size}; "
+            "give a tokenizer by tokenizer.name, or a larger vocab_size"
+        )
+    params = policy.init(key)
+    taken = {"policy", *models.HEADS}
+    if not isinstance(params, dict) or taken & params.keys():
+        raise UserError(
+            "policy: init must return a dict of parameters, none of which is called "
+            f"{' or '.join(sorted(taken))}"
+        )
+    return LanguageModel(policy, jax.tree.map(jnp.asarray, params), tokenizer)
+
+
+def width(begun: LanguageModel) -> int:
+    """D, of the states that a value head reads."""
+    config: Any = begun.model.config
+    if hasattr(config, "hidden_size"):
+        return int(config.hidden_size)
+    token = jnp.zeros((1, 1), jnp.int32)
+    states = jax.eval_shape(begun.model.hidden, begun.params, token)
+    return int(states.shape[-1])
+
+
+def save(
+    policy: LanguageModel,
+    folder: str | Path,
+    *,
+    template: str,
+    config: sampling.SamplingConfig,
+) -> None:
+    """Writes params.safetensors, whose names are the keys joined by ``/``, the note policy.json,
+    and the tokenizer.
+
+    Args:
+        template, config: as in ``LanguageModel.save``.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    leaves = flatten_dict(policy.params, sep="/")
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    write_tensors(path / PARAMETERS, arrays)
+    chat.with_text_template(policy.tokenizer, template).save(path)
+    note = {
+        "what": "parameters of a policy that Python gave to a run; this is no Hugging Face model",
+        "read by": "rlhf_jax.training.common.own.load",
+        "vocab_size": policy.model.config.vocab_size,
+        "max_length": policy.model.config.max_length,
+    }
+    (path / OWN_NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> Params:
+    """The parameters that ``save`` wrote, as nested dicts of NumPy arrays."""
+    return unflatten_dict(load_file(Path(folder) / PARAMETERS), sep="/")

@@ -1,0 +1,5 @@
+"""Reinforcement learning as a run: prompts, a policy and a reward in, a better policy out."""
+
+from rlhf_jax.training.rl.entry import run
+
+__all__ = ["run"]

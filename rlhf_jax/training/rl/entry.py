@@ -1,0 +1,332 @@
+"""Reinforcement learning as a run: prompts, a policy and a reward in, a better policy out.
+
+A step is sample -> score -> learn. ``build`` composes it from the small functions of
+``training.rl.steps``.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from rlhf_jax import engines, iteration, models
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
+from rlhf_jax.data import batches, encoding, stops
+from rlhf_jax.data.environment import Environment, converse, function_of
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.parallel import sharding
+from rlhf_jax.training.common import initial, layout, loop, memory, own, references
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
+from rlhf_jax.training.rl.engine import Client, silent
+from rlhf_jax.training.rl.method import (
+    Given,
+    Method,
+    check_settings,
+    is_rewarded,
+    penalty_of,
+    without_what_is_given,
+)
+from rlhf_jax.training.rl.parts import Parts, files, load, read_prompts
+from rlhf_jax.training.rl.programs import Networks, Programs, compiled, first_state, networks_of
+from rlhf_jax.training.rl.schedule import Batch, Schedule
+from rlhf_jax.training.rl.steps import Draw, Responder, Sampler, Scorer, Talk
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Rollout
+
+SHOWN = (
+    "objective/score",
+    "distill/divergence",
+    "objective/kl",
+    "kl/coef",
+    "response/length",
+    "validation/score",
+)
+
+
+def run(
+    config: RunConfig,
+    algorithm: Algorithm = ppo,
+    algorithm_config: AlgorithmConfig | None = None,
+    *,
+    run_reward: spec.Reward | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    policy: models.Model | None = None,
+    on_step: steps.OnStep | None = None,
+) -> RunResult:
+    """Trains the policy in ``config.model`` and saves ``model/`` in the run folder.
+
+    Args:
+        algorithm: the module ``vpg``, ``ppo``, ``rloo`` or ``grpo``, or one of your own
+            (``types.Algorithm``); the run is named after it.
+        algorithm_config: takes the place of the section of ``config``, whose changed values are
+            named as not used. None: that section, or for an algorithm of your own its
+            ``Config()``.
+        run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
+        optimizer: takes the place of ``rl.optimizer``, its schedule and clipping included; the
+            schedule counts optimizer steps, ``num_epochs * num_minibatches`` of an iteration. A
+            value model, or a value head with a rate or a warm-up of its own, keeps
+            ``rl.optimizer``.
+        policy: takes the place of ``config.model`` and ``config.network``: a network of your own
+            (``own.from_functions``). ``model/`` gets its parameters and tokenizer, which are no
+            Hugging Face folder.
+        on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
+            step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
+            scored rollout that it learned from. If it returns True the run ends there, as early
+            stopping ends it: saved, without an error. The next step gives the arrays of ``state``
+            up: copy what is kept. Several processes must return the same.
+
+    Raises:
+        UserError: for whatever is wrong with the data, the models' folders, the run folder or the
+            settings.
+        TrainingFault: a reward or an update that is not finite.
+    """
+    name = section_name(algorithm)
+    config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
+    of_ones_own = None if name in ALGORITHMS else algorithm
+    given = Given(of_ones_own, run_reward, optimizer, policy)
+    config = set_up(without_what_is_given(config, given))
+    helping_sizes = check_settings(name, config, algorithm_config, given)
+    method = Method(
+        algorithm,
+        algorithm_config,
+        penalty=penalty_of(config, algorithm, algorithm_config),
+        score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
+        optimizer=optimizer,
+        is_rewarded=is_rewarded(config, algorithm_config, given),
+    )
+    reply = function_of(config.rl.environment, "rl.environment")
+    data = read_prompts(config)
+    fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
+    read = files(config, name)
+    with (
+        open_stage(config, name, fingerprints, helping_sizes, read, given._asdict()) as stage,
+        engines.opened(config.rl.engine, config.engine, stage.run.weights) as engine,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        parts = load(stage, method, given, [part.rows for part in data], reply)
+        stage, parts = _with_remat(stage, method, parts)
+        networks = networks_of(stage, parts.initial, method, parts.teacher)
+        programs = compiled(stage, parts.initial, method, networks.optimizer)
+        client = None
+        if engine is not None:
+            client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
+        job = build(stage, method, parts, networks, programs, client, thread, on_step)
+        state, row = loop.train(stage, first_state(stage, method, networks), job)
+        params = models.policy_params(state.train.params)
+        trained = {part: leaves for part, leaves in params.items() if part != "value"}
+        save = LanguageModel.save if policy is None else own.save
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
+
+
+def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
+    """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
+    settings = stage.config.rl
+    updates = method.config.num_minibatches * method.config.num_microbatches
+    length = parts.prompts.tokens.shape[1] + settings.max_new_tokens
+    rows = settings.batch_size // updates
+    stage, begun = stage.choose_remat(parts.initial, rows, length)
+    return stage, parts._replace(initial=begun)
+
+
+# --- The run, composed
+
+
+def build(
+    stage: Stage,
+    method: Method,
+    parts: Parts,
+    networks: Networks,
+    programs: Programs,
+    client: Client | None,
+    thread: Executor,
+    on_step: steps.OnStep | None,
+) -> loop.Job:
+    """What the loop runs: steps and validations.
+
+    Args:
+        client: of the engine that samples; None: the run's own programs sample.
+        thread: an engine, or devices of their own, sample ahead in it.
+    """
+    settings = stage.config.rl
+    key = stage.key("update")
+    schedule, to_validate = _prompts(stage, method, parts)
+    samples_apart = client is not None or bool(stage.config.mesh.sampling)
+    if not samples_apart:
+        _hold_cache(stage, parts, schedule)
+
+    step = _step(stage, parts, networks, programs, client)
+    draw = _draw(method, step)
+    ahead = None
+    if settings.rollouts_ahead:
+        ahead = Ahead(step.sample, thread if samples_apart else None)
+        draw = _draw(method, step._replace(sample=ahead.sample))
+    draw_step = steps.first_of(draw)
+    if settings.dynamic_sampling:
+        draw_step = steps.replace_uninformative(
+            draw, schedule.num_prompts, programs.num_equal, programs.refill
+        )
+    observe = None
+    if on_step is not None:
+        draw_step, observe = steps.observed(draw_step, on_step)
+
+    learn = steps.learner(programs.learn, networks)
+    advance = steps.advancing(draw_step, learn, schedule, key)
+    if ahead is not None:
+        advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
+    advance = references.moving(advance, settings, iteration.policy)
+
+    validate = None
+    if to_validate is not None:
+        judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
+        validate = steps.validator(
+            stage, parts.initial, to_validate, step.sample, step.score, judge
+        )
+
+    rehearsed = _rehearsed(programs, samples_apart)
+    rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
+    check_memory = steps.checking(_draw(method, rehearsal), programs.learn, networks, schedule, key)
+    return loop.Job(
+        advance,
+        settings.length,
+        validate=validate,
+        validation_interval=settings.validation_interval,
+        show=SHOWN,
+        sources=schedule.sources,
+        optimizer=settings.optimizer,
+        judged_by="max:validation/score",
+        check_memory=check_memory,
+        on_step=observe,
+    )
+
+
+class Step(NamedTuple):
+    """The functions of which the draw of a step is composed."""
+
+    sample: Sampler
+    sample_greedily: Sampler
+    rescore: steps.Rescorer
+    score: Scorer
+    with_greedy: Callable[..., Rollout]
+
+
+def _step(
+    stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
+) -> Step:
+    """The parts of a step, or with the parts and programs of a rehearsal those that its check of
+    memory calls.
+    """
+    talk = _talk(stage, parts.environment, parts.initial.tokenizer)
+    respond, respond_greedily = _responders(stage, parts, networks, programs, client)
+    sample = steps.sampler(stage, respond, talk)
+    if parts.ask_teacher is not None:
+        sample = teacher.taught(stage, sample, parts.ask_teacher)
+    rescore = steps.rescorer(programs.rescored, networks)
+    return Step(
+        sample,
+        sample_greedily=steps.sampler(stage, respond_greedily, talk),
+        rescore=rescore if client is None else client.watched(rescore),
+        score=steps.scorer(stage, programs.reward, parts.reward, parts.guard),
+        with_greedy=programs.with_greedy,
+    )
+
+
+def _draw(method: Method, step: Step) -> Draw:
+    """Responses of the policy, their log-probs and scores, with a greedy baseline if the method has
+    one.
+    """
+    draw = steps.drawn(step.sample, step.rescore, step.score)
+    if method.config.baseline != "greedy":
+        return draw
+    return steps.greedy_baseline(draw, step.sample_greedily, step.score, step.with_greedy)
+
+
+def _responders(
+    stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
+) -> tuple[Responder, Responder]:
+    """Where responses and greedy responses come from: the engine, or the run's own programs, on the
+    devices that learn or on others.
+    """
+    if client is not None:
+        how = initial.sampling_config(stage.config.rl, parts.initial.tokenizer)
+        greedy = replace(how, temperature=0.0)
+        return one_at_a_time(client.responder(how), client.responder(greedy))
+    mesh = layout.sampling_mesh(stage.config)
+    if mesh is None:
+        respond = steps.on_devices(stage, programs.respond, networks)
+        return respond, steps.on_devices(stage, programs.respond_greedily, networks)
+    base = networks.start.base
+    placed = None if base is None else sharding.replicate(mesh, base)
+    respond = steps.apart(mesh, programs.respond, placed)
+    return one_at_a_time(respond, steps.apart(mesh, programs.respond_greedily, placed))
+
+
+def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
+    """Conversations with an environment, or single responses, that end at the stop strings."""
+
+    def talk(respond: Callable[..., Rollout], *prompts: Any) -> Any:
+        until = stops.stopping(respond, tokenizer, stage.config.rl.stop)
+        return converse(environment, until, *prompts)
+
+    return talk
+
+
+def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
+    """The programs as a check of memory calls them: each is compiled and compared with the free
+    memory, but for those that sample elsewhere.
+    """
+    named = zip(Programs._fields, programs, strict=True)
+    rehearsed = Programs(*(memory.rehearsed(phase, program) for phase, program in named))
+    if not samples_apart:
+        return rehearsed
+    return rehearsed._replace(
+        respond=silent(programs.respond), respond_greedily=silent(programs.respond_greedily)
+    )
+
+
+def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batch | None]:
+    """The prompts of each step, and those of validations or None if none are held out."""
+    settings = stage.config.rl
+    columns = parts.prompts.tokens.shape[1]
+    layers = parts.initial.model.config.num_layers
+    multiple = initial.bucket_multiple(stage.config, layers, columns)
+    split_key, order_key = jax.random.split(stage.key("data"))
+    fraction = 0.0 if settings.validation_data else settings.validation_fraction
+    texts = list(map(encoding.group, parts.prompts.rows))
+    train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
+    if settings.validation_data:
+        held_out = np.arange(len(parts.to_validate))
+    schedule = Schedule(
+        parts.prompts,
+        train_rows,
+        num_prompts=settings.batch_size // method.config.group_size,
+        group_size=method.config.group_size,
+        samplings=1 + settings.dynamic_sampling,
+        order_key=order_key,
+        rollout_key=stage.key("rollout"),
+        multiple=multiple,
+    )
+    if not len(held_out):
+        return schedule, None
+    chosen = held_out[: settings.validation_prompts]
+    prompts = batches.narrowed(parts.to_validate, chosen, multiple)
+    padded = loop.pad_rows(chosen, settings.batch_size)
+    return schedule, Batch(prompts, padded, stage.key("eval"))
+
+
+def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
+    """Records the sizes of reward models and of the sampler's cache, for errors of full memory."""
+    settings = stage.config.rl
+    # In a conversation each response is written behind the slots of the one before.
+    slots = settings.max_new_tokens * (2 if parts.environment else 1)
+    length = schedule.widest().prompts.tokens.shape[1] + slots
+    rows = settings.batch_size // stage.num_parts
+    cache = jax.eval_shape(lambda: parts.initial.model.init_cache(rows, length))
+    stage.hold({"rewards": parts.reward.fn, "cache while it samples": cache})

@@ -1,0 +1,146 @@
+"""How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import optax
+
+from rlhf_jax import iteration, models
+from rlhf_jax.config import RunConfig
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.graders import spec
+from rlhf_jax.iteration import Penalty
+from rlhf_jax.training.common import initial, layout, own, references
+from rlhf_jax.training.rl import critic
+from rlhf_jax.types import Algorithm, AlgorithmConfig
+
+
+class Given(NamedTuple):
+    """What a program passes to a run in place of settings. The manifest uses these names."""
+
+    algorithm: Algorithm | None = None  # None if it is one of the package's
+    reward: spec.Reward | None = None
+    optimizer: optax.GradientTransformation | None = None
+    policy: models.Model | None = None
+
+
+NOTHING = Given()
+
+
+class Method(NamedTuple):
+    """How the policy learns."""
+
+    algorithm: Algorithm
+    config: AlgorithmConfig
+    penalty: Penalty
+    score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
+    optimizer: optax.GradientTransformation | None = None  # None means ``rl.optimizer``
+    is_rewarded: bool = True  # False if it learns only from a teacher
+
+
+def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
+    """The settings without those that ``given`` replaces.
+
+    Raises:
+        UserError: the reward is no ``spec.Reward``, or the settings name what a policy or an
+            optimizer from Python does not read.
+    """
+    settings = config.rl
+    if given.policy is not None:
+        own.check_settings(config)
+        if settings.engine is not None:
+            raise UserError("rl.engine: a server loads no network that Python gives; leave it out")
+    if given.optimizer is not None and settings.optimizer.schedule == "plateau":
+        raise UserError(
+            "rl.optimizer.schedule: plateau cannot lower the rate of an optimizer that Python "
+            "gives; choose another schedule"
+        )
+    if given.reward is None:
+        return config
+    if not isinstance(given.reward, spec.Reward):
+        raise UserError(
+            "run_reward must be a graders.spec.Reward, such as "
+            "spec.Reward(fn=Partial(function)), not "
+            f"{type(given.reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
+        )
+    return dataclasses.replace(config, reward=())
+
+
+def check_settings(
+    name: str, run: RunConfig, config: AlgorithmConfig, given: Given = NOTHING
+) -> dict[str, int]:
+    """Checks the settings of a run against each other and the devices. Returns the sizes that help
+    when memory runs out, {dotted setting: value}.
+
+    Raises:
+        UserError: the batch does not divide by devices, groups, minibatches and microbatches; there
+            are no groups to replace; the policy never learns; several processes sample ahead.
+    """
+    settings = run.rl
+    if given.optimizer is None:
+        initial.warn_of_rate(run, "rl", settings.optimizer)
+    if settings.rollouts_ahead and jax.process_count() > 1:
+        raise UserError(
+            "rl.rollouts_ahead: several processes sample with the current weights; leave it out"
+        )
+    if settings.dynamic_sampling and config.group_size == 1:
+        raise UserError(
+            f"rl.dynamic_sampling: {name} samples one answer to a prompt; there are no groups to "
+            "replace"
+        )
+    warmup = critic.settings(config).value_warmup
+    if warmup >= settings.length:
+        raise UserError(
+            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
+            "for the policy"
+        )
+    if settings.num_episodes is not None:
+        episodes = settings.length * settings.batch_size
+        logger.info(
+            f"rl.num_episodes {settings.num_episodes}: {settings.length} iterations with "
+            f"{episodes} episodes, whatever rl.num_iterations is"
+        )
+    minibatches = {f"{name}.num_minibatches": config.num_minibatches}
+    microbatches = {f"{name}.num_microbatches": config.num_microbatches}
+    sharers = layout.sharers(run, microbatches)
+    shuffle_blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
+    layout.check_divides(
+        "rl.batch_size",
+        settings.batch_size,
+        {"mesh.sampling": run.mesh.sampling or 1},
+        sharers,
+        {f"answers to one prompt ({name}.group_size)": config.group_size},
+        minibatches | {f"{name}.shuffle_blocks": shuffle_blocks},
+        minibatches | microbatches,
+        minibatches | (sharers if run.compute.blocks else {}),
+    )
+    return microbatches | {"rl.batch_size": settings.batch_size}
+
+
+def penalty_of(
+    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig
+) -> Penalty:
+    """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
+    settings = config.rl
+    coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
+    if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
+        references.check(config, settings)
+        return iteration.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
+    if settings.reference_moves:
+        name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
+        raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    return iteration.NO_PENALTY
+
+
+def is_rewarded(config: RunConfig, algorithm_config: AlgorithmConfig, given: Given) -> bool:
+    """Whether there is a reward. With a teacher there need not be one, but the rewards of an
+    environment are added to one (UserError).
+    """
+    if config.reward or given.reward is not None or not algorithm_config.needs_teacher:
+        return True
+    if config.rl.environment:
+        raise UserError(
+            "rl.environment pays, so its run has a reward: give --reward, such as length*0"
+        )
+    return False

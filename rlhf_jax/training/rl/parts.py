@@ -1,0 +1,164 @@
+"""What an RL run reads and loads by its settings: prompts, models, rewards, a teacher."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import formats
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.environment import Environment, Reply, load_environment
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import texts as texts_of
+from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import filter as filters
+from rlhf_jax.graders import spec
+from rlhf_jax.graders.service import Services
+from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl.method import Given, Method
+from rlhf_jax.types import Rollout
+
+
+class Parts(NamedTuple):
+    """The inputs of an RL run, read and loaded."""
+
+    initial: LanguageModel  # the policy before training
+    prompts: EncodedPrompts
+    to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
+    reward: spec.Reward
+    judge: spec.Reward | None
+    guard: steps.Guarded | None  # the filter of responses, which follows a reward on the host
+    environment: Environment | None
+    teacher: LanguageModel | None
+    ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
+
+    def without_python(self) -> "Parts":
+        """The parts of a check of memory, which call no server and none of the user's Python."""
+        environment = self.environment
+        if environment is not None:
+            environment = environment._replace(fn=lambda conversation, row: None)
+        reward = self.reward
+        if reward.host is not None:
+            reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
+        ask_teacher = self.ask_teacher and teacher.unasked
+        return self._replace(
+            environment=environment, reward=reward, guard=None, ask_teacher=ask_teacher
+        )
+
+
+def read_prompts(config: RunConfig) -> list[formats.ReadResult]:
+    """The prompts to train on, and those to validate on if they have files of their own."""
+    sources = [config.rl.data]
+    if config.rl.validation_data:
+        sources.append(config.rl.validation_data)
+    return [initial.stage_rows(config, "prompts", names) for names in sources]
+
+
+def files(config: RunConfig, name: str) -> dict[str, Path]:
+    """The files of rewards, judge, filter, environment and teacher, by their names in the manifest
+    of the run of that name.
+    """
+    files = filters.rule_files(config.safety)
+    section = vars(config)[name]
+    if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
+        files["teacher"] = Path(section.teacher)
+    for entry in (*config.reward, *config.rl.judge):
+        files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
+    if config.rl.environment:
+        files["environment"] = Path(config.rl.environment.rpartition(":")[0])
+    return files
+
+
+def load(
+    stage: Stage, method: Method, given: Given, data: Sequence[Sequence[Row]], reply: Reply
+) -> Parts:
+    """Loads the models, encodes the prompts and builds the rewards.
+
+    Args:
+        data: the rows of ``read_prompts``.
+        reply: the environment's function.
+
+    Raises:
+        UserError: a folder, a prompt, a reward or a rule is wrong.
+    """
+    config = stage.config
+    settings = config.rl
+    guard = filters.Guard.create(config.safety)
+    rows = [row for part in data for row in part]
+    policy = initial.language_model(config, texts_of(rows), stage.key("init"), policy=given.policy)
+    tokenizer = policy.tokenizer
+    initial.say_template(config, tokenizer)
+    prompts, to_validate = _encoded(config, policy, guard, data)
+    longest_prompt = max(prompts.tokens.shape[1], to_validate.tokens.shape[1])
+    length = longest_prompt + settings.max_new_tokens
+
+    taught_by = teacher.load(stage, method.config, policy, length)
+    server = teacher.connect(stage, method.config, policy)
+    load_reward_model = functools.partial(
+        initial.load_reward_model,
+        compute=config.compute,
+        place=layout.placement(config),
+        score_rows=method.score_rows,
+        length=length,
+        policy=tokenizer.fingerprint,
+    )
+    services = Services(config.judge, stage.run.judge)
+    how: Any = {"tokenizer": tokenizer, "load": load_reward_model, "services": services}
+    judge = None
+    if settings.judge:
+        judge_flag = "--rl.judge"
+        judge = spec.build_reward(
+            settings.judge, columns=to_validate.columns, flag=judge_flag, **how
+        )
+    environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
+    reward = given.reward
+    if not method.is_rewarded:
+        log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
+        reward = spec.Reward(fn=log_ratio)
+    if reward is None:
+        reward = spec.build_reward(config.reward, columns=prompts.columns, **how)
+    enforce = None
+    if config.safety.on:
+        reward = reward._replace(fn=None, host=spec.as_host(reward))
+        enforce = guard.for_responses(columns=prompts.columns, **how).enforce
+    if reward.fn is not None and method.is_rewarded:
+        on_devices = jax.tree.map(jnp.asarray, reward.fn)
+        reward = spec.Reward(fn=stage.frozen("reward", on_devices))
+    ask_teacher = None if server is None else server.log_probs
+    return Parts(
+        policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
+    )
+
+
+def _encoded(
+    config: RunConfig,
+    policy: LanguageModel,
+    guard: filters.Guard,
+    data: Sequence[Sequence[Row]],
+) -> tuple[EncodedPrompts, EncodedPrompts]:
+    """The prompts to train on and those to validate on, after the filter, as token ids.
+
+    Raises:
+        UserError: no prompt is left, or the rows to validate on lack a column.
+    """
+    encoded = []
+    for part, note in zip(data, ("", " (for validation)"), strict=False):
+        safe = guard.prompts(part, policy.tokenizer)
+        encoded.append(initial.prompts_for(config, policy, safe, note))
+    prompts = encoded[0]
+    to_validate = encoded[-1]
+    missing = [column for column in prompts.columns if column not in to_validate.columns]
+    if missing:
+        raise UserError(
+            f"rl.validation_data: its rows have no {', '.join(missing)}, which training has and a "
+            "reward may read"
+        )
+    return prompts, to_validate

@@ -1,0 +1,202 @@
+"""The models of an RL run on the devices, and the programs that sample, score and learn."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import optax
+from jax import Array
+
+from rlhf_jax import iteration, losses, models, ops
+from rlhf_jax.config import RLStage
+from rlhf_jax.errors import logger
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.iteration import Functions, LoopState, Rule
+from rlhf_jax.runs import devices
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training.common import initial, layout, memory, own
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.rl import critic
+from rlhf_jax.training.rl.method import Method
+from rlhf_jax.types import (
+    Metrics,
+    Params,
+    PolicyFn,
+    PolicyOutput,
+    Rollout,
+    TrainState,
+)
+
+
+class Networks(NamedTuple):
+    """The models of a run on the devices, and the optimizer."""
+
+    start: Trainable  # the policy before training
+    trained: Trainable  # ``start``, or with a separate value model {"policy", "value"}
+    optimizer: optax.GradientTransformation
+    functions: Callable[[int], Functions]  # (columns of a rollout) -> the functions of its steps
+
+
+class Programs(NamedTuple):
+    """Functions of ``iteration`` with their settings bound; the first call compiles each."""
+
+    respond: Callable[..., Rollout]
+    respond_greedily: Callable[..., Rollout]
+    rescored: Callable[..., tuple[Rollout, Metrics]]
+    reward: Callable[..., tuple[Rollout, Metrics]]
+    with_greedy: Callable[..., Rollout]
+    num_equal: Callable[..., Array]
+    refill: Callable[..., Rollout]
+    learn: Callable[..., tuple[LoopState, Metrics]]
+
+
+def networks_of(
+    stage: Stage, begun: LanguageModel, method: Method, teacher: LanguageModel | None = None
+) -> Networks:
+    """Puts policy, value model and reference on the devices. The teacher is there already."""
+    settings = stage.config.rl
+    model = begun.model
+    value = critic.settings(method.config).value if method.algorithm.needs_values else None
+    start, trained = critic.start(stage, begun.params, value, own.width(begun))
+    taught_by = None
+    if teacher is not None:
+        taught_by = models.Teacher(teacher.model, method.config.measure)
+    teacher_params = None if teacher is None else teacher.params
+    stage.hold({"teacher": teacher_params})
+
+    def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
+        """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
+        prompt_length = columns - settings.max_new_tokens
+        return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
+
+    def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
+        return policy_fn(tokens.shape[1])(params, tokens, *more)
+
+    has_reference = method.penalty is not iteration.NO_PENALTY
+    reference = None
+    if has_reference:
+        ref_fn = ops.by_rows(scored, method.score_rows)
+        reference = stage.reference(start, ref_fn, settings.reference_moves)
+    else:
+        memory.free(start.loaded)
+    frozen = None if start.base else reference
+    stage.hold({"frozen weights": start.base, "reference": frozen})
+    value_model = None if trained is start else model
+
+    @functools.cache
+    def functions(columns: int) -> Functions:
+        learner = trained.bind(policy_fn(columns, value_model))
+        return Functions(learner, ref_fn=reference, teacher=teacher_params)
+
+    optimizer = _optimizer(settings, method, trained.params)
+    return Networks(start, trained, optimizer, functions)
+
+
+def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.GradientTransformation:
+    """The optimizer of all trained parameters. Prints whether ``rl.optimizer`` is still used."""
+    values = critic.settings(method.config)
+    if method.optimizer is not None:
+        has_critic = critic.has_own_optimizer(values, params)
+        use = "trains the value function alone" if has_critic else "is not used"
+        logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
+    updates = method.config.num_epochs * method.config.num_minibatches
+    return critic.make_optimizer(settings, values, updates, params, method.optimizer)
+
+
+def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:
+    """The state at step 0. Only the loop keeps it, so that its arrays can be donated."""
+    create = functools.partial(method.algorithm.State.create, optimizer=networks.optimizer)
+    train = stage.take(create, networks.trained.params)
+    reference = None
+    if stage.config.rl.reference_moves:
+        reference = stage.copy(models.policy_params(train.params))
+    behind = None
+    if stage.config.rl.rollouts_ahead:
+        policy = stage.copy(models.policy_params(train.params))
+        behind = TrainState(stage.copy(train.step), policy, ())
+    stage.hold({"moving reference": reference, "policy that samples": behind})
+    return stage.lay_out(LoopState.create(train, method.penalty.init, reference, behind))
+
+
+def compiled(
+    stage: Stage,
+    begun: LanguageModel,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+) -> Programs:
+    """The programs of a run."""
+    model = begun.model
+    samples = initial.sampling_config(stage.config.rl, begun.tokenizer)
+    shape, masked = rules(stage.config.rl, samples, method.is_rewarded)
+    groups: Any = {"group_size": method.config.group_size, "masked": masked}
+    mesh = layout.sampling_mesh(stage.config) or stage.row_mesh
+    respond = functools.partial(iteration.respond, model=model, mesh=mesh)
+    rescored = functools.partial(
+        iteration.rescored,
+        eos_ids=samples.eos_ids,
+        score_rows=method.score_rows,
+        importance=importance_of(stage.config.rl),
+    )
+    learn = functools.partial(
+        iteration.learn,
+        algorithm=method.algorithm,
+        config=method.config,
+        optimizer=optimizer,
+        shape=shape,
+        penalty=method.penalty,
+        masked=masked,
+        mesh=stage.row_mesh,
+    )
+
+    def jit(program: Callable[..., Any], num_blocks: int = 0, **settings: Any) -> Any:
+        options = devices.compiler_options(num_blocks)
+        return stage.jit(functools.partial(program, **settings), compiler_options=options)
+
+    # Decoding runs layer after layer, whether or not training scans them.
+    layers = model.config.num_layers
+    blocks = model.config.num_blocks
+    return Programs(
+        respond=jit(respond, layers, config=samples),
+        respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
+        rescored=jit(rescored, blocks),
+        reward=stage.jit(iteration.reward),
+        with_greedy=jit(iteration.with_greedy, shape=shape),
+        num_equal=jit(iteration.num_equal, **groups),
+        refill=jit(iteration.refill, **groups, mesh=stage.row_mesh),
+        learn=stage.jit_update(learn, blocks),
+    )
+
+
+def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] | None:
+    """Cap and kind of the importance weights of responses that another policy sampled: an engine's,
+    or the policy before the last update. None if there are no weights.
+    """
+    is_current = settings.engine is None and not settings.rollouts_ahead
+    if is_current or settings.engine_importance == "off":
+        return None
+    return settings.engine_cap, settings.engine_importance
+
+
+def rules(
+    settings: RLStage, samples: SamplingConfig, is_rewarded: bool = True
+) -> tuple[Rule, Rule]:
+    """The rule that changes scores before the penalty, and the one that masks rows after it."""
+    on_scores: list[Rule] = [] if is_rewarded else [iteration.unrewarded]
+    if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
+        on_scores.append(
+            iteration.missing_eos(
+                samples.eos_id, settings.missing_eos_penalty, settings.missing_eos_score
+            )
+        )
+    if settings.overlong_buffer is not None:
+        on_scores.append(
+            iteration.overlong(
+                settings.max_new_tokens, settings.overlong_buffer, settings.overlong_penalty
+            )
+        )
+    masked = (
+        iteration.mask_truncated(samples.eos_id) if settings.mask_truncated else iteration.unchanged
+    )
+    return iteration.then(*on_scores), masked

@@ -1,0 +1,1 @@
+"""SFT, reward models, DPO and KTO as runs: labelled texts in, a model out."""

@@ -1,0 +1,191 @@
+"""Reward-model training as a run: preference pairs in, a normalised reward model or an ensemble of
+them out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.random import fold_in, permutation
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import batches
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import logger
+from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common.loop import Validation
+from rlhf_jax.training.common.stage import RunResult
+from rlhf_jax.training.supervised import ensembles, scoring, tasks
+from rlhf_jax.types import Comparisons, Params, Rollout, ScoreFn, TrainState
+
+MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
+
+
+def run(config: RunConfig) -> RunResult:
+    """Trains on the comparisons of ``config.reward_model.data`` or ``config.data``.
+
+    ``--model`` is the body to start from and also taken for the base policy, over whose samples
+    scores are normalised. With ``ensemble_size`` above 1 the members are saved as
+    ``model/member_0``, ``model/member_1``, ...; metrics and samples are of their mean score, and
+    ``validation/uncertainty`` is their standard deviation.
+
+    Raises:
+        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
+            settings.
+    """
+    return tasks.run(config, SPEC)
+
+
+def _task(setting: tasks.Setting) -> tasks.Task:
+    stage = setting.stage
+    settings = stage.config.reward_model
+    model = setting.initial.model
+    starts = ensembles.starts(stage.config, model, setting.initial.params, stage.key("init"))
+    start = stage.place(starts[0])
+    for member in starts:
+        memory.free(member.loaded)
+    score_fn = start.bind(models.score_fn(model))
+    validate = _validation(setting, score_fn)
+    create: Callable[..., TrainState] = TrainState.create
+    update: Any = partial(reward_model.update, minibatch_sharding=stage.rows)
+    training = setting
+    if settings.ensemble_size > 1:
+        start = start._replace(params=[member.params for member in starts])
+        create = ensembles.create
+        update = ensembles.update_members
+        training = _weighted(setting)
+
+    def trained(state: TrainState) -> Mapping[str, Params]:
+        is_ensemble = settings.ensemble_size > 1
+        members = ensembles.members(state.params) if is_ensemble else {"": state.params}
+        return _all_normalized(setting, score_fn, members)
+
+    configured = partial(update, optimizer=setting.optimizer, config=settings)
+    jitted = stage.jit_update(configured, model.config.num_blocks)
+    bound = partial(jitted, score_fn=score_fn)
+    return tasks.Task(training, start, create, bound, validate, trained=trained)
+
+
+def _validation(setting: tasks.Setting, score_fn: ScoreFn) -> Callable[[TrainState], Validation]:
+    """What validates the state: figures over all rows that are held out, samples of some."""
+    stage = setting.stage
+    encoded = setting.encoded
+    held_out = setting.held_out
+    num_members = stage.config.reward_model.ensemble_size
+    score_answers = scoring.answer_scorer(score_fn, num_members, stage.jit)
+
+    def validate(state: TrainState) -> Validation:
+        scores = scoring.score_rows(
+            partial(score_answers, state.params),
+            encoded,
+            held_out,
+            batch_size=setting.plan.batch_size,
+            bucket_multiple=setting.bucket_multiple,
+            shard=stage.shard,
+        )
+        figures = {}
+        if num_members > 1:
+            figures["uncertainty"] = scoring.disagreement(encoded, held_out, scores)
+            scores = scores.mean(axis=2)
+        figures |= scoring.report(encoded, held_out, scores)
+        shown = scoring.evenly(len(held_out), MAX_SAMPLES)
+        samples = scoring.samples(
+            encoded, held_out[shown], scores[shown], setting.initial.tokenizer
+        )
+        return Validation({f"validation/{name}": value for name, value in figures.items()}, samples)
+
+    return validate
+
+
+def _all_normalized(
+    setting: tasks.Setting,
+    score_fn: ScoreFn,
+    members: Mapping[str, Params],
+) -> Mapping[str, Params]:
+    """The members with ``_normalized`` scores if there is a base policy to sample from."""
+    if not setting.stage.config.reward_model.normalize_samples:
+        return members
+    if setting.stage.config.model is None:
+        logger.info(
+            "scores are not normalised: no --model, so there is no base policy to sample from"
+        )
+        return members
+    samples = _base_samples(setting)
+    score = scoring.answer_scorer(score_fn, jit=setting.stage.jit)
+    return {name: _normalized(score, params, samples) for name, params in members.items()}
+
+
+def _weighted(setting: tasks.Setting) -> tasks.Setting:
+    """With a weight of each comparison for each member of an ensemble."""
+    num_members = setting.stage.config.reward_model.ensemble_size
+    # 0 and 1 are the split's and the order's.
+    key = fold_in(setting.stage.key("data"), 2)
+    counts = ensembles.bootstrap(key, num_members, len(setting.train_rows))
+    weighted = ensembles.with_counts(setting.encoded, setting.train_rows, counts)
+    return replace(setting, encoded=weighted)
+
+
+def _base_samples(setting: tasks.Setting) -> Rollout:
+    """``normalize_samples`` responses of the base policy to prompts of the data."""
+    stage = setting.stage
+    config = stage.config
+    # The weights that were loaded first have been freed.
+    language_model = initial.language_model(config, (), stage.key("init"), is_policy=False)
+    distinct = {row.prompt for row in setting.rows}
+    prompts = sorted(distinct, key=lambda prompt: (isinstance(prompt, tuple), prompt))
+    key = stage.key("rollout")
+    order = np.asarray(permutation(fold_in(key, 0), len(prompts)))
+    numbers = np.resize(order, config.reward_model.normalize_samples)
+    rows = [Row(prompts[i], (), f"the prompt {prompts[i][:40]!r}") for i in numbers]
+    encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
+    how = initial.sampling_config(config.rl, language_model.tokenizer)
+    sample_key = fold_in(key, 1)
+    return language_model.sample(encoded.tokens, encoded.attention_mask, sample_key, config=how)
+
+
+def _normalized(
+    score: Callable[[Params, Comparisons], Array],
+    params: Params,
+    rollout: Rollout,
+) -> Params:
+    """Gain and shift that give scores mean 0 and variance 1 over samples of the base policy
+    (lm-human-preferences).
+    """
+    unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
+    of_texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
+    comparisons = Comparisons(*(array[:, None] for array in of_texts))  # one answer a row
+    scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
+    mean = scores.mean()
+    std = scores.std()
+    if std == 0.0:
+        logger.info(
+            f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}"
+        )
+        return params
+    logger.info(
+        f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}"
+    )
+    head = unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}
+    return params | {"score": head}
+
+
+SPEC = tasks.StageSpec(
+    section="reward_model",
+    kind="comparisons",
+    collate=batches.comparison_batch,
+    pack=batches.packed_comparisons,
+    make_task=_task,
+    show=(
+        "reward_model/loss",
+        "reward_model/accuracy",
+        "validation/accuracy",
+        "validation/length_accuracy",
+    ),
+    is_policy=False,
+)

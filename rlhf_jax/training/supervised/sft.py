@@ -1,0 +1,34 @@
+"""Supervised fine-tuning as a run: demonstrations in, a language model with its tokenizer out."""
+
+from rlhf_jax.algorithms import sft
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import batches
+from rlhf_jax.training.common.stage import RunResult
+from rlhf_jax.training.supervised import tasks
+
+
+def run(config: RunConfig) -> RunResult:
+    """Trains on the demonstrations of ``config.sft.data`` or ``config.data`` and saves ``model/``
+    in the run folder.
+
+    Raises:
+        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
+            settings.
+    """
+    return tasks.run(config, SPEC)
+
+
+def _task(setting: tasks.Setting) -> tasks.Task:
+    """Validations are in nats per token, whatever ``sft.aggregate`` is."""
+    config = setting.stage.config.sft
+    return tasks.policy_task(setting, sft, config, validation_config=sft.Config())
+
+
+SPEC = tasks.StageSpec(
+    section="sft",
+    kind="demonstrations",
+    collate=batches.demonstration_batch,
+    pack=batches.packed_batch,
+    make_task=_task,
+    show=("sft/loss", "validation/loss", "grad_norm"),
+)

@@ -1,0 +1,368 @@
+"""One RL iteration: three jits or one give the same bits; what the phases record."""
+
+import functools
+import math
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import builders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from builders import initial_params
+from numpy.testing import assert_allclose, assert_array_equal
+from tabular import rollout as tabular_rollout
+
+from rlhf_jax import iteration, models, rewards, sampling, sharding
+from rlhf_jax.algorithms import ppo, vpg
+from rlhf_jax.config import RLStage
+from rlhf_jax.iteration import num_equal, scored
+from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl.programs import rules
+from rlhf_jax.types import Rollout
+
+PROMPT_LENGTH = 4
+ROWS = 8
+SAMPLING = sampling.SamplingConfig(max_new_tokens=6, eos_id=1, pad_id=0)
+MODEL = models.build(
+    models.GPT2Config(vocab_size=12, max_length=16, hidden_size=16, num_layers=1, num_heads=2)
+)
+POLICY_FN = models.policy_fn(MODEL, prompt_length=PROMPT_LENGTH)
+OPTIMIZER = optax.adam(1e-2)
+
+
+def start(algorithm, kl_coef=0.1):
+    params = initial_params(MODEL)
+    if algorithm is ppo:
+        params = models.add_head(jax.random.key(1), params, "value")
+    return iteration.LoopState.create(algorithm.State.create(params, OPTIMIZER), kl_coef)
+
+
+def prompts():
+    tokens = jax.random.randint(jax.random.key(2), (ROWS, PROMPT_LENGTH), 2, 12)
+    return iteration.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(ROWS) + 100)
+
+
+def functions(reference=True):
+    ref_fn = (
+        jax.tree_util.Partial(
+            POLICY_FN,
+            initial_params(MODEL),
+        )
+        if reference
+        else None
+    )
+    return iteration.Functions(
+        jax.tree_util.Partial(POLICY_FN), rewards.token_count(5, include_prompt=False), ref_fn
+    )
+
+
+COLLECT = functools.partial(builders.collected, model=MODEL, config=SAMPLING)
+KL = iteration.kl_penalty(0.1)
+
+
+def learning(algorithm=vpg, **how):
+    """``iteration.learn`` with its settings bound, as a program."""
+    how = {"config": algorithm.Config(), "optimizer": OPTIMIZER, "penalty": KL} | how
+    return jax.jit(functools.partial(iteration.learn, algorithm=algorithm, **how))
+
+
+def iteration(algorithm=vpg, **how):
+    """An iteration as one program."""
+    return jax.jit(builders.one_program(COLLECT, learning(algorithm, **how)))
+
+
+@pytest.mark.slow
+def test_one_jit_and_three_jits_give_identical_parameters():
+    if "use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        pytest.skip("equal bits need XLA's newer emitters: .ci/run runs this file with them")
+    shape = iteration.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
+    made = {"shape": shape, "penalty": iteration.kl_penalty(0.1, target=1.0)}
+    whole = iteration(**made)
+    collect = jax.jit(COLLECT)
+    learn = jax.jit(learning(**made))
+    reward = jax.jit(iteration.reward)
+    one = three = start(vpg)
+    for step in range(3):
+        keys = jax.random.split(jax.random.key(step), 2)
+        one, rollout, metrics = whole(one, prompts(), *keys, functions())
+        apart, collected = collect(three, prompts(), keys[0], functions())
+        apart, rewarded = reward(apart, functions())
+        three, learned = learn(three, apart, keys[1], functions())
+    assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
+    assert metrics.keys() == (collected | rewarded | learned).keys()
+    jax.tree.map(assert_array_equal, one, three)
+    before, after = (
+        state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(vpg), one)
+    )
+    assert jnp.any(before != after)
+
+
+def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
+    """As in a group of answers, whose prompts have one data row."""
+    same = jax.tree.map(
+        lambda x: jnp.repeat(x[:1], ROWS, axis=0),
+        prompts(),
+    )
+    policy = start(vpg).train.params
+    respond = jax.jit(functools.partial(iteration.respond, model=MODEL, config=SAMPLING))
+    sample = functools.partial(respond, policy, key=jax.random.key(3))
+    sampled = sample(same)
+    assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
+    turned = sample(same._replace(places=jnp.arange(ROWS)[::-1]))
+    assert_array_equal(turned.tokens, sampled.tokens[::-1])
+    assert turned.row_ids.tolist() == [100] * ROWS
+
+
+def test_the_greedy_response_is_the_baseline():
+    """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and
+    without KL.
+    """
+    likeliest = replace(SAMPLING, temperature=0.0)
+    rule = iteration.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
+
+    def sampling_by(config):
+        respond = jax.jit(functools.partial(iteration.respond, model=MODEL, config=config))
+        return lambda loop, batch: (respond(loop.train.params, *batch), {})
+
+    def score(rollout, batch):
+        return steps.Scored(*iteration.reward(rollout, functions()))
+
+    draw = steps.drawn(sampling_by(SAMPLING), lambda loop, sampled: (sampled, {}), score)
+    join = functools.partial(iteration.with_greedy, shape=rule)
+    draw = steps.greedy_baseline(draw, sampling_by(likeliest), score, join)
+    loop = start(vpg)
+    rollout, metrics = draw(loop, (prompts(), jax.random.key(5)))
+    generate = jax.jit(functools.partial(sampling.generate, MODEL, config=likeliest))
+    greedy = generate(
+        loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6)
+    )
+    said = np.where(greedy.response_mask, greedy.tokens, 0)
+    counts = np.sum(said == 5, axis=1)
+    ended = np.any(said == 1, axis=1)
+    assert len(set(counts)) > 1
+    assert_allclose(rollout.greedy_rewards, counts - 0.5 * ~ended)
+    assert metrics["objective/greedy_score"] == pytest.approx(counts.mean())
+    assert not np.array_equal(rollout.tokens, greedy.tokens)
+
+
+def test_a_row_without_a_greedy_score_is_absent():
+    scores = jnp.array([1.0, 2.0])
+    rollout = made_rollout(scores=scores)
+    greedy = made_rollout(scores=scores + 5)
+    greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
+    rule = iteration.missing_eos(SAMPLING.eos_id, penalty=None, score=-1.0)
+    joined = iteration.with_greedy(rollout, greedy, shape=rule)
+    assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
+    assert joined.greedy_rewards[1] == 7
+    assert_array_equal(joined.scores, scores)
+
+
+def test_kl_coefficient_follows_the_kl():
+    """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
+    step = iteration(penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=ROWS))
+    loop, _, metrics = step(
+        start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions()
+    )
+    assert (
+        float(metrics["objective/kl"]) == 0.0
+    )  # the policy is still the reference: 0 / target - 1, clipped to -.2
+    assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
+    assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
+
+
+def made_rollout(**fields):
+    """Two responses of two tokens after prompts of two; the second ends in EOS (1)."""
+    tokens = jnp.array([[2, 3, 4, 5], [2, 3, 4, 1]])
+    response_mask = jnp.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+    zeros = jnp.zeros((2, 4))
+    return Rollout(
+        tokens,
+        jnp.ones_like(tokens),
+        response_mask,
+        zeros,
+        ref_log_probs=zeros,
+        values=zeros,
+        **fields,
+    )
+
+
+def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
+    rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
+    assert_array_equal(rollout.scores, [1.0, 2.0])
+    assert float(metrics["objective/score"]) == 1.5
+    rule = iteration.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
+    assert_array_equal(rule(rollout).scores, [-4.0, 2.0])
+    dense = jnp.array([[9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]])
+    summed, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
+    assert_array_equal(summed.scores, [3.0, 7.0])
+    assert_array_equal(summed.rewards, dense)
+    needs = "need one score per response, and missing_eos an eos_id"
+    with pytest.raises(ValueError, match=needs):
+        rule(summed)
+    with pytest.raises(ValueError, match=needs):
+        iteration.missing_eos(None, penalty=5.0, score=None)
+
+
+@pytest.mark.parametrize(("is_rewarded", "expected"), [(True, [-4.5, 1.5]), (False, [-5.5, -0.5])])
+def test_the_rules_of_a_run_are_those_of_its_settings(is_rewarded, expected):
+    """The first response has no EOS, which costs 5; both are as long as they may be: 0.5."""
+    settings = RLStage(
+        max_new_tokens=2, missing_eos_penalty=5.0, overlong_buffer=1, overlong_penalty=0.5
+    )
+    shape, masked = rules(settings, SAMPLING, is_rewarded)
+    rollout = made_rollout(scores=jnp.array([1.0, 2.0]))
+    assert shape(rollout).scores.tolist() == expected
+    assert masked is iteration.unchanged
+    _, masked = rules(RLStage(mask_truncated=True), SAMPLING)
+    assert masked(rollout).present.tolist() == [False, True]
+
+
+class Recorder:
+    """An algorithm whose state becomes the rollout that it is given."""
+
+    Config = vpg.Config
+
+    @staticmethod
+    def update(state, rollout, key, **options):
+        return rollout, {"nonfinite": 0.0}
+
+
+def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
+    rollout = made_rollout(scores=jnp.array([1.0, 2.0]))
+    rollout = rollout.replace(
+        ref_log_probs=jnp.array(
+            [
+                [9.0, 9.0, -0.5, 0.25],
+                [9.0, 9.0, 1, 2],
+            ]
+        )
+    )
+    rule = iteration.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
+    learn = learning(Recorder, shape=rule)
+    loop, metrics = learn(
+        iteration.LoopState.create(None, 0.2),
+        rollout,
+        None,
+        iteration.Functions(None),
+    )
+    # Of each token the coefficient of the state, 0.2, times log-prob 0 less the reference's.
+    expected = [
+        [0, 0, -0.1, -4 + 0.05],
+        [0, 0, 0.2, 2 + 0.4],
+    ]
+    assert_allclose(loop.train.rewards, expected, rtol=1e-6)
+    assert_array_equal(loop.train.scores, [1.0, 2.0])
+    assert metrics["objective/reward"] == pytest.approx((-4.05 + 2.6) / 2)
+    assert metrics["objective/kl"] == pytest.approx((0.25 - 3) / 2)
+
+
+def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations():
+    """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves
+    by a tenth of .2.
+    """
+    nats = math.log(2)
+    batch = tabular_rollout(0, [2, 3, 0])
+    batch = batch.replace(ref_log_probs=batch.log_probs - nats, rewards=None)
+    batch = batch.replace(scores=jnp.array([1.0, 2.0, math.nan]))
+    learn = learning(Recorder, penalty=iteration.kl_penalty(0.15, target=0.5))
+    start = iteration.LoopState.create(None, 0.15)
+    loop, metrics = learn(start, batch, None, iteration.Functions(None))
+    assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
+    assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
+    assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
+
+
+def test_the_share_of_groups_without_a_gradient():
+    """Groups of two, which score alike or not; of the second row the rule that follows masks the
+    response.
+    """
+    rollout = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), made_rollout())
+
+    def equal_share(*scores, group_size=2, **rules):
+        config = SimpleNamespace(group_size=group_size)
+        learn = learning(Recorder, config=config, penalty=iteration.NO_PENALTY, **rules)
+        loop = iteration.LoopState.create(None, 0.0)
+        scored = rollout.replace(scores=jnp.array(scores))
+        return float(learn(loop, scored, None, iteration.Functions(None))[1]["reward/equal_share"])
+
+    assert equal_share(1.0, 1.0, 2.0, 3.0) == 0.5
+    assert equal_share(1.0, 1.0, 3.0, 3.0) == 1
+    # Without groups the batch is one.
+    assert equal_share(1.0, 1.0, 3.0, 3.0, group_size=1) == 0
+    assert equal_share(3.0, 3.0, 3.0, 3.0, group_size=1) == 1
+    # What counts are the scores after the rules: here every second response ends, the others lose
+    # 1.
+    lose_one = iteration.missing_eos(SAMPLING.eos_id, penalty=1.0, score=None)
+    assert equal_share(1.0, 1.0, 1.0, 1.0, shape=lose_one) == 0
+    masked = iteration.mask_truncated(SAMPLING.eos_id)
+    assert equal_share(1.0, 2.0, 3.0, 4.0, masked=masked) == 1  # one row of each group is left
+
+
+def test_a_batch_of_one_row_has_no_equal_groups():
+    rollout = jax.tree.map(lambda x: x[:1], made_rollout(scores=jnp.array([1.0, 2.0])))
+    loop = iteration.LoopState.create(None, 0.0)
+    _, metrics = learning(Recorder)(loop, rollout, None, iteration.Functions(None))
+    assert "reward/equal_share" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("responses", "share"),
+    [
+        ([[5, 6], [5, 6], [5, 6], [6, 5]], 3 / 4),
+        ([[5, 6], [5, 6, 0], [5, 6], []], 2 / 3),  # a longer one, and a missing row
+        ([[0], [0, 0], [1], [7]], 1 / 4),
+        ([[5], []], 0),  # nothing to compare it with
+        ([[]], 0),
+    ],
+)
+def test_the_share_of_the_most_common_response(responses, share):
+    """Each row begins one column further to the right, and its tokens have a hole between them."""
+    tokens = np.full((len(responses), 16), 9)
+    mask = np.zeros_like(tokens)
+    for row, response in enumerate(responses):
+        columns = 1 + row + np.arange(len(response)) * (1 + row % 2)
+        tokens[row, columns] = response
+        mask[row, columns] = 1
+    rollout = Rollout(*map(jnp.asarray, (tokens, mask, mask, mask)))
+    assert float(jax.jit(iteration.most_common)(rollout)) == pytest.approx(share)
+
+
+def test_the_most_common_response_of_rows_on_several_devices():
+    rows = jnp.tile(jnp.array([[3, 4, 5], [3, 4, 6]]), (4, 1)).at[1].set(jnp.array([3, 4, 5]))
+    rollout = sharding.shard_rows(sharding.make_mesh(), Rollout(rows, rows, rows, rows))
+    assert len(rollout.tokens.addressable_shards) == 4
+    assert float(jax.jit(iteration.most_common)(rollout)) == 5 / 8
+
+
+def test_groups_of_equal_scores_are_counted():
+    """Groups of two: equal, unequal, equal but for an absent row, and absent."""
+    present = jnp.array([1, 1, 1, 1, 1, 0, 0, 0])[:, None]
+    rollout = Rollout(
+        present,
+        present,
+        present,
+        present,
+        scores=jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0]),
+    )
+    assert num_equal(rollout, group_size=2) == 3
+    assert num_equal(rollout, group_size=1) == 0  # no groups: the batch is one
+
+
+def test_non_finite_rewards_leave_the_loop_as_it_was():
+    collect = jax.jit(COLLECT)
+    learn = jax.jit(learning(ppo, penalty=iteration.kl_penalty(0.1, target=1.0)))
+    loop = start(ppo)
+    rollout, _ = collect(
+        loop,
+        prompts(),
+        jax.random.key(3),
+        functions(),
+    )
+    rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))
+    after, metrics = learn(loop, rollout, jax.random.key(4), functions())
+    assert float(metrics["nonfinite"]) == 1.0
+    jax.tree.map(assert_array_equal, after, loop)
