@@ -242,10 +242,16 @@ class ChatTemplate:
         messages = [*before, *answer]
         until = max(number - len(before) + 1, 0)
         text, spans = self._rendered(_joined(before[: number + 1], answer[:until]), tools)
-        given = messages[:number]
         is_begun = number == len(before) and is_answered(before)
         how = "continue_final_message" if is_begun else "add_generation_prompt"
-        start = common_length(self._rendered(given, tools, how)[0], text)
+        opening, _ = self._rendered(messages[:number], tools, how)
+        if not text.startswith(opening):
+            history, _ = self._rendered(messages[:number], tools)
+            if not text.startswith(history):
+                turn = self._behind(opening, text)
+                end = self._end_in(turn) or len(turn)
+                return opening + turn, [(len(opening), len(opening) + end)]
+        start = common_length(opening, text)
         if _GENERATION.search(self._source_for(tools)):
             least = start if is_begun else 0
             return text, [(max(least, first), end) for first, end in spans if end > start]
@@ -255,6 +261,17 @@ class ChatTemplate:
         eos = self.tokenizer.backend.id_to_token(self.tokenizer.eos_id)
         ended = text.removesuffix(self._closing_text) + eos
         return ended, [(start, len(ended))]
+
+    def _behind(self, opening: str, text: str) -> str:
+        """The last turn of a text whose history the template writes otherwise than before the turn
+        (Mistral leaves out the system's message): what follows the last special token of the
+        opening, and the opening's characters behind that token.
+        """
+        place = max((opening.rfind(token) for token in self._special), default=-1)
+        tail = opening[place:]
+        if place < 0 or tail not in text:
+            raise ValueError("it writes a turn of the assistant otherwise than it opens it")
+        return text[text.rindex(tail) + len(tail) :]
 
     def _end_in(self, text: str) -> int:
         """The place behind the last special token of a text if only spaces follow it; else 0."""
