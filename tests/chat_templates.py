@@ -1,4 +1,6 @@
-"""Twelve chat templates, from the published behaviour of their families: who may speak, what frames a turn, how tools, calls and reasoning are written, and what is left out of the history."""
+"""Twelve chat templates, from the published behaviour of their families: who may speak, what frames
+a turn, how tools, calls and reasoning are written, and what is left out of the history.
+"""
 
 import json
 

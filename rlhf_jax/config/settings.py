@@ -200,6 +200,9 @@ class Text(Section):
     template_options: Json | None = None
     """Variables of the chat template as a JSON object, such as {"enable_thinking": false};
     chat_template_kwargs of other programs. They are the template's defaults in the saved folder."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the spelling of a special token in a plain prompt or response is: text, or that token,
+    for data that carry their markup. In messages it is refused."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
@@ -345,6 +348,14 @@ class KTOStage(Supervised, Reference, kto.Config):
     one is not."""
 
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2, as the reference point comes from the answers of "
+                f"other rows, got {self.batch_size}"
+            )
 
 
 def _check_engine(engine: str) -> None:

@@ -169,13 +169,13 @@ class ChatTemplate:
         self._check(messages, None, where)
         turn = {"role": "assistant", "content": response}
         with _template_errors(where):
-            rendered, _ = self._rendered([*messages, turn], None)
+            rendered, _ = self._rendered(_joined(messages, [turn]), None)
             content = response.strip()  # as some templates do
             start = rendered.rindex(content)
             end = start + len(content)
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
-            if not any(token in response for token in self._special):
+            if not self.tokenizer.spelled_in(response):
                 return self._encode(rendered).ids
             before = self._encode(rendered[:start]).ids
             after = self._encode(rendered[end:]).ids
@@ -370,21 +370,20 @@ class ChatTemplate:
         """Raises `BadRow` for what `PLAIN` would leave out, and for a message that spells a special
         token of the tokenizer.
         """
-        parts = [("the tools", json.dumps(tools, ensure_ascii=False))]
+        parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
         for message in messages:
-            calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
-            texts = (text_of(message), message.get("reasoning_content") or "", calls)
-            parts += [(f"a {message['role']} message", text) for text in texts]
-            for key in ("reasoning_content", "tool_calls"):
-                if message.get(key):
-                    self._check_written(key, where)
+            others = [key for key in ("reasoning_content", "tool_calls") if message.get(key)]
+            values = [text_of(message), *(message[key] for key in others)]
+            parts += [(f"a {message['role']} message", value) for value in values]
+            for key in others:
+                self._check_written(key, where)
         if tools:
             self._check_written("tools", where)
-        for name, text in parts:
-            for token in self._special:
-                if token in text:
-                    what = f"{name} spells the special token {token!r}"
-                    raise BadRow(where, f"{what}; remove it, only the chat template may write it")
+        for name, part in parts:
+            text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+            for token in self.tokenizer.spelled_in(text) if self.tokenizer else ():
+                what = f"{name} spells the special token {token!r}"
+                raise BadRow(where, f"{what}; remove it, only the chat template may write it")
 
     def _check_written(self, key: str, where: str) -> None:
         """Raises `BadRow` for what `PLAIN` leaves out."""
@@ -399,10 +398,7 @@ class ChatTemplate:
 
     @cached_property
     def _special(self) -> list[str]:
-        if self.tokenizer is None:
-            return []
-        added = self.tokenizer.backend.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
+        return [] if self.tokenizer is None else self.tokenizer.special_tokens
 
 
 def plain(messages: Messages, how: str = "") -> str:
@@ -554,6 +550,15 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
         parts["BEGIN"] = begun
         source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
     return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+
+
+def reading(
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any] | None,
+    special_tokens: str,
+) -> Tokenizer:
+    """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads."""
+    return replace(with_options(tokenizer, options), reads_spelled=special_tokens == "tokens")
 
 
 def with_options(

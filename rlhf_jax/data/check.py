@@ -18,7 +18,7 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.encoding import as_read, prompt_ids, response_ids
+from rlhf_jax.data.encoding import as_read, prompt_ids, response_ids, spelled
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -178,6 +178,9 @@ def _describe(
     except UserError as error:
         errors.append(error)
     others, warnings = _unread(file)
+    spelling = spelled(rows, tokenizer) if tokenizer else ""
+    if spelling:
+        warnings.append(f"  warning: {spelling}")
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
         *_forms(file.records),

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Rows, Text
+from rlhf_jax.data.conversation import text_of
+from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Rows, Text, places
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.turns import rendered
 from rlhf_jax.errors import UserError
@@ -362,9 +363,34 @@ def prompt_ids(
     for row, text, ids in zip(rows, texts, encoded, strict=True):
         if not ids:
             raise BadRow(row.source, f"the tokenizer makes no token of the prompt {row.prompt!r}")
-        if isinstance(text, str):
+        if isinstance(text, str) and not _begins(ids, tokenizer):
             ids[:0] = tokenizer.beginning
     return encoded
+
+
+def _begins(ids: Ids, tokenizer: Tokenizer) -> bool:
+    """Whether a text spells its beginning itself, and the spelling counts."""
+    begun = tokenizer.beginning
+    return tokenizer.reads_spelled and ids[: len(begun)] == begun
+
+
+def spelled(rows: Rows, tokenizer: Tokenizer) -> str:
+    """A sentence on the rows whose texts spell a special token of the tokenizer, and how they are
+    read; "" if none does.
+    """
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        texts = [text for text in row.texts if isinstance(text, str)]
+        tokens = [token for text in texts for token in tokenizer.spelled_in(text)]
+        for token in dict.fromkeys(tokens):
+            sources.setdefault(token, []).append(row.source)
+    if not sources:
+        return ""
+    found = [f"{token!r} ({len(of)} rows: {places(of, 2)})" for token, of in sources.items()]
+    how = "as ordinary characters; text.special_tokens: tokens reads the tokens themselves"
+    if tokenizer.reads_spelled:
+        how = "as these tokens"
+    return f"texts spell special tokens, {', '.join(found)}; they are read {how}"
 
 
 def as_read(
@@ -448,7 +474,7 @@ def answered_ids(
     frame = chat.frame(chat.AUTO, tokenizer)
     is_plain = [message["role"] for message in messages] == ["user"]
     if frame is not None and is_plain:
-        prompt: Text = frame.replace("{prompt}", messages[0]["content"])
+        prompt: Text = frame.replace("{prompt}", text_of(messages[0]))
     elif template.tokenizer is not None:
         return template.answered(messages, response, where)
     else:
@@ -473,7 +499,8 @@ def response_ids(
     if tokenizer.begins_with_space:
         encoded = _continued(rows, tokenizer, template, texts, encoded)
     for text, ids in zip(texts, encoded, strict=True):
-        if isinstance(text, str):
+        is_ended = tokenizer.reads_spelled and ids[-1:] == [tokenizer.eos_id]
+        if isinstance(text, str) and not is_ended:
             ids.append(tokenizer.eos_id)
     rest = iter(encoded)
     return [list(itertools.islice(rest, len(row.responses))) for row in rows]

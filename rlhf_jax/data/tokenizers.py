@@ -2,8 +2,8 @@
 folders.
 
 Only the ``tokenizers`` package is needed, for names on the hub ``huggingface_hub`` too. Text is
-always text: the spelling of a special token inside it is encoded as ordinary characters, so that
-data cannot end a response or hide as padding.
+text unless a run says otherwise (``text.special_tokens``): the spelling of a special token inside
+it is encoded as ordinary characters, so that data cannot end a response or hide as padding.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ class Tokenizer:
     eos_id: int
     config: Mapping[str, Any] = field(default_factory=dict)
     other_eos_ids: tuple[int, ...] = ()
+    reads_spelled: bool = False
+    """Whether the spelling of a special token in a text is that token; else it is a text."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json of the model's author."""
 
@@ -69,7 +71,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            backend = self.with_special_tokens if self.reads_spelled else self.backend
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         except Exception as error:  # the package raises a bare one for an unknown character
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
@@ -133,13 +136,9 @@ class Tokenizer:
 
     @cached_property
     def beginning(self) -> list[int]:
-        """The ids, such as BOS, that transformers puts before a plain text: those that
-        ``add_bos_token`` of tokenizer_config.json or tokenizer.json's post-processor names.
+        """The ids, such as BOS, that transformers puts before a plain text: those of the
+        post-processor in tokenizer.json, beside which it ignores ``add_bos_token``.
         """
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            bos = named_tokens(self.config).get("bos_token", "")
-            known = self.backend.token_to_id(bos)
-            return [known] if known is not None and self.config.get("add_bos_token") else []
         texts = ("a", *self.backend.get_vocab()) if self.backend.post_processor else ()
         for text in texts:
             with contextlib.suppress(Exception):  # an alphabet can lack the character
@@ -186,6 +185,23 @@ class Tokenizer:
         """Ids of the special tokens."""
         added = self.backend.get_added_tokens_decoder()
         return [i for i, token in added.items() if token.special]
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as they are spelled."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def spelled_in(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        if not any(start in text for start in self._special_starts):
+            return []
+        return [token for token in self.special_tokens if token in text]
+
+    @cached_property
+    def _special_starts(self) -> set[str]:
+        """Their first two characters: most texts have none of them."""
+        return {token[:2] for token in self.special_tokens}
 
     @cached_property
     def fingerprint(self) -> str:

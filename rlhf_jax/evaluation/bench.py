@@ -68,7 +68,8 @@ def load(folder: str, config: Config) -> Policy:
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
     loaded = initial.load_language_model(member, compute)
-    model, params, tokenizer = loaded.with_options(config.template_options)
+    spelling = trained.get("text.special_tokens", "text")
+    model, params, tokenizer = loaded.reading(config.template_options, spelling)
     template = config.template or trained.get("text.template", chat.AUTO)
     slots = trained.get("rl.max_new_tokens", RLStage().max_new_tokens)
     slots = config.max_new_tokens or slots

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +120,9 @@ class LanguageModel(NamedTuple):
             model = models.build(replace(model.config, pad_token_id=tokenizer.pad_id))
         return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
-    def with_options(self, options: Mapping[str, Any] | None) -> "LanguageModel":
-        """The model with defaults of its chat template's variables (``chat.with_options``)."""
-        return self._replace(tokenizer=chat.with_options(self.tokenizer, options))
+    def reading(self, options: Mapping[str, Any] | None, special_tokens: str) -> "LanguageModel":
+        """The model with ``text.template_options`` and ``text.special_tokens``."""
+        return self._replace(tokenizer=chat.reading(self.tokenizer, options, special_tokens))
 
     def save(self, folder: str | Path, *, template: str, config: SamplingConfig | None) -> None:
         """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
@@ -224,7 +224,7 @@ class LanguageModel(NamedTuple):
         limit = self.model.config.max_length
         rows = []
         for number, (messages, response) in enumerate(zip(conversations, responses, strict=True)):
-            where = f"text {number}, {messages[-1]['content'][:40]!r}"
+            where = f"text {number}, {conversation.text_of(messages[-1])[:40]!r}"
             ids = encoding.answered_ids(messages, response, self.tokenizer, where)
             if len(ids) > limit:
                 raise UserError(
@@ -341,6 +341,7 @@ class Generator:
         top_k, top_p, min_p, repetition_penalty: as in ``sampling.SamplingConfig``.
         template: how a prompt is formatted, as ``text.template``; None is ``auto``.
         template_options: variables of the chat template, as ``text.template_options``.
+        special_tokens: what their spelling in a plain prompt is, as ``text.special_tokens``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``data.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
@@ -369,6 +370,7 @@ class Generator:
         repetition_penalty: float = 1.0,
         template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
+        special_tokens: Literal["text", "tokens"] = "text",
         environment: Source = None,
         max_turns: int | None = None,
         batch_size: int = 64,
@@ -382,7 +384,7 @@ class Generator:
             raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         self.stop = tuple(stop)
         loaded = _load(folder, compute, is_judge=False)
-        self._policy = loaded.with_options(template_options)
+        self._policy = loaded.reading(template_options, special_tokens)
         self.template_options = dict(template_options) if template_options else None
         self.model, _, self.tokenizer = self._policy
         self.template = template or chat.AUTO

@@ -118,7 +118,8 @@ def stage_rows(
     source = config.model or config.tokenizer.name
     tokenizer = tokenizers.load_tokenizer(source) if source else None
     if tokenizer is not None:
-        tokenizer = chat.with_options(tokenizer, config.text.template_options)
+        text = config.text
+        tokenizer = chat.reading(tokenizer, text.template_options, text.special_tokens)
     template = chat.template_of(tokenizer, config.text.template)
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
     how["turns"] = config.sft.turns
@@ -206,10 +207,11 @@ def language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        return loaded.with_options(config.text.template_options)
+        return loaded.reading(config.text.template_options, config.text.special_tokens)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
-        tokenizer = chat.with_options(tokenizer, config.text.template_options)
+        text = config.text
+        tokenizer = chat.reading(tokenizer, text.template_options, text.special_tokens)
     elif config.tokenizer.kind == "bpe":
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
@@ -256,7 +258,15 @@ def prompts_for(
     encoded = encoding.encode_prompts(rows, language_model.tokenizer, **how)
     for what, count in encoded.counts.items():
         logger.info(f"{count} prompts: {what}{note}")
+    say_spelled(rows, language_model.tokenizer, config.text.template)
     return encoded
+
+
+def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: str) -> None:
+    """Prints which plain texts spell special tokens; a chat template refuses them."""
+    sentence = encoding.spelled(rows, tokenizer)
+    if sentence and chat.frame(template, tokenizer) is not None:
+        logger.info(f"warning: {sentence}")
 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:

@@ -347,6 +347,7 @@ def _encoded(
         own = _pieces(own, language_model)
     else:
         initial.say_template(config, language_model.tokenizer)
+    initial.say_spelled([*data.rows, *to_validate.rows], language_model.tokenizer, template)
     every_row = [*to_train, *own]
     encoded = encoding.encode_texts(
         every_row,
