@@ -143,9 +143,10 @@ class ChatTemplate:
         before: Messages,
         answer: Messages,
         where: str,
+        tools: Tools = None,
     ) -> tuple[str, str]:
         """The texts of a conversation up to the assistant's turn and of that turn, by `PLAIN`."""
-        self._check([*before, *answer], None, where)
+        self._check([*before, *answer], tools, where)
         with _template_errors(where):
             return self._opening(before, None), text_of(answer[-1])
 

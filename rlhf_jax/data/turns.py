@@ -82,12 +82,12 @@ def _as_texts(
         for number in learned:
             before = [*row.messages, *answer][:number]
             turn = [*row.messages, *answer][number : number + 1]
-            prompt, text = template.answers(before, turn, row.source)
+            prompt, text = template.answers(before, turn, row.source, row.tools)
             turned.append(replace(row, prompt=prompt, responses=(text,), messages=before))
         return _numbered(turned)
     if any(len(answer) > 1 for answer in answers):
         raise BadRow(row.source, _SEVERAL)
-    texts = [template.answers(row.messages, answer, row.source) for answer in answers]
+    texts = [template.answers(row.messages, answer, row.source, row.tools) for answer in answers]
     return [replace(row, prompt=texts[0][0], responses=tuple(text for _, text in texts))]
 
 
