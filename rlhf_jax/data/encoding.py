@@ -459,13 +459,15 @@ def answered_ids(
     response: str,
     tokenizer: Tokenizer,
     where: str,
+    ends: bool = False,
 ) -> Ids:
     """Ids of a conversation and its response, both texts, for a model of another tokenizer: in the
     chat template of its folder.
 
     A model that a run of this package trained on plain prompts reads one in the frame of that run
     (`chat.frame`). A folder without a chat template reads prompt, response and EOS, and nothing
-    else; a conversation is then one text, by `chat.PLAIN`.
+    else; a conversation is then one text, by `chat.PLAIN`. ``ends``: nothing follows the token
+    that ends the response.
 
     Raises:
       BadRow: at ``where``, as `chat.ChatTemplate.prompt`.
@@ -476,7 +478,7 @@ def answered_ids(
     if frame is not None and is_plain:
         prompt: Text = frame.replace("{prompt}", text_of(messages[0]))
     elif template.tokenizer is not None:
-        return template.answered(messages, response, where)
+        return template.answered(messages, response, where, ends)
     else:
         prompt = template.prompt(messages, where)
     before, after = _ids([prompt, response], tokenizer, [where, where])

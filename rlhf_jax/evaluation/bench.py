@@ -122,7 +122,11 @@ def judge_positions(entry: str) -> int:
     for source in spec.sources(entry).values():
         for folder in spec.members(source) or [source]:
             if (folder / "config.json").is_file():
-                positions.append(hf.read_config(folder).max_length)
+                config = hf.read_config(folder)
+                closing: list[int] = []
+                if not hf.scores_turns(config):
+                    closing = chat.template_of(load_tokenizer(folder), chat.AUTO).closing
+                positions.append(config.max_length - len(closing))
     return min(positions)
 
 
@@ -149,11 +153,14 @@ def reward_of(
 ) -> spec.Reward:
     """The reward of one entry, see ``spec.build_reward``; errors name the setting ``flag``."""
     known = policy.tokenizer.fingerprint
+    in_chat = chat.frame(policy.template, policy.tokenizer) is None
     judge = Judge(url=config.judge_url, model=config.judge_model)
     return spec.build_reward(
         (entry,),
         tokenizer=policy.tokenizer,
-        load=functools.partial(initial.load_reward_model, compute=Compute(), policy=known),
+        load=functools.partial(
+            initial.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
+        ),
         columns=columns,
         flag=flag,
         services=Services(judge, Path(config.output or policy.folder) / "judge"),

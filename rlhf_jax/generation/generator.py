@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax import models, ops, sampling
+from rlhf_jax import models, ops, rewards, sampling
 from rlhf_jax.data import batches, chat, conversation, encoding, stops, tokenizers
 from rlhf_jax.data.environment import (
     Environment,
@@ -44,9 +44,12 @@ def _sampler(num_layers: int) -> Any:
 
 
 @functools.cache
-def _scorer(model: models.Model) -> Any:
-    """``models.score_fn``, compiled once for each model and shape."""
-    return jax.jit(models.score_fn(model))
+def _scorer(model: models.Model, closing: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> Any:
+    """``models.score_fn``, or ``rewards.behind_turns`` if there is a closing, compiled once for
+    each model and shape.
+    """
+    score_fn = models.score_fn(model)
+    return jax.jit(rewards.behind_turns(score_fn, closing, ends) if closing else score_fn)
 
 
 class _Stream(NamedTuple):
@@ -208,6 +211,15 @@ class LanguageModel(NamedTuple):
         until_stop = stops.stopping(until_eos, self.tokenizer, stop)
         return converse(environment, until_stop, encoded, numbers)
 
+    def closing(self, in_chat: bool) -> tuple[int, ...]:
+        """What a reward model has to read behind an answer in its chat template: the end of the
+        turn and what follows it, if it was trained on whole conversations. Empty for one of ours,
+        whose score stands at the end of the turn, and for texts that no chat template made.
+        """
+        if not in_chat or hf.scores_turns(self.model.config):
+            return ()
+        return tuple(chat.template_of(self.tokenizer, chat.AUTO).closing)
+
     def score_texts(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -215,17 +227,19 @@ class LanguageModel(NamedTuple):
         batch_size: int = 64,
     ) -> np.ndarray:
         """[N] float32 scores, by a reward model, of responses to conversations, both texts:
-        `encoding.answered_ids`, ``batch_size`` of similar length at a time.
+        `encoding.answered_ids`, ``batch_size`` of similar length at a time. A model of others
+        reads all that its chat template writes, one of ours up to the end of the answer.
 
         Raises:
             UserError: naming the text: it has more tokens than the model reads, or spells a special
                 token of it in a prompt.
         """
         limit = self.model.config.max_length
+        ends = hf.scores_turns(self.model.config)
         rows = []
         for number, (messages, response) in enumerate(zip(conversations, responses, strict=True)):
             where = f"text {number}, {conversation.text_of(messages[-1])[:40]!r}"
-            ids = encoding.answered_ids(messages, response, self.tokenizer, where)
+            ids = encoding.answered_ids(messages, response, self.tokenizer, where, ends)
             if len(ids) > limit:
                 raise UserError(
                     f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
@@ -515,7 +529,10 @@ class Generator:
         if self._reads_texts:
             conversations = [row.conversation or () for row in rows]
             return self._judge.score_texts(conversations, texts, self.batch_size)
-        score = functools.partial(_scorer(self._judge.model), self._judge.params)
+        in_chat = chat.frame(self.template, self.tokenizer) is None
+        ends = self.tokenizer.eos_ids
+        scorer = _scorer(self._judge.model, self._judge.closing(in_chat), ends)
+        score = functools.partial(scorer, self._judge.params)
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
     @functools.cached_property

@@ -137,12 +137,11 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
     return list(row.messages) or chat.shown(row, tokenizer)
 
 
-def reward_of(
-    entries: Sequence[str], tokenizer: Tokenizer, columns: Collection[str]
-) -> spec.Reward:
+def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
-    load = functools.partial(initial.load_reward_model, compute=Compute())
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns)
+    in_chat = chat.frame(policy.template, policy.tokenizer) is None
+    load = functools.partial(initial.load_reward_model, compute=Compute(), in_chat=in_chat)
+    return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 
 def described(

@@ -65,7 +65,7 @@ def run(folder: str, config: Config) -> int:
     columns = {name for row in data.rows for name in row.columns}
     reward = None
     if config.reward:
-        reward = asking.reward_of(config.reward, policy.tokenizer, columns)
+        reward = asking.reward_of(config.reward, policy, columns)
     asked = policy.ask(data.rows, config.n)
     out = Path(config.out)
     total = asked.streams.size

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from rlhf_jax import models, ops, sampling
+from rlhf_jax import models, ops, rewards, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, Row
@@ -294,12 +294,14 @@ def load_reward_model(
     score_rows: int | None = None,
     length: int = 0,
     policy: str | None = None,
+    in_chat: bool = False,
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
     ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
-    the first device of each process; its own length is checked with each text.
+    the first device of each process; its own length is checked with each text. ``in_chat``: the
+    policy's prompts are in a chat template (``LanguageModel.closing``).
 
     Raises:
         UserError: the folder cannot be read, or the model has no score head or fewer positions than
@@ -310,19 +312,23 @@ def load_reward_model(
     own = tokenizers.load_tokenizer(source).fingerprint
     reads_texts = policy is not None and own != policy
     loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
-    model, params, _ = loaded
+    model, params, tokenizer = loaded
     if "score" not in params:
         raise UserError(
             f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
         )
-    reads = model.config.max_length
+    closing = loaded.closing(in_chat)
+    reads = model.config.max_length - len(closing)
     if reads < length and not reads_texts:
         raise UserError(
             f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
             f"{length}"
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
-    score_fn = ops.by_rows(models.score_fn(model), score_rows)
+    score_fn = models.score_fn(model)
+    if closing:
+        score_fn = rewards.behind_turns(score_fn, closing, tokenizer.eos_ids)
+    score_fn = ops.by_rows(score_fn, score_rows)
     return spec.RewardModel(score_fn, params, own, score_texts)
 
 
