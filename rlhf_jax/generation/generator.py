@@ -141,12 +141,16 @@ class LanguageModel(NamedTuple):
                 allows. A reward model has no such file.
         """
         models.save(folder, self.model, self.params)
-        chat.with_text_template(self.tokenizer, template).save(folder)
+        self.save_tokenizer(folder, template)
         if "score" in self.params:
             return
         keys = _generation(self.tokenizer, config)
         text = json.dumps(keys, indent=2, ensure_ascii=False) + "\n"
         Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
+
+    def save_tokenizer(self, folder: str | Path, template: str) -> None:
+        """Writes the tokenizer with the chat template that tells chat clients of ``template``."""
+        chat.with_text_template(self.tokenizer, template).save(folder)
 
     def sample(
         self,

@@ -21,7 +21,7 @@ from rlhf_jax import models
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.models.hf import model_folder
+from rlhf_jax.models import hf
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.report import page, records, verdict
 from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
@@ -254,18 +254,50 @@ class Stage:
                     save(done, new / name, template=template, config=how)
             if start.base is not None:
                 saved.append(run.adapter)
-                self._save_adapters(start.base, trained)
+                self._save_adapters(begun, start.base, trained)
             logger.info(f"saved {', '.join(map(str, saved))}")
             _draw_page(run)
 
         processes.in_first(write)
         return RunResult(run.path, run.model, metrics)
 
-    def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
+    def _save_adapters(
+        self, begun: LanguageModel, base: Params, trained: Mapping[str, Params]
+    ) -> None:
+        source = str(self.config.model)
+        pad = begun.model.config.pad_token_id
+        named = hf.read_config(hf.find_folder(source)).pad_token_id
         with folder.replacing(self.run.adapter) as new:
             for name, part in trained.items():
                 adapters = jax.device_get(part)
-                models.lora.save(new / name, base, adapters, base_model=self.config.model)
+                is_misread = "score" in adapters and pad != named
+                base_model = None if is_misread else self.config.model
+                models.lora.save(new / name, base, adapters, base_model=base_model)
+                begun.save_tokenizer(new / name, self.config.text.template)
+                if is_misread:
+                    text = _MISREAD.format(base=source, pad=pad)
+                    (new / name / "README.md").write_text(text, encoding="utf-8")
+
+
+_MISREAD = """# Adapters of a reward model
+
+transformers takes a reward model's score at the last token that is no pad. The padding token of
+the base model, `{base}`, also ends an answer, or it has none: loaded as it is, the base would give
+scores of another token. So adapter_config.json names no base model, and PEFT's auto classes refuse
+to guess. Load both with another padding token:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels=1, pad_token_id={pad}
+)
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+The folder `model/` beside this one has the adapters merged and needs none of this.
+"""
 
 
 def _draw_page(run: folder.Run) -> None:
@@ -307,7 +339,7 @@ def set_up(config: RunConfig) -> RunConfig:
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     parts = [f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"]
     if config.model:
-        config = dataclasses.replace(config, model=model_folder(config.model))
+        config = dataclasses.replace(config, model=hf.model_folder(config.model))
     mesh = layout.mesh_of(config)
     if sharding.is_cut(mesh):
         parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
