@@ -2,11 +2,27 @@
 a turn, how tools, calls and reasoning are written, and what is left out of the history.
 """
 
+import itertools
 import json
 
 import tokenizers as hf
 
+from rlhf_jax.data import chat, encoding, formats
 from rlhf_jax.data.tokenizers import train_bpe
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+HI = {"role": "user", "content": "Hi"}
+HELLO = {"role": "assistant", "content": "Hello!"}
+MORE = {"role": "user", "content": "More?"}
+YES = {"role": "assistant", "content": "Yes."}
+WHERE = {"role": "user", "content": "Paris?"}
+TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}]
+FUNCTION = {"name": "sky", "arguments": {"city": "Paris"}}
+CALL = {"role": "assistant", "content": None}
+CALL["tool_calls"] = [{"id": "call00001", "type": "function", "function": FUNCTION}]
+RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "call00001"}
+SUNNY = {"role": "assistant", "content": "Sunny."}
+THOUGHT = YES | {"reasoning_content": "Two and two."}
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['content'] is string %}"
@@ -324,3 +340,30 @@ def write(folder, name):
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(source)
+
+
+def rows_of(tokenizer, write, record, **options):
+    template = chat.template_of(tokenizer, "auto")
+    return formats.read("demonstrations", write([record]), template=template, **options).rows
+
+
+def encoded(tokenizer, rows):
+    """(ids, learned) of each row."""
+    texts = encoding.encode_texts(rows, tokenizer, template="auto")
+    found = []
+    for number, ids in enumerate(texts.tokens[0]):
+        start = texts.starts[number, 0]
+        learned = texts.learned.get((0, number), [True] * (len(ids) - start))
+        found.append((ids.tolist(), [False] * start + list(map(bool, learned))))
+    return found
+
+
+def spans(tokenizer, ids, learned):
+    """The texts of the learned parts."""
+    parts = itertools.groupby(zip(ids, learned, strict=True), lambda pair: pair[1])
+    decode = tokenizer.backend.decode
+    return [
+        decode([token for token, _ in part], skip_special_tokens=False)
+        for is_learned, part in parts
+        if is_learned
+    ]

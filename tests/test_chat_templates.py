@@ -3,30 +3,32 @@ out by hand.
 """
 
 import contextlib
-import itertools
 import json
 
 import chat_templates
 import pytest
 import transformers
+from chat_templates import (
+    CALL,
+    HELLO,
+    HI,
+    MORE,
+    RESULT,
+    SUNNY,
+    SYSTEM,
+    THOUGHT,
+    TOOLS,
+    WHERE,
+    YES,
+    encoded,
+    rows_of,
+    spans,
+)
 
-from rlhf_jax.data import chat, encoding, formats
+from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 
-SYSTEM = {"role": "system", "content": "Be kind."}
-HI = {"role": "user", "content": "Hi"}
-HELLO = {"role": "assistant", "content": "Hello!"}
-MORE = {"role": "user", "content": "More?"}
-YES = {"role": "assistant", "content": "Yes."}
-WHERE = {"role": "user", "content": "Paris?"}
-TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}]
-FUNCTION = {"name": "sky", "arguments": {"city": "Paris"}}
-CALL = {"role": "assistant", "content": None}
-CALL["tool_calls"] = [{"id": "call00001", "type": "function", "function": FUNCTION}]
-RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "call00001"}
-SUNNY = {"role": "assistant", "content": "Sunny."}
-THOUGHT = YES | {"reasoning_content": "Two and two."}
 DATE = {"date_string": "26 Jul 2024"}
 
 TURNS = [HI, HELLO, MORE, YES]
@@ -118,33 +120,6 @@ def family(request, tmp_path_factory):
     return request.param, load_tokenizer(folder), theirs
 
 
-def rows_of(tokenizer, write, record, **options):
-    template = chat.template_of(tokenizer, "auto")
-    return formats.read("demonstrations", write([record]), template=template, **options).rows
-
-
-def encoded(tokenizer, rows):
-    """(ids, learned) of each row."""
-    texts = encoding.encode_texts(rows, tokenizer, template="auto")
-    found = []
-    for number, ids in enumerate(texts.tokens[0]):
-        start = texts.starts[number, 0]
-        learned = texts.learned.get((0, number), [True] * (len(ids) - start))
-        found.append((ids.tolist(), [False] * start + list(map(bool, learned))))
-    return found
-
-
-def spans(tokenizer, ids, learned):
-    """The texts of the learned parts."""
-    parts = itertools.groupby(zip(ids, learned, strict=True), lambda pair: pair[1])
-    decode = tokenizer.backend.decode
-    return [
-        decode([token for token, _ in part], skip_special_tokens=False)
-        for is_learned, part in parts
-        if is_learned
-    ]
-
-
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 def test_ids_and_what_is_learned(family, kind, write):
     name, tokenizer, theirs = family
@@ -168,6 +143,7 @@ def test_ids_and_what_is_learned(family, kind, write):
         return
     if len(found) == 1:
         assert found[0][0] == whole
+        assert_masks(theirs, messages, tools, found[0][1], name in ("phi4", "smollm3"))
     else:  # each turn as the model sees it then
         numbers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
         if (name, kind) == ("mistral", "system"):  # which it writes for the last question alone
@@ -176,11 +152,14 @@ def test_ids_and_what_is_learned(family, kind, write):
         else:
             until = [theirs.apply_chat_template(messages[: i + 1], **how) for i in numbers]
         assert [ids for ids, _ in found] == until
-    if name in ("phi4", "smollm3"):
-        masked = theirs.apply_chat_template(
-            messages, tools=tools, return_assistant_tokens_mask=True, return_dict=True, **DATE
-        )
-        assert [found[0][1]] == [list(map(bool, masked["assistant_masks"]))]
+
+
+def assert_masks(theirs, messages, tools, learned, is_marked):
+    """What is learned is what transformers reads from {% generation %}."""
+    if is_marked:
+        how = {"return_assistant_tokens_mask": True, "return_dict": True}
+        masked = theirs.apply_chat_template(messages, tools=tools, **how, **DATE)
+        assert learned == list(map(bool, masked["assistant_masks"]))
 
 
 def test_the_prompt_and_the_end_of_a_turn(family):

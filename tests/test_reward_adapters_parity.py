@@ -47,9 +47,14 @@ def test_the_plain_loading_fails_loudly_and_the_card_s_gives_the_score(tmp_path,
     scope = {}
     exec(code.replace('"adapter"', repr(str(adapter))), scope)
     loaded = scope["model"].eval()
+    assert_scores(done.model_folder, adapter, loaded)
+
+
+def assert_scores(model_folder, adapter, loaded):
+    """Those of the merged folder."""
     asked = [{"role": "user", "content": "hi"}]
     for text in ("hello", "no 1"):
-        judge = LanguageModel.load(done.model_folder)
+        judge = LanguageModel.load(model_folder)
         expected = judge.score_texts([asked], [text])
         tokens = encoding.answered_ids(asked, text, judge.tokenizer, "", ends=True)
         with torch.no_grad():

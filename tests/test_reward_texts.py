@@ -159,14 +159,25 @@ def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, wri
     assert is_ours or np.abs(expected - at_end).min() > 1e-3
     foreign = build(folder).host(sampled(["x"] * 3, SAID), {"messages": [ASKED[0]] * 3})[0]
     assert_allclose(foreign, expected, atol=1e-5)
+    assert_traced(folder, tokenizer, expected, at_end, is_ours)
 
+    rows = [{"prompt": "hi", "chosen": SAID[0], "rejected": SAID[1]}]
+    judged = bench.load(folder, evaluate.Config())
+    opened = bench.open_bench(judged, evaluate.Config())
+    pairs = bench.encode_pairs(opened, formats.read("pairs", write(rows)).rows)
+    [margin] = bench.margins(opened, pairs)["reward_model"]
+    assert margin == pytest.approx(float(expected[0] - expected[1]), abs=1e-5)
+
+
+def assert_traced(folder, tokenizer, expected, at_end, is_ours):
+    """The scores of rollouts of the same tokenizer, in a chat template and without one."""
     prompt = chat.template_of(tokenizer).prompt(ASKED[0], "")
     ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in SAID]
     if not is_ours:
         ids[0] = ids[0][:-1]  # cut: the template ends the turn
     rows = [[*prompt, *response] for response in ids]
-    tokens, mask = encoding.left_padded(rows, 64, tokenizer.pad_id)
-    tokens, mask = np.roll(tokens, -4, axis=1), np.roll(mask, -4, axis=1)  # pads on both sides
+    padded = encoding.left_padded(rows, 64, tokenizer.pad_id)
+    tokens, mask = (np.roll(array, -4, axis=1) for array in padded)  # pads on both sides
     made = Rollout(tokens, mask, mask, mask)
     own = {"compute": Compute(), "policy": tokenizer.fingerprint, "in_chat": True}
     reward = initial.load_reward_model(folder, **own)
@@ -175,13 +186,6 @@ def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, wri
     unended = slice(0 if is_ours else 1, None)
     scores = rewards.from_model(*plain[:2])(made)[0]
     assert_allclose(scores[unended], at_end[unended], atol=1e-5)
-
-    rows = [{"prompt": "hi", "chosen": SAID[0], "rejected": SAID[1]}]
-    judged = bench.load(folder, evaluate.Config())
-    opened = bench.open_bench(judged, evaluate.Config())
-    pairs = bench.encode_pairs(opened, formats.read("pairs", write(rows)).rows)
-    [margin] = bench.margins(opened, pairs)["reward_model"]
-    assert margin == pytest.approx(float(expected[0] - expected[1]), abs=1e-5)
 
 
 @pytest.mark.slow

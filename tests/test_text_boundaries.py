@@ -100,20 +100,23 @@ def test_a_plain_text_begins_as_transformers_begins_it(named, begins, tmp_path):
     assert [*piece.prompt, *piece.responses[0]] == [*theirs("x")["input_ids"], tokenizer.eos_id]
     begin = "<s>" if begins else "no special token"
     assert chat.boundaries("auto", tokenizer) == f"turns end with </s>, texts begin with {begin}"
-    # What chat clients render is what the run read: BOS once.
-    for template in ("Q: {prompt}", "{prompt}"):
-        chat.with_text_template(tokenizer, template).save(tmp_path / "saved")
-        saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-        asked = [{"role": "user", "content": "x"}]
-        ids = saved.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        text = "Q: x" if template != "{prompt}" else "User:\nx\n\nAssistant:\n"
-        assert ids == theirs(text)["input_ids"]
-        ours = load_tokenizer(tmp_path / "saved")
-        again = chat.template_of(ours)
-        assert again.source == chat.PLAIN
-        assert encoding.prompt_ids([Row("x", (), "")], ours, "auto") == [
-            theirs("Q: x" if template != "{prompt}" else "x")["input_ids"]
-        ]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "plain"),
+    [("Q: {prompt}", "Q: x", "Q: x"), ("{prompt}", "User:\nx\n\nAssistant:\n", "x")],
+)
+def test_chat_clients_of_a_saved_folder_read_the_beginning_once(template, text, plain, tmp_path):
+    tokenizer, theirs = with_bos(tmp_path)
+    chat.with_text_template(tokenizer, template).save(tmp_path / "saved")
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    asked = [{"role": "user", "content": "x"}]
+    ids = saved.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert ids == theirs(text)["input_ids"]
+    ours = load_tokenizer(tmp_path / "saved")
+    assert chat.template_of(ours).source == chat.PLAIN
+    rows = [Row("x", (), "")]
+    assert encoding.prompt_ids(rows, ours, "auto") == [theirs(plain)["input_ids"]]
 
 
 def test_a_long_prompt_keeps_its_beginning(tmp_path):

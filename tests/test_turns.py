@@ -5,7 +5,7 @@ a message has.
 import chat_templates
 import numpy as np
 import pytest
-from test_chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
+from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
 
 from rlhf_jax.data import batches, chat, encoding, formats
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -76,7 +76,11 @@ def test_a_preference_counts_what_differs(chatml, qwen3, write):
         assert shown == [f"{text}{END}" for text in said]
         assert mask[real][-1] == 1  # the score stands at the end of the turn
     assert data.starts[0].tolist() == [len(row.prompt)] * 2
-    record["rejected"][2] = HELLO  # the first answer is the same: context
+
+
+def test_a_beginning_that_both_answers_share_is_context(chatml, write):
+    record = {"chosen": [SYSTEM, HI, HELLO, MORE, YES], "rejected": [SYSTEM, HI, HELLO, MORE, NO]}
+    template = chat.template_of(chatml, "auto")
     [row] = formats.read("pairs", write([record]), template=template).rows
     assert row.messages == [SYSTEM, HI, HELLO, MORE]
     assert not row.learned
@@ -85,6 +89,9 @@ def test_a_preference_counts_what_differs(chatml, qwen3, write):
     liked, disliked = formats.read("feedback", write([record]), template=template).rows
     assert (liked.targets, disliked.targets) == ((1.0,), (0.0,))
     assert chatml.decode(disliked.responses[0]) == f"No.{END}"
+
+
+def test_preferences_without_a_single_text_are_refused(qwen3, write):
     record = {"chosen": [HI, HELLO, MORE, YES], "rejected": [HI, NO, MORE, NO]}
     with pytest.raises(UserError, match="line 1: the chat template writes earlier turns otherwise"):
         formats.read("pairs", write([record]), template=chat.template_of(qwen3, "auto"))

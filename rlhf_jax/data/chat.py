@@ -206,7 +206,7 @@ class ChatTemplate:
         """The ids that end a turn of the assistant: an answer, and a call of a tool."""
         ids = self.closing[:1]
         call = {"name": _PROBE, "arguments": {}}
-        turn = {"role": "assistant", "content": ""}
+        turn: Message = {"role": "assistant", "content": ""}
         turn["tool_calls"] = [{"id": "call00001", "type": "function", "function": call}]
         with contextlib.suppress(Exception):  # a template can fail like any expression
             found = self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
@@ -259,7 +259,7 @@ class ChatTemplate:
         end = self._end_in(text[start:])
         if end:
             return text, [(start, start + end)]
-        eos = self.tokenizer.backend.id_to_token(self.tokenizer.eos_id)
+        eos = self.tokenizer.spelled([self.tokenizer.eos_id])
         ended = text.removesuffix(self._closing_text) + eos
         return ended, [(start, len(ended))]
 
@@ -471,7 +471,7 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
 def _beginning(tokenizer: Tokenizer) -> str:
     """The Jinja that writes the BOS with which transformers begins a plain text, if it does."""
     ids = tokenizer.beginning
-    texts = [json.dumps(tokenizer.backend.id_to_token(i), ensure_ascii=False) for i in ids]
+    texts = [json.dumps(tokenizer.spelled([i]), ensure_ascii=False) for i in ids]
     return "".join(f"{{{{- {text} -}}}}" for text in texts)
 
 
@@ -520,9 +520,8 @@ def boundaries(template: str, tokenizer: Tokenizer) -> str:
     """A line that says what ends the turns of the assistant and what begins a plain text."""
     around = frame(template, tokenizer)
     end = None if around is not None else template_of(tokenizer).end_of_turn
-    name = tokenizer.backend.id_to_token
-    begins = " ".join(map(name, tokenizer.beginning)) or "no special token"
-    ends = name(tokenizer.eos_id if end is None else end)
+    begins = tokenizer.spelled(tokenizer.beginning) or "no special token"
+    ends = tokenizer.spelled([tokenizer.eos_id if end is None else end])
     return f"turns end with {ends}, texts begin with {begins}"
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.data.rows import Fields, Message, Messages, Record, Tools
+from rlhf_jax.data.rows import Fields, Message, Messages, Record, Tools, common_length
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
@@ -23,7 +23,8 @@ def is_chat(row: Fields, *keys: str) -> bool:
     """Whether one of these keys holds messages."""
     values = [row.get(key) for key in keys]
     lists = [value for value in values if isinstance(value, list)]
-    return any(isinstance(turn, dict) for turn in itertools.chain(*lists))
+    turns = itertools.chain(*lists)
+    return any(isinstance(turn, dict) for turn in turns)
 
 
 def is_answered(messages: Any) -> bool:
@@ -56,14 +57,12 @@ def learned_turns(
     say something and have no weight of 0. ``last``: only the last message, if it is one of them.
     """
     first = len(messages) - 1 if last else start
-    return [
-        number
-        for number, message in enumerate(messages)
-        if number >= first
-        and message["role"] == "assistant"
-        and message.get("weight", 1) != 0
-        and said(message)
-    ]
+    learned = []
+    for number, message in enumerate(messages[first:], first):
+        counts = message["role"] == "assistant" and message.get("weight", 1) != 0
+        if counts and said(message):
+            learned.append(number)
+    return learned
 
 
 def asked(record: Record, key: str) -> list[Message]:
@@ -115,15 +114,15 @@ def pair(
     """The common beginning of two conversations, and the turns of each after it."""
     before, chosen = exchange(record, keys[0])
     other, rejected = exchange(record, keys[1])
-    prefilled = len(before) if record.value.get("prompt") is not None else 0
-    both = list(zip(before + chosen, other + rejected, strict=False))
-    is_equal = [first == second for first, second in both]
-    count = is_equal.index(False) if False in is_equal else len(both)
-    record.expect(count >= prefilled and before[:1] == other[:1], APART)
-    common = (before + chosen)[:count]
-    has_prompt = any(message["role"] not in ("system", "developer") for message in common)
-    record.expect(has_prompt, APART)
-    return common, (before + chosen)[count:], (other + rejected)[count:]
+    given = len(before) if record.value.get("prompt") is not None else 0
+    first = before + chosen
+    second = other + rejected
+    count = common_length(first, second)
+    common = first[:count]
+    roles = {message["role"] for message in common}
+    has_prompt = not roles <= {"system", "developer"}
+    record.expect(has_prompt and count >= given, APART)
+    return common, first[count:], second[count:]
 
 
 def tools_of(record: Record) -> Tools:
@@ -166,18 +165,13 @@ def _check(
     record.expect(isinstance(role, str), f"'role' of {where} must be a string", role)
     wanted = f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}"
     record.expect(role in ROLES, wanted)
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            _check_part(record, part, where)
-    else:
-        is_text = isinstance(content, str) or (content is None and role == "assistant")
-        record.expect(is_text, f"'content' of {where} must be a string", content)
-    record.checked(f"the content of {where}", text_of(message) or " ")
+    _check_content(record, message, where)
     for key in _OTHER_TEXTS:
         other = message.get(key)
-        record.expect(isinstance(other, str | None), f"{key!r} of {where} must be a string", other)
-        record.checked(f"{key!r} of {where}", other or " ")
+        name = f"{key!r} of {where}"
+        is_text = isinstance(other, str | None)
+        record.expect(is_text, f"{name} must be a string", other)
+        record.checked(name, other or " ")
     calls = message.get("tool_calls")
     is_calls = calls is None or isinstance(calls, list)
     record.expect(is_calls, f"'tool_calls' of {where} must be a list", calls)
@@ -185,12 +179,23 @@ def _check(
     record.expect(weight in (None, 0, 1), f"'weight' of {where} must be 0 or 1", weight)
 
 
-def _check_part(
+def _check_content(
     record: Record,
-    part: Any,
+    message: Message,
     where: str,
 ) -> None:
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    is_text = kind == "text" and isinstance(part.get("text"), str)
-    found = f"a part of type {kind!r}" if isinstance(kind, str) else "another part"
-    record.expect(is_text, f"the content of {where} has {found}; only text parts are read")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else None
+            is_text = kind == "text" and isinstance(part.get("text"), str)
+            found = "another part"
+            if isinstance(kind, str):
+                found = f"a part of type {kind!r}"
+            what = f"the content of {where} has {found}; only text parts are read"
+            record.expect(is_text, what)
+    else:
+        may_be_null = message.get("role") == "assistant"
+        is_text = isinstance(content, str) or (content is None and may_be_null)
+        record.expect(is_text, f"'content' of {where} must be a string", content)
+    record.checked(f"the content of {where}", text_of(message) or " ")

@@ -386,8 +386,8 @@ def _demonstration(record: Record) -> Row:
     elif "response" not in row and row.keys() >= set(PAIR):
         key = "chosen"
     if key == "chosen" and conversation.is_chat(row, "prompt", *PAIR):
-        before, chosen, _ = conversation.pair(record, PAIR)
-        return _row(record, before, (chosen,))
+        common, chosen, _ = conversation.pair(record, PAIR)
+        return _row(record, common, (chosen,))
     before, response = _exchange(record, key)
     return _row(record, before, (response,))
 
@@ -413,10 +413,9 @@ def _feedback(record: Record) -> list[Row]:
 
 def _apart(row: Row) -> list[Row]:
     """A row for each response."""
-    answers = [(answer,) for answer in row.answers] or [()] * len(row.responses)
     return [
-        replace(row, responses=(response,), answers=answer)
-        for response, answer in zip(row.responses, answers, strict=True)
+        replace(row, responses=(response,), answers=row.answers[number : number + 1])
+        for number, response in enumerate(row.responses)
     ]
 
 
@@ -497,13 +496,13 @@ def _dialogue(record: Record, key: str) -> tuple[str, str]:
 def _row(
     record: Record,
     before: Text | Messages,
-    responses: Sequence[Text | Messages] = (),
+    responses: Sequence[Any] = (),
     **fields: Any,
 ) -> Row:
     """The row of a prompt, a text or messages, and its responses, which are texts or ids, or all
     turns.
     """
-    if not isinstance(before, list):
+    if isinstance(before, str | tuple):
         return Row(before, tuple(responses), record.source, **fields)
     if not any(isinstance(response, list) for response in responses):
         return Row("", tuple(responses), record.source, messages=before, **fields)

@@ -186,6 +186,10 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return [i for i, token in added.items() if token.special]
 
+    def spelled(self, ids: Iterable[int]) -> str:
+        """The tokens themselves, as the vocabulary spells them, one after the other."""
+        return "".join(self.backend.id_to_token(i) or "" for i in ids)
+
     @cached_property
     def special_tokens(self) -> list[str]:
         """The special tokens as they are spelled."""

@@ -77,11 +77,11 @@ def _as_texts(
 ) -> list[Row]:
     """One row for each learned turn of a demonstration: no token of `chat.PLAIN` ends a turn."""
     if len(answers) == 1 and row.targets is None:
-        [answer], [learned] = answers, learns
+        whole = [*row.messages, *answers[0]]
         turned = []
-        for number in learned:
-            before = [*row.messages, *answer][:number]
-            turn = [*row.messages, *answer][number : number + 1]
+        for number in learns[0]:
+            before = whole[:number]
+            turn = whole[number : number + 1]
             prompt, text = template.answers(before, turn, row.source, row.tools)
             turned.append(replace(row, prompt=prompt, responses=(text,), messages=before))
         return _numbered(turned)

@@ -56,7 +56,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
     end = _end_of_turn(tokenizer, template)
     if template is not None:
-        template = "".join(map(tokenizer.backend.id_to_token, tokenizer.beginning)) + template
+        template = tokenizer.spelled(tokenizer.beginning) + template
     card = page.fill(
         "model_card.md",
         record=record,
@@ -82,7 +82,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 def _end_of_turn(tokenizer: Tokenizer, template: str | None) -> str:
     """The token behind a response, as it is spelled."""
     end = chat.template_of(tokenizer).end_of_turn if template is None else None
-    return str(tokenizer.backend.id_to_token(tokenizer.eos_id if end is None else end))
+    return tokenizer.spelled([tokenizer.eos_id if end is None else end])
 
 
 def _files(model: Path) -> tuple[list[Path], list[Path]]:

@@ -101,11 +101,15 @@ def behind_turns(
         columns = jnp.arange(tokens.shape[1])[None]
         is_real = attention_mask != 0
         last = jnp.max(jnp.where(is_real, columns, 0), axis=1, keepdims=True)
-        is_ended = jnp.isin(jnp.take_along_axis(tokens, last, axis=1), jnp.asarray(ends))
+        last_tokens = jnp.take_along_axis(tokens, last, axis=1)
+        is_ended = jnp.isin(last_tokens, jnp.asarray(ends))
         place = columns - jnp.where(is_ended, last, last + 1)
-        closes = (place >= 0) & (place < len(closing)) & is_real.any(axis=1, keepdims=True)
-        tokens = jnp.where(closes, ids[jnp.clip(place, 0, len(closing) - 1)], tokens)
-        return score_fn(params, tokens, jnp.where(closes, 1, attention_mask), key)
+        is_present = is_real.any(axis=1, keepdims=True)
+        closes = is_present & (place >= 0) & (place < len(closing))
+        closed = ids[jnp.clip(place, 0, len(closing) - 1)]
+        tokens = jnp.where(closes, closed, tokens)
+        attention_mask = jnp.where(closes, 1, attention_mask)
+        return score_fn(params, tokens, attention_mask, key)
 
     return score
 
