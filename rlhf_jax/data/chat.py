@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2.sandbox
+import numpy as np
 import tokenizers
 
 from rlhf_jax.data.conversation import is_answered, text_of
@@ -352,15 +353,14 @@ class ChatTemplate:
         the space that SentencePiece puts first, is learned if it stands in a span.
         """
         found = self._encoder.encode(rendered, add_special_tokens=False)
-        learned = [False] * len(found.ids)
-        rest = list(spans)
-        for number, (start, end) in enumerate(found.offsets):
-            while rest and start >= rest[0][1]:
-                rest.pop(0)
-            if not rest:
-                break
-            learned[number] = end > rest[0][0] or start == end == rest[0][0]
-        return Encoded(found.ids, learned)
+        if not spans:
+            return Encoded(found.ids, [False] * len(found.ids))
+        starts, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
+        learned = np.zeros(len(found.ids), bool)
+        for first, end in spans:
+            is_inside = (ends > first) | (starts == first)
+            learned |= is_inside & (starts < end)
+        return Encoded(found.ids, learned.tolist())
 
     def _check(
         self,

@@ -2,6 +2,7 @@
 and line.
 """
 
+import bisect
 import difflib
 import statistics
 from collections import defaultdict
@@ -165,12 +166,13 @@ class Drop(BadRow):
 
 def common_length(*sequences: Sequence[Any]) -> int:
     """The number of first items that all sequences share."""
-    count = 0
-    for items in zip(*sequences, strict=False):
-        if items.count(items[0]) < len(items):
-            break
-        count += 1
-    return count
+    first, *others = sequences
+    shortest = min(map(len, sequences))
+
+    def differ(last: int) -> bool:
+        return any(other[: last + 1] != first[: last + 1] for other in others)
+
+    return bisect.bisect_left(range(shortest), True, key=differ)
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:
