@@ -91,6 +91,17 @@ def test_a_beginning_that_both_answers_share_is_context(chatml, write):
     assert chatml.decode(disliked.responses[0]) == f"No.{END}"
 
 
+def test_a_score_stands_at_the_end_of_the_turn_whatever_is_learned_behind_it(tmp_path, write):
+    """SmolLM3's template marks the line end behind <|im_end|> too."""
+    chat_templates.write(tmp_path, "smollm3")
+    tokenizer = load_tokenizer(tmp_path)
+    template = chat.template_of(tokenizer, "auto")
+    record = {"prompt": [HI], "chosen": "Yes.", "rejected": "No."}
+    [row] = formats.read("pairs", write([record]), template=template).rows
+    end = tokenizer.backend.token_to_id(END)
+    assert [response[-1] for response in row.responses] == [end, end]
+
+
 def test_preferences_without_a_single_text_are_refused(qwen3, write):
     record = {"chosen": [HI, HELLO, MORE, YES], "rejected": [HI, NO, MORE, NO]}
     with pytest.raises(UserError, match="line 1: the chat template writes earlier turns otherwise"):

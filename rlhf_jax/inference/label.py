@@ -234,7 +234,7 @@ def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
     rendered = []
     for row in rows:
         if row.messages:
-            prompt = template.prompt(row.messages, row.source)
+            prompt = template.prompt(row.messages, row.source, tools=row.tools)
             row = dataclasses.replace(row, prompt=prompt)
         rendered.append(row)
     return rendered
