@@ -16,8 +16,9 @@ right, and each learned turn gets its own text, as the model sees it then.
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -299,13 +300,11 @@ class ChatTemplate:
         """
         if self.source == PLAIN:
             return plain(messages, how), []
-        from transformers.utils import chat_template_utils  # takes most of a second
-
         source = self._source_for(tools)
         _check_source(source)
         marks = not how and _GENERATION.search(source) is not None
         options: Any = {how: True} if how else {}
-        rendered, spans = chat_template_utils.render_jinja_template(
+        rendered, spans = _renderer()(
             [[self._given(message) for message in messages]],
             tools=tools,
             chat_template=(_TODAY if "strftime_now" in source else "") + source,
@@ -332,11 +331,9 @@ class ChatTemplate:
         """Whether the template writes the text of a list of parts, rather than fail or write the
         list.
         """
-        from transformers.utils import chat_template_utils
-
         parts = [{"type": "text", "text": _PROBE}]
         with contextlib.suppress(Exception):
-            rendered, _ = chat_template_utils.render_jinja_template(
+            rendered, _ = _renderer()(
                 [[{"role": "user", "content": parts}]],
                 chat_template=(_TODAY if "strftime_now" in self.source else "") + self.source,
                 **self.special_tokens,
@@ -400,6 +397,16 @@ class ChatTemplate:
     @cached_property
     def _special(self) -> list[str]:
         return [] if self.tokenizer is None else self.tokenizer.special_tokens
+
+
+@lru_cache(maxsize=1)
+def _renderer() -> Callable[..., Any]:
+    """transformers' renderer, imported with the first template: that takes most of a second."""
+    # Without PyTorch it says that no models are available, and none is wanted here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils.render_jinja_template
 
 
 def plain(messages: Messages, how: str = "") -> str:
