@@ -13,7 +13,7 @@ from builders import initial_params
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
 
 from rlhf_jax import config, models
-from rlhf_jax.config import KTOStage, RunConfig
+from rlhf_jax.config import RunConfig
 from rlhf_jax.data import chat, check, encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
@@ -293,11 +293,6 @@ def test_prompts_that_differ_by_case_spaces_or_unicode_form_are_one_group():
     first, second, third = map(encoding.group, rows)
     assert first == second != third
     assert encoding.group(Row((1, 2), (), "")) == (1, 2)
-
-
-def test_kto_needs_another_row_for_its_reference_point():
-    with pytest.raises(ValueError, match="batch_size must be at least 2"):
-        KTOStage(batch_size=1)
 
 
 @pytest.mark.parametrize("flag", ['{"enable_thinking": false}', "null"])
