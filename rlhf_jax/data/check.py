@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.batches import comparison_batch
-from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids
+from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids, spelled
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.forms import table
 from rlhf_jax.data.forms.columns import adapted, unused
@@ -184,6 +184,9 @@ def _describe(
         errors.append(error)
     warnings = _slips(file)
     unread = file.found.describe_unread(file.kind)
+    spelling = spelled(rows, tokenizer) if tokenizer else ""
+    if spelling:
+        warnings.append(f"  warning: {spelling}")
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
         *_forms(file.found),

@@ -16,7 +16,7 @@ import optax
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, stops
+from rlhf_jax.data import batches, encoding, stops
 from rlhf_jax.data.environment import Environment, converse, function_of
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -128,7 +128,7 @@ def run(
         )
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
-        return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
 
 
 def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
@@ -333,7 +333,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     multiple = initial.bucket_multiple(stage.config, layers, columns)
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    texts = [row.prompt for row in parts.prompts.rows]
+    texts = list(map(encoding.group, parts.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
     if settings.validation_data:
         held_out = np.arange(len(parts.to_validate))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import formats
+from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, Reply, load_environment
 from rlhf_jax.data.rows import Row
@@ -109,6 +109,7 @@ def load(
         score_rows=method.score_rows,
         length=length,
         policy=tokenizer.fingerprint,
+        in_chat=chat.frame(config.text.template, tokenizer) is None,
     )
     services = Services(config.judge, stage.run.judge)
     how: Any = {"tokenizer": tokenizer, "load": load_reward_model, "services": services}
