@@ -30,6 +30,7 @@ from rlhf_jax.errors import (
     file_errors,
     logger,
 )
+from rlhf_jax.graders import verifiable
 from rlhf_jax.runs import allocator
 
 if TYPE_CHECKING:  # it needs JAX
@@ -477,7 +478,11 @@ class Reading:
 
 
 def check_data(
-    files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error"
+    files: Files,
+    reading: tyro.conf.OmitArgPrefixes[Reading],
+    on_bad_row: OnBadRow = "error",
+    reward: tuple[str, ...] = (),
+    math: verifiable.Settings = verifiable.DEFAULT,
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every
     problem.
@@ -489,10 +494,14 @@ def check_data(
         reading: how they are read.
         on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and
             counted.
+        reward: math, regex:PATTERN or FILE.py:FUNCTION, tried on the rows: does a row's own answer
+            score, and the prompt itself, an empty response and another row's answer not?
+        math: how math reads answers.
     """
     from rlhf_jax.data import check
 
-    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
+    tried: Any = {"reward": reward, "math": math}
+    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row, **tried)
     _print(report.text)
     return 2 if report.num_problems else 0
 
