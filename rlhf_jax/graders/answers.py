@@ -40,13 +40,16 @@ _BREAK = re.compile(
     r"|(?P<stop>[.?;](?=\s|$)|(?<![\d)])!(?=\s|$)|:(?=\s|$)|\n|(?<=\s)[aAI](?=\s+[A-Za-z0-9$]))"
 )
 _RELATION = re.compile(r"[<>≤≥∈]|\\(?:leq?|geq?|in)(?![A-Za-z])")
+_NO_LOOK = re.compile(r"\s|\$|\\[,;:()\[\]]")
 _UNIT_AT_DIGIT = re.compile(r"(?<=\d)(?=[^\W\d_]{2})")
 _DIGIT = re.compile(r"\d")
 _SYMBOL = re.compile(r"[A-Za-z\d]")
 _NO_BREAKS = FUNCTION_NAMES - {"or", "and"}
+_LIST = re.compile(r"([(\[]).*,.*([)\]])", re.DOTALL)
 _EXCLAMATION = re.compile(r"!(?=\s|$)")
 _SAID = re.compile(r"\banswer(?:\s+is)?\s*[:=-]?\s*(?:is\b)?", re.IGNORECASE)
-_EDGES = " \t\r,.;:*_`\"'|#>"
+_EDGES_BUT_POINT = " \t\r,;:*_`\"'|#>"
+_EDGES = _EDGES_BUT_POINT + "."
 
 
 class Value(NamedTuple):
@@ -83,23 +86,36 @@ class Column:
     @property
     def form(self) -> Form:
         """``number`` if most of the golds are numbers: an answer to one must then be worked out."""
-        return "number" if 2 * self.kinds["number"] > self.kinds.total() else "expression"
+        is_most = 2 * self.kinds["number"] > self.kinds.total()
+        return "number" if is_most else "expression"
 
     def describe(self, form: Form) -> str:
         """One line for a log."""
-        read = ", ".join(f"{count} {mark}" for mark, count in self.marks.most_common())
-        kinds = ", ".join(f"{name}: {count}" for name, count in self.kinds.most_common())
-        line = f"{self.kinds.total()} answers, {read}; {kinds}; math.form {form}"
-        return f"{line}; {self.num_missing} rows without an answer" if self.num_missing else line
+        marks = [f"{count} {mark}" for mark, count in self.marks.most_common()]
+        kinds = [f"{name}: {count}" for name, count in self.kinds.most_common()]
+        parts = [
+            f"{self.kinds.total()} answers",
+            *marks,
+            *kinds,
+            f"math.form {form}",
+        ]
+        if self.num_missing:
+            parts.append(f"{self.num_missing} rows without an answer")
+        return ", ".join(parts)
 
 
 def column(golds: Iterable[Gold]) -> Column:
     """The counts of all golds."""
-    read = [gold for gold in golds if not gold.fault]
-    present = [gold for gold in read if gold.values]
-    kinds = Counter(gold.values[0].kind for gold in present)
-    marks = Counter(gold.mark for gold in present)
-    return Column(len(read) - len(present), marks, kinds)
+    num_missing = 0
+    marks = Counter[str]()
+    kinds = Counter[Kind]()
+    for one in golds:
+        if one.values:
+            marks[one.mark] += 1
+            kinds[one.values[0].kind] += 1
+        elif not one.fault:
+            num_missing += 1
+    return Column(num_missing, marks, kinds)
 
 
 def gold(entry: Any) -> Gold:
@@ -149,15 +165,15 @@ def _unmarked(text: str) -> tuple[str, str]:
         found = _marked(text, place)
         if found is not None:
             return mark, found
-    stripped = text.strip()
-    is_in_dollars = len(stripped) > 2 and stripped.startswith("$") and stripped.endswith("$")
-    return ("in $...$" if is_in_dollars else "bare"), stripped
+    bare = text.strip()
+    mark = "in $...$" if re.fullmatch(r"\$.+\$", bare, re.DOTALL) else "bare"
+    return mark, bare
 
 
 def value_of(text: str) -> Value:
     """What a text is that holds an answer and nothing else."""
     shown = literals.trimmed(literals.plain(text))
-    left, _, right = _split(shown)
+    left, right = _split(shown)
     named = right if re.fullmatch(r"\s*[A-Za-z]\s*", left) else text  # x = 5
     read = literals.number(named)
     if read is not None:
@@ -177,10 +193,14 @@ def _is_words(shown: str) -> bool:
     """Whether a text is words rather than mathematics: ``silent`` but not ``sin x``, ``xy = 3`` or
     ``x and y``.
     """
-    runs = [run for run in _RUN.findall(shown) if run.casefold() not in FUNCTION_NAMES]
-    if any(len(run) > 3 or not run.isascii() or run.istitle() for run in runs):
-        return True
-    return bool(runs) and not _OPERATORS.search(shown)
+    has_runs = False
+    for run in _RUN.findall(shown):
+        if run.casefold() in FUNCTION_NAMES:
+            continue
+        has_runs = True
+        if len(run) > 3 or not run.isascii() or run.istitle():
+            return True
+    return has_runs and not _OPERATORS.search(shown)
 
 
 def words(text: str) -> str:
@@ -191,9 +211,11 @@ def words(text: str) -> str:
 
 def _ratio(match: re.Match[str]) -> str:
     """``07:30 a.m.`` is ``7:30am``."""
-    parts = [str(int(part)) for part in match[1].split(":")]
-    half = re.sub(r"[.\s]", "", match[2] or "").lower()
-    return ":".join(parts) + half
+    numbers = map(int, match[1].split(":"))
+    half = match[2] or ""
+    for sign in (".", " "):
+        half = half.replace(sign, "")
+    return ":".join(map(str, numbers)) + half.lower()
 
 
 # --- Responses
@@ -321,8 +343,10 @@ def _unit_behind(text: str) -> str:
 
 def _without_edges(text: str) -> str:
     """Without spaces and punctuation around it; ``.5`` keeps its point."""
-    text = text.strip(_EDGES.replace(".", "")).rstrip(_EDGES)
-    return text if re.match(r"\.\d", text) else text.lstrip(_EDGES)
+    text = text.rstrip(_EDGES)
+    text = text.lstrip(_EDGES_BUT_POINT)
+    is_decimal = re.match(r"\.\d", text)
+    return text if is_decimal else text.lstrip(_EDGES)
 
 
 def _without_stray_brackets(text: str) -> str:
@@ -337,8 +361,11 @@ def _without_stray_brackets(text: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip(_EDGES)]
-    return lines[-1] if lines else ""
+    last = ""
+    for line in text.splitlines():
+        if line.strip(_EDGES):
+            last = line.strip()
+    return last
 
 
 # --- The values of what was found
@@ -356,17 +383,20 @@ def number_of(found: Found) -> Number | None:
         if sum(bool(re.search(r"\d", part)) for part in parts) != 1:
             return None  # two numbers are no answer
         text = last_expression(text, "number")
-    _, _, right = _split(literals.plain(text))
+    _, right = _split(literals.plain(text))
     return literals.number(right)
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    """What stands before the last sign of equality, the sign, and what stands behind it."""
-    signs = [*_EQUALS.finditer(text)]
-    if not signs:
-        return "", "", text
-    last = signs[-1]
-    return text[: last.start()], last[0], text[last.end() :]
+def _split(text: str) -> tuple[str, str]:
+    """What stands before the last sign of equality, and what stands behind it."""
+    last = None
+    for match in _EQUALS.finditer(text):
+        last = match
+    if last is None:
+        return "", text
+    left = text[: last.start()]
+    right = text[last.end() :]
+    return left, right
 
 
 def choice_of(text: str) -> str | None:
@@ -391,15 +421,21 @@ def choice_of(text: str) -> str | None:
 
 def ratio_of(text: str) -> str | None:
     """The last ratio or time of a text, as it is compared."""
-    found = [*_RATIO.finditer(literals.plain(text))]
+    shown = literals.plain(text)
+    found = [*_RATIO.finditer(shown)]
     return _ratio(found[-1]) if found else None
 
 
 def said_words(text: str) -> set[str]:
     """The words of a line, and what stands there behind ``answer is`` or ``answer:``."""
-    line = text.replace("*", "").replace("`", "")
-    said = [match.end() for match in _SAID.finditer(line)]
-    return {words(line), *(words(line[end:]) for end in said[-1:])}
+    line = text.replace("*", "")
+    line = line.replace("`", "")
+    found = {words(line)}
+    said = [*_SAID.finditer(line)]
+    if said:
+        behind = line[said[-1].end() :]
+        found.add(words(behind))
+    return found
 
 
 def same_brackets(expected: str, answer: str) -> bool:
@@ -413,10 +449,10 @@ def same_brackets(expected: str, answer: str) -> bool:
 
 def _brackets(text: str) -> str:
     """``(]`` of a half-open interval; "" of what is no list in round or square brackets."""
-    shown = literals.trimmed(literals.plain(_EQUALS.split(text)[-1]))
-    if "," not in shown or shown[0] not in "([" or shown[-1] not in ")]":
-        return ""
-    return shown[0] + shown[-1]
+    _, right = _split(text)
+    shown = literals.trimmed(literals.plain(right))
+    match = _LIST.fullmatch(shown)
+    return match[1] + match[2] if match else ""
 
 
 # --- Repetition
@@ -424,14 +460,15 @@ def _brackets(text: str) -> str:
 
 def compact(text: str) -> str:
     """A text without spaces and marks of LaTeX's look, to compare it with another one."""
-    shown = literals.plain(text).replace("$", "").replace("\\(", "").replace("\\)", "")
-    return re.sub(r"\s|\\[,;:\[\]]", "", shown).strip(".,;:*_`")
+    shown = _NO_LOOK.sub("", literals.plain(text))
+    return shown.strip(".,;:*_`")
 
 
 @functools.lru_cache(maxsize=1024)  # prompts are asked for again and again
 def squeezed(text: str) -> str:
     """As ``compact``, without case and the sign of a question, to find it in another one."""
-    return compact(text).casefold().strip(".,;:=?!*_`")
+    folded = compact(text).casefold()
+    return folded.strip(".,;:=?!*_`")
 
 
 def repeats(response: str, found: Found | None, golds: Sequence[Value], prompt: str) -> bool:
@@ -439,15 +476,18 @@ def repeats(response: str, found: Found | None, golds: Sequence[Value], prompt: 
     stands there. What the gold itself says, a number, a letter or words repeat nothing.
     """
     question = squeezed(prompt)
-    allowed = {squeezed(value.text) for value in golds}
     whole = squeezed(response)
+    allowed = {squeezed(value.text) for value in golds}
     if whole in allowed or not question:
         return False
-    if whole and whole in question and 2 * len(whole) >= len(question):
+    is_half = 2 * len(whole) >= len(question)
+    if whole and is_half and whole in question:
         return True
     if found is None or golds[0].kind not in ("number", "expression"):
         return False
     answer = squeezed(found.text)
     read = literals.number(found.text)
-    is_simple = len(answer) < 2 or (read is not None and read.is_worked_out)
-    return not is_simple and answer not in allowed and answer in question
+    is_number = read is not None and read.is_worked_out
+    if is_number or len(answer) < 2 or answer in allowed:
+        return False
+    return answer in question

@@ -6,7 +6,8 @@ is not worked out must not.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax.graders import answers, literals, verifiable
@@ -64,8 +65,12 @@ class _Test(NamedTuple):
         return self._other_fault(row)
 
     def _is_right(self, row: int, response: str) -> bool:
-        asked = self.questions[row]
-        found = verifiable.verdict(self.golds[row], response, asked, settings=self.settings)
+        found = verifiable.verdict(
+            self.golds[row],
+            response,
+            self.questions[row],
+            settings=self.settings,
+        )
         return found.status == "right"
 
     def _written(self, value: Value) -> str:
@@ -81,18 +86,23 @@ class _Test(NamedTuple):
     def _wrong(self, row: int) -> Iterator[tuple[str, str]]:
         """Responses that must not score 1, with their names."""
         yield "an empty response", ""
-        gold = self.golds[row]
-        allowed = {answers.squeezed(value.text) for value in gold.values}
+        values = self.golds[row].values
+        allowed = {answers.squeezed(value.text) for value in values}
         asked = self.questions[row]
         if answers.squeezed(asked) not in allowed:
             yield "the prompt itself", asked
         part = answers.last_expression(asked, "expression")
-        if answers.squeezed(part) not in allowed and literals.number(part) is None:
-            yield f"{part!r:.60}, a part of the prompt,", self._written(Value("expression", part))
-        for value in gold.values:
-            if value.kind == "number" and self.settings.form == "number":
+        is_answer = answers.squeezed(part) in allowed or literals.number(part) is not None
+        if not is_answer:
+            written = self._written(Value("expression", part))
+            yield f"{part!r:.60}, a part of the prompt,", written
+        if self.settings.form == "expression":
+            return
+        for value in values:
+            if value.kind == "number":
                 unworked = f"{value.text} + 0"
-                yield f"{unworked!r:.60}, which is not worked out,", f"\\boxed{{{unworked}}}"
+                written = self._written(Value("expression", unworked))
+                yield f"{unworked!r:.60}, which is not worked out,", written
 
     def _other_fault(self, row: int) -> str:
         others = self._others(row)
@@ -111,20 +121,23 @@ class _Test(NamedTuple):
     def _others(self, row: int) -> Iterator[tuple[int, Value]]:
         """Answers of the same kind with another value, and their rows."""
         values = self.golds[row].values
-        if values[0].kind == "expression" and row >= MOST_COMPARED:
+        kind = values[0].kind
+        if kind == "expression" and row >= MOST_COMPARED:
             return
-        for step in range(1, min(_REACH, len(self.golds))):
+        reach = min(_REACH, len(self.golds))
+        for step in range(1, reach):
             number = (row + step) % len(self.golds)
             for other in self.golds[number].values[:1]:
-                is_alike = other.kind == values[0].kind
-                if is_alike and not any(_are_same(value, other) for value in values):
+                is_same = any(_are_same(value, other) for value in values)
+                if other.kind == kind and not is_same:
                     yield number, other
 
 
 def _are_same(value: Value, other: Value) -> bool:
-    if value.number is not None and other.number is not None:
-        are_equal = literals.equal(value.number, other.number)
-        return are_equal or literals.equal(other.number, value.number)
+    first = value.number
+    second = other.number
+    if first is not None and second is not None:
+        return literals.equal(first, second) or literals.equal(second, first)
     return answers.squeezed(value.text) == answers.squeezed(other.text)
 
 
@@ -145,41 +158,44 @@ def regex(pattern: str, questions: Sequence[str]) -> list[str]:
 def function(
     score: Callable[..., Any],
     prompts: Sequence[str],
-    columns: dict[str, list[Any]],
+    columns: Mapping[str, Sequence[Any]],
 ) -> list[str]:
     """Warnings about a user's function ``score(prompts, responses, **columns)``, which is called
     with the first 16 rows that have an answer: its own answer should score more than another row's,
     the prompt itself and an empty response. What a function means is not known: these are no
     errors.
     """
-    golds = [answers.gold(entry) for entry in columns["answer"]]
-    rows = [row for row, gold in enumerate(golds) if gold.values][:MOST_ROWS]
+    golds = list(map(answers.gold, columns["answer"]))
+    rows = [row for row, gold in enumerate(golds) if gold.values]
+    rows = rows[:MOST_ROWS]
     if not rows:
         return []
     own = [golds[row].values[0].text for row in rows]
     asked = [prompts[row] for row in rows]
-    given = {name: [column[row] for row in rows] for name, column in columns.items()}
-
-    def scores(responses: list[str]) -> list[float | None]:
-        result = score(list(asked), responses, **given)
-        values = result[0] if isinstance(result, tuple) and len(result) == 2 else result
-        return [None if value is None else float(value) for value in values]
-
-    expected = scores(own)
+    given = {}
+    for name, values in columns.items():
+        given[name] = [values[row] for row in rows]
     tried = {
         "another row's answer": [*own[1:], own[0]],
         "the prompt itself": asked,
         "an empty response": [""] * len(rows),
     }
+    expected = _scores(score(list(asked), list(own), **given))
     warnings = []
     for what, responses in tried.items():
-        pairs = zip(own, responses, expected, scores(responses), strict=True)
-        count = sum(
-            text != response and right is not None and wrong is not None and wrong >= right
-            for text, response, right, wrong in pairs
-        )
+        scores = _scores(score(list(asked), list(responses), **given))
+        count = 0
+        for i, response in enumerate(responses):
+            is_other = response != own[i]
+            count += is_other and scores[i] >= expected[i]
         if count:
-            warnings.append(
-                f"{what} scores as much as the row's own answer in {count} of {len(rows)} rows"
-            )
+            total = f"{count} of {len(rows)} rows"
+            warnings.append(f"{what} scores as much as the row's own answer in {total}")
     return warnings
+
+
+def _scores(result: Any) -> list[float]:
+    """The scores of a function's result, NaN for None, which no comparison is true of."""
+    has_components = isinstance(result, tuple) and len(result) == 2
+    scores = result[0] if has_components else result
+    return [math.nan if score is None else float(score) for score in scores]
