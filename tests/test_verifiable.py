@@ -41,6 +41,7 @@ NUMBERS = [
     ("12 \\text{ square inches}", ["12", "\\boxed{12\\text{ in}^2}"], ["12 inches", "144"]),
     ("90^\\circ", ["90", "90°", "90 degrees", "\\boxed{90^{\\circ}}"], ["9", "90 radians"]),
     ("2516_8", ["2516", "\\boxed{2516_{8}}"], ["2516_9", "1358", "8"]),
+    ("0.1\\overline{6}", ["1/6", "0.166667", "\\boxed{0.1\\overline{6}}"], ["0.1", "0.16", "6"]),
     ("5 million", ["5000000", "5,000,000", "5 million"], ["5", "5 billion"]),
     ("x = 5", ["5", "x=5", "\\boxed{x = 5}"], ["6", "x = 6", "x"]),
     ("3 apples", ["3", "3 apples", "There are 3 apples left."], ["2 apples", "apples"]),
@@ -69,6 +70,11 @@ TEXTS = [
 ]
 EXPRESSIONS = [
     ("3\\sqrt{13}", ["\\boxed{3\\sqrt{13}}", "It is $3\\sqrt{13}$.", "3 sqrt(13)"], ["3", "13"]),
+    (
+        "144\\pi \\text{ cubic inches}",
+        ["\\boxed{144\\pi}", "\\boxed{144\\pi\\text{ in}^3}"],
+        ["144"],
+    ),
     ("2+3i", ["\\boxed{2+3i}", "\\boxed{3i + 2}"], ["2", "\\boxed{2-3i}", "3"]),
     ("\\frac{3}{4}\\pi", ["\\boxed{\\frac{3\\pi}{4}}", "3*pi/4"], ["\\boxed{\\frac34}", "0.75"]),
     ("1 \\pm \\sqrt{19}", ["\\boxed{1\\pm\\sqrt{19}}"], ["\\boxed{1+\\sqrt{19}}", "19", "1"]),

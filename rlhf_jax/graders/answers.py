@@ -39,6 +39,12 @@ _BREAK = re.compile(
     r"\\(?:begin|end)\{[a-z*]+\}|(?P<word>(?<![\\\w])(?:[^\W\d_]+['’][^\W\d_]+|[^\W\d_]{2,}))"
     r"|(?P<stop>[.?;](?=\s|$)|(?<![\d)])!(?=\s|$)|:(?=\s|$)|\n|(?<=\s)[aAI](?=\s+[A-Za-z0-9$]))"
 )
+# 144\pi \text{ cubic inches}, but not \text{June 20} or x = 1 \text{ or } ...
+_WITH_UNIT = re.compile(
+    r"((?:(?!\\text|\\mbox|\\mathrm)\D)*\d(?:(?!\\text|\\mbox|\\mathrm).)*)"
+    r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?",
+    re.DOTALL,
+)
 _RELATION = re.compile(r"[<>≤≥∈]|\\(?:leq?|geq?|in)(?![A-Za-z])")
 _NO_LOOK = re.compile(r"\s|\$|\\[,;:()\[\]]")
 _UNIT_AT_DIGIT = re.compile(r"(?<=\d)(?=[^\W\d_]{2})")
@@ -184,6 +190,9 @@ def value_of(text: str) -> Value:
     ratio = _RATIO.fullmatch(shown)
     if ratio:
         return Value("ratio", _ratio(ratio))
+    with_unit = _WITH_UNIT.fullmatch(text.strip())
+    if with_unit:
+        return value_of(with_unit[1])
     if _is_words(shown):
         return Value("words", words(shown))
     return Value("expression", text.strip())

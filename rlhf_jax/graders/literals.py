@@ -96,6 +96,7 @@ _LITERAL = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_PERIODIC = re.compile(r"(-?)(\d+)\.(\d*)\s*\\overline\s*\{(\d+)\}")
 _SCALE = re.compile(r"\s*(thousand|million|billion|trillion)\b")
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _BASE = re.compile(r"_\{?\s*(\d+)\s*\}?")
@@ -157,7 +158,12 @@ def number(text: str) -> Number | None:
     text = trimmed(plain(text))
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
-    match = _LITERAL.fullmatch(text) if len(text) <= MOST_CHARACTERS else None
+    if len(text) > MOST_CHARACTERS:
+        return None
+    periodic = _PERIODIC.fullmatch(text)
+    if periodic:
+        return Number(_value_of_period(periodic))
+    match = _LITERAL.fullmatch(text)
     if match is None:
         return None
     scale = _SCALE.match(match["rest"])
@@ -241,6 +247,14 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
         return None
     whole = int(match["whole"] or match["plain_whole"] or 0)
     return whole + Fraction(above, below)
+
+
+def _value_of_period(match: re.Match[str]) -> Fraction:
+    r"""``0.1\overline{6}`` is 1/6."""
+    sign, whole, digits, period = match.groups()
+    nines = Fraction(int(period), 10 ** len(period) - 1)
+    value = int(whole) + (int(digits or 0) + nines) / 10 ** len(digits)
+    return -value if sign else value
 
 
 def _unit_of(match: re.Match[str], rest: str) -> tuple[str, bool] | None:
