@@ -2,15 +2,22 @@
 answers are equal. Every verdict below was worked out by hand.
 """
 
+import dataclasses
 import importlib.util
 import time
+from pathlib import Path
 
 import pytest
 
-from rlhf_jax.errors import TrainingFault
-from rlhf_jax.graders import answers, verifiable
+from rlhf_jax import vpg
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import check as checks
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.graders import answers, selftest, verifiable
 from rlhf_jax.graders.verifiable import Settings
 from rlhf_jax.graders.worker import Worker
+from rlhf_jax.runs import reading
+from rlhf_jax.training import rl
 
 needs_math = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
@@ -211,3 +218,222 @@ def test_a_program_that_was_ended_is_started_again():
     with pytest.raises(TrainingFault):
         score([], ["bc"])
     assert score([], ["bc"]) == [1]
+
+
+# --- Where an answer stands
+
+PLACES = {
+    "\\boxed{1} <answer>2</answer>\n#### 3\n4": "1",
+    "<answer>2</answer>\n#### 3\n4": "2",
+    "#### 3\n4": "3",
+    "5 and 4": "4",
+    "\\boxed{1} \\boxed{2}": "2",
+    "\\boxed{\\frac{1}{2}} \\boxed{3": "\\frac{1}{2}",
+    "\\boxed{12}\n\n#### Check\n12 - 5 = 7": "12",
+    "#### Check\n12 - 5 = 7": "12 - 5 = 7",
+    "<think>so \\boxed{7}</think> 5": "5",
+    "so \\boxed{7}</think> 5": "5",
+    "<think>I get 7</think><answer>5</answer>": "5",
+    "<think>I get 7": None,
+    "no digit": None,
+}
+
+
+@pytest.mark.parametrize("response", PLACES)
+def test_the_place_of_an_answer(response):
+    found = answers.find(answers.after_thoughts(response), "number", "auto")
+    assert (found and found.text) == PLACES[response]
+
+
+def test_a_place_that_is_set_is_the_only_one():
+    response = "\\boxed{1} <answer>2</answer>\n#### 3\n4"
+    read = {place: answers.find(response, "number", place).text for place in SET}
+    assert read == SET
+    assert status("4", "4", place="boxed") == "unreadable"
+    assert answers.after_thoughts("7", prompt="What? <think>\n") == ""
+
+
+SET = {"boxed": "1", "tags": "2", "hashes": "3", "last": "4"}
+
+
+def test_what_repeats_the_prompt_is_not_paid():
+    asked = "What is 3 + 4? Reply with the number only."
+    for form in ("number", "expression"):
+        for response in ("3 + 4 =", "\\boxed{3+4}", asked, asked[:25]):
+            assert status("7", response, asked, form=form) == "repeated"
+        assert status("7", "7", asked, form=form) == "right"
+        assert status("3 + 4", "3 + 4", asked, form=form) == "right"  # the gold says it itself
+    assert status("2x", "\\boxed{x + x}", "Simplify x + x.") == "repeated"
+    assert status("B", asked + " (A) 6 (B) 7", asked + " (A) 6 (B) 7") == "repeated"
+    assert status("12", "12", "She earns 12 an hour. What does she earn in an hour?") == "right"
+
+
+@needs_math
+def test_an_expression_that_is_not_worked_out():
+    read = [status("7", "\\boxed{4 + 3}", form=form) for form in ("number", "expression")]
+    assert read == ["unreadable", "right"]
+    read = [status("7", "14/2", form=form) for form in ("number", "expression")]
+    assert read == ["unreadable", "right"]
+    assert status("2/4", "2/4") == "right"  # as the gold is written
+
+
+def test_components_and_examples():
+    score = verifiable.mathematics()
+    messages = [[{"role": "user", "content": "What is 3 + 4?"}]] * 4
+    given = (["..."] * 4, ["3 + 4", "none", "8", "7"], ["7", "7", "7", None])
+    scores, parts = score(*given, messages)
+    assert scores == [0, 0, 0, None]
+    assert parts["repeats_prompt"] == [1, 0, 0, None]
+    assert parts["unreadable"] == [0, 1, 0, None]
+    assert score.examples == {"repeats_prompt": "3 + 4"}
+    golds = ["yes", "no"] * 8
+    scores, parts = score([""] * 16, ["Yes."] * 16, golds)
+    assert (sum(scores), parts["one_answer"][0]) == (8, 1)
+    scores, parts = score([""] * 17, ["Yes."] * 17, [*golds, "yes"])
+    assert (sum(scores), parts["one_answer"][0]) == (9, 0)  # most golds say it
+    scores, parts = score([""] * 16, ["A"] * 16, [*"AABBCCDDA" * 2][:16])
+    assert (sum(scores), parts["one_answer"][0]) == (5, 0)  # too few to tell
+    golds = [*"AABCD" * 4]
+    scores, parts = score([""] * 20, ["A"] * 20, golds)
+    assert (sum(scores), parts["one_answer"][0], score.examples) == (8, 1, {"one_answer": "a"})
+
+
+# --- The self-test
+
+
+def faults(pairs, **settings):
+    asked, golds = zip(*pairs, strict=True)
+    return selftest.mathematics(asked, golds, Settings(**settings)).faults
+
+
+@needs_math
+@pytest.mark.parametrize("place", ["auto", *SET])
+def test_no_false_alarm(place):
+    rows = [("What is the answer?", gold) for gold, *_ in [*NUMBERS, *TEXTS, *EXPRESSIONS]]
+    rows += [("What is 3 + 4?", "7"), ("What is 12?", "12"), ("Is it on?", None)]
+    assert faults(rows, place=place) == {}
+
+
+def test_what_the_self_test_finds(monkeypatch):
+    rows = [("What is 3 + 4?", "7"), ("What is 3 + 5?", {"a": 8}), ("So?", "I think\nso")]
+    found = faults(rows)
+    assert list(found) == [1, 2]
+    assert "dict" in found[1]
+    assert "####" in found[2]
+    rows = [("What is 3 + 4?", "7"), ("What is 4 + 4?", "8"), ("Is it on?", "no"), ("?", "yes")]
+    verdict = verifiable.verdict
+
+    def broken(status, when):
+        """The self-test with a verifier that says ``status`` where ``when(gold, response)``."""
+
+        def say(gold, response, *given, **options):
+            is_broken = when(gold.values[0].text, response)
+            return (
+                verifiable.Verdict(status)
+                if is_broken
+                else verdict(gold, response, *given, **options)
+            )
+
+        monkeypatch.setattr(verifiable, "verdict", say)
+        return faults(rows)
+
+    assert "its own answer 8" in broken("wrong", lambda gold, text: gold == "8")[1]
+    assert "empty" in broken("right", lambda gold, text: not text)[0]
+    assert "prompt itself" in broken("right", lambda gold, text: text.startswith("What"))[1]
+    assert "part of the prompt" in broken("right", lambda gold, text: "{3 + 4}" in text)[0]
+    assert "not worked out" in broken("right", lambda gold, text: "7 + 0" in text)[0]
+    assert "yes, the answer of another" in broken("right", lambda gold, text: "yes" in text)[2]
+
+
+@needs_math
+def test_a_gold_that_equals_two_unequal_answers_is_a_fault(monkeypatch):
+    equal = verifiable._equal
+    monkeypatch.setattr(verifiable, "_equal", lambda gold, text: gold == "3x" or equal(gold, text))
+    found = faults([("?", gold) for gold in ("3x", "x^2", "y + 1", "2x")])
+    assert list(found) == [0]
+    assert "both score 1" in found[0]
+
+
+def test_a_column_is_described():
+    golds = map(answers.gold, ["#### 7", "#### 8", "#### x + 1", None, {"a": 1}])
+    column = answers.column(golds)
+    line = "3 answers, 3 after ####, number: 2, expression: 1, math.form number, "
+    assert column.describe(column.form) == line + "1 rows without an answer"
+    assert answers.column(map(answers.gold, ["7", "x + 1"])).form == "expression"
+
+
+def test_patterns_and_functions_are_warned_of():
+    assert selftest.regex(r"^<a>", ["one", "two"]) == []
+    empty, prompt = selftest.regex(r"^\d*$", ["1", "one"])
+    assert "empty" in empty
+    assert "1 of 2 rows" in prompt
+
+    def contains(prompts, responses, answer):
+        return [float(gold in text) for gold, text in zip(answer, responses, strict=True)]
+
+    def rewards_none(prompts, responses, answer):
+        return [None] * len(responses), {"part": [None] * len(responses)}
+
+    columns = {"answer": ["7", "8", None]}
+    asked = ["is it 7?", "is it?", ""]
+    [warning] = selftest.function(contains, asked, columns)
+    assert warning.startswith("the prompt itself")
+    assert "1 of 2 rows" in warning
+    assert selftest.function(rewards_none, asked, columns) == []
+
+
+ROWS = [
+    {"prompt": "What is 3 + 4?", "answer": "7"},
+    {"prompt": "What is 3 + 5?", "answer": "8"},
+    {"prompt": "Why?", "answer": "because\nof it"},
+    {"prompt": "What is 3 + 6?", "answer": None},
+]
+
+
+def test_the_report_on_a_file_tries_the_rewards(write, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(prompts, responses, answer): return [1] * len(answer)")
+    path = write(ROWS)
+    report = checks.check([path], reward=["math", "regex:[0-9]"])
+    assert report.num_problems == 1
+    assert "data.jsonl, line 3: math: the answer is a whole text" in report.text
+    assert "math: 2 answers, 2 bare, number: 2, math.form number, 1 rows without" in report.text
+    assert "warning: regex:[0-9]: the prompt itself scores 1 in 3 of 4 rows" in report.text
+    report = checks.check([path], reward=["math", "mine.py:f"], on_bad_row="drop")
+    assert report.num_problems == 0
+    assert "dropped, math: the answer is a whole text" in report.text
+    assert "warning: mine.py:f: an empty response scores as much" in report.text
+    report = checks.check([write([{"prompt": "a"}])], reward=["math"])
+    assert "no row has an answer" in report.text
+    assert report.num_problems == 1
+
+
+def test_a_run_tries_the_answers_first(write, caplog):
+    config = RunConfig(data=(write(ROWS),), reward=("math*2", "regex:[0-9]"))
+    with caplog.at_level("INFO", "rlhf_jax"):
+        with pytest.raises(UserError, match="line 3: math: the answer is a whole text") as error:
+            rl.answers.tested(config, rl.parts.read_prompts(config))
+        assert "--on-bad-row drop" in str(error.value)
+        config = dataclasses.replace(config, on_bad_row="drop")
+        found, [prompts] = rl.answers.tested(config, rl.parts.read_prompts(config))
+    assert found.math.form == "number"
+    assert [row.source[-1] for row in prompts.rows] == ["1", "2", "4"]
+    assert prompts.dropped == {
+        "math: the answer is a whole text; mark its end by #### or \\boxed{}": 1
+    }
+    assert "2 answers, 2 bare, number: 2, math.form number, 1 rows without an answer" in caplog.text
+    assert "warning: regex:[0-9]: the prompt itself scores 1 in 3 of 4 rows" in caplog.text
+    config = RunConfig(data=(write(ROWS[2:3]),), reward=("math",), on_bad_row="drop")
+    with pytest.raises(UserError, match="no row is left"):
+        rl.answers.tested(config, rl.parts.read_prompts(config))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+def test_a_run_records_what_the_answers_are(config, write):
+    settings = dataclasses.replace(config.rl, data=(write(ROWS * 4),), validation_fraction=0.0)
+    config = dataclasses.replace(config, rl=settings, reward=("math", "regex:z*0.5"))
+    result = rl.run(dataclasses.replace(config, on_bad_row="drop"), vpg)
+    rows = reading.read_rows(Path(result.folder) / "metrics.jsonl")
+    parts = {f"reward/math{part}" for part in ("", "/unreadable", "/repeats_prompt", "/one_answer")}
+    assert parts <= rows[-1].keys()
+    assert "form: number" in (Path(result.folder) / "config.yaml").read_text()

@@ -93,7 +93,7 @@ class _Test(NamedTuple):
             yield "the prompt itself", asked
         part = answers.last_expression(asked, "expression")
         is_answer = answers.squeezed(part) in allowed or literals.number(part) is not None
-        if not is_answer:
+        if part and not is_answer:
             written = self._written(Value("expression", part))
             yield f"{part!r:.60}, a part of the prompt,", written
         if self.settings.form == "expression":
