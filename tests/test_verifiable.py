@@ -335,7 +335,7 @@ def test_what_the_self_test_finds(monkeypatch):
             )
 
         monkeypatch.setattr(verifiable, "verdict", say)
-        return faults(rows)
+        return faults(rows, form="number")
 
     assert "its own answer 8" in broken("wrong", lambda gold, text: gold == "8")[1]
     assert "empty" in broken("right", lambda gold, text: not text)[0]

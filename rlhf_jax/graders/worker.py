@@ -23,6 +23,7 @@ class Worker:
     def __init__(self, program: Path):
         self.program = program
         self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
 
     def ask(self, question: Any, seconds: float) -> Any:
         """The answer to a question that JSON can hold.
@@ -30,6 +31,10 @@ class Worker:
         Raises:
             Ended: there is none after so many seconds; the next question starts the program anew.
         """
+        with self._lock:
+            return self._ask(question, seconds)
+
+    def _ask(self, question: Any, seconds: float) -> Any:
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
