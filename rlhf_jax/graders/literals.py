@@ -201,9 +201,8 @@ def equal(gold: Number, answer: Number) -> bool:
     if gold.is_percent:
         in_units = gold.value / 100
         return _same_value(gold.value, answer) or _same_value(in_units, answer)
-    in_units = answer._replace(value=answer.value / 100)
     may_be_percent = abs(gold.value) > 1 and _same_value(gold.value, answer)
-    return may_be_percent or gold.value == in_units.value
+    return may_be_percent or gold.value == answer.value / 100
 
 
 def _same_value(value: Fraction, answer: Number) -> bool:
