@@ -211,6 +211,7 @@ def config(tmp_path):
 def test_an_alert_on_a_part_of_a_reward_shows_an_example(config):
     shares = [0.0, 0.6, 0.7, 0.8, 0.2]
     rows = [{"step": step, "reward/math/repeats_prompt": x} for step, x in enumerate(shares)]
+    rows = [row | {"reward/other/repeats_prompt": 0.1} for row in rows]
     (alert,) = alerts.check(alerts.parse(["none", "prompt repeated"]), rows)
     assert (alert.step, alert.message) == (3, "reward/repeats_prompt is 0.8 > 0.5")
     rows = [row | {"reward/repeats_prompt": 0.0} for row in rows]
