@@ -98,8 +98,9 @@ EXPRESSIONS = [
     (
         "2\\sqrt{2} \\cdot 10^{-8}",
         ["\\boxed{\\sqrt{8}\\cdot10^{-8}}"],
-        ["0", "\\boxed{0.00000002}"],
+        ["0", "\\boxed{10^{-8}}"],
     ),
+    ("\\frac{\\sqrt{2}}{1000}", ["0.00141421356", "\\boxed{\\sqrt2/1000}"], ["0.001414", "0.001"]),
     ("x \\le 3", ["\\boxed{x\\le3}", "\\boxed{(-\\infty,3]}"], ["3", "\\boxed{x<3}"]),
     (
         "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
