@@ -81,8 +81,8 @@ def run(
         on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
             step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
             scored rollout that it learned from. If it returns True the run ends there, as early
-            stopping ends it: saved, without an error. The next step gives the arrays of ``state``
-            up: copy what is kept. Several processes must return the same.
+            stopping ends it: validated and saved, without an error. The next step gives the arrays
+            of ``state`` up: copy what is kept. Several processes must return the same.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the
@@ -180,6 +180,8 @@ def build(
 
     learn = steps.learner(programs.learn, networks)
     advance = steps.advancing(draw_step, learn, schedule, key)
+    if method.optimizer is None and settings.optimizer.counts_steps:
+        advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)
