@@ -250,6 +250,33 @@ def test_the_place_of_an_answer(response):
     assert (found and found.text) == PLACES[response]
 
 
+SEVENS = ["7 (seven)", "(7 points)", "a 7-year-old", "$7/hour", "≈ 7", "the 7th", "+7", "(7)"]
+SEVENS += ["\\boxed{7 \\text{ eggs}}", "\\boxed{\\$7}", "\\boxed{\\text{7}}", "\\boxed{7.00}"]
+SEVENS += ["\\boxed{\\mathbf{7}}", "\\boxed{\\approx 7}", "#### Answer: 7", "\\boxed{3 + 4 = 7}"]
+SEVENS += ["<answer>\nx = 7\n</answer>", "1. No\n2. 7", "Day 1: 5\nDay 2: 7", "$$7$$", "7 %"]
+NO_SEVENS = [
+    "3-7",
+    "7 + 0",
+    "7, 8",
+    "7 ± 1",
+    "70",
+    "0.7",
+    "7\\pi",
+    "7x",
+    "7:00",
+    "7^1",
+    "7e1",
+    "seven",
+]
+NO_SEVENS += ["\\boxed{7 \\text{ or } 8}", "\\boxed{\\sqrt{49}}", "7 thousand", "7/10", "6.9999999"]
+NO_SEVENS += ["\\boxed{}", "\\boxed{7} \\boxed{8}", "<think>7</think>", "7 = x"]
+
+
+def test_ways_to_write_seven():
+    assert [text for text in SEVENS if status("7", text) != "right"] == []
+    assert [text for text in NO_SEVENS if status("7", text) == "right"] == []
+
+
 def test_a_place_that_is_set_is_the_only_one():
     response = "\\boxed{1} <answer>2</answer>\n#### 3\n4"
     read = {place: answers.find(response, "number", place).text for place in SET}

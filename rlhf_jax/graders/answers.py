@@ -37,7 +37,7 @@ _EQUALS = re.compile(r"(?<![<>!:])=(?!=)|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z]
 # What parts one expression from the next in running text.
 _BREAK = re.compile(
     r"\\(?:begin|end)\{[a-z*]+\}|(?P<word>(?<![\\\w])(?:[^\W\d_]+['’][^\W\d_]+|[^\W\d_]{2,}))"
-    r"|(?P<stop>[.?;](?=\s|$)|(?<![\d)])!(?=\s|$)|:(?=\s|$)|\n|(?<=\s)[aAI](?=\s+[A-Za-z0-9$]))"
+    r"|(?P<stop>[.?;](?=\s|$)|(?<![\d)])!(?=\s|$)|:(?=\s|$)|\n|(?<!\S)[aAI](?=\s+[A-Za-z0-9$]))"
 )
 # 144\pi \text{ cubic inches}, but not \text{June 20} or x = 1 \text{ or } ...
 _WITH_UNIT = re.compile(
@@ -352,7 +352,7 @@ def _unit_behind(text: str) -> str:
 
 def _without_edges(text: str) -> str:
     """Without spaces and punctuation around it; ``.5`` keeps its point."""
-    text = text.rstrip(_EDGES)
+    text = text.rstrip(_EDGES + "-/")
     text = text.lstrip(_EDGES_BUT_POINT)
     is_decimal = re.match(r"\.\d", text)
     return text if is_decimal else text.lstrip(_EDGES)
@@ -366,6 +366,8 @@ def _without_stray_brackets(text: str) -> str:
         return _without_edges(text[:-1])
     if opened > closed and text[:1] in ("(", "["):
         return _without_edges(text[1:])
+    if opened > closed and text[-1:] in ("(", "["):
+        return _without_edges(text[:-1])
     return text
 
 

@@ -56,18 +56,22 @@ def rewarded(group: Group, count: int = 3) -> list[str]:
     if not validations:
         return []
     _, samples = validations[-1]
-    rows = [row for row in samples if isinstance(row.get("score"), float) and "response" in row]
+    rows = []
+    for row in samples:
+        if "response" in row and isinstance(row.get("score"), float):
+            rows.append(row)
     scores = [row["score"] for row in rows]
     lowest = min(scores, default=0.0)
-    if lowest == max(scores, default=0.0):
+    highest = max(scores, default=0.0)
+    if lowest == highest:
         lowest = 0.0  # all are right, or none is
-    best = sorted(rows, key=lambda row: row["score"], reverse=True)
     shown: dict[str, str] = {}
-    for row in best:
+    for row in sorted(rows, key=lambda row: row["score"], reverse=True):
         answer = _ends(row["response"])
-        if row["score"] > lowest:
-            question = _ends(row.get("prompt", ""))
-            shown.setdefault(answer, f"{answer!r} (score {row['score']:.3g}, to {question!r})")
+        question = _ends(row.get("prompt", ""))
+        score = row["score"]
+        if score > lowest:
+            shown.setdefault(answer, f"{answer!r} (score {score:.3g}, to {question!r})")
     return list(shown.values())[:count]
 
 
