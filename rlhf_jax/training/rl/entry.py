@@ -32,6 +32,7 @@ from rlhf_jax.training.rl.method import (
     Given,
     Method,
     check_settings,
+    completed,
     is_rewarded,
     penalty_of,
     without_what_is_given,
@@ -89,6 +90,7 @@ def run(
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
+    complete = completed(algorithm)
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     of_ones_own = None if name in ALGORITHMS else algorithm
@@ -96,9 +98,9 @@ def run(
     config = set_up(without_what_is_given(config, given))
     helping_sizes = check_settings(name, config, algorithm_config, given)
     method = Method(
-        algorithm,
+        complete,
         algorithm_config,
-        penalty=penalty_of(config, algorithm, algorithm_config),
+        penalty=penalty_of(config, complete, algorithm_config),
         score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
         optimizer=optimizer,
         is_rewarded=is_rewarded(config, algorithm_config, given),
