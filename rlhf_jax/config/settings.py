@@ -18,6 +18,7 @@ from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
+from rlhf_jax.graders import verifiable
 from rlhf_jax.graders.service import Judge, Requests, check_url
 from rlhf_jax.losses import ImportanceSampling
 from rlhf_jax.ops import check_number
@@ -713,6 +714,7 @@ class RunConfig(Section):
     rl: RLStage = RLStage()
     safety: Safety = Safety()
     judge: Judge = Judge()
+    math: verifiable.Settings = verifiable.Settings()
     engine: EngineServer = EngineServer()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOStage = PPOStage()

@@ -317,7 +317,9 @@ def _draw_page(run: folder.Run) -> None:
         page.write([run.path], run.report)
         logger.info(f"saved {run.report}")
         [group] = records.groups(records.find([run.path]))
-        logger.info(verdict.sentence(group))
+        answers = verdict.rewarded(group)
+        titled = ["Rewarded, for example:", *answers] if answers else []
+        logger.info("\n    ".join([verdict.sentence(group), *titled]))
     except Exception as error:  # whatever it is: the run is done and its result saved
         logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 

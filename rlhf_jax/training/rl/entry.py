@@ -4,6 +4,7 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 ``training.rl.steps``.
 """
 
+import collections
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl import answers, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -107,7 +108,7 @@ def run(
         is_rewarded=is_rewarded(config, algorithm_config, given),
     )
     reply = function_of(config.rl.environment, "rl.environment")
-    data = read_prompts(config)
+    config, data = answers.tested(config, read_prompts(config))
     fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
     read = files(config, name)
     with (
@@ -238,6 +239,7 @@ def build(
         judged_by="max:validation/score",
         check_memory=check_memory,
         on_step=observe,
+        examples=lambda: collections.ChainMap(*map(dict, parts.reward.examples)),
     )
 
 
