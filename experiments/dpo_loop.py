@@ -51,26 +51,35 @@ class Settings:
 
 def read_pairs(file, tokenizer):
     """Comparisons of all rows: arrays [N, 2, T], the chosen answer first, padded on the right."""
-    prompts, texts = [], []
+    texts = []
+    prompt_lengths = []
     for row in json.loads(file.read_text("utf-8")):
-        turn = [{"role": "user", "content": row["prompt"]}]
         prompt = row["prompt"]
         if tokenizer.chat_template:
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            turns = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(
+                turns,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         for answer in (row["chosen"], row["rejected"]):
-            prompts.append(tokenizer.encode(prompt, add_special_tokens=False))
-            ids = tokenizer.encode(answer, add_special_tokens=False)
-            texts.append([*prompts[-1], *ids, tokenizer.eos_token_id])
-    width = max(map(len, texts))
-    tokens = np.full((len(texts), width), tokenizer.pad_token_id)
-    attention_mask = np.zeros((len(texts), width), np.int32)
-    response_mask = np.zeros((len(texts), width), np.int32)
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            answer_ids = tokenizer.encode(answer, add_special_tokens=False)
+            texts.append([*prompt_ids, *answer_ids, tokenizer.eos_token_id])
+            prompt_lengths.append(len(prompt_ids))
+    shape = (len(texts), max(map(len, texts)))
+    tokens = np.full(shape, tokenizer.pad_token_id)
+    for i, text in enumerate(texts):
         tokens[i, : len(text)] = text
-        attention_mask[i, : len(text)] = 1
-        response_mask[i, len(prompt) : len(text)] = 1
-    arrays = (tokens, attention_mask, response_mask)
-    return Comparisons(*(array.reshape(-1, 2, width) for array in arrays))
+    columns = np.arange(shape[1])
+    lengths = np.array([len(text) for text in texts])
+    is_text = columns < lengths[:, None]
+    is_answer = is_text & (columns >= np.array(prompt_lengths)[:, None])
+    return Comparisons(
+        tokens=tokens.reshape(-1, 2, shape[1]),
+        attention_mask=is_text.astype(np.int32).reshape(-1, 2, shape[1]),
+        response_mask=is_answer.astype(np.int32).reshape(-1, 2, shape[1]),
+    )
 
 
 def main(settings):

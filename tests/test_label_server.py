@@ -361,7 +361,7 @@ def write_pairs(tmp_path, last="no"):
 def test_the_same_command_goes_on(tmp_path, serving, caplog):
     how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
     addresses, end = serving(how)
-    with pytest.raises(UserError, match="another process serves this file"):
+    with pytest.raises(UserError, match="is being written by another process"):
         serve.run(None, how)
     task = wait_for_pair(addresses["ana"])
     assert post(addresses["ana"], "judgement", {"id": task["id"], "choice": "a", "seconds": 0})

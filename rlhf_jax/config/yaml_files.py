@@ -3,16 +3,19 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
+import json
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlhf_jax.config.settings import Switch
+from rlhf_jax.config.settings import Json, Switch
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import objects
 
+_FEW = 12  # keys that an error lists
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
 
 
@@ -20,7 +23,7 @@ def read(config_class: type, file: Path) -> Values:
     """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
     line N")}.
 
-    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these,
+    A field's type is bool, int, float, str, Json, a Literal of strings, a tuple of any of these,
     one of these or None, or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is
     read as a number, and ``None`` as null.
 
@@ -100,6 +103,8 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
         kind = Literal["auto"] if node.value == "auto" else bool
     optional = type(None) in typing.get_args(kind)
     inner = typing.get_args(kind)[0] if optional else kind
+    if inner == Json and isinstance(node, yaml.MappingNode):
+        return _json(node, key)
     choices = typing.get_args(inner)
     is_list = typing.get_origin(inner) is tuple
     if is_list and isinstance(node, yaml.SequenceNode):
@@ -116,12 +121,29 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
                 return value
             if inner is float and found in (int, str) and is_plain:
                 return float(value)
-    names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+    names: dict[Any, str] = {
+        Json: "a mapping",
+        bool: "true or false",
+        int: "an int",
+        float: "a float",
+        str: "a string",
+    }
     expected = names.get(inner, "given in Python")
-    if choices:
+    if choices and inner != Json:
         expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
     or_null = " or auto" if is_switch else " or null" if optional else ""
     raise ValueError(f"{_line(node)}: {key} must be {expected}{or_null}, found {_text_of(node)}")
+
+
+def _json(node: yaml.Node, key: str) -> Json:
+    """The value of a mapping that JSON can write."""
+    try:
+        value: Json = yaml.SafeLoader("").construct_document(node)
+        json.dumps(value, allow_nan=False)
+    except Exception as error:  # a date, an unknown tag, a list as a key
+        what = f"{key} must be an object that JSON can write"
+        raise ValueError(f"{_line(node)}: {what}: {error}") from None
+    return {str(name): inner for name, inner in value.items()}
 
 
 def _line(node: yaml.Node) -> str:
@@ -140,8 +162,8 @@ def _text_of(node: yaml.Node) -> str:
 
 
 def hint(key: str, root: type, flags: bool = False) -> str:
-    """The keys that may have been meant: those like it in its section, else those of its name in
-    other sections, else all of its section.
+    """The keys that may have been meant: ours for a key of another library, those like it in its
+    section, those of its name in other sections, or else all of its section, if they are few.
     """
     section, _, name = key.rpartition(".")
     prefix = f"{section}." if section else ""
@@ -153,6 +175,9 @@ def hint(key: str, root: type, flags: bool = False) -> str:
             inside.append(its_name)
         if its_name == name:
             elsewhere.append(known)
+    theirs = other_keys().get(name.replace("-", "_"))
+    if theirs:
+        return _ours(theirs, flags)
     close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
     close = close or [k for k in inside if k.startswith(name[:4])]
     meant = [prefix + k for k in close] or elsewhere[:3]
@@ -163,7 +188,29 @@ def hint(key: str, root: type, flags: bool = False) -> str:
     if not inside:  # the section is unknown or has no keys
         return hint(section, root, flags)
     place = f"of {section} " if section else ""
+    if len(inside) > _FEW:
+        return "`rlhf-jax STAGE --help` shows the keys"
     return f"the keys {place}are {', '.join(inside)}"
+
+
+@functools.cache
+def other_keys() -> dict[str, str]:
+    """{key of another library: our keys and a note}."""
+    text = Path(__file__).with_name("other_keys.yaml").read_text("utf-8")
+    keys: dict[str, str] = yaml.safe_load(text)
+    return keys
+
+
+def _ours(entry: str, flags: bool) -> str:
+    """A sentence of an entry of `other_keys`."""
+    key, _, note = entry.partition(" - ")
+    about = f": {note}" if note else ""
+    if key == "none":
+        return f"there is no such setting here{about}"
+    others = ", or the same of another stage" if key.startswith("SECTION.") else ""
+    shown = key.replace("SECTION", "sft")
+    shown = "--" + shown.replace("_", "-") if flags else shown
+    return f"here it is {shown}{others}{about}"
 
 
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:

@@ -314,6 +314,7 @@ def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
     return {
         "best": _labels(data.best, rows) if has_best else None,
         "targets": _labels(data.targets, rows),
+        "margin": _labels(data.margin, rows),
         "weight": _labels(data.weight, rows) if has_weight else None,
     }
 
@@ -421,7 +422,8 @@ def _placed(
         response_start = start + data.starts[row, answer]
         tokens[place, start:end] = ids
         documents[place, start:end] = number
-        responses[place, response_start:end] = 1
+        learned = data.learned.get((answer, row), 1)
+        responses[place, response_start:end] = learned
     return tokens, documents, responses
 
 

@@ -1,20 +1,19 @@
 """Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
-has.
+has. Records of public data sets have our keys already (`forms.table`).
 
 - ``{prompt, response}``: a demonstration.
-- ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
+- ``{messages}``: a demonstration if it ends with the assistant's turn (`messages`), else a prompt.
+  ``tools`` of any row with messages reach the chat template.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
-  desirable, a boolean.
-- ``{prompt, chosen, rejected}``: a comparison; each value may be messages.
-- ``{prompt, chosen: [], rejected: []}``: the right and the wrong ones of several answers, as in
-  RewardBench 2.
+  desirable, a boolean or 1 or 0.
+- ``{prompt, chosen, rejected}``: a comparison; each value may be messages. ``margin`` is the least
+  difference of the scores that a reward model should give.
 - ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
   answer.
-- ``{query, sample0, sample1, ..., best}``: as in lm-human-preferences (Ziegler et al. 2019), texts
-  or GPT-2 token ids.
 - ``{prompt, responses, LABEL}``: LABEL is ``best`` (a number from 0), ``ranking`` (response
-  numbers, best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``.
+  numbers, best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``. The
+  prompt and the responses may be GPT-2 token ids, as in lm-human-preferences (Ziegler et al. 2019).
 - ``{instruction, response1, response2}``: annotated, as in PandaLM (Wang et al. 2023), with
   ``input`` and ``annotator1``, ..., each of which says 1, 2 or 0, a tie; to a stage it is a
   comparison by majority. The instruction may be messages.
@@ -26,24 +25,38 @@ their errors.
 """
 
 import itertools
+import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data import chat, demo, rows
+from rlhf_jax.data import conversation, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.files import Source, parse_bytes, read_source
-from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Rows, Text
+from rlhf_jax.data.files import Source, is_saved_dataset, parse_bytes, read_source
+from rlhf_jax.data.forms.columns import adapted, unused
+from rlhf_jax.data.forms.table import ANNOTATED, OURS, PAIR
+from rlhf_jax.data.rows import (
+    BadRow,
+    Drop,
+    Fields,
+    Kind,
+    LearnedTurns,
+    Messages,
+    Record,
+    Row,
+    Rows,
+    Text,
+)
+from rlhf_jax.data.turns import rendered
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-PAIR = ("chosen", "rejected")
-ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
 _PREFERENCES = "preference_data.json"
 # The file of each kind in the pipeline's folder.
@@ -54,20 +67,7 @@ FILES: dict[Kind, str] = {
     "pairs": _PREFERENCES,
     "comparisons": _PREFERENCES,
 }
-# The kind of a record is that of the first format whose keys it has. A record with ``responses`` is
-# a comparison before any of them.
-FORMATS: dict[tuple[str, ...], Kind] = {
-    ("prompt", *PAIR): "comparisons",
-    PAIR: "comparisons",
-    ("messages", "desirable"): "feedback",
-    ("messages",): "demonstrations",
-    ("prompt", "response", "desirable"): "feedback",
-    ("prompt", "response"): "demonstrations",
-    ANNOTATED: "annotated",
-    ("prompt",): "prompts",
-    ("text",): "demonstrations",
-}
-KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
+KNOWN = tuple(dict.fromkeys(itertools.chain(*OURS, LABELS, ("desirable", "margin"))))
 DEMO = "demo"  # the data of this name is generated
 
 HUMAN = "\n\nHuman:"
@@ -78,6 +78,8 @@ _NO_DIALOGUE = (
     "without a prompt"
 )
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
+MOST_RESPONSES = 256  # of a row: a ranking of them has 32,640 pairs
+_MOST = 3.4e38  # the largest float32
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
 NO_MAJORITY = "no majority of the annotators prefers one response"
@@ -119,6 +121,12 @@ class ReadResult:
     """The errors of the rows that cannot be used."""
     unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
+    gets.
+    """
+    forms: dict[str, str] = field(default_factory=dict)
+    """{place of a record: name of its form}."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -134,6 +142,16 @@ class ReadResult:
             line += f", {len(sources)} dropped ({reason}: {rows.places(sources)})"
         return line
 
+    def describe_unread(self, kind: Kind) -> str:
+        """One line that names the keys in ``unread``; "" if there are none."""
+        if not self.unread:
+            return ""
+        title = (
+            "columns for the reward" if kind == "prompts" else "keys that training does not read"
+        )
+        most_first = sorted(self.unread.items(), key=lambda item: -item[1])
+        return f"{title}: {', '.join(f'{key} ({count} rows)' for key, count in most_first)}"
+
 
 def read(
     kind: Kind,
@@ -144,6 +162,7 @@ def read(
     columns: Sequence[str] = (),
     shares_columns: bool = False,
     on_bad_row: rows.OnBadRow = "error",
+    turns: LearnedTurns = "all",
 ) -> ReadResult:
     """The rows of one or several sources.
 
@@ -176,7 +195,9 @@ def read(
     unused_columns = unused(records, columns)
     if unused_columns and not shares_columns:
         raise UserError("\n".join(unused_columns.values()))
-    result = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
+    result = parse_all(
+        kind, adapted(records, columns), template or ChatTemplate(), on_bad_row, turns
+    )
     result.unused_columns.update(unused_columns)
     if result.errors:
         lines = rows.summary(result.errors)
@@ -205,14 +226,18 @@ def parse_all(
     records: Sequence[Record],
     template: ChatTemplate,
     on_bad_row: rows.OnBadRow,
+    turns: LearnedTurns = "all",
 ) -> ReadResult:
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
+    unread = Counter[str]()
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
+        if not isinstance(record.value, UserError):
+            result.forms[record.source] = record.form or form_of(record.value).name
         try:
-            parsed = parse(kind, record, template)
+            parsed = parse(kind, record, template, turns)
             if kind == "prompts":
                 prompt = parsed[0].prompt
                 has_answers = form_of(record.value).kind not in ("prompts", None)
@@ -220,11 +245,14 @@ def parse_all(
                     raise Drop(record.source, "repeated prompt")
                 seen.add(prompt)
             result.rows.extend(parsed)
+            if isinstance(record.value, dict):
+                unread.update(_unread(record.value, kind))
         except UserError as error:
             if isinstance(error, left_out):
                 result.places.setdefault(error.what, []).append(error.source)
             else:
                 result.errors.append(error)
+    result.unread.update(unread)
     return result
 
 
@@ -247,7 +275,7 @@ def _sources(
         return {name: parse_bytes(demo.file_text(FILES[kind], seed).encode(), name)}
     sources = {}
     for name in given:
-        is_folder = kind in FILES and os.path.isdir(name)
+        is_folder = kind in FILES and os.path.isdir(name) and not is_saved_dataset(name)
         file = str(Path(name) / FILES[kind]) if is_folder else name
         sources[file] = read_source(file, whole_text=kind == "demonstrations")
     return sources
@@ -280,40 +308,62 @@ def form_of(value: Any) -> Form:
     if "responses" in value:
         present = [key for key in ("prompt", "responses", *LABELS) if key in value]
         return Form("comparisons", ", ".join(present))
-    for keys, kind in FORMATS.items():
+    for keys, kind in OURS.items():
         if value.keys() >= set(keys):
-            if keys == ("messages",) and not chat.is_answered(value["messages"]):
+            if keys == ("messages",) and not conversation.is_answered(value["messages"]):
                 kind = "prompts"
             return Form(kind, ", ".join(keys))
     return UNKNOWN
 
 
-def keys_read(row: Fields) -> set[str]:
-    """The keys of a record that its format reads."""
+def keys_read(row: Fields, kind: Kind) -> set[str]:
+    """The keys of a record that a stage of this kind reads."""
     form = form_of(row)
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
         keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
+    if kind == "comparisons":
+        keys |= {"margin", "category", "subset"}
+    if kind == "demonstrations":
+        keys.add("desirable")
+    if conversation.is_chat(row, "messages", "prompt", *PAIR):
+        keys.add("tools")
     return keys & set(row)
+
+
+def _unread(row: Fields, kind: Kind) -> list[str]:
+    """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
+    it reads (`forms.table`).
+    """
+    read = keys_read(row, kind)
+    if kind == "prompts":
+        return [key for key in row if key not in read]
+    values = [id(row[key]) for key in read]
+    return [key for key in row if key not in read and id(row[key]) not in values]
 
 
 def parse(
     kind: Kind,
     record: Record,
     template: ChatTemplate,
+    turns: LearnedTurns = "all",
 ) -> Rows:
-    """The rows of one record, with the template's text of a prompt of messages.
+    """The rows of one record, with the template's text of messages. ``turns``: of the assistant in
+    a demonstration, that are learned.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
       Drop: training cannot use the row.
     """
     parsed = _parse(kind, record)
-    messages = parsed[0].messages
-    if not messages:
-        return parsed
-    prompt = template.prompt(messages, record.source)
-    return [replace(row, prompt=prompt) for row in parsed]
+    tools = conversation.tools_of(record)
+    last = turns == "last" or kind == "feedback"
+    of_template = []
+    for row in parsed:
+        if tools is not None:
+            row = replace(row, tools=tools)
+        of_template += rendered(row, template, last) if row.messages else [row]
+    return of_template
 
 
 def _parse(kind: Kind, record: Record) -> Rows:
@@ -349,6 +399,9 @@ def _check_ranked(
 def _demonstration(record: Record) -> Row:
     """A text, a response, or the first of the best responses of a comparison."""
     row = record.value
+    if row.get("desirable") is not None:
+        what = "is marked as not desirable, and SFT would learn it; leave such rows out"
+        record.expect(_truth(record, "desirable"), what)
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
@@ -362,6 +415,9 @@ def _demonstration(record: Record) -> Row:
         key = "messages"
     elif "response" not in row and row.keys() >= set(PAIR):
         key = "chosen"
+    if key == "chosen" and conversation.is_chat(row, "prompt", *PAIR):
+        common, chosen, _ = conversation.pair(record, PAIR)
+        return _row(record, common, (chosen,))
     before, response = _exchange(record, key)
     return _row(record, before, (response,))
 
@@ -373,16 +429,34 @@ def _feedback(record: Record) -> list[Row]:
     if is_judged and "desirable" not in row:
         pairs = _parse("pairs", record)
         return [
-            replace(pair, responses=(response,), targets=(target,))
+            replace(one, targets=(target,))
             for pair in pairs
-            for response, target in zip(pair.responses, (1.0, 0.0), strict=True)
+            for one, target in zip(_apart(pair), (1.0, 0.0), strict=True)
         ]
     record.require(("desirable",))
-    is_bool = isinstance(row["desirable"], bool)
-    record.expect(is_bool, "'desirable' must be true or false", row["desirable"])
+    targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    targets = (float(row["desirable"]),)
+    if isinstance(before, list) and isinstance(response, list):  # the label is the last turn's
+        before = [*before, *response[:-1]]
+        response = response[-1:]
     return [_row(record, before, (response,), targets=targets)]
+
+
+def _truth(record: Record, key: str) -> bool:
+    """The boolean under the key, which may be 1 or 0 or a text, as CSV files have it."""
+    value = record.value[key]
+    truths = {"true": True, "1": True, "false": False, "0": False}
+    text = str(value).lower() if isinstance(value, bool | int | str) else ""
+    record.expect(text in truths, f"{key!r} must be true or false, or 1 or 0", value)
+    return truths[text]
+
+
+def _apart(row: Row) -> list[Row]:
+    """A row for each response."""
+    return [
+        replace(row, responses=(response,), answers=row.answers[number : number + 1])
+        for number, response in enumerate(row.responses)
+    ]
 
 
 def _prompt(record: Record) -> Row:
@@ -394,17 +468,23 @@ def _prompt(record: Record) -> Row:
     return _row(record, _asked(record), columns=columns)
 
 
-def _asked(record: Record) -> str | list[Message]:
+def _asked(record: Record) -> str | Messages:
     """The prompt of a record of any form with at most two responses."""
     row = record.value
     if "messages" in row:
-        return chat.conversation(record, "messages")
+        return conversation.asked(record, "messages")
     response = "chosen" if "chosen" in row else "response"
     is_whole = response == "chosen" and "prompt" not in row
     key = "chosen" if is_whole else "prompt"
-    if chat.is_chat(row, key):
-        return chat.conversation(record, key)
-    if is_whole or chat.is_chat(row, response):
+    if is_whole and conversation.is_chat(row, key):
+        return (
+            conversation.pair(record, PAIR)[0]
+            if "rejected" in row
+            else conversation.asked(record, key)
+        )
+    if conversation.is_chat(row, key):
+        return conversation.asked(record, key)
+    if is_whole or conversation.is_chat(row, response):
         before, _ = _exchange(record, response)
         return before
     record.require(("prompt",))
@@ -425,27 +505,27 @@ def _annotated(record: Record) -> Row:
     return _row(record, asked, responses, votes=tuple(votes))
 
 
-def _instruction(record: Record) -> str | list[Message]:
+def _instruction(record: Record) -> str | Messages:
     """The instruction and the input of an annotated record; or messages, which have no input."""
     row = record.value
-    if chat.is_chat(row, "instruction"):
+    if conversation.is_chat(row, "instruction"):
         record.expect(not row.get("input"), "'instruction' is messages, so leave 'input' out")
-        return chat.conversation(record, "instruction")
+        return conversation.asked(record, "instruction")
     prompt = record.text("instruction")
     if row.get("input"):
         prompt += "\n\n" + record.text("input")
     return prompt
 
 
-def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
-    """The text or messages before the response under ``key``, and the response. Of a dialogue it is
-    the last response.
+def _exchange(record: Record, key: str) -> tuple[str | Messages, str | Messages]:
+    """The text or messages before the response under ``key``, and the response, a text or turns. Of
+    a dialogue it is the last response.
     """
     row = record.value
     keys = PAIR if key in PAIR else (key,)
-    if key == "messages" or chat.is_chat(row, "prompt", *keys):
+    if key == "messages" or conversation.is_chat(row, "prompt", *keys):
         record.require(keys)
-        return chat.exchange(record, key)
+        return conversation.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         return _dialogue(record, key)
     record.require(("prompt", *keys))
@@ -459,20 +539,26 @@ def _dialogue(record: Record, key: str) -> tuple[str, str]:
     record.expect(opening, _NO_DIALOGUE.format(key) + hint)
     ends_with_answer = HUMAN not in response
     record.expect(ends_with_answer, f"{key!r} ends with a human turn, not with an answer")
-    record.expect(response.strip(), chat.NO_RESPONSE)
+    record.expect(response.strip(), conversation.NO_RESPONSE)
     return before + opening, response
 
 
 def _row(
     record: Record,
-    before: Text | list[Message],
-    responses: tuple[Text, ...] = (),
+    before: Text | Messages,
+    responses: Sequence[Any] = (),
     **fields: Any,
 ) -> Row:
-    """The row of a prompt, a text or messages, and its responses."""
-    if isinstance(before, list):
-        return Row("", responses, record.source, messages=before, **fields)
-    return Row(before, responses, record.source, **fields)
+    """The row of a prompt, a text or messages, and its responses, which are texts or ids, or all
+    turns.
+    """
+    if isinstance(before, str | tuple):
+        return Row(before, tuple(responses), record.source, **fields)
+    if not any(isinstance(response, list) for response in responses):
+        return Row("", tuple(responses), record.source, messages=before, **fields)
+    texts = tuple(map(json.dumps, responses))
+    answers = tuple(responses)
+    return Row("", texts, record.source, messages=before, answers=answers, **fields)
 
 
 def _answers(record: Record) -> tuple[Row, Ranks]:
@@ -488,21 +574,41 @@ def _answers(record: Record) -> tuple[Row, Ranks]:
         answers = _pair(record)
         ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
-    return replace(answers, category=category), ranks
+    return replace(answers, category=category) if category else answers, ranks
 
 
 def _pair(record: Record) -> Row:
     """A chosen and a rejected response."""
-    before, chosen = _exchange(record, "chosen")
-    other, rejected = _exchange(record, "rejected")
-    record.expect(other == before, "dialogues differ before the last response")
+    before: Text | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    if conversation.is_chat(record.value, "prompt", *PAIR):
+        before, chosen, rejected = conversation.pair(record, PAIR)
+    else:
+        before, chosen = _exchange(record, "chosen")
+        other, rejected = _exchange(record, "rejected")
+        record.expect(other == before, conversation.APART)
     if chosen == rejected:
         raise Drop(record.source, EQUAL)
     for label in ("best", "ranking", "ranks"):
         if record.value.get(label) is not None:
             first, second = _ranks(record, label, 2)
             record.expect(first <= second, _CONTRADICTED)
-    return _row(record, before, (chosen, rejected))
+    return _row(record, before, (chosen, rejected), margin=_margin(record))
+
+
+def _margin(record: Record) -> float:
+    """The margin of a pair, 0 if the row has none."""
+    value = record.value.get("margin")
+    if value in (None, ""):
+        return 0.0
+    try:
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    what = "'margin' must be a number that is not negative"
+    record.expect(0 <= margin < _MOST, what, value)
+    return margin
 
 
 def _several(record: Record) -> tuple[Row, Ranks]:
@@ -511,6 +617,8 @@ def _several(record: Record) -> tuple[Row, Ranks]:
     given = row["responses"]
     record.expect(isinstance(given, list), "'responses' must be a list", given)
     count = len(given)
+    what = f"holds {count:,} responses, of which a row may have {MOST_RESPONSES}; take some"
+    record.expect(count <= MOST_RESPONSES, what)
     responses = tuple(_text_or_ids(record, f"response {i}", text) for i, text in enumerate(given))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", count) if "targets" in labels else None
@@ -542,11 +650,11 @@ def _by_majority(annotated: Row) -> Row:
     return replace(annotated, responses=pair, votes=())
 
 
-def _before_answers(record: Record) -> Text | list[Message]:
+def _before_answers(record: Record) -> Text | Messages:
     """The prompt of a row of K responses: text, token ids or messages."""
     record.require(("prompt",))
-    if chat.is_chat(record.value, "prompt"):
-        return chat.conversation(record, "prompt")
+    if conversation.is_chat(record.value, "prompt"):
+        return conversation.asked(record, "prompt")
     return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 
@@ -605,7 +713,7 @@ def _numbers(
     what = f"{key!r} must be a list of {count} numbers, one for each response"
     record.expect(is_list, what, values)
     for value in values:
-        fits = type(value) in (int, float) and abs(value) < 3.4e38  # as float32
+        fits = type(value) in (int, float) and abs(value) < _MOST
         record.expect(fits, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 
@@ -618,6 +726,8 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     """
     if len(set(ranks)) == 1:
         raise Drop(row.source, "all responses are ranked equal")
+    if row.is_pair and ranks == _FIRST_IS_BEST and row.best is None:
+        return [row]
     ranked = zip(row.responses, ranks, strict=True)
     pairs = []
     for (better, rank), (worse, other) in itertools.permutations(ranked, 2):

@@ -2,6 +2,7 @@
 and line.
 """
 
+import bisect
 import difflib
 import statistics
 from collections import defaultdict
@@ -13,9 +14,15 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated"]
 OnBadRow = Literal["error", "drop"]
+LearnedTurns = Literal["all", "last"]
 Fields = dict[str, Any]  # an object of JSON
-Message = Fields  # {role, content}
+# {role, content} in OpenAI's form, see `conversation`.
+Message = Fields
 Messages = Sequence[Message]
+Tools = list[Fields] | None
+"""The definitions of tools, as JSON schemas, that a chat template writes."""
+Mask = tuple[bool, ...]
+"""Which tokens of a text are learned."""
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 # Token ids are used as they are: they are not tokenised again and get no EOS.
@@ -29,6 +36,8 @@ class Record(NamedTuple):
 
     value: Any  # UserError if the line or row could not be read
     source: str
+    form: str = ""
+    """The name of the public form (`forms.table.FORMS`) that it was published in; "" for ours."""
 
     def fields(self, expected: str) -> Fields:
         """The value as an object; ``expected`` names its keys in the error."""
@@ -52,9 +61,11 @@ class Record(NamedTuple):
         if not missing:
             return
         present = ", ".join(self.value) or "none"
+        wanted = f"expected keys {', '.join(keys)}"
         others = [key for key in self.value if key not in keys]
         hint = "".join(meant(key, others) for key in missing)
-        raise BadRow(self.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+        found = f"; {self.form} has {present}" if self.form else f", found {present}"
+        raise BadRow(self.source, wanted + found + hint)
 
     def text(self, key: str) -> str:
         """The string under ``key``; only a prompt may consist of spaces."""
@@ -92,11 +103,23 @@ class Row:
     """Index of the best of K > 2 responses; None: the first one, or the one of the best target."""
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
+    margin: float = 0.0
+    """By how much a reward model should score the chosen one of a pair above the other one."""
     category: str = ""  # of given answers; an evaluation reports each category separately
     columns: Fields = field(default_factory=dict)  # a prompt's other keys, for the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2, or 0 for a tie
     messages: Messages = field(default=(), compare=False)
-    """The messages of which the prompt was rendered; empty for a text or token ids of the data."""
+    """The messages of which the prompt was rendered; empty for a text or token ids of the data. If
+    the last is the assistant's, the response continues it."""
+    tools: Tools = field(default=None, compare=False)
+    answers: tuple[Messages, ...] = field(default=(), compare=False)
+    """The turns of which each response was rendered, from the first that differs; empty for texts
+    or token ids of the data."""
+    learned: tuple[Mask, ...] = ()
+    """For each response of token ids which of them are learned; empty: all of them."""
+    first: Messages = field(default=(), compare=False)
+    """The messages before the first learned turn of the conversation, of which this row is a turn;
+    empty: ``messages``."""
 
     @property
     def conversation(self) -> Messages | None:
@@ -145,6 +168,17 @@ class BadRow(UserError):
 
 class Drop(BadRow):
     """A correct row that training cannot use. It is left out and counted under its reason."""
+
+
+def common_length(*sequences: Sequence[Any]) -> int:
+    """The number of first items that all sequences share."""
+    first, *others = sequences
+    shortest = min(map(len, sequences))
+
+    def differ(last: int) -> bool:
+        return any(other[: last + 1] != first[: last + 1] for other in others)
+
+    return bisect.bisect_left(range(shortest), True, key=differ)
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:

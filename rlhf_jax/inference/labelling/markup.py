@@ -7,6 +7,7 @@ import html
 import re
 from collections.abc import Iterator
 
+from rlhf_jax.data.conversation import text_of
 from rlhf_jax.report.page import PICTURES
 
 _FENCE = re.compile(r"^ {0,3}```[^`\n]*$", re.MULTILINE)
@@ -27,7 +28,7 @@ def conversation(prompt: object) -> str:
     parts = []
     for message in prompt:
         role = html.escape(str(message["role"]).translate(PICTURES))
-        parts.append(f'<div class="turn"><h3>{role}</h3>{render(message["content"])}</div>')
+        parts.append(f'<div class="turn"><h3>{role}</h3>{render(text_of(message))}</div>')
     return "".join(parts)
 
 

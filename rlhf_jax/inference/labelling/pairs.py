@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, files
-from rlhf_jax.data.rows import Message, Record
+from rlhf_jax.data import conversation, files
+from rlhf_jax.data.rows import Message, Messages, Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import label
@@ -86,9 +86,9 @@ def _pair(number: int, record: Record) -> Pair:
     answers = row["responses"]
     is_two = isinstance(answers, list) and len(answers) == 2
     record.expect(is_two and all(isinstance(text, str) for text in answers), "expected two texts")
-    asked: str | list[Message]
-    if chat.is_chat(row, "prompt"):
-        asked = chat.conversation(Record(row, record.source), "prompt")
+    asked: str | Messages
+    if conversation.is_chat(row, "prompt"):
+        asked = conversation.asked(Record(row, record.source), "prompt")
     else:
         asked = Record(row, record.source).text("prompt")
     return Pair(number, asked, [record.checked("an answer", text) for text in answers])

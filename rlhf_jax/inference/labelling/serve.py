@@ -6,11 +6,10 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import uvicorn
 
 from rlhf_jax.errors import UserError, file_errors, logger
@@ -18,7 +17,7 @@ from rlhf_jax.inference import asking, label
 from rlhf_jax.inference.labelling import pairs, rows, server, summary
 from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Store
-from rlhf_jax.runs.folder import refuse_links, write_atomically
+from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 
 _WRITE_EVERY = 2.0  # seconds
 _OPEN_TO_ALL = ("0.0.0.0", "::")
@@ -32,8 +31,8 @@ def run(folder: str | None, config: Config) -> str:
             folder, a file or a row is wrong; nobody may read the tokens; the port is taken.
     """
     out = Path(config.out)
-    refuse_links(_beside(out, name) for name in ("lock", "sqlite", "tokens.json", "json"))
-    with _locked(out):
+    refuse_links(_beside(out, name) for name in ("sqlite", "tokens.json", "json"))
+    with one_writer(out):
         source = pairs.open_source(folder, config)
         store = _open_store(out, config)
         try:
@@ -46,23 +45,6 @@ def run(folder: str | None, config: Config) -> str:
 
 def _beside(out: Path, kind: str) -> Path:
     return out.with_name(f"{out.name}.session.{kind}")
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Two servers on one store would each hand out the same pairs."""
-    lock = filelock.FileLock(_beside(out, "lock"))
-    with file_errors(out, "written"):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(
-                f"{out}: another process serves this file; use its page, or choose another --out"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _open_store(out: Path, config: Config) -> Store:
@@ -105,14 +87,12 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
             known = _read_tokens(path)
     if any(name not in known for name in people):
         known |= {name: secrets.token_urlsafe(32) for name in people if name not in known}
-        unfinished = path.with_name(f".{secrets.token_hex(8)}.unfinished")
-        with file_errors(path, "written"):
-            opened = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(opened, "w", encoding="utf-8") as file:
-                file.write(json.dumps(known, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
+        before = os.umask(0o077)  # nobody else may read the file at any moment
+        try:
+            with file_errors(path, "written"):
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+        finally:
+            os.umask(before)
     return {name: known[name] for name in people}
 
 

@@ -14,7 +14,7 @@ from rlhf_jax.inference.label import Judgement, is_given
 from rlhf_jax.inference.labelling import agreement, store
 from rlhf_jax.report import page
 from rlhf_jax.report.parts import Part
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 
 ALONE = "you"  # the annotator of the terminal, who has no name
 
