@@ -30,7 +30,7 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import service
+from rlhf_jax.graders import client
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl, verify
@@ -62,7 +62,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def server(policy, monkeypatch):
-    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_SECONDS", 0.001)
     started = VLLM(policy)
     yield started
     started.stop()
@@ -401,7 +401,7 @@ def shorter(reply, choice):
 
 WRONG = {
     "fewer samples": (lambda reply, choice: reply["choices"].pop(), "responses to a prompt, "),
-    "no samples": (lambda reply, choice: reply.pop("choices"), 'expected {"choices": '),
+    "no samples": (lambda reply, choice: reply.pop("choices"), "it.choices must be a list"),
     "a sample twice": (lambda reply, choice: choice.update(index=1), "its choices have the numb"),
     "other weights": (lambda reply, choice: reply.update(model="other"), "of the weights 'other'"),
     "another prompt": (
@@ -419,7 +419,7 @@ WRONG = {
     ),
     "null log-probs": (
         lambda reply, choice: choice["logprobs"].update(token_logprobs=None),
-        r"row 0: 1 log_probs for \d response tokens",
+        r"it\.choices\[0\]\.logprobs\.token_logprobs must be a list",
     ),
     "a positive log-prob": (
         lambda reply, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 0.5),
@@ -429,7 +429,7 @@ WRONG = {
         lambda reply, choice: choice["token_ids"].__setitem__(0, 999),
         "token id 999 is outside the vocabulary",
     ),
-    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "row 0: a text does not show"),
+    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "token_ids must be a list"),
     "too many": (longer, "row 0: the response has 15 tokens, response_length is 6"),
     "cut": (shorter, "was cut at 2 of 6 tokens: .*--max-model-len"),
     "another end": (

@@ -45,6 +45,7 @@ from numpy import ma
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.graders import service, verifiable
+from rlhf_jax.graders.client import check_url
 from rlhf_jax.graders.service import Services
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import (
@@ -274,7 +275,7 @@ class _Reader(NamedTuple):
         if file.endswith(".py"):
             return function, load_function(where, Path(file), function, self.columns)
         if kind in ("http", "https"):
-            service.check_url(where, spec)
+            check_url(where, spec)
             name, _, _ = rest.removeprefix("//").partition("?")
             return name, service.reward_service(spec, self.services.judge)
         if kind == "judge":
