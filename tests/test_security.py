@@ -31,7 +31,8 @@ BANNED = {
     r"|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
     "remote code": r"trust_remote_code(?!=False)"
     r"|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
-    "modules": r"^\s*(import|from) (pickle|marshal|shelve|dill|joblib|requests|socket|urllib|http)\b",
+    "modules": r"^\s*(import|from) (pickle|marshal|shelve|dill|joblib|requests|socket)\b"
+    r"|^\s*(import|from) (urllib|http)\b",
 }
 
 

@@ -59,7 +59,8 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     tokens.
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
-    ``scores``. Missing rows, and a group with a single answer, get 0. Minibatches may split groups
+    ``scores``; dense rewards keep their places (``policy.with_group_advantages``). Missing rows,
+    and a group with a single answer, get 0. Minibatches may split groups
     afterwards.
 
     Args:

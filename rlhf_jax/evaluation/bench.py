@@ -178,7 +178,10 @@ def score(
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     is_scored = np.any(scored.response_mask, axis=1)
-    return np.where(is_scored, np.asarray(scored.scores, np.float64), np.nan)
+    scores: Any = np.asarray(scored.scores, np.float64)
+    if scores.ndim == 2:
+        scores = scores.sum(axis=1)
+    return np.where(is_scored, scores, np.nan)
 
 
 class Answers(NamedTuple):

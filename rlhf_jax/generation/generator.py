@@ -28,7 +28,7 @@ from rlhf_jax.data.environment import (
 from rlhf_jax.data.rows import Message, Record, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
-from rlhf_jax.rewards.host import SINGLE_TURN
+from rlhf_jax.rewards.texts import SINGLE_TURN
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.types import Params, Rollout

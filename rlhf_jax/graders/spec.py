@@ -18,9 +18,9 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
   (`graders.verifiable`),
 - ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
   row,
-- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``:
-  prompts as the model reads them, the columns of the prompts' data rows by name, None for a
-  response that cannot be scored,
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``
+  (`rewards.from_text`): prompts as the model reads them, the columns of the prompts' data rows by
+  name, None for a response that cannot be scored,
 - ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
   (`service.reward_service`),
 - ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`).
@@ -29,9 +29,7 @@ A folder with the name of one of these is given as ``./length``.
 """
 
 import difflib
-import functools
 import importlib.util
-import inspect
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -41,7 +39,6 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy import ma
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.graders import service, verifiable
@@ -54,20 +51,28 @@ from rlhf_jax.rewards.functions import (
     ensemble,
     from_model,
     length,
-    summed,
     token_count,
     weighted,
 )
 from rlhf_jax.rewards.host import (
     Columns,
-    Decoder,
     HostReward,
     HostScores,
+    RowScores,
+    Score,
+    Unscored,
+    at_tokens,
+    row_score,
+    row_scores,
+)
+from rlhf_jax.rewards.ngrams import diversity, repetition
+from rlhf_jax.rewards.texts import (
+    Decoder,
     TextScorer,
+    check_function,
     from_conversations,
     from_text,
 )
-from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -110,6 +115,7 @@ class PolicyTokenizer(Decoder, Protocol):
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str, /) -> list[int]: ...
+    def spelled(self, ids: list[int], /) -> str: ...
 
 
 def build_reward(
@@ -189,21 +195,44 @@ def as_host(reward: Reward) -> HostReward:
 
 
 def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
-    """As ``weighted``. A row that one reward cannot score has no sum."""
+    """As ``weighted``. The sum of a row has the rewards that can score it; a row that none can
+    score is unscored.
+    """
     hosts = {name: as_host(reward) for name, reward in rewards.items()}
     counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        parts: dict[str, Any] = {}
+        of_rewards: dict[str, RowScores] = {}
+        components: dict[str, list[Score]] = {}
         for name, host in hosts.items():
-            scores, inner = host(rollout, columns)
-            parts[name] = (ma.asarray(scores, float), inner), weights[name]
-        return summed(parts)
+            scored = row_scores(host, rollout, columns, f"the reward {name}")
+            of_rewards[name] = scored
+            components[name] = [row_score(value) for value in scored.scores]
+            components |= {f"{name}/{part}": v for part, v in scored.components.items()}
+        sums: list[Score] = []
+        for row, mask in enumerate(rollout.mask):
+            of_row = [(weights[name], said.scores[row]) for name, said in of_rewards.items()]
+            sums.append(_summed(of_row, mask))
+        return sums, components
 
     def take_unparsed() -> int:
         return sum(count() for count in counts)
 
     return Reward(host=score, take_unparsed=take_unparsed if counts else None)
+
+
+def _summed(of_row: Sequence[tuple[float, Score]], mask: np.ndarray) -> Score:
+    """The weighted sum of a row's scores, dense if one of them is."""
+    given = [(weight, score) for weight, score in of_row if not isinstance(score, Unscored)]
+    if not given:
+        reasons = [score.reason for _, score in of_row if isinstance(score, Unscored)]
+        return Unscored("; ".join(dict.fromkeys(reasons)))
+    if not any(isinstance(score, np.ndarray) for _, score in given):
+        return float(sum(weight * score for weight, score in given))
+    dense = np.zeros(len(mask))
+    for weight, score in given:
+        dense = dense + weight * at_tokens(score, mask)
+    return dense
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -256,7 +285,10 @@ class _Reader(NamedTuple):
             return self._read_models(spec, where)
         name, function = of_texts
         take_unparsed = getattr(function, "take_unparsed", None)
-        return name, Reward(host=from_text(function, self.tokenizer), take_unparsed=take_unparsed)
+        return name, Reward(
+            host=from_text(function, self.tokenizer, self.tokenizer.spelled),
+            take_unparsed=take_unparsed,
+        )
 
     def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
         """A function of texts; None for the SPEC of a reward model."""
@@ -271,7 +303,8 @@ class _Reader(NamedTuple):
                     f"{where}: the package math-verify is not installed; pip install "
                     "'rlhf-jax[math]'"
                 )
-            return spec, _of_columns(where, verifiable.math, self.columns)
+            check_function(where, verifiable.math, self.columns)
+            return spec, verifiable.math
         if file.endswith(".py"):
             return function, load_function(where, Path(file), function, self.columns)
         if kind in ("http", "https"):
@@ -347,13 +380,17 @@ def _ensemble_on_host(
     """As ``ensemble``. A row that one member cannot score has no score."""
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        of_members = [reward(rollout, columns)[0] for reward in rewards]
-        scores: Any = ma.stack(list(map(ma.asarray, of_members)))
-        is_unscored = ma.getmaskarray(scores).any(axis=0)
-        given = scores.filled(0).astype(np.float32)
+        of_members = [row_scores(reward, rollout, columns).scores for reward in rewards]
+        by_row = list(zip(*of_members, strict=True))
+        faults = [[x for x in of_row if isinstance(x, Unscored)] for of_row in by_row]
+        given = np.array(
+            [[0.0] * len(rewards) if bad else row for row, bad in zip(by_row, faults, strict=True)],
+            np.float32,
+        ).T
         mean = combined(how, jnp.asarray(given), coef)
-        deviation = ma.array(np.std(given, axis=0), mask=is_unscored)
-        return ma.array(mean, mask=is_unscored), {"uncertainty": deviation}
+        deviation = np.std(given, axis=0)
+        scores = [bad[0] if bad else x for x, bad in zip(mean.tolist(), faults, strict=True)]
+        return scores, {"uncertainty": deviation}
 
     return score
 
@@ -369,7 +406,7 @@ def _run_name(model: str) -> str:
 def load_function(
     where: str, file: Path, name: str, columns: Collection[str]
 ) -> Callable[..., Any]:
-    """The user's function, as ``_of_columns``.
+    """The user's function.
 
     Raises:
       UserError: it begins with ``where``; there is no such file or function, or it asks for other
@@ -384,26 +421,5 @@ def load_function(
     functions = {key: value for key, value in module.items() if callable(value)}
     if name not in functions:
         raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
-    return _of_columns(f"{where}: {name}", functions[name], columns)
-
-
-def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) -> Callable[..., Any]:
-    """A reward function, called with only those columns that it has parameters for."""
-    signature = inspect.signature(fn)
-    parameters = list(signature.parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return fn
-    offered = {*columns, "messages"}
-    names = [parameter.name for parameter in parameters[2:] if parameter.name in offered]
-    try:
-        signature.bind([], [], **dict.fromkeys(names))
-    except TypeError as error:
-        raise UserError(
-            f"{where}: {error}; the prompts' columns are {', '.join(columns) or 'none'}"
-        ) from None
-
-    @functools.wraps(fn)
-    def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:
-        return fn(prompts, responses, **{name: given[name] for name in names})
-
-    return with_its_columns
+    check_function(f"{where}: {name}", functions[name], columns)
+    return functions[name]

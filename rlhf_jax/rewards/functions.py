@@ -1,7 +1,7 @@
 """Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
-A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts
-{name: [B]}, an empty dict if there are none. The rewards of this file are
+A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named
+components {name: [B]}, an empty dict if there are none. The rewards of this file are
 ``jax.tree_util.Partial``: the arrays that they hold (a reward model's parameters) are arguments of
 ``jit``, not constants of the compiled program. The score of a missing row, whose ``response_mask``
 is empty, has no meaning.
@@ -114,11 +114,12 @@ def _ensemble(
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
-    """Weighted sum of rewards, given as {name: (RewardFn giving scores [B], weight)}.
+    """Weighted sum of rewards, given as {name: (RewardFn, weight)}. If one of them is dense, so is
+    the sum, and a score [B] stands at the last token of its row.
 
     Returns:
-      RewardFn with the parts {name: that reward's scores before its weight}; the parts of a part
-      are ``name/part``.
+      RewardFn with the components {name: that reward's scores [B] before its weight}; the
+      components of a component are ``name/component``.
     """
     if not parts:
         raise ValueError("parts: a weighted sum needs at least one reward function")
@@ -127,22 +128,21 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
-    return summed(
-        {name: (_row_scores(fn, rollout), weight) for name, (fn, weight) in parts.items()}
-    )
-
-
-def summed(parts: Mapping[str, tuple[Any, float]]) -> tuple[Any, dict[str, Any]]:
-    """The weighted sum of {name: ((scores, their parts), weight)}, of JAX or NumPy arrays, with the
-    parts of ``weighted``.
-    """
+    given = {}
+    components = {}
+    for name, (fn, weight) in parts.items():
+        scores, inner = fn(rollout)
+        scores = jnp.asarray(scores, jnp.float32)
+        chex.assert_shape(scores, rollout.tokens.shape[: max(scores.ndim, 1)])
+        given[name] = weight * scores
+        in_response = jnp.where(rollout.mask, scores, 0.0) if scores.ndim == 2 else scores[:, None]
+        components[name] = jnp.sum(in_response, axis=1)
+        components |= {f"{name}/{part}": values for part, values in inner.items()}
     total: Any = 0.0
-    reported = {}
-    for name, ((scores, inner), weight) in parts.items():
-        total = total + weight * scores
-        reported[name] = scores
-        reported |= {f"{name}/{part}": values for part, values in inner.items()}
-    return total, reported
+    is_dense = any(scores.ndim == 2 for scores in given.values())
+    for scores in given.values():
+        total = total + (ops.at_end(scores, rollout.mask) if is_dense else scores)
+    return total, components
 
 
 def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:

@@ -177,7 +177,7 @@ def build(
     if on_step is not None:
         draw_step, observe = steps.observed(draw_step, on_step)
 
-    learn = steps.learner(programs.learn, networks)
+    learn = steps.learner(programs.learn, networks, method.config.needs_components)
     advance = steps.advancing(draw_step, learn, schedule, key)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import iteration, rewards
+from rlhf_jax import iteration
 from rlhf_jax.data import batches, chat
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.generation import generator
@@ -25,7 +25,7 @@ from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions, LoopState
 from rlhf_jax.parallel import sharding
-from rlhf_jax.rewards.host import Columns
+from rlhf_jax.rewards.host import Columns, row_scores, with_scores
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.loop import Validation
@@ -35,6 +35,9 @@ from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.types import Metrics, Params, Rollout
 
 OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
+
+
+MOST_REASONS = 20  # why responses have no score, of those that are printed
 
 
 class Scored(NamedTuple):
@@ -159,22 +162,34 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         TrainingFault: a score is not finite.
     """
     host_reward = spec.as_host(reward)
+    told: set[str] = set()
 
     def score(rollout: Rollout, batch: Batch) -> Scored:
         before = processes.fetch(rollout)
-        own_rollout = processes.own_rows(before)
+        own_rollout: Any = processes.own_rows(before)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         columns = batches.columns_at(batch.prompts, batch.rows)
-        score_own = functools.partial(rewards.on_host, host_reward, own_rollout, own_columns)
+
+        def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
+            said = row_scores(host_reward, own_rollout, own_columns)
+            say_reasons(said.reasons(), told)
+            return with_scores(own_rollout, said)
+
         try:
-            after, parts = processes.gather_rows(processes.agree(score_own))
+            after, components = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
             after, guard_metrics, verdicts = guard(before, after, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
-        scores, parts = jax.tree.map(jnp.asarray, (after.scores, parts))
-        scored, metrics = iteration.scored(after, scores, parts)
+        if not np.array_equal(after.row_ids, before.row_ids):
+            raise TrainingFault("the scores of the processes are not in the order of their rows")
+        scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
+        has_score = {name: ~jnp.isnan(values) for name, values in components.items()}
+        scored, metrics = iteration.scored(after, scores, components, has_score)
         metrics["reward/unscored"] = jnp.float32(unscored)
+        for name, is_own in has_score.items():
+            number = jnp.sum(is_own & scored.present)
+            metrics[f"reward/rows/{name}"] = number.astype(jnp.float32)
         metrics |= guard_metrics
         if reward.take_unparsed is not None:
             counts = processes.gather(reward.take_unparsed)
@@ -182,6 +197,15 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts)
 
     return score
+
+
+def say_reasons(reasons: Sequence[str], told: set[str]) -> None:
+    """Prints why responses have no score, each reason once; ``told`` gets those that were new."""
+    for reason in dict.fromkeys(reasons):
+        if reason not in told and len(told) < MOST_REASONS:
+            count = reasons.count(reason)
+            logger.info(f"reward: {count} responses have no score: {reason} (said once)")
+            told.add(reason)
 
 
 def unguarded(before: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, None]:
@@ -196,11 +220,21 @@ def rescorer(program: Callable[..., Recorded], networks: Networks) -> Rescorer:
     )
 
 
-def learner(program: Callable[..., tuple[LoopState, Metrics]], networks: Networks) -> Learner:
-    """The update, by the program ``iteration.learn``."""
-    return lambda state, rollout, key: program(
-        state, rollout, key, networks.functions(rollout.tokens.shape[1])
-    )
+def learner(
+    program: Callable[..., tuple[LoopState, Metrics]],
+    networks: Networks,
+    needs_components: bool = False,
+) -> Learner:
+    """The update, by the program ``iteration.learn``. It reads components of the reward only if it
+    needs them, so that others have one program whatever the reward is made of.
+    """
+
+    def learn(state: LoopState, rollout: Rollout, key: Array) -> tuple[LoopState, Metrics]:
+        if not needs_components:
+            rollout = replace(rollout, components=None)
+        return program(state, rollout, key, networks.functions(rollout.tokens.shape[1]))
+
+    return learn
 
 
 def drawn(
