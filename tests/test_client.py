@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_jax import rewards
 from rlhf_jax.config import Judge
 from rlhf_jax.errors import ServiceError, UserError, logger
 from rlhf_jax.graders import client, service
@@ -312,7 +313,9 @@ def test_a_judges_long_answer_takes_no_time_and_half_an_emoji_is_kept(hostile, t
     how = Judge(url=server.url, model="m", timeout=10.0, concurrency=1)
     judge = RubricJudge(service.Rubric("kind", (1, 5), []), Services(how, tmp_path))
     started = time.perf_counter()
-    assert judge(["p"] * 3, ["a", "b", "c"]) == [None, 3, 2]
+    unscored, *scores = judge(["p"] * 3, ["a", "b", "c"])
+    assert isinstance(unscored, rewards.Unscored)
+    assert scores == [3, 2]
     assert time.perf_counter() - started < 2
     (kept,) = tmp_path.iterdir()
     assert KEY.encode() not in kept.read_bytes()

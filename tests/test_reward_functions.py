@@ -185,7 +185,7 @@ def test_an_ensemble_of_two_tokenizers():
         assert_allclose(scored.scores, [expected, 0], rtol=1e-5)
         assert_allclose(parts[f"{how}:1,other/uncertainty"], [deviation, math.nan], rtol=1e-5)
         assert scored.present.tolist() == [True, False]
-    with pytest.raises(FloatingPointError, match=r"is not finite \(row 0: nan\)"):
+    with pytest.raises(FloatingPointError, match=r"is not finite \(row 0: nan"):
         rewards.on_host(build("mean:nan,other", load=load).host, rollout(), columns)
 
 

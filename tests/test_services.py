@@ -21,6 +21,7 @@ from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.graders import client, service, spec
 from rlhf_jax.graders.service import RubricJudge, Services
+from rlhf_jax.rewards import Unscored
 from rlhf_jax.runs import processes
 from rlhf_jax.training import rl
 
@@ -57,8 +58,16 @@ def test_a_reward_service_is_sent_texts_and_columns(serve, monkeypatch):
     assert ask(server) == [0.5, None]
     monkeypatch.setenv("REWARD_API_KEY", KEY)
     assert ask(server) == [0.5, None]
-    assert server.asked == [ASKED, ASKED]
+    assert server.asked == [{"ids": [0, 1]} | ASKED] * 2
     assert server.keys == [None, f"Bearer {KEY}"]
+
+
+def test_rewards_with_ids_find_their_responses(serve):
+    assert ask(serve(lambda number, body: {"rewards": [5, 6], "ids": [1, 0]})) == [6, 5]
+    for ids in ([0, 0], [0, 2]):
+        server = serve(lambda number, body, ids=ids: {"rewards": [5, 6], "ids": ids})
+        with pytest.raises(ServiceError, match="its ids are not those that were sent"):
+            ask(server)
 
 
 OK = {"rewards": [1, 2]}
@@ -150,7 +159,8 @@ def test_what_a_reply_scores(serve, tmp_path):
     judge = rubric_judge(server, tmp_path, concurrency=1)
     answers = [str(i) for i in range(len(SCORES))]
     scores = judge([""] * 6, answers[:6]) + judge([""] * 3, answers[6:])
-    assert scores == list(SCORES.values())
+    none = Unscored("the judge's reply has no score from 1 to 5")
+    assert scores == [none if score is None else score for score in SCORES.values()]
     assert judge.take_unparsed() == 5
     assert judge.take_unparsed() == 0
 

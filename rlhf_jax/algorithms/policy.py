@@ -194,7 +194,7 @@ def rewards_to_go(rollout: Rollout) -> tuple[Array, Array]:
     place = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     columns = jnp.argsort(~mask, axis=1, stable=True)  # of the response's tokens, in their order
     lengths = jnp.sum(mask, axis=1, keepdims=True)
-    taken = jnp.minimum(jnp.arange(mask.shape[1]), jnp.maximum(lengths - 1, 0))
+    taken = jnp.minimum(jnp.arange(mask.shape[1])[None, :], jnp.maximum(lengths - 1, 0))
     columns = jnp.take_along_axis(columns, taken, axis=1)
     return jnp.take_along_axis(to_go, columns, axis=1), place
 

@@ -95,7 +95,7 @@ _GIVEN = {"tokens": [TEXT], "token_logprobs": [(NUMBER, NULL)]}
 
 # An object has at least the keys of its form; a key that may be null may be missing. A tuple is a
 # choice of forms, a list has the form of each item.
-REWARDS = {"rewards": [(NUMBER, NULL)]}
+REWARDS = {"rewards": [(NUMBER, NULL)], "ids": ([INDEX], NULL)}
 JUDGEMENT = {"choices": [{"message": {"content": (TEXT, NULL)}}]}
 MODELS = {"data": [{"id": TEXT}]}
 COMPLETIONS = {"model": TEXT, "choices": [_CHOICE]}

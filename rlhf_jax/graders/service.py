@@ -5,7 +5,7 @@ rubric.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from rlhf_jax.graders import client
 from rlhf_jax.graders.client import Requests, ask_each, check_url
 from rlhf_jax.graders.replies import Replies
 from rlhf_jax.ops import check_number
+from rlhf_jax.rewards.host import Unscored
 from rlhf_jax.runs.reading import NUMBER, read_yaml
 
 
@@ -52,8 +53,9 @@ class Services(NamedTuple):
 def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None]]:
     """A reward function, for ``host.from_text``, that asks a URL.
 
-    It POSTs ``{"prompts": [...], "responses": [...], "columns": {NAME: [...]}}`` and expects
-    ``{"rewards": [...]}``, a number or null for each response.
+    It POSTs ``{"ids": [...], "prompts": [...], "responses": [...], "columns": {NAME: [...]}}`` and
+    expects ``{"rewards": [...]}``, a number or null for each response, in the order of the question
+    or of ``ids`` in the reply.
 
     Raises:
       ServiceError: when it is called: no reply, or a reply of another form.
@@ -61,7 +63,8 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
     """
 
     def rewards(prompts: list[str], responses: list[str], **columns: Any) -> list[float | None]:
-        question = {"prompts": prompts, "responses": responses, "columns": columns}
+        ids = list(range(len(responses)))
+        question = {"ids": ids, "prompts": prompts, "responses": responses, "columns": columns}
         try:
             json.dumps(question)
         except (TypeError, ValueError, RecursionError) as error:
@@ -73,7 +76,11 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
                 f'{url}: expected {{"rewards": [...]}}, a finite number or null for each of '
                 f"{len(responses)} responses, got {len(numbers)}"
             )
-        return numbers
+        told = reply.get("ids")
+        if told is not None and sorted(told) != ids:
+            raise ServiceError(f"{url}: its ids are not those that were sent: {told!r:.100}")
+        by_id = dict(zip(told or ids, numbers, strict=True))
+        return [by_id[i] for i in ids]
 
     rewards.__name__ = url
     return rewards
@@ -133,42 +140,36 @@ where N is a number from {lowest:g} (worst) to {highest:g} (best)."""
 _SCORE = re.compile(r"score\W{0,9}?[:=]\W{0,9}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
-class RubricJudge:
-    """A reward function, for ``host.from_text``: a chat server scores each response by a rubric. A
-    response whose reply has no score on the scale gets None.
+class ChatJudge:
+    """A chat server that is asked to judge. A question that was asked before is not asked again:
+    its saved reply is used.
     """
 
-    def __init__(self, rubric: Rubric, services: Services):
-        self.rubric = rubric
+    def __init__(self, system: str, services: Services):
         self.settings = services.judge
         self.url = f"{services.judge.url}".rstrip("/") + "/chat/completions"
+        self._system = system
         self._unparsed = 0
         self._replies = Replies(services.folder)
-        lowest, highest = rubric.scale
-        self._system = _SYSTEM.format(criteria=rubric.criteria, lowest=lowest, highest=highest)
 
-    def __call__(
-        self, prompts: list[str], responses: list[str], messages: Any = None, **columns: Any
+    def read(
+        self,
+        materials: Sequence[Mapping[str, Any]],
+        parse: Callable[[str], float | None],
     ) -> list[float | None]:
-        """The scores. If a question was asked before, its saved reply is used again.
+        """What ``parse`` reads in the reply to each material.
 
         Raises:
           ServiceError: the server does not reply, or its reply has another form.
         """
-        conversations = messages or [None] * len(prompts)
-        questions = []
-        for i, response in enumerate(responses):
-            material = {name: columns[name][i] for name in self.rubric.columns}
-            material["conversation"] = conversations[i] or prompts[i]
-            material["answer"] = response
-            questions.append(self._question(material))
+        questions = [self._question(material) for material in materials]
         new = dict.fromkeys(text for text in questions if text not in self._replies)
         ask_each(self._ask, new, self.settings)
-        scores = [self._score(self._replies[text]) for text in questions]
-        self._unparsed += scores.count(None)
-        return scores
+        judged = [parse(self._replies[text]) for text in questions]
+        self._unparsed += judged.count(None)
+        return judged
 
-    def _question(self, material: dict[str, Any]) -> str:
+    def _question(self, material: Mapping[str, Any]) -> str:
         """The body of a request, as JSON."""
         user = json.dumps(material, ensure_ascii=False, indent=1)
         body = {
@@ -192,15 +193,42 @@ class RubricJudge:
             raise ServiceError(f"{self.url}: the reply of the chat server has no choice")
         self._replies.add(question, choices[0]["message"]["content"] or "")
 
+    def take_unparsed(self) -> int:
+        """How many replies could not be read since the last call."""
+        count = self._unparsed
+        self._unparsed = 0
+        return count
+
+
+class RubricJudge(ChatJudge):
+    """A reward function, for ``rewards.from_text``: a chat server scores each response by a rubric.
+    A response whose reply has no score on the scale is unscored.
+    """
+
+    def __init__(self, rubric: Rubric, services: Services):
+        lowest, highest = rubric.scale
+        system = _SYSTEM.format(criteria=rubric.criteria, lowest=lowest, highest=highest)
+        super().__init__(system, services)
+        self.rubric = rubric
+
+    def __call__(
+        self, prompts: list[str], responses: list[str], messages: Any = None, **columns: Any
+    ) -> list[float | Unscored]:
+        """The scores; errors as of ``read``."""
+        conversations = messages or [None] * len(prompts)
+        materials = []
+        for i, response in enumerate(responses):
+            material = {name: columns[name][i] for name in self.rubric.columns}
+            material["conversation"] = conversations[i] or prompts[i]
+            material["answer"] = response
+            materials.append(material)
+        lowest, highest = self.rubric.scale
+        none = Unscored(f"the judge's reply has no score from {lowest:g} to {highest:g}")
+        return [none if score is None else score for score in self.read(materials, self._score)]
+
     def _score(self, reply: str) -> float | None:
         """The last score in a reply; None if it has none on the scale."""
         lowest, highest = self.rubric.scale
         found = _SCORE.findall(reply)
         score = float(found[-1]) if found else math.nan
         return score if lowest <= score <= highest else None
-
-    def take_unparsed(self) -> int:
-        """How many replies had no score since the last call."""
-        count = self._unparsed
-        self._unparsed = 0
-        return count

@@ -23,7 +23,10 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
   name, None for a response that cannot be scored,
 - ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
   (`service.reward_service`),
-- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`).
+- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`),
+- ``pairs:SPEC``, where the SPEC is one of a reward model, of ``FILE.py:FUNCTION`` or of
+  ``judge:RUBRIC.yaml``: the share of comparisons with the prompt's other responses that a response
+  wins (`graders.pairs`).
 
 A folder with the name of one of these is given as ``./length``.
 """
@@ -41,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
-from rlhf_jax.graders import service, verifiable
+from rlhf_jax.graders import pairs, service, verifiable
 from rlhf_jax.graders.client import check_url
 from rlhf_jax.graders.service import Services
 from rlhf_jax.models.hf import model_folder
@@ -75,6 +78,7 @@ from rlhf_jax.rewards.texts import (
 )
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
+_PAIRS = "pairs:"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
 _METHODS = get_args(EnsembleMethod)
@@ -82,7 +86,7 @@ _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER})
 
 # Rewards that a number of tokens may follow, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
-_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge")
+_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge", "pairs")
 
 
 class Reward(NamedTuple):
@@ -92,6 +96,7 @@ class Reward(NamedTuple):
     host: HostReward | None = None  # runs on the host between two jits
     # how many replies of judges had no score since the last call; None: there is no judge
     take_unparsed: Callable[[], int] | None = None
+    is_pairs: bool = False  # whether responses are compared, at validations with the first policy's
 
 
 class RewardModel(NamedTuple):
@@ -167,7 +172,8 @@ def build_reward(
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
     spec, _ = _split_weight(entry)
-    kind, _, rest = spec.partition(":")
+    kind, _, rest = spec.removeprefix(_PAIRS).partition(":")
+    spec = spec.removeprefix(_PAIRS)
     if kind in ("count", "regex", "math", "http", "https", *_TERMS):
         return {}
     method, names = _split_method(spec)
@@ -218,7 +224,8 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
     def take_unparsed() -> int:
         return sum(count() for count in counts)
 
-    return Reward(host=score, take_unparsed=take_unparsed if counts else None)
+    is_pairs = any(reward.is_pairs for reward in rewards.values())
+    return Reward(None, score, take_unparsed if counts else None, is_pairs)
 
 
 def _summed(of_row: Sequence[tuple[float, Score]], mask: np.ndarray) -> Score:
@@ -239,8 +246,9 @@ def _split_weight(entry: str) -> tuple[str, float]:
     """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
     match = _WEIGHTED.fullmatch(entry)
     spec = match[1] if match else entry
-    method, names = _split_method(spec)
-    spec = method + ",".join(map(model_folder, names))
+    pairs = _PAIRS if spec.startswith(_PAIRS) else ""
+    method, names = _split_method(spec.removeprefix(pairs))
+    spec = pairs + method + ",".join(map(model_folder, names))
     return spec, float(match[2]) if match else 1.0
 
 
@@ -280,6 +288,8 @@ class _Reader(NamedTuple):
                     f"got {rest!r}"
                 )
             return spec, Reward(fn=make(int(rest)))
+        if kind == "pairs" and rest:
+            return self._read_pairs(rest, where)
         of_texts = self._read_function(spec, where)
         if of_texts is None:
             return self._read_models(spec, where)
@@ -312,10 +322,35 @@ class _Reader(NamedTuple):
             name, _, _ = rest.removeprefix("//").partition("?")
             return name, service.reward_service(spec, self.services.judge)
         if kind == "judge":
-            return Path(rest).stem, self._judge(Path(rest), where)
+            rubric = self._rubric(Path(rest), where)
+            return Path(rest).stem, service.RubricJudge(rubric, self.services)
         return None
 
-    def _judge(self, file: Path, where: str) -> service.RubricJudge:
+    def _read_pairs(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward of a judge of pairs."""
+        kind, _, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        take_unparsed = None
+        judge: pairs.Judge
+        if kind == "judge":
+            name = Path(rest).stem
+            of_server = pairs.RubricPairs(self._rubric(Path(rest), where), self.services)
+            take_unparsed = of_server.take_unparsed
+            judge = of_server
+        elif file.endswith(".py"):
+            name = function
+            judge = pairs.by_function(where, _loaded(where, Path(file), name), self.columns)
+        else:
+            name = _run_name(spec)
+            model = self.load(spec)
+            if model.score_texts is None:
+                raise UserError(f"{where}: this reward model reads no texts")
+            judge = pairs.by_model(model.score_texts)
+        shares = pairs.win_shares(judge)
+        host = from_text(shares, self.tokenizer, self.tokenizer.spelled)
+        return name, Reward(host=host, take_unparsed=take_unparsed, is_pairs=True)
+
+    def _rubric(self, file: Path, where: str) -> service.Rubric:
         judge = self.services.judge
         if judge.url is None or judge.model is None:
             raise UserError(
@@ -326,7 +361,7 @@ class _Reader(NamedTuple):
         missing = [name for name in rubric.columns if name not in self.columns]
         if missing:
             raise UserError(f"{where}: the prompts have no column {missing[0]}; {file} reads it")
-        return service.RubricJudge(rubric, self.services)
+        return rubric
 
     def _read_models(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward model or an ensemble of several."""
@@ -412,6 +447,12 @@ def load_function(
       UserError: it begins with ``where``; there is no such file or function, or it asks for other
         columns.
     """
+    fn = _loaded(where, file, name)
+    check_function(f"{where}: {name}", fn, columns)
+    return fn
+
+
+def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
@@ -421,5 +462,5 @@ def load_function(
     functions = {key: value for key, value in module.items() if callable(value)}
     if name not in functions:
         raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
-    check_function(f"{where}: {name}", functions[name], columns)
-    return functions[name]
+    fn: Callable[..., Any] = functions[name]
+    return fn

@@ -74,12 +74,11 @@ class RowScores(NamedTuple):
                 dense[row] = at_tokens(score, mask[row])
         return dense, components
 
-    def reasons(self) -> list[str]:
-        """Why rows with a response have no score."""
+    def reasons(self) -> list[str | None]:
+        """[B] why each row with a response has no score; None: it has one, or no response."""
         return [
-            score.reason
+            score.reason if isinstance(score, Unscored) and score is not MISSING else None
             for score in self.scores
-            if isinstance(score, Unscored) and score is not MISSING
         ]
 
 

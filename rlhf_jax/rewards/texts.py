@@ -21,7 +21,7 @@ from rlhf_jax.types import Rollout
 TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
 """(conversations, responses) -> scores [N]; a conversation is a list of messages."""
 
-TEXTS = ("prompts", "responses", "completions", "completion_ids", "messages")
+TEXTS = ("prompts", "responses", "completions", "completion_ids", "messages", "opponents")
 """Parameters that a function of texts may have, beside the columns of the prompts' rows."""
 
 IS_CHAT = "is chat"
@@ -46,6 +46,7 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder, spell: Spell | None = 
     - ``responses``: texts of the tokens that the policy wrote, without the holes of
       ``response_mask``, pads and EOS; ``completion_ids``: these tokens, EOS included,
     - ``messages``: the prompts as messages, before any template,
+    - ``opponents``: of a judge of pairs, the responses that are compared with these at validations,
     - the columns of the prompts' data rows; a ``**`` parameter gets all.
 
     A function that names ``completions`` is one of TRL: they are the responses, and where the data
@@ -114,7 +115,8 @@ def _shown(
     shown: dict[str, list[Any]] = {
         key: [column[row] for row in rows] for key, column in columns.items()
     }
-    shown.setdefault("messages", [None] * len(rows))
+    for name in ("messages", "opponents"):
+        shown.setdefault(name, [None] * len(rows))
     shown["prompts"] = [spell(rollout.tokens[row, in_prompt[row]].tolist()) for row in rows]
     shown["completion_ids"] = [rollout.tokens[row, in_response[row]].tolist() for row in rows]
     shown["responses"] = [tokenizer.decode(ids) for ids in shown["completion_ids"]]
@@ -167,6 +169,8 @@ def _binding(where: str, fn: Callable[..., Any], offered: Collection[str]) -> _B
     ]
     fault: TypeError | None = None
     for positional in ((), two):
+        if positional and any(name in TEXTS for name in by_name[:2]):
+            continue
         rest = by_name if not positional else by_name[2:]
         named = tuple(name for name in rest if name in offered and name not in positional)
         is_trl = "completions" in named or not (positional or by_name)

@@ -177,7 +177,8 @@ def build(
     if on_step is not None:
         draw_step, observe = steps.observed(draw_step, on_step)
 
-    learn = steps.learner(programs.learn, networks, method.config.needs_components)
+    needs = method.config.needs_components
+    learn = steps.learner(programs.learn, networks, needs)
     advance = steps.advancing(draw_step, learn, schedule, key)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
@@ -187,12 +188,14 @@ def build(
     if to_validate is not None:
         judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
         validate = steps.validator(
-            stage, parts.initial, to_validate, step.sample, step.score, judge
+            stage, parts.initial, to_validate, step.sample, step.score, judge, parts.pairs
         )
 
     rehearsed = _rehearsed(programs, samples_apart)
     rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
-    check_memory = steps.checking(_draw(method, rehearsal), programs.learn, networks, schedule, key)
+    check_memory = steps.checking(
+        _draw(method, rehearsal), programs.learn, networks, schedule, key, needs
+    )
     return loop.Job(
         advance,
         settings.length,

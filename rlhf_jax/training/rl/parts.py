@@ -40,6 +40,13 @@ class Parts(NamedTuple):
     teacher: LanguageModel | None
     ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
 
+    @property
+    def pairs(self) -> steps.Pairs:
+        """Which of judge and reward compares pairs of responses, the judge first."""
+        if self.judge is not None and self.judge.is_pairs:
+            return "judge"
+        return "reward" if self.reward.is_pairs else None
+
     def without_python(self) -> "Parts":
         """The parts of a check of memory, which call no server and none of the user's Python."""
         environment = self.environment

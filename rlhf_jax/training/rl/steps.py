@@ -6,9 +6,11 @@ The programs that they call are the pure functions of ``iteration``.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,10 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions, LoopState
+from rlhf_jax.metrics import mean_interval
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.host import Columns, row_scores, with_scores
-from rlhf_jax.runs import processes
+from rlhf_jax.runs import processes, reading
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import Stage
@@ -37,6 +40,9 @@ from rlhf_jax.types import Metrics, Params, Rollout
 OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
 
 
+Pairs = Literal["reward", "judge"] | None
+"""Which scorer of a validation compares pairs of responses."""
+
 MOST_REASONS = 20  # why responses have no score, of those that are printed
 
 
@@ -46,6 +52,7 @@ class Scored(NamedTuple):
     rollout: Rollout
     metrics: Metrics
     verdicts: list[filters.Verdict] | None = None
+    reasons: Sequence[str | None] | None = None  # why rows have no score
 
 
 Recorded = tuple[Rollout, Metrics]
@@ -170,14 +177,18 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         columns = batches.columns_at(batch.prompts, batch.rows)
 
+        own_reasons: list[str | None] = []
+
         def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
             said = row_scores(host_reward, own_rollout, own_columns)
-            say_reasons(said.reasons(), told)
+            own_reasons.extend(said.reasons())
             return with_scores(own_rollout, said)
 
         try:
             after, components = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
+            reasons = [*itertools.chain(*processes.gather(lambda: own_reasons))]
+            say_reasons(reasons, told)
             after, guard_metrics, verdicts = guard(before, after, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
@@ -194,15 +205,15 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         if reward.take_unparsed is not None:
             counts = processes.gather(reward.take_unparsed)
             metrics["reward/unparsed"] = jnp.float32(sum(counts))
-        return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts)
+        return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts, reasons)
 
     return score
 
 
-def say_reasons(reasons: Sequence[str], told: set[str]) -> None:
+def say_reasons(reasons: Sequence[str | None], told: set[str]) -> None:
     """Prints why responses have no score, each reason once; ``told`` gets those that were new."""
     for reason in dict.fromkeys(reasons):
-        if reason not in told and len(told) < MOST_REASONS:
+        if reason is not None and reason not in told and len(told) < MOST_REASONS:
             count = reasons.count(reason)
             logger.info(f"reward: {count} responses have no score: {reason} (said once)")
             told.add(reason)
@@ -342,14 +353,18 @@ def checking(
     networks: Networks,
     schedule: Schedule,
     key: Array,
+    needs_components: bool = False,
 ) -> Callable[[LoopState], None]:
     """Checks that a step on the widest batch fits into memory.
 
-    draw: of ``memory.rehearsed`` programs; ``program`` is the update's.
+    draw: of ``memory.rehearsed`` programs; ``program`` is the update's, and ``needs_components`` is
+        as in ``learner``.
     """
 
     def check_memory(state: LoopState) -> None:
         rollout, _ = draw(state, schedule.widest())
+        if not needs_components:
+            rollout = replace(rollout, components=None)
         functions = networks.functions(rollout.tokens.shape[1])
         memory.check("learn", program, state, rollout, key, functions)
 
@@ -369,27 +384,43 @@ def validator(
     sample: Sampler,
     score: Scorer,
     judge: Scorer | None,
+    pairs: Pairs = None,
 ) -> Callable[[LoopState], Validation]:
     """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
     the judge score them.
 
     It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide,
     its program.
+
+    Args:
+        pairs: which of the two compares responses: here with those of the first validation.
     """
+    opponents: list[str] = []
 
     def validate(state: LoopState) -> Validation:
         sampled, talk_metrics = sample(state, batch)
+        compared = batch
+        if pairs is not None:
+            texts = generator.responses(processes.fetch(sampled), policy.tokenizer)
+            opponents.extend([] if opponents else first_responses(stage, batch) or texts)
+            compared = with_opponents(batch, opponents)
         judged: Metrics = {}
+        verdict = None
         if judge is not None:
-            verdict = judge(replace(sampled, rewards=None), batch)  # not those of the environment
+            # Without the rewards of the environment.
+            verdict = judge(replace(sampled, rewards=None), compared)
             judged = {"validation/judge": verdict.metrics["objective/score"]}
-        scored = score(sampled, batch)
+        scored = score(sampled, compared)
         metrics = {"validation/score": scored.metrics["objective/score"]} | judged
         for name, value in (scored.metrics | talk_metrics).items():
             if name.startswith(VALIDATED):
                 metrics[f"validation/{name}"] = value
-        samples = _samples(policy, scored, batch)
-        for row in samples[: stage.config.rl.show_examples]:
+        of_pairs = verdict if pairs == "judge" else scored
+        if pairs is not None and of_pairs is not None:
+            metrics |= win_rate(of_pairs.rollout, batch.key)
+        samples = _samples(policy, sampled, scored, batch)
+        shown = [row for row in samples if row["score"] is not None]
+        for row in shown[: stage.config.rl.show_examples]:
             logger.info(
                 f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
                 f"Reward:    {row['score']:.4g}\n"
@@ -399,22 +430,66 @@ def validator(
     return validate
 
 
-def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl, one for each row that is not missing."""
+def first_responses(stage: Stage, batch: Batch) -> list[str]:
+    """[B] the responses of the run's first validation, which a run that goes on finds in
+    samples.jsonl; empty if it has none there.
+    """
+    rows = reading.read_rows(stage.run.samples)
+    texts = iter([row["response"] for row in rows if row["step"] == rows[0]["step"]])
+    found = [next(texts, None) if number >= 0 else "" for number in batch.rows]
+    return [] if None in found else [text or "" for text in found]
+
+
+def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
+    """The batch, whose rows have the response that theirs is compared with in a column."""
+    rows = list(batch.prompts.rows)
+    for number, text in zip(batch.rows, opponents, strict=True):
+        if number < 0:
+            continue
+        columns = rows[number].columns | {"opponents": text}
+        rows[number] = replace(rows[number], columns=columns)
+    names = [*batch.prompts.columns, "opponents"]
+    return batch._replace(prompts=replace(batch.prompts, rows=rows, columns=names))
+
+
+def win_rate(scored: Rollout, key: Array) -> Metrics:
+    """The mean of scores in [0, 1] over present rows, with its 95% interval."""
+    rollout = processes.fetch(scored)
+    shares = np.asarray(rollout.scores)[np.asarray(rollout.present)]
+    if not len(shares):
+        return {}
+    low, high = mean_interval(shares, key)
+    bounds = {"win_rate": np.mean(shares), "win_rate_low": low, "win_rate_high": high}
+    return {f"validation/{name}": jnp.float32(value) for name, value in bounds.items()}
+
+
+def _samples(
+    policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch
+) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl, one for each row that is not missing; the score of an unscored
+    one is None.
+    """
+    before = processes.fetch(sampled)
     rollout = processes.fetch(scored.rollout)
-    texts = generator.responses(rollout, policy.tokenizer, with_replies=True)
+    texts = generator.responses(before, policy.tokenizer, with_replies=True)
     scores = np.asarray(rollout.scores)
-    lengths = np.sum(rollout.mask, axis=1)
+    lengths = np.sum(before.mask, axis=1)
     samples = []
-    for i in np.flatnonzero(rollout.present):
+    for i in np.flatnonzero(before.present):
         number = batch.rows[i]
         prompt = batch.prompts.rows[number]
+        reason = scored.reasons[i] if scored.reasons else None
         row: dict[str, Any] = {
             "prompt": chat.shown(prompt, policy.tokenizer),
             "response": texts[i],
-            "score": float(scores[i]),
+            "score": float(scores[i]) if reason is None else None,
             "length": int(lengths[i]),
         }
+        if reason is not None:
+            row["unscored"] = reason
+        for name, values in (rollout.components or {}).items():
+            value = float(values[i])
+            row[f"reward/{name}"] = None if math.isnan(value) else value
         if scored.verdicts is not None:
             row["unsafe"] = filters.sentence(scored.verdicts[i])
         samples.append(row)
