@@ -155,7 +155,7 @@ class Rollout(_Rows):
     """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
-    components: dict[str, Array] | None = None
+    components: dict[str, Array] | None = flax.struct.field(default=None, kw_only=True)
     """{name: [B]}: what the reward is made of, before weights; NaN where a row has no score of this
     component."""
     dense: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)

@@ -15,8 +15,7 @@ import pytest
 from builders import letters_run, metric_rows, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import Rollout, advantages, grpo, rewards, rloo, training, vpg
-from rlhf_jax.algorithms import policy
+from rlhf_jax import Rollout, grpo, rewards, rloo, training, vpg
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
@@ -326,54 +325,42 @@ def test_the_gradient_of_dense_rewards_is_unbiased():
 # --- Components in an algorithm
 
 
-class Gdpo:
-    """Each component of the reward is normalised in its group, then they are summed."""
+class Watched:
+    """GRPO, which notes the components that it is given."""
 
-    __name__ = "gdpo"
-    State = rloo.State
+    __name__ = "watched"
+    State = grpo.State
     needs_values = False
     kl_coef = 0.0
-    loss = staticmethod(rloo.loss)
 
-    class Config(rloo.Config):
+    class Config(grpo.Config):
         needs_components = True
 
-    @staticmethod
-    def prepare(rollout, *, config, axis_name=None):
-        total = 0.0
-        for values in rollout.components.values():
-            scored = rollout.present & ~jnp.isnan(values)
-            groups = jnp.where(scored, values, 0.0).reshape(-1, config.group_size)
-            mask = scored.reshape(groups.shape)
-            total += advantages.group_normalized(groups, mask=mask).reshape(-1)
-        return policy.spread(total, rollout)
+    def __init__(self):
+        self.seen = []
+
+    def update(self, state, rollout, key, **options):
+        self.seen.append(sorted(rollout.components))
+        return grpo.update(state, rollout, key, **options)
 
 
-Gdpo.update = staticmethod(policy.updater(Gdpo.prepare, Gdpo.loss))
+def test_only_an_algorithm_that_needs_components_gets_them():
+    networks = SimpleNamespace(functions=lambda width: None)
+    for needs, expected in ((False, None), (True, {"a": 1})):
+        rollout = Rollout(*[np.zeros((1, 2))] * 4, components={"a": 1})
+        learn = steps.learner(lambda state, rollout, *more: rollout, networks, needs)
+        assert learn(None, rollout, None).components == expected
+    assert (grpo.Config().needs_components, Watched.Config().needs_components) == (False, True)
 
 
-def test_components_reach_an_algorithm_which_normalises_each(tmp_path, no_pages):
-    """(correct, format) of (1, 1) and (0, 1): GRPO and GDPO differ where one is constant."""
-    components = {"correct": jnp.array([1.0, 0, 0, 0]), "short": jnp.array([9.0, 9, 1, jnp.nan])}
-    said = jnp.ones((4, 2), int)
-    given = Rollout(said, said, said, 0.0 * said, components=components)
-    prepared = Gdpo.prepare(given, config=Gdpo.Config(group_size=2))
-    half = math.sqrt(0.5)
-    assert_allclose(prepared.advantages[:, 0], [half, -half, 0, 0], atol=1e-3)
-
-    seen = []
-
-    class Watched(Gdpo):
-        @staticmethod
-        def update(state, rollout, key, **options):
-            seen.append(sorted(rollout.components))
-            return policy.updater(Gdpo.prepare, Gdpo.loss)(state, rollout, key, **options)
-
+@pytest.mark.slow
+def test_a_run_gives_its_algorithm_the_components(tmp_path, no_pages):
     config = letters_run(tmp_path)
     config = with_rl(config, num_iterations=1, validation_interval=9)
     config = replace(config, reward=("count:e", "length*-0.1"))
-    folder = training.rl.run(config, Watched(), Gdpo.Config(group_size=2)).folder
-    assert seen[-1] == ["count:e", "length"]
+    algorithm = Watched()
+    folder = training.rl.run(config, algorithm, Watched.Config(group_size=2)).folder
+    assert algorithm.seen[-1] == ["count:e", "length"]
     assert "reward/count:e" in metric_rows(folder)[-1]
     line = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     assert line["score"] == pytest.approx(line["reward/count:e"] - 0.1 * line["reward/length"])
@@ -418,6 +405,42 @@ def test_what_a_judge_of_pairs_may_return():
         pairs.by_function("x", lambda first, topic: [], ())
 
 
+def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):
+    rows = [Row("ab", (), ""), Row("ba", (), "")]
+    prompts = EncodedPrompts(np.zeros((2, 1)), np.ones((2, 1)), rows, [], {})
+    batch = Batch(prompts, np.array([1, 0, -1]), jax.random.key(0))
+    stage = SimpleNamespace(
+        config=RunConfig(), shard=lambda batch: batch, run=SimpleNamespace(samples=tmp_path / "s")
+    )
+    judge = pairs.by_function(
+        "x", lambda first, second: [float(a > b) for a, b in zip(first, second, strict=True)], ()
+    )
+    reward = spec.Reward(host=rewards.from_text(pairs.win_shares(judge), TOKENIZER), is_pairs=True)
+    score = steps.on_host(stage, reward, steps.unguarded)
+    policy_model = SimpleNamespace(tokenizer=TOKENIZER)
+
+    def validator():
+        def sample(state, batch):
+            made = rollout(texts=(*state, "j"))
+            made.response_mask[2] = 0
+            return jax.tree.map(jnp.asarray, made), {}
+
+        return steps.validator(stage, policy_model, batch, sample, score, None, "reward")
+
+    validate = validator()
+    first = validate(("b", "c"))
+    assert first.metrics["validation/win_rate"] == 0.5
+    assert validate(("c", "d")).metrics["validation/win_rate"] == 1.0
+    then = validate(("c", "a"))
+    assert then.metrics["validation/win_rate"] == then.metrics["validation/score"] == 0.5
+    assert then.metrics["validation/win_rate_low"] < 0.5 < then.metrics["validation/win_rate_high"]
+    lines = [json.dumps({"step": 0} | row) for row in first.samples]
+    stage.run.samples = tmp_path / "samples.jsonl"
+    stage.run.samples.write_text("\n".join(lines) + "\n")
+    assert validator()(("c", "d")).metrics["validation/win_rate"] == 1.0
+
+
+@pytest.mark.slow
 def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path, no_pages):
     (tmp_path / "mine.py").write_text(
         "def longer(first, second):\n"

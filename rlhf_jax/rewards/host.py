@@ -187,11 +187,11 @@ def checked(
     def no_place(row: int, rewards: list[Any]) -> np.ndarray:
         raise UserError(f"{name}, {labels[row]}: a component is one number, {got(rewards)}")
 
-    components = {
-        component: _of_rows(f"{name}, component {component!r}", values, labels, is_scored, no_place)
-        for component, values in components.items()
-    }
-    return of_rows, components
+    of_components = {}
+    for component, values in components.items():
+        where = f"{name}, component {component!r}"
+        of_components[component] = _of_rows(where, values, labels, is_scored, no_place)
+    return of_rows, of_components
 
 
 def _of_rows(

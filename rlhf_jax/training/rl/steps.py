@@ -172,7 +172,7 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
     told: set[str] = set()
 
     def score(rollout: Rollout, batch: Batch) -> Scored:
-        before = processes.fetch(rollout)
+        before: Any = processes.fetch(rollout)
         own_rollout: Any = processes.own_rows(before)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         columns = batches.columns_at(batch.prompts, batch.rows)
@@ -185,6 +185,7 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
             return with_scores(own_rollout, said)
 
         try:
+            after: Any
             after, components = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
             reasons = [*itertools.chain(*processes.gather(lambda: own_reasons))]
@@ -478,7 +479,7 @@ def _samples(
     for i in np.flatnonzero(before.present):
         number = batch.rows[i]
         prompt = batch.prompts.rows[number]
-        reason = scored.reasons[i] if scored.reasons else None
+        reason = scored.reasons[int(i)] if scored.reasons else None
         row: dict[str, Any] = {
             "prompt": chat.shown(prompt, policy.tokenizer),
             "response": texts[i],
