@@ -70,17 +70,29 @@ def code(prompts, responses, task):
 """
 
 
-def test_a_sum_has_what_scored_and_a_metric_its_own_rows(tmp_path, caplog):
+STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
+POLICY = SimpleNamespace(tokenizer=TOKENIZER)
+
+
+def batch_of(rows, numbers, *columns):
+    blank = np.ones((len(rows), 1))
+    prompts = EncodedPrompts(blank, blank, rows, columns, {})
+    return Batch(prompts, np.array(numbers), jax.random.key(0))
+
+
+@pytest.fixture
+def of_tasks(tmp_path):
+    """Three sampled rows of two tasks and of none, and the scorer of two rewards."""
     reward = build(tmp_path, TASKS, "maths", "code")
     rows = [Row("ab", (), "", columns={"task": task}) for task in ("math", "code", "other")]
-    prompts = EncodedPrompts(np.zeros((3, 1)), np.ones((3, 1)), rows, ["task"], {})
-    batch = Batch(prompts, np.arange(3), jax.random.key(0))
-    stage = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
-    score = steps.on_host(stage, reward, steps.unguarded)
     sampled = jax.tree.map(jnp.asarray, rollout(texts=("e", "e", "e")))
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        scored = score(sampled, batch)
-        score(sampled, batch)
+    score = steps.on_host(STAGE, reward, steps.unguarded)
+    return sampled, batch_of(rows, range(3), "task"), score
+
+
+def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
+    sampled, batch, score = of_tasks
+    scored = score(sampled, batch)
     assert scored.rollout.scores.tolist() == [2, 3, 0]
     assert scored.rollout.present.tolist() == [True, True, False]
     assert_array_equal(scored.rollout.components["maths"], [2, math.nan, math.nan])
@@ -89,11 +101,17 @@ def test_a_sum_has_what_scored_and_a_metric_its_own_rows(tmp_path, caplog):
     assert (metrics["reward/maths"], metrics["reward/code"]) == (2, 3)
     assert (metrics["reward/rows/maths"], metrics["reward/rows/code"]) == (1, 1)
     assert (metrics["reward/unscored"], metrics["objective/score"]) == (1, 2.5)
+
+
+def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, caplog):
+    sampled, batch, score = of_tasks
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        scored = score(sampled, batch)
+        score(sampled, batch)
     assert list(scored.reasons) == [None, None, f"no maths; {NO_REASON.reason}"]
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"reward: 1 responses have no score: {scored.reasons[2]} (said once)"]
-    policy_model = SimpleNamespace(tokenizer=TOKENIZER)
-    samples = steps._samples(policy_model, sampled, scored, batch)
+    assert said == [f"reward: no score for 1 of 3 responses: {scored.reasons[2]} (said once)"]
+    samples = steps._samples(POLICY, sampled, scored, batch)
     assert [row["score"] for row in samples] == [2, 3, None]
     assert [row["reward/code"] for row in samples] == [None, 3, None]
     assert samples[2]["unscored"] == scored.reasons[2]
@@ -405,39 +423,38 @@ def test_what_a_judge_of_pairs_may_return():
         pairs.by_function("x", lambda first, topic: [], ())
 
 
-def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):
-    rows = [Row("ab", (), ""), Row("ba", (), "")]
-    prompts = EncodedPrompts(np.zeros((2, 1)), np.ones((2, 1)), rows, [], {})
-    batch = Batch(prompts, np.array([1, 0, -1]), jax.random.key(0))
-    stage = SimpleNamespace(
-        config=RunConfig(), shard=lambda batch: batch, run=SimpleNamespace(samples=tmp_path / "s")
-    )
-    judge = pairs.by_function(
-        "x", lambda first, second: [float(a > b) for a, b in zip(first, second, strict=True)], ()
-    )
-    reward = spec.Reward(host=rewards.from_text(pairs.win_shares(judge), TOKENIZER), is_pairs=True)
+def later_letter(first, second):
+    return [float(a > b) for a, b in zip(first, second, strict=True)]
+
+
+def pairs_validator(folder):
+    """A validator whose states are the two responses; the third row is missing."""
+    batch = batch_of([Row("ab", (), ""), Row("ba", (), "")], [1, 0, -1])
+    stage = SimpleNamespace(**vars(STAGE), run=SimpleNamespace(samples=folder / "samples.jsonl"))
+    shares = pairs.win_shares(pairs.by_function("x", later_letter, ()))
+    reward = spec.Reward(host=rewards.from_text(shares, TOKENIZER), is_pairs=True)
+
+    def sample(state, batch):
+        made = rollout(texts=(*state, "j"))
+        made.response_mask[2] = 0
+        return jax.tree.map(jnp.asarray, made), {}
+
     score = steps.on_host(stage, reward, steps.unguarded)
-    policy_model = SimpleNamespace(tokenizer=TOKENIZER)
+    return steps.validator(stage, POLICY, batch, sample, score, None, "reward")
 
-    def validator():
-        def sample(state, batch):
-            made = rollout(texts=(*state, "j"))
-            made.response_mask[2] = 0
-            return jax.tree.map(jnp.asarray, made), {}
 
-        return steps.validator(stage, policy_model, batch, sample, score, None, "reward")
-
-    validate = validator()
+def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):
+    validate = pairs_validator(tmp_path)
     first = validate(("b", "c"))
     assert first.metrics["validation/win_rate"] == 0.5
     assert validate(("c", "d")).metrics["validation/win_rate"] == 1.0
-    then = validate(("c", "a"))
-    assert then.metrics["validation/win_rate"] == then.metrics["validation/score"] == 0.5
-    assert then.metrics["validation/win_rate_low"] < 0.5 < then.metrics["validation/win_rate_high"]
+    metrics = validate(("c", "a")).metrics
+    assert metrics["validation/win_rate"] == metrics["validation/score"] == 0.5
+    assert metrics["validation/win_rate_low"] < 0.5 < metrics["validation/win_rate_high"]
     lines = [json.dumps({"step": 0} | row) for row in first.samples]
-    stage.run.samples = tmp_path / "samples.jsonl"
-    stage.run.samples.write_text("\n".join(lines) + "\n")
-    assert validator()(("c", "d")).metrics["validation/win_rate"] == 1.0
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    resumed = pairs_validator(tmp_path)
+    assert resumed(("c", "d")).metrics["validation/win_rate"] == 1.0
 
 
 @pytest.mark.slow
@@ -457,7 +474,8 @@ def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path, no_
     assert rows == metric_rows(whole.folder)
     assert rows[0]["validation/win_rate"] == 0.5  # against itself
     for row in rows:
-        low, high = row["validation/win_rate_low"], row["validation/win_rate_high"]
+        low = row["validation/win_rate_low"]
+        high = row["validation/win_rate_high"]
         assert low <= row["validation/win_rate"] == row["validation/score"] <= high
         if row["step"]:
             assert row["objective/score"] == pytest.approx(0.5)  # of a group's shares

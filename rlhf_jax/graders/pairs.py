@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders.service import ChatJudge, Rubric, Services
@@ -28,10 +29,14 @@ class Pair(NamedTuple):
     second: str
 
 
-Judge = Callable[[Sequence[Pair], Mapping[str, Sequence[Any]]], Sequence[float | None]]
-"""(pairs, {name: one value for each row}) -> how sure the first is better, from 0 to 1; None: not
-decided. The names are ``prompts``, ``messages`` and those of columns.
-"""
+Pairs = Sequence[Pair]
+Shares = Sequence[float | None]
+"""For each pair how sure it is that the first is better, from 0 to 1; None: not decided."""
+Shown = Mapping[str, Sequence[Any]]
+"""{name: one value for each row}: ``prompts``, ``messages`` and columns."""
+Judge = Callable[[Pairs, Shown], Shares]
+Places = list[tuple[int, int | None]]
+"""The rows of the first and of the second response; None: the row's opponent."""
 
 
 def win_shares(judge: Judge) -> Callable[..., list[float | Unscored]]:
@@ -49,10 +54,9 @@ def win_shares(judge: Judge) -> Callable[..., list[float | Unscored]]:
         **columns: Any,
     ) -> list[float | Unscored]:
         shown = columns | {"prompts": prompts, "messages": messages}
-        places: list[tuple[int, int | None]] = []  # rows of the first and of the second response
+        places = _compared(prompts, opponents)
         pairs = []
-        for row, other in _compared(prompts, opponents):
-            places.append((row, other))
+        for row, other in places:
             second = opponents[row] if other is None else responses[other]
             pairs.append(Pair(row, responses[row], second or ""))
         wins = _in_both_orders(judge, pairs, shown)
@@ -66,12 +70,10 @@ def win_shares(judge: Judge) -> Callable[..., list[float | Unscored]]:
     return shares
 
 
-def _compared(
-    prompts: Sequence[str], opponents: Sequence[str | None]
-) -> list[tuple[int, int | None]]:
-    """The rows whose responses are compared; None: with the row's opponent."""
+def _compared(prompts: Sequence[str], opponents: Sequence[str | None]) -> Places:
+    """The rows whose responses are compared."""
     by_prompt: dict[str, list[int]] = {}
-    compared: list[tuple[int, int | None]] = []
+    compared: Places = []
     for row, prompt in enumerate(prompts):
         if opponents[row] is None:
             by_prompt.setdefault(prompt, []).append(row)
@@ -82,23 +84,26 @@ def _compared(
     return compared
 
 
-def _in_both_orders(
-    judge: Judge, pairs: Sequence[Pair], shown: Mapping[str, Sequence[Any]]
-) -> list[float | None]:
+def _in_both_orders(judge: Judge, pairs: Pairs, shown: Shown) -> Shares:
     """How sure the first of each pair is better."""
     asked = [pair for pair in pairs if pair.first != pair.second]
     swapped = [Pair(pair.row, pair.second, pair.first) for pair in asked]
-    said = iter(judge([*asked, *swapped], shown) if asked else ())
-    forward = [next(said) for _ in asked]
-    backward = [next(said) for _ in asked]
-    decided = iter(
-        None if one is None or other is None else (one + 1 - other) / 2
-        for one, other in zip(forward, backward, strict=True)
-    )
-    return [0.5 if pair.first == pair.second else next(decided) for pair in pairs]
+    said = judge([*asked, *swapped], shown) if asked else []
+    forward = iter(said[: len(asked)])
+    backward = iter(said[len(asked) :])
+    shares: list[float | None] = []
+    for pair in pairs:
+        share: float | None = 0.5
+        if pair.first != pair.second:
+            one = next(forward)
+            other = next(backward)
+            is_decided = one is not None and other is not None
+            share = (one + 1 - other) / 2 if is_decided else None
+        shares.append(share)
+    return shares
 
 
-def _mean(shares: Sequence[float | None]) -> float | Unscored:
+def _mean(shares: Shares) -> float | Unscored:
     decided = [share for share in shares if share is not None]
     if decided:
         return sum(decided) / len(decided)
@@ -113,19 +118,25 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
       UserError: it has another parameter; or, when it is called, it returned something else than a
         number from 0 to 1 or None for each pair.
     """
-    parameters = inspect.signature(fn).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    names = [parameter.name for parameter in parameters if parameter.kind.name[:3] != "VAR"]
+    names = []
+    unknown = []
+    takes_all = False
     offered = [*_GIVEN, *columns]
-    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-    unknown = [name for name in needed if name in names and name not in offered]
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_all = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            names.append(name)
+            is_needed = parameter.default is parameter.empty
+            if is_needed and name not in offered:
+                unknown.append(name)
     if unknown:
         raise UserError(
             f"{where}: nothing gives its parameter {unknown[0]}; a judge of pairs has parameters "
             f"of the names {', '.join(offered)}"
         )
 
-    def judge(pairs: Sequence[Pair], shown: Mapping[str, Sequence[Any]]) -> Sequence[float | None]:
+    def judge(pairs: Pairs, shown: Shown) -> Shares:
         given = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}
         given["first"] = [pair.first for pair in pairs]
         given["second"] = [pair.second for pair in pairs]
@@ -156,11 +167,13 @@ def by_model(score_texts: TextScorer) -> Judge:
     s_first))``.
     """
 
-    def judge(pairs: Sequence[Pair], shown: Mapping[str, Sequence[Any]]) -> Sequence[float | None]:
+    def judge(pairs: Pairs, shown: Shown) -> Shares:
         messages = [shown["messages"][pair.row] for pair in pairs]
-        first = np.asarray(score_texts(messages, [pair.first for pair in pairs]), float)
-        second = np.asarray(score_texts(messages, [pair.second for pair in pairs]), float)
-        return list((1 / (1 + np.exp(second - first))).tolist())
+        first = score_texts(messages, [pair.first for pair in pairs])
+        second = score_texts(messages, [pair.second for pair in pairs])
+        gap = np.asarray(first, float) - np.asarray(second, float)
+        shares: Shares = expit(gap).tolist()
+        return shares
 
     return judge
 

@@ -128,20 +128,25 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
-    given = {}
+    given = []
     components = {}
     for name, (fn, weight) in parts.items():
         scores, inner = fn(rollout)
         scores = jnp.asarray(scores, jnp.float32)
-        chex.assert_shape(scores, rollout.tokens.shape[: max(scores.ndim, 1)])
-        given[name] = weight * scores
-        in_response = jnp.where(rollout.mask, scores, 0.0) if scores.ndim == 2 else scores[:, None]
-        components[name] = jnp.sum(in_response, axis=1)
-        components |= {f"{name}/{part}": values for part, values in inner.items()}
+        is_dense = scores.ndim == 2
+        expected = rollout.tokens.shape if is_dense else rollout.tokens.shape[:1]
+        chex.assert_shape(scores, expected)
+        given.append(weight * scores)
+        if is_dense:
+            scores = jnp.sum(ops.masked(scores, rollout.mask), axis=1)
+        components[name] = scores
+        for part, values in inner.items():
+            components[f"{name}/{part}"] = values
+    if any(scores.ndim == 2 for scores in given):
+        given = [ops.at_end(scores, rollout.mask) for scores in given]
     total: Any = 0.0
-    is_dense = any(scores.ndim == 2 for scores in given.values())
-    for scores in given.values():
-        total = total + (ops.at_end(scores, rollout.mask) if is_dense else scores)
+    for scores in given:
+        total = total + scores
     return total, components
 
 

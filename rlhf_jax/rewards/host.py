@@ -32,6 +32,8 @@ class Unscored(NamedTuple):
 Score = float | np.ndarray | Unscored
 """Of a row: a number, dense rewards [T], or why there is none."""
 
+Components = dict[str, list[Score]]
+
 HostValues = Sequence[Any] | np.ndarray
 """[B] or [B, T] numbers; or for each row a number, dense rewards [T], None or `Unscored`."""
 
@@ -54,7 +56,7 @@ class RowScores(NamedTuple):
 
     row_ids: Any  # [B] of the rollout that was scored, or None
     scores: list[Score]
-    components: dict[str, list[Score]]
+    components: Components
 
     def arrays(self, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores [B] float32, or [B, T] if a row has dense rewards: a number then stands at the
@@ -63,11 +65,9 @@ class RowScores(NamedTuple):
         """
         components = {}
         for name, values in self.components.items():
-            of_rows = [math.nan if isinstance(value, Unscored) else value for value in values]
-            components[name] = np.array(of_rows, np.float32)
+            components[name] = _filled(values, math.nan)
         if not any(isinstance(score, np.ndarray) for score in self.scores):
-            numbers = [0.0 if isinstance(score, Unscored) else score for score in self.scores]
-            return np.array(numbers, np.float32), components
+            return _filled(self.scores, 0.0), components
         dense = np.zeros(mask.shape, np.float32)
         for row, score in enumerate(self.scores):
             if not isinstance(score, Unscored):
@@ -76,10 +76,19 @@ class RowScores(NamedTuple):
 
     def reasons(self) -> list[str | None]:
         """[B] why each row with a response has no score; None: it has one, or no response."""
-        return [
-            score.reason if isinstance(score, Unscored) and score is not MISSING else None
-            for score in self.scores
-        ]
+        reasons: list[str | None] = []
+        for score in self.scores:
+            is_unscored = isinstance(score, Unscored) and score is not MISSING
+            reasons.append(score.reason if is_unscored else None)
+        return reasons
+
+
+def _filled(scores: Sequence[Score], instead: float) -> np.ndarray:
+    numbers = []
+    for score in scores:
+        is_unscored = isinstance(score, Unscored)
+        numbers.append(instead if is_unscored else score)
+    return np.array(numbers, np.float32)
 
 
 def at_tokens(score: float | np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -123,8 +132,10 @@ def with_scores(host: Any, scored: RowScores) -> tuple[Rollout, dict[str, np.nda
     if not np.array_equal(scored.row_ids, host.row_ids):
         raise ValueError("the scores are those of other rows")
     scores, components = scored.arrays(host.mask)
-    is_scored = np.array([not isinstance(score, Unscored) for score in scored.scores])
-    mask = host.response_mask * is_scored[:, None]
+    mask = host.response_mask.copy()
+    for row, score in enumerate(scored.scores):
+        if isinstance(score, Unscored):
+            mask[row] = 0
     return host.replace(scores=scores, response_mask=mask), components
 
 
@@ -141,15 +152,17 @@ def row_scores(
     width = host.tokens.shape[1]
 
     def place(row: int, rewards: list[Any]) -> np.ndarray:
-        numbers = [number(entry, f"{name}, {labels[row]}") for entry in rewards]
-        if len(numbers) != width or None in numbers:
-            raise UserError(
-                f"{name}, {labels[row]}: expected a number for each of {width} columns, "
-                f"{got(rewards)}"
-            )
+        where = f"{name}, {labels[row]}"
+        numbers = [number(entry, where) for entry in rewards]
+        is_whole = len(numbers) == width and None not in numbers
+        if not is_whole:
+            fault = f"expected a number for each of {width} columns"
+            raise UserError(f"{where}: {fault}, {got(rewards)}")
         return np.array(numbers, float)
 
-    return RowScores(host.row_ids, *checked(name, result, labels, host.present.tolist(), place))
+    present = host.present.tolist()
+    scores, components = checked(name, result, labels, present, place)
+    return RowScores(host.row_ids, scores, components)
 
 
 def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
@@ -174,7 +187,7 @@ def checked(
     labels: Sequence[str],
     present: Sequence[bool],
     place: Place,
-) -> tuple[list[Score], dict[str, list[Score]]]:
+) -> tuple[list[Score], Components]:
     """Scores and components of each row. Error messages name a row by its label.
 
     Args:
@@ -209,12 +222,14 @@ def _of_rows(
         )
     scores: list[Score] = []
     not_finite = []
-    for row, (entry, label, here) in enumerate(zip(values, labels, present, strict=True)):
+    for row, label in enumerate(labels):
         score: Score = MISSING
-        if here:
-            score = _score(row, entry, f"{name}, {label}", place)
+        if present[row]:
+            score = _score(row, values[row], f"{name}, {label}", place)
         scores.append(score)
-        if not isinstance(score, Unscored) and not np.all(np.isfinite(score)):
+        if isinstance(score, Unscored):
+            continue
+        if not np.all(np.isfinite(score)):
             not_finite.append(f"{label}: {row_score(score)}")
     if not_finite:
         listed = "; ".join(not_finite)

@@ -7,7 +7,7 @@ import bisect
 import functools
 import inspect
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import host
-from rlhf_jax.rewards.host import MISSING, Columns, HostReward, HostScores, Score
+from rlhf_jax.rewards.host import MISSING, Columns, Components, HostReward, HostScores, Score
 from rlhf_jax.types import Rollout
 
 TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
@@ -34,11 +34,15 @@ class Decoder(Protocol):
     def decode(self, ids: list[int], /) -> str: ...
 
 
+Function = Callable[..., Any]
+Texts = dict[str, list[Any]]
+"""{parameter: what it has for each row}."""
+
 Spell = Callable[[list[int]], str]
 """Token ids as text, with the special tokens among them."""
 
 
-def from_text(fn: Callable[..., Any], tokenizer: Decoder, spell: Spell | None = None) -> HostReward:
+def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> HostReward:
     """A HostReward from a function of texts, which takes any of these by the name of its
     parameters, lists with one entry for each row that is not missing:
 
@@ -81,8 +85,9 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder, spell: Spell | None = 
         for row, prompt in zip(rows, shown["prompts"], strict=True):
             labels.append(f"row {row}, prompt {prompt!r}")
         place = functools.partial(_place, rollout, rows, labels, tokenizer, name)
+        present = [True] * len(rows)
         try:
-            scores, components = host.checked(name, result, labels, [True] * len(rows), place)
+            scores, components = host.checked(name, result, labels, present, place)
         except (UserError, FloatingPointError) as error:
             raise type(error)(f"{error}{line}") from None
 
@@ -92,13 +97,15 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder, spell: Spell | None = 
                 whole[row] = value
             return whole
 
-        whole = {component: in_all_rows(values) for component, values in components.items()}
+        whole: Components = {}
+        for component, values in components.items():
+            whole[component] = in_all_rows(values)
         return in_all_rows(scores), whole
 
     return score
 
 
-def check_function(where: str, fn: Callable[..., Any], columns: Collection[str]) -> None:
+def check_function(where: str, fn: Function, columns: Collection[str]) -> None:
     """Raises UserError, beginning with ``where``, if the function has a parameter that nothing
     fills.
     """
@@ -107,14 +114,14 @@ def check_function(where: str, fn: Callable[..., Any], columns: Collection[str])
 
 def _shown(
     rollout: Rollout, columns: Columns, rows: list[int], tokenizer: Decoder, spell: Spell
-) -> dict[str, list[Any]]:
+) -> Texts:
     """What a function may ask for, of the rows that are not missing."""
     in_response = rollout.mask
     is_before = np.cumsum(in_response, axis=1) == 0
     in_prompt = is_before & (rollout.attention_mask != 0)
-    shown: dict[str, list[Any]] = {
-        key: [column[row] for row in rows] for key, column in columns.items()
-    }
+    shown: Texts = {}
+    for key, column in columns.items():
+        shown[key] = [column[row] for row in rows]
     for name in ("messages", "opponents"):
         shown.setdefault(name, [None] * len(rows))
     shown["prompts"] = [spell(rollout.tokens[row, in_prompt[row]].tolist()) for row in rows]
@@ -132,7 +139,7 @@ class _Binding(NamedTuple):
     takes_all: bool  # whether it has a ** parameter
     is_trl: bool
 
-    def of(self, shown: Mapping[str, list[Any]]) -> tuple[list[Any], dict[str, Any]]:
+    def of(self, shown: Texts) -> tuple[list[Any], Texts]:
         """The arguments of a call."""
         shown = dict(shown)
         is_chat = shown.pop(IS_CHAT, [])
@@ -144,12 +151,14 @@ class _Binding(NamedTuple):
         named = {name: shown[name] for name in self.named}
         if self.takes_all:
             more = ("prompts", "completions", "completion_ids") if self.is_trl else ()
-            texts = {*TEXTS} - {"messages", *more} | {*self.positional}
-            named |= {name: value for name, value in shown.items() if name not in texts | {*named}}
+            given = {*TEXTS} - {"messages", *more} | {*self.positional} | {*named}
+            for name, value in shown.items():
+                if name not in given:
+                    named[name] = value
         return [shown[name] for name in self.positional], named
 
 
-def _binding(where: str, fn: Callable[..., Any], offered: Collection[str]) -> _Binding:
+def _binding(where: str, fn: Function, offered: Collection[str]) -> _Binding:
     """How a function is called, by its parameters.
 
     Raises:
@@ -160,13 +169,12 @@ def _binding(where: str, fn: Callable[..., Any], offered: Collection[str]) -> _B
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # of a function in C
         return _Binding(two, (), takes_all=False, is_trl=False)
-    parameters = list(signature.parameters.values())
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    by_name = [
-        parameter.name
-        for parameter in parameters
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
+    takes_all = False
+    by_name = []
+    for parameter in signature.parameters.values():
+        takes_all |= parameter.kind is parameter.VAR_KEYWORD
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            by_name.append(parameter.name)
     fault: TypeError | None = None
     for positional in ((), two):
         if positional and any(name in TEXTS for name in by_name[:2]):
@@ -182,14 +190,15 @@ def _binding(where: str, fn: Callable[..., Any], offered: Collection[str]) -> _B
             fault = fault or error
             continue
         return _Binding(positional, named, takes_all, is_trl)
-    columns = ", ".join(name for name in offered if name not in (*TEXTS, IS_CHAT))
+    others = [name for name in offered if name not in (*TEXTS, IS_CHAT)]
+    columns = ", ".join(others)
     raise UserError(
         f"{where}: {fault}; the prompts' columns are {columns or 'none'}, and other parameters are "
         f"{', '.join(TEXTS)}{_line_of(fn)}"
     )
 
 
-def _result(name: str, fn: Callable[..., Any], args: list[Any], named: dict[str, Any]) -> Any:
+def _result(name: str, fn: Function, args: list[Any], named: Texts) -> Any:
     """What the function returns, awaited if it is ``async``.
 
     Raises:
@@ -206,13 +215,12 @@ def _result(name: str, fn: Callable[..., Any], args: list[Any], named: dict[str,
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        code = _code_of(fn)
-        own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        file = getattr(_code_of(fn), "co_filename", None)
+        own = [frame for frame in frames if frame.filename == file]
         frame = (own or frames)[-1]
-        raise UserError(
-            f"{name}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno}: "
-            f"{frame.line})"
-        ) from error
+        line = f"{frame.filename}:{frame.lineno}: {frame.line}"
+        kind = type(error).__name__
+        raise UserError(f"{name}: {kind}: {error} ({line})") from error
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -234,10 +242,12 @@ def _place(
     columns = np.flatnonzero(rollout.mask[row])
     ids = rollout.tokens[row, columns].tolist()
     dense = np.zeros(rollout.tokens.shape[1])
-    if all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in rewards):
+    are_pairs = [isinstance(entry, list | tuple) and len(entry) == 2 for entry in rewards]
+    if all(are_pairs):
         text = tokenizer.decode(ids)
         for position, entry in rewards:
-            if type(position) is not int or not 0 <= position < len(text):
+            is_place = type(position) is int and 0 <= position < len(text)
+            if not is_place:
                 raise UserError(
                     f"{where}: a reward stands at a character from 0 to {len(text) - 1} of the "
                     f"response, {host.got(position)}"
@@ -270,20 +280,23 @@ def _completing(position: int, ids: list[int], text: str, tokenizer: Decoder) ->
     def num_complete(count: int) -> int:
         """Characters of the text that the first tokens make."""
         begun = tokenizer.decode(ids[:count])
-        different = (i for i, pair in enumerate(zip(begun, text, strict=False)) if len({*pair}) > 1)
-        return next(different, min(len(begun), len(text)))
+        most = min(len(begun), len(text))
+        different = (i for i in range(most) if begun[i] != text[i])
+        return next(different, most)
 
     return bisect.bisect_right(range(1, len(ids)), position, key=num_complete)
 
 
-def _code_of(fn: Callable[..., Any]) -> Any:
+def _code_of(fn: Function) -> Any:
     return getattr(inspect.unwrap(fn), "__code__", None)
 
 
-def _line_of(fn: Callable[..., Any]) -> str:
+def _line_of(fn: Function) -> str:
     """Where a function is written, for the end of a message."""
     code = _code_of(fn)
-    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    if code is None:
+        return ""
+    return f" ({code.co_filename}:{code.co_firstlineno})"
 
 
 SINGLE_TURN = (

@@ -188,7 +188,8 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
             after: Any
             after, components = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
-            reasons = [*itertools.chain(*processes.gather(lambda: own_reasons))]
+            of_processes = processes.gather(lambda: own_reasons)
+            reasons = list(itertools.chain(*of_processes))
             say_reasons(reasons, told)
             after, guard_metrics, verdicts = guard(before, after, columns)
         except FloatingPointError as error:
@@ -196,7 +197,9 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         if not np.array_equal(after.row_ids, before.row_ids):
             raise TrainingFault("the scores of the processes are not in the order of their rows")
         scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
-        has_score = {name: ~jnp.isnan(values) for name, values in components.items()}
+        has_score = {}
+        for name, values in components.items():
+            has_score[name] = ~jnp.isnan(values)
         scored, metrics = iteration.scored(after, scores, components, has_score)
         metrics["reward/unscored"] = jnp.float32(unscored)
         for name, is_own in has_score.items():
@@ -216,7 +219,8 @@ def say_reasons(reasons: Sequence[str | None], told: set[str]) -> None:
     for reason in dict.fromkeys(reasons):
         if reason is not None and reason not in told and len(told) < MOST_REASONS:
             count = reasons.count(reason)
-            logger.info(f"reward: {count} responses have no score: {reason} (said once)")
+            number = len(reasons)
+            logger.info(f"reward: no score for {count} of {number} responses: {reason} (said once)")
             told.add(reason)
 
 
@@ -402,8 +406,10 @@ def validator(
         sampled, talk_metrics = sample(state, batch)
         compared = batch
         if pairs is not None:
-            texts = generator.responses(processes.fetch(sampled), policy.tokenizer)
-            opponents.extend([] if opponents else first_responses(stage, batch) or texts)
+            if not opponents:
+                fetched = processes.fetch(sampled)
+                texts = generator.responses(fetched, policy.tokenizer)
+                opponents.extend(first_responses(stage, batch) or texts)
             compared = with_opponents(batch, opponents)
         judged: Metrics = {}
         verdict = None
@@ -436,9 +442,15 @@ def first_responses(stage: Stage, batch: Batch) -> list[str]:
     samples.jsonl; empty if it has none there.
     """
     rows = reading.read_rows(stage.run.samples)
-    texts = iter([row["response"] for row in rows if row["step"] == rows[0]["step"]])
-    found = [next(texts, None) if number >= 0 else "" for number in batch.rows]
-    return [] if None in found else [text or "" for text in found]
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    texts = iter(first)
+    found = []
+    for number in batch.rows:
+        row = next(texts, None) if number >= 0 else {"response": ""}
+        if row is None:
+            return []
+        found.append(row["response"])
+    return found
 
 
 def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
@@ -460,8 +472,11 @@ def win_rate(scored: Rollout, key: Array) -> Metrics:
     if not len(shares):
         return {}
     low, high = mean_interval(shares, key)
-    bounds = {"win_rate": np.mean(shares), "win_rate_low": low, "win_rate_high": high}
-    return {f"validation/{name}": jnp.float32(value) for name, value in bounds.items()}
+    return {
+        "validation/win_rate": jnp.float32(np.mean(shares)),
+        "validation/win_rate_low": jnp.float32(low),
+        "validation/win_rate_high": jnp.float32(high),
+    }
 
 
 def _samples(
@@ -479,14 +494,15 @@ def _samples(
     for i in np.flatnonzero(before.present):
         number = batch.rows[i]
         prompt = batch.prompts.rows[number]
-        reason = scored.reasons[int(i)] if scored.reasons else None
         row: dict[str, Any] = {
             "prompt": chat.shown(prompt, policy.tokenizer),
             "response": texts[i],
-            "score": float(scores[i]) if reason is None else None,
+            "score": float(scores[i]),
             "length": int(lengths[i]),
         }
+        reason = scored.reasons[int(i)] if scored.reasons else None
         if reason is not None:
+            row["score"] = None
             row["unscored"] = reason
         for name, values in (rollout.components or {}).items():
             value = float(values[i])
