@@ -243,6 +243,11 @@ class Optimizer(Section):
     eps: NonNegative = 1e-8
     """Adam's epsilon."""
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the learning rate depends on the number of optimizer steps of the whole run."""
+        return self.schedule in ("linear", "cosine") or 0 < self.warmup_steps < 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.schedule == "step") != (self.decay_every is not None):
@@ -339,6 +344,14 @@ class KTOStage(Supervised, Reference, kto.Config):
     one is not."""
 
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2, got 1: the reference point joins each prompt with "
+                "another row's response"
+            )
 
 
 def _check_engine(engine: str) -> None:

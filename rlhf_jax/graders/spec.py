@@ -51,6 +51,7 @@ from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import (
     EnsembleMethod,
     combined,
+    deviation,
     ensemble,
     from_model,
     length,
@@ -423,9 +424,9 @@ def _ensemble_on_host(
             np.float32,
         ).T
         mean = combined(how, jnp.asarray(given), coef)
-        deviation = np.std(given, axis=0)
+        uncertainty = deviation(jnp.asarray(given))
         scores = [bad[0] if bad else x for x, bad in zip(mean.tolist(), faults, strict=True)]
-        return scores, {"uncertainty": deviation}
+        return scores, {"uncertainty": np.asarray(uncertainty)}
 
     return score
 

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from rlhf_jax.models.attention import by_blocks
 from rlhf_jax.models.model import Model
+from rlhf_jax.ops import with_settings
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
 # Logits of one row in memory at once (columns x V). Rows do not count, so that a shard has the same
@@ -140,7 +141,7 @@ def policy_fn(
             output = output._replace(values=_scalar(critic, "value", hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
-    return policy
+    return with_settings(policy, temperature, prompt_length)
 
 
 def score_fn(model: Model) -> ScoreFn:

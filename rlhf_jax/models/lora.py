@@ -84,14 +84,22 @@ def attach(params: Params, adapters: Params) -> Params:
     Nothing is copied: the kernels do not change, and the product of A and B is never computed.
 
     Raises:
-        ValueError: an adapter belongs to no kernel of ``params``.
+        ValueError: an adapter belongs to no kernel of ``params``, or to one that has an adapter.
     """
     leaves = flatten_dict(params)
     added = flatten_dict(adapters)
     for path in added:
-        if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
+        if path[0] in HEADS:
+            continue
+        if (*path[:-1], "kernel") not in leaves:
             raise ValueError(
                 f"the adapter {'/'.join(path)} belongs to no kernel of these parameters"
+            )
+        if path in leaves:
+            raise ValueError(
+                f"{'/'.join(path[:-1])} has an adapter already, which a second one would replace: "
+                "merge the first one into its kernel, params = lora.merge(params, adapters), and "
+                "attach the second to the result"
             )
     return unflatten_dict(leaves | added)
 
@@ -103,7 +111,7 @@ def merge(params: Params, adapters: Params) -> Params:
     A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
 
     Raises:
-        ValueError: an adapter belongs to no kernel of ``params``.
+        ValueError: as ``attach``.
     """
     leaves = flatten_dict(attach(params, adapters))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}

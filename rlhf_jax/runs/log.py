@@ -173,8 +173,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
         metrics: scalars, of which those on a device are waited for.
         """
-        host = jax.device_get(dict(metrics))
-        numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
+        numbers = as_numbers(metrics)
         self._metrics.write(step, numbers)
         self._services.send("log", step, numbers)
         line = "  ".join(self._shown(numbers))
@@ -287,6 +286,12 @@ class RowWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def as_numbers(metrics: Row) -> dict[str, float]:
+    """The scalars as Python numbers; those on a device are waited for."""
+    host = jax.device_get(dict(metrics))
+    return {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
 
 
 def duration(seconds: float) -> str:

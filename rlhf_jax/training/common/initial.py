@@ -188,12 +188,29 @@ def language_model(
 ) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
     ``--tokenizer.name``, or one that is trained on ``texts``; or with such a tokenizer ``policy``,
-    if it is given.
+    if it is given. Prints which it is, and how many parameters it has.
 
     Raises:
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
             ``is_policy`` and the model is a reward model.
     """
+    found = _language_model(config, texts, key, is_policy, policy)
+    origin = config.model
+    if origin is None:
+        is_random = policy is None
+        origin = "random weights (no --model)" if is_random else "the policy that Python gives"
+    number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    logger.info(f"model: {origin}, {number:,} parameters")
+    return found
+
+
+def _language_model(
+    config: RunConfig,
+    texts: Iterable[str],
+    key: Array,
+    is_policy: bool,
+    policy: models.Model | None,
+) -> LanguageModel:
     options = compute_options(config.compute, num_layers(config))
     place = layout.placement(config)
     if config.model is not None:

@@ -31,6 +31,7 @@ from rlhf_jax.training.rl.method import (
     Given,
     Method,
     check_settings,
+    completed,
     is_rewarded,
     penalty_of,
     without_what_is_given,
@@ -80,14 +81,15 @@ def run(
         on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
             step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
             scored rollout that it learned from. If it returns True the run ends there, as early
-            stopping ends it: saved, without an error. The next step gives the arrays of ``state``
-            up: copy what is kept. Several processes must return the same.
+            stopping ends it: validated and saved, without an error. The next step gives the arrays
+            of ``state`` up: copy what is kept. Several processes must return the same.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
+    complete = completed(algorithm)
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     of_ones_own = None if name in ALGORITHMS else algorithm
@@ -95,9 +97,9 @@ def run(
     config = set_up(without_what_is_given(config, given))
     helping_sizes = check_settings(name, config, algorithm_config, given)
     method = Method(
-        algorithm,
+        complete,
         algorithm_config,
-        penalty=penalty_of(config, algorithm, algorithm_config),
+        penalty=penalty_of(config, complete, algorithm_config),
         score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
         optimizer=optimizer,
         is_rewarded=is_rewarded(config, algorithm_config, given),
@@ -180,6 +182,8 @@ def build(
     needs = method.config.needs_components
     learn = steps.learner(programs.learn, networks, needs)
     advance = steps.advancing(draw_step, learn, schedule, key)
+    if method.optimizer is None and settings.optimizer.counts_steps:
+        advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)

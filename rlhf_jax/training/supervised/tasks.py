@@ -3,7 +3,6 @@ the folder.
 """
 
 import heapq
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -293,11 +292,13 @@ def _validate(
 ) -> Validation:
     """The metrics of all held-out rows, each as one mean."""
     numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
-    parts = [measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers]
+    parts: list[Any] = [
+        measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers
+    ]
     figures = {}
     for name in parts[0]:
         _, _, metric = name.partition("/")
-        total = reduce(operator.add, (part[name] for part in parts))
+        total = reduce(lambda one, other: one.merge(other), [part[name] for part in parts])
         figures[metric] = float(total.value)
     figures |= baselines(setting)
     return Validation({f"validation/{name}": value for name, value in figures.items()})
