@@ -601,6 +601,9 @@ def test_a_kind_that_is_not_there_and_a_model_that_is_not_served(config, server)
 def test_somebody_elses_config_does_not_name_a_server(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
+    code = {"reward": (("pairs:theirs.py:f",), f"{tmp_path}/config.yaml, line 2")}
+    with pytest.raises(UserError, match=r"reward pairs:theirs.py:f runs the Python code of"):
+        check_trusted(code)
     given = {"rl.engine": ("vllm:http://their.host", f"{tmp_path}/config.yaml, line 3")}
     with pytest.raises(UserError, match=r"rl.engine vllm:http://their.host gets the texts"):
         check_trusted(given)

@@ -98,7 +98,7 @@ def _in_both_orders(judge: Judge, pairs: Pairs, shown: Shown) -> Shares:
             one = next(forward)
             other = next(backward)
             is_decided = one is not None and other is not None
-            share = (one + 1 - other) / 2 if is_decided else None
+            share = ((one or 0.0) + 1 - (other or 0.0)) / 2 if is_decided else None
         shares.append(share)
     return shares
 

@@ -78,8 +78,8 @@ class RowScores(NamedTuple):
         """[B] why each row with a response has no score; None: it has one, or no response."""
         reasons: list[str | None] = []
         for score in self.scores:
-            is_unscored = isinstance(score, Unscored) and score is not MISSING
-            reasons.append(score.reason if is_unscored else None)
+            reason = score.reason if isinstance(score, Unscored) else None
+            reasons.append(None if score is MISSING else reason)
         return reasons
 
 
