@@ -246,6 +246,8 @@ def test_a_key_that_no_header_can_hold_is_refused_without_it(hostile, monkeypatc
 
 def test_the_environments_proxy_is_not_asked(hostile, monkeypatch):
     proxy = hostile(reply(b"", "500 proxy"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, proxy.url)
     assert ask(hostile(WAYS[0])) == [1, 2]
