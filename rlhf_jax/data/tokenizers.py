@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from rlhf_jax.data.files import read_text
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.hf import find_folder, read_json
+from rlhf_jax.models.hf import find_folder, read_json, refuse_adapter
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
@@ -222,6 +222,7 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
     if not single.exists() and not (vocab.exists() and merges.exists()):
+        refuse_adapter(folder)
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
     file = single if single.exists() else vocab
     try:

@@ -74,15 +74,16 @@ def muon_dimensions(params: Params) -> Any:
         optax.contrib.muon(rate, muon_weight_dimension_numbers=muon_dimensions)
 
     Some kernels are several matrices in one array: of stacked layers (``compute.scan_layers``)
-    [L, in, out], the query, key and value of GPT-2 [in, 3, out]. Each is orthogonalized by itself.
+    [L, in, out], of experts [E, in, out], the query, key and value of GPT-2 [in, 3, out]. Each is
+    orthogonalized by itself.
     Embeddings, heads, biases and scales are left to Adam (None).
     """
 
     def dimensions(path: Path, _: Array) -> Any:
         if not _is_of_body(path, "kernel", "lora_a", "lora_b"):
             return None
-        is_stacked = any(entry.key == "h" for entry in path)
-        return MuonDimensionNumbers(int(is_stacked), -1)
+        several = [entry for entry in path if entry.key in ("h", "experts")]
+        return MuonDimensionNumbers(len(several), -1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
