@@ -197,9 +197,8 @@ def build(
 
     rehearsed = _rehearsed(programs, samples_apart)
     rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
-    check_memory = steps.checking(
-        _draw(method, rehearsal), programs.learn, networks, schedule, key, needs
-    )
+    trial = _draw(method, rehearsal)
+    check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
         settings.length,

@@ -165,7 +165,6 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
     """Each process scores its own rows. Every process filters all rows, so that all agree which
     rows are missing.
 
-
     Raises:
         TrainingFault: a score is not finite.
     """
@@ -177,7 +176,6 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
         own_rollout: Any = processes.own_rows(before)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         columns = batches.columns_at(batch.prompts, batch.rows)
-
         own_reasons: list[str | None] = []
 
         def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
