@@ -28,9 +28,10 @@ Texts = tuple[str, ...]
 Switch = bool | Literal["auto"]
 ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # those of this package, by their sections
 
-# Numbers with bounds. None passes where a field allows it.
-Count = Annotated[int, partial(check_number, at_least=1)]
-CountOrZero = Annotated[int, partial(check_number, at_least=0)]
+# Numbers with bounds. None passes where a field allows it. Counts are int32 in the programs.
+MOST = 2**31 - 1
+Count = Annotated[int, partial(check_number, at_least=1, at_most=MOST)]
+CountOrZero = Annotated[int, partial(check_number, at_least=0, at_most=MOST)]
 Positive = Annotated[float, partial(check_number, above=0)]
 NonNegative = Annotated[float, partial(check_number, at_least=0)]
 Share = Annotated[float, partial(check_number, at_least=0, at_most=1)]

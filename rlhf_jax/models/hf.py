@@ -25,7 +25,7 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there, read_file
 from rlhf_jax.models import families, names
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import HEADS
@@ -106,7 +106,7 @@ def load(
         shift = config.other_keys.get("reward_shift", 0.0)
         params["score"] = read_score(reader, config.hidden_size, shift, dtype)
     reader.check_all_read()
-    if (folder / VALUE_HEAD).is_file():
+    if is_there(folder / VALUE_HEAD):
         reader = Reader(folder, single=VALUE_HEAD)
         params["value"] = {
             "kernel": reader.read("kernel", (config.hidden_size,), dtype),
@@ -299,13 +299,13 @@ def refuse_adapter(folder: Path) -> None:
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in a folder."""
     file = folder / CONFIG
-    if (folder / OWN_NOTE).is_file():
+    if is_there(folder / OWN_NOTE):
         raise UserError(
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
             "Face model; read them by rlhf_jax.training.common.own.load"
         )
     refuse_adapter(folder)
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))
     shift = config.other_keys.get("reward_shift", 0.0)
@@ -317,7 +317,7 @@ def read_config(folder: Path) -> ModelConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_file(file).decode("utf-8-sig"))
         # Fails for half of a surrogate pair, which no file can hold.
         json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -345,13 +345,16 @@ class Reader:
         prefix: str = "",
         single: str = WEIGHTS,
     ) -> None:
-        files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
-        self.source = files[0] if len(files) == 1 else folder / INDEX
+        whole = folder / single
+        paths = [whole] if is_there(whole) else _shards(folder, single)
+        self.source = paths[0] if len(paths) == 1 else folder / INDEX
         self.prefix = prefix
         # {name without prefix: (open file, name in it)}
         self.where: dict[str, tuple[Any, str]] = {}
         self.metadata: dict[str, str] = {}
-        for file in files:
+        for file in paths:
+            if not file.is_file():
+                raise UserError(f"{file}: is no file")
             try:
                 opened = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -406,7 +409,7 @@ class Reader:
 
 def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
-    if not index.is_file():
+    if not is_there(index):
         pickles = [
             f"; {file.name} is a pickle, which is never read" for file in folder.glob("*.bin")
         ]
@@ -415,9 +418,9 @@ def _shards(folder: Path, single: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
-    files = [file.name for file in folder.iterdir() if file.is_file()]
+    present = [file.name for file in folder.iterdir() if is_there(file)]
     for shard in weight_map.values():
-        if shard not in files:
+        if shard not in present:
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
     return [folder / shard for shard in sorted(set(weight_map.values()))]
 

@@ -25,7 +25,7 @@ from rlhf_jax.errors import (
     logger,
 )
 from rlhf_jax.report import records
-from rlhf_jax.runs import alerts, allocator, objects, processes, trackers
+from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
@@ -182,6 +182,9 @@ class _Loop:
         self.state, meta = self.checkpoints.restore(target)
         self.done = meta["step"]
         self.row = meta["metrics"]
+        processes.in_first(
+            lambda: keeping.restore_rows(self.stage.run, self.checkpoints, self.done)
+        )
         rows = records.read_rows(self.stage.run.metrics)
         self.history = [row for row in rows if row["step"] <= self.done]
         finished = " (finished already)" if self.done >= self.job.num_steps else ""
@@ -204,6 +207,8 @@ class _Loop:
             pulse=pulse,
         )
         self.tracker = stack.enter_context(tracker)
+        if tracked:
+            keeping.keep_start(run)
         alert_rows = RowWriter(run.path / "alerts.jsonl", resume_step)
         self.alert_rows = stack.enter_context(closing(alert_rows))
 
@@ -381,7 +386,8 @@ class _Loop:
             "device": device,
             "config": objects.describe(dataclasses.asdict(self.stage.config)),
         }
-        self.checkpoints.save(self.done, self.state, meta)
+        rows = keeping.rows_of(self.stage.run) if processes.is_first() else {}
+        self.checkpoints.save(self.done, self.state, meta, rows)
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
