@@ -18,19 +18,20 @@ from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from rlhf_jax.models import attention, kernels
+from rlhf_jax.models import attention, kernels, shared
 from rlhf_jax.models.attention import Columns, Number, Seen, pick
 from rlhf_jax.models.config import GPT2Config, ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
+from rlhf_jax.models.shared import Beside, Groups, Prompts, SeenInGroups
 from rlhf_jax.parallel.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 
 # Cosines, then sines, of the rotary angles: [2, B, 1, T, Dh / 2] float32.
 Rotation = Array
 # The attention mask, and the rotation of queries and keys.
-View = tuple[Seen, Rotation | None]
+View = tuple[Seen | SeenInGroups, Rotation | None]
 # One view for all layers; or one for the layers without a window, and one for the layers with a
 # window.
 Views = tuple[View, ...]
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         x: Array,
         view: View,
         layer: Layer,
-        cache: LayerCache | None,
+        cache: LayerCache | Beside | None,
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
@@ -170,13 +171,21 @@ class Attention(nn.Module):
             scaled = rotate(scaled, rotation)
             key = rotate(key, rotation)
         query = scaled.astype(query.dtype)
+        prompt = None
+        if isinstance(cache, Beside):
+            prompt = cache
+            cache = prompt.own
         if cache is not None:
             key, value, cache = caches.extend(cache, key, value, index, len(seen.key_slots))
 
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, length, width)
         mixed = None
-        if cache is not None and length == 1:
+        if isinstance(seen, SeenInGroups):
+            mixed = shared.mix(self.config, grouped, key, value, seen, is_local, columns)
+        elif prompt is not None:
+            mixed = shared.after_prompts(grouped, key, value, prompt, seen)
+        elif cache is not None and length == 1:
             is_contiguous = self.config.sliding_window is None
             mixed = caches.attention(grouped, cache, attention.visible(seen), is_contiguous)
         if mixed is None:
@@ -276,15 +285,13 @@ class Transformer(nn.Module):
         """The rotation of queries and keys at [B, T] positions; None without rotary positions."""
         return None
 
-    def views(self, positions: Array, seen: Callable[..., Seen]) -> Views:
+    def views(self, positions: Array, seen: Callable[..., Seen | SeenInGroups]) -> Views:
         """A view for each of ``config.windows``; ``seen(window=...)`` makes its attention mask."""
         views = []
         for number, window in enumerate(self.config.windows):
             own = seen(window=window)
-            num_queries = own.slots.shape[1]
-            name = attention.implementation(self.config, num_queries, len(own.key_slots), False)
-            if name == "xla":
-                own = own._replace(mask=attention.visible(own))
+            if isinstance(own, Seen):
+                own = attention.prepared(self.config, own)
             views.append((own, self.rotation(positions, number > 0)))
         return tuple(views)
 
@@ -319,6 +326,28 @@ class Transformer(nn.Module):
         x, _ = self.through_layers(x, views, None, None, None if is_wide else columns)
         x = self.ln_f(x)
         return pick(x, columns, axis=1) if is_wide else x
+
+    def hidden_in_groups(
+        self, tokens: Array, attention_mask: Array, columns: Columns, groups: Groups
+    ) -> Array:
+        """``hidden`` of rows [N G, T] that share their prompts: N prompts and N G responses."""
+        positions = groups.packed(attention.positions(attention_mask))
+        is_real = groups.packed(attention_mask) != 0
+        x = self.embed(groups.packed(tokens), positions, is_real)
+        seen = partial(shared.seen, self.config, attention_mask, groups)
+        views = self.views(positions, seen)
+        if isinstance(columns, Array):
+            places = groups.places(columns, tokens.shape[1])
+            x, _ = self.through_layers(x, views, None, None, places)
+            states = self.ln_f(x)
+            return states.reshape(*columns.shape, -1)
+        # Of the prompts, only the columns that are asked for.
+        first = 0 if columns is None else min(columns.start, groups.prompt_length - 1)
+        x, _ = self.through_layers(x, views, None, None, slice(first, x.shape[1]))
+        states = groups.unpacked(self.ln_f(x), groups.prompt_length - first)
+        if columns is None:
+            return states
+        return states[:, columns.start - first : columns.stop - first]
 
     def through_layers(
         self,
@@ -390,9 +419,10 @@ class Transformer(nn.Module):
         key_mask: Array,
         cache: Cache,
         index: Array | int,
+        prompts: Prompts | None = None,
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t,
-        V].
+        V]. With ``prompts`` t is 1, and each group of rows attends to its prompt too.
         """
         length = tokens.shape[1]
         seen = partial(attention.seen_in_cache, key_mask, index, length)
@@ -402,7 +432,10 @@ class Transformer(nn.Module):
         )
         x = self.embed(tokens, positions, own_mask != 0)
         start = None if attention.is_start(index) else jnp.asarray(index)
-        x, written = self.through_layers(x, views, cache, start, None)
+        held: Any = cache
+        if prompts is not None:
+            held = shared.beside(self.config, prompts, cache, jnp.asarray(index))
+        x, written = self.through_layers(x, views, held, start, None)
         return self.unembed(self.ln_f(x)), written
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
