@@ -1,5 +1,6 @@
 """Prompts that a group of rows shares are computed once, with the numbers of single rows."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, slow, some_params, stack_layers
+from jax.sharding import Mesh
 
-from rlhf_jax import models
+from rlhf_jax import models, sampling
+from rlhf_jax.data import batches
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import shared
 from rlhf_jax.models.shared import Groups
 
@@ -194,3 +198,97 @@ def test_wrong_groups_are_refused(settings, message):
     prompt_length, group_size = settings
     with pytest.raises(ValueError, match=message):
         models.score_fn(models.build(LLAMA), prompt_length, group_size)
+
+
+# --- Sampling
+
+
+SAMPLING = sampling.SamplingConfig(R, eos_id=1, pad_id=0)
+
+
+def prompts_of(num_prompts=4, group_size=G):
+    tokens, mask = batch(2, num_prompts)
+    rows = np.arange(num_prompts * G).reshape(-1, G)[:, :group_size].ravel()
+    return tokens[rows, :P], mask[rows, :P]
+
+
+@pytest.mark.parametrize("config", [LONGEST, slow(LLAMA), MISTRAL, slow(GEMMA)])
+def test_samples_of_groups_are_those_of_single_rows(config):
+    model = models.build(config)
+    params = params_of(config)
+    generate = jax.jit(sampling.generate, static_argnames=("model", "config", "group_size"))
+
+    def sampled(group_size):
+        inputs = (model, params, *prompts_of(), jax.random.key(4))
+        return generate(*inputs, config=SAMPLING, group_size=group_size)
+
+    found = sampled(G)
+    expected = sampled(1)
+    assert len(set(map(bytes, np.asarray(expected.tokens[:G, P:])))) > 1
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.response_mask, expected.response_mask)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+
+
+def test_a_prompt_is_decoded_and_cached_once():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST)
+    start = jax.eval_shape(
+        lambda: sampling.decoding.start(
+            model,
+            params,
+            *prompts_of(),
+            jax.random.key(0),
+            max_new_tokens=R,
+            pad_id=0,
+            row_ids=jnp.arange(4 * G),
+            used=jnp.zeros(4 * G, jnp.int32),
+            group_size=G,
+        )
+    )
+    rows, loop = start
+    _, values = rows.prompts.cache[0]
+    assert values.shape == (4, 2, P - 1, 4)
+    _, values = loop.cache[0]
+    assert values.shape == (4 * G, 2, 1 + R, 4)
+
+
+def test_groups_that_devices_divide_are_run_row_by_row():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST)
+    inputs = (params, *prompts_of(2), jax.random.key(4))
+
+    def sampled(**how):
+        generate = functools.partial(sampling.generate, model, config=SAMPLING, **how)
+        return jax.jit(generate)(*inputs).tokens
+
+    whole = sampled()
+    for devices in (2, 3):  # groups of 3 rows in parts of 3 and of 2
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        np.testing.assert_array_equal(sampled(mesh=mesh, group_size=G), whole)
+
+
+def test_a_language_model_keeps_groups_whole_in_its_batches():
+    model = models.build(LONGEST)
+    policy = LanguageModel(model, params_of(LONGEST), None)
+    inputs = (*map(np.asarray, prompts_of()), jax.random.key(4))
+    expected = policy.sample(*inputs, config=SAMPLING)
+    for size in (7, 2):  # batches of 6 rows, and of fewer rows than a group
+        found = policy.sample(*inputs, config=SAMPLING, batch_size=size, group_size=G)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_groups_of_different_prompts_are_refused():
+    tokens, mask = prompts_of()
+    model = models.build(LONGEST)
+    for rows, message in ((jnp.arange(12) ^ 1, "from row 0"), (jnp.arange(10), "10 prompts")):
+        inputs = (model, {}, tokens[rows], mask[rows], jax.random.key(0))
+        with pytest.raises(ValueError, match=message):
+            sampling.generate(*inputs, config=SAMPLING, group_size=G)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "length"), [([4, 4, 2, 2], 2), ([4, 4, 2], 1), ([3], 1), ([5, 5, 5], 3)]
+)
+def test_runs_of_equal_numbers(numbers, length):
+    assert batches.run_length(np.array(numbers)) == length

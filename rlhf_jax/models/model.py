@@ -47,6 +47,7 @@ class Model(NamedTuple):
             (``shared.Prompts``) of N groups of rows lie before slot 0: t is then 1.
         for_decoding: ``(params) -> params`` for ``decode``, which then slices and casts no weight:
             call it once before a loop over tokens. ``decode`` takes both forms.
+        takes_groups: whether ``hidden`` takes ``groups`` and ``decode`` ``prompts``.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Any]
     decode: Callable[..., tuple[Array, Any]]
     for_decoding: Callable[[Params], Params]
+    takes_groups: bool = False
 
 
 def build(config: ModelConfig) -> Model:
@@ -114,6 +116,7 @@ def build(config: ModelConfig) -> Model:
         init_cache=partial(stack.init_cache, config),
         decode=partial(_decode, module, unrolled),
         for_decoding=partial(stack.for_decoding, config),
+        takes_groups=True,
     )
 
 

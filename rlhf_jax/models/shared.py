@@ -238,6 +238,7 @@ def beside(
         newest = length - 1
         slots = newest - (newest - jnp.arange(size)) % size
         is_near = length + index - slots < (window or length + index + 1)
+        is_near = jnp.broadcast_to(is_near, (len(prompts.mask), size))
         masks.append((prompts.mask[:, slots] != 0) & is_near)
     layers = zip(prompts.cache, cache, config.local_layers, strict=True)
     return tuple(Beside(prompt, own, masks[is_local]) for prompt, own, is_local in layers)
