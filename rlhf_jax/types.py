@@ -149,6 +149,9 @@ class Rollout(_Rows):
     """[B, T]: factor of each token's policy loss; 0 outside the response."""
     prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """P."""
+    group_size: int = flax.struct.field(pytree_node=False, default=1, kw_only=True)
+    """Adjacent rows whose prompt is computed once: they stay together in minibatches and
+    microbatches. 1: each row is by itself."""
     greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
     teacher_log_probs: Array | None = None

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         x: Array,
         view: View,
         layer: Layer,
-        cache: LayerCache | Beside | None,
+        cache: Any,
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
@@ -171,32 +171,49 @@ class Attention(nn.Module):
             scaled = rotate(scaled, rotation)
             key = rotate(key, rotation)
         query = scaled.astype(query.dtype)
+        batch, heads, length, width = query.shape
+        grouped = query.reshape(batch, key.shape[1], -1, length, width)
+        arrays = (grouped, key, value)
+        if isinstance(seen, SeenInGroups):
+            mixed = shared.mix(self.config, *arrays, seen, is_local, columns)
+        else:
+            mixed, cache = self.mixed(arrays, seen, cache, index, is_local, columns)
+        by_head = mixed.reshape(batch, heads, -1, width)
+        by_token = by_head.swapaxes(1, 2).reshape(batch, -1, heads * width)
+        return self.output(by_token), cache
+
+    def mixed(
+        self,
+        arrays: tuple[Array, Array, Array],
+        seen: Seen,
+        cache: LayerCache | Beside | None,
+        index: Array | None,
+        is_local: Array | bool,
+        columns: Columns,
+    ) -> tuple[Array, LayerCache | None]:
+        """Attention of queries [B, H, G, t, Dh] to keys and values of their own rows, after those
+        of the cache if there is one: [B, H, G, n, Dh], and the cache with both.
+        """
+        query, key, value = arrays
         prompt = None
         if isinstance(cache, Beside):
             prompt = cache
             cache = prompt.own
         if cache is not None:
             key, value, cache = caches.extend(cache, key, value, index, len(seen.key_slots))
-
-        batch, heads, length, width = query.shape
-        grouped = query.reshape(batch, key.shape[1], -1, length, width)
+        if prompt is not None:
+            return shared.after_prompts(query, key, value, prompt, seen), cache
         mixed = None
-        if isinstance(seen, SeenInGroups):
-            mixed = shared.mix(self.config, grouped, key, value, seen, is_local, columns)
-        elif prompt is not None:
-            mixed = shared.after_prompts(grouped, key, value, prompt, seen)
-        elif cache is not None and length == 1:
+        if cache is not None and query.shape[3] == 1:
             is_contiguous = self.config.sliding_window is None
-            mixed = caches.attention(grouped, cache, attention.visible(seen), is_contiguous)
+            mixed = caches.attention(query, cache, attention.visible(seen), is_contiguous)
         if mixed is None:
             drop = None
             if self.has_rng("dropout") and self.config.attention_dropout > 0:
                 drop = (self.make_rng("dropout"), self.config.attention_dropout)
-            arrays = (grouped, key, value)
-            mixed = attention.mix(self.config, *arrays, seen, drop, is_local, columns)
-        by_head = mixed.reshape(batch, heads, -1, width)
-        by_token = by_head.swapaxes(1, 2).reshape(batch, -1, heads * width)
-        return self.output(by_token), cache
+            whole = (query, key, value)
+            mixed = attention.mix(self.config, *whole, seen, drop, is_local, columns)
+        return mixed, cache
 
 
 class Block(nn.Module):

@@ -408,22 +408,20 @@ def start(
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
+    size = group_size if _shares(model, num_rows, prompt_length, group_size) else 1
+    of_prompts, cache = cache_of(model, num_rows, prompt_length, max_new_tokens, size)
     prompts = None
-    # The last prompt column is left to the loop, whose first step needs its logits.
+    # The last prompt column is left to the loop, whose first step needs its logits. These are never
+    # read, so the compiler drops the projection to the vocabulary.
     before = slice(prompt_length - 1)
     inputs = (tokens[:, before], (counts - prompt_mask)[:, before])
-    if _shares(model, num_rows, prompt_length, group_size):
-        of_groups = [x[::group_size] for x in inputs]
-        mask = prompt_mask[::group_size, before]
-        held = model.init_cache(*mask.shape)
-        _, held = model.decode(params, *of_groups, mask, held, 0)
-        prompts = Prompts(held, mask)
-        cache = model.init_cache(num_rows, 1 + max_new_tokens)
-    else:
-        cache = model.init_cache(num_rows, prompt_length + max_new_tokens)
-        if prompt_length > 1:
-            # The logits are not read, so the compiler drops the projection to the vocabulary.
-            _, cache = model.decode(params, *inputs, key_mask, cache, 0)
+    if of_prompts is not None:
+        of_groups = (inputs[0][::size], inputs[1][::size])
+        mask = prompt_mask[::size, before]
+        _, of_prompts = model.decode(params, *of_groups, mask, of_prompts, 0)
+        prompts = Prompts(of_prompts, mask)
+    elif prompt_length > 1:
+        _, cache = model.decode(params, *inputs, key_mask, cache, 0)
     loop = Loop(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
@@ -433,6 +431,18 @@ def start(
         cache=cache,
     )
     return Rows(key_mask, num_real, keys, used, prompts), loop
+
+
+def cache_of(
+    model: CachedModel, num_rows: int, prompt_length: int, num_slots: int, group_size: int = 1
+) -> tuple[Any, Any]:
+    """The empty caches of a batch: of the prompts of groups of rows, without their last column, or
+    None for ``group_size`` 1; and of the rows.
+    """
+    if group_size == 1:
+        return None, model.init_cache(num_rows, prompt_length + num_slots)
+    of_prompts = model.init_cache(num_rows // group_size, prompt_length - 1)
+    return of_prompts, model.init_cache(num_rows, 1 + num_slots)
 
 
 def _shares(model: CachedModel, num_rows: int, prompt_length: int, group_size: int) -> bool:
