@@ -14,10 +14,10 @@ import statistics
 from typing import Any
 
 import jax
-from measure import compile_seconds, matmul_flops, measured
-from steps import Preset, work
 
 from rlhf_jax import models
+from rlhf_jax.cli.benchmark.measure import compile_seconds, matmul_flops, measured
+from rlhf_jax.cli.benchmark.steps import Preset, work
 from rlhf_jax.models.config import ModelConfig
 
 CALLS = 5  # timed ones in a round

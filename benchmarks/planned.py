@@ -19,15 +19,15 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import cli, models, training
+from rlhf_jax import models, training
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.cli.planning import plan
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import loop
 
-plan = cli.script("experiments", "plan")
 MIB = 2**20
 ROWS = 32
 TOKENS = 112

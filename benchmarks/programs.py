@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from steps import PRESETS
 
-from rlhf_jax import cli, models
+from rlhf_jax import models
+from rlhf_jax.cli.benchmark.steps import PRESETS
+from rlhf_jax.cli.planning import plan
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.training.common.stage import Stage
 
-plan = cli.script("experiments", "plan")
 OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
 
 

@@ -2,7 +2,7 @@
 from rewards alone.
 
     python experiments/arithmetic.py runs/problems        # writes prompts.json into that folder
-    python experiments/grpo.py --config configs/arithmetic.yaml --data runs/problems
+    rlhf-jax grpo --config configs/arithmetic.yaml --data runs/problems
 
 The config names ``correct`` and ``is_number``, below, in ``reward``. The rows of the data are
 {prompt, answer}; a column beside the prompt reaches the function as the argument of its name.

@@ -1,7 +1,7 @@
 """Sums of two numbers, and a calculator that a policy can call: an environment, and rewards for it.
 
     python experiments/calculator.py runs/sums        # writes prompts.json into that folder
-    python experiments/grpo.py --config configs/calculator.yaml --data runs/sums
+    rlhf-jax grpo --config configs/calculator.yaml --data runs/sums
 
 A prompt is ``[+] 47+36=``. The calculator replies ``83`` to ``[47+36]``, and the policy may then
 answer with that.

@@ -1,5 +1,5 @@
 """``python -m rlhf_jax`` is the command ``rlhf-jax``."""
 
-from rlhf_jax import cli
+from rlhf_jax.cli.commands import main
 
-cli.main()
+main()

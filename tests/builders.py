@@ -3,6 +3,7 @@ runs.
 """
 
 import functools
+import importlib
 import importlib.machinery
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import grpo, iteration, models, ppo, training, vpg
+from rlhf_jax.cli import verify
+from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
@@ -39,7 +43,6 @@ from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import open_run, write_atomically
 from rlhf_jax.runs.manifest import write_manifest
-from rlhf_jax.training import verify
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import open_stage
@@ -341,6 +344,16 @@ def one_program(collect, learn):
     return whole
 
 
+# --- Scripts
+
+
+def script(path):
+    """A script of the checkout, as a module."""
+    place = ROOT / path
+    with mock.patch.object(sys, "path", [str(place.parent), *sys.path]):
+        return importlib.import_module(place.stem)
+
+
 # --- Runs in this process
 
 
@@ -463,9 +476,17 @@ def run_loop(
 # --- Runs in processes of their own
 
 
+def program(name):
+    """The command line of a stage, such as reward_model, or of a script in experiments/."""
+    command = name.replace("_", "-")
+    if command in STAGES:
+        return [sys.executable, "-m", "rlhf_jax", command]
+    return [sys.executable, str(ROOT / "experiments" / f"{name}.py")]
+
+
 def start_script(script, *flags, **environment):
     env = dict(os.environ, JAX_PLATFORMS="cpu") | environment
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
+    command = [*program(script), *map(str, flags)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
     )
@@ -568,7 +589,7 @@ class Page(HTMLParser):
         return [element["text"] for element in self.all(tag, **attributes)]
 
 
-COMMAND = "python experiments/ppo.py --seed 5"
+COMMAND = "rlhf-jax ppo --seed 5"
 METRICS = {
     "objective/score": [1.0, 2.0, 4.0],
     "objective/kl": [0.0, 0.5, 1.5],

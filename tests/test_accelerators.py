@@ -16,13 +16,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import hlo
 import jax
-import plan
 import pytest
-import targets
 
 from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.cli.planning import hlo, plan, targets
 from rlhf_jax.config import (
     Compute,
     DPOStage,

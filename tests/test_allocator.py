@@ -33,7 +33,7 @@ def faults():
 def main():
     # As the process was started; glibc cuts the string at its colons.
     with open("/proc/self/environ") as file:
-        inside = "GLIBC_TUNABLES=" + cli.allocator.TUNABLES.partition(":")[0] in file.read()
+        inside = "GLIBC_TUNABLES=" + allocator.TUNABLES.partition(":")[0] in file.read()
     counts = faults() if sys.argv[1:2] == ["faults"] else []
     tunables = os.environ.get("GLIBC_TUNABLES")
     print(json.dumps([inside, tunables, sys.argv[1:], sys.flags.utf8_mode, counts]))

@@ -5,7 +5,6 @@ Below it, what is right though it looks wrong, and what is left out and counted.
 """
 
 import json
-import runpy
 import sys
 import tempfile
 from functools import cache
@@ -14,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import ROOT, initial_params
+from builders import initial_params
 from safetensors.numpy import save_file
 
 from rlhf_jax import cli, models
@@ -278,11 +277,11 @@ MISTAKES = [
 
 
 def call(argv, monkeypatch):
-    """The script's exit code."""
-    script = ROOT / "experiments" / f"{argv[0]}.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *argv[1:]])
+    """The command's exit code."""
+    command = [argv[0].replace("_", "-"), *argv[1:]]
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", *command])
     with pytest.raises(SystemExit) as ended:
-        cli.run_script(runpy.run_path(str(script))["main"])
+        cli.run_script(lambda: cli.run(command))
     return ended.value.code
 
 

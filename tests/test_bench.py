@@ -7,12 +7,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from builders import slow
+from builders import script, slow
 
 from rlhf_jax import cli, models
+from rlhf_jax.cli.benchmark import measure, steps
 from rlhf_jax.errors import UserError
 
-measure, bench = (cli.script("benchmarks", name) for name in ("measure", "steps"))
 KEYS = (
     "median_s",
     "min_s",
@@ -78,7 +78,7 @@ WORK += [("trl", name, "shared") for name in ("sft", "reward", "dpo", "grpo")] +
 def test_torch_does_the_same_work(kind, name, value):
     if kind == "trl":
         pytest.importorskip("trl")  # of the extra "benchmarks"
-    opponent = measure.Opponent(kind, name, bench.PRESETS["char-nano"], value)
+    opponent = measure.Opponent(kind, name, steps.PRESETS["char-nano"], value)
     opponent.agree()
     opponent.turn()
     assert opponent.seconds[0] > 0
@@ -89,7 +89,7 @@ def test_torch_does_the_same_work(kind, name, value):
 def test_hand_written_torch_samples_by_the_softmax():
     import torch
 
-    torch_steps = cli.script("benchmarks", "torch_steps")
+    torch_steps = script("benchmarks/torch_steps.py")
     torch.manual_seed(0)
     sizes = {"vocab_size": 5, "max_length": 3, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
     model = torch_steps.GPT2(sizes)
@@ -107,10 +107,10 @@ def test_hand_written_torch_samples_by_the_softmax():
 def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
     """Under ``scan_layers``, where all but sampling has two blocks."""
     monkeypatch.setattr(
-        bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True}
+        steps.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True}
     )
-    preset = bench.PRESETS["char-nano"]
-    work = bench.work(
+    preset = steps.PRESETS["char-nano"]
+    work = steps.work(
         name,
         preset._replace(model=replace(preset.model, num_layers=5, scan_layers=True)),
     )
@@ -119,9 +119,9 @@ def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
 
 
 def test_exponents_are_slopes_and_one_size_is_changed():
-    growth, table = (cli.script("benchmarks", name) for name in ("growth", "table"))
+    growth, table = (script(f"benchmarks/{name}.py") for name in ("growth", "table"))
     assert growth.exponent((1, 2, 4), (3.0, 12.0, 48.0)) == pytest.approx(2)
-    small = bench.PRESETS["char-small"]
+    small = steps.PRESETS["char-small"]
     for size, changed in {
         "batch": (96, 64, 48),
         "response": (64, 64, 96),
@@ -138,7 +138,7 @@ def test_exponents_are_slopes_and_one_size_is_changed():
 
 
 def test_a_row_of_the_table(monkeypatch):
-    table = cli.script("benchmarks", "table")
+    table = script("benchmarks/table.py")
     line = {
         "bench": "sft",
         "others_cpu": 0.01,
@@ -159,8 +159,8 @@ def test_a_row_of_the_table(monkeypatch):
 
 @pytest.mark.slow
 def test_a_separate_value_model_is_timed_as_a_run_trains_it():
-    preset = bench.Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)
-    work = bench.work("iteration", preset, "separate")
+    preset = steps.Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)
+    work = steps.work("iteration", preset, "separate")
     assert work.carry.train.opt_state.inner_states.keys() == {
         "policy",
         "value",

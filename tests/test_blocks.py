@@ -5,7 +5,6 @@ processes.
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from builders import (
     finished_run,
     launch,
     perturbed,
+    program,
     results,
     save_base,
     slow,
@@ -31,12 +31,12 @@ from digests import check_digest
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import advantages, gradient_step, models, ops, sampling, sft, sharding, training
+from rlhf_jax.cli import verify
 from rlhf_jax.config import Compute, Mesh, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import blocks
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
-from rlhf_jax.training import verify
 from rlhf_jax.training.common import layout
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
@@ -287,7 +287,7 @@ def test_a_stage_has_the_same_bytes_on_one_device_and_four(
 
 def start(script, folder, *flags, devices=1, count=1):
     """The processes of a run in blocks that saves each step."""
-    command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder]
+    command = [*program(script), "--config", TINY, "--output-dir", folder]
     command += ["--compute.blocks", "8", "--checkpoint-interval", "1", *flags]
     return launch(command, count, devices, ["--processes"])
 

@@ -160,7 +160,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
         base = save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16)
         separate = replace(separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank))
     held = {}
-    monkeypatch.setattr(rl, "first_state", keep(rl.first_state, held))
+    monkeypatch.setattr(rl.entry, "first_state", keep(rl.entry.first_state, held))
     straight = run_ppo(separate)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()

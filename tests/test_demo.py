@@ -7,10 +7,10 @@ import json
 import re
 
 import pytest
-import rubric
 
 from rlhf_jax.data import demo
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import rubric
 
 PHRASINGS, HELDOUT = (
     list(itertools.chain(*some.values())) for some in (demo.PHRASINGS, demo.HELDOUT_PHRASINGS)

@@ -13,10 +13,11 @@ from servers import VLLM
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import distill
+from rlhf_jax.cli import verify
 from rlhf_jax.config import DistillStage, EngineServer, LoRA, Optimizer, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders import service
-from rlhf_jax.training import rl, verify
+from rlhf_jax.training import rl
 from rlhf_jax.training.rl import teacher
 from rlhf_jax.types import Rollout
 

@@ -38,12 +38,12 @@ SETTINGS = ShakespeareConfig()
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
 
 RUN_BY_TEST_SCRIPTS = {
-    *(f"python experiments/{name}.py --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
+    *(f"rlhf-jax {name} --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
 }
 # What README says that this test does not run.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run starts with these commands",
-    "python experiments/quickstart.py": "takes minutes; tests/test_quickstart.py runs it",
+    "rlhf-jax quickstart": "takes minutes; tests/test_quickstart.py runs it",
     **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
     "pytest": "is what runs this test",
 }
@@ -163,7 +163,7 @@ def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
 def test_commands_that_train_gpt2_say_at_which_rate():
     """The defaults of SFT and reward models are for random weights."""
     page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
-    commands = re.findall(r"`(python [^`]*--model gpt2[^`]*)`", page)
+    commands = re.findall(r"`(rlhf-jax [^`]*--model gpt2[^`]*)`", page)
     assert len(commands) == 2
     assert all(
         re.search(r"--[a-z-]+\.optimizer\.learning-rate [1-5]e-[56]", command)

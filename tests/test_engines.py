@@ -18,6 +18,7 @@ from numpy.testing import assert_array_equal
 from servers import VLLM
 
 from rlhf_jax import engines, grpo, iteration, models, ppo
+from rlhf_jax.cli import verify
 from rlhf_jax.config import (
     EngineServer,
     LoRA,
@@ -33,7 +34,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import service
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import rl, verify
+from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.rl import critic, steps
 from rlhf_jax.training.rl.ahead import Ahead
@@ -365,7 +366,7 @@ def test_a_rollout_does_not_depend_on_when_it_was_sampled(
     straight = run(ahead)
     again = replace(ahead, output_dir=f"{config.output_dir}_again")
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "Ahead", lambda sample, thread: Ahead(sample, None))
+        patch.setattr(rl.entry, "Ahead", lambda sample, thread: Ahead(sample, None))
         assert rows_of(run(again)) == rows_of(straight)
     shutil.rmtree(straight / "checkpoints" / "4")
     shutil.rmtree(straight / "checkpoints" / "3")

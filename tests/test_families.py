@@ -10,15 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, ROOT, some_params, some_tokens
+from builders import (
+    CONFIG,
+    GEMMA,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    ROOT,
+    script,
+    some_params,
+    some_tokens,
+)
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_allclose
 from programs import whole_on_a_device
 from source import code_lines
 
-from rlhf_jax import cli, models, sharding
+from rlhf_jax import models, sharding
+from rlhf_jax.cli.benchmark import measure
 
-families, measure = (cli.script("benchmarks", name) for name in ("families", "measure"))
+families = script("benchmarks/families.py")
 TINY = {
     "GPT-2": CONFIG,
     "Llama": LLAMA,

@@ -286,7 +286,7 @@ def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_p
     assert record.finished
     with pytest.raises(UserError, match="one that Python gave, no Hugging Face model"):
         export.export(result.folder, result.folder.parent / "exported")
-    with pytest.raises(UserError, match=r"read them by rlhf_jax\.training\.own\.load"):
+    with pytest.raises(UserError, match=r"read them by rlhf_jax\.training\.common\.own\.load"):
         models.load(result.model_folder)
     # Who has the functions goes on from the parameters, which do not change at a rate of 0.
     onward = elsewhere(with_own_policy, "onward")

@@ -25,12 +25,12 @@ from cases import CASES, KEY
 from digests import GOLDENS, REWRITE, check_digest
 from jax.tree_util import keystr, tree_leaves_with_path
 from numpy.testing import assert_allclose
-from quickstart import QuickstartConfig
 from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
 
 import rlhf_jax
 from rlhf_jax import training
+from rlhf_jax.cli.quickstart import QuickstartConfig
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo

@@ -127,7 +127,7 @@ def test_only_the_command_line_prints():
     """What runs report goes through the logger ``rlhf_jax``; warnings about a signal go to stderr
     at once.
     """
-    for path in (path for path in FILES if path != PACKAGE / "cli.py"):
+    for path in (path for path in FILES if path != PACKAGE / "cli" / "console.py"):
         for node in nodes(path):
             function = node.func if isinstance(node, ast.Call) else None
             if isinstance(function, ast.Name) and function.id == "print":

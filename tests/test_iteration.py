@@ -70,7 +70,7 @@ def learning(algorithm=vpg, **how):
     return jax.jit(functools.partial(iteration.learn, algorithm=algorithm, **how))
 
 
-def iteration(algorithm=vpg, **how):
+def one_program(algorithm=vpg, **how):
     """An iteration as one program."""
     return jax.jit(builders.one_program(COLLECT, learning(algorithm, **how)))
 
@@ -81,7 +81,7 @@ def test_one_jit_and_three_jits_give_identical_parameters():
         pytest.skip("equal bits need XLA's newer emitters: .ci/run runs this file with them")
     shape = iteration.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
     made = {"shape": shape, "penalty": iteration.kl_penalty(0.1, target=1.0)}
-    whole = iteration(**made)
+    whole = one_program(**made)
     collect = jax.jit(COLLECT)
     learn = jax.jit(learning(**made))
     reward = jax.jit(iteration.reward)
@@ -163,7 +163,7 @@ def test_a_row_without_a_greedy_score_is_absent():
 
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
-    step = iteration(penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=ROWS))
+    step = one_program(penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=ROWS))
     loop, _, metrics = step(
         start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions()
     )

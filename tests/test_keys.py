@@ -13,8 +13,8 @@ import pytest
 from builders import letters_stage, run_stage
 
 from rlhf_jax import sharding
+from rlhf_jax.cli import verify
 from rlhf_jax.data import batches
-from rlhf_jax.training import verify
 from rlhf_jax.training.common import layout, loop
 
 pytestmark = pytest.mark.usefixtures("no_pages")

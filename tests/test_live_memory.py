@@ -11,12 +11,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import optax
-import plan
 import pytest
 from builders import initial_params
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.cli.planning import plan
 from rlhf_jax.config import Compute, DPOStage, LoRA, RewardModelStage, RLStage, RunConfig, SFTStage
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel

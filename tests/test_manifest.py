@@ -31,7 +31,7 @@ def test_fingerprint(tmp_path):
 def test_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
-    monkeypatch.setattr(sys, "argv", ["experiments/ppo.py", "--config", "my file.yaml"])
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "ppo", "--config", "my file.yaml"])
     with open_run(tmp_path) as run:
         write_manifest(run, {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}, {})
     text = (tmp_path / "manifest.json").read_text()
@@ -47,9 +47,7 @@ def test_manifest(tmp_path, monkeypatch):
     said["cpu"] = devices.cpu()
     said["xla_flags"] = "--xla_cpu_multi_thread_eigen=true"
     machine = {"backend": "cpu", "devices": {"kind": "cpu", "count": 4}}
-    assert manifest == said | machine | {
-        "command": "python experiments/ppo.py --config 'my file.yaml'"
-    }
+    assert manifest == said | machine | {"command": "rlhf-jax ppo --config 'my file.yaml'"}
     assert "secret" not in text
     monkeypatch.setenv("PATH", "")  # no git
     with open_run(tmp_path, overwrite=True) as run:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import TINY, launch, metric_rows, results
+from builders import TINY, launch, metric_rows, program, results
 from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -49,8 +49,7 @@ def start(
     """The processes of one run, the first one first, with so many devices each; None: two in all,
     or one each.
     """
-    program = [sys.executable, f"experiments/{script}.py"]
-    command = [*program, "--config", TINY, "--output-dir", folder, *flags]
+    command = [*program(script), "--config", TINY, "--output-dir", folder, *flags]
     return launch(command, count, devices or max(2 // count, 1), ["--processes"])
 
 

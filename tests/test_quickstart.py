@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import quickstart
 import transformers
 from builders import run_script, write_run
 
 from rlhf_jax import cli
+from rlhf_jax.cli import quickstart
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline

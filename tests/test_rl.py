@@ -80,7 +80,7 @@ def test_remat_is_chosen_by_the_rows_of_a_microbatch():
     stage = SimpleNamespace(config=config, choose_remat=choose_remat)
     settings = ppo.Config(num_minibatches=4, num_microbatches=2)
     parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
-    rl._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
+    rl.entry._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
     assert chosen == [(8, 12)]
 
 

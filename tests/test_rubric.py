@@ -1,9 +1,9 @@
 """The rubric: values by hand, garbled text, and that the demo corpus is labelled by it."""
 
 import pytest
-import rubric
 
 from rlhf_jax.data import demo
+from rlhf_jax.evaluation import rubric
 
 BREAD = {"category": "helpful", "topic": "bake bread"}
 BIKE = {"category": "harmless", "topic": "steal a bike"}

@@ -22,11 +22,12 @@ KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_
 KNOWN += "|WANDB_PROJECT|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT"
 KNOWN += "|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS|NPROC|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
 KEYS = r"\.get\((SERVICE|JUDGE|ENGINE|TEACHER)_KEY\)"  # of services that the user names
-OPENS_CONNECTIONS = PACKAGE / "rewards" / "service.py"
+ACCELERATORS = "ALLOW_MULTIPLE_LIBTPU_LOAD|TPU_[A-Z_]+"
+OPENS_CONNECTIONS = PACKAGE / "graders" / "service.py"
 BANNED = {
-    "the environment": rf"^(?!.*('({KNOWN})'|{KEYS})).*os\.(environ|getenv)"
+    "the environment": rf"^(?!.*('({KNOWN}|{ACCELERATORS})'|{KEYS})).*os\.(environ|getenv)"
     "|import (environ|getenv)",
-    "what runs data": r"(?<![\w.])(eval|exec|compile|__import__)\("
+    "what runs data": r"(?<!def )(?<![\w.])(eval|exec|compile|__import__)\("
     r"|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
     "remote code": r"trust_remote_code(?!=False)"
     r"|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
@@ -38,12 +39,12 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
     secret = "canary-7f3a"
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, secret)
-    monkeypatch.setattr(sys, "argv", ["experiments/sft.py", "--data", "demo"])
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "sft", "--data", "demo"])
     config = RunConfig(output_dir=str(tmp_path / "run"))
     with stage.open_stage(config, "sft", {"data.json": "0"}) as opened:
         assert (
             json.loads(opened.run.manifest.read_text("utf-8"))["command"]
-            == "python experiments/sft.py --data demo"
+            == "rlhf-jax sft --data demo"
         )
     written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert len(written) >= 2

@@ -23,7 +23,7 @@ from rlhf_jax.errors import Stopped, UserError, escaped, logger
 from rlhf_jax.evaluation import evaluate, measures
 from rlhf_jax.report import page
 from rlhf_jax.report.export import export
-from rlhf_jax.runs import folder
+from rlhf_jax.runs import allocator, folder
 from rlhf_jax.runs.folder import open_run, open_to_append, replacing, write_atomically
 from rlhf_jax.training.pipeline import check_folder
 
@@ -275,7 +275,7 @@ def checks(text):
 @pytest.mark.parametrize("act", [fails, stops, warns, logger.info, evaluates, checks])
 @pytest.mark.filterwarnings("default")
 def test_nothing_that_a_terminal_would_obey_is_printed(act, capfd, monkeypatch):
-    monkeypatch.setattr(cli.allocator, "keep_memory", lambda: None)
+    monkeypatch.setattr(allocator, "keep_memory", lambda: None)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr(
         warnings,

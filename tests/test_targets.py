@@ -6,14 +6,12 @@ import collections
 import json
 import re
 
-import hlo
 import jax
 import jax.numpy as jnp
-import plan
 import pytest
-import targets
 from jax.sharding import PartitionSpec
 
+from rlhf_jax.cli.planning import hlo, plan, targets
 from rlhf_jax.errors import UserError
 
 # A product of [4, 8] and [8, 2], twice in a loop of 3 turns, and a loop whose end XLA does not

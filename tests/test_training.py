@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import quickstart
 import tokenizers as hf
 from builders import FAST, TINY, goes_on_alike, initial_params, metric_rows, run_ppo, stages
 from numpy.testing import assert_allclose
 
 from rlhf_jax import Rollout, models, sharding, training
+from rlhf_jax.cli import quickstart
 from rlhf_jax.config import (
     Compute,
     Network,

@@ -10,8 +10,8 @@ import pytest
 from builders import letters_run, letters_stage, run_stage
 
 from rlhf_jax import cli
+from rlhf_jax.cli import verify
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import verify
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

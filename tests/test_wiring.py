@@ -53,13 +53,13 @@ def config(tmp_path):
 def replacing(monkeypatch, others):
     """Puts ``others(programs)``, a dict of programs, in place of the programs of RL runs."""
     unchecked(monkeypatch)
-    compiled = rl.compiled
+    compiled = rl.entry.compiled
 
     def replaced(*how):
         programs = compiled(*how)
         return programs._replace(**others(programs))
 
-    monkeypatch.setattr(rl, "compiled", replaced)
+    monkeypatch.setattr(rl.entry, "compiled", replaced)
 
 
 def unscored(state, sampled, functions):
@@ -468,7 +468,7 @@ def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
     def load(source, compute, place, score_rows, length, policy):
         raise UserError(f"{source} {length}")
 
-    monkeypatch.setattr(rl.initial, "load_reward_model", load)
+    monkeypatch.setattr(rl.entry.initial, "load_reward_model", load)
     with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
         training.rl.run(replace(config, reward=("rm",)), vpg)
 

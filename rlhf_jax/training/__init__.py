@@ -1,6 +1,6 @@
 """Runs: what the commands, scripts and a notebook call."""
 
-from rlhf_jax.training import rl
+from rlhf_jax.training import pipeline, rl
 from rlhf_jax.training.supervised import dpo, kto, reward_model, sft
 
-__all__ = ["dpo", "kto", "reward_model", "rl", "sft"]
+__all__ = ["dpo", "kto", "pipeline", "reward_model", "rl", "sft"]

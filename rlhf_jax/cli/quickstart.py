@@ -1,6 +1,6 @@
 """A language model gets better at what people prefer, in a minute or two on two CPU cores.
 
-    python experiments/quickstart.py
+    rlhf-jax quickstart
 
 SFT, a reward model and PPO on a generated assistant corpus; prints a table and writes
 runs/quickstart/. A rubric that training never sees judges greedy answers to held-out prompts. Exits
@@ -21,14 +21,16 @@ import jax
 import numpy as np
 import rich.console
 import rich.table
-import rubric
 
-from rlhf_jax import cli, metrics, models, sampling
+from rlhf_jax import metrics, models, sampling
+from rlhf_jax.cli.console import show
+from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo, encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import rubric
 from rlhf_jax.generation import generator
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
@@ -87,7 +89,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     pipeline.check_folder(folder, config)
     data = folder / "data"
     stage.set_up(config)
-    print("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
+    show("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
@@ -145,7 +147,7 @@ def judge(
     model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
     pairs = encoding.encode_texts(rows, tokenizer, template=config.text.template)
-    sizes = {
+    sizes: dict[str, Any] = {
         "batch_size": config.reward_model.batch_size,
         "bucket_multiple": config.text.bucket_multiple,
     }
@@ -326,9 +328,5 @@ def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequ
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = ["--config", "quickstart", *(sys.argv[1:] if argv is None else argv)]
-    config = parse(QuickstartConfig, argv, description=__doc__, sections=cli.STAGES["pipeline"][1])
+    config = parse(QuickstartConfig, argv, description=__doc__, sections=STAGES["pipeline"].reads)
     return 0 if all(run(config)["checks"].values()) else 1
-
-
-if __name__ == "__main__":
-    cli.run_script(main)

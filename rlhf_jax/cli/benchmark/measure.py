@@ -25,13 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
-from steps import PRESETS, Preset, Work, work
 
+import rlhf_jax
 from rlhf_jax import models
+from rlhf_jax.cli.benchmark.steps import PRESETS, Name, Preset, Value, Work, work
+from rlhf_jax.cli.console import show
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
 MAX_OTHERS = 0.02  # share of the machine that other programs may use before a figure means little
+SCRIPTS = Path(rlhf_jax.__file__).parents[1] / "benchmarks"  # of a checkout
 OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
 FIRST_ITERATION = "ppo --config tiny --rl.num-iterations 1 --rl.validation-fraction 0"
 AS_TINY = Preset(
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     MAX_OTHERS.
     """
     line = tyro.cli(run, prog="rlhf-jax bench", args=argv)
-    print(json.dumps(line))
+    show(json.dumps(line))
     return int((line["others_cpu"] or 0.0) > MAX_OTHERS)
 
 
@@ -107,7 +110,7 @@ def run(
     peak_memory = stats.get(
         "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    line = {"bench": name, "preset": preset, "value": value} | spread(
+    line: dict[str, Any] = {"bench": name, "preset": preset, "value": value} | spread(
         [row["seconds"] for row in rows]
     )
     line |= {"tokens_per_s": timed.tokens / median, "compile_cold_s": cold, "compile_warm_s": warm}
@@ -305,7 +308,8 @@ def startup(calls: int, against: str | None = None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         cold, *rows = [first_iteration(Path(folder), str(number)) for number in range(1 + calls)]
-    line = spread([row["seconds"] for row in rows]) | {"cpu_s": middle(rows, "cpu")}
+    line: dict[str, Any] = spread([row["seconds"] for row in rows])
+    line["cpu_s"] = middle(rows, "cpu")
     line |= {"cold_s": cold["seconds"], "cold_cpu_s": cold["cpu"]}
     if against is not None:
         seconds = []
@@ -328,6 +332,9 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
         UserError: it ended before.
     """
     command = [
+        "env",  # adds these variables to those of this process
+        f"JAX_COMPILATION_CACHE_DIR={folder / 'cache'}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0",
         sys.executable,
         "-m",
         "rlhf_jax",
@@ -335,16 +342,10 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
         "--output-dir",
         str(folder / name),
     ]
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     busy = _busy()
     own = _own()
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     reached = any(line.startswith("ppo 1/1 ") for line in process.stdout)
     seconds = time.perf_counter() - started
@@ -369,8 +370,8 @@ class Opponent:
         UserError: the script is not there, as without a checkout, or the process ended.
     """
 
-    def __init__(self, kind: str, name: str, preset: Preset, value: str) -> None:
-        script = Path(__file__).with_name(OPPONENTS[kind])
+    def __init__(self, kind: str, name: Name, preset: Preset, value: Value) -> None:
+        script = SCRIPTS / OPPONENTS[kind]
         if not script.is_file():
             raise UserError(
                 "--against: benchmarks/ is part of a checkout, not of the installed package"

@@ -144,9 +144,8 @@ def _rl_work(
     group = {"grpo": {"group_size": 4}, "iteration": {"num_epochs": 4}}.get(name, {})
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
-    policy_fn = jax.tree_util.Partial(
-        models.policy_fn(model, prompt_length=preset.prompt, value_model=own)
-    )
+    columns: Any = {"prompt_length": preset.prompt}
+    policy_fn = jax.tree_util.Partial(models.policy_fn(model, value_model=own, **columns))
     with_value = models.add_head(keys[3], params, "value")
     if separate:
         with_value = critic.beside(Trainable(params), with_value).params
@@ -160,14 +159,11 @@ def _rl_work(
         optimizer=optimizer,
         penalty=iteration.kl_penalty(0.05),
     )
-    loop = iteration.LoopState.create(
-        algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05
-    )
+    train = algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer)
+    loop = iteration.LoopState.create(train, 0.05)
     prompt = batch.tokens[:, : preset.prompt]
     prompts = iteration.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
-    scorer = rewards.from_model(models.score_fn(model), models.add_head(keys[3], params, "score"))
-    ref_fn = jax.tree_util.Partial(models.policy_fn(model, prompt_length=preset.prompt), params)
-    functions = iteration.Functions(policy_fn, scorer, ref_fn)
+    functions = _functions(model, params, keys[3], policy_fn, **columns)
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:
         policy, prompts = data
@@ -175,14 +171,11 @@ def _rl_work(
         sampled = iteration.respond(policy, moved, keys[2], model=model, config=how)
         return row_ids + sampled.tokens[:, -1], {"tokens": sampled.tokens}
 
-    def collect(loop: iteration.LoopState, prompts: Any, functions: Any) -> tuple[Rollout, Any]:
-        policy = iteration.sampler(loop, functions.base)
-        sampled = iteration.respond(policy, prompts, keys[2], model=model, config=how)
-        return iteration.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
-
     def iterate(loop: iteration.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
-        rollout, collected = collect(loop, prompts, functions)
+        policy = iteration.sampler(loop, functions.base)
+        sampled = iteration.respond(policy, prompts, keys[2], model=model, config=how)
+        rollout, collected = iteration.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
         rollout, rewarded = iteration.reward(rollout, functions)
         loop, learned = learn(loop, rollout, keys[3], functions)
         return loop, collected | rewarded | learned
@@ -197,13 +190,32 @@ def _rl_work(
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
-    log_probs = jnp.zeros(batch.tokens.shape)
-    given = Rollout(
-        batch.tokens, batch.attention_mask, batch.response_mask, log_probs, prompts.row_ids
-    )
-    score = jax.jit(
-        lambda params, ref_fn: rescore(given, params, policy_fn=policy_fn, ref_fn=ref_fn)
-    )
-    collected = score(loop.train.params, functions.ref_fn)
-    collected, _ = iteration.scored(collected, jnp.linspace(-1.0, 1.0, preset.batch), {})
+    collected = _scored(batch, prompts.row_ids, loop.train.params, functions)
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)
+
+
+def _functions(
+    model: models.Model, params: Any, key: Any, policy_fn: Any, *, prompt_length: int
+) -> iteration.Functions:
+    """With the first parameters as the reference, and a reward model on the same body."""
+    scored = models.add_head(key, params, "score")
+    reference = models.policy_fn(model, prompt_length=prompt_length)
+    return iteration.Functions(
+        policy_fn,
+        rewards.from_model(models.score_fn(model), scored),
+        jax.tree_util.Partial(reference, params),
+    )
+
+
+def _scored(batch: Any, row_ids: jax.Array, params: Any, functions: iteration.Functions) -> Rollout:
+    """The rollout of the batch's texts, with scores from -1 to 1."""
+    log_probs = jnp.zeros(batch.tokens.shape)
+    given = Rollout(batch.tokens, batch.attention_mask, batch.response_mask, log_probs, row_ids)
+    score = jax.jit(
+        lambda params, functions: rescore(
+            given, params, policy_fn=functions.policy_fn, ref_fn=functions.ref_fn
+        )
+    )
+    scores = jnp.linspace(-1.0, 1.0, len(row_ids))
+    rollout, _ = iteration.scored(score(params, functions), scores, {})
+    return rollout

@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
+from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
 from rlhf_jax.errors import AlertStop, UserError, logger
@@ -542,3 +544,52 @@ def _description(part: Part) -> str:
     if isinstance(part, str):
         return part[:EXCERPT]
     return f"{part.dtype}{list(part.shape)}"
+
+
+def verify_run(
+    run: tyro.conf.Positional[str],
+    start: Annotated[int | None, tyro.conf.arg(name="from")] = None,
+    steps: int | None = None,
+    from_scratch: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    data: tuple[str, ...] = (),
+    model: str | None = None,
+    reward: tuple[str, ...] = (),
+    trust_config: bool = False,
+) -> int:
+    """Repeat a part of a run from its own checkpoint, and compare metrics, samples and state byte
+    by byte.
+
+    Writes nothing into the run's folder, which may be somebody else's. Exits with 1 if anything
+    differs, after a table of what differs first.
+
+    Args:
+        run: the folder of a run of one stage.
+        start: the step of a checkpoint to begin at; by default the last but one.
+        steps: how many steps; by default all to the run's last one.
+        from_scratch: begin at the seed.
+        data: where the run's data files are here, if not where they were.
+        model: where its --model is here.
+        reward: where its --reward is here.
+        trust_config: run the Python files that its config names.
+    """
+    audit = verify(
+        run,
+        start=start,
+        num_steps=steps,
+        from_scratch=from_scratch,
+        data=data,
+        model=model,
+        reward=reward,
+        trust_config=trust_config,
+    )
+    show(audit.compared)
+    for sentence in audit.unsure:
+        show(f"not sure to repeat: {sentence}")
+    for sentence in audit.machine:
+        show(f"this machine differs: {sentence}")
+    if not audit.differences:
+        show("the same bytes")
+        return 0
+    rows = [["" if step is None else str(step), *texts] for step, *texts in audit.differences]
+    print_table(("step", "file", "where", "recorded", "repeated"), rows)
+    return 1

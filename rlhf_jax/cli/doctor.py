@@ -4,21 +4,31 @@ tiny model.
 
 import functools
 import importlib.metadata
+import itertools
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.cli.benchmark import steps
+from rlhf_jax.cli.console import show
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.types import Metrics
 
-STEPS = ("sft", "reward", "dpo", "vpg", "grpo", "iteration")  # the last is one of PPO
+STEPS: tuple[steps.Name, ...] = (
+    "sft",
+    "reward",
+    "dpo",
+    "vpg",
+    "grpo",
+    "iteration",
+)  # the last is one of PPO
 
 
 class Check(NamedTuple):
@@ -49,12 +59,12 @@ def machine() -> list[Check]:
     return checks
 
 
-def self_test(work: Callable[[str], Any]) -> list[Check]:
+def self_test(work: Callable[[steps.Name], Any]) -> Iterator[Check]:
     """Runs one step of every phase, whose metrics must be finite, and saves and restores a
-    checkpoint. ``work`` is that of ``benchmarks/steps.py``.
+    checkpoint. ``work`` is that of ``benchmark.steps``.
     """
 
-    def step(name: str) -> Metrics:
+    def step(name: steps.Name) -> Metrics:
         made = work(name)
         _, metrics = jax.jit(made.step)(made.carry, made.data)
         return metrics
@@ -67,8 +77,9 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
         np.testing.assert_array_equal(restored["x"], saved["x"])
         return {}
 
-    checks = [timed(name, functools.partial(step, name)) for name in STEPS]
-    return [*checks, timed("checkpoint", checkpoint)]
+    for name in STEPS:
+        yield timed(name, functools.partial(step, name))
+    yield timed("checkpoint", checkpoint)
 
 
 def timed(name: str, step: Callable[[], Metrics]) -> Check:
@@ -84,3 +95,15 @@ def timed(name: str, step: Callable[[], Metrics]) -> Check:
         return Check(name, False, f"not finite: {', '.join(bad)}")
     seconds = time.perf_counter() - started
     return Check(name, True, f"{seconds:.1f} s, compiling included")
+
+
+def examine() -> int:
+    """Print versions and devices, and try one step of every phase. Exits with 1 if anything is
+    wrong.
+    """
+    all_passed = True
+    tested = self_test(lambda name: steps.work(name, steps.TINY))
+    for check in itertools.chain(machine(), tested):
+        show(f"{'ok' if check.passed else 'FAIL':<5} {check.name:<12} {check.detail}", flush=True)
+        all_passed &= check.passed
+    return 0 if all_passed else 1

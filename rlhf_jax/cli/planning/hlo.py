@@ -106,8 +106,12 @@ def _of_instruction(
     if opcode == "conditional":
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.line)
         keys = ("true_computation", "false_computation")
-        branches = names[1].replace("%", "").split(", ") if names else map(instruction.called, keys)
-        return max((of(name) for name in branches if name), key=lambda branch: branch.bytes)
+        if names:
+            branches = names[1].replace("%", "").split(", ")
+        else:
+            branches = [name for key in keys if (name := instruction.called(key))]
+        works = [of(name) for name in branches]
+        return max(works, key=lambda work: work.bytes)
     if opcode in CALLS:
         name = instruction.called("to_apply") or instruction.called("calls")
         return of(name) if name else NOTHING
@@ -151,8 +155,12 @@ def _turns(loop: Instruction, table: Any, computations: Any) -> int | None:
         return None
     if step.opcode != "constant":
         return None
-    distance = limit.number - start.number
-    return math.ceil(distance / step.number)
+    last = limit.number
+    first = start.number
+    width = step.number
+    if last is None or first is None or width is None:
+        return None
+    return math.ceil((last - first) / width)
 
 
 def _part(instruction: Instruction, index: Any, table: Any) -> Instruction | None:

@@ -22,25 +22,28 @@ import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
-import targets
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import cli, iteration, models, ops, sharding, training
+from rlhf_jax import iteration, models, ops, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.config import RunConfig, parse
+from rlhf_jax.cli.console import show
+from rlhf_jax.cli.planning import hlo, targets
+from rlhf_jax.config import RLStage, RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
+from rlhf_jax.data.rows import Kind
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
+from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.training.common import initial, layout, memory, references
+from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
@@ -361,7 +364,7 @@ def longest(config: RunConfig, name: str) -> int | None:
     case = Case(config, name, None)
     if not (case.settings.data or config.data):
         return None
-    kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
+    kind: Kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
     rows = initial.stage_rows(config, kind, case.settings.data).rows
     if rows[0].is_plain_text:
         return None
@@ -543,12 +546,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     algorithm = RL[case.name]
     stage = case.stage
     model, params = case.model(case.config.model)
-    prompt = length or settings.max_prompt_length
-    if prompt is None:
-        raise UserError(
-            "rlhf-jax plan: nobody knows the longest prompt; give --length or "
-            "--rl.max-prompt-length"
-        )
+    prompt = _prompt_columns(settings, length)
     _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
     values = critic.settings(own)
@@ -564,21 +562,14 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     moving = start.params if settings.reference_moves else None
     state = case.laid_out(jax.eval_shape(first, trained.params, moving))
     penalty = penalty_of(case.config, algorithm, own)
-    reference = moving
-    if penalty is not iteration.NO_PENALTY and not settings.reference_moves:
-        reference = start.base or start.loaded
+    has_reference = penalty is not iteration.NO_PENALTY and not settings.reference_moves
+    reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
     shared_by = case.shared_by(prompt)
     functions = _functions(case, model, start, trained, teacher, reference, (prompt, shared_by))
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
-    collect = functools.partial(
-        _collected,
-        model=model,
-        config=samples,
-        mesh=case.mesh,
-        score_rows=rows,
-        shared_by=shared_by,
-    )
+    how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
+    collect = functools.partial(_collected, shared_by=shared_by, **how)
     shape, masked = rules(settings, samples)
     learn = functools.partial(
         iteration.learn,
@@ -590,33 +581,65 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         masked=masked,
         mesh=case.mesh,
     )
-    tokens: Any = jax.ShapeDtypeStruct((settings.batch_size, prompt), jnp.int32)
-    numbers: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
-    prompts = case.spread(iteration.Prompts(tokens, tokens, numbers))
+    prompts = case.spread(_prompts(settings.batch_size, prompt))
     key = jax.eval_shape(jax.random.key, 0)
     with case.in_mesh():
         collected, _ = jax.eval_shape(collect, *case.computed((state, prompts, key, functions)))
     rollout = case.spread(collected)
-    scores: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.float32)
-    scored = dataclasses.replace(rollout, scores=case.spread(scores))
-    if own.needs_teacher and teacher is None:
-        scored = dataclasses.replace(scored, teacher_log_probs=rollout.log_probs)
+    asks_teacher = own.needs_teacher and teacher is None
+    scored = dataclasses.replace(
+        rollout,
+        scores=case.spread(_numbers(settings.batch_size)),
+        teacher_log_probs=rollout.log_probs if asks_teacher else None,
+    )
     programs: dict[str, Program] = {SAMPLING: (collect, state, prompts, key, functions)}
     if functions.reward_fn is not None:
         programs["reward"] = (iteration.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
-    held = {
+    held = _held(state, start, reference, functions)
+    held["reward models"] = functions.reward_fn if case.config.reward else None
+    held["policy that samples"] = iteration.policy(state) if settings.rollouts_ahead else None
+    sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
+    cache = jax.eval_shape(lambda: decoding.cache_of(model, *sizes))
+    return Shapes(held, programs, {"cache": case.spread(cache)})
+
+
+def _held(
+    state: iteration.LoopState,
+    start: Trainable,
+    reference: Params | None,
+    functions: iteration.Functions,
+) -> dict[str, Any]:
+    """What the models and the optimizer hold."""
+    return {
         "parameters": state.train.params,
         "optimizer": state.train.opt_state,
         "frozen weights": start.base,
         "reference": None if reference is start.base else reference,
         "teacher": functions.teacher,
-        "reward models": functions.reward_fn if case.config.reward else None,
-        "policy that samples": iteration.policy(state) if settings.rollouts_ahead else None,
     }
-    sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
-    cache = jax.eval_shape(lambda: decoding.cache_of(model, *sizes))
-    return Shapes(held, programs, {"cache": case.spread(cache)})
+
+
+def _numbers(rows: int) -> Any:
+    """A number for each row, as a shape."""
+    return jax.ShapeDtypeStruct((rows,), jnp.float32)
+
+
+def _prompts(rows: int, columns: int) -> iteration.Prompts:
+    """Prompts, as shapes."""
+    tokens: Any = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+    numbers: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return iteration.Prompts(tokens, tokens, numbers)
+
+
+def _prompt_columns(settings: RLStage, length: int | None) -> int:
+    prompt = length or settings.max_prompt_length
+    if prompt is None:
+        raise UserError(
+            "rlhf-jax plan: nobody knows the longest prompt; give --length or "
+            "--rl.max-prompt-length"
+        )
+    return prompt
 
 
 def _collected(
@@ -801,9 +824,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     length = given.length or longest(settings, stage)
     available = limit or (target.memory if target else devices.memory_limit())
     settings = with_remat(settings, stage, length, available, target)
-    print("\n".join(report(settings, stage, length, limit or None, target)))
+    show("\n".join(report(settings, stage, length, limit or None, target)))
     return 0
-
-
-if __name__ == "__main__":
-    cli.run_script(main)

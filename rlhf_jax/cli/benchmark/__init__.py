@@ -1,0 +1,1 @@
+"""``rlhf-jax bench``: steps of every kind, timed on random tokens."""

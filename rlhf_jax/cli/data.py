@@ -1,0 +1,76 @@
+"""``rlhf-jax data``: files checked and shown, and the generated corpus."""
+
+import dataclasses
+from typing import Any
+
+import tyro
+
+from rlhf_jax.cli.console import show
+from rlhf_jax.data import check, demo, tokenizers
+from rlhf_jax.data.rows import Kind, OnBadRow
+
+Positional = tyro.conf.Positional[str]
+Files = tyro.conf.Positional[tuple[str, ...]]
+
+
+def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
+    """Write the generated assistant corpus: sft_data.json, preference_data.json, prompts.json and
+    held-out files.
+
+    Args:
+        folder: where to write; made if missing.
+        seed: the same seed gives the same files.
+        shuffle_labels: preferences by coin flip, as a negative control.
+    """
+    demo.write(folder, seed=seed, shuffle_labels=shuffle_labels)
+    show(f"wrote the demo corpus to {folder}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How data files are read."""
+
+    tokenizer: str | None = None
+    """Folder or name; lengths are then in its tokens, and its chat template renders messages."""
+    kind: Kind | None = None
+    """What the rows should be; by default what most of them are."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the functions of ``data.check``."""
+        return vars(self) | {
+            "tokenizer": self.tokenizer and tokenizers.load_tokenizer(self.tokenizer)
+        }
+
+
+def check_data(
+    files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error"
+) -> int:
+    """Read data files to their end: format, counts, lengths, duplicates, what they share, and every
+    problem.
+
+    Exits with 2 if a run could not read one of them.
+
+    Args:
+        files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
+        reading: how they are read.
+        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and
+            counted.
+    """
+    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
+    show(report.text)
+    return 2 if report.num_problems else 0
+
+
+def preview_data(
+    file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3
+) -> None:
+    """Print the first rows of a data file as a run reads them.
+
+    Args:
+        file: a data file or the name of a Hugging Face dataset.
+        reading: how it is read.
+        count: rows to print.
+    """
+    show(check.preview(file, count=count, **reading.arguments()))

@@ -1,0 +1,27 @@
+"""``rlhf-jax report``: what runs did, as one page."""
+
+import tyro
+
+from rlhf_jax.cli.console import show
+from rlhf_jax.report import page
+
+
+def report_runs(
+    runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None, png: str | None = None
+) -> None:
+    """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
+
+    Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands
+    for its stages.
+
+    Args:
+        runs: folders of runs, finished or not.
+        output: the page; by default report.html in the run's folder (stages.html in a folder of
+            runs), or report.html here for several.
+        png: a folder for the page's figures as PNG files too, called by their titles.
+    """
+    path = page.default_path(runs) if output is None else output
+    page.write(runs, path)
+    show(path)
+    if png is not None:
+        show(f"{len(page.write_png(runs, png))} figures in {png}")
