@@ -70,9 +70,9 @@ def networks_of(
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
         prompt_length = columns - settings.max_new_tokens
-        how: Any = {"value_model": value_model, "teacher": taught_by}
-        how["group_size"] = method.shared_by
-        return models.policy_fn(model, settings.temperature, prompt_length, **how)
+        others = (value_model, taught_by)
+        how = (settings.temperature, prompt_length, *others, method.shared_by)
+        return models.policy_fn(model, *how)
 
     def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more)
