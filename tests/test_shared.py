@@ -10,11 +10,13 @@ import pytest
 from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, slow, some_params, stack_layers
 from jax.sharding import Mesh
 
-from rlhf_jax import models, sampling
+from rlhf_jax import models, rewards, sampling
 from rlhf_jax.data import batches
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import shared
 from rlhf_jax.models.shared import Groups
+from rlhf_jax.training.common import initial
+from rlhf_jax.types import Rollout
 
 P, R, G = 4, 5, 3
 LONGEST = replace(CONFIG, max_length=16)
@@ -115,6 +117,21 @@ def test_scores_are_those_of_single_rows(config):
         return jax.jit(jax.grad(total, has_aux=True))(params)
 
     assert_close(scores(G), scores(1), 5e-5)  # the gradients cancel
+
+
+def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST, "score")
+    tokens, mask = batch(1)
+    rollout = Rollout(tokens, mask, mask.at[:, :P].set(0), mask, prompt_length=P)
+    in_groups = functools.partial(models.score_fn, model)
+    reward = rewards.from_model(models.score_fn(model), params, in_groups)
+    grouped = replace(rollout, group_size=G)
+    assert f"f32[2,{P + G * R},8]" in str(jax.make_jaxpr(reward)(grouped))
+    scores, _ = jax.jit(reward)(grouped)
+    np.testing.assert_allclose(scores, jax.jit(reward)(rollout)[0], atol=1e-5)
+    by_rows = initial.scorer_of_groups(model, G, P, G)
+    np.testing.assert_allclose(by_rows(params, tokens, mask, None), scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.models import stack
+from rlhf_jax.models import initialize, stack
 from rlhf_jax.models.attention import Columns, is_start
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
@@ -70,11 +70,13 @@ def build(config: ModelConfig) -> Model:
     # A key without a use is left out: with a key, each layer would be traced separately.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
 
-    # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
-    def init(key: Array) -> Params:
+    def without_weights(key: Array) -> Params:
         token = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, token, jnp.ones_like(token))["params"]
+
+    def init(key: Array) -> Params:
+        return initialize.weights(without_weights(key))
 
     def hidden(
         params: Params,

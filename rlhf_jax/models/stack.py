@@ -18,7 +18,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from rlhf_jax.models import attention, kernels, shared
+from rlhf_jax.models import attention, initialize, kernels, shared
 from rlhf_jax.models.attention import Columns, Number, Seen, pick
 from rlhf_jax.models.config import GPT2Config, ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
@@ -92,7 +92,7 @@ class Dense(Given):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        initial = nn.initializers.normal(self.std or self.config.initializer_range)
+        initial = initialize.normal(self.std or self.config.initializer_range)
         kernel = self.param("kernel", initial, (inputs.shape[-1], *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
@@ -459,10 +459,21 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, attention_mask))
 
 
-def table(config: ModelConfig, rows: int) -> nn.Embed:
+class Table(Given):
+    """A table of tokens or positions: "embedding" [rows, D]."""
+
+    config: ModelConfig
+    rows: int
+
+    def setup(self) -> None:
+        initial = initialize.normal(self.config.initializer_range)
+        shape = (self.rows, self.config.hidden_size)
+        self.embedding = self.param("embedding", initial, shape)
+
+
+def table(config: ModelConfig, rows: int) -> Table:
     """A table of tokens or positions, [rows, D]."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, config.hidden_size, embedding_init=init)
+    return Table(config, rows)
 
 
 def _padded(rows: Array) -> Array:

@@ -449,7 +449,9 @@ def _reward(case: Case, rows: int | None) -> Any:
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
         score_fn = ops.by_rows(models.score_fn(model), rows)
-        return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
+        in_groups = functools.partial(initial.scorer_of_groups, model, rows)
+        shapes = jax.eval_shape(with_score, params)
+        return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
