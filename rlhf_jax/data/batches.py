@@ -144,9 +144,12 @@ def run_length(numbers: np.ndarray) -> int:
     """The length of the runs of equal neighbours among [N] numbers, if all are equally long and
     there is more than one number; else 1.
     """
-    starts = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
-    lengths = np.diff(np.append(starts, len(numbers)))
-    return int(lengths[0]) if len(set(lengths.tolist())) == 1 else 1
+    changes = np.flatnonzero(np.diff(numbers))
+    bounds = [-1, *changes, len(numbers) - 1]
+    lengths = np.diff(bounds)
+    if np.ptp(lengths):
+        return 1
+    return int(lengths[0])
 
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:

@@ -29,11 +29,13 @@ class Groups(NamedTuple):
     size: int  # G
 
     def packed(self, x: Array) -> Array:
-        """[N G, T, ...] -> [N, P + G R, ...]: the first row's prompt, then the responses."""
-        rows = x.reshape(-1, self.size, *x.shape[1:])
-        prompt = rows[:, 0, : self.prompt_length]
-        responses = rows[:, :, self.prompt_length :]
-        flat = responses.reshape(len(rows), -1, *x.shape[2:])
+        """[N G, T] -> [N, P + G R]: the first row's prompt, then the responses."""
+        length = x.shape[1]
+        rows = x.reshape(-1, self.size, length)
+        first = rows[:, 0]
+        prompt = lax.slice_in_dim(first, 0, self.prompt_length, axis=1)
+        responses = lax.slice_in_dim(rows, self.prompt_length, length, axis=2)
+        flat = responses.reshape(len(rows), -1)
         return jnp.concatenate([prompt, flat], axis=1)
 
     def unpacked(self, x: Array, num_prompt: int) -> Array:
@@ -41,18 +43,22 @@ class Groups(NamedTuple):
         the last ``num_prompt`` columns of the prompt.
         """
         prompt, flat = jnp.split(x, [num_prompt], axis=1)
-        responses = flat.reshape(len(x), self.size, -1, *x.shape[2:])
-        shape = (len(x), self.size, *prompt.shape[1:])
-        prompts = jnp.broadcast_to(prompt[:, None], shape)
+        further = x.shape[2:]
+        responses = flat.reshape(len(x), self.size, -1, *further)
+        copies = (len(x), self.size, num_prompt, *further)
+        prompts = jnp.broadcast_to(prompt[:, None], copies)
         rows = jnp.concatenate([prompts, responses], axis=2)
         return rows.reshape(-1, *rows.shape[2:])
 
     def places(self, columns: Array, length: int) -> Array:
         """[N G, n] columns of rows of ``length`` -> [N, G n] columns of the packed rows."""
+        num_columns = columns.shape[1]
+        by_group = columns.reshape(-1, self.size, num_columns)
         size = length - self.prompt_length
-        by_group = columns.reshape(-1, self.size, columns.shape[1])
-        moved = by_group + size * jnp.arange(self.size)[None, :, None]
-        places = jnp.where(by_group < self.prompt_length, by_group, moved)
+        starts = size * jnp.arange(self.size)
+        moved = by_group + starts[None, :, None]
+        in_prompt = by_group < self.prompt_length
+        places = jnp.where(in_prompt, by_group, moved)
         return places.reshape(len(by_group), -1)
 
 
@@ -90,18 +96,23 @@ class Beside(NamedTuple):
 
 
 def seen(
-    config: TransformerConfig, attention_mask: Array, groups: Groups, window: int | None = None
+    config: TransformerConfig,
+    attention_mask: Array,
+    groups: Groups,
+    window: int | None = None,
 ) -> SeenInGroups:
     """The mask of rows [N G, T] with this ``attention_mask``, 0 on pads."""
-    by_group = attention_mask.reshape(-1, groups.size, attention_mask.shape[1])
-    real = by_group != 0
-    prompt = real[:, 0, : groups.prompt_length].astype(jnp.int32)
-    of_prompt = attention.prepared(config, attention.seen_in_text(prompt, window))
     length = attention_mask.shape[1]
-    whole = SeenInGroups(of_prompt, real[:, :, groups.prompt_length :], window or length)
+    by_group = attention_mask.reshape(-1, groups.size, length)
+    prompt, response = jnp.split(by_group != 0, [groups.prompt_length], axis=2)
+    first = prompt[:, 0]
+    alone = attention.seen_in_text(first.astype(jnp.int32), window)
+    of_prompt = attention.prepared(config, alone)
+    whole = SeenInGroups(of_prompt, response, window or length)
     if implementation(config, length) == "blockwise":
         return whole
-    return whole._replace(masks=masks_at(whole, jnp.arange(whole.real.shape[2])))
+    columns = jnp.arange(response.shape[2])
+    return whole._replace(masks=masks_at(whole, columns))
 
 
 def implementation(config: TransformerConfig, length: int) -> str:
@@ -117,13 +128,18 @@ def masks_at(seen: SeenInGroups, columns: Array) -> tuple[Array, Array]:
     """Whether the queries in the given columns [r] of the responses attend to a prompt's keys, [N,
     1, 1, r, P], and to those of their own response, [N, 1, G, 1, r, R].
     """
-    num_prompt = len(seen.prompt.key_slots)
-    to_prompt = num_prompt + columns[:, None] - seen.prompt.key_slots[None]
-    is_near = (to_prompt < seen.window)[None] & (seen.prompt.key_documents != 0)[:, None]
-    distance = columns[:, None] - jnp.arange(seen.real.shape[2])[None]
+    slots = columns[:, None]
+    keys = seen.prompt.key_slots[None]
+    distance = keys.size + slots - keys
+    is_near = distance < seen.window
+    is_real = seen.prompt.key_documents != 0
+    to_prompt = is_near[None] & is_real[:, None]
+
+    own_keys = jnp.arange(seen.real.shape[2])
+    distance = slots - own_keys[None]
     is_before = (distance >= 0) & (distance < seen.window)
-    of_own = is_before[None, None] & seen.real[:, :, None]
-    return is_near[:, None, None], of_own[:, None, :, None]
+    to_own = is_before[None, None] & seen.real[:, :, None]
+    return to_prompt[:, None, None], to_own[:, None, :, None]
 
 
 def mix(
@@ -152,42 +168,53 @@ def mix(
     query, own_query = jnp.split(query, [num_prompt], axis=3)
     key, own_key = jnp.split(key, [num_prompt], axis=2)
     value, own_value = jnp.split(value, [num_prompt], axis=2)
-    prompt = attention.mix(config, query, key, value, seen.prompt, None, is_local, of_prompt)
+    arrays = (query, key, value)
+    prompt = attention.mix(config, *arrays, seen.prompt, None, is_local, of_prompt)
 
-    batch, heads, shared, _, width = own_query.shape
-    size = seen.real.shape[1]
-
-    def by_group(x: Array) -> Array:
-        """[N, H, ..., G R, Dh] -> [N, H, ..., G, R, Dh]."""
-        return x.reshape(*x.shape[:-2], size, -1, width)
-
-    arrays = (key, value, by_group(own_key), by_group(own_value), seen)
-    rows = by_group(own_query).swapaxes(2, 3)  # [N, H, G, g, R, Dh]
-    own = _responses(rows, *arrays).swapaxes(2, 3).reshape(batch, heads, shared, -1, width)
-    mixed = jnp.concatenate([prompt, own], axis=3)
+    by_row = of_each(own_query, seen)
+    rows = by_row.swapaxes(2, 3)  # [N, H, G, g, R, Dh]
+    own = (of_each(own_key, seen), of_each(own_value, seen))
+    responses = of_responses(rows, (key, value), own, seen)
+    flat = responses.swapaxes(2, 3).reshape(own_query.shape)
+    mixed = jnp.concatenate([prompt, flat], axis=3)
     return pick(mixed, columns, axis=3) if isinstance(columns, Array) else mixed
 
 
-def _responses(
-    query: Array, key: Array, value: Array, own_key: Array, own_value: Array, seen: SeenInGroups
+def of_each(x: Array, seen: SeenInGroups) -> Array:
+    """[..., G R, Dh] -> [..., G, R, Dh]."""
+    *leading, _, width = x.shape
+    _, size, length = seen.real.shape
+    return x.reshape(*leading, size, length, width)
+
+
+def of_responses(
+    query: Array,
+    prompt: LayerCache,
+    own: LayerCache,
+    seen: SeenInGroups,
 ) -> Array:
-    """[N, H, G, g, R, Dh] queries of the responses, prompts' keys and values [N, H, P, Dh] and own
-    ones [N, H, G, R, Dh] -> [N, H, G, g, R, Dh].
+    """Attention of the responses, all at once or one block of their columns after another.
+
+    Args:
+        query: [N, H, G, g, R, Dh].
+        prompt: keys and values of the prompts, [N, H, P, Dh] each.
+        own: keys and values of the responses, [N, H, G, R, Dh] each.
+
+    Returns:
+        [N, H, G, g, R, Dh].
     """
 
     def attend(query: Array, masks: tuple[Array, Array]) -> Array:
         to_prompt, to_own = masks
-        num_groups = query.shape[2] * query.shape[3]
-        flat = query.reshape(*query.shape[:2], num_groups, *query.shape[4:])
-        parts = [
-            _part("bhgrd,bhsd->bhgrs", "bhgrs,bhsd->bhgrd", flat, key, value, to_prompt),
-            _part(
-                "bhgqrd,bhgsd->bhgqrs", "bhgqrs,bhgsd->bhgqrd", query, own_key, own_value, to_own
-            ),
-        ]
-        own = parts[1]
-        prompt = Part(*(x.reshape(y.shape) for x, y in zip(parts[0], own, strict=True)))
-        return joined(prompt, own).astype(value.dtype)
+        *leading, size, shared, length, width = query.shape
+        of_prompt = query.reshape(*leading, size * shared, length, width)
+        forms = ("bhgrd,bhsd->bhgrs", "bhgrs,bhsd->bhgrd")
+        first = part(forms, of_prompt, prompt, to_prompt)
+        forms = ("bhgqrd,bhgsd->bhgqrs", "bhgqrs,bhgsd->bhgqrd")
+        second = part(forms, query, own, to_own)
+        like_second = Part(*map(jnp.reshape, first, (x.shape for x in second)))
+        mixed = joined(like_second, second)
+        return mixed.astype(query.dtype)
 
     if seen.masks is not None:
         return attend(query, seen.masks)
@@ -195,20 +222,33 @@ def _responses(
     def of_block(_: Array, query: Array, columns: Array) -> Array:
         return attend(query, masks_at(seen, columns))
 
-    num_keys = key.shape[2] + own_key.shape[3]
+    length = query.shape[4]
+    num_keys = length + len(seen.prompt.key_slots)
     size = max(attention.BLOCK_SCORES // num_keys, 1)
-    columns = jnp.arange(own_key.shape[3])
+    columns = jnp.arange(length)
     mixed: Array = attention.by_blocks(of_block, size, (query, 4), (columns, 0))
     return mixed
 
 
-def _part(
-    to_scores: str, to_values: str, query: Array, key: Array, value: Array, mask: Array
+def part(
+    forms: tuple[str, str],
+    query: Array,
+    held: LayerCache,
+    mask: Array,
 ) -> Part:
-    """Attention to some of the keys by two products; the mask broadcasts against the scores."""
+    """Attention to some of the keys.
+
+    Args:
+        forms: of the products of queries and keys, and of weights and values, for ``einsum``.
+        held: the keys and values.
+        mask: whether a query attends to a key; broadcasts against the scores.
+    """
+    to_scores, to_values = forms
+    key, value = held
     scores = jnp.einsum(to_scores, query, key, preferred_element_type=jnp.float32)
     scores += jnp.where(mask, 0.0, MASKED)
-    highest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    highest = scores.max(axis=-1, keepdims=True)
+    highest = lax.stop_gradient(highest)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
@@ -221,30 +261,45 @@ def joined(first: Part, second: Part) -> Array:
     highest = jnp.maximum(first.highest, second.highest)
     of_first = jnp.exp(first.highest - highest)
     of_second = jnp.exp(second.highest - highest)
-    weighted = of_first * first.weighted + of_second * second.weighted
-    total = of_first * first.total + of_second * second.total
+    weighted = of_first * first.weighted
+    weighted += of_second * second.weighted
+    total = of_first * first.total
+    total += of_second * second.total
     return weighted * (1.0 / total)
 
 
 def beside(
-    config: TransformerConfig, prompts: Prompts, cache: tuple[LayerCache, ...], index: Array
+    config: TransformerConfig,
+    prompts: Prompts,
+    cache: tuple[LayerCache, ...],
+    index: Array,
 ) -> tuple[Beside, ...]:
     """The caches of each layer for a token in slot ``index`` of the responses."""
     length = prompts.mask.shape[1]
+    newest = length - 1
     masks = []
     for window in config.windows:
-        size = min(window or length, length)
         # A window's cache holds slot s at place s % size.
-        newest = length - 1
-        slots = newest - (newest - jnp.arange(size)) % size
-        is_near = length + index - slots < (window or length + index + 1)
-        is_near = jnp.broadcast_to(is_near, (len(prompts.mask), size))
-        masks.append((prompts.mask[:, slots] != 0) & is_near)
-    layers = zip(prompts.cache, cache, config.local_layers, strict=True)
-    return tuple(Beside(prompt, own, masks[is_local]) for prompt, own, is_local in layers)
+        size = min(window or length, length)
+        places = jnp.arange(size)
+        slots = newest - (newest - places) % size
+        is_real = prompts.mask[:, slots] != 0
+        if window is not None:
+            distance = length + index - slots
+            is_near = distance < window
+            is_real &= is_near[None]
+        masks.append(is_real)
+    of_layers = [masks[is_local] for is_local in config.local_layers]
+    return tuple(map(Beside, prompts.cache, cache, of_layers))
 
 
-def after_prompts(query: Array, key: Array, value: Array, prompt: Beside, seen: Seen) -> Array:
+def after_prompts(
+    query: Array,
+    key: Array,
+    value: Array,
+    prompt: Beside,
+    seen: Seen,
+) -> Array:
     """Attention of one token in each row to its response so far and to its group's prompt.
 
     Args:
@@ -255,20 +310,22 @@ def after_prompts(query: Array, key: Array, value: Array, prompt: Beside, seen: 
         [N G, H, g, 1, Dh].
     """
     batch, heads, shared, _, width = query.shape
-    prompt_key, prompt_value = caches.read(prompt.prompt, heads)
     num_prompts = len(prompt.mask)
-    by_prompt = query.reshape(num_prompts, -1, heads, shared, width).swapaxes(1, 2)
-    flat = by_prompt.reshape(num_prompts, heads, -1, width)  # [N, H, G g, Dh]
-    mask = prompt.mask[:, None, None]
-    of_group = _part("bhtd,bhsd->bhts", "bhts,bhsd->bhtd", flat, prompt_key, prompt_value, mask)
+    by_row = query.reshape(num_prompts, -1, heads, shared, width)
+    by_head = by_row.swapaxes(1, 2)
+    flat = by_head.reshape(num_prompts, heads, -1, width)  # [N, H, G g, Dh]
+    forms = ("bhtd,bhsd->bhts", "bhts,bhsd->bhtd")
+    held = caches.read(prompt.prompt, heads)
+    of_group = part(forms, flat, held, prompt.mask[:, None, None])
 
     def of_rows(x: Array) -> Array:
-        """[N, H, G g, ...] -> [N G, H, g, ...]."""
-        by_row = x.reshape(num_prompts, heads, -1, shared, x.shape[-1]).swapaxes(1, 2)
-        return by_row.reshape(batch, heads, shared, -1)
+        """[N, H, G g, n] -> [N G, H, g, n]."""
+        last = x.shape[-1]
+        by_head = x.reshape(num_prompts, heads, -1, shared, last)
+        by_row = by_head.swapaxes(1, 2)
+        return by_row.reshape(batch, heads, shared, last)
 
-    rows = query[:, :, :, 0]
-    own_mask = attention.visible(seen)
-    own = _part("bhtd,bhsd->bhts", "bhts,bhsd->bhtd", rows, key, value, own_mask)
+    rows = query.reshape(batch, heads, shared, width)
+    own = part(forms, rows, (key, value), attention.visible(seen))
     mixed = joined(Part(*map(of_rows, of_group)), own)
-    return mixed[:, :, :, None].astype(value.dtype)
+    return mixed.reshape(query.shape).astype(value.dtype)
