@@ -100,17 +100,19 @@ def leave_one_out(
 
 def group_normalized(
     scores: Array,
+    mask: Array | None = None,
+    *,
     eps: float = 1e-4,
     scale: bool = True,
-    mask: Array | None = None,
 ) -> Array:
     """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std
     with n - 1.
 
     Args:
       scores: [N, G].
-      scale: False divides by nothing (Dr. GRPO, Liu et al. 2025).
       mask: [N, G], non-zero where the answer is present; None means all are.
+      eps: added to the standard deviation.
+      scale: False divides by nothing (Dr. GRPO, Liu et al. 2025).
 
     Returns:
       [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer
@@ -140,28 +142,25 @@ def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
         raise ValueError(f"scores: expected at least 2 answers in a group, got {scores.shape}")
     present = _present(scores, mask)
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
-    scores = ops.float32(scores)
-    # Subtract one of the scores first: the mean of equal numbers is not always that number in
-    # floating point.
-    least = jnp.min(jnp.where(present, scores, jnp.inf), axis=1, keepdims=True)
-    above = jnp.where(present, scores - least, 0.0)
-    mean = jnp.sum(above, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
-    return jnp.where(present, above - mean, 0.0), count
+    differences, _ = ops.centred(scores, present, axis=1)
+    return differences, count
 
 
 def _present(scores: Array, mask: Array | None) -> Array:
     """Whether each score is not missing; all are True if the mask is None."""
     if mask is None:
         return jnp.ones(scores.shape, bool)
+    mask = jnp.asarray(mask)
     chex.assert_equal_shape([scores, mask])
-    return jnp.asarray(mask) != 0
+    return mask != 0
 
 
 def ema_baseline(
     baseline: Array | float,
     scores: Array,
-    decay: float = 0.9,
     mask: Array | None = None,
+    *,
+    decay: float = 0.9,
     axis_name: AxisName = None,
 ) -> tuple[Array, Array]:
     """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then

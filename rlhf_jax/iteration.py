@@ -210,7 +210,8 @@ def scored(
     if rollout.rewards is not None:
         added = scores
         if scores.ndim == 1:
-            added = rewards.kl_shaped(replace(rollout, rewards=None, scores=scores), 0.0)
+            at_end = replace(rollout, rewards=None, scores=scores, ref_log_probs=None)
+            added = rewards.kl_shaped(at_end, 0.0)
         scores = rollout.rewards + added
     if scores.ndim == 2:
         rollout = replace(rollout, rewards=scores)
@@ -315,8 +316,14 @@ class Penalty(NamedTuple):
     apply: Callable[[Array, Rollout], tuple[Array, Array, Metrics]]
 
 
+def _unshaped(rollout: Rollout) -> Rollout:
+    """A scored rollout with its dense rewards alone if there are any; its scores are their sums."""
+    return rollout if rollout.rewards is None else replace(rollout, scores=None)
+
+
 def _score_at_end(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
-    return rewards.kl_shaped(replace(rollout, ref_log_probs=None), 0.0), coef, {}
+    without_reference = replace(_unshaped(rollout), ref_log_probs=None)
+    return rewards.kl_shaped(without_reference, 0.0), coef, {}
 
 
 NO_PENALTY = Penalty(0.0, _score_at_end)
@@ -332,7 +339,7 @@ def kl_penalty(coef: float, target: float | None = None, horizon: int | None = N
     """
 
     def apply(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]:
-        shaped = rewards.kl_shaped(rollout, coef)
+        shaped = rewards.kl_shaped(_unshaped(rollout), coef)
         assert rollout.ref_log_probs is not None, "kl_shaped checks it"
         per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
         kl = ops.masked_mean(_row_sums(per_token, rollout), rollout.present)
@@ -458,8 +465,8 @@ def _correlation(x: Array, y: Array, mask: Array) -> Array:
     highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
     # Compared exactly: the rounding errors of two constants would correlate.
     varies = jnp.all(highest > lowest)
-    x = x - ops.masked_mean(x, mask)
-    y = y - ops.masked_mean(y, mask)
+    x, _ = ops.centred(x, mask)
+    y, _ = ops.centred(y, mask)
     variance_x = ops.masked_mean(x * x, mask)
     variance_y = ops.masked_mean(y * y, mask)
     covariance = ops.masked_mean(x * y, mask)

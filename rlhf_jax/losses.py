@@ -138,8 +138,9 @@ def clipped_surrogate(
 
 def cispo(
     log_probs: Array,
-    ratio: Array,
+    old_log_probs: Array,
     advantages: Array,
+    *,
     clip_low: float = 1.0,
     clip_high: float = 4.0,
 ) -> Array:
@@ -149,23 +150,27 @@ def cispo(
     MiniMax-M1 (MiniMax 2025, arXiv 2506.13585), eqs. 4 and 5.
 
     Args:
-      log_probs, ratio, advantages: the same shape, such as [B, T]. Only ``log_probs`` is
-        differentiated. There is no mask: pass 0 as ``log_probs`` and 1 as ``ratio`` in masked
-        columns.
+      log_probs, old_log_probs, advantages: as in ``clipped_surrogate``.
       clip_low: 1 for no bound from below, as in the paper's runs.
 
     Returns:
       The same shape, float32.
     """
-    chex.assert_equal_shape([log_probs, ratio, advantages])
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    return -ops.frozen(clipped * advantages) * ops.float32(log_probs)
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    ratio = ops.ratio(log_probs, old_log_probs)
+    return _weighted(log_probs, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high), advantages)
+
+
+def _weighted(log_probs: Array, weight: Array, advantages: Array) -> Array:
+    """``-weight * A * log_prob``, of which only ``log_probs`` is differentiated."""
+    return -ops.frozen(weight * advantages) * ops.float32(log_probs)
 
 
 def sapo(
     log_probs: Array,
     old_log_probs: Array,
     advantages: Array,
+    *,
     temperatures: Sequence[float] = (1.0, 1.05),
 ) -> Array:
     """SAPO's policy loss per token: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient
@@ -190,6 +195,7 @@ def sapo(
 def vespo_weight(
     log_ratio: Array,
     advantages: Array,
+    *,
     powers: Sequence[float] = (2.0, 3.0),
     decays: Sequence[float] = (3.0, 2.0),
 ) -> Array:
@@ -217,9 +223,9 @@ def vespo_weight(
 def surrogate(
     kind: Surrogate,
     log_probs: Array,
-    log_ratio: Array,
     advantages: Array,
     *,
+    log_ratio: Array,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -234,7 +240,7 @@ def surrogate(
     is clipped, with ``sapo`` and ``vespo`` if less than half of its weight is left.
 
     Args:
-      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is that of the
+      log_probs, advantages, log_ratio: [B, T], 0 outside the response. ``log_ratio`` is that of the
         token or of its whole row, and is differentiated with ``log_probs``.
 
     Returns:
@@ -243,17 +249,16 @@ def surrogate(
     zeros = jnp.zeros_like(log_ratio)
     ratio = ops.frozen(ops.ratio(log_ratio, zeros))
     if kind == "sapo":
-        loss = sapo(log_ratio, zeros, advantages, sapo_temperatures)
+        loss = sapo(log_ratio, zeros, advantages, temperatures=sapo_temperatures)
         tau = jnp.where(advantages > 0, sapo_temperatures[0], sapo_temperatures[1])
         gate = jax.nn.sigmoid(tau * (ratio - 1.0))
         return loss, 4.0 * gate * (1.0 - gate) < 0.5
     if kind == "vespo":
-        weight = vespo_weight(log_ratio, advantages, vespo_powers, vespo_decays)
+        weight = vespo_weight(log_ratio, advantages, powers=vespo_powers, decays=vespo_decays)
         return policy_gradient(log_probs, weight * advantages, jnp.ones_like(zeros)), weight < 0.5
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     if kind == "cispo":
-        loss = cispo(log_probs, ratio, advantages, clip_low, clip_high)
-        return loss, clipped_ratio != ratio
+        return _weighted(log_probs, clipped_ratio, advantages), clipped_ratio != ratio
     loss = clipped_surrogate(log_ratio, zeros, advantages, clip_low, clip_high, dual_clip)
     return loss, -advantages * clipped_ratio > -advantages * ratio
 

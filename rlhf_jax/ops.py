@@ -9,13 +9,15 @@ NaN or 1e4 there reaches neither value nor gradient.
 split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax.parallel import blocks
@@ -31,6 +33,7 @@ from rlhf_jax.types import (
     Rollout,
 )
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -128,19 +131,47 @@ def masked_mean(
     return psum(total, axis_name) / jnp.maximum(psum(count, axis_name), 1.0)
 
 
+def centred(
+    x: Array,
+    mask: Array,
+    axis: Axis = None,
+    axis_name: AxisName = None,
+) -> tuple[Array, Array]:
+    """``x`` minus its mean over the masked entries, 0 elsewhere; and the mean, whose reduced
+    dimensions have size 1. Arguments as ``masked_mean``.
+
+    Equal numbers give exactly 0, and their mean is exactly that number. A sum divided by its count
+    is not: in float32 the mean of 992 times 10.1 is 10.100004, and what is left of such numbers
+    would be scaled up to any size by a division by their standard deviation.
+    """
+    chex.assert_equal_shape([x, mask])
+    present = jnp.asarray(mask) != 0
+    x = float32(x)
+    least = jnp.min(
+        jnp.where(present, jax.lax.stop_gradient(x), jnp.inf),
+        axis=axis,
+        keepdims=True,
+        initial=jnp.inf,
+    )
+    if axis_name is not None:
+        least = jax.lax.pmin(least, axis_name)
+    least = jnp.where(least == jnp.inf, 0.0, least)  # nothing is present
+    above = jnp.where(present, x - least, 0.0)
+    mean_above = masked_mean(above, present, axis, axis_name, keepdims=True)
+    return jnp.where(present, above - mean_above, 0.0), least + mean_above
+
+
 def masked_var(
     x: Array,
     mask: Array,
     axis: Axis = None,
     axis_name: AxisName = None,
 ) -> Array:
-    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing.
-    Arguments as ``masked_mean``.
+    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing, and
+    exactly 0 of equal numbers. Arguments as ``masked_mean``.
     """
-    mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
-    present = jnp.asarray(mask) != 0
-    squares = jnp.square(jnp.where(present, float32(x), mean) - mean)
-    return masked_mean(squares, present, axis, axis_name)
+    differences, _ = centred(x, mask, axis, axis_name)
+    return masked_mean(jnp.square(differences), mask, axis, axis_name)
 
 
 def whiten(
@@ -150,7 +181,7 @@ def whiten(
     axis_name: AxisName = None,
 ) -> Array:
     """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
-    elsewhere.
+    elsewhere. Equal numbers give exactly 0.
 
     The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences
     computes it per rank).
@@ -162,10 +193,10 @@ def whiten(
     Returns:
       The same shape, float32.
     """
-    mean = masked_mean(x, mask, axis_name=axis_name)
-    var = masked_var(x, mask, axis_name=axis_name)
-    white = (masked(x, mask) - mean) * jax.lax.rsqrt(var + 1e-8)
-    return masked(white if shift_mean else white + mean, mask)
+    differences, mean = centred(x, mask, axis_name=axis_name)
+    var = masked_mean(jnp.square(differences), mask, axis_name=axis_name)
+    white = differences * jax.lax.rsqrt(var + 1e-8)
+    return white if shift_mean else masked(white + mean, mask)
 
 
 def _predicting_logits(logits: Array, temperature: float | Array) -> Array:
@@ -194,13 +225,15 @@ def token_log_probs(
       temperature: divides the logits.
 
     Returns:
-      [B, T] float32, ``logit - logsumexp``: no second [B, T, V] array is kept. Column 0 is 0.
+      [B, T] float32, ``logit - logsumexp``: no second [B, T, V] array is kept. Column 0 is 0, and
+      so is an id outside the vocabulary, such as that of a pad, through which no gradient flows.
     """
     chex.assert_shape(tokens, jnp.shape(logits)[:-1])
     scaled = _predicting_logits(logits, temperature)
-    predicted = jnp.asarray(tokens)[..., 1:, None]
-    chosen = jnp.take_along_axis(scaled, predicted, axis=-1)[..., 0]
-    return _align(chosen - jax.nn.logsumexp(scaled, axis=-1))
+    predicted = jnp.asarray(tokens)[..., 1:]
+    inside = (predicted >= 0) & (predicted < scaled.shape[-1])
+    chosen = jnp.take_along_axis(scaled, predicted[..., None], axis=-1, mode="clip")[..., 0]
+    return _align(jnp.where(inside, chosen - jax.nn.logsumexp(scaled, axis=-1), 0.0))
 
 
 def entropy(logits: Array, temperature: float | Array = 1.0) -> Array:
@@ -278,6 +311,70 @@ def response_mask(tokens: Array, prompt_length: int, eos_id: EosId) -> Array:
     return (in_response & (eos_before == 0)).astype(jnp.int32)
 
 
+class PolicySettings(NamedTuple):
+    """What a policy function computes, so that it can be compared with what was sampled."""
+
+    temperature: Any = None  # by which it divides logits; None: unknown
+    prompt_length: int = 0  # its log-probabilities of columns before this one are 0
+
+
+def with_settings(fn: Function, temperature: Any, prompt_length: int = 0) -> Function:
+    """``fn``, a PolicyFn, which notes that it has these settings (``check_fits`` compares them)."""
+    vars(fn)["policy_settings"] = PolicySettings(temperature, prompt_length)
+    return fn
+
+
+def settings_of(fn: Any) -> PolicySettings:
+    """The settings of a PolicyFn of ``policy_fn`` or ``models.policy_fn``, also if it is jitted or
+    bound to its parameters (``functools.partial``, ``Partial``, ``lora.bind``); of others unknown.
+    """
+    found = getattr(fn, "policy_settings", None)
+    if isinstance(found, PolicySettings):
+        return found
+    inner: tuple[Any, ...] = (fn.func, *fn.args) if isinstance(fn, functools.partial) else ()
+    if hasattr(fn, "fun"):  # in which JAX hides a Partial inside a Partial
+        inner = (fn.fun,)
+    for part in filter(callable, inner):
+        settings = settings_of(part)
+        if settings != PolicySettings():
+            return settings
+    return PolicySettings()
+
+
+def check_fits(fn: Any, rollout: Any, name: str = "policy_fn") -> None:
+    """Raises ValueError if a PolicyFn was made for another temperature than the rollout's, or for
+    longer prompts, whose columns it does not compute. What one of the two does not know is not
+    compared, and neither is the temperature of greedy responses.
+    """
+    settings = settings_of(fn)
+    temperature = getattr(rollout, "temperature", None)
+    is_known = temperature and isinstance(settings.temperature, int | float)
+    if is_known and settings.temperature != temperature:
+        raise ValueError(
+            f"{name} has temperature {settings.temperature}, but the responses were sampled at "
+            f"{temperature}: give both the same"
+        )
+    first = settings.prompt_length
+    mask = rollout.response_mask
+    prompt_length = getattr(rollout, "prompt_length", None)
+    is_left_out = prompt_length is not None and first > prompt_length
+    is_known_mask = not isinstance(mask, jax.core.Tracer) and _is_here(mask)
+    if prompt_length is None and first and is_known_mask:
+        # By NumPy: inside a jit jax.numpy would trace it, also where the mask is a constant.
+        is_left_out = bool(np.any(np.asarray(mask)[..., :first] != 0))
+    if is_left_out:
+        where = "" if prompt_length is None else f", which follow prompts of {prompt_length} slots"
+        raise ValueError(
+            f"{name} has prompt_length {first}, so it computes no log-probability of the first "
+            f"response tokens{where}: give it the prompts' own number of slots, or 0"
+        )
+
+
+def _is_here(x: Any) -> bool:
+    """Whether this process has all of an array."""
+    return bool(getattr(x, "is_fully_addressable", True))
+
+
 def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) -> PolicyFn:
     """Makes a PolicyFn of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T,
     V]``.
@@ -296,7 +393,7 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
         log_probs = token_log_probs(logits, tokens, temperature)
         return PolicyOutput(log_probs, entropy(logits, temperature))
 
-    return apply_policy
+    return with_settings(apply_policy, temperature)
 
 
 def evaluate(
@@ -306,9 +403,10 @@ def evaluate(
     key: DropoutKey = None,
 ) -> PolicyOutput:
     """The policy's output on the rows of a batch. Raises AssertionError unless its shape is that of
-    the tokens, [B, T].
+    the tokens, [B, T], and ValueError if the policy's settings do not fit (``check_fits``).
     """
     chex.assert_rank(batch.tokens, 2)
+    check_fits(policy_fn, batch)
     output = policy_fn(params, batch.tokens, batch.attention_mask, key)
     chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
     return output
@@ -353,7 +451,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
 
         return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
 
-    return in_parts
+    return with_settings(in_parts, *settings_of(fn))
 
 
 def split_rows(batch: Any, parts: int, group_size: int = 1) -> Any:

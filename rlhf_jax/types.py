@@ -6,8 +6,9 @@ slots, R response slots, T = P + R, K answers of a comparison, G answers of a pr
 D width, L layers, H heads, S cache length.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, Self
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
 import flax.struct
 import jax
@@ -16,7 +17,7 @@ import optax
 from jax import Array
 
 Params = Any
-Metrics = dict[str, Array]
+Metrics = dict[str, Array]  # scalars
 DropoutKey = Array | None  # None: no dropout
 AxisName = str | tuple[str, ...] | None
 """The mapped axis, or axes, over whose devices rows are sharded. None: rows are not mapped."""
@@ -28,8 +29,9 @@ EosId = int | tuple[int, ...]  # what ends a response: one id, or any of several
 class Mean:
     """A mean that is not divided yet: the result of a loss and of its metrics.
 
-    The parts of a batch (microbatches, devices) add up, ``a + b``; ``value`` divides once at the
-    end, so that the mean and its gradient do not depend on how the batch was cut.
+    The parts of a batch (microbatches, devices) are merged, ``a.merge(b)``; ``value`` divides once
+    at the end, so that the mean and its gradient do not depend on how the batch was cut. Two losses
+    are not merged but added, and their sum is a tuple of Means: ``(a, 0.1 * b)``, see ``Loss``.
     """
 
     total: Array  # [] float32, weighted sum
@@ -47,17 +49,24 @@ class Mean:
         counted = self.count > 0
         return jnp.where(counted, self.total / jnp.where(counted, self.count, 1.0), 0.0)
 
-    def __add__(self, other: "Mean") -> "Mean":
-        """The mean over both parts."""
+    def merge(self, other: "Mean") -> "Mean":
+        """The mean over the entries of both, of one loss on two parts of a batch."""
         return Mean(self.total + other.total, self.count + other.count)
+
+    def __add__(self, other: object) -> NoReturn:
+        """Refused: it could be the sum of two losses or the mean over two parts of a batch."""
+        raise TypeError(
+            "a Mean does not add: the sum of two losses is a tuple of Means, (a, 0.1 * b), each of "
+            "which is divided by its own count; the mean over two parts of a batch is a.merge(b)"
+        )
+
+    __radd__ = __add__
+    __sub__ = __add__
+    __rsub__ = __add__
 
     def __rmul__(self, weight: Array | float) -> "Mean":
         """``weight * mean``, as for one of several losses."""
         return Mean(weight * self.total, self.count)
-
-    def plus(self, term: "Mean") -> "Mean":
-        """The loss with another term of the same count, such as a penalty on the same tokens."""
-        return Mean(self.total + term.total, self.count)
 
     def over(self, axis_name: AxisName) -> "Mean":
         """The mean over all devices of the mapped axis."""
@@ -70,9 +79,12 @@ class Max:
 
     value: Array  # []
 
-    def __add__(self, other: "Max") -> "Max":
+    def merge(self, other: "Max") -> "Max":
         """The larger of both."""
         return Max(jnp.maximum(self.value, other.value))
+
+    def __float__(self) -> float:
+        return float(self.value)
 
     def over(self, axis_name: AxisName) -> "Max":
         """The largest over all devices of the mapped axis."""
@@ -85,6 +97,10 @@ def is_part(x: object) -> bool:
 
 
 Parts = dict[str, Mean | Max]
+StepMetrics = Mapping[str, Array | Max]
+"""Metrics of one optimizer step: scalars, and a ``Max`` of which the largest of several steps is
+taken and not the mean."""
+
 Loss = Mean | tuple[Mean, ...]
 """A loss, or several that are added: each is divided by its own count."""
 
@@ -124,40 +140,70 @@ class _Rows:
         return self.mask.any(axis=1)
 
 
+PER_TOKEN: dict[str, Any] = {"per_token": True}
+"""Metadata of the fields of a Rollout whose second axis is the columns of ``tokens``, [B, T] or [B,
+T, ...], such as one of a subclass of your own:
+
+    @flax.struct.dataclass
+    class WithCosts(Rollout):
+        costs: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)  # [B, T, K]
+
+Long rollouts are cut to the columns that a microbatch needs, and these fields with them. Fields
+without it belong to whole rows, whatever their shape.
+"""
+
+
 @flax.struct.dataclass
 class Rollout(_Rows):
     """Responses of a policy and the quantities computed from them. A field that has not been
     computed yet is None.
     """
 
-    tokens: Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: Array
+    tokens: Array = flax.struct.field(metadata=PER_TOKEN)
+    """[B, T] int32: left-padded prompt, then the response, then pads."""
+    attention_mask: Array = flax.struct.field(metadata=PER_TOKEN)
     """[B, T]: 1 on real tokens. Packed documents are numbered 1, 2, ...; each reads only itself."""
-    response_mask: Array
+    response_mask: Array = flax.struct.field(metadata=PER_TOKEN)
     """[B, T]: 1 on the policy's tokens, EOS included. It may have holes. Empty: a missing row."""
-    log_probs: Array
+    log_probs: Array = flax.struct.field(metadata=PER_TOKEN)
     """[B, T]: log p(tokens[:, t] | before) of the policy that sampled; 0 outside the response."""
     row_ids: Array | None = None  # [B] data row of the prompt
     scores: Array | None = None  # [B] from the reward function, before any penalty
-    ref_log_probs: Array | None = None  # [B, T]
-    values: Array | None = None
+    ref_log_probs: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)  # [B, T]
+    values: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)
     """[B, T]: V of the state before tokens[:, t] (the value head at t - 1)."""
-    rewards: Array | None = None  # [B, T]
-    advantages: Array | None = None  # [B, T]
-    returns: Array | None = None  # [B, T]
-    importance_weights: Array | None = None
+    rewards: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)  # [B, T]
+    advantages: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)
+    """[B, T]; [B] of VPG, one for each row."""
+    returns: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)  # [B, T]
+    importance_weights: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)
     """[B, T]: factor of each token's policy loss; 0 outside the response."""
     prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """P."""
     group_size: int = flax.struct.field(pytree_node=False, default=1, kw_only=True)
     """Adjacent rows whose prompt is computed once: they stay together in minibatches and
     microbatches. 1: each row is by itself."""
+    temperature: float | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
+    """By which the sampler divided the logits; 0 if it was greedy, None if unknown. A policy
+    function of another temperature is refused."""
     greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
-    teacher_log_probs: Array | None = None
+    teacher_log_probs: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)
     """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
+
+
+def map_columns(fn: Callable[[Array], Any], rollout: Rollout) -> Rollout:
+    """The rollout with ``fn`` of each array that has a column for each token; other fields are as
+    they were.
+    """
+    changed = {}
+    for field in dataclasses.fields(rollout):
+        value = getattr(rollout, field.name)
+        if field.metadata.get("per_token"):
+            changed[field.name] = jax.tree.map(lambda x: fn(x) if x.ndim > 1 else x, value)
+    return dataclasses.replace(rollout, **changed)
 
 
 @flax.struct.dataclass

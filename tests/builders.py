@@ -41,8 +41,9 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.folder import open_run, write_atomically
+from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import write_manifest
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import open_stage
@@ -78,6 +79,45 @@ MISTRAL = models.MistralConfig(**SIZES, sliding_window=3)
 GEMMA = models.Gemma3TextConfig(
     **SIZES, head_dim=6, sliding_window=3, global_every=2, query_scalar=5
 )
+YARN = models.RopeScaling("yarn", 4.0, original_max_length=4, beta_fast=2.0, query_beta=0.5)
+LONG = models.RopeScaling(
+    "longrope", 2.0, original_max_length=16, short_factor=(1.0, 1.5), long_factor=(2.0, 4.0)
+)
+EXPERTS = {"num_experts": 5, "experts_per_token": 2}
+_WIDE = {**SIZES, "head_dim": 6}
+_NEOX = {**SIZES, "num_heads": 2}
+_NEOX.pop("num_kv_heads")
+# The families that share Llama's decoder with further settings, by their model_type.
+MORE = {
+    "gpt_neox": models.GPTNeoXConfig(**_NEOX, rotary_fraction=0.5),
+    "olmo2": models.Olmo2Config(**SIZES),
+    "olmo3": models.Olmo3Config(
+        **_WIDE,
+        sliding_window=3,
+        global_every=2,
+        rope_scaling=replace(YARN, query_beta=None),
+        local_rope_theta=99.0,
+    ),
+    "smollm3": models.SmolLM3Config(**SIZES, global_every=2, mlp_bias=True),
+    "phi3": models.Phi3Config(
+        **SIZES | {"num_heads": 2}, sliding_window=3, rope_scaling=LONG, head_dim=4
+    ),
+    "gemma2": models.Gemma2Config(
+        **_WIDE, sliding_window=3, query_scalar=5, attention_softcap=1.0, logit_softcap=2.0
+    ),
+    "granite": models.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.4,
+        logits_divisor=2.0,
+    ),
+    "ministral3": models.Ministral3Config(**_WIDE, rope_scaling=YARN),
+    "qwen3_moe": models.Qwen3MoeConfig(**_WIDE, **EXPERTS, expert_size=7, dense_layers=(1,)),
+    "mixtral": models.MixtralConfig(**SIZES, **EXPERTS),
+    "olmoe": models.OlmoeConfig(**SIZES, **EXPERTS, normalize_experts=True),
+    "gpt_oss": models.GptOssConfig(**_WIDE, **EXPERTS, sliding_window=3, gate_limit=1.0),
+}
 
 
 def perturbed(params, key=7):

@@ -45,7 +45,7 @@ def test_what_is_absent_counts_nowhere():
     # 1 + 2 / 2 + 4 / 4
     assert_allclose(discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]])
     rewards = jnp.array([4, jnp.nan, 8])
-    baseline, advantage = ema_baseline(2.0, rewards, 0.9, jnp.array([1, 0, 1]))
+    baseline, advantage = ema_baseline(2.0, rewards, jnp.array([1, 0, 1]), decay=0.9)
     # .9 * 2 + .1 * 6
     assert_allclose([baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6)
 

@@ -1,8 +1,11 @@
 """``rl.rollouts_ahead`` with the run's own sampler: who samples, resume, what is refused."""
 
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,8 +15,11 @@ from numpy.testing import assert_array_equal
 from rlhf_jax import ppo, vpg
 from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
 from rlhf_jax.errors import UserError
+from rlhf_jax.iteration import LoopState
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import layout
+from rlhf_jax.training.rl.ahead import Ahead
+from rlhf_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -43,6 +49,41 @@ def test_a_rollout_comes_from_the_policy_before_the_last_update(short):
     still = rollouts(short, "still", 0.0)
     assert_array_equal(ahead[:2], still[:2])
     assert np.any(ahead[2] != still[2])
+
+
+class AtOnce:
+    """An executor that does what is submitted on the spot."""
+
+    def submit(self, fn, *args):
+        done = Future()
+        done.set_result(fn(*args))
+        return done
+
+
+@pytest.mark.parametrize("thread", [None, AtOnce()])
+def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thread):
+    """The update adds 1 to the policy, which is 0; of the state it changes nothing else."""
+    drawn = []
+
+    def sample(state, batch):
+        drawn.append((batch, float(state.train.params["w"])))
+        return batch, {}
+
+    def advance(state, step):
+        rollout, _ = ahead.sample(state, f"prompts {step}")
+        assert rollout == f"prompts {step}"
+        params = {"w": state.train.params["w"] + 1.0}
+        return replace(state, train=replace(state.train, params=params)), {}
+
+    ahead = Ahead(sample, thread)
+    prompts = SimpleNamespace(batches=lambda step: [f"prompts {step}", "reserve"])
+    advance_ahead = ahead.advancing(advance, prompts, 4, lambda tree: tree)
+    first = TrainState(jnp.int32(0), {"w": jnp.float32(0.0)}, ())
+    state = LoopState.create(first, 0.0, behind=first)
+    for step in range(4):
+        state, _ = advance_ahead(state, step)
+    assert drawn == [("prompts 0", 0.0), ("prompts 1", 0.0), ("prompts 2", 1.0), ("prompts 3", 2.0)]
+    assert float(state.behind.params["w"]) == 3.0
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def value_and_gradient(name):
         batch = batch.replace(**{part: poisoned(x) for part, x in held.items() if x is not None})
         model = {"score_fn": score} if algorithm is reward_model else {"policy_fn": policy}
         if algorithm in SLOW_WITH_STOPPED:
-            batch = algorithm.prepare(batch, config=config)
+            batch = algorithm.prepare(batch.replace(advantages=None), config=config)
         return numbers(algorithm.loss)(params, batch, None, **model, config=config)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))

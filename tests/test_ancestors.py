@@ -1,5 +1,5 @@
-"""The rows of the feature tables in README and docs/coming_from.md, each with the test that proves
-it.
+"""The rows of the tables in docs/features.md and docs/coming_from.md, each with the test that
+proves it.
 """
 
 import ast
@@ -8,7 +8,9 @@ import re
 import pytest
 from builders import ROOT
 
-PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/coming_from.md")}
+PAGES = {
+    name: (ROOT / name).read_text("utf-8") for name in ("docs/features.md", "docs/coming_from.md")
+}
 OUTSIDE = re.compile(r"pytest\.mark\.(soak|parity|skip)\b")
 PROVED_BY = {
     # jRLHF

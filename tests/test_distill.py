@@ -14,7 +14,10 @@ from programs import array_sizes
 from tabular import policy_params, rollout
 
 from rlhf_jax import distill, losses, models, ops
+from rlhf_jax.config import RLStage
 from rlhf_jax.models import heads
+from rlhf_jax.training.rl.teacher import log_ratio
+from rlhf_jax.types import PolicyOutput, Rollout
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(scale=2.0, size=(3, 4, 7)).astype(np.float32)
@@ -55,10 +58,40 @@ def test_what_is_no_divergence():
 
 
 def test_a_policy_without_a_teacher_is_refused():
-    batch = distill.prepare(rollout(0, [4, 1]), config=distill.Config())
+    batch = rollout(0, [4, 1]).replace(advantages=None)
+    batch = distill.prepare(batch, config=distill.Config())
     alone = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
     with pytest.raises(ValueError, match=r"a policy_fn with a teacher.*models\.Teacher"):
         distill.loss(policy_params(0), batch, None, policy_fn=alone, config=distill.Config())
+
+
+def two_tokens():
+    """A response of two tokens, and a policy of four equal logits with a teacher at a distance."""
+    at = jnp.array([[0, 0, 1, 1]])
+    log_prob = jnp.full((1, 4), -math.log(4.0))
+    output = PolicyOutput(log_prob, log_prob, None, log_prob - 1.0, jnp.full((1, 4), 3.0))
+    batch = Rollout(jnp.zeros((1, 4), int), at, at, log_prob, advantages=jnp.zeros((1, 4)))
+    return batch, lambda *_: output
+
+
+@pytest.mark.parametrize("coef", [0.0, 1.0, 2.5])
+def test_the_coefficient_weighs_the_divergence(coef):
+    batch, policy_fn = two_tokens()
+    config = distill.Config(teacher_coef=coef)
+    loss, metrics = distill.loss(None, batch, None, policy_fn=policy_fn, config=config)
+    assert_allclose(loss.value, coef * 3.0, rtol=1e-6)
+    assert_allclose(metrics["distill/divergence"].value, 3.0, rtol=1e-6)
+
+
+def test_a_sampled_token_that_the_teacher_finds_unlikely_is_a_loss():
+    """Its advantage is log q - log p = -1, and so is the score of a run without a reward."""
+    batch, policy_fn = two_tokens()
+    config = distill.Config(divergence="sampled")
+    loss, _ = distill.loss(None, batch, None, policy_fn=policy_fn, config=config)
+    assert_allclose(loss.value, 1.0, rtol=1e-6)
+    told = batch.replace(teacher_log_probs=batch.log_probs - 1.0)
+    score = log_ratio(None, RLStage(max_new_tokens=2), None)
+    assert_allclose(score(told)[0], [-2.0], rtol=1e-6)
 
 
 TOKENS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (3, 9))

@@ -293,7 +293,7 @@ def test_the_commands_of_a_page_run(path, tmp_path):
 def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
     """`.ci/run` starts that script, which follows the page of one's own preferences too."""
     first = README.read_text("utf-8").partition("\n## ")[2].partition("\n## ")[0]
-    shown = re.findall(r"^    (rlhf-jax .*?)(?: +#.*)?$", first, re.MULTILINE)
+    shown = re.findall(r"^    (?:pip install -e \. && )?(rlhf-jax .*)$", first, re.MULTILINE)
     assert shown == list(FIRST)[:2]
     assert "tests/fifteen_minutes.py" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert len(outputs(PAGE)) == 2

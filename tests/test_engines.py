@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -38,7 +39,7 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.rl import critic, steps
 from rlhf_jax.training.rl.ahead import Ahead
-from rlhf_jax.training.rl.engine import Client
+from rlhf_jax.training.rl.engine import Client, _checksum, _requests
 from rlhf_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -549,6 +550,26 @@ def test_conversations_go_through_the_engine(config, server, tmp_path):
     assert max(rooms) == 8
     assert min(rooms) < 7  # in the second turn
     assert 1 in {body["n"] for body in asked(server)}
+
+
+def test_the_version_of_weights_tells_leaves_apart_that_changed_places():
+    one = jnp.arange(4.0)
+    other = one**2 + 1.0
+    version = _checksum({"a": one, "b": other})
+    assert version == _checksum({"a": one, "b": other})
+    assert version != _checksum({"a": other, "b": one})
+    assert version != _checksum({"a": one[::-1], "b": one})
+
+
+def test_a_later_turn_asks_for_the_room_that_is_left():
+    """Of six slots two are taken in the second row, five in the third; the last is missing."""
+    mask = jnp.ones((4, 3), jnp.int32).at[3].set(0)
+    used = jnp.array([0, 2, 5, 0])
+    prompts = iteration.Prompts(2 * mask, mask, jnp.arange(4), used, jnp.arange(4))
+    how = SamplingConfig(max_new_tokens=6, eos_id=1, pad_id=0)
+    groups, requests = _requests(prompts, "1", how, jax.random.key(0))
+    assert groups == [[0], [1], [2]]
+    assert [request.max_tokens for request in requests] == [6, 4, 1]
 
 
 REFUSED = {

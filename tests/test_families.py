@@ -2,7 +2,6 @@
 more to compute.
 """
 
-import ast
 import re
 from collections import Counter
 
@@ -15,6 +14,7 @@ from builders import (
     GEMMA,
     LLAMA,
     MISTRAL,
+    MORE,
     QWEN2,
     QWEN3,
     ROOT,
@@ -25,10 +25,11 @@ from builders import (
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_allclose
 from programs import whole_on_a_device
-from source import code_lines
 
 from rlhf_jax import models, sharding
+from rlhf_jax.cli import commands
 from rlhf_jax.cli.benchmark import measure
+from rlhf_jax.models.families import FAMILIES, differences
 
 families = script("benchmarks/families.py")
 TINY = {
@@ -38,6 +39,7 @@ TINY = {
     "Qwen3": QWEN3,
     "Mistral": MISTRAL,
     "Gemma 3": GEMMA,
+    **{FAMILIES[name].title: config for name, config in MORE.items()},
 }
 
 
@@ -132,43 +134,22 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
     assert program(families.CONFIGS["GPT-2"])[0] - flops == wider
 
 
-# Lines that no other family has a use for: those that match, and the functions, classes and tables
-# whose names do.
-OWN = {
-    "Qwen2": "Qwen2|qkv_bias",
-    "Qwen3": "Qwen3|qk_norm",
-    "Mistral": "(?i)mistral|window",
-    "Gemma 3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms"
-    "|post_feedforward|global_every|is_local|local_|query_scalar|two_kinds",
-}
-
-
 LISTS = ("each_family", "CLASSIFIERS")
 
 
-@pytest.mark.parametrize("family", OWN)
-def test_a_family_costs_at_most_80_lines(family):
-    """Its table of names included; what it shares with Llama lies in one decoder, whose options are
-    data.
-    """
-    total = 0
-    for path in (ROOT / "rlhf_jax" / "models").glob("*.py"):
-        source = path.read_text("utf-8")
-        code = code_lines(source)
-        lines = source.splitlines()
-        own = {
-            number
-            for number in code
-            if re.search(
-                OWN[family],
-                lines[number - 1],
-            )
-        }
-        for node in ast.parse(source).body:
-            if re.search(OWN[family], getattr(node, "name", "")):
-                own |= code & set(range(node.lineno, node.end_lineno + 1))
-        total += len(own)
-    assert 0 < total <= 80
+def test_the_page_of_models_lists_what_the_command_lists(capsys):
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    assert set(TINY) == {family.title for family in FAMILIES.values()}
+    rows = []
+    for name, family in FAMILIES.items():
+        words = "; ".join(differences(family)) or "what the others are compared with"
+        rows.append(f"| {family.title} | `{name}` | {family.covers} | {words} |")
+    assert "\n".join(rows) in page
+    commands.run(["models"])
+    shown = capsys.readouterr().out
+    for name, family in FAMILIES.items():
+        assert f"{family.title} ({name}): {family.covers}" in shown
+        assert "; ".join(differences(family)) in shown
 
 
 def test_the_cells_of_the_tables_of_families_are_tests():
@@ -183,6 +164,7 @@ def test_the_cells_of_the_tables_of_families_are_tests():
         re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS
     )
     parity += (ROOT / "tests" / "torch_models.py").read_text("utf-8")
+    files += (ROOT / "tests" / "builders.py").read_text("utf-8")
     lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
     here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'

@@ -190,6 +190,19 @@ def made_rollout(**fields):
     )
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_score_is_added_to_the_rewards_of_an_environment(dense):
+    """On the last token, or on its own tokens if it is dense; the scores are the sums."""
+    paid = jnp.array([[0, 0, 0.5, 0], [0, 0, 0, 0.25]])
+    scores = jnp.array([[9, 9, 0, 1.0], [9, 9, 2.0, 0]]) if dense else jnp.array([1.0, 2.0])
+    rollout, metrics = scored(made_rollout(rewards=paid), scores, {})
+    at_end = [[0, 0, 0.5, 1.0], [0, 0, 0, 2.25]]
+    expected = [[0, 0, 0.5, 1.0], [0, 0, 2.0, 0.25]] if dense else at_end
+    assert_array_equal(rollout.rewards[:, 2:], np.array(expected)[:, 2:])
+    assert_array_equal(rollout.scores, [1.5, 2.25])
+    assert float(metrics["objective/score"]) == 1.875
+
+
 def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
     assert_array_equal(rollout.scores, [1.0, 2.0])

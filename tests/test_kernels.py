@@ -14,8 +14,8 @@ from jax.experimental.pallas.ops.gpu import decode_attention
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, sharding
-from rlhf_jax.models import kernels, norms
-from rlhf_jax.models.kernels import cache, fused
+from rlhf_jax.models import kernels
+from rlhf_jax.models.kernels import cache, fused, norms
 
 SHAPES = {"x": (64, 8), "kernel": (8, 4), "scale": (8,), "bias": (8,)}
 

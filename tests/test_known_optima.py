@@ -640,3 +640,12 @@ def test_kto_reaches_its_optimum():
 
 
 # Best of n
+
+
+@pytest.mark.parametrize(("estimator", "apart"), [("k2", 0.195), ("k3", 0.149)])
+def test_a_kl_in_the_loss_misses_the_optimum_of_a_kl_in_the_reward(estimator, apart):
+    """By enumeration: the numbers of docs/algorithms/grpo.md, in total variation."""
+    optimum = tiny.tilted(0.5)
+    found = tiny.fixed_point(leave_one_out, 0.5, estimator, each_token)
+    assert tiny.distance(found, optimum) == pytest.approx(apart, abs=1e-3)
+    assert tiny.distance(tiny.REF, optimum) == pytest.approx(0.352, abs=1e-3)

@@ -217,6 +217,36 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_run_that_on_step_ends_is_validated_and_the_best_is_among_what_was(config):
+    """The untrained weights of step 0 would be the best of one validation."""
+    config = replace(config, keep_best="max:validation/score", checkpoint_interval=100)
+    rows = []
+
+    def on_step(step, state, row):
+        rows.append(row)
+        return step == 3
+
+    given = {"scores": [0.5, 0.0, 0.0, 0.9], "validation_interval": 100, "on_step": on_step}
+    assert run_loop(config, **given) == (
+        3,
+        {"loss": 1.0, "nonfinite": 0.0, "validation/score": 0.9},
+    )
+    written = [row.get("validation/score") for row in metric_rows(config.output_dir)]
+    assert written == [0.5, None, None, 0.9]
+    assert [row["loss"] for row in rows] == [0.0, 0.5, 1.0]
+    without = replace(config, keep_best=None, overwrite=True)
+    assert run_loop(without, num_steps=3, on_step=lambda *step: True)[0] == 1  # nothing held out
+
+
+def test_a_run_that_fails_in_on_step_keeps_the_row_of_its_last_step(config):
+    def on_step(step, state, row):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_loop(config, on_step=on_step)
+    assert [row["step"] for row in metric_rows(config.output_dir)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "scores", "message"),
     [

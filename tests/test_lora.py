@@ -26,9 +26,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.stack import Dense
+from rlhf_jax.report import export
 
 KEY = jax.random.key(0)
 
@@ -240,6 +242,10 @@ def test_strange_folders_are_refused(partial, tmp_path):
         ({"use_dora": True}, tensors, "use_dora is True: such adapters are not supported"),
         ({"bias": "all"}, tensors, "bias is 'all'"),
         ({"lora_alpha": None}, tensors, "lora_alpha is None, expected a number"),
+        *(
+            ({"init_lora_weights": start}, tensors, f"init_lora_weights is '{start}': PEFT changes")
+            for start in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq")
+        ),
         (
             {},
             {**tensors, "base_model.model.lm_head.lora_A.weight": one},
@@ -256,6 +262,69 @@ def test_strange_folders_are_refused(partial, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="an adapter folder holds adapter_config"):
         lora.load(tmp_path, params)
+
+
+def test_whole_modules_of_a_folder_replace_those_of_the_base(tmp_path):
+    """Embeddings, the output layer and norms, as PEFT saves its modules_to_save."""
+    model = models.build(LLAMA)
+    params = some_params(LLAMA)
+    adapters = lora.init(KEY, params, 2, "h_0/attn/q_proj")
+    lora.save(tmp_path, params, adapters)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = {
+        ("wte", "embedding"): "model.embed_tokens.weight",
+        ("lm_head", "embedding"): "lm_head.weight",
+        ("ln_f", "scale"): "model.norm.weight",
+        ("h_1", "ln_2", "scale"): "model.layers.1.post_attention_layernorm.weight",
+        ("h_1", "mlp", "up_proj", "kernel"): "model.layers.1.mlp.up_proj.weight",
+    }
+    leaves = flatten_dict(params)
+    added = {}
+    for path, name in whole.items():
+        tensor = np.asarray(leaves[path]) + 1
+        stored = tensor.T if path[-1] == "kernel" else tensor
+        added[f"base_model.model.{name}"] = np.ascontiguousarray(stored)
+    save_file(load_file(file) | added, file)
+    found = lora.load(tmp_path, params, model)
+    for tree in (lora.attach(params, found), lora.merge(params, found)):
+        tree = flatten_dict(tree)
+        for path, leaf in leaves.items():
+            expected = leaf + 1 if path in whole else leaf
+            assert_allclose(tree[path], expected, atol=1e-6)
+    with pytest.raises(UserError, match=r"unexpected tensors: lm_head\.weight, model\.embed"):
+        lora.load(tmp_path, params)
+    tied = models.build(replace(LLAMA, tie_embeddings=True))
+    of_tied = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is saved whole, but"):
+        lora.load(tmp_path, of_tied, tied)
+
+
+def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
+    model = models.build(LLAMA)
+    params = some_params(LLAMA)
+    models.save(tmp_path / "base", model, params)
+    adapters = grown(lora.init(KEY, params, 2))
+    lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    norm = np.arange(8, dtype=np.float32)
+    save_file(load_file(weights) | {"base_model.model.model.norm.weight": norm}, weights)
+    with pytest.raises(UserError, match=r"adapter: a PEFT adapter, no .* `rlhf-jax export .*adapt"):
+        models.load(tmp_path / "adapter")
+    with pytest.raises(UserError, match="a PEFT adapter, no whole model"):
+        load_tokenizer(tmp_path / "adapter")
+    export.export(tmp_path / "adapter", tmp_path / "merged")
+    again, merged = models.load(tmp_path / "merged")
+    assert again.config == model.config
+    assert_array_equal(merged["ln_f"]["scale"], norm)
+    merged["ln_f"] = params["ln_f"]
+    jax.tree.map(assert_array_equal, merged, lora.merge(params, adapters))
+    assert (tmp_path / "merged" / "tokenizer.json").read_text("utf-8") == "{}"
+    with pytest.raises(UserError, match="is in use"):
+        export.export(tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="base_model_name_or_path is None"):
+        export.export(tmp_path / "adapter", tmp_path / "other")
 
 
 def test_adapters_that_are_no_folder_are_refused(partial, tmp_path):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
-from rlhf_jax.models import lora, names
+from rlhf_jax.models import families, lora
 
 pytestmark = pytest.mark.parity
 
@@ -22,6 +22,9 @@ FAMILIES = {
     "Qwen3 wide heads": ["k_proj", "o_proj"],
     "Mistral windows": ["q_proj", "gate_proj"],
     "Gemma3 tied": ["q_proj", "up_proj", "o_proj"],
+    "GPTNeoX parallel": ["query_key_value", "dense_h_to_4h"],
+    "Phi3 partial": ["qkv_proj", "down_proj"],
+    "Qwen3Moe normalized": ["q_proj", "o_proj"],
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -57,7 +60,7 @@ def peft_gradients(adapted, tokens, mask):
 def by_their_names(model, found):
     """Pairs of PEFT's name and the gradient of an adapter of ours."""
     for path in [path for path in found if path[-1] != "lora_scale"]:
-        stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), found[path].shape)
+        stored = families.family_of(model.config).tensors((*path[:-1], "kernel"), found[path].shape)
         layers = np.asarray(found[path] if path[0] == "h" else [found[path]])
         kind = path[-1][-1].upper()
         for name, gradient in zip(stored, layers, strict=True):
@@ -155,3 +158,26 @@ def test_reward_models_travel_both_ways(tmp_path, family):
     fresh = type(reference).from_pretrained(tmp_path / "base")
     ours = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
     assert_allclose(torch_forward(ours, tokens, mask)[:, 0], expected, atol=2e-4)
+
+
+def test_modules_that_peft_saves_whole_give_its_logits(tmp_path):
+    import peft
+    import torch
+
+    reference = torch_model("Llama grouped")
+    reference.save_pretrained(tmp_path / "base")
+    whole = ["embed_tokens", "lm_head", "input_layernorm", "up_proj"]
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=whole)
+    adapted = peft.get_peft_model(reference, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens, mask = left_padded()
+    expected = torch_forward(adapted, tokens, mask)
+    model, params = models.load(tmp_path / "base")
+    adapters = lora.load(tmp_path / "adapter", params, model)
+    found = jax.jit(model.apply)(lora.attach(params, adapters), tokens, mask)
+    real = mask.astype(bool)
+    assert_allclose(np.asarray(found)[real], expected[real], atol=2e-4)

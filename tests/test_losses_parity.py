@@ -14,7 +14,7 @@ from tabular import numbers
 from torch_models import torch_model
 
 from rlhf_jax import dpo, kto, models, reward_model
-from rlhf_jax.models import names
+from rlhf_jax.models import families
 from rlhf_jax.types import Comparisons, Feedback
 
 pytestmark = pytest.mark.parity
@@ -96,18 +96,18 @@ def load(name, kind, folder, scale=1.0):
 
 def assert_gradients_equal(model, ours, reference):
     """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
-    family = names.family_of(model.config)
+    family = families.family_of(model.config)
     found = {}
     ours = dict(ours)
     if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
         score = ours.pop("score")
         assert score["gain"] == score["shift"] == 0
-        found[names.SCORE] = score["kernel"][None, :]
+        found[families.SCORE] = score["kernel"][None, :]
     for path, leaf in flatten_dict(ours).items():
         (name,) = family.tensors(path, leaf.shape)
         stored = leaf.T if family.transposed and path[-1] == "kernel" else leaf
         found[name] = stored.reshape(family.stored(path, leaf.shape))
-    assert len(found) == len(jax.tree.leaves(ours)) + (names.SCORE in found)
+    assert len(found) == len(jax.tree.leaves(ours)) + (families.SCORE in found)
     expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     assert found.keys() == expected.keys()
     largest = max(np.abs(gradient).max() for gradient in expected.values())

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
+from builders import (
+    GEMMA,
+    LLAMA,
+    LLAMA3,
+    MISTRAL,
+    MORE,
+    QWEN2,
+    QWEN3,
+    YARN,
+    some_params,
+    stack_layers,
+)
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
@@ -121,6 +132,19 @@ RELATIVES = {
     "gemma3_text": replace(
         GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0
     ),
+}
+
+
+RELATIVES |= {
+    **MORE,
+    "llama, yarn": replace(LLAMA, rope_scaling=replace(YARN, mscale=1.0, truncate=False)),
+    "llama, dynamic": replace(LLAMA, rope_scaling=models.RopeScaling("dynamic", 2.0)),
+    "gpt_oss, unscaled and stacked": replace(
+        MORE["gpt_oss"], num_layers=3, scan_layers=True, rope_scaling=None
+    ),
+    "ministral3, unscaled": replace(MORE["ministral3"], rope_scaling=None),
+    "mixtral, stacked": replace(MORE["mixtral"], num_layers=3, scan_layers=True),
+    "olmo3, unscaled": replace(MORE["olmo3"], rope_scaling=None),
 }
 
 
@@ -349,6 +373,7 @@ HARMLESS = {
         ({"n_positions": 10**9}, r"wpe\.weight has shape \[5, 4\], expected \[1000000000, 4\]"),
         ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon is 1000000000"),
         ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon is nan"),
+        ({"n_positions": 10**12}, r"max_length must be below 2\^31, got 1000000000000"),
     ],
 )
 def test_config_keys_that_do_not_fit_are_refused_by_name(folder, changes, message):
@@ -385,8 +410,8 @@ SCALED = {
         ),
         ({"rms_norm_eps": 0}, (1e4, None, 0.0)),  # JSON does not tell 0 from 0.0
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2}},
-            r"rope_type is 'yarn'; the supported",
+            {"rope_parameters": {"rope_type": "proportional", "factor": 2}},
+            r"rope_type is 'proportional'; the supported",
         ),
         (
             {"rope_scaling": {"type": "llama3", "factor": 2}},

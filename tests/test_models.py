@@ -16,6 +16,7 @@ from builders import (
     LLAMA,
     LLAMA3,
     MISTRAL,
+    MORE,
     QWEN2,
     QWEN3,
     initial_params,
@@ -31,7 +32,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close
 
 from rlhf_jax import models, ops, sampling, sharding
-from rlhf_jax.models import attention, decoder, gpt2, initialize, kernels, norms, stack
+from rlhf_jax.models import attention, decoder, gpt2, initialize, kernels, rope, stack
+from rlhf_jax.models.kernels import norms
 
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 # Each with what the other has not; Llama's grouped queries are Gemma's too.
@@ -135,7 +137,7 @@ def test_frequencies_by_hand():
         (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
     ):
         config = replace(LLAMA, head_dim=8, rope_scaling=scaling)
-        assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
+        assert_allclose(rope.frequencies(config), expected, rtol=1e-6)
 
 
 def rms_normed(x, weights):
@@ -222,8 +224,8 @@ def test_gemma_by_hand():
     rows = module.apply({"params": params}, tokens, tokens, tokens >= 0, method="embed")
     assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
     assert module.scales() == [5**-0.5] * 2
-    assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
-    assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
+    assert_allclose(rope.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
+    assert_allclose(rope.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
@@ -279,6 +281,8 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
         slow(LLAMA, False),
         slow(LLAMA, True),
         slow(GEMMA, False),
+        (MORE["gpt_oss"], True),
+        *(slow(config, False) for config in MORE.values()),
     ],
 )
 def test_decoding_equals_the_full_forward(config, scan_layers):

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from tabular import assert_close, policy_fn, policy_params, rollout
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import ppo, rloo, vpg
+from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(7)
@@ -39,7 +39,7 @@ def test_explained_variance():
     twice it nothing.
     """
     greedy = jax.jit(updater(ppo, num_epochs=1, gamma=0.0, gae_lambda=0.0))
-    batch = rollout(0, [3, 4])
+    batch = rollout(0, [3, 4]).replace(advantages=None)
     constant = jnp.where(batch.response_mask != 0, 0.1, jnp.nan)
     _, metrics = greedy(
         start(), batch.replace(rewards=constant), KEY
@@ -128,6 +128,17 @@ def test_groups_do_not_cross_devices():
     mapped = jax.shard_map(
         prepare, mesh=sharding.make_mesh(4), in_specs=P("data"), out_specs=P("data")
     )
-    assert jax.eval_shape(prepare, rollout(0, LENGTHS)).advantages.shape == (16, 7)
+    batch = rollout(0, LENGTHS).replace(advantages=None)
+    assert jax.eval_shape(prepare, batch).advantages.shape == (16, 7)
     with pytest.raises(ValueError, match=r"4 rows \(on each device.* group_size=8"):
-        jax.eval_shape(mapped, rollout(0, LENGTHS))
+        jax.eval_shape(mapped, batch)
+
+
+def test_by_default_grpo_means_over_rows_and_rloo_sums_them():
+    """Losses 1 of four tokens in a row and 0 of one token in another: GRPO (eq. 3) 1/2, RLOO 2,
+    PPO 4/5.
+    """
+    mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]])
+    per_token = jnp.array([[1.0] * 4, [0.0] * 4])
+    for module, expected in ((grpo, 0.5), (rloo, 2.0), (ppo, 0.8), (vpg, 2.0)):
+        assert_allclose(module.Config().mean(per_token, mask).value, expected, rtol=1e-6)

@@ -84,7 +84,7 @@ def test_the_page_of_one_run(one):
         "steps": "3",
         "s/step (median)": "0.375",
         "state": "finished",
-        "Validation score": "1.5",
+        "Validation score": "1.5 (of iteration 0)",
         "KL": "0 → 1.5",
         "Time": "10 s",
         "Alerts": "no alert",
@@ -143,7 +143,7 @@ def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path,
     assert prompts[:3] == ["p0", "p0", "p1"]
 
 
-KL = "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats"
+KL = "Validation score 1.5 (of iteration 0) in 3 iterations, KL 1.5 of 2 nats"
 FAR = {"step": 3, "name": "far", "rule": "far: log", "message": "objective/kl is 3 > 2"}
 VERDICTS = {
     "finished": f"{KL}, no alert.",

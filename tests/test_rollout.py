@@ -101,10 +101,11 @@ def test_collect():
     gap = float(rollout.sampler_gap(sampled, rolled))
     assert gap == np.abs(np.asarray(sampled.log_probs) - rolled.log_probs)[response].max()
     assert gap < 1e-5
-    # A policy function at another temperature is what the gap is there to find.
-    wrong = jax.jit(partial(rollout.rescore, policy_fn=models.policy_fn(MODEL, temperature=1.0)))(
-        sampled, PARAMS
-    )
+    # A policy function at another temperature is what the gap is there to find, where the rollout
+    # does not know at which one it was sampled.
+    other = models.policy_fn(MODEL, temperature=1.0)
+    unknown = sampled.replace(temperature=None)
+    wrong = jax.jit(partial(rollout.rescore, policy_fn=other))(unknown, PARAMS)
     assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
 
 

@@ -154,6 +154,13 @@ def test_truncate(options, first, second):
     assert_array_equal(left, np.where([first, second], logits, -np.inf))
 
 
+def test_the_nucleus_ends_where_its_probability_is_exactly_p():
+    """Four probabilities of 1/4: two of them reach one half, three three quarters."""
+    for top_p, number in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3)):
+        left = decoding.truncate(jnp.zeros((1, 4)), top_p=top_p)
+        assert np.isfinite(left).sum() == number
+
+
 def test_a_repetition_penalty_is_for_the_tokens_so_far():
     """Of prompt and response, neither of the padding nor of other rows. The log-probs are the
     policy's all the same."""

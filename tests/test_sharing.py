@@ -65,7 +65,7 @@ def test_who_shares(given, config, expected):
     ("given", "message"),
     [
         (answers(ppo.Config(), "ppo"), "ppo samples one answer"),
-        (answers(FOUR, takes_groups=False), "Python"),
+        (answers(FOUR, takes_groups=False), "this network"),
         (answers(replace(FOUR, num_minibatches=16)), "8 groups .* 16 grpo.num_minibatches"),
     ],
 )

@@ -234,12 +234,16 @@ def test_a_loss_is_made_of_means(loss):
 
 
 def test_means_by_hand():
-    both = Mean(jnp.float32(6.0), jnp.float32(4.0)) + 2.0 * Mean.of(jnp.array([1.0, 2.0]))
+    one = Mean(jnp.float32(6.0), jnp.float32(4.0))
+    both = one.merge(2.0 * Mean.of(jnp.array([1.0, 2.0])))
     assert both.total == 12.0
     assert both.count == 6.0
     assert both.value == 2.0
     assert Mean(jnp.float32(0.0), jnp.float32(0.0)).value == 0
-    assert (Max(jnp.float32(1.0)) + Max(jnp.float32(3.0))).value == 3.0
+    assert float(Max(jnp.float32(1.0)).merge(Max(jnp.float32(3.0)))) == 3.0
+    for add in (lambda: one + 0.1 * both, lambda: sum([one, both]), lambda: one - both):
+        with pytest.raises(TypeError, match=r"tuple of Means, .* a\.merge\(b\)"):
+            add()
 
 
 def test_keys_of_microbatches_and_devices_differ():
@@ -315,6 +319,7 @@ def record(state, minibatch, key):
     keys = state.params["keys"].at[state.step].set(jax.random.key_data(key))
     metrics = {
         "first": minibatch["row"][0],
+        "largest": Max(state.step),
         "step_max": state.step,
         "nonfinite": (state.step == 1).astype(jnp.float32),
     }
@@ -366,7 +371,8 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
         np.mean(np.asarray(rows)[:, 0]),
         rtol=1e-6,
     )
-    assert metrics["step_max"] == 11
+    assert metrics["largest"] == 11  # by its type; a name decides nothing
+    assert metrics["step_max"] == 5.5
     assert metrics["nonfinite"] == 1
     single, keys, _ = minibatches(jnp.arange(6), key, 2, 1)  # the batch as it is
     assert_array_equal(single, np.tile(np.arange(6), (2, 1)))

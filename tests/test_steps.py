@@ -10,15 +10,18 @@ import pytest
 from builders import letters_run, metric_rows, with_rl
 
 from rlhf_jax import rloo, training
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import Network, Optimizer, RunConfig, Text, Tokenizer
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
+from rlhf_jax.iteration import LoopState
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.rl import steps
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Rollout, TrainState
 
 STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
 ROWS = [Row(word, (), f"line {i}", columns={"topic": word}) for i, word in enumerate("abcd")]
@@ -92,3 +95,52 @@ def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path, no_pages):
     folder = training.rl.run(config, rloo, rloo.Config(group_size=2)).folder
     last = metric_rows(folder)[-1]
     assert (last["sampling/rounds"], last["sampling/uninformative"]) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(("taken", "said"), [(4, "too early"), (1, ""), (0, "too late")])
+def test_a_schedule_that_counts_other_steps_than_are_taken_is_said_once(taken, said, capsys):
+    """Of 9 iterations with a step each."""
+    optimizer = make_optimizer(Optimizer(schedule="linear"), 9)
+    params = {"w": jnp.zeros(2)}
+
+    def advance(state, step):
+        opt_state = state.train.opt_state
+        for _ in range(taken):
+            _, opt_state = optimizer.update(params, opt_state, params)
+        return replace(state, train=replace(state.train, opt_state=opt_state)), {"nonfinite": 0.0}
+
+    state = LoopState.create(TrainState.create(params, optimizer), 0.0)
+    counting = steps.counting(advance, 1)
+    for step in range(3):
+        state, _ = counting(state, step)
+    out = capsys.readouterr().out
+    assert out.count("optimizer steps") == bool(said)
+    assert said in out
+    assert (f"took {taken} optimizer steps" in out) == bool(said)
+
+
+def test_only_some_schedules_count_the_steps_of_a_run():
+    assert Optimizer(schedule="linear").counts_steps
+    assert Optimizer(schedule="cosine").counts_steps
+    assert Optimizer(schedule="constant", warmup_steps=0.1).counts_steps
+    assert not Optimizer(schedule="constant", warmup_steps=3).counts_steps
+    assert not Optimizer(schedule="step", decay_every=2).counts_steps
+
+
+def test_a_run_says_which_model_it_trains(capsys, tmp_path):
+    tokenizer = characters("abcd")
+    tokenizer.save(tmp_path / "tokenizer")
+    network = Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16)
+    config = RunConfig(
+        network=network, tokenizer=Tokenizer(name=str(tmp_path / "tokenizer")), text=Text()
+    )
+    made = initial.language_model(config, (), jax.random.key(0))
+    number = sum(leaf.size for leaf in jax.tree.leaves(made.params))
+    assert f"model: random weights (no --model), {number:,} parameters" in capsys.readouterr().out
+    how = initial.sampling_config(config.rl, tokenizer)
+    made.save(tmp_path / "model", template=config.text.template, config=how)
+    loaded = RunConfig(model=str(tmp_path / "model"))
+    initial.language_model(loaded, (), jax.random.key(0))
+    assert f"model: {tmp_path / 'model'}, {number:,} parameters" in capsys.readouterr().out
+    initial.language_model(config, (), jax.random.key(0), policy=made.model)
+    assert "model: the policy that Python gives, " in capsys.readouterr().out

@@ -187,6 +187,21 @@ def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
         assert of_opposite < -1.0
 
 
+@pytest.mark.parametrize("aggregate", ["token", "sum"])
+def test_sft_is_validated_in_nats_per_token_whatever_it_learns_from(aggregate, config):
+    """A network with random weights finds all of its 20 or so characters about equally likely."""
+
+    def validated(setting):
+        task = training.sft._task(setting)
+        raise Seen(task.validate(tasks._first_state(task)).metrics)
+
+    config = changed(config, "sft", aggregate=aggregate)
+    with pytest.raises(Seen) as seen:
+        tasks.run(config, replace(training.sft.SPEC, make_task=validated))
+    size = len(set("abcdfghijklmpqrt") | set("yes no")) + 3
+    assert seen.value.args[0]["validation/loss"] == pytest.approx(np.log(size), rel=0.1)
+
+
 def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
     """Three members, two answers: their mean is over the members."""
 
@@ -236,3 +251,27 @@ def test_rl_holds_out_whole_prompts_too(config, tmp_path, capsys, monkeypatch):
     with pytest.raises(Seen):
         training.rl.run(config, vpg)
     assert "prompts: 4 rows of 2 prompts held out\n" in capsys.readouterr().out
+
+
+def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tmp_path, capsys):
+    def warned(liked):
+        rows = [
+            {"prompt": letter, "response": "yes", "desirable": letter in liked}
+            for letter in "abcdfghi"
+        ]
+        (tmp_path / "feedback.json").write_text(json.dumps(rows))
+        stop_at_once = replace(training.kto.SPEC, make_task=judged)
+        data = (str(tmp_path / "feedback.json"),)
+        with pytest.raises(Seen):
+            tasks.run(replace(config, data=data, overwrite=True), stop_at_once)
+        return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
+
+    def judged(setting):
+        training.kto._task(setting)
+        raise Seen
+
+    assert "are desirable; " in " ".join(warned("abcdfghi"))
+    assert "are undesirable; " in " ".join(warned(""))
+    assert not warned("abcd")
+    with pytest.raises(ValueError, match="batch_size must be at least 2"):
+        KTOStage(batch_size=1)

@@ -11,16 +11,21 @@ BASE = {
     "intermediate_size": 20,
 }
 LOCAL_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
+GROUPED = {**BASE, "num_key_value_heads": 2}
+WINDOWS = {**GROUPED, "sliding_window": 4, "layer_types": LOCAL_LAST}
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 5}
 SIZES = {
     "GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral"), BASE),
-    "Gemma3": {
-        **BASE,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "sliding_window": 4,
-        "layer_types": LOCAL_LAST,
-    },
+    "Gemma2": {**WINDOWS, "head_dim": 6},
+    "Gemma3": {**WINDOWS, "head_dim": 6},
+    "GPTNeoX": {**BASE, "hidden_size": 32},
+    **dict.fromkeys(("Olmo2", "SmolLM3", "Phi3", "Granite"), GROUPED),
+    "Olmo3": WINDOWS,
+    "Ministral3": {**GROUPED, "head_dim": 6},
+    **dict.fromkeys(("Mixtral", "Olmoe"), EXPERTS),
+    "Qwen3Moe": {**EXPERTS, "head_dim": 6, "moe_intermediate_size": 12},
+    "GptOss": {**EXPERTS, **WINDOWS, "head_dim": 6, "swiglu_limit": 1.0},
 }
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
@@ -33,6 +38,28 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+}
+HALF_TURNED = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+TWO_YARNS = {"full_attention": YARN, "sliding_attention": TWO_ROPES["sliding_attention"]}
+SCALED_QUERIES = {
+    **YARN,
+    "original_max_position_embeddings": 4,
+    "beta_fast": 8.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.5,
 }
 CONFIGS = {
     "GPT2 gelu_new": {},
@@ -66,6 +93,39 @@ CONFIGS = {
     "Gemma3 tied": {"query_pre_attn_scalar": 10},
     "Gemma3 untied": {"tie_word_embeddings": False, "rope_parameters": TWO_ROPES},
     "Llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "Llama yarn": {"rope_parameters": YARN},
+    "Llama dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+    },
+    "GPTNeoX parallel": {},
+    "GPTNeoX sequential": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "hidden_act": "gelu_new",
+        "rope_parameters": HALF_TURNED,
+    },
+    "Olmo2 grouped": {"attention_bias": True},
+    "Olmo3 two ropes": {"rope_parameters": TWO_YARNS},
+    "SmolLM3 every second": {"no_rope_layer_interval": 2},
+    "Phi3 partial": {"rope_parameters": HALF_TURNED, "sliding_window": 4},
+    "Phi3 longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
+    "Gemma2 caps": {
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "Granite multipliers": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.4,
+    },
+    "Ministral3 scaled queries": {"rope_parameters": SCALED_QUERIES},
+    "Qwen3Moe dense between": {"mlp_only_layers": [1]},
+    "Qwen3Moe normalized": {"norm_topk_prob": True},
+    "Mixtral windows": {"sliding_window": 4},
+    "Olmoe plain": {},
+    "GptOss yarn": {"rope_parameters": {**YARN, "truncate": False}},
 }
 
 

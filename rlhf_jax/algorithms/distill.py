@@ -29,6 +29,7 @@ from rlhf_jax.types import (
     AxisName,
     DropoutKey,
     LossAndMetrics,
+    Mean,
     Params,
     PolicyFn,
     Rollout,
@@ -92,13 +93,14 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
       rollout: the ``group_size`` rows of a prompt are adjacent.
       axis_name: the mapped axis; the mean of the batch is over the rows of all its devices.
     """
+    policy.check_unprepared(rollout)
     if rollout.rewards is None and rollout.scores is None:
         return replace(rollout, advantages=jnp.zeros(rollout.tokens.shape))
     if config.group_size > 1:
         return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
     rewards = policy.row_rewards(rollout)
-    mean = ops.masked_mean(rewards, rollout.present, axis_name=axis_name)
-    return policy.spread(rewards - mean, rollout)
+    differences, _ = ops.centred(rewards, rollout.present, axis_name=axis_name)
+    return policy.spread(differences, rollout)
 
 
 def loss(
@@ -144,10 +146,11 @@ def loss(
         rollout = replace(rollout, advantages=own + config.teacher_coef * taught)
     total, metrics = policy.loss(output, rollout, config)
     metrics["distill/divergence"] = losses.aggregate(per_token, mask)
-    if not is_sampled:
-        divergence = config.mean(per_token, mask)
-        total = total.plus(config.teacher_coef * divergence)
-    return total, metrics
+    if is_sampled:
+        return total, metrics
+    divergence = config.mean(per_token, mask)
+    # Both are means over the same tokens or rows, and so is their sum.
+    return Mean(total.total + config.teacher_coef * divergence.total, total.count), metrics
 
 
 update = policy.updater(prepare, loss)

@@ -59,7 +59,15 @@ def mismatched(feedback: Feedback) -> Feedback:
 
     A response ends at column T: pad rows so that the longest prompt and response fit. A row is
     missing if the row of its prompt or of its response is.
+
+    Raises:
+      ValueError: there is one row only, whose response would be its own.
     """
+    if len(feedback.tokens) < 2:
+        raise ValueError(
+            "feedback: the reference point joins each prompt with another row's response, so it "
+            "needs at least 2 rows, got 1"
+        )
     mask = feedback.mask
     start = jnp.argmax(mask, axis=1, keepdims=True)  # [B, 1] first column of the response
     column = jnp.arange(mask.shape[1])[None, :]

@@ -28,6 +28,7 @@ from rlhf_jax.types import (
     PolicyFn,
     PolicyOutput,
     Rollout,
+    StepMetrics,
     TrainState,
 )
 
@@ -174,6 +175,16 @@ def row_rewards(rollout: Rollout) -> Array:
     return jnp.sum(ops.masked(rewards, rollout.mask), axis=1)
 
 
+def check_unprepared(rollout: Rollout) -> None:
+    """Raises ValueError if the rollout has advantages, which the algorithm computes itself."""
+    if rollout.advantages is not None:
+        raise ValueError(
+            "rollout.advantages is given, but this algorithm computes them from rewards or scores: "
+            "use replace(rollout, advantages=None). A loss on advantages of your own is "
+            "minibatch_epochs of gradient_step(loss), which take a prepared rollout, or vpg.update"
+        )
+
+
 def spread(row_advantages: Array, rollout: Rollout) -> Rollout:
     """The rollout with one advantage [B] for all response tokens of a row: ``advantages`` [B, T], 0
     elsewhere.
@@ -195,6 +206,7 @@ def with_group_advantages(
         1`` are group i.
       estimate: ``estimate(row rewards [N, G], mask=present [N, G]) -> advantages [N, G]``.
     """
+    check_unprepared(rollout)
     num_rows = len(rollout.tokens)
     if num_rows % group_size:
         raise ValueError(
@@ -273,15 +285,14 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     old_log_probs = ops.masked(field(rollout, "log_probs"), mask)
     log_probs = ops.masked(output.log_probs, mask)
     advantages = ops.masked(field(rollout, "advantages", "call prepare first"), mask)
-    log_ratio = log_probs - old_log_probs
-    approx_kl = 0.5 * jnp.square(log_ratio)
-    log_ratio = of_rows(log_ratio, mask, config.ratio)
+    of_token = log_probs - old_log_probs
+    log_ratio = of_rows(of_token, mask, config.ratio)
     ratio = ops.frozen(ops.ratio(log_ratio, jnp.zeros_like(log_ratio)))
     per_token, is_clipped = losses.surrogate(
         config.surrogate,
         log_probs,
-        log_ratio,
         advantages,
+        log_ratio=log_ratio,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
@@ -292,7 +303,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     per_token, metrics = with_entropy(per_token, output, rollout, config)
     metrics |= {
         "policy/clip_fraction": losses.aggregate(is_clipped, mask),
-        "policy/approx_kl": losses.aggregate(approx_kl, mask),
+        "policy/approx_kl": losses.aggregate(0.5 * jnp.square(of_token), mask),
         "policy/ratio_max": Max(jnp.max(ops.masked(ratio, mask))),
     }
     if config.kl_in_loss:
@@ -309,11 +320,13 @@ def _kl_term(
     rollout: Rollout,
     estimator: ops.KLEstimator,
 ) -> Array:
-    """The KL term [B, T] of the policy's own tokens."""
+    """The KL term [B, T] of the policy's own tokens; ``ratio`` is that of the surrogate."""
     hint = "give rollout.collect a ref_fn, or set kl_loss_coef=0"
     ref_log_probs = ops.masked(field(rollout, "ref_log_probs", hint), rollout.mask)
     # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the
-    # policy's own.
+    # policy's own. With a ratio of rows (GSPO, VESPO) it is that of the row, as in the policy loss:
+    # a row then counts as much in one term as in the other. Its product is the weight of the whole
+    # response; its geometric mean is no importance weight of a token.
     weight = jnp.minimum(ratio, KL_RATIO_CAP)
     return weight * ops.kl(log_probs, ref_log_probs, estimator)
 
@@ -353,7 +366,7 @@ def updater(
         sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
         sharded["group_size"] = rollout.group_size
 
-        def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, Metrics]:
+        def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
                 bound,
                 state,

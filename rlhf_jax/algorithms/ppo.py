@@ -17,6 +17,7 @@ from rlhf_jax.types import (
     AxisName,
     DropoutKey,
     LossAndMetrics,
+    Mean,
     Metrics,
     Params,
     PolicyFn,
@@ -60,8 +61,10 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
     Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the
-    rewards, after their whitening if there is any, and are not whitened themselves.
+    rewards, after their whitening if there is any, and are not whitened themselves. A rollout that
+    has advantages is a ValueError: they would not be used.
     """
+    policy.check_unprepared(rollout)
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
     values = policy.field(rollout, "values", VALUES_HINT)
     mask = rollout.response_mask
@@ -102,7 +105,8 @@ def loss(
     value_clip = math.inf if config.value_clip is None else config.value_clip
     per_token = losses.clipped_value(values, old_values, returns, value_clip)
     value_loss = config.mean(per_token, mask)
-    total = policy_loss.plus(config.value_coef * value_loss)
+    # Both are means over the same tokens or rows, and so is their sum.
+    total = Mean(policy_loss.total + config.value_coef * value_loss.total, policy_loss.count)
     return total, {**metrics, "value/loss": value_loss}
 
 

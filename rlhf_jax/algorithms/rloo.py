@@ -60,7 +60,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
     ``scores``. Missing rows, and a group with a single answer, get 0. Minibatches may split groups
-    afterwards.
+    afterwards. A rollout that has advantages is a ValueError: they would not be used.
 
     Args:
       rollout: rows of one prompt are adjacent, ``group_size`` of them.
@@ -68,6 +68,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     """
     if config.baseline == "group":
         return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
+    policy.check_unprepared(rollout)
     mask = rollout.response_mask
     if config.baseline == "both":
         # Not leave_one_out, which is G / (G - 1) times as large: if answers are missing, G differs

@@ -32,8 +32,10 @@ from rlhf_jax.types import (
     Params,
     Parts,
     Rollout,
+    StepMetrics,
     TrainState,
     is_part,
+    map_columns,
 )
 
 State = TypeVar("State", bound=TrainState)
@@ -41,7 +43,7 @@ Terms = tuple[Mean, ...]  # of a loss
 Results = tuple[Terms, Parts]
 PartGradient = tuple[Params, Results]
 Forward = Callable[[Params, Array | int, Any], Results]
-Gradient = tuple[Array, Metrics, Params]  # loss, metrics and gradient of a whole batch
+Gradient = tuple[Array, StepMetrics, Params]  # loss, metrics and gradient of a whole batch
 
 # From this many response slots on, microbatches hold rows of similar length and end after the
 # columns that their rows need.
@@ -59,7 +61,7 @@ def gradient_step(
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
     group_size: int = 1,
-) -> tuple[State, Metrics]:
+) -> tuple[State, StepMetrics]:
     """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is
     not finite.
 
@@ -78,7 +80,8 @@ def gradient_step(
         part; with a ``group_size`` that is group i. A Rollout with `LONG` response slots and a
         ``prompt_length`` is sorted by length first, and the columns of a part end after a quarter
         or a half of the response slots if its responses do: that compiles the loss once for each
-        width, and changes its rounding.
+        width, and changes its rounding. What is cut are the fields that a class declares with the
+        metadata ``types.PER_TOKEN``. If another field is as wide as the tokens, nothing is cut.
       axis_name: the mapped axis (or axes) over whose devices the batch is sharded.
       minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. If its first
         axis is the whole mesh and parameters are replicated, each device adds up the gradients of
@@ -89,7 +92,9 @@ def gradient_step(
 
     Returns:
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
-      (before the optimizer's clipping) and ``nonfinite``, 1 if the state was kept, else 0.
+      (before the optimizer's clipping) and ``nonfinite``, 1 if the state was kept, else 0. A Mean
+      is divided; a Max stays one, so that ``minibatch_epochs`` takes the largest (``numbers`` makes
+      arrays of all).
 
     Raises:
       ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
@@ -117,8 +122,13 @@ def gradient_step(
     return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "nonfinite": nonfinite}
 
 
+def numbers(metrics: StepMetrics) -> Metrics:
+    """The metrics as arrays, a Max as its value."""
+    return {name: x.value if isinstance(x, Max) else x for name, x in metrics.items()}
+
+
 def minibatch_epochs(
-    step: Callable[[State, Any, Array], tuple[State, Metrics]],
+    step: Callable[[State, Any, Array], tuple[State, StepMetrics]],
     state: State,
     batch: Any,
     key: Array,
@@ -153,8 +163,8 @@ def minibatch_epochs(
       group_size: adjacent rows that stay together: groups are permuted in place of rows.
 
     Returns:
-      The last state, and the metrics averaged over the steps (``nonfinite`` and ``_max`` metrics:
-      their maximum).
+      The last state, and the metrics averaged over the steps: arrays. Of a metric that is a ``Max``
+      and of ``nonfinite`` it is the largest.
 
     Raises:
       ValueError: the rows do not divide into blocks and minibatches, or the blocks into devices.
@@ -163,14 +173,14 @@ def minibatch_epochs(
     ops.check_number("minibatches", num_minibatches, at_least=1)
     ops.check_number("shuffle_blocks", shuffle_blocks, at_least=1)
 
-    def run_epoch(state: State, epoch: Array) -> tuple[State, Metrics]:
+    def run_epoch(state: State, epoch: Array) -> tuple[State, StepMetrics]:
         # The keys of the steps start where those of the shuffles end: no key is used twice.
         step_key = jax.random.fold_in(key, num_epochs + epoch)
         if num_minibatches == 1:
             whole = _constrained(batch, minibatch_sharding)
             return step(state, whole, jax.random.fold_in(step_key, 0))
 
-        def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, Metrics]:
+        def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, StepMetrics]:
             index, order = inputs
             minibatch = jax.tree.map(partial(_take, order, group_size), batch)
             minibatch = _constrained(minibatch, minibatch_sharding)
@@ -185,7 +195,7 @@ def minibatch_epochs(
         return state, _average(metrics)
 
     state, metrics = jax.lax.scan(run_epoch, state, jnp.arange(num_epochs))
-    return state, _average(metrics)
+    return state, numbers(_average(metrics))
 
 
 def batch_updater(
@@ -232,7 +242,7 @@ def batch_updater(
             axis_name=axis_name,
             minibatch_sharding=minibatch_sharding,
         )
-        return state, {**metrics, **batch_metrics(batch, axis_name)}
+        return state, {**numbers(metrics), **batch_metrics(batch, axis_name)}
 
     return update_on_batch
 
@@ -291,8 +301,9 @@ def _global_gradient(
     grads = ops.psum(grads, axis_name)
     if axis_name is not None:
         results = _map_parts(lambda part: part.over(axis_name), results)
-    terms, metrics = _map_parts(lambda part: part.value, results)
-    return sum(terms, jnp.zeros(())), metrics, grads
+    terms, parts = results
+    metrics = {name: x if isinstance(x, Max) else x.value for name, x in parts.items()}
+    return sum((term.value for term in terms), jnp.zeros(())), metrics, grads
 
 
 def _forward(
@@ -428,10 +439,17 @@ def _merged(stacked: Any) -> Any:
 
 
 def _is_long(batch: Any) -> bool:
-    """Whether the microbatches of a batch hold rows of similar length."""
+    """Whether the microbatches of a batch hold rows of similar length: a Rollout with many response
+    slots. Every field as wide as the tokens must be known to be columns of them or not: a field of
+    the user's own that is not declared ``per_token`` may be either, and then nothing is cut.
+    """
     if not isinstance(batch, Rollout) or batch.prompt_length is None:
         return False
-    return batch.tokens.shape[1] - batch.prompt_length >= LONG
+    columns = batch.tokens.shape[1]
+    others = jax.tree.leaves(map_columns(lambda x: None, batch))
+    if any(columns in x.shape[1:] for x in others):
+        return False
+    return columns - batch.prompt_length >= LONG
 
 
 def _by_length(rollout: Rollout, num_microbatches: int, group_size: int) -> Rollout:
@@ -457,7 +475,7 @@ def _narrowed(
     widths = [prompt + slots // 4, prompt + slots // 2, prompt + slots]
 
     def of_columns(width: int, part: Rollout) -> PartGradient:
-        return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part))
+        return backward(number, map_columns(lambda x: x[:, :width], part))
 
     index = jnp.searchsorted(jnp.array(widths), jnp.max(_used(part)))
     return jax.lax.switch(index, [partial(of_columns, width) for width in widths], part)
@@ -469,12 +487,16 @@ def _used(rollout: Rollout) -> Array:
     return jnp.max(jnp.where(rollout.mask, columns, 0), axis=1)
 
 
-def _average(metrics: Metrics) -> Metrics:
+def _average(metrics: StepMetrics) -> StepMetrics:
     """The metrics of several steps, stacked on axis 0, as one."""
-    averages = {}
+    averages: dict[str, Array | Max] = {}
     for name, x in metrics.items():
-        is_max = name == "nonfinite" or name.endswith("_max")
-        averages[name] = jnp.max(x, axis=0) if is_max else jnp.mean(x, axis=0)
+        if isinstance(x, Max):
+            averages[name] = Max(jnp.max(x.value, axis=0))
+        elif name == "nonfinite":
+            averages[name] = jnp.max(x, axis=0)
+        else:
+            averages[name] = jnp.mean(x, axis=0)
     return averages
 
 

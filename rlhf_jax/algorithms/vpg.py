@@ -78,7 +78,11 @@ def prepare(
     advantage = policy.row_rewards(rollout)
     if config.baseline == "ema":
         _, advantage = advantages.ema_baseline(
-            baseline, advantage, config.baseline_decay, rollout.present, axis_name
+            baseline,
+            advantage,
+            rollout.present,
+            decay=config.baseline_decay,
+            axis_name=axis_name,
         )
     elif config.baseline == "greedy":
         hint = "iteration.with_greedy makes them"
@@ -150,9 +154,9 @@ def update(
     moved, _ = advantages.ema_baseline(
         state.baseline,
         policy.row_rewards(rollout),
-        config.baseline_decay,
         rollout.present,
-        axis_name,
+        decay=config.baseline_decay,
+        axis_name=axis_name,
     )
     baseline = jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)
     return after.replace(baseline=baseline), metrics

@@ -27,9 +27,10 @@ Texts = tuple[str, ...]
 Switch = bool | Literal["auto"]
 ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # those of this package, by their sections
 
-# Numbers with bounds. None passes where a field allows it.
-Count = Annotated[int, partial(check_number, at_least=1)]
-CountOrZero = Annotated[int, partial(check_number, at_least=0)]
+# Numbers with bounds. None passes where a field allows it. Counts are int32 in the programs.
+MOST = 2**31 - 1
+Count = Annotated[int, partial(check_number, at_least=1, at_most=MOST)]
+CountOrZero = Annotated[int, partial(check_number, at_least=0, at_most=MOST)]
 Positive = Annotated[float, partial(check_number, above=0)]
 NonNegative = Annotated[float, partial(check_number, at_least=0)]
 Share = Annotated[float, partial(check_number, at_least=0, at_most=1)]
@@ -245,6 +246,11 @@ class Optimizer(Section):
     eps: NonNegative = 1e-8
     """Adam's epsilon."""
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the learning rate depends on the number of optimizer steps of the whole run."""
+        return self.schedule in ("linear", "cosine") or 0 < self.warmup_steps < 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.schedule == "step") != (self.decay_every is not None):
@@ -341,6 +347,14 @@ class KTOStage(Supervised, Reference, kto.Config):
     one is not."""
 
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2, got 1: the reference point joins each prompt with "
+                "another row's response"
+            )
 
 
 def _check_engine(engine: str) -> None:

@@ -6,6 +6,7 @@ always text: the spelling of a special token inside it is encoded as ordinary ch
 data cannot end a response or hide as padding.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,9 +20,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from rlhf_jax.data.files import read_text
-from rlhf_jax.errors import UserError
-from rlhf_jax.models.hf import find_folder, read_json
+from rlhf_jax.errors import UserError, is_there, read_file
+from rlhf_jax.models.hf import find_folder, read_json, refuse_adapter
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
@@ -66,7 +66,8 @@ class Tokenizer:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
             encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        except Exception as error:  # the package raises a bare one for an unknown character
+        except BaseException as error:  # the package raises a bare one for an unknown character
+            _raise_unless_its_own(error)
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
                 unknown = [character for character in text if character not in known]
@@ -75,7 +76,7 @@ class Tokenizer:
                     letter = f"{unknown[0]!r} (U+{ord(unknown[0]):04X})"
                     what = f"the tokenizer's alphabet lacks {letter}, found in {text[:40]!r}"
                     raise UserError(where + what) from error
-            raise
+            raise UserError(f"the tokenizer cannot encode a text: {error!s:.300}") from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -212,27 +213,59 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     named |= special | named_tokens(config)
     config = special | config  # a chat template may write each of them
     template = folder / "chat_template.jinja"
-    if template.exists():  # newer folders keep it there
-        config["chat_template"] = read_text(template)
+    if is_there(template):  # newer folders keep it there
+        config["chat_template"] = _text(template)
     single = folder / "tokenizer.json"
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
-    if not single.exists() and not (vocab.exists() and merges.exists()):
+    is_single = is_there(single)
+    if not is_single and not (is_there(vocab) and is_there(merges)):
+        refuse_adapter(folder)
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
-    file = single if single.exists() else vocab
-    try:
-        if file == single:
-            backend = tokenizers.Tokenizer.from_file(str(single))
+    with _broken(single if is_single else vocab):
+        if is_single:
+            backend = tokenizers.Tokenizer.from_buffer(read_file(single))
         else:
-            backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+            backend = _byte_level(_bpe(vocab, merges))
             named.setdefault("eos_token", EOS)
-    except Exception as error:  # the package raises a bare Exception for a broken file
-        raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    return _tokenizer(backend, named, config, str(folder))
+        return _tokenizer(backend, named, config, str(folder))
+
+
+@contextlib.contextmanager
+def _broken(file: Path) -> Iterator[None]:
+    """Says as a UserError that the ``tokenizers`` package cannot use a file."""
+    try:
+        yield
+    except BaseException as error:
+        _raise_unless_its_own(error)
+        raise UserError(f"{file}: not a tokenizer file: {error!s:.300}") from error
+
+
+def _raise_unless_its_own(error: BaseException) -> None:
+    """Raises an error that is none of the ``tokenizers`` package, which raises a bare Exception or,
+    from its Rust code, a PanicException, which is no Exception.
+    """
+    is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if isinstance(error, UserError) or not is_theirs:
+        raise error
+
+
+def _bpe(vocab: Path, merges: Path) -> models.BPE:
+    """The model in GPT-2's two files."""
+    for file in (vocab, merges):
+        read_file(file)  # the package would wait for a pipe, or read without an end
+    return models.BPE.from_file(str(vocab), str(merges))
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_file(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8, which is expected: {error}") from error
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -26,7 +26,7 @@ from rlhf_jax.data.environment import (
     load_environment,
 )
 from rlhf_jax.data.rows import Message, Record, Row
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, is_there, logger
 from rlhf_jax.models import hf
 from rlhf_jax.rewards.host import SINGLE_TURN
 from rlhf_jax.runs import devices
@@ -111,9 +111,14 @@ class LanguageModel(NamedTuple):
                 "folder."
             )
         file = hf.find_folder(source) / "generation_config.json"
-        generation = hf.read_json(file) if file.exists() else {}
+        generation = hf.read_json(file) if is_there(file) else {}
         ends = generation.get("eos_token_id", model.config.eos_token_id)
-        ids = np.ravel(() if ends is None else ends).tolist()
+        ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if any(type(i) is not int for i in ids):
+            raise UserError(
+                f"{file}: eos_token_id is {ends!r:.80}, expected the number of a token, or a list "
+                "of such numbers"
+            )
         others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
         tokenizer = replace(tokenizer, other_eos_ids=others)
         if model.config.pad_token_id in tokenizer.eos_ids:

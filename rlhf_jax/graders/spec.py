@@ -50,6 +50,7 @@ from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import (
     EnsembleMethod,
     combined,
+    deviation,
     ensemble,
     from_model,
     length,
@@ -352,8 +353,8 @@ def _ensemble_on_host(
         is_unscored = ma.getmaskarray(scores).any(axis=0)
         given = scores.filled(0).astype(np.float32)
         mean = combined(how, jnp.asarray(given), coef)
-        deviation = ma.array(np.std(given, axis=0), mask=is_unscored)
-        return ma.array(mean, mask=is_unscored), {"uncertainty": deviation}
+        uncertainty = ma.array(deviation(jnp.asarray(given)), mask=is_unscored)
+        return ma.array(mean, mask=is_unscored), {"uncertainty": uncertainty}
 
     return score
 

@@ -2,13 +2,25 @@
 
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import (
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     RopeScaling,
+    SmolLM3Config,
 )
 from rlhf_jax.models.heads import (
     HEADS,
@@ -23,8 +35,10 @@ from rlhf_jax.models.model import Model, build, resize_vocabulary
 from rlhf_jax.models.names import SHARDING
 
 # The configurations of the families
-__all__ = ["GPT2Config", "Gemma3TextConfig", "LlamaConfig", "MistralConfig"]
-__all__ += ["Qwen2Config", "Qwen3Config", "RopeScaling"]
+__all__ = ["GPT2Config", "GPTNeoXConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"]
+__all__ += ["GraniteConfig", "LlamaConfig", "Ministral3Config", "MistralConfig", "MixtralConfig"]
+__all__ += ["Olmo2Config", "Olmo3Config", "OlmoeConfig", "Phi3Config", "Qwen2Config"]
+__all__ += ["Qwen3Config", "Qwen3MoeConfig", "RopeScaling", "SmolLM3Config"]
 # A model and its files, heads and adapters, and the places of its parameters on a mesh
 __all__ += ["Model", "build", "load", "resize_vocabulary", "save"]
 __all__ += ["HEADS", "SHARDING", "add_head", "lora", "policy_fn", "policy_params", "score_fn"]

@@ -45,6 +45,17 @@ class Seen(NamedTuple):
     """[B, 1, t, S] bool: ``visible`` of the rest, made once for all layers."""
 
 
+class Softmax(NamedTuple):
+    """What turns scores into weights beside the mask."""
+
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: Array | None = None
+    """[H, G] a score of each query head that takes a share of the weight and has no value."""
+
+
+PLAIN = Softmax()
+
+
 def positions(attention_mask: Array) -> Array:
     """Position of each token within its document: ``cumsum(mask) - mask``, restarting at every
     packed document.
@@ -180,7 +191,7 @@ def implementation(
         return "xla"
     if name == "auto" and keys < LONG:
         return "xla"
-    if drops or queries != keys:
+    if drops or queries != keys or not config.has_plain_softmax:
         return "blockwise"
     return fused.fastest(config) if name == "auto" else name
 
@@ -194,6 +205,7 @@ def mix(
     drop: Drop,
     is_local: Array | bool,
     columns: Columns,
+    softmax: Softmax = PLAIN,
 ) -> Array:
     """``attention`` by the implementation that the config names or that fits: [B, H, G, n, Dh] for
     the given columns of the queries.
@@ -212,11 +224,11 @@ def mix(
     query = pick(query, columns, axis=3)
     seen = seen_at(seen, columns)
     if name == "blockwise":
-        return blockwise(query, key, value, seen, drop)
+        return blockwise(query, key, value, seen, drop, softmax)
     first = None
     if num_keys == num_queries and not isinstance(columns, Array):
         first = 0 if columns is None else columns.start
-    return attention(query, key, value, seen, drop, first)
+    return attention(query, key, value, seen, drop, first, softmax)
 
 
 def attention(
@@ -226,6 +238,7 @@ def attention(
     seen: Seen,
     drop: Drop = None,
     first: int | None = None,
+    softmax: Softmax = PLAIN,
 ) -> Array:
     """Scaled dot-product attention; scores and softmax in float32 whatever the inputs' dtype.
 
@@ -238,6 +251,7 @@ def attention(
         first: index of the key at the first query's position, if the other queries' keys follow it
             in order: the first half of the queries then skips the keys after it. None if the
             queries are at other positions.
+        softmax: a soft cap of the scores, and sinks.
 
     Returns:
         [B, H, G, t, Dh] in the dtype of ``value``; finite also for a query without a key.
@@ -245,14 +259,14 @@ def attention(
     mask = visible(seen)
     half = query.shape[3] // 2
     if first is None or half < HALF or drop is not None:
-        return _attend(query, key, value, mask, drop)
+        return _attend(query, key, value, mask, drop, softmax)
     end = first + half
     # The gradient of a split is one copy; the gradient of slices would pad each of them.
     early, late = jnp.split(query, [half], axis=3)
     early_key = key[:, :, :end]
     early_value = value[:, :, :end]
-    early = _attend(early, early_key, early_value, mask[:, :, :half, :end])
-    late = _attend(late, key, value, mask[:, :, half:])
+    early = _attend(early, early_key, early_value, mask[:, :, :half, :end], None, softmax)
+    late = _attend(late, key, value, mask[:, :, half:], None, softmax)
     return jnp.concatenate([early, late], axis=3)
 
 
@@ -261,19 +275,28 @@ def _attend(
     key: Array,
     value: Array,
     mask: Array,
-    drop: Drop = None,
+    drop: Drop,
+    softmax: Softmax,
 ) -> Array:
     """``attention`` under a mask [B, 1, t, S]."""
     shape = query.shape
     rows = query.reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]: XLA copies an axis of one
     scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
+    if softmax.softcap is not None:
+        scores = softmax.softcap * jnp.tanh(scores / softmax.softcap)
     # The mask is added, and the sum divided by at the end: XLA then touches the scores half as
     # often as by softmax.
     masked = jnp.where(mask, 0.0, MASKED)
     scores += jnp.tile(masked, (1, 1, shape[2], 1))
     highest = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - lax.stop_gradient(highest))
+    if softmax.sinks is not None:
+        sinks = jnp.repeat(softmax.sinks.astype(jnp.float32), shape[3], axis=1)[None, :, :, None]
+        highest = jnp.maximum(highest, sinks)
+    highest = lax.stop_gradient(highest)
+    weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
+    if softmax.sinks is not None:
+        total += jnp.exp(sinks - highest)
     if drop is not None:
         drop_key, rate = drop
         keep = jax.random.bernoulli(drop_key, 1.0 - rate, weights.shape)
@@ -290,6 +313,7 @@ def blockwise(
     value: Array,
     seen: Seen,
     drop: Drop = None,
+    softmax: Softmax = PLAIN,
 ) -> Array:
     """``attention``, one block of queries after another: memory holds the scores of one block only,
     in the backward pass too.
@@ -305,7 +329,7 @@ def blockwise(
             drop_key, rate = drop
             block_drop = (jax.random.fold_in(drop_key, number), rate)
         block_seen = seen._replace(slots=slots, documents=documents)
-        return attention(query, key, value, block_seen, block_drop)
+        return attention(query, key, value, block_seen, block_drop, None, softmax)
 
     return by_blocks(of_block, size, (query, 3), (seen.slots, 1), (seen.documents, 1))
 

@@ -1,43 +1,21 @@
-"""The decoder of Llama, Qwen, Gemma and Mistral in Flax Linen, equal to transformers' models; the
-config's class selects the family.
+"""The decoder of Llama and its relatives in Flax Linen, equal to transformers' models; the config's
+attributes say in what a family differs.
 
 Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU
 (Shazeer 2020). It adds a table "lm_head" to the parameters of ``stack.Transformer`` unless the
 output layer is the token table.
 """
 
-import dataclasses
-import math
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from rlhf_jax.models import kernels, stack
-from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
-from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm, Rotation
-
-
-def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
-    """[Dh / 2] float32 angles per position, stretched by ``config.rope_scaling`` (transformers'
-    rope utils).
-    """
-    if is_local and isinstance(config, Gemma3TextConfig):
-        config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-    even = np.arange(0, config.head_size, 2, dtype=np.float64)
-    inverse = 1.0 / config.rope_theta ** (even / config.head_size)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inverse.astype(np.float32)
-    stretched = inverse / scaling.factor
-    if scaling.kind == "linear":
-        return stretched.astype(np.float32)
-    # The number of waves in a text of the original length decides how much a frequency keeps.
-    waves = scaling.original_max_length * inverse / (2 * math.pi)
-    low = scaling.low_freq_factor
-    kept = np.clip((waves - low) / (scaling.high_freq_factor - low), 0.0, 1.0)
-    return (kept * inverse + (1 - kept) * stretched).astype(np.float32)
+from rlhf_jax.models import kernels, rope, stack
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.mlp import MLP, MixtureOfExperts
+from rlhf_jax.models.stack import Dense, Norm, Rotation
 
 
 class _Attention(stack.Attention):
@@ -47,57 +25,76 @@ class _Attention(stack.Attention):
 
     def setup(self) -> None:
         config = self.config
-        width = config.num_heads * config.head_size
-        kv_width = config.kv_heads * config.head_size
+        width, kv_width = self.widths()
         has_bias = config.attention_bias or config.qkv_bias
-        self.q_proj = Dense(config, (width,), has_bias)
-        self.k_proj = Dense(config, (kv_width,), has_bias)
-        self.v_proj = Dense(config, (kv_width,), has_bias)
+        if config.qkv == "apart":
+            self.q_proj = Dense(config, (width,), has_bias)
+            self.k_proj = Dense(config, (kv_width,), has_bias)
+            self.v_proj = Dense(config, (kv_width,), has_bias)
+        else:
+            self.qkv_proj = Dense(config, (width + 2 * kv_width,), has_bias)
         self.o_proj = Dense(config, (config.hidden_size,), config.attention_bias)
         if config.qk_norm:
             self.q_norm = Norm(config)
             self.k_norm = Norm(config)
+        if config.sinks:
+            initial = nn.initializers.normal(config.initializer_range)
+            self.sinks = self.param("sinks", initial, (config.num_heads,))
+
+    @nn.nowrap
+    def widths(self) -> tuple[int, int]:
+        """Columns of all heads of queries, and of keys."""
+        size = self.config.head_size
+        return self.config.num_heads * size, self.config.kv_heads * size
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
+        config = self.config
         batch, length, _ = x.shape
 
         def by_head(projected: Array) -> Array:
-            heads = projected.reshape(batch, length, -1, self.config.head_size)
+            heads = projected.reshape(batch, length, -1, config.head_size)
             return heads.swapaxes(1, 2)
 
-        query = by_head(self.q_proj(x))
-        key = by_head(self.k_proj(x))
-        value = by_head(self.v_proj(x))
-        if self.config.qk_norm:
+        query, key, value = self.projected(x)
+        if config.qk_norm == "width":
             query = self.q_norm(query)
             key = self.k_norm(key)
+        query = by_head(query)
+        key = by_head(key)
+        if config.qk_norm == "head":
+            query = self.q_norm(query)
+            key = self.k_norm(key)
+        return query, key, by_head(value)
+
+    def projected(self, x: Array) -> tuple[Array, Array, Array]:
+        """[B, T, H Dh] queries, [B, T, H_kv Dh] keys and values."""
+        config = self.config
+        if config.qkv == "apart":
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        joined = self.qkv_proj(x)
+        if config.qkv == "joined":
+            width, kv_width = self.widths()
+            query, key, value = jnp.split(joined, [width, width + kv_width], axis=-1)
+            return query, key, value
+        by_head = joined.reshape(*x.shape[:2], config.num_heads, 3, config.head_size)
+        thirds = jnp.moveaxis(by_head, 3, 0)
+        query, key, value = thirds.reshape(3, *x.shape[:2], -1)
         return query, key, value
+
+    def sink_scores(self, kv_heads: int) -> Array | None:
+        return self.sinks.reshape(kv_heads, -1) if self.config.sinks else None
 
     def output(self, mixed: Array) -> Array:
         return self.o_proj(mixed)
 
 
-class _MLP(nn.Module):
-    config: DecoderConfig
-
-    def setup(self) -> None:
-        config = self.config
-        self.gate_proj = Dense(config, (config.intermediate_size,), config.mlp_bias)
-        self.up_proj = Dense(config, (config.intermediate_size,), config.mlp_bias)
-        self.down_proj = Dense(config, (config.hidden_size,), config.mlp_bias)
-
-    def __call__(self, x: Array) -> Array:
-        activation = ACTIVATIONS[self.config.activation]
-        gate = activation(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
-
-
 class _Block(stack.Block):
     config: DecoderConfig
+    has_experts: bool = False
 
     def setup(self) -> None:
         self.attn = _Attention(self.config)
-        self.mlp = _MLP(self.config)
+        self.mlp = (MixtureOfExperts if self.has_experts else MLP)(self.config)
         self.add_norms(0.0)
 
 
@@ -112,19 +109,34 @@ class Decoder(stack.Transformer):
         if not config.tie_embeddings:
             self.lm_head = stack.table(config, config.vocab_size)
 
+    def layer_options(self, number: int) -> dict[str, Any]:
+        return {"has_experts": self.config.sparse_layers[number]}
+
     def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
         rows = self.token_rows(tokens, real)
-        if self.config.scaled_embedding:
-            scale = jnp.asarray(self.config.hidden_size**0.5, rows.dtype)
-            rows = rows * scale
+        multiplier = self.config.embedding_multiplier
+        if multiplier != 1.0:
+            rows = rows * jnp.asarray(multiplier, rows.dtype)
         return rows.astype(self.config.compute_dtype)
 
     def scales(self) -> list[float]:
-        width = getattr(self.config, "query_scalar", self.config.head_size)
-        return [width**-0.5] * self.config.num_layers
+        scale = self.config.attention_scale
+        return [scale] * self.config.num_layers
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation:
         places = positions.astype(jnp.float32)[:, None, :, None]
-        angles = places * frequencies(self.config, is_local)[None, None, None]
+        frequencies = rope.frequencies(self.config, is_local)
+        angles = places * frequencies[None, None, None]
         rotation = jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+        factor = rope.attention_factor(self.config, is_local)
+        if factor != 1.0:
+            rotation = rotation * factor
         return kernels.computed_once(rotation)
+
+    def query_scale(self, positions: Array) -> Array | None:
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling.query_beta is None:
+            return None
+        lengths = jnp.floor(positions / scaling.original_max_length)
+        growth = scaling.query_beta * jnp.log1p(lengths)
+        return (1 + growth)[:, None, :, None]

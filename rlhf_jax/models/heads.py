@@ -19,7 +19,7 @@ from rlhf_jax.models.attention import by_blocks
 from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.model import Model
 from rlhf_jax.models.shared import Groups
-from rlhf_jax.ops import check_number
+from rlhf_jax.ops import check_number, with_settings
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
 # Logits of one row in memory at once (columns x V). Rows do not count, so that a shard has the same
@@ -153,7 +153,7 @@ def policy_fn(
             output = output._replace(values=_scalar(critic, "value", hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
-    return policy
+    return with_settings(policy, temperature, prompt_length)
 
 
 def shared_by(group_size: int, prompt_length: int) -> dict[str, Groups]:

@@ -25,14 +25,15 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.models import names
+from rlhf_jax.errors import UserError, is_there, read_file
+from rlhf_jax.models import families, names
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import HEADS
 from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder of PEFT
 # The file beside the parameters of a policy that Python gave to a run (training.common.own).
 OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
@@ -45,6 +46,7 @@ _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that
 # prefix.
 _BUFFERS = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
 )
 _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
@@ -59,6 +61,8 @@ _SIZES = (
     "kv_heads",
     "head_size",
     "intermediate_size",
+    "num_experts",
+    "expert_size",
 )
 
 
@@ -92,17 +96,17 @@ def load(
     folder = find_folder(path_or_hf_name)
     config = read_config(folder)
     model = build(dataclasses.replace(config, **compute))
-    family = names.family_of(config)
+    family = families.family_of(config)
     reader = Reader(folder, family.prefix)
     _check_sizes(config, reader, folder / CONFIG)
     architectures = str(config.other_keys.get("architectures"))
-    is_classifier = names.SCORE in reader or family.classifier in architectures
+    is_classifier = families.SCORE in reader or family.classifier in architectures
     params = _read_body(reader, model, dtype, is_classifier, shardings)
     if is_classifier:
         shift = config.other_keys.get("reward_shift", 0.0)
         params["score"] = read_score(reader, config.hidden_size, shift, dtype)
     reader.check_all_read()
-    if (folder / VALUE_HEAD).is_file():
+    if is_there(folder / VALUE_HEAD):
         reader = Reader(folder, single=VALUE_HEAD)
         params["value"] = {
             "kernel": reader.read("kernel", (config.hidden_size,), dtype),
@@ -140,11 +144,11 @@ def save(
     """
     tensors = _body_tensors(model, params)
     if both_tables:
-        token_table = _token_table(names.family_of(model.config))
-        tensors.setdefault(names.OUTPUT_TABLE, tensors[token_table])
+        family = families.family_of(model.config)
+        tensors.setdefault(family.output_table, tensors[_token_table(family)])
     if "score" in params:
         kernel, _ = folded_score(params["score"])
-        tensors[names.SCORE] = _Tensor(kernel, kernel.shape)
+        tensors[families.SCORE] = _Tensor(kernel, kernel.shape)
     keys = _config_keys(model, params, tensors)
 
     folder = Path(path)
@@ -164,7 +168,7 @@ def save(
 
 def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"]) -> dict[str, Any]:
     """The keys of config.json."""
-    family = names.family_of(model.config)
+    family = families.family_of(model.config)
     keys = names.to_json(model.config)
     for former in _FORMER:
         keys.pop(former, None)
@@ -242,7 +246,7 @@ def read_score(
     dtype: Any = None,
 ) -> Params:
     """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
-    kernel = reader.read(names.SCORE, (1, width), dtype)[0]
+    kernel = reader.read(families.SCORE, (1, width), dtype)[0]
     scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
     return {"kernel": kernel} | jax.tree.map(lambda x: jnp.asarray(x, kernel.dtype), scalars)
 
@@ -283,15 +287,25 @@ def find_folder(
         ) from error
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError for a folder of PEFT, which holds no whole model."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: a PEFT adapter, no whole model; `rlhf-jax export {folder} FOLDER` writes "
+            "the base model that it names with the adapter merged, a model for every command"
+        )
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in a folder."""
     file = folder / CONFIG
-    if (folder / OWN_NOTE).is_file():
+    if is_there(folder / OWN_NOTE):
         raise UserError(
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
             "Face model; read them by rlhf_jax.training.common.own.load"
         )
-    if not file.is_file():
+    refuse_adapter(folder)
+    if not is_there(file):
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))
     shift = config.other_keys.get("reward_shift", 0.0)
@@ -303,7 +317,7 @@ def read_config(folder: Path) -> ModelConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_file(file).decode("utf-8-sig"))
         # Fails for half of a surrogate pair, which no file can hold.
         json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -331,13 +345,16 @@ class Reader:
         prefix: str = "",
         single: str = WEIGHTS,
     ) -> None:
-        files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
-        self.source = files[0] if len(files) == 1 else folder / INDEX
+        whole = folder / single
+        paths = [whole] if is_there(whole) else _shards(folder, single)
+        self.source = paths[0] if len(paths) == 1 else folder / INDEX
         self.prefix = prefix
         # {name without prefix: (open file, name in it)}
         self.where: dict[str, tuple[Any, str]] = {}
         self.metadata: dict[str, str] = {}
-        for file in files:
+        for file in paths:
+            if not file.is_file():
+                raise UserError(f"{file}: is no file")
             try:
                 opened = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -392,7 +409,7 @@ class Reader:
 
 def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
-    if not index.is_file():
+    if not is_there(index):
         pickles = [
             f"; {file.name} is a pickle, which is never read" for file in folder.glob("*.bin")
         ]
@@ -401,9 +418,9 @@ def _shards(folder: Path, single: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
-    files = [file.name for file in folder.iterdir() if file.is_file()]
+    present = [file.name for file in folder.iterdir() if is_there(file)]
     for shard in weight_map.values():
-        if shard not in files:
+        if shard not in present:
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
     return [folder / shard for shard in sorted(set(weight_map.values()))]
 
@@ -413,7 +430,7 @@ def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
     most = dict.fromkeys(_SIZES, sum(math.prod(reader.shape(name)) for name in reader.where))
     most["num_layers"] = len(reader.where)
     for name, limit in most.items():
-        size = getattr(config, name) or 0
+        size = getattr(config, name, None) or 0
         if size > limit:
             raise UserError(
                 f"{where}: {name} is {size}, but {reader.source} has tensors for {limit} at most"
@@ -427,13 +444,13 @@ def _read_body(
     is_classifier: bool,
     shardings: Callable[[Any], Any] | None,
 ) -> Params:
-    family = names.family_of(model.config)
+    family = families.family_of(model.config)
     shapes = _shapes(model)
-    if names.OUTPUT_TABLE not in reader:
+    if family.output_table not in reader:
         if is_classifier:  # it does not use its output table, and transformers stores none
             shapes.pop(_OUTPUT_TABLE, None)
     elif _OUTPUT_TABLE not in shapes:
-        _read_tied_tables(reader, _token_table(family), shapes["wte", "embedding"])
+        _read_tied_tables(reader, family, shapes["wte", "embedding"])
     tensors = {path: family.tensors(path, shape) for path, shape in shapes.items()}
     missing = {name for of_leaf in tensors.values() for name in of_leaf if name not in reader}
     if missing:
@@ -445,9 +462,11 @@ def _read_body(
         stored[path] = [reader.slices(name, stored_shape) for name in tensors[path]]
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
-    leaves: dict[names.LeafPath, Array] = {}
+    leaves: dict[families.LeafPath, Array] = {}
     for path, shape in shapes.items():
-        part = functools.partial(_part, stored[path], path, family.is_transposed(path), dtype)
+        separate = family.separate(path, shape)
+        is_transposed = family.is_transposed(path)
+        part = functools.partial(_part, stored[path], path, separate, is_transposed, dtype)
         if shardings is None:
             leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
         else:
@@ -455,28 +474,43 @@ def _read_body(
     return unflatten_dict(leaves)
 
 
+def read_leaf(
+    reader: Reader,
+    family: families.Family,
+    path: families.LeafPath,
+    shape: families.Shape,
+) -> Array:
+    """A leaf of the body, whole, in float32."""
+    stored = family.stored(path, shape)
+    tensors = [reader.slices(name, stored) for name in family.tensors(path, shape)]
+    separate = family.separate(path, shape)
+    whole = (slice(None),) * len(shape)
+    is_transposed = family.is_transposed(path)
+    return jnp.asarray(_part(tensors, path, separate, is_transposed, jnp.float32, whole))
+
+
 def _part(
     tensors: list[Any],
-    path: names.LeafPath,
+    path: families.LeafPath,
+    separate: families.Shape,
     is_transposed: bool,
     dtype: Any,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """A part of a leaf. The layers of a stacked leaf are in several tensors, and a kernel may be
-    stored transposed.
+    """A part of a leaf. The entries of its ``separate`` axes are in several tensors, and a kernel
+    may be stored transposed.
     """
-    is_stacked = path[0] == "h"
-    is_fused = names.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
-    inner = index
-    if is_stacked:
-        tensors = tensors[index[0]]
-        inner = index[1:]
+    is_fused = families.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
+    inner = index[len(separate) :]
     if is_fused:
         inner = (*inner[:-2], slice(None))
     elif is_transposed:
         inner = inner[::-1]
-    parts = [tensor[inner] for tensor in tensors]
-    part = np.stack(parts) if is_stacked else parts[0]
+    numbers = np.arange(len(tensors)).reshape(separate)[index[: len(separate)]]
+    parts = [tensors[number][inner] for number in numbers.ravel()]
+    part = parts[0]
+    if separate:
+        part = np.stack(parts).reshape(*numbers.shape, *part.shape)
     if is_fused:
         part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]]
     elif is_transposed:
@@ -484,15 +518,16 @@ def _part(
     return np.asarray(part, jax.dtypes.canonicalize_dtype(dtype or part.dtype))
 
 
-def _token_table(family: names.Family) -> str:
+def _token_table(family: families.Family) -> str:
     [name] = family.tensors(("wte", "embedding"), ())
     return name
 
 
-def _read_tied_tables(reader: Reader, token_table: str, shape: names.Shape) -> None:
+def _read_tied_tables(reader: Reader, family: families.Family, shape: families.Shape) -> None:
     """Reads a table stored under two names once. Two different tables would be another model."""
-    _, stored = output_table = reader.find(names.OUTPUT_TABLE)
-    outputs = reader.slices(names.OUTPUT_TABLE, shape)
+    token_table = _token_table(family)
+    _, stored = output_table = reader.find(family.output_table)
+    outputs = reader.slices(family.output_table, shape)
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
     elif (reader.slices(token_table, shape)[:] != outputs[:]).any():
@@ -502,18 +537,18 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: names.Shape) -> N
         )
 
 
-def _shapes(model: Model) -> dict[names.LeafPath, names.Shape]:
+def _shapes(model: Model) -> dict[families.LeafPath, families.Shape]:
     """Shapes of the body's leaves by path."""
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 class _Tensor(NamedTuple):
-    """A tensor that is to be written: a leaf of params, or one of its layers."""
+    """A tensor that is to be written: a leaf of params, or one of its layers or experts."""
 
     leaf: Any
     shape: tuple[int, ...]  # in the file
-    layer: int | None = None
+    entry: tuple[int, ...] = ()
     is_transposed: bool = False
 
     def num_bytes(self) -> int:
@@ -522,14 +557,14 @@ class _Tensor(NamedTuple):
 
     def array(self) -> np.ndarray:
         """The tensor on the host."""
-        part = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+        part = np.asarray(self.leaf[self.entry] if self.entry else self.leaf)
         if self.is_transposed:
             part = part.T
         return np.ascontiguousarray(part).reshape(self.shape)
 
 
 def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
-    family = names.family_of(model.config)
+    family = families.family_of(model.config)
     expected = _shapes(model)
     leaves = flatten_dict({name: leaf for name, leaf in params.items() if name not in HEADS})
     if "score" in params:  # a classifier has no output table, see load
@@ -546,9 +581,10 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
     tensors = {}
     for path, leaf in leaves.items():
         stored = family.stored(path, leaf.shape)
-        for number, name in enumerate(family.tensors(path, leaf.shape)):
-            layer = number if path[0] == "h" else None
-            tensors[name] = _Tensor(leaf, stored, layer, family.is_transposed(path))
+        is_transposed = family.is_transposed(path)
+        entries = np.ndindex(*family.separate(path, leaf.shape))
+        for index, name in zip(entries, family.tensors(path, leaf.shape), strict=True):
+            tensors[name] = _Tensor(leaf, stored, index, is_transposed)
     return tensors
 
 

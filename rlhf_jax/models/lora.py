@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.tree_util import Partial
 
+from rlhf_jax.models.families import LeafPath, takes_adapters
 from rlhf_jax.models.heads import HEADS
-from rlhf_jax.models.names import LeafPath
 from rlhf_jax.models.peft import read_adapter as load
 from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
@@ -43,6 +43,7 @@ def init(
         params: of a model; not changed.
         rank: r, at least 1.
         match: regular expression, searched in the paths of the kernels, such as "h_0/attn/c_attn".
+            Experts and their routers take no adapters.
         alpha: the scale is alpha / rank; None: rank, so a scale of 1.
 
     Returns:
@@ -56,7 +57,7 @@ def init(
     kernels = {
         path[:-1]: leaf.shape
         for path, leaf in sorted(flatten_dict(params).items())
-        if path[-1] == "kernel" and path[0] not in HEADS
+        if path[-1] == "kernel" and path[0] not in HEADS and takes_adapters(path)
     }
     chosen = [module for module in kernels if re.search(match, "/".join(module))]
     if not chosen:
@@ -78,32 +79,42 @@ def init(
 
 
 def attach(params: Params, adapters: Params) -> Params:
-    """The parameters with the adapters beside their kernels and with the adapters' heads, for a
-    model's functions.
+    """The parameters with the adapters beside their kernels, and with the adapters' heads and whole
+    modules, for a model's functions.
 
     Nothing is copied: the kernels do not change, and the product of A and B is never computed.
 
     Raises:
-        ValueError: an adapter belongs to no kernel of ``params``.
+        ValueError: an adapter belongs to no kernel of ``params``, or to one that has an adapter.
     """
     leaves = flatten_dict(params)
     added = flatten_dict(adapters)
     for path in added:
-        if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
+        if path[0] in HEADS:
+            continue
+        is_adapter = path[-1].startswith("lora_")
+        owner = (*path[:-1], "kernel") if is_adapter else path
+        if owner not in leaves:
             raise ValueError(
                 f"the adapter {'/'.join(path)} belongs to no kernel of these parameters"
+            )
+        if is_adapter and path in leaves:
+            raise ValueError(
+                f"{'/'.join(path[:-1])} has an adapter already, which a second one would replace: "
+                "merge the first one into its kernel, params = lora.merge(params, adapters), and "
+                "attach the second to the result"
             )
     return unflatten_dict(leaves | added)
 
 
 def merge(params: Params, adapters: Params) -> Params:
     """The parameters of an equal model without adapters: kernels + scale * A @ B, and the adapters'
-    heads.
+    heads and whole modules.
 
     A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
 
     Raises:
-        ValueError: an adapter belongs to no kernel of ``params``.
+        ValueError: as ``attach``.
     """
     leaves = flatten_dict(attach(params, adapters))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}

@@ -36,7 +36,8 @@ class Model(NamedTuple):
         hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the
             compute dtype; given a ``slice`` or [B, n] indices of columns, [B, n, D]: the last block
             then computes only those. Given ``groups`` (``shared.Groups``) too, each prompt that
-            adjacent rows share is computed once; with dropout each row is computed by itself.
+            adjacent rows share is computed once; with dropout, a soft cap of attention or sinks
+            each row is computed by itself.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
@@ -92,7 +93,7 @@ def build(config: ModelConfig) -> Model:
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
         inputs = (tokens, mask, columns)
-        if groups is not None and rngs is None:
+        if groups is not None and rngs is None and config.has_plain_softmax:
             chex.assert_is_divisible(len(tokens), groups.size)
             together = (*inputs, groups)
             return module.apply({"params": params}, *together, method="hidden_in_groups")
@@ -118,7 +119,7 @@ def build(config: ModelConfig) -> Model:
         init_cache=partial(stack.init_cache, config),
         decode=partial(_decode, module, unrolled),
         for_decoding=partial(stack.for_decoding, config),
-        takes_groups=True,
+        takes_groups=config.has_plain_softmax,
     )
 
 

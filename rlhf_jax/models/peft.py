@@ -11,21 +11,25 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.models import names
+from rlhf_jax.errors import UserError, is_there
+from rlhf_jax.models import families, names
+from rlhf_jax.models.families import LeafPath, Shape
+from rlhf_jax.models.heads import HEADS
 from rlhf_jax.models.hf import (
+    ADAPTER_CONFIG,
     Reader,
     find_folder,
     folded_score,
     listed,
     read_json,
+    read_leaf,
     read_score,
     write_tensors,
 )
-from rlhf_jax.models.names import LeafPath, Shape
+from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -40,18 +44,28 @@ _OTHER_KINDS = (
     "bias",
     "trainable_token_indices",
 )
+# Starts of A and B that leave the base model's weights as they are. For the others (PiSSA, OLoRA,
+# EVA, CorDA, LoftQ, ...) PEFT changes these weights each time it loads the adapter.
+_STARTS = (None, True, False, "gaussian")
 
 
-def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
+def read_adapter(
+    path: str | os.PathLike[str],
+    params: Params,
+    model: Model | None = None,
+) -> Params:
     """Adapters for ``params`` from PEFT's folder, or from one on the Hugging Face hub.
 
     Args:
         path: the folder, or a name on the hub.
         params: of the model that the adapters belong to.
+        model: of these parameters; needed for a folder that holds whole modules beside the
+            adapters (``modules_to_save``), except a score head.
 
     Returns:
-        float32 adapters with ``lora_scale`` = alpha / r (rsLoRA: alpha / sqrt(r)), and the score
-        head of a sequence classifier where the folder has one.
+        float32 adapters with ``lora_scale`` = alpha / r (rsLoRA: alpha / sqrt(r)), the score head
+        of a sequence classifier where the folder has one, and the leaves of whole modules, which
+        replace those of ``params`` in ``attach`` and ``merge``.
 
     Raises:
         UserError: names the file, key or tensor that is missing, unexpected or of the wrong shape.
@@ -65,12 +79,32 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         if any(f"{module}.lora_A.weight" in reader for module in modules):
             leaves |= _read_pair(reader, config, modules, kernel, leaf.shape)
     adapters = unflatten_dict(leaves)
-    if names.SCORE in reader:
+    if families.SCORE in reader:
         adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), _read_shift(reader))
+    if reader.unread and model is not None:
+        whole = _read_whole_modules(reader, model, params)
+        adapters = unflatten_dict(flatten_dict(adapters) | whole)
     reader.check_all_read()
     if not adapters:
         raise UserError(f"{folder / WEIGHTS}: no adapter of a kernel of this model")
     return adapters
+
+
+def _read_whole_modules(reader: Reader, model: Model, params: Params) -> dict[LeafPath, Array]:
+    """The leaves of ``params`` that the folder holds whole."""
+    family = families.family_of(model.config)
+    leaves = {}
+    for path, leaf in flatten_dict(params).items():
+        tensors = family.tensors(path, leaf.shape) if path[0] not in HEADS else []
+        if not any(name in reader for name in tensors):
+            continue
+        if path[-1] == "embedding" and model.config.tie_embeddings:
+            raise UserError(
+                f"{reader.source}: {tensors[0]} is saved whole, but the model's input and output "
+                "tables are one: such adapters are not supported"
+            )
+        leaves[path] = read_leaf(reader, family, path, leaf.shape)
+    return leaves
 
 
 def split_shape(path: LeafPath, shape: Shape) -> tuple[Shape, int, Shape]:
@@ -121,7 +155,7 @@ def _read_shift(reader: Reader) -> float:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -130,6 +164,13 @@ def _read_config(file: Path) -> dict[str, Any]:
         value = config.get(key)
         if value and value != "none":
             raise UserError(f"{file}: {key} is {value!r}: such adapters are not supported")
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        raise UserError(
+            f"{file}: init_lora_weights is {start!r}: PEFT changes the base model's weights for "
+            "such adapters; merge them there (merge_and_unload), or save them there with "
+            "path_initial_model_for_weight_conversion"
+        )
     if not names.is_number(config.get("lora_alpha")):
         raise UserError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
     return config
@@ -180,7 +221,7 @@ def write_adapter(
     }
     metadata = {"format": "pt"}
     if "score" in adapters:
-        tensors[PREFIX + names.SCORE], shift = folded_score(adapters["score"])
+        tensors[PREFIX + families.SCORE], shift = folded_score(adapters["score"])
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         # The only entry: safetensors writes several in a random order.
         metadata = {"reward_shift": repr(shift)}
@@ -232,8 +273,7 @@ def _target_modules(modules: set[str]) -> list[str]:
 
 def _modules(params: Params, path: LeafPath, shape: Shape) -> list[str]:
     """transformers' name of a kernel's module in each layer; none for another leaf."""
-    if path[-1] != "kernel" or not path[0].startswith("h"):
+    if path[-1] != "kernel" or not path[0].startswith("h") or not families.takes_adapters(path):
         return []
-    # The other families share Llama's names of kernels.
-    family = names.GPT2 if "wpe" in params else names.LLAMA
-    return [name.removesuffix(".weight") for name in family.tensors(path, shape)]
+    names = families.family_with(params).tensors(path, shape)
+    return [name.removesuffix(".weight") for name in names]

@@ -9,7 +9,7 @@ an argument and a result: no mutable collections.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,19 +19,28 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
 from rlhf_jax.models import attention, initialize, kernels, shared
-from rlhf_jax.models.attention import Columns, Number, Seen, pick
-from rlhf_jax.models.config import GPT2Config, ModelConfig, TransformerConfig
+from rlhf_jax.models.attention import Columns, Number, Seen, Softmax, pick
+from rlhf_jax.models.config import ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels.cache import LayerCache
-from rlhf_jax.models.norms import norm
+from rlhf_jax.models.kernels.norms import norm
 from rlhf_jax.models.shared import Beside, Groups, Prompts, SeenInGroups
 from rlhf_jax.parallel.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 
-# Cosines, then sines, of the rotary angles: [2, B, 1, T, Dh / 2] float32.
+# Cosines, then sines, of the rotary angles: [2, B, 1, T, Dr / 2] float32, for the first Dr columns
+# of a head.
 Rotation = Array
-# The attention mask, and the rotation of queries and keys.
-View = tuple[Seen | SeenInGroups, Rotation | None]
+
+
+class View(NamedTuple):
+    """What the positions of tokens mean in a layer."""
+
+    seen: Seen | SeenInGroups  # the attention mask
+    rotation: Rotation | None = None  # of queries and keys
+    query_scale: Array | None = None  # [B, 1, T, 1] factors of the queries
+
+
 # One view for all layers; or one for the layers without a window, and one for the layers with a
 # window.
 Views = tuple[View, ...]
@@ -113,9 +122,7 @@ class Dense(Given):
 
 
 class Norm(Given):
-    """GPT-2's layer norm with parameters "scale" and "bias", or the decoders' RMSNorm with "scale"
-    only.
-    """
+    """Layer norm with parameters "scale" and "bias", or RMSNorm with "scale" only."""
 
     config: ModelConfig
 
@@ -123,24 +130,29 @@ class Norm(Given):
     def __call__(self, x: Array) -> Array:
         config = self.config
         shape = x.shape[-1:]
-        if isinstance(config, GPT2Config):
+        if config.layer_norm:
             bias = self.param("bias", nn.initializers.zeros, shape)
             scale = self.param("scale", nn.initializers.ones, shape)
-            return norm(x, scale, bias, config.layer_norm_epsilon)
+            return norm(x, scale, bias, config.norm_epsilon)
         offset = config.norm_offset
         initial = nn.initializers.constant(1.0 - offset)
         scale = self.param("scale", initial, shape).astype(jnp.float32)
         if offset:
             scale = offset + scale
-        return norm(x, scale, None, config.rms_norm_epsilon)
+        return norm(x, scale, None, config.norm_epsilon)
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:
-    """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """[B, H, T, Dh] whose first columns are turned by its positions (Su et al. 2021), in float32;
+    the dtype is kept.
+    """
+    half = rotation.shape[-1]
+    bounds = [half] if 2 * half == x.shape[-1] else [half, 2 * half]
+    first, second, *others = jnp.split(x.astype(jnp.float32), bounds, axis=-1)
     cosine, sine = rotation
     turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    joined = jnp.concatenate([*turned, *others], axis=-1)
+    return joined.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -163,13 +175,15 @@ class Attention(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
-        seen, rotation = view
+        seen = view.seen
         scale, is_local = layer
         query, key, value = self.project(x)
         scaled = query.astype(jnp.float32) * scale
-        if rotation is not None:
-            scaled = rotate(scaled, rotation)
-            key = rotate(key, rotation)
+        if view.rotation is not None:
+            scaled = rotate(scaled, view.rotation)
+            key = rotate(key, view.rotation)
+        if view.query_scale is not None:
+            scaled = scaled * view.query_scale
         query = scaled.astype(query.dtype)
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, length, width)
@@ -204,7 +218,7 @@ class Attention(nn.Module):
         if prompt is not None:
             return shared.after_prompts(query, key, value, prompt, seen), cache
         mixed = None
-        if cache is not None and query.shape[3] == 1:
+        if cache is not None and query.shape[3] == 1 and self.config.has_plain_softmax:
             is_contiguous = self.config.sliding_window is None
             mixed = caches.attention(query, cache, attention.visible(seen), is_contiguous)
         if mixed is None:
@@ -212,23 +226,30 @@ class Attention(nn.Module):
             if self.has_rng("dropout") and self.config.attention_dropout > 0:
                 drop = (self.make_rng("dropout"), self.config.attention_dropout)
             whole = (query, key, value)
-            mixed = attention.mix(self.config, *whole, seen, drop, is_local, columns)
+            sinks = self.sink_scores(key.shape[1])
+            softmax = Softmax(self.config.attention_softcap, sinks)
+            mixed = attention.mix(self.config, *whole, seen, drop, is_local, columns, softmax)
         return mixed, cache
+
+    def sink_scores(self, kv_heads: int) -> Array | None:
+        """[H_kv, G] scores of the sinks; None without them."""
+        return None
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``. With
-    ``post_norms`` the outputs of attention and MLP are normed before they are added.
+    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``. The config
+    says which norms there are, and whether the MLP reads the same x as the attention.
     """
 
     config: Any
 
     def add_norms(self, dropout: float) -> None:
         """Makes the norms, and the dropout of the given rate."""
-        self.ln_1 = Norm(self.config)
-        self.ln_2 = Norm(self.config)
+        if self.config.pre_norms:
+            self.ln_1 = Norm(self.config)
+            self.ln_2 = Norm(self.config)
         self.dropout = nn.Dropout(dropout, deterministic=not self.has_rng("dropout"))
         if self.config.post_norms:
             self.ln_1_post = Norm(self.config)
@@ -243,21 +264,31 @@ class Block(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
+        config = self.config
         view = views[0]
         if len(views) > 1:
             _, is_local = layer
             view = jax.tree.map(lambda whole, local: jnp.where(is_local, local, whole), *views)
-        added, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
-        if self.config.post_norms:
+        normed = self.ln_1(x) if config.pre_norms else x
+        added, cache = self.attn(normed, view, layer, cache, index, columns)
+        if config.post_norms:
             added = self.ln_1_post(added)
-        x = pick(x, columns, axis=1) + self.dropout(added)
+        before = pick(x, columns, axis=1)
+        x = before + self.weighed(added)
         x = cut(x, "data", "fsdp")
 
-        added = self.mlp(self.ln_2(x))
-        if self.config.post_norms:
+        read = before if config.parallel_residual else x
+        added = self.mlp(self.ln_2(read) if config.pre_norms else read)
+        if config.post_norms:
             added = self.ln_2_post(added)
-        x = x + self.dropout(added)
+        x = x + self.weighed(added)
         return cut(x, "data", "fsdp"), cache
+
+    def weighed(self, added: Array) -> Array:
+        """What is added to x."""
+        dropped = self.dropout(added)
+        multiplier = self.config.residual_multiplier
+        return dropped if multiplier == 1.0 else dropped * multiplier
 
 
 class Transformer(nn.Module):
@@ -269,6 +300,10 @@ class Transformer(nn.Module):
     """
 
     config: Any
+
+    def layer_options(self, number: int) -> dict[str, Any]:
+        """Attributes of a layer's block beside the config. Stacked layers have those of layer 0."""
+        return {}
 
     def add_layers(self, block: Callable[..., nn.Module]) -> None:
         """Makes the layers, of the family's class: "h" for the stacked ones, and "h_i" for each of
@@ -289,17 +324,23 @@ class Transformer(nn.Module):
                 in_axes=(shared, 0, 0, shared, shared),
                 length=stacked,
             )
-            self.h = scanned(config)
+            self.h = scanned(config, **self.layer_options(0))
         elif not (self.is_initializing() or self.has_rng("dropout")):
             # Traced once for all layers of one scale and view. nn.jit would change random numbers.
             inner = nn.jit(inner, static_argnums=3)
         for i in range(stacked, config.num_layers):
             # The backward pass begins with the last block: it would be recomputed at once.
             is_last = i + 1 == config.num_layers
-            setattr(self, f"h_{i}", block(config) if is_last else inner(config))
+            kind = block if is_last else inner
+            layer = kind(config, **self.layer_options(i))
+            setattr(self, f"h_{i}", layer)
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
         """The rotation of queries and keys at [B, T] positions; None without rotary positions."""
+        return None
+
+    def query_scale(self, positions: Array) -> Array | None:
+        """[B, 1, T, 1] factors of queries at [B, T] positions; None: they are all 1."""
         return None
 
     def views(self, positions: Array, seen: Callable[..., Seen | SeenInGroups]) -> Views:
@@ -309,7 +350,8 @@ class Transformer(nn.Module):
             own = seen(window=window)
             if isinstance(own, Seen):
                 own = attention.prepared(self.config, own)
-            views.append((own, self.rotation(positions, number > 0)))
+            rotation = self.rotation(positions, number > 0)
+            views.append(View(own, rotation, self.query_scale(positions)))
         return tuple(views)
 
     def token_rows(self, tokens: Array, real: Array) -> Array:
@@ -407,7 +449,8 @@ class Transformer(nn.Module):
             x, _ = self.h(x, views, layers, None, index, None)
             return x, []
         config = self.config
-        shape = (config.num_stacked, len(x), config.kv_heads, x.shape[1], config.head_size)
+        batch, length, _ = x.shape
+        shape = (config.num_stacked, batch, config.kv_heads, length, config.head_size)
         new = jnp.zeros(shape, x.dtype)
         empty = jax.vmap(caches.held)(new, new)
         x, filled = self.h(x, views, layers, empty, index, None)
@@ -427,6 +470,11 @@ class Transformer(nn.Module):
             _padded(table).astype(config.compute_dtype),
             preferred_element_type=jnp.float32,
         )
+        if config.logits_divisor != 1.0:
+            logits = logits / config.logits_divisor
+        cap = config.logit_softcap
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
         return logits[..., : config.vocab_size]
 
     def decode(

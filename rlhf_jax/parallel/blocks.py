@@ -6,7 +6,6 @@ blocks one after the other, all of one shape. The results are gathered (``map_ro
 pairs (``tree_sum``), first on each device, then across devices, always in the same order.
 """
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -171,4 +170,9 @@ def _stored(stacked: Tree, place: Array, new: Tree) -> Tree:
 
 
 def _sum(a: Tree, b: Tree) -> Tree:
-    return jax.tree.map(operator.add, a, b, is_leaf=is_part)
+    """Arrays are added, and a Mean or a Max is merged with its like."""
+
+    def joined(x: Any, y: Any) -> Any:
+        return x.merge(y) if is_part(x) else x + y
+
+    return jax.tree.map(joined, a, b, is_leaf=is_part)

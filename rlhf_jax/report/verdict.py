@@ -18,8 +18,9 @@ class Tile(NamedTuple):
 
 def sentence(group: Group) -> str:
     """The main metric of a run, its KL and its alerts: "Validation score 0.12 → 1.05 in 40
-    iterations, KL 1.8 of 2 nats, no alert." Of several seeds it has the means. If a run did not
-    finish, the sentence before this one says how it ended.
+    iterations, KL 1.8 of 2 nats, no alert." Of several seeds it has the means. If the last value is
+    not of the last iteration, it says of which. If a run did not finish, the sentence before this
+    one says how it ended.
     """
     record = group.records[0]
     steps = sorted({record.steps for record in group.records})
@@ -34,7 +35,7 @@ def sentence(group: Group) -> str:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
         if tile.label == "KL":
-            last = tile.value.split()[-1]
+            last = tile.value.rpartition("→ ")[2]
             parts.append(f"KL {last} {tile.note}")
     alerts = _alerts(group)
     parts.append(alerts.value)
@@ -96,10 +97,23 @@ def _measured(group: Group) -> list[Tile]:
             first = f"{means[0]:.3g}"
             last = f"{means[-1]:.3g}"
             value = last if first == last else f"{first} → {last}"
+            value += _of_earlier_step(group, name)
             note = nats if label == "KL" else ""
             found.append(Tile(label, value, note))
             break
     return found
+
+
+def _of_earlier_step(group: Group, name: str) -> str:
+    """The step of a metric's last value in words; "" if it is the last step of the runs."""
+    steps, _ = plots.curve(group, name)
+    measured_at = steps[-1]
+    record = group.records[0]
+    last_step = min(record.steps for record in group.records)
+    if measured_at >= last_step:
+        return ""
+    unit = plots.unit(record)
+    return f" (of {unit} {measured_at})"
 
 
 def _alerts(group: Group) -> Tile:

@@ -29,7 +29,16 @@ def combined(how: EnsembleMethod, scores: Array, coef: float) -> Array:
     mean = jnp.mean(scores, axis=0)
     if how == "mean":
         return mean
-    return mean - coef * jnp.var(scores, axis=0)
+    return mean - coef * _variance(scores)
+
+
+def deviation(scores: Array) -> Array:
+    """The standard deviation [B] of the members' scores [M, B]: exactly 0 if they are equal."""
+    return jnp.sqrt(_variance(scores))
+
+
+def _variance(scores: Array) -> Array:
+    return ops.masked_var(scores, jnp.ones_like(scores), axis=0)
 
 
 def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) -> Partial:
@@ -122,8 +131,7 @@ def _ensemble(
 ) -> Scores:
     of_members = [_row_scores(fn, rollout)[0] for fn in fns]
     scores = jnp.stack(of_members)
-    deviation = jnp.std(scores, axis=0)
-    return combined(how, scores, coef), {"uncertainty": deviation}
+    return combined(how, scores, coef), {"uncertainty": deviation(scores)}
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:

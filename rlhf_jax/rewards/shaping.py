@@ -19,16 +19,26 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
     each token.
 
     Ziegler et al. 2019, eq. 2. Dense rewards, ``rollout.rewards``, take the place of the score if
-    they are given.
+    there are no ``scores``. They must not hold a KL penalty: it would be subtracted a second time.
 
     Args:
-      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` [B] or ``rewards`` [B, T]. It
-        needs no ``ref_log_probs`` if ``kl_coef`` is the Python number 0.
+      rollout: with ``log_probs``, ``ref_log_probs`` and either ``scores`` [B] or ``rewards`` [B,
+        T]. It needs no ``ref_log_probs`` if ``kl_coef`` is the Python number 0.
       kl_coef: reward per nat.
 
     Returns:
       [B, T] float32, 0 outside the response.
+
+    Raises:
+      ValueError: neither or both of scores and rewards are given. Both are there after
+        ``replace(rollout, rewards=kl_shaped(rollout, ...))``, whose rewards have been shaped.
     """
+    if rollout.rewards is not None and rollout.scores is not None:
+        raise ValueError(
+            "rollout: expected scores [B] or dense rewards [B, T], got both, and rewards may have "
+            "been shaped already; use replace(rollout, rewards=None) to shape the scores, or "
+            "scores=None to shape dense rewards"
+        )
     if rollout.rewards is not None:
         chex.assert_equal_shape([rollout.rewards, rollout.mask])
         rewards = ops.masked(rollout.rewards, rollout.mask)

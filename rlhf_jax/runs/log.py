@@ -34,9 +34,10 @@ from rich.progress import (
 
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, open_to_append, write_atomically
+from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import json_lines
 from rlhf_jax.runs.trackers import Numbers, Services
+from rlhf_jax.runs.writing import open_to_append, write_atomically
 
 Row = Mapping[str, Any]
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
@@ -173,8 +174,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
         metrics: scalars, of which those on a device are waited for.
         """
-        host = jax.device_get(dict(metrics))
-        numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
+        numbers = as_numbers(metrics)
         self._metrics.write(step, numbers)
         self._services.send("log", step, numbers)
         line = "  ".join(self._shown(numbers))
@@ -287,6 +287,12 @@ class RowWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def as_numbers(metrics: Row) -> dict[str, float]:
+    """The scalars as Python numbers; those on a device are waited for."""
+    host = jax.device_get(dict(metrics))
+    return {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
 
 
 def duration(seconds: float) -> str:

@@ -377,6 +377,7 @@ def _sample_rows(
         log_probs=end.log_probs,
         row_ids=row_ids,
         prompt_length=prompt_length,
+        temperature=config.temperature,
     )
 
 

@@ -41,8 +41,9 @@ def collect(
     yet.
 
     ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between
-    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``. With a whole
-    value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
+    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``; one that is
+    known to have another temperature is a ValueError, and so is one whose ``prompt_length`` is more
+    than P. With a whole value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
     """
     policy = policy_params(params)
     sampled = generate(
@@ -72,6 +73,7 @@ def rescore(
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
     per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
     """
+    ops.check_fits(policy_fn, rollout)
     mask = rollout.mask
     inputs = (rollout.tokens, rollout.attention_mask, None)
     output = policy_fn(params, *inputs)
@@ -84,6 +86,7 @@ def rescore(
         )
         scored = replace(scored, importance_weights=weights)
     if ref_fn is not None:
+        ops.check_fits(ref_fn, rollout, "ref_fn")
         ref_log_probs = ops.masked(ref_fn(*inputs).log_probs, mask)
         scored = replace(scored, ref_log_probs=ref_log_probs)
     return scored
@@ -147,6 +150,7 @@ def from_text(
     prompt_length: int | None = None,
     response_length: int | None = None,
     row_ids: Ids | None = None,
+    temperature: float | None = None,
 ) -> Rollout:
     """A rollout of samples that another engine drew: B rows of texts or token ids with their
     log-probabilities.
@@ -169,6 +173,8 @@ def from_text(
         row of zeros is missing. None: the policy sampled all tokens.
       prompt_length, response_length: P and R, EOS included; None: those of the longest row.
       row_ids: [B] the data row of each prompt; None means 0..B-1.
+      temperature: of the samples; ``rescore`` refuses a ``policy_fn`` of another one. None:
+        unknown.
 
     Returns:
       A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R]
@@ -195,7 +201,7 @@ def from_text(
     r = _width("response", [len(row.response) for row in rows], response_length)
     ids = np.arange(num_rows) if row_ids is None else _column("row_ids", row_ids, num_rows)
     padded = _padded(rows, p, r, tokenizer.pad_id)
-    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32))
+    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32), temperature=temperature)
 
 
 def _padded(rows: list[_Row], p: int, r: int, pad_id: int) -> Rollout:

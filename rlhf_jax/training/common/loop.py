@@ -25,9 +25,9 @@ from rlhf_jax.errors import (
     logger,
 )
 from rlhf_jax.report import records
-from rlhf_jax.runs import alerts, allocator, objects, processes, trackers
+from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.log import Pulse, RowWriter, Tracker
+from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.optimizer import Judge
 from rlhf_jax.training.common.signals import resume_command, stop_requests
@@ -72,9 +72,9 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
     ``job.check_memory`` comes first, so that a run that does not fit into memory fails at once,
     also when it is resumed. Row k of metrics.jsonl describes the state after k steps. The
     checkpoint of step k is saved after row k, that of step 0 before the first update. Validations
-    come before the first step, every ``validation_interval`` steps and at the end; with
-    ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of
-    ``config.alerts``.
+    come before the first step, every ``validation_interval`` steps and at the end, also if
+    ``on_step`` ends the run; with ``keep_best`` they are followed by a checkpoint too. Each row is
+    shown to the rules of ``config.alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -182,6 +182,9 @@ class _Loop:
         self.state, meta = self.checkpoints.restore(target)
         self.done = meta["step"]
         self.row = meta["metrics"]
+        processes.in_first(
+            lambda: keeping.restore_rows(self.stage.run, self.checkpoints, self.done)
+        )
         rows = records.read_rows(self.stage.run.metrics)
         self.history = [row for row in rows if row["step"] <= self.done]
         finished = " (finished already)" if self.done >= self.job.num_steps else ""
@@ -204,6 +207,8 @@ class _Loop:
             pulse=pulse,
         )
         self.tracker = stack.enter_context(tracker)
+        if tracked:
+            keeping.keep_start(run)
         alert_rows = RowWriter(run.path / "alerts.jsonl", resume_step)
         self.alert_rows = stack.enter_context(closing(alert_rows))
 
@@ -240,13 +245,11 @@ class _Loop:
         may_stop = self.job.on_step is not None or "stop" in {rule.action for rule in self.rules}
         if not (validates or saves or may_stop):
             return
-        self._catch_up(validates)
-        if validates:
+        if self._catch_up(validates, asks=True):
+            validates = True
             self.history.append(self.row)
             self.state = self.judge.lowered(self.state, self.history)
             self._judge_history()
-        if self.job.on_step is not None and self.job.on_step(self.done, self.state, self.row):
-            self.ended = self.ended or "on_step asked for it"
         is_alarmed = any(watch.stops for watch in self.watches)
         if saves or self.ended or is_alarmed or (validates and config.keep_best):
             self._save()
@@ -275,27 +278,48 @@ class _Loop:
             count = self.judge.stop_after
             self.ended = f"{self.judge.metric} has not improved for {count} validations"
 
-    def _catch_up(self, validates: bool = False) -> None:
+    def _catch_up(self, validates: bool = False, asks: bool = False) -> bool:
         """Records the step whose metrics are pending, with a validation of the state after it if
-        one is due.
+        one is due. Returns whether there was a validation.
+
+        asks: whether ``on_step`` is called, which may end the run; the last state is validated.
         """
         if self.pending is None:
-            return
-        metrics = self.pending
+            return False
+        metrics = as_numbers(self.pending)
         self.pending = None
-        finite = not float(metrics["nonfinite"]) > 0
+        finite = not metrics["nonfinite"] > 0
         now = time.perf_counter()
         self.tracker.timing(self.done, {"timing/step": now - self.clock})
         self.clock = now
-        validation = self._validation() if finite and validates else {}
+        validates = finite and validates
         recorded = {"step"}.union(self.row, *self.history)
-        self._record({**metrics, **validation})
+        if validates:
+            metrics |= self._validation()
+        try:
+            is_ended = finite and asks and self._is_ended_by_user(metrics)
+        except BaseException:
+            self._record(metrics)  # a run that fails keeps the row of its last step
+            raise
+        if is_ended and not validates and self.job.validate is not None:
+            validates = True
+            metrics |= self._validation()
+        self._record(metrics)
         if not finite:
             self._refuse()
         if not self.rules_checked:
             self.rules_checked = True
             for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
                 logger.info(sentence)
+        return validates
+
+    def _is_ended_by_user(self, row: Row) -> bool:
+        """Whether ``on_step`` ends the run after the step of this row."""
+        on_step = self.job.on_step
+        if on_step is None or not on_step(self.done, self.state, row):
+            return False
+        self.ended = self.ended or "on_step asked for it"
+        return True
 
     def obey_alerts(self) -> None:
         """Ends the run, whose last step is saved, if a rule with the action stop is true."""
@@ -362,7 +386,8 @@ class _Loop:
             "device": device,
             "config": objects.describe(dataclasses.asdict(self.stage.config)),
         }
-        self.checkpoints.save(self.done, self.state, meta)
+        rows = keeping.rows_of(self.stage.run) if processes.is_first() else {}
+        self.checkpoints.save(self.done, self.state, meta, rows)
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""

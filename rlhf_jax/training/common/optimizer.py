@@ -16,6 +16,8 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
 from rlhf_jax.config import Optimizer
+from rlhf_jax.config.settings import MOST
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
@@ -32,7 +34,12 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
 
     The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
     factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
+
+    Raises:
+        UserError: there are more steps than its counter, an int32, can count.
     """
+    if num_steps > MOST:
+        raise UserError(f"{num_steps} optimizer steps are more than can be counted, {MOST}")
     peak = settings.learning_rate
     warmup_steps = int(settings.warmup_steps)
     if settings.warmup_steps < 1:
@@ -74,15 +81,16 @@ def muon_dimensions(params: Params) -> Any:
         optax.contrib.muon(rate, muon_weight_dimension_numbers=muon_dimensions)
 
     Some kernels are several matrices in one array: of stacked layers (``compute.scan_layers``)
-    [L, in, out], the query, key and value of GPT-2 [in, 3, out]. Each is orthogonalized by itself.
+    [L, in, out], of experts [E, in, out], the query, key and value of GPT-2 [in, 3, out]. Each is
+    orthogonalized by itself.
     Embeddings, heads, biases and scales are left to Adam (None).
     """
 
     def dimensions(path: Path, _: Array) -> Any:
         if not _is_of_body(path, "kernel", "lora_a", "lora_b"):
             return None
-        is_stacked = any(entry.key == "h" for entry in path)
-        return MuonDimensionNumbers(int(is_stacked), -1)
+        several = [entry for entry in path if entry.key in ("h", "experts")]
+        return MuonDimensionNumbers(len(several), -1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 

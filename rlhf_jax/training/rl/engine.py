@@ -220,6 +220,7 @@ def _as_rollout(
         log_probs=[sample.log_probs for sample in responses],
         prompt_length=prompt_length,
         response_length=response_length,
+        temperature=requests[0].how.temperature,
     )
 
 

@@ -20,12 +20,13 @@ from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
 from rlhf_jax.data import batches, stops
 from rlhf_jax.data.environment import Environment, converse, function_of
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
 from rlhf_jax.training.rl import sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
@@ -33,6 +34,7 @@ from rlhf_jax.training.rl.method import (
     Given,
     Method,
     check_settings,
+    completed,
     is_rewarded,
     penalty_of,
     without_what_is_given,
@@ -41,7 +43,7 @@ from rlhf_jax.training.rl.parts import Parts, files, load, read_prompts
 from rlhf_jax.training.rl.programs import Networks, Programs, compiled, first_state, networks_of
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.training.rl.steps import Draw, Responder, Sampler, Scorer, Talk
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Rollout
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Params, Rollout
 
 SHOWN = (
     "objective/score",
@@ -82,24 +84,26 @@ def run(
         on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
             step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
             scored rollout that it learned from. If it returns True the run ends there, as early
-            stopping ends it: saved, without an error. The next step gives the arrays of ``state``
-            up: copy what is kept. Several processes must return the same.
+            stopping ends it: validated and saved, without an error. The next step gives the arrays
+            of ``state`` up: copy what is kept. Several processes must return the same.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
+    complete = completed(algorithm)
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     of_ones_own = None if name in ALGORITHMS else algorithm
     given = Given(of_ones_own, run_reward, optimizer, policy)
-    config = set_up(without_what_is_given(config, given))
+    config = without_what_is_given(config, given)
+    config = set_up(config, [run_folder(config, name)])
     helping_sizes = check_settings(name, config, algorithm_config, given)
     method = Method(
-        algorithm,
+        complete,
         algorithm_config,
-        penalty=penalty_of(config, algorithm, algorithm_config),
+        penalty=penalty_of(config, complete, algorithm_config),
         score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
         optimizer=optimizer,
         is_rewarded=is_rewarded(config, algorithm_config, given),
@@ -122,9 +126,10 @@ def run(
         if engine is not None:
             client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
         job = build(stage, method, parts, networks, programs, client, thread, on_step)
-        state, row = loop.train(stage, first_state(stage, method, networks), job)
-        params = models.policy_params(state.train.params)
-        trained = {part: leaves for part, leaves in params.items() if part != "value"}
+        state, row = loop.train(
+            stage, _checked(first_state(stage, method, networks), networks), job
+        )
+        trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
         return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
 
@@ -141,6 +146,33 @@ def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tupl
     )
     config, size = sharing.decided(stage.config, answers)
     return stage.recorded(config), method._replace(shared_by=size)
+
+
+def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
+    """The state, of which ``_policy_of`` can save a model."""
+    _policy_of(state.train.params, networks.start.params)
+    return state
+
+
+def _policy_of(params: Params, initial: Params) -> Params:
+    """The policy's parameters among the trained ones, without the value head and without those that
+    an algorithm adds, which are in the checkpoints alone.
+
+    Args:
+        initial: the policy's, before the algorithm made its state of them.
+
+    Raises:
+        UserError: the algorithm changed their structure, so that no model could be saved.
+    """
+    own = models.policy_params(params)
+    policy: Params = {part: own.get(part) for part in initial if part != "value"}
+    before = {part: leaves for part, leaves in initial.items() if part != "value"}
+    if str(jax.tree.structure(policy)) != str(jax.tree.structure(before)):
+        raise UserError(
+            "the state of the algorithm has other parameters of the policy than it was given; it "
+            "may add some under names of their own beside them"
+        )
+    return policy
 
 
 def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
@@ -198,6 +230,8 @@ def build(
 
     learn = steps.learner(programs.learn, networks)
     advance = steps.advancing(draw_step, learn, schedule, key)
+    if method.optimizer is None and settings.optimizer.counts_steps:
+        advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)

@@ -1,7 +1,8 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
 import dataclasses
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -13,7 +14,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
 from rlhf_jax.training.common import initial, layout, own, references
 from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Algorithm, AlgorithmConfig
+from rlhf_jax.types import Algorithm, AlgorithmConfig, TrainState
 
 
 class Given(NamedTuple):
@@ -26,6 +27,31 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+
+
+def completed(algorithm: Any) -> Algorithm:
+    """The algorithm with the defaults of what it leaves out: a plain ``TrainState``, no values, no
+    KL penalty.
+
+    Raises:
+        UserError: it has no ``Config`` or no ``update``, without which there is nothing to run.
+    """
+    name = getattr(algorithm, "__name__", type(algorithm).__name__)
+    missing = [part for part in ("Config", "update") if not hasattr(algorithm, part)]
+    if missing:
+        raise UserError(
+            f"{name}: an algorithm needs {' and '.join(missing)}: Config is a frozen dataclass, "
+            "algorithms.policy.Config for example, and update makes the next state"
+        )
+    complete: Any = types.SimpleNamespace(
+        __name__=name,
+        Config=algorithm.Config,
+        update=algorithm.update,
+        State=getattr(algorithm, "State", TrainState),
+        needs_values=getattr(algorithm, "needs_values", False),
+        kl_coef=getattr(algorithm, "kl_coef", 0.0),
+    )
+    return complete
 
 
 class Method(NamedTuple):

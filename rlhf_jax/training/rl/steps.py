@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh
 
@@ -301,6 +302,38 @@ def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: Arra
         return state, metrics | learn_metrics
 
     return advance
+
+
+def counting(advance: Advance, updates: int) -> Advance:
+    """``advance``; after the first iteration it prints a line if the update took other than
+    ``updates`` optimizer steps, those that a schedule of the learning rate counts with.
+    """
+    is_first = True
+
+    def advance_counting(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+        nonlocal is_first
+        if not is_first:
+            return advance(state, step)
+        is_first = False
+        before = _optimizer_steps(state)
+        state, metrics = advance(state, step)
+        taken = _optimizer_steps(state) - before
+        if taken != updates and not float(metrics["nonfinite"]) > 0:
+            logger.info(
+                f"warning: an iteration took {taken} optimizer steps, and the schedule of "
+                f"rl.optimizer counts with {updates}, the algorithm's num_epochs * num_minibatches:"
+                f" it ends too {'early' if taken > updates else 'late'}. Give the config these "
+                "attributes, or choose the schedule constant"
+            )
+        return state, metrics
+
+    return advance_counting
+
+
+def _optimizer_steps(state: LoopState) -> int:
+    """The steps that the optimizer's schedules have counted so far."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.train.opt_state, "count")
+    return max((int(count) for _, count in counts), default=0)
 
 
 def checking(

@@ -5,6 +5,7 @@ better policy out.
 from rlhf_jax.algorithms import kto
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
+from rlhf_jax.errors import logger
 from rlhf_jax.training.common.stage import RunResult
 from rlhf_jax.training.supervised import scoring, tasks
 
@@ -22,7 +23,21 @@ def run(config: RunConfig) -> RunResult:
 
 def _task(setting: tasks.Setting) -> tasks.Task:
     config = setting.stage.config.kto
+    _warn_of_one_kind(setting)
     return tasks.policy_task(setting, kto, config, baselines=_baselines)
+
+
+def _warn_of_one_kind(setting: tasks.Setting) -> None:
+    """Prints a warning if the answers to train on are all desirable, or all undesirable."""
+    targets = setting.encoded.targets
+    assert targets is not None, "feedback has them"
+    is_desirable = targets[setting.train_rows, 0] > 0.5
+    if is_desirable.all() or not is_desirable.any():
+        kind = "desirable" if is_desirable.all() else "undesirable"
+        logger.info(
+            f"warning: all {len(is_desirable)} answers to train on are {kind}; the policy then "
+            "learns only how far to move from the reference, not what tells good from bad answers"
+        )
 
 
 def _baselines(setting: tasks.Setting) -> dict[str, float]:

@@ -163,7 +163,7 @@ def _normalized(
     scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
     mean = scores.mean()
     std = scores.std()
-    if std == 0.0:
+    if np.ptp(scores) == 0.0:  # the deviation of equal numbers is not always 0 in floating point
         logger.info(
             f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}"
         )

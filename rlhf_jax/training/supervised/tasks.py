@@ -3,7 +3,6 @@ the folder.
 """
 
 import heapq
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -22,13 +21,15 @@ from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial, layout, loop, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
+from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -116,7 +117,7 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    config = set_up(config)
+    config = set_up(config, [run_folder(config, spec.section)])
     settings = spec.settings(config)
     references.check(config, settings)
     initial.warn_of_rate(config, spec.section, settings.optimizer)
@@ -293,11 +294,13 @@ def _validate(
 ) -> Validation:
     """The metrics of all held-out rows, each as one mean."""
     numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
-    parts = [measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers]
+    parts: list[Any] = [
+        measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers
+    ]
     figures = {}
     for name in parts[0]:
         _, _, metric = name.partition("/")
-        total = reduce(operator.add, (part[name] for part in parts))
+        total = reduce(lambda one, other: one.merge(other), [part[name] for part in parts])
         figures[metric] = float(total.value)
     figures |= baselines(setting)
     return Validation({f"validation/{name}": value for name, value in figures.items()})
@@ -337,24 +340,17 @@ def _encoded(
     many rows are used, and why the others are not.
     """
     kind: str = spec.kind
-    template = config.text.template
     to_train = data.rows
     own = to_validate.rows
     if to_train[0].is_plain_text:
         kind = "pieces"
-        template = "{prompt}"
         to_train = _pieces(to_train, language_model)
         own = _pieces(own, language_model)
     else:
         initial.say_template(config, language_model.tokenizer)
     every_row = [*to_train, *own]
-    encoded = encoding.encode_texts(
-        every_row,
-        language_model.tokenizer,
-        template=template,
-        max_length=language_model.model.config.max_length,
-        too_long=config.text.too_long,
-    )
+    longest = language_model.model.config.max_length
+    encoded = encode(config, every_row, language_model.tokenizer, longest, kind == "pieces")
     # A piece is a group of its own: its prompt is a token that many have.
     group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
@@ -371,6 +367,25 @@ def _encoded(
     used = f"{len(train_rows)} train, {len(held_out)} held out"
     _account(every_row, num_bad, kind, encoded, used)
     return encoded, train_rows, held_out
+
+
+def encode(
+    config: RunConfig,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    are_pieces: bool,
+) -> EncodedTexts:
+    """Rows as token ids, by ``config.text``, for a model of that many positions; ``are_pieces``: of
+    plain texts, which have no template.
+    """
+    return store.encode(
+        rows,
+        tokenizer,
+        template="{prompt}" if are_pieces else config.text.template,
+        max_length=max_length,
+        too_long=config.text.too_long,
+    )
 
 
 def _account(

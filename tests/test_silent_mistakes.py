@@ -1,0 +1,432 @@
+"""Mistakes that changed numbers without a word: what is right now, and what is an error in its
+place.
+"""
+
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from builders import initial_params
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+from numpy.testing import assert_allclose, assert_array_equal
+from tabular import assert_close, assert_identical, policy_fn, policy_params
+from tabular import rollout as tabular_rollout
+
+from rlhf_jax import (
+    advantages,
+    distill,
+    gradient_step,
+    grpo,
+    iteration,
+    kto,
+    losses,
+    minibatch_epochs,
+    models,
+    ops,
+    ppo,
+    rewards,
+    rloo,
+    rollout,
+    sampling,
+    vpg,
+)
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.parallel import blocks, sharding
+from rlhf_jax.rewards import functions
+from rlhf_jax.training.supervised import reward_model
+from rlhf_jax.types import PER_TOKEN, Feedback, Max, Mean, Rollout, TrainState
+
+KEY = jax.random.key(0)
+SGD = optax.sgd(1.0)
+ROWS = 32
+COLUMNS = 33  # a prompt of two tokens and 31 of response
+
+
+# --- Equal numbers
+
+
+def constant_rollout(score):
+    """Responses of 31 tokens, with holes in some, that all earn the same; values are 0."""
+    column = np.arange(COLUMNS)
+    mask = np.broadcast_to(column >= 2, (ROWS, COLUMNS)).copy()
+    mask[::3, 7] = False
+    zeros = jnp.zeros(mask.shape)
+    tokens = jnp.asarray(mask * (column % 5), jnp.int32)
+    batch = Rollout(tokens, jnp.ones_like(tokens), jnp.asarray(mask), zeros, values=zeros)
+    return batch.replace(rewards=rewards.kl_shaped(batch.replace(scores=jnp.full(32, score)), 0.0))
+
+
+GLOBAL = rloo.Config(baseline="global", group_size=1)
+WHITENED = {
+    "ppo": partial(ppo.prepare, config=ppo.Config(gae_lambda=1.0)),
+    "reinforce++": partial(rloo.prepare, config=GLOBAL),
+    "reinforce++ baseline": partial(rloo.prepare, config=rloo.Config(baseline="both")),
+    "distill": partial(distill.prepare, config=distill.Config()),
+}
+
+
+@pytest.mark.parametrize("name", WHITENED)
+def test_equal_rewards_have_advantage_zero(name):
+    """On one device, on several, and in blocks."""
+    mesh = sharding.make_mesh(4)
+    prepare = WHITENED[name]
+    mapped = jax.shard_map(
+        partial(prepare, axis_name="data"), mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    ways = [jax.jit(prepare), jax.jit(mapped), jax.jit(blocks.replicated(prepare, mesh, 4))]
+    for score in (10.1, 100.1, 1.1):
+        for way in ways:
+            assert_array_equal(way(constant_rollout(score)).advantages, 0.0)
+
+
+def test_equal_rewards_move_nothing():
+    params = policy_params(0)
+    update = partial(rloo.update, policy_fn=policy_fn, optimizer=SGD, config=GLOBAL)
+    state, metrics = jax.jit(update)(TrainState.create(params, SGD), constant_rollout(10.1), KEY)
+    assert metrics["grad_norm"] == 0
+    assert_identical(state.params, params)
+
+
+@pytest.mark.parametrize("number", [10.1, 1 / 3, -123456.7])
+def test_statistics_of_equal_numbers(number):
+    x = jnp.full((ROWS, 31), number, jnp.float32)
+    mask = jnp.arange(31)[None] < jnp.arange(ROWS)[:, None]  # the first row is empty
+    assert_array_equal(ops.masked_var(x, mask), 0.0)
+    assert_array_equal(ops.masked_var(x, mask, axis=1), 0.0)
+    assert_array_equal(ops.whiten(x, mask), 0.0)
+    kept = ops.whiten(x, mask, shift_mean=False)
+    assert_array_equal(kept, jnp.where(mask, x, 0.0))
+    assert_array_equal(functions.deviation(x), 0.0)
+    uncertain = functions.combined("uncertainty", x, coef=1e9)
+    assert_allclose(uncertain, x[0], rtol=1e-6)
+    differences, mean = ops.centred(x, jnp.zeros_like(mask), axis=1)
+    assert_array_equal(differences, 0.0)
+    assert_array_equal(mean, 0.0)
+
+
+def test_whitening_over_devices_is_that_of_all_rows():
+    """Each device has another smallest number."""
+    x = jnp.arange(24.0).reshape(8, 3)
+    mask = x != 7.0
+    whiten = partial(ops.whiten, axis_name="data")
+    mapped = jax.shard_map(
+        whiten, mesh=sharding.make_mesh(4), in_specs=P("data"), out_specs=P("data")
+    )
+    assert_allclose(jax.jit(mapped)(x, mask), ops.whiten(x, mask), rtol=1e-5)
+    assert_allclose(np.std(np.asarray(ops.whiten(x, mask))[mask]), 1.0, rtol=1e-5)
+
+
+def test_whitening_has_the_gradient_of_its_formula():
+    """The number that is subtracted first changes no gradient."""
+
+    def plain(x):
+        white = (x - jnp.mean(x)) * jax.lax.rsqrt(jnp.var(x) + 1e-8)
+        return jnp.sum(white**3)
+
+    x = jax.random.normal(KEY, (4, 3))
+    found = jax.grad(lambda x: jnp.sum(ops.whiten(x, jnp.ones_like(x)) ** 3))(x)
+    assert_allclose(found, jax.grad(plain)(x), rtol=1e-3, atol=1e-5)
+
+
+def test_a_correlation_far_from_zero():
+    """Scores that differ by little beside their size."""
+    x = jnp.asarray(4096.0 + np.arange(99) / 64, jnp.float32)
+    y = jnp.arange(99.0)
+    mask = jnp.arange(99) < 90
+    assert_allclose(iteration._correlation(x, y, mask), 1.0, rtol=1e-5)
+    assert_allclose(iteration._correlation(x, -y, mask), -1.0, rtol=1e-5)
+
+
+def test_equal_scores_are_not_normalised(capsys):
+    """Of 49 equal numbers the deviation in floating point is not 0."""
+    params = {"score": {"gain": jnp.float32(2.0), "shift": jnp.float32(1.0)}}
+    tokens = np.zeros((49, 4), np.int32)
+    texts = Rollout(tokens, tokens, tokens, tokens)
+    scores = np.full((49, 1), 0.1)
+    assert scores.std() > 0
+    assert reward_model._normalized(lambda params, batch: scores, params, texts) is params
+    assert "all 49 samples" in capsys.readouterr().out
+
+
+# --- Columns, sums and maxima
+
+
+@flax.struct.dataclass
+class Own(Rollout):
+    """A rollout with a user's own fields."""
+
+    features: jax.Array | None = None  # [B, C]
+    undeclared: jax.Array | None = None  # [B, T] or [B, C] of the same width
+    costs: jax.Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)  # [B, T, K]
+
+
+def own_rollout(undeclared):
+    lengths = 8 * np.arange(1, 17)[:, None]
+    mask = jnp.asarray((np.arange(131) >= 3) & (np.arange(131) < 3 + lengths), jnp.int32)
+    draw = np.random.default_rng(0).normal
+    return Own(
+        *(mask, mask, mask, jnp.asarray(draw(size=mask.shape), jnp.float32)),
+        prompt_length=3,
+        features=jnp.asarray(draw(size=(16, 150)), jnp.float32),
+        costs=jnp.asarray(draw(size=(16, 131, 2)), jnp.float32),
+        undeclared=jnp.asarray(draw(size=(16, 131)), jnp.float32) if undeclared else None,
+    )
+
+
+@pytest.mark.parametrize("undeclared", [False, True])
+def test_only_columns_of_tokens_are_cut(undeclared):
+    def loss(params, part):
+        paid = jnp.sum(jnp.where(part.mask[..., None], part.costs, 0.0), axis=(1, 2))
+        weight = jnp.sum(part.features**2, axis=1)
+        if undeclared:
+            weight += jnp.sum(part.undeclared**2, axis=1)
+        loss = Mean.of((params["w"] * paid) ** 2 * weight)
+        return loss, {"columns": Mean.of(part.tokens.shape[1])}
+
+    state = TrainState.create({"w": jnp.float32(0.5)}, SGD)
+    step = jax.jit(partial(gradient_step, loss, optimizer=SGD), static_argnames="num_microbatches")
+    batch = own_rollout(undeclared)
+    whole, expected = step(state, batch=batch, num_microbatches=1)
+    cut, found = step(state, batch=batch, num_microbatches=4)
+    assert_close(cut.params, whole.params)
+    assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    assert found["columns"] == (131 if undeclared else (35 + 67 + 131 + 131) / 4)
+
+
+def test_the_maximum_of_minibatches_is_a_maximum():
+    """Of 0 to 7 in four minibatches of two microbatches, whatever its name."""
+
+    def loss(params, part):
+        return Mean.of(params["w"] * part), {"highest": Max(jnp.max(part)), "x_max": Mean.of(part)}
+
+    def step(state, part, key):
+        return gradient_step(loss, state, SGD, batch=part, num_microbatches=2)
+
+    state = TrainState.create({"w": jnp.float32(0.0)}, SGD)
+    count = {"num_epochs": 2, "num_minibatches": 4}
+    _, metrics = minibatch_epochs(step, state, jnp.arange(8.0), KEY, **count)
+    assert {name: float(metrics[name]) for name in ("highest", "x_max")} == {
+        "highest": 7.0,
+        "x_max": 3.5,
+    }
+    assert isinstance(metrics["highest"], jax.Array)
+
+
+def test_a_sum_of_two_losses_is_a_tuple():
+    """2.5 is the mean over the entries of both."""
+    one = Mean.of(jnp.full(4, 4.5))
+    other = Mean.of(jnp.full(4, 5.0))
+    state = TrainState.create({"w": jnp.float32(1.0)}, SGD)
+    _, metrics = gradient_step(lambda params: ((one, 0.1 * other), {}), state, SGD)
+    assert metrics["loss"] == 5.0
+    with pytest.raises(TypeError, match="tuple of Means"):
+        gradient_step(lambda params: (one + 0.1 * other, {}), state, SGD)
+
+
+# --- Functions that do not fit the samples
+
+SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
+MODEL = models.build(models.GPT2Config(**SIZES))
+PROMPTS = jnp.full((2, 4), 3)
+HALF = sampling.SamplingConfig(max_new_tokens=3, temperature=0.5, eos_id=None, pad_id=0)
+MADE = {
+    "longer prompts": (models.policy_fn(MODEL, 0.5, prompt_length=6), "prompt_length 6.* 4 slots"),
+    "hotter": (models.policy_fn(MODEL, prompt_length=4), "temperature 1.0, .*sampled at 0.5"),
+    "a table": (ops.policy_fn(MODEL.apply), "temperature 1.0"),
+}
+WRAPPED = {
+    "as it is": lambda fn, params: fn,
+    "jitted": lambda fn, params: jax.jit(fn),
+    "by rows": lambda fn, params: ops.by_rows(fn, 1),
+    "bound": lambda fn, params: models.lora.bind(fn, params),
+}
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    params = initial_params(MODEL)
+    drawn = sampling.generate(MODEL, params, PROMPTS, jnp.ones_like(PROMPTS), KEY, config=HALF)
+    return params, drawn
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_policy_function_that_does_not_fit_the_samples_is_refused(made, wrapped, sampled):
+    fn, message = MADE[made]
+    params, drawn = sampled
+    fn = WRAPPED[wrapped](fn, params)
+    fits = models.policy_fn(MODEL, 0.5, prompt_length=4)
+    batch = drawn.replace(advantages=jnp.zeros(drawn.tokens.shape))
+    with pytest.raises(ValueError, match=f"policy_fn has {message}"):
+        rollout.rescore(drawn, params, policy_fn=fn)
+    with pytest.raises(ValueError, match=f"ref_fn has {message}"):
+        rollout.rescore(drawn, params, policy_fn=fits, ref_fn=Partial(fn, params))
+    with pytest.raises(ValueError, match=f"policy_fn has {message}"):
+        grpo.loss(params, batch, None, policy_fn=fn, config=grpo.Config())
+
+
+def test_a_policy_function_that_fits_or_is_unknown_is_used(sampled):
+    params, drawn = sampled
+    exact = models.policy_fn(MODEL, 0.5, prompt_length=4)
+    known = rollout.rescore(drawn, params, policy_fn=exact)
+    assert rollout.sampler_gap(drawn, known) < 1e-5
+    for fn in (models.policy_fn(MODEL, 0.5), lambda *inputs: exact(*inputs)):
+        assert_allclose(rollout.rescore(drawn, params, policy_fn=fn).log_probs, known.log_probs)
+    greedy = drawn.replace(temperature=0.0)
+    rollout.rescore(greedy, params, policy_fn=models.policy_fn(MODEL))
+
+
+def test_a_rollout_that_a_jit_closes_over_is_checked_and_used(sampled):
+    """Its mask is a constant there."""
+    params, drawn = sampled
+    unknown = drawn.replace(prompt_length=None)
+    fits = models.policy_fn(MODEL, 0.5, prompt_length=4)
+    again = jax.jit(lambda params: rollout.rescore(unknown, params, policy_fn=fits))(params)
+    assert_allclose(again.log_probs, drawn.log_probs, atol=1e-5)
+    longer = models.policy_fn(MODEL, 0.5, prompt_length=6)
+    with pytest.raises(ValueError, match="prompt_length 6"):
+        jax.jit(lambda params: rollout.rescore(unknown, params, policy_fn=longer))(params)
+
+
+def test_samples_of_an_engine_may_know_their_temperature():
+    made = rollout.from_text(
+        *([[3]], [[4, 5]], characters("abcdefghijk")),
+        log_probs=[[-1.0, -1.0]],
+        temperature=0.5,
+    )
+    with pytest.raises(ValueError, match=r"temperature 1\.0, .*sampled at 0\.5"):
+        rollout.rescore(made, initial_params(MODEL), policy_fn=models.policy_fn(MODEL))
+
+
+def test_a_rollout_that_does_not_know_its_prompts_shows_them_by_its_mask(sampled):
+    params, drawn = sampled
+    unknown = drawn.replace(prompt_length=None)
+    with pytest.raises(ValueError, match="prompt_length 6, so it computes no log-probability"):
+        rollout.rescore(unknown, params, policy_fn=models.policy_fn(MODEL, 0.5, prompt_length=6))
+    rollout.rescore(unknown, params, policy_fn=models.policy_fn(MODEL, 0.5, prompt_length=4))
+
+
+@pytest.mark.parametrize("pad", [13, 400, -100])
+def test_an_id_outside_the_vocabulary_has_no_log_probability_and_no_gradient(pad):
+    tokens = jnp.array([[1, 2, pad]])
+
+    def total(logits):
+        return jnp.sum(ops.token_log_probs(logits, tokens))
+
+    value, gradient = jax.value_and_grad(total)(jnp.zeros((1, 3, 13)))
+    assert_allclose(value, -np.log(13.0), rtol=1e-6)  # of the 2 alone
+    assert np.all(np.isfinite(gradient))
+    assert_array_equal(gradient[0, 1:], 0.0)
+
+
+# --- Arguments in one order
+
+
+def test_scores_are_followed_by_their_mask():
+    scores = jnp.array([[1.0, 2.0, 3.0, 9.0]])
+    mask = jnp.array([[1, 1, 1, 0]])
+    assert_allclose(advantages.group_normalized(scores, mask, eps=0.0), [[-1, 0, 1, 0]], atol=1e-6)
+    assert_allclose(advantages.leave_one_out(scores, mask), [[-1.5, 0, 1.5, 0]], atol=1e-6)
+    moved, _ = advantages.ema_baseline(0.0, scores[0], mask[0], decay=0.5)
+    assert moved == 1.0
+    with pytest.raises(TypeError):
+        advantages.group_normalized(scores, None, 1e-4)
+    with pytest.raises(AssertionError, match="shapes"):
+        advantages.group_normalized(scores, 1e-4)  # eps, where the mask stands
+    with pytest.raises(AssertionError, match="shapes"):
+        advantages.ema_baseline(0.0, scores[0], 0.9)
+
+
+def test_policy_losses_take_log_probs_old_log_probs_advantages():
+    """At equal log-probs each has the gradient -A."""
+    old = jnp.array([[-1.0, -2.0]])
+    advantage = jnp.array([[3.0, -4.0]])
+    for loss in (losses.cispo, losses.sapo, losses.clipped_surrogate):
+        slope = jax.grad(lambda x, loss=loss: jnp.sum(loss(x, old, advantage)))(old)
+        assert_allclose(slope, -advantage, rtol=1e-6)
+        moved = jax.grad(lambda x, loss=loss: jnp.sum(loss(old, x, advantage)))(old)
+        assert_array_equal(moved, 0.0)
+    doubled = losses.cispo(old, old - jnp.log(2.0), advantage)
+    assert_allclose(doubled, -2.0 * advantage * old, rtol=1e-6)
+    kept = losses.cispo(old, old - jnp.log(2.0), advantage, clip_high=0.5)
+    assert_allclose(kept, -1.5 * advantage * old, rtol=1e-6)
+    for call in (
+        lambda: losses.cispo(old, old, advantage, 0.2),
+        lambda: losses.sapo(old, old, advantage, (1.0, 1.0)),
+        lambda: losses.surrogate("clip", old, old, advantage),
+        lambda: losses.vespo_weight(old, advantage, (1.0, 1.0)),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [("token", (2.0 * 0.5 + 0.5 * 4.5) / 2), ("sequence", (0.5 + 4.5) / 2)],
+)
+def test_the_kl_of_a_token_has_the_ratio_of_the_policy_loss(ratio, expected):
+    """Ratios 2 and 1/2 of two tokens, and 1 of their row."""
+    fn = ops.policy_fn(lambda params, tokens, *_: jnp.zeros((*tokens.shape, 4)))
+    log_prob = -np.log(4.0)
+    at = jnp.array([[0, 0, 1, 1]])
+    old = jnp.array([[0, 0, log_prob - np.log(2.0), log_prob + np.log(2.0)]], jnp.float32)
+    reference = jnp.array([[0, 0, log_prob - 1.0, log_prob - 3.0]], jnp.float32)
+    batch = Rollout(jnp.zeros((1, 4), int), at, at, old, ref_log_probs=reference)
+    batch = batch.replace(advantages=jnp.zeros((1, 4)))
+    config = grpo.Config(ratio=ratio, kl_loss_coef=1.0, kl_loss_estimator="k2")
+    loss, metrics = grpo.loss({}, batch, None, policy_fn=fn, config=config)
+    assert_allclose(metrics["policy/kl_loss"].value, expected, rtol=1e-6)
+    assert_allclose(loss.value, expected, rtol=1e-6)
+
+
+# --- What was given and not used
+
+
+def test_scores_beside_rewards_are_not_shaped():
+    batch = constant_rollout(1.0)
+    both = batch.replace(scores=jnp.full(ROWS, 4.7))
+    with pytest.raises(ValueError, match=r"got both.*rewards=None.*scores=None"):
+        rewards.kl_shaped(both, 0.0)
+    shaped = rewards.kl_shaped(both.replace(rewards=None), 0.0)
+    assert_allclose(jnp.sum(shaped, axis=1), 4.7, rtol=1e-6)
+    assert_allclose(rewards.kl_shaped(batch, 0.0), batch.rewards)
+
+
+@pytest.mark.parametrize("module", [ppo, rloo, grpo, distill])
+def test_given_advantages_are_refused_where_they_would_be_ignored(module):
+    batch = tabular_rollout(0, [4] * 8)
+    config = module.Config(group_size=4) if module in (rloo, grpo) else module.Config()
+    with pytest.raises(ValueError, match=r"advantages is given.*advantages=None"):
+        module.prepare(batch, config=config)
+    assert module.prepare(batch.replace(advantages=None), config=config).advantages is not None
+
+
+def test_vpg_uses_given_advantages():
+    batch = tabular_rollout(0, [4] * 8)
+    assert vpg.prepare(batch, config=vpg.Config()) is batch
+
+
+def test_feedback_of_one_row_has_no_reference_point():
+    tokens = jnp.ones((1, 4), jnp.int32)
+    feedback = Feedback(tokens, tokens, tokens, desirable=jnp.ones(1, bool))
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        kto.with_reference(feedback, Partial(policy_fn, policy_params(0)))
+
+
+def test_a_second_adapter_of_a_kernel_is_refused():
+    params = initial_params(MODEL)
+    first = models.lora.init(KEY, params, rank=2, match="attn")
+    attached = models.lora.attach(params, first)
+    for join in (models.lora.attach, models.lora.merge):
+        with pytest.raises(ValueError, match=r"attn/c_attn has an adapter already.*lora\.merge"):
+            join(attached, first)
+    other = models.lora.init(KEY, params, rank=2, match="mlp")
+    both = models.lora.attach(attached, other)
+    assert {"lora_a", "lora_b"} <= both["h_0"]["mlp"]["c_fc"].keys() & set(
+        both["h_0"]["attn"]["c_attn"]
+    )
