@@ -32,8 +32,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close
 
 from rlhf_jax import models, ops, sampling, sharding
-from rlhf_jax.models import attention, decoder, gpt2, initialize, kernels, rope, stack
-from rlhf_jax.models.kernels import norms
+from rlhf_jax.models import attention, decoder, gpt2, kernels, rope, stack
+from rlhf_jax.models.kernels import initialize, norms
 
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 # Each with what the other has not; Llama's grouped queries are Gemma's too.

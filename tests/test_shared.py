@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.data import batches
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.models import shared
-from rlhf_jax.models.shared import Groups
+from rlhf_jax.models.kernels import shared
+from rlhf_jax.models.kernels.shared import Groups
 from rlhf_jax.training.common import initial
 from rlhf_jax.types import Rollout
 

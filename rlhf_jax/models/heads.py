@@ -17,8 +17,8 @@ from jax import Array, lax
 
 from rlhf_jax.models.attention import by_blocks
 from rlhf_jax.models.kernels import fused
+from rlhf_jax.models.kernels.shared import Groups
 from rlhf_jax.models.model import Model
-from rlhf_jax.models.shared import Groups
 from rlhf_jax.ops import check_number, with_settings
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
@@ -98,9 +98,9 @@ def policy_fn(
             without that argument it is not called. Of vocabularies of different sizes (padded ones)
             the first tokens are compared, as many as both have.
         group_size: G adjacent rows have the same first ``prompt_length`` columns, tokens and mask,
-            which all models compute once (``models.shared``); their number of rows is a multiple
-            of G. The results are the same up to rounding. With dropout each row is computed by
-            itself.
+            which all models compute once (``models.kernels.shared``); the number of rows is a
+            multiple of G. The results are the same up to rounding. With dropout each row is
+            computed by itself.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies

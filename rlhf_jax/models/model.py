@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.models import initialize, stack
+from rlhf_jax.models import stack
 from rlhf_jax.models.attention import Columns, is_start
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
-from rlhf_jax.models.shared import Groups, Prompts
+from rlhf_jax.models.kernels import initialize
+from rlhf_jax.models.kernels.shared import Groups, Prompts
 from rlhf_jax.types import Params
 
 

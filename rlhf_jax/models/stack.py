@@ -18,13 +18,14 @@ from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from rlhf_jax.models import attention, initialize, kernels, shared
+from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Columns, Number, Seen, Softmax, pick
 from rlhf_jax.models.config import ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
+from rlhf_jax.models.kernels import initialize, shared
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.kernels.norms import norm
-from rlhf_jax.models.shared import Beside, Groups, Prompts, SeenInGroups
+from rlhf_jax.models.kernels.shared import Beside, Groups, Prompts, SeenInGroups
 from rlhf_jax.parallel.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 

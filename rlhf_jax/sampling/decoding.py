@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import models, ops
-from rlhf_jax.models.shared import Prompts
+from rlhf_jax.models.kernels.shared import Prompts
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 

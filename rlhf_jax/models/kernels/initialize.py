@@ -30,8 +30,8 @@ class Drawn(meta.AxisMetadata[Array]):
     def unbox(self) -> Array:
         return jnp.zeros(self.shape)
 
-    def replace_boxed(self, val: Any) -> "Drawn":
-        return self
+    def replace_boxed(self, val: Any) -> Any:
+        return val
 
     def add_axis(self, index: int, params: Any) -> "Drawn":
         return self
