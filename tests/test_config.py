@@ -159,7 +159,7 @@ def test_a_mistake_in_the_file_is_named(text, message):
     with pytest.raises(UserError) as caught:
         parse(RunConfig, write(text))
     assert str(caught.value).startswith(f"c.yaml{message}")
-    assert len(str(caught.value)) < 420
+    assert len(str(caught.value)) < 430
 
 
 def test_all_mistakes_of_the_files_are_named_at_once():

@@ -2,8 +2,8 @@
 folders.
 
 Only the ``tokenizers`` package is needed, for names on the hub ``huggingface_hub`` too. Text is
-always text: the spelling of a special token inside it is encoded as ordinary characters, so that
-data cannot end a response or hide as padding.
+text unless a run says otherwise (``text.special_tokens``): the spelling of a special token inside
+it is encoded as ordinary characters, so that data cannot end a response or hide as padding.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ class Tokenizer:
     """A tokenizer with distinct pad and end-of-text ids; ``config`` is its tokenizer_config.json,
     kept when saved.
 
-    ``other_eos_ids`` are ids that end a response too, as the model's own config names them.
+    ``other_eos_ids`` are ids that end a response too: those that the model's own config names, and
+    those that end a turn in the chat template.
     """
 
     backend: tokenizers.Tokenizer
@@ -43,6 +44,10 @@ class Tokenizer:
     eos_id: int
     config: Mapping[str, Any] = field(default_factory=dict)
     other_eos_ids: tuple[int, ...] = ()
+    reads_spelled: bool = False
+    """Whether the spelling of a special token in a text is that token; else it is a text."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json of the model's author."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -65,7 +70,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            backend = self.with_special_tokens if self.reads_spelled else self.backend
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         except BaseException as error:  # the package raises a bare one for an unknown character
             _raise_unless_its_own(error)
             known = self.backend.get_vocab()
@@ -78,6 +84,75 @@ class Tokenizer:
                     raise UserError(where + what) from error
             raise UserError(f"the tokenizer cannot encode a text: {error!s:.300}") from error
         return [encoding.ids for encoding in encodings]
+
+    def continue_batch(
+        self,
+        befores: Sequence[str],
+        texts: Sequence[str],
+        sources: Sequence[str],
+    ) -> list[list[int]]:
+        """Ids of each text behind another one, so that the ids of both decode to their join.
+
+        Where one encoding of the join begins with the ids of the text before, these are its other
+        ids. Elsewhere a token would span the boundary; then the text is encoded as what sampling
+        has to write behind the text before: alone, without the space that SentencePiece puts
+        first.
+        """
+        alone = self.encode_batch(texts, sources)
+        if not self.begins_with_space:
+            return alone
+        joins = [before + text for before, text in zip(befores, texts, strict=True)]
+        starts = self.encode_batch(befores, sources)
+        ids = []
+        for start, join, text in zip(starts, self.encode_batch(joins), texts, strict=True):
+            is_split = join[: len(start)] == start
+            ids.append(join[len(start) :] if is_split else self._inside(text))
+        return ids
+
+    def _inside(self, text: str) -> list[int]:
+        """Ids of a text that does not begin one: those behind a character that no token joins to
+        it.
+        """
+        for mark in ("\n", "=", "0"):
+            start = self.encode(mark)
+            ids = self.encode(mark + text)
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        return self.encode(text)
+
+    @cached_property
+    def begins_with_space(self) -> bool:
+        """Whether the beginning of a text is encoded as if a space stood before it."""
+        parts = json.loads(self.backend.to_str())
+        found: list[Any] = [parts["normalizer"], parts["pre_tokenizer"]]
+        for part in found:  # grows by the parts of a sequence
+            if part is None:
+                continue
+            found += part.get("normalizers", []) + part.get("pretokenizers", [])
+            is_metaspace = part["type"] == "Metaspace" and part.get("prepend_scheme") != "never"
+            if is_metaspace or part["type"] == "Prepend" or part.get("add_prefix_space"):
+                return True
+        return False
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """The ids, such as BOS, that transformers puts before a plain text: those of the
+        post-processor in tokenizer.json, beside which it ignores ``add_bos_token``.
+        """
+        texts = ("a", *self.backend.get_vocab()) if self.backend.post_processor else ()
+        for text in texts:
+            with contextlib.suppress(Exception):  # an alphabet can lack the character
+                found = self.backend.encode(text)
+                if 0 in found.special_tokens_mask:
+                    return found.ids[: found.special_tokens_mask.index(0)]
+        return []
+
+    @cached_property
+    def with_special_tokens(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, where the spelling of a special token means that token."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad and end-of-text are left out."""
@@ -110,6 +185,27 @@ class Tokenizer:
         """Ids of the special tokens."""
         added = self.backend.get_added_tokens_decoder()
         return [i for i, token in added.items() if token.special]
+
+    def spelled(self, ids: Iterable[int]) -> str:
+        """The tokens themselves, as the vocabulary spells them, one after the other."""
+        return "".join(self.backend.id_to_token(i) or "" for i in ids)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as they are spelled."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def spelled_in(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        if not any(start in text for start in self._special_starts):
+            return []
+        return [token for token in self.special_tokens if token in text]
+
+    @cached_property
+    def _special_starts(self) -> set[str]:
+        """Their first two characters: most texts have none of them."""
+        return {token[:2] for token in self.special_tokens}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -284,6 +380,8 @@ def _tokenizer(
     """``named`` has the special tokens as texts or ids. If its ``pad_token`` cannot pad, its
     ``unk_token`` does.
     """
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # a text must have the same ids each time
     vocab = backend.get_vocab()
     tokens = [named.get(key) for key in ("eos_token", "pad_token", "unk_token")]
     texts = [backend.id_to_token(i) if isinstance(i, int) else i for i in tokens]

@@ -72,7 +72,7 @@ def _complete(folder: str, config: Config, out: Path) -> int:
     columns = {name for row in data.rows for name in row.columns}
     reward = None
     if config.reward:
-        reward = asking.reward_of(config.reward, policy.tokenizer, columns)
+        reward = asking.reward_of(config.reward, policy, columns)
     asked = policy.ask(data.rows, config.n)
     total = asked.streams.size
     part_file = out.with_name(f"{out.name}.part")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import text_of
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation.settings import check_at_least
@@ -244,7 +245,7 @@ def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
     rendered = []
     for row in rows:
         if row.messages:
-            prompt = template.prompt(row.messages, row.source)
+            prompt = template.prompt(row.messages, row.source, tools=row.tools)
             row = dataclasses.replace(row, prompt=prompt)
         rendered.append(row)
     return rendered
@@ -260,7 +261,7 @@ def _shown(pair: Judgement, session: Session) -> str:
     number = "once more" if pair.again else f"{pair.pair + 1} of {len(session.prompts)}"
     prompt = pair.prompt
     if isinstance(prompt, list):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt = "\n".join(f"{message['role']}: {text_of(message)}" for message in prompt)
     first, second = (pair.answers[i] for i in pair.order)
     return f"\n[{number}] {prompt}\n\na: {first}\n\nb: {second}\n\n{QUESTION}\n"
 

@@ -52,7 +52,10 @@ _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
 )
 # Keys of a loaded config.json that describe that folder's weights, not the model.
-_FORMER = ("reward_shift", "torch_dtype")
+_FORMER = ("reward_shift", "score_position", "torch_dtype")
+END_OF_TURN = "end_of_turn"
+"""The ``score_position`` of our reward models: the score stands at the token that ends the answer.
+In any other folder it stands at the end of all that the chat template writes."""
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
     "vocab_size",
@@ -134,8 +137,8 @@ def save(
         model: whose config is written, with the keys it was loaded with.
         params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification
             of one label: ``score.weight = gain * w``, and config.json gets ``reward_shift = gain *
-            bias + shift``, to be added to transformers' logit; such a folder has no output table of
-            its own) and "value" (value_head.safetensors).
+            bias + shift``, to be added to transformers' logit, and ``score_position``; such a
+            folder has no output table of its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
         both_tables: a tied output table is also written under its own name.
 
@@ -182,6 +185,7 @@ def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"])
         # transformers refuses the problem_type "single_label_classification" with one label.
         keys["problem_type"] = "regression"
         _, keys["reward_shift"] = folded_score(params["score"])
+        keys["score_position"] = END_OF_TURN
     # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
     keys["dtype"] = str(jnp.result_type(*dtypes))
@@ -311,7 +315,17 @@ def read_config(folder: Path) -> ModelConfig:
     shift = config.other_keys.get("reward_shift", 0.0)
     if not names.is_number(shift):
         raise UserError(f"{file}: reward_shift is {shift!r}, expected a number")
+    position = config.other_keys.get("score_position", END_OF_TURN)
+    if position != END_OF_TURN:
+        raise UserError(f"{file}: score_position is {position!r}, expected {END_OF_TURN!r} or none")
     return config
+
+
+def scores_turns(config: ModelConfig) -> bool:
+    """Whether a reward model's score stands at the end of a turn (`END_OF_TURN`). Folders that have
+    a ``reward_shift`` alone are ours too.
+    """
+    return "score_position" in config.other_keys or "reward_shift" in config.other_keys
 
 
 def read_json(file: Path) -> dict[str, Any]:

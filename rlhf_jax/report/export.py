@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_jax import models
 from rlhf_jax.data import chat
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models import hf, lora
 from rlhf_jax.models.hf import read_json
@@ -62,12 +62,16 @@ def export(run: str | Path, folder: str | Path) -> Path:
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
+    end = _end_of_turn(tokenizer, template)
+    if template is not None:
+        template = tokenizer.spelled(tokenizer.beginning) + template
     card = page.fill(
         "model_card.md",
         record=record,
         name=folder.name,
         base_model=record.settings.get("model"),
         prompt_template=template,
+        end_of_turn=end,
         ensemble=config.parent.name == "member_0",
         reward_model="reward_shift" in read_json(config),
     )
@@ -84,6 +88,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
         names = ", ".join(str(file.relative_to(model)) for file in unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
+
+
+def _end_of_turn(tokenizer: Tokenizer, template: str | None) -> str:
+    """The token behind a response, as it is spelled."""
+    end = chat.template_of(tokenizer).end_of_turn if template is None else None
+    return tokenizer.spelled([tokenizer.eos_id if end is None else end])
 
 
 def export_merged(adapter: Path, folder: Path) -> Path:

@@ -64,6 +64,8 @@ class Job(NamedTuple):
     check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here
     on_step: OnStep | None = None
+    # {last part of a metric's name: what an alert on it shows of the last step}
+    examples: Callable[[], Mapping[str, str]] = dict
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
@@ -130,6 +132,7 @@ class _Loop:
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
     is_advancing = False  # the state is still the one before the step
+    examples: Mapping[str, str] = {}  # of the step whose metrics are pending
 
     def __init__(
         self,
@@ -228,7 +231,9 @@ class _Loop:
         self.is_advancing = True
         self.state, metrics = self.job.advance(self.state, self.done)
         self.is_advancing = False
+        examples = dict(self.job.examples())
         self._catch_up()
+        self.examples = examples
         self.done += 1
         self.pending = {**metrics, **self.judge.metrics(self.state)}
 
@@ -370,6 +375,9 @@ class _Loop:
             alert = watch.observe(row)
             if alert is None:
                 continue
+            example = self.examples.get(watch.rule.metrics[0].rpartition("/")[2])
+            if example is not None:
+                alert = alert._replace(message=f"{alert.message}, as in {example[-200:]!r}")
             fields = alert._asdict()
             del fields["step"]
             self.alert_rows.write(self.done, fields)

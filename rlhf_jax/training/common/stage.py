@@ -21,7 +21,7 @@ from rlhf_jax import models
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.models.hf import model_folder
+from rlhf_jax.models import hf
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.report import page, records, verdict
 from rlhf_jax.runs import (
@@ -240,6 +240,7 @@ class Stage:
         trained: Mapping[str, Params],
         metrics: dict[str, Any],
         save: Callable[..., None] = LanguageModel.save,
+        samples: bool = False,
     ) -> RunResult:
         """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too;
         draws ``report.html``.
@@ -248,6 +249,8 @@ class Stage:
             trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these
                 folders themselves.
             save: ``save(language_model, folder, template=, config=)``.
+            samples: whether the stage samples by ``config.rl``, as the folder then tells others to.
+                Any other stage leaves them what the author of its model wrote, if anything.
         """
         allocator.give_back()  # of the last step, before saving makes copies
         if jax.process_count() > 1:  # only the first process computes from here on
@@ -255,7 +258,8 @@ class Stage:
             start = start._replace(base=base)
         run = self.run
         template = self.config.text.template
-        how = sampling_config(self.config.rl, begun.tokenizer)
+        is_author_heard = not samples and begun.tokenizer.generation
+        how = None if is_author_heard else sampling_config(self.config.rl, begun.tokenizer)
 
         def write() -> None:
             saved = [run.model]
@@ -265,18 +269,50 @@ class Stage:
                     save(done, new / name, template=template, config=how)
             if start.base is not None:
                 saved.append(run.adapter)
-                self._save_adapters(start.base, trained)
+                self._save_adapters(begun, start.base, trained)
             logger.info(f"saved {', '.join(map(str, saved))}")
             _draw_page(run)
 
         processes.in_first(write)
         return RunResult(run.path, run.model, metrics, records.read_rows(run.metrics))
 
-    def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
+    def _save_adapters(
+        self, begun: LanguageModel, base: Params, trained: Mapping[str, Params]
+    ) -> None:
+        source = str(self.config.model)
+        pad = begun.model.config.pad_token_id
+        named = hf.read_config(hf.find_folder(source)).pad_token_id
         with writing.replacing(self.run.adapter) as new:
             for name, part in trained.items():
                 adapters = jax.device_get(part)
-                models.lora.save(new / name, base, adapters, base_model=self.config.model)
+                is_misread = "score" in adapters and pad != named
+                base_model = None if is_misread else self.config.model
+                models.lora.save(new / name, base, adapters, base_model=base_model)
+                begun.save_tokenizer(new / name, self.config.text.template)
+                if is_misread:
+                    text = _MISREAD.format(base=source, pad=pad)
+                    (new / name / "README.md").write_text(text, encoding="utf-8")
+
+
+_MISREAD = """# Adapters of a reward model
+
+transformers takes a reward model's score at the last token that is no pad. The padding token of
+the base model, `{base}`, also ends an answer, or it has none: loaded as it is, the base would give
+scores of another token. So adapter_config.json names no base model, and PEFT's auto classes refuse
+to guess. Load both with another padding token:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels=1, pad_token_id={pad}
+)
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+The folder `model/` beside this one has the adapters merged and needs none of this.
+"""
 
 
 def _draw_page(run: folder.Run) -> None:
@@ -285,7 +321,9 @@ def _draw_page(run: folder.Run) -> None:
         page.write([run.path], run.report)
         logger.info(f"saved {run.report}")
         [group] = records.groups(records.find([run.path]))
-        logger.info(verdict.sentence(group))
+        answers = verdict.rewarded(group)
+        titled = ["Rewarded, for example:", *answers] if answers else []
+        logger.info("\n    ".join([verdict.sentence(group), *titled]))
     except Exception as error:  # whatever it is: the run is done and its result saved
         logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 
@@ -318,7 +356,7 @@ def set_up(
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     parts = [f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"]
     if config.model:
-        config = dataclasses.replace(config, model=model_folder(config.model))
+        config = dataclasses.replace(config, model=hf.model_folder(config.model))
     mesh = layout.mesh_of(config)
     if sharding.is_cut(mesh):
         parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))

@@ -4,6 +4,7 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 ``training.rl.steps``.
 """
 
+import collections
 import math
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,7 +18,7 @@ import optax
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, stops
+from rlhf_jax.data import batches, encoding, stops
 from rlhf_jax.data.environment import Environment, converse, function_of
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -27,7 +28,7 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.rl import sharing, steps, teacher
+from rlhf_jax.training.rl import answers, sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -109,7 +110,7 @@ def run(
         is_rewarded=is_rewarded(config, algorithm_config, given),
     )
     reply = function_of(config.rl.environment, "rl.environment")
-    data = read_prompts(config)
+    config, data = answers.tested(config, read_prompts(config))
     fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
     read = files(config, name)
     with (
@@ -131,20 +132,20 @@ def run(
         )
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
-        return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
 
 
 def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tuple[Stage, Method]:
     """Stage and method with ``compute.share_prompts`` chosen by the work that it saves."""
     microbatches = {f"{name}.num_microbatches": method.config.num_microbatches}
-    answers = sharing.Answers(
+    of_prompts = sharing.Answers(
         name,
         method.config,
         prompt=parts.prompts.tokens.shape[1],
         takes_groups=parts.initial.model.takes_groups,
         sharers=layout.sharers(stage.config, microbatches),
     )
-    config, size = sharing.decided(stage.config, answers)
+    config, size = sharing.decided(stage.config, of_prompts)
     return stage.recorded(config), method._replace(shared_by=size)
 
 
@@ -257,6 +258,7 @@ def build(
         judged_by="max:validation/score",
         check_memory=check_memory,
         on_step=observe,
+        examples=lambda: collections.ChainMap(*map(dict, parts.reward.examples)),
     )
 
 
@@ -356,7 +358,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     multiple = initial.bucket_multiple(stage.config, layers, columns)
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    texts = [row.prompt for row in parts.prompts.rows]
+    texts = list(map(encoding.group, parts.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
     if settings.validation_data:
         held_out = np.arange(len(parts.to_validate))

@@ -3,7 +3,8 @@ the folder.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -348,11 +349,16 @@ def _encoded(
         own = _pieces(own, language_model)
     else:
         initial.say_template(config, language_model.tokenizer)
+    template = "{prompt}" if kind == "pieces" else config.text.template
+    initial.say_spelled([*data.rows, *to_validate.rows], language_model.tokenizer, template)
     every_row = [*to_train, *own]
     longest = language_model.model.config.max_length
     encoded = encode(config, every_row, language_model.tokenizer, longest, kind == "pieces")
     # A piece is a group of its own: its prompt is a token that many have.
-    group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
+    group: Callable[[Row], Hashable] = encoding.group
+    if kind == "pieces":
+        group = operator.attrgetter("source")
+    group_of = {row.source: group(row) for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
         own_sources = [row.source for row in own]
