@@ -18,7 +18,7 @@ from rlhf_jax.models.kernels.shared import Groups
 from rlhf_jax.training.common import initial
 from rlhf_jax.types import Rollout
 
-P = 4
+P = 6
 R = 5
 G = 3
 LONGEST = replace(CONFIG, max_length=16)
@@ -29,6 +29,8 @@ def batch(seed=0, prompts=2):
     random = np.random.default_rng(seed)
     real = random.integers(1, P + 1, prompts)
     lengths = random.integers(1, R + 1, prompts * G)
+    real[0] = P
+    lengths[0] = R
     tokens = random.integers(0, 13, (prompts * G, P + R))
     tokens[:, :P] = np.repeat(tokens[::G, :P], G, axis=0)
     prompt = np.arange(P)[None] >= P - np.repeat(real, G)[:, None]
@@ -87,7 +89,7 @@ def assert_close(found, expected, tolerance=1e-5):
     ],
 )
 def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.models.attention.BLOCK_SCORES", 18)
+    monkeypatch.setattr("rlhf_jax.models.attention.BLOCK_SCORES", 24)
     found = weighted(config, G)
     assert_close(found, weighted(config, 1))
 
