@@ -109,6 +109,22 @@ def masked(x: Array, mask: Array) -> Array:
     return jnp.where(jnp.asarray(mask) != 0, float32(x), 0.0)
 
 
+def is_last(present: Array) -> Array:
+    """[B, T] bool: the last entry of each row that is present [B, T]; none in an empty row."""
+    remaining = jax.lax.cumsum(present.astype(jnp.int32), axis=1, reverse=True)
+    return present & (remaining == 1)
+
+
+def at_end(scores: Array, mask: Array) -> Array:
+    """Dense rewards [B, T], 0 where the mask [B, T] is 0: scores [B] stand at the last entry of
+    their rows, and dense ones [B, T] stay where they are.
+    """
+    present = jnp.asarray(mask) != 0
+    if scores.ndim == 2:
+        return masked(scores, present)
+    return masked(scores[:, None], is_last(present))
+
+
 def masked_mean(
     x: Array,
     mask: Array,

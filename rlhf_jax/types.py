@@ -192,6 +192,11 @@ class Rollout(_Rows):
     """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
+    components: dict[str, Array] | None = flax.struct.field(default=None, kw_only=True)
+    """{name: [B]}: what the reward is made of, before weights; NaN where a row has no score of this
+    component."""
+    dense: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
+    """Whether the reward function gave ``rewards`` at tokens, whose places advantages keep."""
 
 
 def map_columns(fn: Callable[[Array], Any], rollout: Rollout) -> Rollout:
@@ -272,8 +277,8 @@ ScoreFn = Callable[[Params, Array, Array, DropoutKey], Array]
 
 Scores = tuple[Array, dict[str, Array]]
 RewardFn = Callable[[Rollout], Scores]
-"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an
-empty dict.
+"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a component: [B]}). No
+components: an empty dict.
 """
 
 AlgorithmConfig = Any

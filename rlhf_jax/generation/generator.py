@@ -17,18 +17,19 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops, rewards, sampling
-from rlhf_jax.data import batches, chat, conversation, encoding, stops, tokenizers
-from rlhf_jax.data.environment import (
+from rlhf_jax.data import batches, chat, conversation, encoding, tokenizers
+from rlhf_jax.data.rows import Message, Record, Row
+from rlhf_jax.errors import UserError, is_there, logger
+from rlhf_jax.generation import stops
+from rlhf_jax.generation.environment import (
     Environment,
     Source,
     converse,
     function_of,
     load_environment,
 )
-from rlhf_jax.data.rows import Message, Record, Row
-from rlhf_jax.errors import UserError, is_there, logger
 from rlhf_jax.models import hf
-from rlhf_jax.rewards.host import SINGLE_TURN
+from rlhf_jax.rewards.texts import SINGLE_TURN
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.types import Params, Rollout
@@ -374,11 +375,11 @@ class Generator:
         template_options: variables of the chat template, as ``text.template_options``.
         special_tokens: what their spelling in a plain prompt is, as ``text.special_tokens``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
-            (``data.environment``).
+            (``generation.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
         batch_size: the largest number of rows at once.
-        stop: texts that end a response (``data.stops``). They are left out of ``texts``; with an
-            environment, which reads them, they stay.
+        stop: texts that end a response (``generation.stops``). They are left out of ``texts``; with
+            an environment, which reads them, they stay.
         max_length: positions for prompt and response, if fewer than the model has.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 

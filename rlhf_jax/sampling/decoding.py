@@ -191,8 +191,8 @@ def generate(
             before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
             instead, and the rows over "data" only. What is sharded over "tensor" stays so. The
             tokens are the same as on one device.
-        used: [B] for conversations of several turns (``data.environment``), whose earlier responses
-            stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
+        used: [B] for conversations of several turns, whose earlier responses stand at the end of
+            the prompt: how many of a row's ``max_new_tokens`` slots they take.
             The row gets at most the others, and the randomness of a token is that of its slot. P
             then counts all slots too. None: no slot is taken.
         group_size: each G adjacent rows have the same prompt, which is run once and kept in a cache

@@ -18,10 +18,11 @@ import optax
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, encoding, stops
-from rlhf_jax.data.environment import Environment, converse, function_of
+from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation import stops
+from rlhf_jax.generation.environment import Environment, converse, function_of
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
@@ -216,7 +217,7 @@ def build(
 
     step = _step(stage, parts, networks, programs, client)
     draw = _draw(method, step)
-    ahead = None
+    ahead: Ahead | None = None
     if settings.rollouts_ahead:
         ahead = Ahead(step.sample, thread if samples_apart else None)
         draw = _draw(method, step._replace(sample=ahead.sample))
@@ -229,7 +230,8 @@ def build(
     if on_step is not None:
         draw_step, observe = steps.observed(draw_step, on_step)
 
-    learn = steps.learner(programs.learn, networks)
+    needs = method.config.needs_components
+    learn = steps.learner(programs.learn, networks, needs)
     advance = steps.advancing(draw_step, learn, schedule, key)
     if method.optimizer is None and settings.optimizer.counts_steps:
         advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
@@ -237,20 +239,14 @@ def build(
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)
 
-    validate = None
-    if to_validate is not None:
-        judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
-        validate = steps.validator(
-            stage, parts.initial, to_validate, step.sample_for_each, step.score, judge
-        )
-
     rehearsed = _rehearsed(programs, samples_apart)
     rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
-    check_memory = steps.checking(_draw(method, rehearsal), programs.learn, networks, schedule, key)
+    trial = _draw(method, rehearsal)
+    check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
         settings.length,
-        validate=validate,
+        validate=_validator(stage, parts, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,
         sources=schedule.sources,
@@ -259,6 +255,18 @@ def build(
         check_memory=check_memory,
         on_step=observe,
         examples=lambda: collections.ChainMap(*map(dict, parts.reward.examples)),
+    )
+
+
+def _validator(
+    stage: Stage, parts: Parts, programs: Programs, step: "Step", prompts: Batch | None
+) -> Callable[..., Any] | None:
+    """What validates on these prompts; None without any."""
+    if prompts is None:
+        return None
+    judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
+    return steps.validator(
+        stage, parts.initial, prompts, step.sample_for_each, step.score, judge, parts.pairs
     )
 
 
