@@ -100,8 +100,10 @@ def respond(
     model: models.Model,
     config: sampling.SamplingConfig,
     mesh: Mesh | None = None,
+    group_size: int = 1,
 ) -> Rollout:
-    """A response to each prompt with its log-probs, by the parameters of ``sampler``.
+    """A response to each prompt with its log-probs, by the parameters of ``sampler``. Each
+    ``group_size`` adjacent prompts are equal and computed once, but in later turns.
 
     The randomness of a row depends on its place, not on its data row, so a prompt that occurs
     twice gets two samples.
@@ -116,6 +118,7 @@ def respond(
         row_ids=prompts.places,
         mesh=mesh,
         used=prompts.used,
+        group_size=group_size if prompts.used is None else 1,
     )
     return replace(sampled, row_ids=prompts.row_ids)
 
@@ -140,7 +143,7 @@ def rescored(
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = Partial(ref_fn, loop.reference)
-    policy_fn = ops.by_rows(functions.policy_fn, score_rows)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows, sampled.group_size)
     weights: Any = {}
     if importance is not None:
         weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}

@@ -180,6 +180,9 @@ class Rollout(_Rows):
     """[B, T]: factor of each token's policy loss; 0 outside the response."""
     prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """P."""
+    group_size: int = flax.struct.field(pytree_node=False, default=1, kw_only=True)
+    """Adjacent rows whose prompt is computed once: they stay together in minibatches and
+    microbatches. 1: each row is by itself."""
     temperature: float | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """By which the sampler divided the logits; 0 if it was greedy, None if unknown. A policy
     function of another temperature is refused."""

@@ -57,7 +57,10 @@ def replacing(monkeypatch, others):
 
     def replaced(*how):
         programs = compiled(*how)
-        return programs._replace(**others(programs))
+        chosen = others(programs)
+        if "respond" in chosen:  # validations sample too
+            chosen = {"respond_to_each": chosen["respond"]} | chosen
+        return programs._replace(**chosen)
 
     monkeypatch.setattr(rl.entry, "compiled", replaced)
 

@@ -393,6 +393,7 @@ def updater(
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
         sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
+        sharded["group_size"] = rollout.group_size
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(

@@ -141,6 +141,18 @@ def prompt_rows(
     return orders[positions - first_epoch * n]
 
 
+def run_length(numbers: np.ndarray) -> int:
+    """The length of the runs of equal neighbours among [N] numbers, if all are equally long and
+    there is more than one number; else 1.
+    """
+    changes = np.flatnonzero(np.diff(numbers))
+    bounds = [-1, *changes, len(numbers) - 1]
+    lengths = np.diff(bounds)
+    if np.ptp(lengths):
+        return 1
+    return int(lengths[0])
+
+
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
     """The number of columns for left-padded prompts [B, P]: the smallest of ``multiple``, 2
     ``multiple``, 4 ``multiple``, ... that holds the longest prompt, or P if that is more than 3/4

@@ -110,6 +110,7 @@ class RewardModel(NamedTuple):
     params: Params
     fingerprint: str  # of its tokenizer
     score_texts: TextScorer | None = None  # for a policy of another tokenizer
+    in_groups: Callable[[int, int], ScoreFn] | None = None  # see ``rewards.from_model``
 
 
 Load = Callable[[str], RewardModel]
@@ -426,7 +427,7 @@ class _Reader(NamedTuple):
     def _model(self, name: str, where: str) -> Reward:
         model = self.load(name)
         if model.fingerprint == self.tokenizer.fingerprint:
-            return Reward(fn=from_model(model.score_fn, model.params))
+            return Reward(fn=from_model(model.score_fn, model.params, model.in_groups))
         if model.score_texts is None:
             raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
         logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")

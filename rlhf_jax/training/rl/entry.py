@@ -5,6 +5,7 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 """
 
 import collections
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -25,9 +26,10 @@ from rlhf_jax.generation.environment import Environment, converse, function_of
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
+from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.rl import answers, steps, teacher
+from rlhf_jax.training.rl import answers, sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -118,6 +120,7 @@ def run(
         ThreadPoolExecutor(1) as thread,
     ):
         parts = load(stage, method, given, [part.rows for part in data], reply)
+        stage, method = _with_sharing(stage, name, method, parts)
         stage, parts = _with_remat(stage, method, parts)
         networks = networks_of(stage, parts.initial, method, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
@@ -131,6 +134,20 @@ def run(
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
         return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
+
+
+def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tuple[Stage, Method]:
+    """Stage and method with ``compute.share_prompts`` chosen by the work that it saves."""
+    microbatches = {f"{name}.num_microbatches": method.config.num_microbatches}
+    of_prompts = sharing.Answers(
+        name,
+        method.config,
+        prompt=parts.prompts.tokens.shape[1],
+        takes_groups=parts.initial.model.takes_groups,
+        sharers=layout.sharers(stage.config, microbatches),
+    )
+    config, size = sharing.decided(stage.config, of_prompts)
+    return stage.recorded(config), method._replace(shared_by=size)
 
 
 def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
@@ -164,8 +181,10 @@ def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Part
     """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
     settings = stage.config.rl
     updates = method.config.num_minibatches * method.config.num_microbatches
-    length = parts.prompts.tokens.shape[1] + settings.max_new_tokens
-    rows = settings.batch_size // updates
+    prompt = parts.prompts.tokens.shape[1]
+    length = prompt + settings.max_new_tokens
+    share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
+    rows = math.ceil(settings.batch_size // updates * (1 - share))
     stage, begun = stage.choose_remat(parts.initial, rows, length)
     return stage, parts._replace(initial=begun)
 
@@ -247,7 +266,7 @@ def _validator(
         return None
     judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
     return steps.validator(
-        stage, parts.initial, prompts, step.sample, step.score, judge, parts.pairs
+        stage, parts.initial, prompts, step.sample_for_each, step.score, judge, parts.pairs
     )
 
 
@@ -255,6 +274,7 @@ class Step(NamedTuple):
     """The functions of which the draw of a step is composed."""
 
     sample: Sampler
+    sample_for_each: Sampler  # one response to each prompt, as validations have them
     sample_greedily: Sampler
     rescore: steps.Rescorer
     score: Scorer
@@ -268,14 +288,17 @@ def _step(
     memory calls.
     """
     talk = _talk(stage, parts.environment, parts.initial.tokenizer)
-    respond, respond_greedily = _responders(stage, parts, networks, programs, client)
-    sample = steps.sampler(stage, respond, talk)
+    responders = _responders(stage, parts, networks, programs, client)
+    samplers = [steps.sampler(stage, respond, talk) for respond in responders]
+    sample, sample_for_each, sample_greedily = samplers
     if parts.ask_teacher is not None:
         sample = teacher.taught(stage, sample, parts.ask_teacher)
+        sample_for_each = teacher.taught(stage, sample_for_each, parts.ask_teacher)
     rescore = steps.rescorer(programs.rescored, networks)
     return Step(
         sample,
-        sample_greedily=steps.sampler(stage, respond_greedily, talk),
+        sample_for_each,
+        sample_greedily,
         rescore=rescore if client is None else client.watched(rescore),
         score=steps.scorer(stage, programs.reward, parts.reward, parts.guard),
         with_greedy=programs.with_greedy,
@@ -294,22 +317,22 @@ def _draw(method: Method, step: Step) -> Draw:
 
 def _responders(
     stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
-) -> tuple[Responder, Responder]:
-    """Where responses and greedy responses come from: the engine, or the run's own programs, on the
-    devices that learn or on others.
+) -> list[Responder]:
+    """Where responses to groups of equal prompts, responses to single ones and greedy responses
+    come from: the engine, or the run's own programs, on the devices that learn or on others.
     """
     if client is not None:
         how = initial.sampling_config(stage.config.rl, parts.initial.tokenizer)
         greedy = replace(how, temperature=0.0)
-        return one_at_a_time(client.responder(how), client.responder(greedy))
+        asked = client.responder(how)
+        return one_at_a_time(asked, asked, client.responder(greedy))
     mesh = layout.sampling_mesh(stage.config)
+    samplers = (programs.respond, programs.respond_to_each, programs.respond_greedily)
     if mesh is None:
-        respond = steps.on_devices(stage, programs.respond, networks)
-        return respond, steps.on_devices(stage, programs.respond_greedily, networks)
+        return [steps.on_devices(stage, program, networks) for program in samplers]
     base = networks.start.base
     placed = None if base is None else sharding.replicate(mesh, base)
-    respond = steps.apart(mesh, programs.respond, placed)
-    return one_at_a_time(respond, steps.apart(mesh, programs.respond_greedily, placed))
+    return one_at_a_time(*(steps.apart(mesh, program, placed) for program in samplers))
 
 
 def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
@@ -356,6 +379,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
         order_key=order_key,
         rollout_key=stage.key("rollout"),
         multiple=multiple,
+        shared_by=method.shared_by,
     )
     if not len(held_out):
         return schedule, None
@@ -370,7 +394,9 @@ def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
     settings = stage.config.rl
     # In a conversation each response is written behind the slots of the one before.
     slots = settings.max_new_tokens * (2 if parts.environment else 1)
-    length = schedule.widest().prompts.tokens.shape[1] + slots
+    prompt = schedule.widest().prompts.tokens.shape[1]
     rows = settings.batch_size // stage.num_parts
-    cache = jax.eval_shape(lambda: parts.initial.model.init_cache(rows, length))
+    shared_by = 1 if parts.environment else schedule.shared_by
+    model = parts.initial.model
+    cache = jax.eval_shape(lambda: decoding.cache_of(model, rows, prompt, slots, shared_by))
     stage.hold({"rewards": parts.reward.fn, "cache while it samples": cache})

@@ -43,6 +43,7 @@ class Programs(NamedTuple):
     """Functions of ``iteration`` with their settings bound; the first call compiles each."""
 
     respond: Callable[..., Rollout]
+    respond_to_each: Callable[..., Rollout]  # to the prompts of a validation, one response each
     respond_greedily: Callable[..., Rollout]
     rescored: Callable[..., tuple[Rollout, Metrics]]
     reward: Callable[..., tuple[Rollout, Metrics]]
@@ -69,7 +70,9 @@ def networks_of(
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
         prompt_length = columns - settings.max_new_tokens
-        return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
+        others = (value_model, taught_by)
+        how = (settings.temperature, prompt_length, *others, method.shared_by)
+        return models.policy_fn(model, *how)
 
     def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more)
@@ -77,7 +80,7 @@ def networks_of(
     has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
     if has_reference:
-        ref_fn = ops.by_rows(scored, method.score_rows)
+        ref_fn = ops.by_rows(scored, method.score_rows, method.shared_by)
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
@@ -157,9 +160,14 @@ def compiled(
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
+    greedy = replace(samples, temperature=0.0)
+    size = method.shared_by
+    to_groups = jit(respond, layers, config=samples, group_size=size)
+    to_each = to_groups if size == 1 else jit(respond, layers, config=samples)
     return Programs(
-        respond=jit(respond, layers, config=samples),
-        respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
+        respond=to_groups,
+        respond_to_each=to_each,
+        respond_greedily=jit(respond, layers, config=greedy, group_size=size),
         rescored=jit(rescored, blocks),
         reward=stage.jit(iteration.reward),
         with_greedy=jit(iteration.with_greedy, shape=shape),

@@ -146,6 +146,7 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
         for name, values in talks.items():
             mean = np.mean(values[present])
             metrics[f"environment/{name}"] = jnp.float32(mean)
+        rollout = replace(rollout, group_size=batch.shared_by)
         return stage.shard(rollout), metrics
 
     return sample
