@@ -11,7 +11,7 @@ from rlhf_jax import cli
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import initial
 
 
@@ -190,7 +190,7 @@ SLIPS = [
     ),
     ({"prompt": "a", "chosen": "b"}, "'chosen' is not read without the other one of a pair"),
     ({"prompt": "a", "respnse": "b"}, "'respnse' is not read; did you mean 'response'?"),
-    ({"prompt": "a", "completion": "b"}, "'completion' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "output": "b"}, "'output' is not read; did you mean 'response'?"),
     ({"prompt": "a", " response": "b"}, "' response' is not read; did you mean 'response'?"),
     (
         {"prompt": "a", "prompt_id": 1, "Response": "b"},
@@ -212,7 +212,7 @@ def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")]
+    ("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "output")]
 )
 def test_the_pipelines_names_say_the_kind(write, name, key):
     report = check.check([write([{"prompt": "a", key: "b"}], name)])
@@ -220,7 +220,7 @@ def test_the_pipelines_names_say_the_kind(write, name, key):
     assert f"found prompt, {key}" in report.text
 
 
-def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
+def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys, caplog, monkeypatch):
     path = write([{"prompt": "a", "answer": "b", "id": 3}, {"prompt": "c", "answer": "", "id": 4}])
     assert "  columns for the reward: answer (2 rows), id (2 rows)" in check.check([path]).text
     assert (
@@ -229,11 +229,16 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     )
     text = capsys.readouterr().out
     assert "1 demonstrations kept" in text
-    assert "  keys that training does not read: id (2 rows)" in text
+    assert "  keys that training does not read: id (1 rows)" in text
     assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in text
     assert text.endswith("no problems\n")
     config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
-    assert initial.stage_rows(config, "demonstrations", ()).dropped == {"'response' is empty": 1}
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        rows = initial.stage_rows(config, "demonstrations", ())
+    assert rows.dropped == {"'response' is empty": 1}
+    # A run names it too.
+    assert "demonstrations: keys that training does not read: id (1 rows)" in caplog.messages
     voted = {
         "instruction": "a",
         "response1": "b",
@@ -270,6 +275,9 @@ RAW = {
     "pandalm/testset-v1.dev.json": ("annotated", "JSON list", 445, 412),
     "gsm8k/train_first2000.jsonl": ("demonstrations", "JSON lines", 2000, 2000),
     "xstest/xstest_prompts.csv": ("prompts", "CSV", 450, 450),
+    "forms/alpaca_en_demo.first150.json": ("demonstrations", "JSON list", 150, 150),
+    "forms/dpo_en_demo.first60.json": ("pairs", "JSON list", 60, 60),
+    "forms/kto_en_demo.first60.json": ("feedback", "JSON list", 60, 60),
 }
 
 

@@ -27,6 +27,7 @@ from rlhf_jax.config import (
     Tokenizer,
     parse,
     to_yaml,
+    yaml_files,
 )
 from rlhf_jax.errors import UserError
 
@@ -172,11 +173,52 @@ def test_all_mistakes_of_the_files_are_named_at_once():
         "c.yaml, line 5: lora must be a mapping of keys, found 3",
         "c.yaml, line 6: key seed is given twice, first on line 1",
         "c.yaml, line 7: key seed is given twice, first on line 1",
-        "d.yaml, line 1: unknown key zzz; the keys are data",
+        "d.yaml, line 1: unknown key zzz; `rlhf-jax STAGE --help` shows the keys",
     ]
     lines = str(caught.value).splitlines()
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+# A file of another library, and what each of its keys is told.
+THEIRS = {
+    "model_name_or_path": "here it is model",
+    "dataset_name": "here it is data: org/name:split",
+    "learning_rate": "here it is sft.optimizer.learning_rate, or the same of another stage",
+    "per_device_train_batch_size": "here it is sft.batch_size, or the same of another stage: of ",
+    "max_length": "there is no such setting here: a text may fill the model's positions",
+    "load_in_4bit": "there is no such setting here: weights are not quantised",
+    "num_generations": "here it is grpo.group_size",
+    "eos_tokens_id": "`rlhf-jax STAGE --help` shows the keys",
+}
+
+
+def test_each_key_of_another_library_gets_a_line_with_ours(tmp_path):
+    file = tmp_path / "trl.yaml"
+    file.write_text("\n".join(f"{key}: 1" for key in THEIRS))
+    with pytest.raises(UserError) as caught:
+        config.parse(config.RunConfig, ["--config", str(file)])
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(THEIRS)
+    for number, (line, (key, said)) in enumerate(zip(lines, THEIRS.items(), strict=True), 1):
+        assert line.startswith(f"{file}, line {number}: unknown key {key}; {said}")
+        assert len(line.removeprefix(str(file))) < 170
+    with pytest.raises(UserError, match=r"--num-train-epochs; here it is --sft\.num-epochs, or"):
+        config.parse(config.RunConfig, ["--num-train-epochs", "3"])
+
+
+def test_the_keys_of_other_libraries_lead_to_settings_that_exist():
+    known = yaml_files.dotted_keys(config.RunConfig)
+    last = {key.rpartition(".")[2] for key in known}
+    entries = yaml_files.other_keys()
+    assert len(entries) > 100
+    for theirs, entry in entries.items():
+        key, _, note = entry.partition(" - ")
+        assert theirs not in known
+        assert key == "none" or key.replace("SECTION", "sft") in known
+        assert note or key != "none"
+        # Where ours has this name too, it means the same or the note says more.
+        assert theirs not in last or key.endswith(theirs) or theirs == "max_length"
 
 
 def test_all_values_that_break_a_rule_are_named_at_once():
@@ -364,7 +406,7 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
-        (["--zzz.yyy"], "unknown flag --zzz.yyy; the keys are data, columns"),
+        (["--zzz.yyy"], "unknown flag --zzz.yyy; `rlhf-jax STAGE --help` shows the keys"),
         (
             ["--checkpoint-async", "True"],
             "unexpected 'True'; flags begin with --; a switch takes no value: --text.pack, or ",

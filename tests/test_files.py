@@ -1,6 +1,7 @@
 """Data files: every format, the place of each record, and sentences for what cannot be read."""
 
 import gzip
+import json
 import sys
 import types
 
@@ -98,8 +99,89 @@ def test_parquet(write):
             formats.read("prompts", write(content, "bad.parquet"))
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(write):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    column = pyarrow.array(["a"])
+    table = pyarrow.Table.from_arrays([column, column, column], ["prompt", "response", "prompt"])
+    parquet.write_table(table, "data.parquet")
+    with pytest.raises(UserError, match=r"data\.parquet: has two columns 'prompt'; rename one"):
+        formats.read("prompts", "data.parquet")
+
+
+def test_a_small_parquet_file_that_holds_much_is_refused(write, monkeypatch):
+    """Before, 46 kB with 20 million empty values took 4.6 GB."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    def save(values):
+        parquet.write_table(pyarrow.table({"prompt": values}), "data.parquet")
+
+    save(pyarrow.nulls(2_000_000, pyarrow.string()))
+    with pytest.raises(UserError, match=r"holds 2,000,000 values in [\d,]+ bytes"):
+        formats.read("prompts", "data.parquet")
+    save(pyarrow.array([[None] * 2_000_000], pyarrow.list_(pyarrow.string())))
+    with pytest.raises(UserError, match=r"holds 2,000,000 values"):
+        formats.read("prompts", "data.parquet")
+    monkeypatch.setattr(files, "_MAY_UNPACK", 1 << 20)
+    save(pyarrow.array(["x" * (1 << 16)] * 300))  # the file holds this text once
+    with pytest.raises(UserError, match=r"data\.parquet: unpacks to more than 100 times its size"):
+        formats.read("prompts", "data.parquet")
+    save(pyarrow.array([f"{number}" for number in range(2000)]))
+    assert len(formats.read("prompts", "data.parquet").rows) == 2000
+
+
+def test_folders_of_save_to_disk(tmp_path, monkeypatch):
+    ipc = pytest.importorskip("pyarrow.ipc")
+    import pyarrow
+
+    monkeypatch.chdir(tmp_path)
+
+    def save(folder, *parts):
+        (tmp_path / folder).mkdir(parents=True)
+        names = []
+        for number, rows in enumerate(parts):
+            names.append(f"data-{number}.arrow")
+            table = pyarrow.Table.from_pylist(rows)
+            with ipc.new_stream(tmp_path / folder / names[-1], table.schema) as stream:
+                stream.write_table(table)
+        state = {"_data_files": [{"filename": name} for name in names]}
+        (tmp_path / folder / "state.json").write_text(json.dumps(state))
+
+    first, second = ({"prompt": text, "response": "r"} for text in "ab")
+    save("saved/train", [first], [second])
+    expected = [Row("a", ("r",), "saved/train, row 1"), Row("b", ("r",), "saved/train, row 2")]
+    assert read_demonstrations("saved/train") == expected
+    assert files.read_source("saved/train").format == "saved dataset"
+    save("saved/test", [second])
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match="saved: holds the splits test, train; name one as saved/"):
+        read_demonstrations("saved")
+    (tmp_path / "saved" / "test" / "data-0.arrow").write_bytes(b"no")
+    with pytest.raises(UserError, match="saved/test: cannot be read as a saved dataset: Arrow"):
+        read_demonstrations("saved/test")
+
+
+def test_one_object_is_a_row(write):
+    text = '{\n  "prompt": "a",\n  "response": "b"\n}\n'
+    assert read_demonstrations(write(text, "data.json")) == [Row("a", ("b",), "data.json, row 1")]
+    assert files.read_source("data.json").format == "JSON object"
+
+
+def test_csv_files_as_pandas_writes_them(write):
+    path = write(",prompt,response,desirable\n0,a,b,True\n1,c,d,False\n", "data.csv")
+    found = formats.read("feedback", path)
+    assert [row.targets for row in found.rows] == [(1.0,), (0.0,)]
+    assert found.unread == {"Unnamed: 0": 2}
+    path = write("prompt,chosen,rejected,margin\na,b,c,0.5\nd,e,f,\n", "data.csv")
+    assert [row.margin for row in formats.read("comparisons", path).rows] == [0.5, 0.0]
+
+
 def test_hugging_face_datasets(monkeypatch):
-    def load_dataset(name, split):
+    def load_dataset(name, *configs, split):
+        if configs:
+            return [{"prompt": f"{configs[0]} of {name}"}]
         if name == "nobody/nothing":
             raise ConnectionError("offline")
         return [{"prompt": name}, {"prompt": split}]
@@ -108,6 +190,8 @@ def test_hugging_face_datasets(monkeypatch):
     rows = formats.read("prompts", ["Some-Org/some_data:test[:2]", "org/name"]).rows
     assert [row.prompt for row in rows] == ["Some-Org/some_data", "test[:2]", "org/name", "train"]
     assert rows[1].source == "Some-Org/some_data:test[:2], row 2"
+    [row] = formats.read("prompts", "openai/gsm8k/main:test").rows
+    assert (row.prompt, row.source) == ("main of openai/gsm8k", "openai/gsm8k/main:test, row 1")
     with pytest.raises(
         UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"
     ):
@@ -133,7 +217,7 @@ FAULTS_OF_JSON = [
         "line 3: not valid JSON.* at column 17; the text ends there",
     ),
     (
-        '{"prompt": "a",\n"response": "b"}',
+        '{"prompt": "a",\n"response": "b"}\n{"prompt": "c"}',
         "line 1: not valid JSON.*; the text ends there .in JSON lines",
     ),
     ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),

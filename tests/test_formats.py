@@ -281,7 +281,9 @@ def test_message_trees_are_rankings(write):
     path = write(
         [{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR]
     )
-    with pytest.raises(UserError, match="line 3: not a message tree: TypeError"):
+    with pytest.raises(
+        UserError, match=r"line 3: not in the form of Open Assistant trees .*TypeError"
+    ):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
     p = "User:\np\n\nAssistant:\n"
@@ -419,7 +421,7 @@ FAULTS = [
     (
         "comparisons",
         {"quary": "q", "sample0": "a", "sample1": "b", "best": 0},
-        "expected keys prompt, found quary",
+        "expected keys prompt; lm-human-preferences has quary",
     ),
     ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": [50259]}, "response 1 is empty"),
@@ -461,12 +463,12 @@ FAULTS = [
 ]
 
 
-# Of every kind. That 'chosen' is one of the best is enough.
-RIGHT = PAIR | VOTED | {"response": "r", "ranks": [1, 1]}
+# Of every kind but one. That 'chosen' is one of the best is enough.
+RIGHT = PAIR | {"response": "r", "ranks": [1, 1]}
 
 
 @pytest.mark.parametrize(("kind", "record", "message"), FAULTS)
 def test_faults_name_file_line_and_key(write, kind, record, message):
     with pytest.raises(UserError, match=message) as error:
-        formats.read(kind, write([RIGHT, record]))
+        formats.read(kind, write([VOTED if kind == "annotated" else RIGHT, record]))
     assert str(error.value).startswith("data.jsonl, line 2: ")

@@ -123,7 +123,10 @@ def test_feedback_is_read_from_rows_of_its_own_and_from_preferences(read, tmp_pa
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (FEEDBACK[0] | {"desirable": 1}, "'desirable' must be true or false, found the number 1"),
+        (
+            FEEDBACK[0] | {"desirable": 2},
+            "'desirable' must be true or false, or 1 or 0, found the number 2",
+        ),
         ({"prompt": "a", "response": "b"}, "expected keys desirable, found prompt, response"),
         (
             {"prompt": "a", "desirable": True},

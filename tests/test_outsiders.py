@@ -107,8 +107,8 @@ TABLE = [
         rows(prompt="a", respnse="x"), "the key 'respnse' is not read; did you mean 'response'?", 0
     ),
     checked(
-        rows(prompt="a", completion="x"),
-        "the key 'completion' is not read; did you mean 'response'?",
+        rows(prompt="a", output="x"),
+        "the key 'output' is not read; did you mean 'response'?",
         0,
     ),
     checked(rows(prompt="a", chosen="x"), "the key 'chosen' is not read", 0),

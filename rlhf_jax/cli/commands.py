@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": Command("evaluate:evaluate_run", "judge a model by data"),
     "verify": Command("verify:verify_run", "repeat a part of a run, compare byte by byte"),
     "data check": Command("data:check_data", "every problem of data files"),
-    "data preview": Command("data:preview_data", "the first rows, as a run reads them"),
+    "data preview": Command("preview:main", "the first rows, and what of them a stage learns"),
     "data demo": Command("data:write_demo", "write the generated corpus"),
     "models": Command("models:list_models", "families of models that load"),
     "configs": Command("stages:list_configs", "settings that come with the package"),

@@ -61,16 +61,3 @@ def check_data(
     report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
     show(report.text)
     return 2 if report.num_problems else 0
-
-
-def preview_data(
-    file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3
-) -> None:
-    """Print the first rows of a data file as a run reads them.
-
-    Args:
-        file: a data file or the name of a Hugging Face dataset.
-        reading: how it is read.
-        count: rows to print.
-    """
-    show(check.preview(file, count=count, **reading.arguments()))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from rlhf_jax.config.settings import Switch
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import objects
 
+_FEW = 12  # keys that an error lists
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
 
 
@@ -140,8 +142,8 @@ def _text_of(node: yaml.Node) -> str:
 
 
 def hint(key: str, root: type, flags: bool = False) -> str:
-    """The keys that may have been meant: those like it in its section, else those of its name in
-    other sections, else all of its section.
+    """The keys that may have been meant: ours for a key of another library, those like it in its
+    section, those of its name in other sections, or else all of its section, if they are few.
     """
     section, _, name = key.rpartition(".")
     prefix = f"{section}." if section else ""
@@ -153,6 +155,9 @@ def hint(key: str, root: type, flags: bool = False) -> str:
             inside.append(its_name)
         if its_name == name:
             elsewhere.append(known)
+    theirs = other_keys().get(name.replace("-", "_"))
+    if theirs:
+        return _ours(theirs, flags)
     close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
     close = close or [k for k in inside if k.startswith(name[:4])]
     meant = [prefix + k for k in close] or elsewhere[:3]
@@ -163,7 +168,29 @@ def hint(key: str, root: type, flags: bool = False) -> str:
     if not inside:  # the section is unknown or has no keys
         return hint(section, root, flags)
     place = f"of {section} " if section else ""
+    if len(inside) > _FEW:
+        return "`rlhf-jax STAGE --help` shows the keys"
     return f"the keys {place}are {', '.join(inside)}"
+
+
+@functools.cache
+def other_keys() -> dict[str, str]:
+    """{key of another library: our keys and a note}."""
+    text = Path(__file__).with_name("other_keys.yaml").read_text("utf-8")
+    keys: dict[str, str] = yaml.safe_load(text)
+    return keys
+
+
+def _ours(entry: str, flags: bool) -> str:
+    """A sentence of an entry of `other_keys`."""
+    key, _, note = entry.partition(" - ")
+    about = f": {note}" if note else ""
+    if key == "none":
+        return f"there is no such setting here{about}"
+    others = ", or the same of another stage" if key.startswith("SECTION.") else ""
+    shown = key.replace("SECTION", "sft")
+    shown = "--" + shown.replace("_", "-") if flags else shown
+    return f"here it is {shown}{others}{about}"
 
 
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:

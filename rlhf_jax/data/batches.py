@@ -314,6 +314,7 @@ def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
     return {
         "best": _labels(data.best, rows) if has_best else None,
         "targets": _labels(data.targets, rows),
+        "margin": _labels(data.margin, rows),
         "weight": _labels(data.weight, rows) if has_weight else None,
     }
 

@@ -9,6 +9,7 @@ and places.
 
 import difflib
 import itertools
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import chat, formats
-from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.encoding import prompt_ids, response_ids
+from rlhf_jax.data.batches import comparison_batch
+from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids
 from rlhf_jax.data.files import read_source
+from rlhf_jax.data.forms import table
+from rlhf_jax.data.forms.columns import adapted, unused
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, escaped
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
+_ROWS_AT_ONCE = 256
 _EXAMPLE = 200  # characters of a text that a report shows
-_ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
-_ALIASES = {"completion": "response", "output": "response"}
-_KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
+_ANSWERS = "prompt, responses, best or ranking or ranks or targets"
+_ALIASES = {"output": "response"}
+_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(table.OURS)[1:])])
+_PUBLIC = f"or of a public form: {', '.join(known.name for known in table.FORMS)}"
 
 
 class Report(NamedTuple):
@@ -177,17 +182,21 @@ def _describe(
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
         errors.append(error)
-    others, warnings = _unread(file)
+    warnings = _slips(file)
+    unread = file.found.describe_unread(file.kind)
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
-        *_forms(file.records),
+        *_forms(file.found),
         *_problems(errors),
         *warnings,
-        *others,
+        *([f"  {escaped(unread)}"] if unread else []),
         *_dropped(file),
         *_repeats(rows, name),
     ]
     unit = "tokens" if tokenizer else "words"
+    learned = lengths.pop("", None)
+    if learned:
+        lines.append(f"  tokens: {learned[1]:,}, of which {learned[0]:,} are learned")
     for text, counts in lengths.items():
         lines.append(_spread(f"{unit} of a {text}", counts))
     if rows:
@@ -196,45 +205,34 @@ def _describe(
     return "\n".join(lines), len(warnings)
 
 
-def _forms(records: Sequence[Record]) -> list[str]:
+def _forms(found: formats.ReadResult) -> list[str]:
     """The number of records of each form."""
-    values = [record.value for record in records if not isinstance(record.value, Exception)]
-    forms = Counter(formats.form_of(value).name for value in values)
-    if not forms:
+    if not found.forms:
         return []
-    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
+    most_first = Counter(found.forms.values()).most_common()
+    counted = "; ".join(f"{count} of {name}" for name, count in most_first)
     lines = [f"  rows: {counted}"]
-    if set(forms) == {formats.UNKNOWN.name}:
-        lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
+    if set(found.forms.values()) == {formats.UNKNOWN.name}:
+        lines.append(f"  a row must have the keys of one of these: {_KNOWN}; {_PUBLIC}")
     return lines
 
 
-def _unread(file: _File) -> tuple[list[str], list[str]]:
-    """A line about the keys that only a reward reads, or no stage at all, and warnings of keys that
-    look misspelled. Rows with a problem do not count.
-    """
+def _slips(file: _File) -> list[str]:
+    """Warnings of keys that look misspelled. Rows with a problem do not count."""
     bad = {getattr(error, "source", None) for error in file.found.errors}
-    others = Counter[str]()
     slips = defaultdict[str, list[str]](list)
-    for row, source in file.records:
-        if source in bad or not isinstance(row, dict):
+    for record in file.records:
+        row = record.value
+        if record.source in bad or not isinstance(row, dict):
             continue
-        read = formats.keys_read(row)
-        for key in row:
-            if key not in read:
-                others[key] += 1
-                slips[_slip(key, row, read)].append(source)
+        read = formats.keys_read(row, file.kind)
+        for key in row.keys() - read:
+            slips[_slip(key, row, read)].append(record.source)
     slips.pop("", None)
     warnings = []
     for slip, sources in slips.items():
         warnings.append(f"  warning: {slip} ({len(sources)} rows: {places(sources)})")
-    if not others:
-        return [], warnings
-    title = "keys that training does not read"
-    if file.kind == "prompts":
-        title = "columns for the reward"
-    counted = ", ".join(f"{escaped(key)} ({count} rows)" for key, count in others.most_common())
-    return [f"  {title}: {counted}"], warnings
+    return sorted(warnings)
 
 
 def _slip(
@@ -248,7 +246,7 @@ def _slip(
     near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
-    if key in formats.PAIR and read == {"prompt"}:
+    if key in table.PAIR and read == {"prompt"}:
         return f"the key {key!r} is not read without the other one of a pair"
     return ""
 
@@ -269,20 +267,46 @@ def _repeats(rows: list[Row], name: str) -> list[str]:
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
-    """Lengths of prompts and responses in tokens, EOS included, or without a tokenizer in words (of
-    token ids: in tokens).
+    """Lengths of prompts and responses in tokens, their ends included, or without a tokenizer in
+    words (of token ids: in tokens). "" has how many tokens of all texts are learned, and how many
+    there are.
     """
+    answered = [row for row in rows if row.responses]
     prompted = [row for row in rows if not row.is_plain_text]
-    prompts: list[Any]
-    responses: list[Any]
     if tokenizer is None:
-        prompts = [_words(row.prompt) for row in prompted]
-        responses = [_words(text) for row in rows for text in row.responses]
-    else:
-        prompts = list(prompt_ids(prompted, tokenizer, chat.AUTO))
-        responses = [*itertools.chain.from_iterable(response_ids(rows, tokenizer))]
-    parts_of = {"prompt": prompts, "response": responses}
-    return {name: list(map(len, parts)) for name, parts in parts_of.items() if parts}
+        parts_of: dict[str, list[Any]] = {
+            "prompt": [_words(row.prompt) for row in prompted],
+            "response": [_words(text) for row in answered for text in row.responses],
+        }
+        return {name: list(map(len, parts)) for name, parts in parts_of.items() if parts}
+    if not answered:
+        return {"prompt": list(map(len, prompt_ids(rows, tokenizer, chat.AUTO)))}
+    is_text = answered[0].is_plain_text
+    template = "{prompt}" if is_text else chat.AUTO
+    texts = pieces(answered, tokenizer, sys.maxsize) if is_text else answered
+    encoded = encode_texts(texts, tokenizer, template=template)
+    is_there = encoded.lengths > 0
+    lengths = {
+        "prompt": encoded.starts[:, 0].tolist(),
+        "response": encoded.response_lengths[is_there].tolist(),
+        "": [_num_learned(encoded), int(encoded.lengths.sum())],
+    }
+    if is_text:  # a piece of it begins with the last token of the piece before
+        whole = Counter({row.source: 1 for row in answered})
+        for source, length in zip(encoded.sources, lengths["response"], strict=True):
+            whole[source.rpartition(", piece ")[0]] += length
+        lengths["response"] = list(whole.values())
+        del lengths["prompt"]
+    return lengths
+
+
+def _num_learned(encoded: EncodedTexts) -> int:
+    """The tokens that the masks of all batches count."""
+    total = 0
+    for start in range(0, len(encoded), _ROWS_AT_ONCE):
+        numbers = np.arange(start, min(start + _ROWS_AT_ONCE, len(encoded)))
+        total += int(np.sum(comparison_batch(encoded, numbers, 1).response_mask))
+    return total
 
 
 def _words(text: Text) -> Sequence[Any]:
@@ -325,7 +349,7 @@ def _render_row(
     limit: int | None = None,
 ) -> str:
     """One row with its place, each text under its name; of a text at most ``limit`` characters."""
-    texts = dict(zip(_names(row), row.responses, strict=True))
+    texts = dict(zip(answer_names(row), row.responses, strict=True))
     if not row.is_plain_text:
         prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
         texts = {"prompt": prompt, **texts}
@@ -345,7 +369,7 @@ def _render_row(
     return "\n".join(lines)
 
 
-def _names(row: Row) -> list[str]:
+def answer_names(row: Row) -> list[str]:
     """The names of a row's responses."""
     numbers = range(len(row.responses))
     if row.votes:

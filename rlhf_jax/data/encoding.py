@@ -30,6 +30,10 @@ NO_ROOM = "dropped, the prompt leaves no room for a response"
 EQUAL_CUT = "dropped, the cut responses are equal"
 
 
+class NothingLeft(UserError):
+    """All rows are too long, or were cut to nothing that can be learned."""
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
     """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was
@@ -47,6 +51,7 @@ class EncodedTexts:
     best: np.ndarray  # [N] int32 index of the best answer
     weight: np.ndarray  # [N] float32; [N, M] for an ensemble of M members
     targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
+    margin: np.ndarray | None = None  # [N] float32; None if all are 0
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -132,6 +137,7 @@ def encode_texts(
     _check_some_left(kept, rows, max_length)
     frame = chat.frame(template, tokenizer) or "{prompt}"
     targets = itertools.zip_longest(*(row.targets or () for row in kept), fillvalue=0.0)
+    margin = np.array([row.margin for row in kept], np.float32)
     return EncodedTexts(
         tokens=[_whole(prompts, column) for column in itertools.zip_longest(*answers)],
         starts=_starts(prompts, answers),
@@ -143,6 +149,7 @@ def encode_texts(
         best=np.array([row.best or 0 for row in kept], np.int32),
         weight=_weights(rows, kept),
         targets=np.array(list(targets), np.float32).T if kept[0].targets else None,
+        margin=margin if margin.any() else None,
     )
 
 
@@ -424,4 +431,4 @@ def _check_some_left(
 ) -> None:
     if not kept:
         what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
-        raise UserError(f"{what}; raise the limit")
+        raise NothingLeft(f"{what}; raise the limit")

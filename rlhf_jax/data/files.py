@@ -26,10 +26,15 @@ from rlhf_jax.errors import UserError, did_you_mean, file_errors
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
 _MAY_UNPACK = 1 << 26  # bytes that any gzip file may unpack to
-_DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
+_DATASET = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII
+)
+_MAY_HOLD = 1 << 20  # values that any Parquet file may hold; beyond it a byte of the file for each
+_AT_ONCE = 256  # rows of Parquet that are unpacked at once
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # CSV columns whose cells are JSON, since CSV has no lists and numbers.
-_JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "desirable")
+_JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "margin")
+_INDEX = "Unnamed: 0"  # what pandas calls the index that it writes without a name
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
 
@@ -47,11 +52,12 @@ class Source(NamedTuple):
 
 
 def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> Source:
-    """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
+    """The content of a file, of a folder that ``datasets.save_to_disk`` wrote, or of a dataset
+    named ``org/name``, ``org/name:split``, ``org/name/config`` or ``org/name/config:split``.
 
     ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as such
-    files, anything else as a JSON list or JSON lines. A name is a dataset's if no such path exists
-    and it does not end like a data file. The default split is ``train``.
+    files, anything else as a JSON list, one JSON object or JSON lines. A name is a dataset's if no
+    such path exists and it does not end like a data file. The default split is ``train``.
 
     Args:
       whole_text: a ``.txt`` file is one record ``{text}``; by default each of its lines is one.
@@ -60,6 +66,8 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
       UserError: for a file or dataset that cannot be read at all.
     """
     path = Path(name)
+    if is_saved_dataset(name):
+        return _saved_dataset(path)
     if os.path.isdir(path):  # the methods of Path raise for a name that is too long
         raise UserError(f"{name}: is a folder; name the file inside it")
     match = _DATASET.fullmatch(str(name))
@@ -67,8 +75,8 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
         source = parse_bytes(_bytes(path), str(name), whole_text)
         if path.suffix.lower() == ".gz":
             source = source._replace(format=f"{source.format}, gzipped")
-    elif match and not match["name"].endswith(_SUFFIXES):
-        source = _dataset(match["name"], match["split"] or "train")
+    elif match and not str(name).endswith(_SUFFIXES):
+        source = _dataset(match["name"], match["config"], match["split"] or "train")
     else:
         others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         raise UserError(f"{name}: no such file{did_you_mean(path.name, others)}")
@@ -95,10 +103,7 @@ def parse_bytes(
         form = "text"
         records = _text(_decode(name, data), name, whole_text)
     else:
-        text = _decode(name, data)
-        is_list = text.lstrip().startswith("[")
-        form = "JSON list" if is_list else "JSON lines"
-        records = _json_list(text, name) if is_list else _json_lines(text, name)
+        form, records = _json_records(_decode(name, data), name)
     return Source(list(records), hashlib.sha256(data).hexdigest(), form)
 
 
@@ -119,12 +124,24 @@ def _text(
     whole_text: bool,
 ) -> list[Record]:
     lines = _lines(text, name)
-    if lines and isinstance(_json(*lines[0]), dict):
+    if lines and isinstance(_json(lines[0].value, name), dict):
         fault = "expected a text, found a JSON object; call the file .jsonl"
         raise UserError(f"{lines[0].source}: {fault}")
     if whole_text and lines:
         return [Record({"text": text.replace("\r\n", "\n")}, name)]
-    return [Record(line.removesuffix("\r"), source) for line, source in lines]
+    return [Record(line.value.removesuffix("\r"), line.source) for line in lines]
+
+
+def _json_records(text: str, name: str) -> tuple[str, list[Record]]:
+    """The format of a JSON file and its records."""
+    if text.lstrip().startswith("["):
+        return "JSON list", _json_list(text, name)
+    records = _json_lines(text, name)
+    if records and isinstance(records[0].value, UserError):
+        whole = _json(text, name)
+        if isinstance(whole, dict):
+            return "JSON object", _numbered([whole], name)
+    return "JSON lines", records
 
 
 def _json_list(text: str, name: str) -> list[Record]:
@@ -137,9 +154,9 @@ def _json_list(text: str, name: str) -> list[Record]:
 def _json_lines(text: str, name: str) -> list[Record]:
     lines = _lines(text, name)
     if lines and lines[0].value.lstrip()[0] not in '{"':
-        start, source = lines[0]
-        raise UserError(f"{source}: expected a JSON list or JSON lines, found {start[:20]!r}")
-    return [Record(_json(line, source), source) for line, source in lines]
+        start = lines[0].value[:20]
+        raise UserError(f"{lines[0].source}: expected a JSON list or JSON lines, found {start!r}")
+    return [Record(_json(line.value, line.source), line.source) for line in lines]
 
 
 def _bytes(path: Path) -> bytes:
@@ -229,6 +246,8 @@ def _csv(
     source = f"{name}, line 1"
     try:
         header = next(table, [])
+        if header[:1] == [""]:
+            header[0] = _INDEX
         if "" in header or len(set(header)) < len(header):
             names = ", ".join(map(repr, header))
             raise UserError(f"{source}: the names of the columns must differ, found {names}")
@@ -263,18 +282,91 @@ def _csv_row(
 def _parquet(data: bytes, name: str) -> list[Record]:
     import pyarrow.parquet  # type: ignore[import-untyped]  # datasets brings it
 
+    rows: list[Fields] = []
+    num_bytes = 0
     try:
-        rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read().to_pylist()
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        _check_parquet(file, name, len(data))
+        for batch in file.iter_batches(_AT_ONCE):
+            num_bytes += batch.nbytes
+            _check_unpacked(name, num_bytes, len(data))
+            rows += batch.to_pylist()
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's kinds
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
     return _numbered(rows, name)
 
 
-def _dataset(name: str, split: str) -> Source:
+def _check_parquet(file: Any, name: str, size: int) -> None:
+    """Raises `UserError` for a Parquet file with two columns of one name, or with far more values
+    than bytes: empty values take no place in the file, but in memory they do.
+    """
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        twice = statistics.mode(names)
+        raise UserError(f"{name}: has two columns {twice!r}; rename one of them")
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    num_values = 0
+    for group in groups:
+        num_values += sum(group.column(i).num_values for i in range(group.num_columns))
+    if num_values > max(_MAY_HOLD, size):
+        what = f"holds {num_values:,} values in {size:,} bytes, which are nearly all empty"
+        raise UserError(f"{name}: {what}; leave out the empty rows and columns")
+
+
+def _check_unpacked(name: str, num_bytes: int, size: int) -> None:
+    if num_bytes > max(_MAY_UNPACK, _PACKED_AT_MOST * size):
+        raise UserError(
+            f"{name}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is intended, "
+            "write it as JSON lines"
+        )
+
+
+def is_saved_dataset(name: str | os.PathLike[str]) -> bool:
+    """Whether ``datasets.save_to_disk`` wrote this folder."""
+    files = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]
+    return any(map(os.path.isfile, files))
+
+
+def _saved_dataset(folder: Path) -> Source:
+    """The rows of the Arrow files that the folder's state.json names."""
+    import pyarrow.ipc  # type: ignore[import-untyped]
+
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise UserError(
+            f"{folder}: holds the splits {', '.join(splits)}; name one as {folder}/SPLIT"
+        )
+    digest = hashlib.sha256()
+    rows: list[Fields] = []
+    try:
+        state = json.loads(read_text(folder / "state.json"))
+        for entry in state["_data_files"]:
+            data = (folder / Path(entry["filename"]).name).read_bytes()
+            digest.update(data)
+            rows += pyarrow.ipc.open_stream(data).read_all().to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's kinds, and what a broken state.json makes
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {what}") from error
+    records = _numbered(rows, str(folder))
+    if not records:
+        raise UserError(f"{folder}: holds no rows")
+    return Source(records, digest.hexdigest(), "saved dataset")
+
+
+def _dataset(
+    name: str,
+    config: str | None,
+    split: str,
+) -> Source:
     import datasets  # a second, and only for this
 
+    configs = [] if config is None else [config]
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, *configs, split=split)
     except Exception as error:  # the library raises a dozen kinds, offline or for a wrong name
         raise UserError(
             f"{name}: no such file, and it could not be loaded as a Hugging Face dataset (split "
@@ -284,4 +376,7 @@ def _dataset(name: str, split: str) -> Source:
     content = hashlib.sha256()
     for value in values:
         content.update(json.dumps(value, sort_keys=True, default=str).encode())
-    return Source(_numbered(values, f"{name}:{split}"), content.hexdigest(), "Hugging Face dataset")
+    full_name = "/".join([name, *configs])
+    return Source(
+        _numbered(values, f"{full_name}:{split}"), content.hexdigest(), "Hugging Face dataset"
+    )

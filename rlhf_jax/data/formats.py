@@ -1,20 +1,18 @@
 """Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
-has.
+has. Records of public data sets have our keys already (`forms.table`).
 
 - ``{prompt, response}``: a demonstration.
 - ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
-  desirable, a boolean.
-- ``{prompt, chosen, rejected}``: a comparison; each value may be messages.
-- ``{prompt, chosen: [], rejected: []}``: the right and the wrong ones of several answers, as in
-  RewardBench 2.
+  desirable, a boolean or 1 or 0.
+- ``{prompt, chosen, rejected}``: a comparison; each value may be messages. ``margin`` is the least
+  difference of the scores that a reward model should give.
 - ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
   answer.
-- ``{query, sample0, sample1, ..., best}``: as in lm-human-preferences (Ziegler et al. 2019), texts
-  or GPT-2 token ids.
 - ``{prompt, responses, LABEL}``: LABEL is ``best`` (a number from 0), ``ranking`` (response
-  numbers, best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``.
+  numbers, best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``. The
+  prompt and the responses may be GPT-2 token ids, as in lm-human-preferences (Ziegler et al. 2019).
 - ``{instruction, response1, response2}``: annotated, as in PandaLM (Wang et al. 2023), with
   ``input`` and ``annotator1``, ..., each of which says 1, 2 or 0, a tie; to a stage it is a
   comparison by majority.
@@ -26,8 +24,10 @@ their errors.
 """
 
 import itertools
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,15 +35,14 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.columns import adapted, unused
-from rlhf_jax.data.files import Source, parse_bytes, read_source
+from rlhf_jax.data.files import Source, is_saved_dataset, parse_bytes, read_source
+from rlhf_jax.data.forms.columns import adapted, unused
+from rlhf_jax.data.forms.table import ANNOTATED, OURS, PAIR
 from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Rows, Text
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-PAIR = ("chosen", "rejected")
-ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
 _PREFERENCES = "preference_data.json"
 # The file of each kind in the pipeline's folder.
@@ -54,20 +53,7 @@ FILES: dict[Kind, str] = {
     "pairs": _PREFERENCES,
     "comparisons": _PREFERENCES,
 }
-# The kind of a record is that of the first format whose keys it has. A record with ``responses`` is
-# a comparison before any of them.
-FORMATS: dict[tuple[str, ...], Kind] = {
-    ("prompt", *PAIR): "comparisons",
-    PAIR: "comparisons",
-    ("messages", "desirable"): "feedback",
-    ("messages",): "demonstrations",
-    ("prompt", "response", "desirable"): "feedback",
-    ("prompt", "response"): "demonstrations",
-    ANNOTATED: "annotated",
-    ("prompt",): "prompts",
-    ("text",): "demonstrations",
-}
-KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
+KNOWN = tuple(dict.fromkeys(itertools.chain(*OURS, LABELS, ("desirable", "margin"))))
 DEMO = "demo"  # the data of this name is generated
 
 HUMAN = "\n\nHuman:"
@@ -78,6 +64,8 @@ _NO_DIALOGUE = (
     "without a prompt"
 )
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
+MOST_RESPONSES = 256  # of a row: a ranking of them has 32,640 pairs
+_MOST = 3.4e38  # the largest float32
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
 NO_MAJORITY = "no majority of the annotators prefers one response"
@@ -119,6 +107,12 @@ class ReadResult:
     """The errors of the rows that cannot be used."""
     unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
+    gets.
+    """
+    forms: dict[str, str] = field(default_factory=dict)
+    """{place of a record: name of its form}."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -133,6 +127,16 @@ class ReadResult:
         for reason, sources in self.places.items():
             line += f", {len(sources)} dropped ({reason}: {rows.places(sources)})"
         return line
+
+    def describe_unread(self, kind: Kind) -> str:
+        """One line that names the keys in ``unread``; "" if there are none."""
+        if not self.unread:
+            return ""
+        title = (
+            "columns for the reward" if kind == "prompts" else "keys that training does not read"
+        )
+        most_first = sorted(self.unread.items(), key=lambda item: -item[1])
+        return f"{title}: {', '.join(f'{key} ({count} rows)' for key, count in most_first)}"
 
 
 def read(
@@ -208,9 +212,12 @@ def parse_all(
 ) -> ReadResult:
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
+    unread = Counter[str]()
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
+        if not isinstance(record.value, UserError):
+            result.forms[record.source] = record.form or form_of(record.value).name
         try:
             parsed = parse(kind, record, template)
             if kind == "prompts":
@@ -220,11 +227,14 @@ def parse_all(
                     raise Drop(record.source, "repeated prompt")
                 seen.add(prompt)
             result.rows.extend(parsed)
+            if isinstance(record.value, dict):
+                unread.update(_unread(record.value, kind))
         except UserError as error:
             if isinstance(error, left_out):
                 result.places.setdefault(error.what, []).append(error.source)
             else:
                 result.errors.append(error)
+    result.unread.update(unread)
     return result
 
 
@@ -247,7 +257,7 @@ def _sources(
         return {name: parse_bytes(demo.file_text(FILES[kind], seed).encode(), name)}
     sources = {}
     for name in given:
-        is_folder = kind in FILES and os.path.isdir(name)
+        is_folder = kind in FILES and os.path.isdir(name) and not is_saved_dataset(name)
         file = str(Path(name) / FILES[kind]) if is_folder else name
         sources[file] = read_source(file, whole_text=kind == "demonstrations")
     return sources
@@ -280,7 +290,7 @@ def form_of(value: Any) -> Form:
     if "responses" in value:
         present = [key for key in ("prompt", "responses", *LABELS) if key in value]
         return Form("comparisons", ", ".join(present))
-    for keys, kind in FORMATS.items():
+    for keys, kind in OURS.items():
         if value.keys() >= set(keys):
             if keys == ("messages",) and not chat.is_answered(value["messages"]):
                 kind = "prompts"
@@ -288,13 +298,30 @@ def form_of(value: Any) -> Form:
     return UNKNOWN
 
 
-def keys_read(row: Fields) -> set[str]:
-    """The keys of a record that its format reads."""
+def keys_read(row: Fields, kind: Kind) -> set[str]:
+    """The keys of a record that a stage of this kind reads."""
     form = form_of(row)
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
         keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
+    if kind == "comparisons":
+        keys |= {"margin", "category", "subset"}
+    if kind == "demonstrations":
+        keys.add("desirable")
+    if chat.is_chat(row, "messages", "prompt", *PAIR):
+        keys.add("tools")
     return keys & set(row)
+
+
+def _unread(row: Fields, kind: Kind) -> list[str]:
+    """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
+    it reads (`forms.table`).
+    """
+    read = keys_read(row, kind)
+    if kind == "prompts":
+        return [key for key in row if key not in read]
+    values = [id(row[key]) for key in read]
+    return [key for key in row if key not in read and id(row[key]) not in values]
 
 
 def parse(
@@ -349,6 +376,9 @@ def _check_ranked(
 def _demonstration(record: Record) -> Row:
     """A text, a response, or the first of the best responses of a comparison."""
     row = record.value
+    if row.get("desirable") is not None:
+        what = "is marked as not desirable, and SFT would learn it; leave such rows out"
+        record.expect(_truth(record, "desirable"), what)
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
@@ -378,11 +408,18 @@ def _feedback(record: Record) -> list[Row]:
             for response, target in zip(pair.responses, (1.0, 0.0), strict=True)
         ]
     record.require(("desirable",))
-    is_bool = isinstance(row["desirable"], bool)
-    record.expect(is_bool, "'desirable' must be true or false", row["desirable"])
+    targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    targets = (float(row["desirable"]),)
     return [_row(record, before, (response,), targets=targets)]
+
+
+def _truth(record: Record, key: str) -> bool:
+    """The boolean under the key, which may be 1 or 0 or a text, as CSV files have it."""
+    value = record.value[key]
+    truths = {"true": True, "1": True, "false": False, "0": False}
+    text = str(value).lower() if isinstance(value, bool | int | str) else ""
+    record.expect(text in truths, f"{key!r} must be true or false, or 1 or 0", value)
+    return truths[text]
 
 
 def _prompt(record: Record) -> Row:
@@ -478,7 +515,7 @@ def _answers(record: Record) -> tuple[Row, Ranks]:
         answers = _pair(record)
         ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
-    return replace(answers, category=category), ranks
+    return replace(answers, category=category) if category else answers, ranks
 
 
 def _pair(record: Record) -> Row:
@@ -492,7 +529,21 @@ def _pair(record: Record) -> Row:
         if record.value.get(label) is not None:
             first, second = _ranks(record, label, 2)
             record.expect(first <= second, _CONTRADICTED)
-    return _row(record, before, (chosen, rejected))
+    return _row(record, before, (chosen, rejected), margin=_margin(record))
+
+
+def _margin(record: Record) -> float:
+    """The margin of a pair, 0 if the row has none."""
+    value = record.value.get("margin")
+    if value in (None, ""):
+        return 0.0
+    try:
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    what = "'margin' must be a number that is not negative"
+    record.expect(0 <= margin < _MOST, what, value)
+    return margin
 
 
 def _several(record: Record) -> tuple[Row, Ranks]:
@@ -501,6 +552,8 @@ def _several(record: Record) -> tuple[Row, Ranks]:
     given = row["responses"]
     record.expect(isinstance(given, list), "'responses' must be a list", given)
     count = len(given)
+    what = f"holds {count:,} responses, of which a row may have {MOST_RESPONSES}; take some"
+    record.expect(count <= MOST_RESPONSES, what)
     responses = tuple(_text_or_ids(record, f"response {i}", text) for i, text in enumerate(given))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", count) if "targets" in labels else None
@@ -595,7 +648,7 @@ def _numbers(
     what = f"{key!r} must be a list of {count} numbers, one for each response"
     record.expect(is_list, what, values)
     for value in values:
-        fits = type(value) in (int, float) and abs(value) < 3.4e38  # as float32
+        fits = type(value) in (int, float) and abs(value) < _MOST
         record.expect(fits, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 
@@ -608,6 +661,8 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     """
     if len(set(ranks)) == 1:
         raise Drop(row.source, "all responses are ranked equal")
+    if row.is_pair and ranks == _FIRST_IS_BEST and row.best is None:
+        return [row]
     ranked = zip(row.responses, ranks, strict=True)
     pairs = []
     for (better, rank), (worse, other) in itertools.permutations(ranked, 2):

@@ -29,6 +29,8 @@ class Record(NamedTuple):
 
     value: Any  # UserError if the line or row could not be read
     source: str
+    form: str = ""
+    """The name of the public form (`forms.table.FORMS`) that it was published in; "" for ours."""
 
     def fields(self, expected: str) -> Fields:
         """The value as an object; ``expected`` names its keys in the error."""
@@ -52,9 +54,11 @@ class Record(NamedTuple):
         if not missing:
             return
         present = ", ".join(self.value) or "none"
+        wanted = f"expected keys {', '.join(keys)}"
         others = [key for key in self.value if key not in keys]
         hint = "".join(meant(key, others) for key in missing)
-        raise BadRow(self.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+        found = f"; {self.form} has {present}" if self.form else f", found {present}"
+        raise BadRow(self.source, wanted + found + hint)
 
     def text(self, key: str) -> str:
         """The string under ``key``; only a prompt may consist of spaces."""
@@ -92,6 +96,8 @@ class Row:
     """Index of the best of K > 2 responses; None: the first one, or the one of the best target."""
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
+    margin: float = 0.0
+    """By how much a reward model should score the chosen one of a pair above the other one."""
     category: str = ""  # of given answers; an evaluation reports each category separately
     columns: Fields = field(default_factory=dict)  # a prompt's other keys, for the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2, or 0 for a tie

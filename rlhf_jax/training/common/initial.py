@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Kind, Row, Text
+from rlhf_jax.data.rows import Kind, OnBadRow, Row, Text
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -102,25 +102,42 @@ def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
     return Trainable(adapters | copied(heads), base=body)
 
 
-def stage_rows(
-    config: RunConfig, kind: Kind, names: Sequence[str], note: str = ""
-) -> formats.ReadResult:
-    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints
-    their number.
+def tokenizer_of(config: RunConfig) -> tokenizers.Tokenizer | None:
+    """The tokenizer that a config names; None if it is to be made from the data."""
+    source = config.model or config.tokenizer.name
+    return tokenizers.load_tokenizer(source) if source else None
 
-    Args:
-        names: the section's own data; empty: the run's ``--data``.
-        note: what the rows are for, in the line that is printed.
+
+def read_rows(
+    config: RunConfig, kind: Kind, names: Sequence[str], on_bad_row: OnBadRow
+) -> formats.ReadResult:
+    """The rows of files, messages rendered by the chat template of the model's tokenizer.
 
     Raises:
         UserError: there is no data, or a row is wrong.
     """
-    source = config.model or config.tokenizer.name
-    tokenizer = tokenizers.load_tokenizer(source) if source else None
-    template = chat.template_of(tokenizer, config.text.template)
-    how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
-    data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
+    template = chat.template_of(tokenizer_of(config), config.text.template)
+    how: Any = {"columns": config.columns, "on_bad_row": on_bad_row}
+    return formats.read(kind, names, seed=config.seed, template=template, **how)
+
+
+def stage_rows(
+    config: RunConfig, kind: Kind, names: Sequence[str], note: str = ""
+) -> formats.ReadResult:
+    """The rows of a stage; prints their number, and the columns that it does not read.
+
+    Args:
+        names: the section's own data; empty: the run's ``--data``.
+        note: what the rows are for, in the lines that are printed.
+
+    Raises:
+        UserError: as ``read_rows``.
+    """
+    data = read_rows(config, kind, names or config.data, config.on_bad_row)
     logger.info(f"{kind}{note}: {data.describe()}")
+    unread = data.describe_unread(kind)
+    if unread:
+        logger.info(f"{kind}{note}: {unread}")
     return data
 
 
@@ -259,16 +276,23 @@ def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
 def prompts_for(
     config: RunConfig, language_model: LanguageModel, rows: Sequence[Row], note: str = ""
 ) -> encoding.EncodedPrompts:
-    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were
-    cut or left out.
-    """
-    how: Any = {"template": config.text.template, "too_long": config.text.too_long}
-    how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
-    how["max_positions"] = language_model.model.config.max_length
-    encoded = encoding.encode_prompts(rows, language_model.tokenizer, **how)
+    """Prompts as RL samples from them; prints how many were cut or left out."""
+    longest = language_model.model.config.max_length
+    encoded = encode_prompts(config, rows, language_model.tokenizer, longest)
     for what, count in encoded.counts.items():
         logger.info(f"{count} prompts: {what}{note}")
     return encoded
+
+
+def encode_prompts(
+    config: RunConfig, rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, max_length: int | None
+) -> encoding.EncodedPrompts:
+    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``, for a model of that
+    many positions.
+    """
+    how: Any = {"template": config.text.template, "too_long": config.text.too_long}
+    how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
+    return encoding.encode_prompts(rows, tokenizer, max_positions=max_length, **how)
 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:

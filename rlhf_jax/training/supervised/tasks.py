@@ -21,6 +21,7 @@ from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial, layout, loop, memory, references
@@ -28,6 +29,7 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -338,24 +340,17 @@ def _encoded(
     many rows are used, and why the others are not.
     """
     kind: str = spec.kind
-    template = config.text.template
     to_train = data.rows
     own = to_validate.rows
     if to_train[0].is_plain_text:
         kind = "pieces"
-        template = "{prompt}"
         to_train = _pieces(to_train, language_model)
         own = _pieces(own, language_model)
     else:
         initial.say_template(config, language_model.tokenizer)
     every_row = [*to_train, *own]
-    encoded = encoding.encode_texts(
-        every_row,
-        language_model.tokenizer,
-        template=template,
-        max_length=language_model.model.config.max_length,
-        too_long=config.text.too_long,
-    )
+    longest = language_model.model.config.max_length
+    encoded = encode(config, every_row, language_model.tokenizer, longest, kind == "pieces")
     # A piece is a group of its own: its prompt is a token that many have.
     group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
@@ -372,6 +367,25 @@ def _encoded(
     used = f"{len(train_rows)} train, {len(held_out)} held out"
     _account(every_row, num_bad, kind, encoded, used)
     return encoded, train_rows, held_out
+
+
+def encode(
+    config: RunConfig,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    are_pieces: bool,
+) -> EncodedTexts:
+    """Rows as token ids, by ``config.text``, for a model of that many positions; ``are_pieces``: of
+    plain texts, which have no template.
+    """
+    return store.encode(
+        rows,
+        tokenizer,
+        template="{prompt}" if are_pieces else config.text.template,
+        max_length=max_length,
+        too_long=config.text.too_long,
+    )
 
 
 def _account(

@@ -1,0 +1,89 @@
+"""``rlhf-jax data preview``: rows as they are read, or as a stage learns them."""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+
+import tyro
+
+from rlhf_jax import config
+from rlhf_jax.cli.console import show
+from rlhf_jax.cli.data import Positional, Reading
+from rlhf_jax.cli.stages import STAGES
+from rlhf_jax.data import check, preview
+from rlhf_jax.errors import UserError, did_you_mean, logger
+from rlhf_jax.training import preview as stages
+
+PROGRAM = "rlhf-jax data preview"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the first rows of a file; with ``--for`` as that stage learns them."""
+    if any(word.partition("=")[0] == "--for" for word in argv):
+        preview_stage(argv)
+    else:
+        style = (tyro.conf.PositionalMetavarFromFieldName,)
+        tyro.cli(preview_data, prog=PROGRAM, args=argv, config=style)
+
+
+def preview_data(
+    file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3
+) -> None:
+    """Print the first rows of a data file: as they are read, or as a stage learns them.
+
+    ``rlhf-jax data preview FILE --for STAGE --model FOLDER`` shows the tokens of a stage (sft,
+    reward-model, dpo, kto, ppo, ...): special tokens spelled out, and what is learned in green, or
+    in [[ ]] where there are no colours. It takes ``--count``, ``--json`` for a line of JSON for
+    each row, and every flag of the stage, such as ``--text.too-long truncate``.
+
+    Args:
+        file: a data file or the name of a Hugging Face dataset.
+        reading: how it is read.
+        count: rows to print.
+    """
+    show(check.preview(file, count=count, **reading.arguments()))
+
+
+def preview_stage(argv: Sequence[str]) -> None:
+    """Prints the first rows of a file as a stage learns them, by the settings of its flags."""
+    parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--for", dest="stage", required=True)
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(argv)
+    name = options.stage.replace("_", "-")
+    if name not in STAGES:
+        raise UserError(f"--for {name}: there is no such stage{did_you_mean(name, STAGES)}")
+    if not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help")):
+        usage = f"{PROGRAM} FILE --for {name} --model FOLDER"
+        raise UserError(f"{PROGRAM}: name the file first: {usage}")
+    stage = name.replace("-", "_")
+    sections = (*STAGES[name].reads, stage)
+    with _quiet():
+        flags = ["--data", *rest]
+        settings = config.parse(config.RunConfig, flags, prog=PROGRAM, sections=sections)
+    shown = stages.rows(stage, settings, options.count)
+    has_colors = sys.stdout.isatty()
+    if not options.json:
+        show(f"{shown.found.describe()}\n{shown.template}\n")
+    for row in shown.rows:
+        if options.json:
+            show(preview.to_json(row, shown.tokenizer))
+            for note in row.notes:
+                show(f"{row.source}: {note}", file=sys.stderr)
+        else:
+            text = preview.to_text(row, shown.tokenizer, has_colors)
+            print(text, end="\n\n", file=sys.stdout)  # with the colours, of a text without others
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a run says of its settings, which is no line of JSON."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,86 @@
+"""Rows of a data file as a stage would learn them: ``rlhf-jax data preview FILE --for STAGE``."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.config import ALGORITHMS, RunConfig
+from rlhf_jax.data import chat, encoding, preview
+from rlhf_jax.data.formats import ReadResult
+from rlhf_jax.data.preview import Preview
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import hf
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.supervised import dpo, kto, reward_model, sft, tasks
+
+SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
+
+
+class Previews(NamedTuple):
+    """The rows that are shown, and those that no run could use."""
+
+    rows: Iterator[Preview]
+    found: ReadResult
+    tokenizer: Tokenizer
+    template: str
+    """A line that names the template of the prompts."""
+
+
+def rows(stage: str, config: RunConfig, count: int) -> Previews:
+    """The first ``count`` rows of ``config.data`` as that stage makes batches of them. Rows that a
+    stage cannot use are left out.
+
+    Args:
+        stage: sft, reward_model, dpo, kto or an RL algorithm.
+
+    Raises:
+        UserError: a wrong stage, no model, or a file that cannot be read.
+    """
+    if stage not in (*SPECS, *ALGORITHMS):
+        known = ", ".join((*SPECS, *ALGORITHMS))
+        raise UserError(f"--for {stage}: there is no such stage; give one of {known}")
+    tokenizer = initial.tokenizer_of(config)
+    if config.model is None or tokenizer is None:
+        raise UserError("--for shows the ids of a model: give --model FOLDER too")
+    max_length = hf.read_config(hf.find_folder(config.model)).max_length
+    kind = SPECS[stage].kind if stage in SPECS else "prompts"
+    found = initial.read_rows(config, kind, config.data, "drop")
+    first = found.rows[:count]
+    are_pieces = first[0].is_plain_text
+    if are_pieces:
+        first = encoding.pieces(first[:1], tokenizer, max_length)[:count]
+
+    def shown() -> Iterator[Preview]:
+        for row in first:
+            texts, notes = _texts(stage, config, row, tokenizer, max_length, are_pieces)
+            form = found.forms.get(row.source, "text")
+            yield Preview(row.source, form, row.columns, texts, notes)
+
+    template = chat.describe(config.text.template, tokenizer, config.model)
+    return Previews(shown(), found, tokenizer, template)
+
+
+def _texts(
+    stage: str,
+    config: RunConfig,
+    row: Row,
+    tokenizer: Tokenizer,
+    max_length: int,
+    is_piece: bool,
+) -> tuple[list[preview.Text], list[str]]:
+    """The texts of a row alone, by the functions with which a run encodes all rows, and what was
+    cut or why a run would not use them.
+    """
+    try:
+        if stage in SPECS:
+            encoded: Any = tasks.encode(config, [row], tokenizer, max_length, is_piece)
+            batch = SPECS[stage].collate(encoded, np.zeros(1, np.int64), bucket_multiple=1)
+            return preview.texts_of(row, batch), [*encoded.counts]
+        encoded = initial.encode_prompts(config, [row], tokenizer, max_length)
+    except UserError as error:
+        return [], [f"a run would not use it: {error}"]
+    ids = encoded.tokens[0, encoded.attention_mask[0] != 0].tolist()
+    return [preview.Text("prompt", ids, [False] * len(ids))], [*encoded.counts]

@@ -1,0 +1,449 @@
+"""Public forms of records: each one in each stage, what becomes of its values, what is refused.
+
+The examples are the table's own; what they must become is written out here.
+"""
+
+import json
+import math
+import re
+import string
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.data import batches, encoding, formats
+from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.forms import table
+from rlhf_jax.data.forms.columns import adapted
+from rlhf_jax.data.rows import Record
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError
+
+W = "data.jsonl, line 1"
+STAGES = {
+    "demonstrations": "SFT",
+    "comparisons": "reward model",
+    "pairs": "DPO",
+    "feedback": "KTO",
+    "prompts": "RL",
+}
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "data-formats.md"
+
+
+def chat(*texts, system=""):
+    """Alternating turns in the plain template, with the opening of the next one."""
+    shown = f"System:\n{system}\n\n" if system else ""
+    for number, text in enumerate(texts):
+        shown += f"{'Assistant' if number % 2 else 'User'}:\n{text}\n\n"
+    return f"{shown}Assistant:\n"
+
+
+ICE = "Is ice warm?"
+ASKED = chat(ICE)
+BRIEF = chat(ICE, system="Be brief.")
+POST = "SUBREDDIT: r/pets\n\nTITLE: My cat\n\nPOST: It sleeps{}.\n\nTL;DR:"
+ALL_DAY = POST.format(" all day")
+CAT = " My cat sleeps."
+# What the example of each form is: its prompt, its answers (the best one first) and their label.
+TABLE = {
+    "ShareGPT": (ASKED, ["No."], "demonstration"),
+    "Alpaca": ("Add the numbers.\n\n1 2", ["3"], "demonstration"),
+    "Dolly": ("Name the colour.\n\nThe sky is blue.", ["Blue."], "demonstration"),
+    "OpenOrca": (BRIEF, ["No."], "demonstration"),
+    "input and output": ("Translate into French: cheese", ["fromage"], "demonstration"),
+    "TRL prompt and completion": ("The sky is", [" blue."], "demonstration"),
+    "OpenAI TL;DR": (POST.format(""), [CAT], "demonstration"),
+    "GSM8K": ("What is 1 + 2?", ["One and two are 3.\n#### 3"], "demonstration"),
+    "MATH": ("What is $1 + 2$?", [r"It is $\boxed{3}$."], "demonstration"),
+    "ShareGPT preferences": (ASKED, ["No.", "Yes."], "pair"),
+    "Alpaca preferences": ("Add the numbers.\n\n1 2", ["3", "4"], "pair"),
+    "Orca pairs": (BRIEF, ["No.", "Yes."], "pair"),
+    "LLaMA-Factory messages": (chat("Hi"), ["Hi!", "No."], "pair"),
+    "OpenAI preferences": (ASKED, ["No.", "Yes."], "pair"),
+    "UltraFeedback, binarised": (ASKED, ["No.", "Yes."], "pair"),
+    "SHP": (ICE, ["No.", "Yes."], "pair"),
+    "OpenAI summaries, comparisons": (ALL_DAY, [CAT, " A dog barks."], "pair"),
+    "PKU-SafeRLHF": (ICE, ["No.", "Yes."], "pair"),
+    "HelpSteer preferences": (ICE, ["No.", "Yes."], "pair"),
+    "arena conversations": (ASKED, ["No.", "Yes."], "pair"),
+    "arena votes": (ASKED, ["No.", "Yes."], "pair"),
+    "lm-human-preferences": ("Is ice", [" cold?", " warm?"], "pair"),
+    "query and responses": (ICE, ["No.", "Yes."], "pair"),
+    "RewardBench 2": ("Name a prime.", ["Seven.", "Nine.", "One.", "Four."], "pair"),
+    "WebGPT comparisons": (ICE, ["No.", "Yes."], "pair"),
+    "Nectar": (f"\n\nHuman: {ICE}\n\nAssistant: ", ["No.", "Yes."], "pair"),
+    "Open Assistant trees": (ASKED, ["No.", "Yes."], "pair"),
+    "UltraFeedback": (ICE, ["No.", "Yes."], (8.0, 2.5)),
+    "HelpSteer": (ICE, ["No."], (4.0,)),
+    "OpenAI summaries, scores": (ALL_DAY, [CAT], (7.0,)),
+    "TRL unpaired preferences": (ICE, ["No."], True),
+    "messages with label": (ASKED, ["No."], True),
+    "ShareGPT with label": (ASKED, ["No."], True),
+    "ShareGPT with kto_tag": (ASKED, ["No."], True),
+    "Alpaca with kto_tag": ("Add the numbers.\n\n1 2", ["3"], True),
+    "BeaverTails": (ICE, ["No."], True),
+    "problems and answers": ("What is $1 + 2$?", [], "prompt"),
+    "verl": (chat("What is 1 + 2?"), [], "prompt"),
+}
+REFUSED = {
+    "OpenAI functions": "the plain template writes no tool_calls",
+    "Open Assistant messages": "is one message of a tree",
+    "TRL stepwise": "no stage trains on labels of steps",
+}
+
+
+def outcome(kind, prompt, answers, label):
+    """The texts and targets of the rows that a stage makes; None if it refuses the record."""
+    first = (prompt, *answers[:1])
+    pairs = [(prompt, answers[0], other) for other in answers[1:]]
+    if kind == "prompts":
+        return [(prompt,)]
+    if label == "prompt" or (
+        isinstance(label, tuple) and len(label) == 1 and kind != "comparisons"
+    ):
+        return None
+    if kind == "demonstrations":
+        return [first]
+    if label is True or label == "demonstration":
+        return [first] if kind == "feedback" and label != "demonstration" else None
+    if kind == "feedback":
+        return [(prompt, text) for _, *both in pairs for text in both]
+    whole = [(prompt, *answers)]
+    return whole if kind == "comparisons" else pairs
+
+
+def parsed(kind, *records, columns=(), drop="error"):
+    read = adapted([Record(value, W) for value in records], columns)
+    return formats.parse_all(kind, read, ChatTemplate(), drop)
+
+
+def test_the_table_has_every_form():
+    names = [known.name for known in table.FORMS]
+    assert sorted(names) == sorted([*TABLE, *REFUSED])
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("known", table.FORMS, ids=lambda known: known.name)
+def test_each_form_in_each_stage(known, kind):
+    example = json.loads(known.example)
+    found = parsed(kind, example)
+    if known.name in REFUSED:
+        [error] = found.errors
+        assert REFUSED[known.name] in str(error) or kind not in ("demonstrations", "prompts")
+        return
+    expected = outcome(kind, *TABLE[known.name])
+    if expected is None:
+        [error] = found.errors
+        assert re.search("expected keys|holds targets", error.what)
+        return
+    assert not found.errors
+    assert [row.texts for row in found.rows] == expected
+    assert set(found.forms.values()) == {known.name}
+    label = TABLE[known.name][2]
+    if kind == "comparisons":
+        assert found.rows[0].targets == (label if isinstance(label, tuple) else None)
+    if kind == "feedback":
+        marks = [True] if label is True else [True, False] * (len(found.rows) // 2)
+        assert [row.targets for row in found.rows] == [(float(mark),) for mark in marks]
+
+
+def converted(**row):
+    [record] = adapted([Record(row, W)])
+    if isinstance(record.value, UserError):
+        raise record.value
+    return record.value
+
+
+HUMAN = {"from": "human", "value": "a"}
+CALL = {"name": "f", "arguments": {"x": 1}}
+CALLS = [{"type": "function", "function": CALL}]
+
+
+def test_every_speaker_of_sharegpt_with_tools_and_weights():
+    turns = [
+        {"from": "system", "value": "s", "weight": None},
+        HUMAN,
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "b", "weight": 0},
+        {"from": "user", "value": "c", "weight": 0},
+        {"from": "chatgpt", "value": "d", "weight": 1},
+        {"from": "tool", "value": "e"},
+        {"from": "assistant", "value": "f"},
+    ]
+    row = converted(conversations=turns, tools=json.dumps([CALL]), id="7")
+    assert row == {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": CALLS},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "b", "weight": 0},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d", "weight": 1},
+            {"role": "tool", "content": "e"},
+            {"role": "assistant", "content": "f"},
+        ],
+        "tools": CALLS,
+        "id": "7",
+    }
+    with pytest.raises(UserError, match="line 1: a tool call is not JSON: 'f"):
+        converted(conversations=[HUMAN, {"from": "function_call", "value": "f(1)"}])
+    with pytest.raises(UserError, match=r"the weight of a message must be 0 or 1, found 0\.5"):
+        converted(conversations=[HUMAN, {"from": "gpt", "value": "b", "weight": 0.5}])
+    with pytest.raises(UserError, match="'tools' must be a list or the JSON of one, found an obj"):
+        converted(conversations=[HUMAN], tools={"name": "f"})
+    assert converted(prompt="p", tools="hammer") == {"prompt": "p", "tools": "hammer"}
+
+
+def test_parts_of_a_content_go_where_openai_has_them():
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "value": "b"},
+        {"type": "tool_call", "value": json.dumps(CALL)},
+        {"type": "tool_call", "value": json.dumps(CALL)},
+    ]
+    user = {"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0}
+    row = converted(messages=[user, {"role": "assistant", "content": parts, "loss_weight": 1.0}])
+    assert row["messages"] == [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": "b",
+            "reasoning_content": "hm",
+            "tool_calls": CALLS * 2,
+            "weight": 1,
+        },
+    ]
+    two = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert converted(messages=[{"role": "user", "content": two}])["messages"][0]["content"] == two
+
+
+def test_functions_of_openai_are_tools():
+    [known] = [known for known in table.FORMS if known.name == "OpenAI functions"]
+    row = converted(**json.loads(known.example))
+    assert row["messages"][1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    ]
+    assert row["messages"][2]["role"] == "tool"
+    assert row["tools"][0]["function"]["name"] == "f"
+    assert "functions" not in row
+
+
+def test_history_and_system_of_alpaca_are_turns():
+    row = converted(
+        instruction="c", input="", output="d", system="s", history=[["a", "b"]], text="c d"
+    )
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in row.pop("messages")] == roles
+    assert row == {}
+    assert converted(instruction="c", output="d") == {"prompt": "c", "response": "d"}
+
+
+def test_a_completion_of_messages_and_one_of_text():
+    messages = [{"role": "user", "content": "a"}]
+    answer = [{"role": "assistant", "content": "b"}]
+    whole = {"messages": messages + answer}
+    assert converted(prompt=messages, completion=answer) == whole
+    assert converted(prompt="a", completion=answer) == whole
+    assert converted(prompt=messages, completion=answer, label=1) == whole | {"desirable": 1}
+
+
+# Two answers that nobody preferred.
+TIES = [
+    {"history": "p", "human_ref_A": "a", "human_ref_B": "a", "labels": 0},
+    {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": 0},
+    {"conversation_a": [], "conversation_b": [], "winner": "tie (bothbad)"},
+    {
+        "question": {"full_text": "q"},
+        "answer_0": "a",
+        "answer_1": "b",
+        "score_0": 0.0,
+        "score_1": 0.0,
+    },
+]
+
+
+@pytest.mark.parametrize("row", TIES, ids=lambda row: next(iter(row)))
+def test_ties_are_dropped_and_counted(row):
+    found = parsed("pairs", row, {"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert len(found.rows) == 1
+    assert sum(found.dropped.values()) == 1
+    assert not found.errors
+
+
+# Values of a form that are not as it has them.
+WRONG = [
+    ({"conversation_a": [], "conversation_b": [], "winner": "a"}, "'winner' must be one of"),
+    (
+        {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        "the better one of two answers is 0 or 1, found 2",
+    ),
+    ({"instruction": "p", "completions": [{"response": "a"}]}, "UltraFeedback .*'overall_score'"),
+    (
+        {"info": {}, "summaries": [], "choice": 0},
+        "not in the form of OpenAI summaries, comparisons",
+    ),
+    ({"prompt": "p", "response": "r", "images": ["a.png"]}, "has 'images', and no model here"),
+    ({"messages": [], "audios": ["a.wav"]}, "has 'audios'"),
+    (
+        {"conversations": [HUMAN], "instruction": "a", "output": "b"},
+        "fits ShareGPT and Alpaca; say by --columns OURS=THEIRS which keys count",
+    ),
+    ({"conversations": [HUMAN], "messages": []}, "fits ShareGPT and messages; say by --columns"),
+    ({"prompt": "a", "instruction": "b", "output": "c"}, "fits Alpaca and prompt; say by"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG)
+def test_what_a_form_cannot_have_is_refused(row, message):
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        converted(**row)
+
+
+def test_columns_decide_between_two_forms():
+    row = {"prompt": "a", "instruction": "b", "output": "c"}
+    assert parsed("demonstrations", row, columns=["response=output"]).rows[0].texts == ("a", "c")
+    both = {"conversations": [HUMAN], "messages": [], "instruction": "b", "output": "c"}
+    columns = ["prompt=instruction", "response=output"]
+    assert parsed("demonstrations", both, columns=columns).errors
+    scores = {"prompt": "a", "response": "b", "helpfulness": 4, "correctness": 2}
+    found = parsed("comparisons", scores, columns=["targets=correctness"])
+    assert found.rows[0].targets == (2.0,)
+    safer = {
+        "prompt": "p",
+        "response_0": "a",
+        "response_1": "b",
+        "better_response_id": 1,
+        "safer_response_id": 0,
+    }
+    assert parsed("pairs", safer).rows[0].responses == ("b", "a")
+    [row] = parsed("pairs", safer, columns=["best=safer_response_id"]).rows
+    assert row.responses == ("a", "b")
+    # UltraFeedback's own scores, or others, decide the order as well.
+    answers = [
+        {"response": "a", "overall_score": 1, "fine": 9},
+        {"response": "b", "overall_score": 2, "fine": 3},
+    ]
+    raw = {"instruction": "p", "completions": answers}
+    assert parsed("pairs", raw).rows[0].responses == ("b", "a")
+    [row] = parsed("pairs", raw, columns=["targets=completions.fine"]).rows
+    assert row.responses == ("a", "b")
+
+
+def test_known_answers_are_columns_of_prompts():
+    [row] = parsed("prompts", {"question": "q", "answer": "1\n#### 2"}).rows
+    assert row.columns == {"answer": "1\n#### 2"}
+    [row] = parsed("prompts", {"problem": "q", "solution": "s", "answer": "2", "level": 1}).rows
+    assert row.columns == {"answer": "2", "level": 1}
+    truth = {"style": "rule", "ground_truth": "3"}
+    prompt = [{"role": "user", "content": "q"}]
+    [row] = parsed("prompts", {"prompt": prompt, "reward_model": truth, "ability": "math"}).rows
+    assert row.columns == {"ability": "math", "ground_truth": "3", "answer": "3"}
+    # Columns of prompts that have another meaning stay columns.
+    plain = {"prompt": "p", "question": "q", "answer": "r", "input": "i"}
+    assert parsed("prompts", plain).rows[0].columns == {
+        "question": "q",
+        "answer": "r",
+        "input": "i",
+    }
+
+
+def test_an_answer_that_is_learned_is_not_called_unread():
+    assert parsed("demonstrations", {"question": "q", "answer": "a"}).unread == {}
+    assert parsed("demonstrations", {"question": "q", "answer": "a", "id": 3}).unread == {"id": 1}
+    assert parsed("prompts", {"question": "q", "answer": "a"}).unread == {"answer": 1}
+
+
+LABELS = [(True, False), (1, 0), ("True", "False"), ("true", "false"), ("1", "0")]
+NOT_LABELS = [None, 2, 1.0, "yes", "", []]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_labels_of_feedback(labels):
+    rows = [{"prompt": "p", "response": "r", "desirable": label} for label in labels]
+    assert [row.targets for row in parsed("feedback", *rows).rows] == [(1.0,), (0.0,)]
+
+
+@pytest.mark.parametrize("label", NOT_LABELS)
+def test_what_is_no_label(label):
+    [error] = parsed("feedback", {"prompt": "p", "response": "r", "desirable": label}).errors
+    assert "'desirable' must be true or false, or 1 or 0, found" in str(error)
+
+
+def test_sft_learns_no_undesirable_row_unless_told():
+    rows = [{"prompt": "p", "response": text, "desirable": text == "a"} for text in "ab"]
+    found = parsed("demonstrations", *rows)
+    assert [row.responses for row in found.rows] == [("a",)]
+    assert "is marked as not desirable, and SFT would learn it" in str(found.errors[0])
+    assert sum(parsed("demonstrations", *rows, drop="drop").dropped.values()) == 1
+
+
+def test_margins_are_read_by_reward_models_alone():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}
+    found = parsed("comparisons", pair, pair | {"margin": "0.5"}, pair | {"margin": None})
+    assert [row.margin for row in found.rows] == [2.0, 0.5, 0.0]
+    assert found.unread == {}
+    assert parsed("pairs", pair).unread == {"margin": 1}
+    for wrong in ("x", -1, float("nan"), [1]):
+        [error] = parsed("comparisons", pair | {"margin": wrong}).errors
+        assert "'margin' must be a number that is not negative" in str(error)
+
+
+def no_scores(params, tokens, mask, key):
+    return jnp.zeros(len(tokens))
+
+
+def test_margins_reach_the_loss_of_a_reward_model():
+    """Margins 2, .5 and 0; equal scores of 0 lose log(1 + e^margin)."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = parsed("comparisons", *(pair | {"margin": margin} for margin in (2, 0.5, 0))).rows
+    encoded = encoding.encode_texts(rows, characters("abc"))
+    numbers = np.array([2, 0, -1])
+    batch = batches.comparison_batch(encoded, numbers, bucket_multiple=1)
+    assert batch.margin.tolist() == [0, 2, 0]
+    assert batches.packed_comparisons(encoded, np.arange(3), width=18).margin.tolist() == [
+        [2, 0.5, 0]
+    ]
+    whole = batches.comparison_batch(encoded, np.arange(3), bucket_multiple=1)
+    config = reward_model.Config()
+    mean, _ = reward_model.loss(None, whole, None, score_fn=no_scores, config=config)
+    expected = [math.log(1 + math.exp(margin)) for margin in (2, 0.5, 0)]
+    assert float(mean.value) == pytest.approx(sum(expected) / 3, rel=1e-6)
+    plain = parsed("comparisons", pair).rows
+    encoded = encoding.encode_texts(plain, characters("abc"))
+    assert batches.comparison_batch(encoded, np.arange(1)).margin is None
+
+
+def test_a_row_of_too_many_answers_is_refused():
+    answers = [str(number) for number in range(257)]
+    row = {"prompt": "p", "responses": answers, "ranks": list(range(257))}
+    [error] = parsed("pairs", row).errors
+    assert "holds 257 responses, of which a row may have 256" in str(error)
+    row = {"prompt": "p", "responses": answers[:256], "best": 0}
+    assert len(parsed("pairs", row).rows) == 255
+
+
+def page():
+    """The part of the page that shows the table, from the table."""
+    writes_all = ChatTemplate("{{ messages }}", characters(string.printable))
+    lines = ["| form | keys | read by |", "|---|---|---|"]
+    examples = []
+    for known in table.FORMS:
+        example = json.loads(known.example)
+        reads = []
+        for kind, stage in STAGES.items():
+            found = formats.parse_all(kind, adapted([Record(example, W)]), writes_all, "error")
+            reads += [stage] if found.rows else []
+        keys = ", ".join(f"`{key}`" for key in known.keys)
+        lines.append(f"| {known.name} | {keys} | {', '.join(reads) or 'refused'} |")
+        examples.append(known.example)
+    return "\n".join([*lines, "", "```text", *examples, "```"])
+
+
+def test_the_page_shows_the_table():
+    assert page() in PAGE.read_text("utf-8")

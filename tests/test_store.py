@@ -1,0 +1,205 @@
+"""Many rows as ids: parts give what the whole gives, and the cache gives what was encoded."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from rlhf_jax.data import encoding, formats
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.training.supervised import store
+
+TOKENIZER = characters("abcdefgh ")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache folder of the test; parts of three rows, and everything takes long."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(store, "LONG", -1)
+    return tmp_path / "cache" / "rlhf_jax" / "rows"
+
+
+def assert_same(found, expected):
+    for field in dataclasses.fields(encoding.EncodedTexts):
+        ours, theirs = (getattr(encoded, field.name) for encoded in (found, expected))
+        if field.name == "tokens":
+            assert len(ours) == len(theirs)
+            for texts, others in zip(ours, theirs, strict=True):
+                for text, other in zip(texts, others, strict=True):
+                    assert_array_equal(text, other)
+                    assert text.dtype == np.int32
+        elif isinstance(theirs, np.ndarray):
+            assert_array_equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
+        else:
+            assert ours == theirs, field.name
+
+
+def pairs(count):
+    """Every third row is a ranking of three answers; the fifth is longer than the others."""
+    rows = []
+    for number in range(count):
+        source = f"f, row {number}"
+        letter = "abcdefgh"[number % 8]
+        if number % 3 == 2:
+            texts = [("a", "b"), ("b", "c"), ("a", "c")]
+            rows += [Row(letter, both, source, weight=1 / 3) for both in texts]
+        else:
+            margin = float(number % 2)
+            rows.append(Row(letter, ("a" * (1 + number % 5), "bb"), source, margin=margin))
+    return rows
+
+
+def choices(count):
+    answers = [("a", "b"), ("a", "b", "c"), ("c", "b", "a", "d"), ("d", "c")]
+    return [Row("h", answers[i % 4], f"f, row {i}", best=i % 2) for i in range(count)]
+
+
+def scored(count):
+    return [Row("h", ("a",), f"f, row {i}", targets=(float(i),)) for i in range(count)]
+
+
+@pytest.mark.parametrize("rows", [pairs(13), choices(11), scored(7), pairs(3)], ids=len)
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_parts_give_what_the_whole_gives(rows, too_long):
+    settings = {"max_length": 5, "too_long": too_long}
+    expected = encoding.encode_texts(rows, TOKENIZER, **settings)
+    assert_same(store.in_parts(rows, TOKENIZER, **settings), expected)
+
+
+def test_the_pairs_of_a_ranking_share_their_weight_across_parts():
+    """The third pair is dropped: the others weigh 1/2."""
+    texts = [("a", "b"), ("b", "c"), ("a" * 9, "c")]
+    rows = [*scored(2), *(Row("h", both, "g", weight=1 / 3) for both in texts)]
+    rows = [dataclasses.replace(row, targets=None) for row in rows]
+    found = store.in_parts(rows, TOKENIZER, max_length=5, too_long="drop")
+    np.testing.assert_allclose(found.weight, [1, 1, 0.5, 0.5], rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithMasks(encoding.EncodedTexts):
+    """With an array for some of the texts, by their places."""
+
+    masks: dict[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def test_arrays_of_some_texts_keep_their_places(tmp_path):
+    def part(rows, masks):
+        whole = encoding.encode_texts(rows, TOKENIZER)
+        fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+        return WithMasks(**fields, masks=masks)
+
+    first = part(pairs(2), {(0, 1): np.array([True, False])})
+    second = part(choices(3), {(1, 0): np.array([True]), (3, 2): np.zeros(2, bool)})
+    whole = store.join([first, second])
+    expected = {(0, 1): [True, False], (1, 2): [True], (3, 4): [False, False]}
+    assert {place: mask.tolist() for place, mask in whole.masks.items()} == expected
+    store.save(whole, tmp_path)
+    kept = store.load(tmp_path, WithMasks)
+    assert {place: mask.tolist() for place, mask in kept.masks.items()} == expected
+    assert kept.masks[0, 1].dtype == bool
+
+
+def test_parts_of_which_nothing_is_left():
+    """The first and the last parts are too long as a whole."""
+    long = [Row("h" * 9, ("a",), f"f, row {i}") for i in range(4)]
+    rows = [*long, *(Row("h", ("a",), f"f, row {i}") for i in range(4, 9))]
+    rows += [dataclasses.replace(row, source=f"g{row.source}") for row in long]
+    settings = {"max_length": 5, "too_long": "drop"}
+    expected = encoding.encode_texts(rows, TOKENIZER, **settings)
+    assert expected.counts == {encoding.DROPPED: 8}
+    assert_same(store.in_parts(rows, TOKENIZER, **settings), expected)
+    with pytest.raises(UserError, match="none of 8 rows is left to encode"):
+        store.in_parts([*rows[:4], *rows[-4:]], TOKENIZER, **settings)
+    with pytest.raises(UserError, match="row 0: a prompt of 9"):
+        store.in_parts(rows, TOKENIZER, max_length=5)
+
+
+@pytest.fixture
+def encoded_with(monkeypatch):
+    """What is encoded while the second argument is what may be encoded: nothing, or rows."""
+
+    def encoded_with(rows, tokenizer=TOKENIZER, *, anew=True, **settings):
+        calls = []
+
+        def counted(*args, **options):
+            calls.append(args)
+            return encoding.encode_texts(*args, **options)
+
+        monkeypatch.setattr(store, "encode_texts", counted)
+        found = store.encode(rows, tokenizer, **settings)
+        assert bool(calls) is anew
+        return found
+
+    return encoded_with
+
+
+@pytest.mark.parametrize("rows", [pairs(13), choices(11), scored(7)], ids=len)
+def test_the_second_start_reads_the_ids_of_the_first(rows, encoded_with):
+    expected = encoding.encode_texts(rows, TOKENIZER)
+    assert_same(encoded_with(rows), expected)
+    assert_same(encoded_with(rows, anew=False), expected)
+
+
+def test_another_row_tokenizer_template_or_setting_is_encoded_anew(encoded_with):
+    rows = pairs(8)
+    encoded_with(rows)
+    encoded_with([*rows[:-1], dataclasses.replace(rows[-1], margin=9.0)])
+    encoded_with(rows, template="a{prompt}")
+    encoded_with(rows, max_length=99)
+    encoded_with(rows, characters("abcdefghi "))
+    encoded_with(rows, dataclasses.replace(TOKENIZER, config={"chat_template": "{{ 1 }}"}))
+    encoded_with(rows, dataclasses.replace(TOKENIZER, eos_id=3))
+
+
+def test_a_damaged_entry_is_encoded_anew(cache, encoded_with):
+    rows = pairs(8)
+    expected = encoded_with(rows)
+    [entry] = cache.iterdir()
+    file = entry / "tokens 0"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert_same(encoded_with(rows), expected)
+    assert_same(encoded_with(rows, anew=False), expected)
+    (entry / "values.json").write_text("{")
+    assert_same(encoded_with(rows), expected)
+
+
+def test_the_cache_keeps_the_newest_entries(cache, encoded_with):
+    for number in range(1, store.KEPT + 3):
+        encoded_with(pairs(5 + number))
+    assert len(list(cache.iterdir())) == store.KEPT
+    encoded_with(pairs(5 + number), anew=False)
+
+
+def test_few_rows_and_a_folder_that_cannot_be_written(cache, encoded_with, monkeypatch, caplog):
+    encoded_with(pairs(2)[:2])
+    assert not cache.exists()
+    cache.parent.mkdir(parents=True)
+    cache.write_text("no folder")
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        encoded_with(pairs(8))
+    assert "the token ids are not kept for the next run" in caplog.text
+
+
+def test_progress_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(store, "_SAID_EVERY", -1)
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        store.in_parts(scored(7), TOKENIZER)
+    assert "3 of 7 rows are token ids, after 0 s" in caplog.text
+    assert "7 of 7 rows" in caplog.text
+
+
+def test_rows_read_from_a_file_have_the_same_key_again(write):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": i} for i in range(3)]
+    path = write(rows)
+    keys = {store.key(formats.read("pairs", path).rows, TOKENIZER, {}) for _ in range(2)}
+    assert len(keys) == 1
