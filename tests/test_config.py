@@ -186,7 +186,7 @@ THEIRS = {
     "dataset_name": "here it is data: org/name:split",
     "learning_rate": "here it is sft.optimizer.learning_rate, or the same of another stage",
     "per_device_train_batch_size": "here it is sft.batch_size, or the same of another stage: of ",
-    "max_length": "there is no such setting here: a text may fill the model's positions",
+    "max_length": "here it is text.max_length: text.too_long says what becomes of longer texts",
     "load_in_4bit": "there is no such setting here: weights are not quantised",
     "num_generations": "here it is grpo.group_size",
     "eos_tokens_id": "`rlhf-jax STAGE --help` shows the keys",

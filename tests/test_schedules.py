@@ -30,6 +30,11 @@ from rlhf_jax.types import TrainState
         ({"schedule": "linear", "warmup_steps": 2}, [0, 0.4, 0.8, 0.4, 0.0]),
         ({"schedule": "plateau", "warmup_steps": 1}, [0, 0.8, 0.8]),
         ({"schedule": "linear", "warmup_steps": 0.3}, [0, 0.4, 0.8, 0.4, 0.0]),
+        ({"schedule": "linear", "min_lr_ratio": 0.25}, [0.8, 0.65, 0.5, 0.35, 0.2, 0.2]),
+        (  # from 0.8 to 0.2 along half a cosine: 0.2 + 0.3 (1 + cos)
+            {"schedule": "cosine", "min_lr_ratio": 0.25},
+            [0.8, 0.2 + 0.3 * (1 + 0.5**0.5), 0.5, 0.2 + 0.3 * (1 - 0.5**0.5), 0.2, 0.2],
+        ),
     ],
 )
 def test_the_rate_of_each_step(settings, rates):
@@ -44,6 +49,11 @@ def test_the_rate_of_each_step(settings, rates):
         updates, state = jax.jit(optimizer.update)({"w": jnp.float32(3.0)}, state, params)
         taken.append(-float(updates["w"]))
     assert_allclose(taken, rates, atol=2e-5)
+
+
+def test_a_floor_needs_a_schedule_that_ends():
+    with pytest.raises(ValueError, match="min_lr_ratio: the schedule constant has no end"):
+        Optimizer(min_lr_ratio=0.1)
 
 
 def test_matrices_are_decayed_and_nothing_else():

@@ -199,6 +199,9 @@ class Text(Section):
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
     """
+    max_length: Count | None = None
+    """Longest text of SFT, reward models, DPO and KTO, prompt, response and EOS together, in
+    tokens; too_long acts on longer ones. null: the model's positions."""
     bucket_multiple: Count = 16
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's
     prompts to this number times a power of two."""
@@ -222,6 +225,8 @@ class Optimizer(Section):
     """After the warm-up: linear and cosine decay from the peak to 0 over the run; step multiplies
     by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
     row without improvement."""
+    min_lr_ratio: ShareBelow1 = 0.0
+    """Where linear and cosine end, as a share of the peak, in place of 0."""
     decay_factor: OpenShare = 0.1
     """What the schedules step and plateau multiply the learning rate by."""
     decay_every: Count | None = None
@@ -253,6 +258,10 @@ class Optimizer(Section):
             raise ValueError(
                 "schedule: the schedule step needs decay_every, and decay_every the schedule step"
             )
+        if self.min_lr_ratio and self.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"min_lr_ratio: the schedule {self.schedule} has no end; only linear and cosine do"
+            )
 
 
 @dataclass(frozen=True)
@@ -263,8 +272,12 @@ class Supervised(Section):
 
     data: Texts = ()
     """Files of the stage's rows; empty: the run's --data."""
+    max_rows: Count | None = None
+    """Use at most so many rows of the data, drawn by the seed; a ranking is one row. null: all."""
     num_epochs: Count = 1
     """Passes over the data."""
+    max_steps: Count | None = None
+    """The run's length in optimizer steps, which replaces num_epochs; null: that of num_epochs."""
     batch_size: Count = 32
     """Rows (comparisons, pairs) per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer()
