@@ -302,6 +302,16 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 
 
+def validation_config(
+    settings: RLStage, tokenizer: tokenizers.Tokenizer
+) -> sampling.SamplingConfig:
+    """The sampling settings of RL's validations."""
+    how = sampling_config(settings, tokenizer)
+    if settings.validation_temperature is None:
+        return how
+    return dataclasses.replace(how, temperature=settings.validation_temperature)
+
+
 def load_language_model(source: str, compute: Compute, place: layout.Place = None) -> LanguageModel:
     """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the
     tokenizer gained a pad. ``place``: as ``layout.placement`` gives.

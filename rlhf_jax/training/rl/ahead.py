@@ -31,8 +31,8 @@ def as_sampler(state: LoopState) -> LoopState:
     return replace(state, train=state.behind, behind=None)
 
 
-def one_at_a_time(first: Responder, second: Responder) -> tuple[Responder, Responder]:
-    """The two responders behind one lock: the thread of the next rollout and a validation must not
+def one_at_a_time(*responders: Responder) -> list[Responder]:
+    """The responders behind one lock: the thread of the next rollout and a validation must not
     sample at the same time.
     """
     lock = threading.Lock()
@@ -49,7 +49,7 @@ def one_at_a_time(first: Responder, second: Responder) -> tuple[Responder, Respo
 
         return at
 
-    return locked(first), locked(second)
+    return [locked(responder) for responder in responders]
 
 
 class Ahead:

@@ -33,6 +33,7 @@ from rlhf_jax.training.rl.method import (
     check_settings,
     completed,
     is_rewarded,
+    lasting,
     penalty_of,
     without_what_is_given,
 )
@@ -115,12 +116,14 @@ def run(
     ):
         parts = load(stage, method, given, [part.rows for part in data], reply)
         stage, parts = _with_remat(stage, method, parts)
+        planned = _prompts(stage, method, parts)
+        stage = lasting(stage, method, len(planned[0].train_rows))
         networks = networks_of(stage, parts.initial, method, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         client = None
         if engine is not None:
             client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
-        job = build(stage, method, parts, networks, programs, client, thread, on_step)
+        job = build(stage, method, parts, planned, networks, programs, client, thread, on_step)
         state, row = loop.train(stage, first_state(stage, method, networks), job)
         params = models.policy_params(state.train.params)
         trained = {part: leaves for part, leaves in params.items() if part != "value"}
@@ -145,6 +148,7 @@ def build(
     stage: Stage,
     method: Method,
     parts: Parts,
+    planned: tuple[Schedule, Batch | None],
     networks: Networks,
     programs: Programs,
     client: Client | None,
@@ -154,12 +158,13 @@ def build(
     """What the loop runs: steps and validations.
 
     Args:
+        planned: the prompts of each step and those of validations, as ``_prompts`` gives.
         client: of the engine that samples; None: the run's own programs sample.
         thread: an engine, or devices of their own, sample ahead in it.
     """
     settings = stage.config.rl
     key = stage.key("update")
-    schedule, to_validate = _prompts(stage, method, parts)
+    schedule, to_validate = planned
     samples_apart = client is not None or bool(stage.config.mesh.sampling)
     if not samples_apart:
         _hold_cache(stage, parts, schedule)
@@ -191,7 +196,7 @@ def build(
     if to_validate is not None:
         judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
         validate = steps.validator(
-            stage, parts.initial, to_validate, step.sample, step.score, judge
+            stage, parts.initial, to_validate, step.sample_validating, step.score, judge
         )
 
     rehearsed = _rehearsed(programs, samples_apart)
@@ -216,6 +221,7 @@ class Step(NamedTuple):
 
     sample: Sampler
     sample_greedily: Sampler
+    sample_validating: Sampler
     rescore: steps.Rescorer
     score: Scorer
     with_greedy: Callable[..., Rollout]
@@ -228,14 +234,17 @@ def _step(
     memory calls.
     """
     talk = _talk(stage, parts.environment, parts.initial.tokenizer)
-    respond, respond_greedily = _responders(stage, parts, networks, programs, client)
+    respond, respond_greedily, validating = _responders(stage, parts, networks, programs, client)
     sample = steps.sampler(stage, respond, talk)
+    sample_validating = steps.sampler(stage, validating, talk)
     if parts.ask_teacher is not None:
         sample = teacher.taught(stage, sample, parts.ask_teacher)
+        sample_validating = teacher.taught(stage, sample_validating, parts.ask_teacher)
     rescore = steps.rescorer(programs.rescored, networks)
     return Step(
         sample,
         sample_greedily=steps.sampler(stage, respond_greedily, talk),
+        sample_validating=sample_validating,
         rescore=rescore if client is None else client.watched(rescore),
         score=steps.scorer(stage, programs.reward, parts.reward, parts.guard),
         with_greedy=programs.with_greedy,
@@ -254,22 +263,23 @@ def _draw(method: Method, step: Step) -> Draw:
 
 def _responders(
     stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
-) -> tuple[Responder, Responder]:
-    """Where responses and greedy responses come from: the engine, or the run's own programs, on the
-    devices that learn or on others.
+) -> list[Responder]:
+    """Where responses, greedy ones and those of validations come from: the engine, or the run's own
+    programs, on the devices that learn or on others.
     """
     if client is not None:
-        how = initial.sampling_config(stage.config.rl, parts.initial.tokenizer)
+        own = parts.initial.tokenizer
+        how = initial.sampling_config(stage.config.rl, own)
         greedy = replace(how, temperature=0.0)
-        return one_at_a_time(client.responder(how), client.responder(greedy))
+        ways = (how, greedy, initial.validation_config(stage.config.rl, own))
+        return one_at_a_time(*map(client.responder, ways))
+    ways = (programs.respond, programs.respond_greedily, programs.respond_validating)
     mesh = layout.sampling_mesh(stage.config)
     if mesh is None:
-        respond = steps.on_devices(stage, programs.respond, networks)
-        return respond, steps.on_devices(stage, programs.respond_greedily, networks)
+        return [steps.on_devices(stage, program, networks) for program in ways]
     base = networks.start.base
     placed = None if base is None else sharding.replicate(mesh, base)
-    respond = steps.apart(mesh, programs.respond, placed)
-    return one_at_a_time(respond, steps.apart(mesh, programs.respond_greedily, placed))
+    return one_at_a_time(*(steps.apart(mesh, program, placed) for program in ways))
 
 
 def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
@@ -291,7 +301,9 @@ def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
     if not samples_apart:
         return rehearsed
     return rehearsed._replace(
-        respond=silent(programs.respond), respond_greedily=silent(programs.respond_greedily)
+        respond=silent(programs.respond),
+        respond_greedily=silent(programs.respond_greedily),
+        respond_validating=silent(programs.respond_validating),
     )
 
 

@@ -44,6 +44,7 @@ class Programs(NamedTuple):
 
     respond: Callable[..., Rollout]
     respond_greedily: Callable[..., Rollout]
+    respond_validating: Callable[..., Rollout]
     rescored: Callable[..., tuple[Rollout, Metrics]]
     reward: Callable[..., tuple[Rollout, Metrics]]
     with_greedy: Callable[..., Rollout]
@@ -59,7 +60,11 @@ def networks_of(
     settings = stage.config.rl
     model = begun.model
     value = critic.settings(method.config).value if method.algorithm.needs_values else None
-    start, trained = critic.start(stage, begun.params, value, own.width(begun))
+    source = None
+    if value == "separate":
+        source = critic.load(stage.config, critic.settings(method.config), begun)
+    params = None if source is None else source.params
+    start, trained = critic.start(stage, begun.params, value, own.width(begun), params)
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -83,7 +88,7 @@ def networks_of(
         memory.free(start.loaded)
     frozen = None if start.base else reference
     stage.hold({"frozen weights": start.base, "reference": frozen})
-    value_model = None if trained is start else model
+    value_model = None if trained is start else (source or begun).model
 
     @functools.cache
     def functions(columns: int) -> Functions:
@@ -157,9 +162,16 @@ def compiled(
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
+    sampled = jit(respond, layers, config=samples)
+    greedy = jit(respond, layers, config=replace(samples, temperature=0.0))
+    validated = sampled  # the same program, so that it is compiled once
+    if stage.config.rl.validation_temperature is not None:
+        how = initial.validation_config(stage.config.rl, begun.tokenizer)
+        validated = jit(respond, layers, config=how)
     return Programs(
-        respond=jit(respond, layers, config=samples),
-        respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
+        respond=sampled,
+        respond_greedily=greedy,
+        respond_validating=validated,
         rescored=jit(rescored, blocks),
         reward=stage.jit(iteration.reward),
         with_greedy=jit(iteration.with_greedy, shape=shape),
@@ -184,6 +196,8 @@ def rules(
 ) -> tuple[Rule, Rule]:
     """The rule that changes scores before the penalty, and the one that masks rows after it."""
     on_scores: list[Rule] = [] if is_rewarded else [iteration.unrewarded]
+    if settings.score_clip is not None:
+        on_scores.append(iteration.clipped(settings.score_clip))
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
             iteration.missing_eos(
