@@ -70,8 +70,9 @@ class Network(Section):
     """Attention heads per block; divides hidden_size."""
     max_length: int = 128
     """Longest text, prompt and response together, in tokens."""
-    dropout: float = 0.0
-    """Dropout rate in supervised stages; RL and scoring never drop."""
+    dropout: ShareBelow1 | None = None
+    """Dropout rate in supervised stages, of --model too; null: that of the model's folder, and 0
+    for random weights. RL and scoring never drop."""
     initializer_range: Positive = 0.02
     """Standard deviation of the initial weights. GPT-2's 0.02 suits a width of some hundreds;
     1/sqrt(hidden_size), 0.1 for a width of 100, makes narrow networks learn what depends on several

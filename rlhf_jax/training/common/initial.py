@@ -237,7 +237,7 @@ def _language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        return loaded
+        return loaded._replace(model=_with_dropout(loaded.model, config.network.dropout))
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
@@ -247,7 +247,7 @@ def _language_model(
     if policy is not None:
         return own.start(policy, tokenizer, key)
     network = dataclasses.asdict(config.network)
-    rate = network.pop("dropout")
+    rate = network.pop("dropout") or 0.0
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
     network |= {
         "vocab_size": tokenizer.vocab_size,
@@ -265,6 +265,15 @@ def _language_model(
         else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
     )
     return LanguageModel(model, init(key), tokenizer)
+
+
+def _with_dropout(model: models.Model, rate: float | None) -> models.Model:
+    """The model with this rate of dropout wherever its family drops; None: its own rates."""
+    if rate is None:
+        return model
+    names = [field.name for field in dataclasses.fields(model.config)]
+    rates = {name: rate for name in names if name.endswith("_dropout")}
+    return models.build(dataclasses.replace(model.config, **rates))
 
 
 def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:

@@ -273,7 +273,10 @@ def _responders(
         greedy = replace(how, temperature=0.0)
         ways = (how, greedy, initial.validation_config(stage.config.rl, own))
         return one_at_a_time(*map(client.responder, ways))
-    ways = (programs.respond, programs.respond_greedily, programs.respond_validating)
+    validating = programs.respond_validating
+    if stage.config.rl.validation_temperature is None:
+        validating = programs.respond  # which is compiled already
+    ways = (programs.respond, programs.respond_greedily, validating)
     mesh = layout.sampling_mesh(stage.config)
     if mesh is None:
         return [steps.on_devices(stage, program, networks) for program in ways]

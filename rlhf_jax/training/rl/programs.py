@@ -162,16 +162,11 @@ def compiled(
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
-    sampled = jit(respond, layers, config=samples)
-    greedy = jit(respond, layers, config=replace(samples, temperature=0.0))
-    validated = sampled  # the same program, so that it is compiled once
-    if stage.config.rl.validation_temperature is not None:
-        how = initial.validation_config(stage.config.rl, begun.tokenizer)
-        validated = jit(respond, layers, config=how)
+    validating = initial.validation_config(stage.config.rl, begun.tokenizer)
     return Programs(
-        respond=sampled,
-        respond_greedily=greedy,
-        respond_validating=validated,
+        respond=jit(respond, layers, config=samples),
+        respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
+        respond_validating=jit(respond, layers, config=validating),
         rescored=jit(rescored, blocks),
         reward=stage.jit(iteration.reward),
         with_greedy=jit(iteration.with_greedy, shape=shape),
