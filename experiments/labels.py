@@ -22,7 +22,7 @@ import tyro
 from rlhf_jax import cli
 from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 
 ROOT = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels"
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")

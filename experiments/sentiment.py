@@ -43,7 +43,7 @@ from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.report import figures, page
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import dpo, pipeline, rl
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common import stage as stages

@@ -33,8 +33,8 @@ from rlhf_jax.data import files
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
-from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.runs.manifest import fingerprint
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import pipeline, reward_model, rl, sft
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.yaml"

@@ -1,14 +1,25 @@
 """Messages for the user: the errors that end a run early (wrong input, failed training, a signal,
-an alert), and the logger of all other messages.
+an alert), and the logger of all other messages. And the reader of files of others, whose faults are
+such messages: ordinary files only, and no more of them than fits into memory.
 """
 
 import contextlib
 import difflib
+import errno
 import logging
+import os
 import re
+import stat
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_DISKS |= {errno.EIO, errno.ENAMETOOLONG}
 logger = logging.getLogger("rlhf_jax")
+MOST_BYTES = 1 << 28
+"""The largest file of a folder that is read whole, 256 MiB; weights are read in parts. The largest
+tokenizer.json of a public model has 33 MB."""
 # Characters that a terminal obeys instead of showing them: control characters (C0 but tab and
 # newline, DEL, C1), marks that change the direction of a text, other line ends; and halves of
 # surrogate pairs, which cannot be sent to a terminal.
@@ -71,15 +82,39 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def file_errors(path: object, verb: str = "read") -> Iterator[None]:
-    """Says as a UserError why a file or folder cannot be read (or written), or that it is not
-    UTF-8.
+    """Says as a UserError why a file or folder cannot be read (or written), or that it or its name
+    is not UTF-8.
     """
     try:
         yield
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
             f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def check_encoding(words: Iterable[str]) -> None:
+    """Raises UserError if a word of the command line, or a path, is not UTF-8, since no file of a
+    run could record it; or if this process cannot use names of files in UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise UserError(
+            f"names of files and texts are in UTF-8, and this process has {encoding}: set "
+            "PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
+    for word in words:
+        if word.encode("utf-8", "ignore").decode("utf-8") != word:
+            raise UserError(f"{word}: is not UTF-8; give the file or folder another name")
+
+
+def disk_fault(error: OSError) -> str | None:
+    """A sentence about a disk that is full, cannot be written or is broken; None for another error,
+    which a bug may have caused.
+    """
+    if error.errno not in _OF_DISKS:
+        return None
+    return f"{error.filename or 'a file'}: {error.strerror}"
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -88,3 +123,37 @@ def check_pattern(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{name} is no regular expression: {error}") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder of that name.
+
+    Raises:
+        UserError: it is a symbolic link that leads nowhere or in a circle.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a symbolic link to {os.readlink(path)}, which cannot be followed; delete "
+            "it, or put the file there"
+        )
+    return path.exists()
+
+
+def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: it is no ordinary file, but a pipe, a device or a folder; it has more than
+            ``most`` bytes; or it cannot be read.
+    """
+    is_there(path)
+    with file_errors(path):
+        # Without waiting for the writer of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise UserError(f"{path}: is no file")
+            if most is not None and about.st_size > most:
+                raise UserError(f"{path}: has more than {most >> 20} MiB, which no such file needs")
+            return file.read()

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax.parallel import blocks
@@ -357,14 +358,21 @@ def check_fits(fn: Any, rollout: Any, name: str = "policy_fn") -> None:
     mask = rollout.response_mask
     prompt_length = getattr(rollout, "prompt_length", None)
     is_left_out = prompt_length is not None and first > prompt_length
-    if prompt_length is None and first and not isinstance(mask, jax.core.Tracer):
-        is_left_out = bool(jnp.any(jnp.asarray(mask)[..., :first] != 0))
+    is_known_mask = not isinstance(mask, jax.core.Tracer) and _is_here(mask)
+    if prompt_length is None and first and is_known_mask:
+        # By NumPy: inside a jit jax.numpy would trace it, also where the mask is a constant.
+        is_left_out = bool(np.any(np.asarray(mask)[..., :first] != 0))
     if is_left_out:
         where = "" if prompt_length is None else f", which follow prompts of {prompt_length} slots"
         raise ValueError(
             f"{name} has prompt_length {first}, so it computes no log-probability of the first "
             f"response tokens{where}: give it the prompts' own number of slots, or 0"
         )
+
+
+def _is_here(x: Any) -> bool:
+    """Whether this process has all of an array."""
+    return bool(getattr(x, "is_fully_addressable", True))
 
 
 def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) -> PolicyFn:

@@ -41,8 +41,9 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.folder import open_run, write_atomically
+from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import write_manifest
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import open_stage

@@ -208,6 +208,24 @@ def config(tmp_path):
     return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=3, alerts=(RULE,))
 
 
+def test_an_alert_on_a_part_of_a_reward_shows_an_example(config):
+    shares = [0.0, 0.6, 0.7, 0.8, 0.2]
+    rows = [{"step": step, "reward/math/repeats_prompt": x} for step, x in enumerate(shares)]
+    rows = [row | {"reward/other/repeats_prompt": 0.1} for row in rows]
+    (alert,) = alerts.check(alerts.parse(["none", "prompt repeated"]), rows)
+    assert (alert.step, alert.message) == (3, "reward/repeats_prompt is 0.8 > 0.5")
+    rows = [row | {"reward/repeats_prompt": 0.0} for row in rows]
+    assert alerts.check(alerts.parse(["none", "prompt repeated"]), rows) == []
+    metrics = {"reward/math/repeats_prompt": 0.9}
+    config = dataclasses.replace(config, alerts=("none", "prompt repeated"))
+    assert run(config, metrics=metrics, examples=lambda: {"repeats_prompt": "3 + 4 ="}) == 9
+    [row] = run_records.read_rows(Path(config.output_dir) / "alerts.jsonl")
+    assert (row["step"], row["message"]) == (
+        3,
+        "reward/repeats_prompt is 0.9 > 0.5, as in '3 + 4 ='",
+    )
+
+
 def raised(config):
     rows = run_records.read_rows(Path(config.output_dir) / "alerts.jsonl")
     return [(row["step"], row["rule"]) for row in rows]

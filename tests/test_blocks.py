@@ -255,11 +255,11 @@ def test_a_run_in_blocks_may_move_and_says_so(tmp_path, monkeypatch, capsys):
 
 def test_a_run_has_as_many_threads_as_blocks(monkeypatch, capsys):
     """XLA's products on a CPU round by their number, which it reads when it starts."""
-    late = "compute.blocks: JAX had started before, with as many threads as there are cores"
-    monkeypatch.setenv("NPROC", "")
+    late = "JAX had started before, with 4 threads, and this run needs 8: its bits depend on"
+    monkeypatch.setenv("NPROC", "4")
     monkeypatch.setenv("XLA_FLAGS", "")
     devices.choose("cpu", threads=8)
-    assert not os.environ["NPROC"]
+    assert os.environ["NPROC"] == "4"
     assert capsys.readouterr().out.startswith(late)
     monkeypatch.setattr(devices.xla_bridge, "backends_are_initialized", lambda: False)
     devices.choose("cpu", threads=8)
@@ -274,7 +274,7 @@ def test_a_stage_has_the_same_bytes_on_one_device_and_four(
     config = replace(config, compute=Compute(blocks=8))
     settings = replace(config, sft=replace(config.sft, num_epochs=1))
     four = training.sft.run(settings)
-    assert "compute.blocks: JAX had started before" in capsys.readouterr().out
+    assert "JAX had started before, with 4 threads, and this run needs 8" in capsys.readouterr().out
     assert json.loads((four.folder / "manifest.json").read_text())["moves"] == "exact"
     monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     audit = verify.verify(four.folder, from_scratch=True)

@@ -21,11 +21,16 @@ def test_messages_as_demonstrations_and_prompts(write):
             {"messages": [USER, ANSWER], "level": 2},
         ]
     )
-    history = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\nhello\n\nUser:\nhi\n\nAssistant:\n"
-    assert formats.read("demonstrations", path).rows == [
-        Row(history, ("hello",), f"{path}, line 1"),
-        Row("User:\nhi\n\nAssistant:\n", ("hello",), f"{path}, line 2"),
+    first = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\n"
+    history = f"{first}hello\n\nUser:\nhi\n\nAssistant:\n"
+    turns = [
+        Row(first, ("hello",), f"{path}, line 1, turn 1"),
+        Row(history, ("hello",), f"{path}, line 1, turn 2"),
     ]
+    second = Row("User:\nhi\n\nAssistant:\n", ("hello",), f"{path}, line 2")
+    assert formats.read("demonstrations", path).rows == [*turns, second]
+    last = Row(history, ("hello",), f"{path}, line 1")
+    assert formats.read("demonstrations", path, turns="last").rows == [last, second]
     prompts = formats.read("prompts", path).rows
     assert [row.prompt for row in prompts] == [history, "User:\nhi\n\nAssistant:\n"]
     assert prompts[1].columns == {"level": 2}
@@ -63,7 +68,8 @@ def test_messages_as_pairs(write):
     assert result.rows == [
         Row(expected[0], expected[1:], f"{path}, line {n}") for n in range(1, len(forms) + 1)
     ]
-    assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}
+    early = "'rejected' has no message before the assistant's"
+    assert result.dropped == {early: 1, formats.EQUAL: 1}
     assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == [
         "User:\nhi\n\nAssistant:\n"
     ]
@@ -87,7 +93,7 @@ FAULTS = [
     ),
     (
         [USER, ANSWER | {"tool_calls": [{}]}],
-        "message 2 of 'messages' has tool_calls, which are no text to learn",
+        "the plain template writes no tool_calls",
     ),
     (
         [USER, ANSWER | {"tool_calls": [{}]}, USER, ANSWER],
@@ -113,8 +119,8 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     )
     source = (
         "{{ bos_token }}{% for message in messages %}\n"
-        "    {% generation %}<|im_start|>{{ message.role }} {{ message.content | trim "
-        "}}<|im_end|>{% endgeneration %}\n"
+        "<|im_start|>{{ message.role }} {% generation %}{{ message.content | trim }}<|im_end|>"
+        "{% endgeneration %}\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     )
     config = {
@@ -134,7 +140,7 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     assert row.prompt == tuple(expected)
     np.testing.assert_array_equal(
         encoding.encode_texts([row], tokenizer).tokens[0][0],
-        [*expected, *encode("hello"), base.eos_id],
+        [*expected, *encode("hello"), end],
     )
     assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
     forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
@@ -150,8 +156,7 @@ def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkey
     """Added tokens, thinking tags and the chat template of a folder such as these families ship."""
     backend = chat_families.write(tmp_path, family)
     _, eos, pad, _, special, tags, turns, expected = chat_families.FAMILIES[family]
-    for package in ("torch", "transformers"):
-        monkeypatch.setitem(sys.modules, package, None)  # importing it is an error
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it is an error
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_id, tokenizer.pad_id) == tuple(map(backend.token_to_id, (eos, pad)))
     assert tokenizer.vocab_size == backend.get_vocab_size()  # nothing is added

@@ -105,7 +105,6 @@ def test_a_plain_prompt_is_a_users_message_and_a_list_of_messages_a_prompt(folde
     assert bare(["hi"]).texts != said.texts[:1]
     same(bare([[USER]]), generator([[USER]]))
     for message, prompt in (
-        (r"prompts\[1\]: the last message is the assistant's", [USER, ANSWER]),
         (r"prompts\[1\]: a user message spells the special token '<\|im_end\|>'", "x<|im_end|>"),
         (r"prompts\[1\]: message 1 of 'messages' must be an object", ["hi"]),
         (r"prompts\[1\]: 'messages' must be a list of messages .* an empty list", []),
@@ -206,10 +205,11 @@ def test_stages_read_a_prompt_as_transformers_does(
     tokenizer = load_tokenizer(folder)
     response, other = ([*tokenizer.encode(text), tokenizer.eos_id] for text in ("hello", "no"))
     texts = [expected + response, expected + other]
+    whole = [texts[0] + tokenizer.encode("\n")]  # what the template writes behind the turn
     run = getattr(training, stage).run
     for i, row in enumerate(STAGES[stage]):
         ids = encoded(run, config_of(folder, write([row]), tmp_path / f"{stage}{i}"))
-        assert ids == {"rl": expected, "sft": texts[:1], "kto": texts[:1]}.get(stage, texts)
+        assert ids == {"rl": expected, "sft": whole, "kto": texts[:1]}.get(stage, texts)
     line = f"text.template auto: the chat template of {folder}; a plain prompt is a user's message"
     assert capsys.readouterr().out.count(line) == 2
 
@@ -367,7 +367,7 @@ def test_a_model_without_a_chat_template_reads_prompts_as_they_are():
     assert chat.with_text_template(tokenizer, "auto").config["chat_template"] == chat.PLAIN
     called = [USER, {**ANSWER, "tool_calls": [{"name": "é"}]}]
     shown = chat.shown(Row((3,), (), "", messages=called), tokenizer)
-    assert shown == 'User:\nhi\n\nAssistant:\nhello[{"name": "é"}]\n\nAssistant:\n'
+    assert shown == 'User:\nhi\n\nAssistant:\nhello[{"name": "é"}]'
 
 
 def test_runs_of_unlike_templates_are_not_compared(folder, tmp_path):

@@ -560,4 +560,8 @@ def test_record_is_readable_json(tmp_path):
     kind = {"dtype": "float32", "shape": [2, 3]}
     content = json.dumps(kind).encode() + np.ones(6, np.float32).tobytes()
     leaf = kind | {"sha256": hashlib.sha256(content).hexdigest()}
-    assert json.loads(stored["record"]) == {"meta": {"epoch": 1}, "leaves": {"a": leaf}}
+    assert json.loads(stored["record"]) == {
+        "meta": {"epoch": 1},
+        "leaves": {"a": leaf},
+        "files": {},
+    }

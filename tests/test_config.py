@@ -30,6 +30,7 @@ from rlhf_jax.config import (
     yaml_files,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.optimizer import make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +159,7 @@ def test_a_mistake_in_the_file_is_named(text, message):
     with pytest.raises(UserError) as caught:
         parse(RunConfig, write(text))
     assert str(caught.value).startswith(f"c.yaml{message}")
-    assert len(str(caught.value)) < 420
+    assert len(str(caught.value)) < 430
 
 
 def test_all_mistakes_of_the_files_are_named_at_once():
@@ -596,3 +597,12 @@ def test_sizes_of_a_network_are_refused_beside_a_model(tmp_path):
     dropped = config.parse(RunConfig, ["--model", "gpt2", "--network.dropout", "0.0"])
     assert dropped.network.dropout == 0.0
     assert RunConfig().network.dropout is None
+
+
+def test_counts_are_numbers_that_a_program_can_count_to():
+    for wrong in (2**31, 10**12, 10**20):
+        with pytest.raises(ValueError, match="batch_size must be at most 2147483647"):
+            RLStage(batch_size=wrong)
+    assert RLStage(batch_size=2**31 - 1).batch_size == 2147483647
+    with pytest.raises(UserError, match="optimizer steps are more than can be counted"):
+        make_optimizer(Optimizer(), 2**31)

@@ -6,20 +6,20 @@ The examples are the table's own; what they must become is written out here.
 import json
 import math
 import re
-import string
 from pathlib import Path
 
+import chat_templates
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import batches, encoding, formats
-from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.chat import AUTO, ChatTemplate, template_of
 from rlhf_jax.data.forms import table
 from rlhf_jax.data.forms.columns import adapted
 from rlhf_jax.data.rows import Record
-from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 
 W = "data.jsonl, line 1"
@@ -428,9 +428,12 @@ def test_a_row_of_too_many_answers_is_refused():
     assert len(parsed("pairs", row).rows) == 255
 
 
-def page():
-    """The part of the page that shows the table, from the table."""
-    writes_all = ChatTemplate("{{ messages }}", characters(string.printable))
+def page(folder):
+    """The part of the page that shows the table, from the table, for a template that writes tools
+    and their calls.
+    """
+    chat_templates.write(folder, "qwen2.5")
+    writes_all = template_of(load_tokenizer(folder), AUTO)
     lines = ["| form | keys | read by |", "|---|---|---|"]
     examples = []
     for known in table.FORMS:
@@ -445,5 +448,5 @@ def page():
     return "\n".join([*lines, "", "```text", *examples, "```"])
 
 
-def test_the_page_shows_the_table():
-    assert page() in PAGE.read_text("utf-8")
+def test_the_page_shows_the_table(tmp_path):
+    assert page(tmp_path) in PAGE.read_text("utf-8")

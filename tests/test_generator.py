@@ -169,7 +169,7 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
 
     monkeypatch.setattr(module, "_sampler", watched)
 
-    def watched_scorer(model):
+    def watched_scorer(model, *closing):
         return lambda *args: (widths.append(args[1].shape), scorer(model)(*args))[1]
 
     monkeypatch.setattr(module, "_scorer", watched_scorer)

@@ -1,6 +1,7 @@
 """What Python gives to an RL run beside its settings: an optimizer, a policy, a callback."""
 
 import json
+import types
 from dataclasses import replace
 
 import flax.linen as nn
@@ -29,9 +30,11 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import export, records
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import own
 from rlhf_jax.training.common.optimizer import make_optimizer, muon_dimensions
+from rlhf_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -334,3 +337,88 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
 def test_a_policy_that_does_not_fit(policy, changes, message, with_own_policy):
     with pytest.raises(UserError, match=message):
         rl.run(replace(with_own_policy, **changes), rloo, policy=policy)
+
+
+# --- Parameters whose keys are no plain names, and an algorithm with parameters of its own
+
+
+def layered(first="layers"):
+    """A network with a list of layers, as nnx.List has, and a name with a slash."""
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        layers = {i: {"a/b": 0.1 * jax.random.normal(keys[i], (6, 6))} for i in range(2)}
+        return {"table/x": 0.1 * jax.random.normal(keys[2], (32, 6)), first: layers}
+
+    def apply(params, tokens, mask, key):
+        states = params["table/x"][tokens] * (mask != 0)[..., None]
+        for i in range(2):
+            states = states + jnp.tanh(states @ params[first][i]["a/b"])
+        return states @ params["table/x"].T
+
+    return own.from_functions(init, apply, vocab_size=32, max_length=16)
+
+
+def test_a_list_of_layers_and_names_with_slashes_are_saved_as_they_are(with_own_policy):
+    policy = layered()
+    result = rl.run(with_own_policy, rloo, policy=policy)
+    params = own.load(result.model_folder)
+    start = policy.init(jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(start)
+    assert params["layers"].keys() == {0, 1}
+    assert params["table/x"].shape == (32, 6)
+    again = rl.run(replace(with_own_policy, resume=True), rloo, policy=policy)
+    jax.tree.map(assert_array_equal, own.load(again.model_folder), params)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a/b": np.ones(1), "a": {"b": np.ones(1)}}, "two parameters are called a/b"),
+        ({"a": [np.ones(1)]}, r"\['a'\]\[0\]: it must return nested dicts"),
+        ({"a": {0: np.ones(1), "x": np.ones(1)}}, "it must return nested dicts of arrays whose"),
+        ({"a": {True: np.ones(1)}}, r"\['a'\]\[True\]: it must return nested dicts"),
+    ],
+)
+def test_parameters_that_could_not_be_saved_are_refused_first(params, message, with_own_policy):
+    policy = layered()._replace(init=lambda key: params)
+    with pytest.raises(UserError, match=message):
+        rl.run(with_own_policy, rloo, policy=policy)
+
+
+def with_state(create):
+    """RLOO as a module of one's own, whose state makes ``create(params)`` of the parameters."""
+    algorithm = types.ModuleType("tempered")
+    vars(algorithm).update({name: part for name, part in vars(rloo).items() if name[:2] != "__"})
+
+    class State(TrainState):
+        @classmethod
+        def create(cls, params, optimizer):
+            return TrainState.create(create(params), optimizer)
+
+    algorithm.State = State
+    algorithm.__doc__ = "RLOO."
+    return algorithm
+
+
+def test_an_algorithm_with_parameters_of_its_own_and_all_rows_of_its_result(config):
+    """The parameters are in the checkpoints and not in the model."""
+    algorithm = with_state(lambda params: params | {"log_temperature": jnp.zeros(())})
+    settings = replace(config.rl, validation_fraction=0.25, validation_interval=2)
+    result = rl.run(replace(config, rl=settings), algorithm, rloo.Config())
+    assert "log_temperature" not in weights(result)
+    with Checkpoints(result.folder / "checkpoints") as checkpoints:
+        assert "train/params/log_temperature" in checkpoints.arrays(3)
+    assert result.rows == metric_rows(result.folder)
+    assert [row["step"] for row in result.rows] == [0, 1, 2, 3]
+    validated = [row["step"] for row in result.rows if "validation/score" in row]
+    assert validated == [0, 2, 3]
+    assert result.rows[-1] == {"step": 3, **result.metrics}
+
+
+def test_an_algorithm_that_changes_the_policys_parameters_is_refused_before_it_trains(config):
+    algorithm = with_state(lambda params: params | {"ln_f": params["ln_f"] | {"x": jnp.zeros(())}})
+    steps = []
+    with pytest.raises(UserError, match="has other parameters of the policy than it was given"):
+        rl.run(config, algorithm, rloo.Config(), on_step=lambda step, *_: steps.append(step))
+    assert not steps

@@ -45,6 +45,7 @@ def test_manifest(tmp_path, monkeypatch):
     )
     said = {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}
     said["cpu"] = devices.cpu()
+    said["threads"] = devices.num_threads()
     said["xla_flags"] = "--xla_cpu_multi_thread_eigen=true"
     machine = {"backend": "cpu", "devices": {"kind": "cpu", "count": 4}}
     assert manifest == said | machine | {"command": "rlhf-jax ppo --config 'my file.yaml'"}
@@ -137,9 +138,8 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
             (["ppo.data", "reward"], [seed, clip]),
             (["seed", "ppo.clip_low", "ppo.data"], [reward]),
         ]:
-            with pytest.raises(
-                UserError, match="--allow-changed lets those differ that you name"
-            ) as caught:
+            names = "--allow-changed seed ppo.clip_low data reward lets this differ"
+            with pytest.raises(UserError, match=names) as caught:
                 check_unchanged(run, **new, allowed=allowed)
             assert [
                 text for text in (seed, clip, a, reward) if text in str(caught.value)

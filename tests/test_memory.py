@@ -26,7 +26,7 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.runs import allocator, devices, folder
+from rlhf_jax.runs import allocator, devices, writing
 from rlhf_jax.training.common import loop, memory
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.stage import open_stage
@@ -240,10 +240,12 @@ def test_what_was_freed_is_given_back_before_the_first_step_and_before_saving(
     tmp_path, monkeypatch
 ):
     events = []
-    replacing = folder.replacing
+    replacing = writing.replacing
     monkeypatch.setattr(devices, "free_memory", lambda: 0)
     monkeypatch.setattr(allocator, "give_back", lambda: events.append("given back"))
-    monkeypatch.setattr(folder, "replacing", lambda path: events.append("saved") or replacing(path))
+    monkeypatch.setattr(
+        writing, "replacing", lambda path: events.append("saved") or replacing(path)
+    )
     step = loop._Loop.step
     monkeypatch.setattr(loop._Loop, "step", lambda self: events.append("step") or step(self))
     a_run("sft", tmp_path)

@@ -185,6 +185,21 @@ def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, 
     assert plan.report(3, "ppo", None, limit)[-1].startswith(end)
 
 
+@pytest.mark.parametrize(
+    ("peak", "of_process", "fits", "said"),
+    [
+        (3, 3.5, True, "fits in 4.000 GiB, with 1.000 GiB to spare; where a CPU is .*, with 512"),
+        (3, 4.5, False, "does not fit in 4.000 GiB where a CPU is .* needs 4.500 GiB for each; on"),
+        (4, 4, True, "fits in 4.000 GiB, with 0.000 MiB to spare$"),  # with a target
+        (5, 5.5, False, "does not fit in 4.000 GiB$"),
+    ],
+)
+def test_the_verdict_counts_the_process_of_a_cpu_too(peak, of_process, fits, said):
+    text, verdict = plan._verdict(peak * 2**30, of_process * 2**30, 4 * 2**30)
+    assert re.match(said, text), text
+    assert verdict is fits
+
+
 def test_flags_that_are_on_are_not_offered():
     four = Mesh(data=-1)
     base = RunConfig(model="m", mesh=four, sft=SFTStage(batch_size=32))

@@ -309,9 +309,20 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place", ["here", "10.0.0.1,2,0", "10.0.0.1:99,2", "10.0.0.1:99,2,2", "10.0.0.1:99,0,0"]
+    "place",
+    [
+        "here",
+        "10.0.0.1,2,0",
+        "10.0.0.1:99,2",
+        "10.0.0.1:99,2,2",
+        "10.0.0.1:99,0,0",
+        "HOST:99999,1,0",
+        "HOST:65536,1,0",
+        "HOST:0,1,0",
+    ],
 )
-def test_a_place_that_is_none(place):
+def test_a_place_that_is_none(place, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("it waits"))
     with pytest.raises(UserError, match=rf"--processes {place}: expected HOST:PORT,COUNT,NUMBER"):
         processes.join(place)
 

@@ -172,6 +172,20 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
     assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
 
 
+def test_three_rewarded_answers_stand_beside_the_verdict(tmp_path):
+    def rewarded(name, *pairs):
+        rows = [{"prompt": "3 + 4?", "response": text, "score": score} for text, score in pairs]
+        samples = {0: [{"prompt": "", "response": "old", "score": 9.0}], 3: rows}
+        run = write_run(tmp_path / name, samples=samples)
+        return chapter_of(run)["rewarded"]
+
+    many = rewarded("many", ("3 + 4 =", 1.0), ("8", 0.0), ("7", 1.0), ("7", 1.0), ("x" * 200, 0.5))
+    shown = f"'... {'x' * 100}' (score 0.5, to '3 + 4?')"
+    assert many == [f"{text!r} (score 1, to '3 + 4?')" for text in ("3 + 4 =", "7")] + [shown]
+    assert rewarded("none", ("8", 0.0), ("9", 0.0)) == []
+    assert len(rewarded("all", ("8", 1.0), ("9", 1.0), ("10", 1.0), ("11", 1.0))) == 3
+
+
 def test_the_verdict_and_the_title_of_seeds_are_those_of_their_means(tmp_path):
     runs = []
     for seed, values in enumerate(([1.0, 2.0, 4.0], [3.0, 4.0, 6.0])):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import chat_families
 import jax
@@ -12,17 +13,18 @@ from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
 from numpy.testing import assert_allclose
 
-from rlhf_jax import models, rollout, vpg
+from rlhf_jax import models, rewards, rollout, vpg
 from rlhf_jax.config import Compute
-from rlhf_jax.data import chat, encoding
+from rlhf_jax.data import chat, encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import evaluate
+from rlhf_jax.evaluation import bench, evaluate
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
+from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -49,10 +51,18 @@ def save_judge(folder, family="qwen2.5", max_length=256, seed=0):
     return str(folder)
 
 
+def as_of_others(folder):
+    """The reward model without our mark of where its score stands."""
+    file = Path(folder, "config.json")
+    keys = json.loads(file.read_text())
+    del keys["score_position"], keys["reward_shift"]
+    file.write_text(json.dumps(keys))
+
+
 def judge_alone(folder, messages, response):
     """The score of one text, without padding."""
     judge = LanguageModel.load(folder)
-    ids = encoding.answered_ids(messages, response, judge.tokenizer, "")
+    ids = encoding.answered_ids(messages, response, judge.tokenizer, "", ends=True)
     tokens = np.array([ids])
     score = jax.jit(models.score_fn(judge.model))
     return float(score(judge.params, tokens, np.ones_like(tokens), None)[0])
@@ -125,6 +135,57 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     assert_allclose(parts["rm"], alone, atol=1e-5)
     lengths = [len(text) + 1 for text in SAID]
     assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, write):
+    """At the end of the turn, or behind the line end that the template writes: whether the policy
+    has the same tokenizer or another, for whole answers and cut ones.
+    """
+    folder = save_judge(tmp_path / "rm")
+    if not is_ours:
+        as_of_others(folder)
+    judge = LanguageModel.load(folder)
+    tokenizer = judge.tokenizer
+    score = jax.jit(models.score_fn(judge.model))
+
+    def scores_of(ends):
+        how = (tokenizer, "", ends)
+        ids = [encoding.answered_ids(ASKED[0], text, *how) for text in SAID]
+        return score(judge.params, *encoding.left_padded(ids, 64, tokenizer.pad_id), None)
+
+    at_end = scores_of(ends=True)
+    expected = at_end if is_ours else scores_of(ends=False)
+    assert is_ours or np.abs(expected - at_end).min() > 1e-3
+    foreign = build(folder).host(sampled(["x"] * 3, SAID), {"messages": [ASKED[0]] * 3})[0]
+    assert_allclose(foreign, expected, atol=1e-5)
+    assert_traced(folder, tokenizer, expected, at_end, is_ours)
+
+    rows = [{"prompt": "hi", "chosen": SAID[0], "rejected": SAID[1]}]
+    judged = bench.load(folder, evaluate.Config())
+    opened = bench.open_bench(judged, evaluate.Config())
+    pairs = bench.encode_pairs(opened, formats.read("pairs", write(rows)).rows)
+    [margin] = bench.margins(opened, pairs)["reward_model"]
+    assert margin == pytest.approx(float(expected[0] - expected[1]), abs=1e-5)
+
+
+def assert_traced(folder, tokenizer, expected, at_end, is_ours):
+    """The scores of rollouts of the same tokenizer, in a chat template and without one."""
+    prompt = chat.template_of(tokenizer).prompt(ASKED[0], "")
+    ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in SAID]
+    if not is_ours:
+        ids[0] = ids[0][:-1]  # cut: the template ends the turn
+    rows = [[*prompt, *response] for response in ids]
+    padded = encoding.left_padded(rows, 64, tokenizer.pad_id)
+    tokens, mask = (np.roll(array, -4, axis=1) for array in padded)  # pads on both sides
+    made = Rollout(tokens, mask, mask, mask)
+    own = {"compute": Compute(), "policy": tokenizer.fingerprint, "in_chat": True}
+    reward = initial.load_reward_model(folder, **own)
+    assert_allclose(rewards.from_model(*reward[:2])(made)[0], expected, atol=1e-5)
+    plain = initial.load_reward_model(folder, **own | {"in_chat": False})
+    unended = slice(0 if is_ours else 1, None)
+    scores = rewards.from_model(*plain[:2])(made)[0]
+    assert_allclose(scores[unended], at_end[unended], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -281,6 +281,18 @@ def test_a_policy_function_that_fits_or_is_unknown_is_used(sampled):
     rollout.rescore(greedy, params, policy_fn=models.policy_fn(MODEL))
 
 
+def test_a_rollout_that_a_jit_closes_over_is_checked_and_used(sampled):
+    """Its mask is a constant there."""
+    params, drawn = sampled
+    unknown = drawn.replace(prompt_length=None)
+    fits = models.policy_fn(MODEL, 0.5, prompt_length=4)
+    again = jax.jit(lambda params: rollout.rescore(unknown, params, policy_fn=fits))(params)
+    assert_allclose(again.log_probs, drawn.log_probs, atol=1e-5)
+    longer = models.policy_fn(MODEL, 0.5, prompt_length=6)
+    with pytest.raises(ValueError, match="prompt_length 6"):
+        jax.jit(lambda params: rollout.rescore(unknown, params, policy_fn=longer))(params)
+
+
 def test_samples_of_an_engine_may_know_their_temperature():
     made = rollout.from_text(
         *([[3]], [[4, 5]], characters("abcdefghijk")),

@@ -23,8 +23,9 @@ from rlhf_jax.errors import Stopped, UserError, escaped, logger
 from rlhf_jax.evaluation import evaluate, measures
 from rlhf_jax.report import page
 from rlhf_jax.report.export import export
-from rlhf_jax.runs import allocator, folder
-from rlhf_jax.runs.folder import open_run, open_to_append, replacing, write_atomically
+from rlhf_jax.runs import allocator, folder, writing
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.runs.writing import open_to_append, replacing, write_atomically
 from rlhf_jax.training.pipeline import check_folder
 
 SECRET = "the user's own"
@@ -114,7 +115,7 @@ def test_appending_follows_no_link(tmp_path, outside, monkeypatch):
     with pytest.raises(UserError, match="symbolic link"):
         open_to_append(tmp_path / "metrics.jsonl")
     # Put there after the look at it:
-    monkeypatch.setattr(folder, "refuse_links", lambda paths: None)
+    monkeypatch.setattr(writing, "refuse_links", lambda paths: None)
     with pytest.raises(OSError, match="symbolic link"):
         open_to_append(tmp_path / "metrics.jsonl")
 

@@ -36,7 +36,7 @@ COMMANDS = {
     "data check": Command("data:check_data", "every problem of data files"),
     "data preview": Command("preview:main", "the first rows, and what of them a stage learns"),
     "data demo": Command("data:write_demo", "write the generated corpus"),
-    "models": Command("models:list_models", "families of models that load"),
+    "models": Command("stages:list_models", "families of models that load"),
     "configs": Command("stages:list_configs", "settings that come with the package"),
     "plan": Command("planning.plan:main", "memory that a run will need on each device"),
     "bench": Command("benchmark.measure:main", "the time of a step on this machine"),

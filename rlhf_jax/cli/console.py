@@ -3,14 +3,25 @@
 import contextlib
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from rlhf_jax.errors import Stopped, TrainingFault, UserError, escaped, file_errors, logger
+from rlhf_jax.errors import (
+    Stopped,
+    TrainingFault,
+    UserError,
+    check_encoding,
+    disk_fault,
+    escaped,
+    file_errors,
+    logger,
+)
 from rlhf_jax.runs import allocator
 
 
@@ -44,18 +55,24 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     anew first, with other settings of the allocator: see ``runs.allocator.keep_memory``.
 
     Errors that are printed without a traceback: a :class:`UserError`, which exits with 2; a
-    :class:`TrainingFault`, with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an
-    alert whose action is stop). Ctrl-C outside a training loop exits with 130 too, and a closed
-    pipe, as of ``| head``, with 141 and no message. Any other exception passes through: Python
-    prints its traceback and exits with 1.
+    :class:`TrainingFault`, or a disk that is full or cannot be written, with 1; a :class:`Stopped`,
+    with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a training
+    loop exits with 130 too, and a closed pipe, as of ``| head``, with 141 and no message. Any other
+    exception passes through: Python prints its traceback and exits with 1.
     """
     allocator.keep_memory()  # first: it may start the process anew
     attach_console()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal that is not of UTF-8
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *args, **how: escaped(format_warning(*args, **how))
     # Modules and traces are many objects that stay: by default, half a second of each start.
     gc.set_threshold(100_000)
     try:
+        check_encoding(sys.argv)
+        with contextlib.suppress(FileNotFoundError):  # the folder was deleted
+            check_encoding([str(Path.cwd())])
         code = main() or 0
         sys.stdout.flush()
         sys.exit(code)
@@ -64,6 +81,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, TrainingFault, Stopped) as end:
         show(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr)
         sys.exit(end.exit_code)
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        show(f"error: {fault}", file=sys.stderr)
+        sys.exit(TrainingFault.exit_code)
     except KeyboardInterrupt:
         show("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ import tyro
 from rlhf_jax.cli.console import show
 from rlhf_jax.data import check, demo, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow
+from rlhf_jax.graders import verifiable
 
 Positional = tyro.conf.Positional[str]
 Files = tyro.conf.Positional[tuple[str, ...]]
@@ -45,7 +46,11 @@ class Reading:
 
 
 def check_data(
-    files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error"
+    files: Files,
+    reading: tyro.conf.OmitArgPrefixes[Reading],
+    on_bad_row: OnBadRow = "error",
+    reward: tuple[str, ...] = (),
+    math: verifiable.Settings = verifiable.DEFAULT,
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every
     problem.
@@ -57,7 +62,11 @@ def check_data(
         reading: how they are read.
         on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and
             counted.
+        reward: math, regex:PATTERN or FILE.py:FUNCTION, tried on the rows: does a row's own answer
+            score, and the prompt itself, an empty response and another row's answer not?
+        math: how math reads answers.
     """
-    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
+    tried: Any = {"reward": reward, "math": math}
+    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row, **tried)
     show(report.text)
     return 2 if report.num_problems else 0

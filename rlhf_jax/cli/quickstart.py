@@ -34,7 +34,7 @@ from rlhf_jax.evaluation import rubric
 from rlhf_jax.generation import generator
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import pipeline
 from rlhf_jax.training.common import initial, stage
 from rlhf_jax.training.supervised.scoring import answer_scorer, report, score_rows
@@ -88,7 +88,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
-    stage.set_up(config)
+    stage.set_up(config, [folder / name for name in pipeline.STAGES])
     show("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)

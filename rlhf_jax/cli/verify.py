@@ -12,8 +12,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, make_dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -26,7 +27,7 @@ from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import formats
-from rlhf_jax.errors import AlertStop, UserError, logger
+from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger, read_file
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
@@ -41,7 +42,8 @@ METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
-MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
+# Facts of a manifest.
+MACHINE = ("threads", "backend", "devices", "cpu", "xla_flags", "versions")
 
 Names = Sequence[str]
 Facts = Mapping[str, Any]  # of a manifest
@@ -115,7 +117,8 @@ def verify(
     stage = recorded["stage"]
     last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
-    config = set_up(_with_data(config, stage, recorded["data"], data))  # before JAX begins
+    config = _with_data(config, stage, recorded["data"], data)
+    config = set_up(config, threads=last_start.get("threads"))  # before JAX begins
     unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
     differences = _setting_differences(path) + _input_differences(recorded["data"], here)
@@ -294,8 +297,8 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
 def _inputs(config: RunConfig, stage: str) -> Digests:
     """The checksums of the files that the run would read on this machine."""
     kind = _kind(stage)
-    files = parts.files(config, stage) if stage in METHODS else {}
-    digests = fingerprints_of(config, files)
+    others = parts.files(config, stage) if stage in METHODS else {}
+    digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(kind, names, seed=config.seed)
     return digests
@@ -394,11 +397,31 @@ def _repeat(
         return step >= span.stop
 
     stage = recorded["stage"]
-    with contextlib.suppress(AlertStop):  # the run was stopped at the same step, or rows differ
+    with _stopped_alike(path):
         if stage in SPECS:
             tasks.run(config, SPECS[stage], is_over)
         else:
             rl.run(config, METHODS[stage], on_step=is_over)
+
+
+@contextlib.contextmanager
+def _stopped_alike(path: Path) -> Iterator[None]:
+    """Goes on after an alert: the run was stopped at the same step, or rows differ. A signal, or a
+    disk or server that fails, ends the comparison: the scratch folder cannot be resumed.
+    """
+    try:
+        yield
+    except AlertStop:
+        pass
+    except Stopped as stop:
+        number = stop.exit_code - 128
+        raise Stopped(
+            f"{signal.Signals(number).name}: stopped before anything was compared; {path} is as it "
+            "was. Start verify again",
+            number,
+        ) from None
+    except ServiceError as error:  # without the advice to resume
+        raise error.__cause__ or error from None
 
 
 def _copy(path: Path, ours: Path, start: int | None) -> None:
@@ -487,15 +510,15 @@ def _bytes(file: Path) -> dict[str, np.ndarray]:
     """The content of a file; empty if it is missing."""
     if not file.is_file():
         return {}
-    return {"bytes": np.frombuffer(reading.read_bytes(file), np.uint8)}
+    return {"bytes": np.frombuffer(read_file(file, most=None), np.uint8)}
 
 
 def _results(path: Path) -> set[str]:
     """The names of a run's result files, from its folder."""
     model = (path / "model").rglob("*")
     adapters = (path / "adapter").rglob("*.safetensors")
-    files = filter(Path.is_file, chain(model, adapters))
-    return {file.relative_to(path).as_posix() for file in files}
+    results = filter(Path.is_file, chain(model, adapters))
+    return {file.relative_to(path).as_posix() for file in results}
 
 
 def _differences(

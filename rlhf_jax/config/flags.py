@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import json
 import operator
 import re
 import types
@@ -21,7 +22,7 @@ from tyro.constructors import (
 
 from rlhf_jax.config.pretrained import pretrained_defaults
 from rlhf_jax.config.sections import section_name, with_section
-from rlhf_jax.config.settings import ALGORITHMS, RunConfig, Switch
+from rlhf_jax.config.settings import ALGORITHMS, Json, RunConfig, Switch
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.reading import Row
@@ -255,6 +256,18 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
             str_from_instance=lambda value: [str(value).lower()],
         )
 
+    @registry.primitive_rule
+    def json_object(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type != Json | None:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: _json_object(words[0]),
+            is_instance=lambda value: isinstance(value, dict | None),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
     @registry.struct_rule
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal inside
@@ -276,6 +289,17 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
         return dataclasses.replace(spec, instantiate=with_flags, fields=tuple(fields))
 
     return registry
+
+
+def _json_object(word: str) -> Json | None:
+    """The object that a flag gives as JSON; None for null."""
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object, got {word}: {error}") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"expected a JSON object, got {word}")
+    return value
 
 
 _SWITCHES: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}

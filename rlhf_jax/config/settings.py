@@ -18,18 +18,22 @@ from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
+from rlhf_jax.graders import verifiable
 from rlhf_jax.graders.service import Judge, Requests, check_url
 from rlhf_jax.losses import ImportanceSampling
 from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts
 
 Texts = tuple[str, ...]
+Json = dict[str, Any]
+"""An object of JSON. A flag gives it as text."""
 Switch = bool | Literal["auto"]
 ALGORITHMS = ("vpg", "ppo", "rloo", "grpo", "distill")  # those of this package, by their sections
 
-# Numbers with bounds. None passes where a field allows it.
-Count = Annotated[int, partial(check_number, at_least=1)]
-CountOrZero = Annotated[int, partial(check_number, at_least=0)]
+# Numbers with bounds. None passes where a field allows it. Counts are int32 in the programs.
+MOST = 2**31 - 1
+Count = Annotated[int, partial(check_number, at_least=1, at_most=MOST)]
+CountOrZero = Annotated[int, partial(check_number, at_least=0, at_most=MOST)]
 Positive = Annotated[float, partial(check_number, above=0)]
 NonNegative = Annotated[float, partial(check_number, at_least=0)]
 Share = Annotated[float, partial(check_number, at_least=0, at_most=1)]
@@ -196,6 +200,12 @@ class Text(Section):
     """What the model reads for a prompt: a text with {prompt} in it, which the response follows
     directly. auto: a user's message in the chat template of the model's folder, or the template of
     the run that left the folder, or {prompt} if it has neither."""
+    template_options: Json | None = None
+    """Variables of the chat template as a JSON object, such as {"enable_thinking": false};
+    chat_template_kwargs of other programs. They are the template's defaults in the saved folder."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the spelling of a special token in a plain prompt or response is: text, or that token,
+    for data that carry their markup. In messages it is refused."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
@@ -301,6 +311,8 @@ class SFTStage(Supervised, sft.Config):
 
     validation_fraction: ShareBelow1 = 0.05
     """Share of the rows held out for validation."""
+    turns: Literal["all", "last"] = "all"
+    """Which turns of the assistant in a conversation are learned, except those of weight 0."""
 
 
 @dataclass(frozen=True)
@@ -742,6 +754,7 @@ class RunConfig(Section):
     rl: RLStage = RLStage()
     safety: Safety = Safety()
     judge: Judge = Judge()
+    math: verifiable.Settings = verifiable.Settings()
     engine: EngineServer = EngineServer()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOStage = PPOStage()

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlhf_jax.config.settings import Switch
+from rlhf_jax.config.settings import Json, Switch
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import objects
 
@@ -22,7 +23,7 @@ def read(config_class: type, file: Path) -> Values:
     """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
     line N")}.
 
-    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these,
+    A field's type is bool, int, float, str, Json, a Literal of strings, a tuple of any of these,
     one of these or None, or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is
     read as a number, and ``None`` as null.
 
@@ -102,6 +103,8 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
         kind = Literal["auto"] if node.value == "auto" else bool
     optional = type(None) in typing.get_args(kind)
     inner = typing.get_args(kind)[0] if optional else kind
+    if inner == Json and isinstance(node, yaml.MappingNode):
+        return _json(node, key)
     choices = typing.get_args(inner)
     is_list = typing.get_origin(inner) is tuple
     if is_list and isinstance(node, yaml.SequenceNode):
@@ -118,12 +121,29 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
                 return value
             if inner is float and found in (int, str) and is_plain:
                 return float(value)
-    names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+    names: dict[Any, str] = {
+        Json: "a mapping",
+        bool: "true or false",
+        int: "an int",
+        float: "a float",
+        str: "a string",
+    }
     expected = names.get(inner, "given in Python")
-    if choices:
+    if choices and inner != Json:
         expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
     or_null = " or auto" if is_switch else " or null" if optional else ""
     raise ValueError(f"{_line(node)}: {key} must be {expected}{or_null}, found {_text_of(node)}")
+
+
+def _json(node: yaml.Node, key: str) -> Json:
+    """The value of a mapping that JSON can write."""
+    try:
+        value: Json = yaml.SafeLoader("").construct_document(node)
+        json.dumps(value, allow_nan=False)
+    except Exception as error:  # a date, an unknown tag, a list as a key
+        what = f"{key} must be an object that JSON can write"
+        raise ValueError(f"{_line(node)}: {what}: {error}") from None
+    return {str(name): inner for name, inner in value.items()}
 
 
 def _line(node: yaml.Node) -> str:

@@ -422,7 +422,8 @@ def _placed(
         response_start = start + data.starts[row, answer]
         tokens[place, start:end] = ids
         documents[place, start:end] = number
-        responses[place, response_start:end] = 1
+        learned = data.learned.get((answer, row), 1)
+        responses[place, response_start:end] = learned
     return tokens, documents, responses
 
 

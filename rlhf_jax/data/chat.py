@@ -1,36 +1,40 @@
-"""Chat rows, lists of ``{role, content}``, as prompts and responses by a chat template.
+"""Chat templates: conversations as the ids that a model reads, and which of them it learns.
 
-The prompt is the conversation before the last assistant turn, rendered with the template's opening
-of the next assistant turn (``add_generation_prompt``); the response is that turn's content, so that
-the boundary is where the sampler puts it, and EOS ends it as it ends any response.
+A template is Jinja as in the folders of Hugging Face, and transformers renders it
+(``render_jinja_template``), so that the text is the one of ``apply_chat_template``. Two things are
+added to it. A template may not use the operator ``**``, which can take hours; and
+``strftime_now`` gives one fixed date, so that a prompt does not depend on the day. Templates come
+from files: the sandbox keeps them from files and from Python's internals, but limits neither the
+time nor the memory that they take.
 
-Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the
-sandbox whose values cannot be changed and whose unsafe attributes cannot be reached. It limits one
-``range``, but neither the time nor the memory that a template takes.
+What a model learns of a conversation is what it has to write in the learned turns of the
+assistant: from behind the opening of a turn (``add_generation_prompt``) to the special token that
+ends the turn. A template with ``{% generation %}`` says so itself. If a template writes a turn
+otherwise once another follows (Qwen3 leaves out the reasoning of earlier turns), no single text is
+right, and each learned turn gets its own text, as the model sees it then.
 """
 
 import contextlib
-import datetime
-import itertools
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
 import jinja2.sandbox
+import numpy as np
 import tokenizers
 
-from rlhf_jax.data.rows import BadRow, Fields, Message, Messages, Record, Row, Text
+from rlhf_jax.data.conversation import is_answered, text_of
+from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Text, Tools, common_length
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
+from rlhf_jax.errors import UserError
 
 AUTO = "auto"
 """The ``text.template`` that follows the model's folder; see `frame`."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
-NO_RESPONSE = "dialogue without a last response"
 
 # For tokenizers without a template: "User:\nHello\n\nAssistant:\n".
 PLAIN = (
@@ -43,14 +47,30 @@ PLAIN = (
 _LINES = Path(__file__).with_name("text_template.jinja").read_text("utf-8").splitlines()
 _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
 _MARK = "{{#- text.template: {} -#}}"
-# The default date of Llama 3's template: a prompt must not depend on the day.
-_TODAY = datetime.datetime(2024, 7, 26)
+_GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
+# 26 July 2024, the default date of Llama 3's template, in the formats that templates use. The line
+# end after the macro is removed by trim_blocks, so that the template begins at a line's start.
+_DATE = {"d": "26", "b": "Jul", "B": "July", "m": "07", "Y": "2024", "y": "24", "A": "Friday"}
+_DATE |= {"a": "Fri", "H": "00", "M": "00", "S": "00", "F": "2024-07-26", "-d": "26"}
+_REPLACED = "".join(f" | replace('%{code}', '{text}')" for code, text in _DATE.items())
+_TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+_PROBE = "Probe4711"  # a content that no template writes itself
+
+Span = tuple[int, int]
+"""The characters [start, end) of a text."""
+
+
+class Encoded(NamedTuple):
+    """A conversation as a model reads it: its token ids, and which of them it learns."""
+
+    ids: list[int]
+    learned: list[bool]
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A Jinja template. With a tokenizer the rendered text is tokenised, its special tokens as
-    special tokens. Without a tokenizer (`PLAIN`) prompts are text. Message contents may not spell a
+    special tokens. Without a tokenizer (`PLAIN`) prompts are text. Messages may not spell a
     special token of the tokenizer: data could then end a turn or pretend to be another role.
     """
 
@@ -58,37 +78,90 @@ class ChatTemplate:
     tokenizer: Tokenizer | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """bos_token and the like, by the template's names."""
+    tools_source: str = ""
+    """The template of conversations with tools, if the folder has its own (``tool_use``)."""
 
     def prompt(
         self,
         messages: Messages,
         where: str,
         after: str = "",
+        tools: Tools = None,
     ) -> Text:
-        """The conversation and the opening of the next assistant turn; with ``after`` only the part
-        that follows this text.
+        """The conversation and the opening of the next assistant turn, or, if the last message is
+        the assistant's, the conversation up to the end of that message, which the model continues.
+        With ``after`` only the part that follows this text.
 
         The token ids are those of transformers' ``apply_chat_template(add_generation_prompt=True)``
-        on the date that `_TODAY` gives.
+        or ``(continue_final_message=True)`` on the date 26 July 2024.
 
         Raises:
-          BadRow: at ``where``, for a template that fails or contents that spell a special token.
+          BadRow: at ``where``, for a template that fails or messages that spell a special token.
         """
-        self._check(messages, where)
+        self._check(messages, tools, where)
         with _template_errors(where):
-            rendered = self._rendered(messages, opens=True)
+            rendered = self._opening(messages, tools)
             if after:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
-            return rendered if self.tokenizer is None else tuple(self._encoded(rendered))
+            return rendered if self.tokenizer is None else tuple(self._encode(rendered).ids)
+
+    def conversations(
+        self,
+        before: Messages,
+        answer: Messages,
+        learns: Sequence[int],
+        where: str,
+        tools: Tools = None,
+    ) -> list[Encoded]:
+        """The ids of a conversation, which are those of transformers' ``apply_chat_template``, and
+        which of them are learned; one for each learned turn if the template rewrites earlier turns.
+
+        If ``before`` and ``answer`` meet inside a turn of the assistant, it is one message: its
+        beginning is given, its end learned. This template has a tokenizer.
+
+        Args:
+          learns: the numbers of the learned turns, counted over ``before`` and then ``answer``.
+
+        Raises:
+          BadRow: as `prompt`, and if the template writes nothing of the learned turns.
+        """
+        messages = [*before, *answer]
+        self._check(messages, tools, where)
+        with _template_errors(where):
+            turns = [self._turn(before, answer, number, tools) for number in learns]
+            whole = turns[-1][0]
+            if learns[-1] < len(messages) - 1:
+                whole, _ = self._rendered(_joined(before, answer), tools)
+            spans = [span for _, own in turns for span in own]
+            if all(whole.startswith(text[: own[-1][1]]) for text, own in turns if own):
+                turns = [(whole, spans)]
+            encoded = [self._encode(text, own) for text, own in turns]
+        if not any(any(learned) for _, learned in encoded):
+            raise BadRow(where, "the chat template writes nothing of the turns to learn")
+        return encoded
+
+    def answers(
+        self,
+        before: Messages,
+        answer: Messages,
+        where: str,
+        tools: Tools = None,
+    ) -> tuple[str, str]:
+        """The texts of a conversation up to the assistant's turn and of that turn, by `PLAIN`."""
+        self._check([*before, *answer], tools, where)
+        with _template_errors(where):
+            return self._opening(before, None), text_of(answer[-1])
 
     def answered(
         self,
         messages: Messages,
         response: str,
         where: str,
+        ends: bool = False,
     ) -> list[int]:
         """Token ids of the conversation with the response as the assistant's next turn, which are
-        those of transformers' ``apply_chat_template``; this template has a tokenizer.
+        those of transformers' ``apply_chat_template``; this template has a tokenizer. ``ends``:
+        without what the template writes behind the token that ends the turn.
 
         A special token that the response spells stays a text, as in any response.
 
@@ -96,73 +169,286 @@ class ChatTemplate:
           BadRow: as `prompt`.
         """
         assert self.tokenizer is not None
-        self._check(messages, where)
+        self._check(messages, None, where)
         turn = {"role": "assistant", "content": response}
         with _template_errors(where):
-            rendered = self._rendered([*messages, turn], opens=False)
-            if not any(token in response for token in self._special):
-                return self._encoded(rendered)
+            rendered, _ = self._rendered(_joined(messages, [turn]), None)
             content = response.strip()  # as some templates do
             start = rendered.rindex(content)
-            before = self._encoded(rendered[:start])
-            after = self._encoded(rendered[start + len(content) :])
+            end = start + len(content)
+            if ends and self.end_of_turn is not None:
+                rendered = rendered[: end + self._end_in(rendered[end:])]
+            if not self.tokenizer.spelled_in(response):
+                return self._encode(rendered).ids
+            before = self._encode(rendered[:start]).ids
+            after = self._encode(rendered[end:]).ids
             return [*before, *self.tokenizer.encode(content), *after]
 
-    def _rendered(self, messages: Messages, opens: bool) -> str:
-        """The text of the messages; ``opens``: and the opening of the next assistant turn."""
-        return self._template.render(
-            messages=messages,
-            add_generation_prompt=opens,
-            tools=None,
-            documents=None,
-            **self.special_tokens,
-        )
-
-    def _encoded(self, rendered: str) -> list[int]:
-        return self._encoder.encode(rendered, add_special_tokens=False).ids
-
-    def _check(self, messages: Messages, where: str) -> None:
-        """Raises `BadRow` for tool calls that `PLAIN` would leave out, and for a content that
-        spells a special token of the tokenizer.
-        """
-        for message in messages:
-            if self.tokenizer is None and message.get("tool_calls"):
-                what = "the plain template writes no tool_calls"
-                raise BadRow(where, f"{what}; name a model whose own template does")
-            for token in self._special:
-                if token in message["content"]:
-                    what = f"a {message['role']} message spells the special token {token!r}"
-                    raise BadRow(where, f"{what}; remove it, only the chat template may write it")
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The id of the special token that ends an assistant's turn; None if there is none."""
+        ids = self.closing
+        return ids[0] if ids else None
 
     @cached_property
-    def _template(self) -> jinja2.Template:
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    def closing(self) -> list[int]:
+        """The ids of what ends a turn and of what the template writes behind it, such as a line
+        end; empty if no special token ends a turn.
+        """
+        if self.tokenizer is None:
+            return []
+        found = self._closing_text
+        place = self._end_in(found)
+        if not place:
+            return []
+        return self._encode(self._last_special(found[:place]) + found[place:]).ids
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The ids that end a turn of the assistant: an answer, and a call of a tool."""
+        ids = self.closing[:1]
+        call = {"name": _PROBE, "arguments": {}}
+        turn: Message = {"role": "assistant", "content": ""}
+        turn["tool_calls"] = [{"id": "call00001", "type": "function", "function": call}]
+        with contextlib.suppress(Exception):  # a template can fail like any expression
+            found = self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
+            _, name, after = found.rpartition(_PROBE)
+            end = self._end_in(after)
+            if name and end:
+                ids += self._encode(self._last_special(after[:end])).ids
+        return list(dict.fromkeys(ids))
+
+    def _last_special(self, text: str) -> str:
+        """The special token that ends a text."""
+        return max((token for token in self._special if text.endswith(token)), key=len)
+
+    @cached_property
+    def _closing_text(self) -> str:
+        """What the template writes behind the content of a last assistant's turn."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        with contextlib.suppress(Exception):  # a template can fail like any expression
+            _, found, closing = self._rendered(turns, None)[0].rpartition(_PROBE)
+            return closing if found else ""
+        return ""
+
+    def _turn(
+        self,
+        before: Messages,
+        answer: Messages,
+        number: int,
+        tools: Tools,
+    ) -> tuple[str, list[Span]]:
+        """The conversation up to the turn with this number, and what is learned of that turn. A
+        turn that no special token ends gets EOS, and nothing of the template behind it.
+        """
+        assert self.tokenizer is not None
+        messages = [*before, *answer]
+        until = max(number - len(before) + 1, 0)
+        text, spans = self._rendered(_joined(before[: number + 1], answer[:until]), tools)
+        is_begun = number == len(before) and is_answered(before)
+        how = "continue_final_message" if is_begun else "add_generation_prompt"
+        opening, _ = self._rendered(messages[:number], tools, how)
+        if not text.startswith(opening):
+            history, _ = self._rendered(messages[:number], tools)
+            if not text.startswith(history):
+                turn = self._behind(opening, text)
+                end = self._end_in(turn) or len(turn)
+                return opening + turn, [(len(opening), len(opening) + end)]
+        start = common_length(opening, text)
+        if _GENERATION.search(self._source_for(tools)):
+            least = start if is_begun else 0
+            return text, [(max(least, first), end) for first, end in spans if end > start]
+        end = self._end_in(text[start:])
+        if end:
+            return text, [(start, start + end)]
+        eos = self.tokenizer.spelled([self.tokenizer.eos_id])
+        ended = text.removesuffix(self._closing_text) + eos
+        return ended, [(start, len(ended))]
+
+    def _behind(self, opening: str, text: str) -> str:
+        """The last turn of a text whose history the template writes otherwise than before the turn
+        (Mistral leaves out the system's message): what follows the last special token of the
+        opening, and the opening's characters behind that token.
+        """
+        place = max((opening.rfind(token) for token in self._special), default=-1)
+        tail = opening[place:]
+        if place < 0 or tail not in text:
+            raise ValueError("it writes a turn of the assistant otherwise than it opens it")
+        return text[text.rindex(tail) + len(tail) :]
+
+    def _end_in(self, text: str) -> int:
+        """The place behind the last special token of a text if only spaces follow it; else 0."""
+        kept = text.rstrip()
+        is_ended = any(kept.endswith(token) for token in self._special)
+        return len(kept) if is_ended else 0
+
+    def _opening(self, messages: Messages, tools: Tools) -> str:
+        """The conversation and the opening of the next assistant turn, or up to the end of its
+        last message if that is the assistant's.
+        """
+        how = "continue_final_message" if is_answered(messages) else "add_generation_prompt"
+        return self._rendered(messages, tools, how)[0]
+
+    def _rendered(
+        self,
+        messages: Messages,
+        tools: Tools,
+        how: str = "",
+    ) -> tuple[str, list[Span]]:
+        """The text of the messages, and the spans of ``{% generation %}``. ``how``: the argument of
+        ``apply_chat_template`` that is True.
+        """
+        if self.source == PLAIN:
+            return plain(messages, how), []
+        source = self._source_for(tools)
+        _check_source(source)
+        marks = not how and _GENERATION.search(source) is not None
+        options: Any = {how: True} if how else {}
+        rendered, spans = _renderer()(
+            [[self._given(message) for message in messages]],
+            tools=tools,
+            chat_template=(_TODAY if "strftime_now" in source else "") + source,
+            return_assistant_tokens_mask=marks,
+            **options,
+            **self.special_tokens,
         )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _TODAY.strftime
-        # Jinja's own filter is for HTML.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it
-        # stands.
-        source = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1if true", self.source)
-        source = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endif", source)
-        return environment.from_string(source)
+        return rendered[0], spans[0] if marks else []
+
+    def _source_for(self, tools: Tools) -> str:
+        return self.tools_source if tools and self.tools_source else self.source
+
+    def _given(self, message: Message) -> Message:
+        """A message as ``apply_chat_template`` gives it to the template, without keys of null. A
+        template that cannot read text parts gets their text.
+        """
+        given = {key: value for key, value in message.items() if value is not None}
+        if isinstance(given.get("content"), list) and not self._reads_parts:
+            given["content"] = text_of(message)
+        return given
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes the text of a list of parts, rather than fail or write the
+        list.
+        """
+        parts = [{"type": "text", "text": _PROBE}]
+        with contextlib.suppress(Exception):
+            rendered, _ = _renderer()(
+                [[{"role": "user", "content": parts}]],
+                chat_template=(_TODAY if "strftime_now" in self.source else "") + self.source,
+                **self.special_tokens,
+            )
+            return _PROBE in rendered[0] and "'type'" not in rendered[0]
+        return False
+
+    def _encode(
+        self,
+        rendered: str,
+        spans: Sequence[Span] = (),
+    ) -> Encoded:
+        """The ids of a text, and which of them overlap a span. A token without characters, such as
+        the space that SentencePiece puts first, is learned if it stands in a span.
+        """
+        found = self._encoder.encode(rendered, add_special_tokens=False)
+        if not spans:
+            return Encoded(found.ids, [False] * len(found.ids))
+        starts, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
+        learned = np.zeros(len(found.ids), bool)
+        for first, end in spans:
+            is_inside = (ends > first) | (starts == first)
+            learned |= is_inside & (starts < end)
+        return Encoded(found.ids, learned.tolist())
+
+    def _check(
+        self,
+        messages: Messages,
+        tools: Tools,
+        where: str,
+    ) -> None:
+        """Raises `BadRow` for what `PLAIN` would leave out, and for a message that spells a special
+        token of the tokenizer.
+        """
+        parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
+        for message in messages:
+            others = [key for key in ("reasoning_content", "tool_calls") if message.get(key)]
+            values = [text_of(message), *(message[key] for key in others)]
+            parts += [(f"a {message['role']} message", value) for value in values]
+            for key in others:
+                self._check_written(key, where)
+        if tools:
+            self._check_written("tools", where)
+        for name, part in parts:
+            text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+            for token in self.tokenizer.spelled_in(text) if self.tokenizer else ():
+                what = f"{name} spells the special token {token!r}"
+                raise BadRow(where, f"{what}; remove it, only the chat template may write it")
+
+    def _check_written(self, key: str, where: str) -> None:
+        """Raises `BadRow` for what `PLAIN` leaves out."""
+        if self.source == PLAIN:
+            what = f"the plain template writes no {key}"
+            raise BadRow(where, f"{what}; name a model whose own template does")
 
     @cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
         assert self.tokenizer is not None
-        encoder = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
-        # Here their spelling means the token, unlike in any other text.
-        encoder.encode_special_tokens = False
-        return encoder
+        return self.tokenizer.with_special_tokens
 
     @cached_property
     def _special(self) -> list[str]:
-        if self.tokenizer is None:
-            return []
-        added = self.tokenizer.backend.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
+        return [] if self.tokenizer is None else self.tokenizer.special_tokens
+
+
+@lru_cache(maxsize=1)
+def _renderer() -> Callable[..., Any]:
+    """transformers' renderer, imported with the first template: that takes most of a second."""
+    # Without PyTorch it says that no models are available, and none is wanted here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils.render_jinja_template
+
+
+def plain(messages: Messages, how: str = "") -> str:
+    """The text of `PLAIN`, which also shows messages to people. ``how``: as ``_rendered``."""
+    turns = [f"{turn['role'].capitalize()}:\n{text_of(turn)}\n\n" for turn in messages]
+    text = "".join(turns)
+    if how == "continue_final_message":
+        return text.removesuffix("\n\n")
+    return f"{text}Assistant:\n" if how else text
+
+
+def _joined(before: Messages, answer: Messages) -> list[Message]:
+    """The messages of both. A turn of the assistant that ``before`` begins and ``answer`` continues
+    is one message.
+    """
+    messages = [*before, *answer]
+    if not (answer and is_answered(before) and answer[0]["role"] == "assistant"):
+        return messages
+    whole = {**before[-1], **answer[0], "content": text_of(before[-1]) + text_of(answer[0])}
+    return [*before[:-1], whole, *answer[1:]]
+
+
+@lru_cache(maxsize=64)
+def _check_source(source: str) -> None:
+    """Raises SecurityError for a template with the operator ``**``, before anything computes it."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain_tags = _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}", source)
+    if environment.parse(plain_tags).find(jinja2.nodes.Pow):
+        raise jinja2.sandbox.SecurityError("** is not allowed")
+
+
+@contextlib.contextmanager
+def _template_errors(where: str) -> Iterator[None]:
+    """Turns any failure of a chat template into a `BadRow`."""
+    try:
+        yield
+    except BadRow:
+        raise
+    # a template can fail like any expression, and a vocabulary can lack a character
+    except Exception as error:
+        what = f"the chat template failed: {type(error).__name__}: {error}"
+        raise BadRow(where, what) from error
 
 
 @lru_cache(maxsize=8)
@@ -175,14 +461,25 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
     if tokenizer is None:
         return ChatTemplate()
     source = tokenizer.config.get("chat_template")
+    tools_source: Any = ""
     if isinstance(source, list):  # several by name, as Hugging Face has them
         entries = [entry for entry in source if isinstance(entry, dict)]
         named = {entry.get("name"): entry.get("template") for entry in entries}
         source = named.get("default")
+        tools_source = named.get("tool_use")
     is_own = text_template(tokenizer) in (None, "{prompt}")
-    if source == PLAIN or not isinstance(source, str) or not (is_own or template == AUTO):
+    is_plain = source in (PLAIN, _beginning(tokenizer) + PLAIN)
+    if is_plain or not isinstance(source, str) or not (is_own or template == AUTO):
         return ChatTemplate()
-    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
+    for_tools = tools_source if isinstance(tools_source, str) else ""
+    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config), for_tools)
+
+
+def _beginning(tokenizer: Tokenizer) -> str:
+    """The Jinja that writes the BOS with which transformers begins a plain text, if it does."""
+    ids = tokenizer.beginning
+    texts = [json.dumps(tokenizer.spelled([i]), ensure_ascii=False) for i in ids]
+    return "".join(f"{{{{- {text} -}}}}" for text in texts)
 
 
 def frame(template: str, tokenizer: Tokenizer) -> str | None:
@@ -226,6 +523,15 @@ def describe(
     return f"text.template {AUTO}: {which}"
 
 
+def boundaries(template: str, tokenizer: Tokenizer) -> str:
+    """A line that says what ends the turns of the assistant and what begins a plain text."""
+    around = frame(template, tokenizer)
+    end = None if around is not None else template_of(tokenizer).end_of_turn
+    begins = tokenizer.spelled(tokenizer.beginning) or "no special token"
+    ends = tokenizer.spelled([tokenizer.eos_id if end is None else end])
+    return f"turns end with {ends}, texts begin with {begins}"
+
+
 def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """The tokenizer with a chat template that gives chat clients the prompt format of the run.
 
@@ -237,18 +543,84 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """
     mark = _MARK.format(json.dumps(template).replace("#", "\\u0023"))  # else "#}" would end it
     own = template_of(tokenizer)
-    source: Any = tokenizer.config.get("chat_template", PLAIN)
+    begun = _beginning(tokenizer)
+    source: Any = tokenizer.config.get("chat_template", begun + PLAIN)
     if template == "{prompt}" and own.tokenizer is not None:
         source = mark + own.source.removeprefix(mark)
     elif template == "{prompt}" and text_template(tokenizer) is not None:
-        source = PLAIN
+        source = begun + PLAIN
     elif template not in (AUTO, "{prompt}"):
         *before, after = (
             json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}")
         )
         parts = {"MARK": mark, "FRAMED": " + text + ".join(before), "AFTER": after}
+        parts["BEGIN"] = begun
         source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
     return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+
+
+def reading(
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any] | None,
+    special_tokens: str,
+) -> Tokenizer:
+    """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads."""
+    return replace(with_options(tokenizer, options), reads_spelled=special_tokens == "tokens")
+
+
+def with_options(
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any] | None,
+    where: str = "text.template_options",
+) -> Tokenizer:
+    """The tokenizer with these variables as defaults of its chat template, also for programs that
+    read its folder.
+
+    Raises:
+      UserError: it begins with ``where``; there is no chat template, or it does not name one of the
+        variables.
+    """
+    if not options:
+        return tokenizer
+    sources = tokenizer.config.get("chat_template")
+    template = template_of(tokenizer)
+    if template.tokenizer is None:
+        raise UserError(f"{where}: the model has no chat template that could read them")
+    for name in options:
+        used = re.search(rf"\b{re.escape(name)}\b", template.source + template.tools_source)
+        if not (name.isidentifier() and used):
+            raise UserError(f"{where}: the chat template of the model reads no variable {name!r}")
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in options.items()
+    ]
+
+    def begun(source: Any) -> Any:
+        if not isinstance(source, str):
+            return source
+        mark = re.match(r"(\{#- text\.template: .*? -#\})?", source)
+        end = mark.end() if mark else 0
+        return source[:end] + "".join(lines) + source[end:]
+
+    if isinstance(sources, list):
+        source: Any = [
+            {**entry, "template": begun(entry.get("template"))}
+            for entry in sources
+            if isinstance(entry, dict)
+        ]
+    else:
+        source = begun(sources)
+    return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as Jinja writes it."""
+    if isinstance(value, dict):
+        items = [f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def text_template(tokenizer: Tokenizer) -> str | None:
@@ -272,102 +644,6 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
     for message in row.messages:
         calls = message.get("tool_calls")
         written = json.dumps(calls, ensure_ascii=False) if calls else ""
-        messages.append(message | {"content": message["content"] + written})
-    return template_of(None)._rendered(messages, opens=True)
-
-
-def is_chat(row: Fields, *keys: str) -> bool:
-    """Whether one of these keys holds messages."""
-    values = [row.get(key) for key in keys]
-    lists = [value for value in values if isinstance(value, list)]
-    return any(isinstance(turn, dict) for turn in itertools.chain(*lists))
-
-
-def is_answered(messages: Any) -> bool:
-    """Whether the last of these messages is the assistant's."""
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role") == "assistant"
-
-
-def conversation(record: Record, key: str) -> list[Message]:
-    """The messages under ``key`` without a last assistant turn."""
-    messages = _messages(record, key)
-    return _before_last(record, key, messages) if is_answered(messages) else messages
-
-
-def exchange(record: Record, key: str) -> tuple[list[Message], str]:
-    """The messages before the last assistant turn of the conversation under ``key``, and that
-    turn's content.
-
-    If the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages)
-    continues it, unless it repeats it. Raises `BadRow` if the conversation does not end with an
-    assistant turn that has content.
-    """
-    row = record.value
-    start: list[Message] = []
-    if isinstance(row.get("prompt"), str):
-        start = [{"role": "user", "content": record.text("prompt")}]
-    elif row.get("prompt") is not None:
-        start = _messages(record, "prompt")
-    if start and isinstance(row[key], str):
-        return start, record.text(key)
-    messages = _messages(record, key)
-    # They may hold the prompt themselves, perhaps after a system message.
-    if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
-        messages = start + messages
-    response = messages[-1]["content"]
-    what = f"message {len(messages)} of {key!r} has tool_calls, which are no text to learn"
-    record.expect(not messages[-1].get("tool_calls"), what)
-    record.expect(is_answered(messages) and response.strip(), NO_RESPONSE)
-    return _before_last(record, key, messages), response
-
-
-def _before_last(
-    record: Record,
-    key: str,
-    messages: list[Message],
-) -> list[Message]:
-    record.expect(len(messages) > 1, f"{key!r} has no message before the assistant's")
-    return messages[:-1]
-
-
-def _messages(record: Record, key: str) -> list[Message]:
-    value = record.value[key]
-    is_list = isinstance(value, list) and value
-    record.expect(is_list, f"{key!r} must be a list of messages {{role, content}}", value)
-    for number, message in enumerate(value, 1):
-        where = f"message {number} of {key!r}"
-        is_object = isinstance(message, dict)
-        record.expect(is_object, f"{where} must be an object with role, content", message)
-        for part in ("role", "content"):
-            given = message.get(part)
-            record.expect(isinstance(given, str), f"{part!r} of {where} must be a string", given)
-        role = message["role"]
-        wanted = f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}"
-        record.expect(role in ROLES, wanted)
-        record.checked(f"the content of {where}", message["content"] or " ")
-    return value
-
-
-@contextlib.contextmanager
-def _template_errors(where: str) -> Iterator[None]:
-    """Turns any failure of a chat template into a `BadRow`."""
-    try:
-        yield
-    # a template can fail like any expression, and a vocabulary can lack a character
-    except Exception as error:
-        what = f"the chat template failed: {type(error).__name__}: {error}"
-        raise BadRow(where, what) from error
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox without the operator **, which can take hours."""
-
-    intercepted_binops = frozenset(("**",))
-
-    def call_binop(self, *operation: Any) -> NoReturn:
-        raise jinja2.sandbox.SecurityError("** is not allowed")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+        messages.append(message | {"content": text_of(message) + written})
+    how = "continue_final_message" if is_answered(messages) else "add_generation_prompt"
+    return plain(messages, how)

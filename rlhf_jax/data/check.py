@@ -19,13 +19,15 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.batches import comparison_batch
-from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids
+from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids, spelled
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.forms import table
 from rlhf_jax.data.forms.columns import adapted, unused
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.verified import reward_lines
 from rlhf_jax.errors import UserError, escaped
+from rlhf_jax.graders.verifiable import DEFAULT, Settings
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
 _ROWS_AT_ONCE = 256
@@ -59,6 +61,8 @@ def check(
     kind: Kind | None = None,
     columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
+    reward: Sequence[str] = (),
+    math: Settings = DEFAULT,
 ) -> Report:
     """The report on all files: problems, dropped rows, duplicates, lengths, examples, and what the
     files share.
@@ -69,9 +73,13 @@ def check(
       kind: the kind that the rows should have. None: the kind that the pipeline has for this file
         name, or else the kind of most rows; rows of other kinds are problems.
       columns, on_bad_row: as in `formats.read`.
+      reward: entries that are tried on prompts with answers: ``math``, ``regex:PATTERN`` and
+        ``FILE.py:FUNCTION``.
+      math: how ``math`` reads answers.
     """
     if not paths:
         raise UserError("no data file given")
+    kind = kind or ("prompts" if reward else None)
     texts = []
     num_problems = 0
     num_warnings = 0
@@ -79,11 +87,15 @@ def check(
     for path in paths:
         try:
             file = _read(path, tokenizer, kind, columns, on_bad_row)
+            tested = [reward_lines(entry, file.found, math, on_bad_row) for entry in reward]
         except UserError as error:
             nothing = formats.ReadResult([], errors=[error])
             file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
+            tested = []
         text, warnings = _describe(path, file, tokenizer)
-        texts.append(text)
+        lines = [line for found in tested for line in found]
+        warnings += sum(line.startswith("  warning") for line in lines)
+        texts.append("\n".join([text, *lines]))
         rows_of[path] = file.found.rows
         num_problems += len(file.found.errors)
         num_warnings += warnings
@@ -184,6 +196,9 @@ def _describe(
         errors.append(error)
     warnings = _slips(file)
     unread = file.found.describe_unread(file.kind)
+    spelling = spelled(rows, tokenizer) if tokenizer else ""
+    if spelling:
+        warnings.append(f"  warning: {spelling}")
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
         *_forms(file.found),

@@ -19,7 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeVar
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, file_errors
+from rlhf_jax.runs import writing
 
 T = TypeVar("T")
 Phrasings = dict[str, list[str]]
@@ -98,14 +99,20 @@ def write(
         labels mean nothing (a negative control), instead of with probability `LABEL_NOISE`.
 
     Raises:
-      UserError: for more distinct prompts than the language has.
+      UserError: for more distinct prompts than the language has, or a folder that cannot be
+        written.
     """
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    writing.check_writable(path)
     noise = 0.5 if shuffle_labels else LABEL_NOISE
-    for name in FILES:
-        size = (sizes or {}).get(name)
-        (path / name).write_text(file_text(name, seed, size, noise), encoding="utf-8")
+    texts = {name: file_text(name, seed, (sizes or {}).get(name), noise) for name in FILES}
+    with file_errors(path, "written"):
+        if path.exists():
+            writing.write_together({path / name: text for name, text in texts.items()})
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing.replacing(path) as new:
+            writing.write_together({new / name: text for name, text in texts.items()})
 
 
 def file_text(

@@ -1,32 +1,40 @@
-"""Rows as ids. Prompt and response are tokenised separately, so that the boundary between them is
-the same as in sampling.
+"""Rows as ids. A prompt is tokenised alone, as sampling reads it, and a response such that the ids
+of both decode to their join.
 
-Token ids in the data are used as they are, without an EOS after them.
+A plain text begins with the tokens that transformers puts there, such as BOS. A response that is a
+text ends with EOS, or in a chat template with the token that ends a turn. Token ids in the data are
+used as they are.
 """
 
 import itertools
 import sys
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import BadRow, Messages, Row, Rows, Text
+from rlhf_jax.data.conversation import text_of
+from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Rows, Text, places
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.turns import rendered
 from rlhf_jax.errors import UserError
 
 Ids = list[int]
 TooLong = Literal["error", "truncate", "drop"]
 
 CUT = "response cut, its EOS with it"
+TURNS_CUT = "conversation cut behind its last turn that fits"
 PROMPT_CUT = "prompt cut at its start"
+PROMPT_TURNS_CUT = "earliest turns of the prompt left out"
 LONGEST_PIECE = 1024  # tokens of a plain text; the default max_length of TRL's SFTConfig
 DROPPED = "dropped, too long"
 NO_ROOM = "dropped, the prompt leaves no room for a response"
+NO_TURN = "dropped, the last turn of the prompt is too long"
 EQUAL_CUT = "dropped, the cut responses are equal"
 
 
@@ -36,9 +44,9 @@ class NothingLeft(UserError):
 
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was
-    cut). K is 1 for demonstrations; the answers of a comparison have the same prompt, and missing
-    answers have no tokens.
+    """N rows of up to K texts, each a prompt and then a response with its end (unless it was cut).
+    K is 1 for demonstrations; the answers of a comparison have the same prompt, and missing answers
+    have no tokens.
     """
 
     tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
@@ -52,6 +60,9 @@ class EncodedTexts:
     weight: np.ndarray  # [N] float32; [N, M] for an ensemble of M members
     targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
     margin: np.ndarray | None = None  # [N] float32; None if all are 0
+    learned: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    """{(k, n): [response length] bool}, which tokens of the response ``tokens[k][n]`` count, for
+    those responses of which some do not."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -115,24 +126,28 @@ def encode_texts(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
         left.
     """
-    ids_of_prompts = prompt_ids(rows, tokenizer, template)
-    ids_of_responses = response_ids(rows, tokenizer)
+    read = as_read(rows, tokenizer, template)
+    ids_of_prompts = prompt_ids(read, tokenizer, template)
+    ids_of_responses = response_ids(read, tokenizer, template)
     counts = Counter[str]()
     kept: list[Row] = []
     prompts: list[Ids] = []
     answers: list[list[Ids]] = []
-    for row, prompt, responses in zip(rows, ids_of_prompts, ids_of_responses, strict=True):
+    learned: dict[tuple[int, int], np.ndarray] = {}
+    for number, row in enumerate(read):
         cut = _cut(
             row,
-            prompt,
-            responses,
+            ids_of_prompts[number],
+            ids_of_responses[number],
             max_length,
             too_long,
             counts,
         )
         if cut is not None:
-            kept.append(row)
-            prompts.append(prompt)
+            for k, mask in enumerate(row.learned):
+                learned[k, len(kept)] = np.array(mask[: len(cut[k])], bool)
+            kept.append(rows[number])
+            prompts.append(ids_of_prompts[number])
             answers.append(cut)
     _check_some_left(kept, rows, max_length)
     frame = chat.frame(template, tokenizer) or "{prompt}"
@@ -150,6 +165,7 @@ def encode_texts(
         weight=_weights(rows, kept),
         targets=np.array(list(targets), np.float32).T if kept[0].targets else None,
         margin=margin if margin.any() else None,
+        learned=learned,
     )
 
 
@@ -186,15 +202,28 @@ def _cut(
     reason = None
     if longer and too_long == "drop":
         reason = DROPPED
-    elif longer and room < 1:
+    elif longer and (room < 1 or not all(any(mask[:room]) for mask in row.learned)):
         reason = NO_ROOM
     elif is_choice and cut.count(cut[0]) == len(cut):
         reason = EQUAL_CUT
     if reason is not None:
         counts[reason] += 1
         return None
-    counts[CUT] += len(longer)
+    if row.learned and longer:
+        cut = [_whole_turns(ids, mask) for ids, mask in zip(cut, row.learned, strict=True)]
+        counts[TURNS_CUT] += len(longer)
+    else:
+        counts[CUT] += len(longer)
     return cut
+
+
+def _whole_turns(ids: Ids, learned: Sequence[bool]) -> Ids:
+    """The ids up to the end of the last learned turn that they hold whole; all of them if they hold
+    none.
+    """
+    after = [*learned[1:], False]
+    is_last = [learned[place] and not after[place] for place in range(len(ids))]
+    return ids[: len(ids) - is_last[::-1].index(True)] if True in is_last else ids
 
 
 def pieces(
@@ -210,7 +239,8 @@ def pieces(
     """
     length = min(max_length, LONGEST_PIECE)
     cut = []
-    for row, [ids] in zip(rows, response_ids(rows, tokenizer), strict=True):
+    for row, [text] in zip(rows, response_ids(rows, tokenizer), strict=True):
+        ids = [*tokenizer.beginning, *text]
         for number, start in enumerate(range(0, len(ids) - 1, length - 1), 1):
             first, *others = ids[start : start + length]
             source = f"{row.source}, piece {number}"
@@ -233,7 +263,9 @@ def encode_prompts(
     Args:
       max_positions: positions of the model, None for no limit: a prompt and ``max_new_tokens``
         after it must fit.
-      too_long: as `encode_texts`, but ``truncate`` keeps the end of a prompt.
+      too_long: as `encode_texts`, but ``truncate`` keeps the end of a prompt: of messages the
+        system's and the last turns that fit, of a text its last tokens behind those that begin a
+        text. A conversation whose last turn does not fit is left out.
 
     Raises:
       UserError: as `encode_texts`, and if the settings leave no room for a prompt.
@@ -258,14 +290,47 @@ def encode_prompts(
         if is_longer and too_long == "drop":
             counts[DROPPED] += 1
             continue
-        counts[PROMPT_CUT] += is_longer
+        cut: tuple[str, Ids] | None = ("", prompt)
+        if is_longer:
+            cut = _shortened(row, prompt, tokenizer, template, width)
+        if cut is None:
+            counts[NO_TURN] += 1
+            continue
+        how, shorter = cut
+        counts[how] += is_longer
         kept.append(row)
-        prompts.append(prompt[-width:])
+        prompts.append(shorter)
     _check_some_left(kept, rows, width)
     tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
     names = [name for row in kept for name in row.columns]
     columns = list(dict.fromkeys(names))  # in the order of their first appearance
     return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
+
+
+def _shortened(
+    row: Row,
+    prompt: Ids,
+    tokenizer: Tokenizer,
+    template: str,
+    width: int,
+) -> tuple[str, Ids] | None:
+    """How a long prompt is cut, and its ids; None if its last turn does not fit."""
+    [row] = as_read([row], tokenizer, template)
+    if not row.messages:
+        begun = tokenizer.beginning if isinstance(row.prompt, str) else []
+        end = width - len(begun)
+        return PROMPT_CUT, [*begun, *prompt[-end:]] if end > 0 else prompt[-width:]
+    roles = [message["role"] for message in row.messages]
+    of_system = [message for message in row.messages if message["role"] in ("system", "developer")]
+    of_chat = chat.template_of(tokenizer, template)
+    for start in range(1, len(roles)):
+        if roles[start] == "user":
+            rest: list[Message] = [*of_system, *row.messages[start:]]
+            text = of_chat.prompt(rest, row.source, tools=row.tools)
+            [ids] = prompt_ids([replace(row, prompt=text)], tokenizer, template)
+            if len(ids) <= width:
+                return PROMPT_TURNS_CUT, ids
+    return None
 
 
 def left_padded(
@@ -302,10 +367,67 @@ def prompt_ids(
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
     texts = [_framed(row, template, frame, tokenizer) for row in rows]
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
-    for row, ids in zip(rows, encoded, strict=True):
+    for row, text, ids in zip(rows, texts, encoded, strict=True):
         if not ids:
             raise BadRow(row.source, f"the tokenizer makes no token of the prompt {row.prompt!r}")
+        if isinstance(text, str) and not _begins(ids, tokenizer):
+            ids[:0] = tokenizer.beginning
     return encoded
+
+
+def _begins(ids: Ids, tokenizer: Tokenizer) -> bool:
+    """Whether a text spells its beginning itself, and the spelling counts."""
+    begun = tokenizer.beginning
+    return tokenizer.reads_spelled and ids[: len(begun)] == begun
+
+
+def spelled(rows: Rows, tokenizer: Tokenizer) -> str:
+    """A sentence on the rows whose texts spell a special token of the tokenizer, and how they are
+    read; "" if none does.
+    """
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        texts = [text for text in row.texts if isinstance(text, str)]
+        tokens = [token for text in texts for token in tokenizer.spelled_in(text)]
+        for token in dict.fromkeys(tokens):
+            sources.setdefault(token, []).append(row.source)
+    if not sources:
+        return ""
+    found = [f"{token!r} ({len(of)} rows: {places(of, 2)})" for token, of in sources.items()]
+    how = "as ordinary characters; text.special_tokens: tokens reads the tokens themselves"
+    if tokenizer.reads_spelled:
+        how = "as these tokens"
+    return f"texts spell special tokens, {', '.join(found)}; they are read {how}"
+
+
+def as_read(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    template: str,
+) -> list[Row]:
+    """The rows with plain prompts as messages of the tokenizer's chat template, where the template
+    in force is that one (`chat.frame`); all other rows as they are.
+    """
+    of_chat = chat.template_of(tokenizer)
+    is_framed = chat.frame(template, tokenizer) is not None
+    read = []
+    for row in rows:
+        if not (is_framed or row.is_plain_text) and isinstance(row.prompt, str):
+            messages = [{"role": "user", "content": row.prompt}]
+            [row] = rendered(replace(row, messages=messages), of_chat)
+        read.append(row)
+    return read
+
+
+def group(row: Row) -> Hashable:
+    """What rows have in common that belong on one side of a split: their prompt, whatever its
+    case, spaces and Unicode normal form. The turns of a conversation are one group.
+    """
+    messages = row.first or row.messages
+    prompt = chat.plain(messages) if messages else row.prompt
+    if not isinstance(prompt, str):
+        return prompt
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def _framed(
@@ -319,7 +441,7 @@ def _framed(
         if frame is not None:
             return frame.replace("{prompt}", row.prompt)
         message = {"role": "user", "content": row.prompt}
-        return chat.template_of(tokenizer).prompt([message], row.source)
+        return chat.template_of(tokenizer).prompt([message], row.source, tools=row.tools)
     if template == chat.AUTO:
         return row.prompt
     first, *others = map(tokenizer.encode, template.split("{prompt}"))
@@ -344,13 +466,15 @@ def answered_ids(
     response: str,
     tokenizer: Tokenizer,
     where: str,
+    ends: bool = False,
 ) -> Ids:
     """Ids of a conversation and its response, both texts, for a model of another tokenizer: in the
     chat template of its folder.
 
     A model that a run of this package trained on plain prompts reads one in the frame of that run
     (`chat.frame`). A folder without a chat template reads prompt, response and EOS, and nothing
-    else; a conversation is then one text, by `chat.PLAIN`.
+    else; a conversation is then one text, by `chat.PLAIN`. ``ends``: nothing follows the token
+    that ends the response.
 
     Raises:
       BadRow: at ``where``, as `chat.ChatTemplate.prompt`.
@@ -359,27 +483,58 @@ def answered_ids(
     frame = chat.frame(chat.AUTO, tokenizer)
     is_plain = [message["role"] for message in messages] == ["user"]
     if frame is not None and is_plain:
-        prompt: Text = frame.replace("{prompt}", messages[0]["content"])
+        prompt: Text = frame.replace("{prompt}", text_of(messages[0]))
     elif template.tokenizer is not None:
-        return template.answered(messages, response, where)
+        return template.answered(messages, response, where, ends)
     else:
         prompt = template.prompt(messages, where)
     before, after = _ids([prompt, response], tokenizer, [where, where])
-    return [*before, *after, tokenizer.eos_id]
+    if isinstance(prompt, str):
+        [after] = tokenizer.continue_batch([prompt], [response], [where])
+    return [*tokenizer.beginning, *before, *after, tokenizer.eos_id]
 
 
-def response_ids(rows: Rows, tokenizer: Tokenizer) -> list[list[Ids]]:
-    """Ids of the responses of each row, with EOS after responses that are texts. Raises as
-    `prompt_ids`.
+def response_ids(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    template: str = "{prompt}",
+) -> list[list[Ids]]:
+    """Ids of the responses of each row behind its prompt in the template, with EOS after responses
+    that are texts. Raises as `prompt_ids`.
     """
     texts = [text for row in rows for text in row.responses]
     sources = [row.source for row in rows for _ in row.responses]
     encoded = _ids(texts, tokenizer, sources)
+    if tokenizer.begins_with_space:
+        encoded = _continued(rows, tokenizer, template, texts, encoded)
     for text, ids in zip(texts, encoded, strict=True):
-        if isinstance(text, str):
+        is_ended = tokenizer.reads_spelled and ids[-1:] == [tokenizer.eos_id]
+        if isinstance(text, str) and not is_ended:
             ids.append(tokenizer.eos_id)
     rest = iter(encoded)
     return [list(itertools.islice(rest, len(row.responses))) for row in rows]
+
+
+def _continued(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    template: str,
+    texts: Sequence[Text],
+    encoded: Sequence[Ids],
+) -> list[Ids]:
+    """The ids of responses, those that are texts as they continue their prompt."""
+    frame = chat.frame(template, tokenizer) or "{prompt}"
+    befores = []
+    for row in rows:
+        is_text = isinstance(row.prompt, str)
+        before = frame.replace("{prompt}", str(row.prompt)) if is_text and row.prompt else ""
+        befores += [before] * len(row.responses)
+    strings = [text if isinstance(text, str) else "" for text in texts]
+    continued = tokenizer.continue_batch(befores, strings, [""] * len(strings))
+    return [
+        new if isinstance(text, str) else ids
+        for text, new, ids in zip(texts, continued, encoded, strict=True)
+    ]
 
 
 def _ids(

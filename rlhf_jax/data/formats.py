@@ -2,7 +2,8 @@
 has. Records of public data sets have our keys already (`forms.table`).
 
 - ``{prompt, response}``: a demonstration.
-- ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
+- ``{messages}``: a demonstration if it ends with the assistant's turn (`messages`), else a prompt.
+  ``tools`` of any row with messages reach the chat template.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
   desirable, a boolean or 1 or 0.
@@ -24,6 +25,7 @@ their errors.
 """
 
 import itertools
+import json
 import math
 import os
 import re
@@ -33,12 +35,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data import chat, demo, rows
+from rlhf_jax.data import conversation, demo, rows
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.files import Source, is_saved_dataset, parse_bytes, read_source
 from rlhf_jax.data.forms.columns import adapted, unused
 from rlhf_jax.data.forms.table import ANNOTATED, OURS, PAIR
-from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, Row, Rows, Text
+from rlhf_jax.data.rows import (
+    BadRow,
+    Drop,
+    Fields,
+    Kind,
+    LearnedTurns,
+    Messages,
+    Record,
+    Row,
+    Rows,
+    Text,
+)
+from rlhf_jax.data.turns import rendered
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -148,6 +162,7 @@ def read(
     columns: Sequence[str] = (),
     shares_columns: bool = False,
     on_bad_row: rows.OnBadRow = "error",
+    turns: LearnedTurns = "all",
 ) -> ReadResult:
     """The rows of one or several sources.
 
@@ -180,7 +195,9 @@ def read(
     unused_columns = unused(records, columns)
     if unused_columns and not shares_columns:
         raise UserError("\n".join(unused_columns.values()))
-    result = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
+    result = parse_all(
+        kind, adapted(records, columns), template or ChatTemplate(), on_bad_row, turns
+    )
     result.unused_columns.update(unused_columns)
     if result.errors:
         lines = rows.summary(result.errors)
@@ -209,6 +226,7 @@ def parse_all(
     records: Sequence[Record],
     template: ChatTemplate,
     on_bad_row: rows.OnBadRow,
+    turns: LearnedTurns = "all",
 ) -> ReadResult:
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
@@ -219,7 +237,7 @@ def parse_all(
         if not isinstance(record.value, UserError):
             result.forms[record.source] = record.form or form_of(record.value).name
         try:
-            parsed = parse(kind, record, template)
+            parsed = parse(kind, record, template, turns)
             if kind == "prompts":
                 prompt = parsed[0].prompt
                 has_answers = form_of(record.value).kind not in ("prompts", None)
@@ -292,7 +310,7 @@ def form_of(value: Any) -> Form:
         return Form("comparisons", ", ".join(present))
     for keys, kind in OURS.items():
         if value.keys() >= set(keys):
-            if keys == ("messages",) and not chat.is_answered(value["messages"]):
+            if keys == ("messages",) and not conversation.is_answered(value["messages"]):
                 kind = "prompts"
             return Form(kind, ", ".join(keys))
     return UNKNOWN
@@ -308,7 +326,7 @@ def keys_read(row: Fields, kind: Kind) -> set[str]:
         keys |= {"margin", "category", "subset"}
     if kind == "demonstrations":
         keys.add("desirable")
-    if chat.is_chat(row, "messages", "prompt", *PAIR):
+    if conversation.is_chat(row, "messages", "prompt", *PAIR):
         keys.add("tools")
     return keys & set(row)
 
@@ -328,19 +346,24 @@ def parse(
     kind: Kind,
     record: Record,
     template: ChatTemplate,
+    turns: LearnedTurns = "all",
 ) -> Rows:
-    """The rows of one record, with the template's text of a prompt of messages.
+    """The rows of one record, with the template's text of messages. ``turns``: of the assistant in
+    a demonstration, that are learned.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
       Drop: training cannot use the row.
     """
     parsed = _parse(kind, record)
-    messages = parsed[0].messages
-    if not messages:
-        return parsed
-    prompt = template.prompt(messages, record.source)
-    return [replace(row, prompt=prompt) for row in parsed]
+    tools = conversation.tools_of(record)
+    last = turns == "last" or kind == "feedback"
+    of_template = []
+    for row in parsed:
+        if tools is not None:
+            row = replace(row, tools=tools)
+        of_template += rendered(row, template, last) if row.messages else [row]
+    return of_template
 
 
 def _parse(kind: Kind, record: Record) -> Rows:
@@ -392,6 +415,9 @@ def _demonstration(record: Record) -> Row:
         key = "messages"
     elif "response" not in row and row.keys() >= set(PAIR):
         key = "chosen"
+    if key == "chosen" and conversation.is_chat(row, "prompt", *PAIR):
+        common, chosen, _ = conversation.pair(record, PAIR)
+        return _row(record, common, (chosen,))
     before, response = _exchange(record, key)
     return _row(record, before, (response,))
 
@@ -403,13 +429,16 @@ def _feedback(record: Record) -> list[Row]:
     if is_judged and "desirable" not in row:
         pairs = _parse("pairs", record)
         return [
-            replace(pair, responses=(response,), targets=(target,))
+            replace(one, targets=(target,))
             for pair in pairs
-            for response, target in zip(pair.responses, (1.0, 0.0), strict=True)
+            for one, target in zip(_apart(pair), (1.0, 0.0), strict=True)
         ]
     record.require(("desirable",))
     targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
+    if isinstance(before, list) and isinstance(response, list):  # the label is the last turn's
+        before = [*before, *response[:-1]]
+        response = response[-1:]
     return [_row(record, before, (response,), targets=targets)]
 
 
@@ -422,6 +451,14 @@ def _truth(record: Record, key: str) -> bool:
     return truths[text]
 
 
+def _apart(row: Row) -> list[Row]:
+    """A row for each response."""
+    return [
+        replace(row, responses=(response,), answers=row.answers[number : number + 1])
+        for number, response in enumerate(row.responses)
+    ]
+
+
 def _prompt(record: Record) -> Row:
     row = record.value
     if "responses" in row:
@@ -431,17 +468,23 @@ def _prompt(record: Record) -> Row:
     return _row(record, _asked(record), columns=columns)
 
 
-def _asked(record: Record) -> str | list[Message]:
+def _asked(record: Record) -> str | Messages:
     """The prompt of a record of any form with at most two responses."""
     row = record.value
     if "messages" in row:
-        return chat.conversation(record, "messages")
+        return conversation.asked(record, "messages")
     response = "chosen" if "chosen" in row else "response"
     is_whole = response == "chosen" and "prompt" not in row
     key = "chosen" if is_whole else "prompt"
-    if chat.is_chat(row, key):
-        return chat.conversation(record, key)
-    if is_whole or chat.is_chat(row, response):
+    if is_whole and conversation.is_chat(row, key):
+        return (
+            conversation.pair(record, PAIR)[0]
+            if "rejected" in row
+            else conversation.asked(record, key)
+        )
+    if conversation.is_chat(row, key):
+        return conversation.asked(record, key)
+    if is_whole or conversation.is_chat(row, response):
         before, _ = _exchange(record, response)
         return before
     record.require(("prompt",))
@@ -464,15 +507,15 @@ def _annotated(record: Record) -> Row:
     return Row(prompt, responses, record.source, votes=tuple(votes))
 
 
-def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
-    """The text or messages before the response under ``key``, and the response. Of a dialogue it is
-    the last response.
+def _exchange(record: Record, key: str) -> tuple[str | Messages, str | Messages]:
+    """The text or messages before the response under ``key``, and the response, a text or turns. Of
+    a dialogue it is the last response.
     """
     row = record.value
     keys = PAIR if key in PAIR else (key,)
-    if key == "messages" or chat.is_chat(row, "prompt", *keys):
+    if key == "messages" or conversation.is_chat(row, "prompt", *keys):
         record.require(keys)
-        return chat.exchange(record, key)
+        return conversation.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         return _dialogue(record, key)
     record.require(("prompt", *keys))
@@ -486,20 +529,26 @@ def _dialogue(record: Record, key: str) -> tuple[str, str]:
     record.expect(opening, _NO_DIALOGUE.format(key) + hint)
     ends_with_answer = HUMAN not in response
     record.expect(ends_with_answer, f"{key!r} ends with a human turn, not with an answer")
-    record.expect(response.strip(), chat.NO_RESPONSE)
+    record.expect(response.strip(), conversation.NO_RESPONSE)
     return before + opening, response
 
 
 def _row(
     record: Record,
-    before: Text | list[Message],
-    responses: tuple[Text, ...] = (),
+    before: Text | Messages,
+    responses: Sequence[Any] = (),
     **fields: Any,
 ) -> Row:
-    """The row of a prompt, a text or messages, and its responses."""
-    if isinstance(before, list):
-        return Row("", responses, record.source, messages=before, **fields)
-    return Row(before, responses, record.source, **fields)
+    """The row of a prompt, a text or messages, and its responses, which are texts or ids, or all
+    turns.
+    """
+    if isinstance(before, str | tuple):
+        return Row(before, tuple(responses), record.source, **fields)
+    if not any(isinstance(response, list) for response in responses):
+        return Row("", tuple(responses), record.source, messages=before, **fields)
+    texts = tuple(map(json.dumps, responses))
+    answers = tuple(responses)
+    return Row("", texts, record.source, messages=before, answers=answers, **fields)
 
 
 def _answers(record: Record) -> tuple[Row, Ranks]:
@@ -520,9 +569,15 @@ def _answers(record: Record) -> tuple[Row, Ranks]:
 
 def _pair(record: Record) -> Row:
     """A chosen and a rejected response."""
-    before, chosen = _exchange(record, "chosen")
-    other, rejected = _exchange(record, "rejected")
-    record.expect(other == before, "dialogues differ before the last response")
+    before: Text | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    if conversation.is_chat(record.value, "prompt", *PAIR):
+        before, chosen, rejected = conversation.pair(record, PAIR)
+    else:
+        before, chosen = _exchange(record, "chosen")
+        other, rejected = _exchange(record, "rejected")
+        record.expect(other == before, conversation.APART)
     if chosen == rejected:
         raise Drop(record.source, EQUAL)
     for label in ("best", "ranking", "ranks"):
@@ -585,11 +640,11 @@ def _by_majority(annotated: Row) -> Row:
     return Row(annotated.prompt, pair, annotated.source)
 
 
-def _before_answers(record: Record) -> Text | list[Message]:
+def _before_answers(record: Record) -> Text | Messages:
     """The prompt of a row of K responses: text, token ids or messages."""
     record.require(("prompt",))
-    if chat.is_chat(record.value, "prompt"):
-        return chat.conversation(record, "prompt")
+    if conversation.is_chat(record.value, "prompt"):
+        return conversation.asked(record, "prompt")
     return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 

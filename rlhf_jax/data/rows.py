@@ -2,6 +2,7 @@
 and line.
 """
 
+import bisect
 import difflib
 import statistics
 from collections import defaultdict
@@ -13,9 +14,15 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated"]
 OnBadRow = Literal["error", "drop"]
+LearnedTurns = Literal["all", "last"]
 Fields = dict[str, Any]  # an object of JSON
-Message = Fields  # {role, content}
+# {role, content} in OpenAI's form, see `conversation`.
+Message = Fields
 Messages = Sequence[Message]
+Tools = list[Fields] | None
+"""The definitions of tools, as JSON schemas, that a chat template writes."""
+Mask = tuple[bool, ...]
+"""Which tokens of a text are learned."""
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 # Token ids are used as they are: they are not tokenised again and get no EOS.
@@ -102,7 +109,17 @@ class Row:
     columns: Fields = field(default_factory=dict)  # a prompt's other keys, for the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2, or 0 for a tie
     messages: Messages = field(default=(), compare=False)
-    """The messages of which the prompt was rendered; empty for a text or token ids of the data."""
+    """The messages of which the prompt was rendered; empty for a text or token ids of the data. If
+    the last is the assistant's, the response continues it."""
+    tools: Tools = field(default=None, compare=False)
+    answers: tuple[Messages, ...] = field(default=(), compare=False)
+    """The turns of which each response was rendered, from the first that differs; empty for texts
+    or token ids of the data."""
+    learned: tuple[Mask, ...] = ()
+    """For each response of token ids which of them are learned; empty: all of them."""
+    first: Messages = field(default=(), compare=False)
+    """The messages before the first learned turn of the conversation, of which this row is a turn;
+    empty: ``messages``."""
 
     @property
     def conversation(self) -> Messages | None:
@@ -151,6 +168,17 @@ class BadRow(UserError):
 
 class Drop(BadRow):
     """A correct row that training cannot use. It is left out and counted under its reason."""
+
+
+def common_length(*sequences: Sequence[Any]) -> int:
+    """The number of first items that all sequences share."""
+    first, *others = sequences
+    shortest = min(map(len, sequences))
+
+    def differ(last: int) -> bool:
+        return any(other[: last + 1] != first[: last + 1] for other in others)
+
+    return bisect.bisect_left(range(shortest), True, key=differ)
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:

@@ -2,10 +2,11 @@
 folders.
 
 Only the ``tokenizers`` package is needed, for names on the hub ``huggingface_hub`` too. Text is
-always text: the spelling of a special token inside it is encoded as ordinary characters, so that
-data cannot end a response or hide as padding.
+text unless a run says otherwise (``text.special_tokens``): the spelling of a special token inside
+it is encoded as ordinary characters, so that data cannot end a response or hide as padding.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,8 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from rlhf_jax.data.files import read_text
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there, read_file
 from rlhf_jax.models.hf import find_folder, read_json, refuse_adapter
 
 PAD = "<|pad|>"
@@ -35,7 +35,8 @@ class Tokenizer:
     """A tokenizer with distinct pad and end-of-text ids; ``config`` is its tokenizer_config.json,
     kept when saved.
 
-    ``other_eos_ids`` are ids that end a response too, as the model's own config names them.
+    ``other_eos_ids`` are ids that end a response too: those that the model's own config names, and
+    those that end a turn in the chat template.
     """
 
     backend: tokenizers.Tokenizer
@@ -43,6 +44,10 @@ class Tokenizer:
     eos_id: int
     config: Mapping[str, Any] = field(default_factory=dict)
     other_eos_ids: tuple[int, ...] = ()
+    reads_spelled: bool = False
+    """Whether the spelling of a special token in a text is that token; else it is a text."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json of the model's author."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -65,8 +70,10 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        except Exception as error:  # the package raises a bare one for an unknown character
+            backend = self.with_special_tokens if self.reads_spelled else self.backend
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as error:  # the package raises a bare one for an unknown character
+            _raise_unless_its_own(error)
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
                 unknown = [character for character in text if character not in known]
@@ -75,8 +82,77 @@ class Tokenizer:
                     letter = f"{unknown[0]!r} (U+{ord(unknown[0]):04X})"
                     what = f"the tokenizer's alphabet lacks {letter}, found in {text[:40]!r}"
                     raise UserError(where + what) from error
-            raise
+            raise UserError(f"the tokenizer cannot encode a text: {error!s:.300}") from error
         return [encoding.ids for encoding in encodings]
+
+    def continue_batch(
+        self,
+        befores: Sequence[str],
+        texts: Sequence[str],
+        sources: Sequence[str],
+    ) -> list[list[int]]:
+        """Ids of each text behind another one, so that the ids of both decode to their join.
+
+        Where one encoding of the join begins with the ids of the text before, these are its other
+        ids. Elsewhere a token would span the boundary; then the text is encoded as what sampling
+        has to write behind the text before: alone, without the space that SentencePiece puts
+        first.
+        """
+        alone = self.encode_batch(texts, sources)
+        if not self.begins_with_space:
+            return alone
+        joins = [before + text for before, text in zip(befores, texts, strict=True)]
+        starts = self.encode_batch(befores, sources)
+        ids = []
+        for start, join, text in zip(starts, self.encode_batch(joins), texts, strict=True):
+            is_split = join[: len(start)] == start
+            ids.append(join[len(start) :] if is_split else self._inside(text))
+        return ids
+
+    def _inside(self, text: str) -> list[int]:
+        """Ids of a text that does not begin one: those behind a character that no token joins to
+        it.
+        """
+        for mark in ("\n", "=", "0"):
+            start = self.encode(mark)
+            ids = self.encode(mark + text)
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        return self.encode(text)
+
+    @cached_property
+    def begins_with_space(self) -> bool:
+        """Whether the beginning of a text is encoded as if a space stood before it."""
+        parts = json.loads(self.backend.to_str())
+        found: list[Any] = [parts["normalizer"], parts["pre_tokenizer"]]
+        for part in found:  # grows by the parts of a sequence
+            if part is None:
+                continue
+            found += part.get("normalizers", []) + part.get("pretokenizers", [])
+            is_metaspace = part["type"] == "Metaspace" and part.get("prepend_scheme") != "never"
+            if is_metaspace or part["type"] == "Prepend" or part.get("add_prefix_space"):
+                return True
+        return False
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """The ids, such as BOS, that transformers puts before a plain text: those of the
+        post-processor in tokenizer.json, beside which it ignores ``add_bos_token``.
+        """
+        texts = ("a", *self.backend.get_vocab()) if self.backend.post_processor else ()
+        for text in texts:
+            with contextlib.suppress(Exception):  # an alphabet can lack the character
+                found = self.backend.encode(text)
+                if 0 in found.special_tokens_mask:
+                    return found.ids[: found.special_tokens_mask.index(0)]
+        return []
+
+    @cached_property
+    def with_special_tokens(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, where the spelling of a special token means that token."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad and end-of-text are left out."""
@@ -109,6 +185,27 @@ class Tokenizer:
         """Ids of the special tokens."""
         added = self.backend.get_added_tokens_decoder()
         return [i for i, token in added.items() if token.special]
+
+    def spelled(self, ids: Iterable[int]) -> str:
+        """The tokens themselves, as the vocabulary spells them, one after the other."""
+        return "".join(self.backend.id_to_token(i) or "" for i in ids)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as they are spelled."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def spelled_in(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        if not any(start in text for start in self._special_starts):
+            return []
+        return [token for token in self.special_tokens if token in text]
+
+    @cached_property
+    def _special_starts(self) -> set[str]:
+        """Their first two characters: most texts have none of them."""
+        return {token[:2] for token in self.special_tokens}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -212,28 +309,59 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     named |= special | named_tokens(config)
     config = special | config  # a chat template may write each of them
     template = folder / "chat_template.jinja"
-    if template.exists():  # newer folders keep it there
-        config["chat_template"] = read_text(template)
+    if is_there(template):  # newer folders keep it there
+        config["chat_template"] = _text(template)
     single = folder / "tokenizer.json"
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
-    if not single.exists() and not (vocab.exists() and merges.exists()):
+    is_single = is_there(single)
+    if not is_single and not (is_there(vocab) and is_there(merges)):
         refuse_adapter(folder)
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
-    file = single if single.exists() else vocab
-    try:
-        if file == single:
-            backend = tokenizers.Tokenizer.from_file(str(single))
+    with _broken(single if is_single else vocab):
+        if is_single:
+            backend = tokenizers.Tokenizer.from_buffer(read_file(single))
         else:
-            backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+            backend = _byte_level(_bpe(vocab, merges))
             named.setdefault("eos_token", EOS)
-    except Exception as error:  # the package raises a bare Exception for a broken file
-        raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    return _tokenizer(backend, named, config, str(folder))
+        return _tokenizer(backend, named, config, str(folder))
+
+
+@contextlib.contextmanager
+def _broken(file: Path) -> Iterator[None]:
+    """Says as a UserError that the ``tokenizers`` package cannot use a file."""
+    try:
+        yield
+    except BaseException as error:
+        _raise_unless_its_own(error)
+        raise UserError(f"{file}: not a tokenizer file: {error!s:.300}") from error
+
+
+def _raise_unless_its_own(error: BaseException) -> None:
+    """Raises an error that is none of the ``tokenizers`` package, which raises a bare Exception or,
+    from its Rust code, a PanicException, which is no Exception.
+    """
+    is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if isinstance(error, UserError) or not is_theirs:
+        raise error
+
+
+def _bpe(vocab: Path, merges: Path) -> models.BPE:
+    """The model in GPT-2's two files."""
+    for file in (vocab, merges):
+        read_file(file)  # the package would wait for a pipe, or read without an end
+    return models.BPE.from_file(str(vocab), str(merges))
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_file(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8, which is expected: {error}") from error
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -252,6 +380,8 @@ def _tokenizer(
     """``named`` has the special tokens as texts or ids. If its ``pad_token`` cannot pad, its
     ``unk_token`` does.
     """
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # a text must have the same ids each time
     vocab = backend.get_vocab()
     tokens = [named.get(key) for key in ("eos_token", "pad_token", "unk_token")]
     texts = [backend.id_to_token(i) if isinstance(i, int) else i for i in tokens]

@@ -67,7 +67,9 @@ def load(folder: str, config: Config) -> Policy:
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
-    model, params, tokenizer = initial.load_language_model(member, compute)
+    loaded = initial.load_language_model(member, compute)
+    spelling = trained.get("text.special_tokens", "text")
+    model, params, tokenizer = loaded.reading(config.template_options, spelling)
     template = config.template or trained.get("text.template", chat.AUTO)
     slots = trained.get("rl.max_new_tokens", RLStage().max_new_tokens)
     slots = config.max_new_tokens or slots
@@ -120,7 +122,11 @@ def judge_positions(entry: str) -> int:
     for source in spec.sources(entry).values():
         for folder in spec.members(source) or [source]:
             if (folder / "config.json").is_file():
-                positions.append(hf.read_config(folder).max_length)
+                config = hf.read_config(folder)
+                closing: list[int] = []
+                if not hf.scores_turns(config):
+                    closing = chat.template_of(load_tokenizer(folder), chat.AUTO).closing
+                positions.append(config.max_length - len(closing))
     return min(positions)
 
 
@@ -147,11 +153,14 @@ def reward_of(
 ) -> spec.Reward:
     """The reward of one entry, see ``spec.build_reward``; errors name the setting ``flag``."""
     known = policy.tokenizer.fingerprint
+    in_chat = chat.frame(policy.template, policy.tokenizer) is None
     judge = Judge(url=config.judge_url, model=config.judge_model)
     return spec.build_reward(
         (entry,),
         tokenizer=policy.tokenizer,
-        load=functools.partial(initial.load_reward_model, compute=Compute(), policy=known),
+        load=functools.partial(
+            initial.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
+        ),
         columns=columns,
         flag=flag,
         services=Services(judge, Path(config.output or policy.folder) / "judge"),
@@ -269,10 +278,17 @@ def _distinct_texts(
     texts = list(itertools.chain(*encoded.tokens))  # [2 N]
     starts = encoded.starts.T.reshape(-1, 1)
     weight = np.ones(1, np.float32)
-    single = dataclasses.replace(encoded, tokens=[texts], starts=starts, weight=weight)
-    keys = [(int(start), text.tobytes()) for (start,), text in zip(starts, texts, strict=True)]
+    num_rows = len(encoded)
+    learned = {(0, k * num_rows + row): mask for (k, row), mask in encoded.learned.items()}
+    single = dataclasses.replace(
+        encoded, tokens=[texts], starts=starts, weight=weight, learned=learned
+    )
+    keys = [
+        (start, learned.get((0, row), starts[:0]).tobytes(), text.tobytes())
+        for row, (start, text) in enumerate(zip(starts[:, 0].tolist(), texts, strict=True))
+    ]
     row_of = {key: row for row, key in enumerate(keys)}
-    distinct = sorted(row_of, key=lambda key: len(key[1]))
+    distinct = sorted(row_of, key=lambda key: len(key[2]))
     place_of = {key: place for place, key in enumerate(distinct)}
     rows = np.array([row_of[key] for key in distinct])
     places = np.array([place_of[key] for key in keys])

@@ -23,7 +23,7 @@ from jax import Array
 
 from rlhf_jax.data import chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation import bench, data, measures, texts
 from rlhf_jax.evaluation.bench import Answers, Bench, Policy
 from rlhf_jax.evaluation.settings import Config
@@ -31,8 +31,7 @@ from rlhf_jax.generation import generator
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
-from rlhf_jax.runs import devices, manifest
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs import devices, manifest, writing
 from rlhf_jax.training.common import stage
 from rlhf_jax.training.supervised import scoring
 
@@ -103,11 +102,12 @@ def run(folder: str | Path, config: Config) -> Result:
         "left_out": left_out,
         "rows": [figure._asdict() for figure in figures],
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, f"{text}\n")
-    write_atomically(output / SAMPLES, "".join(_sample_lines(answers, policy.tokenizer)))
+    samples = "".join(_sample_lines(answers, policy.tokenizer))
+    with file_errors(path, "written"):
+        output.mkdir(parents=True, exist_ok=True)
+        writing.write_together({output / SAMPLES: samples, path: f"{text}\n"})
     return Result(figures, path)
 
 
@@ -125,7 +125,8 @@ def _output(folder: str, config: Config) -> Path:
     """The folder to write into.
 
     Raises:
-        UserError: the folder is missing, or the settings name no data to evaluate by.
+        UserError: the folder is missing or cannot be written, or the settings name no data to
+            evaluate by.
     """
     sets = (config.prompts, config.safety, config.preferences, config.annotated)
     if not any((*sets, config.categories)):
@@ -133,11 +134,11 @@ def _output(folder: str, config: Config) -> Path:
             "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
             "--categories"
         )
-    if config.output is not None:
-        return Path(config.output)
-    if not Path(folder).is_dir():
+    if config.output is None and not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
-    return Path(folder)
+    output = Path(config.output or folder)
+    writing.check_writable(output)
+    return output
 
 
 def _left_out(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from rlhf_jax.config import Json
 from rlhf_jax.data import chat
 from rlhf_jax.errors import UserError
 
@@ -40,6 +41,9 @@ class Config:
     template: str | None = None
     """What the models read for a prompt; null: the run's text.template (auto for a model's folder).
     """
+    template_options: Json | None = None
+    """Variables of the chat template as a JSON object, such as {"enable_thinking": false}; null:
+    the run's."""
     max_new_tokens: int | None = None
     """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
     environment: str | None = None

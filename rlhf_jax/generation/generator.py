@@ -6,18 +6,18 @@ import json
 import operator
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax import models, ops, sampling
-from rlhf_jax.data import batches, chat, encoding, stops, tokenizers
+from rlhf_jax import models, ops, rewards, sampling
+from rlhf_jax.data import batches, chat, conversation, encoding, stops, tokenizers
 from rlhf_jax.data.environment import (
     Environment,
     Source,
@@ -26,7 +26,7 @@ from rlhf_jax.data.environment import (
     load_environment,
 )
 from rlhf_jax.data.rows import Message, Record, Row
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, is_there, logger
 from rlhf_jax.models import hf
 from rlhf_jax.rewards.host import SINGLE_TURN
 from rlhf_jax.runs import devices
@@ -44,9 +44,12 @@ def _sampler(num_layers: int) -> Any:
 
 
 @functools.cache
-def _scorer(model: models.Model) -> Any:
-    """``models.score_fn``, compiled once for each model and shape."""
-    return jax.jit(models.score_fn(model))
+def _scorer(model: models.Model, closing: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> Any:
+    """``models.score_fn``, or ``rewards.behind_turns`` if there is a closing, compiled once for
+    each model and shape.
+    """
+    score_fn = models.score_fn(model)
+    return jax.jit(rewards.behind_turns(score_fn, closing, ends) if closing else score_fn)
 
 
 class _Stream(NamedTuple):
@@ -110,16 +113,26 @@ class LanguageModel(NamedTuple):
                 "folder."
             )
         file = hf.find_folder(source) / "generation_config.json"
-        generation = hf.read_json(file) if file.exists() else {}
+        generation = hf.read_json(file) if is_there(file) else {}
         ends = generation.get("eos_token_id", model.config.eos_token_id)
-        ids = np.ravel(() if ends is None else ends).tolist()
-        others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
-        tokenizer = replace(tokenizer, other_eos_ids=others)
+        ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if any(type(i) is not int for i in ids):
+            raise UserError(
+                f"{file}: eos_token_id is {ends!r:.80}, expected the number of a token, or a list "
+                "of such numbers"
+            )
+        ids = [*ids, *chat.template_of(tokenizer, chat.AUTO).ends]
+        others = dict.fromkeys(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
+        tokenizer = replace(tokenizer, other_eos_ids=tuple(others), generation=generation)
         if model.config.pad_token_id in tokenizer.eos_ids:
             model = models.build(replace(model.config, pad_token_id=tokenizer.pad_id))
         return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
-    def save(self, folder: str | Path, *, template: str, config: SamplingConfig) -> None:
+    def reading(self, options: Mapping[str, Any] | None, special_tokens: str) -> "LanguageModel":
+        """The model with ``text.template_options`` and ``text.special_tokens``."""
+        return self._replace(tokenizer=chat.reading(self.tokenizer, options, special_tokens))
+
+    def save(self, folder: str | Path, *, template: str, config: SamplingConfig | None) -> None:
         """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
         run formatted prompts and sampled.
 
@@ -127,30 +140,22 @@ class LanguageModel(NamedTuple):
             folder: made if missing, its files replaced.
             template: the run's ``text.template``, for the tokenizer's chat template
                 (``chat.with_text_template``).
-            config: for generation_config.json: how transformers samples by default. The maximum
-                length is left out: lm-eval and vLLM would end all responses there, whatever their
-                task allows. A reward model has no such file.
+            config: for generation_config.json: how transformers samples by default; None: as the
+                model's author wrote, with our ends of a text. Other keys of the author stay, but no
+                maximum length: lm-eval and vLLM would end all responses there, whatever their task
+                allows. A reward model has no such file.
         """
         models.save(folder, self.model, self.params)
-        chat.with_text_template(self.tokenizer, template).save(folder)
+        self.save_tokenizer(folder, template)
         if "score" in self.params:
             return
-        ends = config.eos_ids if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
-        keys: dict[str, Any] = {
-            "do_sample": config.temperature > 0,
-            "eos_token_id": ends,
-            "pad_token_id": config.pad_id,
-        }
-        if config.temperature > 0:
-            keys["temperature"] = config.temperature
-            keys["top_k"] = config.top_k or 0  # without it transformers takes the likeliest 50
-            keys["top_p"] = config.top_p or 1.0
-            if config.min_p:
-                keys["min_p"] = config.min_p
-        if config.repetition_penalty != 1:
-            keys["repetition_penalty"] = config.repetition_penalty
-        text = json.dumps(keys, indent=2) + "\n"
+        keys = _generation(self.tokenizer, config)
+        text = json.dumps(keys, indent=2, ensure_ascii=False) + "\n"
         Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
+
+    def save_tokenizer(self, folder: str | Path, template: str) -> None:
+        """Writes the tokenizer with the chat template that tells chat clients of ``template``."""
+        chat.with_text_template(self.tokenizer, template).save(folder)
 
     def sample(
         self,
@@ -215,6 +220,15 @@ class LanguageModel(NamedTuple):
         until_stop = stops.stopping(until_eos, self.tokenizer, stop)
         return converse(environment, until_stop, encoded, numbers)
 
+    def closing(self, in_chat: bool) -> tuple[int, ...]:
+        """What a reward model has to read behind an answer in its chat template: the end of the
+        turn and what follows it, if it was trained on whole conversations. Empty for one of ours,
+        whose score stands at the end of the turn, and for texts that no chat template made.
+        """
+        if not in_chat or hf.scores_turns(self.model.config):
+            return ()
+        return tuple(chat.template_of(self.tokenizer, chat.AUTO).closing)
+
     def score_texts(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -222,17 +236,19 @@ class LanguageModel(NamedTuple):
         batch_size: int = 64,
     ) -> np.ndarray:
         """[N] float32 scores, by a reward model, of responses to conversations, both texts:
-        `encoding.answered_ids`, ``batch_size`` of similar length at a time.
+        `encoding.answered_ids`, ``batch_size`` of similar length at a time. A model of others
+        reads all that its chat template writes, one of ours up to the end of the answer.
 
         Raises:
             UserError: naming the text: it has more tokens than the model reads, or spells a special
                 token of it in a prompt.
         """
         limit = self.model.config.max_length
+        ends = hf.scores_turns(self.model.config)
         rows = []
         for number, (messages, response) in enumerate(zip(conversations, responses, strict=True)):
-            where = f"text {number}, {messages[-1]['content'][:40]!r}"
-            ids = encoding.answered_ids(messages, response, self.tokenizer, where)
+            where = f"text {number}, {conversation.text_of(messages[-1])[:40]!r}"
+            ids = encoding.answered_ids(messages, response, self.tokenizer, where, ends)
             if len(ids) > limit:
                 raise UserError(
                     f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
@@ -242,6 +258,36 @@ class LanguageModel(NamedTuple):
         padded = encoding.left_padded(rows, _width(rows, limit), self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
         return _by_length(score, batch_size, *padded)
+
+
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+
+
+def _generation(tokenizer: tokenizers.Tokenizer, config: SamplingConfig | None) -> dict[str, Any]:
+    """The keys of generation_config.json; see ``LanguageModel.save``."""
+    keys = {key: value for key, value in tokenizer.generation.items() if key not in _LENGTHS}
+    ends = tokenizer.eos_ids
+    keys["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    keys["pad_token_id"] = tokenizer.pad_id
+    if tokenizer.beginning:
+        keys["bos_token_id"] = tokenizer.beginning[0]
+    if config is None:
+        return keys
+    keys["do_sample"] = config.temperature > 0
+    sampled = {
+        "temperature": config.temperature,
+        "top_k": config.top_k or 0,  # without it transformers takes the likeliest 50
+        "top_p": config.top_p or 1.0,
+        "min_p": config.min_p,
+    }
+    for key, value in sampled.items():
+        keys.pop(key, None)
+        if config.temperature > 0 and value is not None:
+            keys[key] = value
+    keys.pop("repetition_penalty", None)
+    if config.repetition_penalty != 1:
+        keys["repetition_penalty"] = config.repetition_penalty
+    return keys
 
 
 def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
@@ -317,6 +363,8 @@ class Generator:
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p, min_p, repetition_penalty: as in ``sampling.SamplingConfig``.
         template: how a prompt is formatted, as ``text.template``; None is ``auto``.
+        template_options: variables of the chat template, as ``text.template_options``.
+        special_tokens: what their spelling in a plain prompt is, as ``text.special_tokens``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``data.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
@@ -344,6 +392,8 @@ class Generator:
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
         template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        special_tokens: Literal["text", "tokens"] = "text",
         environment: Source = None,
         max_turns: int | None = None,
         batch_size: int = 64,
@@ -356,7 +406,9 @@ class Generator:
         if isinstance(stop, str) or not all(stop):
             raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         self.stop = tuple(stop)
-        self._policy = _load(folder, compute, is_judge=False)
+        loaded = _load(folder, compute, is_judge=False)
+        self._policy = loaded.reading(template_options, special_tokens)
+        self.template_options = dict(template_options) if template_options else None
         self.model, _, self.tokenizer = self._policy
         self.template = template or chat.AUTO
         logger.info(chat.describe(self.template, self.tokenizer, str(folder)))
@@ -413,7 +465,7 @@ class Generator:
 
         Raises:
             UserError: naming the prompt, such as ``prompts[3]``: it is neither a text nor messages,
-                its last message is the assistant's, it is too long, holds a character that the
+                it is too long, holds a character that the
                 tokenizer lacks, spells a special token in a message, or makes no token; or the
                 template has no ``{prompt}``.
         """
@@ -486,7 +538,10 @@ class Generator:
         if self._reads_texts:
             conversations = [row.conversation or () for row in rows]
             return self._judge.score_texts(conversations, texts, self.batch_size)
-        score = functools.partial(_scorer(self._judge.model), self._judge.params)
+        in_chat = chat.frame(self.template, self.tokenizer) is None
+        ends = self.tokenizer.eos_ids
+        scorer = _scorer(self._judge.model, self._judge.closing(in_chat), ends)
+        score = functools.partial(scorer, self._judge.params)
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
     @functools.cached_property
@@ -525,14 +580,11 @@ class Generator:
             kind = type(prompt).__name__
             raise UserError(f"{source}: expected a text or a list of messages, got {kind}")
         given = list(prompt)
-        if chat.is_answered(given):
-            raise UserError(
-                f"{source}: the last message is the assistant's; leave it out, the model writes it"
-            )
-        messages = chat.conversation(Record({"messages": given}, source), "messages")
+        turns = conversation.messages_of(Record({"messages": given}, source), "messages")
+        tools = conversation.tools_of(Record(columns, source))
         template = chat.template_of(self.tokenizer, self.template)
-        text = template.prompt(messages, source)
-        return Row(text, (), source, columns=columns, messages=messages)
+        text = template.prompt(turns, source, tools=tools)
+        return Row(text, (), source, columns=columns, messages=turns, tools=tools)
 
 
 def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:

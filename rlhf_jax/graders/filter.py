@@ -157,7 +157,8 @@ class Guard:
                 continue
             places.append(row.source)
             if action == "replace":
-                safe.append(dataclasses.replace(row, prompt=self.settings.replacement))
+                text = self.settings.replacement
+                safe.append(dataclasses.replace(row, prompt=text, messages=(), tools=None))
             elif action == "count":
                 safe.append(row)
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]

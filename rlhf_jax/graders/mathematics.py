@@ -1,6 +1,6 @@
 """A program that says whether two answers are equal, by math-verify, within bounds of work.
 
-    echo '["\\\\frac{1}{2}", "it is 0.5"]' | python mathematics.py        # prints 1.0
+    echo '["\\\\frac{1}{2}", "0.5"]' | python mathematics.py        # prints 1.0
 
 math-verify itself ends a comparison after five seconds, so that its verdict depends on the machine.
 Here nothing depends on a clock: texts, expressions and numbers have a largest size, and a
@@ -25,7 +25,7 @@ from sympy.core.cache import clear_cache
 from sympy.core.function import DefinedFunction
 from sympy.functions.elementary import complexes, exponential, integers, trigonometric
 
-MOST_CHARACTERS = 4_000  # of a text: of a longer one the end is read
+MOST_CHARACTERS = 4_000  # of a text
 MOST_IN_EXPRESSION = 400  # characters
 MOST_NESTED = 12  # brackets within brackets
 MOST_BITS = 20_000  # of a number, about 6,000 digits
@@ -47,31 +47,25 @@ class TooLarge(ValueError):
     """An expression is beyond the bounds; math-verify then compares it as a text."""
 
 
-def verdict(expected: str, response: str) -> float | None:
-    """1 if the answers are equal, else 0; None if the expected answer cannot be parsed."""
+def verdict(expected: str, answer: str) -> float | None:
+    """1 if two expressions in LaTeX are equal, else 0; None if the expected one has no value."""
     gold = _read(expected)
     if not gold:
         return None
-    answer = _read(response)
-    is_equal = _equal(gold, answer)
+    read = _read(answer)
+    is_equal = _equal(gold, read)
     if is_equal is None:
         # SymPy imports modules when it needs them: the first attempt may have used up its calls.
-        is_equal = _equal(gold, answer)
+        is_equal = _equal(gold, read)
     return float(is_equal or False)
 
 
-def _read(text: str) -> list[Any]:
-    last = _end_of(text.rpartition("####")[2].strip())
-    as_it_is = math_verify.parse(last, parsing_timeout=None)
-    return as_it_is or math_verify.parse(f"${last}$", parsing_timeout=None)
-
-
-def _end_of(text: str) -> str:
-    """The last characters of a long text, from the beginning of a line if there is one."""
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    end = text[-MOST_CHARACTERS:]
-    return end.partition("\n")[2] or end
+def _read(latex: str) -> list[Any]:
+    """What the whole text is; math-verify takes a number inside of a text without a box."""
+    if len(latex) > MOST_CHARACTERS:
+        return []
+    read = math_verify.parse(f"\\boxed{{{latex}}}", parsing_timeout=None)
+    return [value for value in read if not isinstance(value, str)]
 
 
 def _equal(gold: list[Any], answer: list[Any]) -> bool | None:
@@ -90,9 +84,24 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool | None:
     sys.setprofile(count)
     try:
         is_equal = bool(math_verify.verify(gold, answer, timeout_seconds=None))
+        is_equal = is_equal and not _are_far_apart(gold[0], answer[0])
     finally:
         sys.setprofile(None)
     return None if calls > MOST_CALLS else is_equal
+
+
+def _are_far_apart(gold: Any, answer: Any) -> bool:
+    """Whether two numbers differ by more than a millionth of the first: math-verify rounds to
+    six digits behind the point, where small numbers are 0.
+    """
+    if not (_is_number(gold) and _is_number(answer)):
+        return False
+    try:
+        first = complex(sympy.N(gold, 15))
+        second = complex(sympy.N(answer, 15))
+    except (ArithmeticError, TypeError, ValueError):  # no finite number
+        return False
+    return abs(first - second) > abs(first) * 1e-6
 
 
 def _bits(value: Any) -> float:

@@ -32,9 +32,10 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import runpy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -87,6 +88,8 @@ class Reward(NamedTuple):
     host: HostReward | None = None  # runs on the host between two jits
     # how many replies of judges had no score since the last call; None: there is no judge
     take_unparsed: Callable[[], int] | None = None
+    # of each part that an alert watches, {name of the part: a response of the last batch}
+    examples: tuple[Mapping[str, str], ...] = ()
 
 
 class RewardModel(NamedTuple):
@@ -120,6 +123,7 @@ def build_reward(
     columns: Collection[str],
     flag: str = "--reward",
     services: Services | None = None,
+    mathematics: verifiable.Settings = verifiable.DEFAULT,
 ) -> Reward:
     """All entries as one reward, on the host if any of them is.
 
@@ -131,6 +135,7 @@ def build_reward(
       columns: names of the prompts' columns, which a Python function may have parameters for.
       flag: where the entries come from, such as ``--rl.judge``; each error begins with it.
       services: how servers are asked; None: by the defaults, and no judge can be.
+      mathematics: how ``math`` reads answers.
 
     Raises:
       UserError: no entry, one that does not exist or does not fit, two of one name.
@@ -141,7 +146,7 @@ def build_reward(
             "uncertainty:A,B, or FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, "
             f"regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
         )
-    reader = _Reader(tokenizer, load, columns, services or Services())
+    reader = _Reader(tokenizer, load, columns, services or Services(), mathematics)
     rewards: dict[str, Reward] = {}
     weights = {}
     for entry in entries:
@@ -170,6 +175,13 @@ def sources(entry: str) -> dict[str, Path]:
     file, _, _ = spec.rpartition(":")
     path = Path(rest if kind == "judge" else file if file.endswith(".py") else spec)
     return {entry: path} if path.exists() else {}
+
+
+def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether the entries have ``math``, and their regular expressions."""
+    specs = [_split_weight(entry)[0] for entry in entries]
+    patterns = [spec.removeprefix("regex:") for spec in specs if spec.startswith("regex:")]
+    return "math" in specs, patterns
 
 
 def members(folder: str | Path) -> list[Path]:
@@ -203,7 +215,8 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
     def take_unparsed() -> int:
         return sum(count() for count in counts)
 
-    return Reward(host=score, take_unparsed=take_unparsed if counts else None)
+    examples = tuple(itertools.chain.from_iterable(part.examples for part in rewards.values()))
+    return Reward(host=score, take_unparsed=take_unparsed if counts else None, examples=examples)
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -232,6 +245,7 @@ class _Reader(NamedTuple):
     load: Load
     columns: Collection[str]
     services: Services
+    mathematics: verifiable.Settings
 
     def read(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward of any kind."""
@@ -255,8 +269,12 @@ class _Reader(NamedTuple):
         if of_texts is None:
             return self._read_models(spec, where)
         name, function = of_texts
+        host = from_text(function, self.tokenizer)
         take_unparsed = getattr(function, "take_unparsed", None)
-        return name, Reward(host=from_text(function, self.tokenizer), take_unparsed=take_unparsed)
+        examples = getattr(function, "examples", None)
+        return name, Reward(
+            host=host, take_unparsed=take_unparsed, examples=() if examples is None else (examples,)
+        )
 
     def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
         """A function of texts; None for the SPEC of a reward model."""
@@ -271,7 +289,7 @@ class _Reader(NamedTuple):
                     f"{where}: the package math-verify is not installed; pip install "
                     "'rlhf-jax[math]'"
                 )
-            return spec, _of_columns(where, verifiable.math, self.columns)
+            return spec, _of_columns(where, verifiable.mathematics(self.mathematics), self.columns)
         if file.endswith(".py"):
             return function, load_function(where, Path(file), function, self.columns)
         if kind in ("http", "https"):

@@ -2,88 +2,222 @@
 data row.
 """
 
-import atexit
-import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.errors import TrainingFault
+from rlhf_jax.graders import answers, literals
+from rlhf_jax.graders.answers import Form, Found, Gold, Place, Value
+from rlhf_jax.graders.worker import Ended, Worker
 
-PROGRAM = Path(__file__).with_name("mathematics.py")
 SECONDS = 60.0  # that a comparison may take; its work is bounded, so it takes one or less
+PATTERN_SECONDS = 10.0  # that a search of one response may take
+FEWEST = 8  # rewarded answers of a batch of which one can be the most common
+
+Status = Literal["missing", "unreadable", "repeated", "wrong", "right"]
+Reward = Callable[..., Any]
+"""``fn(prompts, responses, **columns)``: scores, or scores and {component: values}."""
+
+_mathematics = Worker(Path(__file__).with_name("mathematics.py"))
+_patterns = Worker(Path(__file__).with_name("patterns.py"))
 
 
-def regex(pattern: str) -> Callable[..., list[float]]:
+@dataclass(frozen=True)
+class Settings:
+    """How `--reward math` reads answers."""
+
+    form: Form | None = None
+    """number: where the gold answer is a number, only a number is right, not an expression such as
+    3 + 4; expression: whatever has its value is right. null: number if most golds are numbers."""
+    place: Place = "auto"
+    """Where the answer of a response stands: boxed, <answer> tags, hashes (after ####), last
+    expression; auto: the first of these that there is."""
+
+
+DEFAULT = Settings()
+
+
+class Verdict(NamedTuple):
+    """What a response is, and the text that was read as its answer."""
+
+    status: Status
+    answer: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """1, 0, or None if the row has no answer that could be compared."""
+        return None if self.status == "missing" else float(self.status == "right")
+
+
+def regex(pattern: str) -> Reward:
     """``fn(prompts, responses, **columns)``: 1 where the pattern (Python's syntax) is found in the
     response, else 0.
+
+    The function raises TrainingFault, with the pattern and the response, if a search takes longer
+    than ten seconds, as with repeats inside repeats.
     """
-    search = re.compile(pattern).search
-    return lambda prompts, responses, **columns: [
-        float(search(response) is not None) for response in responses
-    ]
+    re.compile(pattern)
+
+    def found(response: str) -> float:
+        try:
+            return float(_patterns.ask([pattern, response], PATTERN_SECONDS))
+        except Ended:
+            raise TrainingFault(
+                f"regex:{pattern}: no result after {PATTERN_SECONDS:g} s for a response of "
+                f"{len(response)} characters that ends in {response[-200:]!r}; a repeat inside a "
+                "repeat, such as (a+)+, can take for ever: write it with one repeat"
+            ) from None
+
+    return lambda prompts, responses, **columns: list(map(found, responses))
 
 
-def math(prompts: list[str], responses: list[str], answer: list[Any]) -> list[float | None]:
-    """1 for a response whose answer equals that of its data row, else 0.
+def mathematics(settings: Settings = DEFAULT) -> Reward:
+    """``fn(prompts, responses, answer, messages)``: 1 for a response whose answer equals that of
+    its data row, else 0, and None if the row has none (`verdict`).
 
-    The package math-verify reads both, as numbers, expressions or LaTeX, and compares their values,
-    within the bounds of `graders.mathematics`: a verdict depends on no clock. If a text has the
-    mark ``####`` of GSM8K (Cobbe et al. 2021), only the part after the last mark is parsed. If the
-    row's answer cannot be parsed, the score is None, which makes the response a missing row.
+    Components: ``unreadable``, 1 where no answer was found or a number is not worked out;
+    ``repeats_prompt``, 1 where the answer is a part of the prompt; ``one_answer``, for all rows the
+    share of the rewarded answers that are the same one, if the golds of the rows are not.
+
+    The function has ``examples``, {component: a response of the last batch that raised it}.
+    """
+    examples: dict[str, str] = {}
+
+    def math(
+        prompts: list[str],
+        responses: list[str],
+        answer: list[Any],
+        messages: Sequence[Any] | None = None,
+    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        conversations = messages or [None] * len(prompts)
+        questions = list(map(question, prompts, conversations))
+        golds = list(map(answers.gold, answer))
+        rows = list(zip(golds, responses, questions, prompts, strict=True))
+        verdicts = [verdict(*row, settings) for row in rows]
+        share, common = _most_common(golds, verdicts)
+        examples.clear()
+        if common:
+            examples["one_answer"] = common
+        for one, response in zip(verdicts, responses, strict=True):
+            if one.status == "repeated":
+                examples.setdefault("repeats_prompt", response)
+        scores = [one.score for one in verdicts]
+        return scores, {
+            "unreadable": _where(verdicts, "unreadable"),
+            "repeats_prompt": _where(verdicts, "repeated"),
+            "one_answer": [None if score is None else share for score in scores],
+        }
+
+    math.examples = examples  # type: ignore[attr-defined]
+    return math
+
+
+def _where(verdicts: Sequence[Verdict], status: Status) -> list[float | None]:
+    return [None if one.score is None else float(one.status == status) for one in verdicts]
+
+
+def _most_common(golds: Sequence[Gold], verdicts: Sequence[Verdict]) -> tuple[float, str]:
+    """The share of the rewarded answers that are the most common one, and this answer; 0 if there
+    are few, or if most golds have one value too.
+    """
+    rewarded = Counter(answers.squeezed(one.answer) for one in verdicts if one.status == "right")
+    wanted = Counter(answers.squeezed(gold.values[0].text) for gold in golds if gold.values)
+    if rewarded.total() < FEWEST or 2 * max(wanted.values()) > wanted.total():
+        return 0.0, ""
+    [(answer, count)] = rewarded.most_common(1)
+    return count / rewarded.total(), answer
+
+
+def question(prompt: str, messages: Any = None) -> str:
+    """What a prompt asks: the content of its last message of the user, or the prompt itself."""
+    for message in reversed(messages or ()):
+        content = message.get("content")
+        if message.get("role") == "user" and isinstance(content, str):
+            return content
+    return prompt
+
+
+def verdict(
+    gold: Gold,
+    response: str,
+    asked: str = "",
+    prompt: str = "",
+    settings: Settings = DEFAULT,
+) -> Verdict:
+    """Compares the answer of a response (`answers.find`) with that of its data row.
+
+    Numbers are compared exactly, letters of a choice, times, ratios and words as texts, and other
+    expressions by the package math-verify within the bounds of `graders.mathematics`. No verdict
+    depends on a clock.
+
+    Args:
+      asked: the question, which may not be repeated as the answer.
+      prompt: as the model reads it; if it ends with ``<think>``, the response begins in thoughts.
+      settings: ``form`` None counts as number.
 
     Raises:
         TrainingFault: a comparison took a minute, or its process was ended.
     """
-    pairs = zip(answer, responses, strict=True)
-    return [_verdict(str(expected), response) for expected, response in pairs]
+    if not gold.values:
+        return Verdict("missing")
+    text = answers.after_thoughts(response, prompt)
+    read = Verdict("unreadable")
+    for value in gold.values:
+        found = answers.find(text, value.kind, settings.place)
+        if answers.repeats(text, found, gold.values, asked):
+            return Verdict("repeated", found.text if found else text)
+        if found is None:
+            continue
+        status = _status(value, found, settings.form)
+        if status == "right":
+            return Verdict(status, found.text)
+        if status == "wrong":
+            read = Verdict(status, found.text)
+    return read
 
 
-def _verdict(expected: str, response: str) -> float | None:
-    worker = _worker()
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    alarm = threading.Timer(SECONDS, worker.kill)
-    alarm.start()
+def _status(value: Value, found: Found, form: Form | None) -> Status:
+    """The status of an answer that was found."""
+    if value.kind == "words":
+        return _right(value.text in answers.said_words(found.text))
+    if value.kind == "choice":
+        return _same(value.text, answers.choice_of(found.text))
+    if value.kind == "ratio":
+        return _same(value.text, answers.ratio_of(found.text))
+    if answers.compact(found.text) == answers.compact(value.text):
+        return "right"
+    if value.kind == "expression":
+        return _right(_equal(value.text, found.text))
+    read = answers.number_of(found)
+    if form == "expression" and (read is None or not read.is_worked_out):
+        return _right(_equal(value.text, found.text))
+    if read is None or not read.is_worked_out:
+        return "unreadable"
+    assert value.number is not None
+    return _right(literals.equal(value.number, read))
+
+
+def _right(is_right: bool) -> Status:
+    return "right" if is_right else "wrong"
+
+
+def _same(expected: str, read: str | None) -> Status:
+    return "unreadable" if read is None else _right(read == expected)
+
+
+def _equal(expected: str, answer: str) -> bool:
+    """Whether two expressions are equal; not if one of them cannot be parsed."""
+    if not answers.same_brackets(expected, answer):
+        return False
+    pair = [literals.latex(expected), literals.latex(answer)]
     try:
-        worker.stdin.write(json.dumps([expected, response]) + "\n")
-        worker.stdin.flush()
-        line = worker.stdout.readline()
-    except BrokenPipeError:
-        line = ""
-    finally:
-        alarm.cancel()
-    if not line:
-        _worker.cache_clear()
+        return bool(_mathematics.ask(pair, SECONDS))
+    except Ended:
         raise TrainingFault(
             f"math: the process that compares answers ended, or was ended after {SECONDS:g} s, at "
-            f"the answer {expected!r:.200} and a response that ends in {response[-200:]!r}"
-        )
-    verdict: float | None = json.loads(line)
-    return verdict
-
-
-@functools.cache
-def _worker() -> subprocess.Popen[str]:
-    """The program's process. It ends when its input ends, and therefore together with this process.
-    It finds the packages of this process, but gets no other variable of its environment.
-    """
-    packages = os.pathsep.join(filter(None, sys.path))
-    worker = subprocess.Popen(
-        [sys.executable, "-P", str(PROGRAM)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        # The order of sets decides how many calls a comparison needs.
-        env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONPATH": packages},
-        start_new_session=True,  # Ctrl-C is for the run
-    )
-    atexit.register(worker.kill)
-    return worker
+            f"the answer {expected!r:.200} and a response that ends in {answer[-200:]!r}"
+        ) from None

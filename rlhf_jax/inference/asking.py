@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.config import Compute
+from rlhf_jax.config import Compute, Json
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -50,6 +50,9 @@ class Settings:
     template: str | None = None
     """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
     """
+    template_options: Json | None = None
+    """Variables of the chat template as a JSON object, such as {"enable_thinking": false}; null:
+    the run's."""
     seed: int = 0
     """A response is a function of it, of the prompt, and of the sample's number."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -108,6 +111,8 @@ def open_policy(
         source,
         **sampling,
         template=settings.template or trained.get("text.template"),
+        template_options=settings.template_options,
+        special_tokens=trained.get("text.special_tokens", "text"),
         batch_size=batch_size,
         stop=settings.stop or tuple(trained.get("rl.stop", ())),
         max_length=min([network.max_length, *map(bench.judge_positions, reward)]),
@@ -132,12 +137,11 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
     return list(row.messages) or chat.shown(row, tokenizer)
 
 
-def reward_of(
-    entries: Sequence[str], tokenizer: Tokenizer, columns: Collection[str]
-) -> spec.Reward:
+def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
-    load = functools.partial(initial.load_reward_model, compute=Compute())
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns)
+    in_chat = chat.frame(policy.template, policy.tokenizer) is None
+    load = functools.partial(initial.load_reward_model, compute=Compute(), in_chat=in_chat)
+    return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 
 def described(
@@ -154,6 +158,7 @@ def described(
         **{name: getattr(sampling, name) for name in SAMPLING},
         "stop": list(policy.stop),
         "template": policy.template,
+        "template_options": policy.template_options,
         "dtype": policy.model.config.compute_dtype,
         "columns": list(config.columns),
         "on_bad_row": config.on_bad_row,

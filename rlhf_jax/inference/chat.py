@@ -277,7 +277,7 @@ class _Talk:
             tokenizer = speaker.policy.tokenizer
             known = tokenizer.fingerprint
             if known not in self.rewards:
-                self.rewards[known] = asking.reward_of(self.entries, tokenizer, ())
+                self.rewards[known] = asking.reward_of(self.entries, speaker.policy, ())
             columns = {"messages": [answer.messages]}
             rollout = _rollout(answer, tokenizer.pad_id)
             [score] = bench.score(self.rewards[known], rollout, columns, 1)

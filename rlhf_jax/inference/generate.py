@@ -4,7 +4,8 @@
 
 The prompt is a text or a list of messages, as the data has it; the samples of a prompt follow each
 other. So the rows are demonstrations that ``sft`` reads. OUT.settings.json has the settings of the
-file. If the command is interrupted, the same command completes the file, with the same bytes.
+file. Until all rows are there they are in OUT.part. If the command is interrupted, the same command
+completes them, to the same bytes. One process writes at a time.
 """
 
 import dataclasses
@@ -15,14 +16,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.errors import file_errors, logger
+from rlhf_jax.errors import file_errors, logger, read_file
 from rlhf_jax.evaluation import bench
 from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import Asked, Generator
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
-from rlhf_jax.runs import manifest, reading
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs import manifest
+from rlhf_jax.runs.writing import one_writer, open_to_append, write_atomically
 
 _BATCHES = 4  # that are sorted by length and written together
 _DIGITS = 3  # of log-probabilities and scores: further ones depend on the batch size
@@ -50,9 +51,15 @@ def run(folder: str, config: Config) -> int:
     holds.
 
     Raises:
-        UserError: the file was made in another way, or whatever is wrong with a folder, a file or a
-            row.
+        UserError: the file was made in another way, another process writes it, or whatever is wrong
+            with a folder, a file or a row.
     """
+    out = Path(config.out)
+    with one_writer(out):
+        return _complete(folder, config, out)
+
+
+def _complete(folder: str, config: Config, out: Path) -> int:
     asking.start(config)
     policy = asking.open_policy(
         folder,
@@ -65,18 +72,18 @@ def run(folder: str, config: Config) -> int:
     columns = {name for row in data.rows for name in row.columns}
     reward = None
     if config.reward:
-        reward = asking.reward_of(config.reward, policy.tokenizer, columns)
+        reward = asking.reward_of(config.reward, policy, columns)
     asked = policy.ask(data.rows, config.n)
-    out = Path(config.out)
     total = asked.streams.size
+    part_file = out.with_name(f"{out.name}.part")
     settings = asking.described(folder, policy, config, data) | _own_settings(config)
-    num_done = _take(out, settings)
+    num_done = _take(out, part_file, settings)
     if num_done:
-        logger.info(f"{out}: holds {num_done} of {total} responses")
+        logger.info(f"{out}: {num_done} of {total} responses are there")
     # Whole parts are sampled again, so that a row has the same neighbours as before.
     size = max(1, _BATCHES * config.batch_size // config.n)
     first = num_done // config.n // size * size
-    with file_errors(out, "written"), out.open("a", encoding="utf-8", newline="\n") as file:
+    with file_errors(out, "written"), open_to_append(part_file) as file:
         for start in range(first, len(data.rows), size):
             part = asked.part(start, start + size)
             lines = list(_lines(policy, reward, part, config, columns))
@@ -84,6 +91,8 @@ def run(folder: str, config: Config) -> int:
             file.writelines(lines[max(0, num_done - num_before) :])
             file.flush()
             logger.info(f"{num_before + len(lines)} of {total} responses")
+        os.fsync(file.fileno())
+        part_file.replace(out)
     return total
 
 
@@ -123,21 +132,23 @@ def _lines(
         yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _take(out: Path, settings: dict[str, Any]) -> int:
-    """The number of complete lines that the file has already. An incomplete last line, which a kill
-    may leave, is removed.
+def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
+    """The number of complete lines that are there already; all lines are in ``part_file`` then. An
+    incomplete last line, which a kill may leave, is removed.
 
     Raises:
         UserError: the file was made with other settings, or its settings are unknown.
     """
     beside = out.with_name(f"{out.name}.settings.json")
-    if not out.exists():
+    if not (out.exists() or part_file.exists()):
         with file_errors(beside, "written"):
             write_atomically(beside, json.dumps(settings, indent=1) + "\n")
         return 0
     asking.check_unchanged(out, asking.read_beside(out, beside, {str: object}), settings)
-    data = reading.read_bytes(out)
-    length = data.rfind(b"\n") + 1
     with file_errors(out, "written"):
-        os.truncate(out, length)
+        if out.exists():  # complete, unless somebody has cut it
+            out.replace(part_file)
+        data = read_file(part_file, most=None)
+        length = data.rfind(b"\n") + 1
+        os.truncate(part_file, length)
     return data.count(b"\n")

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import text_of
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import one_writer, write_atomically
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
@@ -136,6 +137,7 @@ class Session(NamedTuple):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         with file_errors(self.out, "written"):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            # The rows follow from the session, and are written again when it goes on.
             write_atomically(session_file(self.out), text)
             write_atomically(self.out, "".join(lines))
 
@@ -159,9 +161,19 @@ def run(
     """Asks until all pairs are judged, the lines end or a line is quit; returns a summary.
 
     Raises:
-        UserError: the file was begun with other settings; a folder, a file or a row is wrong; a
-            line is no choice, unless it comes from a terminal.
+        UserError: the file was begun with other settings, or another process writes it; a folder, a
+            file or a row is wrong; a line is no choice, unless it comes from a terminal.
     """
+    with one_writer(Path(config.out)):
+        return _judge(folder, config, lines, console)
+
+
+def _judge(
+    folder: str,
+    config: Config,
+    lines: Iterator[str],
+    console: Console,
+) -> str:
     session = _open(folder, config)
     session.save()
     if session.judgements:
@@ -233,7 +245,7 @@ def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
     rendered = []
     for row in rows:
         if row.messages:
-            prompt = template.prompt(row.messages, row.source)
+            prompt = template.prompt(row.messages, row.source, tools=row.tools)
             row = dataclasses.replace(row, prompt=prompt)
         rendered.append(row)
     return rendered
@@ -249,7 +261,7 @@ def _shown(pair: Judgement, session: Session) -> str:
     number = "once more" if pair.again else f"{pair.pair + 1} of {len(session.prompts)}"
     prompt = pair.prompt
     if isinstance(prompt, list):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt = "\n".join(f"{message['role']}: {text_of(message)}" for message in prompt)
     first, second = (pair.answers[i] for i in pair.order)
     return f"\n[{number}] {prompt}\n\na: {first}\n\nb: {second}\n\n{QUESTION}\n"
 

@@ -25,7 +25,7 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there, read_file
 from rlhf_jax.models import families, names
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import HEADS
@@ -52,7 +52,10 @@ _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
 )
 # Keys of a loaded config.json that describe that folder's weights, not the model.
-_FORMER = ("reward_shift", "torch_dtype")
+_FORMER = ("reward_shift", "score_position", "torch_dtype")
+END_OF_TURN = "end_of_turn"
+"""The ``score_position`` of our reward models: the score stands at the token that ends the answer.
+In any other folder it stands at the end of all that the chat template writes."""
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
     "vocab_size",
@@ -106,7 +109,7 @@ def load(
         shift = config.other_keys.get("reward_shift", 0.0)
         params["score"] = read_score(reader, config.hidden_size, shift, dtype)
     reader.check_all_read()
-    if (folder / VALUE_HEAD).is_file():
+    if is_there(folder / VALUE_HEAD):
         reader = Reader(folder, single=VALUE_HEAD)
         params["value"] = {
             "kernel": reader.read("kernel", (config.hidden_size,), dtype),
@@ -134,8 +137,8 @@ def save(
         model: whose config is written, with the keys it was loaded with.
         params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification
             of one label: ``score.weight = gain * w``, and config.json gets ``reward_shift = gain *
-            bias + shift``, to be added to transformers' logit; such a folder has no output table of
-            its own) and "value" (value_head.safetensors).
+            bias + shift``, to be added to transformers' logit, and ``score_position``; such a
+            folder has no output table of its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
         both_tables: a tied output table is also written under its own name.
 
@@ -182,6 +185,7 @@ def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"])
         # transformers refuses the problem_type "single_label_classification" with one label.
         keys["problem_type"] = "regression"
         _, keys["reward_shift"] = folded_score(params["score"])
+        keys["score_position"] = END_OF_TURN
     # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
     keys["dtype"] = str(jnp.result_type(*dtypes))
@@ -299,25 +303,35 @@ def refuse_adapter(folder: Path) -> None:
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in a folder."""
     file = folder / CONFIG
-    if (folder / OWN_NOTE).is_file():
+    if is_there(folder / OWN_NOTE):
         raise UserError(
             f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
             "Face model; read them by rlhf_jax.training.common.own.load"
         )
     refuse_adapter(folder)
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))
     shift = config.other_keys.get("reward_shift", 0.0)
     if not names.is_number(shift):
         raise UserError(f"{file}: reward_shift is {shift!r}, expected a number")
+    position = config.other_keys.get("score_position", END_OF_TURN)
+    if position != END_OF_TURN:
+        raise UserError(f"{file}: score_position is {position!r}, expected {END_OF_TURN!r} or none")
     return config
+
+
+def scores_turns(config: ModelConfig) -> bool:
+    """Whether a reward model's score stands at the end of a turn (`END_OF_TURN`). Folders that have
+    a ``reward_shift`` alone are ours too.
+    """
+    return "score_position" in config.other_keys or "reward_shift" in config.other_keys
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_file(file).decode("utf-8-sig"))
         # Fails for half of a surrogate pair, which no file can hold.
         json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -345,13 +359,16 @@ class Reader:
         prefix: str = "",
         single: str = WEIGHTS,
     ) -> None:
-        files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
-        self.source = files[0] if len(files) == 1 else folder / INDEX
+        whole = folder / single
+        paths = [whole] if is_there(whole) else _shards(folder, single)
+        self.source = paths[0] if len(paths) == 1 else folder / INDEX
         self.prefix = prefix
         # {name without prefix: (open file, name in it)}
         self.where: dict[str, tuple[Any, str]] = {}
         self.metadata: dict[str, str] = {}
-        for file in files:
+        for file in paths:
+            if not file.is_file():
+                raise UserError(f"{file}: is no file")
             try:
                 opened = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -406,7 +423,7 @@ class Reader:
 
 def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
-    if not index.is_file():
+    if not is_there(index):
         pickles = [
             f"; {file.name} is a pickle, which is never read" for file in folder.glob("*.bin")
         ]
@@ -415,9 +432,9 @@ def _shards(folder: Path, single: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
-    files = [file.name for file in folder.iterdir() if file.is_file()]
+    present = [file.name for file in folder.iterdir() if is_there(file)]
     for shard in weight_map.values():
-        if shard not in files:
+        if shard not in present:
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
     return [folder / shard for shard in sorted(set(weight_map.values()))]
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there
 from rlhf_jax.models import families, names
 from rlhf_jax.models.families import LeafPath, Shape
 from rlhf_jax.models.heads import HEADS
@@ -155,7 +155,7 @@ def _read_shift(reader: Reader) -> float:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
     config = read_json(file)
     if config.get("peft_type") != "LORA":

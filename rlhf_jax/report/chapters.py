@@ -47,6 +47,7 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "records": run_records,
         "groups": groups,
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
+        "rewarded": verdict.rewarded(groups[0]) if len(groups) == 1 else [],
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
         "samples": [_samples(record, is_one) for record in firsts if record.samples],
         "differences": [[key, *map(_plain, values)] for key, values in differences.items()],

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rlhf_jax import models
 from rlhf_jax.data import chat
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models import hf, lora
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
-from rlhf_jax.runs.folder import refuse_links, write_atomically
+from rlhf_jax.runs.writing import check_writable, refuse_links, replacing, write_atomically
 
 # What a run writes into ``model/``, beside the folders of an ensemble's members.
 KNOWN = (
@@ -34,9 +34,10 @@ _MEMBER = re.compile(r"member_\d+")
 
 def export(run: str | Path, folder: str | Path) -> Path:
     """Copies the files of ``RUN/model`` that a run writes, all members of an ensemble, to
-    ``folder``, and logs which other files are there. Writes README.md, the model card: base model,
-    licence (to be filled in), use with the prompt template, command, data, last metrics, settings
-    and limits. For the folder of a PEFT adapter in place of a run's: ``export_merged``.
+    ``folder``, which appears when it is complete. Logs which other files are there. Writes
+    README.md, the model card: base model, licence (to be filled in), use with the prompt template,
+    command, data, last metrics, settings and limits. For the folder of a PEFT adapter in place of a
+    run's: ``export_merged``.
 
     Raises:
         UserError: the run has no model yet, its files are broken or symbolic links, or the folder
@@ -55,37 +56,52 @@ def export(run: str | Path, folder: str | Path) -> Path:
         )
     if config is None:
         raise UserError(f"{model}: no model here; give the folder of a finished run")
-    _refuse_used(folder)
+    _check_free(folder)
+    check_writable(folder)
     files, unknown = _files(model)
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
+    end = _end_of_turn(tokenizer, template)
+    if template is not None:
+        template = tokenizer.spelled(tokenizer.beginning) + template
     card = page.fill(
         "model_card.md",
         record=record,
         name=folder.name,
         base_model=record.settings.get("model"),
         prompt_template=template,
+        end_of_turn=end,
         ensemble=config.parent.name == "member_0",
         reward_model="reward_shift" in read_json(config),
     )
     with file_errors(folder, "written"):
-        for file in files:
-            copy = folder / file.relative_to(model)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        write_atomically(folder / "README.md", card)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as new:
+            for file in files:
+                copy = new / file.relative_to(model)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+            write_atomically(new / "README.md", card)
+            _check_free(folder)  # from another process
     if unknown:
         names = ", ".join(str(file.relative_to(model)) for file in unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
 
 
+def _end_of_turn(tokenizer: Tokenizer, template: str | None) -> str:
+    """The token behind a response, as it is spelled."""
+    end = chat.template_of(tokenizer).end_of_turn if template is None else None
+    return tokenizer.spelled([tokenizer.eos_id if end is None else end])
+
+
 def export_merged(adapter: Path, folder: Path) -> Path:
     """Writes the base model that a PEFT adapter names, with the adapter merged, and the tokenizer
     of the adapter's folder, or of the base model if that has none.
     """
-    _refuse_used(folder)
+    _check_free(folder)
+    check_writable(folder)
     config = adapter / hf.ADAPTER_CONFIG
     base = read_json(config).get("base_model_name_or_path")
     if not (isinstance(base, str) and base):
@@ -94,18 +110,21 @@ def export_merged(adapter: Path, folder: Path) -> Path:
     merged = lora.merge(params, lora.load(adapter, params, model))
     of_base = hf.find_folder(base)
     of_tokenizer = adapter if (adapter / "tokenizer.json").is_file() else of_base
-    with file_errors(folder, "written"):
-        models.save(folder, model, merged)
+    with file_errors(folder, "written"), replacing(folder) as new:
+        models.save(new, model, merged)
         found = [of_tokenizer / name for name in _OF_TOKENIZER]
         for file in [*found, of_base / "generation_config.json"]:
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, new / file.name)
     return folder
 
 
-def _refuse_used(folder: Path) -> None:
+def _check_free(folder: Path) -> None:
+    """Raises UserError unless the folder is missing or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
+    if folder.resolve() == Path.cwd():  # it is replaced, and a shell would stay in the former one
+        raise UserError(f"{folder} is the working folder; give a new folder, such as my-model")
 
 
 def _files(model: Path) -> tuple[list[Path], list[Path]]:

@@ -30,7 +30,7 @@ import numpy as np
 from rlhf_jax.errors import file_errors
 from rlhf_jax.report import chapters, figures, records
 from rlhf_jax.report.parts import Facts, Figures, Gates, Part, Table
-from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.writing import write_atomically
 
 __all__ = [
     "Facts",

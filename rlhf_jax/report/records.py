@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, read_file
 from rlhf_jax.models.hf import OWN_NOTE
 from rlhf_jax.runs import reading
 from rlhf_jax.runs.manifest import dotted
@@ -192,7 +192,7 @@ def _read(path: Path, name: str, is_inner: bool) -> RunRecord:
     manifest = reading.read_json(path / "manifest.json", reading.MANIFEST, ["command"])
     place = path / "config.yaml"
     settings = reading.read_yaml(place, reading.SETTINGS)
-    config = reading.read_bytes(place).decode("utf-8", "replace")
+    config = read_file(place).decode("utf-8", "replace")
     given = str(settings.get("output_dir"))
     outer = Path(given).parent
     if is_inner and outer.name:
@@ -207,7 +207,7 @@ def _read(path: Path, name: str, is_inner: bool) -> RunRecord:
     for kind in ("metrics", "timing", "samples", "alerts"):
         file = path / f"{kind}.jsonl"
         rows[kind] = reading.read_rows(file)
-        lines = reading.read_bytes(file).splitlines() if file.exists() else []
+        lines = read_file(file, most=None).splitlines() if file.exists() else []
         if len(lines) > len(rows[kind]):
             incomplete.append(file.name)
     for row in rows["samples"]:

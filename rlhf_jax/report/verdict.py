@@ -7,6 +7,8 @@ from rlhf_jax.report import plots
 from rlhf_jax.report.records import Group, RunRecord
 from rlhf_jax.runs.log import duration
 
+_LONGEST = 100  # characters of an answer or prompt beside the verdict
+
 
 class Tile(NamedTuple):
     """A figure of a run, with a few words below it."""
@@ -44,6 +46,39 @@ def sentence(group: Group) -> str:
     ends = [unfinished(record) for record in group.records]
     result = ", ".join(parts)
     return " ".join([*filter(None, ends), f"{result}."])
+
+
+def rewarded(group: Group, count: int = 3) -> list[str]:
+    """Answers of the last validation with the highest scores, ``3 + 4 = (score 1, to: What ...)``:
+    whether they are what was meant, no number says. Empty if none scored more than the others.
+    """
+    validations = group.records[0].validations
+    if not validations:
+        return []
+    _, samples = validations[-1]
+    rows = []
+    for row in samples:
+        if "response" in row and isinstance(row.get("score"), float):
+            rows.append(row)
+    scores = [row["score"] for row in rows]
+    lowest = min(scores, default=0.0)
+    highest = max(scores, default=0.0)
+    if lowest == highest:
+        lowest = 0.0  # all are right, or none is
+    shown: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["score"], reverse=True):
+        answer = _ends(row["response"])
+        question = _ends(row.get("prompt", ""))
+        score = row["score"]
+        if score > lowest:
+            shown.setdefault(answer, f"{answer!r} (score {score:.3g}, to {question!r})")
+    return list(shown.values())[:count]
+
+
+def _ends(text: object) -> str:
+    """A text, or the last characters of a long one."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else f"... {line[-_LONGEST:]}"
 
 
 def next_commands(kind: str, folder: object) -> list[str]:

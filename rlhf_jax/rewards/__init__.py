@@ -9,6 +9,7 @@ parameters) are arguments of ``jit``. A HostReward is ordinary Python and runs b
 
 from rlhf_jax.rewards.functions import (
     EnsembleMethod,
+    behind_turns,
     ensemble,
     from_model,
     length,
@@ -28,6 +29,7 @@ from rlhf_jax.rewards.shaping import (
 # Traced: scores from counts, models and n-grams, and sums of them
 __all__ = [
     "EnsembleMethod",
+    "behind_turns",
     "diversity",
     "ensemble",
     "from_model",

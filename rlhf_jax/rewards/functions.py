@@ -17,7 +17,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from rlhf_jax import ops
-from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
+from rlhf_jax.types import DropoutKey, Params, RewardFn, Rollout, ScoreFn, Scores
 
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
 
@@ -81,6 +81,46 @@ def from_model(score_fn: ScoreFn, params: Params) -> Partial:
     The result holds ``params``.
     """
     return Partial(_model_score, _as_pytree(score_fn), params)
+
+
+def behind_turns(
+    score_fn: ScoreFn,
+    closing: Sequence[int],
+    ends: Sequence[int],
+) -> ScoreFn:
+    """The ScoreFn of texts with what a chat template writes at their end: for models that were
+    trained on whole conversations.
+
+    Args:
+      closing: the id that ends a turn, and those that follow it. They stand behind the last token
+        of a text, or in its place if that is one of ``ends``.
+    """
+    ids = jnp.asarray(closing, jnp.int32)
+
+    def score(
+        params: Params,
+        tokens: Array,
+        attention_mask: Array,
+        key: DropoutKey = None,
+    ) -> Array:
+        chex.assert_rank([tokens, attention_mask], 2)
+        wider = ((0, 0), (0, len(closing)))
+        tokens = jnp.pad(tokens, wider)
+        attention_mask = jnp.pad(attention_mask, wider)
+        columns = jnp.arange(tokens.shape[1])[None]
+        is_real = attention_mask != 0
+        last = jnp.max(jnp.where(is_real, columns, 0), axis=1, keepdims=True)
+        last_tokens = jnp.take_along_axis(tokens, last, axis=1)
+        is_ended = jnp.isin(last_tokens, jnp.asarray(ends))
+        place = columns - jnp.where(is_ended, last, last + 1)
+        is_present = is_real.any(axis=1, keepdims=True)
+        closes = is_present & (place >= 0) & (place < len(closing))
+        closed = ids[jnp.clip(place, 0, len(closing) - 1)]
+        tokens = jnp.where(closes, closed, tokens)
+        attention_mask = jnp.where(closes, 1, attention_mask)
+        return score_fn(params, tokens, attention_mask, key)
+
+    return score
 
 
 def _model_score(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Scores:

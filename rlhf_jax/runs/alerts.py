@@ -101,7 +101,7 @@ class Watch:
     def observe(self, row: Row) -> Alert | None:
         """Takes the next row. Returns an alert if the rule becomes true in this row."""
         rule = self.rule
-        values = [float(row.get(name, math.nan)) for name in rule.metrics]
+        values = [_value(row, name) for name in rule.metrics]
         if any(map(math.isnan, values)):
             return None
         self._seen.append(values)
@@ -190,6 +190,23 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
     return Rule(name, metrics, _condition(match), int(match["rows"] or 1), action)
 
 
+def _value(row: Row, metric: str) -> float:
+    """The value in a row, NaN without one. A part of a reward, ``reward/PART``, that is one of
+    several has the metric ``reward/NAME/PART``: the largest of them.
+    """
+    if metric in row:
+        return float(row[metric])
+    kind, _, part = metric.partition("/")
+    if kind != "reward":
+        return math.nan
+    values = [
+        float(value)
+        for name, value in row.items()
+        if name.startswith("reward/") and name.endswith(f"/{part}")
+    ]
+    return max(values, default=math.nan)
+
+
 def _condition(match: re.Match[str]) -> Condition:
     """The condition of a rule that is a line of text."""
     window = int(match["window"] or 1)
@@ -272,6 +289,8 @@ _TEXTS = {
     "value-loss explosion": "mean 5 of value/loss > 20x first",
     "sampler gap": "policy/sampler_gap > 0.02 for 3",
     "responses collapse": "response/most_common > 0.9 for 5",
+    "prompt repeated": "reward/repeats_prompt > 0.5 for 3",
+    "one answer": "reward/one_answer > 0.9 for 5",
 }
 _RULES = (
     *itertools.starmap(_default, _TEXTS.items()),

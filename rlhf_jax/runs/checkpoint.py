@@ -34,9 +34,10 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import absl.logging
@@ -148,7 +149,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     scores[step] = self._best_sign * metric
         return max(scores, key=scores.__getitem__, default=None)
 
-    def save(self, step: int, state: Any, meta: Row) -> None:
+    def save(
+        self, step: int, state: Any, meta: Row, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
         """Writes one checkpoint, then deletes those that are no longer to be kept.
 
         Returns when it is complete; if ``asynchronous``, when the one before it is complete, see
@@ -160,6 +163,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           state: pytree of jax or NumPy arrays, in any layout. With several processes each writes
             its own parts. The caller may donate or overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
+          files: {name: content}, kept beside the arrays; see :meth:`file`. Those of the first
+            process count.
 
         Raises:
           CheckpointError: it could not be written, for example because the disk is full. The
@@ -172,7 +177,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"cannot save step {step} in {self._directory}: step {latest} is there already"
             )
         leaves = _leaves(state)
-        record = json.loads(json.dumps({"meta": meta, "leaves": _described(leaves)}))
+        about = {
+            name: {"bytes": len(content), "sha256": digest_of(content)}
+            for name, content in files.items()
+        }
+        record = {"meta": meta, "leaves": _described(leaves), "files": about}
+        record = json.loads(json.dumps(record))
         arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
         parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
         folder = self._directory / f"{step}.orbax-checkpoint-tmp"
@@ -183,7 +193,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             copied = self._handler.async_save(folder / "state", args=args)
             written = processes.agree(lambda: self._writer.submit(asyncio.run, copied).result())
         self._damaged.clear()
-        self._pending.append(self._writer.submit(self._write, step, folder, record, parts, written))
+        self._pending.append(
+            self._writer.submit(self._write, step, folder, record, files, parts, written)
+        )
         if not self._asynchronous:
             self.wait()
 
@@ -208,7 +220,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         folder.mkdir(parents=True)
 
     def _write(
-        self, step: int, folder: Path, record: Row, parts: dict[str, Parts], written: Iterable[Any]
+        self,
+        step: int,
+        folder: Path,
+        record: Row,
+        files: Mapping[str, bytes],
+        parts: dict[str, Parts],
+        written: Iterable[Any],
     ) -> None:
         """The part of a save that follows the copy to the host. Every process runs it in a thread.
 
@@ -224,7 +242,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._handler.finalize(folder / "state")
             text = json.dumps(record)
             (folder / "record").mkdir()
-            item = {"record": text, "sha256": _hash(text)}
+            for name, content in files.items():
+                (folder / "record" / name).write_bytes(content)
+            item = {"record": text, "sha256": digest_of(text.encode())}
             (folder / "record" / "metadata").write_text(json.dumps(item), "utf-8")
             folder.rename(self._directory / str(step))
 
@@ -374,7 +394,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             path = self._directory / str(step) / "record" / "metadata"
             item = json.loads(path.read_text("utf-8"))
             content = json.loads(item["record"])
-            is_whole = _hash(item["record"]) == item["sha256"]
+            is_whole = digest_of(item["record"].encode()) == item["sha256"]
         except Exception as error:
             raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
         if not is_whole:
@@ -382,6 +402,24 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         wrong = reading.misfit(content, reading.CHECKPOINT)
         if wrong or content.keys() != reading.CHECKPOINT.keys():
             raise CheckpointError(f"{record} holds something else ({wrong or 'other keys'})")
+        return content
+
+    def file(self, step: int, name: str) -> bytes:
+        """One of the files that were saved with a step.
+
+        Raises:
+          CheckpointError: it is missing or damaged.
+        """
+        path = self._directory / str(step) / "record" / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            content = _first_line(error).encode()
+        if digest_of(content) != self.record(step)["files"][name]["sha256"]:
+            raise CheckpointError(
+                f"{name} of the run and its copy in {self._name(step)} are both damaged. Delete "
+                "this checkpoint to go on from an earlier one, or start again with --overwrite"
+            )
         return content
 
     def arrays(self, step: int) -> Parts:
@@ -503,8 +541,9 @@ def _sha256(leaf: Row, part: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest_of(content: bytes) -> str:
+    """The checksum of a file."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _compare(saved: Row, target: Row, where: str) -> None:

@@ -65,8 +65,9 @@ def choose(
         place: as in ``processes.join``; None: there is one process.
         deterministic: the same bits from run to run on a GPU too.
         threads: of XLA on a CPU, at least as many as the devices of a process; their number
-            changes how matrix products round. None: as many as there are cores or devices. If JAX
-            has started before, the number stays as it is, and a line says so.
+            changes how matrix products round. They may be more than the cores. None: as many as
+            there are cores or devices. If JAX has started before, the number stays as it is, and a
+            line says so.
 
     Raises:
         UserError: JAX finds no such device here, or would leave an accelerator unused although
@@ -100,11 +101,10 @@ def choose(
             "--deterministic: XLA did not get its flags, since JAX had started before, or "
             "XLA_FLAGS says otherwise"
         )
-    is_late = threads is not None and os.environ.get("NPROC") != str(threads)
-    if is_late and jax.default_backend() == "cpu":
+    if threads is not None and jax.default_backend() == "cpu" and num_threads() != threads:
         logger.info(
-            "compute.blocks: JAX had started before, with as many threads as there are cores or "
-            "devices; the bits depend on their number"
+            f"JAX had started before, with {num_threads()} threads, and this run needs {threads}: "
+            "its bits depend on their number. Start it in a process of its own"
         )
 
 
@@ -194,6 +194,20 @@ def free_memory() -> int:
         limits.append(max(allowed - _cgroup("memory.current") + sum(kept), 1))
     free = min(filter(None, limits), default=0)
     return int(free * (1 - RESERVED)) // jax.local_device_count()
+
+
+def num_threads() -> int | None:
+    """XLA's threads on a CPU, on which the bits of matrix products depend; None on another device.
+
+    XLA reads ``NPROC`` when it starts. Without it, it has a thread for each core that the process
+    may use, and in any case one for each device.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    given = os.environ.get("NPROC", "")
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cores = len(usable) or os.cpu_count() or 1
+    return max(int(given) if given.isdecimal() else cores, jax.local_device_count())
 
 
 def cpu() -> str:

@@ -25,14 +25,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import filelock
 
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.runs import processes
+from rlhf_jax.runs.writing import refuse_links, write_atomically
 
 _LOCK_FILES = (".lock", ".pid")
 # What a run, its report and its evaluation write.
@@ -49,7 +49,8 @@ _FILES = (
     "evaluation_samples.jsonl",
 )
 _FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "judge", "engine")
-_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
+# What a killed run leaves: files that it wrote, and the weights that it gave to an engine.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.(unfinished|weights)")
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
@@ -75,7 +76,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.adapter = path / "adapter"
         self.judge = path / "judge"
         self.engine = path / "engine"
-        self.weights = _unfinished(path / "weights")  # for an engine, while the run is open
+        # For an engine, while the run is open.
+        self.weights = path / f".{secrets.token_hex(8)}.weights"
 
     def close(self) -> None:
         """Releases the folder."""
@@ -160,16 +162,6 @@ def check_links(path: Path) -> None:
             refuse_links(Path(place, name) for name in (*folders, *files))
 
 
-def refuse_links(paths: Iterable[Path]) -> None:
-    """Raises UserError if one of the paths is a symbolic link."""
-    for path in paths:
-        if path.is_symlink():
-            raise UserError(
-                f"{path} is a symbolic link to {os.readlink(path)}, and no link in a run's folder "
-                "is followed; delete it, or replace it by a copy of what it names"
-            )
-
-
 def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
     """Raises UserError if ``open_run`` would refuse the folder, even if no process has it open."""
     if resume and overwrite:
@@ -223,66 +215,3 @@ def _delete(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink()
-
-
-def _unfinished(path: Path) -> Path:
-    """An unpredictable name beside ``path``, for what replaces ``path`` when it is complete."""
-    return path.with_name(f".{secrets.token_hex(8)}.unfinished")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing, even if the process is killed. The umask gives its mode.
-
-    Raises:
-      UserError: the path is a symbolic link.
-    """
-    refuse_links([path])
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = _unfinished(path)
-    try:
-        with temporary.open("xb") as file:  # O_EXCL: neither a file nor a link has the name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new folder that replaces ``path`` at the end of the ``with`` block. After an error the new
-    folder is deleted, and ``path`` stays.
-
-    Raises:
-      UserError: the path is a symbolic link.
-    """
-    refuse_links([path])
-    new = _unfinished(path)
-    former = _unfinished(path)
-    new.mkdir()
-    try:
-        yield new
-        if path.exists():
-            path.rename(former)
-        new.rename(path)
-    finally:
-        for left_over in (new, former):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-
-def open_to_append(path: Path) -> TextIO:
-    """Opens a text file to append lines to it.
-
-    Raises:
-      UserError: the path is a symbolic link.
-    """
-    refuse_links([path])
-    return open(path, "a", encoding="utf-8", newline="\n", opener=_without_following)
-
-
-def _without_following(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -34,9 +34,10 @@ from rich.progress import (
 
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, open_to_append, write_atomically
+from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import json_lines
 from rlhf_jax.runs.trackers import Numbers, Services
+from rlhf_jax.runs.writing import open_to_append, write_atomically
 
 Row = Mapping[str, Any]
 _PRINT_EVERY = 10  # steps between lines if there is no terminal

@@ -24,9 +24,10 @@ import jax
 import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
-from rlhf_jax.runs import devices
-from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs import devices, keeping
+from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, read_json, read_yaml
+from rlhf_jax.runs.writing import write_atomically
 
 Keys = Sequence[str]
 Texts = Mapping[str, str]
@@ -71,6 +72,7 @@ def write_manifest(
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
         "cpu": devices.cpu(),
+        "threads": devices.num_threads(),
         "versions": {"python": platform.python_version(), **packages},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -103,6 +105,22 @@ def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
             f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit for "
             "bit what it would have been without the stop"
         )
+
+
+def threads_of(path: Path) -> int | None:
+    """XLA's threads at the last start of the run in a folder, as its manifest records them; None
+    without a manifest that does.
+    """
+    texts = keeping.kept_start(path)
+    try:
+        if "manifest.json" in texts:
+            recorded = json.loads(texts["manifest.json"])
+        else:
+            recorded = read_json(path / "manifest.json", MANIFEST)
+    except (UserError, ValueError):  # who opens the run says what is wrong
+        return None
+    starts = recorded.get("resumed", [recorded])
+    return starts[-1].get("threads")
 
 
 def command_line() -> list[str]:
@@ -160,7 +178,8 @@ def check_unchanged(
     ]
     sentences = "; ".join(problems or changed.values())
     if problems:
-        use = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        names = " ".join(dict.fromkeys(_setting(key) for key in changed))
+        use = f"cannot help with {', '.join(never)}" if never else f"{names} lets this differ"
         raise UserError(
             f"--resume: {run.path} is another run: {sentences}. Undo this, or start a new run with "
             f"another --output-dir; --allow-changed {use}"

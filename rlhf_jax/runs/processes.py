@@ -55,17 +55,18 @@ def join(place: str) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", place)
-    if place != "auto" and (match is None or int(match[3]) >= int(match[2])):
+    match = re.fullmatch(r"([^,]+:(\d+)),(\d+),(\d+)", place)
+    is_place = match is not None and int(match[4]) < int(match[3]) and 0 < int(match[2]) < 1 << 16
+    if place != "auto" and not is_place:
         raise UserError(
-            f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, NUMBER from 0 to COUNT - 1; or "
-            "auto"
+            f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, PORT below 65536 and NUMBER "
+            "from 0 to COUNT - 1; or auto"
         )
     settings: Row = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if match is not None:
         settings["coordinator_address"] = match[1]
-        settings["num_processes"] = int(match[2])
-        settings["process_id"] = int(match[3])
+        settings["num_processes"] = int(match[3])
+        settings["process_id"] = int(match[4])
     try:
         jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:

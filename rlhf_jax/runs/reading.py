@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_jax.errors import UserError, file_errors
+from rlhf_jax.errors import UserError, is_there, read_file
 
 STRINGS = ("NaN", "Infinity", "-Infinity")  # of our files, for numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns in which "NaN" is a text
@@ -34,6 +34,7 @@ MANIFEST = {
     "versions": {str: str},
     "devices": {"kind": str, "count": int},
     "cpu": str,
+    "threads": (int, None),
     "xla_flags": str,
     "git": ({"commit": str, "modified": bool}, None),
     "data": {str: str},
@@ -75,6 +76,7 @@ TRACKER = {"id": str, "project": str, "name": str, "services": [str]}
 CHECKPOINT = {
     "meta": {"step": int, "metrics": {str: object}},
     "leaves": {str: {"dtype": str, "shape": [int], "sha256": str, "parts": {str: str}}},
+    "files": {str: {"bytes": int, "sha256": str}},
 }
 _ROWS: dict[str, Any] = {
     "metrics": {str: NUMBER},
@@ -128,21 +130,13 @@ _KINDS = {
 }
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises UserError for whatever else has the name, such as a pipe."""
-    with file_errors(path):
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file")
-        return path.read_bytes()
-
-
 def read_json(path: Path, shape: Any, required: Sequence[str] = ()) -> Any:
     """The object in a JSON file.
 
     Raises:
       UserError: the file cannot be read, is no JSON, lacks a required key or has another shape.
     """
-    data = read_bytes(path)
+    data = read_file(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -156,7 +150,7 @@ def read_yaml(path: Path, shape: Any) -> Row:
     Raises:
       UserError: the file cannot be read, is no YAML or has another shape.
     """
-    data = read_bytes(path)
+    data = read_file(path)
     if len(data) > MAX_YAML_BYTES:
         raise UserError(f"{path}: {len(data)} bytes, more than the {MAX_YAML_BYTES} of any config")
     return parse_yaml(data, shape, str(path))
@@ -248,7 +242,9 @@ def json_lines(path: Path) -> list[tuple[str, Row]]:
     Raises:
       UserError: another line is no row, or the file is none.
     """
-    lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
+    lines = []
+    if is_there(path):
+        lines = read_file(path, most=None).splitlines(keepends=True)
     rows: list[tuple[str, Row]] = []
     for number, line in enumerate(lines, 1):
         row = _row(line)

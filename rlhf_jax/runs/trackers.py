@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import TRACKER, Row, read_json, read_rows
+from rlhf_jax.runs.writing import write_atomically
 
 Numbers = Mapping[str, float]
 Cells = list[list[Any]]

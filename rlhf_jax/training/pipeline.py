@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import logger
-from rlhf_jax.runs import devices, folder, processes
+from rlhf_jax.runs import folder, processes, writing
 from rlhf_jax.training import rl
-from rlhf_jax.training.common.stage import RunResult
+from rlhf_jax.training.common.stage import RunResult, choose_devices
 from rlhf_jax.training.supervised import reward_model, sft
 
 STAGES = ("sft", "reward_model", "ppo")
@@ -35,12 +35,7 @@ def run(config: RunConfig) -> PipelineResult:
         UserError: the folder is used, or an error of a stage.
     """
     path = Path(config.output_dir or "runs/pipeline")
-    devices.choose(
-        config.device,
-        config.processes,
-        deterministic=config.deterministic,
-        threads=config.compute.blocks,
-    )
+    choose_devices(config, [path / stage for stage in STAGES])
     processes.in_first(lambda: check_folder(path, config))
     return run_stages(config, path)
 
@@ -74,7 +69,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     Raises:
         UserError: as ``folder.open_run``.
     """
-    folder.refuse_links(path / stage for stage in STAGES)
+    writing.refuse_links(path / stage for stage in STAGES)
     is_free = path.is_dir() and all(
         entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir()
     )

@@ -697,8 +697,8 @@ def report(
     rows |= {f"more in the phase {phase!r}": size for phase, size in made.phases.items()}
     rows |= {f"of it {part}": size for part, size in made.parts.items()}
     rows["at the peak"] = made.peak
+    whole = jax.device_count() * made.peak + PROCESS
     if target is None:
-        whole = jax.device_count() * made.peak + PROCESS
         rows["of the whole process, where a CPU is the device"] = whole
     lines = [_title(name, target)]
     lines += [f"{memory.amount(size):>14}  {what}" for what, size in rows.items()]
@@ -708,9 +708,10 @@ def report(
         limit = target.memory
     if limit is None:
         return lines
-    room = memory.amount(limit)
-    if made.peak <= limit:
-        return [*lines, f"fits in {room}, with {memory.amount(limit - made.peak)} to spare"]
+    of_process = whole / jax.device_count() if target is None else made.peak
+    verdict, fits = _verdict(made.peak, of_process, limit)
+    if fits:
+        return [*lines, verdict]
     helps = OTHERWISE
     least = made.peak
     for flag, other in options(Case(config, name, target)).items():
@@ -718,7 +719,27 @@ def report(
         if peak < least:
             least = peak
             helps = f"{flag}, a peak of {memory.amount(peak)}"
-    return [*lines, f"does not fit in {room}; what helps most: {helps}"]
+    return [*lines, f"{verdict}; what helps most: {helps}"]
+
+
+def _verdict(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
+    """Whether a stage fits, in words, and as a CPU's process too.
+
+    Args:
+        peak: bytes of the arrays on a device.
+        of_process: a device's part of the whole process, where a CPU is the device.
+    """
+    room = memory.amount(limit)
+    if peak > limit:
+        return f"does not fit in {room}", False
+    spare = f"fits in {room}, with {memory.amount(limit - peak)} to spare"
+    if of_process > limit:
+        needs = memory.amount(of_process)
+        cpu = f"{room} where a CPU is the device, whose process needs {needs} for each"
+        return f"does not fit in {cpu}; on an accelerator it {spare}", False
+    if of_process > peak:
+        spare += f"; where a CPU is the device, with {memory.amount(limit - of_process)}"
+    return spare, True
 
 
 def _title(name: str, target: targets.Target | None) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +12,10 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from rlhf_jax import models, ops, sampling
+from rlhf_jax import models, ops, rewards, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Kind, OnBadRow, Row, Text
+from rlhf_jax.data.rows import Kind, OnBadRow, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -103,9 +103,15 @@ def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
 
 
 def tokenizer_of(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The tokenizer that a config names; None if it is to be made from the data."""
+    """The tokenizer that a config names, reading texts as ``config.text`` says; None if it is to be
+    made from the data.
+    """
     source = config.model or config.tokenizer.name
-    return tokenizers.load_tokenizer(source) if source else None
+    if not source:
+        return None
+    text = config.text
+    tokenizer = tokenizers.load_tokenizer(source)
+    return chat.reading(tokenizer, text.template_options, text.special_tokens)
 
 
 def read_rows(
@@ -117,7 +123,7 @@ def read_rows(
         UserError: there is no data, or a row is wrong.
     """
     template = chat.template_of(tokenizer_of(config), config.text.template)
-    how: Any = {"columns": config.columns, "on_bad_row": on_bad_row}
+    how: Any = {"columns": config.columns, "on_bad_row": on_bad_row, "turns": config.sft.turns}
     return formats.read(kind, names, seed=config.seed, template=template, **how)
 
 
@@ -161,7 +167,7 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
 
 
 def hold_out(
-    what: str, prompts: Sequence[Text], fraction: float, key: Array
+    what: str, prompts: Sequence[Hashable], fraction: float, key: Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, by ``batches.split``; prints how many are held
     out.
@@ -171,7 +177,7 @@ def hold_out(
 
     Args:
         what: the rows' kind, for the console.
-        prompts: of each row.
+        prompts: of each row, as ``encoding.group`` gives it.
     """
     if fraction and len(set(prompts)) == 1:
         logger.info(f"{what}: there is only one prompt, so none is held out for validation")
@@ -182,7 +188,7 @@ def hold_out(
 
 
 def say_held_out(
-    what: str, prompts: Sequence[Text], train_rows: np.ndarray, held_out: np.ndarray
+    what: str, prompts: Sequence[Hashable], train_rows: np.ndarray, held_out: np.ndarray
 ) -> None:
     """Prints how many rows and prompts are held out, and how many of the prompts are also trained
     on.
@@ -237,9 +243,12 @@ def _language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        return loaded._replace(model=_with_dropout(loaded.model, config.network.dropout))
+        loaded = loaded._replace(model=_with_dropout(loaded.model, config.network.dropout))
+        return loaded.reading(config.text.template_options, config.text.special_tokens)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
+        text = config.text
+        tokenizer = chat.reading(tokenizer, text.template_options, text.special_tokens)
     elif config.tokenizer.kind == "bpe":
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
@@ -280,6 +289,7 @@ def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
     """Prints which template renders the prompts."""
     source = config.model or config.tokenizer.name
     logger.info(chat.describe(config.text.template, tokenizer, source))
+    logger.info(chat.boundaries(config.text.template, tokenizer))
 
 
 def prompts_for(
@@ -290,6 +300,7 @@ def prompts_for(
     encoded = encode_prompts(config, rows, language_model.tokenizer, longest)
     for what, count in encoded.counts.items():
         logger.info(f"{count} prompts: {what}{note}")
+    say_spelled(rows, language_model.tokenizer, config.text.template)
     return encoded
 
 
@@ -302,6 +313,13 @@ def encode_prompts(
     how: Any = {"template": config.text.template, "too_long": config.text.too_long}
     how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
     return encoding.encode_prompts(rows, tokenizer, max_positions=max_length, **how)
+
+
+def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: str) -> None:
+    """Prints which plain texts spell special tokens; a chat template refuses them."""
+    sentence = encoding.spelled(rows, tokenizer)
+    if sentence and chat.frame(template, tokenizer) is not None:
+        logger.info(f"warning: {sentence}")
 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
@@ -339,12 +357,14 @@ def load_reward_model(
     score_rows: int | None = None,
     length: int = 0,
     policy: str | None = None,
+    in_chat: bool = False,
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
     ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
-    the first device of each process; its own length is checked with each text.
+    the first device of each process; its own length is checked with each text. ``in_chat``: the
+    policy's prompts are in a chat template (``LanguageModel.closing``).
 
     Raises:
         UserError: the folder cannot be read, or the model has no score head or fewer positions than
@@ -355,19 +375,23 @@ def load_reward_model(
     own = tokenizers.load_tokenizer(source).fingerprint
     reads_texts = policy is not None and own != policy
     loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
-    model, params, _ = loaded
+    model, params, tokenizer = loaded
     if "score" not in params:
         raise UserError(
             f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
         )
-    reads = model.config.max_length
+    closing = loaded.closing(in_chat)
+    reads = model.config.max_length - len(closing)
     if reads < length and not reads_texts:
         raise UserError(
             f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
             f"{length}"
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
-    score_fn = ops.by_rows(models.score_fn(model), score_rows)
+    score_fn = models.score_fn(model)
+    if closing:
+        score_fn = rewards.behind_turns(score_fn, closing, tokenizer.eos_ids)
+    score_fn = ops.by_rows(score_fn, score_rows)
     return spec.RewardModel(score_fn, params, own, score_texts)
 
 

@@ -25,7 +25,7 @@ from rlhf_jax.errors import (
     logger,
 )
 from rlhf_jax.report import records
-from rlhf_jax.runs import alerts, allocator, objects, processes, trackers
+from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
@@ -64,6 +64,8 @@ class Job(NamedTuple):
     check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here
     on_step: OnStep | None = None
+    # {last part of a metric's name: what an alert on it shows of the last step}
+    examples: Callable[[], Mapping[str, str]] = dict
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
@@ -130,6 +132,7 @@ class _Loop:
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
     is_advancing = False  # the state is still the one before the step
+    examples: Mapping[str, str] = {}  # of the step whose metrics are pending
 
     def __init__(
         self,
@@ -182,6 +185,9 @@ class _Loop:
         self.state, meta = self.checkpoints.restore(target)
         self.done = meta["step"]
         self.row = meta["metrics"]
+        processes.in_first(
+            lambda: keeping.restore_rows(self.stage.run, self.checkpoints, self.done)
+        )
         rows = records.read_rows(self.stage.run.metrics)
         self.history = [row for row in rows if row["step"] <= self.done]
         finished = " (finished already)" if self.done >= self.job.num_steps else ""
@@ -204,6 +210,8 @@ class _Loop:
             pulse=pulse,
         )
         self.tracker = stack.enter_context(tracker)
+        if tracked:
+            keeping.keep_start(run)
         alert_rows = RowWriter(run.path / "alerts.jsonl", resume_step)
         self.alert_rows = stack.enter_context(closing(alert_rows))
 
@@ -223,7 +231,9 @@ class _Loop:
         self.is_advancing = True
         self.state, metrics = self.job.advance(self.state, self.done)
         self.is_advancing = False
+        examples = dict(self.job.examples())
         self._catch_up()
+        self.examples = examples
         self.done += 1
         self.pending = {**metrics, **self.judge.metrics(self.state)}
 
@@ -365,6 +375,9 @@ class _Loop:
             alert = watch.observe(row)
             if alert is None:
                 continue
+            example = self.examples.get(watch.rule.metrics[0].rpartition("/")[2])
+            if example is not None:
+                alert = alert._replace(message=f"{alert.message}, as in {example[-200:]!r}")
             fields = alert._asdict()
             del fields["step"]
             self.alert_rows.write(self.done, fields)
@@ -381,7 +394,8 @@ class _Loop:
             "device": device,
             "config": objects.describe(dataclasses.asdict(self.stage.config)),
         }
-        self.checkpoints.save(self.done, self.state, meta)
+        rows = keeping.rows_of(self.stage.run) if processes.is_first() else {}
+        self.checkpoints.save(self.done, self.state, meta, rows)
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""

@@ -60,7 +60,7 @@ def fault(
         _, _, setting = name.rpartition(".")
         helps.append(ADVICE[setting].format(name.replace("_", "-"), value))
     advice = ", ".join([*helps, "shorter texts", "more devices"])
-    reason = str(error).splitlines()[0]
+    reason = str(error).partition("\n")[0]
     begins = "out of memory."
     ends = f"XLA said: {reason}"
     if isinstance(error, TooLarge):

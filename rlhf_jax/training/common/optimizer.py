@@ -16,6 +16,8 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
 from rlhf_jax.config import Optimizer
+from rlhf_jax.config.settings import MOST
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
@@ -32,7 +34,12 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
 
     The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
     factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
+
+    Raises:
+        UserError: there are more steps than its counter, an int32, can count.
     """
+    if num_steps > MOST:
+        raise UserError(f"{num_steps} optimizer steps are more than can be counted, {MOST}")
     peak = settings.learning_rate
     warmup_steps = int(settings.warmup_steps)
     if settings.warmup_steps < 1:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors.numpy import load_file
 
@@ -23,7 +23,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.models.hf import OWN_NOTE, write_tensors
+from rlhf_jax.models.hf import OWN_NOTE, read_json, write_tensors
 from rlhf_jax.models.stack import pick
 from rlhf_jax.types import Params
 
@@ -55,7 +55,8 @@ def from_functions(
     B rows, T tokens, D width, V vocabulary.
 
     Args:
-        init: ``(key) -> params``, nested dicts of arrays: random ones, or those of a file.
+        init: ``(key) -> params``, nested dicts of arrays, whose keys are texts or whole numbers:
+            random ones, or those of a file.
         apply: ``(params, tokens [B, T], attention_mask [B, T], key) -> logits [B, T, V]``. The mask
             is 0 on the pads before a prompt and after a response: positions count real tokens, and
             no token sees a pad. ``key`` is None.
@@ -121,7 +122,7 @@ def start(policy: models.Model, tokenizer: Tokenizer, key: Array) -> LanguageMod
 
     Raises:
         UserError: the tokenizer has more entries than the policy, or the parameters are no nested
-            dicts of arrays.
+            dicts of arrays, with texts or whole numbers as keys.
     """
     size = policy.config.vocab_size
     if tokenizer.vocab_size > size:
@@ -136,7 +137,31 @@ def start(policy: models.Model, tokenizer: Tokenizer, key: Array) -> LanguageMod
             "policy: init must return a dict of parameters, none of which is called "
             f"{' or '.join(sorted(taken))}"
         )
+    _keys_of(params)
     return LanguageModel(policy, jax.tree.map(jnp.asarray, params), tokenizer)
+
+
+def _keys_of(params: Params) -> dict[str, tuple[list[str | int], Any]]:
+    """{name: (its keys, the parameter)}; a name is the keys joined by ``/``.
+
+    Raises:
+        UserError: a key is neither a text nor a whole number, or two parameters have one name.
+    """
+    advice = "it must return nested dicts of arrays whose keys are texts or whole numbers"
+    try:
+        leaves = jax.tree.leaves_with_path(params)
+    except (TypeError, ValueError) as error:  # keys of two types in one dict cannot be sorted
+        raise UserError(f"policy: init: {advice} ({error!s:.200})") from error
+    found: dict[str, tuple[list[str | int], Any]] = {}
+    for path, leaf in leaves:
+        keys: list[Any] = [getattr(part, "key", None) for part in path]
+        if any(type(key) not in (str, int) for key in keys):
+            raise UserError(f"policy: init: {jax.tree_util.keystr(path)}: {advice}")
+        name = "/".join(map(str, keys))
+        if name in found:
+            raise UserError(f"policy: init: two parameters are called {name}; rename one")
+        found[name] = (keys, leaf)
+    return found
 
 
 def width(begun: LanguageModel) -> int:
@@ -156,16 +181,16 @@ def save(
     template: str,
     config: sampling.SamplingConfig,
 ) -> None:
-    """Writes params.safetensors, whose names are the keys joined by ``/``, the note policy.json,
-    and the tokenizer.
+    """Writes params.safetensors, whose names are the keys joined by ``/``, the note policy.json
+    with the keys of each name, and the tokenizer.
 
     Args:
         template, config: as in ``LanguageModel.save``.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    leaves = flatten_dict(policy.params, sep="/")
-    arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    found = _keys_of(policy.params)
+    arrays = {name: np.asarray(leaf) for name, (_, leaf) in found.items()}
     write_tensors(path / PARAMETERS, arrays)
     chat.with_text_template(policy.tokenizer, template).save(path)
     note = {
@@ -173,10 +198,14 @@ def save(
         "read by": "rlhf_jax.training.common.own.load",
         "vocab_size": policy.model.config.vocab_size,
         "max_length": policy.model.config.max_length,
+        "keys": {name: keys for name, (keys, _) in found.items()},
     }
     (path / OWN_NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path) -> Params:
     """The parameters that ``save`` wrote, as nested dicts of NumPy arrays."""
-    return unflatten_dict(load_file(Path(folder) / PARAMETERS), sep="/")
+    path = Path(folder)
+    keys = read_json(path / OWN_NOTE).get("keys", {})
+    arrays = load_file(path / PARAMETERS)
+    return unflatten_dict({tuple(keys[name]): array for name, array in arrays.items()})

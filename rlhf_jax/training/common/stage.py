@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -19,12 +19,22 @@ from jax.tree_util import Partial
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault, UserError, logger
+from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.models.hf import model_folder
+from rlhf_jax.models import hf
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.report import page, records, verdict
-from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
+from rlhf_jax.runs import (
+    allocator,
+    devices,
+    folder,
+    keeping,
+    manifest,
+    objects,
+    processes,
+    trackers,
+    writing,
+)
 from rlhf_jax.training.common import initial, layout, memory
 from rlhf_jax.training.common.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn, TrainState
@@ -56,11 +66,12 @@ FIXED += ("ppo.value", "ppo.value_from")
 
 
 class RunResult(NamedTuple):
-    """The folders of a finished run, and the last row of its metrics."""
+    """The folders of a finished run, and its metrics."""
 
     folder: Path
     model_folder: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # of the last step, or of the best one with ``keep_best``
+    rows: list[dict[str, Any]]  # of metrics.jsonl: each step's, with its "step" and validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +172,7 @@ class Stage:
         compute = dataclasses.replace(compute, remat=remat)
         stage = dataclasses.replace(self, config=dataclasses.replace(self.config, compute=compute))
         text = _settings(stage.config)
-        processes.in_first(lambda: folder.write_atomically(stage.run.config, text))
+        processes.in_first(lambda: _write_settings(stage.run, text))
         if remat:
             model = models.build(dataclasses.replace(model.config, remat=True))
         return stage, language_model._replace(model=model)
@@ -226,6 +237,7 @@ class Stage:
         trained: Mapping[str, Params],
         metrics: dict[str, Any],
         save: Callable[..., None] = LanguageModel.save,
+        samples: bool = False,
     ) -> RunResult:
         """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too;
         draws ``report.html``.
@@ -234,6 +246,8 @@ class Stage:
             trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these
                 folders themselves.
             save: ``save(language_model, folder, template=, config=)``.
+            samples: whether the stage samples by ``config.rl``, as the folder then tells others to.
+                Any other stage leaves them what the author of its model wrote, if anything.
         """
         allocator.give_back()  # of the last step, before saving makes copies
         if jax.process_count() > 1:  # only the first process computes from here on
@@ -241,28 +255,61 @@ class Stage:
             start = start._replace(base=base)
         run = self.run
         template = self.config.text.template
-        how = sampling_config(self.config.rl, begun.tokenizer)
+        is_author_heard = not samples and begun.tokenizer.generation
+        how = None if is_author_heard else sampling_config(self.config.rl, begun.tokenizer)
 
         def write() -> None:
             saved = [run.model]
-            with folder.replacing(run.model) as new:
+            with writing.replacing(run.model) as new:
                 for name, part in trained.items():
                     done = begun._replace(params=start.merged(part))
                     save(done, new / name, template=template, config=how)
             if start.base is not None:
                 saved.append(run.adapter)
-                self._save_adapters(start.base, trained)
+                self._save_adapters(begun, start.base, trained)
             logger.info(f"saved {', '.join(map(str, saved))}")
             _draw_page(run)
 
         processes.in_first(write)
-        return RunResult(run.path, run.model, metrics)
+        return RunResult(run.path, run.model, metrics, records.read_rows(run.metrics))
 
-    def _save_adapters(self, base: Params, trained: Mapping[str, Params]) -> None:
-        with folder.replacing(self.run.adapter) as new:
+    def _save_adapters(
+        self, begun: LanguageModel, base: Params, trained: Mapping[str, Params]
+    ) -> None:
+        source = str(self.config.model)
+        pad = begun.model.config.pad_token_id
+        named = hf.read_config(hf.find_folder(source)).pad_token_id
+        with writing.replacing(self.run.adapter) as new:
             for name, part in trained.items():
                 adapters = jax.device_get(part)
-                models.lora.save(new / name, base, adapters, base_model=self.config.model)
+                is_misread = "score" in adapters and pad != named
+                base_model = None if is_misread else self.config.model
+                models.lora.save(new / name, base, adapters, base_model=base_model)
+                begun.save_tokenizer(new / name, self.config.text.template)
+                if is_misread:
+                    text = _MISREAD.format(base=source, pad=pad)
+                    (new / name / "README.md").write_text(text, encoding="utf-8")
+
+
+_MISREAD = """# Adapters of a reward model
+
+transformers takes a reward model's score at the last token that is no pad. The padding token of
+the base model, `{base}`, also ends an answer, or it has none: loaded as it is, the base would give
+scores of another token. So adapter_config.json names no base model, and PEFT's auto classes refuse
+to guess. Load both with another padding token:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", num_labels=1, pad_token_id={pad}
+)
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+The folder `model/` beside this one has the adapters merged and needs none of this.
+"""
 
 
 def _draw_page(run: folder.Run) -> None:
@@ -271,7 +318,9 @@ def _draw_page(run: folder.Run) -> None:
         page.write([run.path], run.report)
         logger.info(f"saved {run.report}")
         [group] = records.groups(records.find([run.path]))
-        logger.info(verdict.sentence(group))
+        answers = verdict.rewarded(group)
+        titled = ["Rewarded, for example:", *answers] if answers else []
+        logger.info("\n    ".join([verdict.sentence(group), *titled]))
     except Exception as error:  # whatever it is: the run is done and its result saved
         logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 
@@ -283,28 +332,28 @@ def stream(seed: int, stage: str, name: Stream) -> Array:
     return jax.random.fold_in(of_stage, zlib.crc32(name.encode()))
 
 
-def set_up(config: RunConfig) -> RunConfig:
+def set_up(
+    config: RunConfig, folders: Iterable[Path] = (), threads: int | None = None
+) -> RunConfig:
     """Chooses the device and prints which it is: the first thing that every run does.
 
     Returns the settings with ``model/`` in place of a run's folder in ``config.model``.
+
+    Args:
+        folders, threads: as in ``choose_devices``.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, the mesh fits neither the
             devices nor the model, or the package of a tracker is missing.
     """
     trackers.check(config.track)
-    devices.choose(
-        config.device,
-        config.processes,
-        deterministic=config.deterministic,
-        threads=config.compute.blocks,
-    )
+    choose_devices(config, folders, threads)
     enable_compilation_cache()
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     parts = [f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"]
     if config.model:
-        config = dataclasses.replace(config, model=model_folder(config.model))
+        config = dataclasses.replace(config, model=hf.model_folder(config.model))
     mesh = layout.mesh_of(config)
     if sharding.is_cut(mesh):
         parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
@@ -319,6 +368,31 @@ def set_up(config: RunConfig) -> RunConfig:
 
 
 _say_once = functools.cache(logger.info)
+
+
+def run_folder(config: RunConfig, name: str) -> Path:
+    """The folder of a stage's run."""
+    return Path(config.output_dir or f"runs/{name}")
+
+
+def choose_devices(config: RunConfig, folders: Iterable[Path], threads: int | None = None) -> None:
+    """``devices.choose`` by the settings. A run that is resumed gets as many threads as it had, on
+    any number of cores, since its bits depend on them; with ``compute.blocks`` there are as many as
+    blocks.
+
+    Args:
+        folders: of the run, or of a pipeline's stages, of which the first that was begun decides.
+        threads: of the run that is repeated; None: of the one that is resumed.
+    """
+    if config.resume and threads is None:
+        recorded = map(manifest.threads_of, folders)
+        threads = next(filter(None, recorded), None)
+    devices.choose(
+        config.device,
+        config.processes,
+        deterministic=config.deterministic,
+        threads=config.compute.blocks or threads,
+    )
 
 
 def enable_compilation_cache() -> None:
@@ -357,11 +431,14 @@ def open_stage(
         TrainingFault: the disk or the device's memory is full, now or at any time while the stage
             is open.
     """
-    path = config.output_dir or f"runs/{name}"
+    path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        if run.resumed:
+            processes.in_first(lambda: keeping.restore_start(run))
         config = _decided(config, run)
         stage = Stage(config, name, run, layout.mesh_of(config))
-        processes.in_first(lambda: _describe(stage, fingerprints, files, given))
+        with _explained(stage, sizes):
+            processes.in_first(lambda: _describe(stage, fingerprints, files, given))
         is_set = sharding.is_set(stage.mesh)
         mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
         precision = config.compute.matmul_precision
@@ -376,19 +453,24 @@ def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = (
+            "the disk is full; make room" if is_full else "the disk cannot be used; repair this"
+        )
         raise TrainingFault(
-            f"{stage.run.path}: the disk is full{where}; make room, then go on with --resume"
+            f"{stage.run.path}: {advice}, then go on with --resume ({fault})"
         ) from error
-    except (jax.errors.JaxRuntimeError, ValueError, memory.TooLarge) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError, memory.TooLarge) as error:
         if processes.is_lost(error):
             raise TrainingFault(
                 f"{stage.name}: another process has gone; start all of them again, --resume"
             ) from error
         # XLA raises a ValueError if memory runs out while arrays are placed on a GPU.
-        is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
+        is_full = isinstance(error, MemoryError | memory.TooLarge)
+        is_full = is_full or "RESOURCE_EXHAUSTED" in str(error)
         if not is_full:
             raise
         switches = {
@@ -429,6 +511,11 @@ def _settings(config: RunConfig) -> str:
         config, resume=False, overwrite=False, allow_changed=(), processes=None
     )
     return to_yaml(own)
+
+
+def _write_settings(run: folder.Run, text: str) -> None:
+    writing.write_atomically(run.config, text)
+    keeping.keep_start(run)
 
 
 def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, str]:
@@ -474,7 +561,8 @@ def _describe(
         facts["given"] = python
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
     if changed or not run.resumed:
-        folder.write_atomically(run.config, text)
+        writing.write_atomically(run.config, text)
+    keeping.keep_start(run)
 
 
 def _report_unknown(python: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 ``training.rl.steps``.
 """
 
+import collections
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,15 +17,16 @@ import optax
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, stops
+from rlhf_jax.data import batches, encoding, stops
 from rlhf_jax.data.environment import Environment, converse, function_of
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
-from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
+from rlhf_jax.training.rl import answers, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -41,7 +43,7 @@ from rlhf_jax.training.rl.parts import Parts, files, load, read_prompts
 from rlhf_jax.training.rl.programs import Networks, Programs, compiled, first_state, networks_of
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.training.rl.steps import Draw, Responder, Sampler, Scorer, Talk
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Rollout
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Params, Rollout
 
 SHOWN = (
     "objective/score",
@@ -95,7 +97,8 @@ def run(
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     of_ones_own = None if name in ALGORITHMS else algorithm
     given = Given(of_ones_own, run_reward, optimizer, policy)
-    config = set_up(without_what_is_given(config, given))
+    config = without_what_is_given(config, given)
+    config = set_up(config, [run_folder(config, name)])
     helping_sizes = check_settings(name, config, algorithm_config, given)
     method = Method(
         complete,
@@ -106,7 +109,7 @@ def run(
         is_rewarded=is_rewarded(config, algorithm_config, given),
     )
     reply = function_of(config.rl.environment, "rl.environment")
-    data = read_prompts(config)
+    config, data = answers.tested(config, read_prompts(config))
     fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
     read = files(config, name)
     with (
@@ -124,11 +127,39 @@ def run(
         if engine is not None:
             client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
         job = build(stage, method, parts, planned, networks, programs, client, thread, on_step)
-        state, row = loop.train(stage, first_state(stage, method, networks), job)
-        params = models.policy_params(state.train.params)
-        trained = {part: leaves for part, leaves in params.items() if part != "value"}
+        state, row = loop.train(
+            stage, _checked(first_state(stage, method, networks), networks), job
+        )
+        trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
-        return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
+
+
+def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
+    """The state, of which ``_policy_of`` can save a model."""
+    _policy_of(state.train.params, networks.start.params)
+    return state
+
+
+def _policy_of(params: Params, initial: Params) -> Params:
+    """The policy's parameters among the trained ones, without the value head and without those that
+    an algorithm adds, which are in the checkpoints alone.
+
+    Args:
+        initial: the policy's, before the algorithm made its state of them.
+
+    Raises:
+        UserError: the algorithm changed their structure, so that no model could be saved.
+    """
+    own = models.policy_params(params)
+    policy: Params = {part: own.get(part) for part in initial if part != "value"}
+    before = {part: leaves for part, leaves in initial.items() if part != "value"}
+    if str(jax.tree.structure(policy)) != str(jax.tree.structure(before)):
+        raise UserError(
+            "the state of the algorithm has other parameters of the policy than it was given; it "
+            "may add some under names of their own beside them"
+        )
+    return policy
 
 
 def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
@@ -213,6 +244,7 @@ def build(
         judged_by="max:validation/score",
         check_memory=check_memory,
         on_step=observe,
+        examples=lambda: collections.ChainMap(*map(dict, parts.reward.examples)),
     )
 
 
@@ -318,7 +350,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     multiple = initial.bucket_multiple(stage.config, layers, columns)
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    texts = [row.prompt for row in parts.prompts.rows]
+    texts = list(map(encoding.group, parts.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
     if settings.validation_data:
         held_out = np.arange(len(parts.to_validate))

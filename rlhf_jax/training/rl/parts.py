@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import formats
+from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, Reply, load_environment
 from rlhf_jax.data.rows import Row
@@ -112,14 +112,16 @@ def load(
         score_rows=method.score_rows,
         length=length,
         policy=tokenizer.fingerprint,
+        in_chat=chat.frame(config.text.template, tokenizer) is None,
     )
     services = Services(config.judge, stage.run.judge)
     how: Any = {"tokenizer": tokenizer, "load": load_reward_model, "services": services}
+    verified: Any = {"mathematics": config.math}
     judge = None
     if settings.judge:
         judge_flag = "--rl.judge"
         judge = spec.build_reward(
-            settings.judge, columns=to_validate.columns, flag=judge_flag, **how
+            settings.judge, columns=to_validate.columns, flag=judge_flag, **how, **verified
         )
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
     reward = given.reward
@@ -127,7 +129,7 @@ def load(
         log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
         reward = spec.Reward(fn=log_ratio)
     if reward is None:
-        reward = spec.build_reward(config.reward, columns=prompts.columns, **how)
+        reward = spec.build_reward(config.reward, columns=prompts.columns, **how, **verified)
     enforce = None
     if config.safety.on:
         reward = reward._replace(fn=None, host=spec.as_host(reward))

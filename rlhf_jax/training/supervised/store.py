@@ -26,7 +26,7 @@ from rlhf_jax.data.encoding import EncodedTexts, NothingLeft, encode_texts
 from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.runs.folder import replacing
+from rlhf_jax.runs.writing import replacing
 
 ROWS_AT_ONCE = 2048
 LONG = 20.0  # seconds; what takes longer is kept
@@ -189,7 +189,7 @@ def key(
     """A sha256 of all that decides the ids."""
     digest = hashlib.sha256(_code())
     config = dict(tokenizer.config)
-    special = (tokenizer.pad_id, *tokenizer.eos_ids)
+    special = (tokenizer.pad_id, *tokenizer.eos_ids, tokenizer.reads_spelled)
     for value in (tokenizer.fingerprint, config, special, sorted(settings.items())):
         digest.update(f"{value!r}\n".encode())
     for row in rows:

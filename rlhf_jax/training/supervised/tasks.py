@@ -3,7 +3,8 @@ the folder.
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from rlhf_jax.training.common import initial, layout, loop, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, set_up
+from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
 from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
@@ -117,7 +118,7 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    config = set_up(config)
+    config = set_up(config, [run_folder(config, spec.section)])
     settings = spec.settings(config)
     references.check(config, settings)
     initial.warn_of_rate(config, spec.section, settings.optimizer)
@@ -368,10 +369,15 @@ def _encoded(
         own = _pieces(own, language_model, longest)
     else:
         initial.say_template(config, language_model.tokenizer)
+    template = "{prompt}" if kind == "pieces" else config.text.template
+    initial.say_spelled([*data.rows, *to_validate.rows], language_model.tokenizer, template)
     every_row = [*to_train, *own]
     encoded = encode(config, every_row, language_model.tokenizer, longest, kind == "pieces")
     # A piece is a group of its own: its prompt is a token that many have.
-    group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
+    group: Callable[[Row], Hashable] = encoding.group
+    if kind == "pieces":
+        group = operator.attrgetter("source")
+    group_of = {row.source: group(row) for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
         own_sources = [row.source for row in own]

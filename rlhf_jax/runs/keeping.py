@@ -1,0 +1,108 @@
+"""Second copies, with checksums, of what ``--resume`` needs beside the arrays of a checkpoint: any
+one damaged or missing file of a run's folder is restored.
+
+``checkpoints/start.json`` has ``config.yaml``, ``manifest.json`` and ``tracker.json`` as they were
+when the run was started last. Each checkpoint has the rows up to its step.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from rlhf_jax.errors import UserError, logger, read_file
+from rlhf_jax.runs.checkpoint import Checkpoints, digest_of
+from rlhf_jax.runs.folder import Run
+from rlhf_jax.runs.writing import write_atomically
+
+FILES = ("config.yaml", "manifest.json", "tracker.json")
+ROWS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "alerts.jsonl")
+START = Path("checkpoints", "start.json")
+
+
+def keep_start(run: Run) -> None:
+    """Writes the copy of the files with which the run was started."""
+    texts = {}
+    for name in FILES:
+        path = run.path / name
+        if path.exists():
+            texts[name] = path.read_text("utf-8")
+    run.checkpoints.mkdir(exist_ok=True)
+    content = {"files": texts, "sha256": _hash(texts)}
+    write_atomically(run.path / START, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def kept_start(path: Path) -> dict[str, str]:
+    """{name: text} of the copies in a run's folder; empty if they are missing or damaged."""
+    with contextlib.suppress(UserError, ValueError, TypeError, KeyError, RecursionError):
+        content = json.loads(read_file(path / START))
+        if content["sha256"] == _hash(content["files"]):
+            return dict(content["files"])
+    return {}
+
+
+def restore_start(run: Run) -> None:
+    """Restores the files with which the run was started where they differ from their copies, and
+    says so.
+    """
+    texts = kept_start(run.path)
+    if not texts and (run.path / START).exists():
+        logger.info(f"--resume: {run.path / START} is damaged; it is written anew")
+    for name, text in texts.items():
+        path = run.path / name
+        kept = text.encode()
+        if _content(path) != kept:
+            _restore(path, kept, run.path / START)
+
+
+def rows_of(run: Run) -> dict[str, bytes]:
+    """{name: content} of the files of rows, for a checkpoint."""
+    contents = {}
+    for name in ROWS:
+        path = run.path / name
+        if path.exists():
+            contents[name] = path.read_bytes()
+    return contents
+
+
+def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
+    """Cuts the files of rows to what they were at the checkpoint of a step. One that is damaged is
+    restored from the checkpoint's copy, and a line says so.
+
+    Raises:
+      CheckpointError: the copy is damaged too.
+    """
+    recorded = checkpoints.record(step)["files"]
+    for name, about in recorded.items():
+        path = run.path / name
+        content = _content(path) or b""
+        size = about["bytes"]
+        up_to_step = content[:size]
+        if digest_of(up_to_step) != about["sha256"]:
+            copy = checkpoints.file(step, name)
+            _restore(path, copy, run.checkpoints / str(step))
+        elif len(content) > len(up_to_step):
+            write_atomically(path, up_to_step)
+
+
+def _content(path: Path) -> bytes | None:
+    """The content of a file; None if it is missing or is none."""
+    with contextlib.suppress(UserError):
+        return read_file(path, most=None)
+    return None
+
+
+def _restore(path: Path, content: bytes, source: Path) -> None:
+    """Writes the file again; what had its name is kept as ``damaged-NAME``."""
+    what = "is missing"
+    if os.path.lexists(path):
+        aside = path.with_name(f"damaged-{path.name}")
+        path.replace(aside)
+        what = f"is not as the run left it (it is now {aside.name})"
+    write_atomically(path, content)
+    logger.info(f"--resume: {path} {what}; restored from {source}")
+
+
+def _hash(texts: dict[str, str]) -> str:
+    text = json.dumps(texts, sort_keys=True)
+    return digest_of(text.encode())

@@ -1,0 +1,162 @@
+"""Any one damaged or missing file of a run's folder: ``--resume`` goes on to the same bits, and
+says what it restored from where. Two are a sentence.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from builders import Killed, run_loop
+
+from rlhf_jax.config import RunConfig
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.runs import keeping, manifest
+from rlhf_jax.runs.checkpoint import Checkpoints
+
+SCORES = [float(n) for n in range(7)]
+STEPS = 6
+
+
+def config_of(folder, **changes):
+    return RunConfig(output_dir=str(folder), checkpoint_interval=2, alerts=("loss > 1",), **changes)
+
+
+def trains(folder, **options):
+    config = config_of(folder, resume=options.pop("resume", False))
+    return run_loop(config, num_steps=STEPS, scores=SCORES, validation_interval=2, **options)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    trains(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed in its last step; its last checkpoint is of step 4."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(Killed):
+        trains(folder, die_at=5)
+    return folder
+
+
+@pytest.fixture
+def copied(killed, tmp_path):
+    return shutil.copytree(killed, tmp_path / "run")
+
+
+def bits(folder):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        arrays = {name: array.tobytes() for name, array in checkpoints.arrays(STEPS).items()}
+    rows = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
+    return arrays, [(folder / name).read_bytes() for name in rows]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def gone(path):
+    path.unlink()
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+TOP = ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "alerts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "accident"),
+    [
+        *((name, flip) for name in (*TOP, "timing.jsonl")),
+        *((name, gone) for name in ("manifest.json", "metrics.jsonl", "alerts.jsonl")),
+        ("config.yaml", pipe),
+        ("samples.jsonl", pipe),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_restored(name, accident, copied, straight, capsys):
+    before = (copied / name).read_bytes()
+    accident(copied / name)
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+    said = capsys.readouterr().out
+    source = copied / "checkpoints" / ("start.json" if name in TOP[:2] else "4")
+    assert f"--resume: {copied / name} is " in said
+    assert f"restored from {source}" in said
+    if name == "config.yaml":
+        assert (copied / name).read_bytes() == before
+    assert (copied / f"damaged-{name}").exists() == (accident is not gone)
+
+
+@pytest.mark.parametrize(
+    ("name", "accident"),
+    [("start.json", flip), ("start.json", gone), ("4/record/metrics.jsonl", flip)],
+)
+def test_a_damaged_copy_is_not_needed(name, accident, copied, straight, capsys):
+    accident(copied / "checkpoints" / name)
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+    said = capsys.readouterr().out
+    assert ("start.json is damaged; it is written anew" in said) == (
+        name == "start.json" and accident is not gone
+    )
+    assert keeping.kept_start(copied).keys() == {"config.yaml", "manifest.json"}
+
+
+@pytest.mark.filterwarnings("ignore:.*Going back to step 2")
+@pytest.mark.parametrize("name", ["record/metadata", "state/_METADATA"])
+def test_a_damaged_checkpoint_goes_back_to_the_one_before(name, copied, straight):
+    flip(copied / "checkpoints" / "4" / name)
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+
+
+def test_nothing_is_restored_where_nothing_is_damaged(copied, straight, capsys):
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+    assert "restored" not in capsys.readouterr().out
+    assert not list(copied.glob("damaged-*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        (("metrics.jsonl", "checkpoints/4/record/metrics.jsonl"), "are both damaged"),
+        (("manifest.json", "checkpoints/start.json"), r"manifest\.json"),
+        (("config.yaml", "checkpoints/start.json"), r"config\.yaml"),
+    ],
+)
+def test_two_damaged_files_are_a_sentence(names, error, copied):
+    for name in names:
+        (copied / name).write_bytes(b"\x00")
+    with pytest.raises((UserError, TrainingFault), match=error):
+        trains(copied, resume=True)
+
+
+def test_a_run_that_goes_on_with_other_settings_keeps_those(copied):
+    config = replace(config_of(copied), resume=True, alerts=("loss > 9",))
+    config = replace(config, allow_changed=("alerts",))
+    run_loop(config, num_steps=5, scores=SCORES, validation_interval=2)
+    text = keeping.kept_start(copied)["config.yaml"]
+    assert "loss > 9" in text
+    assert (copied / "config.yaml").read_text() == text
+    gone(copied / "config.yaml")
+    run_loop(config, num_steps=STEPS, scores=SCORES, validation_interval=2)
+    assert "loss > 9" in (copied / "config.yaml").read_text()
+
+
+def test_the_threads_of_a_run_are_known_without_its_manifest(copied):
+    threads = json.loads((copied / "manifest.json").read_text())["threads"]
+    gone(copied / "manifest.json")
+    assert manifest.threads_of(copied) == threads > 0
+    gone(copied / "checkpoints" / "start.json")
+    assert manifest.threads_of(copied) is None

@@ -1,0 +1,160 @@
+"""Files of a model's folder that are no files: pipes, devices, links that lead nowhere, and files
+that would fill the memory. Each is refused by name, at once.
+"""
+
+import json
+import os
+import re
+
+import pytest
+from builders import initial_params, write_run
+
+from rlhf_jax import errors, models
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.report.export import export
+from rlhf_jax.runs import reading
+
+OF_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+OF_MODEL = ("config.json", "generation_config.json", "value_head.safetensors", "model.safetensors")
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def nowhere(path):
+    path.symlink_to(path.parent / "gone")
+
+
+def circle(path):
+    path.symlink_to(path)
+
+
+def folder(path):
+    path.mkdir()
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(errors.MOST_BYTES + 1)
+
+
+KINDS = (pipe, device, nowhere, circle, folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = models.build(models.LlamaConfig(4, 8, 4, 1, 2, 4, tie_embeddings=True))
+    models.save(path, model, initial_params(model))
+    tokenizers.characters("ab").save(path)
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """The folder, whose files are links as in the hub's cache."""
+    path = tmp_path / "model"
+    path.mkdir()
+    for file in saved.iterdir():
+        (path / file.name).symlink_to(file)
+    return path
+
+
+def put(kind, path):
+    path.unlink(missing_ok=True)
+    kind(path)
+    return re.escape(str(path))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, huge])
+@pytest.mark.parametrize("name", OF_TOKENIZER)
+def test_a_tokenizers_file_that_is_none_is_refused(name, kind, copied):
+    assert tokenizers.load_tokenizer(copied).vocab_size == 4
+    where = put(kind, copied / name)
+    with pytest.raises(UserError, match=where):
+        tokenizers.load_tokenizer(copied)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OF_MODEL)
+def test_a_models_file_that_is_none_is_refused(name, kind, copied):
+    where = put(kind, copied / name)
+    with pytest.raises(UserError, match=where):
+        LanguageModel.load(copied)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_the_two_files_of_gpt2_are_read_like_others(name, copied):
+    (copied / "tokenizer.json").unlink()
+    (copied / "vocab.json").write_text("{}")
+    (copied / "merges.txt").write_text("")
+    where = put(pipe, copied / name)
+    with pytest.raises(UserError, match=where):
+        tokenizers.load_tokenizer(copied)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_export_of_a_run_with_a_pipe_does_not_wait(name, copied, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "model" / "config.json").unlink()
+    (run / "model").rmdir()
+    (run / "model").symlink_to(copied)
+    put(pipe, copied / name)
+    with pytest.raises(UserError):
+        export(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["manifest.json", "config.yaml", "metrics.jsonl"])
+def test_a_runs_file_that_is_none_is_refused(name, kind, tmp_path):
+    where = put(kind, tmp_path / name)
+    read = {".json": reading.read_json, ".yaml": reading.read_yaml}.get((tmp_path / name).suffix)
+    with pytest.raises(UserError, match=where):
+        read(tmp_path / name, {}) if read else reading.read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("ends", ["x", ["x"], 1.5, True, {"a": 1}])
+def test_an_end_of_text_that_is_no_token_is_refused(ends, copied):
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*expected"):
+        LanguageModel.load(copied)
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic in Rust."""
+
+
+def test_a_panic_of_the_tokenizers_package_is_an_error_that_names_the_file(copied, monkeypatch):
+    def panics(*words, **how):
+        raise PanicException("index out of bounds")
+
+    backend = type("Backend", (), {"encode_batch": panics, "get_vocab": dict})()
+    with pytest.raises(UserError, match="cannot encode a text: index out of bounds"):
+        tokenizers.Tokenizer(backend, 0, 1).encode_batch([""])
+    monkeypatch.setattr(tokenizers.tokenizers, "Tokenizer", type("T", (), {"from_buffer": panics}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file: index out of"):
+        tokenizers.load_tokenizer(copied)
+
+
+def test_ctrl_c_while_a_tokenizer_loads_is_no_broken_file(copied, monkeypatch):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    backend = type("T", (), {"from_buffer": interrupted})
+    monkeypatch.setattr(tokenizers.tokenizers, "Tokenizer", backend)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers.load_tokenizer(copied)

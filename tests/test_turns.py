@@ -1,0 +1,163 @@
+"""Which turns of a conversation are learned, in demonstrations and preferences, and the forms that
+a message has.
+"""
+
+import chat_templates
+import numpy as np
+import pytest
+from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
+
+from rlhf_jax.data import batches, chat, encoding, formats
+from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.errors import UserError
+
+NO = {"role": "assistant", "content": "No."}
+END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chatml")
+    chat_templates.write(folder, "chatml")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    chat_templates.write(folder, "qwen3")
+    return load_tokenizer(folder)
+
+
+def learned(tokenizer, write, record, **options):
+    """The learned texts of each row."""
+    rows = rows_of(tokenizer, write, record, **options)
+    return [spans(tokenizer, *row) for row in encoded(tokenizer, rows)]
+
+
+def test_turns_of_weight_0_and_all_but_the_last_are_left_out(chatml, qwen3, write):
+    talk = {"messages": [HI, HELLO | {"weight": 0}, MORE, YES | {"weight": 1}]}
+    assert learned(chatml, write, talk) == [[f"Yes.{END}"]]
+    assert learned(chatml, write, {"messages": [HI, HELLO, MORE, YES | {"weight": 0}]}) == [
+        [f"Hello!{END}"]
+    ]
+    both = {"messages": [HI, HELLO, MORE, YES]}
+    assert learned(chatml, write, both) == [[f"Hello!{END}", f"Yes.{END}"]]
+    assert learned(chatml, write, both, turns="last") == [[f"Yes.{END}"]]
+    [row] = rows_of(qwen3, write, both, turns="last")
+    assert row.source == "data.jsonl, line 1"
+    turns = rows_of(qwen3, write, both)
+    assert [row.source[-6:] for row in turns] == ["turn 1", "turn 2"]
+    assert [len(row.messages) for row in turns] == [1, 3]
+    assert encoding.group(turns[0]) == encoding.group(turns[1])  # one side of a split
+    with pytest.raises(UserError, match="line 1: no turn of the assistant is learned"):
+        learned(chatml, write, {"messages": [HI, HELLO | {"weight": 0}]})
+    with pytest.raises(UserError, match="the weight of a message must be 0 or 1, found"):
+        learned(chatml, write, {"messages": [HI, HELLO | {"weight": 0.5}]})
+
+
+def test_a_prompt_is_given_and_its_own_turns_are_not_learned(chatml, write):
+    record = {"prompt": [HI, HELLO, MORE], "response": "Yes."}
+    assert learned(chatml, write, record) == [[f"Yes.{END}"]]
+    record = {"prompt": [HI], "response": [HELLO, MORE, YES]}
+    assert learned(chatml, write, record) == [[f"Hello!{END}", f"Yes.{END}"]]
+
+
+def test_a_preference_counts_what_differs(chatml, qwen3, write):
+    record = {"chosen": [SYSTEM, HI, HELLO, MORE, YES], "rejected": [SYSTEM, HI, NO, MORE, NO]}
+    template = chat.template_of(chatml, "auto")
+    [row] = formats.read("pairs", write([record]), template=template).rows
+    data = encoding.encode_texts([row], chatml, template="auto")
+    batch = batches.comparison_batch(data, np.array([0]), 1)
+    for answer, said in enumerate((["Hello!", "Yes."], ["No.", "No."])):
+        mask = batch.response_mask[0, answer]
+        real = batch.attention_mask[0, answer] == 1
+        shown = spans(chatml, batch.tokens[0, answer][real].tolist(), mask[real].tolist())
+        assert shown == [f"{text}{END}" for text in said]
+        assert mask[real][-1] == 1  # the score stands at the end of the turn
+    assert data.starts[0].tolist() == [len(row.prompt)] * 2
+
+
+def test_a_beginning_that_both_answers_share_is_context(chatml, write):
+    record = {"chosen": [SYSTEM, HI, HELLO, MORE, YES], "rejected": [SYSTEM, HI, HELLO, MORE, NO]}
+    template = chat.template_of(chatml, "auto")
+    [row] = formats.read("pairs", write([record]), template=template).rows
+    assert row.messages == [SYSTEM, HI, HELLO, MORE]
+    assert not row.learned
+    [row] = formats.read("demonstrations", write([record]), template=template).rows
+    assert [spans(chatml, *text) for text in encoded(chatml, [row])] == [[f"Yes.{END}"]]
+    liked, disliked = formats.read("feedback", write([record]), template=template).rows
+    assert (liked.targets, disliked.targets) == ((1.0,), (0.0,))
+    assert chatml.decode(disliked.responses[0]) == f"No.{END}"
+
+
+def test_a_score_stands_at_the_end_of_the_turn_whatever_is_learned_behind_it(tmp_path, write):
+    """SmolLM3's template marks the line end behind <|im_end|> too."""
+    chat_templates.write(tmp_path, "smollm3")
+    tokenizer = load_tokenizer(tmp_path)
+    template = chat.template_of(tokenizer, "auto")
+    record = {"prompt": [HI], "chosen": "Yes.", "rejected": "No."}
+    [row] = formats.read("pairs", write([record]), template=template).rows
+    end = tokenizer.backend.token_to_id(END)
+    assert [response[-1] for response in row.responses] == [end, end]
+
+
+def test_preferences_without_a_single_text_are_refused(qwen3, write):
+    record = {"chosen": [HI, HELLO, MORE, YES], "rejected": [HI, NO, MORE, NO]}
+    with pytest.raises(UserError, match="line 1: the chat template writes earlier turns otherwise"):
+        formats.read("pairs", write([record]), template=chat.template_of(qwen3, "auto"))
+    with pytest.raises(UserError, match="line 1: answers of several turns need a chat template"):
+        formats.read("pairs", write([record]))
+    with pytest.raises(UserError, match="line 1: dialogues differ before the last response"):
+        formats.read("pairs", write([{"chosen": [HI, HELLO], "rejected": [MORE, YES]}]))
+
+
+def test_packed_and_flat_rows_have_the_same_learned_tokens(chatml, write):
+    talk = {"messages": [HI, HELLO, MORE, YES]}
+    other = {"messages": [MORE, NO]}
+    template = chat.template_of(chatml, "auto")
+    rows = formats.read("demonstrations", write([talk, other]), template=template).rows
+    data = encoding.encode_texts(rows, chatml, template="auto")
+    flat = batches.demonstration_batch(data, np.arange(2), 1)
+    width = int(data.lengths.sum())
+    packed = batches.packed_batch(data, np.arange(2), width)
+    expected = [spans(chatml, flat.tokens[i], flat.response_mask[i]) for i in (0, 1)]
+    assert expected == [[f"Hello!{END}", f"Yes.{END}"], [f"No.{END}"]]
+    assert spans(chatml, packed.tokens[0], packed.response_mask[0]) == [*expected[0], *expected[1]]
+
+
+PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+
+
+def test_forms_of_a_message(chatml, qwen3, write):
+    parts = {"messages": [HI | {"content": PARTS}, HELLO]}
+    for tokenizer, shown in ((chatml, "Hi there"), (qwen3, "Hi\n there")):
+        [row] = rows_of(tokenizer, write, parts)  # a template that reads texts alone gets one text
+        assert f"user\n{shown}" in tokenizer.backend.decode(row.prompt)
+    assert formats.read("demonstrations", write([parts])).rows[0].prompt == (
+        "User:\nHi\n there\n\nAssistant:\n"
+    )
+    thought = HELLO | {"reasoning_content": "I greet."}
+    assert learned(qwen3, write, {"messages": [HI, thought]}) == [
+        [f"<think>\nI greet.\n</think>\n\nHello!{END}"]
+    ]
+    faults = [
+        ({"messages": [HI | {"content": [{"type": "image"}]}, HELLO]}, "a part of type 'image'"),
+        ({"messages": [HI | {"content": None}, HELLO]}, "'content' of message 1 .* found null"),
+        ({"messages": [HI, HELLO | {"tool_calls": "x"}]}, "'tool_calls' of message 2 .* a list"),
+        ({"messages": [HI, HELLO], "tools": "[{"}, "'tools' is not JSON"),
+        ({"messages": [HI, HELLO], "tools": {"a": 1}}, "'tools' must be a list"),
+        (
+            {"messages": [HI, HELLO], "tools": [{"name": END}]},
+            "the tools spells? the special token",
+        ),
+    ]
+    for record, message in faults:
+        with pytest.raises(UserError, match=f"line 1: .*{message}"):
+            rows_of(qwen3, write, record)
+    for record, key in (
+        ({"messages": [HI, thought]}, "reasoning_content"),
+        ({"messages": [HI, HELLO], "tools": [{"name": "sky"}]}, "tools"),
+    ):
+        with pytest.raises(UserError, match=f"the plain template writes no {key}"):
+            formats.read("demonstrations", write([record]))
