@@ -224,6 +224,13 @@ def folders(data, tmp_path):
     return policy, scoring
 
 
+def test_a_score_head_as_a_value_head():
+    """3 (w . h + 0.5) - 1 = 3 w . h + 0.5."""
+    score = {"kernel": jnp.array([1.0, -2.0]), "bias": 0.5, "gain": 3.0, "shift": -1.0}
+    head = critic.as_value_head(score)
+    assert (head["kernel"].tolist(), head["bias"]) == ([3.0, -6.0], 0.5)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path):
     """The value before token t is the reward model's score of the tokens before t."""

@@ -281,7 +281,7 @@ def _with_dropout(model: models.Model, rate: float | None) -> models.Model:
     if rate is None:
         return model
     names = [field.name for field in dataclasses.fields(model.config)]
-    rates = {name: rate for name in names if name.endswith("_dropout")}
+    rates: Any = {name: rate for name in names if name.endswith("_dropout")}
     return models.build(dataclasses.replace(model.config, **rates))
 
 

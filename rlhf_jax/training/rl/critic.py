@@ -68,10 +68,15 @@ def load(config: RunConfig, critic: PPOStage, policy: LanguageModel) -> Language
     begins = "a head of zeros"
     if head is not None:
         begins = "its score head"
-        shifted = head["gain"] * head["bias"] + head["shift"]
-        params["value"] = {"kernel": head["gain"] * head["kernel"], "bias": shifted}
+        params["value"] = as_value_head(head)
     logger.info(f"value model: {source}, with {begins}")
     return loaded._replace(params=params)
+
+
+def as_value_head(score: Params) -> Params:
+    """A value head whose values are the scores ``gain * (w . h + bias) + shift`` of a score head."""
+    shifted = score["gain"] * score["bias"] + score["shift"]
+    return {"kernel": score["gain"] * score["kernel"], "bias": shifted}
 
 
 def start(
