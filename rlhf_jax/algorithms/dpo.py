@@ -24,6 +24,7 @@ from rlhf_jax.types import (
     Feedback,
     LossAndMetrics,
     Params,
+    Parts,
     PolicyFn,
 )
 
@@ -134,7 +135,7 @@ def loss(
     )
     mean = partial(losses.weighted_mean, weight=weight)
     loss = mean(per_pair)
-    metrics = {
+    metrics: Parts = {
         "dpo/loss": loss,
         "dpo/accuracy": mean(_wins(chosen - rejected, TIE if config.needs_reference else 0.0)),
         "dpo/margin": mean(config.beta * (chosen - rejected)),

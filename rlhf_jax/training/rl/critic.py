@@ -74,7 +74,7 @@ def load(config: RunConfig, critic: PPOStage, policy: LanguageModel) -> Language
 
 
 def as_value_head(score: Params) -> Params:
-    """A value head whose values are the scores ``gain * (w . h + bias) + shift`` of a score head."""
+    """A value head with the values of a score head, ``gain * (w . h + bias) + shift``."""
     shifted = score["gain"] * score["bias"] + score["shift"]
     return {"kernel": score["gain"] * score["kernel"], "bias": shifted}
 

@@ -303,8 +303,8 @@ def _responders(
         own = parts.initial.tokenizer
         how = initial.sampling_config(stage.config.rl, own)
         greedy = replace(how, temperature=0.0)
-        ways = (how, greedy, initial.validation_config(stage.config.rl, own))
-        return one_at_a_time(*map(client.responder, ways))
+        validated = initial.validation_config(stage.config.rl, own)
+        return one_at_a_time(*map(client.responder, (how, greedy, validated)))
     validating = programs.respond_validating
     if stage.config.rl.validation_temperature is None:
         validating = programs.respond  # which is compiled already
