@@ -8,7 +8,7 @@ program, which gives the same parameters up to rounding.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from rlhf_jax import losses, models, ops, rewards, sampling
-from rlhf_jax.algorithms.policy import row_rewards
+from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import rollout
 from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
@@ -100,8 +100,10 @@ def respond(
     model: models.Model,
     config: sampling.SamplingConfig,
     mesh: Mesh | None = None,
+    group_size: int = 1,
 ) -> Rollout:
-    """A response to each prompt with its log-probs, by the parameters of ``sampler``.
+    """A response to each prompt with its log-probs, by the parameters of ``sampler``. Each
+    ``group_size`` adjacent prompts are equal and computed once, but in later turns.
 
     The randomness of a row depends on its place, not on its data row, so a prompt that occurs
     twice gets two samples.
@@ -116,6 +118,7 @@ def respond(
         row_ids=prompts.places,
         mesh=mesh,
         used=prompts.used,
+        group_size=group_size if prompts.used is None else 1,
     )
     return replace(sampled, row_ids=prompts.row_ids)
 
@@ -140,7 +143,7 @@ def rescored(
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = Partial(ref_fn, loop.reference)
-    policy_fn = ops.by_rows(functions.policy_fn, score_rows)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows, sampled.group_size)
     weights: Any = {}
     if importance is not None:
         weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
@@ -196,31 +199,35 @@ def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
 def scored(
     rollout: Rollout,
     scores: Array,
-    parts: dict[str, Array],
+    components: dict[str, Array],
+    has_score: Mapping[str, Array] | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Fills ``scores`` [B], and ``rewards`` [B, T] where the scores are dense; scores are then
-    their row sums.
+    """Fills ``scores`` [B] and ``components``, and ``rewards`` [B, T] where the scores are dense;
+    scores are then their row sums.
 
     The ``rewards`` of an environment stay, and the score is added to them at the end of the
     response.
+
+    Args:
+        has_score: {component: [B] bool}, the rows over which its metric is; None: all that are
+            present.
     """
+    is_dense = scores.ndim == 2
     if rollout.rewards is not None:
-        added = scores
-        if scores.ndim == 1:
-            at_end = replace(rollout, rewards=None, scores=scores, ref_log_probs=None)
-            added = rewards.kl_shaped(at_end, 0.0)
-        scores = rollout.rewards + added
+        scores = rollout.rewards + ops.at_end(scores, rollout.response_mask)
     if scores.ndim == 2:
         rollout = replace(rollout, rewards=scores)
         scores = _row_sums(scores, rollout)
     present = rollout.present
     lengths, _ = rewards.length()(rollout)
     metrics = {}
-    for name, values in parts.items():
-        metrics[f"reward/{name}"] = ops.masked_mean(values, present)
+    for name, values in components.items():
+        own = present if has_score is None else present & has_score[name]
+        metrics[f"reward/{name}"] = ops.masked_mean(values, own)
     metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
     metrics["objective/score"] = ops.masked_mean(scores, present)
-    return replace(rollout, scores=scores), metrics
+    rollout = replace(rollout, scores=scores, components=components or None, dense=is_dense)
+    return rollout, metrics
 
 
 # --- Shape: from scores to the rewards of the update
@@ -249,12 +256,19 @@ def then(*rules: Rule) -> Rule:
 
 
 def _on_scores(change: Callable[[Rollout, Array], Array]) -> Rule:
-    """The rule that puts ``change(rollout, scores)`` in place of the scores."""
+    """The rule that puts ``change(rollout, scores)`` in place of the scores. With dense rewards the
+    difference stands at the last token.
+    """
 
     def rule(rollout: Rollout) -> Rollout:
-        if rollout.scores is None or rollout.rewards is not None:
+        scores = rollout.scores
+        if scores is None or (rollout.rewards is not None and not rollout.dense):
             raise ValueError(_NEEDS)
-        return replace(rollout, scores=change(rollout, rollout.scores))
+        changed = change(rollout, scores)
+        if rollout.rewards is None:
+            return replace(rollout, scores=changed)
+        at_end = ops.at_end(changed - scores, rollout.response_mask)
+        return replace(rollout, scores=changed, rewards=rollout.rewards + at_end)
 
     return rule
 
@@ -398,14 +412,17 @@ def refill(
 
 
 def _equal(rollout: Rollout, group_size: int) -> Array:
-    """[groups] whether the rewards of a group's present rows are equal, or no row is present. NaN
-    equals no other reward.
+    """[groups] whether the rewards of a group's present rows are equal (dense ones at each place),
+    or no row is present. NaN equals no other reward.
     """
     size = group_size if group_size > 1 else len(rollout.tokens)
-    row_reward = row_rewards(rollout)
-    lowest = jnp.where(rollout.present, row_reward, jnp.inf)
-    highest = jnp.where(rollout.present, row_reward, -jnp.inf)
-    return highest.reshape(-1, size).max(axis=1) <= lowest.reshape(-1, size).min(axis=1)
+    present = rollout.present[:, None]
+    compared = row_rewards(rollout)[:, None]
+    if rollout.dense:
+        compared, _ = rewards_to_go(rollout)
+    lowest = jnp.where(present, compared, jnp.inf).reshape(-1, size, compared.shape[1])
+    highest = jnp.where(present, compared, -jnp.inf).reshape(-1, size, compared.shape[1])
+    return jnp.all(highest.max(axis=1) <= lowest.min(axis=1), axis=1)
 
 
 # --- Learn

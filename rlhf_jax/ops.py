@@ -109,6 +109,22 @@ def masked(x: Array, mask: Array) -> Array:
     return jnp.where(jnp.asarray(mask) != 0, float32(x), 0.0)
 
 
+def is_last(present: Array) -> Array:
+    """[B, T] bool: the last entry of each row that is present [B, T]; none in an empty row."""
+    remaining = jax.lax.cumsum(present.astype(jnp.int32), axis=1, reverse=True)
+    return present & (remaining == 1)
+
+
+def at_end(scores: Array, mask: Array) -> Array:
+    """Dense rewards [B, T], 0 where the mask [B, T] is 0: scores [B] stand at the last entry of
+    their rows, and dense ones [B, T] stay where they are.
+    """
+    present = jnp.asarray(mask) != 0
+    if scores.ndim == 2:
+        return masked(scores, present)
+    return masked(scores[:, None], is_last(present))
+
+
 def masked_mean(
     x: Array,
     mask: Array,
@@ -412,12 +428,13 @@ def evaluate(
     return output
 
 
-def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
+def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Callable[..., Any]:
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
     gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
     B. With ``rows`` None it is applied to all rows at once.
 
-    The parts are those of ``split_rows``, of each block in ``blocks.replicated``.
+    The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
+    groups of ``group_size`` adjacent rows.
     """
 
     def in_parts(
@@ -432,27 +449,37 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
             return fn(params, *part, key)
 
         def apply_in_parts(batch: tuple[Array, Array]) -> Any:
-            num_rows = len(batch[0])
-            parts = -(-num_rows // (at_once or num_rows))
-            while num_rows % parts:
+            num_groups = len(batch[0]) // group_size
+            groups_at_once = max((at_once or len(batch[0])) // group_size, 1)
+            parts = -(-num_groups // groups_at_once)
+            while num_groups % parts:
                 parts += 1
             if parts == 1:
                 return apply(batch)
-            results = jax.lax.map(apply, split_rows(batch, parts))
-            # The inverse of ``split_rows``.
-            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+            results = jax.lax.map(apply, split_rows(batch, parts, group_size))
+
+            def in_order(x: Array) -> Array:
+                """The inverse of ``split_rows``."""
+                of_groups = x.reshape(parts, -1, group_size, *x.shape[2:])
+                return of_groups.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+            return jax.tree.map(in_order, results)
 
         return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
 
     return with_settings(in_parts, *settings_of(fn))
 
 
-def split_rows(batch: Any, parts: int) -> Any:
-    """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Row i is in part ``i % parts``, so
-    that each device of a sharded batch has rows in every part.
+def split_rows(batch: Any, parts: int, group_size: int = 1) -> Any:
+    """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Group i of ``group_size`` adjacent
+    rows is in part ``i % parts``, so that each device of a sharded batch has rows in every part.
     """
 
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    def split(x: Array) -> Array:
+        by_group = x.reshape(-1, parts, group_size, *x.shape[1:]).swapaxes(0, 1)
+        return by_group.reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
 
 
 def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array:

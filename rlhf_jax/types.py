@@ -180,6 +180,9 @@ class Rollout(_Rows):
     """[B, T]: factor of each token's policy loss; 0 outside the response."""
     prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """P."""
+    group_size: int = flax.struct.field(pytree_node=False, default=1, kw_only=True)
+    """Adjacent rows whose prompt is computed once: they stay together in minibatches and
+    microbatches. 1: each row is by itself."""
     temperature: float | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """By which the sampler divided the logits; 0 if it was greedy, None if unknown. A policy
     function of another temperature is refused."""
@@ -189,6 +192,11 @@ class Rollout(_Rows):
     """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
+    components: dict[str, Array] | None = flax.struct.field(default=None, kw_only=True)
+    """{name: [B]}: what the reward is made of, before weights; NaN where a row has no score of this
+    component."""
+    dense: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
+    """Whether the reward function gave ``rewards`` at tokens, whose places advantages keep."""
 
 
 def map_columns(fn: Callable[[Array], Any], rollout: Rollout) -> Rollout:
@@ -269,8 +277,8 @@ ScoreFn = Callable[[Params, Array, Array, DropoutKey], Array]
 
 Scores = tuple[Array, dict[str, Array]]
 RewardFn = Callable[[Rollout], Scores]
-"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an
-empty dict.
+"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a component: [B]}). No
+components: an empty dict.
 """
 
 AlgorithmConfig = Any

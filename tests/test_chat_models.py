@@ -14,12 +14,13 @@ from chat_families import ANSWER, SYSTEM, USER
 from rlhf_jax import models, sampling, training
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import Network, RLStage, RunConfig
-from rlhf_jax.data import chat, check, encoding, environment
-from rlhf_jax.data.environment import Environment
+from rlhf_jax.data import chat, check, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
+from rlhf_jax.generation import environment
+from rlhf_jax.generation.environment import Environment
 from rlhf_jax.generation.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
 from rlhf_jax.types import Rollout

@@ -14,8 +14,9 @@ from asked_runs import NEW
 from builders import slow
 
 from rlhf_jax import cli
-from rlhf_jax.data import stops, tokenizers
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import chat
 

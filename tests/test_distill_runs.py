@@ -16,7 +16,7 @@ from rlhf_jax.algorithms import distill
 from rlhf_jax.cli import verify
 from rlhf_jax.config import DistillStage, EngineServer, LoRA, Optimizer, Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.graders import service
+from rlhf_jax.graders import client
 from rlhf_jax.training import rl
 from rlhf_jax.training.rl import teacher
 from rlhf_jax.types import Rollout
@@ -159,7 +159,7 @@ def test_an_environment_pays_and_needs_a_reward_beside_it(short, tmp_path):
 @pytest.fixture
 def server(short, monkeypatch):
     """The teacher of ``short``."""
-    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_SECONDS", 0.001)
     started = VLLM(short.distill.teacher)
     yield started
     started.stop()
@@ -246,12 +246,15 @@ def spoiled(change):
 WHOLE = "expected log-probabilities of 4 tokens and one more"
 OTHERWISE = [
     (lambda told, tokens: None, "no log-probabilities of the prompt"),
-    (lambda told, tokens: told | {"tokens": None}, "no log-probabilities of the prompt"),
-    (lambda told, tokens: told | {"token_logprobs": [None] * 5}, "no log-probabilities of the pro"),
+    (lambda told, tokens: told | {"tokens": None}, "logprobs.tokens must be a list"),
+    (lambda told, tokens: told | {"token_logprobs": [None] * 5}, WHOLE),
     (lambda told, tokens: told | {"tokens": tokens[:-1]}, WHOLE),
     (lambda told, tokens: {"tokens": tokens[:3], "token_logprobs": [None, -1, -1]}, WHOLE),
     (lambda told, tokens: told | {"token_logprobs": [None, 0.5, -1, -1, -1]}, WHOLE),
-    (lambda told, tokens: told | {"token_logprobs": [None, math.nan, -1, -1, -1]}, WHOLE),
+    (
+        lambda told, tokens: told | {"token_logprobs": [None, math.nan, -1, -1, -1]},
+        "must be a finite number",
+    ),
     (
         lambda told, tokens: told | {"tokens": [f"{text}~" for text in tokens]},
         r"vocabulary is another one: \d of 4 tokens",

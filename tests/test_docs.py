@@ -31,6 +31,7 @@ from rlhf_jax.data import check, demo
 from rlhf_jax.errors import UserError
 
 README = ROOT / "README.md"
+LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
 PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
 PAGES = [
     README,
@@ -272,7 +273,11 @@ for (program, *rest), typed in json.loads(sys.argv[1]):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path != PAGE],
+    [
+        path
+        for path in PAGES
+        if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path not in (PAGE, LABELLED)
+    ],
     ids=name,
 )
 def test_the_commands_of_a_page_run(path, tmp_path):

@@ -32,7 +32,7 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import service
+from rlhf_jax.graders import client
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
@@ -64,7 +64,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def server(policy, monkeypatch):
-    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_SECONDS", 0.001)
     started = VLLM(policy)
     yield started
     started.stop()
@@ -257,7 +257,7 @@ def test_a_server_that_dies_costs_nothing_and_no_sample_is_asked_for_twice(confi
     with pytest.raises(ServiceError, match=r"503(.|\n)*Step [0123] of 4 is saved(.|\n)*--resume"):
         run(config)
     folder = Path(config.output_dir)
-    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    newest = max(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     if newest:
         shutil.rmtree(folder / "checkpoints" / str(newest))  # as a kill before it was written
     dead_after(server, math.inf)
@@ -403,7 +403,7 @@ def shorter(reply, choice):
 
 WRONG = {
     "fewer samples": (lambda reply, choice: reply["choices"].pop(), "responses to a prompt, "),
-    "no samples": (lambda reply, choice: reply.pop("choices"), 'expected {"choices": '),
+    "no samples": (lambda reply, choice: reply.pop("choices"), "it.choices must be a list"),
     "a sample twice": (lambda reply, choice: choice.update(index=1), "its choices have the numb"),
     "other weights": (lambda reply, choice: reply.update(model="other"), "of the weights 'other'"),
     "another prompt": (
@@ -421,7 +421,7 @@ WRONG = {
     ),
     "null log-probs": (
         lambda reply, choice: choice["logprobs"].update(token_logprobs=None),
-        r"row 0: 1 log_probs for \d response tokens",
+        r"it\.choices\[0\]\.logprobs\.token_logprobs must be a list",
     ),
     "a positive log-prob": (
         lambda reply, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 0.5),
@@ -431,7 +431,7 @@ WRONG = {
         lambda reply, choice: choice["token_ids"].__setitem__(0, 999),
         "token id 999 is outside the vocabulary",
     ),
-    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "row 0: a text does not show"),
+    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "token_ids must be a list"),
     "too many": (longer, "row 0: the response has 15 tokens, response_length is 6"),
     "cut": (shorter, "was cut at 2 of 6 tokens: .*--max-model-len"),
     "another end": (
@@ -601,6 +601,9 @@ def test_a_kind_that_is_not_there_and_a_model_that_is_not_served(config, server)
 def test_somebody_elses_config_does_not_name_a_server(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
+    code = {"reward": (("pairs:theirs.py:f",), f"{tmp_path}/config.yaml, line 2")}
+    with pytest.raises(UserError, match=r"reward pairs:theirs.py:f runs the Python code of"):
+        check_trusted(code)
     given = {"rl.engine": ("vllm:http://their.host", f"{tmp_path}/config.yaml, line 3")}
     with pytest.raises(UserError, match=r"rl.engine vllm:http://their.host gets the texts"):
         check_trusted(given)

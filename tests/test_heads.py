@@ -61,10 +61,11 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
     assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_no_array_of_all_logits_is_built():
-    # four chunks of 32 columns
+@pytest.mark.parametrize(("platform", "columns"), [("cpu", 32), ("gpu", 256)])
+def test_no_array_of_all_logits_is_built(platform, columns, monkeypatch):
+    monkeypatch.setattr(heads.fused, "platform", lambda: platform)
     vocab = 2**15
-    length = 128
+    length = 4 * columns
     model = models.build(replace(CONFIG, vocab_size=vocab, max_length=length))
     policy = models.policy_fn(model)
 
@@ -75,7 +76,7 @@ def test_no_array_of_all_logits_is_built():
     params = jax.eval_shape(model.init, KEY)
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     program = jax.make_jaxpr(jax.grad(loss))(params, tokens, tokens)
-    assert max(array_sizes(program.jaxpr)) == 2 * 32 * vocab
+    assert max(array_sizes(program.jaxpr)) == 2 * columns * vocab
 
 
 def test_prompt_columns_are_not_computed():

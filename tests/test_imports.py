@@ -97,6 +97,9 @@ def test_what_only_one_place_may_import():
         "matplotlib": {"report"},
         "flax.linen": {"models"},
         "flax.nnx": set(),
+        "starlette": {"inference"},
+        "uvicorn": {"inference"},
+        "sqlite3": {"inference"},
         "torch": set(),
         "pickle": set(),
     }

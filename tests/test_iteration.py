@@ -214,8 +214,9 @@ def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     assert_array_equal(summed.scores, [3.0, 7.0])
     assert_array_equal(summed.rewards, dense)
     needs = "need one score per response, and missing_eos an eos_id"
+    assert_array_equal(rule(summed).rewards, dense.at[0, 3].set(2.0 - 5.0))
     with pytest.raises(ValueError, match=needs):
-        rule(summed)
+        rule(made_rollout(scores=jnp.ones(2), rewards=dense))
     with pytest.raises(ValueError, match=needs):
         iteration.missing_eos(None, penalty=5.0, score=None)
 

@@ -8,6 +8,7 @@ import sys
 
 import asked_runs
 import jax
+import numpy as np
 import pytest
 from builders import json_lines, save_base
 
@@ -17,6 +18,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.inference import label
 from rlhf_jax.inference.chat import Console
+from rlhf_jax.inference.labelling import pairs, settings, summary
 
 NUM_PAIRS = 12
 PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
@@ -225,6 +227,38 @@ def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, 
     cli.run(["label", str(runs / "policy"), *given])
     assert "3 rows for reward-model, dpo and kto" in capsys.readouterr().out
     assert ["chosen" in row for row in json_lines(out)] == [True, True, False]
+
+
+def test_the_page_shows_what_the_terminal_shows(runs, answers, tmp_path):
+    """The run's answers; and of all of them those on which reward models disagree."""
+    files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
+    how = {**files, "serve": True, "annotators": ("ana",), "count": 6}
+    source = pairs.open_source(str(runs / "policy"), settings.Config(**how))
+    assert [source.pair(i).answers for i in range(6)] == answers[:6]
+    assert source.num_pairs == source.settings["count"] == 6
+    how |= {"choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
+    config = settings.Config(**how)
+    source = pairs.open_source(str(runs / "policy"), config)
+    assert (source.num_pairs, source.settings["count"]) == (NUM_PAIRS, 6)
+    chosen = pairs.choose([source.pair(i) for i in range(NUM_PAIRS)], config)
+    judge = LanguageModel.load(runs / "reward" / "model")
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    first, second = (judge.score_texts(asked, column) for column in zip(*answers, strict=True))
+    closest = np.argsort(abs(first - second))[:6]
+    assert {pair.prompt for pair in chosen} == {PROMPTS[i] for i in closest}
+    with pytest.raises(UserError, match="has no score head"):
+        pairs.choose([source.pair(0)], settings.Config(**how | {"reward": (str(runs / "policy"),)}))
+    with pytest.raises(UserError, match="name the folder of a run"):
+        pairs.open_source(None, config)
+
+
+def test_the_summary_of_a_terminals_session(ask, tmp_path):
+    ask(later, again=0.25)
+    text = summary.text(summary.read(tmp_path / "out.jsonl")).splitlines()
+    assert text[0] == "judgements: 12 of 12 pairs"
+    assert text[1] == "an annotator prefers the same answer again: 3 of 3"
+    assert text[2] == "best accuracy of a reward model on such judgements: 1.00 to 1.00"
+    assert text[3].startswith("you: judgements 12, ties, both bad 0, skipped 0")
 
 
 @pytest.mark.slow

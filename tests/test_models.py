@@ -33,7 +33,7 @@ from tabular import assert_close
 
 from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.models import attention, decoder, gpt2, kernels, rope, stack
-from rlhf_jax.models.kernels import norms
+from rlhf_jax.models.kernels import initialize, norms
 
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 # Each with what the other has not; Llama's grouped queries are Gemma's too.
@@ -516,6 +516,17 @@ def test_a_seed_draws_the_numbers_that_it_always_drew():
     hidden = jax.jit(model.hidden)
     states = hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
     assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
+
+
+def test_weights_of_one_shape_are_drawn_by_one_program():
+    """Of three layers with four kernels, and two tables; then of stacked layers."""
+    config = replace(CONFIG, vocab_size=17, num_layers=3, hidden_size=12, max_length=11)
+    for scan_layers, programs in ((False, 6), (True, 4)):
+        before = initialize._drawn._cache_size()
+        params = models.build(replace(config, scan_layers=scan_layers)).init(jax.random.key(0))
+        assert initialize._drawn._cache_size() - before == programs
+        leaves = jax.tree.leaves(params)
+        assert all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"])

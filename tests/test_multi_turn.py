@@ -29,12 +29,13 @@ from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.config import Network, RLStage, RunConfig, to_yaml
 from rlhf_jax.config import Tokenizer as Tokens
-from rlhf_jax.data import chat, encoding, environment, stops
-from rlhf_jax.data.environment import Environment, converse
+from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
+from rlhf_jax.generation import environment, stops
+from rlhf_jax.generation.environment import Environment, converse
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.sampling.rollout import rescore
 from rlhf_jax.training.common.stage import Stage

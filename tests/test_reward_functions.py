@@ -1,6 +1,7 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
 import importlib.util
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -89,20 +90,21 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
     assert reward.fn is None
     scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
     parts = {name: list(values) for name, values in parts.items()}
-    assert scores.tolist() == [0.5 * 2 - 2 * 2 - 0.25, 0.5 * 1 - 2 * 1]
+    assert scores == [0.5 * 2 - 2 * 2 - 0.25, 0.5 * 1 - 2 * 1]
     assert parts == {
         "count:a": [2, 1],
         "length": [2, 1],
         "length/twice": [4, 2],
         "length:1": [1, 0],
     }
-    scores, _ = build("count:a", f"{functions}:length").host(
+    scores, parts = build("count:a", f"{functions}:length").host(
         rollout(), {"topic": ["x", "skip"], "other": [1, 2]}
     )
-    assert scores.tolist() == [4.0, None]  # what one part cannot score has no sum
+    assert scores == [4.0, 1.0]  # the sum has what scored
+    assert parts["length"][1] == rewards.host.NO_REASON
     # The texts are the first two arguments, whatever their names.
     scores, _ = build(f"{functions}:texts").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
-    assert scores.tolist() == [4.0, 3.0]
+    assert scores == [4.0, 3.0]
 
 
 def test_a_traced_reward_on_the_host():
@@ -110,8 +112,10 @@ def test_a_traced_reward_on_the_host():
     scores, parts = spec.as_host(build("count:a*3"))(rollout(), {})
     assert (scores.tolist(), parts["count:a"].tolist()) == ([6.0, 3.0], [2.0, 1.0])
     dense = spec.Reward(fn=jax.tree_util.Partial(lambda rollout: (rollout.log_probs, {})))
-    with pytest.raises(UserError, match="the reward, row 0: expected a number or None, got list"):
-        rewards.on_host(spec.as_host(dense), rollout(), {})
+    scored, _ = rewards.on_host(
+        spec.as_host(dense), rollout().replace(log_probs=np.ones((2, 4))), {}
+    )
+    assert_array_equal(scored.scores, [[0, 0, 1, 1], [0, 0, 1, 0]])
 
 
 @pytest.fixture
@@ -178,9 +182,9 @@ def test_an_ensemble_of_two_tokenizers():
         deviation = (first - 2) / 2
         expected -= deviation**2 if how == "uncertainty" else 0
         assert_allclose(scored.scores, [expected, 0], rtol=1e-5)
-        assert_allclose(parts[f"{how}:1,other/uncertainty"], [deviation, 0], rtol=1e-5)
+        assert_allclose(parts[f"{how}:1,other/uncertainty"], [deviation, math.nan], rtol=1e-5)
         assert scored.present.tolist() == [True, False]
-    with pytest.raises(FloatingPointError, match=r"the reward is not finite \(row 0: nan\)"):
+    with pytest.raises(FloatingPointError, match=r"is not finite \(row 0: nan"):
         rewards.on_host(build("mean:nan,other", load=load).host, rollout(), columns)
 
 
@@ -188,8 +192,7 @@ def test_answers_that_a_rule_verifies(monkeypatch):
     """Responses "ea" and "e"."""
     matched = build("regex:^.a$*2", "regex:e")
     scores, parts = matched.host(rollout(), {})
-    parts = {name: values.tolist() for name, values in parts.items()}
-    assert scores.tolist() == [3.0, 1.0]
+    assert scores == [3.0, 1.0]
     assert parts == {"regex:^.a$": [1, 0], "regex:e": [1, 1]}
     with monkeypatch.context() as missing:
         missing.setattr(importlib.util, "find_spec", lambda name: None)

@@ -109,8 +109,8 @@ REFUSED = [
     (lambda: rewards.ensemble([constant(1.0)], "max"), r"mean, min, uncertainty.*'max'"),
     (lambda: rewards.ensemble({}), "at least one"),
     (lambda: rewards.weighted({}), "at least one"),
-    (lambda: weighted_dense((4, 6)), r"\(4, 6\) but expected \(4,?\)"),
-    (lambda: weighted_dense((4, 1)), r"\(4, 1\) but expected \(4,?\)"),
+    (lambda: weighted_dense((4, 1)), r"\(4, 1\) but expected \(4, 6\)"),
+    (lambda: weighted_dense(()), r"\(\) but expected \(4,?\)"),
     (lambda: rewards.diversity(0), "ngram must be at least 1, got 0"),
     (lambda: rewards.repetition(0), "ngram must be at least 1, got 0"),
     (lambda: rewards.kl_shaped(a_rollout(), 0.1), "got neither"),
@@ -193,7 +193,7 @@ def test_from_text_shows_present_rows_their_texts_and_columns(absent):
     rollout, parts = rewards.on_host(reward, a_rollout(response_mask=mask), columns)
     expected = np.where(np.arange(4) == absent, 0, [1, 2.5, 3, 7])
     assert_array_equal(rollout.scores, expected)
-    assert_array_equal(parts["tone"], -expected)
+    assert_array_equal(parts["tone"], np.where(np.arange(4) == absent, math.nan, -expected))
     assert_array_equal(rollout.response_mask, mask)
     assert (rollout.scores.dtype, rollout.response_mask.dtype) == (np.float32, mask.dtype)
 
@@ -207,7 +207,7 @@ def test_none_takes_the_row_out():
     assert_array_equal(
         rollout.response_mask, a_rollout().response_mask * np.array([[1], [0], [1], [1]])
     )
-    assert_array_equal(parts["part"], [4, 0, 0, 0])
+    assert_array_equal(parts["part"], [4, math.nan, math.nan, math.nan])
 
 
 NAN = math.nan
@@ -215,7 +215,7 @@ NOT_FINITE = [
     ([1, bad, 3, 4], {}, r"^(?!.*row 0).*row 1 \(data row 11\)")
     for bad in (NAN, math.inf, 1e300, 10**400)
 ]
-NOT_FINITE.append(([1, 2, 3, 4], {"tone": [NAN] * 4}, r"part 'tone'.*row 0.*row 1.*row 2"))
+NOT_FINITE.append(([1, 2, 3, 4], {"tone": [NAN] * 4}, r"component 'tone'.*row 0.*row 1.*row 2"))
 
 
 @pytest.mark.parametrize(("scores", "parts", "message"), NOT_FINITE)
@@ -238,14 +238,18 @@ NO_SCORES = {
     "nothing": (None, f"{EXPECTED}NoneType: None"),
     "too few": ([1, 2], EXPECTED + r"list: \[1, 2\]"),
     "a pair of numbers": ((1, 2), f"{EXPECTED}tuple: "),
-    "three values": (([1, 2, 3], {}, "x"), ", row 0, prompt '5': expected a number or None, got "),
+    "three values": (([1, 2, 3], {}, "x"), f"{ENTRY}dict: {{}}"),
     "a text": ("123", f"{EXPECTED}str: '123'"),
     "one number": (jnp.float32(1), f"{EXPECTED}float: 1.0"),
-    "a column": (np.zeros((3, 1)), ", row 0, prompt '5': expected a number or None, got list"),
+    "a column": (np.zeros((3, 1)), ", row 0, prompt '5': 1 numbers for a response of 3 tokens"),
     "a number in quotation marks": ([1, np.str_("2"), 3], f"{ENTRY}str: '2'"),
-    "an array in a list": ([1, np.ones(1), 3], f"{ENTRY}ndarray: "),
+    "an array in a list": ([1, np.ones(1), 3], ", row 1, prompt '65': 1 numbers for a response of"),
     "a complex number": ([1, np.complex64(2j), 3], f"{ENTRY}complex: "),
-    "a part": (([1, 2, 3], {"tone": "abc"}), f", part 'tone'{EXPECTED}str"),
+    "a component": (([1, 2, 3], {"tone": "abc"}), f", component 'tone'{EXPECTED}str"),
+    "dense components": (
+        ([1, 2, 3], {"tone": [[1], 2, 3]}),
+        ", row 0, prompt '5': a component is one number, got list: \\[1\\] ",
+    ),
 }
 
 

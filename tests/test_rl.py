@@ -9,7 +9,7 @@ from builders import letters_run, with_rl
 
 from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
-from rlhf_jax.data.environment import Environment
+from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.training import rl

@@ -14,8 +14,9 @@ from numpy.testing import assert_array_equal
 from rlhf_jax import iteration, rewards
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import RLStage
-from rlhf_jax.data import stops, tokenizers
+from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.training import rl

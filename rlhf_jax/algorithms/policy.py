@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rlhf_jax import advantages as estimators
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import (
@@ -67,6 +68,7 @@ class Batching:
     kl_loss_coef = 0.0
     baseline = "none"
     needs_teacher = False
+    needs_components = False  # whether ``prepare`` reads ``rollout.components``
 
     @property
     def kl_in_loss(self) -> bool:
@@ -193,6 +195,21 @@ def spread(row_advantages: Array, rollout: Rollout) -> Rollout:
     return replace(rollout, advantages=advantages)
 
 
+def rewards_to_go(rollout: Rollout) -> tuple[Array, Array]:
+    """Of dense rewards: the sum from each token of a response on, by its place in the response, so
+    that the first column [B, T] is that of all responses' first tokens; behind the end of a
+    response its last reward stays. And the place [B, T] of the token in each column.
+    """
+    mask = rollout.mask
+    to_go = estimators.discounted_returns(field(rollout, "rewards"), mask)
+    place = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    columns = jnp.argsort(~mask, axis=1, stable=True)  # of the response's tokens, in their order
+    lengths = jnp.sum(mask, axis=1, keepdims=True)
+    taken = jnp.minimum(jnp.arange(mask.shape[1])[None, :], jnp.maximum(lengths - 1, 0))
+    columns = jnp.take_along_axis(columns, taken, axis=1)
+    return jnp.take_along_axis(to_go, columns, axis=1), place
+
+
 def with_group_advantages(
     rollout: Rollout,
     group_size: int,
@@ -200,6 +217,11 @@ def with_group_advantages(
 ) -> Rollout:
     """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0
     elsewhere.
+
+    Dense rewards (``rollout.dense``) keep their places: the estimate is made at each place of the
+    responses, of the rewards from there on. What is subtracted at a token is then made of other
+    rows, or of a row's mean with them, as without dense rewards; a reward that stands at the last
+    token alone gives the advantages of a score.
 
     Args:
       rollout: rows of one prompt are adjacent: rows ``i * group_size`` to ``(i + 1) * group_size -
@@ -213,9 +235,16 @@ def with_group_advantages(
             f"{num_rows} rows (on each device, under shard_map) do not divide by "
             f"group_size={group_size}"
         )
-    scores = row_rewards(rollout).reshape(-1, group_size)
     present = rollout.present.reshape(-1, group_size)
-    return spread(estimate(scores, mask=present).reshape(num_rows), rollout)
+    if not rollout.dense:
+        scores = row_rewards(rollout).reshape(-1, group_size)
+        return spread(estimate(scores, mask=present).reshape(num_rows), rollout)
+    to_go, place = rewards_to_go(rollout)
+    groups = to_go.reshape(-1, group_size, to_go.shape[1])
+    by_place = jax.vmap(lambda scores: estimate(scores, mask=present), in_axes=2, out_axes=2)
+    estimated = by_place(groups).reshape(to_go.shape)
+    at_tokens = jnp.take_along_axis(estimated, place, axis=1)
+    return replace(rollout, advantages=ops.masked(at_tokens, rollout.mask))
 
 
 def with_entropy(
@@ -364,6 +393,7 @@ def updater(
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
         sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
+        sharded["group_size"] = rollout.group_size
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(

@@ -60,6 +60,7 @@ def gradient_step(
     num_microbatches: int = 1,
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
+    group_size: int = 1,
 ) -> tuple[State, StepMetrics]:
     """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is
     not finite.
@@ -76,16 +77,18 @@ def gradient_step(
       key: of dropout; each microbatch on each device derives its own key from it.
       num_microbatches: parts that are run one after the other to save memory; divides B. Row i is
         in part ``i % num_microbatches``, so that each device of a sharded batch has rows in every
-        part. A Rollout with `LONG` response slots and a ``prompt_length`` is sorted by length
-        first, and the columns of a part end after a quarter or a half of the response slots if its
-        responses do: that compiles the loss once for each width, and changes its rounding. What is
-        cut are the fields that a class declares with the metadata ``types.PER_TOKEN``. If another
-        field is as wide as the tokens, nothing is cut.
+        part; with a ``group_size`` that is group i. A Rollout with `LONG` response slots and a
+        ``prompt_length`` is sorted by length first, and the columns of a part end after a quarter
+        or a half of the response slots if its responses do: that compiles the loss once for each
+        width, and changes its rounding. What is cut are the fields that a class declares with the
+        metadata ``types.PER_TOKEN``. If another field is as wide as the tokens, nothing is cut.
       axis_name: the mapped axis (or axes) over whose devices the batch is sharded.
       minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. If its first
         axis is the whole mesh and parameters are replicated, each device adds up the gradients of
         its microbatches, and they are summed over the devices once. Otherwise XLA sums over the
         devices in each microbatch.
+      group_size: adjacent rows that stay together in a microbatch, such as the answers to a prompt
+        that is computed once (``models.policy_fn``).
 
     Returns:
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
@@ -98,11 +101,15 @@ def gradient_step(
       TypeError: ``loss_fn`` returns anything but Means.
     """
     gradient: Callable[..., Gradient] = partial(
-        _global_gradient, loss_fn, num_microbatches=num_microbatches, axis_name=axis_name
+        _global_gradient,
+        loss_fn,
+        num_microbatches=num_microbatches,
+        group_size=group_size,
+        axis_name=axis_name,
     )
     if num_microbatches > 1 and isinstance(minibatch_sharding, NamedSharding):
-        part_rows = _num_rows(batch) // num_microbatches
-        gradient = _reduced_once(gradient, minibatch_sharding, part_rows)
+        part_groups = _num_rows(batch) // group_size // num_microbatches
+        gradient = _reduced_once(gradient, minibatch_sharding, part_groups)
     loss, metrics, grads = gradient(state.params, batch, key)
     grad_norm = optax.tree.norm(jax.tree.map(_widened, grads))
     update = optax.with_extra_args_support(optimizer).update
@@ -131,6 +138,7 @@ def minibatch_epochs(
     shuffle_blocks: int = 1,
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
+    group_size: int = 1,
 ) -> tuple[State, Metrics]:
     """Runs ``step`` on every minibatch of every epoch: ``num_epochs * num_minibatches`` steps,
     compiled once.
@@ -152,6 +160,7 @@ def minibatch_epochs(
         ``shuffle_blocks / axis size`` of the blocks.
       minibatch_sharding: sharding (or a tree prefix of shardings) of the minibatches under plain
         ``jit``. XLA may otherwise replicate a shuffled batch on every device.
+      group_size: adjacent rows that stay together: groups are permuted in place of rows.
 
     Returns:
       The last state, and the metrics averaged over the steps: arrays. Of a metric that is a ``Max``
@@ -173,13 +182,15 @@ def minibatch_epochs(
 
         def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, StepMetrics]:
             index, order = inputs
-            minibatch = jax.tree.map(partial(_take, order), batch)
+            minibatch = jax.tree.map(partial(_take, order, group_size), batch)
             minibatch = _constrained(minibatch, minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
         epoch_key = jax.random.fold_in(key, epoch)
         numbers = jnp.arange(num_minibatches)
-        orders = _orders(epoch_key, _num_rows(batch), num_minibatches, shuffle_blocks, axis_name)
+        orders = _orders(
+            epoch_key, _num_rows(batch), num_minibatches, shuffle_blocks, axis_name, group_size
+        )
         state, metrics = jax.lax.scan(run_minibatch, state, (numbers, orders))
         return state, _average(metrics)
 
@@ -246,17 +257,17 @@ def _constrained(batch: Any, sharding: Any) -> Any:
 def _reduced_once(
     gradient: Callable[..., Gradient],
     sharding: NamedSharding,
-    part_rows: int,
+    part_groups: int,
 ) -> Callable[..., Gradient]:
     """``gradient`` under ``shard_map``, which sums over the devices after the last microbatch.
 
-    Unchanged if the rows' first axis is not the whole mesh, or if a microbatch of ``part_rows``
-    does not divide over it.
+    Unchanged if the rows' first axis is not the whole mesh, or if the ``part_groups`` of a
+    microbatch, rows or groups of rows, do not divide over it.
     """
     mesh = sharding.mesh
     axes = sharding.spec[0]
     axis = axes[0] if isinstance(axes, tuple) else axes
-    if axis is None or not 1 < mesh.shape[axis] == mesh.size or part_rows % mesh.size:
+    if axis is None or not 1 < mesh.shape[axis] == mesh.size or part_groups % mesh.size:
         return gradient
     replicated = PartitionSpec()
     specs = (replicated, PartitionSpec(axis), replicated)
@@ -271,6 +282,7 @@ def _global_gradient(
     key: DropoutKey,
     *,
     num_microbatches: int,
+    group_size: int,
     axis_name: AxisName,
 ) -> Gradient:
     """Loss, metrics and gradient over all microbatches and devices."""
@@ -284,7 +296,8 @@ def _global_gradient(
     if num_parts == 1:
         grads, results = _backward(forward, axis_name, None, local, 0, batch)
     else:
-        grads, results = _over_microbatches(forward, axis_name, local, batch, num_parts)
+        whole = (batch, num_parts, group_size)
+        grads, results = _over_microbatches(forward, axis_name, local, *whole)
     grads = ops.psum(grads, axis_name)
     if axis_name is not None:
         results = _map_parts(lambda part: part.over(axis_name), results)
@@ -351,17 +364,21 @@ def _over_microbatches(
     params: Params,
     batch: Any,
     num_microbatches: int,
+    group_size: int,
 ) -> PartGradient:
     """The sum of the microbatches' gradients, and their terms and metrics added up."""
     num_rows = _num_rows(batch)
-    if num_microbatches < 1 or num_rows % num_microbatches:
+    if num_microbatches < 1 or num_rows % (num_microbatches * group_size):
+        groups = "" if group_size == 1 else f" in groups of {group_size}"
         raise ValueError(
-            f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch"
+            f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the "
+            f"batch{groups}"
         )
     is_long = _is_long(batch)
     if is_long:
-        batch = _by_length(batch, num_microbatches)
-    parts = (jnp.arange(num_microbatches), ops.split_rows(batch, num_microbatches))
+        batch = _by_length(batch, num_microbatches, group_size)
+    split = ops.split_rows(batch, num_microbatches, group_size)
+    parts = (jnp.arange(num_microbatches), split)
 
     # The counts do not depend on the parameters: XLA leaves the forward pass out.
     terms = jax.lax.map(lambda part: forward(params, *part)[0], parts)
@@ -435,9 +452,13 @@ def _is_long(batch: Any) -> bool:
     return columns - batch.prompt_length >= LONG
 
 
-def _by_length(rollout: Rollout, num_microbatches: int) -> Rollout:
-    """The rows in an order from which ``ops.split_rows`` makes parts of similar length."""
-    order = jnp.argsort(_used(rollout)).reshape(num_microbatches, -1).T.reshape(-1)
+def _by_length(rollout: Rollout, num_microbatches: int, group_size: int) -> Rollout:
+    """The rows in an order from which ``ops.split_rows`` makes parts of similar length. A group is
+    as long as its longest row.
+    """
+    longest = _used(rollout).reshape(-1, group_size).max(axis=1)
+    groups = jnp.argsort(longest).reshape(num_microbatches, -1).T.reshape(-1, 1)
+    order = (groups * group_size + jnp.arange(group_size)[None]).reshape(-1)
     return jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), rollout)
 
 
@@ -485,8 +506,9 @@ def _orders(
     num_minibatches: int,
     shuffle_blocks: int,
     axis_name: AxisName,
+    group_size: int,
 ) -> Array:
-    """[minibatches, blocks, n]: positions of each minibatch's rows in this device's blocks."""
+    """[minibatches, blocks, n]: positions of each minibatch's groups in this device's blocks."""
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if shuffle_blocks % num_devices:
         raise ValueError(
@@ -494,11 +516,12 @@ def _orders(
             "blocks"
         )
     num_blocks = shuffle_blocks // num_devices
-    if num_rows % (num_blocks * num_minibatches):
+    if num_rows % (num_blocks * num_minibatches * group_size):
+        groups = "" if group_size == 1 else f" times groups of {group_size}"
         raise ValueError(
             f"a batch of {num_rows * num_devices} rows does not divide into "
-            f"shuffle_blocks={shuffle_blocks} blocks times num_minibatches={num_minibatches}: it "
-            f"must be a multiple of {shuffle_blocks * num_minibatches}"
+            f"shuffle_blocks={shuffle_blocks} blocks times num_minibatches={num_minibatches}"
+            f"{groups}: it must be a multiple of {shuffle_blocks * num_minibatches * group_size}"
         )
     numbers = jnp.arange(num_blocks)
     if axis_name is not None:
@@ -506,17 +529,19 @@ def _orders(
 
     def shuffled(number: Array) -> Array:
         block_key = jax.random.fold_in(key, number)
-        return jax.random.permutation(block_key, num_rows // num_blocks)
+        return jax.random.permutation(block_key, num_rows // group_size // num_blocks)
 
     orders = jax.vmap(shuffled)(numbers)
     return orders.reshape(num_blocks, num_minibatches, -1).swapaxes(0, 1)
 
 
-def _take(order: Array, x: Array) -> Array:
-    """The rows of a minibatch: those at ``order`` [blocks, n] in the blocks of ``x`` [B, ...]."""
-    by_block = x.reshape(len(order), -1, *x.shape[1:])
-    rows = jax.vmap(lambda block, positions: block[positions])(by_block, order)
-    return rows.reshape(-1, *rows.shape[2:])
+def _take(order: Array, group_size: int, x: Array) -> Array:
+    """The rows of a minibatch: the groups at ``order`` [blocks, n] in the blocks of ``x``
+    [B, ...].
+    """
+    by_block = x.reshape(len(order), -1, group_size, *x.shape[1:])
+    groups = jax.vmap(lambda block, positions: block[positions])(by_block, order)
+    return groups.reshape(-1, *x.shape[1:])
 
 
 def _num_rows(batch: Any) -> int:

@@ -7,6 +7,7 @@ comes first. The baseline b travels in ``vpg.State``. ReMax is ``baseline="greed
 the b of its prompt. Column t of every [B, T] array belongs to ``tokens[:, t]``.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,7 +69,9 @@ def prepare(
     advantages.
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
-    ``scores``. With ``config.baseline = "greedy"`` the baseline is ``rollout.greedy_rewards`` [B].
+    ``scores``. Dense rewards keep their places (``rollout.dense``): the advantage of a token has
+    the rewards from it on, less the same baseline. With ``config.baseline = "greedy"`` the baseline
+    is ``rollout.greedy_rewards`` [B].
 
     Args:
       baseline: of ``config.baseline = "ema"``, before this rollout moves it.
@@ -87,7 +90,15 @@ def prepare(
     elif config.baseline == "greedy":
         hint = "iteration.with_greedy makes them"
         advantage = advantage - policy.field(rollout, "greedy_rewards", hint, ndim=1)
-    return policy.spread(advantage, rollout)
+    if not rollout.dense:
+        return policy.spread(advantage, rollout)
+    # Of the rewards before a token the token is no cause.
+    rewards = policy.field(rollout, "rewards")
+    before = policy.row_rewards(rollout)[:, None] - advantages.discounted_returns(
+        rewards, rollout.mask
+    )
+    at_tokens = ops.masked(advantage[:, None] - before, rollout.mask)
+    return dataclasses.replace(rollout, advantages=at_tokens)
 
 
 def loss(

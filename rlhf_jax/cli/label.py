@@ -1,22 +1,51 @@
-"""``rlhf-jax label``: pairs of answers compared by a person in the terminal."""
+"""``rlhf-jax label``: pairs of answers compared by a person in the terminal, or by several people
+on a page.
+"""
+
+from pathlib import Path
 
 import tyro
 
 from rlhf_jax.cli.chat import console
 from rlhf_jax.cli.console import show, typed_lines
+from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
+from rlhf_jax.inference.labelling import summary
+from rlhf_jax.inference.labelling.settings import Config
 
 
 def label_pairs(
-    run: tyro.conf.Positional[str],
-    config: tyro.conf.OmitArgPrefixes[label.Config],
+    run: tyro.conf.Positional[str | None] = None,
+    *,
+    config: tyro.conf.OmitArgPrefixes[Config],
 ) -> None:
-    """Compare pairs of answers in the terminal: rows that reward-model, dpo and kto train on.
+    """Compare pairs of answers: rows that reward-model, dpo and kto train on.
 
-    Who wrote which answer is not shown. The same command goes on where it was left.
+    In the terminal, or with --serve on a web page for several people. Who wrote which answer is not
+    shown. The same command goes on where it was left.
 
     Args:
         run: the folder of a finished run, or of a model.
-        config: which answers are compared.
+        config: which answers are compared, and where.
     """
-    show(label.run(run, config, typed_lines(), console()))
+    if config.summary is not None:
+        judgements = summary.read(Path(config.summary))
+        if config.html is not None:
+            summary.write_page(judgements, f"Labels in {config.summary}", Path(config.html))
+        show(summary.text(judgements))
+    elif config.serve:
+        show(_serve(run, config))
+    elif run is None:
+        raise UserError("name the folder of a run: rlhf-jax label FOLDER --prompts FILE --out FILE")
+    else:
+        show(label.run(run, config, typed_lines(), console()))
+
+
+def _serve(run: str | None, config: Config) -> str:
+    try:
+        from rlhf_jax.inference.labelling import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--serve needs the package {error.name}: pip install 'rlhf-jax[label]'"
+        ) from None
+    return serve.run(run, config)

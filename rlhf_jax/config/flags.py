@@ -145,7 +145,7 @@ def _harm(text: str, config: Path) -> str:
     folder = config.parent
     is_here = config.is_relative_to(here)
     is_run = (folder / "manifest.json").is_file()
-    code = re.match(r"(.*\.py):", text, re.DOTALL)
+    code = re.match(r"(?:pairs:)?(.*\.py):", text, re.DOTALL)
     if code is not None:
         file = Path(code[1]).resolve()
         is_own = file.is_relative_to(here)

@@ -19,7 +19,8 @@ from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
 from rlhf_jax.graders import verifiable
-from rlhf_jax.graders.service import Judge, Requests, check_url
+from rlhf_jax.graders.client import Requests, check_url
+from rlhf_jax.graders.service import Judge
 from rlhf_jax.losses import ImportanceSampling
 from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts
@@ -102,6 +103,9 @@ class Compute(Section):
     """Compile one block for all layers but the last, and loop over depth: faster to compile for
     deep models. auto: from eight layers on.
     """
+    share_prompts: Switch = "auto"
+    """Compute a prompt once for all its answers in RL; minibatches then hold whole groups. auto:
+    where that saves a tenth of the token passes and the batch divides into groups."""
     score_rows: Count | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
@@ -616,7 +620,7 @@ class EngineServer(Requests):
     concurrency: int = 64
     """Requests that are sent at once; one holds all responses to a prompt."""
     timeout: float = 600.0
-    """Seconds without a byte after which a request counts as failed."""
+    """Seconds from the connection to the last byte after which a request counts as failed."""
     model: str | None = None
     """The name of the model there; null: the first that it lists."""
     weights: str | None = None
@@ -624,6 +628,7 @@ class EngineServer(Requests):
     one in the run's folder."""
 
     section = "engine"
+    most_bytes = 1 << 28
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jax import Array
 
 from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.texts import IS_CHAT
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback
 
 # The row number of a missing row, which completes the last batch of an epoch and counts in no
@@ -138,6 +139,18 @@ def prompt_rows(
     keys = [jax.random.fold_in(key, epoch) for epoch in epochs]
     orders = np.concatenate([_permutation(epoch_key, n) for epoch_key in keys])
     return orders[positions - first_epoch * n]
+
+
+def run_length(numbers: np.ndarray) -> int:
+    """The length of the runs of equal neighbours among [N] numbers, if all are equally long and
+    there is more than one number; else 1.
+    """
+    changes = np.flatnonzero(np.diff(numbers))
+    bounds = [-1, *changes, len(numbers) - 1]
+    lengths = np.diff(bounds)
+    if np.ptp(lengths):
+        return 1
+    return int(lengths[0])
 
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
@@ -334,13 +347,15 @@ def _present(rows: np.ndarray) -> np.ndarray:
 
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
     """The data columns of the given rows, for a reward that reads them, and the column ``messages``
-    of the rows' `Row.conversation`. A value that a row lacks is None.
+    of the rows' `Row.conversation`. A value that a row lacks is None. ``IS_CHAT`` says which
+    prompts the data gives as messages.
     """
     rows = [data.rows[row] for row in row_ids]
     columns: dict[str, list[Any]] = {}
     for name in data.columns:
         columns[name] = [row.columns.get(name) for row in rows]
     columns["messages"] = [row.conversation for row in rows]
+    columns[IS_CHAT] = [bool(row.messages) for row in rows]
     return columns
 
 

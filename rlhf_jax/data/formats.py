@@ -16,7 +16,7 @@ has. Records of public data sets have our keys already (`forms.table`).
   prompt and the responses may be GPT-2 token ids, as in lm-human-preferences (Ziegler et al. 2019).
 - ``{instruction, response1, response2}``: annotated, as in PandaLM (Wang et al. 2023), with
   ``input`` and ``annotator1``, ..., each of which says 1, 2 or 0, a tie; to a stage it is a
-  comparison by majority.
+  comparison by majority. The instruction may be messages.
 - ``{prompt, ...}`` or a string: a prompt; other keys are columns for the reward.
 
 As in InstructGPT (Ouyang et al. 2022) a ranking becomes all of its ordered pairs, which together
@@ -494,9 +494,7 @@ def _asked(record: Record) -> str | Messages:
 def _annotated(record: Record) -> Row:
     row = record.value
     record.require(ANNOTATED)
-    prompt = record.text("instruction")
-    if row.get("input"):
-        prompt += "\n\n" + record.text("input")
+    asked = _instruction(record)
     responses = (record.text("response1"), record.text("response2"))
     votes = []
     for key in filter(_ANNOTATOR.fullmatch, row):
@@ -504,7 +502,19 @@ def _annotated(record: Record) -> Row:
         is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
         record.expect(is_vote, f"{key!r} must be 1, 2 or 0 for a tie", vote)
         votes.append(int(vote))
-    return Row(prompt, responses, record.source, votes=tuple(votes))
+    return _row(record, asked, responses, votes=tuple(votes))
+
+
+def _instruction(record: Record) -> str | Messages:
+    """The instruction and the input of an annotated record; or messages, which have no input."""
+    row = record.value
+    if conversation.is_chat(row, "instruction"):
+        record.expect(not row.get("input"), "'instruction' is messages, so leave 'input' out")
+        return conversation.asked(record, "instruction")
+    prompt = record.text("instruction")
+    if row.get("input"):
+        prompt += "\n\n" + record.text("input")
+    return prompt
 
 
 def _exchange(record: Record, key: str) -> tuple[str | Messages, str | Messages]:
@@ -637,7 +647,7 @@ def _by_majority(annotated: Row) -> Row:
     if annotated.majority not in (1, 2):
         raise Drop(annotated.source, NO_MAJORITY)
     pair = (first, second) if annotated.majority == 1 else (second, first)
-    return Row(annotated.prompt, pair, annotated.source)
+    return replace(annotated, responses=pair, votes=())
 
 
 def _before_answers(record: Record) -> Text | Messages:

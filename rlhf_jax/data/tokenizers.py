@@ -159,6 +159,10 @@ class Tokenizer:
         keep = [i for i in map(int, ids) if i not in (self.pad_id, *self.eos_ids)]
         return self.backend.decode(keep, skip_special_tokens=False)
 
+    def decode_raw(self, ids: Iterable[int]) -> str:
+        """Text of the ids with the special tokens among them, as a model reads it."""
+        return self.backend.decode([*map(int, ids)], skip_special_tokens=False)
+
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The pieces of `decode`, as soon as tokens make them: a character comes when all of its
         bytes are there.

@@ -60,10 +60,10 @@ def reward_lines(entry: str, file: ReadResult, math: Settings, on_bad_row: OnBad
     path, _, function = entry.rpartition(":")
     if path.endswith(".py"):
         columns = {name: [row.columns.get(name) for row in rows] for name in _columns_of(rows)}
-        score = spec.load_function(f"--reward {entry}", Path(path), function, list(columns))
+        fn = spec.load_function(f"--reward {entry}", Path(path), function, list(columns))
         if "answer" in columns:
             columns["messages"] = [row.conversation for row in rows]
-            warnings += selftest.function(score, _questions(rows), columns)
+            warnings += selftest.function(fn, _questions(rows), columns)
     elif not patterns:
         raise UserError(
             f"--reward {entry}: here math, regex:PATTERN and FILE.py:FUNCTION are tried"

@@ -4,26 +4,25 @@ SGLang. Its weights do not change while it runs.
 The API key is read from the environment variable `ENGINE_API_KEY`.
 """
 
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.errors import ServiceError
-from rlhf_jax.graders.service import ENGINE_KEY, ask
+from rlhf_jax.graders import client
+from rlhf_jax.graders.client import ENGINE_KEY
 
-_SHOWN = 200  # the characters of a reply that an error message shows
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
+_TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 
 
 def connect(place: str, server: EngineServer, folder: Path) -> "Completions":
     """The server at a URL."""
-    return Completions(place, server, os.environ.get(ENGINE_KEY))
+    return Completions(place, server)
 
 
 class Completions:
@@ -31,11 +30,14 @@ class Completions:
 
     follows = False
 
-    def __init__(self, place: str, server: EngineServer, key: str | None):
-        """Raises ServiceError if the server lists no model, or not ``server.model``."""
+    def __init__(self, place: str, server: EngineServer, variable: str = ENGINE_KEY):
+        """Raises ServiceError if the server lists no model, or not ``server.model``.
+
+        variable: of the environment, which holds the server's key.
+        """
         self.place = place.rstrip("/").removesuffix("/v1")
         self.server = server
-        self.key = key
+        self.variable = variable
         self.models = self.list_models()
         self.model = server.model or self.models[0]
 
@@ -53,9 +55,9 @@ class Completions:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-        reply = self.ask("/v1/completions", body)
+        reply = self.ask("/v1/completions", client.COMPLETIONS, body)
         choices = self.choices(reply)
-        version = str(reply.get("model"))
+        version = reply["model"]
         return [self._sample(choice, request, version) for choice in choices]
 
     def score(self, ids: Sequence[int]) -> tuple[list[str], list[float]]:
@@ -70,40 +72,37 @@ class Completions:
             "echo": True,
             "logprobs": 1,
         }
-        reply = self.ask("/v1/completions", body)
-        try:
-            told = self.choices(reply)[0]["logprobs"]
-            texts = list(map(str, told["tokens"]))
-            log_probs = [0.0, *map(float, told["token_logprobs"][1:])]
-        except (IndexError, KeyError, TypeError, ValueError):
+        reply = self.ask("/v1/completions", client.LOG_PROBS, body)
+        choices = self.choices(reply)
+        told = choices[0].get("logprobs") if choices else None
+        if told is None:
             self.refuse("it returned no log-probabilities of the prompt (echo, logprobs)", reply)
+        texts = told["tokens"]
+        log_probs = [0.0, *told["token_logprobs"][1:]]
         count = len(ids)
         is_whole = len(texts) == len(log_probs) and len(texts) - count in (0, 1)
-        if not is_whole or not all(-math.inf < value < _ROUNDING for value in log_probs):
+        if not is_whole or not all(_is_log_prob(value) for value in log_probs):
             self.refuse(f"expected log-probabilities of {count} tokens and one more", told)
         return texts[:count], log_probs[:count]
 
     def close(self) -> None:
         """Does nothing: the server holds nothing for this run."""
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON reply of the server to a POST, or to a GET without a body."""
-        return ask(self.place + path, body, self.server, self.key)
+    def ask(self, path: str, form: Any, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON reply to a POST, or to a GET without a body; see ``client.ask``."""
+        return client.ask(self.place + path, body, self.server, self.variable, form)
 
     def choices(self, reply: Any) -> list[Mapping[str, Any]]:
         """The choices of a reply, ordered by their index."""
-        try:
-            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-            numbers = [choice["index"] for choice in choices]
-        except (KeyError, TypeError):
-            self.refuse('expected {"choices": [{"index": ...}]}', reply)
+        choices: list[Mapping[str, Any]] = sorted(reply["choices"], key=itemgetter("index"))
+        numbers = [choice["index"] for choice in choices]
         if numbers != list(range(len(numbers))):
             self.refuse(f"its choices have the numbers {numbers}", reply)
         return choices
 
     def refuse(self, fault: str, reply: Any) -> NoReturn:
         """Raises ServiceError with the fault and the start of the reply."""
-        raise ServiceError(f"{self.place}: {fault}; got {reply!r:.{_SHOWN}}")
+        raise ServiceError(f"{self.place}: {fault}; got {client.quoted(reply, None)}")
 
     def list_models(self) -> list[str]:
         """The names of the models that the server lists.
@@ -111,11 +110,8 @@ class Completions:
         Raises:
             ServiceError: the server has no model, or none of the name in ``server.model``.
         """
-        reply = self.ask("/v1/models")
-        try:
-            names = [str(model["id"]) for model in reply["data"]]
-        except (KeyError, TypeError):
-            self.refuse('expected {"data": [{"id": ...}]} of /v1/models', reply)
+        reply = self.ask("/v1/models", client.MODELS)
+        names = [model["id"] for model in reply["data"]]
         wanted = self.server.model
         if not names or wanted not in (None, *names):
             raise ServiceError(f"{self.place}: it serves no model {wanted}, but {', '.join(names)}")
@@ -126,16 +122,20 @@ class Completions:
         if told not in (None, request.prompt):
             self.refuse("it read other token ids than the prompt's", told)
         logprobs = choice.get("logprobs")
-        if not isinstance(logprobs, Mapping):
+        if logprobs is None:
             self.refuse("it returned no log-probabilities", choice)
         tokens = choice.get("token_ids")
         if tokens is None:
-            named = [_TOKEN_ID.fullmatch(str(token)) for token in logprobs.get("tokens") or ()]
+            named = [_TOKEN_ID.fullmatch(token) for token in logprobs.get("tokens") or ()]
             tokens = [int(match[1]) for match in named if match]
             if not tokens:
                 self.refuse("it returned no token ids (return_token_ids)", choice)
-        log_probs: Any = logprobs.get("token_logprobs")
+        log_probs = logprobs["token_logprobs"]
         return Sample(tokens, log_probs, choice.get("finish_reason") == "stop", version)
+
+
+def _is_log_prob(value: float | None) -> bool:
+    return value is not None and value < _ROUNDING
 
 
 def sampling_settings(request: Request) -> dict[str, Any]:

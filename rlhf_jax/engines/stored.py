@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer, decoded, question
 from rlhf_jax.errors import ServiceError, UserError
-from rlhf_jax.graders.service import Replies
+from rlhf_jax.graders.replies import Replies
 
 
 def connect(place: str, server: EngineServer, folder: Path) -> "Stored":

@@ -5,12 +5,10 @@ it reads all weights from a folder (``reload_weights``) and gets a new version f
 (``/update_weight_version``). It returns that name or version with each sample.
 """
 
-import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Request, Sample, Writer
 from rlhf_jax.engines.openai import Completions, sampling_settings
 from rlhf_jax.errors import ServiceError, logger
-from rlhf_jax.graders.service import ENGINE_KEY, ask
+from rlhf_jax.graders import client
 from rlhf_jax.models import peft
 
 LORA_NEEDS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
@@ -38,7 +36,7 @@ class VLLM(Completions):
     follows = True
 
     def __init__(self, place: str, server: EngineServer, folder: Path):
-        super().__init__(place, server, os.environ.get(ENGINE_KEY))
+        super().__init__(place, server)
         # A name that no other run, and no earlier start of this run, has used.
         self._session = f"rlhf-jax-{secrets.token_hex(4)}"
         if server.weights is not None:
@@ -69,7 +67,7 @@ class VLLM(Completions):
             return super().sample(request)
         settings = sampling_settings(request) | {"logprobs": 0, "detokenize": False}
         body = {"model": self._base, "token_ids": request.prompt, "sampling_params": settings}
-        reply = self._command("/inference/v1/generate", body, FULL_NEEDS, read=json.loads)
+        reply = self._command("/inference/v1/generate", body, FULL_NEEDS, client.GENERATIONS)
         return [self._versioned(choice) for choice in self.choices(reply)]
 
     def close(self) -> None:
@@ -110,16 +108,16 @@ class VLLM(Completions):
         path: str,
         body: Mapping[str, Any],
         needs: str,
-        read: Callable[[bytes], Any] = bytes,
+        form: Any = None,
     ) -> Any:
-        """Sends a POST and returns the reply, which ``read`` decodes.
+        """Sends a POST and returns the reply, if it has a form.
 
         Raises:
             ServiceError: the request failed. If the server has no such path, or refuses it, the
                 message says how to start the server.
         """
         try:
-            return ask(self.place + path, body, self.server, self.key, read)
+            return self.ask(path, form, body)
         except ServiceError as error:
             if re.search("HTTP 40[34]", str(error)):
                 raise ServiceError(f"{error}; start the server with {needs}") from error
@@ -129,10 +127,10 @@ class VLLM(Completions):
         """The sample in a choice of /inference/v1/generate."""
         spans = choice.get("weight_versions") or ()
         versions = {str(span["version"]) for span in spans}
-        content = (choice.get("logprobs") or {}).get("content") or ()
+        content = choice["logprobs"]["content"]
         ids = [token["token_id"] for token in content]
         if ids != choice["token_ids"]:
             self.refuse("its log-probabilities are of other token ids", choice)
         log_probs = [token["logprob"] for token in content]
-        ended = choice["finish_reason"] == "stop"
+        ended = choice.get("finish_reason") == "stop"
         return Sample(ids, log_probs, ended, " and ".join(sorted(versions)))

@@ -17,12 +17,12 @@ from jax import Array
 from rlhf_jax import models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, rows
-from rlhf_jax.data.environment import Environment, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.evaluation import measures
 from rlhf_jax.evaluation.settings import Config
 from rlhf_jax.generation import generator
+from rlhf_jax.generation.environment import Environment, function_of, load_environment
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
@@ -187,7 +187,10 @@ def score(
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     is_scored = np.any(scored.response_mask, axis=1)
-    return np.where(is_scored, np.asarray(scored.scores, np.float64), np.nan)
+    scores: Any = np.asarray(scored.scores, np.float64)
+    if scores.ndim == 2:
+        scores = scores.sum(axis=1)
+    return np.where(is_scored, scores, np.nan)
 
 
 class Answers(NamedTuple):

@@ -17,18 +17,19 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops, rewards, sampling
-from rlhf_jax.data import batches, chat, conversation, encoding, stops, tokenizers
-from rlhf_jax.data.environment import (
+from rlhf_jax.data import batches, chat, conversation, encoding, tokenizers
+from rlhf_jax.data.rows import Message, Record, Row
+from rlhf_jax.errors import UserError, is_there, logger
+from rlhf_jax.generation import stops
+from rlhf_jax.generation.environment import (
     Environment,
     Source,
     converse,
     function_of,
     load_environment,
 )
-from rlhf_jax.data.rows import Message, Record, Row
-from rlhf_jax.errors import UserError, is_there, logger
 from rlhf_jax.models import hf
-from rlhf_jax.rewards.host import SINGLE_TURN
+from rlhf_jax.rewards.texts import SINGLE_TURN
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.types import Params, Rollout
@@ -40,7 +41,8 @@ _BUCKET = 16  # tokens: widths of prompts are multiples of it, so that few shape
 def _sampler(num_layers: int) -> Any:
     """``sampling.generate``, compiled once for each model, config and shape."""
     options = devices.compiler_options(num_layers)
-    return jax.jit(sampling.generate, static_argnames=("model", "config"), compiler_options=options)
+    static = ("model", "config", "group_size")
+    return jax.jit(sampling.generate, static_argnames=static, compiler_options=options)
 
 
 @functools.cache
@@ -167,6 +169,7 @@ class LanguageModel(NamedTuple):
         batch_size: int = 64,
         row_ids: Any = None,
         used: Any = None,
+        group_size: int = 1,
     ) -> Rollout:
         """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a
         NumPy Rollout.
@@ -176,7 +179,9 @@ class LanguageModel(NamedTuple):
 
         row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
             default i) whatever the batch size.
+        group_size: adjacent rows with the same prompt, which is run once if a batch holds so many.
         """
+        size = group_size if group_size <= batch_size else 1
         if row_ids is None:
             row_ids = np.arange(len(tokens), dtype=np.int32)
         by_row = {"row_ids": row_ids, "used": used}
@@ -184,10 +189,11 @@ class LanguageModel(NamedTuple):
         generate = _sampler(self.model.config.num_layers)
 
         def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-            sampled = generate(self.model, self.params, tokens, mask, key, config=config, **by_row)
+            inputs = (self.model, self.params, tokens, mask, key)
+            sampled = generate(*inputs, config=config, group_size=size, **by_row)
             return replace(sampled, prompt_length=columns)
 
-        sampled = _by_length(sample, batch_size, tokens, mask, by_row)
+        sampled = _by_length(sample, batch_size, tokens, mask, by_row, multiple=size)
         # The prompts with all their columns: a batch omits some of them.
         whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
         return replace(sampled, tokens=whole)
@@ -205,7 +211,8 @@ class LanguageModel(NamedTuple):
         environment: Environment | None,
     ) -> tuple[Rollout, dict[str, np.ndarray]]:
         """Samples [N] responses, or conversations with an environment. Row i answers the prompt
-        ``numbers[i]``; its randomness is that of row ``row_ids[i]``.
+        ``numbers[i]``; its randomness is that of row ``row_ids[i]``. Equally long runs of rows that
+        answer one prompt compute it once.
 
         Returns:
             As `converse`: the Rollout, and what is known of each conversation.
@@ -214,8 +221,10 @@ class LanguageModel(NamedTuple):
         def until_eos(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            by_row = {"row_ids": row_ids, "used": used}
-            return self.sample(tokens, mask, key, config=config, batch_size=batch_size, **by_row)
+            how: Any = {"row_ids": row_ids, "used": used, "batch_size": batch_size}
+            if used is None:
+                how["group_size"] = batches.run_length(numbers)
+            return self.sample(tokens, mask, key, config=config, **how)
 
         until_stop = stops.stopping(until_eos, self.tokenizer, stop)
         return converse(environment, until_stop, encoded, numbers)
@@ -366,11 +375,11 @@ class Generator:
         template_options: variables of the chat template, as ``text.template_options``.
         special_tokens: what their spelling in a plain prompt is, as ``text.special_tokens``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
-            (``data.environment``).
+            (``generation.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
         batch_size: the largest number of rows at once.
-        stop: texts that end a response (``data.stops``). They are left out of ``texts``; with an
-            environment, which reads them, they stay.
+        stop: texts that end a response (``generation.stops``). They are left out of ``texts``; with
+            an environment, which reads them, they stay.
         max_length: positions for prompt and response, if fewer than the model has.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
@@ -600,9 +609,16 @@ def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
     return np.array(streams, np.int32)
 
 
-def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:
+def _by_length(
+    fn: Callable[..., Any],
+    batch_size: int,
+    tokens: Any,
+    mask: Any,
+    *trees: Any,
+    multiple: int = 1,
+) -> Any:
     """`in_batches` for left-padded rows [N, T], sorted by length. Each batch omits the columns that
-    are padding in all its rows; the results of ``fn`` are zero there.
+    are padding in all its rows; the results of ``fn`` are zero there. Its rows are a ``multiple``.
     """
 
     def narrowed(tokens: np.ndarray, mask: np.ndarray, *trees: Any) -> Any:
@@ -616,20 +632,22 @@ def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, 
 
     order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
     by_length = jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees))
-    results = in_batches(narrowed, batch_size, *by_length)
+    results = in_batches(narrowed, batch_size, *by_length, multiple=multiple)
     place = np.argsort(order)
     return jax.tree.map(lambda x: x[place], results)
 
 
-def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
+def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any, multiple: int = 1) -> Any:
     """Applies ``fn`` to the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time;
     returns a pytree of NumPy arrays.
 
     The number of rows of a batch is a power of two that holds all N, or ``batch_size`` if that is
-    less, so that few shapes are compiled; the last batch is completed with rows of zeros.
+    less, so that few shapes are compiled; the last batch is completed with rows of zeros. It is
+    rounded to a ``multiple``, which is at most ``batch_size``.
     """
     num_rows = len(jax.tree.leaves(trees)[0])
     size = min(batch_size, 1 << (num_rows - 1).bit_length())
+    size = max(size - size % multiple, multiple)
     num_missing = -num_rows % size
 
     def pad(x: Any) -> Any:

@@ -17,7 +17,8 @@ import numpy as np
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Services
-from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
+from rlhf_jax.rewards.host import Columns, HostReward, on_host
+from rlhf_jax.rewards.texts import Decoder
 from rlhf_jax.types import Metrics, Rollout
 
 _LETTER = r"[^\W_]"  # or a digit
@@ -195,7 +196,7 @@ class Guard:
         if self.classifier is not None:
             judged: Any = on_host(self.classifier, sampled, columns, "safety.classifier")[0]
             for row in np.flatnonzero(judged.present):
-                verdicts[row] |= self._classified(float(judged.scores[row]))
+                verdicts[row] |= self._classified(float(np.sum(judged.scores[row])))
         unsafe = np.array([bool(verdict) for verdict in verdicts])
         num_present = max(int(sampled.present.sum()), 1)
         metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
@@ -206,16 +207,25 @@ class Guard:
         return self._punished(scored, unsafe), metrics, verdicts
 
     def _punished(self, scored: Rollout, unsafe: np.ndarray) -> Rollout:
-        """The scored rollout after the action, given which rows are unsafe [B]."""
+        """The scored rollout after the action, given which rows are unsafe [B]. With dense rewards
+        a penalty or another score stands at the last token.
+        """
         settings = self.settings
         scores: Any = scored.scores
         mask: Any = scored.response_mask
+        is_last: Any = True
+        if scores.ndim == 2:
+            remaining = np.cumsum(mask[:, ::-1] != 0, axis=1)[:, ::-1]
+            is_last = (remaining == 1) & (mask != 0)
+            unsafe = unsafe[:, None]
         if settings.responses == "penalise":
-            scores = np.where(unsafe, scores - np.float32(settings.penalty), scores)
+            penalty = np.where(is_last, np.float32(settings.penalty), np.float32(0))
+            scores = np.where(unsafe, scores - penalty, scores)
         elif settings.responses == "replace":
-            scores = np.where(unsafe, np.float32(settings.score), scores)
+            other = np.where(is_last, np.float32(settings.score), np.float32(0))
+            scores = np.where(unsafe, other, scores)
         elif settings.responses == "mask":
-            mask = np.where(unsafe[:, None], 0, mask)
+            mask = np.where(unsafe.reshape(-1, 1), 0, mask)
         return dataclasses.replace(scored, scores=scores, response_mask=mask)
 
     def _classified(self, score: float) -> Verdict:

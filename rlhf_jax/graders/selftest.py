@@ -10,9 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rlhf_jax.graders import answers, literals, verifiable
 from rlhf_jax.graders.answers import Form, Gold, Value
 from rlhf_jax.graders.verifiable import Settings
+from rlhf_jax.rewards import host
+from rlhf_jax.rewards.texts import on_texts
 
 MOST_COMPARED = 200  # expressions that are compared with another row's: each takes milliseconds
 MOST_ROWS = 16  # for which a Python function is called
@@ -156,14 +160,13 @@ def regex(pattern: str, questions: Sequence[str]) -> list[str]:
 
 
 def function(
-    score: Callable[..., Any],
+    fn: Callable[..., Any],
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[str]:
-    """Warnings about a user's function ``score(prompts, responses, **columns)``, which is called
-    with the first 16 rows that have an answer: its own answer should score more than another row's,
-    the prompt itself and an empty response. What a function means is not known: these are no
-    errors.
+    """Warnings about a user's function of texts (`rewards.from_text`), which is called with the
+    first 16 rows that have an answer: its own answer should score more than another row's, the
+    prompt itself and an empty response. What a function means is not known: these are no errors.
     """
     golds = list(map(answers.gold, columns["answer"]))
     rows = [row for row, gold in enumerate(golds) if gold.values]
@@ -180,10 +183,10 @@ def function(
         "the prompt itself": asked,
         "an empty response": [""] * len(rows),
     }
-    expected = _scores(score(list(asked), list(own), **given))
+    expected = _scores(on_texts(fn, list(asked), list(own), given))
     warnings = []
     for what, responses in tried.items():
-        scores = _scores(score(list(asked), list(responses), **given))
+        scores = _scores(on_texts(fn, list(asked), list(responses), given))
         count = 0
         for i, response in enumerate(responses):
             is_other = response != own[i]
@@ -195,7 +198,12 @@ def function(
 
 
 def _scores(result: Any) -> list[float]:
-    """The scores of a function's result, NaN for None, which no comparison is true of."""
-    has_components = isinstance(result, tuple) and len(result) == 2
-    scores = result[0] if has_components else result
-    return [math.nan if score is None else float(score) for score in scores]
+    """The scores of a function's result. NaN, which no comparison is true of, for those that are no
+    numbers: unscored, or rewards at tokens.
+    """
+    scores = result[0] if host.has_components(result) else result
+    found = []
+    for score in scores:
+        is_number = isinstance(score, int | float | np.number)
+        found.append(float(score) if is_number else math.nan)
+    return found

@@ -18,20 +18,21 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
   (`graders.verifiable`),
 - ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
   row,
-- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``:
-  prompts as the model reads them, the columns of the prompts' data rows by name, None for a
-  response that cannot be scored,
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``
+  (`rewards.from_text`): prompts as the model reads them, the columns of the prompts' data rows by
+  name, None for a response that cannot be scored,
 - ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
   (`service.reward_service`),
-- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`).
+- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`),
+- ``pairs:SPEC``, where the SPEC is one of a reward model, of ``FILE.py:FUNCTION`` or of
+  ``judge:RUBRIC.yaml``: the share of comparisons with the prompt's other responses that a response
+  wins (`graders.pairs`).
 
 A folder with the name of one of these is given as ``./length``.
 """
 
 import difflib
-import functools
 import importlib.util
-import inspect
 import itertools
 import re
 import runpy
@@ -42,10 +43,10 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy import ma
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
-from rlhf_jax.graders import service, verifiable
+from rlhf_jax.graders import pairs, service, verifiable
+from rlhf_jax.graders.client import check_url
 from rlhf_jax.graders.service import Services
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import (
@@ -55,22 +56,31 @@ from rlhf_jax.rewards.functions import (
     ensemble,
     from_model,
     length,
-    summed,
     token_count,
     weighted,
 )
 from rlhf_jax.rewards.host import (
     Columns,
-    Decoder,
     HostReward,
     HostScores,
+    RowScores,
+    Score,
+    Unscored,
+    at_tokens,
+    row_score,
+    row_scores,
+)
+from rlhf_jax.rewards.ngrams import diversity, repetition
+from rlhf_jax.rewards.texts import (
+    Decoder,
     TextScorer,
+    check_function,
     from_conversations,
     from_text,
 )
-from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
+_PAIRS = "pairs:"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
 _METHODS = get_args(EnsembleMethod)
@@ -78,7 +88,7 @@ _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER})
 
 # Rewards that a number of tokens may follow, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
-_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge")
+_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge", "pairs")
 
 
 class Reward(NamedTuple):
@@ -88,6 +98,7 @@ class Reward(NamedTuple):
     host: HostReward | None = None  # runs on the host between two jits
     # how many replies of judges had no score since the last call; None: there is no judge
     take_unparsed: Callable[[], int] | None = None
+    is_pairs: bool = False  # whether responses are compared, at validations with the first policy's
     # of each part that an alert watches, {name of the part: a response of the last batch}
     examples: tuple[Mapping[str, str], ...] = ()
 
@@ -99,6 +110,7 @@ class RewardModel(NamedTuple):
     params: Params
     fingerprint: str  # of its tokenizer
     score_texts: TextScorer | None = None  # for a policy of another tokenizer
+    in_groups: Callable[[int, int], ScoreFn] | None = None  # see ``rewards.from_model``
 
 
 Load = Callable[[str], RewardModel]
@@ -113,6 +125,7 @@ class PolicyTokenizer(Decoder, Protocol):
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str, /) -> list[int]: ...
+    def decode_raw(self, ids: list[int], /) -> str: ...
 
 
 def build_reward(
@@ -166,7 +179,8 @@ def build_reward(
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
     spec, _ = _split_weight(entry)
-    kind, _, rest = spec.partition(":")
+    kind, _, rest = spec.removeprefix(_PAIRS).partition(":")
+    spec = spec.removeprefix(_PAIRS)
     if kind in ("count", "regex", "math", "http", "https", *_TERMS):
         return {}
     method, names = _split_method(spec)
@@ -201,30 +215,60 @@ def as_host(reward: Reward) -> HostReward:
 
 
 def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
-    """As ``weighted``. A row that one reward cannot score has no sum."""
+    """As ``weighted``. The sum of a row has the rewards that can score it; a row that none can
+    score is unscored.
+    """
     hosts = {name: as_host(reward) for name, reward in rewards.items()}
     counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        parts: dict[str, Any] = {}
+        of_rewards: dict[str, RowScores] = {}
+        components: dict[str, list[Score]] = {}
         for name, host in hosts.items():
-            scores, inner = host(rollout, columns)
-            parts[name] = (ma.asarray(scores, float), inner), weights[name]
-        return summed(parts)
+            scored = row_scores(host, rollout, columns, f"the reward {name}")
+            of_rewards[name] = scored
+            components[name] = [row_score(value) for value in scored.scores]
+            components |= {f"{name}/{part}": v for part, v in scored.components.items()}
+        sums: list[Score] = []
+        for row, mask in enumerate(rollout.mask):
+            of_row = [(weights[name], said.scores[row]) for name, said in of_rewards.items()]
+            sums.append(_summed(of_row, mask))
+        return sums, components
 
     def take_unparsed() -> int:
         return sum(count() for count in counts)
 
     examples = tuple(itertools.chain.from_iterable(part.examples for part in rewards.values()))
-    return Reward(host=score, take_unparsed=take_unparsed if counts else None, examples=examples)
+    is_pairs = any(reward.is_pairs for reward in rewards.values())
+    return Reward(
+        host=score,
+        take_unparsed=take_unparsed if counts else None,
+        examples=examples,
+        is_pairs=is_pairs,
+    )
+
+
+def _summed(of_row: Sequence[tuple[float, Score]], mask: np.ndarray) -> Score:
+    """The weighted sum of a row's scores, dense if one of them is."""
+    given = [(weight, score) for weight, score in of_row if not isinstance(score, Unscored)]
+    if not given:
+        reasons = [score.reason for _, score in of_row if isinstance(score, Unscored)]
+        return Unscored("; ".join(dict.fromkeys(reasons)))
+    if not any(isinstance(score, np.ndarray) for _, score in given):
+        return float(sum(weight * score for weight, score in given))
+    dense = np.zeros(len(mask))
+    for weight, score in given:
+        dense = dense + weight * at_tokens(score, mask)
+    return dense
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
     """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
     match = _WEIGHTED.fullmatch(entry)
     spec = match[1] if match else entry
-    method, names = _split_method(spec)
-    spec = method + ",".join(map(model_folder, names))
+    pairs = _PAIRS if spec.startswith(_PAIRS) else ""
+    method, names = _split_method(spec.removeprefix(pairs))
+    spec = pairs + method + ",".join(map(model_folder, names))
     return spec, float(match[2]) if match else 1.0
 
 
@@ -265,15 +309,19 @@ class _Reader(NamedTuple):
                     f"got {rest!r}"
                 )
             return spec, Reward(fn=make(int(rest)))
+        if kind == "pairs" and rest:
+            return self._read_pairs(rest, where)
         of_texts = self._read_function(spec, where)
         if of_texts is None:
             return self._read_models(spec, where)
         name, function = of_texts
-        host = from_text(function, self.tokenizer)
+        host = from_text(function, self.tokenizer, self.tokenizer.decode_raw)
         take_unparsed = getattr(function, "take_unparsed", None)
         examples = getattr(function, "examples", None)
         return name, Reward(
-            host=host, take_unparsed=take_unparsed, examples=() if examples is None else (examples,)
+            host=host,
+            take_unparsed=take_unparsed,
+            examples=() if examples is None else (examples,),
         )
 
     def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
@@ -289,18 +337,45 @@ class _Reader(NamedTuple):
                     f"{where}: the package math-verify is not installed; pip install "
                     "'rlhf-jax[math]'"
                 )
-            return spec, _of_columns(where, verifiable.mathematics(self.mathematics), self.columns)
+            verified = verifiable.mathematics(self.mathematics)
+            check_function(where, verified, self.columns)
+            return spec, verified
         if file.endswith(".py"):
             return function, load_function(where, Path(file), function, self.columns)
         if kind in ("http", "https"):
-            service.check_url(where, spec)
+            check_url(where, spec)
             name, _, _ = rest.removeprefix("//").partition("?")
             return name, service.reward_service(spec, self.services.judge)
         if kind == "judge":
-            return Path(rest).stem, self._judge(Path(rest), where)
+            rubric = self._rubric(Path(rest), where)
+            return Path(rest).stem, service.RubricJudge(rubric, self.services)
         return None
 
-    def _judge(self, file: Path, where: str) -> service.RubricJudge:
+    def _read_pairs(self, spec: str, where: str) -> tuple[str, Reward]:
+        """A reward of a judge of pairs."""
+        kind, _, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        take_unparsed = None
+        judge: pairs.Judge
+        if kind == "judge":
+            name = Path(rest).stem
+            of_server = pairs.RubricPairs(self._rubric(Path(rest), where), self.services)
+            take_unparsed = of_server.take_unparsed
+            judge = of_server
+        elif file.endswith(".py"):
+            name = function
+            judge = pairs.by_function(where, _loaded(where, Path(file), name), self.columns)
+        else:
+            name = _run_name(spec)
+            model = self.load(spec)
+            if model.score_texts is None:
+                raise UserError(f"{where}: this reward model reads no texts")
+            judge = pairs.by_model(model.score_texts)
+        shares = pairs.win_shares(judge)
+        host = from_text(shares, self.tokenizer, self.tokenizer.decode_raw)
+        return name, Reward(host=host, take_unparsed=take_unparsed, is_pairs=True)
+
+    def _rubric(self, file: Path, where: str) -> service.Rubric:
         judge = self.services.judge
         if judge.url is None or judge.model is None:
             raise UserError(
@@ -311,7 +386,7 @@ class _Reader(NamedTuple):
         missing = [name for name in rubric.columns if name not in self.columns]
         if missing:
             raise UserError(f"{where}: the prompts have no column {missing[0]}; {file} reads it")
-        return service.RubricJudge(rubric, self.services)
+        return rubric
 
     def _read_models(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward model or an ensemble of several."""
@@ -352,7 +427,7 @@ class _Reader(NamedTuple):
     def _model(self, name: str, where: str) -> Reward:
         model = self.load(name)
         if model.fingerprint == self.tokenizer.fingerprint:
-            return Reward(fn=from_model(model.score_fn, model.params))
+            return Reward(fn=from_model(model.score_fn, model.params, model.in_groups))
         if model.score_texts is None:
             raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
         logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")
@@ -365,13 +440,17 @@ def _ensemble_on_host(
     """As ``ensemble``. A row that one member cannot score has no score."""
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        of_members = [reward(rollout, columns)[0] for reward in rewards]
-        scores: Any = ma.stack(list(map(ma.asarray, of_members)))
-        is_unscored = ma.getmaskarray(scores).any(axis=0)
-        given = scores.filled(0).astype(np.float32)
+        of_members = [row_scores(reward, rollout, columns).scores for reward in rewards]
+        by_row = list(zip(*of_members, strict=True))
+        faults = [[x for x in of_row if isinstance(x, Unscored)] for of_row in by_row]
+        given = np.array(
+            [[0.0] * len(rewards) if bad else row for row, bad in zip(by_row, faults, strict=True)],
+            np.float32,
+        ).T
         mean = combined(how, jnp.asarray(given), coef)
-        uncertainty = ma.array(deviation(jnp.asarray(given)), mask=is_unscored)
-        return ma.array(mean, mask=is_unscored), {"uncertainty": uncertainty}
+        uncertainty = deviation(jnp.asarray(given))
+        scores = [bad[0] if bad else x for x, bad in zip(mean.tolist(), faults, strict=True)]
+        return scores, {"uncertainty": np.asarray(uncertainty)}
 
     return score
 
@@ -387,12 +466,18 @@ def _run_name(model: str) -> str:
 def load_function(
     where: str, file: Path, name: str, columns: Collection[str]
 ) -> Callable[..., Any]:
-    """The user's function, as ``_of_columns``.
+    """The user's function.
 
     Raises:
       UserError: it begins with ``where``; there is no such file or function, or it asks for other
         columns.
     """
+    fn = _loaded(where, file, name)
+    check_function(f"{where}: {name}", fn, columns)
+    return fn
+
+
+def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
@@ -402,26 +487,5 @@ def load_function(
     functions = {key: value for key, value in module.items() if callable(value)}
     if name not in functions:
         raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
-    return _of_columns(f"{where}: {name}", functions[name], columns)
-
-
-def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) -> Callable[..., Any]:
-    """A reward function, called with only those columns that it has parameters for."""
-    signature = inspect.signature(fn)
-    parameters = list(signature.parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return fn
-    offered = {*columns, "messages"}
-    names = [parameter.name for parameter in parameters[2:] if parameter.name in offered]
-    try:
-        signature.bind([], [], **dict.fromkeys(names))
-    except TypeError as error:
-        raise UserError(
-            f"{where}: {error}; the prompts' columns are {', '.join(columns) or 'none'}"
-        ) from None
-
-    @functools.wraps(fn)
-    def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:
-        return fn(prompts, responses, **{name: given[name] for name in names})
-
-    return with_its_columns
+    fn: Callable[..., Any] = functions[name]
+    return fn

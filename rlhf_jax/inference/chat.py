@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.config import check_trusted
-from rlhf_jax.data import chat, encoding, stops
+from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Message, Row, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
+from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking

@@ -28,9 +28,22 @@ from rlhf_jax.runs.writing import one_writer, write_atomically
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
-_SESSION = {
+SESSION = {
     "settings": {str: object},
-    "judgements": [{"pair": int, "answers": [str], "order": [int], "choice": str, "again": bool}],
+    "judgements": [
+        {
+            "pair": int,
+            "answers": [str],
+            "order": [int],
+            "choice": str,
+            "again": bool,
+            "annotator": str,
+            "seconds": (float, int, None),
+            "strength": (str, None),
+            "reason": (str, None),
+            "chosen_by": str,
+        }
+    ],
 }
 
 
@@ -62,19 +75,25 @@ class Judgement(NamedTuple):
     prompt: Any  # text or messages
     answers: list[str]  # of RUN, and of the other run
     order: list[int]  # in which they were shown
-    choice: str  # a, b, tie, skip; or useless: the answers are equal or one is empty
+    choice: str  # a, b, tie, bad (both), skip; or useless: the answers are equal or one is empty
     again: bool  # whether the pair is asked for the second time
+    # Of a judgement on the page (`labelling`).
+    annotator: str = ""
+    seconds: float | None = None  # that the pair was looked at
+    strength: str | None = None  # of the preference: slight, clear or strong
+    reason: str | None = None
+    chosen_by: str = "random"  # how the pair was chosen: --choose
 
     @property
     def verdict(self) -> int | str:
-        """The better answer's number, or tie, skip, useless."""
+        """The better answer's number, or tie, bad, skip, useless."""
         place = {"a": 0, "b": 1}.get(self.choice)
         return self.choice if place is None else self.order[place]
 
     @property
     def row(self) -> dict[str, Any]:
         """The row of the preferences' file."""
-        if self.choice == "tie":
+        if self.choice in ("tie", "bad"):
             return {"prompt": self.prompt, "responses": self.answers, "ranks": [0, 0]}
         best = int(self.verdict)
         return {
@@ -121,9 +140,7 @@ class Session(NamedTuple):
     def _repeated(self) -> list[Judgement]:
         """The judgements whose pairs are asked again, drawn from the seed."""
         firsts = self.given(again=False)
-        count = round(self.config.again * len(firsts))
-        if self.config.again and len(firsts) > 1:
-            count = max(count, 1)
+        count = num_repeated(self.config.again, len(firsts))
         drawn = np.random.default_rng(self.config.seed).permutation(len(firsts))[:count]
         return [firsts[i] for i in drawn]
 
@@ -142,14 +159,25 @@ class Session(NamedTuple):
             write_atomically(self.out, "".join(lines))
 
 
+def num_repeated(share: float, num_given: int) -> int:
+    """How many of the judged pairs are asked again: this share, at least one of two or more."""
+    count = round(share * num_given)
+    return max(count, 1) if share and num_given > 1 else count
+
+
 def is_given(judgement: Judgement) -> bool:
     """Whether the judgement compares the answers."""
-    return judgement.choice in ("a", "b", "tie")
+    return judgement.choice in ("a", "b", "tie", "bad")
 
 
 def session_file(out: Path) -> Path:
     """Where the judgements are kept."""
     return out.with_name(f"{out.name}.session.json")
+
+
+def store_file(out: Path) -> Path:
+    """Where the page (``--serve``) keeps the judgements while people label."""
+    return out.with_name(f"{out.name}.session.sqlite")
 
 
 def run(
@@ -179,7 +207,7 @@ def _judge(
     if session.judgements:
         logger.info(f"{session.out}: {len(session.judgements)} judgements so far; it continues")
     while (pair := session.next()) is not None:
-        if _useless(pair.answers):
+        if is_useless(pair.answers):
             session.judgements.append(pair._replace(choice="useless"))
             continue
         console.say(_shown(pair, session))
@@ -196,6 +224,32 @@ def _judge(
 
 
 def _open(folder: str, config: Config) -> Session:
+    out = Path(config.out)
+    if store_file(out).exists():
+        raise UserError(
+            f"{out}: was begun on the page; go on with --serve, or choose another --out"
+        )
+    asked = ask(folder, config)
+    settings = asked.settings | {"again": config.again}
+    judgements = []
+    beside = session_file(out)
+    if beside.exists() or out.exists():
+        session = asking.read_beside(out, beside, SESSION)
+        asking.check_unchanged(out, session["settings"], settings)
+        judgements = [Judgement(**given) for given in session["judgements"]]
+    return Session(config, out, settings, judgements, asked.prompts, asked.answers)
+
+
+class Asked(NamedTuple):
+    """Prompts, and the two answers to each."""
+
+    settings: dict[str, Any]  # all that determines the answers
+    prompts: list[Any]  # texts or messages
+    answers: Callable[[int], list[str]]  # to a prompt, by its number
+
+
+def ask(folder: str, config: Config) -> Asked:
+    """Opens the run, or both runs, and the prompts. A batch is sampled when it is first needed."""
     asking.start(config)
     policies = [
         asking.open_policy(name, config, batch_size=config.batch_size)
@@ -206,17 +260,9 @@ def _open(folder: str, config: Config) -> Session:
     settings = asking.described(folder, policies[0], config, data)
     if config.against is not None:
         settings["against"] = asking.described(config.against, policies[1], config, data)
-    settings |= {"count": len(rows), "again": config.again}
-    out = Path(config.out)
-    judgements = []
-    beside = session_file(out)
-    if beside.exists() or out.exists():
-        session = asking.read_beside(out, beside, _SESSION)
-        asking.check_unchanged(out, session["settings"], settings)
-        judgements = [Judgement(**given) for given in session["judgements"]]
+    settings["count"] = len(rows)
     prompts = [asking.as_given(row, policies[0].tokenizer) for row in rows]
-    answers = _answers(policies, rows, config)
-    return Session(config, out, settings, judgements, prompts, answers)
+    return Asked(settings, prompts, _answers(policies, rows, config))
 
 
 def _answers(
@@ -251,7 +297,7 @@ def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
     return rendered
 
 
-def _useless(answers: list[str]) -> bool:
+def is_useless(answers: list[str]) -> bool:
     """Whether a choice between them teaches nothing: they are equal, or one is empty."""
     first, second = answers
     return first == second or not first.strip() or not second.strip()

@@ -148,6 +148,13 @@ def visible(seen: Seen) -> Array:
     return is_visible[:, None]
 
 
+def prepared(config: TransformerConfig, seen: Seen) -> Seen:
+    """The mask with its array, made once for all layers, if "xla" computes attention."""
+    num_queries = seen.slots.shape[1]
+    name = implementation(config, num_queries, len(seen.key_slots), False)
+    return seen._replace(mask=visible(seen)) if name == "xla" else seen
+
+
 def pick(x: Array, columns: Columns, axis: int) -> Array:
     """The given columns of x [B, ...]; ``axis`` is the axis of the columns."""
     if columns is None:

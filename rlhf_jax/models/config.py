@@ -44,7 +44,9 @@ class TransformerConfig:
             layers are of one kind.
         other_keys: keys of config.json that do not change logits, kept to be written back.
 
-    Attributes, fixed by the family:
+    The following are fixed by the family.
+
+    Other Parameters:
         tie_embeddings: the token table is the output layer too.
         layer_norm: norms subtract the mean and have a bias (Ba et al. 2016); else RMSNorm.
         norm_offset: added to the scales of the norms.
@@ -291,7 +293,9 @@ class DecoderConfig(TransformerConfig):
 
     The other fields are those of ``TransformerConfig``.
 
-    Attributes, fixed by the family, or a field where its config.json has the key:
+    The following are fixed by the family, or a field where its config.json has the key.
+
+    Other Parameters:
         attention_bias, mlp_bias: whether all layers of the attention, or of the MLP, have biases.
         qkv_bias: the layers of queries, keys and values have biases.
         qkv: "apart": q_proj, k_proj and v_proj; else one layer qkv_proj, "joined": all queries,

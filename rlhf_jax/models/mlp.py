@@ -14,6 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
+from rlhf_jax.models.kernels import initialize
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Given
 from rlhf_jax.parallel.sharding import cut
 
@@ -76,7 +77,7 @@ class Router(Given):
     def __call__(self, tokens: Array) -> tuple[Array, Array]:
         config = self.config
         number = config.num_experts
-        initial = nn.initializers.normal(config.initializer_range)
+        initial = initialize.normal(config.initializer_range)
         kernel = self.param("kernel", initial, (tokens.shape[-1], number))
         tokens, kernel = promote_dtype(tokens, kernel, dtype=jnp.float32)
         scores = jnp.matmul(tokens, kernel, precision="highest")
@@ -103,7 +104,7 @@ class Grouped(Given):
         """sizes: [E] rows of each expert; numbers: [M] each row's expert."""
         config = self.config
         number = config.num_experts
-        initial = nn.initializers.normal(config.initializer_range)
+        initial = initialize.normal(config.initializer_range)
         kernel = self.param("kernel", initial, (number, rows.shape[-1], self.features))
         rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
         out = lax.ragged_dot(rows, kernel, sizes)

@@ -15,6 +15,8 @@ from rlhf_jax.models.attention import Columns, is_start
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.kernels import initialize
+from rlhf_jax.models.kernels.shared import Groups, Prompts
 from rlhf_jax.types import Params
 
 
@@ -34,16 +36,20 @@ class Model(NamedTuple):
             attend to each other; None means all ones. ``key`` turns dropout on.
         hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the
             compute dtype; given a ``slice`` or [B, n] indices of columns, [B, n, D]: the last block
-            then computes only those.
+            then computes only those. Given ``groups`` (``shared.Groups``) too, each prompt that
+            adjacent rows share is computed once; with dropout, a soft cap of attention or sinks
+            each row is computed by itself.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
             ``(logits [B, t, V], cache)``. The tokens are written to slots index, ..., index + t -
             1; a query at slot s attends to the slots up to s whose ``key_mask`` is not 0, its own
             included. The cache of a layer with a window has slots for the window only. If ``index``
-            is the number 0, not an array, the cache counts as empty.
+            is the number 0, not an array, the cache counts as empty. ``prompts``
+            (``shared.Prompts``) of N groups of rows lie before slot 0: t is then 1.
         for_decoding: ``(params) -> params`` for ``decode``, which then slices and casts no weight:
             call it once before a loop over tokens. ``decode`` takes both forms.
+        takes_groups: whether ``hidden`` takes ``groups`` and ``decode`` ``prompts``.
     """
 
     config: ModelConfig
@@ -54,6 +60,7 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Any]
     decode: Callable[..., tuple[Array, Any]]
     for_decoding: Callable[[Params], Params]
+    takes_groups: bool = False
 
 
 def build(config: ModelConfig) -> Model:
@@ -65,11 +72,13 @@ def build(config: ModelConfig) -> Model:
     # A key without a use is left out: with a key, each layer would be traced separately.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
 
-    # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
-    def init(key: Array) -> Params:
+    def without_weights(key: Array) -> Params:
         token = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, token, jnp.ones_like(token))["params"]
+
+    def init(key: Array) -> Params:
+        return initialize.weights(without_weights(key))
 
     def hidden(
         params: Params,
@@ -77,6 +86,7 @@ def build(config: ModelConfig) -> Model:
         attention_mask: Array | None = None,
         key: Array | None = None,
         columns: Columns = None,
+        groups: Groups | None = None,
     ) -> Any:
         tokens = jnp.asarray(tokens)
         mask = jnp.ones_like(tokens) if attention_mask is None else jnp.asarray(attention_mask)
@@ -84,6 +94,10 @@ def build(config: ModelConfig) -> Model:
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
         inputs = (tokens, mask, columns)
+        if groups is not None and rngs is None and config.has_plain_softmax:
+            chex.assert_is_divisible(len(tokens), groups.size)
+            together = (*inputs, groups)
+            return module.apply({"params": params}, *together, method="hidden_in_groups")
         return module.apply({"params": params}, *inputs, rngs=rngs, method="hidden")
 
     def unembed(params: Params, hidden_states: Array) -> Any:
@@ -106,6 +120,7 @@ def build(config: ModelConfig) -> Model:
         init_cache=partial(stack.init_cache, config),
         decode=partial(_decode, module, unrolled),
         for_decoding=partial(stack.for_decoding, config),
+        takes_groups=config.has_plain_softmax,
     )
 
 
@@ -118,6 +133,7 @@ def _decode(
     key_mask: Array,
     cache: stack.Cache,
     index: Array | int,
+    prompts: Prompts | None = None,
 ) -> Any:
     """``Model.decode``, by the ``module`` for a prompt in stacked layers, else by the ``unrolled``
     one.
@@ -131,7 +147,7 @@ def _decode(
     if not (is_start(index) and tokens.shape[1] > 1 and "h" in params):
         network = unrolled
         params = stack.for_decoding(config, params)
-    inputs = (tokens, positions, key_mask, cache, index)
+    inputs = (tokens, positions, key_mask, cache, index, prompts)
     return network.apply({"params": params}, *inputs, method="decode")
 
 

@@ -22,8 +22,10 @@ from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Columns, Number, Seen, Softmax, pick
 from rlhf_jax.models.config import ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
+from rlhf_jax.models.kernels import initialize, shared
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.kernels.norms import norm
+from rlhf_jax.models.kernels.shared import Beside, Groups, Prompts, SeenInGroups
 from rlhf_jax.parallel.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 
@@ -35,7 +37,7 @@ Rotation = Array
 class View(NamedTuple):
     """What the positions of tokens mean in a layer."""
 
-    seen: Seen  # the attention mask
+    seen: Seen | SeenInGroups  # the attention mask
     rotation: Rotation | None = None  # of queries and keys
     query_scale: Array | None = None  # [B, 1, T, 1] factors of the queries
 
@@ -100,7 +102,7 @@ class Dense(Given):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        initial = nn.initializers.normal(self.std or self.config.initializer_range)
+        initial = initialize.normal(self.std or self.config.initializer_range)
         kernel = self.param("kernel", initial, (inputs.shape[-1], *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
@@ -170,7 +172,7 @@ class Attention(nn.Module):
         x: Array,
         view: View,
         layer: Layer,
-        cache: LayerCache | None,
+        cache: Any,
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
@@ -184,26 +186,51 @@ class Attention(nn.Module):
         if view.query_scale is not None:
             scaled = scaled * view.query_scale
         query = scaled.astype(query.dtype)
-        if cache is not None:
-            key, value, cache = caches.extend(cache, key, value, index, len(seen.key_slots))
-
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, length, width)
+        arrays = (grouped, key, value)
+        if isinstance(seen, SeenInGroups):
+            mixed = shared.mix(self.config, *arrays, seen, is_local, columns)
+        else:
+            mixed, cache = self.mixed(arrays, seen, cache, index, is_local, columns)
+        by_head = mixed.reshape(batch, heads, -1, width)
+        by_token = by_head.swapaxes(1, 2).reshape(batch, -1, heads * width)
+        return self.output(by_token), cache
+
+    def mixed(
+        self,
+        arrays: tuple[Array, Array, Array],
+        seen: Seen,
+        cache: LayerCache | Beside | None,
+        index: Array | None,
+        is_local: Array | bool,
+        columns: Columns,
+    ) -> tuple[Array, LayerCache | None]:
+        """Attention of queries [B, H, G, t, Dh] to keys and values of their own rows, after those
+        of the cache if there is one: [B, H, G, n, Dh], and the cache with both.
+        """
+        query, key, value = arrays
+        prompt = None
+        if isinstance(cache, Beside):
+            prompt = cache
+            cache = prompt.own
+        if cache is not None:
+            key, value, cache = caches.extend(cache, key, value, index, len(seen.key_slots))
+        if prompt is not None:
+            return shared.after_prompts(query, key, value, prompt, seen), cache
         mixed = None
-        if cache is not None and length == 1 and self.config.has_plain_softmax:
+        if cache is not None and query.shape[3] == 1 and self.config.has_plain_softmax:
             is_contiguous = self.config.sliding_window is None
-            mixed = caches.attention(grouped, cache, attention.visible(seen), is_contiguous)
+            mixed = caches.attention(query, cache, attention.visible(seen), is_contiguous)
         if mixed is None:
             drop = None
             if self.has_rng("dropout") and self.config.attention_dropout > 0:
                 drop = (self.make_rng("dropout"), self.config.attention_dropout)
-            arrays = (grouped, key, value)
+            whole = (query, key, value)
             sinks = self.sink_scores(key.shape[1])
             softmax = Softmax(self.config.attention_softcap, sinks)
-            mixed = attention.mix(self.config, *arrays, seen, drop, is_local, columns, softmax)
-        by_head = mixed.reshape(batch, heads, -1, width)
-        by_token = by_head.swapaxes(1, 2).reshape(batch, -1, heads * width)
-        return self.output(by_token), cache
+            mixed = attention.mix(self.config, *whole, seen, drop, is_local, columns, softmax)
+        return mixed, cache
 
     def sink_scores(self, kv_heads: int) -> Array | None:
         """[H_kv, G] scores of the sinks; None without them."""
@@ -317,15 +344,13 @@ class Transformer(nn.Module):
         """[B, 1, T, 1] factors of queries at [B, T] positions; None: they are all 1."""
         return None
 
-    def views(self, positions: Array, seen: Callable[..., Seen]) -> Views:
+    def views(self, positions: Array, seen: Callable[..., Seen | SeenInGroups]) -> Views:
         """A view for each of ``config.windows``; ``seen(window=...)`` makes its attention mask."""
         views = []
         for number, window in enumerate(self.config.windows):
             own = seen(window=window)
-            num_queries = own.slots.shape[1]
-            name = attention.implementation(self.config, num_queries, len(own.key_slots), False)
-            if name == "xla":
-                own = own._replace(mask=attention.visible(own))
+            if isinstance(own, Seen):
+                own = attention.prepared(self.config, own)
             rotation = self.rotation(positions, number > 0)
             views.append(View(own, rotation, self.query_scale(positions)))
         return tuple(views)
@@ -361,6 +386,28 @@ class Transformer(nn.Module):
         x, _ = self.through_layers(x, views, None, None, None if is_wide else columns)
         x = self.ln_f(x)
         return pick(x, columns, axis=1) if is_wide else x
+
+    def hidden_in_groups(
+        self, tokens: Array, attention_mask: Array, columns: Columns, groups: Groups
+    ) -> Array:
+        """``hidden`` of rows [N G, T] that share their prompts: N prompts and N G responses."""
+        positions = groups.packed(attention.positions(attention_mask))
+        is_real = groups.packed(attention_mask) != 0
+        x = self.embed(groups.packed(tokens), positions, is_real)
+        seen = partial(shared.seen, self.config, attention_mask, groups)
+        views = self.views(positions, seen)
+        if isinstance(columns, Array):
+            places = groups.places(columns, tokens.shape[1])
+            x, _ = self.through_layers(x, views, None, None, places)
+            states = self.ln_f(x)
+            return states.reshape(*columns.shape, -1)
+        # Of the prompts, only the columns that are asked for.
+        first = 0 if columns is None else min(columns.start, groups.prompt_length - 1)
+        x, _ = self.through_layers(x, views, None, None, slice(first, x.shape[1]))
+        states = groups.unpacked(self.ln_f(x), groups.prompt_length - first)
+        if columns is None:
+            return states
+        return states[:, columns.start - first : columns.stop - first]
 
     def through_layers(
         self,
@@ -438,9 +485,10 @@ class Transformer(nn.Module):
         key_mask: Array,
         cache: Cache,
         index: Array | int,
+        prompts: Prompts | None = None,
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t,
-        V].
+        V]. With ``prompts`` t is 1, and each group of rows attends to its prompt too.
         """
         length = tokens.shape[1]
         seen = partial(attention.seen_in_cache, key_mask, index, length)
@@ -450,17 +498,31 @@ class Transformer(nn.Module):
         )
         x = self.embed(tokens, positions, own_mask != 0)
         start = None if attention.is_start(index) else jnp.asarray(index)
-        x, written = self.through_layers(x, views, cache, start, None)
+        held: Any = cache
+        if prompts is not None:
+            held = shared.beside(self.config, prompts, cache, jnp.asarray(index))
+        x, written = self.through_layers(x, views, held, start, None)
         return self.unembed(self.ln_f(x)), written
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
         return self.unembed(self.hidden(tokens, attention_mask))
 
 
-def table(config: ModelConfig, rows: int) -> nn.Embed:
+class Table(Given):
+    """A table of tokens or positions: "embedding" [rows, D]."""
+
+    config: ModelConfig
+    rows: int
+
+    def setup(self) -> None:
+        initial = initialize.normal(self.config.initializer_range)
+        shape = (self.rows, self.config.hidden_size)
+        self.embedding = self.param("embedding", initial, shape)
+
+
+def table(config: ModelConfig, rows: int) -> Table:
     """A table of tokens or positions, [rows, D]."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, config.hidden_size, embedding_init=init)
+    return Table(config, rows)
 
 
 def _padded(rows: Array) -> Array:

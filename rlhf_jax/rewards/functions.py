@@ -1,7 +1,7 @@
 """Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
-A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts
-{name: [B]}, an empty dict if there are none. The rewards of this file are
+A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named
+components {name: [B]}, an empty dict if there are none. The rewards of this file are
 ``jax.tree_util.Partial``: the arrays that they hold (a reward model's parameters) are arguments of
 ``jit``, not constants of the compiled program. The score of a missing row, whose ``response_mask``
 is empty, has no meaning.
@@ -74,13 +74,22 @@ def _length(target: int, rollout: Rollout) -> Scores:
     return jnp.maximum(excess, 0.0), {}
 
 
-def from_model(score_fn: ScoreFn, params: Params) -> Partial:
+def from_model(
+    score_fn: ScoreFn,
+    params: Params,
+    in_groups: Callable[[int, int], ScoreFn] | None = None,
+) -> Partial:
     """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and
     response.
 
     The result holds ``params``.
+
+    Args:
+      in_groups: ``(prompt_length, group_size)`` -> the ScoreFn that computes a prompt once for the
+        rows of its group, where a rollout has groups; None: each row by itself.
     """
-    return Partial(_model_score, _as_pytree(score_fn), params)
+    of_groups = None if in_groups is None else Partial(in_groups)
+    return Partial(_model_score, _as_pytree(score_fn), of_groups, params)
 
 
 def behind_turns(
@@ -123,7 +132,11 @@ def behind_turns(
     return score
 
 
-def _model_score(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Scores:
+def _model_score(
+    score_fn: ScoreFn, in_groups: Partial | None, params: Params, rollout: Rollout
+) -> Scores:
+    if in_groups is not None and rollout.group_size > 1 and rollout.prompt_length:
+        score_fn = in_groups(rollout.prompt_length, rollout.group_size)
     scores = score_fn(params, rollout.tokens, rollout.attention_mask, None)
     return scores.astype(jnp.float32), {}
 
@@ -162,11 +175,12 @@ def _ensemble(
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
-    """Weighted sum of rewards, given as {name: (RewardFn giving scores [B], weight)}.
+    """Weighted sum of rewards, given as {name: (RewardFn, weight)}. If one of them is dense, so is
+    the sum, and a score [B] stands at the last token of its row.
 
     Returns:
-      RewardFn with the parts {name: that reward's scores before its weight}; the parts of a part
-      are ``name/part``.
+      RewardFn with the components {name: that reward's scores [B] before its weight}; the
+      components of a component are ``name/component``.
     """
     if not parts:
         raise ValueError("parts: a weighted sum needs at least one reward function")
@@ -175,22 +189,26 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
-    return summed(
-        {name: (_row_scores(fn, rollout), weight) for name, (fn, weight) in parts.items()}
-    )
-
-
-def summed(parts: Mapping[str, tuple[Any, float]]) -> tuple[Any, dict[str, Any]]:
-    """The weighted sum of {name: ((scores, their parts), weight)}, of JAX or NumPy arrays, with the
-    parts of ``weighted``.
-    """
+    given = []
+    components = {}
+    for name, (fn, weight) in parts.items():
+        scores, inner = fn(rollout)
+        scores = jnp.asarray(scores, jnp.float32)
+        is_dense = scores.ndim == 2
+        expected = rollout.tokens.shape if is_dense else rollout.tokens.shape[:1]
+        chex.assert_shape(scores, expected)
+        given.append(weight * scores)
+        if is_dense:
+            scores = jnp.sum(ops.masked(scores, rollout.mask), axis=1)
+        components[name] = scores
+        for part, values in inner.items():
+            components[f"{name}/{part}"] = values
+    if any(scores.ndim == 2 for scores in given):
+        given = [ops.at_end(scores, rollout.mask) for scores in given]
     total: Any = 0.0
-    reported = {}
-    for name, ((scores, inner), weight) in parts.items():
-        total = total + weight * scores
-        reported[name] = scores
-        reported |= {f"{name}/{part}": values for part, values in inner.items()}
-    return total, reported
+    for scores in given:
+        total = total + scores
+    return total, components
 
 
 def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:

@@ -1,16 +1,18 @@
 """Rewards in ordinary Python: a HostReward runs between two jits, on NumPy arrays; ``on_host``
 calls it.
+
+A row is scored or `Unscored`, which has a reason and is never a number. Scores, components and
+reasons of a row stay together until ``on_host`` makes arrays of them.
 """
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from numpy import ma
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
@@ -18,25 +20,89 @@ from rlhf_jax.types import Rollout
 Columns = Mapping[str, Sequence[Any]]
 """{name: one value for each row}, the other columns of the prompts' data rows."""
 
-HostValues = Sequence[float | None] | np.ndarray
-"""[B] numbers, or None for a row that cannot be scored."""
+
+class Unscored(NamedTuple):
+    """A row, or a component of it, that cannot be scored, and why. ``None`` in the scores of a
+    reward is one without a reason of its own.
+    """
+
+    reason: str
+
+
+Score = float | np.ndarray | Unscored
+"""Of a row: a number, dense rewards [T], or why there is none."""
+
+Components = dict[str, list[Score]]
+
+HostValues = Sequence[Any] | np.ndarray
+"""[B] or [B, T] numbers; or for each row a number, dense rewards [T], None or `Unscored`."""
 
 HostScores = tuple[HostValues, Mapping[str, HostValues]]
-"""Scores [B], and {name of a part: [B]}."""
+"""Scores, and {name of a component: a number, None or `Unscored` for each row}."""
 
 HostReward = Callable[[Rollout, Columns], HostScores]
 """A reward in ordinary Python, of a rollout of NumPy arrays and the columns."""
 
-TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
-"""(conversations, responses) -> scores [N]; a conversation is a list of messages."""
+Place = Callable[[int, list[Any]], np.ndarray]
+"""(row, its rewards at tokens) -> dense rewards [T]; UserError if they do not fit the response."""
 
+NO_REASON = Unscored("the reward is None")
+MISSING = Unscored("the row has no response")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-class Decoder(Protocol):
-    """What a tokenizer must have for rewards that read texts: a text without pads and EOS."""
+class RowScores(NamedTuple):
+    """What a reward says of B rows."""
 
-    def decode(self, ids: list[int], /) -> str: ...
+    row_ids: Any  # [B] of the rollout that was scored, or None
+    scores: list[Score]
+    components: Components
+
+    def arrays(self, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores [B] float32, or [B, T] if a row has dense rewards: a number then stands at the
+        last token of its row. An unscored row is 0. And the components [B] float32, NaN where a
+        row has none.
+        """
+        components = {}
+        for name, values in self.components.items():
+            components[name] = _filled(values, math.nan)
+        if not any(isinstance(score, np.ndarray) for score in self.scores):
+            return _filled(self.scores, 0.0), components
+        dense = np.zeros(mask.shape, np.float32)
+        for row, score in enumerate(self.scores):
+            if not isinstance(score, Unscored):
+                dense[row] = at_tokens(score, mask[row])
+        return dense, components
+
+    def reasons(self) -> list[str | None]:
+        """[B] why each row with a response has no score; None: it has one, or no response."""
+        reasons: list[str | None] = []
+        for score in self.scores:
+            reason = score.reason if isinstance(score, Unscored) else None
+            reasons.append(None if score is MISSING else reason)
+        return reasons
+
+
+def _filled(scores: Sequence[Score], instead: float) -> np.ndarray:
+    numbers = []
+    for score in scores:
+        is_unscored = isinstance(score, Unscored)
+        numbers.append(instead if is_unscored else score)
+    return np.array(numbers, np.float32)
+
+
+def at_tokens(score: float | np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Dense rewards [T] of a row with the response mask [T]: a number stands at its last token."""
+    if isinstance(score, np.ndarray):
+        return np.where(mask != 0, score, 0.0)
+    dense = np.zeros(len(mask))
+    dense[np.flatnonzero(mask)[-1]] = score
+    return dense
+
+
+def row_score(score: Score) -> float | Unscored:
+    """A score as one number: the sum of dense rewards."""
+    return float(np.sum(score)) if isinstance(score, np.ndarray) else score
 
 
 def on_host(
@@ -49,116 +115,57 @@ def on_host(
     ``name``.
 
     Returns:
-      The Rollout with ``scores`` [B] float32, and {part: [B] float32}, as NumPy arrays. A row whose
-      score is None gets an empty ``response_mask``, which makes it a missing row; its score is 0,
-      and so is a part that is None.
+      The Rollout with ``scores`` [B] float32, or [B, T] if the reward is dense, and {component: [B]
+      float32}, as NumPy arrays. An unscored row gets an empty ``response_mask``, which makes it a
+      missing row; its score is 0. A component that is unscored is NaN.
 
     Raises:
-      FloatingPointError: the score or a part of a row is not finite; it names the row.
+      FloatingPointError: the score or a component of a row is not finite; it names the row.
       UserError: the reward did not return one number or None for each row, or called ``sys.exit``.
     """
     host: Any = jax.tree.map(np.asarray, rollout)  # Any: the fields are declared as JAX arrays
-    mask = host.response_mask
-    labels = [f"row {i}" for i in range(len(mask))]
+    return with_scores(host, row_scores(reward, host, columns, name))
+
+
+def with_scores(host: Any, scored: RowScores) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """The rollout of NumPy arrays that was scored, with its scores, as ``on_host`` has it."""
+    if not np.array_equal(scored.row_ids, host.row_ids):
+        raise ValueError("the scores are those of other rows")
+    scores, components = scored.arrays(host.mask)
+    mask = host.response_mask.copy()
+    for row, score in enumerate(scored.scores):
+        if isinstance(score, Unscored):
+            mask[row] = 0
+    return host.replace(scores=scores, response_mask=mask), components
+
+
+def row_scores(
+    reward: HostReward, host: Any, columns: Columns, name: str = "the reward"
+) -> RowScores:
+    """The checked scores of a rollout of NumPy arrays; errors as of ``on_host``."""
+    labels = [f"row {i}" for i in range(len(host.tokens))]
     if host.row_ids is not None:
         labels = [f"row {i} (data row {row_id})" for i, row_id in enumerate(host.row_ids)]
-    result = _called(name, reward, host, columns)
-    if not _has_parts(result):
-        raise UserError(f"{name}: expected a pair, (scores, {{part: scores}}), {_got(result)}")
-    scores, parts = _checked(name, result, labels, host.present)
-    is_scored = ~ma.getmaskarray(scores)
-    host = host.replace(scores=_filled(scores), response_mask=mask * is_scored[:, None])
-    return host, {part: _filled(values) for part, values in parts.items()}
+    result = called(name, reward, host, columns)
+    if not has_components(result):
+        raise UserError(f"{name}: expected a pair, (scores, {{component: scores}}), {got(result)}")
+    width = host.tokens.shape[1]
+
+    def place(row: int, rewards: list[Any]) -> np.ndarray:
+        where = f"{name}, {labels[row]}"
+        numbers = [number(entry, where) for entry in rewards]
+        is_whole = len(numbers) == width and None not in numbers
+        if not is_whole:
+            fault = f"expected a number for each of {width} columns"
+            raise UserError(f"{where}: {fault}, {got(rewards)}")
+        return np.array(numbers, float)
+
+    present = host.present.tolist()
+    scores, components = checked(name, result, labels, present, place)
+    return RowScores(host.row_ids, scores, components)
 
 
-def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
-    """A HostReward from ``fn(prompts, responses, **columns)``, a function of texts.
-
-    ``prompts`` and ``responses`` are lists of str, and each column of the prompts' data rows is a
-    list too. All have one entry for each row that is not missing. The prompt is the text of all
-    real tokens before the first response token. The response is the text of the tokens that the
-    policy wrote, without the holes of ``response_mask``.
-
-    Args:
-      fn: returns a list, tuple or array of one number for each row, or None for a row that cannot
-        be scored; or a pair of such scores and {name of a part: such scores}.
-
-    Returns:
-      HostReward with the errors of ``on_host``, which name the function and the prompts too.
-    """
-    name = f"the reward function {getattr(fn, '__name__', type(fn).__name__)}"
-
-    def score(rollout: Rollout, columns: Columns) -> HostScores:
-        in_response = rollout.mask
-        is_before = np.cumsum(in_response, axis=1) == 0
-        in_prompt = is_before & (rollout.attention_mask != 0)
-        num_rows = len(in_response)
-        rows = np.flatnonzero(rollout.present).tolist()
-        if not rows:
-            return ma.masked_all(num_rows), {}
-
-        def texts(mask: Any) -> list[str]:
-            return [tokenizer.decode(rollout.tokens[i, mask[i]].tolist()) for i in rows]
-
-        prompts = texts(in_prompt)
-        present_columns = {key: [column[i] for i in rows] for key, column in columns.items()}
-        result = _called(name, fn, prompts, texts(in_response), **present_columns)
-        if not _has_parts(result):
-            result = (result, {})
-        labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
-        scores, parts = _checked(name, result, labels, [True] * len(rows))
-
-        def in_all_rows(values: ma.MaskedArray) -> ma.MaskedArray:
-            whole = ma.masked_all(num_rows)
-            whole[rows] = values
-            return whole
-
-        return in_all_rows(scores), {part: in_all_rows(values) for part, values in parts.items()}
-
-    return score
-
-
-SINGLE_TURN = (
-    "a reward model of another tokenizer reads a prompt and one response; with an environment give "
-    "one of the policy's tokenizer"
-)
-
-
-def from_conversations(score_texts: TextScorer, tokenizer: Decoder, name: str) -> HostReward:
-    """A HostReward from a model that reads texts: the prompts' messages, as the column ``messages``
-    holds them before any template, and the responses.
-
-    Raises:
-      UserError: when it is called, beginning with ``name``: a row has no messages or several
-        responses, or the model cannot read a text.
-    """
-
-    def score(
-        prompts: list[str], responses: list[str], messages: Any = (), **columns: Any
-    ) -> np.ndarray:
-        if not messages or None in messages:
-            raise UserError(
-                f"{name}: a reward model of another tokenizer reads prompts as texts or messages, "
-                "and here is one without; give a reward model of the policy's tokenizer"
-            )
-        try:
-            return score_texts(messages, responses)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-
-    from_texts = from_text(score, tokenizer)
-
-    def score_rollout(rollout: Rollout, columns: Columns) -> HostScores:
-        in_response = rollout.mask
-        begins = in_response[:, 1:] & ~in_response[:, :-1]
-        if np.any(np.sum(begins, axis=1) > 1):
-            raise UserError(f"{name}: {SINGLE_TURN}")
-        return from_texts(rollout, columns)
-
-    return score_rollout
-
-
-def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
+def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
     """The result of the function. A ``SystemExit`` would end the run as if it were complete."""
     try:
         return fn(*args, **columns)
@@ -169,73 +176,98 @@ def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> An
         ) from error
 
 
-def _has_parts(result: Any) -> bool:
-    """Whether the result is a pair of scores and {name of a part: scores}."""
+def has_components(result: Any) -> bool:
+    """Whether the result is a pair of scores and {name of a component: scores}."""
     return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
 
 
-def _checked(
+def checked(
     name: str,
     result: HostScores,
     labels: Sequence[str],
-    present: Iterable[bool],
-) -> tuple[ma.MaskedArray, dict[str, ma.MaskedArray]]:
-    """Scores and parts as numbers [B], masked for rows that are missing or cannot be scored.
-    Error messages name a row by its label.
+    present: Sequence[bool],
+    place: Place,
+) -> tuple[list[Score], Components]:
+    """Scores and components of each row. Error messages name a row by its label.
+
+    Args:
+      present: which rows are not missing; the others are `MISSING`.
     """
-    scores, parts = result
-    numbers = _numbers(name, scores, labels, present)
-    is_scored = ~ma.getmaskarray(numbers)
-    checked = {
-        part: _numbers(f"{name}, part {part!r}", values, labels, is_scored)
-        for part, values in parts.items()
-    }
-    return numbers, checked
+    scores, components = result
+    of_rows = _of_rows(name, scores, labels, present, place)
+    is_scored = [not isinstance(score, Unscored) for score in of_rows]
+
+    def no_place(row: int, rewards: list[Any]) -> np.ndarray:
+        raise UserError(f"{name}, {labels[row]}: a component is one number, {got(rewards)}")
+
+    of_components = {}
+    for component, values in components.items():
+        where = f"{name}, component {component!r}"
+        of_components[component] = _of_rows(where, values, labels, is_scored, no_place)
+    return of_rows, of_components
 
 
-def _numbers(
+def _of_rows(
     name: str,
     values: Any,
     labels: Sequence[str],
-    present: Iterable[bool],
-) -> ma.MaskedArray:
-    if isinstance(values, np.ndarray | jax.Array):
-        values = values.tolist()
+    present: Sequence[bool],
+    place: Place,
+) -> list[Score]:
+    values = plain(values)
     if not isinstance(values, list | tuple) or len(values) != len(labels):
         raise UserError(
             f"{name}: expected a list, tuple or array of {len(labels)} scores, one for each row, "
-            f"{_got(values)}"
+            f"{got(values)}"
         )
-    rows = zip(values, labels, present, strict=True)
-    numbers = [_number(entry, f"{name}, {label}") if here else None for entry, label, here in rows]
+    scores: list[Score] = []
     not_finite = []
-    for label, number in zip(labels, numbers, strict=True):
-        if number is not None and not math.isfinite(number):
-            not_finite.append(f"{label}: {number}")
+    for row, label in enumerate(labels):
+        score: Score = MISSING
+        if present[row]:
+            score = _score(row, values[row], f"{name}, {label}", place)
+        scores.append(score)
+        if isinstance(score, Unscored):
+            continue
+        if not np.all(np.isfinite(score)):
+            not_finite.append(f"{label}: {row_score(score)}")
     if not_finite:
         listed = "; ".join(not_finite)
         raise FloatingPointError(f"{name} is not finite ({listed}); return None to leave a row out")
-    return ma.masked_invalid(np.array(numbers, float))
+    return scores
 
 
-def _number(entry: Any, where: str) -> float | None:
-    """A score as a float; True and False are 1 and 0."""
-    if getattr(entry, "shape", None) == ():
-        entry = entry.item()
+def _score(row: int, entry: Any, where: str, place: Place) -> Score:
+    if isinstance(entry, Unscored):
+        return entry
+    entry = plain(entry)
+    if isinstance(entry, list | tuple):
+        return place(row, list(entry))
+    value = number(entry, where)
+    return NO_REASON if value is None else value
+
+
+def number(entry: Any, where: str) -> float | None:
+    """A number as a float; True and False are 1 and 0."""
+    entry = plain(entry)
     if entry is None:
         return None
     is_number = isinstance(entry, Number) and not isinstance(entry, complex)
     if not is_number:
-        raise UserError(f"{where}: expected a number or None, {_got(entry)}")
+        raise UserError(f"{where}: expected a number or None, {got(entry)}")
     if abs(entry) > _LARGEST:  # such as an int that is no float
         return math.inf if entry > 0 else -math.inf
     return float(entry)
 
 
-def _got(value: Any) -> str:
+def plain(values: Any) -> Any:
+    """An array or tensor of any library as Python numbers, in lists; anything else as it is."""
+    if isinstance(values, Unscored) or not hasattr(values, "__array__"):
+        return values
+    # A tensor may lie on a device or have a gradient; its own list needs neither.
+    return values.tolist() if hasattr(values, "tolist") else np.asarray(values).tolist()
+
+
+def got(value: Any) -> str:
     """The end of an error message."""
     return f"got {type(value).__name__}: {reprlib.repr(value)}"
-
-
-def _filled(numbers: ma.MaskedArray) -> np.ndarray:
-    return numbers.filled(0).astype(np.float32)

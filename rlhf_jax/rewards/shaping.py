@@ -3,7 +3,6 @@ length.
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -44,7 +43,7 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
         rewards = ops.masked(rollout.rewards, rollout.mask)
     elif rollout.scores is not None:
         chex.assert_shape(rollout.scores, rollout.mask.shape[:1])
-        rewards = ops.masked(rollout.scores[:, None], _is_last(rollout.mask))
+        rewards = ops.at_end(rollout.scores, rollout.mask)
     else:
         raise ValueError(
             "rollout: expected scores [B] or rewards [B, T], got neither; call a reward function "
@@ -59,12 +58,6 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
     log_probs = ops.masked(rollout.log_probs, rollout.mask)
     ref_log_probs = ops.masked(rollout.ref_log_probs, rollout.mask)
     return rewards - kl_coef * ops.kl(log_probs, ref_log_probs, estimator)
-
-
-def _is_last(present: Array) -> Array:
-    """[B, T] bool: the last response token of each row; none in an empty row."""
-    remaining = jax.lax.cumsum(present.astype(jnp.int32), axis=1, reverse=True)
-    return present & (remaining == 1)
 
 
 def missing_eos(
@@ -92,7 +85,7 @@ def missing_eos(
         )
     chex.assert_shape(scores, rollout.tokens.shape[:1])
     is_eos = jnp.isin(rollout.tokens, jnp.asarray(eos_id))
-    unfinished = jnp.any(_is_last(rollout.mask) & ~is_eos, axis=1)
+    unfinished = jnp.any(ops.is_last(rollout.mask) & ~is_eos, axis=1)
     if rollout.stopped is not None:
         unfinished &= ~rollout.stopped
     scores = jnp.asarray(scores, jnp.float32)

@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import models, ops
+from rlhf_jax.models.kernels.shared import Prompts
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 
@@ -149,6 +150,8 @@ class Rows(NamedTuple):
     num_real: Array  # [B] tokens of the prompt
     keys: Array  # [B]
     used: Array  # [B]
+    prompts: Prompts | None = None
+    """Of the groups of rows that share them; their last column is the first of the rows' own."""
 
 
 class Loop(NamedTuple):
@@ -173,6 +176,7 @@ def generate(
     row_ids: Array | None = None,
     mesh: Mesh | None = None,
     used: Array | None = None,
+    group_size: int = 1,
 ) -> Rollout:
     """Samples a response to each prompt; stops when every row has ended.
 
@@ -187,10 +191,13 @@ def generate(
             before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
             instead, and the rows over "data" only. What is sharded over "tensor" stays so. The
             tokens are the same as on one device.
-        used: [B] for conversations of several turns (``data.environment``), whose earlier responses
-            stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
+        used: [B] for conversations of several turns, whose earlier responses stand at the end of
+            the prompt: how many of a row's ``max_new_tokens`` slots they take.
             The row gets at most the others, and the randomness of a token is that of its slot. P
             then counts all slots too. None: no slot is taken.
+        group_size: each G adjacent rows have the same prompt, which is run once and kept in a cache
+            once; the tokens are those of separate rows. Rows whose groups do not divide over the
+            parts of the batch, and networks that are not a ``models.Model``, are run separately.
 
     Returns:
         A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32
@@ -202,11 +209,12 @@ def generate(
         temperature 1.
 
     Raises:
-        ValueError: outside ``jit``, a prompt is padded on the right; the model has fewer positions.
+        ValueError: outside ``jit``, a prompt is padded on the right, or the prompts of a group
+            differ; the model has fewer positions.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     attention_mask = jnp.asarray(attention_mask)
-    _check_prompts(tokens, attention_mask)
+    _check_prompts(tokens, attention_mask, group_size)
     row_ids = _row_ids(row_ids, tokens)
     # With ``used``, the prompt has all slots of earlier responses too.
     length = tokens.shape[1] + (config.max_new_tokens if used is None else 0)
@@ -223,7 +231,7 @@ def generate(
     # The pass over the prompt reads the original ones, which compiles faster. Sharded ones are
     # gathered once, so that the pass reads those for decoding too.
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
-    sample_rows = partial(_sample_rows, model, config)
+    sample_rows = partial(_sample_rows, model, config, group_size)
     if mesh is None:
         return blocks.map_rows(partial(sample_rows, weights, key), prompts)
     if _fsdp_joins_tensor(model, decoding, mesh):
@@ -293,13 +301,17 @@ def _over_tensor(weights: Params, mesh: Mesh) -> Any:
     return jax.tree.map(joined, sharding.by_path(weights, models.SHARDING, alone))
 
 
-def _check_prompts(tokens: Array, attention_mask: Array) -> None:
+def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> None:
     """Raises AssertionError for other shapes than [B, P], and ValueError for a prompt that does not
-    end in the last column; under ``jit``, where no values are known, only shapes are checked.
+    end in the last column, and for groups of different prompts; under ``jit``, where no values are
+    known, only shapes are checked.
     """
     chex.assert_rank(tokens, 2)
     chex.assert_axis_dimension_gt(tokens, 1, 0)
     chex.assert_equal_shape([tokens, attention_mask])
+    ops.check_number("group_size", group_size, at_least=1)
+    if len(tokens) % group_size:
+        raise ValueError(f"{len(tokens)} prompts do not divide by group_size {group_size}")
     if isinstance(attention_mask, jax.core.Tracer) or not attention_mask.is_fully_addressable:
         return
     mask = np.asarray(attention_mask) != 0
@@ -308,6 +320,14 @@ def _check_prompts(tokens: Array, attention_mask: Array) -> None:
         raise ValueError(
             "prompts must be padded on the left: attention_mask is 0 in the last column of "
             f"{len(wrong)} rows, first in row {wrong[0]}"
+        )
+    read = np.stack([np.where(mask, tokens, 0), mask], axis=1)
+    by_group = read.reshape(-1, group_size, *read.shape[1:])
+    unlike = np.flatnonzero((by_group != by_group[:, :1]).any(axis=(1, 2, 3)))
+    if len(unlike):
+        raise ValueError(
+            f"the {group_size} prompts of each group must be equal; those from row "
+            f"{unlike[0] * group_size} on are not"
         )
 
 
@@ -323,6 +343,7 @@ def _mapped_axes(mesh: Mesh) -> set[str]:
 def _sample_rows(
     model: CachedModel,
     config: SamplingConfig,
+    group_size: int,
     weights: tuple[Params, ...],
     key: Array,
     prompts: tuple[Array, Array, Array, Array],
@@ -339,6 +360,7 @@ def _sample_rows(
         pad_id=config.pad_id,
         row_ids=row_ids,
         used=used,
+        group_size=group_size,
     )
     end = jax.lax.while_loop(
         lambda loop: ~jnp.all(loop.ended),
@@ -370,6 +392,7 @@ def start(
     pad_id: int,
     row_ids: Array,
     used: Array,
+    group_size: int = 1,
 ) -> tuple[Rows, Loop]:
     """The state before the first token of each response; the arguments are those of ``generate``.
 
@@ -386,12 +409,20 @@ def start(
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
-    cache = model.init_cache(num_rows, prompt_length + max_new_tokens)
-    if prompt_length > 1:
-        # The last prompt column is left to the loop, whose first step needs its logits. These are
-        # never read, so the compiler drops the projection to the vocabulary.
-        positions = counts - prompt_mask
-        _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
+    size = group_size if _shares(model, num_rows, prompt_length, group_size) else 1
+    of_prompts, cache = cache_of(model, num_rows, prompt_length, max_new_tokens, size)
+    prompts = None
+    # The last prompt column is left to the loop, whose first step needs its logits. These are never
+    # read, so the compiler drops the projection to the vocabulary.
+    before = slice(prompt_length - 1)
+    inputs = (tokens[:, before], (counts - prompt_mask)[:, before])
+    if of_prompts is not None:
+        of_groups = (inputs[0][::size], inputs[1][::size])
+        mask = prompt_mask[::size, before]
+        _, of_prompts = model.decode(params, *of_groups, mask, of_prompts, 0)
+        prompts = Prompts(of_prompts, mask)
+    elif prompt_length > 1:
+        _, cache = model.decode(params, *inputs, key_mask, cache, 0)
     loop = Loop(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
@@ -400,7 +431,25 @@ def start(
         ended=(num_real == 0) | (used >= max_new_tokens),
         cache=cache,
     )
-    return Rows(key_mask, num_real, keys, used), loop
+    return Rows(key_mask, num_real, keys, used, prompts), loop
+
+
+def cache_of(
+    model: CachedModel, num_rows: int, prompt_length: int, num_slots: int, group_size: int = 1
+) -> tuple[Any, Any]:
+    """The empty caches of a batch: of the prompts of groups of rows, without their last column, or
+    None for ``group_size`` 1; and of the rows.
+    """
+    if group_size == 1:
+        return None, model.init_cache(num_rows, prompt_length + num_slots)
+    of_prompts = model.init_cache(num_rows // group_size, prompt_length - 1)
+    return of_prompts, model.init_cache(num_rows, 1 + num_slots)
+
+
+def _shares(model: CachedModel, num_rows: int, prompt_length: int, group_size: int) -> bool:
+    """Whether groups of rows share the cache of their prompt."""
+    has_groups = group_size > 1 and num_rows % group_size == 0 and prompt_length > 1
+    return has_groups and isinstance(model, models.Model) and model.takes_groups
 
 
 def step(
@@ -418,7 +467,15 @@ def step(
     last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **in_columns)  # [B, 1]
     # A missing row has no real token; its position is kept inside the table.
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
-    logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
+    inputs = (params, last, positions)
+    if rows.prompts is None:
+        logits, cache = model.decode(*inputs, rows.key_mask, loop.cache, column)
+    else:
+        num_shared = rows.prompts.mask.shape[1]
+        own_mask = rows.key_mask[:, num_shared:]
+        place = column + -num_shared
+        grouped: Any = model
+        logits, cache = grouped.decode(*inputs, own_mask, loop.cache, place, rows.prompts)
     slot = rows.used + (column + (1 - prompt_length))
     is_past = jnp.arange(loop.tokens.shape[1])[None] <= column
     seen = (loop.tokens, is_past & (rows.key_mask != 0))
@@ -544,6 +601,7 @@ def best_of_n(
         config=config,
         row_ids=ids.reshape(-1),
         mesh=mesh,
+        group_size=n,
     )
     rewards, _ = reward_fn(samples)
     if rewards.ndim == 2:

@@ -383,7 +383,7 @@ class Opponent:
         self.seconds = list[float]()
         model = models.build(preset.model)
         keys = jax.random.split(jax.random.key(0), 4)
-        params = models.add_head(keys[3], jax.jit(model.init)(keys[0]), "score")
+        params = models.add_head(keys[3], model.init(keys[0]), "score")
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
         arrays = {

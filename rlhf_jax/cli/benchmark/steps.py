@@ -83,7 +83,7 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
     """
     model = models.build(preset.model)
     keys = jax.random.split(jax.random.key(0), 4)
-    params = jax.jit(model.init)(keys[0])
+    params = model.init(keys[0])
     optimizer = optax.adamw(1e-5)
     shape = (preset.batch, preset.prompt + preset.response)
     num_blocks = preset.model.num_blocks

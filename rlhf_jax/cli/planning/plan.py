@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import time
 import types
@@ -40,7 +41,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
-from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.training.common import initial, layout, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import make_optimizer
@@ -49,6 +50,7 @@ from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl import teacher as teachers
 from rlhf_jax.training.rl.method import penalty_of
 from rlhf_jax.training.rl.programs import rules
+from rlhf_jax.training.rl.sharing import Answers, saved
 from rlhf_jax.training.supervised import tasks
 from rlhf_jax.types import (
     Algorithm,
@@ -133,6 +135,13 @@ class Case:
         if self.target is None:
             return layout.mesh_of(self.config)
         return sharding.make_mesh(**self.config.mesh.axes, devices=self.target.devices)
+
+    def shared_by(self, prompt: int) -> int:
+        """How many rows of an RL run compute their prompt of so many tokens once."""
+        blocks = self.config.compute.blocks
+        sharers = {"compute.blocks": blocks or sharding.num_parts(self.mesh)}
+        answers = Answers(self.name, self.own, prompt, takes_groups=True, sharers=sharers)
+        return answers.group_size(self.config)
 
     @property
     def stage(self) -> Stage:
@@ -404,6 +413,9 @@ def with_remat(
     if name in RL:
         columns += config.rl.max_new_tokens
         rows = config.rl.batch_size // case.own.num_minibatches
+        prompt = columns - config.rl.max_new_tokens
+        share = saved(prompt, config.rl.max_new_tokens, case.shared_by(prompt))
+        rows = math.ceil(rows * (1 - share))
     else:
         rows = (1 + (name in PAIRS)) * case.own.batch_size
     rows_at_once = rows // case.own.num_microbatches
@@ -439,7 +451,9 @@ def _reward(case: Case, rows: int | None) -> Any:
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
         score_fn = ops.by_rows(models.score_fn(model), rows)
-        return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
+        in_groups = functools.partial(initial.scorer_of_groups, model, rows)
+        shapes = jax.eval_shape(with_score, params)
+        return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
@@ -537,7 +551,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     stage = case.stage
     model, params = case.model(case.config.model)
     prompt = _prompt_columns(settings, length)
-    columns = _fitting(model, prompt + settings.max_new_tokens)
+    _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
     values = critic.settings(own)
     value = values.value if algorithm.needs_values else None
@@ -555,10 +569,11 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     has_reference = penalty is not iteration.NO_PENALTY and not settings.reference_moves
     reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
-    functions = _functions(case, model, start, trained, teacher, reference, prompt)
+    shared_by = case.shared_by(prompt)
+    functions = _functions(case, model, start, trained, teacher, reference, (prompt, shared_by))
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
     how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
-    collect = functools.partial(_collected, **how)
+    collect = functools.partial(_collected, shared_by=shared_by, **how)
     shape, masked = rules(settings, samples)
     learn = functools.partial(
         iteration.learn,
@@ -588,7 +603,8 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     held = _held(state, start, reference, functions)
     held["reward models"] = functions.reward_fn if case.config.reward else None
     held["policy that samples"] = iteration.policy(state) if settings.rollouts_ahead else None
-    cache = jax.eval_shape(lambda: model.init_cache(settings.batch_size, columns))
+    sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
+    cache = jax.eval_shape(lambda: decoding.cache_of(model, *sizes))
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
@@ -640,10 +656,13 @@ def _collected(
     config: SamplingConfig,
     mesh: Mesh,
     score_rows: int | None,
+    shared_by: int,
 ) -> Any:
     """Responses with the log-probs of the update's own forward pass and of the reference."""
     policy = iteration.sampler(state, functions.base)
-    sampled = iteration.respond(policy, prompts, key, model=model, config=config, mesh=mesh)
+    how: Any = {"model": model, "config": config, "mesh": mesh, "group_size": shared_by}
+    sampled = iteration.respond(policy, prompts, key, **how)
+    sampled = dataclasses.replace(sampled, group_size=shared_by)
     return iteration.rescored(
         state, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows
     )
@@ -656,13 +675,17 @@ def _functions(
     trained: initial.Trainable,
     teacher: LanguageModel | None,
     reference: Params | None,
-    prompt: int,
+    shared: tuple[int, int],
 ) -> iteration.Functions:
-    """What the programs of RL call."""
+    """What the programs of RL call; ``shared``: columns of a prompt, and rows that compute it
+    once.
+    """
     settings = case.config.rl
     rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
-    policy_fn = functools.partial(models.policy_fn, model, settings.temperature, prompt)
-    scored_fn = ops.by_rows(policy_fn(), rows)
+    prompt, size = shared
+    temperature = settings.temperature
+    policy_fn = functools.partial(models.policy_fn, model, temperature, prompt, group_size=size)
+    scored_fn = ops.by_rows(policy_fn(), rows, size)
     ref_fn = None
     if settings.reference_moves:
         ref_fn = start.bind(scored_fn)

@@ -21,7 +21,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf, lora
 from rlhf_jax.training.common import layout, own
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, ScoreFn
 
 TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
 DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
@@ -389,10 +389,22 @@ def load_reward_model(
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
     score_fn = models.score_fn(model)
+    in_groups = None
     if closing:
+        # What is put in the place of a last token could change the prompt of one row alone.
         score_fn = rewards.behind_turns(score_fn, closing, tokenizer.eos_ids)
+    else:
+        in_groups = functools.partial(scorer_of_groups, model, score_rows)
     score_fn = ops.by_rows(score_fn, score_rows)
-    return spec.RewardModel(score_fn, params, own, score_texts)
+    return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
+
+
+def scorer_of_groups(
+    model: models.Model, score_rows: int | None, prompt_length: int, group_size: int
+) -> ScoreFn:
+    """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
+    score_fn = models.score_fn(model, prompt_length, group_size)
+    return ops.by_rows(score_fn, score_rows, group_size)
 
 
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:

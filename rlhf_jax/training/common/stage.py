@@ -177,12 +177,16 @@ class Stage:
             sizes = f"an update stores about {stored / 2**30:.1f} GiB of activations"
             logger.info(f"{line} ({sizes}, a device has {limit / 2**30:.1f})")
         compute = dataclasses.replace(compute, remat=remat)
-        stage = dataclasses.replace(self, config=dataclasses.replace(self.config, compute=compute))
-        text = _settings(stage.config)
-        processes.in_first(lambda: _write_settings(stage.run, text))
+        stage = self.recorded(dataclasses.replace(self.config, compute=compute))
         if remat:
             model = models.build(dataclasses.replace(model.config, remat=True))
         return stage, language_model._replace(model=model)
+
+    def recorded(self, config: RunConfig) -> "Stage":
+        """The stage with settings that were decided, which it writes to config.yaml."""
+        text = _settings(config)
+        processes.in_first(lambda: _write_settings(self.run, text))
+        return dataclasses.replace(self, config=config)
 
     def hold(self, trees: Mapping[str, Any]) -> None:
         """Records the shapes of arrays on the devices, by name."""
@@ -500,7 +504,7 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
             recorded = yaml.safe_load(run.config.read_bytes())["compute"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             recorded = {}  # check_unchanged reports what is wrong
-        for key in ("scan_layers", "remat"):
+        for key in ("scan_layers", "remat", "share_prompts"):
             value = recorded.get(key) if isinstance(recorded, dict) else None
             if getattr(compute, key) == "auto" and isinstance(value, bool):
                 changes: dict[str, Any] = {key: value}

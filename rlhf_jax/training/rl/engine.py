@@ -22,7 +22,8 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.engines import Engine, Request, Sample, Writer, decoded, encoded, question
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders.service import Replies, ask_each
+from rlhf_jax.graders.client import ask_each
+from rlhf_jax.graders.replies import Replies
 from rlhf_jax.iteration import LoopState, Prompts
 from rlhf_jax.runs import processes
 from rlhf_jax.sampling import SamplingConfig, rollout

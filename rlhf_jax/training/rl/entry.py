@@ -5,6 +5,7 @@ A step is sample -> score -> learn. ``build`` composes it from the small functio
 """
 
 import collections
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -17,16 +18,18 @@ import optax
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches, encoding, stops
-from rlhf_jax.data.environment import Environment, converse, function_of
+from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation import stops
+from rlhf_jax.generation.environment import Environment, converse, function_of
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
+from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.rl import answers, steps, teacher
+from rlhf_jax.training.rl import answers, sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -118,6 +121,7 @@ def run(
         ThreadPoolExecutor(1) as thread,
     ):
         parts = load(stage, method, given, [part.rows for part in data], reply)
+        stage, method = _with_sharing(stage, name, method, parts)
         stage, parts = _with_remat(stage, method, parts)
         planned = _prompts(stage, method, parts)
         stage = lasting(stage, method, len(planned[0].train_rows))
@@ -133,6 +137,20 @@ def run(
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
         return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
+
+
+def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tuple[Stage, Method]:
+    """Stage and method with ``compute.share_prompts`` chosen by the work that it saves."""
+    microbatches = {f"{name}.num_microbatches": method.config.num_microbatches}
+    of_prompts = sharing.Answers(
+        name,
+        method.config,
+        prompt=parts.prompts.tokens.shape[1],
+        takes_groups=parts.initial.model.takes_groups,
+        sharers=layout.sharers(stage.config, microbatches),
+    )
+    config, size = sharing.decided(stage.config, of_prompts)
+    return stage.recorded(config), method._replace(shared_by=size)
 
 
 def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
@@ -166,8 +184,10 @@ def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Part
     """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
     settings = stage.config.rl
     updates = method.config.num_minibatches * method.config.num_microbatches
-    length = parts.prompts.tokens.shape[1] + settings.max_new_tokens
-    rows = settings.batch_size // updates
+    prompt = parts.prompts.tokens.shape[1]
+    length = prompt + settings.max_new_tokens
+    share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
+    rows = math.ceil(settings.batch_size // updates * (1 - share))
     stage, begun = stage.choose_remat(parts.initial, rows, length)
     return stage, parts._replace(initial=begun)
 
@@ -202,7 +222,7 @@ def build(
 
     step = _step(stage, parts, networks, programs, client)
     draw = _draw(method, step)
-    ahead = None
+    ahead: Ahead | None = None
     if settings.rollouts_ahead:
         ahead = Ahead(step.sample, thread if samples_apart else None)
         draw = _draw(method, step._replace(sample=ahead.sample))
@@ -215,7 +235,8 @@ def build(
     if on_step is not None:
         draw_step, observe = steps.observed(draw_step, on_step)
 
-    learn = steps.learner(programs.learn, networks)
+    needs = method.config.needs_components
+    learn = steps.learner(programs.learn, networks, needs)
     advance = steps.advancing(draw_step, learn, schedule, key)
     if method.optimizer is None and settings.optimizer.counts_steps:
         advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
@@ -223,20 +244,14 @@ def build(
         advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)
 
-    validate = None
-    if to_validate is not None:
-        judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
-        validate = steps.validator(
-            stage, parts.initial, to_validate, step.sample_validating, step.score, judge
-        )
-
     rehearsed = _rehearsed(programs, samples_apart)
     rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
-    check_memory = steps.checking(_draw(method, rehearsal), programs.learn, networks, schedule, key)
+    trial = _draw(method, rehearsal)
+    check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
         settings.length,
-        validate=validate,
+        validate=_validator(stage, parts, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,
         sources=schedule.sources,
@@ -248,12 +263,24 @@ def build(
     )
 
 
+def _validator(
+    stage: Stage, parts: Parts, programs: Programs, step: "Step", prompts: Batch | None
+) -> Callable[..., Any] | None:
+    """What validates on these prompts; None without any."""
+    if prompts is None:
+        return None
+    judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
+    return steps.validator(
+        stage, parts.initial, prompts, step.sample_for_each, step.score, judge, parts.pairs
+    )
+
+
 class Step(NamedTuple):
     """The functions of which the draw of a step is composed."""
 
     sample: Sampler
+    sample_for_each: Sampler  # one response to each prompt, as validations have them
     sample_greedily: Sampler
-    sample_validating: Sampler
     rescore: steps.Rescorer
     score: Scorer
     with_greedy: Callable[..., Rollout]
@@ -266,17 +293,17 @@ def _step(
     memory calls.
     """
     talk = _talk(stage, parts.environment, parts.initial.tokenizer)
-    respond, respond_greedily, validating = _responders(stage, parts, networks, programs, client)
-    sample = steps.sampler(stage, respond, talk)
-    sample_validating = steps.sampler(stage, validating, talk)
+    responders = _responders(stage, parts, networks, programs, client)
+    samplers = [steps.sampler(stage, respond, talk) for respond in responders]
+    sample, sample_for_each, sample_greedily = samplers
     if parts.ask_teacher is not None:
         sample = teacher.taught(stage, sample, parts.ask_teacher)
-        sample_validating = teacher.taught(stage, sample_validating, parts.ask_teacher)
+        sample_for_each = teacher.taught(stage, sample_for_each, parts.ask_teacher)
     rescore = steps.rescorer(programs.rescored, networks)
     return Step(
         sample,
-        sample_greedily=steps.sampler(stage, respond_greedily, talk),
-        sample_validating=sample_validating,
+        sample_for_each,
+        sample_greedily,
         rescore=rescore if client is None else client.watched(rescore),
         score=steps.scorer(stage, programs.reward, parts.reward, parts.guard),
         with_greedy=programs.with_greedy,
@@ -296,25 +323,22 @@ def _draw(method: Method, step: Step) -> Draw:
 def _responders(
     stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
 ) -> list[Responder]:
-    """Where responses, greedy ones and those of validations come from: the engine, or the run's own
-    programs, on the devices that learn or on others.
+    """Where responses to groups of equal prompts, responses to single ones and greedy responses
+    come from: the engine, or the run's own programs, on the devices that learn or on others.
     """
     if client is not None:
-        own = parts.initial.tokenizer
-        how = initial.sampling_config(stage.config.rl, own)
+        tokenizer = parts.initial.tokenizer
+        how = initial.sampling_config(stage.config.rl, tokenizer)
         greedy = replace(how, temperature=0.0)
-        validated = initial.validation_config(stage.config.rl, own)
-        return one_at_a_time(*map(client.responder, (how, greedy, validated)))
-    validating = programs.respond_validating
-    if stage.config.rl.validation_temperature is None:
-        validating = programs.respond  # which is compiled already
-    ways = (programs.respond, programs.respond_greedily, validating)
+        validated = initial.validation_config(stage.config.rl, tokenizer)
+        return one_at_a_time(*map(client.responder, (how, validated, greedy)))
     mesh = layout.sampling_mesh(stage.config)
+    samplers = (programs.respond, programs.respond_to_each, programs.respond_greedily)
     if mesh is None:
-        return [steps.on_devices(stage, program, networks) for program in ways]
+        return [steps.on_devices(stage, program, networks) for program in samplers]
     base = networks.start.base
     placed = None if base is None else sharding.replicate(mesh, base)
-    return one_at_a_time(*(steps.apart(mesh, program, placed) for program in ways))
+    return one_at_a_time(*(steps.apart(mesh, program, placed) for program in samplers))
 
 
 def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
@@ -336,9 +360,7 @@ def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
     if not samples_apart:
         return rehearsed
     return rehearsed._replace(
-        respond=silent(programs.respond),
-        respond_greedily=silent(programs.respond_greedily),
-        respond_validating=silent(programs.respond_validating),
+        respond=silent(programs.respond), respond_greedily=silent(programs.respond_greedily)
     )
 
 
@@ -363,6 +385,7 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
         order_key=order_key,
         rollout_key=stage.key("rollout"),
         multiple=multiple,
+        shared_by=method.shared_by,
     )
     if not len(held_out):
         return schedule, None
@@ -377,7 +400,9 @@ def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
     settings = stage.config.rl
     # In a conversation each response is written behind the slots of the one before.
     slots = settings.max_new_tokens * (2 if parts.environment else 1)
-    length = schedule.widest().prompts.tokens.shape[1] + slots
+    prompt = schedule.widest().prompts.tokens.shape[1]
     rows = settings.batch_size // stage.num_parts
-    cache = jax.eval_shape(lambda: parts.initial.model.init_cache(rows, length))
+    shared_by = 1 if parts.environment else schedule.shared_by
+    model = parts.initial.model
+    cache = jax.eval_shape(lambda: decoding.cache_of(model, rows, prompt, slots, shared_by))
     stage.hold({"rewards": parts.reward.fn, "cache while it samples": cache})

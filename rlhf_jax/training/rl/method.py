@@ -64,6 +64,7 @@ class Method(NamedTuple):
     score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
     optimizer: optax.GradientTransformation | None = None  # None means ``rl.optimizer``
     is_rewarded: bool = True  # False if it learns only from a teacher
+    shared_by: int = 1  # adjacent rows that compute their prompt once; see ``training.rl.sharing``
 
 
 def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
@@ -124,21 +125,29 @@ def check_settings(
             f"rl.num_episodes {settings.num_episodes}: {settings.length} iterations with "
             f"{episodes} episodes, whatever rl.num_iterations is"
         )
+    microbatches = {f"{name}.num_microbatches": config.num_microbatches}
+    groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
+    parts = divisors(name, run, config, layout.sharers(run, microbatches))
+    layout.check_divides("rl.batch_size", settings.batch_size, groups, *parts)
+    return microbatches | {"rl.batch_size": settings.batch_size}
+
+
+def divisors(
+    name: str, run: RunConfig, config: AlgorithmConfig, sharers: dict[str, int]
+) -> list[dict[str, int]]:
+    """What the rows of a batch are divided by, {dotted setting: number} each: devices or blocks
+    (``layout.sharers``), minibatches, microbatches.
+    """
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
-    sharers = layout.sharers(run, microbatches)
     shuffle_blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
-    layout.check_divides(
-        "rl.batch_size",
-        settings.batch_size,
+    return [
         {"mesh.sampling": run.mesh.sampling or 1},
         sharers,
-        {f"answers to one prompt ({name}.group_size)": config.group_size},
         minibatches | {f"{name}.shuffle_blocks": shuffle_blocks},
         minibatches | microbatches,
         minibatches | (sharers if run.compute.blocks else {}),
-    )
-    return microbatches | {"rl.batch_size": settings.batch_size}
+    ]
 
 
 def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:

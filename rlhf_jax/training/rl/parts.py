@@ -12,10 +12,10 @@ import numpy as np
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.environment import Environment, Reply, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
@@ -39,6 +39,13 @@ class Parts(NamedTuple):
     environment: Environment | None
     teacher: LanguageModel | None
     ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
+
+    @property
+    def pairs(self) -> steps.Pairs:
+        """Which of judge and reward compares pairs of responses, the judge first."""
+        if self.judge is not None and self.judge.is_pairs:
+            return "judge"
+        return "reward" if self.reward.is_pairs else None
 
     def without_python(self) -> "Parts":
         """The parts of a check of memory, which call no server and none of the user's Python."""

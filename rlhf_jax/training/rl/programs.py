@@ -43,8 +43,8 @@ class Programs(NamedTuple):
     """Functions of ``iteration`` with their settings bound; the first call compiles each."""
 
     respond: Callable[..., Rollout]
+    respond_to_each: Callable[..., Rollout]  # to the prompts of a validation, one response each
     respond_greedily: Callable[..., Rollout]
-    respond_validating: Callable[..., Rollout]
     rescored: Callable[..., tuple[Rollout, Metrics]]
     reward: Callable[..., tuple[Rollout, Metrics]]
     with_greedy: Callable[..., Rollout]
@@ -74,7 +74,9 @@ def networks_of(
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
         prompt_length = columns - settings.max_new_tokens
-        return models.policy_fn(model, settings.temperature, prompt_length, value_model, taught_by)
+        others = (value_model, taught_by)
+        how = (settings.temperature, prompt_length, *others, method.shared_by)
+        return models.policy_fn(model, *how)
 
     def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more)
@@ -82,7 +84,7 @@ def networks_of(
     has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
     if has_reference:
-        ref_fn = ops.by_rows(scored, method.score_rows)
+        ref_fn = ops.by_rows(scored, method.score_rows, method.shared_by)
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
@@ -162,11 +164,17 @@ def compiled(
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
-    validating = initial.validation_config(stage.config.rl, begun.tokenizer)
+    greedy = replace(samples, temperature=0.0)
+    size = method.shared_by
+    to_groups = jit(respond, layers, config=samples, group_size=size)
+    validated = initial.validation_config(stage.config.rl, begun.tokenizer)
+    to_each = to_groups
+    if size > 1 or validated != samples:
+        to_each = jit(respond, layers, config=validated)
     return Programs(
-        respond=jit(respond, layers, config=samples),
-        respond_greedily=jit(respond, layers, config=replace(samples, temperature=0.0)),
-        respond_validating=jit(respond, layers, config=validating),
+        respond=to_groups,
+        respond_to_each=to_each,
+        respond_greedily=jit(respond, layers, config=greedy, group_size=size),
         rescored=jit(rescored, blocks),
         reward=stage.jit(iteration.reward),
         with_greedy=jit(iteration.with_greedy, shape=shape),

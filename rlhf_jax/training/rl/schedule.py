@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     prompts: EncodedPrompts
     rows: np.ndarray  # [B] row numbers in ``prompts``; -1 is a missing row
     key: Array
+    shared_by: int = 1  # adjacent rows that compute their prompt once
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Schedule:
     order_key: Array
     rollout_key: Array
     multiple: int  # the width of a batch is a multiple of it
+    shared_by: int = 1  # adjacent rows that compute their prompt once
 
     def rows(self, step: int) -> np.ndarray:
         """The prompts' rows, [samplings, num_prompts].
@@ -68,4 +70,4 @@ class Schedule:
         number: int,
     ) -> Batch:
         key = jax.random.fold_in(self.rollout_key, number)
-        return Batch(prompts, np.repeat(rows, self.group_size), key)
+        return Batch(prompts, np.repeat(rows, self.group_size), key, self.shared_by)

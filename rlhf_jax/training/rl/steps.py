@@ -6,9 +6,11 @@ The programs that they call are the pure functions of ``iteration``.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import iteration, rewards
+from rlhf_jax import iteration
 from rlhf_jax.data import batches, chat
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.generation import generator
@@ -25,9 +27,10 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions, LoopState
+from rlhf_jax.metrics import mean_interval
 from rlhf_jax.parallel import sharding
-from rlhf_jax.rewards.host import Columns
-from rlhf_jax.runs import processes
+from rlhf_jax.rewards.host import Columns, row_scores, with_scores
+from rlhf_jax.runs import processes, reading
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import Stage
@@ -38,19 +41,26 @@ from rlhf_jax.types import Metrics, Params, Rollout
 OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
 
 
+Pairs = Literal["reward", "judge"] | None
+"""Which scorer of a validation compares pairs of responses."""
+
+MOST_REASONS = 20  # why responses have no score, of those that are printed
+
+
 class Scored(NamedTuple):
     """A rollout with ``scores``, metrics of the reward, and the filter's verdict on each row."""
 
     rollout: Rollout
     metrics: Metrics
     verdicts: list[filters.Verdict] | None = None
+    reasons: Sequence[str | None] | None = None  # why rows have no score
 
 
 Recorded = tuple[Rollout, Metrics]
 """A rollout, and metrics of how it was made."""
 
 Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
-"""``data.environment.converse`` with an environment, or with None: one response to each prompt."""
+"""``environment.converse`` with an environment, or with None: one response to each prompt."""
 
 Respond = Callable[[iteration.Prompts, Array], Rollout]
 """(prompts, key) -> responses, with the log-probs of the program or server that sampled them."""
@@ -136,6 +146,7 @@ def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
         for name, values in talks.items():
             mean = np.mean(values[present])
             metrics[f"environment/{name}"] = jnp.float32(mean)
+        rollout = replace(rollout, group_size=batch.shared_by)
         return stage.shard(rollout), metrics
 
     return sample
@@ -155,34 +166,62 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
     """Each process scores its own rows. Every process filters all rows, so that all agree which
     rows are missing.
 
-
     Raises:
         TrainingFault: a score is not finite.
     """
     host_reward = spec.as_host(reward)
+    told: set[str] = set()
 
     def score(rollout: Rollout, batch: Batch) -> Scored:
-        before = processes.fetch(rollout)
-        own_rollout = processes.own_rows(before)
+        before: Any = processes.fetch(rollout)
+        own_rollout: Any = processes.own_rows(before)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         columns = batches.columns_at(batch.prompts, batch.rows)
-        score_own = functools.partial(rewards.on_host, host_reward, own_rollout, own_columns)
+        own_reasons: list[str | None] = []
+
+        def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
+            said = row_scores(host_reward, own_rollout, own_columns)
+            own_reasons.extend(said.reasons())
+            return with_scores(own_rollout, said)
+
         try:
-            after, parts = processes.gather_rows(processes.agree(score_own))
+            after: Any
+            after, components = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
+            of_processes = processes.gather(lambda: own_reasons)
+            reasons = list(itertools.chain(*of_processes))
+            say_reasons(reasons, told)
             after, guard_metrics, verdicts = guard(before, after, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
-        scores, parts = jax.tree.map(jnp.asarray, (after.scores, parts))
-        scored, metrics = iteration.scored(after, scores, parts)
+        if not np.array_equal(after.row_ids, before.row_ids):
+            raise TrainingFault("the scores of the processes are not in the order of their rows")
+        scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
+        has_score = {}
+        for name, values in components.items():
+            has_score[name] = ~jnp.isnan(values)
+        scored, metrics = iteration.scored(after, scores, components, has_score)
         metrics["reward/unscored"] = jnp.float32(unscored)
+        for name, is_own in has_score.items():
+            number = jnp.sum(is_own & scored.present)
+            metrics[f"reward/rows/{name}"] = number.astype(jnp.float32)
         metrics |= guard_metrics
         if reward.take_unparsed is not None:
             counts = processes.gather(reward.take_unparsed)
             metrics["reward/unparsed"] = jnp.float32(sum(counts))
-        return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts)
+        return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts, reasons)
 
     return score
+
+
+def say_reasons(reasons: Sequence[str | None], told: set[str]) -> None:
+    """Prints why responses have no score, each reason once; ``told`` gets those that were new."""
+    for reason in dict.fromkeys(reasons):
+        if reason is not None and reason not in told and len(told) < MOST_REASONS:
+            count = reasons.count(reason)
+            number = len(reasons)
+            logger.info(f"reward: no score for {count} of {number} responses: {reason} (said once)")
+            told.add(reason)
 
 
 def unguarded(before: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, None]:
@@ -197,11 +236,21 @@ def rescorer(program: Callable[..., Recorded], networks: Networks) -> Rescorer:
     )
 
 
-def learner(program: Callable[..., tuple[LoopState, Metrics]], networks: Networks) -> Learner:
-    """The update, by the program ``iteration.learn``."""
-    return lambda state, rollout, key: program(
-        state, rollout, key, networks.functions(rollout.tokens.shape[1])
-    )
+def learner(
+    program: Callable[..., tuple[LoopState, Metrics]],
+    networks: Networks,
+    needs_components: bool = False,
+) -> Learner:
+    """The update, by the program ``iteration.learn``. It reads components of the reward only if it
+    needs them, so that others have one program whatever the reward is made of.
+    """
+
+    def learn(state: LoopState, rollout: Rollout, key: Array) -> tuple[LoopState, Metrics]:
+        if not needs_components:
+            rollout = replace(rollout, components=None)
+        return program(state, rollout, key, networks.functions(rollout.tokens.shape[1]))
+
+    return learn
 
 
 def drawn(
@@ -341,14 +390,18 @@ def checking(
     networks: Networks,
     schedule: Schedule,
     key: Array,
+    needs_components: bool = False,
 ) -> Callable[[LoopState], None]:
     """Checks that a step on the widest batch fits into memory.
 
-    draw: of ``memory.rehearsed`` programs; ``program`` is the update's.
+    draw: of ``memory.rehearsed`` programs; ``program`` is the update's, and ``needs_components`` is
+        as in ``learner``.
     """
 
     def check_memory(state: LoopState) -> None:
         rollout, _ = draw(state, schedule.widest())
+        if not needs_components:
+            rollout = replace(rollout, components=None)
         functions = networks.functions(rollout.tokens.shape[1])
         memory.check("learn", program, state, rollout, key, functions)
 
@@ -368,27 +421,45 @@ def validator(
     sample: Sampler,
     score: Scorer,
     judge: Scorer | None,
+    pairs: Pairs = None,
 ) -> Callable[[LoopState], Validation]:
     """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
     the judge score them.
 
     It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide,
     its program.
+
+    Args:
+        pairs: which of the two compares responses: here with those of the first validation.
     """
+    opponents: list[str] = []
 
     def validate(state: LoopState) -> Validation:
         sampled, talk_metrics = sample(state, batch)
+        compared = batch
+        if pairs is not None:
+            if not opponents:
+                fetched = processes.fetch(sampled)
+                texts = generator.responses(fetched, policy.tokenizer)
+                opponents.extend(first_responses(stage, batch) or texts)
+            compared = with_opponents(batch, opponents)
         judged: Metrics = {}
+        verdict = None
         if judge is not None:
-            verdict = judge(replace(sampled, rewards=None), batch)  # not those of the environment
+            # Without the rewards of the environment.
+            verdict = judge(replace(sampled, rewards=None), compared)
             judged = {"validation/judge": verdict.metrics["objective/score"]}
-        scored = score(sampled, batch)
+        scored = score(sampled, compared)
         metrics = {"validation/score": scored.metrics["objective/score"]} | judged
         for name, value in (scored.metrics | talk_metrics).items():
             if name.startswith(VALIDATED):
                 metrics[f"validation/{name}"] = value
-        samples = _samples(policy, scored, batch)
-        for row in samples[: stage.config.rl.show_examples]:
+        of_pairs = verdict if pairs == "judge" else scored
+        if pairs is not None and of_pairs is not None:
+            metrics |= win_rate(of_pairs.rollout, batch.key)
+        samples = _samples(policy, sampled, scored, batch)
+        shown = [row for row in samples if row["score"] is not None]
+        for row in shown[: stage.config.rl.show_examples]:
             logger.info(
                 f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
                 f"Reward:    {row['score']:.4g}\n"
@@ -398,14 +469,61 @@ def validator(
     return validate
 
 
-def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl, one for each row that is not missing."""
+def first_responses(stage: Stage, batch: Batch) -> list[str]:
+    """[B] the responses of the run's first validation, which a run that goes on finds in
+    samples.jsonl; empty if it has none there.
+    """
+    rows = reading.read_rows(stage.run.samples)
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    texts = iter(first)
+    found = []
+    for number in batch.rows:
+        row = next(texts, None) if number >= 0 else {"response": ""}
+        if row is None:
+            return []
+        found.append(row["response"])
+    return found
+
+
+def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
+    """The batch, whose rows have the response that theirs is compared with in a column."""
+    rows = list(batch.prompts.rows)
+    for number, text in zip(batch.rows, opponents, strict=True):
+        if number < 0:
+            continue
+        columns = rows[number].columns | {"opponents": text}
+        rows[number] = replace(rows[number], columns=columns)
+    names = [*batch.prompts.columns, "opponents"]
+    return batch._replace(prompts=replace(batch.prompts, rows=rows, columns=names))
+
+
+def win_rate(scored: Rollout, key: Array) -> Metrics:
+    """The mean of scores in [0, 1] over present rows, with its 95% interval."""
+    rollout = processes.fetch(scored)
+    shares = np.asarray(rollout.scores)[np.asarray(rollout.present)]
+    if not len(shares):
+        return {}
+    low, high = mean_interval(shares, key)
+    return {
+        "validation/win_rate": jnp.float32(np.mean(shares)),
+        "validation/win_rate_low": jnp.float32(low),
+        "validation/win_rate_high": jnp.float32(high),
+    }
+
+
+def _samples(
+    policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch
+) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl, one for each row that is not missing; the score of an unscored
+    one is None.
+    """
+    before = processes.fetch(sampled)
     rollout = processes.fetch(scored.rollout)
-    texts = generator.responses(rollout, policy.tokenizer, with_replies=True)
+    texts = generator.responses(before, policy.tokenizer, with_replies=True)
     scores = np.asarray(rollout.scores)
-    lengths = np.sum(rollout.mask, axis=1)
+    lengths = np.sum(before.mask, axis=1)
     samples = []
-    for i in np.flatnonzero(rollout.present):
+    for i in np.flatnonzero(before.present):
         number = batch.rows[i]
         prompt = batch.prompts.rows[number]
         row: dict[str, Any] = {
@@ -414,6 +532,13 @@ def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[s
             "score": float(scores[i]),
             "length": int(lengths[i]),
         }
+        reason = scored.reasons[int(i)] if scored.reasons else None
+        if reason is not None:
+            row["score"] = None
+            row["unscored"] = reason
+        for name, values in (rollout.components or {}).items():
+            value = float(values[i])
+            row[f"reward/{name}"] = None if math.isnan(value) else value
         if scored.verdicts is not None:
             row["unsafe"] = filters.sentence(scored.verdicts[i])
         samples.append(row)

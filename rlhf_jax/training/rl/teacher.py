@@ -4,7 +4,6 @@ server.
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.engines.openai import Completions
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders.service import TEACHER_KEY, Replies, ask_each
+from rlhf_jax.graders.client import TEACHER_KEY, ask_each
+from rlhf_jax.graders.replies import Replies
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.runs import processes
@@ -138,7 +138,7 @@ class Server:
             UserError: the server has several models, and none of them was chosen.
             ServiceError: the server does not reply.
         """
-        api = Completions(self._url, self._asked, os.environ.get(TEACHER_KEY))
+        api = Completions(self._url, self._asked, TEACHER_KEY)
         if self._asked.model is None and len(api.models) > 1:
             raise UserError(
                 f"distill.teacher {self._url}: it serves {', '.join(api.models)}; choose one with "

@@ -102,7 +102,7 @@ def converse(
     Args:
         respond: ``sampling.generate`` of tokens and attention mask [B, P + R], data rows [B] and
             ``used`` [B]; without an environment of [B, P], [B, P] and [B]. It may cut what it
-            samples at stop strings (``data.stops``), which end a response as EOS does.
+            samples at stop strings (``generation.stops``), which end a response as EOS does.
         rows: [B] the data row of each prompt; -1 is a missing row.
 
     Returns:

@@ -1,0 +1,1 @@
+"""Pairs of answers compared by several people, on a web page."""

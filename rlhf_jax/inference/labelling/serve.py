@@ -1,0 +1,213 @@
+"""Serves the page: opens the store, the tokens and the pairs, and keeps OUT up to date."""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.inference import asking, label
+from rlhf_jax.inference.labelling import pairs, rows, server, summary
+from rlhf_jax.inference.labelling.settings import Config
+from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
+
+_WRITE_EVERY = 2.0  # seconds
+_OPEN_TO_ALL = ("0.0.0.0", "::")
+
+
+def run(folder: str | None, config: Config) -> str:
+    """Serves until Ctrl-C or SIGTERM; returns a summary.
+
+    Raises:
+        UserError: another process serves the same file; it was begun with other settings; a
+            folder, a file or a row is wrong; nobody may read the tokens; the port is taken.
+    """
+    out = Path(config.out)
+    refuse_links(_beside(out, name) for name in ("sqlite", "tokens.json", "json"))
+    with one_writer(out):
+        source = pairs.open_source(folder, config)
+        store = _open_store(out, config)
+        try:
+            _begin(store, source, config)
+            _serve(store, source, config)
+        finally:
+            store.close()
+    return summary.text(summary.read(out))
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return out.with_name(f"{out.name}.session.{kind}")
+
+
+def _open_store(out: Path, config: Config) -> Store:
+    path = label.store_file(out)
+    is_new = not path.exists()
+    if is_new and (out.exists() or label.session_file(out).exists()):
+        raise UserError(
+            f"{out}: exists already, and was not begun on the page; choose another --out"
+        )
+    return Store(path, config)
+
+
+def _begin(store: Store, source: pairs.Source, config: Config) -> None:
+    """Checks that the store was begun with these settings, or begins it."""
+    out = config.out
+    now = source.settings | {"again": config.again, "per_pair": config.per_pair}
+    now |= {"annotators": config.people}
+    before = store.settings()
+    if before is not None:
+        asking.check_unchanged(Path(out), before, now | {"annotators": before["annotators"]})
+        missing = [name for name in before["annotators"] if name not in config.people]
+        if missing:
+            raise UserError(f"{out}: --annotators lacks {', '.join(missing)}, who began to label")
+        logger.info(f"{out}: {len(store.judgements())} judgements so far; it continues")
+    store.begin(now)
+
+
+def tokens(out: Path, people: list[str]) -> dict[str, str]:
+    """{name: token} of the annotators, made once and kept beside the store, for the owner alone.
+
+    Raises:
+        UserError: the file is broken, or others may read it.
+    """
+    path = _beside(out, "tokens.json")
+    known: dict[str, str] = {}
+    with file_errors(path):
+        if path.exists():
+            if stat.S_IMODE(path.stat().st_mode) & 0o077:
+                raise UserError(f"{path}: others may read these secrets; run chmod 600 {path}")
+            known = _read_tokens(path)
+    if any(name not in known for name in people):
+        known |= {name: secrets.token_urlsafe(32) for name in people if name not in known}
+        before = os.umask(0o077)  # nobody else may read the file at any moment
+        try:
+            with file_errors(path, "written"):
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+        finally:
+            os.umask(before)
+    return {name: known[name] for name in people}
+
+
+def _read_tokens(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        known = None
+    is_right = isinstance(known, dict) and all(
+        isinstance(token, str) and len(token) >= 32 for token in known.values()
+    )
+    if not is_right:
+        raise UserError(f"{path}: is no file of tokens; delete it, and each annotator gets another")
+    return known
+
+
+def _serve(store: Store, source: pairs.Source, config: Config) -> None:
+    """Serves until a signal. The feeder's error ends it too."""
+    out = Path(config.out)
+    write(store, out)
+    own = tokens(out, config.people)
+    feeder = pairs.Feeder(source, store, config, on_error=lambda: _stop(web))
+    page = server.Page(
+        store,
+        {server.digest(token): name for name, token in own.items()},
+        names=(*config.names, config.host),
+        reasons=config.reasons,
+        is_complete=lambda: feeder.is_complete,
+    )
+    application = server.build(page, _keeping(store, feeder, out))
+    web = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=config.host,
+            port=config.port,
+            log_config=None,  # its access log would hold tokens
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            limit_concurrency=1000,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    try:
+        listening = web.config.bind_socket()
+        listening.listen(2048)  # a browser that is faster than the start waits
+    except SystemExit:
+        raise UserError(
+            f"--port: {config.host}:{config.port} cannot be used; choose another"
+        ) from None
+    if config.host in _OPEN_TO_ALL:
+        logger.warning(
+            f"--host {config.host}: everybody who reaches this machine reaches the page, and reads "
+            "tokens and texts on the way. Leave --host out and put a server with TLS in front: "
+            "docs/label-server.md"
+        )
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    for name, token in own.items():
+        logger.info(f"{name}: http://{host}:{listening.getsockname()[1]}/{token}")
+    logger.info("Ctrl-C ends it; the same command continues")
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after it has ended
+        web.run(sockets=[listening])
+    if feeder.error is not None:
+        raise feeder.error
+
+
+def _stop(web: uvicorn.Server) -> None:
+    web.should_exit = True
+
+
+def _keeping(store: Store, feeder: pairs.Feeder, out: Path) -> Callable[[Any], Any]:
+    """The lifespan of the application: pairs are added, and OUT is written when it changed."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        stopping = asyncio.Event()
+        feeder.start()
+        writer = asyncio.create_task(_write_often(store, out, stopping))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await writer
+            await asyncio.to_thread(feeder.stop)
+
+    return lifespan
+
+
+async def _write_often(store: Store, out: Path, stopping: asyncio.Event) -> None:
+    """Writes OUT when the store has changed, and a last time at the end."""
+    written = -1
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _WRITE_EVERY)
+        now = store.num_changes()
+        if now == written:
+            continue
+        try:
+            await asyncio.to_thread(write, store, out)
+            written = now
+        except UserError as error:  # a full disk: the store has what it confirmed
+            logger.warning(str(error))
+
+
+def write(store: Store, out: Path) -> None:
+    """Writes OUT and OUT.session.json, which hold what the store holds."""
+    judgements = store.judgements()
+    content = {
+        "settings": store.settings(),
+        "judgements": [given._asdict() for given in judgements],
+    }
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows(judgements)]
+    with file_errors(out, "written"):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(label.session_file(out), text)
+        write_atomically(out, "".join(lines))

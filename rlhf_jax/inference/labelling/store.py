@@ -1,0 +1,315 @@
+"""The pairs and the judgements of the page, in SQLite: one commit a judgement, in WAL, synced to
+the disk. A kill at any moment loses no judgement that the page has confirmed.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference import label
+from rlhf_jax.inference.labelling.settings import Config
+
+LEASE = 900.0
+"""Seconds after which a pair that was shown and not judged may be shown to somebody else."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS settings (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT);
+CREATE TABLE IF NOT EXISTS pairs (
+    number INTEGER PRIMARY KEY, prompt TEXT, answers TEXT, chosen_by TEXT, useless INTEGER);
+CREATE TABLE IF NOT EXISTS judgements (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, pair INTEGER, annotator TEXT, again INTEGER,
+    first INTEGER, shown_at REAL, choice TEXT, seconds REAL, strength TEXT, reason TEXT,
+    place INTEGER, UNIQUE (annotator, pair, again));
+CREATE INDEX IF NOT EXISTS judgements_by_pair ON judgements (pair);
+"""
+# The first pair that somebody has not seen, and that not enough others have judged or look at.
+_FREE = """
+SELECT number FROM pairs WHERE NOT useless
+AND NOT EXISTS (SELECT 1 FROM judgements WHERE pair = number AND annotator = :annotator)
+AND (SELECT COUNT(*) FROM judgements WHERE pair = number AND NOT again
+     AND (choice != 'skip' OR (choice IS NULL AND shown_at > :since))) < :per_pair
+ORDER BY number LIMIT 1
+"""
+_GIVEN = "choice IN ('a', 'b', 'tie', 'bad')"
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt."""
+
+    number: int
+    prompt: Any  # text or messages
+    answers: list[str]
+    chosen_by: str = "random"
+
+
+class Task(NamedTuple):
+    """A pair as it is shown to somebody."""
+
+    id: int
+    prompt: Any
+    answers: list[str]  # in the order in which they are shown
+    again: bool
+
+
+class Progress(NamedTuple):
+    """How far the labelling is."""
+
+    own: int  # pairs that this annotator has judged, and skipped
+    given: int  # judgements of all annotators
+    needed: int  # of the pairs that exist so far
+
+
+class Store:
+    """The file of pairs and judgements. One process has it open; its threads may share it.
+
+    Raises:
+        UserError: the file is no store, was begun with other settings, or cannot be written (as on
+            a full disk). A judgement that raised is not kept; those before it are.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        self.path = path
+        self.config = config
+        self._lock = threading.Lock()
+        with self._errors():
+            self._db = sqlite3.connect(path, check_same_thread=False)
+            os.chmod(path, 0o600)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_TABLES)
+
+    def close(self) -> None:
+        """Closes the file; WAL is written back into it."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path}: cannot be used: {error}. Judgements that were confirmed are kept"
+            ) from None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of its changes, or none."""
+        with self._errors(), self._lock, self._db:
+            yield self._db
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings that the store was begun with; None: it is new."""
+        with self._transaction() as db:
+            found = db.execute("SELECT content FROM settings").fetchone()
+        return None if found is None else json.loads(found[0])
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Keeps the settings of a new store, or the later annotators of an old one."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO settings VALUES (1, ?)", [json.dumps(settings)])
+
+    def add(self, pairs: Iterable[Pair]) -> None:
+        """Adds pairs, or none of them. Those whose answers are equal or empty are never shown."""
+        rows = [
+            (
+                pair.number,
+                json.dumps(pair.prompt),
+                json.dumps(pair.answers),
+                pair.chosen_by,
+                label.is_useless(pair.answers),
+            )
+            for pair in pairs
+        ]
+        with self._transaction() as db:
+            db.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", rows)
+
+    def num_pairs(self) -> int:
+        """The pairs that were added."""
+        with self._transaction() as db:
+            count: int = db.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
+        return count
+
+    def num_waiting(self) -> int:
+        """The pairs that nobody has been shown."""
+        unseen = "NOT useless AND NOT EXISTS (SELECT 1 FROM judgements WHERE pair = number)"
+        with self._transaction() as db:
+            count: int = db.execute(f"SELECT COUNT(*) FROM pairs WHERE {unseen}").fetchone()[0]
+        return count
+
+    def next(self, annotator: str, *, is_complete: bool) -> Task | None:
+        """The pair that the annotator is to judge; the same one until it is judged.
+
+        Args:
+            is_complete: whether no pairs will be added; only then pairs are asked again.
+        """
+        with self._transaction() as db:
+            open_ = "SELECT id FROM judgements WHERE annotator = ? AND choice IS NULL"
+            found = db.execute(open_, [annotator]).fetchone()
+            number = found[0] if found else self._assign(db, annotator, is_complete)
+            return None if number is None else _task(db, number)
+
+    def _assign(self, db: sqlite3.Connection, annotator: str, is_complete: bool) -> int | None:
+        """Gives the annotator a pair; returns the number of the empty judgement."""
+        wanted = {
+            "annotator": annotator,
+            "since": time.time() - LEASE,
+            "per_pair": self.config.per_pair,
+        }
+        found = db.execute(_FREE, wanted).fetchone()
+        if found is not None:
+            pair = found[0]
+            first = int(self._drawn(annotator, pair).integers(2))
+            again = False
+        elif is_complete and (repeat := self._repeat(db, annotator)) is not None:
+            pair = repeat[0]
+            first = 1 - repeat[1]
+            again = True
+        else:
+            return None
+        row = (pair, annotator, again, first, time.time())
+        into = "INSERT INTO judgements (pair, annotator, again, first, shown_at)"
+        return db.execute(f"{into} VALUES (?, ?, ?, ?, ?)", row).lastrowid
+
+    def _drawn(self, annotator: str, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, zlib.crc32(annotator.encode()), *numbers])
+
+    def _repeat(self, db: sqlite3.Connection, annotator: str) -> Sequence[int] | None:
+        """The next pair that the annotator is asked again, and the answer shown first before."""
+        whose = f"SELECT pair, first FROM judgements WHERE annotator = ? AND {_GIVEN}"
+        firsts = db.execute(f"{whose} AND NOT again ORDER BY pair", [annotator]).fetchall()
+        asked = "SELECT pair FROM judgements WHERE annotator = ? AND again"
+        done = {pair for (pair,) in db.execute(asked, [annotator])}
+        count = label.num_repeated(self.config.again, len(firsts))
+        drawn = self._drawn(annotator).permutation(len(firsts))[:count]
+        return next((firsts[i] for i in drawn if firsts[i][0] not in done), None)
+
+    def judge(
+        self,
+        annotator: str,
+        number: int,
+        choice: str,
+        *,
+        seconds: float,
+        strength: str | None = None,
+        reason: str | None = None,
+    ) -> bool:
+        """Keeps a judgement; False if this one was kept before, or is not the annotator's.
+
+        Args:
+            number: the task's.
+            choice: a, b, tie, bad or skip, of the answers as they were shown.
+            seconds: as the page measured them. They are at most those since the pair was shown.
+        """
+        now = time.time()
+        with self._transaction() as db:
+            kept = db.execute(
+                "UPDATE judgements SET choice = ?, strength = ?, reason = ?,"
+                " seconds = ROUND(MAX(0, MIN(?, ? - shown_at)), 1),"
+                " place = (SELECT IFNULL(MAX(place), 0) + 1 FROM judgements)"
+                " WHERE id = ? AND annotator = ? AND choice IS NULL",
+                (choice, strength, reason, seconds, now, number, annotator),
+            )
+            return kept.rowcount == 1
+
+    def last(self, annotator: str) -> int | None:
+        """The number of the annotator's last judgement, which can be undone."""
+        with self._transaction() as db:
+            return _last(db, annotator)
+
+    def undo(self, annotator: str, number: int) -> bool:
+        """Takes the annotator's last judgement back; its pair is the next one. False if the number
+        is another's.
+        """
+        with self._transaction() as db:
+            if number != _last(db, annotator):
+                return False
+            unseen = "DELETE FROM judgements WHERE annotator = ? AND choice IS NULL"
+            db.execute(unseen, [annotator])
+            emptied = "choice = NULL, seconds = NULL, strength = NULL, reason = NULL, place = NULL"
+            again = f"UPDATE judgements SET {emptied}, shown_at = ? WHERE id = ?"
+            db.execute(again, (time.time(), number))
+            return True
+
+    def progress(self, annotator: str) -> Progress:
+        """How far the annotator and all of them are."""
+        own = "SELECT COUNT(*) FROM judgements WHERE annotator = ? AND choice IS NOT NULL"
+        given = f"SELECT COUNT(*) FROM judgements WHERE {_GIVEN} AND NOT again"
+        pairs = "SELECT COUNT(*) FROM pairs WHERE NOT useless"
+        with self._transaction() as db:
+            num_own = db.execute(own, [annotator]).fetchone()[0]
+            num_given = db.execute(given).fetchone()[0]
+            num_pairs = db.execute(pairs).fetchone()[0]
+        return Progress(num_own, num_given, num_pairs * self.config.per_pair)
+
+    def num_changes(self) -> int:
+        """Grows with each change of the file by this process."""
+        return self._db.total_changes
+
+    def judgements(self) -> list[label.Judgement]:
+        """All judgements in the order in which they were given."""
+        with self._transaction() as db:
+            return _judgements(db)
+
+
+def read(path: Path) -> list[label.Judgement]:
+    """The judgements of a store, also while a page is open.
+
+    Raises:
+        UserError: the file is no store.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            return _judgements(db)
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _last(db: sqlite3.Connection, annotator: str) -> int | None:
+    whose = "annotator = ? AND choice IS NOT NULL ORDER BY place DESC LIMIT 1"
+    found = db.execute(f"SELECT id FROM judgements WHERE {whose}", [annotator]).fetchone()
+    return None if found is None else found[0]
+
+
+def _task(db: sqlite3.Connection, number: int) -> Task:
+    joined = "judgements JOIN pairs ON pair = pairs.number WHERE id = ?"
+    columns = f"SELECT prompt, answers, first, again FROM {joined}"
+    prompt, answers, first, again = db.execute(columns, [number]).fetchone()
+    texts = json.loads(answers)
+    return Task(number, json.loads(prompt), [texts[first], texts[1 - first]], bool(again))
+
+
+_COLUMNS = """
+pair, prompt, answers, first, choice, again, annotator, seconds, strength, reason, chosen_by
+"""
+
+
+def _judgements(db: sqlite3.Connection) -> list[label.Judgement]:
+    joined = "judgements JOIN pairs ON pair = pairs.number WHERE choice IS NOT NULL ORDER BY place"
+    found = []
+    for row in db.execute(f"SELECT {_COLUMNS} FROM {joined}"):
+        pair, prompt, answers, first, choice, again, *others = row
+        order = [first, 1 - first]
+        texts = json.loads(answers)
+        given = label.Judgement(pair, json.loads(prompt), texts, order, choice, bool(again))
+        annotator, seconds, strength, reason, chosen_by = others
+        found.append(
+            given._replace(
+                annotator=annotator,
+                seconds=seconds,
+                strength=strength,
+                reason=reason,
+                chosen_by=chosen_by,
+            )
+        )
+    return found

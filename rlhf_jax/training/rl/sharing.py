@@ -1,0 +1,81 @@
+"""Whether the answers to a prompt compute it once (``compute.share_prompts``)."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from rlhf_jax.config import ALGORITHMS, RunConfig
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.training.rl.method import divisors
+from rlhf_jax.types import AlgorithmConfig
+
+# The share of token passes from which on ``auto`` shares.
+LEAST_SAVED = 0.1
+
+
+def saved(prompt: int, response: int, group_size: int) -> float:
+    """The share of the token passes that a prompt computed once for its group saves."""
+    return (group_size - 1) * prompt / (group_size * (prompt + response))
+
+
+class Answers(NamedTuple):
+    """The answers of a run to its prompts."""
+
+    name: str  # the section of the algorithm
+    own: AlgorithmConfig  # its settings
+    prompt: int  # columns of the longest prompt
+    takes_groups: bool  # whether the model computes a prompt once for its group
+    sharers: dict[str, int]  # see ``layout.sharers``
+
+    def obstacle(self, config: RunConfig) -> str | None:
+        """Why the answers to a prompt cannot compute it once; None if they can. That an algorithm
+        from Python keeps groups together in its minibatches, only its author knows.
+        """
+        if self.name not in ALGORITHMS and config.compute.share_prompts == "auto":
+            return f"{self.name} comes from Python"
+        if self.own.group_size == 1:
+            return f"{self.name} samples one answer to a prompt"
+        if not self.takes_groups:
+            return "this network computes each row by itself (docs/performance.md)"
+        num_groups = config.rl.batch_size // self.own.group_size
+        for parts in divisors(self.name, config, self.own, self.sharers):
+            if num_groups % math.prod(parts.values()):
+                product = " x ".join(f"{count} {key}" for key, count in parts.items())
+                return (
+                    f"the {num_groups} groups of rl.batch_size {config.rl.batch_size} do not "
+                    f"divide by {product}"
+                )
+        return None
+
+    def saved(self, config: RunConfig) -> float:
+        """The share of the token passes that a prompt computed once saves."""
+        return saved(self.prompt, config.rl.max_new_tokens, self.own.group_size)
+
+    def group_size(self, config: RunConfig) -> int:
+        """How many adjacent rows of a rollout compute their prompt once; 1: each row by itself.
+
+        Raises:
+            UserError: ``compute.share_prompts`` is true, and they cannot.
+        """
+        wanted = config.compute.share_prompts
+        if wanted is False:
+            return 1
+        reason = self.obstacle(config)
+        if reason is not None and wanted is True:
+            raise UserError(f"compute.share_prompts: {reason}; use auto")
+        pays = wanted is True or self.saved(config) >= LEAST_SAVED
+        return self.own.group_size if reason is None and pays else 1
+
+
+def decided(config: RunConfig, answers: Answers) -> tuple[RunConfig, int]:
+    """The settings with ``compute.share_prompts`` true or false, and ``Answers.group_size``. It
+    prints the choice where a prompt has several answers.
+    """
+    size = answers.group_size(config)
+    number = answers.own.group_size
+    if number > 1:
+        line = f"compute: share_prompts {size > 1}".lower()
+        once = f"a prompt of {answers.prompt} tokens computed once for {number} answers"
+        logger.info(f"{line} ({once} saves {answers.saved(config):.0%} of the token passes)")
+    compute = dataclasses.replace(config.compute, share_prompts=size > 1)
+    return dataclasses.replace(config, compute=compute), size

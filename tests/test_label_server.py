@@ -1,0 +1,478 @@
+"""The page's server: what it answers, what it refuses, many people at once, kills, two servers."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from builders import json_lines
+
+from rlhf_jax import cli
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference import label
+from rlhf_jax.inference.label import store_file
+from rlhf_jax.inference.labelling import serve, server, store
+from rlhf_jax.inference.labelling.settings import Config
+
+ATTACK = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
+PEOPLE = ["ana", "ben"]
+HOST = "http://127.0.0.1:8765"
+
+
+def config(tmp_path, people=PEOPLE, **given):
+    how = {"serve": True, "answers": "a.json", "annotators": tuple(people), "again": 0.0}
+    return Config(out=str(tmp_path / "prefs.jsonl"), **how | given)
+
+
+class Site:
+    """A page with its store, asked without a socket."""
+
+    def __init__(self, tmp_path, num_pairs=4, people=PEOPLE, reasons=False, **given):
+        how = config(tmp_path, people, reasons=reasons, **given)
+        self.store = store.Store(store_file(tmp_path / "prefs.jsonl"), how)
+        self.store.add(
+            store.Pair(i, f"prompt {i} {ATTACK}", [f"yes {ATTACK}", "no"]) for i in range(num_pairs)
+        )
+        self.tokens = {name: f"token-of-{name}" for name in people}
+        digests = {server.digest(token): name for name, token in self.tokens.items()}
+        page = server.Page(self.store, digests, ("label.example.org",), reasons)
+        self.app = server.build(page)
+
+    def client(self):
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app), base_url=HOST, headers={"Origin": HOST}
+        )
+
+    def ask(self, *requests, **headers):
+        """The responses to (method, path, JSON) in their order."""
+
+        async def all_of_them():
+            async with self.client() as client:
+                return [
+                    await client.request(method, path, json=content, headers=headers)
+                    for method, path, content in requests
+                ]
+
+        return asyncio.run(all_of_them())
+
+
+@pytest.fixture
+def site(tmp_path):
+    sites = []
+
+    def made(**given):
+        sites.append(Site(tmp_path, **given))
+        return sites[-1]
+
+    yield made
+    for one in sites:
+        one.store.close()
+
+
+ANA = "/token-of-ana"
+
+
+def judgement(task, choice="a", **given):
+    return ("POST", f"{ANA}/judgement", {"id": task, "choice": choice, "seconds": 1, **given})
+
+
+def test_a_person_labels(site):
+    asked = site()
+    page, script, style, first = asked.ask(
+        ("GET", ANA, None),
+        ("GET", "/label.js", None),
+        ("GET", "/label.css", None),
+        ("GET", f"{ANA}/pair", None),
+    )
+    names = re.findall(r"<button [^>]*>([^<]+)<kbd", page.text)
+    assert names == ["A is better", "B is better", "Tie", "Both bad", "Skip", "Undo"]
+    assert page.headers["content-type"].startswith("text/html")
+    assert "javascript" in script.headers["content-type"]
+    assert "css" in style.headers["content-type"]
+    state = first.json()
+    assert state["annotator"] == "ana"
+    assert state["progress"] == {"own": 0, "given": 0, "needed": 4}
+    assert state["undo"] is None
+    assert not state["waiting"]
+    (second,) = asked.ask(judgement(state["pair"]["id"]))
+    assert second.json()["kept"]
+    assert second.json()["progress"]["own"] == 1
+    assert second.json()["undo"] == state["pair"]["id"]
+    undone, again = asked.ask(
+        ("POST", f"{ANA}/undo", {"id": state["pair"]["id"]}),
+        judgement(state["pair"]["id"], "bad"),
+    )
+    assert undone.json()["pair"] == state["pair"]
+    assert again.json()["progress"]["given"] == 1
+
+
+def test_what_a_pair_says_is_text_and_who_said_it_is_hidden(site):
+    (response,) = site().ask(("GET", f"{ANA}/pair", None))
+    pair = response.json()["pair"]
+    assert set(pair) == {"id", "again", "conversation", "answers"}
+    for text in (pair["conversation"], *pair["answers"]):
+        assert re.findall("<[^>]*>", text) == ["<p>", "</p>"]
+
+
+def test_a_wrong_token_gives_nothing(site):
+    asked = site()
+    paths = ["/", "/x", "/token-of-ana/", "/token-of-ana/x", "/x/pair", "//", "/favicon.ico"]
+    paths += ["/token-of-ana/../prefs.jsonl", "/%2e%2e/prefs.jsonl", "/label.js/../label.html"]
+    paths += ["/page/label.html", "/token-of-ana%00", "/TOKEN-OF-ANA", "/docs", "/openapi.json"]
+    for path, response in zip(
+        paths, asked.ask(*(("GET", path, None) for path in paths)), strict=True
+    ):
+        assert (response.status_code, response.text) == (404, "Not Found"), path
+    (posted,) = asked.ask(("POST", "/x/judgement", {"id": 1, "choice": "a", "seconds": 1}))
+    assert posted.status_code == 404
+    assert asked.store.judgements() == []
+
+
+def test_every_response_has_the_security_headers(site):
+    for response in site().ask(("GET", ANA, None), ("GET", "/x", None), ("PUT", ANA, None)):
+        policy = response.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self';")
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["cache-control"] == "no-store"
+        assert "server" not in response.headers
+
+
+def test_the_page_runs_no_script_but_its_own():
+    page = (server._FOLDER / "label.html").read_text("utf-8")
+    assert re.findall(r"<script[^>]*>", page) == ['<script src="/label.js" defer>']
+    assert not re.search(r"\son\w+=|style=|https?:", page)
+
+
+def test_another_host_or_origin_is_refused(site):
+    asked = site()
+    post = judgement(asked.store.next("ana", is_complete=True).id)
+    for host, status in {
+        "evil.example.org": 421,
+        "127.0.0.1.evil.example.org": 421,
+        "": 421,
+        "[": 421,
+        "localhost:8765": 200,
+        "192.168.1.7:8765": 200,
+        "[::1]:8765": 200,
+        "LABEL.example.org": 200,
+    }.items():
+        (response,) = asked.ask(("GET", ANA, None), host=host)
+        assert response.status_code == status, host
+    for origin in ("https://evil.example.org", "null", "", "http://127.0.0.1:8766"):
+        (response,) = asked.ask(post, origin=origin)
+        assert response.status_code == 403, origin
+    (simple,) = asked.ask(post, **{"content-type": "text/plain"})
+    assert simple.status_code == 415
+    assert asked.store.judgements() == []
+    (behind_tls,) = asked.ask(post, host="label.example.org", origin="https://label.example.org")
+    assert behind_tls.status_code == 200
+
+
+def test_what_is_no_judgement_is_refused(site):
+    asked = site()
+    task = asked.store.next("ana", is_complete=True).id
+    wrong = [
+        judgement(task, "c"),
+        judgement(task, "useless"),
+        judgement(task, seconds=-1),
+        judgement(task, seconds="1"),
+        judgement(task, seconds=True),
+        judgement(task, reason="there is no such field"),
+        judgement("1"),
+        judgement(True),
+        judgement(1 << 64),
+        ("POST", f"{ANA}/judgement", [1]),
+        ("POST", f"{ANA}/undo", {}),
+    ]
+    assert [response.status_code for response in asked.ask(*wrong)] == [400] * len(wrong)
+    assert asked.store.judgements() == []
+    (other,) = asked.ask(judgement(task + 1))
+    assert other.json()["kept"] is False
+    (large,) = asked.ask(judgement(task, reason="x" * 20_000))
+    assert large.status_code == 413
+
+
+def test_reasons_are_kept_if_they_are_asked(site):
+    asked = site(reasons=True)
+    task = asked.store.next("ana", is_complete=True).id
+    wrong, long, kept = asked.ask(
+        judgement(task, strength="enormous"),
+        judgement(task, reason="x" * 2001),
+        judgement(task, strength="clear", reason=f" {ATTACK} "),
+    )
+    assert (wrong.status_code, long.status_code, kept.status_code) == (400, 400, 200)
+    (given,) = asked.store.judgements()
+    assert (given.strength, given.reason) == ("clear", ATTACK)
+    assert given.seconds <= 1
+    assert server._reason({"reason": "\ud800 half a pair"}) == "? half a pair"
+
+
+def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
+    monkeypatch.setattr(server, "MAX_WAIT", 0.01)
+    asked = site()
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
+    scope = {"type": "http", "method": "POST", "path": f"{ANA}/undo", "headers": headers}
+    asyncio.run(asked.app(scope, receive, send))
+    assert sent[0]["status"] == 408
+
+
+def test_the_rate_of_an_address_is_limited(site):
+    asked = site()
+    num = int(server.BURST) + 20
+    of_ana = asked.ask(*[("GET", ANA, None)] * num)
+    assert 429 in {response.status_code for response in of_ana}
+    assert of_ana[0].status_code == 200
+    ben, script, wrong = asked.ask(
+        ("GET", "/token-of-ben", None), ("GET", "/label.js", None), ("GET", "/x", None)
+    )
+    assert (ben.status_code, script.status_code, wrong.status_code) == (200, 200, 404)
+    guesses = asked.ask(*[("GET", f"/guess-{i}", None) for i in range(num)])
+    assert guesses[-1].status_code == 429
+    now = [0.0]
+    guard = server.Guard(asked.app, asked.app.page, lambda: now[0])
+    request = server.Request({"type": "http", "path": ANA, "headers": [], "method": "GET"})
+    assert [guard._is_allowed(request) for _ in range(42)] == [True] * 40 + [False] * 2
+    now[0] = 0.25
+    assert [guard._is_allowed(request) for _ in range(3)] == [True, True, False]
+
+
+def test_a_full_disk_is_a_sentence_on_the_page(site):
+    asked = site(reasons=True)
+    task = asked.store.next("ana", is_complete=True).id
+    pages = asked.store._db.execute("PRAGMA page_count").fetchone()[0]
+    asked.store._db.execute(f"PRAGMA max_page_count = {pages}")
+    filler = asked.store._db.execute
+    with pytest.raises(Exception, match="full"):
+        filler("CREATE TABLE filler AS SELECT zeroblob(100000)")
+    asked.store._db.rollback()
+    (response,) = asked.ask(judgement(task, reason="\U0001f600" * 2000))
+    if response.status_code == 200:  # the row fitted into what was free
+        pytest.fail("the disk was not full")
+    assert response.status_code == 507
+    assert response.json()["error"].startswith("This was not saved. ")
+    assert asked.store.judgements() == []
+
+
+def test_fifty_people_at_once(site):
+    """Each pair is judged by exactly two, no judgement is lost or counted twice, and none waits."""
+    people = [f"person{i}" for i in range(50)]
+    asked = site(num_pairs=100, people=people, per_pair=2)
+    waits = []
+    sent = []
+
+    async def label(client, name):
+        path = f"/token-of-{name}"
+        state = (await client.get(f"{path}/pair")).json()
+        while state["pair"]:
+            choice = "ab"[len(sent) % 2]
+            body = {"id": state["pair"]["id"], "choice": choice, "seconds": 0}
+            started = time.monotonic()
+            replies = await asyncio.gather(
+                *(client.post(f"{path}/judgement", json=body) for _ in range(2))  # a double click
+            )
+            waits.append(time.monotonic() - started)
+            assert sum(reply.json()["kept"] for reply in replies) == 1
+            sent.append((name, choice))
+            state = replies[1].json()
+
+    async def everybody():
+        async with asked.client() as client:
+            await asyncio.gather(*(label(client, name) for name in people))
+
+    asyncio.run(everybody())
+    kept = asked.store.judgements()
+    assert len(kept) == len(sent) == 200
+    assert sorted((given.annotator, given.choice) for given in kept) == sorted(sent)
+    by_pair = [given.pair for given in kept]
+    assert all(by_pair.count(number) == 2 for number in range(100))
+    assert len({(given.pair, given.annotator) for given in kept}) == 200
+    assert statistics.median(waits) < 2.0  # two requests among a hundred; see the slow test
+
+
+@pytest.fixture
+def serving(monkeypatch, caplog):
+    """``start(config)``: a server in a thread; (its addresses by name, ``end`` which ends it)."""
+    made = []
+    real = serve.uvicorn.Server
+    monkeypatch.setattr(serve.uvicorn, "Server", lambda how: made.append(real(how)) or made[-1])
+    caplog.set_level("INFO", "rlhf_jax")
+
+    def start(how):
+        caplog.clear()
+        said = []
+        thread = threading.Thread(target=lambda: said.append(serve.run(None, how)), daemon=True)
+        thread.start()
+        while "Ctrl-C" not in caplog.text:
+            assert thread.is_alive(), caplog.text
+            time.sleep(0.01)
+        web = made[-1]
+        addresses = dict(re.findall(r"(\w+): (http://\S+)", caplog.text))
+
+        def end():
+            web.should_exit = True
+            thread.join()
+            return said[0]
+
+        return addresses, end
+
+    return start
+
+
+def post(address, path, body):
+    origin = address.rpartition("/")[0]
+    return httpx.post(f"{address}/{path}", json=body, headers={"Origin": origin}).json()
+
+
+def wait_for_pair(address):
+    for _ in range(200):
+        state = httpx.get(f"{address}/pair").json()
+        if not state["waiting"]:
+            return state["pair"]
+        time.sleep(0.05)
+    raise AssertionError("no pair")
+
+
+def write_pairs(tmp_path, last="no"):
+    rows = [{"prompt": f"p{i}", "responses": ["yes", last]} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    return str(tmp_path / "a.json")
+
+
+def test_the_same_command_goes_on(tmp_path, serving, caplog):
+    how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
+    addresses, end = serving(how)
+    with pytest.raises(UserError, match="is being written by another process"):
+        serve.run(None, how)
+    task = wait_for_pair(addresses["ana"])
+    assert post(addresses["ana"], "judgement", {"id": task["id"], "choice": "a", "seconds": 0})
+    assert "judgements: 1 of 1 pairs" in end()
+    (row,) = json_lines(tmp_path / "prefs.jsonl")
+    assert row["annotator"] == "ana"
+    assert store_file(tmp_path / "prefs.jsonl").exists()
+    later, end = serving(dataclasses.replace(how, annotators=("ana,ben,cy",), host="0.0.0.0"))
+    assert "1 judgements so far" in caplog.text
+    assert "TLS" in caplog.text
+    paths = [
+        {name: address.rpartition("/")[2] for name, address in given.items()}
+        for given in (addresses, later)
+    ]
+    assert paths[0].items() <= paths[1].items()
+    assert "p2" in wait_for_pair(later["cy"])["conversation"]
+    end()
+
+
+def test_what_was_begun_otherwise_is_refused(tmp_path, serving):
+    how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
+    serving(how)[1]()
+    for change, said in (
+        ({"again": 0.5}, "begun with again 0.0, and now it is 0.5"),
+        ({"annotators": ("ana",)}, "--annotators lacks ben"),
+        ({"seed": 1}, "begun with seed 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            serve.run(None, dataclasses.replace(how, **change))
+    write_pairs(tmp_path, last="never")
+    with pytest.raises(UserError, match="begun with answers"):
+        serve.run(None, how)
+    with pytest.raises(UserError, match="go on with --serve"):
+        label.run("run", how, iter([]), None)
+    other = dataclasses.replace(how, out=str(tmp_path / "other.jsonl"))
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="was not begun on the page"):
+        serve.run(None, other)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "rlhf_jax.inference.labelling.serve")
+    monkeypatch.delattr("rlhf_jax.inference.labelling.serve")
+    given = ["--serve", "--answers", "a", "--annotators", "ana", "--out", str(tmp_path / "o")]
+    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install"):
+        cli.run(["label", *given])
+
+
+def test_a_port_in_use_is_a_sentence(tmp_path, serving):
+    how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
+    addresses, end = serving(how)
+    port = int(addresses["ana"].split(":")[2].partition("/")[0])
+    other = dataclasses.replace(how, port=port, out=str(tmp_path / "other.jsonl"))
+    with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used"):
+        serve.run(None, other)
+    end()
+
+
+class Served:
+    """``rlhf-jax label --serve`` as a process."""
+
+    def __init__(self, tmp_path, *flags):
+        command = [sys.executable, "-m", "rlhf_jax", "label", "--serve", "--port", "0"]
+        command += ["--out", str(tmp_path / "prefs.jsonl"), "--annotators", "ana,ben", *flags]
+        env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        )
+        self.said = []
+        self.addresses = {}
+        for line in self.process.stdout:
+            self.said.append(line)
+            match = re.match(r"(\w+): (http://\S+)$", line)
+            if match:
+                self.addresses[match[1]] = match[2]
+            if line.startswith("Ctrl-C"):
+                break
+
+    def end(self, how):
+        self.process.send_signal(how)
+        said = self.process.communicate(timeout=60)[0]
+        return self.process.returncode, said
+
+
+@pytest.mark.slow
+def test_a_killed_server_loses_no_judgement(tmp_path):
+    """kill -9 right after the reply, then the same command: the same addresses, the next pair."""
+    flags = ("--answers", write_pairs(tmp_path), "--again", "0")
+    first = Served(tmp_path, *flags)
+    task = wait_for_pair(first.addresses["ana"])
+    assert "p0" in task["conversation"]
+    body = {"id": task["id"], "choice": "a", "seconds": 0}
+    assert post(first.addresses["ana"], "judgement", body)["kept"]
+    assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    second = Served(tmp_path, *flags)
+    assert "prefs.jsonl: 1 judgements so far; it continues\n" in "".join(second.said)
+    paths = [
+        {name: address.rpartition("/")[2] for name, address in one.addresses.items()}
+        for one in (first, second)
+    ]
+    assert paths[0] == paths[1]
+    assert len(json_lines(tmp_path / "prefs.jsonl")) == 1
+    task = wait_for_pair(second.addresses["ana"])
+    assert "p1" in task["conversation"]
+    body = {"id": task["id"], "choice": "tie", "seconds": 0}
+    assert post(second.addresses["ana"], "judgement", body)["kept"]
+    code, said = second.end(signal.SIGINT)
+    assert code == 0, said
+    assert "judgements: 2 of 2 pairs" in said
+    kept = json_lines(tmp_path / "prefs.jsonl")
+    assert [set(row) & {"chosen", "ranks"} for row in kept] == [{"chosen"}, {"ranks"}]
+    assert [row["annotator"] for row in kept] == ["ana", "ana"]
+    assert not any(token in "".join(second.said[:-3]) for token in paths[0].values())

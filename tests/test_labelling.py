@@ -1,0 +1,492 @@
+"""Labels of several people: statistics by hand, rows that stages read, which pairs, the store."""
+
+import json
+import math
+import sqlite3
+import stat
+import threading
+
+import numpy as np
+import pytest
+
+from rlhf_jax import cli
+from rlhf_jax.data import formats
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference.label import Judgement, store_file
+from rlhf_jax.inference.labelling import agreement, markup, pairs, rows, serve, store, summary
+from rlhf_jax.inference.labelling.settings import Config
+
+
+def config(tmp_path, **given):
+    how = {"serve": True, "answers": "a.json", "annotators": ("ana,ben",), "again": 0.0}
+    return Config(out=str(tmp_path / "prefs.jsonl"), **how | given)
+
+
+def pair(number, first="yes", second="no", **given):
+    return store.Pair(number, f"prompt {number}", [first, second], **given)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """``open(num_pairs, **settings)``: a store with pairs."""
+    stores = []
+
+    def open_(num_pairs=3, **given):
+        how = config(tmp_path, **given)
+        opened = store.Store(store_file(tmp_path / "prefs.jsonl"), how)
+        stores.append(opened)
+        opened.add(pair(number) for number in range(opened.num_pairs(), num_pairs))
+        return opened
+
+    yield open_
+    for opened in stores:
+        opened.close()
+
+
+def judge(opened, name, choice, **given):
+    task = opened.next(name, is_complete=True)
+    assert opened.judge(name, task.id, choice, seconds=0, **given)
+    return task
+
+
+def judged(number, choice, name, order=(0, 1), again=False, **given):
+    texts = [f"long answer {number}", "short"]
+    return Judgement(number, f"p{number}", texts, list(order), choice, again, name, **given)
+
+
+def test_krippendorffs_alpha_of_his_own_example():
+    """Krippendorff (2011), Computing Krippendorff's Alpha-Reliability: nominal data, any number of
+    observers, missing values: alpha = 0.743.
+    """
+    observers = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3"]
+    observers += [". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
+    columns = zip(*map(str.split, observers), strict=True)
+    units = [[value for value in column if value != "."] for column in columns]
+    assert agreement.krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
+    assert agreement.krippendorff_alpha([[0, 0], [1, 1]]) == 1
+    # Both disagree: 2 labels 0 and 2 labels 1; observed 1, by chance 2 / 3.
+    assert agreement.krippendorff_alpha([[0, 1], [1, 0]]) == pytest.approx(-0.5)
+    assert math.isnan(agreement.krippendorff_alpha([[0, 0], [0], []]))
+
+
+def test_cohens_kappa():
+    """The table [[20, 5], [10, 15]]: 35 of 50 the same, 25 by chance; (35 - 25) / (50 - 25)."""
+    both = [("y", "y")] * 20 + [("y", "n")] * 5 + [("n", "y")] * 10 + [("n", "n")] * 15
+    assert agreement.cohen_kappa(both) == pytest.approx(0.4)
+    assert math.isnan(agreement.cohen_kappa([(0, 0)]))
+    assert math.isnan(agreement.cohen_kappa([]))
+
+
+def test_agreement_counts_all_pairs_of_labels():
+    assert agreement.agreement([[0, 0, 1], [1], [1, 1]]) == (2, 4)
+    assert agreement.Agreement(2, 4).share == 0.5
+
+
+def test_the_best_accuracy_lies_between_its_bounds():
+    """People who are right with 0.8 agree with 0.8^2 + 0.2^2 = 0.68: the upper bound is theirs. If
+    they all agree on 36% of the pairs and toss a coin on the others, they agree with 0.68 too, and
+    the model is right with 0.36 + 0.64 / 2: the lower bound.
+    """
+    assert agreement.best_accuracy(0.68) == pytest.approx((0.68, 0.8))
+    assert agreement.best_accuracy(1.0) == (1, 1)
+    assert agreement.best_accuracy(0.3) == (0.5, 0.5)
+    rng = np.random.default_rng(0)
+    right = rng.uniform(0.5, 1, 1000)
+    low, high = agreement.best_accuracy((right**2 + (1 - right) ** 2).mean())
+    assert low < right.mean() < high
+
+
+def test_a_summary_by_hand():
+    given = [
+        judged(0, "a", "ana", seconds=2.0),
+        judged(1, "b", "ana", order=(1, 0), seconds=4.0),
+        judged(2, "tie", "ana", seconds=9.0),
+        judged(3, "skip", "ana", seconds=100.0),
+        judged(0, "b", "ana", order=(1, 0), again=True, seconds=3.0),
+        judged(1, "a", "ana", order=(0, 1), again=True, seconds=3.0),
+        judged(0, "a", "ben", order=(1, 0), seconds=1.0),
+        judged(1, "a", "ben", seconds=1.0),
+        judged(2, "bad", "ben", seconds=1.0),
+    ]
+    whole = summary.summarize(given)
+    ana, ben = whole.people
+    assert ana == ("ana", 3, 1, 1, 1, 2, 2, (2, 2), 3.0)
+    assert ben == ("ben", 3, 1, 0, 2, 1, 2, (0, 0), 1.0)
+    assert whole.agreed == (1, 2)  # pair 0: 0 and 1, pair 1: 0 and 0; ties are no choices
+    assert whole.again == (2, 2)
+    assert whole.num_pairs == 3
+    # Labels 0 1 | 0 0 | tie tie: 3 x 0, 1 x 1, 2 x tie; 1 - 5 * 2 / (36 - 14)
+    assert whole.alpha == pytest.approx(1 - 10 / 22)
+    # The same 2 of 3; by chance 2 * 1 + 1 * 1 of 9.
+    assert whole.pairwise == [(("ana", "ben"), pytest.approx((6 - 3) / (9 - 3)), (2, 3))]
+    text = summary.text(given).splitlines()
+    assert text[0] == "judgements: 6 of 3 pairs"
+    assert "best accuracy of a reward model on such judgements: 0.50 to 0.50" in text
+    assert "ana and ben: kappa 0.50, the same 2 of 3" in text
+
+
+def test_rows_of_one_judgement_and_votes_of_several(tmp_path):
+    given = [
+        judged(1, "b", "ana", order=(0, 1), seconds=1.5, strength="clear"),
+        judged(0, "tie", "ana", seconds=1.0),
+        judged(2, "a", "ana", seconds=1.0),
+        judged(2, "a", "ben", order=(1, 0), seconds=2.0),
+        judged(2, "bad", "cy", seconds=3.0, reason="why"),
+        judged(2, "a", "dan", seconds=4.0),
+        judged(3, "skip", "ana"),
+        judged(1, "a", "ana", order=(1, 0), again=True),
+        judged(4, "bad", "ben"),
+        judged(5, "b", "ben", order=(1, 0)),
+    ]
+    first, second, votes, bad, last = rows.rows(given)
+    # B was the first answer, and the row has it first too: what was shown first was rejected.
+    assert (last["chosen"], last["order"]) == ("long answer 5", [1, 0])
+    assert first == {
+        "prompt": "p0",
+        "responses": ["long answer 0", "short"],
+        "ranks": [0, 0],
+        "annotator": "ana",
+        "seconds": 1.0,
+        "order": [0, 1],
+        "chosen_by": "random",
+    }
+    # B was chosen, which was the second answer and is now the first of the row.
+    assert (second["chosen"], second["rejected"]) == ("short", "long answer 1")
+    assert second["order"] == [1, 0]
+    assert second["strength"] == "clear"
+    assert [votes[f"annotator{i}"] for i in range(1, 5)] == [1, 2, 0, 1]
+    assert votes["annotators"] == ["ana", "ben", "cy", "dan"]
+    assert votes["order"][1] == [1, 0]
+    assert votes["reason"] == [None, None, "why", None]
+    assert bad["both_bad"] is True
+    file = tmp_path / "prefs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (first, second, votes, bad)))
+    read = formats.read("pairs", str(file))
+    assert [row.responses for row in read.rows] == [
+        ("short", "long answer 1"),
+        ("long answer 2", "short"),
+    ]
+    assert read.dropped == {"all responses are ranked equal": 2}
+
+
+def test_votes_on_messages_are_read(tmp_path):
+    """The prompt of a conversation stays messages."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    given = [judged(0, "a", name)._replace(prompt=messages) for name in ("ana", "ben")]
+    file = tmp_path / "prefs.jsonl"
+    file.write_text(json.dumps(*rows.rows(given)) + "\n")
+    (row,) = formats.read("pairs", str(file)).rows
+    assert list(row.messages) == messages
+    assert row.responses == ("long answer 0", "short")
+    assert "Be brief." in row.prompt
+
+
+def test_nothing_of_a_text_is_a_tag():
+    attack = '<script>alert(1)</script> & "x" `<b>` **<i>** [a](javascript:b)'
+    assert markup.render(attack) == (
+        "<p>&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;x&quot; <code>&lt;b&gt;</code> "
+        "<strong>&lt;i&gt;</strong> [a](javascript:b)</p>"
+    )
+    code = "See:\n\n```python\nif a < b:\n\n    **x**\n```\nend"
+    assert markup.render(code) == (
+        '<p>See:</p><pre tabindex="0"><code>if a &lt; b:\n\n    **x**</code></pre><p>end</p>'
+    )
+    assert markup.render("a\r\nb\n\n```\n<x>") == (
+        '<p>a<br>b</p><pre tabindex="0"><code>&lt;x&gt;</code></pre>'
+    )
+    assert markup.render("\x1b\u202e") == "<p>\u241b⟨U+202E⟩</p>"
+    shown = markup.conversation([{"role": "<user>", "content": "<hi>"}])
+    assert shown == '<div class="turn"><h3>&lt;user&gt;</h3><p>&lt;hi&gt;</p></div>'
+
+
+def test_each_pair_goes_to_as_many_as_asked(opened):
+    kept = opened(4, annotators=("ana,ben,cy",), per_pair=2)
+    prompts = {name: [] for name in ("ana", "ben", "cy")}
+    for name in ("ana", "ben", "cy", "ana", "cy", "ben", "cy", "ana"):
+        prompts[name].append(judge(kept, name, "a").prompt[-1])
+    assert prompts == {"ana": [*"013"], "ben": [*"02"], "cy": [*"123"]}
+    assert all(kept.next(name, is_complete=True) is None for name in prompts)
+    assert kept.progress("ana") == (3, 8, 8)
+
+
+def test_a_pair_stays_until_it_is_judged_and_is_lent_again(opened, monkeypatch):
+    kept = opened(1)
+    task = kept.next("ana", is_complete=True)
+    assert kept.next("ana", is_complete=True) == task
+    assert kept.next("ben", is_complete=True) is None
+    monkeypatch.setattr(store, "LEASE", -1.0)
+    assert kept.next("ben", is_complete=True).prompt == task.prompt
+    assert kept.judge("ana", task.id, "b", seconds=0)  # nothing that somebody says is lost
+
+
+def test_a_skipped_pair_goes_to_somebody_else(opened):
+    kept = opened(1)
+    judge(kept, "ana", "skip")
+    assert kept.next("ana", is_complete=True) is None
+    judge(kept, "ben", "a")
+    assert [given.choice for given in kept.judgements()] == ["skip", "a"]
+
+
+def test_the_order_is_drawn_for_each_annotator_from_the_seed(opened):
+    kept = opened(24, per_pair=2)
+    for _ in range(24):
+        for name in ("ana", "ben"):
+            judge(kept, name, "a")
+    drawn = {"ana": [], "ben": []}
+    for given in kept.judgements():
+        drawn[given.annotator].append(given.order[0])
+    assert all(6 <= sum(order) <= 18 for order in drawn.values())
+    assert drawn["ana"] != drawn["ben"]
+    for given in kept.judgements():
+        assert given.verdict == given.order[0]
+
+
+def test_pairs_come_again_in_the_other_order_when_all_are_there(opened):
+    kept = opened(4, again=0.5)
+    firsts = {}
+    for _ in range(4):
+        task = judge(kept, "ana", "a")
+        firsts[task.prompt] = task.answers
+    assert kept.next("ana", is_complete=False) is None
+    again = [judge(kept, "ana", "b") for _ in range(2)]
+    assert all(task.again and task.answers == firsts[task.prompt][::-1] for task in again)
+    assert kept.next("ana", is_complete=True) is None
+    assert [given.again for given in kept.judgements()] == [False] * 4 + [True] * 2
+
+
+def test_a_judgement_counts_once(opened):
+    kept = opened(2)
+    task = kept.next("ana", is_complete=True)
+    assert not kept.judge("ben", task.id, "a", seconds=0)  # not hers
+    assert kept.judge("ana", task.id, "a", seconds=1e6)
+    assert not kept.judge("ana", task.id, "b", seconds=0)  # sent twice
+    (given,) = kept.judgements()
+    assert given.choice == "a"
+    assert given.seconds < 60  # not longer than it was shown
+
+
+def test_undo_takes_the_last_one_back(opened):
+    kept = opened(3)
+    first = judge(kept, "ana", "a")
+    second = judge(kept, "ana", "b", strength="strong")
+    judge(kept, "ben", "a")
+    kept.next("ana", is_complete=True)
+    assert not kept.undo("ana", first.id)  # only the last
+    assert kept.last("ana") == second.id
+    assert kept.undo("ana", second.id)
+    assert not kept.undo("ana", second.id)  # pressed twice
+    assert kept.next("ana", is_complete=True) == second
+    assert [(given.annotator, given.choice) for given in kept.judgements()] == [
+        ("ana", "a"),
+        ("ben", "a"),
+    ]
+    assert kept.judge("ana", second.id, "tie", seconds=0)
+    assert kept.judgements()[-1].strength is None
+
+
+def test_equal_and_empty_answers_are_never_shown(opened):
+    kept = opened(0)
+    kept.add([pair(0, "x", "x"), pair(1, " ", "x"), pair(2)])
+    assert kept.next("ana", is_complete=True).prompt == "prompt 2"
+    assert kept.next("ben", is_complete=True) is None
+    assert kept.num_waiting() == 0
+
+
+def test_a_full_disk_loses_nothing(opened, tmp_path):
+    kept = opened(2)
+    judge(kept, "ana", "a")
+    task = kept.next("ana", is_complete=True)
+    pages = kept._db.execute("PRAGMA page_count").fetchone()[0]
+    kept._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(UserError, match=r"sqlite: cannot be used: database or disk is full"):
+        kept.judge("ana", task.id, "b", seconds=0, reason="x" * 100_000)
+    assert [given.choice for given in store.read(kept.path)] == ["a"]
+    assert kept.judge("ana", task.id, "b", seconds=0)  # as soon as there is room
+
+
+def test_what_was_kept_is_there_without_a_close(opened):
+    """As after kill -9: another connection sees what was confirmed."""
+    kept = opened(2)
+    judge(kept, "ana", "b")
+    task = kept.next("ana", is_complete=True)
+    later = opened(2)
+    assert [given.choice for given in later.judgements()] == ["b"]
+    assert later.next("ana", is_complete=True) == task
+    assert stat.S_IMODE(kept.path.stat().st_mode) == 0o600
+    mode = (
+        kept._db.execute("PRAGMA journal_mode").fetchone()
+        + kept._db.execute("PRAGMA synchronous").fetchone()
+    )
+    assert mode == ("wal", 2)
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    file = store_file(tmp_path / "prefs.jsonl")
+    file.write_text("no database at all, but a text" * 50)
+    with pytest.raises(UserError, match=r"prefs.jsonl.session.sqlite: cannot be used"):
+        store.Store(file, config(tmp_path))
+    with pytest.raises(UserError, match=r"cannot be read"):
+        store.read(file)
+    with sqlite3.connect(tmp_path / "other") as db:
+        db.execute("CREATE TABLE t (x)")
+    with pytest.raises(UserError, match="no such table"):
+        store.read(tmp_path / "other")
+
+
+def test_tokens_are_long_secret_and_stay(tmp_path):
+    out = tmp_path / "prefs.jsonl"
+    first = serve.tokens(out, ["ana", "ben"])
+    assert len(set(first.values())) == 2
+    assert min(map(len, first.values())) >= 43
+    file = tmp_path / "prefs.jsonl.session.tokens.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    later = serve.tokens(out, ["ana", "ben", "cy"])
+    assert first.items() <= later.items()
+    assert len(later) == 3
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)
+    with pytest.raises(UserError, match="chmod 600"):
+        serve.tokens(out, ["ana"])
+    file.write_text('{"ana": "short"}')
+    file.chmod(0o600)
+    with pytest.raises(UserError, match="is no file of tokens"):
+        serve.tokens(out, ["ana"])
+
+
+def test_which_pairs_are_chosen(tmp_path):
+    pool = [pair(number) for number in range(10)]
+    # Two models; they disagree most about pairs 3 and 7, whose scores are closest too.
+    margins = np.full((2, 10), 2.0)
+    margins[:, 3] = [4, -4]
+    margins[:, 7] = [1, -1]
+    how = {"reward": ("a", "b"), "random_share": 0.0}
+    for choose in ("disagreement", "close"):
+        given = config(tmp_path, choose=choose, **how)
+        kept = pairs.chosen_by_margins(pool, margins, 2, given)
+        assert {one.prompt for one in kept} == {"prompt 3", "prompt 7"}
+        assert [one.number for one in kept] == [0, 1]
+        assert {one.chosen_by for one in kept} == {choose}
+    margins[:, 5] = [0.5, 0.5]  # close, and they agree
+    given = config(tmp_path, choose="disagreement", **how)
+    assert pairs.preference_spread(margins)[5] == 0
+    assert "prompt 5" not in {
+        one.prompt for one in pairs.chosen_by_margins(pool, margins, 2, given)
+    }
+    given = config(tmp_path, choose="close", **how | {"random_share": 0.5})
+    kept = pairs.chosen_by_margins(pool, margins, 6, given)
+    assert sorted(one.chosen_by for one in kept) == ["close"] * 3 + ["random"] * 3
+    assert len({one.prompt for one in kept}) == 6
+
+
+def test_pairs_of_a_file(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(
+        '{"prompt": "p", "responses": ["a", "b"]}\n'
+        '{"prompt": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "d"}\n'
+    )
+    source = pairs.open_source(None, config(tmp_path, answers=str(file)))
+    assert source.num_pairs == 2
+    assert source.pair(0) == (0, "p", ["a", "b"], "random")
+    assert source.pair(1).answers == ["c", "d"]
+    assert source.pair(1).prompt == [{"role": "user", "content": "q"}]
+    with pytest.raises(UserError, match="leave run out"):
+        pairs.open_source("run", config(tmp_path, answers=str(file)))
+    for row, said in (
+        ({"prompt": "p", "responses": ["a"]}, "line 1: expected two texts"),
+        ({"prompt": "p", "chosen": "a"}, "expected keys prompt, chosen, rejected"),
+        ({"responses": ["a", "b"]}, "expected keys prompt"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=said):
+            pairs.open_source(None, config(tmp_path, answers=str(file)))
+
+
+def test_a_server_that_ends_waits_for_no_batch_and_adds_nothing(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "_PATIENCE", 0.01)
+    kept = opened(0)
+    sampling = threading.Event()
+    ended = threading.Event()
+
+    def slow(number):
+        sampling.set()
+        ended.wait()
+        return pair(number)
+
+    feeder = pairs.Feeder(pairs.Source({}, 1, slow), kept, config(tmp_path), ended.set)
+    feeder.start()
+    sampling.wait()
+    feeder.stop()
+    assert feeder.is_alive()
+    ended.set()
+    feeder.join()
+    assert kept.num_pairs() == 0
+    assert not feeder.is_complete
+
+
+def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):
+    kept = opened(0)
+    asked = []
+
+    def sampled(number):
+        asked.append(number)
+        return pair(number)
+
+    ended = threading.Event()
+    source = pairs.Source({}, 10, sampled)
+    feeder = pairs.Feeder(source, kept, config(tmp_path, ahead=4), ended.set)
+    feeder.start()
+    while kept.num_waiting() < 4:
+        pass
+    judge(kept, "ana", "a")
+    while len(asked) < 5:
+        pass
+    feeder.stop()
+    assert asked == [0, 1, 2, 3, 4]
+    assert not feeder.is_complete
+    later = pairs.Feeder(source, kept, config(tmp_path, ahead=99), ended.set)
+    later.run()
+    assert asked == [*range(10)]
+    assert later.is_complete
+    assert not ended.is_set()
+    broken = pairs.Source({}, 11, lambda number: 1 / 0)
+    later = pairs.Feeder(broken, kept, config(tmp_path, ahead=99), ended.set)
+    later.run()
+    assert ended.is_set()
+    assert isinstance(later.error, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"annotators": ()}, "--annotators must name people"),
+        ({"annotators": ("ana", "ana")}, "each once"),
+        ({"annotators": ("a/b",)}, "'a/b' is no name"),
+        ({"per_pair": 3}, "--per-pair 3 needs as many --annotators, got 2"),
+        ({"serve": False}, "--annotators needs --serve"),
+        ({"prompts": ("p",)}, "not both"),
+        ({"answers": None}, "give --prompts"),
+        ({"choose": "disagreement", "reward": ("a",)}, "needs 2 reward models"),
+        ({"reward": ("a",)}, "--reward needs --choose"),
+        ({"random_share": 2.0}, "--random-share must be from 0 to 1"),
+        ({"html": "x"}, "--html needs --summary"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, given, said):
+    with pytest.raises(UserError, match=said):
+        config(tmp_path, **given)
+
+
+def test_the_summary_command_reads_the_store_and_writes_a_page(opened, tmp_path, capsys):
+    kept = opened(2, per_pair=2)
+    for name in ("ana", "ben"):
+        for _ in range(2):
+            judge(kept, name, "tie")
+    page = tmp_path / "summary.html"
+    cli.run(["label", "--summary", str(tmp_path / "prefs.jsonl"), "--html", str(page)])
+    said = capsys.readouterr().out
+    assert "judgements: 4 of 2 pairs" in said
+    assert "Krippendorff's alpha: unknown" in said
+    assert "ana and ben: kappa unknown, the same 2 of 2" in said
+    assert "Krippendorff" in page.read_text("utf-8")
+    with pytest.raises(UserError, match=r"no other.jsonl.session.json"):
+        cli.run(["label", "--summary", str(tmp_path / "other.jsonl")])

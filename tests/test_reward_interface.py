@@ -1,0 +1,481 @@
+"""What a reward function is given and may return, where its rewards stand, and which rows it
+scored: from the function to the advantages.
+"""
+
+import json
+import logging
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import letters_run, metric_rows, with_rl
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax import Rollout, grpo, rewards, rloo, training, vpg
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import batches
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters, train_bpe
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.graders import pairs, spec
+from rlhf_jax.rewards.host import NO_REASON
+from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl.schedule import Batch
+
+TOKENIZER = characters("abcdefghij ")
+
+
+def rollout(tokenizer=TOKENIZER, texts=("ea", "e"), end=True):
+    """Prompts "ab" with these responses, which end with EOS."""
+    prompt = tokenizer.encode("ab")
+    said = [tokenizer.encode(text) + [tokenizer.eos_id] * end for text in texts]
+    width = len(prompt) + max(map(len, said))
+    tokens = np.full((len(texts), width), tokenizer.pad_id, np.int32)
+    mask = np.zeros_like(tokens)
+    for row, ids in enumerate(said):
+        tokens[row, : len(prompt) + len(ids)] = [*prompt, *ids]
+        mask[row, len(prompt) : len(prompt) + len(ids)] = 1
+    real = np.maximum(mask, np.arange(width) < len(prompt))
+    return Rollout(tokens, real, mask, np.zeros(tokens.shape, np.float32))
+
+
+def called(fn, columns=None, tokenizer=TOKENIZER, **how):
+    reward = rewards.from_text(fn, tokenizer, tokenizer.decode_raw)
+    return rewards.on_host(reward, rollout(tokenizer, **how), columns or {})
+
+
+# --- Rows that are scored, and rows that are not
+
+
+def build(folder, text, *entries, columns=("task",)):
+    file = folder / "mine.py"
+    file.write_text(text)
+    specs = [entry if ":" in entry or "*" in entry else f"{file}:{entry}" for entry in entries]
+    return spec.build_reward(specs, tokenizer=TOKENIZER, load=pytest.fail, columns=columns)
+
+
+TASKS = """
+from rlhf_jax.rewards import Unscored
+
+def maths(prompts, responses, task):
+    return [2.0 if t == "math" else Unscored("no maths") for t in task]
+
+def code(prompts, responses, task):
+    return [3.0 if t == "code" else None for t in task]
+"""
+
+
+STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
+POLICY = SimpleNamespace(tokenizer=TOKENIZER)
+
+
+def batch_of(rows, numbers, *columns):
+    blank = np.ones((len(rows), 1))
+    prompts = EncodedPrompts(blank, blank, rows, columns, {})
+    return Batch(prompts, np.array(numbers), jax.random.key(0))
+
+
+@pytest.fixture
+def of_tasks(tmp_path):
+    """Three sampled rows of two tasks and of none, and the scorer of two rewards."""
+    reward = build(tmp_path, TASKS, "maths", "code")
+    rows = [Row("ab", (), "", columns={"task": task}) for task in ("math", "code", "other")]
+    sampled = jax.tree.map(jnp.asarray, rollout(texts=("e", "e", "e")))
+    score = steps.on_host(STAGE, reward, steps.unguarded)
+    return sampled, batch_of(rows, range(3), "task"), score
+
+
+def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
+    sampled, batch, score = of_tasks
+    scored = score(sampled, batch)
+    assert scored.rollout.scores.tolist() == [2, 3, 0]
+    assert scored.rollout.present.tolist() == [True, True, False]
+    assert_array_equal(scored.rollout.components["maths"], [2, math.nan, math.nan])
+    assert_array_equal(scored.rollout.components["code"], [math.nan, 3, math.nan])
+    metrics = {name: float(value) for name, value in scored.metrics.items()}
+    assert (metrics["reward/maths"], metrics["reward/code"]) == (2, 3)
+    assert (metrics["reward/rows/maths"], metrics["reward/rows/code"]) == (1, 1)
+    assert (metrics["reward/unscored"], metrics["objective/score"]) == (1, 2.5)
+
+
+def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, caplog):
+    sampled, batch, score = of_tasks
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        scored = score(sampled, batch)
+        score(sampled, batch)
+    assert list(scored.reasons) == [None, None, f"no maths; {NO_REASON.reason}"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"reward: no score for 1 of 3 responses: {scored.reasons[2]} (said once)"]
+    samples = steps._samples(POLICY, sampled, scored, batch)
+    assert [row["score"] for row in samples] == [2, 3, None]
+    assert [row["reward/code"] for row in samples] == [None, 3, None]
+    assert samples[2]["unscored"] == scored.reasons[2]
+
+
+def test_weights_and_rewards_at_tokens_are_summed_at_their_places(tmp_path):
+    text = "def dense(completion_ids):\n    return [[1.0] * len(ids) for ids in completion_ids]\n"
+    reward = build(tmp_path, text, f"{tmp_path}/mine.py:dense*2", "length*-0.5")
+    scored, components = rewards.on_host(reward.host, rollout(), {})
+    assert_allclose(scored.scores, [[0, 0, 2, 2, 2 - 1.5], [0, 0, 2, 2 - 1.0, 0]])
+    assert_array_equal(components["dense"], [3, 2])
+    assert_array_equal(components["length"], [3, 2])
+    traced = rewards.weighted(
+        {"dense": (lambda r: (r.mask * 1.0, {}), 2.0), "length": (rewards.length(), -0.5)}
+    )
+    scores, components = jax.jit(traced)(rollout())
+    assert_allclose(scores, scored.scores)
+    assert_array_equal(components["dense"], [3, 2])
+
+
+def test_scores_of_other_rows_are_refused():
+    given = rollout().replace(row_ids=np.array([4, 5]))
+    said = rewards.host.row_scores(lambda rollout, columns: ([1, 2], {}), given, {})
+    with pytest.raises(ValueError, match="those of other rows"):
+        rewards.host.with_scores(given.replace(row_ids=np.array([5, 4])), said)
+
+
+# --- What a function is given
+
+
+def shown_to(fn, **how):
+    """The arguments with which a function is called."""
+    seen = {}
+
+    def record(**given):
+        seen.update(given)
+        return [0.0, 0.0]
+
+    names = {"record": record}
+    exec(f"def fn({fn}): return record(**{{k: v for k, v in locals().items()}})", names)
+    called(names["fn"], **how)
+    return seen
+
+
+COLUMNS = {
+    "messages": [[{"role": "user", "content": "hi"}]] * 2,
+    "task": [1, 2],
+    batches.IS_CHAT: [True, True],
+}
+
+
+def test_a_function_takes_what_it_names():
+    assert shown_to("responses", columns=COLUMNS) == {"responses": ["ea", "e"]}
+    assert shown_to("task, prompts", columns=COLUMNS) == {"task": [1, 2], "prompts": ["ab"] * 2}
+    assert shown_to("a, b, task", columns=COLUMNS) == {
+        "a": ["ab"] * 2,
+        "b": ["ea", "e"],
+        "task": [1, 2],
+    }
+    assert shown_to("prompts, responses, **more", columns=COLUMNS)["more"] == {
+        "messages": COLUMNS["messages"],
+        "task": [1, 2],
+    }
+    eos = TOKENIZER.eos_id
+    ids = [[*TOKENIZER.encode(text), eos] for text in ("ea", "e")]
+    assert shown_to("completion_ids, x=3", columns=COLUMNS) == {"completion_ids": ids, "x": 3}
+
+
+def test_a_function_of_trl_gets_texts_or_messages_as_the_data_has_them():
+    chat = [[{"role": "assistant", "content": text}] for text in ("ea", "e")]
+    given = shown_to("completions, **kwargs", columns=COLUMNS)
+    assert given["completions"] == chat
+    assert given["kwargs"]["prompts"] == COLUMNS["messages"]
+    assert given["kwargs"]["task"] == [1, 2]
+    assert len(given["kwargs"]["completion_ids"]) == 2
+    plain = {**COLUMNS, batches.IS_CHAT: [False, False]}
+    given = shown_to("prompts, completions", columns=plain)
+    assert given == {"prompts": ["ab"] * 2, "completions": ["ea", "e"]}
+    assert shown_to("**kwargs", columns=plain)["kwargs"]["completions"] == ["ea", "e"]
+
+
+def test_prompts_have_the_tokens_that_end_turns():
+    ended = rollout()
+    ended.tokens[:, 0] = TOKENIZER.eos_id
+    seen = []
+
+    def score(prompts):
+        seen.extend(prompts)
+        return [0, 0]
+
+    rewards.on_host(rewards.from_text(score, TOKENIZER, TOKENIZER.decode_raw), ended, {})
+    assert seen == ["<|endoftext|>b"] * 2
+
+
+def test_async_functions_are_awaited_and_tensors_are_scores():
+    async def later(responses):
+        return [float(len(response)) for response in responses]
+
+    class Tensor:
+        shape = (2,)
+
+        def __array__(self):
+            raise RuntimeError("it has a gradient")
+
+        def tolist(self):
+            return [2.0, 1.0]
+
+    for fn in (later, lambda responses: Tensor(), lambda responses: jnp.array([2.0, 1.0])):
+        scored, _ = called(fn)
+        assert scored.scores.tolist() == [2, 1]
+
+
+def test_a_fault_has_the_line_of_the_function(tmp_path):
+    text = "def f(responses):\n    return [g(r) for r in responses]\n\ndef g(r):\n    return r.no\n"
+    text += (
+        "\ndef short(responses):\n    return [1]\n\ndef what(responses, subject):\n    return 1\n"
+    )
+    text += "\nasync def later(responses):\n    return 1 / 0\n"
+    file = tmp_path / "mine.py"
+    for name, place in {
+        "f": rf"AttributeError: .* \({file}:5: return r\.no\)",
+        "short": rf"expected a list.* of 2 scores.*\({file}:7\)",
+        "later": rf"ZeroDivisionError: .* \({file}:14: return 1 / 0\)",
+    }.items():
+        reward = build(tmp_path, text, name)
+        with pytest.raises(UserError, match=f"^the reward function {name}: {place}"):
+            rewards.on_host(reward.host, rollout(), {})
+    with pytest.raises(UserError, match=rf"'subject'; the prompts' columns are task, .*{file}:10"):
+        build(tmp_path, text, "what")
+
+
+# --- Rewards at tokens
+
+
+def test_pairs_stand_at_the_token_that_completes_their_character():
+    """A byte-level tokenizer: é and the emoji are several tokens."""
+    tokenizer = train_bpe(["ab"], 258)
+    text = "aé🙂b"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 1 + 2 + 4 + 1
+
+    def score(responses):
+        assert responses == [text, "b"]
+        return [[(0, 1.0), (1, 2.0), (2, 4.0), (3, 8.0), (3, 0.5)], 3.0]
+
+    scored, _ = called(score, tokenizer=tokenizer, texts=(text, "b"))
+    expected = np.zeros((2, 11))
+    expected[0, [2, 4, 8, 9]] = [1, 2, 4, 8.5]
+    expected[1, 3] = 3
+    assert_array_equal(scored.scores, expected)
+
+
+WRONG = {
+    "2 numbers for a response of 3 tokens, its end token included": [[1, 2], 0],
+    "stands at a character from 0 to 1 of the response, got int: 2": [[(2, 1.0)], 0],
+    "stands at a character from 0 to 1 of the response, got float: 0.5": [[(0.5, 1.0)], 0],
+    "a reward at a token is a number, got None": [[1, None, 2], 0],
+    "expected a number or None, got str: 'x'": [[(0, "x")], 0],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_rewards_that_do_not_fit_their_response_are_refused(message):
+    with pytest.raises(UserError, match=rf"row 0, prompt 'ab': .*{message}.*\(.*\.py:\d+\)"):
+        called(lambda responses: WRONG[message])
+
+
+def test_a_dense_reward_that_is_not_finite_stops():
+    with pytest.raises(FloatingPointError, match="row 0"):
+        called(lambda responses: [[1, math.nan, 0], 0])
+
+
+DENSE = np.array([[9.0, 1, 0, 2], [9, 0, 3, 9], [9, 4, 0, 0], [9, 9, 9, 9]], np.float32)
+SAID = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
+
+
+def dense_rollout(dense=DENSE, said=SAID):
+    return Rollout(said, said, said, 0.0 * said, rewards=jnp.asarray(dense), dense=True)
+
+
+def test_dense_rewards_keep_their_places_by_hand():
+    """Rewards to go 3 2 2; 3 3; 4 0 (over a hole); the fourth row is missing. At the third place
+    the second and the third row have ended: their last rewards, 3 and 0, stay."""
+    prepared = rloo.prepare(dense_rollout(), config=rloo.Config(group_size=4))
+    expected = [
+        [0, 3 - 3.5, 2 - 1.5, 2 - 1.5],
+        [0, 3 - 3.5, 3 - 1.0, 0],
+        [0, 4 - 3.0, 0, 0 - 2.5],
+        [0, 0, 0, 0],
+    ]
+    assert_allclose(prepared.advantages, expected, atol=1e-6)
+    centred = grpo.prepare(dense_rollout(), config=grpo.Config(group_size=4, scale=False))
+    assert_allclose(centred.advantages, np.array(expected) * 2 / 3, atol=1e-6)
+    none = vpg.prepare(dense_rollout(), config=vpg.Config(baseline="none"))
+    to_go = [[0, 3, 2, 2], [0, 3, 3, 0], [0, 4, 0, 0], [0, 0, 0, 0]]
+    assert_allclose(none.advantages, to_go, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_reward_at_the_last_token_alone_has_the_advantages_of_a_score(seed):
+    rng = np.random.default_rng(seed)
+    said = rng.integers(0, 2, (4, 5))
+    scores = jnp.asarray(rng.integers(-3, 4, 4).astype(np.float32))
+    plain = Rollout(said, said, said, 0.0 * said, scores=scores)
+    dense = dense_rollout(rewards.kl_shaped(plain, 0.0), said)
+    for module, config in (
+        (rloo, rloo.Config(group_size=2)),
+        (rloo, rloo.Config(group_size=2, baseline="both")),
+        (grpo, grpo.Config(group_size=4)),
+        (vpg, vpg.Config(baseline="none")),
+    ):
+        expected = module.prepare(plain, config=config).advantages
+        assert_allclose(module.prepare(dense, config=config).advantages, expected, atol=1e-5)
+
+
+def test_the_gradient_of_dense_rewards_is_unbiased():
+    """Two responses of two tokens, each 0 or 1 with probability 1/2: the mean advantage of a token
+    that is 1, less that of one that is 0, is the difference of the rewards that follow."""
+    tokens = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, -1).T
+    groups = tokens.reshape(-1, 2)  # 16 groups of two responses: all outcomes
+    dense = np.stack([groups[:, 0] * 3.0, groups[:, 0] * groups[:, 1] * 2.0], axis=1)
+    said = np.ones_like(groups)
+    given = Rollout(groups, said, said, 0.0 * said, rewards=jnp.asarray(dense), dense=True)
+    found = rloo.prepare(given, config=rloo.Config(group_size=2)).advantages
+    gradient = np.mean(np.asarray(found) * (groups - 0.5) * 4, axis=0)
+    assert_allclose(gradient, [2 * (3 + 1) / 2 * 1.0, 2 * 1 / 2 * 1.0], atol=1e-6)
+
+
+# --- Components in an algorithm
+
+
+class Watched:
+    """GRPO, which notes the components that it is given."""
+
+    __name__ = "watched"
+    State = grpo.State
+    needs_values = False
+    kl_coef = 0.0
+
+    class Config(grpo.Config):
+        needs_components = True
+
+    def __init__(self):
+        self.seen = []
+
+    def update(self, state, rollout, key, **options):
+        self.seen.append(sorted(rollout.components))
+        return grpo.update(state, rollout, key, **options)
+
+
+def test_only_an_algorithm_that_needs_components_gets_them():
+    networks = SimpleNamespace(functions=lambda width: None)
+    for needs, expected in ((False, None), (True, {"a": 1})):
+        rollout = Rollout(*[np.zeros((1, 2))] * 4, components={"a": 1})
+        learn = steps.learner(lambda state, rollout, *more: rollout, networks, needs)
+        assert learn(None, rollout, None).components == expected
+    assert (grpo.Config().needs_components, Watched.Config().needs_components) == (False, True)
+
+
+@pytest.mark.slow
+def test_a_run_gives_its_algorithm_the_components(tmp_path, no_pages):
+    config = letters_run(tmp_path)
+    config = with_rl(config, num_iterations=1, validation_interval=9)
+    config = replace(config, reward=("count:e", "length*-0.1"))
+    algorithm = Watched()
+    folder = training.rl.run(config, algorithm, Watched.Config(group_size=2)).folder
+    assert algorithm.seen[-1] == ["count:e", "length"]
+    assert "reward/count:e" in metric_rows(folder)[-1]
+    line = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+    assert line["score"] == pytest.approx(line["reward/count:e"] - 0.1 * line["reward/length"])
+
+
+# --- Judges of pairs
+
+
+def longer(prompts, first, second):
+    """Sure of the longer one, and it likes the first."""
+    return [min(1.0, 0.5 + 0.1 + 0.2 * (len(a) - len(b))) for a, b in zip(first, second)]  # noqa: B905
+
+
+def test_a_judge_of_pairs_is_a_reward_over_the_group_in_both_orders():
+    judge = pairs.by_function("--reward pairs:mine.py:longer", longer, ())
+    shares = pairs.win_shares(judge)
+    none = [None] * 4
+    said = shares(["p", "p", "q", "p"], ["aaa", "a", "b", "a"], none, none)
+    # Against "a" twice, both orders: (1 + 1 - .2) / 2; equal responses tie.
+    assert said[:2] == [pytest.approx(0.9), pytest.approx((0.1 + 0.5) / 2)]
+    assert said[2] == pairs.ALONE
+    assert said[3] == said[1]
+    against = shares(["p"] * 2, ["aa", "b"], none, ["a", "b"])
+    assert against == [pytest.approx((0.8 + 1 - 0.4) / 2), 0.5]
+    undecided = pairs.win_shares(lambda pairs, shown: [None] * len(pairs))
+    assert undecided(["p"] * 2, ["a", "b"], none, none) == [pairs.UNDECIDED] * 2
+
+
+def test_a_reward_model_judges_by_bradley_and_terry():
+    judge = pairs.by_model(lambda messages, texts: np.array([len(text) for text in texts]))
+    (said, _) = pairs.win_shares(judge)(["p"] * 2, ["aaa", "a"], ["m"] * 2, [None] * 2)
+    assert said == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_what_a_judge_of_pairs_may_return():
+    shown = {"prompts": ["p"], "messages": [None]}
+    for result, message in (([2.0], "from 0 to 1, got float: 2.0"), ([], "expected 1 numbers")):
+        judge = pairs.by_function("x", lambda first, second, result=result: result, ())
+        with pytest.raises(UserError, match=f"^x: .*{message}"):
+            judge([pairs.Pair(0, "a", "b")], shown)
+    with pytest.raises(UserError, match="nothing gives its parameter topic"):
+        pairs.by_function("x", lambda first, topic: [], ())
+
+
+def later_letter(first, second):
+    return [float(a > b) for a, b in zip(first, second, strict=True)]
+
+
+def pairs_validator(folder):
+    """A validator whose states are the two responses; the third row is missing."""
+    batch = batch_of([Row("ab", (), ""), Row("ba", (), "")], [1, 0, -1])
+    stage = SimpleNamespace(**vars(STAGE), run=SimpleNamespace(samples=folder / "samples.jsonl"))
+    shares = pairs.win_shares(pairs.by_function("x", later_letter, ()))
+    reward = spec.Reward(host=rewards.from_text(shares, TOKENIZER), is_pairs=True)
+
+    def sample(state, batch):
+        made = rollout(texts=(*state, "j"))
+        made.response_mask[2] = 0
+        return jax.tree.map(jnp.asarray, made), {}
+
+    score = steps.on_host(stage, reward, steps.unguarded)
+    return steps.validator(stage, POLICY, batch, sample, score, None, "reward")
+
+
+def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):
+    validate = pairs_validator(tmp_path)
+    first = validate(("b", "c"))
+    assert first.metrics["validation/win_rate"] == 0.5
+    assert validate(("c", "d")).metrics["validation/win_rate"] == 1.0
+    metrics = validate(("c", "a")).metrics
+    assert metrics["validation/win_rate"] == metrics["validation/score"] == 0.5
+    assert metrics["validation/win_rate_low"] < 0.5 < metrics["validation/win_rate_high"]
+    lines = [json.dumps({"step": 0} | row) for row in first.samples]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    resumed = pairs_validator(tmp_path)
+    assert resumed(("c", "d")).metrics["validation/win_rate"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path, no_pages):
+    (tmp_path / "mine.py").write_text(
+        "def longer(first, second):\n"
+        "    return [float(a.count('e') > b.count('e')) for a, b in zip(first, second)]\n"
+    )
+    config = letters_run(tmp_path)
+    config = with_rl(config, num_iterations=2, validation_interval=1, batch_size=8)
+    config = replace(config, reward=(f"pairs:{tmp_path}/mine.py:longer",), checkpoint_interval=1)
+    groups = grpo.Config(group_size=4)
+    whole = training.rl.run(replace(config, output_dir=str(tmp_path / "whole")), grpo, groups)
+    training.rl.run(config, grpo, groups, on_step=lambda step, *others: step == 1)
+    folder = training.rl.run(replace(config, resume=True), grpo, groups).folder
+    rows = metric_rows(folder)
+    assert rows == metric_rows(whole.folder)
+    assert rows[0]["validation/win_rate"] == 0.5  # against itself
+    for row in rows:
+        low = row["validation/win_rate_low"]
+        high = row["validation/win_rate_high"]
+        assert low <= row["validation/win_rate"] == row["validation/score"] <= high
+        if row["step"]:
+            assert row["objective/score"] == pytest.approx(0.5)  # of a group's shares

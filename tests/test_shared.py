@@ -1,0 +1,316 @@
+"""Prompts that a group of rows shares are computed once, with the numbers of single rows."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, slow, some_params, stack_layers
+from jax.sharding import Mesh
+
+from rlhf_jax import models, rewards, sampling
+from rlhf_jax.data import batches
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.models.kernels import shared
+from rlhf_jax.models.kernels.shared import Groups
+from rlhf_jax.training.common import initial
+from rlhf_jax.types import Rollout
+
+P = 6
+R = 5
+G = 3
+LONGEST = replace(CONFIG, max_length=16)
+
+
+def batch(seed=0, prompts=2):
+    """[N G, P + R] rows of groups: prompts padded on the left, responses on the right."""
+    random = np.random.default_rng(seed)
+    real = random.integers(1, P + 1, prompts)
+    lengths = random.integers(1, R + 1, prompts * G)
+    real[0] = P
+    lengths[0] = R
+    tokens = random.integers(0, 13, (prompts * G, P + R))
+    tokens[:, :P] = np.repeat(tokens[::G, :P], G, axis=0)
+    prompt = np.arange(P)[None] >= P - np.repeat(real, G)[:, None]
+    response = np.arange(R)[None] < lengths[:, None]
+    mask = np.concatenate([prompt, response], axis=1).astype(np.int32)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+
+
+def params_of(config, *heads):
+    params = some_params(replace(config, scan_layers=False, remat=False))
+    if config.scan_layers:
+        params = stack_layers(params)
+    for kind in heads:
+        params = models.add_head(jax.random.key(3), params, kind)
+        params[kind]["kernel"] = params[kind]["kernel"] + 0.1
+    return params
+
+
+def weighted(config, group_size, **settings):
+    """The output of a PolicyFn of the batch, and the gradient of a sum over its response tokens."""
+    model = models.build(config)
+    tokens, mask = batch()
+    policy = models.policy_fn(model, 0.7, P, group_size=group_size, **settings)
+    is_response = mask.at[:, :P].set(0) != 0
+    weights = jax.random.normal(jax.random.key(1), (3, *tokens.shape))
+
+    def loss(params):
+        output = policy(params, tokens, mask, None)
+        columns = [output.log_probs, output.entropy, output.values]
+        kept = [jnp.where(is_response, column, 0.0) for column in columns]
+        return jnp.sum(weights * jnp.stack(kept)), kept
+
+    grads, kept = jax.jit(jax.grad(loss, has_aux=True))(params_of(config, "value"))
+    return kept, grads
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = max(float(jnp.max(jnp.abs(b))), 1.0)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LONGEST,
+        slow(LLAMA),
+        slow(QWEN2),
+        slow(QWEN3),
+        slow(MISTRAL),
+        slow(GEMMA),
+        slow(replace(GEMMA, scan_layers=True, remat=True, num_layers=4)),
+        replace(LLAMA, scan_layers=True, remat=True),
+        slow(replace(LLAMA, attention="blockwise")),
+        replace(MISTRAL, attention="blockwise"),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
+    monkeypatch.setattr("rlhf_jax.models.attention.BLOCK_SCORES", 24)
+    found = weighted(config, G)
+    assert_close(found, weighted(config, 1))
+
+
+def test_a_prompt_is_embedded_and_goes_through_the_layers_once():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST)
+    tokens, mask = batch()
+    policy = models.policy_fn(model, prompt_length=P, group_size=G)
+    text = str(jax.make_jaxpr(policy)(params, tokens, mask, None))
+    packed = f"f32[2,{P + G * R},8]"
+    assert packed in text
+    assert f"[{2 * G},{P + R},8]" not in text
+
+
+@pytest.mark.parametrize("config", [LONGEST, slow(GEMMA)])
+def test_scores_are_those_of_single_rows(config):
+    model = models.build(config)
+    params = params_of(config, "score")
+    tokens, mask = batch(1)
+    mask = mask.at[2, P:].set(0)  # scored at the last token of its prompt
+
+    def scores(group_size):
+        score = models.score_fn(model, P, group_size)
+
+        def total(params):
+            of_rows = score(params, tokens, mask, None)
+            return jnp.sum(of_rows * jnp.arange(1.0, 7.0)), of_rows
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    assert_close(scores(G), scores(1), 5e-5)  # the gradients cancel
+
+
+def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST, "score")
+    tokens, mask = batch(1)
+    rollout = Rollout(tokens, mask, mask.at[:, :P].set(0), mask, prompt_length=P)
+    in_groups = functools.partial(models.score_fn, model)
+    reward = rewards.from_model(models.score_fn(model), params, in_groups)
+    grouped = replace(rollout, group_size=G)
+    assert f"f32[2,{P + G * R},8]" in str(jax.make_jaxpr(reward)(grouped))
+    scores, _ = jax.jit(reward)(grouped)
+    np.testing.assert_allclose(scores, jax.jit(reward)(rollout)[0], atol=1e-5)
+    by_rows = initial.scorer_of_groups(model, G, P, G)
+    np.testing.assert_allclose(by_rows(params, tokens, mask, None), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "columns", [slow(None), slow(slice(P - 1, P + R - 1)), slice(P + 1, P + R), slow(slice(1, 7))]
+)
+def test_all_columns_that_are_asked_for(columns):
+    model = models.build(GEMMA)
+    params = params_of(GEMMA)
+    tokens, mask = batch()
+    hidden = functools.partial(model.hidden, key=None, columns=columns)
+    found = jax.jit(functools.partial(hidden, groups=Groups(P, G)))(params, tokens, mask)
+    expected = jax.jit(hidden)(params, tokens, mask)
+    real = mask[:, columns or slice(None)] != 0
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
+
+
+def test_adapters_a_teacher_and_a_whole_value_model():
+    model = models.build(LLAMA)
+    base = params_of(LLAMA)
+    adapters = models.lora.init(jax.random.key(5), base, 2)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    params = {"policy": models.lora.attach(base, adapters), "value": params_of(LLAMA, "value")}
+    tokens, mask = batch()
+    teacher = models.Teacher(model, lambda ours, theirs: jnp.sum((ours - theirs) ** 2, axis=-1))
+
+    def output(group_size):
+        policy = models.policy_fn(model, 1.0, P, model, teacher, group_size)
+        found = jax.jit(policy)(params, tokens, mask, None, base)
+        return jax.tree.map(lambda x: jnp.where(mask != 0, x, 0.0), found)
+
+    found = output(G)
+    assert found.divergence is not None
+    assert found.values is not None
+    assert_close(found, output(1), 2e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_rounds_as_single_rows_do():
+    config = replace(LLAMA, compute_dtype="bfloat16")
+    found, _ = weighted(config, G)
+    expected, _ = weighted(config, 1)
+    exact, _ = weighted(LLAMA, 1)
+    for a, b, c in zip(found, expected, exact, strict=True):
+        error = jnp.max(jnp.abs(b - c))
+        assert 0 < jnp.max(jnp.abs(a - c)) < 2 * error + 1e-3
+
+
+def test_with_dropout_each_row_is_computed_by_itself():
+    config = replace(LONGEST, residual_dropout=0.5)
+    model = models.build(config)
+    params = params_of(config)
+    tokens, mask = batch()
+    key = jax.random.key(0)
+    found = models.policy_fn(model, prompt_length=P, group_size=G)(params, tokens, mask, key)
+    expected = models.policy_fn(model, prompt_length=P)(params, tokens, mask, key)
+    np.testing.assert_array_equal(found.log_probs, expected.log_probs)
+
+
+def test_packing_by_hand():
+    groups = Groups(2, 2)
+    rows = jnp.asarray([[1, 2, 3, 4], [1, 2, 5, 6]])
+    packed = groups.packed(rows)
+    np.testing.assert_array_equal(packed, [[1, 2, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(groups.unpacked(packed, 2), rows)
+    np.testing.assert_array_equal(groups.unpacked(packed[:, 1:], 1), rows[:, 1:])
+    columns = jnp.asarray([[1, 3], [2, 0]])
+    np.testing.assert_array_equal(groups.places(columns, 4), [[1, 3, 4, 0]])
+
+
+def test_a_part_that_no_query_reaches_adds_nothing():
+    weighted = jnp.ones((1, 2))
+    near = shared.Part(weighted * 3.0, jnp.zeros((1, 1)), jnp.full((1, 1), 2.0))
+    far = shared.Part(weighted, jnp.full((1, 1), -1e30), jnp.ones((1, 1)))
+    np.testing.assert_array_equal(shared.joined(near, far), [[1.5, 1.5]])
+    equal = shared.Part(weighted, jnp.zeros((1, 1)), jnp.full((1, 1), 2.0))
+    np.testing.assert_array_equal(shared.joined(near, equal), [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [((0, 2), "prompt_length"), ((4, 0), "at least 1")]
+)
+def test_wrong_groups_are_refused(settings, message):
+    prompt_length, group_size = settings
+    with pytest.raises(ValueError, match=message):
+        models.score_fn(models.build(LLAMA), prompt_length, group_size)
+
+
+# --- Sampling
+
+
+SAMPLING = sampling.SamplingConfig(R, eos_id=1, pad_id=0)
+
+
+def prompts_of(num_prompts=4, group_size=G):
+    tokens, mask = batch(2, num_prompts)
+    rows = np.arange(num_prompts * G).reshape(-1, G)[:, :group_size].ravel()
+    return tokens[rows, :P], mask[rows, :P]
+
+
+@pytest.mark.parametrize("config", [slow(LONGEST), slow(LLAMA), MISTRAL, slow(GEMMA)])
+def test_samples_of_groups_are_those_of_single_rows(config):
+    model = models.build(config)
+    params = params_of(config)
+    generate = jax.jit(sampling.generate, static_argnames=("model", "config", "group_size"))
+
+    def sampled(group_size):
+        inputs = (model, params, *prompts_of(), jax.random.key(4))
+        return generate(*inputs, config=SAMPLING, group_size=group_size)
+
+    found = sampled(G)
+    expected = sampled(1)
+    assert len(set(map(bytes, np.asarray(expected.tokens[:G, P:])))) > 1
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.response_mask, expected.response_mask)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+
+
+def test_a_prompt_is_decoded_and_cached_once():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST)
+    start = jax.eval_shape(
+        lambda: sampling.decoding.start(
+            model,
+            params,
+            *prompts_of(),
+            jax.random.key(0),
+            max_new_tokens=R,
+            pad_id=0,
+            row_ids=jnp.arange(4 * G),
+            used=jnp.zeros(4 * G, jnp.int32),
+            group_size=G,
+        )
+    )
+    rows, loop = start
+    _, values = rows.prompts.cache[0]
+    assert values.shape == (4, 2, P - 1, 4)
+    _, values = loop.cache[0]
+    assert values.shape == (4 * G, 2, 1 + R, 4)
+
+
+def test_groups_that_devices_divide_are_run_row_by_row():
+    model = models.build(LONGEST)
+    params = params_of(LONGEST)
+    inputs = (params, *prompts_of(2), jax.random.key(4))
+
+    def sampled(**how):
+        generate = functools.partial(sampling.generate, model, config=SAMPLING, **how)
+        return jax.jit(generate)(*inputs).tokens
+
+    whole = sampled()
+    mesh = Mesh(np.array(jax.devices()[:3]), ("data",))  # two rows each
+    np.testing.assert_array_equal(sampled(mesh=mesh, group_size=G), whole)
+
+
+def test_a_language_model_keeps_groups_whole_in_its_batches():
+    model = models.build(LONGEST)
+    policy = LanguageModel(model, params_of(LONGEST), None)
+    inputs = (*map(np.asarray, prompts_of()), jax.random.key(4))
+    expected = policy.sample(*inputs, config=SAMPLING)
+    found = policy.sample(*inputs, config=SAMPLING, batch_size=7, group_size=G)  # 6 rows at once
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_groups_of_different_prompts_are_refused():
+    tokens, mask = prompts_of()
+    model = models.build(LONGEST)
+    for rows, message in ((jnp.arange(12) ^ 1, "from row 0"), (jnp.arange(10), "10 prompts")):
+        inputs = (model, {}, tokens[rows], mask[rows], jax.random.key(0))
+        with pytest.raises(ValueError, match=message):
+            sampling.generate(*inputs, config=SAMPLING, group_size=G)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "length"), [([4, 4, 2, 2], 2), ([4, 4, 2], 1), ([3], 1), ([5, 5, 5], 3)]
+)
+def test_runs_of_equal_numbers(numbers, length):
+    assert batches.run_length(np.array(numbers)) == length

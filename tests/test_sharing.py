@@ -1,0 +1,208 @@
+"""``compute.share_prompts``: when a run computes a prompt once for its answers, what it says and
+records, and that it learns the same.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from builders import letters_run, metric_rows, run_grpo, with_rl
+
+from rlhf_jax import grpo, iteration, minibatch_epochs, ops, ppo, rloo, training
+from rlhf_jax.algorithms import step
+from rlhf_jax.config import Compute, RLStage, RunConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.rl.sharing import Answers, decided, saved
+from rlhf_jax.types import Rollout, TrainState
+
+
+def answers(own, name="grpo", prompt=8, takes_groups=True, devices=1):
+    return Answers(name, own, prompt, takes_groups, {"devices": devices})
+
+
+def run_of(share="auto", blocks=None, **settings):
+    compute = Compute(share_prompts=share, blocks=blocks)
+    rl = RLStage(**{"batch_size": 32, "max_new_tokens": 8} | settings)
+    return RunConfig(compute=compute, rl=rl)
+
+
+def test_the_saved_share_by_hand():
+    # 8 rows of 45 + 8 tokens are 424; shared, 45 + 8 * 8 = 109.
+    assert saved(45, 8, 8) == pytest.approx((424 - 109) / 424)
+    assert saved(45, 8, 1) == 0
+
+
+FOUR = grpo.Config(group_size=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "expected"),
+    [
+        (answers(FOUR), run_of(), 4),
+        (answers(FOUR), run_of(False), 1),
+        (answers(FOUR, prompt=1), run_of(), 1),  # saves 3 of 36 passes
+        (answers(FOUR, prompt=2), run_of(), 4),  # 6 of 40
+        (answers(FOUR, prompt=1), run_of(True), 4),
+        (answers(ppo.Config(), "ppo"), run_of(), 1),
+        (answers(FOUR, takes_groups=False), run_of(), 1),
+        (answers(FOUR, "of_ones_own"), run_of(), 1),
+        (answers(FOUR, "of_ones_own"), run_of(True), 4),
+        (answers(replace(FOUR, num_minibatches=8)), run_of(), 4),
+        (answers(replace(FOUR, num_minibatches=16)), run_of(), 1),
+        (answers(replace(FOUR, num_minibatches=4, num_microbatches=4)), run_of(), 1),
+        (answers(replace(FOUR, num_minibatches=4, shuffle_blocks=4)), run_of(), 1),
+        (answers(FOUR, devices=16), run_of(), 1),
+    ],
+)
+def test_who_shares(given, config, expected):
+    assert given.group_size(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (answers(ppo.Config(), "ppo"), "ppo samples one answer"),
+        (answers(FOUR, takes_groups=False), "this network"),
+        (answers(replace(FOUR, num_minibatches=16)), "8 groups .* 16 grpo.num_minibatches"),
+    ],
+)
+def test_true_is_an_error_where_prompts_cannot_be_shared(given, message):
+    with pytest.raises(UserError, match=message):
+        given.group_size(run_of(True))
+
+
+def test_the_choice_is_printed_and_recorded(capsys):
+    config, size = decided(run_of(), answers(FOUR))
+    assert size == 4
+    assert config.compute.share_prompts is True
+    assert "share_prompts true" in capsys.readouterr().out
+    config, size = decided(run_of(), answers(ppo.Config(), "ppo"))
+    assert size == 1
+    assert config.compute.share_prompts is False
+    assert not capsys.readouterr().out
+
+
+def met_rows(group_size, num_minibatches=3, shuffle_blocks=2):
+    """The rows of each minibatch of two epochs over 24 rows: [6, n]."""
+    seen = []
+
+    def learn(state, minibatch, key):
+        return state, {"rows": minibatch.astype(jnp.float32)}
+
+    state = TrainState(jnp.int32(0), {}, ())
+    collected = []
+    original = step._average
+    try:
+        step._average = lambda metrics: collected.append(metrics) or metrics
+        minibatch_epochs(
+            learn,
+            state,
+            jnp.arange(24),
+            jax.random.key(0),
+            num_epochs=2,
+            num_minibatches=num_minibatches,
+            shuffle_blocks=shuffle_blocks,
+            group_size=group_size,
+        )
+    finally:
+        step._average = original
+    seen = np.asarray(collected[-1]["rows"])
+    return seen.reshape(2 * num_minibatches, -1).astype(int)
+
+
+def test_minibatches_hold_whole_groups():
+    rows = met_rows(group_size=4)
+    assert sorted(rows[:3].ravel()) == sorted(rows[3:].ravel()) == list(range(24))
+    groups = rows.reshape(-1, 4)
+    assert (groups[:, :1] % 4 == 0).all()
+    assert (groups - groups[:, :1] == np.arange(4)).all()
+    assert (rows[:, :4] < 12).all()  # one group of each block
+    assert (rows[:, 4:] >= 12).all()
+    assert len({tuple(batch) for batch in rows}) == 6  # another order in each epoch
+
+
+def test_groups_that_minibatches_would_divide_are_refused():
+    with pytest.raises(ValueError, match="groups of 5"):
+        met_rows(group_size=5)
+
+
+def test_rows_are_split_by_groups():
+    parts = ops.split_rows(jnp.arange(12), 2, 3)
+    np.testing.assert_array_equal(parts, [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]])
+
+
+def test_rows_that_are_scored_at_once_are_whole_groups():
+    shapes = []
+
+    def score(params, tokens, mask, key):
+        shapes.append(tokens.shape)
+        return tokens[:, 0] + mask[:, 0]
+
+    tokens = jnp.arange(24).reshape(12, 2)
+    by_rows = ops.by_rows(score, 5, group_size=3)
+    np.testing.assert_array_equal(by_rows(None, tokens, tokens), 2 * tokens[:, 0])
+    assert set(shapes) == {(3, 2)}
+
+
+def test_long_rows_are_sorted_by_groups():
+    lengths = np.array([9, 1, 2, 2, 1, 1, 3, 4])  # of four groups of two rows
+    mask = jnp.asarray(np.arange(130)[None] < lengths[:, None], jnp.int32)
+    rollout = Rollout(jnp.arange(8)[:, None].repeat(130, 1), mask, mask, mask, prompt_length=0)
+    ordered = step._by_length(rollout, 2, 2)
+    parts = ops.split_rows(ordered.tokens[:, 0], 2, 2)
+    assert sorted(parts[0].tolist()) == [2, 3, 4, 5]  # those of the shortest rows
+    assert sorted(parts[1].tolist()) == [0, 1, 6, 7]
+
+
+@pytest.fixture
+def config(tmp_path):
+    run = letters_run(tmp_path)
+    run = replace(run, grpo=grpo.Config(group_size=2, kl_loss_coef=0.1), reward=("count:e",))
+    return with_rl(run, batch_size=8, num_iterations=2, max_new_tokens=4, validation_interval=2)
+
+
+def of(run, share, **changes):
+    return replace(run, compute=replace(run.compute, share_prompts=share), **changes)
+
+
+def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch):
+    """A validation has one answer to each prompt, and shares none."""
+    sizes = []
+
+    def respond(*inputs, group_size=1, **how):
+        sizes.append(group_size)
+        return original(*inputs, group_size=group_size, **how)
+
+    original = iteration.respond
+    monkeypatch.setattr(iteration, "respond", respond)
+    alone = run_grpo(of(config, False)).folder
+    assert {*sizes} == {1}
+    shared = run_grpo(of(config, "auto", output_dir=str(tmp_path / "second"))).folder
+    assert {*sizes} == {1, 2}
+    recorded = yaml.safe_load((shared / "config.yaml").read_text())
+    assert recorded["compute"]["share_prompts"] is True
+    rows = zip(metric_rows(alone), metric_rows(shared), strict=True)
+    for expected, found in rows:
+        names = [name for name in expected if "/" in name or name in ("loss", "grad_norm")]
+        assert "policy/kl_loss" in names or expected["step"] == 0
+        for name in names:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_resumed_run_shares_as_it_began(config, tmp_path):
+    run = run_grpo(of(config, True)).folder
+    longer = with_rl(of(config, "auto"), num_iterations=3)
+    run_grpo(replace(longer, resume=True, allow_changed=("rl.num_iterations",)))
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    assert recorded["compute"]["share_prompts"] is True
+
+
+@pytest.mark.slow
+def test_rloo_keeps_its_groups_too(config):
+    folder = training.rl.run(replace(config, rloo=rloo.Config(group_size=2)), rloo).folder
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recorded["compute"]["share_prompts"] is True
