@@ -327,6 +327,22 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
         export.export(tmp_path / "adapter", tmp_path / "other")
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_merged_reward_model_says_where_its_score_stands(is_ours, tmp_path):
+    """That of somebody else reads the whole text of its chat template."""
+    model = models.build(LLAMA)
+    params = some_params(LLAMA)
+    models.save(tmp_path / "base", model, params)
+    adapters = models.add_head(KEY, grown(lora.init(KEY, params, 2)), "score", 8)
+    lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    if not is_ours:
+        save_file(load_file(weights), weights)  # without our entry
+    export.export(tmp_path / "adapter", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))
+    assert ("score_position" in config) == is_ours
+
+
 def test_adapters_that_are_no_folder_are_refused(partial, tmp_path):
     params, _ = partial
     two_ranks = [

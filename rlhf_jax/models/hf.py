@@ -126,6 +126,7 @@ def save(
     *,
     file_bytes: int = FILE_BYTES,
     both_tables: bool = False,
+    scores_turns: bool = True,
 ) -> None:
     """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
     the same bytes.
@@ -141,9 +142,12 @@ def save(
             folder has no output table of its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
         both_tables: a tied output table is also written under its own name.
+        scores_turns: whether a reward model's score stands at the end of a turn, as that of a
+            model trained here does; else it reads the whole text of its chat template.
 
     Raises:
-        ValueError: if ``params`` holds anything else, or lacks something.
+        ValueError: if ``params`` holds anything else, or lacks something; or the score has a shift
+            and is said to be somebody else's.
     """
     tensors = _body_tensors(model, params)
     if both_tables:
@@ -153,6 +157,10 @@ def save(
         kernel, _ = folded_score(params["score"])
         tensors[families.SCORE] = _Tensor(kernel, kernel.shape)
     keys = _config_keys(model, params, tensors)
+    if not scores_turns:
+        keys.pop("score_position", None)
+        if keys.pop("reward_shift", 0.0) != 0.0:
+            raise ValueError("a score that is shifted is that of a model trained here")
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

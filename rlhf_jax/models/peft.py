@@ -145,6 +145,13 @@ def _read_pair(
     }
 
 
+def scores_turns(path: str | os.PathLike[str]) -> bool:
+    """Whether the adapters of a reward model were trained here, so that its score stands at the end
+    of a turn (`hf.scores_turns`).
+    """
+    return "reward_shift" in Reader(find_folder(path), single=WEIGHTS).metadata
+
+
 def _read_shift(reader: Reader) -> float:
     try:
         return float(reader.metadata.get("reward_shift", 0.0))

@@ -10,7 +10,7 @@ from rlhf_jax import models
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
-from rlhf_jax.models import hf, lora
+from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
 from rlhf_jax.runs.writing import check_writable, refuse_links, replacing, write_atomically
@@ -108,10 +108,11 @@ def export_merged(adapter: Path, folder: Path) -> Path:
         raise UserError(f"{config}: base_model_name_or_path is {base!r}, and no model's name")
     model, params = models.load(base)
     merged = lora.merge(params, lora.load(adapter, params, model))
+    is_ours = hf.scores_turns(model.config) or peft.scores_turns(adapter)
     of_base = hf.find_folder(base)
     of_tokenizer = adapter if (adapter / "tokenizer.json").is_file() else of_base
     with file_errors(folder, "written"), replacing(folder) as new:
-        models.save(new, model, merged)
+        models.save(new, model, merged, scores_turns=is_ours)
         found = [of_tokenizer / name for name in _OF_TOKENIZER]
         for file in [*found, of_base / "generation_config.json"]:
             if file.is_file():
