@@ -235,7 +235,10 @@ def scored(
 Rule = Callable[[Rollout], Rollout]
 """A pure function that changes scores or masks of a scored rollout."""
 
-_NEEDS = "missing_eos and overlong_buffer need one score per response, and missing_eos an eos_id"
+_NEEDS = (
+    "score_clip, missing_eos and overlong_buffer need one score per response, and missing_eos an "
+    "eos_id"
+)
 
 
 def unchanged(rollout: Rollout) -> Rollout:
@@ -268,6 +271,11 @@ def _on_scores(change: Callable[[Rollout, Array], Array]) -> Rule:
         return replace(rollout, scores=changed, rewards=rollout.rewards + at_end)
 
     return rule
+
+
+def clipped(limit: float) -> Rule:
+    """Scores above ``limit`` become it, and those below ``-limit`` its negative."""
+    return _on_scores(lambda rollout, scores: jnp.clip(scores, -limit, limit))
 
 
 def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None) -> Rule:

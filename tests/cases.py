@@ -239,6 +239,7 @@ CASES = {
     "dpo hinge": preference(drawn(2, "ref_log_probs", "best"), kind="hinge", beta=0.5),
     "dpo by length": preference(beta=5.0, length_normalised=True),
     "dpo ipo": preference(kind="ipo", beta=0.5),
+    "dpo sft": preference(kind="robust", label_smoothing=0.2, sft_coef=0.3),
     "orpo": preference(kind="orpo"),
     "simpo": preference(batch=partial(answers, 2), kind="simpo", beta=2.0, gamma=0.5),
     "kto": Case(kto, kto.Config(beta=0.5, desirable_weight=1.5), rated, feedback),

@@ -238,7 +238,24 @@ def dpo_loss(params, batch, config):
             }
         )
     names = ["loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"]
-    return _averages("dpo", names, rows)
+    loss, metrics = _averages("dpo", names, rows)
+    if not config.sft_coef:
+        return loss, metrics
+    sft_loss = chosen_nll(params, batch)
+    return loss + config.sft_coef * sft_loss, metrics | {"dpo/sft_loss": sft_loss}
+
+
+def chosen_nll(params, batch):
+    """Nats per token of the chosen answers of whole pairs."""
+    total = tokens = 0.0
+    for i, masks in enumerate(batch.response_mask):
+        if masks.any(axis=1).all():
+            best = _at(batch.best, i, 0)
+            weight = _at(batch.weight, i, 1.0)
+            log_probs = policy(params, batch.tokens[i])[0]
+            total -= weight * log_probs[best][columns(masks[best])].sum()
+            tokens += weight * masks[best].sum()
+    return total / tokens if tokens else 0.0
 
 
 def kto(params, batch, config):

@@ -102,7 +102,7 @@ def check_gradient(gradient, loss, at, rng):
 
 
 FAST = {"sft sequence", "reward_model", "centering", "regression", "vpg token", "ppo fixed", "kto"}
-FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo", "reinforce++ baseline"}
+FAST |= {"rloo token", "dr grpo", "gspo", "dpo sft", "cispo", "orpo", "reinforce++ baseline"}
 FAST |= {"sapo", "vespo", "distill", "distill sampled"}
 
 
@@ -127,3 +127,15 @@ def test_loss_metrics_and_gradient_equal_a_loop(name, seed, scale):
     check_gradient(gradient, lambda point: slow_loss(case, point, exact, batch)[0], exact, rng)
     for poison in (math.nan, 1e4):
         assert_identical(value_and_gradient(name)(params, batch, poison), result)
+
+
+def test_ties_of_log_ratios_are_those_of_rounding():
+    """Differences of 5e-5, -5e-5, 2e-4 and -2e-4 nats: half, half, won, lost. Without a reference
+    the least difference decides."""
+    differences = jnp.array([5e-5, -5e-5, 2e-4, -2e-4, 0.0])
+    assert dpo._wins(differences, dpo.TIE).tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
+    assert dpo._wins(differences, 0.0).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
+    with pytest.raises(ValueError, match="sft_coef: the kind orpo has such a term"):
+        dpo.Config(kind="orpo", sft_coef=0.5)
+    with pytest.raises(ValueError, match="sft_coef must be at least 0"):
+        dpo.Config(sft_coef=-0.5)

@@ -187,7 +187,7 @@ THEIRS = {
     "dataset_name": "here it is data: org/name:split",
     "learning_rate": "here it is sft.optimizer.learning_rate, or the same of another stage",
     "per_device_train_batch_size": "here it is sft.batch_size, or the same of another stage: of ",
-    "max_length": "there is no such setting here: a text may fill the model's positions",
+    "max_length": "here it is text.max_length: text.too_long says what becomes of longer texts",
     "load_in_4bit": "there is no such setting here: weights are not quantised",
     "num_generations": "here it is grpo.group_size",
     "eos_tokens_id": "`rlhf-jax STAGE --help` shows the keys",
@@ -585,6 +585,18 @@ def test_rules_between_settings(cls, values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         cls(**values)
     RLStage(top_k=5, top_p=1.0, allow_truncated_sampling=True, kl_coef=0.0, missing_eos_score=-1.0)
+
+
+def test_sizes_of_a_network_are_refused_beside_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"^--network.max-length: the model gpt2 has its own sizes"):
+        config.parse(RunConfig, ["--model", "gpt2", "--network.max-length", "64"])
+    file = tmp_path / "own.yaml"
+    file.write_text("network: {max_length: 64}")
+    shared = config.parse(RunConfig, ["--config", str(file), "--model", "gpt2"])
+    assert shared.network.max_length == 64
+    dropped = config.parse(RunConfig, ["--model", "gpt2", "--network.dropout", "0.0"])
+    assert dropped.network.dropout == 0.0
+    assert RunConfig().network.dropout is None
 
 
 def test_counts_are_numbers_that_a_program_can_count_to():

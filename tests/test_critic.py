@@ -14,12 +14,15 @@ from builders import goes_on_alike, initial_params, metric_rows, run_ppo, save_b
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
-from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, Tokenizer
+from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, RunConfig, Tokenizer
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import Judge, muon_dimensions
-from rlhf_jax.training.rl import critic
+from rlhf_jax.training.rl import critic, parts
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -206,6 +209,64 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
     assert "value" in whole.params["value"]
     assert whole.params["policy"] is policy.params
     assert "value" not in policy.params
+
+
+def folders(data, tmp_path):
+    """A policy, and a reward model of its tokenizer with two layers."""
+    policy = LanguageModel.load(save_base(tmp_path / "policy", data))
+    judge = LanguageModel.load(save_base(tmp_path / "judge", data, num_layers=2))
+    params = models.add_head(KEY, judge.params, "score")
+    params["score"] |= {"bias": jnp.float32(0.25), "gain": jnp.float32(2.0)}
+    params["score"]["shift"] = jnp.float32(-0.5)
+    how = SamplingConfig(4, eos_id=policy.tokenizer.eos_id, pad_id=policy.tokenizer.pad_id)
+    scoring = judge._replace(params=params)
+    scoring.save(tmp_path / "judge", template="auto", config=how)
+    return policy, scoring
+
+
+def test_a_score_head_as_a_value_head():
+    """3 (w . h + 0.5) - 1 = 3 w . h + 0.5."""
+    score = {"kernel": jnp.array([1.0, -2.0]), "bias": 0.5, "gain": 3.0, "shift": -1.0}
+    head = critic.as_value_head(score)
+    assert (head["kernel"].tolist(), head["bias"]) == ([3.0, -6.0], 0.5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path):
+    """The value before token t is the reward model's score of the tokens before t."""
+    policy, judge = folders(data, tmp_path)
+    run = RunConfig(model="policy", reward=(f"{tmp_path / 'judge'}*0.5",), lora=LoRA(rank=rank))
+    source = critic.load(run, PPOStage(value="separate", value_from="reward"), policy)
+    assert "score" not in source.params
+    _, whole = critic.start(Here(run), policy.params, "separate", source=source.params)
+    tokens = jax.random.randint(jax.random.key(3), (2, 5), 2, 200)
+    policy_fn = whole.bind(models.policy_fn(policy.model, value_model=source.model))
+    values = policy_fn(whole.params, tokens, jnp.ones_like(tokens)).values
+    score_fn = models.score_fn(judge.model)
+    for t in range(1, 5):
+        before = tokens[:, :t]
+        scores = score_fn(judge.params, before, jnp.ones_like(before))
+        assert_allclose(values[:, t], scores, atol=1e-5)
+
+
+def test_what_a_value_model_cannot_start_from(data, tmp_path):
+    policy, _ = folders(data, tmp_path)
+    separate = PPOStage(value="separate", value_from="reward")
+    for reward in ((), ("count:e",), (str(tmp_path / "judge"), str(tmp_path / "policy"))):
+        with pytest.raises(UserError, match="value_from reward: the run's reward is not one"):
+            critic.load(RunConfig(reward=reward), separate, policy)
+    assert critic.load(RunConfig(), PPOStage(value="separate"), policy) is None
+    plain = replace(separate, value_from=str(tmp_path / "policy"))
+    source = critic.load(RunConfig(), plain, policy)
+    _, whole = critic.start(Here(RunConfig()), policy.params, "separate", source=source.params)
+    assert not np.any(whole.params["value"]["value"]["kernel"])  # a head of zeros
+    other = policy._replace(tokenizer=characters(["abc"]))
+    with pytest.raises(UserError, match="its tokenizer is not the policy's"):
+        critic.load(RunConfig(), plain, other)
+    with pytest.raises(ValueError, match="value_from reward: a shared value function has"):
+        PPOStage(value_from="reward")
+    run = RunConfig(ppo=plain)
+    assert parts.files(run, "ppo") == {"value": tmp_path / "policy"}
 
 
 @pytest.mark.parametrize(

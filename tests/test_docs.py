@@ -25,7 +25,10 @@ from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
 from rlhf_jax import config
+from rlhf_jax.cli import stages
+from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
+from rlhf_jax.errors import UserError
 
 README = ROOT / "README.md"
 LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
@@ -36,7 +39,7 @@ PAGES = [
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SETTINGS = ShakespeareConfig()
-KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
+KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `((?!--)[^`]*)` \|", re.MULTILINE)  # no flags
 
 RUN_BY_TEST_SCRIPTS = {
     *(f"rlhf-jax {name} --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
@@ -326,3 +329,50 @@ def test_the_python_of_a_page_runs(path, tmp_path):
     said = run([sys.executable, str(script)], f"{name(path)}, its python blocks", tmp_path)
     if path == README:
         assert float(re.search(r"token 7 ([\d.]+) times out of 8", said)[1]) > 7
+
+
+COMING = ROOT / "docs" / "coming-from-trl.md"
+
+
+def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
+    """Each example has their command and ours; ours reads every flag that it has."""
+    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
+    part = COMING.read_text("utf-8").partition("## The same job")[2].partition("\n## ")[0]
+    examples = re.findall(r"^rlhf-jax .*(?:\n    .*)*", part, re.MULTILINE)
+    ran = []
+    for example in examples:
+        _, name, *flags = shlex.split(example.replace("\n", " "))
+        stage = stages.STAGES[name]
+        kind = name.replace("-", "_")
+        given = config.parse(config.RunConfig, flags, sections=(*stage.reads, kind))
+        assert given.model
+        assert given.data
+        ran.append(name)
+    assert ran == ["sft", "reward-model", "dpo", "kto", "ppo", "grpo"]
+
+
+def test_the_names_of_others_lead_where_the_errors_do():
+    """A name of the page's table that an unknown flag is told ours of is told that of its row."""
+    part = COMING.read_text("utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
+    told = 0
+    wrong = []
+    for theirs, here in re.findall(r"^\| (`.*) \| (.*) \|$", part, re.MULTILINE):
+        keys = {flag.replace("-", "_") for flag in re.findall(r"--([\w.-]+)", here)}
+        if "of GRPO" in theirs:
+            continue  # names that mean another setting in DPO
+        for name in re.findall(r"`([a-z_0-9]+)`", theirs):
+            key = yaml_files.other_keys().get(name, "none - ").partition(" - ")[0]
+            if key == "none":
+                continue
+            section = key.partition(".")[2] if key.startswith("SECTION.") else key
+            if not (key in keys or any(one.endswith(f".{section}") for one in keys)):
+                wrong.append((name, key, keys))
+            told += 1
+    assert wrong == []
+    assert told > 50
+
+
+def test_an_unknown_flag_of_theirs_is_told_ours_as_the_page_says():
+    with pytest.raises(UserError) as caught:
+        config.parse(config.RunConfig, ["--num_generations", "8"])
+    assert f"error: {caught.value}\n" in COMING.read_text("utf-8")

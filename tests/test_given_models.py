@@ -182,3 +182,15 @@ def test_a_pipeline_of_one_row_each_runs(config, tmp_path):
         (tmp_path / f"{name}.json").write_text(f"[{row}]".replace("'", '"'), "utf-8")
     result = pipeline.run(replace(config, data=(str(tmp_path),)))
     assert models.load(result.ppo.model_folder)
+
+
+def test_the_dropout_of_a_model_is_its_folders_or_the_settings():
+    """GPT-2's folders drop a tenth; 0 turns all three rates off."""
+    rates = ("embedding_dropout", "attention_dropout", "residual_dropout")
+    sizes = {"vocab_size": 8, "max_length": 4, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
+    model = models.build(models.GPT2Config(**sizes, **dict.fromkeys(rates, 0.1)))
+    for setting, rate in ((None, 0.1), (0.0, 0.0), (0.25, 0.25)):
+        dropping = initial._with_dropout(model, setting).config
+        assert [getattr(dropping, name) for name in rates] == [rate] * 3
+    llama = models.build(models.LlamaConfig(**sizes, intermediate_size=8))
+    assert initial._with_dropout(llama, 0.25).config.attention_dropout == 0.25

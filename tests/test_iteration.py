@@ -235,6 +235,16 @@ def test_the_rules_of_a_run_are_those_of_its_settings(is_rewarded, expected):
     assert masked(rollout).present.tolist() == [False, True]
 
 
+def test_scores_are_clipped_before_the_penalties():
+    """The first response has no EOS, which costs 5 of what is left of its score."""
+    shape, _ = rules(RLStage(score_clip=1.5, missing_eos_penalty=5.0), SAMPLING)
+    rollout = made_rollout(scores=jnp.array([-7.0, 2.0]))
+    assert shape(rollout).scores.tolist() == [-6.5, 1.5]
+    assert rollout.scores.tolist() == [-7.0, 2.0]
+    shape, _ = rules(RLStage(score_clip=1.5), SAMPLING)
+    assert shape(made_rollout(scores=jnp.array([1.0, -1.25]))).scores.tolist() == [1.0, -1.25]
+
+
 class Recorder:
     """An algorithm whose state becomes the rollout that it is given."""
 

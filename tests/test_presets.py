@@ -4,6 +4,7 @@ says.
 
 import importlib.util
 import json
+import operator
 import os
 import re
 import sys
@@ -279,3 +280,37 @@ def test_a_recipe_starts(name, data, tmp_path, monkeypatch):
         )
         results = [result] if name == "preferences" else list(result)
     assert [stage.metrics["nonfinite"] for stage in results] == [0] * len(results)
+
+
+# --- The defaults of other libraries
+
+# What each file says, and the sections that a command may read of it.
+DEFAULTS = {
+    "trl": "text.max_length=1024 sft.optimizer.schedule=linear sft.validation_fraction=0.0"
+    " reward_model.normalize_samples=0 dpo.optimizer.warmup_steps=0.0 rl.num_epochs=3"
+    " grpo.kl_loss_coef=0.0 grpo.aggregate=token rl.optimizer.eps=1e-08",
+    "openrlhf": "text.max_length=2048 sft.optimizer.min_lr_ratio=0.1 rl.optimizer.b2=0.95"
+    " rl.optimizer.schedule=cosine rl.score_clip=10.0 rl.kl_coef=0.01 ppo.gae_lambda=1.0"
+    " ppo.value_clip=0.5 ppo.value_learning_rate=9e-06 ppo.num_epochs=1 ppo.value_coef=1.0",
+    "verl": "rl.optimizer.schedule=constant rl.optimizer.weight_decay=0.01 rl.kl_coef=0.0"
+    " rl.validation_temperature=0.0 ppo.dual_clip=3.0 ppo.gae_lambda=1.0 ppo.num_epochs=1"
+    " grpo.aggregate=token grpo.kl_loss_coef=0.0 rl.num_epochs=30 ppo.value_coef=1.0",
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_of_another_library(name):
+    """On top of a method's paper, and before one's own flags, for a pretrained model too."""
+    rate = ["--rl.optimizer.learning-rate", "5e-7"]
+    config = parse(RunConfig, ["--config", "tiny", "ppo", name, "--model", "gpt2", *rate])
+    said = [word.partition("=") for word in DEFAULTS[name].split()]
+    values = [operator.attrgetter(key)(config) for key, _, _ in said]
+    assert [str(value) for value in values] == [value for _, _, value in said]
+    assert config.rl.optimizer.learning_rate == 5e-7
+    assert config.ppo.value == "separate"
+    text = (ROOT / "configs" / "defaults" / f"{name}.yaml").read_text("utf-8")
+    assert re.search("2026", text)
+    assert re.search(r"1\.16|at commit [0-9a-f]{7}", text)
+    assert sorted(path.stem for path in (ROOT / "configs" / "defaults").iterdir()) == sorted(
+        DEFAULTS
+    )

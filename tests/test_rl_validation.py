@@ -12,9 +12,10 @@ from builders import Killed, json_lines, metric_rows
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
-from rlhf_jax.training.common import loop
+from rlhf_jax.training.common import initial, loop
 from rlhf_jax.training.common.stage import open_stage
 from rlhf_jax.training.rl.parts import files
 
@@ -72,6 +73,27 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
         assert found == pytest.approx([2 * count["e"], count["e"], count["f"]], rel=1e-6)
     shown = re.findall(r"Prompt:    (.*)\nGenerated: .*\nReward:    ", capsys.readouterr().out)
     assert shown == [row["prompt"] for row in OTHERS[:2]] * 2
+
+
+def test_greedy_validations_of_a_run_as_long_as_a_pass(config, tmp_path, capsys):
+    """Nine prompts are a pass of two batches of eight. The likeliest answer to a prompt is one,
+    wherever it stands; samples differ."""
+    write(tmp_path / "prompts.json", [{"prompt": f"say {c}", "topic": c} for c in "abcdefghi"])
+    twice = write(tmp_path / "others.json", [{"prompt": "x", "topic": c} for c in "ab"])
+    settings = {"validation_data": twice, "num_epochs": 1, "validation_temperature": 0.0}
+    path = training.rl.run(replace(config, rl=replace(config.rl, **settings)), vpg).folder
+    said = "2 iterations of 8 prompts x 1 answers: 1.78 passes over 9 prompts\n"
+    assert said in capsys.readouterr().out
+    samples = [row["response"] for row in json_lines(path / "samples.jsonl")]
+    assert len(samples) == 4  # two before and two after
+    assert samples[0] == samples[1]
+    assert samples[2] == samples[3]
+    assert "num_epochs: 1" in (path / "config.yaml").read_text()
+    own = replace(config.rl, temperature=0.5)
+    characters = tokenizers.characters(["ab"])
+    assert initial.validation_config(own, characters).temperature == 0.5
+    own = replace(own, validation_temperature=0.0)
+    assert initial.sampling_config(own, characters).temperature == 0.5
 
 
 def test_a_column_that_validation_lacks_is_refused(config, tmp_path):

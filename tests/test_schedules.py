@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_allclose
 
-from rlhf_jax.algorithms import ppo
-from rlhf_jax.config import Optimizer, RLStage, RunConfig
-from rlhf_jax.iteration import LoopState
+from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training.common.optimizer import Judge, make_optimizer, times_exhausted
+from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import TrainState
 
@@ -30,6 +32,11 @@ from rlhf_jax.types import TrainState
         ({"schedule": "linear", "warmup_steps": 2}, [0, 0.4, 0.8, 0.4, 0.0]),
         ({"schedule": "plateau", "warmup_steps": 1}, [0, 0.8, 0.8]),
         ({"schedule": "linear", "warmup_steps": 0.3}, [0, 0.4, 0.8, 0.4, 0.0]),
+        ({"schedule": "linear", "min_lr_ratio": 0.25}, [0.8, 0.65, 0.5, 0.35, 0.2, 0.2]),
+        (  # from 0.8 to 0.2 along half a cosine: 0.2 + 0.3 (1 + cos)
+            {"schedule": "cosine", "min_lr_ratio": 0.25},
+            [0.8, 0.2 + 0.3 * (1 + 0.5**0.5), 0.5, 0.2 + 0.3 * (1 - 0.5**0.5), 0.2, 0.2],
+        ),
     ],
 )
 def test_the_rate_of_each_step(settings, rates):
@@ -44,6 +51,11 @@ def test_the_rate_of_each_step(settings, rates):
         updates, state = jax.jit(optimizer.update)({"w": jnp.float32(3.0)}, state, params)
         taken.append(-float(updates["w"]))
     assert_allclose(taken, rates, atol=2e-5)
+
+
+def test_a_floor_needs_a_schedule_that_ends():
+    with pytest.raises(ValueError, match="min_lr_ratio: the schedule constant has no end"):
+        Optimizer(min_lr_ratio=0.1)
 
 
 def test_matrices_are_decayed_and_nothing_else():
@@ -118,3 +130,30 @@ def test_length_in_episodes(capsys):
     method.check_settings("ppo", RunConfig(rl=odd), ppo.Config())
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said
+
+
+def test_length_in_passes_over_the_prompts(capsys):
+    """500 prompts with 8 answers are 4000 rows, 31.25 batches of 128."""
+    settings = RLStage(num_epochs=3, batch_size=128)
+    config = RunConfig(rl=settings)
+    how = method.Method(grpo, grpo.Config(group_size=8), NO_PENALTY, None)
+    stage = method.lasting(Stage(config, "grpo", None, None), how, 500)
+    assert stage.config.rl.length == 94  # 93.75
+    assert capsys.readouterr().out == (
+        "94 iterations of 16 prompts x 8 answers: 3.01 passes over 500 prompts\n"
+    )
+    fixed = Stage(RunConfig(rl=RLStage(batch_size=128)), "grpo", None, None)
+    assert method.lasting(fixed, how, 500).config.rl.length == 100
+    assert capsys.readouterr().out == (
+        "100 iterations of 16 prompts x 8 answers: 3.2 passes over 500 prompts\n"
+    )
+    with pytest.raises(ValueError, match="num_episodes, num_epochs: both are the run's length"):
+        RLStage(num_episodes=1, num_epochs=1)
+    # 94 iterations are enough for 93 of warm-up, and 90 are not; the default 100 does not count.
+    for warmup, prompts in ((93, 500), (100, 600)):
+        slow = method.Method(ppo, PPOStage(value_warmup=warmup), NO_PENALTY, None)
+        warmed = RunConfig(rl=RLStage(num_epochs=24, batch_size=128))
+        method.check_settings("ppo", warmed, slow.config)
+        assert method.lasting(Stage(warmed, "ppo", None, None), slow, prompts)
+    with pytest.raises(UserError, match=r"ppo.value_warmup 100: of 94 iterations"):
+        method.lasting(Stage(warmed, "ppo", None, None), slow, 500)

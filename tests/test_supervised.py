@@ -116,6 +116,40 @@ def test_validation_data_validates_and_all_other_rows_train(stage, config, tmp_p
     assert "rows of 2 prompts held out, 1 of which are trained on too\n" in said
 
 
+@pytest.mark.parametrize(("stage", "kept"), [("sft", 16), ("kto", 48)])
+def test_too_long_acts_at_the_longest_text(stage, kept, config, capsys):
+    """A prompt of one character, an answer of 7, 3 or 2 and EOS: 16 of the texts have 9 tokens."""
+    config = replace(config, overwrite=True)
+    with pytest.raises(UserError, match=r"are more than max_length 6; shorten it"):
+        setting_of(replace(config, text=Text(max_length=6)), stage)
+    setting = setting_of(replace(config, text=Text(max_length=6, too_long="drop")), stage)
+    assert len(setting.encoded) == kept
+    assert set(setting.encoded.lengths.max(axis=1)) <= {4, 5}
+    assert setting.batch(setting.rows_of(0)).tokens.shape[-1] == 6  # not the bucket's 16
+    assert "0 bad, 16 too long" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"text\.max_length 17: the model reads 16 tokens at most"):
+        setting_of(replace(config, text=Text(max_length=17)), stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "kto"])
+def test_a_sample_of_the_rows_and_a_length_in_steps(stage, config, monkeypatch, capsys):
+    config = replace(config, overwrite=True)
+    limited = changed(config, stage, max_rows=20, max_steps=7, batch_size=4)
+    counted = []
+    monkeypatch.setattr(tasks, "make_optimizer", lambda _, num_steps: counted.append(num_steps))
+    setting = setting_of(limited, stage)
+    assert counted == [7]
+    places = [row.source for row in setting.rows]
+    assert len(set(places)) == 20  # KTO's two answers of a pair stay together
+    every = [row.source for row in setting_of(config, stage).rows]
+    assert places == [source for source in every if source in places]  # in the file's order
+    assert f"{stage}.max_rows: 20 of 32 rows are used\n" in capsys.readouterr().out
+    other = setting_of(replace(limited, seed=1), stage)
+    assert [row.source for row in other.rows] != places
+    task = tasks.Task(setting, *[lambda *_: None] * 4)
+    assert tasks._job(getattr(training, stage).SPEC, task, None).num_steps == 7
+
+
 def test_a_file_cannot_both_train_and_validate(config):
     config = changed(config, "dpo", validation_data=config.data)
     with pytest.raises(UserError, match=r"dpo\.validation_data: .*, which is trained on; give"):

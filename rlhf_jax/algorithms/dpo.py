@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import chex
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
@@ -23,10 +24,12 @@ from rlhf_jax.types import (
     Feedback,
     LossAndMetrics,
     Params,
+    Parts,
     PolicyFn,
 )
 
 Batch = TypeVar("Batch", Comparisons, Feedback)
+TIE = 1e-4  # nats: such differences of two log-ratios are rounding
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Config:
     """Margin by which the chosen answer's reward should be the larger; simpo only."""
     length_normalised: bool = False
     """Divide the log-ratio of an answer by its tokens; simpo and orpo always do."""
+    sft_coef: float = 0.0
+    """Weight of the chosen answers' negative log-likelihood per token, which is added to the loss
+    (TRL: rpo_alpha)."""
     num_microbatches: int = 1
     """Parts of a batch that are run one after the other to save memory; the gradient does not
     change.
@@ -53,6 +59,9 @@ class Config:
     def __post_init__(self) -> None:
         losses.check_dpo(self.kind, self.label_smoothing, self.gamma)
         ops.check_numbers(self, "beta", above=0)
+        ops.check_numbers(self, "sft_coef", at_least=0)
+        if self.sft_coef and self.kind == "orpo":
+            raise ValueError("sft_coef: the kind orpo has such a term already; leave it out")
 
     @property
     def needs_reference(self) -> bool:
@@ -93,13 +102,16 @@ def loss(
 
     Returns:
       The loss and the metrics ``dpo/loss``, ``dpo/accuracy`` (pairs whose chosen answer has the
-      larger implicit reward; ties count half), ``dpo/margin`` (difference of implicit rewards,
-      chosen - rejected: beta * nats), ``dpo/chosen_log_ratio`` and ``dpo/rejected_log_ratio``
-      (nats, policy - reference; without a reference the policy's own; per token if the config
-      divides by the length).
+      larger implicit reward; ties count half, with a reference differences up to ``TIE`` too),
+      ``dpo/margin`` (difference of implicit rewards, chosen - rejected: beta * nats),
+      ``dpo/chosen_log_ratio`` and ``dpo/rejected_log_ratio`` (nats, policy - reference; without a
+      reference the policy's own; per token if the config divides by the length). With ``sft_coef``
+      the loss is two means, and ``dpo/sft_loss`` the second one before the weight: nats per token
+      of the chosen answers.
     """
-    log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
-    chex.assert_shape(log_ratios, (..., 2))  # a ranking is several pairs
+    log_probs = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
+    chex.assert_shape(log_probs, (..., 2))  # a ranking is several pairs
+    log_ratios = log_probs
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
             raise ValueError(
@@ -117,21 +129,40 @@ def loss(
     if comparisons.best is not None:
         best = jnp.asarray(comparisons.best)
     order = jnp.stack([best, 1 - best], axis=-1)
-    ordered = jnp.take_along_axis(log_ratios, order, axis=-1)
-    chosen = ordered[..., 0]
-    rejected = ordered[..., 1]
+    chosen, rejected = _in_order(log_ratios, order)
     per_pair = losses.dpo(
         chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma
     )
     mean = partial(losses.weighted_mean, weight=weight)
     loss = mean(per_pair)
-    return loss, {
+    metrics: Parts = {
         "dpo/loss": loss,
-        "dpo/accuracy": mean(0.5 * (1.0 + jnp.sign(chosen - rejected))),
+        "dpo/accuracy": mean(_wins(chosen - rejected, TIE if config.needs_reference else 0.0)),
         "dpo/margin": mean(config.beta * (chosen - rejected)),
         "dpo/chosen_log_ratio": mean(chosen),
         "dpo/rejected_log_ratio": mean(rejected),
     }
+    if not config.sft_coef:
+        return loss, metrics
+    likelihood, _ = _in_order(ops.masked(log_probs, weight[..., None] > 0), order)
+    tokens, _ = _in_order(lengths, order)
+    # A mean over the tokens of the chosen answers, not over answers.
+    nll = losses.weighted_mean(-likelihood / jnp.maximum(tokens, 1), weight * tokens)
+    return (loss, config.sft_coef * nll), metrics | {"dpo/sft_loss": nll}
+
+
+def _in_order(values: Array, order: Array) -> tuple[Array, Array]:
+    """The values [..., 2] of the chosen answers and of the rejected ones."""
+    ordered = jnp.take_along_axis(values, order, axis=-1)
+    return ordered[..., 0], ordered[..., 1]
+
+
+def _wins(difference: Array, tie: float) -> Array:
+    """1 where a difference is positive, 0.5 where it is at most ``tie``, the rounding of log-ratios
+    to a reference: before training a policy with fresh adapters equals its reference up to that.
+    """
+    is_tie = jnp.abs(difference) <= tie
+    return jnp.where(is_tie, 0.5, 0.5 * (1.0 + jnp.sign(difference)))
 
 
 update = batch_updater(loss)

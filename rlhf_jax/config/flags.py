@@ -83,6 +83,7 @@ def parse(
         config = _with_flags(config, flags, sections, about)
     typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     if isinstance(config, RunConfig):
+        _check_network(config, typed)
         config = _with_pretrained(config, typed | given.keys(), sections)
     problems: list[str] = []
     config = _checked(config, "", given, problems)
@@ -91,6 +92,21 @@ def parse(
     if not options.trust_config:
         check_trusted({key: value for key, value in given.items() if key not in typed})
     return config
+
+
+def _check_network(config: RunConfig, typed: Collection[str]) -> None:
+    """Refuses sizes of a network that are typed beside a model. In a file they stay for the stages
+    that start from random weights.
+    """
+    unread = [key for key in typed if key.startswith("network.") and key != "network.dropout"]
+    if config.model is None or not unread:
+        return
+    flags = ", ".join("--" + key.replace("_", "-") for key in sorted(unread))
+    raise UserError(
+        f"{flags}: the model {config.model} has its own sizes, so this would change nothing; leave "
+        "it out. Texts are limited by --text.max-length, --rl.max-prompt-length and "
+        "--rl.max-new-tokens"
+    )
 
 
 def check_trusted(given: Values) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -75,8 +75,9 @@ class Network(Section):
     """Attention heads per block; divides hidden_size."""
     max_length: int = 128
     """Longest text, prompt and response together, in tokens."""
-    dropout: float = 0.0
-    """Dropout rate in supervised stages; RL and scoring never drop."""
+    dropout: ShareBelow1 | None = None
+    """Dropout rate in supervised stages, of --model too; null: that of the model's folder, and 0
+    for random weights. RL and scoring never drop."""
     initializer_range: Positive = 0.02
     """Standard deviation of the initial weights. GPT-2's 0.02 suits a width of some hundreds;
     1/sqrt(hidden_size), 0.1 for a width of 100, makes narrow networks learn what depends on several
@@ -213,6 +214,9 @@ class Text(Section):
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
     """
+    max_length: Count | None = None
+    """Longest text of SFT, reward models, DPO and KTO, prompt, response and EOS together, in
+    tokens; too_long acts on longer ones. null: the model's positions."""
     bucket_multiple: Count = 16
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's
     prompts to this number times a power of two."""
@@ -236,6 +240,8 @@ class Optimizer(Section):
     """After the warm-up: linear and cosine decay from the peak to 0 over the run; step multiplies
     by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
     row without improvement."""
+    min_lr_ratio: ShareBelow1 = 0.0
+    """Where linear and cosine end, as a share of the peak, in place of 0."""
     decay_factor: OpenShare = 0.1
     """What the schedules step and plateau multiply the learning rate by."""
     decay_every: Count | None = None
@@ -267,6 +273,10 @@ class Optimizer(Section):
             raise ValueError(
                 "schedule: the schedule step needs decay_every, and decay_every the schedule step"
             )
+        if self.min_lr_ratio and self.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"min_lr_ratio: the schedule {self.schedule} has no end; only linear and cosine do"
+            )
 
 
 @dataclass(frozen=True)
@@ -277,8 +287,12 @@ class Supervised(Section):
 
     data: Texts = ()
     """Files of the stage's rows; empty: the run's --data."""
+    max_rows: Count | None = None
+    """Use at most so many rows of the data, drawn by the seed; a ranking is one row. null: all."""
     num_epochs: Count = 1
     """Passes over the data."""
+    max_steps: Count | None = None
+    """The run's length in optimizer steps, which replaces num_epochs; null: that of num_epochs."""
     batch_size: Count = 32
     """Rows (comparisons, pairs) per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer()
@@ -391,6 +405,9 @@ class RLStage(Reference):
     """Collect, reward, learn: how many times."""
     num_episodes: Count | None = None
     """The run's length in episodes, rounded up to whole batches; it replaces num_iterations."""
+    num_epochs: Count | None = None
+    """The run's length in passes over the prompts that are trained on, rounded up to whole batches;
+    it replaces num_iterations."""
     batch_size: Count = 64
     """Episodes per iteration, over all devices."""
     max_prompt_length: Count | None = None
@@ -435,6 +452,8 @@ class RLStage(Reference):
     """Subtracted from the score of a response that did not end."""
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end."""
+    score_clip: Positive | None = None
+    """Scores are clipped to this distance from 0, before any penalty; null: not clipped."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
@@ -445,6 +464,8 @@ class RLStage(Reference):
     """Iterations between validations."""
     validation_prompts: Count = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
+    validation_temperature: NonNegative | None = None
+    """Sampling temperature of validations, 0: the likeliest tokens; null: temperature."""
     dynamic_sampling: CountOrZero = 0
     """At most so many times in an iteration, groups whose answers all have one score are replaced
     by groups of new prompts; such groups that are left then stay in the batch. 0: never."""
@@ -480,6 +501,8 @@ class RLStage(Reference):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("overlong_buffer", self.overlong_buffer, at_most=self.max_new_tokens)
+        if self.num_episodes is not None and self.num_epochs is not None:
+            raise ValueError("num_episodes, num_epochs: both are the run's length; give one")
         if self.rollouts_ahead and self.dynamic_sampling:
             raise ValueError(
                 "rollouts_ahead, dynamic_sampling: the groups to replace are known only when the "
@@ -495,12 +518,9 @@ class RLStage(Reference):
             )
         if not all(self.stop):
             raise ValueError(f"stop: expected texts that are not empty, got {[*self.stop]}")
-        ends = (self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer)
-        if self.environment is not None and ends != (None, None, None):
-            raise ValueError(
-                "missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays "
-                "itself"
-            )
+        names = ("missing_eos_penalty", "missing_eos_score", "overlong_buffer", "score_clip")
+        if self.environment is not None and any(getattr(self, n) is not None for n in names):
+            raise ValueError(f"{', '.join(names)}: an environment pays itself")
         if self.engine is not None:
             _check_engine(self.engine)
         if self.max_turns is not None and self.environment is None:
@@ -517,10 +537,18 @@ class RLStage(Reference):
 
     @property
     def length(self) -> int:
-        """Iterations of the run."""
+        """Iterations of the run; with ``num_epochs``, ``lasting`` puts them into num_iterations."""
         if self.num_episodes is None:
             return self.num_iterations
         return math.ceil(self.num_episodes / self.batch_size)
+
+    def lasting(self, prompts: int, group_size: int) -> "RLStage":
+        """The settings with num_iterations as num_epochs says: ``prompts`` are trained on, each
+        with ``group_size`` answers."""
+        if self.num_epochs is None:
+            return self
+        iterations = math.ceil(self.num_epochs * prompts * group_size / self.batch_size)
+        return replace(self, num_iterations=iterations)
 
 
 @dataclass(frozen=True)
@@ -529,14 +557,26 @@ class PPOStage(Section, ppo.Config):
 
     value: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's body; separate: another model, which starts as the policy with
-    a head.
+    a head, or as value_from says.
     """
+    value_from: str = "policy"
+    """With separate, what the value model starts from: the policy; reward, the run's only reward
+    model, whose score head becomes that of the values; or a folder (or Hugging Face name), of a
+    reward model or a language model with the policy's tokenizer."""
     value_learning_rate: NonNegative | None = None
     """Peak learning rate of the weights that only the value function has; null: that of
     rl.optimizer.
     """
     value_warmup: CountOrZero = 0
     """Iterations at the start in which only the value function learns."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_from != "policy" and self.value != "separate":
+            raise ValueError(
+                f"value_from {self.value_from}: a shared value function has the policy's body; "
+                "give value: separate too"
+            )
 
 
 @dataclass(frozen=True)

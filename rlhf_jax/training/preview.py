@@ -46,6 +46,8 @@ def rows(stage: str, config: RunConfig, count: int) -> Previews:
     if config.model is None or tokenizer is None:
         raise UserError("--for shows the ids of a model: give --model FOLDER too")
     max_length = hf.read_config(hf.find_folder(config.model)).max_length
+    if stage in SPECS:
+        max_length = tasks.longest_text(config, max_length)
     kind = SPECS[stage].kind if stage in SPECS else "prompts"
     found = initial.read_rows(config, kind, config.data, "drop")
     first = found.rows[:count]

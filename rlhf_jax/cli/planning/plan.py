@@ -51,6 +51,7 @@ from rlhf_jax.training.rl import teacher as teachers
 from rlhf_jax.training.rl.method import penalty_of
 from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.training.rl.sharing import Answers, saved
+from rlhf_jax.training.supervised import tasks
 from rlhf_jax.types import (
     Algorithm,
     Comparisons,
@@ -373,18 +374,19 @@ def longest(config: RunConfig, name: str) -> int | None:
     if name in RL:
         language_model = LanguageModel(model, {}, tokenizer)
         return int(initial.prompts_for(config, language_model, rows).tokens.shape[1])
+    most = tasks.longest_text(config, model.config.max_length)
     encoded = encode_texts(
         rows,
         tokenizer,
         template=config.text.template,
-        max_length=model.config.max_length,
+        max_length=most,
         too_long=config.text.too_long,
     )
     steps = -(-len(encoded) // case.own.batch_size)
     columns = int(encoded.lengths.max())
     multiple = initial.bucket_multiple(config, model.config.num_layers, columns, steps)
     num_multiples = -(-columns // multiple)
-    return min(num_multiples * multiple, model.config.max_length)
+    return min(num_multiples * multiple, most)
 
 
 def with_remat(

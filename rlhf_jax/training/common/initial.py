@@ -243,6 +243,7 @@ def _language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
+        loaded = loaded._replace(model=_with_dropout(loaded.model, config.network.dropout))
         return loaded.reading(config.text.template_options, config.text.special_tokens)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
@@ -255,7 +256,7 @@ def _language_model(
     if policy is not None:
         return own.start(policy, tokenizer, key)
     network = dataclasses.asdict(config.network)
-    rate = network.pop("dropout")
+    rate = network.pop("dropout") or 0.0
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
     network |= {
         "vocab_size": tokenizer.vocab_size,
@@ -273,6 +274,15 @@ def _language_model(
         else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
     )
     return LanguageModel(model, init(key), tokenizer)
+
+
+def _with_dropout(model: models.Model, rate: float | None) -> models.Model:
+    """The model with this rate of dropout wherever its family drops; None: its own rates."""
+    if rate is None:
+        return model
+    names = [field.name for field in dataclasses.fields(model.config)]
+    rates: Any = {name: rate for name in names if name.endswith("_dropout")}
+    return models.build(dataclasses.replace(model.config, **rates))
 
 
 def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
@@ -317,6 +327,16 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
     names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
     how: Any = {name: getattr(settings, name) for name in names}
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+
+
+def validation_config(
+    settings: RLStage, tokenizer: tokenizers.Tokenizer
+) -> sampling.SamplingConfig:
+    """The sampling settings of RL's validations."""
+    how = sampling_config(settings, tokenizer)
+    if settings.validation_temperature is None:
+        return how
+    return dataclasses.replace(how, temperature=settings.validation_temperature)
 
 
 def load_language_model(source: str, compute: Compute, place: layout.Place = None) -> LanguageModel:

@@ -45,11 +45,12 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
     if settings.warmup_steps < 1:
         warmup_steps = math.ceil(settings.warmup_steps * num_steps)
     decay_steps = max(num_steps - warmup_steps, 1)
+    floor = settings.min_lr_ratio
     decays: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "plateau": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "linear": optax.linear_schedule(peak, floor * peak, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=floor),
         "step": optax.exponential_decay(
             peak, settings.decay_every or 1, settings.decay_factor, staircase=True
         ),

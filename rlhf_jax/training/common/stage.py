@@ -61,7 +61,15 @@ MAY_CHANGE = (
 )
 # --allow-changed cannot change these: the checkpoint would not fit, or its token ids would mean
 # other texts.
-FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size", "ppo.value")
+FIXED = (
+    "model",
+    "network",
+    "lora",
+    "tokenizer",
+    "reward_model.ensemble_size",
+    "ppo.value",
+    "ppo.value_from",
+)
 
 
 class RunResult(NamedTuple):

@@ -8,8 +8,12 @@ import jax
 from optax import GradientTransformation, conditionally_mask, partition
 
 from rlhf_jax import models
-from rlhf_jax.config import PPOStage, RLStage
-from rlhf_jax.training.common import initial, optimizer
+from rlhf_jax.config import PPOStage, RLStage, RunConfig
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.models.hf import model_folder
+from rlhf_jax.training.common import initial, layout, optimizer
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.types import AlgorithmConfig, Params
@@ -20,11 +24,67 @@ def settings(config: AlgorithmConfig) -> PPOStage:
     return config if isinstance(config, PPOStage) else PPOStage()
 
 
+def source_of(config: RunConfig, critic: PPOStage) -> str | None:
+    """The folder (or Hugging Face name) of ``value_from``; None: the policy.
+
+    Raises:
+        UserError: it is "reward", and the run's reward is not one reward model.
+    """
+    if critic.value_from == "policy":
+        return None
+    if critic.value_from != "reward":
+        return critic.value_from
+    folders = [path for entry in config.reward for path in spec.sources(entry).values()]
+    if len(folders) != 1 or not folders[0].is_dir():
+        raise UserError(
+            "ppo.value_from reward: the run's reward is not one reward model's folder; name the "
+            "folder to start from, or give policy"
+        )
+    return str(folders[0])
+
+
+def load(config: RunConfig, critic: PPOStage, policy: LanguageModel) -> LanguageModel | None:
+    """The model of ``value_from`` with a value head; None: the value model starts as the policy.
+
+    A reward model's score head becomes the value head, its gain and shift included: the first
+    values are the scores that it gives to the texts so far. Other models get a head of zeros.
+
+    Raises:
+        UserError: the folder cannot be read, or has another tokenizer than the policy.
+    """
+    source = source_of(config, critic)
+    if source is None:
+        return None
+    loaded = initial.load_language_model(
+        model_folder(source), config.compute, layout.placement(config)
+    )
+    if loaded.tokenizer.fingerprint != policy.tokenizer.fingerprint:
+        raise UserError(
+            f"ppo.value_from {source}: its tokenizer is not the policy's, and a value model reads "
+            "the policy's tokens; give a model with the same tokenizer"
+        )
+    params = dict(loaded.params)
+    head = params.pop("score", None)
+    begins = "a head of zeros"
+    if head is not None:
+        begins = "its score head"
+        params["value"] = as_value_head(head)
+    logger.info(f"value model: {source}, with {begins}")
+    return loaded._replace(params=params)
+
+
+def as_value_head(score: Params) -> Params:
+    """A value head with the values of a score head, ``gain * (w . h + bias) + shift``."""
+    shifted = score["gain"] * score["bias"] + score["shift"]
+    return {"kernel": score["gain"] * score["kernel"], "bias": shifted}
+
+
 def start(
     stage: Stage,
     params: Params,
     value: str | None,
     width: int | None = None,
+    source: Params | None = None,
 ) -> tuple[Trainable, Trainable]:
     """The initial parameters of a run, on the devices: the policy's, and all trained ones.
 
@@ -32,6 +92,8 @@ def start(
         value: "shared": the policy has a value head, and both results are the same. "separate": the
             second result is {"policy", "value"}. None: there is no value function.
         width: of the states that a head reads, as in ``models.add_head``.
+        source: of the model that a separate value model starts from, with or without a value head;
+            None: the policy's.
     """
     lora = stage.config.lora
     key = stage.key("init")
@@ -40,16 +102,22 @@ def start(
     policy = stage.place(initial.trainable(lora, params, jax.random.fold_in(key, 2)))
     if value != "separate":
         return policy, policy
-    with_head = models.add_head(key, params, "value", width)
+    with_head = source
+    if source is None:
+        with_head = models.add_head(key, params, "value", width)
+    elif "value" not in source:
+        with_head = models.add_head(key, source, "value")
+    assert with_head is not None, "a model's parameters, its own or the policy's"
     critic = initial.trainable(lora, with_head, jax.random.fold_in(key, 3))
-    return policy, beside(policy, critic.params)
+    body = policy.base if source is None else stage.place(critic).base
+    return policy, beside(policy, critic.params, body)
 
 
-def beside(policy: Trainable, value: Params) -> Trainable:
-    """Policy and value model as one: {"policy", "value"}. Under LoRA both have adapters on the same
-    frozen body, which is not copied.
+def beside(policy: Trainable, value: Params, body: Params | None = None) -> Trainable:
+    """Policy and value model as one: {"policy", "value"}. Under LoRA ``body`` is the frozen part of
+    the value model; where it is the policy's, nothing is copied.
     """
-    base = policy.base and {"policy": policy.base, "value": policy.base}
+    base = policy.base and {"policy": policy.base, "value": body}
     return Trainable({"policy": policy.params, "value": value}, base)
 
 

@@ -38,6 +38,7 @@ from rlhf_jax.training.rl.method import (
     check_settings,
     completed,
     is_rewarded,
+    lasting,
     penalty_of,
     without_what_is_given,
 )
@@ -122,12 +123,14 @@ def run(
         parts = load(stage, method, given, [part.rows for part in data], reply)
         stage, method = _with_sharing(stage, name, method, parts)
         stage, parts = _with_remat(stage, method, parts)
+        planned = _prompts(stage, method, parts)
+        stage = lasting(stage, method, len(planned[0].train_rows))
         networks = networks_of(stage, parts.initial, method, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         client = None
         if engine is not None:
             client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
-        job = build(stage, method, parts, networks, programs, client, thread, on_step)
+        job = build(stage, method, parts, planned, networks, programs, client, thread, on_step)
         state, row = loop.train(
             stage, _checked(first_state(stage, method, networks), networks), job
         )
@@ -196,6 +199,7 @@ def build(
     stage: Stage,
     method: Method,
     parts: Parts,
+    planned: tuple[Schedule, Batch | None],
     networks: Networks,
     programs: Programs,
     client: Client | None,
@@ -205,12 +209,13 @@ def build(
     """What the loop runs: steps and validations.
 
     Args:
+        planned: the prompts of each step and those of validations, as ``_prompts`` gives.
         client: of the engine that samples; None: the run's own programs sample.
         thread: an engine, or devices of their own, sample ahead in it.
     """
     settings = stage.config.rl
     key = stage.key("update")
-    schedule, to_validate = _prompts(stage, method, parts)
+    schedule, to_validate = planned
     samples_apart = client is not None or bool(stage.config.mesh.sampling)
     if not samples_apart:
         _hold_cache(stage, parts, schedule)
@@ -322,10 +327,11 @@ def _responders(
     come from: the engine, or the run's own programs, on the devices that learn or on others.
     """
     if client is not None:
-        how = initial.sampling_config(stage.config.rl, parts.initial.tokenizer)
+        tokenizer = parts.initial.tokenizer
+        how = initial.sampling_config(stage.config.rl, tokenizer)
         greedy = replace(how, temperature=0.0)
-        asked = client.responder(how)
-        return one_at_a_time(asked, asked, client.responder(greedy))
+        validated = initial.validation_config(stage.config.rl, tokenizer)
+        return one_at_a_time(*map(client.responder, (how, validated, greedy)))
     mesh = layout.sampling_mesh(stage.config)
     samplers = (programs.respond, programs.respond_to_each, programs.respond_greedily)
     if mesh is None:

@@ -8,11 +8,12 @@ import jax
 import optax
 
 from rlhf_jax import iteration, models
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
 from rlhf_jax.training.common import initial, layout, own, references
+from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
 from rlhf_jax.types import Algorithm, AlgorithmConfig, TrainState
 
@@ -116,12 +117,8 @@ def check_settings(
             f"rl.dynamic_sampling: {name} samples one answer to a prompt; there are no groups to "
             "replace"
         )
-    warmup = critic.settings(config).value_warmup
-    if warmup >= settings.length:
-        raise UserError(
-            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
-            "for the policy"
-        )
+    if settings.num_epochs is None:  # else nobody has counted the prompts yet
+        check_warmup(name, settings, config)
     if settings.num_episodes is not None:
         episodes = settings.length * settings.batch_size
         logger.info(
@@ -151,6 +148,38 @@ def divisors(
         minibatches | microbatches,
         minibatches | (sharers if run.compute.blocks else {}),
     ]
+
+
+def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
+    """Raises UserError if the value function alone learns in all iterations."""
+    warmup = critic.settings(config).value_warmup
+    if warmup >= settings.length:
+        raise UserError(
+            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
+            "for the policy"
+        )
+
+
+def lasting(stage: Stage, method: Method, prompts: int) -> Stage:
+    """The stage with the number of its iterations, where ``rl.num_epochs`` is its length. Prints
+    how long the run is.
+
+    Args:
+        prompts: that are trained on.
+
+    Raises:
+        UserError: the value function alone learns in all iterations.
+    """
+    group_size = method.config.group_size
+    settings = stage.config.rl.lasting(prompts, group_size)
+    check_warmup(stage.name, settings, method.config)
+    number = settings.batch_size // group_size
+    passes = settings.length * number / prompts
+    logger.info(
+        f"{settings.length} iterations of {number} prompts x {group_size} answers: {passes:.3g} "
+        f"passes over {prompts} prompts"
+    )
+    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, rl=settings))
 
 
 def penalty_of(

@@ -22,7 +22,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Services
 from rlhf_jax.training.common import initial, layout
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl import critic, steps, teacher
 from rlhf_jax.training.rl.method import Given, Method
 from rlhf_jax.types import Rollout
 
@@ -77,6 +77,9 @@ def files(config: RunConfig, name: str) -> dict[str, Path]:
     section = vars(config)[name]
     if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
+    value = critic.source_of(config, critic.settings(section))
+    if value is not None and Path(value).is_dir():
+        files["value"] = Path(value)
     for entry in (*config.reward, *config.rl.judge):
         files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
     if config.rl.environment:

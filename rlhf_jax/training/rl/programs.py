@@ -60,7 +60,11 @@ def networks_of(
     settings = stage.config.rl
     model = begun.model
     value = critic.settings(method.config).value if method.algorithm.needs_values else None
-    start, trained = critic.start(stage, begun.params, value, own.width(begun))
+    source = None
+    if value == "separate":
+        source = critic.load(stage.config, critic.settings(method.config), begun)
+    params = None if source is None else source.params
+    start, trained = critic.start(stage, begun.params, value, own.width(begun), params)
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -86,7 +90,7 @@ def networks_of(
         memory.free(start.loaded)
     frozen = None if start.base else reference
     stage.hold({"frozen weights": start.base, "reference": frozen})
-    value_model = None if trained is start else model
+    value_model = None if trained is start else (source or begun).model
 
     @functools.cache
     def functions(columns: int) -> Functions:
@@ -163,7 +167,10 @@ def compiled(
     greedy = replace(samples, temperature=0.0)
     size = method.shared_by
     to_groups = jit(respond, layers, config=samples, group_size=size)
-    to_each = to_groups if size == 1 else jit(respond, layers, config=samples)
+    validated = initial.validation_config(stage.config.rl, begun.tokenizer)
+    to_each = to_groups
+    if size > 1 or validated != samples:
+        to_each = jit(respond, layers, config=validated)
     return Programs(
         respond=to_groups,
         respond_to_each=to_each,
@@ -192,6 +199,8 @@ def rules(
 ) -> tuple[Rule, Rule]:
     """The rule that changes scores before the penalty, and the one that masks rows after it."""
     on_scores: list[Rule] = [] if is_rewarded else [iteration.unrewarded]
+    if settings.score_clip is not None:
+        on_scores.append(iteration.clipped(settings.score_clip))
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
             iteration.missing_eos(

@@ -5,7 +5,7 @@ the folder.
 import heapq
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -150,7 +150,6 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
     steps_per_epoch = -(-len(train_rows) // settings.batch_size)
     multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
     plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
-    num_steps = settings.num_epochs * plan.steps_per_epoch
     return Setting(
         stage,
         language_model,
@@ -161,8 +160,13 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
         plan,
         collate,
         multiple,
-        make_optimizer(settings.optimizer, num_steps),
+        make_optimizer(settings.optimizer, _num_steps(settings, plan)),
     )
+
+
+def _num_steps(settings: Settings, plan: batches.Plan) -> int:
+    """Optimizer steps of the run."""
+    return settings.max_steps or settings.num_epochs * plan.steps_per_epoch
 
 
 def _first_state(task: Task) -> TrainState:
@@ -201,7 +205,7 @@ def _job(spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
 
     return loop.Job(
         references.moving(advance, settings, lambda state: state.params),
-        settings.num_epochs * setting.plan.steps_per_epoch,
+        _num_steps(settings, setting.plan),
         validate=task.validate if len(setting.held_out) else None,
         validation_interval=settings.validation_interval,
         show=spec.show,
@@ -315,6 +319,8 @@ def _read(config: RunConfig, spec: StageSpec) -> tuple[ReadResult, ReadResult]:
     """
     settings = spec.settings(config)
     data = initial.stage_rows(config, spec.kind, settings.data)
+    if settings.max_rows is not None:
+        data = _sampled(data, settings.max_rows, f"{spec.section}.max_rows", config.seed)
     if not settings.validation_data:
         return data, ReadResult([])
     key = f"{spec.section}.validation_data"
@@ -327,6 +333,19 @@ def _read(config: RunConfig, spec: StageSpec) -> tuple[ReadResult, ReadResult]:
             )
     formats.check_labels([*data.rows, *to_validate.rows])
     return data, to_validate
+
+
+def _sampled(data: ReadResult, most: int, key: str, seed: int) -> ReadResult:
+    """At most so many rows of the data, drawn by the seed, in their order; prints how many. The
+    pairs of a ranking are one row of the file and stay together.
+    """
+    places = list(dict.fromkeys(row.source for row in data.rows))
+    if len(places) <= most:
+        return data
+    drawn = np.random.default_rng(seed).permutation(len(places))[:most]
+    kept = {places[number] for number in drawn}
+    logger.info(f"{key}: {most} of {len(places)} rows are used")
+    return replace(data, rows=[row for row in data.rows if row.source in kept])
 
 
 def _encoded(
@@ -343,16 +362,16 @@ def _encoded(
     kind: str = spec.kind
     to_train = data.rows
     own = to_validate.rows
+    longest = longest_text(config, language_model.model.config.max_length)
     if to_train[0].is_plain_text:
         kind = "pieces"
-        to_train = _pieces(to_train, language_model)
-        own = _pieces(own, language_model)
+        to_train = _pieces(to_train, language_model, longest)
+        own = _pieces(own, language_model, longest)
     else:
         initial.say_template(config, language_model.tokenizer)
     template = "{prompt}" if kind == "pieces" else config.text.template
     initial.say_spelled([*data.rows, *to_validate.rows], language_model.tokenizer, template)
     every_row = [*to_train, *own]
-    longest = language_model.model.config.max_length
     encoded = encode(config, every_row, language_model.tokenizer, longest, kind == "pieces")
     # A piece is a group of its own: its prompt is a token that many have.
     group: Callable[[Row], Hashable] = encoding.group
@@ -373,6 +392,21 @@ def _encoded(
     used = f"{len(train_rows)} train, {len(held_out)} held out"
     _account(every_row, num_bad, kind, encoded, used)
     return encoded, train_rows, held_out
+
+
+def longest_text(config: RunConfig, positions: int) -> int:
+    """Most tokens of a text: ``text.max_length``, or the positions of the model.
+
+    Raises:
+        UserError: the setting is more than the model reads.
+    """
+    wanted = config.text.max_length
+    if wanted is not None and wanted > positions:
+        raise UserError(
+            f"text.max_length {wanted}: the model reads {positions} tokens at most; give at most "
+            "so many"
+        )
+    return wanted or positions
 
 
 def encode(
@@ -406,9 +440,8 @@ def _account(
     logger.info(f"{num_rows} {unit} in, {num_bad} bad, {num_too_long} too long, {used}")
 
 
-def _pieces(texts: Sequence[Row], language_model: LanguageModel) -> list[Row]:
+def _pieces(texts: Sequence[Row], language_model: LanguageModel, max_length: int) -> list[Row]:
     """Plain texts as ``encoding.pieces``; prints how many."""
-    max_length = language_model.model.config.max_length
     cut = encoding.pieces(texts, language_model.tokenizer, max_length)
     lengths = [len(row.responses[0]) for row in cut]
     if cut:
