@@ -468,7 +468,7 @@ def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
-    def load(source, compute, place, score_rows, length, policy):
+    def load(source, compute, place, score_rows, length, policy, in_chat):
         raise UserError(f"{source} {length}")
 
     monkeypatch.setattr(rl.entry.initial, "load_reward_model", load)

@@ -455,7 +455,7 @@ def _reward(case: Case, rows: int | None) -> Any:
         shapes = jax.eval_shape(with_score, params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 
-    tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
+    tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0], decode_raw=repr)
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
 
 
