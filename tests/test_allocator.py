@@ -19,6 +19,7 @@ SCRIPT = """
 import json, os, resource, sys
 print("begun")
 from rlhf_jax import cli
+from rlhf_jax.runs import allocator
 
 def faults():
     import jax, jax.numpy as jnp

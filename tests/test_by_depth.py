@@ -27,7 +27,12 @@ from rlhf_jax.training.supervised import scoring
 
 def a_run(tmp_path, resumed=False, text=""):
     (tmp_path / "config.yaml").write_text(text)
-    return types.SimpleNamespace(resumed=resumed, config=tmp_path / "config.yaml")
+    return types.SimpleNamespace(
+        resumed=resumed,
+        path=tmp_path,
+        config=tmp_path / "config.yaml",
+        checkpoints=tmp_path / "checkpoints",
+    )
 
 
 def of_depth(layers, **compute):

@@ -23,6 +23,7 @@ from rlhf_jax.generation import environment
 from rlhf_jax.generation.environment import Environment
 from rlhf_jax.generation.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
+from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -152,8 +153,8 @@ def encoded(monkeypatch):
 
         return wrapper
 
-    for name in ("encode_texts", "encode_prompts"):
-        monkeypatch.setattr(encoding, name, stopped(getattr(encoding, name)))
+    monkeypatch.setattr(store, "encode_texts", stopped(encoding.encode_texts))
+    monkeypatch.setattr(encoding, "encode_prompts", stopped(encoding.encode_prompts))
 
     def call(run, *args):
         with pytest.raises(Encoded) as stop:

@@ -119,7 +119,7 @@ TABLE = [
         "a.csv",
     ),
     checked(
-        [{"messages": TOOLS}], "message 2 of 'messages' has tool_calls, which are no text to learn"
+        [{"messages": TOOLS}], "the plain template writes no tool_calls; name a model whose own t"
     ),
     checked([HH], "'chosen' ends with a human turn, not with an answer"),
     checked(rows(chosen="a", rejected="b"), "must be a dialogue of turns"),

@@ -31,6 +31,7 @@ from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger,
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
+from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.stage import MAY_CHANGE, fingerprints_of, set_up
 from rlhf_jax.training.rl import parts
 from rlhf_jax.training.supervised import dpo, kto, reward_model, sft, tasks
@@ -393,8 +394,8 @@ def _repeat(
         (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
         (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
 
-    def is_over(step: int, *of_step: Any) -> bool:
-        return step >= span.stop
+    def is_over(step: int, *of_step: Any) -> object:
+        return loop.PAUSE if step >= span.stop else None
 
     stage = recorded["stage"]
     with _stopped_alike(path):

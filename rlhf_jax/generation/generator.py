@@ -117,7 +117,9 @@ class LanguageModel(NamedTuple):
         file = hf.find_folder(source) / "generation_config.json"
         generation = hf.read_json(file) if is_there(file) else {}
         ends = generation.get("eos_token_id", model.config.eos_token_id)
-        ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ids = [] if ends is None else [ends]
+        if isinstance(ends, list | tuple):
+            ids = [*ends]
         if any(type(i) is not int for i in ids):
             raise UserError(
                 f"{file}: eos_token_id is {ends!r:.80}, expected the number of a token, or a list "

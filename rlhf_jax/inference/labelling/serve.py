@@ -148,8 +148,8 @@ def _serve(store: Store, source: pairs.Source, config: Config) -> None:
     if config.host in _OPEN_TO_ALL:
         logger.warning(
             f"--host {config.host}: everybody who reaches this machine reaches the page, and reads "
-            "tokens and texts on the way. Leave --host out and put a server with TLS in front: "
-            "docs/label-server.md"
+            "tokens and texts on the way. Leave --host out and put a server with TLS, such "
+            "as nginx or Caddy, in front"
         )
     host = f"[{config.host}]" if ":" in config.host else config.host
     for name, token in own.items():

@@ -5,6 +5,7 @@ traced with ``Drawn`` boxes in the place of random weights, which hold only keys
 by a program that equal shapes share.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,12 +47,22 @@ def normal(std: float) -> Callable[..., Any]:
 
 
 def weights(boxed: Params) -> Params:
-    """The parameters with ``Drawn`` weights drawn."""
+    """The parameters with ``Drawn`` weights drawn, the largest first: a model that does not fit
+    fails before memory is filled.
+    """
+    leaves, tree = jax.tree.flatten(boxed, is_leaf=is_drawn)
+    drawn = list(leaves)
+    numbers = [number for number, leaf in enumerate(leaves) if is_drawn(leaf)]
+    for number in sorted(numbers, key=lambda number: -_size(leaves[number])):
+        leaf = leaves[number]
+        drawn[number] = _drawn(leaf.key, leaf.shape, leaf.std)
+        if not isinstance(leaf.key, jax.core.Tracer):
+            jax.block_until_ready(drawn[number])  # its error comes late otherwise
+    return jax.tree.unflatten(tree, drawn)
 
-    def draw(leaf: Any) -> Array:
-        return _drawn(leaf.key, leaf.shape, leaf.std) if is_drawn(leaf) else leaf
 
-    return jax.tree.map(draw, boxed, is_leaf=is_drawn)
+def _size(leaf: Drawn) -> int:
+    return math.prod((*leaf.key.shape, *leaf.shape))
 
 
 def is_drawn(leaf: Any) -> bool:

@@ -36,7 +36,9 @@ from rlhf_jax.types import Metrics
 
 State = TypeVar("State")
 Row = dict[str, float]  # of metrics.jsonl
-OnStep = Callable[[int, Any, Row], bool]
+OnStep = Callable[[int, Any, Row], object]
+PAUSE = "pause"
+"""What ``on_step`` returns to end the run without a last validation, as a signal does."""
 
 
 class Validation(NamedTuple):
@@ -302,11 +304,12 @@ class _Loop:
         if validates:
             metrics |= self._validation()
         try:
-            is_ended = finite and asks and self._is_ended_by_user(metrics)
+            ending = self._ending_by_user(metrics) if finite and asks else None
         except BaseException:
             self._record(metrics)  # a run that fails keeps the row of its last step
             raise
-        if is_ended and not validates and self.job.validate is not None:
+        is_whole = ending is not None and ending is not PAUSE
+        if is_whole and not validates and self.job.validate is not None:
             validates = True
             metrics |= self._validation()
         self._record(metrics)
@@ -318,13 +321,14 @@ class _Loop:
                 logger.info(sentence)
         return validates
 
-    def _is_ended_by_user(self, row: Row) -> bool:
-        """Whether ``on_step`` ends the run after the step of this row."""
+    def _ending_by_user(self, row: Row) -> object:
+        """What ``on_step`` returns after the step of this row if that ends the run; else None."""
         on_step = self.job.on_step
-        if on_step is None or not on_step(self.done, self.state, row):
-            return False
+        ending = None if on_step is None else on_step(self.done, self.state, row)
+        if not ending:
+            return None
         self.ended = self.ended or "on_step asked for it"
-        return True
+        return ending
 
     def obey_alerts(self) -> None:
         """Ends the run, whose last step is saved, if a rule with the action stop is true."""

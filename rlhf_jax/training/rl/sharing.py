@@ -36,7 +36,7 @@ class Answers(NamedTuple):
         if self.own.group_size == 1:
             return f"{self.name} samples one answer to a prompt"
         if not self.takes_groups:
-            return "this network computes each row by itself (docs/performance.md)"
+            return "this network computes each row by itself"
         num_groups = config.rl.batch_size // self.own.group_size
         for parts in divisors(self.name, config, self.own, self.sharers):
             if num_groups % math.prod(parts.values()):

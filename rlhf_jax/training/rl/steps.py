@@ -38,7 +38,7 @@ from rlhf_jax.training.rl.programs import Networks
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.types import Metrics, Params, Rollout
 
-OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
+OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], object]
 
 
 Pairs = Literal["reward", "judge"] | None
@@ -325,7 +325,7 @@ def replace_uninformative(
     return draw_rounds
 
 
-def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[..., bool]]:
+def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[..., object]]:
     """The draw, and a function that calls ``on_step`` with the rollout that was drawn last."""
     drawn: list[Rollout] = []
 
@@ -335,8 +335,8 @@ def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[.
         drawn.append(rollout)
         return rollout, metrics
 
-    def observe(step: int, state: LoopState, row: Mapping[str, float]) -> bool:
-        return bool(on_step(step, state, row, drawn[0]))
+    def observe(step: int, state: LoopState, row: Mapping[str, float]) -> object:
+        return on_step(step, state, row, drawn[0])
 
     return draw, observe
 
