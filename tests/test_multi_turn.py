@@ -416,7 +416,9 @@ def conversing(tmp_path_factory):
 def test_a_run_with_an_environment(conversing):
     _, result, held = conversing
     caches = held["cache while it samples"]
-    slots = {size for keys, values in caches for size in (keys.shape[3], values.shape[2])}
+    of_prompts, of_rows = caches
+    assert of_prompts is None
+    slots = {size for keys, values in of_rows for size in (keys.shape[3], values.shape[2])}
     assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
     first, *steps = metric_rows(result.folder)
     for row in steps:
@@ -462,8 +464,8 @@ def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
     for name, sentence in sentences.items():
         pattern = f"^{name}: (process 1: )?({sentence})$"
         first, second = (re.search(pattern, text, re.MULTILINE) for text in said)
-        assert first, said
-        assert second, said
+        assert first, said[0]
+        assert second, said[1]
         assert (first[1], second[1], first[2]) == ("process 1: ", None, second[2])
     two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))
     assert outputs(two) == outputs(twice)

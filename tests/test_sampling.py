@@ -519,3 +519,18 @@ def test_best_of_n_kl():
     assert sampling.best_of_n_kl(4) == pytest.approx(0.636294)
     with pytest.raises(ValueError, match="n must be at least 1"):
         sampling.best_of_n_kl(0)
+
+
+def test_prompts_that_a_jit_closes_over_are_sampled_from():
+    """Their mask is a constant there, and their tokens are converted inside."""
+    tokens = np.full((2, 3), 2)
+    mask = jnp.ones((2, 3), jnp.int32)
+    config = SamplingConfig(4, eos_id=None, pad_id=0)
+    model = models.build(CONFIG)
+    params = some_params(CONFIG)
+    key = jax.random.key(0)
+    expected = sampling.generate(model, params, tokens, mask, key, config)
+    inside = jax.jit(
+        lambda params: sampling.generate(model, params, jnp.asarray(tokens), mask, key, config)
+    )
+    assert_array_equal(inside(params).tokens, expected.tokens)

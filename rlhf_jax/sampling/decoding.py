@@ -312,7 +312,7 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
     ops.check_number("group_size", group_size, at_least=1)
     if len(tokens) % group_size:
         raise ValueError(f"{len(tokens)} prompts do not divide by group_size {group_size}")
-    if isinstance(attention_mask, jax.core.Tracer) or not attention_mask.is_fully_addressable:
+    if not _is_known(attention_mask):
         return
     mask = np.asarray(attention_mask) != 0
     wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
@@ -321,6 +321,8 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
             "prompts must be padded on the left: attention_mask is 0 in the last column of "
             f"{len(wrong)} rows, first in row {wrong[0]}"
         )
+    if group_size == 1 or not _is_known(tokens):
+        return
     read = np.stack([np.where(mask, tokens, 0), mask], axis=1)
     by_group = read.reshape(-1, group_size, *read.shape[1:])
     unlike = np.flatnonzero((by_group != by_group[:, :1]).any(axis=(1, 2, 3)))
@@ -329,6 +331,11 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
             f"the {group_size} prompts of each group must be equal; those from row "
             f"{unlike[0] * group_size} on are not"
         )
+
+
+def _is_known(x: Array) -> bool:
+    """Whether this process knows all values of an array. Inside ``jit`` it knows constants alone."""
+    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
 def _mapped_axes(mesh: Mesh) -> set[str]:
