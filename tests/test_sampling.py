@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from builders import CONFIG, some_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import ops, rollout, sampling
+from rlhf_jax import models, ops, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig, decoding
 
 KEY = jax.random.key(0)
@@ -528,9 +529,11 @@ def test_prompts_that_a_jit_closes_over_are_sampled_from():
     config = SamplingConfig(4, eos_id=None, pad_id=0)
     model = models.build(CONFIG)
     params = some_params(CONFIG)
-    key = jax.random.key(0)
-    expected = sampling.generate(model, params, tokens, mask, key, config)
-    inside = jax.jit(
-        lambda params: sampling.generate(model, params, jnp.asarray(tokens), mask, key, config)
-    )
+    how = {"key": jax.random.key(0), "config": config}
+    expected = sampling.generate(model, params, tokens, mask, **how)
+
+    @jax.jit
+    def inside(params):
+        return sampling.generate(model, params, jnp.asarray(tokens), mask, **how)
+
     assert_array_equal(inside(params).tokens, expected.tokens)
