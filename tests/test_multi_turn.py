@@ -458,7 +458,7 @@ def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
     assert "error: missing: " in said[1]
     sentences = {
         "nan": r"the reward function.* is not finite \(row .*: nan\).*",
-        "raising": ".*by zero",
+        "raising": ".*by zero.*",
         "broken": ".*environment: .*turn 1: ZeroDivisionError.*",
     }
     for name, sentence in sentences.items():
