@@ -514,8 +514,8 @@ def win_rate(scored: Rollout, key: Array) -> Metrics:
 def _samples(
     policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch
 ) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl, one for each row that is not missing; the score of an unscored
-    one is None.
+    """The rows of samples.jsonl, one for each row that is not missing, nor taken out by the filter;
+    the score of an unscored one is None.
     """
     before = processes.fetch(sampled)
     rollout = processes.fetch(scored.rollout)
@@ -524,6 +524,13 @@ def _samples(
     lengths = np.sum(before.mask, axis=1)
     samples = []
     for i in np.flatnonzero(before.present):
+        reason = scored.reasons[int(i)] if scored.reasons else None
+        unsafe = None
+        if scored.verdicts is not None:
+            unsafe = filters.sentence(scored.verdicts[i])
+        is_unscored = reason is not None and unsafe is None
+        if not (rollout.present[i] or is_unscored):
+            continue
         number = batch.rows[i]
         prompt = batch.prompts.rows[number]
         row: dict[str, Any] = {
@@ -532,7 +539,6 @@ def _samples(
             "score": float(scores[i]),
             "length": int(lengths[i]),
         }
-        reason = scored.reasons[int(i)] if scored.reasons else None
         if reason is not None:
             row["score"] = None
             row["unscored"] = reason
@@ -540,6 +546,6 @@ def _samples(
             value = float(values[i])
             row[f"reward/{name}"] = None if math.isnan(value) else value
         if scored.verdicts is not None:
-            row["unsafe"] = filters.sentence(scored.verdicts[i])
+            row["unsafe"] = unsafe
         samples.append(row)
     return samples
