@@ -334,7 +334,7 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
 
 
 def _is_known(x: Array) -> bool:
-    """Whether this process knows all values of an array; inside ``jit`` those of constants alone."""
+    """Whether this process knows all values of an array: in ``jit``, those of constants alone."""
     return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
