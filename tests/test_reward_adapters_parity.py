@@ -5,7 +5,6 @@ import re
 import chat_families
 import numpy as np
 import pytest
-import torch
 import transformers
 from torch_models import torch_model
 
@@ -52,6 +51,8 @@ def test_the_plain_loading_fails_loudly_and_the_card_s_gives_the_score(tmp_path,
 
 def assert_scores(model_folder, adapter, loaded):
     """Those of the merged folder."""
+    import torch
+
     asked = [{"role": "user", "content": "hi"}]
     for text in ("hello", "no 1"):
         judge = LanguageModel.load(model_folder)
