@@ -229,7 +229,7 @@ def _condition(match: re.Match[str]) -> Condition:
     return condition
 
 
-# --- The default rules. docs/alerts.md says which failure each one detects, docs/notes/alerts.md
+# --- The default rules. docs/alerts.md says which failure each one detects, docs/notes/measurements.md
 # how often it was wrong.
 
 
