@@ -324,9 +324,24 @@ def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """The sampling settings of RL, with the special tokens of the tokenizer."""
-    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p"
     how: Any = {name: getattr(settings, name) for name in names}
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+
+
+def recorded(how: sampling.SamplingConfig, vocab_size: int) -> sampling.SamplingConfig:
+    """The sampling settings of rollouts that are learned from: those of a truncated distribution
+    have their ``support``.
+
+    Raises:
+        UserError: there may be more ids in it than are recorded.
+    """
+    how = dataclasses.replace(how, record_support=how.truncates)
+    try:
+        how.most_possible(vocab_size)
+    except ValueError as error:
+        raise UserError(f"rl.{error}") from error
+    return how
 
 
 def validation_config(
