@@ -133,15 +133,16 @@ def test_chunks_of_logits_keep_their_columns_of_the_support(monkeypatch):
 
     def unembed(params, states):
         assert states.shape[1] == 2
-        return states @ params
+        return states @ params["table"]
 
+    params = {"table": TABLE}
     model = SimpleNamespace(config=CONFIG, hidden=hidden, unembed=unembed)
     policy_fn = models.policy_fn(model, 0.8, P)
     by_rows = ops.by_rows(policy_fn, 4, GROUP)
-    rescore = partial(rollout.rescore, policy_fn=by_rows, ref_fn=Partial(policy_fn, TABLE))
-    scored = jax.jit(rescore)(made, TABLE)
+    rescore = partial(rollout.rescore, policy_fn=by_rows, ref_fn=Partial(policy_fn, params))
+    scored = jax.jit(rescore)(made, params)
     assert float(rollout.sampler_gap(made, scored)) < 1e-5
-    metrics = update_of(policy_fn, TABLE, scored)
+    metrics = update_of(policy_fn, params, scored)
     check_first_step(metrics)
     plain = ops.evaluate(TABLE_FN, TABLE, made)
     entropy = np.where(made.mask, plain.entropy, 0).sum() / 6
