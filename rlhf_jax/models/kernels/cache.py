@@ -40,7 +40,7 @@ def held(key: Array, value: Array) -> LayerCache:
     if form == "tpu":
         return _merged(key), _merged(value)
     if form == "cudnn":
-        return key.swapaxes(1, 2), value.swapaxes(1, 2)
+        return _swapped(key), _swapped(value)
     return key, value
 
 
@@ -53,20 +53,25 @@ def read(cache: LayerCache, num_heads: int) -> tuple[Array, Array]:
     if form == "tpu":
         return _apart(keys, num_heads), _apart(values, num_heads)
     if form == "cudnn":
-        return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        return _swapped(keys), _swapped(values)
     return keys, values
+
+
+def _swapped(x: Array) -> Array:
+    """[B, H, S, Dh] -> [B, S, H, Dh], and back."""
+    return x.swapaxes(1, 2)
 
 
 def _merged(x: Array) -> Array:
     """[B, H, S, Dh] -> [B, S, H Dh]."""
-    by_slot = x.swapaxes(1, 2)
+    by_slot = _swapped(x)
     return by_slot.reshape(*by_slot.shape[:2], -1)
 
 
 def _apart(x: Array, num_heads: int) -> Array:
     """[B, S, H Dh] -> [B, H, S, Dh]."""
     by_slot = x.reshape(*x.shape[:2], num_heads, -1)
-    return by_slot.swapaxes(1, 2)
+    return _swapped(by_slot)
 
 
 def write(cache: LayerCache, new: LayerCache, index: Array | int) -> LayerCache:
@@ -141,8 +146,11 @@ def attention(
     form = layout(cache[1].dtype)
     if form == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
         return _all_heads(query, cache, mask)
-    if form == "cudnn" and fused.fits_cudnn(query.shape[-1]):
-        return fused.on_each_device(_cudnn, query.shape[1], (query, *cache), mask, (1, 2, 2))
+    *_, width = query.shape
+    if form == "cudnn" and fused.fits_cudnn(width):
+        heads = query.shape[1]
+        places = (1, 2, 2)
+        return fused.on_each_device(_cudnn, heads, (query, *cache), mask, places)
     return None
 
 
@@ -169,16 +177,20 @@ def _cudnn(query: Array, keys: Array, values: Array, mask: Array) -> Array:
     """cuDNN's attention, which does not read the slots after a row's last. Its mask is one number a
     slot, as there is one query.
     """
-    batch, _, _, _, width = query.shape
+    batch, *_, width = query.shape
     num_slots = keys.shape[1]
-    end = num_slots - jnp.argmax(mask[:, 0, 0, ::-1], axis=1)
+    is_seen = mask[:, 0, 0]
+    from_the_end = is_seen[:, ::-1]
+    end = num_slots - jnp.argmax(from_the_end, axis=1)
+    ones = jnp.ones(batch, jnp.int32)
+    rows = query.reshape(batch, 1, -1, width)
     mixed = jax.nn.dot_product_attention(
-        query.astype(keys.dtype).reshape(batch, 1, -1, width),
+        rows.astype(keys.dtype),
         keys,
         values,
         mask=mask,
         scale=1.0,
-        query_seq_lengths=jnp.ones(batch, jnp.int32),
+        query_seq_lengths=ones,
         key_value_seq_lengths=end.astype(jnp.int32),
         implementation="cudnn",
     )
