@@ -53,6 +53,8 @@ def cut(
             host.tokens[i, after] = tokenizer.pad_id
             for array in (host.attention_mask, host.response_mask, host.log_probs):
                 array[i, after] = 0
+            if host.support is not None:
+                host.support[i, after] = -1
     return host.replace(stopped=stopped)
 
 
