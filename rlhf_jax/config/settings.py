@@ -175,6 +175,8 @@ class LoRA(Section):
     """Rank r of the adapters; 0 trains every weight."""
     alpha: Positive | None = None
     """The adapters' term is multiplied by alpha / rank; null: 1."""
+    dropout: ShareBelow1 = 0.0
+    """Dropout rate of the adapters' inputs in SFT and reward models. DPO, KTO and RL never drop."""
     match: str = "attn|mlp"
     """Regular expression for the layers that get an adapter, searched in names such as
     h_0/attn/c_attn."""
@@ -261,6 +263,10 @@ class Optimizer(Section):
     """Adam's decay of the second moment."""
     eps: NonNegative = 1e-8
     """Adam's epsilon."""
+    frozen: str | None = None
+    """Regular expression for the parameters that keep their values, searched in names such as
+    wte/embedding and h_0/attn/c_attn/kernel: "wte|wpe|h_[0-3]/" freezes the tables and the four
+    lowest layers. null: none."""
 
     @property
     def counts_steps(self) -> bool:
@@ -269,6 +275,8 @@ class Optimizer(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.frozen is not None:
+            check_pattern("frozen", self.frozen)
         if (self.schedule == "step") != (self.decay_every is not None):
             raise ValueError(
                 "schedule: the schedule step needs decay_every, and decay_every the schedule step"
@@ -466,9 +474,12 @@ class RLStage(Reference):
     """At most this many prompts are sampled at a validation, batch_size at a time."""
     validation_temperature: NonNegative | None = None
     """Sampling temperature of validations, 0: the likeliest tokens; null: temperature."""
+    validation_samples: Count = 1
+    """Responses to each prompt of a validation; its metrics are means over all of them."""
     dynamic_sampling: CountOrZero = 0
     """At most so many times in an iteration, groups whose answers all have one score are replaced
-    by groups of new prompts; such groups that are left then stay in the batch. 0: never."""
+    by groups of new prompts; such groups that are left then stay in the batch. The scores are those
+    before score_clip and penalties. 0: never."""
     mask_truncated: bool = False
     """Leave responses that did not end out of the loss and of the statistics of their group."""
     overlong_buffer: Count | None = None
@@ -515,6 +526,11 @@ class RLStage(Reference):
                 "top_k, top_p, min_p and repetition_penalty: the update uses log-probabilities of "
                 "the whole distribution, from which such samples do not come; "
                 "--rl.allow-truncated-sampling trains on them anyway"
+            )
+        if self.validation_samples > 1 and self.validation_temperature == 0:
+            raise ValueError(
+                "validation_samples: with validation_temperature 0 all samples of a prompt are the "
+                "same one; leave it out"
             )
         if not all(self.stop):
             raise ValueError(f"stop: expected texts that are not empty, got {[*self.stop]}")

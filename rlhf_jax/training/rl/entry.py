@@ -391,7 +391,8 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
         return schedule, None
     chosen = held_out[: settings.validation_prompts]
     prompts = batches.narrowed(parts.to_validate, chosen, multiple)
-    padded = loop.pad_rows(chosen, settings.batch_size)
+    each = np.repeat(chosen, settings.validation_samples)
+    padded = loop.pad_rows(each, settings.batch_size)
     return schedule, Batch(prompts, padded, stage.key("eval"))
 
 
