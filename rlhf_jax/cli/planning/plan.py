@@ -31,7 +31,7 @@ from rlhf_jax import iteration, models, ops, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
-from rlhf_jax.config import RLStage, RunConfig, parse
+from rlhf_jax.config import PPOStage, RLStage, RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -555,8 +555,12 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
     values = critic.settings(own)
     value = values.value if algorithm.needs_values else None
-    starts = functools.partial(critic.start, stage, value=value)
-    start, trained = case.laid_out(jax.eval_shape(starts, params))
+    value_model, source = _value_source(case, values, value)
+
+    def starts(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
+        return critic.start(stage, params, value, source=source)
+
+    start, trained = case.laid_out(jax.eval_shape(starts, params, source))
     optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
     def first(params: Params, reference: Params | None) -> iteration.LoopState:
@@ -570,7 +574,8 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
     shared_by = case.shared_by(prompt)
-    functions = _functions(case, model, start, trained, teacher, reference, (prompt, shared_by))
+    networks = (model, value_model if value == "separate" else None)
+    functions = _functions(case, networks, start, trained, teacher, reference, (prompt, shared_by))
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
     how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
     collect = functools.partial(_collected, shared_by=shared_by, **how)
@@ -601,11 +606,24 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         programs["reward"] = (iteration.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
     held = _held(state, start, reference, functions)
+    if source is not None:  # a body of its own under LoRA
+        held["frozen weights"] = trained.base
     held["reward models"] = functions.reward_fn if case.config.reward else None
     held["policy that samples"] = iteration.policy(state) if settings.rollouts_ahead else None
     sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
     cache = jax.eval_shape(lambda: decoding.cache_of(model, *sizes))
     return Shapes(held, programs, {"cache": case.spread(cache)})
+
+
+def _value_source(
+    case: Case, values: PPOStage, value: str | None
+) -> tuple[models.Model, Params | None]:
+    """The network of a separate value model, and the shapes of what it starts from, without a head;
+    None: the policy's parameters.
+    """
+    source = critic.source_of(case.config, values) if value == "separate" else None
+    model, params = case.model(source or case.config.model)
+    return model, None if source is None else params
 
 
 def _held(
@@ -670,16 +688,17 @@ def _collected(
 
 def _functions(
     case: Case,
-    model: models.Model,
+    networks: tuple[models.Model, models.Model | None],
     start: initial.Trainable,
     trained: initial.Trainable,
     teacher: LanguageModel | None,
     reference: Params | None,
     shared: tuple[int, int],
 ) -> iteration.Functions:
-    """What the programs of RL call; ``shared``: columns of a prompt, and rows that compute it
-    once.
+    """What the programs of RL call; ``networks``: of the policy, and of a separate value model;
+    ``shared``: columns of a prompt, and rows that compute it once.
     """
+    model, value_model = networks
     settings = case.config.rl
     rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
     prompt, size = shared
@@ -699,7 +718,6 @@ def _functions(
         teacher_params = teacher.params
         if not case.config.reward:
             reward = teachers.log_ratio(teacher, settings, rows)
-    value_model = model if "policy" in trained.params else None
     trained_fn = trained.bind(policy_fn(value_model, taught_by))
     reward_fn = case.laid_out(reward)
     return iteration.Functions(trained_fn, reward_fn, ref_fn, start.base, teacher_params)
