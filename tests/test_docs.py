@@ -149,6 +149,27 @@ def test_tables_name_real_keys_and_their_defaults(path):
         )
 
 
+def test_every_setting_is_on_a_page():
+    """By its key, or by that of a section with the same settings: another stage's optimizer or
+    data, another algorithm's loss.
+    """
+    text = "\n".join(path.read_text("utf-8") for path in PAGES)
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)[`:]", text))
+    named |= {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", text)}
+    named |= {key.replace(".no_", ".") for key in named}
+    alike = (("sft", "reward_model", "dpo", "kto", "rl"), ("vpg", "ppo", "rloo", "grpo", "distill"))
+
+    def is_named(key):
+        section, dot, rest = key.partition(".")
+        groups = [group for group in alike if dot and section in group]
+        others = [f"{other}.{rest}" for group in groups for other in group]
+        return not named.isdisjoint({key, *others})
+
+    keys = [flag.replace("-", "_") for flag in all_flags(config.RunConfig())]
+    assert [key for key in keys if not is_named(key)] == []
+    assert len(keys) > 300
+
+
 def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
     page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
     section = page.partition("## RLHF pipeline")[2].partition("\n## ")[0]

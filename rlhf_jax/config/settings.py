@@ -432,6 +432,8 @@ class RLStage(Reference):
     then hold responses and replies, have room for."""
     stop: Texts = ()
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
+    stop_after: CountOrZero = 0
+    """Tokens at the beginning of a response in which no text of `stop` ends it."""
     temperature: Positive = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: Count | None = None
@@ -532,6 +534,8 @@ class RLStage(Reference):
                 "validation_samples: with validation_temperature 0 all samples of a prompt are the "
                 "same one; leave it out"
             )
+        if self.stop_after and not self.stop:
+            raise ValueError("stop_after: there is no text that ends a response; give stop too")
         if not all(self.stop):
             raise ValueError(f"stop: expected texts that are not empty, got {[*self.stop]}")
         names = ("missing_eos_penalty", "missing_eos_score", "overlong_buffer", "score_clip")

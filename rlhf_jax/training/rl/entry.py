@@ -345,7 +345,8 @@ def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -
     """Conversations with an environment, or single responses, that end at the stop strings."""
 
     def talk(respond: Callable[..., Rollout], *prompts: Any) -> Any:
-        until = stops.stopping(respond, tokenizer, stage.config.rl.stop)
+        settings = stage.config.rl
+        until = stops.stopping(respond, tokenizer, settings.stop, settings.stop_after)
         return converse(environment, until, *prompts)
 
     return talk
