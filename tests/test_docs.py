@@ -24,11 +24,13 @@ from fifteen_minutes import FIRST, PAGE, ends_as_shown
 from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
-from rlhf_jax import config
+from rlhf_jax import config, training
 from rlhf_jax.cli import stages
 from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.rl import method
+from rlhf_jax.training.supervised import tasks
 
 README = ROOT / "README.md"
 LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
@@ -370,6 +372,23 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
         assert given.data
         ran.append(name)
     assert ran == ["sft", "reward-model", "dpo", "kto", "ppo", "grpo"]
+
+
+def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
+    """Every flag is read by its stage, and batches divide."""
+    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
+    text = (ROOT / "docs" / "public-jobs.md").read_text("utf-8")
+    jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
+    assert len(jobs) == 19
+    for job in jobs:
+        assert len(job.splitlines()) <= 5, job
+        _, name, *flags = shlex.split(job.replace("\n", " "))
+        kind = name.replace("-", "_")
+        given = config.parse(config.RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
+        if name in config.ALGORITHMS:
+            method.check_settings(name, given, getattr(given, name))
+        else:
+            tasks._sizes(given, getattr(training, kind).SPEC)
 
 
 def test_the_names_of_others_lead_where_the_errors_do():
