@@ -515,7 +515,7 @@ def _supervised(case: Case, length: int | None) -> Shapes:
             optimizer=optimizer,
             config=settings,
             minibatch_sharding=sharding.rows(case.mesh),
-            **{"score_fn" if is_scorer else "policy_fn": bound},
+            **bound,
         )
 
     batch = case.spread(_batch(case, _fitting(model, length)))
@@ -526,7 +526,10 @@ def _supervised(case: Case, length: int | None) -> Shapes:
         "frozen weights": start.base,
         "reference": reference,
     }
-    program = (learn, state, batch, key, start.bind(model_fn), ref_fn)
+    functions = {"score_fn" if is_scorer else "policy_fn": start.bind(model_fn)}
+    if is_scorer and settings.sft_coef:
+        functions["policy_fn"] = start.bind(models.policy_fn(model))
+    program = (learn, state, batch, key, functions, ref_fn)
     return Shapes(held, {"learn": program}, {})
 
 
@@ -548,19 +551,13 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     settings = case.config.rl
     own = case.own
     algorithm = RL[case.name]
-    stage = case.stage
     model, params = case.model(case.config.model)
     prompt = _prompt_columns(settings, length)
     _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
     values = critic.settings(own)
     value = values.value if algorithm.needs_values else None
-    value_model, source = _value_source(case, values, value)
-
-    def starts(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
-        return critic.start(stage, params, value, source=source)
-
-    start, trained = case.laid_out(jax.eval_shape(starts, params, source))
+    start, trained, value_model = _starts(case, params, values, value)
     optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
     def first(params: Params, reference: Params | None) -> iteration.LoopState:
@@ -574,7 +571,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
     shared_by = case.shared_by(prompt)
-    networks = (model, value_model if value == "separate" else None)
+    networks = (model, value_model)
     functions = _functions(case, networks, start, trained, teacher, reference, (prompt, shared_by))
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
     how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
@@ -605,9 +602,8 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     if functions.reward_fn is not None:
         programs["reward"] = (iteration.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
-    held = _held(state, start, reference, functions)
-    if source is not None:  # a body of its own under LoRA
-        held["frozen weights"] = trained.base
+    frozen = start.base if value_model is None else trained.base
+    held = _held(state, start, frozen, reference, functions)
     held["reward models"] = functions.reward_fn if case.config.reward else None
     held["policy that samples"] = iteration.policy(state) if settings.rollouts_ahead else None
     sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
@@ -615,20 +611,29 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
-def _value_source(
-    case: Case, values: PPOStage, value: str | None
-) -> tuple[models.Model, Params | None]:
-    """The network of a separate value model, and the shapes of what it starts from, without a head;
-    None: the policy's parameters.
+def _starts(
+    case: Case, params: Params, values: PPOStage, value: str | None
+) -> tuple[Trainable, Trainable, models.Model | None]:
+    """The shapes of what a run starts from, as ``critic.start`` gives it, and the network of a
+    value model that does not start as the policy.
     """
     source = critic.source_of(case.config, values) if value == "separate" else None
-    model, params = case.model(source or case.config.model)
-    return model, None if source is None else params
+    network = None
+    of_source = None
+    if source is not None:
+        network, of_source = case.model(source)
+
+    def starts(params: Params, of_source: Params | None) -> tuple[Trainable, Trainable]:
+        return critic.start(case.stage, params, value, source=of_source)
+
+    start, trained = case.laid_out(jax.eval_shape(starts, params, of_source))
+    return start, trained, network
 
 
 def _held(
     state: iteration.LoopState,
     start: Trainable,
+    frozen: Params | None,
     reference: Params | None,
     functions: iteration.Functions,
 ) -> dict[str, Any]:
@@ -636,7 +641,7 @@ def _held(
     return {
         "parameters": state.train.params,
         "optimizer": state.train.opt_state,
-        "frozen weights": start.base,
+        "frozen weights": frozen,
         "reference": None if reference is start.base else reference,
         "teacher": functions.teacher,
     }
@@ -695,10 +700,11 @@ def _functions(
     reference: Params | None,
     shared: tuple[int, int],
 ) -> iteration.Functions:
-    """What the programs of RL call; ``networks``: of the policy, and of a separate value model;
-    ``shared``: columns of a prompt, and rows that compute it once.
+    """What the programs of RL call; ``networks``: of the policy, and of a value model that does not
+    start as the policy; ``shared``: columns of a prompt, and rows that compute it once.
     """
-    model, value_model = networks
+    model, others = networks
+    value_model = (others or model) if "policy" in trained.params else None
     settings = case.config.rl
     rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
     prompt, size = shared
