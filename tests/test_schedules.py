@@ -131,12 +131,19 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
 
 
 def test_what_is_not_frozen_learns_as_if_it_were_alone():
-    """A frozen parameter counts neither in the clipping nor in anything else."""
-    settings = replace(CLIPPED, frozen="wte|^h_[01]/|value")
+    """A frozen parameter counts neither in the clipping nor in anything else. With a large epsilon
+    Adam's steps show how gradients were clipped."""
+    clipped = replace(CLIPPED, eps=1.0)
+    settings = replace(clipped, frozen="wte|^h_[01]/|value")
     params, _ = three_steps(settings, LAYERS)
-    alone, _ = three_steps(CLIPPED, {"h_2": LAYERS["h_2"]})
+    alone, _ = three_steps(clipped, {"h_2": LAYERS["h_2"]})
     assert_array_equal(params["h_2"]["attn"]["kernel"], alone["h_2"]["attn"]["kernel"])
     assert_array_equal(params["h"]["attn"]["kernel"], LAYERS["h"]["attn"]["kernel"])
+    # A frozen layer of a stack does not count either.
+    params, _ = three_steps(replace(clipped, frozen="wte|h_0/|value"), LAYERS)
+    single = {"attn": {"kernel": jnp.ones((3, 3))}}
+    alone, _ = three_steps(clipped, {"h_1": single, "h_2": single})
+    assert_allclose(params["h"]["attn"]["kernel"][1], alone["h_1"]["attn"]["kernel"], rtol=1e-6)
 
 
 def test_names_that_freeze_nothing_or_everything_are_refused(caplog):
