@@ -56,6 +56,8 @@ def cut(
             host.tokens[i, behind] = tokenizer.pad_id
             for array in (host.attention_mask, host.response_mask, host.log_probs):
                 array[i, behind] = 0
+            if host.support is not None:
+                host.support[i, behind] = -1
     return host.replace(stopped=stopped)
 
 

@@ -224,8 +224,7 @@ class Attention(nn.Module):
             return shared.after_prompts(query, key, value, prompt, seen), cache
         mixed = None
         if cache is not None and query.shape[3] == 1 and self.config.has_plain_softmax:
-            is_contiguous = self.config.sliding_window is None
-            mixed = caches.attention(query, cache, attention.visible(seen), is_contiguous)
+            mixed = caches.attention(query, cache, attention.visible(seen))
         if mixed is None:
             drop = None
             if self.has_rng("dropout") and self.config.attention_dropout > 0:

@@ -573,7 +573,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     shared_by = case.shared_by(prompt)
     networks = (model, value_model)
     functions = _functions(case, networks, start, trained, teacher, reference, (prompt, shared_by))
-    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
+    samples = initial.recorded(initial.drawn(settings, 0, 1), model.config.vocab_size)
     how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
     collect = functools.partial(_collected, shared_by=shared_by, **how)
     shape, masked = rules(settings, samples)
