@@ -109,7 +109,7 @@ class Client:
                 f"{gap:.3g} nats in the mean, after {self._first_gap:.3g} in the first rollout: it "
                 "samples with other weights or did not load all, or gives log-probabilities of "
                 "another temperature (vllm serve --logprobs-mode processed_logprobs); "
-                "--no-rl.engine-check trains on its samples anyway"
+                "--rl.no-engine-check trains on its samples anyway"
             )
 
     def _ask(self, policy: Params, requests: Sequence[Request]) -> list[list[Sample]]:
