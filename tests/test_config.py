@@ -122,7 +122,7 @@ prompts: count
         ("ppo:\n  seed: 1", ", line 2: unknown key ppo.seed; did you mean seed?"),
         (
             "lora: {zzz: 1}",
-            ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, match",
+            ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, dropout, match",
         ),
         ("? [a]\n: 1", ", line 1: unknown key a list of 1; "),
         ("ppo:\n  clip_low: '0.5'", ", line 2: ppo.clip_low must be a float, found '0.5'"),
@@ -405,7 +405,10 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         ),
         (["--ppo.num-epoch=3"], "unknown flag --ppo.num-epoch; did you mean --ppo.num-epochs?"),
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
-        (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
+        (
+            ["--lora.zzz"],
+            "unknown flag --lora.zzz; the keys of lora are rank, alpha, dropout, match",
+        ),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
         (["--zzz.yyy"], "unknown flag --zzz.yyy; `rlhf-jax STAGE --help` shows the keys"),
         (
@@ -482,7 +485,9 @@ def test_yaml_holds_every_field_in_order():
     lines = to_yaml(RunConfig(data=("a", "b"), lora=LoRA(2), model="m")).splitlines()
     assert [line.partition(":")[0] for line in lines if line[0] != " "] == list(vars(RunConfig()))
     assert {"data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0"} <= set(lines)
-    assert "lora:/  rank: 2/  alpha: null/  match: attn|mlp/tokenizer:" in "/".join(lines)
+    assert "lora:/  rank: 2/  alpha: null/  dropout: 0.0/  match: attn|mlp/tokenizer:" in "/".join(
+        lines
+    )
 
 
 @pytest.mark.parametrize(

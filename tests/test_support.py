@@ -84,6 +84,40 @@ def test_the_support_is_what_the_sampler_left(drawn):
     assert max(sizes) > 1
 
 
+def test_a_response_has_its_fewest_tokens_and_log_probs_without_eos():
+    """EOS is by far the likeliest token, at all slots but the first two: there the distribution is
+    the softmax of the other twelve tokens."""
+    table = TABLE.at[:, 1].set(9.0)
+    config = how(min_new_tokens=2, record_support=True)
+    made = draw(sampling.uncached(bigrams), table, PROMPTS, MASK, KEY, config=config)
+    present = MASK.any(axis=1)
+    tokens = np.asarray(made.tokens)[present]
+    assert (tokens[:, P : P + 2] != 1).all()
+    assert np.mean(tokens[:, P + 2] == 1) > 0.9
+    support = np.asarray(made.support)[present]
+    assert not (support[:, P : P + 2] == 1).any()
+    assert (support[:, P : P + 2] >= 0).sum(axis=2).tolist() == [[12, 12]] * len(tokens)
+    assert ((support[:, P + 2] == 1).sum(axis=1) == 1).all()
+    logits = np.asarray(table, np.float64)[tokens[:, P - 1]] / 0.8
+    without = np.delete(logits, 1, axis=1)
+    chosen = np.take_along_axis(logits, tokens[:, P : P + 1], axis=1)[:, 0]
+    expected = chosen - scipy.special.logsumexp(without, axis=1)
+    assert_allclose(np.asarray(made.log_probs)[present, P], expected, rtol=1e-4)
+    rescored = rollout.rescore(made, table, policy_fn=TABLE_FN)
+    assert_allclose(rescored.log_probs, made.log_probs, atol=1e-5)
+    greedy = how(min_new_tokens=2, temperature=0.0)
+    likeliest = draw(sampling.uncached(bigrams), table, PROMPTS, MASK, KEY, config=greedy)
+    mask = np.asarray(likeliest.response_mask)[present]
+    assert (mask.sum(axis=1) == 3).all()
+    for wrong in ({"environment": "e.py:f"}, {"max_new_tokens": 1}):
+        with pytest.raises(ValueError, match="min_new_tokens"):
+            RLStage(min_new_tokens=2, **wrong)
+    settings = RLStage(min_new_tokens=2, top_k=5)
+    assert initial.recorded(initial.drawn(settings, 1, 0), 5000).min_new_tokens == 2
+    with pytest.raises(UserError, match="top_k must be at most 1024"):
+        initial.recorded(initial.drawn(replace(settings, top_k=None), 1, 0), 5000)
+
+
 def test_a_record_changes_no_token():
     inputs = (sampling.uncached(bigrams), TABLE, PROMPTS, MASK, KEY)
     plain = draw(*inputs, config=how(top_k=4))

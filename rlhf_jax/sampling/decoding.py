@@ -57,11 +57,14 @@ class SamplingConfig:
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
             ``eos_id``. It may be one of several EOS ids (Qwen's is): a response ends where its
             mask does.
+        min_new_tokens: no EOS is sampled in so many first slots of a response; it then has at least
+            so many tokens, none of them an EOS.
         record_support: whether rollouts say among which ids each token was drawn
             (``Rollout.support``), and their log-probs are those among these ids: what an update on
-            samples of top-k, top-p or min-p needs. Their number must be bounded, by ``top_k`` or
-            by the vocabulary: at most ``MOST_RECORDED``. Of tokens that tie with the k-th the
-            lowest ids stay then, k in all. A repetition penalty cannot be recorded.
+            samples of top-k, top-p, min-p or ``min_new_tokens`` needs. Their number must be
+            bounded, by ``top_k`` or by the vocabulary: at most ``MOST_RECORDED``. Of tokens that
+            tie with the k-th the lowest ids stay then, k in all. A repetition penalty cannot be
+            recorded.
     """
 
     max_new_tokens: int
@@ -73,6 +76,7 @@ class SamplingConfig:
     eos_id: EosId | None = field(kw_only=True)
     pad_id: int = field(kw_only=True)
     record_support: bool = field(default=False, kw_only=True)
+    min_new_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
@@ -80,7 +84,8 @@ class SamplingConfig:
         ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)
         ops.check_numbers(self, "top_p", above=0, at_most=1)
         ops.check_numbers(self, "min_p", at_least=0, at_most=1)
-        ops.check_numbers(self, "pad_id", at_least=0)
+        ops.check_numbers(self, "pad_id", "min_new_tokens", at_least=0)
+        ops.check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
         for eos_id in self.eos_ids:
             ops.check_number("eos_id", eos_id, at_least=0)
         if set(self.eos_ids) == {self.pad_id}:
@@ -97,6 +102,7 @@ class SamplingConfig:
         temperature. Greedy tokens are not drawn.
         """
         limits = self.top_k is not None or self.top_p not in (None, 1) or bool(self.min_p)
+        limits = limits or self.min_new_tokens > 0
         return self.temperature > 0 and (limits or self.repetition_penalty != 1)
 
     @property
@@ -579,8 +585,12 @@ def _sample(
         )
     logits = logits.astype(jnp.float32)
     noisy = logits
+    if config.min_new_tokens:
+        is_eos = np.isin(np.arange(vocab_size), config.eos_ids)
+        is_early = positions < config.min_new_tokens
+        noisy = jnp.where(is_early[:, None] & is_eos[None], -jnp.inf, logits)
     if config.repetition_penalty != 1:
-        noisy = penalised(logits, *seen, config.repetition_penalty)
+        noisy = penalised(noisy, *seen, config.repetition_penalty)
     if config.temperature > 0:
         logits = logits / config.temperature
         noisy = noisy / config.temperature
@@ -588,7 +598,7 @@ def _sample(
         # As jax.random.categorical does.
         noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
         if config.records:
-            return _sample_recorded(logits, noise, config)
+            return _sample_recorded(noisy, noise, config)
         noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + noise
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)

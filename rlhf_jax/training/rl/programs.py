@@ -17,6 +17,7 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import initial, layout, memory, own
 from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.method import Method
@@ -108,6 +109,8 @@ def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.Gradi
         has_critic = critic.has_own_optimizer(values, params)
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
+    else:
+        check_frozen("rl", settings.optimizer, params)
     updates = method.config.num_epochs * method.config.num_minibatches
     return critic.make_optimizer(settings, values, updates, params, method.optimizer)
 

@@ -222,7 +222,7 @@ def connect(stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel)
     if config.rl.truncates:
         raise UserError(
             f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
-            "of its whole vocabulary; leave rl.top_k, rl.top_p and rl.min_p out"
+            "of its whole vocabulary; leave rl.top_k, rl.top_p, rl.min_p and rl.min_new_tokens out"
         )
     asked = replace(config.engine, model=method_config.teacher_model)
     server = Server(method_config.teacher_server, asked, policy.tokenizer, stage.run.judge)
