@@ -1,0 +1,29 @@
+"""The rehearsal of ``benchmarks/card.py``: all its parts, tiny, on a CPU, beside PyTorch."""
+
+import json
+import sys
+
+import pytest
+from builders import script
+
+
+@pytest.mark.parity
+def test_all_parts_are_rehearsed(tmp_path, monkeypatch):
+    card = script("benchmarks/card.py")
+    out = tmp_path / "card.json"
+    monkeypatch.setattr(
+        sys, "argv", ["card.py", "--rehearse", "--seconds", "600", "--out", str(out)]
+    )
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    card.main()
+    found = {}
+    for row in json.loads(out.read_text())["rows"]:
+        found.setdefault(row["variant"].split()[0], {})[row["metric"]] = row["value"]
+    assert found["same"]["same"] == 1
+    assert found["doctor"]["exit_code"] == 0
+    for metric, value in found["right"].items():  # a CPU beside itself
+        assert value == (1 if metric.endswith("equal") else 0)
+    assert found["peaks"].keys() == {"bf16_tflops", "copy_gb_s"}
+    assert found["rollout"].keys() >= {"ms_per_token", "bandwidth_share", "ratio"}
+    for kind in ("sft", "grpo"):
+        assert found[kind].keys() >= {"mfu_measured", "planned_memory_mb", "ratio"}
