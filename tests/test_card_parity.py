@@ -12,7 +12,7 @@ def test_all_parts_are_rehearsed(tmp_path, monkeypatch):
     card = script("benchmarks/card.py")
     out = tmp_path / "card.json"
     monkeypatch.setattr(
-        sys, "argv", ["card.py", "--rehearse", "--seconds", "600", "--out", str(out)]
+        sys, "argv", ["card.py", "--rehearse", "--seconds", "4000", "--out", str(out)]
     )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     card.main()
