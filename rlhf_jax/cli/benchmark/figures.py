@@ -37,15 +37,23 @@ def model_flops(name: Name, preset: Preset) -> float | None:
         return None
     model = preset.model
     length = preset.prompt + preset.response
-    columns = {"reward": 0, "grpo": preset.response, "vpg": preset.response}.get(name, length)
+    columns = length  # that the output layer computes
+    if name == "reward":
+        columns = 0
+    elif name in ("grpo", "vpg"):
+        columns = preset.response
     params = jax.eval_shape(models.build(model).init, jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     blocks = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    for path, leaf in leaves:
         if path[-1].key == "kernel":
             blocks += leaf.size
-    products = length * blocks + columns * model.vocab_size * model.hidden_size
-    pairs = model.num_layers * model.num_heads * model.head_size * length**2
-    return float(PASSES[name] * 2 * preset.batch * (products + pairs))
+    of_blocks = length * blocks
+    of_output = columns * model.vocab_size * model.hidden_size
+    width = model.num_heads * model.head_size
+    of_attention = model.num_layers * width * length**2
+    row = 2 * (of_blocks + of_output + of_attention)
+    return float(PASSES[name] * preset.batch * row)
 
 
 def decode_bytes(policy: Any, preset: Preset) -> float:
@@ -56,18 +64,23 @@ def decode_bytes(policy: Any, preset: Preset) -> float:
     if "lm_head" in policy:
         weights -= policy["wte"]["embedding"].nbytes
     model = preset.model
-    columns = preset.batch * (preset.prompt + preset.response / 2)
-    numbers = 2.0 * model.num_layers * model.kv_heads * model.head_size * columns
-    return preset.response * (weights + numbers * jnp.dtype(model.compute_dtype).itemsize)
+    length = preset.prompt + preset.response / 2
+    width = model.kv_heads * model.head_size
+    numbers = 2 * model.num_layers * preset.batch * length * width
+    cache = numbers * jnp.dtype(model.compute_dtype).itemsize
+    return preset.response * (weights + cache)
 
 
 def published(device_kind: str, dtype: str) -> tuple[Peaks | None, str]:
     """The peaks of a data sheet (targets.json), or None and the reason."""
     if dtype != "bfloat16":
         return None, "the published peaks are those of --dtype bfloat16"
-    for figures in (targets.FIGURES["gpus"] | targets.FIGURES["tpus"]).values():
-        if isinstance(figures, dict) and figures["device_kind"] == device_kind:
-            return Peaks(figures["flops"], figures["memory_bandwidth"]), ""
+    known = targets.FIGURES["gpus"] | targets.FIGURES["tpus"]
+    del known["source"]
+    for figures in known.values():
+        if figures["device_kind"] == device_kind:
+            peaks = Peaks(figures["flops"], figures["memory_bandwidth"])
+            return peaks, ""
     return None, f"no published peaks of {device_kind} are known"
 
 
@@ -78,8 +91,10 @@ def measured_peaks(dtype: str) -> Peaks:
     if is_cpu:  # most have no bfloat16 products
         size = 1536 if dtype == "float32" else 512
     # Zeros or ones would need less power, and a card would be faster than it is.
-    square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    block = jnp.ones(2**26 if is_cpu else 2**28, jnp.float32)
+    square = jax.random.normal(jax.random.key(0), (size, size))
+    square = square.astype(dtype)
+    numbers = 2**26 if is_cpu else 2**28
+    block = jnp.ones(numbers, jnp.float32)
 
     def best(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
         call = jax.jit(function)
@@ -90,8 +105,9 @@ def measured_peaks(dtype: str) -> Peaks:
             seconds.append(time.perf_counter() - started)
         return min(seconds[1:])
 
-    flops = 2.0 * size**3 / best(lambda x: x @ x, square)
-    return Peaks(flops, 2.0 * block.nbytes / best(lambda x: x + 1, block))
+    of_product = best(lambda x: x @ x, square)
+    of_copy = best(lambda x: x + 1, block)
+    return Peaks(2.0 * size**3 / of_product, 2.0 * block.nbytes / of_copy)
 
 
 def planned_bytes(program: Compiled) -> int:
@@ -112,29 +128,29 @@ def of_step(name: Name, preset: Preset, policy: Any, seconds: float) -> dict[str
     peaks = measured_peaks(dtype)
     paper, reason = published(jax.devices()[0].device_kind, dtype)
     line: dict[str, Any] = {}
+    line["peak_tflops"] = peaks.flops / 1e12
+    line["peak_gb_s"] = peaks.bandwidth / 1e9
     left_out = {}
     if name == "rollout":
         rate = decode_bytes(policy, preset) / seconds
-        line |= {"ms_per_token": 1e3 * seconds / preset.response}
-        line |= {"bandwidth_share": rate / peaks.bandwidth}
-        if paper is not None:
-            line["bandwidth_share_published"] = rate / paper.bandwidth
-        else:
+        line["ms_per_token"] = 1e3 * seconds / preset.response
+        line["bandwidth_share"] = rate / peaks.bandwidth
+        if paper is None:
             left_out["bandwidth_share_published"] = reason
+        else:
+            line["bandwidth_share_published"] = rate / paper.bandwidth
     needed = model_flops(name, preset)
     if needed is None:
         left_out["mfu"] = f"a step of {name} is not passes of one network"
     else:
         line["mfu_measured"] = needed / seconds / peaks.flops
-        if paper is not None:
-            line["mfu"] = needed / seconds / paper.flops
-        else:
+        if paper is None:
             left_out["mfu"] = reason
-    return (
-        line
-        | {"peak_tflops": peaks.flops / 1e12, "peak_gb_s": peaks.bandwidth / 1e9}
-        | ({"left_out": left_out} if left_out else {})
-    )
+        else:
+            line["mfu"] = needed / seconds / paper.flops
+    if left_out:
+        line["left_out"] = left_out
+    return line
 
 
 def matmul_flops(jaxpr: Any, trips: int = 1) -> float:

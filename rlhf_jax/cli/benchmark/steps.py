@@ -181,7 +181,7 @@ def _rl_work(
     how = sampling.SamplingConfig(preset.response, temperature=temperature, eos_id=None, pad_id=0)
     algorithm: Algorithm = {"grpo": grpo, "vpg": vpg}.get(name, ppo)
     group = {"grpo": {"group_size": GROUP}, "iteration": {"num_epochs": 4}}.get(name, {})
-    group["num_microbatches"] = preset.num_microbatches
+    group |= {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
     columns: Any = {"prompt_length": preset.prompt}
@@ -226,14 +226,16 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        policy = iteration.sampler(loop, functions.base)
-        policy = jax.tree.map(lambda leaf: leaf.astype(preset.model.compute_dtype), policy)
-        data = policy, prompts
+        data = _in_dtype(preset, iteration.sampler(loop, functions.base)), prompts
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
     collected = _scored(batch, prompts.row_ids, loop.train.params, functions)
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)
+
+
+def _in_dtype(preset: Preset, params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(preset.model.compute_dtype), params)
 
 
 def _functions(
