@@ -113,7 +113,7 @@ def run(
             other.turn()
         carry, row = measured(compiled, carry, timed.data)
         columns.append(row)
-    line = {"bench": name, "preset": preset, "value": value, "dtype": dtype}
+    line: dict[str, Any] = {"bench": name, "preset": preset, "value": value, "dtype": dtype}
     line |= {"rows": sizes.batch, "prompt": sizes.prompt, "response": sizes.response}
     line |= _figures(name, sizes, timed, compiled, columns, flops)
     line |= {"compile_cold_s": cold, "compile_warm_s": warm}
@@ -133,7 +133,10 @@ def sized(
     Raises:
         UserError: a size is below 1, or the rows do not divide.
     """
-    sizes = {key: number for key, number in given.items() if number is not None}
+    sizes: dict[str, Any] = {}
+    for key, number in given.items():
+        if number is not None:
+            sizes[key] = number
     wrong = [key for key, number in sizes.items() if number < 1]
     if wrong or microbatches < 1:
         raise UserError(f"{', '.join(wrong) or 'microbatches'}: must be at least 1")
@@ -159,7 +162,8 @@ def _figures(
     line |= {"tokens_per_s": timed.tokens / median}
     line |= {"peak_memory_mb": stats.get("peak_bytes_in_use", of_process) / 2**20}
     line |= {"planned_memory_mb": figures.planned_bytes(compiled) / 2**20}
-    line |= figures.of_step(name, sizes, timed.data[0], median)
+    policy = timed.data[0] if name == "rollout" else None
+    line |= figures.of_step(name, sizes, policy, median)
     line |= {"flops_share": flops / median / line["peak_tflops"] / 1e12}
     page_faults = statistics.median(row["faults"] for row in rows)
     return line | {"page_faults": page_faults, "others_cpu": middle(rows, "others")}
