@@ -37,6 +37,9 @@ def test_the_limits_leave_each_kind_its_turn():
     assert {part.arguments[1] for part in BENCHES} == {"rollout", "sft", "grpo"}
     assert {part.arguments[0] for part in card.REHEARSED} == set(kinds)
     assert card.SECONDS < 480
+    checked = [part.arguments for part in card.PARTS if "--no-check" not in part.arguments]
+    against = {words[words.index("--against") + 1] for words in checked if "--against" in words}
+    assert against == {"hand", "transformers"}
 
 
 def test_gaps_by_hand():
