@@ -133,6 +133,19 @@ def test_sizes_that_do_not_fit_are_a_sentence(name, flags, message):
         cli.run(["bench", name, "--preset", "gpt2-tiny", *flags.split()])
 
 
+@pytest.mark.parametrize(
+    ("backend", "kind", "message"),
+    [("tpu", "hand", "not on a TPU"), ("gpu", "trl", "on a CPU"), ("gpu", "hand", None)],
+)
+def test_an_opponent_is_on_the_same_device(backend, kind, message, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    if message is None:
+        opponent.check_kind(kind, SMALL)
+        return
+    with pytest.raises(UserError, match=message):
+        opponent.check_kind(kind, SMALL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tokens", "share"), [("reward", 32, "flops_share"), ("rollout", 16, "bandwidth_share")]

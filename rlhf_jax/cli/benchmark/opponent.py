@@ -47,8 +47,11 @@ def opposed(kind: Kind, name: Name, preset: Preset, value: Value, check: bool = 
 
 def check_kind(kind: Kind, preset: Preset) -> None:
     """Raises UserError if an opponent does not compute such a model here."""
+    backend = jax.default_backend()
+    if backend == "tpu":
+        raise UserError("--against: the other programs run on a CPU or an NVIDIA GPU, not on a TPU")
     is_short = preset.model.compute_dtype != "float32"
-    is_other = jax.default_backend() != "cpu" or not isinstance(preset.model, GPT2Config)
+    is_other = backend != "cpu" or not isinstance(preset.model, GPT2Config)
     if kind == "trl" and (is_short or is_other):
         raise UserError(
             "--against trl: its steps are those of a GPT-2 in float32 on a CPU; take --against "
