@@ -100,10 +100,10 @@ PARTS = [
 REHEARSED = [
     Part("peaks", ("peaks",), LONG),
     Part("right", ("right", "--rehearse"), LONG),
-    Part("same bytes", ("again",), LONG),
-    _bench("rollout", "qwen2.5-0.5b-tiny", "4 8 8", "--against transformers", LONG),
-    _bench("sft", "gpt2-tiny", "4 1 15", "--against hand", LONG),
-    _bench("grpo", "llama-1b-tiny", "8 8 8", "--against hand --microbatches 2", LONG),
+    Part("same bytes", ("again", "--rl.num-iterations", "2"), LONG),
+    _bench("rollout", "qwen2.5-0.5b-tiny", "4 8 8", LIBRARY, LONG),
+    _bench("sft", "gpt2-tiny", "4 1 15", CHECKED_HAND, LONG),
+    _bench("grpo", "llama-1b-tiny", "8 8 8", "--microbatches 2", LONG),
     Part("doctor", ("doctor",), LONG),
 ]
 
@@ -199,7 +199,7 @@ def _gaps(cpu: dict[str, Any], here: dict[str, Any]) -> Values:
     }
 
 
-def again() -> Values:
+def again(flags: list[str]) -> Values:
     """A run of PPO twice with --deterministic: whether weights and metrics are the same bytes."""
     digests = []
     seconds = []
@@ -208,7 +208,7 @@ def again() -> Values:
             run = Path(folder, name)
             words = ["ppo", "--config", "tiny", "--deterministic", "--output-dir", str(run)]
             started = time.perf_counter()
-            done = _command(*words)
+            done = _command(*words, *flags)
             seconds.append(time.perf_counter() - started)
             if done.returncode:
                 raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
@@ -333,7 +333,9 @@ def answer(words: list[str]) -> Values:
         return bench(rest)
     if name == "right":
         return right(64, COMPARED[-1:]) if rest else right(640, COMPARED)
-    return {"peaks": peaks, "again": again, "doctor": doctor}[name]()
+    if name == "again":
+        return again(rest)
+    return {"peaks": peaks, "doctor": doctor}[name]()
 
 
 def main() -> None:

@@ -25,5 +25,5 @@ def test_all_parts_are_rehearsed(tmp_path, monkeypatch):
         assert value == (1 if metric.endswith("equal") else 0)
     assert found["peaks"].keys() == {"bf16_tflops", "copy_gb_s"}
     assert found["rollout"].keys() >= {"ms_per_token", "bandwidth_share", "ratio"}
-    for kind in ("sft", "grpo"):
-        assert found[kind].keys() >= {"mfu_measured", "planned_memory_mb", "ratio"}
+    assert found["sft"].keys() >= {"mfu_measured", "planned_memory_mb", "ratio"}
+    assert found["grpo"]["mfu_measured"] > 0
