@@ -113,7 +113,8 @@ def test_sizes_replace_those_of_the_preset():
     assert longer[1:] == (6, 1, 1500, 2)
     assert longer.model == replace(preset.model, compute_dtype="bfloat16", max_length=1501)
     assert sized("rollout", batch=3, prompt=None, response=2)[1:] == (3, 8, 2, 1)
-    assert sized("rollout").model.max_length == preset.model.max_length
+    whole = steps.PRESETS["gpt2"]
+    assert measure.sized("rollout", whole, "float32", {}, 1) == whole
 
 
 @pytest.mark.parametrize(
