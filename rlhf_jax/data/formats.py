@@ -6,7 +6,7 @@ has. Records of public data sets have our keys already (`forms.table`).
   ``tools`` of any row with messages reach the chat template.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
-  desirable, a boolean or 1 or 0.
+  desirable, a boolean or 1 or 0. In messages that is said of each turn that is learned.
 - ``{prompt, chosen, rejected}``: a comparison; each value may be messages. ``margin`` is the least
   difference of the scores that a reward model should give.
 - ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
@@ -348,8 +348,8 @@ def parse(
     template: ChatTemplate,
     turns: LearnedTurns = "all",
 ) -> Rows:
-    """The rows of one record, with the template's text of messages. ``turns``: of the assistant in
-    a demonstration, that are learned.
+    """The rows of one record, with the template's text of messages. ``turns``: of the assistant,
+    that are learned.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
@@ -357,12 +357,12 @@ def parse(
     """
     parsed = _parse(kind, record)
     tools = conversation.tools_of(record)
-    last = turns == "last" or kind == "feedback"
+    how = {"last": turns == "last", "is_feedback": kind == "feedback"}
     of_template = []
     for row in parsed:
         if tools is not None:
             row = replace(row, tools=tools)
-        of_template += rendered(row, template, last) if row.messages else [row]
+        of_template += rendered(row, template, **how) if row.messages else [row]
     return of_template
 
 
@@ -436,9 +436,6 @@ def _feedback(record: Record) -> list[Row]:
     record.require(("desirable",))
     targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    if isinstance(before, list) and isinstance(response, list):  # the label is the last turn's
-        before = [*before, *response[:-1]]
-        response = response[-1:]
     return [_row(record, before, (response,), targets=targets)]
 
 
