@@ -277,7 +277,7 @@ RAW = {
     "xstest/xstest_prompts.csv": ("prompts", "CSV", 450, 450),
     "forms/alpaca_en_demo.first150.json": ("demonstrations", "JSON list", 150, 150),
     "forms/dpo_en_demo.first60.json": ("pairs", "JSON list", 60, 60),
-    "forms/kto_en_demo.first60.json": ("feedback", "JSON list", 60, 60),
+    "forms/kto_en_demo.first60.json": ("feedback", "JSON list", 60, 96),
 }
 
 

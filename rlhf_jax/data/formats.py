@@ -32,6 +32,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -305,30 +306,42 @@ def form_of(value: Any) -> Form:
         return Form("prompts", "text")
     if not isinstance(value, dict):
         return UNKNOWN
-    if "responses" in value:
-        present = [key for key in ("prompt", "responses", *LABELS) if key in value]
+    form = _form_of(tuple(value))
+    if form.name == "messages" and not conversation.is_answered(value["messages"]):
+        return Form("prompts", form.name)
+    return form
+
+
+@lru_cache(maxsize=256)
+def _form_of(keys: tuple[str, ...]) -> Form:
+    """The form of a record with these keys, of messages if they end with an answer."""
+    if "responses" in keys:
+        present = [key for key in ("prompt", "responses", *LABELS) if key in keys]
         return Form("comparisons", ", ".join(present))
-    for keys, kind in OURS.items():
-        if value.keys() >= set(keys):
-            if keys == ("messages",) and not conversation.is_answered(value["messages"]):
-                kind = "prompts"
-            return Form(kind, ", ".join(keys))
+    for known, kind in OURS.items():
+        if set(keys).issuperset(known):
+            return Form(kind, ", ".join(known))
     return UNKNOWN
 
 
-def keys_read(row: Fields, kind: Kind) -> set[str]:
+def keys_read(row: Fields, kind: Kind) -> frozenset[str]:
     """The keys of a record that a stage of this kind reads."""
-    form = form_of(row)
+    is_chat = conversation.is_chat(row, "messages", "prompt", *PAIR)
+    return _keys_read(form_of(row), kind, is_chat, tuple(row))
+
+
+@lru_cache(maxsize=256)
+def _keys_read(form: Form, kind: Kind, is_chat: bool, present: tuple[str, ...]) -> frozenset[str]:
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
-        keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
+        keys |= {"input", *filter(_ANNOTATOR.fullmatch, present)}
     if kind == "comparisons":
         keys |= {"margin", "category", "subset"}
     if kind == "demonstrations":
         keys.add("desirable")
-    if conversation.is_chat(row, "messages", "prompt", *PAIR):
+    if is_chat:
         keys.add("tools")
-    return keys & set(row)
+    return frozenset(keys.intersection(present))
 
 
 def _unread(row: Fields, kind: Kind) -> list[str]:
@@ -336,6 +349,8 @@ def _unread(row: Fields, kind: Kind) -> list[str]:
     it reads (`forms.table`).
     """
     read = keys_read(row, kind)
+    if len(read) == len(row):
+        return []
     if kind == "prompts":
         return [key for key in row if key not in read]
     values = [id(row[key]) for key in read]
