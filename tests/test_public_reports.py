@@ -117,3 +117,20 @@ def test_eos_is_learned_where_the_tokenizer_pads_with_it(pad, tmp_path, write):
     assert is_end.sum(axis=1).tolist() == [1, 1]
     assert batch.response_mask[is_end].tolist() == [1, 1]
     assert (batch.tokens[batch.attention_mask == 0] == tokenizer.pad_id).all()
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "prompts"])
+def test_what_a_template_leaves_out_of_a_conversation_is_named(kind, tmp_path, write):
+    """ChatML writes neither reasoning nor tools; Qwen3's template writes both."""
+    thought = HELLO | {"reasoning_content": "I greet."}
+    row = {"messages": [HI, thought, MORE, YES], "tools": [{"type": "function", "function": {}}]}
+    if kind == "prompts":
+        row["messages"] = row["messages"][:3]
+    path = write([row, row | {"tools": None}, {"messages": [HI, HELLO, MORE, YES]}])
+    said = {}
+    for name in ("chatml", "qwen3"):
+        template = chat.template_of(of_family(tmp_path / name, name), "auto")
+        said[name] = formats.read(kind, path, template=template).describe_unread(kind)
+    line = "the chat template leaves out: reasoning_content (2 rows), tools (1 rows)"
+    assert line in said["chatml"]
+    assert "leaves out" not in said["qwen3"]

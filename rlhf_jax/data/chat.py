@@ -15,6 +15,7 @@ right, and each learned turn gets its own text, as the model sees it then.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -54,6 +55,7 @@ _DATE = {"d": "26", "b": "Jul", "B": "July", "m": "07", "Y": "2024", "y": "24", 
 _DATE |= {"a": "Fri", "H": "00", "M": "00", "S": "00", "F": "2024-07-26", "-d": "26"}
 _REPLACED = "".join(f" | replace('%{code}', '{text}')" for code, text in _DATE.items())
 _TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+_NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside its content
 _PROBE = "Probe4711"  # a content that no template writes itself
 
 Span = tuple[int, int]
@@ -186,6 +188,16 @@ class ChatTemplate:
             before = self._encode(rendered[:start]).ids
             after = self._encode(rendered[end:]).ids
             return [*before, *self.tokenizer.encode(content), *after]
+
+    def unwritten(self, row: Row) -> set[str]:
+        """What a row of messages has and the template never names, and so leaves out."""
+        if not row.messages:
+            return set()
+        turns = [*row.messages, *itertools.chain.from_iterable(row.answers)]
+        has = {key for turn in turns for key in _NOT_CONTENT if turn.get(key)}
+        if row.tools:
+            has.add("tools")
+        return {key for key in has if not re.search(rf"\b{key}\b", self._source_for(row.tools))}
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -379,9 +391,11 @@ class ChatTemplate:
             raise BadRow(where, f"{what}; save the one that you mean as its chat_template.jinja")
         parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
         for message in messages:
-            others = [key for key in ("reasoning_content", "tool_calls") if message.get(key)]
+            others = [key for key in _NOT_CONTENT if message.get(key)]
             values = [text_of(message), *(message[key] for key in others)]
-            parts += [(f"a {message['role']} message", value) for value in values]
+            role = message["role"]
+            article = "an" if role == "assistant" else "a"
+            parts += [(f"{article} {role} message", value) for value in values]
             for key in others:
                 self._check_written(key, where)
         if tools:

@@ -126,6 +126,8 @@ class ReadResult:
     """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
     gets.
     """
+    unwritten: dict[str, int] = field(default_factory=dict)
+    """{part of messages that the chat template leaves out: number of its rows}."""
     forms: dict[str, str] = field(default_factory=dict)
     """{place of a record: name of its form}."""
 
@@ -144,14 +146,17 @@ class ReadResult:
         return line
 
     def describe_unread(self, kind: Kind) -> str:
-        """One line that names the keys in ``unread``; "" if there are none."""
-        if not self.unread:
-            return ""
+        """One line that names the keys in ``unread`` and ``unwritten``; "" if there are none."""
         title = (
             "columns for the reward" if kind == "prompts" else "keys that training does not read"
         )
-        most_first = sorted(self.unread.items(), key=lambda item: -item[1])
-        return f"{title}: {', '.join(f'{key} ({count} rows)' for key, count in most_first)}"
+        titled = {title: self.unread, "the chat template leaves out": self.unwritten}
+        return "; ".join(f"{name}: {_counted(keys)}" for name, keys in titled.items() if keys)
+
+
+def _counted(keys: dict[str, int]) -> str:
+    most_first = sorted(keys.items(), key=lambda item: -item[1])
+    return ", ".join(f"{key} ({count} rows)" for key, count in most_first)
 
 
 def read(
@@ -232,6 +237,7 @@ def parse_all(
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
     unread = Counter[str]()
+    unwritten = Counter[str]()
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
@@ -248,12 +254,15 @@ def parse_all(
             result.rows.extend(parsed)
             if isinstance(record.value, dict):
                 unread.update(_unread(record.value, kind))
+            left_unwritten: set[str] = set()
+            unwritten.update(left_unwritten.union(*map(template.unwritten, parsed)))
         except UserError as error:
             if isinstance(error, left_out):
                 result.places.setdefault(error.what, []).append(error.source)
             else:
                 result.errors.append(error)
     result.unread.update(unread)
+    result.unwritten.update(unwritten)
     return result
 
 
