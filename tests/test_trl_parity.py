@@ -6,23 +6,25 @@ Where TRL means something else by a name, the difference stands in the test.
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tokenizers
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose
 from tabular import numbers
-from test_references import POLICIES, followed
 from torch_models import assert_gradients_equal, torch_model
 
 from rlhf_jax import dpo, grpo, kto, losses, models, reward_model, sft
 from rlhf_jax.config import DPOStage
 from rlhf_jax.data import batches, chat, encoding, formats
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
+from rlhf_jax.training.common import references
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.parity
@@ -434,11 +436,21 @@ def test_the_weights_of_a_reference_that_moves():
     import torch
     from trl.trainer.callbacks import SyncRefModelCallback
 
+    policies = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     model, target = (torch.nn.Linear(3, 1, bias=False) for _ in range(2))
-    target.weight.data = torch.tensor(POLICIES[:1])
-    seen = [POLICIES[0]]
-    for weights in POLICIES[1:7]:
-        model.weight.data = torch.tensor(weights[None])
-        SyncRefModelCallback._sync_target_model(model, target, 0.6)
-        seen.append(target.weight.data.numpy()[0].copy())
-    assert_allclose(followed(DPOStage(reference_ema=0.6)), seen, rtol=1e-6, atol=1e-7)
+    target.weight.data = torch.tensor(policies[:1])
+    ours = []
+
+    def advance(state, step):
+        ours.append(np.array(state.reference["w"]))
+        return replace(state, params={"w": jnp.asarray(policies[step + 1])}), {}
+
+    settings = DPOStage(reference_ema=0.6)
+    advance = references.moving(advance, settings, lambda state: state.params)
+    state = references.Followed.create({"w": jnp.asarray(policies[0])}, optax.sgd(1.0))
+    for step in range(7):
+        if step:
+            model.weight.data = torch.tensor(policies[step][None])
+            SyncRefModelCallback._sync_target_model(model, target, 0.6)
+        state, _ = advance(state, step)
+        assert_allclose(ours[step], target.weight.data.numpy()[0], rtol=1e-6, atol=1e-7)
