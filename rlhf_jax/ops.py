@@ -431,7 +431,8 @@ def evaluate(
 def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Callable[..., Any]:
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
     gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
-    B. With ``rows`` None it is applied to all rows at once.
+    B. With ``rows`` None it is applied to all rows at once. Further arrays [B, ...] go to ``fn``
+    too.
 
     The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
     groups of ``group_size`` adjacent rows.
@@ -442,13 +443,15 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
         tokens: Array,
         attention_mask: Array,
         key: None = None,
+        *further: Array,
     ) -> Any:
         at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
-        def apply(part: tuple[Array, Array]) -> Any:
-            return fn(params, *part, key)
+        def apply(part: tuple[Array, ...]) -> Any:
+            tokens, mask, *others = part
+            return fn(params, tokens, mask, key, *others)
 
-        def apply_in_parts(batch: tuple[Array, Array]) -> Any:
+        def apply_in_parts(batch: tuple[Array, ...]) -> Any:
             num_groups = len(batch[0]) // group_size
             groups_at_once = max((at_once or len(batch[0])) // group_size, 1)
             parts = -(-num_groups // groups_at_once)
@@ -465,7 +468,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
 
             return jax.tree.map(in_order, results)
 
-        return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
+        return blocks.map_rows(apply_in_parts, (tokens, attention_mask, *further))
 
     return with_settings(in_parts, *settings_of(fn))
 

@@ -50,7 +50,7 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
-    score_fn = start.bind(models.score_fn(model))
+    score_fn = start.bind(models.score_fn(model, num_answers=setting.num_answers))
     validate = _validation(setting, score_fn)
     create: Callable[..., TrainState] = TrainState.create
     update: Any = partial(reward_model.update, minibatch_sharding=stage.rows)
