@@ -405,7 +405,7 @@ def with_remat(
     if config.compute.remat != "auto" or name not in (*SUPERVISED, *RL):
         return config
     case = Case(config, name, target)
-    model, _ = case.model(config.model)
+    model, params = case.model(config.model)
     network = dataclasses.replace(model.config, compute_dtype=config.compute.dtype)
     columns = length or config.rl.max_prompt_length if name in RL else _fitting(model, length)
     if columns is None:
@@ -422,7 +422,11 @@ def with_remat(
     device_rows = -(-rows_at_once // sharding.num_parts(case.mesh))
     stored = memory.stored(network, device_rows, columns)
     is_deep = network.num_layers >= initial.DEEP
-    remat = is_deep and memory.wants_remat(stored, limit)
+    params = case.laid_out(params)
+    trained = case.laid_out(initial.trained_shapes(config.lora, params))
+    to_come = memory.COPIES * memory.on_device(trained)
+    free = max(limit - memory.on_device(params), 1) if limit else 0
+    remat = is_deep and memory.wants_remat(memory.Room(free, to_come), stored, lambda: stored)
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
 
 

@@ -157,7 +157,9 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
         stage = stage.recorded(shared_prompts.recorded(config, shares))
     rows_at_once = chosen.encoded.rows_of_arrays * settings.batch_size // settings.num_microbatches
     longest = int(chosen.encoded.longest.max())
-    stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
+    members = settings.ensemble_size if isinstance(settings, RewardModelStage) else 1
+    sizes = (members * rows_at_once, longest, members)
+    stage, language_model = stage.choose_remat(language_model, *sizes)
     return Setting(
         stage,
         language_model,
