@@ -150,8 +150,7 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
         config, spec, language_model, data, to_validate, split_key
     )
     layers = language_model.model.config.num_layers
-    batched = partial(_batching, config, spec, rows=train_rows, key=order_key, layers=layers)
-    chosen = batching.decided(config.compute, encoded, batched)
+    chosen = batched(config, spec, encoded, train_rows, order_key, layers)
     if chosen.encoded.num_answers > 1:
         shares = chosen.encoded.shares_prompts
         stage = stage.recorded(shared_prompts.recorded(config, shares))
@@ -459,6 +458,21 @@ def _pieces(texts: Sequence[Row], language_model: LanguageModel, max_length: int
         size = f"{len(cut):,} pieces of up to {1 + max(lengths):,} tokens"
         logger.info(f"plain text of {sum(lengths):,} tokens: cut into {size}")
     return cut
+
+
+def batched(
+    config: RunConfig,
+    spec: StageSpec,
+    encoded: EncodedTexts,
+    rows: np.ndarray,
+    key: Array,
+    layers: int,
+) -> Batching:
+    """The batches of the training ``rows`` for a model with so many ``layers``; whether they share
+    prompts is decided and printed (``batching.decided``).
+    """
+    of_texts = partial(_batching, config, spec, rows=rows, key=key, layers=layers)
+    return batching.decided(config.compute, encoded, of_texts)
 
 
 def _batching(
