@@ -285,6 +285,10 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config):
     # pair's 10 columns.
     said = "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed"
     assert plan.line == said
+    assert plan.columns == plan.collate(PAIRS, train[plan.plan.rows(0)]).tokens.size
+    alone = replace(config, text=Text(bucket_multiple=4))
+    plain = tasks._batching(alone, spec, PAIRS, rows=train, key=KEY, layers=1)
+    assert plain.columns == plain.collate(PAIRS, train[plain.plan.rows(0)]).tokens.size
     seen = []
     for step in range(6):
         rows = train[plan.plan.rows(step)]

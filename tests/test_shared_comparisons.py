@@ -36,6 +36,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import attention, lora
+from rlhf_jax.models.kernels import shared
 from rlhf_jax.training.common import layout
 from rlhf_jax.training.supervised import batching, scoring
 from rlhf_jax.training.supervised.batching import Batching
@@ -90,10 +91,10 @@ def test_tokens_of_an_answer_that_do_not_count_are_those_of_single_texts():
 
 def test_where_answers_stand_by_hand():
     mask = grid("1122333455566000")
-    found = attention.answers(jnp.asarray(mask), 2)
+    found = shared.answers(jnp.asarray(mask), 2)
     assert_array_equal(found.positions, grid("0123234012312222"))
     assert_array_equal(found.previous[:, 1:], [[0, 1, 2, 1, 4, 5, 6, 7, 8, 9, 7, 11, 12, 13, 14]])
-    plain = attention.answers(jnp.asarray(grid("00111100")), 2)
+    plain = shared.answers(jnp.asarray(grid("00111100")), 2)
     assert_array_equal(plain.positions, attention.positions(jnp.asarray(grid("00111100"))))
 
 
@@ -107,8 +108,8 @@ def test_where_answers_stand_by_hand():
 def test_what_an_answer_sees_by_hand(window, expected):
     """A window counts the tokens of its own text."""
     mask = jnp.asarray(grid("1122330"))
-    positions = attention.answers(mask, 2).positions
-    seen = attention.visible(attention.seen_by_answers(mask, positions, 2, window))
+    positions = shared.answers(mask, 2).positions
+    seen = attention.visible(shared.seen_by_answers(mask, positions, 2, window))
     assert_array_equal(seen[0, 0], grid(*expected))
 
 
@@ -179,8 +180,8 @@ def test_loss_and_gradient_are_those_of_single_texts(
     monkeypatch.setattr("rlhf_jax.models.attention.BLOCK_SCORES", 24)
     rows = np.array([2, -1, 0, 1])
     expected = found(config, algorithm, texts, rows, rank)
-    shared = found(config, algorithm, sharing(texts), rows, rank, pack)
-    assert_close(shared, expected)
+    together = found(config, algorithm, sharing(texts), rows, rank, pack)
+    assert_close(together, expected)
     (loss, _), _ = expected
     assert loss > 0.1
 
@@ -286,10 +287,10 @@ def test_a_run_that_shares_learns_the_same(stage, pack, config, tmp_path):
     run = getattr(training, stage).run
     text = Text(bucket_multiple=16, pack=pack)
     alone = run(of(config, False, tmp_path / "alone", text=text)).folder
-    shared = run(of(config, True if pack else "auto", tmp_path / "shared", text=text)).folder
-    recorded = yaml.safe_load((shared / "config.yaml").read_text())
+    second = run(of(config, True if pack else "auto", tmp_path / "shared", text=text)).folder
+    recorded = yaml.safe_load((second / "config.yaml").read_text())
     assert recorded["compute"]["share_prompts"] is True
-    rows = zip(metric_rows(alone), metric_rows(shared), strict=True)
+    rows = zip(metric_rows(alone), metric_rows(second), strict=True)
     for expected, found in rows:
         names = [name for name in expected if "/" in name or name in ("loss", "grad_norm")]
         for name in names:

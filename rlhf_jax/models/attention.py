@@ -59,45 +59,16 @@ class Softmax(NamedTuple):
 PLAIN = Softmax()
 
 
-def prompt_of(documents: Array, num_answers: Array | int) -> Array:
+def prompt_of(
+    documents: Array,
+    num_answers: Array | int,
+) -> Array:
     """The number of the document that is the prompt of each document: of K answers, prompts have
     the numbers 1, K + 2, 2 K + 3, ..., and the K numbers that follow are their answers. A prompt's
     is its own.
     """
-    return documents - (documents - 1) % (num_answers + 1)
-
-
-class Answers(NamedTuple):
-    """Where packed answers stand that follow a prompt which is packed once, before them."""
-
-    is_first: Array  # [B, T] bool: the first token of an answer
-    prompt_end: Array  # [B, T] the column of the last prompt token up to each column
-    positions: Array  # [B, T] of the tokens; an answer's go on behind its prompt's
-
-    @property
-    def previous(self) -> Array:
-        """[B, T] the column whose state predicts the token of a column."""
-        columns = jnp.arange(self.is_first.shape[1])[None]
-        return jnp.where(self.is_first, self.prompt_end, columns - 1)
-
-
-def answers(attention_mask: Array, num_answers: int) -> Answers:
-    """Where the answers of a packed batch stand.
-
-    Args:
-        attention_mask: [B, T], 0 on pads; prompts and answers are numbered as in ``prompt_of``,
-            and the answers of a prompt follow it.
-    """
-    alone = positions(attention_mask)
-    columns = jnp.broadcast_to(jnp.arange(alone.shape[1]), alone.shape)
-    real = attention_mask != 0
-    in_prompt = prompt_of(attention_mask, num_answers) == attention_mask
-    last = jnp.where(real & in_prompt, columns, 0)
-    prompt_end = lax.cummax(last, axis=1)
-    in_answer = real & ~in_prompt
-    before = jnp.take_along_axis(alone, prompt_end, axis=1) + 1
-    behind = alone + jnp.where(in_answer, before, 0)
-    return Answers(in_answer & (alone == 0), prompt_end, behind)
+    place = (documents - 1) % (num_answers + 1)
+    return documents - place
 
 
 def positions(attention_mask: Array) -> Array:
@@ -134,21 +105,6 @@ def seen_in_text(attention_mask: Array, window: int | None = None) -> Seen:
     slots = jnp.arange(attention_mask.shape[1])
     rows = jnp.broadcast_to(slots, attention_mask.shape)
     return Seen(rows, attention_mask, slots, attention_mask, window or len(slots))
-
-
-def seen_by_answers(
-    attention_mask: Array, positions: Array, num_answers: int, window: int | None = None
-) -> Seen:
-    """The causal mask of packed prompts and answers: a token attends to earlier tokens of its
-    document, and an answer's to all of its prompt.
-
-    Args:
-        attention_mask, num_answers: as in ``answers``, and its ``positions``.
-        window: as in ``seen_in_text``.
-    """
-    size = window or attention_mask.shape[1]
-    of_keys = (positions, attention_mask)
-    return Seen(positions, attention_mask, *of_keys, size, num_answers=num_answers)
 
 
 def is_start(index: Array | int) -> bool:
@@ -206,7 +162,8 @@ def visible(seen: Seen) -> Array:
     is_own = seen.documents[:, :, None] == key_documents
     if seen.num_answers is not None:
         prompts = prompt_of(seen.documents, seen.num_answers)
-        is_own |= prompts[:, :, None] == key_documents
+        reads_prompt = prompts[:, :, None] == key_documents
+        is_own |= reads_prompt
     is_visible = is_near & (is_own & (key_documents != 0))
     return is_visible[:, None]
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.models.attention import Columns, answers, by_blocks
+from rlhf_jax.models.attention import Columns, by_blocks
 from rlhf_jax.models.kernels import fused
-from rlhf_jax.models.kernels.shared import Groups
+from rlhf_jax.models.kernels.shared import Groups, answers
 from rlhf_jax.models.model import Model
 from rlhf_jax.ops import check_number, with_settings
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn

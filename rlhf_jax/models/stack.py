@@ -380,9 +380,9 @@ class Transformer(nn.Module):
         """
         seen: Callable[..., Seen] = partial(attention.seen_in_text, attention_mask)
         if num_answers:
-            positions = attention.answers(attention_mask, num_answers).positions
+            positions = shared.answers(attention_mask, num_answers).positions
             numbered = (attention_mask, positions, num_answers)
-            seen = partial(attention.seen_by_answers, *numbered)
+            seen = partial(shared.seen_by_answers, *numbered)
         else:
             positions = attention.positions(attention_mask)
         x = self.embed(tokens, positions, attention_mask != 0)

@@ -494,7 +494,7 @@ def _batching(
     of_rows = longest[rows]
     if not config.text.pack or spec.pack is None:
         plan = batches.Plan(of_rows, size, key, multiple)
-        columns = encoded.rows_of_arrays * batches.columns_of(encoded, rows, plan)
+        columns = batches.columns_of(encoded, rows, plan)
         collate = partial(spec.collate, bucket_multiple=multiple)
         return Batching(encoded, plan, collate, multiple, columns)
     plan = batches.Plan(of_rows, size, key, config.text.bucket_multiple)
