@@ -269,6 +269,16 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert batches.packing(short, np.arange(6), plan, 1)[1] == 10  # no text is longer
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_columns_of_an_epoch_are_those_of_its_batches(pack, config):
+    own = replace(config.dpo, batch_size=4)
+    config = replace(config, text=Text(pack=pack, bucket_multiple=4), dpo=own)
+    train = np.arange(1, 5)
+    made = tasks._batching(config, training.dpo.SPEC, PAIRS, rows=train, key=KEY, layers=1)
+    batch = made.collate(PAIRS, train[made.plan.rows(0)])
+    assert made.columns == batch.tokens.size
+
+
 @pytest.mark.parametrize("stage", ["dpo", "reward_model"])
 def test_a_stage_packs_the_rows_of_its_step(stage, config):
     """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each
@@ -285,10 +295,6 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config):
     # pair's 10 columns.
     said = "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed"
     assert plan.line == said
-    assert plan.columns == plan.collate(PAIRS, train[plan.plan.rows(0)]).tokens.size
-    alone = replace(config, text=Text(bucket_multiple=4))
-    plain = tasks._batching(alone, spec, PAIRS, rows=train, key=KEY, layers=1)
-    assert plain.columns == plain.collate(PAIRS, train[plain.plan.rows(0)]).tokens.size
     seen = []
     for step in range(6):
         rows = train[plan.plan.rows(step)]
