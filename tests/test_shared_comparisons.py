@@ -132,11 +132,14 @@ def found(config, algorithm, texts, rows, rank=0, pack=False):
     batch = batches.comparison_batch(texts, rows, 4)
     if pack:
         batch = batches.packed_comparisons(texts, rows, 24)
-    own = {"score_fn" if algorithm is reward_model else "policy_fn": fn}
+    own = {"policy_fn": models.policy_fn(model, num_answers=answers)}
+    settings = algorithm.Config(sft_coef=0.5)
+    if algorithm is reward_model:
+        own["score_fn"] = fn
     reference = params
     if rank:
         adapters = lora.init(jax.random.key(1), params, rank)
-        own = {name: lora.bind(fn, params) for name in own}
+        own = {name: lora.bind(of_params, params) for name, of_params in own.items()}
         params = jax.tree.map(lambda x: x + 0.05, adapters)
 
     @jax.jit
@@ -145,8 +148,10 @@ def found(config, algorithm, texts, rows, rank=0, pack=False):
         if algorithm is dpo:
             moved = jax.tree.map(lambda x: 0.9 * x, reference)
             batch = dpo.with_reference(batch, Partial(ops.by_rows(fn, None), moved))
-        loss, metrics = algorithm.loss(params, batch, None, config=algorithm.Config(), **own)
-        return loss.value, {name: metric.value for name, metric in metrics.items()}
+        terms, metrics = algorithm.loss(params, batch, None, config=settings, **own)
+        return sum(term.value for term in terms), {
+            name: metric.value for name, metric in metrics.items()
+        }
 
     return results(params, reference, batch)
 
