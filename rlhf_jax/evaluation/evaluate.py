@@ -83,7 +83,7 @@ def run(folder: str | Path, config: Config) -> Result:
     _check_flags(policy, config)
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
     sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
-    opened = bench.open_bench(policy, config)
+    opened = bench.open_bench(policy, config, _columns(sets))
     pairs = {}
     answers = {}
     for name, read in sets.items():
@@ -215,6 +215,16 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories
+
+
+def _columns(sets: Sets) -> set[str]:
+    """The columns that each set of prompts has; none where given answers are scored too, which come
+    without columns.
+    """
+    names = [{name for row in read.rows for name in row.columns} for read in sets.values()]
+    if not names or any(name in KINDS for name in sets):
+        return set()
+    return set.intersection(*names)
 
 
 def _check_columns(config: Config, results: Sets) -> None:

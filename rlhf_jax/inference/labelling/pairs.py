@@ -81,7 +81,7 @@ def _pair(number: int, record: Record) -> Pair:
     row = record.fields("prompt, responses")
     if "responses" not in row:
         record.require(("prompt", "chosen", "rejected"))
-        row = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
+        row = row | {"responses": [row["chosen"], row["rejected"]]}
     record.require(("prompt",))
     answers = row["responses"]
     is_two = isinstance(answers, list) and len(answers) == 2
@@ -91,7 +91,10 @@ def _pair(number: int, record: Record) -> Pair:
         asked = conversation.asked(Record(row, record.source), "prompt")
     else:
         asked = Record(row, record.source).text("prompt")
-    return Pair(number, asked, [record.checked("an answer", text) for text in answers])
+    texts = [record.checked("an answer", text) for text in answers]
+    chosen_by = row.get("chosen_by", "random")
+    record.expect(isinstance(chosen_by, str), "'chosen_by' must be a string", chosen_by)
+    return Pair(number, asked, texts, chosen_by)
 
 
 class Feeder(threading.Thread):
