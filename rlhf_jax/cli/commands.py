@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command("quickstart:main", "SFT, a reward model and PPO in two minutes"),
+    "rounds": Command("rounds:main", "feedback by people or a judge, a reward model, RL; again"),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),
@@ -43,7 +44,7 @@ COMMANDS = {
     "doctor": Command("doctor:examine", "versions, devices, one step of every phase"),
 }
 GROUPS = {
-    "Train": ("quickstart", *STAGES),
+    "Train": ("quickstart", *STAGES, "rounds"),
     "Use": ("chat", "generate", "label", "export"),
     "Look": ("report", "evaluate", "verify"),
     "Data": ("data check", "data preview", "data demo"),

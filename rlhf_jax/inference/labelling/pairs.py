@@ -130,10 +130,12 @@ class Feeder(threading.Thread):
         config = self._config
         if config.choose != "random":
             if not self._store.num_pairs():
-                chosen = choose(self._sampled(), config)
+                names = [field.name for field in dataclasses.fields(Choice)]
+                choice = Choice(**{name: getattr(config, name) for name in names})
+                chosen = choose(self._sampled(), choice)
                 if self._stopping.is_set():
                     return
-                self._store.add(chosen)
+                self._store.add(pair._replace(number=i) for i, pair in enumerate(chosen))
             self.is_complete = True
             return
         for number in range(self._store.num_pairs(), self._source.num_pairs):
@@ -156,8 +158,19 @@ class Feeder(threading.Thread):
         return pairs
 
 
-def choose(pairs: Sequence[Pair], config: Config) -> list[Pair]:
-    """The pairs to label, numbered anew in an order drawn from the seed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which pairs are labelled; the names are those of ``Config``."""
+
+    choose: str
+    reward: Sequence[str]
+    random_share: float
+    count: int | None
+    seed: int
+
+
+def choose(pairs: Sequence[Pair], config: Choice) -> list[Pair]:
+    """The pairs to label, in an order drawn from the seed.
 
     ``random_share`` of them are drawn from all pairs; the rest are those on which the models
     disagree most about which answer is better, or whose scores are closest.
@@ -167,12 +180,12 @@ def choose(pairs: Sequence[Pair], config: Config) -> list[Pair]:
     if not useful:
         return []
     margins = np.stack([_margins(folder, useful) for folder in config.reward])
-    logger.info(f"--choose {config.choose}: {count} of {len(useful)} pairs")
+    logger.info(f"{config.choose}: {count} of {len(useful)} pairs are chosen")
     return chosen_by_margins(useful, margins, count, config)
 
 
 def chosen_by_margins(
-    pairs: Sequence[Pair], margins: np.ndarray, count: int, config: Config
+    pairs: Sequence[Pair], margins: np.ndarray, count: int, config: Choice
 ) -> list[Pair]:
     """As `choose`, from the difference [models, pairs] of the two answers' scores."""
     rng = np.random.default_rng(config.seed)
@@ -187,10 +200,8 @@ def chosen_by_margins(
     kept = [(i, "random") for i in at_random]
     kept += [(i, config.choose) for i in rest[: count - num_random]]
     order = rng.permutation(len(kept)).tolist()
-    return [
-        pairs[i]._replace(number=number, chosen_by=why)
-        for number, (i, why) in enumerate(kept[place] for place in order)
-    ]
+    drawn_order = (kept[place] for place in order)
+    return [pairs[i]._replace(chosen_by=why) for i, why in drawn_order]
 
 
 def preference_spread(margins: np.ndarray) -> np.ndarray:

@@ -41,7 +41,8 @@ def run(folder: str | None, config: Config, job: Job = ALONE) -> str:
             folder, a file or a row is wrong; nobody may read the tokens; the port is taken.
     """
     out = Path(config.out)
-    refuse_links(_beside(out, name) for name in ("sqlite", "tokens.json", "json"))
+    of_tokens = _beside(job.tokens_of or out, "tokens.json")
+    refuse_links([of_tokens, _beside(out, "sqlite"), _beside(out, "json")])
     with one_writer(out):
         source = pairs.open_source(folder, config)
         store = _open_store(out, config)

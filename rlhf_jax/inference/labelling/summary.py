@@ -204,11 +204,11 @@ def text(judgements: Sequence[Judgement]) -> str:
     return "\n".join(lines)
 
 
-def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
-    """Writes the summary as a page of the report's kind."""
+def parts(judgements: Sequence[Judgement]) -> list[Part]:
+    """The summary as parts of a page of the report's kind."""
     summary = summarize(judgements)
     people = [[value(person) for value in _COLUMNS.values()] for person in summary.people]
-    parts: list[Part] = [
+    drawn: list[Part] = [
         page.Facts("Agreement", _facts(summary)),
         page.Table("Annotators", [*_COLUMNS], people),
     ]
@@ -218,6 +218,11 @@ def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
             for both in summary.pairwise
         ]
         columns = ["annotator", "and", "kappa", "the same"]
-        parts.append(page.Table("Pairs of annotators", columns, rows))
+        drawn.append(page.Table("Pairs of annotators", columns, rows))
+    return drawn
+
+
+def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
+    """Writes the summary as a page."""
     with file_errors(path, "written"):
-        write_atomically(path, page.render(title, parts))
+        write_atomically(path, page.render(title, parts(judgements)))
