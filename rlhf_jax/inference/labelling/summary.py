@@ -73,6 +73,19 @@ def read(out: Path) -> list[Judgement]:
     return [Judgement(**given) for given in session["judgements"]]
 
 
+def read_all(files: Iterable[str | Path]) -> list[Judgement]:
+    """The judgements of several files, whose pairs are different ones.
+
+    Raises:
+        UserError: as ``read``.
+    """
+    found: list[Judgement] = []
+    for file in files:
+        num_before = 1 + max((given.pair for given in found), default=-1)
+        found += [given._replace(pair=given.pair + num_before) for given in read(Path(file))]
+    return found
+
+
 def summarize(judgements: Sequence[Judgement]) -> Summary:
     """Ties and pairs of which both are bad are one label."""
     by_name = collections.defaultdict(list)

@@ -24,8 +24,6 @@ from rlhf_jax.inference.labelling.store import Pair
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training.common import initial, signals
 
-TOKENS = "annotators"  # the name of the file of addresses, in the folder of all rounds
-
 
 class Prompts(NamedTuple):
     """The prompts of all rounds, in the order of the data, and what reads them."""
@@ -177,20 +175,10 @@ def _judgements(
     return given
 
 
-def by_people(compared: Path, labels: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The rows of preferences by people on the page, which ends when all pairs are judged.
-
-    Args:
-        compared: the file of pairs.
-        labels: the file beside which the judgements are kept until then.
-
-    Raises:
-        Stopped: a signal ended the page before.
-    """
-    from rlhf_jax.inference.labelling import serve
-
+def page_of(compared: Path, labels: Path, config: RunConfig) -> settings.Config:
+    """The settings of the page on which people compare the pairs of a file."""
     how = config.rounds
-    page = settings.Config(
+    return settings.Config(
         serve=True,
         answers=str(compared),
         out=str(labels),
@@ -201,8 +189,21 @@ def by_people(compared: Path, labels: Path, config: RunConfig) -> list[dict[str,
         again=0.0,
         seed=config.seed,
     )
-    serve.run(None, page, serve.Job(ends_when_done=True, tokens_of=labels.parents[1] / TOKENS))
-    judged = store.Store(label.store_file(labels), page)
+
+
+def by_people(page: settings.Config, tokens_of: Path) -> list[dict[str, Any]]:
+    """The rows of preferences by people on the page, which ends when all pairs are judged.
+
+    tokens_of: the file beside which their addresses are kept.
+
+    Raises:
+        Stopped: a signal ended the page before.
+    """
+    from rlhf_jax.inference.labelling import serve
+
+    said = serve.run(None, page, serve.Job(ends_when_done=True, tokens_of=tokens_of))
+    file = label.store_file(Path(page.out))
+    judged = store.Store(file, page)
     try:
         is_done = judged.is_done()
         progress = judged.progress("")
@@ -210,11 +211,12 @@ def by_people(compared: Path, labels: Path, config: RunConfig) -> list[dict[str,
         judged.close()
     if not is_done:
         raise Stopped(
-            f"{labels}: {progress.given} of {progress.needed} judgements so far; go on with\n"
+            f"{file}: {progress.given} of {progress.needed} judgements so far; go on with\n"
             f"    {signals.resume_command()}",
             signal.SIGINT,
         )
-    return list(rows.rows(store.read(label.store_file(labels))))
+    logger.info(said)
+    return list(rows.rows(store.read(file)))
 
 
 def write_rows(path: Path, written: Iterable[Mapping[str, Any]]) -> None:

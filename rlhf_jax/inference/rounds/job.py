@@ -33,6 +33,7 @@ from rlhf_jax.training.pipeline import stage_config
 from rlhf_jax.training.supervised import reward_model
 
 STATE = "rounds.json"
+TOKENS = "annotators"  # beside it the secret addresses, which are the same in all rounds
 # What may change between the starts of one job.
 _FREE = (*stage.MAY_CHANGE, "rounds.number", "rounds.annotators", "rounds.host", "rounds.port")
 
@@ -134,7 +135,8 @@ def _compared(job: _Job, number: int) -> list[dict[str, Any]]:
     pairs = compare.read_pairs(own.pairs, job.prompts)
     logger.info(f"{own.pairs}: {len(pairs)} pairs to compare")
     if config.rounds.judge is None:
-        return compare.by_people(own.pairs, own.labels, config)
+        page_of_round = compare.page_of(own.pairs, own.labels, config)
+        return compare.by_people(page_of_round, job.folder / TOKENS)
     return compare.by_judge(pairs, job.prompts, config, own.folder / "judge")
 
 
@@ -211,8 +213,10 @@ def _check(config: RunConfig) -> None:
             "nobody compares the answers: give --rounds.annotators ana,ben for people, or "
             "--rounds.judge FILE.py:FUNCTION, judge:RUBRIC.yaml or a reward model"
         )
-    if how.judge is None and importlib.util.find_spec("uvicorn") is None:
-        raise UserError("people compare on a page: pip install 'rlhf-jax[label]'")
+    if how.judge is None:
+        if importlib.util.find_spec("uvicorn") is None:
+            raise UserError("people compare on a page: pip install 'rlhf-jax[label]'")
+        compare.page_of(Path("pairs"), Path("labels"), config)  # checks its settings
     if how.choose == "disagreement" and config.reward_model.ensemble_size < 2:
         raise UserError(
             "--rounds.choose disagreement: one reward model cannot disagree; give "

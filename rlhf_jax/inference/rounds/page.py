@@ -7,8 +7,8 @@ from typing import Any
 
 from rlhf_jax.config import Rounds
 from rlhf_jax.errors import file_errors, read_file
-from rlhf_jax.inference.label import Judgement, store_file
-from rlhf_jax.inference.labelling import store, summary
+from rlhf_jax.inference.label import store_file
+from rlhf_jax.inference.labelling import summary
 from rlhf_jax.inference.rounds.folders import Round
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.parts import Part
@@ -50,9 +50,9 @@ def write(rounds: Sequence[Round], how: Rounds) -> list[dict[str, Any]]:
         page.Figures("Curves", _plots(rounds, how)),
         page.Table("Each round", [*rows[0]], [[*row.values()] for row in rows]),
     ]
-    judgements = _judgements(rounds)
-    if judgements:
-        parts += summary.parts(judgements)
+    labelled = [own.labels for own in rounds if store_file(own.labels).exists()]
+    if labelled:
+        parts += summary.parts(summary.read_all(labelled))
     text = page.render(
         f"{len(rounds)} rounds of feedback",
         parts,
@@ -63,17 +63,6 @@ def write(rounds: Sequence[Round], how: Rounds) -> list[dict[str, Any]]:
     with file_errors(path, "written"):
         write_atomically(path, text)
     return rows
-
-
-def _judgements(rounds: Sequence[Round]) -> list[Judgement]:
-    """Those of people in all rounds; pairs of different rounds have different numbers."""
-    found: list[Judgement] = []
-    for own in rounds:
-        path = store_file(own.labels)
-        if path.exists():
-            num_before = 1 + max((given.pair for given in found), default=-1)
-            found += [given._replace(pair=given.pair + num_before) for given in store.read(path)]
-    return found
 
 
 def _row(own: Round) -> dict[str, Any]:
