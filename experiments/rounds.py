@@ -9,18 +9,21 @@ round by disagreement and more of it, do not exist: before the first round no re
 disagrees. The command goes on where it was stopped.
 """
 
+import collections
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import results
 import tyro
 
 from rlhf_jax import cli, training
-from rlhf_jax.config import RunConfig, parse
+from rlhf_jax.config import Rounds, RunConfig, parse
 from rlhf_jax.data import demo
 from rlhf_jax.errors import logger
 from rlhf_jax.evaluation import bench, rubric
@@ -29,7 +32,8 @@ from rlhf_jax.report import records
 from rlhf_jax.runs import reading
 
 WRONG = 0.2  # share of the pairs in which an annotator names the worse answer
-VARIANTS = {
+Choose = Literal["random", "disagreement"]
+VARIANTS: dict[str, tuple[int, Choose]] = {
     "one round": (1, "random"),
     "four rounds, random": (4, "random"),
     "four rounds, disagreement": (4, "disagreement"),
@@ -85,11 +89,22 @@ def first_policy(folder: Path, seed: int) -> Path:
     data = folder / "data"
     demo.write(data, seed=seed)
     run = folder / "sft"
-    if not (run / "report.html").exists():
-        flags = ["--config", "quickstart", "--data", str(data), "--output-dir", str(run)]
-        flags += ["--seed", str(seed)] + ["--resume"] * run.exists()
-        training.sft.run(parse(RunConfig, flags, prog="rounds"))
+    if (run / "report.html").exists():
+        return run
+    config = replace(
+        quickstart(),
+        data=(str(data),),
+        output_dir=str(run),
+        seed=seed,
+        resume=run.exists(),
+    )
+    training.sft.run(config)
     return run
+
+
+def quickstart() -> RunConfig:
+    """The settings of `rlhf-jax quickstart`."""
+    return parse(RunConfig, ["--config", "quickstart"], prog="rounds")
 
 
 def config_of(folder: Path, variant: str, policy: Path, seed: int, sizes: Sizes) -> RunConfig:
@@ -98,36 +113,48 @@ def config_of(folder: Path, variant: str, policy: Path, seed: int, sizes: Sizes)
     pairs = sizes.labels // number
     run = folder / variant.replace(", ", "-").replace(" ", "-")
     data = folder / "data"
-    given: dict[str, Any] = {
-        "config": "quickstart",
-        "model": policy,
-        "data": data / "prompts.json",
-        "output-dir": run,
-        "seed": seed,
-        "reward-model.ensemble-size": sizes.members,
-        "reward-model.num-epochs": sizes.epochs,
-        "rl.num-iterations": sizes.iterations // number,
-        "rounds.number": number,
-        "rounds.pairs": pairs,
-        "rounds.prompts": sizes.pool * pairs,
-        "rounds.choose": choose,
-        "rounds.judge": f"{Path(__file__).resolve()}:noisy",
-        "rounds.gold": f"{Path(__file__).resolve()}:gold",
-        "rounds.held-out": data / "heldout_prompts.json",
-    }
-    flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return parse(RunConfig, flags + ["--resume"] * run.exists(), prog="rounds")
+    here = Path(__file__).resolve()
+    base = quickstart()
+    reward_model = replace(
+        base.reward_model,
+        ensemble_size=sizes.members,
+        num_epochs=sizes.epochs,
+    )
+    how = Rounds(
+        number=number,
+        pairs=pairs,
+        prompts=sizes.pool * pairs,
+        choose=choose,
+        judge=f"{here}:noisy",
+        gold=f"{here}:gold",
+        held_out=(str(data / "heldout_prompts.json"),),
+    )
+    return replace(
+        base,
+        model=str(policy),
+        data=(str(data / "prompts.json"),),
+        output_dir=str(run),
+        seed=seed,
+        resume=run.exists(),
+        reward_model=reward_model,
+        rl=replace(base.rl, num_iterations=sizes.iterations // number),
+        rounds=how,
+    )
 
 
 def measured(done: rounds.Result) -> Iterator[tuple[int, str, float]]:
     """(round, metric, value) of the evaluations, from the first policy on."""
-    for own in (rounds.Round(0, done.folder), *done.rounds):
+    first = rounds.Round(0, done.folder)
+    for own in (first, *done.rounds):
         path = own.evaluation / records.EVALUATION
-        for row in reading.read_json(path, reading.EVALUATION, ["rows"])["rows"]:
+        content = reading.read_json(path, reading.EVALUATION, ["rows"])
+        for row in content["rows"]:
             name = MEASURED.get(row["metric"])
-            if name is not None and row["value"] is not None:
-                ends = {"": row["value"], " low": row["low"], " high": row["high"]}
-                yield from ((own.number, name + end, value) for end, value in ends.items())
+            if name is None or row["value"] is None:
+                continue
+            yield own.number, name, row["value"]
+            yield own.number, f"{name} low", row["low"]
+            yield own.number, f"{name} high", row["high"]
 
 
 def own_accuracy(own: rounds.Round, held_out: Path, seed: int) -> dict[str, float]:
@@ -142,18 +169,14 @@ def own_accuracy(own: rounds.Round, held_out: Path, seed: int) -> dict[str, floa
     messages = {"messages": [row.conversation for row in of_samples]}
     reward = asking.reward_of((f"mean:{own.reward_model / 'model'}",), policy, ())
     learned = bench.score(reward, rollout, messages, policy.batch_size)
-    true = [
-        rubric.score(row.columns, text)
-        for row, text in zip(of_samples, policy.texts_of(rollout), strict=True)
-    ]
-    right = 0.0
-    num = 0
-    for place in range(0, len(true), 2):
-        margin = true[place] - true[place + 1]
-        agreed = margin * (learned[place] - learned[place + 1])
-        num += margin != 0
-        right += bool(agreed > 0) if margin else 0
-    return results.share(right, max(num, 1))
+    texts = policy.texts_of(rollout)
+    true = []
+    for row, text in zip(of_samples, texts, strict=True):
+        true.append(rubric.score(row.columns, text))
+    margins = np.array(true[::2]) - np.array(true[1::2])
+    agreed = margins * (learned[::2] - learned[1::2])
+    num = np.count_nonzero(margins)
+    return results.share(np.count_nonzero(agreed > 0), max(num, 1))
 
 
 def rows_of(folder: Path, variant: str, seed: int, sizes: Sizes) -> list[results.Row]:
@@ -194,10 +217,13 @@ def main(
                 command = "python experiments/rounds.py runs/rounds-experiment"
                 results.write(out, command, seconds, rows, sizes=sizes._asdict())
     for variant, (number, _) in VARIANTS.items():
-        last = [row for row in rows if row["variant"] == variant and row["step"] == number]
-        for metric in dict.fromkeys(row["metric"] for row in last):
-            values = [row["value"] for row in last if row["metric"] == metric]
-            logger.info(f"{variant}: {metric} {sum(values) / len(values):.3f}, {len(values)} seeds")
+        by_metric = collections.defaultdict(list)
+        for row in rows:
+            if row["variant"] == variant and row["step"] == number:
+                by_metric[row["metric"]].append(row["value"])
+        for metric, values in by_metric.items():
+            mean = sum(values) / len(values)
+            logger.info(f"{variant}: {metric} {mean:.3f}, {len(values)} seeds")
 
 
 if __name__ == "__main__":

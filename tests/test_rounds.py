@@ -86,7 +86,7 @@ class Stands:
 
     def trained(self, kind, given, data):
         self.calls.append((kind, given, data))
-        read = [Path(name).read_bytes() for name in data]
+        read = [Path(name).read_bytes() for name in data if Path(name).exists()]
         seed = str(given.seed).encode()
         made = digest(kind.encode(), content(given.model), seed, *read)
         run = Path(given.output_dir)
@@ -187,21 +187,33 @@ def test_each_part_gets_what_the_rounds_before_made(stand, given, tmp_path):
     assert {own.model for own in learned} == {how.model}
     trained = [call[1] for call in stands.named("rl")]
     assert [own.model for own in trained] == policies[:3]
-    rewards = [(str(folder / "reward_model" / "model"),) for folder in folders]
-    assert [own.reward for own in trained] == rewards
-    assert {call[3] for call in stands.named("rl")} == {"rlhf_jax.algorithms.ppo"}
-    assert [own.output_dir for own in trained] == [str(folder / "rl") for folder in folders]
+    rewards = [str(folder / "reward_model" / "model") for folder in folders]
+    assert [own.reward for own in trained] == [(reward,) for reward in rewards]
+    judged = stands.named("evaluate")
+    assert [call[1] for call in judged] == policies[1:]
+    assert [call[2].reward_model for call in judged] == rewards
+    assert {call[2].against for call in judged} == {how.model}
+    assert result.model_folder == folders[2] / "rl" / "model"
+    assert [row["rows of preferences"] for row in result.figures] == [4, 4, 4]
+
+
+def test_the_runs_of_a_round_have_settings_of_their_own(stand, given, tmp_path):
+    stands = stand()
+    own_rows = RewardModelStage(data=("before.jsonl",))
+    how = replace(given(method="grpo"), reward_model=own_rows, columns=("prompt=prompt",))
+    rounds.run(how)
+    learned, trained = ([call[1] for call in stands.named(kind)] for kind in ("reward_model", "rl"))
+    assert {call[3] for call in stands.named("rl")} == {"rlhf_jax.algorithms.grpo"}
+    assert {own.reward_model.data[0] for own in learned} == {"before.jsonl"}
+    assert {own.columns for own in learned} == {()}  # our rows have our keys
+    assert {own.columns for own in trained} == {how.columns}
     for own in (*learned, *trained):
         assert own.rounds == Rounds()  # the runs of a job that is made longer stay the same
     seeds = [own.seed for own in learned]
     assert seeds == [own.seed for own in trained]
     assert len(set(seeds)) == 3
-    judged = stands.named("evaluate")
-    assert [call[1] for call in judged] == policies[1:]
-    assert [call[2].reward_model for call in judged] == [reward for (reward,) in rewards]
-    assert {call[2].against for call in judged} == {how.model}
-    assert result.model_folder == folders[2] / "rl" / "model"
-    assert [row["rows of preferences"] for row in result.figures] == [4, 4, 4]
+    sampled = stands.named("sample")[0][2]
+    assert (sampled.max_new_tokens, sampled.temperature) == (how.rl.max_new_tokens, 1.0)
 
 
 def test_an_ensemble_rewards_by_its_mean_and_chooses(stand, given, tmp_path, monkeypatch):
@@ -520,7 +532,7 @@ def test_people_have_one_address_in_all_rounds(stand, given, people, tmp_path):
 
 def small(folder, data, output):
     """The settings of two small rounds."""
-    (folder / "judge.py").write_text(JUDGE.replace(", kind", ", category"))
+    (folder / "judge.py").write_text(JUDGE.replace("kind", "category"))
     return RunConfig(
         model=str(folder / "base"),
         data=(str(data / "prompts.json"),),

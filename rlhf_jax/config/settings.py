@@ -690,7 +690,7 @@ class Rounds(Section):
 
     number: Count = 4
     """How many rounds."""
-    algorithm: Literal["ppo", "grpo", "rloo", "vpg"] = "ppo"
+    method: Literal["ppo", "grpo", "rloo", "vpg"] = "ppo"
     """What trains the policy on the reward model; its own section has its settings."""
     pairs: Count = 64
     """Pairs of answers that are compared in each round."""

@@ -80,9 +80,11 @@ def read_all(files: Iterable[str | Path]) -> list[Judgement]:
         UserError: as ``read``.
     """
     found: list[Judgement] = []
+    num_before = 0
     for file in files:
+        for given in read(Path(file)):
+            found.append(given._replace(pair=given.pair + num_before))
         num_before = 1 + max((given.pair for given in found), default=-1)
-        found += [given._replace(pair=given.pair + num_before) for given in read(Path(file))]
     return found
 
 
@@ -220,16 +222,19 @@ def text(judgements: Sequence[Judgement]) -> str:
 def parts(judgements: Sequence[Judgement]) -> list[Part]:
     """The summary as parts of a page of the report's kind."""
     summary = summarize(judgements)
-    people = [[value(person) for value in _COLUMNS.values()] for person in summary.people]
+    people = []
+    for person in summary.people:
+        people.append([value(person) for value in _COLUMNS.values()])
     drawn: list[Part] = [
         page.Facts("Agreement", _facts(summary)),
         page.Table("Annotators", [*_COLUMNS], people),
     ]
-    if summary.pairwise:
-        rows = [
-            [*both.names, _number(both.kappa, ".2f"), f"{both.agreed.same} of {both.agreed.num}"]
-            for both in summary.pairwise
-        ]
+    rows = []
+    for both in summary.pairwise:
+        kappa = _number(both.kappa, ".2f")
+        same = f"{both.agreed.same} of {both.agreed.num}"
+        rows.append([*both.names, kappa, same])
+    if rows:
         columns = ["annotator", "and", "kappa", "the same"]
         drawn.append(page.Table("Pairs of annotators", columns, rows))
     return drawn
@@ -237,5 +242,6 @@ def parts(judgements: Sequence[Judgement]) -> list[Part]:
 
 def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
     """Writes the summary as a page."""
+    text = page.render(title, parts(judgements))
     with file_errors(path, "written"):
-        write_atomically(path, page.render(title, parts(judgements)))
+        write_atomically(path, text)

@@ -123,7 +123,7 @@ def _advance(job: _Job, number: int) -> None:
         reward_model.run(_of_reward_model(job, number))
     gc.collect()  # objects of the reward model's run still hold its weights
     if not _is_finished(own.rl):
-        algorithm = importlib.import_module(f"rlhf_jax.algorithms.{config.rounds.algorithm}")
+        algorithm = importlib.import_module(f"rlhf_jax.algorithms.{config.rounds.method}")
         rl.run(_of_rl(job, number), algorithm)
     _evaluate(job, number)
 
