@@ -149,7 +149,7 @@ def stand(monkeypatch):
     monkeypatch.setattr(job.chat, "template_of", lambda tokenizer, template: None)
     monkeypatch.setattr(compare.chat, "frame", lambda template, tokenizer: "")
     monkeypatch.setattr(compare.chat, "shown", lambda row, tokenizer: row.prompt)
-    monkeypatch.setattr(page.figures, "element", lambda plot, salt: "<svg/>")
+    monkeypatch.setattr(page.page, "render", lambda *parts: repr(parts))
     return stands
 
 
@@ -553,28 +553,35 @@ def small(folder, data, output):
 
 
 @pytest.mark.slow
-def test_real_rounds_that_were_killed_end_with_the_same_bytes(tmp_path):
+def test_real_rounds_and_one_that_was_killed(tmp_path):
     data = tmp_path / "data"
     sizes = {"prompts.json": 24, "heldout_prompts.json": 8, "sft_data.json": 64}
     demo.write(data, sizes=sizes)
     save_base(tmp_path / "base", data)
     file = tmp_path / "job.yaml"
-    file.write_text(config.to_yaml(small(tmp_path, data, "killed")))
-    command = [sys.executable, "-m", "rlhf_jax", "rounds", "--config", str(file)]
-    with subprocess.Popen([*command, "--trust-config"], stdout=subprocess.DEVNULL) as process:
+    file.write_text(config.to_yaml(small(tmp_path, data, "whole")))
+    how = ["rounds", "--config", str(file), "--trust-config"]
+    assert not cli.run(how)
+    how += ["--output-dir", str(tmp_path / "killed"), "--rounds.number", "1"]
+    command = [sys.executable, "-m", "rlhf_jax", *how]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         begun = tmp_path / "killed" / "round-1" / "rl" / "metrics.jsonl"
         while process.poll() is None and not begun.exists():
             time.sleep(0.05)
         process.kill()
-    whole = rounds.run(small(tmp_path, data, "whole"))
-    later = rounds.run(replace(small(tmp_path, data, "killed"), resume=True))
-    assert later.figures == whole.figures
-    for one, other in zip(whole.rounds, later.rounds, strict=True):
-        assert one.pairs.read_bytes() == other.pairs.read_bytes()
-        assert one.prefs.read_bytes() == other.prefs.read_bytes()
-        for name in ("reward_model/model/member_1", "rl/model"):
-            weights = [own.folder / name / "model.safetensors" for own in (one, other)]
-            assert weights[0].read_bytes() == weights[1].read_bytes(), name
-    assert not cli.run(["report", str(whole.folder)])
-    assert (whole.folder / "stages.html").is_file()
-    assert not cli.run(["export", str(whole.rounds[1].rl), str(tmp_path / "exported")])
+    assert not cli.run([*how, "--resume"])
+    one = Round(1, tmp_path / "whole")
+    other = Round(1, tmp_path / "killed")
+    assert one.pairs.read_bytes() == other.pairs.read_bytes()
+    assert one.prefs.read_bytes() == other.prefs.read_bytes()
+    for name in ("reward_model/model/member_1", "rl/model"):
+        weights = [own.folder / name / "model.safetensors" for own in (one, other)]
+        assert weights[0].read_bytes() == weights[1].read_bytes(), name
+    second = Round(2, tmp_path / "whole")
+    reasons = [row["chosen_by"] for row in json_lines(second.pairs)]
+    assert sorted(set(reasons)) == ["disagreement", "random"]
+    manifest = json.loads((second.reward_model / "manifest.json").read_text())
+    assert {str(one.prefs), str(second.prefs)} <= manifest["data"].keys()
+    assert not cli.run(["report", str(tmp_path / "whole")])
+    assert (tmp_path / "whole" / "stages.html").is_file()
+    assert not cli.run(["export", str(second.rl), str(tmp_path / "exported")])
