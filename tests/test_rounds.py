@@ -6,11 +6,9 @@ import hashlib
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -553,7 +551,7 @@ def small(folder, data, output):
 
 
 @pytest.mark.slow
-def test_real_rounds_and_one_that_was_killed(tmp_path):
+def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypatch):
     data = tmp_path / "data"
     sizes = {"prompts.json": 24, "heldout_prompts.json": 8, "sft_data.json": 64}
     demo.write(data, sizes=sizes)
@@ -562,16 +560,18 @@ def test_real_rounds_and_one_that_was_killed(tmp_path):
     file.write_text(config.to_yaml(small(tmp_path, data, "whole")))
     how = ["rounds", "--config", str(file), "--trust-config"]
     assert not cli.run(how)
-    how += ["--output-dir", str(tmp_path / "killed"), "--rounds.number", "1"]
-    command = [sys.executable, "-m", "rlhf_jax", *how]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        begun = tmp_path / "killed" / "round-1" / "rl" / "metrics.jsonl"
-        while process.poll() is None and not begun.exists():
-            time.sleep(0.05)
-        process.kill()
+    how += ["--output-dir", str(tmp_path / "stopped"), "--rounds.number", "1"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.rl, "run", partial(job.rl.run, on_step=stop))
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(how)
     assert not cli.run([*how, "--resume"])
     one = Round(1, tmp_path / "whole")
-    other = Round(1, tmp_path / "killed")
+    other = Round(1, tmp_path / "stopped")
     assert one.pairs.read_bytes() == other.pairs.read_bytes()
     assert one.prefs.read_bytes() == other.prefs.read_bytes()
     for name in ("reward_model/model/member_1", "rl/model"):
