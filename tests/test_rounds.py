@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -276,8 +277,12 @@ def test_more_rounds_follow_and_other_settings_are_refused(stand, given, tmp_pat
     rounds.run(how)
     stands = stand()
     longer = replace(how, resume=True, rounds=replace(how.rounds, number=2))
+    first = tmp_path / "job" / "round-1" / "rl"
+    (first / "report.html").unlink()  # killed when the model was saved, and the page was not
     assert len(rounds.run(longer).rounds) == 2
-    assert len(stands.named("rl")) == 1
+    again, second = (call[1] for call in stands.named("rl"))
+    assert (again.output_dir, again.resume) == (str(first), True)
+    assert not second.resume
     with pytest.raises(UserError, match=r"rounds\.pairs was 4 and is now 5"):
         rounds.run(replace(longer, rounds=replace(how.rounds, pairs=5)))
     with (tmp_path / "prompts.jsonl").open("a") as file:
@@ -507,6 +512,21 @@ def test_the_page_ends_when_all_is_judged_and_goes_on_if_it_was_ended(given, peo
     assert [row["prompt"] for row in rows] == ["prompt 0", "prompt 1", "prompt 2"]
     assert len(people.tokens) == 2
     assert len(set(people.tokens)) == 1
+
+
+def test_a_page_of_no_job_stays_open(given, people, tmp_path):
+    how = given(judge=None, annotators=("ana",), port=0)
+    write_rows(tmp_path / "pairs.jsonl", compared(("a", "b")))
+    stayed = []
+
+    def leave(server):
+        time.sleep(0.3)
+        stayed.append(not server.should_exit)
+        end(server)
+
+    people.leave = leave
+    serve.run(None, compare.page_of(tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl", how))
+    assert stayed == [True]
 
 
 def test_people_have_one_address_in_all_rounds(stand, given, people, tmp_path):
