@@ -285,10 +285,13 @@ def test_more_rounds_follow_and_other_settings_are_refused(stand, given, tmp_pat
     assert not second.resume
     with pytest.raises(UserError, match=r"rounds\.pairs was 4 and is now 5"):
         rounds.run(replace(longer, rounds=replace(how.rounds, pairs=5)))
-    with (tmp_path / "prompts.jsonl").open("a") as file:
-        file.write('{"prompt": "new"}\n')
-    with pytest.raises(UserError, match=r"prompts.jsonl was .* and is now"):
-        rounds.run(longer)
+    for name, said in (("judge.py", "pairs:"), ("base/made.txt", "model"), ("prompts.jsonl", "")):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before + b"\n")
+        with pytest.raises(UserError, match=f"{said}.* was '.* and is now"):
+            rounds.run(longer)
+        (tmp_path / name).write_bytes(before)
+    assert len(rounds.run(longer).rounds) == 2
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
 
 
 def _read_prompts(config: RunConfig) -> tuple[compare.Prompts, dict[str, str]]:
-    """The prompts that RL trains on, and {file: sha256}."""
+    """The prompts that RL trains on, and {name: sha256} of all that the rounds begin with."""
     tokenizer = load_tokenizer(hf.model_folder(str(config.model)))
     read = formats.read(
         "prompts",
@@ -267,7 +267,13 @@ def _read_prompts(config: RunConfig) -> tuple[compare.Prompts, dict[str, str]]:
         on_bad_row=config.on_bad_row,
     )
     logger.info(f"prompts: {read.describe()}")
-    return compare.Prompts(read.rows, tokenizer, config.text.template), read.fingerprints
+    fingerprints = read.fingerprints
+    paths = {"model": hf.find_folder(str(config.model))}
+    for entry in (config.rounds.gold, config.rounds.judge and f"pairs:{config.rounds.judge}"):
+        paths |= spec.sources(entry) if entry else {}
+    for name, path in paths.items():
+        fingerprints = fingerprints | {name: manifest.fingerprint(path)}
+    return compare.Prompts(read.rows, tokenizer, config.text.template), fingerprints
 
 
 def _begin(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> None:
@@ -275,11 +281,11 @@ def _begin(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> Non
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     dotted = manifest.dotted(settings)
     kept = {key: value for key, value in dotted.items() if not manifest.within(key, _FREE)}
-    now = {"settings": kept, "prompts": fingerprints}
+    now = {"settings": kept, "files": fingerprints}
     path = folder / STATE
     if path.exists():
-        shape = {"settings": {str: object}, "prompts": {str: str}}
-        before = reading.read_json(path, shape, ["settings", "prompts"])
+        shape = {"settings": {str: object}, "files": {str: str}}
+        before = reading.read_json(path, shape, ["settings", "files"])
         changed = _changed(before, now)
         if changed:
             raise UserError(
@@ -292,5 +298,5 @@ def _begin(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> Non
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> Sequence[str]:
-    parts = ("settings", "prompts")
+    parts = ("settings", "files")
     return [text for part in parts for text in manifest.differences(before[part], now[part])]
