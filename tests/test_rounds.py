@@ -551,13 +551,17 @@ def test_people_have_one_address_in_all_rounds(stand, given, people, tmp_path):
 # --- Real models
 
 
-def small(folder, data, output):
-    """The settings of two small rounds."""
+def small_job(folder):
+    """A file with the settings of two small rounds, and what they need."""
+    data = folder / "data"
+    sizes = {"prompts.json": 24, "heldout_prompts.json": 8, "sft_data.json": 64}
+    demo.write(data, sizes=sizes)
+    save_base(folder / "base", data)
     (folder / "judge.py").write_text(JUDGE.replace("kind", "category"))
-    return RunConfig(
+    how = RunConfig(
         model=str(folder / "base"),
         data=(str(data / "prompts.json"),),
-        output_dir=str(folder / output),
+        output_dir=str(folder / "whole"),
         text=Text(template="{prompt}:", bucket_multiple=64),
         reward_model=RewardModelStage(batch_size=4, normalize_samples=8, ensemble_size=2),
         rl=RLStage(num_iterations=2, batch_size=4, max_new_tokens=4, validation_prompts=4),
@@ -571,17 +575,14 @@ def small(folder, data, output):
             held_out=(str(data / "heldout_prompts.json"),),
         ),
     )
+    file = folder / "job.yaml"
+    file.write_text(config.to_yaml(how))
+    return str(file)
 
 
 @pytest.mark.slow
 def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypatch):
-    data = tmp_path / "data"
-    sizes = {"prompts.json": 24, "heldout_prompts.json": 8, "sft_data.json": 64}
-    demo.write(data, sizes=sizes)
-    save_base(tmp_path / "base", data)
-    file = tmp_path / "job.yaml"
-    file.write_text(config.to_yaml(small(tmp_path, data, "whole")))
-    how = ["rounds", "--config", str(file), "--trust-config"]
+    how = ["rounds", "--config", small_job(tmp_path), "--trust-config"]
     assert not cli.run(how)
     how += ["--output-dir", str(tmp_path / "stopped"), "--rounds.number", "1"]
 
@@ -595,11 +596,9 @@ def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypa
     assert not cli.run([*how, "--resume"])
     one = Round(1, tmp_path / "whole")
     other = Round(1, tmp_path / "stopped")
-    assert one.pairs.read_bytes() == other.pairs.read_bytes()
-    assert one.prefs.read_bytes() == other.prefs.read_bytes()
-    for name in ("reward_model/model/member_1", "rl/model"):
-        weights = [own.folder / name / "model.safetensors" for own in (one, other)]
-        assert weights[0].read_bytes() == weights[1].read_bytes(), name
+    members = "reward_model/model/member_1/model.safetensors"
+    for name in ("pairs.jsonl", "prefs.jsonl", members, "rl/model/model.safetensors"):
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
     second = Round(2, tmp_path / "whole")
     reasons = [row["chosen_by"] for row in json_lines(second.pairs)]
     assert sorted(set(reasons)) == ["disagreement", "random"]
