@@ -688,5 +688,7 @@ def test_a_function_in_place_of_a_reward_model_reads_the_columns_of_the_prompts(
     kinds = [row["kind"] == "tea" for row in PROMPTS]
     assert found.value("helpfulness", "quality") == pytest.approx(np.mean(kinds))
     assert 0 < sum(kinds) < len(kinds)
-    with pytest.raises(UserError, match="kind"):  # given answers have no columns
-        evaluate.run(folders / "run", config(folders, **function))
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([pair | {"kind": "tea"} for pair in PAIRS]))
+    with pytest.raises(UserError, match="kind"):  # given answers are scored without columns
+        evaluate.run(folders / "run", config(folders, preferences=(str(pairs),), **function))

@@ -218,13 +218,9 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
 
 
 def _columns(sets: Sets) -> set[str]:
-    """The columns that each set of prompts has; none where given answers are scored too, which come
-    without columns.
-    """
+    """The columns that each set has. Rows of given answers, which are scored too, have none."""
     names = [{name for row in read.rows for name in row.columns} for read in sets.values()]
-    if not names or any(name in KINDS for name in sets):
-        return set()
-    return set.intersection(*names)
+    return set.intersection(*names) if names else set()
 
 
 def _check_columns(config: Config, results: Sets) -> None:
