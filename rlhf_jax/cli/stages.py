@@ -39,7 +39,7 @@ STAGES = {
     ),
 }
 ROUNDS = StageCommand(
-    "by feedback: people or a judge compare, a reward model, RL; again",
+    "by feedback in turns: comparisons, a reward model, RL",
     (*RL, "reward_model", "ppo"),
 )
 
