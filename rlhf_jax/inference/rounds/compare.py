@@ -99,7 +99,11 @@ def _sampling(config: RunConfig) -> asking.Settings:
     """The policy samples as in RL."""
     dtype = config.compute.dtype
     return asking.Settings(
-        **{name: getattr(config.rl, name) for name in asking.SAMPLING},
+        max_new_tokens=config.rl.max_new_tokens,
+        temperature=config.rl.temperature,
+        top_k=config.rl.top_k,
+        top_p=config.rl.top_p,
+        min_p=config.rl.min_p,
         stop=config.rl.stop,
         template=config.text.template,
         template_options=config.text.template_options,
