@@ -11,22 +11,19 @@ stopped. ``--out results.json`` writes the curve as a table (docs/results/).
 
 import importlib.util
 import json
-import math
-import os
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import results
 import tyro
 
 from rlhf_jax import cli, grpo, training
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.runs import devices
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = 64
@@ -81,30 +78,17 @@ def write_problems(folder: Path) -> None:
         (folder / name).write_text(json.dumps(part, indent=0), encoding="utf-8")
 
 
-def table(rows: list[dict[str, Any]], seed: int, seconds: float) -> dict[str, Any]:
-    """The validations as a long table, with 95% intervals of a share (Wilson 1927)."""
+def table(rows: list[dict[str, Any]], seed: int) -> list[results.Row]:
+    """The validations as a long table, with 95% intervals of a share."""
     found = []
     for row in rows:
         if "validation/score" not in row:
             continue
-        share = row["validation/score"]
-        z = 1.96
-        centre = (share + z * z / (2 * HELD_OUT)) / (1 + z * z / HELD_OUT)
-        spread = z * math.sqrt(share * (1 - share) / HELD_OUT + z * z / (4 * HELD_OUT**2))
-        spread /= 1 + z * z / HELD_OUT
-        values = {"score": share, "low": centre - spread, "high": centre + spread}
-        for name, value in values.items():
-            key = {"variant": "grpo lora 16", "seed": seed, "step": row["step"]}
-            found.append(key | {"metric": f"held-out {name}", "value": round(value, 4)})
-    git = ["git", "-C", str(CONFIG.parent), "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": "python experiments/sums.py runs/sums",
-        "revision": revision,
-        "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
-        "seconds": round(seconds),
-        "rows": found,
-    }
+        values = results.share(row["validation/score"] * HELD_OUT, HELD_OUT)
+        for end, value in values.items():
+            metric = f"held-out score{end}"
+            found.append(results.row("grpo lora 16", seed, row["step"], metric, value))
+    return found
 
 
 def main(folder: tyro.conf.Positional[Path], out: Path | None = None, seed: int = 0) -> None:
@@ -130,8 +114,8 @@ def main(folder: tyro.conf.Positional[Path], out: Path | None = None, seed: int 
     if out is not None:
         lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        found = table(rows, seed, time.monotonic() - started)
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        command = "python experiments/sums.py runs/sums"
+        results.write(out, command, time.monotonic() - started, table(rows, seed))
     logger.info(f"rlhf-jax report {result.folder}, and open its report.html: the curve, samples")
 
 

@@ -680,3 +680,15 @@ def test_mistakes(folders, given, message, tmp_path):
     settings = {"output": str(tmp_path)} | given | paths
     with pytest.raises(UserError, match=message):
         evaluate.run(str(folders / settings.pop("run", "run")), config(folders, **settings))
+
+
+def test_a_function_in_place_of_a_reward_model_reads_the_columns_of_the_prompts(folders, tmp_path):
+    function = {"reward_model": f"{folders}/mine.py:is_tea", "output": str(tmp_path)}
+    found = evaluate.run(folders / "run", config(folders, preferences=(), **function))
+    kinds = [row["kind"] == "tea" for row in PROMPTS]
+    assert found.value("helpfulness", "quality") == pytest.approx(np.mean(kinds))
+    assert 0 < sum(kinds) < len(kinds)
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([pair | {"kind": "tea"} for pair in PAIRS]))
+    with pytest.raises(UserError, match="kind"):  # given answers are scored without columns
+        evaluate.run(folders / "run", config(folders, preferences=(str(pairs),), **function))

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from builders import write_run
 
 from rlhf_jax import cli
 from rlhf_jax.data import formats
@@ -15,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.inference.label import Judgement, store_file
 from rlhf_jax.inference.labelling import agreement, markup, pairs, rows, serve, store, summary
 from rlhf_jax.inference.labelling.settings import Config
+from rlhf_jax.report import figures
 
 
 def config(tmp_path, **given):
@@ -209,6 +211,56 @@ def test_each_pair_goes_to_as_many_as_asked(opened):
     assert kept.progress("ana") == (3, 8, 8)
 
 
+def test_the_total_counts_what_can_still_be_judged(opened):
+    kept = opened(3, annotators=("ana,ben",), per_pair=2)
+    assert kept.progress("ana") == (0, 0, 6)
+    assert kept.progress("ana", 5) == (0, 0, 10)  # two pairs are to come
+    assert kept.progress("ana", 2) == (0, 0, 6)
+    kept.add([store.Pair(3, "p", ["same", "same"])])
+    assert kept.progress("ana", 5) == (0, 0, 8)  # one of the two was useless
+    judge(kept, "ana", "skip")  # ben alone can judge it
+    assert kept.progress("ana", 5) == (1, 0, 7)
+    judge(kept, "ana", "a")
+    judge(kept, "ana", "tie")
+    assert kept.progress("ana") == (3, 2, 5)
+    assert not kept.is_done()
+    judge(kept, "ben", "bad")
+    judge(kept, "ben", "skip")
+    assert kept.progress("ben") == (2, 3, 4)
+    judge(kept, "ben", "b")
+    assert kept.progress("ben") == (3, 4, 4)
+    assert kept.is_done()
+
+
+def test_more_judgements_than_a_pair_needs_do_not_stand_for_others(opened, monkeypatch):
+    kept = opened(2, annotators=("ana,ben",))
+    first = kept.next("ana", is_complete=True)
+    monkeypatch.setattr(store, "LEASE", -1.0)  # ana's time is over, and ben gets the pair
+    judge(kept, "ben", "a")
+    assert kept.judge("ana", first.id, "a", seconds=0)
+    assert kept.progress("ana") == (1, 1, 2)
+    assert not kept.is_done()
+
+
+def test_pairs_that_everybody_skipped_are_done(opened):
+    kept = opened(1, annotators=("ana,ben",))
+    judge(kept, "ana", "skip")
+    assert not kept.is_done()
+    judge(kept, "ben", "skip")
+    assert kept.is_done()
+
+
+def test_a_file_says_how_its_pairs_were_chosen(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p", "responses": ["a", "b"], "chosen_by": "close"}
+    file.write_text(json.dumps(row) + "\n")
+    source = pairs.open_source(None, config(tmp_path, answers=str(file)))
+    assert source.pair(0).chosen_by == "close"
+    file.write_text(json.dumps(row | {"chosen_by": 3}) + "\n")
+    with pytest.raises(UserError, match="'chosen_by' must be a string"):
+        pairs.open_source(None, config(tmp_path, answers=str(file)))
+
+
 def test_a_pair_stays_until_it_is_judged_and_is_lent_again(opened, monkeypatch):
     kept = opened(1)
     task = kept.next("ana", is_complete=True)
@@ -364,7 +416,7 @@ def test_which_pairs_are_chosen(tmp_path):
         given = config(tmp_path, choose=choose, **how)
         kept = pairs.chosen_by_margins(pool, margins, 2, given)
         assert {one.prompt for one in kept} == {"prompt 3", "prompt 7"}
-        assert [one.number for one in kept] == [0, 1]
+        assert {one.number for one in kept} == {3, 7}
         assert {one.chosen_by for one in kept} == {choose}
     margins[:, 5] = [0.5, 0.5]  # close, and they agree
     given = config(tmp_path, choose="disagreement", **how)
@@ -490,3 +542,18 @@ def test_the_summary_command_reads_the_store_and_writes_a_page(opened, tmp_path,
     assert "Krippendorff" in page.read_text("utf-8")
     with pytest.raises(UserError, match=r"no other.jsonl.session.json"):
         cli.run(["label", "--summary", str(tmp_path / "other.jsonl")])
+
+
+def test_a_report_ends_with_what_its_labels_say(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "element", lambda plot, salt: "<svg/>")
+    kept = opened(2)
+    for _ in range(2):
+        judge(kept, "ana", "a")
+    write_run(tmp_path / "run", metrics={"reward_model/loss": [0.7, 0.6]}, stage="reward_model")
+    labels = str(tmp_path / "prefs.jsonl")
+    cli.run(["report", str(tmp_path / "run"), "--labels", labels, labels])
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "4 of 4 pairs" in page  # two files, whose pairs are different ones
+    assert "Annotators" in page
+    cli.run(["report", str(tmp_path / "run")])
+    assert "Annotators" not in (tmp_path / "run" / "report.html").read_text("utf-8")

@@ -12,7 +12,7 @@ import tyro
 
 import rlhf_jax
 from rlhf_jax.cli.console import attach_console, run_script, show
-from rlhf_jax.cli.stages import STAGES, train
+from rlhf_jax.cli.stages import ROUNDS, STAGES, train
 from rlhf_jax.errors import UserError, did_you_mean
 
 
@@ -20,12 +20,14 @@ class Command(NamedTuple):
     """A command that is no stage: the function that runs it, and a line for ``--help``."""
 
     function: str
-    """MODULE:FUNCTION in ``rlhf_jax.cli``. A function called ``main`` reads its flags itself."""
+    """MODULE:FUNCTION in ``rlhf_jax.cli``. ``main`` and ``train_rounds`` read their flags
+    themselves."""
     summary: str
 
 
 COMMANDS = {
     "quickstart": Command("quickstart:main", "SFT, a reward model and PPO in two minutes"),
+    "rounds": Command("stages:train_rounds", ROUNDS.summary),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),
@@ -43,7 +45,7 @@ COMMANDS = {
     "doctor": Command("doctor:examine", "versions, devices, one step of every phase"),
 }
 GROUPS = {
-    "Train": ("quickstart", *STAGES),
+    "Train": ("quickstart", *STAGES, "rounds"),
     "Use": ("chat", "generate", "label", "export"),
     "Look": ("report", "evaluate", "verify"),
     "Data": ("data check", "data preview", "data demo"),
@@ -72,7 +74,7 @@ def run(argv: list[str]) -> int | None:
     if name in COMMANDS:
         module, _, function = COMMANDS[name].function.partition(":")
         command = getattr(importlib.import_module(f"rlhf_jax.cli.{module}"), function)
-        if function == "main":
+        if function in ("main", "train_rounds"):
             code: int | None = command(rest)
             return code
         style = (tyro.conf.PositionalMetavarFromFieldName,)

@@ -1,13 +1,19 @@
 """``rlhf-jax report``: what runs did, as one page."""
 
+from collections.abc import Sequence
+
 import tyro
 
 from rlhf_jax.cli.console import show
 from rlhf_jax.report import page
+from rlhf_jax.report.parts import Part
 
 
 def report_runs(
-    runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None, png: str | None = None
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    output: str | None = None,
+    png: str | None = None,
+    labels: tuple[str, ...] = (),
 ) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
@@ -19,9 +25,17 @@ def report_runs(
         output: the page; by default report.html in the run's folder (stages.html in a folder of
             runs), or report.html here for several.
         png: a folder for the page's figures as PNG files too, called by their titles.
+        labels: files that `rlhf-jax label` wrote, such as those that a reward model was trained on:
+            the page ends with their agreement, bias and speed.
     """
     path = page.default_path(runs) if output is None else output
-    page.write(runs, path)
+    page.write(runs, path, _of_labels(labels) if labels else ())
     show(path)
     if png is not None:
         show(f"{len(page.write_png(runs, png))} figures in {png}")
+
+
+def _of_labels(files: Sequence[str]) -> list[Part]:
+    from rlhf_jax.inference.labelling import summary  # it needs JAX
+
+    return summary.parts(summary.read_all(files))

@@ -77,9 +77,11 @@ def load(folder: str, config: Config) -> Policy:
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params, stop)
 
 
-def open_bench(policy: Policy, config: Config) -> Bench:
+def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one, and with the
     environment of ``config.environment``.
+
+    columns: those of all prompts, which a Python function in place of a reward model may read.
     """
     positions = policy.model.config.max_length
     reward = None
@@ -89,7 +91,7 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, judge, config)
-        reward = reward_of(entry, policy, (), "--reward-model", config)
+        reward = reward_of(entry, policy, columns, "--reward-model", config)
         limit = judge_positions(entry)
         if limit < positions:
             positions = limit
@@ -230,8 +232,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     columns = batches.columns_at(encoded, numbers)
     scores = None
     if bench.reward is not None:
-        asked = {"messages": columns["messages"]}  # a policy's reward model reads no other column
-        scores = score(bench.reward, rollout, asked, config.batch_size).reshape(shape)
+        scores = score(bench.reward, rollout, columns, config.batch_size).reshape(shape)
     texts = np.array(generator.responses(rollout, tokenizer), dtype=object)
     responses = measures.Responses(
         prompts=[chat.shown(row, tokenizer) for row in encoded.rows],

@@ -83,7 +83,7 @@ def run(folder: str | Path, config: Config) -> Result:
     _check_flags(policy, config)
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
     sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
-    opened = bench.open_bench(policy, config)
+    opened = bench.open_bench(policy, config, _columns(sets))
     pairs = {}
     answers = {}
     for name, read in sets.items():
@@ -215,6 +215,12 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories
+
+
+def _columns(sets: Sets) -> set[str]:
+    """The columns that each set has. Rows of given answers, which are scored too, have none."""
+    names = [{name for row in read.rows for name in row.columns} for read in sets.values()]
+    return set.intersection(*names) if names else set()
 
 
 def _check_columns(config: Config, results: Sets) -> None:

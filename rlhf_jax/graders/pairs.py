@@ -59,7 +59,7 @@ def win_shares(judge: Judge) -> Callable[..., list[float | Unscored]]:
         for row, other in places:
             second = opponents[row] if other is None else responses[other]
             pairs.append(Pair(row, responses[row], second or ""))
-        wins = _in_both_orders(judge, pairs, shown)
+        wins = in_both_orders(judge, pairs, shown)
         of_rows: list[list[float | None]] = [[] for _ in responses]
         for (row, other), share in zip(places, wins, strict=True):
             of_rows[row].append(share)
@@ -84,8 +84,10 @@ def _compared(prompts: Sequence[str], opponents: Sequence[str | None]) -> Places
     return compared
 
 
-def _in_both_orders(judge: Judge, pairs: Pairs, shown: Shown) -> Shares:
-    """How sure the first of each pair is better."""
+def in_both_orders(judge: Judge, pairs: Pairs, shown: Shown) -> Shares:
+    """How sure the judge is that the first of each pair is better: the mean of both orders. Equal
+    responses are a tie; None: it did not decide.
+    """
     asked = [pair for pair in pairs if pair.first != pair.second]
     swapped = [Pair(pair.row, pair.second, pair.first) for pair in asked]
     said = judge([*asked, *swapped], shown) if asked else []

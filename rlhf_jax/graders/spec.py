@@ -176,6 +176,25 @@ def build_reward(
     return Reward(fn=weighted(fns) if others or weight != 1 else fn)
 
 
+def build_pair_judge(
+    entry: str,
+    *,
+    tokenizer: PolicyTokenizer,
+    load: Load,
+    columns: Collection[str],
+    flag: str,
+    services: Services,
+) -> tuple[str, pairs.Judge]:
+    """A judge of pairs and its name, from a SPEC as it stands behind ``pairs:``; the other
+    arguments are those of ``build_reward``.
+
+    Raises:
+      UserError: it does not exist or does not fit.
+    """
+    reader = _Reader(tokenizer, load, columns, services, verifiable.DEFAULT)
+    return reader.pair_judge(model_folder(entry), f"{flag} {entry}")
+
+
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
     spec, _ = _split_weight(entry)
@@ -353,27 +372,26 @@ class _Reader(NamedTuple):
 
     def _read_pairs(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward of a judge of pairs."""
-        kind, _, rest = spec.partition(":")
-        file, _, function = spec.rpartition(":")
-        take_unparsed = None
-        judge: pairs.Judge
-        if kind == "judge":
-            name = Path(rest).stem
-            of_server = pairs.RubricPairs(self._rubric(Path(rest), where), self.services)
-            take_unparsed = of_server.take_unparsed
-            judge = of_server
-        elif file.endswith(".py"):
-            name = function
-            judge = pairs.by_function(where, _loaded(where, Path(file), name), self.columns)
-        else:
-            name = _run_name(spec)
-            model = self.load(spec)
-            if model.score_texts is None:
-                raise UserError(f"{where}: this reward model reads no texts")
-            judge = pairs.by_model(model.score_texts)
+        name, judge = self.pair_judge(spec, where)
         shares = pairs.win_shares(judge)
         host = from_text(shares, self.tokenizer, self.tokenizer.decode_raw)
+        take_unparsed = getattr(judge, "take_unparsed", None)
         return name, Reward(host=host, take_unparsed=take_unparsed, is_pairs=True)
+
+    def pair_judge(self, spec: str, where: str) -> tuple[str, pairs.Judge]:
+        """The name and the judge of what stands behind ``pairs:``."""
+        kind, _, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        if kind == "judge":
+            rubric = self._rubric(Path(rest), where)
+            return Path(rest).stem, pairs.RubricPairs(rubric, self.services)
+        if file.endswith(".py"):
+            loaded = _loaded(where, Path(file), function)
+            return function, pairs.by_function(where, loaded, self.columns)
+        model = self.load(spec)
+        if model.score_texts is None:
+            raise UserError(f"{where}: this reward model reads no texts")
+        return _run_name(spec), pairs.by_model(model.score_texts)
 
     def _rubric(self, file: Path, where: str) -> service.Rubric:
         judge = self.services.judge

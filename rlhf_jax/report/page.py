@@ -64,9 +64,12 @@ def render(title: str, parts: Sequence[Part], summary: str = "") -> str:
     return fill("report.html", title=title, summary=summary, level=2, parts=parts)
 
 
-def write(runs: Sequence[str | Path], path: str | Path) -> None:
+def write(runs: Sequence[str | Path], path: str | Path, parts: Sequence[Part] = ()) -> None:
     """Writes the page of one run or several. A folder of runs, such as a pipeline's, stands for the
     runs in it.
+
+    Args:
+        parts: what stands behind the runs.
 
     Raises:
         UserError: a folder that holds no run, a run given twice, a broken file in one, or no place
@@ -80,7 +83,7 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
         stages = ", ".join(chapter["stages"] for chapter in drawn)
         title = f"{stages}: {len(run_records)} runs"
         level = 3
-    text = fill("runs.html", title=title, summary="", level=level, chapters=drawn)
+    text = fill("runs.html", title=title, summary="", level=level, chapters=drawn, parts=parts)
     with file_errors(path, "written"):
         write_atomically(Path(path), text)
 

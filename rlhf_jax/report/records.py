@@ -167,7 +167,8 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
         is_outer = not (path / "manifest.json").is_file()
         runs = [path]
         if is_outer:
-            runs = sorted(file.parent for file in path.glob("*/manifest.json"))
+            inner = [*path.glob("*/manifest.json"), *path.glob("round-*/*/manifest.json")]
+            runs = sorted(file.parent for file in inner)
         if not runs:
             raise UserError(
                 f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "

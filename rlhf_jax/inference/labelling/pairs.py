@@ -81,7 +81,7 @@ def _pair(number: int, record: Record) -> Pair:
     row = record.fields("prompt, responses")
     if "responses" not in row:
         record.require(("prompt", "chosen", "rejected"))
-        row = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
+        row = row | {"responses": [row["chosen"], row["rejected"]]}
     record.require(("prompt",))
     answers = row["responses"]
     is_two = isinstance(answers, list) and len(answers) == 2
@@ -91,7 +91,10 @@ def _pair(number: int, record: Record) -> Pair:
         asked = conversation.asked(Record(row, record.source), "prompt")
     else:
         asked = Record(row, record.source).text("prompt")
-    return Pair(number, asked, [record.checked("an answer", text) for text in answers])
+    texts = [record.checked("an answer", text) for text in answers]
+    chosen_by = row.get("chosen_by", "random")
+    record.expect(isinstance(chosen_by, str), "'chosen_by' must be a string", chosen_by)
+    return Pair(number, asked, texts, chosen_by)
 
 
 class Feeder(threading.Thread):
@@ -127,10 +130,12 @@ class Feeder(threading.Thread):
         config = self._config
         if config.choose != "random":
             if not self._store.num_pairs():
-                chosen = choose(self._sampled(), config)
+                names = [field.name for field in dataclasses.fields(Choice)]
+                choice = Choice(**{name: getattr(config, name) for name in names})
+                chosen = choose(self._sampled(), choice)
                 if self._stopping.is_set():
                     return
-                self._store.add(chosen)
+                self._store.add(pair._replace(number=i) for i, pair in enumerate(chosen))
             self.is_complete = True
             return
         for number in range(self._store.num_pairs(), self._source.num_pairs):
@@ -153,8 +158,19 @@ class Feeder(threading.Thread):
         return pairs
 
 
-def choose(pairs: Sequence[Pair], config: Config) -> list[Pair]:
-    """The pairs to label, numbered anew in an order drawn from the seed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which pairs are labelled; the names are those of ``Config``."""
+
+    choose: str
+    reward: Sequence[str]
+    random_share: float
+    count: int | None
+    seed: int
+
+
+def choose(pairs: Sequence[Pair], config: Choice) -> list[Pair]:
+    """The pairs to label, in an order drawn from the seed.
 
     ``random_share`` of them are drawn from all pairs; the rest are those on which the models
     disagree most about which answer is better, or whose scores are closest.
@@ -164,12 +180,12 @@ def choose(pairs: Sequence[Pair], config: Config) -> list[Pair]:
     if not useful:
         return []
     margins = np.stack([_margins(folder, useful) for folder in config.reward])
-    logger.info(f"--choose {config.choose}: {count} of {len(useful)} pairs")
+    logger.info(f"{config.choose}: {count} of {len(useful)} pairs are chosen")
     return chosen_by_margins(useful, margins, count, config)
 
 
 def chosen_by_margins(
-    pairs: Sequence[Pair], margins: np.ndarray, count: int, config: Config
+    pairs: Sequence[Pair], margins: np.ndarray, count: int, config: Choice
 ) -> list[Pair]:
     """As `choose`, from the difference [models, pairs] of the two answers' scores."""
     rng = np.random.default_rng(config.seed)
@@ -184,10 +200,8 @@ def chosen_by_margins(
     kept = [(i, "random") for i in at_random]
     kept += [(i, config.choose) for i in rest[: count - num_random]]
     order = rng.permutation(len(kept)).tolist()
-    return [
-        pairs[i]._replace(number=number, chosen_by=why)
-        for number, (i, why) in enumerate(kept[place] for place in order)
-    ]
+    drawn_order = (kept[place] for place in order)
+    return [pairs[i]._replace(chosen_by=why) for i, why in drawn_order]
 
 
 def preference_spread(margins: np.ndarray) -> np.ndarray:

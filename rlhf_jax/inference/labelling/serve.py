@@ -8,7 +8,7 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvicorn
 
@@ -23,7 +23,17 @@ _WRITE_EVERY = 2.0  # seconds
 _OPEN_TO_ALL = ("0.0.0.0", "::")
 
 
-def run(folder: str | None, config: Config) -> str:
+class Job(NamedTuple):
+    """The larger job that a page is a part of."""
+
+    ends_when_done: bool = False  # the page ends by itself when all pairs are judged
+    tokens_of: Path | None = None  # the file beside which the tokens are; None: OUT
+
+
+ALONE = Job()
+
+
+def run(folder: str | None, config: Config, job: Job = ALONE) -> str:
     """Serves until Ctrl-C or SIGTERM; returns a summary.
 
     Raises:
@@ -31,13 +41,14 @@ def run(folder: str | None, config: Config) -> str:
             folder, a file or a row is wrong; nobody may read the tokens; the port is taken.
     """
     out = Path(config.out)
-    refuse_links(_beside(out, name) for name in ("sqlite", "tokens.json", "json"))
+    of_tokens = _beside(job.tokens_of or out, "tokens.json")
+    refuse_links([of_tokens, _beside(out, "sqlite"), _beside(out, "json")])
     with one_writer(out):
         source = pairs.open_source(folder, config)
         store = _open_store(out, config)
         try:
             _begin(store, source, config)
-            _serve(store, source, config)
+            _serve(store, source, config, job)
         finally:
             store.close()
     return summary.text(summary.read(out))
@@ -109,11 +120,11 @@ def _read_tokens(path: Path) -> dict[str, str]:
     return known
 
 
-def _serve(store: Store, source: pairs.Source, config: Config) -> None:
+def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None:
     """Serves until a signal. The feeder's error ends it too."""
     out = Path(config.out)
     write(store, out)
-    own = tokens(out, config.people)
+    own = tokens(job.tokens_of or out, config.people)
     feeder = pairs.Feeder(source, store, config, on_error=lambda: _stop(web))
     page = server.Page(
         store,
@@ -121,8 +132,14 @@ def _serve(store: Store, source: pairs.Source, config: Config) -> None:
         names=(*config.names, config.host),
         reasons=config.reasons,
         is_complete=lambda: feeder.is_complete,
+        num_pairs=_num_pairs(source, config),
     )
-    application = server.build(page, _keeping(store, feeder, out))
+
+    def end_if_done() -> None:
+        if job.ends_when_done and feeder.is_complete and store.is_done():
+            _stop(web)
+
+    application = server.build(page, _keeping(store, feeder, out, end_if_done))
     web = uvicorn.Server(
         uvicorn.Config(
             application,
@@ -165,14 +182,24 @@ def _stop(web: uvicorn.Server) -> None:
     web.should_exit = True
 
 
-def _keeping(store: Store, feeder: pairs.Feeder, out: Path) -> Callable[[Any], Any]:
-    """The lifespan of the application: pairs are added, and OUT is written when it changed."""
+def _num_pairs(source: pairs.Source, config: Config) -> int:
+    """The pairs that will be shown, as far as it is known before they are sampled."""
+    return min(config.count or source.num_pairs, source.num_pairs)
+
+
+def _keeping(
+    store: Store, feeder: pairs.Feeder, out: Path, on_writing: Callable[[], None]
+) -> Callable[[Any], Any]:
+    """The lifespan of the application: pairs are added, and OUT is written when it changed.
+
+    on_writing: called each time that it looks whether it changed.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         stopping = asyncio.Event()
         feeder.start()
-        writer = asyncio.create_task(_write_often(store, out, stopping))
+        writer = asyncio.create_task(_write_often(store, out, stopping, on_writing))
         try:
             yield
         finally:
@@ -183,18 +210,22 @@ def _keeping(store: Store, feeder: pairs.Feeder, out: Path) -> Callable[[Any], A
     return lifespan
 
 
-async def _write_often(store: Store, out: Path, stopping: asyncio.Event) -> None:
-    """Writes OUT when the store has changed, and a last time at the end."""
+async def _write_often(
+    store: Store, out: Path, stopping: asyncio.Event, on_writing: Callable[[], None]
+) -> None:
+    """Writes OUT when the store has changed, and a last time at the end. ``on_writing`` is called
+    each time that it looks.
+    """
     written = -1
     while not stopping.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WRITE_EVERY)
         now = store.num_changes()
-        if now == written:
-            continue
         try:
-            await asyncio.to_thread(write, store, out)
-            written = now
+            if now != written:
+                await asyncio.to_thread(write, store, out)
+                written = now
+            on_writing()
         except UserError as error:  # a full disk: the store has what it confirmed
             logger.warning(str(error))
 

@@ -59,6 +59,7 @@ class Page(NamedTuple):
     names: tuple[str, ...] = ()  # further host names
     reasons: bool = False
     is_complete: Callable[[], bool] = lambda: True  # whether all pairs are in the store
+    num_pairs: int = 0  # there will be, as far as it is known
 
 
 def digest(token: str) -> str:
@@ -141,7 +142,7 @@ def _state(page: Page, name: str) -> dict[str, Any]:
     """All that the script shows."""
     is_complete = page.is_complete()  # first: a pair may be added meanwhile
     task = page.store.next(name, is_complete=is_complete)
-    progress = page.store.progress(name)
+    progress = page.store.progress(name, 0 if is_complete else page.num_pairs)
     return {
         "annotator": name,
         "pair": None if task is None else _shown(task),

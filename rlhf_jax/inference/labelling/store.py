@@ -40,6 +40,13 @@ AND (SELECT COUNT(*) FROM judgements WHERE pair = number AND NOT again
 ORDER BY number LIMIT 1
 """
 _GIVEN = "choice IN ('a', 'b', 'tie', 'bad')"
+# The judgements that count, and those that there can be: who has skipped a pair does not judge it.
+_PROGRESS = f"""
+SELECT SUM(MIN(given, :per_pair)), SUM(MIN(MAX(given, :people - skipped), :per_pair)) FROM (
+    SELECT number, IFNULL(SUM({_GIVEN}), 0) AS given, IFNULL(SUM(choice = 'skip'), 0) AS skipped
+    FROM pairs LEFT JOIN judgements ON pair = number AND NOT again
+    WHERE NOT useless GROUP BY number)
+"""
 
 
 class Pair(NamedTuple):
@@ -64,8 +71,8 @@ class Progress(NamedTuple):
     """How far the labelling is."""
 
     own: int  # pairs that this annotator has judged, and skipped
-    given: int  # judgements of all annotators
-    needed: int  # of the pairs that exist so far
+    given: int  # judgements of all annotators; those that a pair did not need are left out
+    needed: int  # judgements of all annotators at the end
 
 
 class Store:
@@ -239,16 +246,26 @@ class Store:
             db.execute(again, (time.time(), number))
             return True
 
-    def progress(self, annotator: str) -> Progress:
-        """How far the annotator and all of them are."""
+    def progress(self, annotator: str, num_pairs: int = 0) -> Progress:
+        """How far the annotator and all of them are.
+
+        Args:
+            num_pairs: how many there will be; those that are not there yet count as useful.
+        """
         own = "SELECT COUNT(*) FROM judgements WHERE annotator = ? AND choice IS NOT NULL"
-        given = f"SELECT COUNT(*) FROM judgements WHERE {_GIVEN} AND NOT again"
-        pairs = "SELECT COUNT(*) FROM pairs WHERE NOT useless"
+        per_pair = self.config.per_pair
+        sizes = {"per_pair": per_pair, "people": len(self.config.people)}
         with self._transaction() as db:
             num_own = db.execute(own, [annotator]).fetchone()[0]
-            num_given = db.execute(given).fetchone()[0]
-            num_pairs = db.execute(pairs).fetchone()[0]
-        return Progress(num_own, num_given, num_pairs * self.config.per_pair)
+            num_given, num_needed = db.execute(_PROGRESS, sizes).fetchone()
+            num_there = db.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
+        num_coming = max(num_pairs - num_there, 0)
+        return Progress(num_own, num_given or 0, (num_needed or 0) + num_coming * per_pair)
+
+    def is_done(self) -> bool:
+        """Whether each pair has the judgements that it needs, of those who do not skip it."""
+        progress = self.progress("")
+        return progress.given == progress.needed
 
     def num_changes(self) -> int:
         """Grows with each change of the file by this process."""

@@ -73,6 +73,21 @@ def read(out: Path) -> list[Judgement]:
     return [Judgement(**given) for given in session["judgements"]]
 
 
+def read_all(files: Iterable[str | Path]) -> list[Judgement]:
+    """The judgements of several files, whose pairs are different ones.
+
+    Raises:
+        UserError: as ``read``.
+    """
+    found: list[Judgement] = []
+    num_before = 0
+    for file in files:
+        for given in read(Path(file)):
+            found.append(given._replace(pair=given.pair + num_before))
+        num_before = 1 + max((given.pair for given in found), default=-1)
+    return found
+
+
 def summarize(judgements: Sequence[Judgement]) -> Summary:
     """Ties and pairs of which both are bad are one label."""
     by_name = collections.defaultdict(list)
@@ -204,20 +219,29 @@ def text(judgements: Sequence[Judgement]) -> str:
     return "\n".join(lines)
 
 
-def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
-    """Writes the summary as a page of the report's kind."""
+def parts(judgements: Sequence[Judgement]) -> list[Part]:
+    """The summary as parts of a page of the report's kind."""
     summary = summarize(judgements)
-    people = [[value(person) for value in _COLUMNS.values()] for person in summary.people]
-    parts: list[Part] = [
+    people = []
+    for person in summary.people:
+        people.append([value(person) for value in _COLUMNS.values()])
+    drawn: list[Part] = [
         page.Facts("Agreement", _facts(summary)),
         page.Table("Annotators", [*_COLUMNS], people),
     ]
-    if summary.pairwise:
-        rows = [
-            [*both.names, _number(both.kappa, ".2f"), f"{both.agreed.same} of {both.agreed.num}"]
-            for both in summary.pairwise
-        ]
+    rows = []
+    for both in summary.pairwise:
+        kappa = _number(both.kappa, ".2f")
+        same = f"{both.agreed.same} of {both.agreed.num}"
+        rows.append([*both.names, kappa, same])
+    if rows:
         columns = ["annotator", "and", "kappa", "the same"]
-        parts.append(page.Table("Pairs of annotators", columns, rows))
+        drawn.append(page.Table("Pairs of annotators", columns, rows))
+    return drawn
+
+
+def write_page(judgements: Sequence[Judgement], title: str, path: Path) -> None:
+    """Writes the summary as a page."""
+    text = page.render(title, parts(judgements))
     with file_errors(path, "written"):
-        write_atomically(path, page.render(title, parts))
+        write_atomically(path, text)
