@@ -11,7 +11,6 @@ With ``--target`` the programs are compiled by the compiler of that accelerator,
 it, and nothing is estimated: see ``targets`` and ``hlo``.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -31,7 +30,7 @@ from rlhf_jax import iteration, models, ops, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
-from rlhf_jax.config import RLStage, RunConfig, parse
+from rlhf_jax.config import RLStage, RunConfig, command_line, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -815,7 +814,7 @@ def options(case: Case) -> dict[str, RunConfig]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "rlhf-jax plan", description="What a stage would take.", allow_abbrev=False
     )
     parser.add_argument(
