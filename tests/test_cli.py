@@ -23,7 +23,7 @@ from source import Function, parse
 
 import rlhf_jax
 from rlhf_jax import cli, config, models, training
-from rlhf_jax.cli import doctor
+from rlhf_jax.cli.benchmark import doctor
 from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.cli.console import print_table
 from rlhf_jax.cli.stages import STAGES
@@ -254,9 +254,22 @@ def test_doctor_runs_every_phase_and_passes_here(capsys):
     assert "FAIL" not in said
 
 
+def test_doctor_names_each_check_before_it_runs(capsys):
+    said = []
+
+    def work(name):
+        said.append(name)
+        raise RuntimeError("broken")
+
+    checks = doctor.self_test(work, lambda name: said.append(f"trying {name}"))
+    assert [check.passed for check in checks] == [False] * len(doctor.STEPS) + [True]
+    assert said[:4] == ["trying sft", "sft", "trying reward", "reward"]
+    assert said[-1] == "trying checkpoint"
+
+
 def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
-    monkeypatch.setattr(doctor, "self_test", lambda work: [doctor.timed("sft", lambda: 1 / 0)])
+    monkeypatch.setattr(doctor, "self_test", lambda work, began: [doctor.timed("sft", lambda: 1 / 0)])
     assert cli.run(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "This machine has a GPU." in said
