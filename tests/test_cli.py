@@ -269,7 +269,9 @@ def test_doctor_names_each_check_before_it_runs(capsys):
 
 def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
-    monkeypatch.setattr(doctor, "self_test", lambda work, began: [doctor.timed("sft", lambda: 1 / 0)])
+    monkeypatch.setattr(
+        doctor, "self_test", lambda work, began: [doctor.timed("sft", lambda: 1 / 0)]
+    )
     assert cli.run(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "This machine has a GPU." in said
