@@ -85,7 +85,7 @@ def test_the_page_of_one_run(one):
         "steps": "3",
         "s/step (median)": "0.375",
         "state": "finished",
-        "Validation score": "1.5 (of iteration 0)",
+        "Validation score": "1.5",
         "KL": "0 → 1.5",
         "Time": "10 s",
         "Alerts": "no alert",

@@ -32,7 +32,8 @@ def sentence(group: Group) -> str:
     parts = [length]
     if measured:
         main = measured[0]
-        parts = [f"{main.label} {main.value} in {length}"]
+        note = f" ({main.note})" if main.note else ""
+        parts = [f"{main.label} {main.value}{note} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
@@ -132,9 +133,8 @@ def _measured(group: Group) -> list[Tile]:
             first = f"{means[0]:.3g}"
             last = f"{means[-1]:.3g}"
             value = last if first == last else f"{first} → {last}"
-            value += _of_earlier_step(group, name)
-            note = nats if label == "KL" else ""
-            found.append(Tile(label, value, note))
+            notes = [nats if label == "KL" else "", _of_earlier_step(group, name)]
+            found.append(Tile(label, value, ", ".join(filter(None, notes))))
             break
     return found
 
@@ -148,7 +148,7 @@ def _of_earlier_step(group: Group, name: str) -> str:
     if measured_at >= last_step:
         return ""
     unit = plots.unit(record)
-    return f" (of {unit} {measured_at})"
+    return f"of {unit} {measured_at}"
 
 
 def _alerts(group: Group) -> Tile:
