@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 LONG = 128
 
 
-def by_length(rollout: Rollout) -> Microbatching:
+def by_length(rollout: Any) -> Microbatching:
     """The ``microbatching`` of ``step.gradient_step`` for rollouts of this shape.
 
     Rows are sorted by length, and the columns of a microbatch end after a quarter or a half of the
@@ -29,10 +29,10 @@ def by_length(rollout: Rollout) -> Microbatching:
     ``types.PER_TOKEN``.
 
     Rows keep their order, and nothing is cut, if there are fewer than ``LONG`` response slots or no
-    ``prompt_length``, or if another field is as wide as the tokens: it may be columns of tokens
-    that nobody declared.
+    ``prompt_length``, if another field is as wide as the tokens (it may be columns of tokens that
+    nobody declared), or if an algorithm prepared something else than a Rollout.
     """
-    if rollout.prompt_length is None:
+    if not isinstance(rollout, Rollout) or rollout.prompt_length is None:
         return IN_ROW_ORDER
     columns = rollout.tokens.shape[1]
     others = jax.tree.leaves(map_columns(lambda x: None, rollout))

@@ -72,7 +72,7 @@ OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
 OPTIONS = {"xla_backend_optimization_level": 0}
 
 # Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs. Measured in
-# docs/notes/memory.md.
+# docs/notes/measurements.md.
 PROCESS = 2**29
 
 SAMPLING = "sample and score"  # the phase with the loop over tokens
