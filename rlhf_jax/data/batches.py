@@ -354,9 +354,13 @@ def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]
     columns: dict[str, list[Any]] = {}
     for name in data.columns:
         columns[name] = [row.columns.get(name) for row in rows]
-    columns["messages"] = [row.conversation for row in rows]
-    columns[IS_CHAT] = [bool(row.messages) for row in rows]
-    columns[SOURCE] = [row.source for row in rows]
+    columns["messages"] = []
+    columns[IS_CHAT] = []
+    columns[SOURCE] = []
+    for row in rows:
+        columns["messages"].append(row.conversation)
+        columns[IS_CHAT].append(bool(row.messages))
+        columns[SOURCE].append(row.source)
     return columns
 
 

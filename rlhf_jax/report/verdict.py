@@ -32,8 +32,10 @@ def sentence(group: Group) -> str:
     parts = [length]
     if measured:
         main = measured[0]
-        note = f" ({main.note})" if main.note else ""
-        parts = [f"{main.label} {main.value}{note} in {length}"]
+        value = main.value
+        if main.note:
+            value += f" ({main.note})"
+        parts = [f"{main.label} {value} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
@@ -133,8 +135,14 @@ def _measured(group: Group) -> list[Tile]:
             first = f"{means[0]:.3g}"
             last = f"{means[-1]:.3g}"
             value = last if first == last else f"{first} → {last}"
-            notes = [nats if label == "KL" else "", _of_earlier_step(group, name)]
-            found.append(Tile(label, value, ", ".join(filter(None, notes))))
+            notes = []
+            if label == "KL":
+                notes.append(nats)
+            measured_at = _of_earlier_step(group, name)
+            if measured_at:
+                notes.append(measured_at)
+            note = ", ".join(notes)
+            found.append(Tile(label, value, note))
             break
     return found
 
