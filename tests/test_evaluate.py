@@ -711,6 +711,7 @@ def test_the_table_fits_a_terminal_and_names_the_flags_that_would_tell_more(caps
         (None, ["rm", "length"], None),
         (None, ["length"], None),
         (None, ["gone/model"], None),
+        (None, ["mean:rm/model,gone/model"], None),
         (None, [], None),
     ],
 )
