@@ -69,6 +69,7 @@ FIXED = (
     "reward_model.ensemble_size",
     "ppo.value",
     "ppo.value_from",
+    *(f"{name}.optimizer.frozen" for name in ("sft", "reward_model", "dpo", "kto", "rl")),
 )
 
 
