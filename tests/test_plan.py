@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -346,6 +347,8 @@ def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     assert plan.longest(bounded, "ppo") is None
     assert plan.longest(dataclasses.replace(with_data, data=()), "dpo") is None
     by_letters = dataclasses.replace(with_data, model=None, tokenizer=Tokenizer(kind="characters"))
+    file = Path(with_data.data[0])
+    file.write_text(file.read_text().replace("ab", "xy"))  # letters that only the data has
     assert plan.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
     assert plan.longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
     assert plan._of_length("ppo", None, 3) == "longest prompt: 3 tokens, of the data"

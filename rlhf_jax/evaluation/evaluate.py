@@ -132,10 +132,8 @@ def _with_own_reward_model(policy: Policy, config: Config) -> Config:
     """
     entries = settings_of(policy.folder).get("reward", [])
     if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
-        sources = spec.sources(entries[0]).values()
-        models = [Path(hf.model_folder(str(source))) for source in sources]
-        found = [spec.members(model) or (model / hf.CONFIG).is_file() for model in models]
-        if found and all(found):
+        models = map(Path, spec.model_names(entries[0]))
+        if all(spec.members(model) or (model / hf.CONFIG).is_file() for model in models):
             logger.info(f"reward model: {entries[0]}, the run's own; --reward-model takes another")
             config = dataclasses.replace(config, reward_model=entries[0])
     if config.against is not None and config.reward_model is None:

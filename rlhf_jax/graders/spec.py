@@ -191,6 +191,15 @@ def sources(entry: str) -> dict[str, Path]:
     return {entry: path} if path.exists() else {}
 
 
+def model_names(entry: str) -> list[str]:
+    """The folders of models that an entry names: one, or those of an ensemble; whether they exist
+    or are models, it does not say.
+    """
+    spec, _ = _split_weight(entry)
+    _, names = _split_method(spec)
+    return names
+
+
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether the entries have ``math``, and their regular expressions."""
     specs = [_split_weight(entry)[0] for entry in entries]
