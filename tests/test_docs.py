@@ -97,7 +97,7 @@ def test_there_is_something_to_run():
     assert len(snippets(README)) == 1
     assert len(snippets(PROGRAMS)) == 4
     assert snippets(README)[0].text.count("\n") < 40
-    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude}"
+    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude} {results}"
     assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 

@@ -342,6 +342,9 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     adapters = grown(lora.init(KEY, params, 2))
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    more = tmp_path / "base" / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("tools")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     norm = np.arange(8, dtype=np.float32)
     save_file(load_file(weights) | {"base_model.model.model.norm.weight": norm}, weights)
@@ -356,6 +359,7 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     merged["ln_f"] = params["ln_f"]
     jax.tree.map(assert_array_equal, merged, lora.merge(params, adapters))
     assert (tmp_path / "merged" / "tokenizer.json").read_text("utf-8") == "{}"
+    assert (tmp_path / "merged" / more.name / "tool_use.jinja").read_text() == "tools"
     with pytest.raises(UserError, match="is in use"):
         export.export(tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")

@@ -109,6 +109,9 @@ def test_a_response_has_its_fewest_tokens_and_log_probs_without_eos():
     likeliest = draw(sampling.uncached(bigrams), table, PROMPTS, MASK, KEY, config=greedy)
     mask = np.asarray(likeliest.response_mask)[present]
     assert (mask.sum(axis=1) == 3).all()
+
+
+def test_settings_of_a_shortest_response():
     for wrong in ({"environment": "e.py:f"}, {"max_new_tokens": 1}):
         with pytest.raises(ValueError, match="min_new_tokens"):
             RLStage(min_new_tokens=2, **wrong)
