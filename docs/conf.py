@@ -71,6 +71,24 @@ def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+# What a screen reader needs and the theme leaves out: the level of the sidebar's headings, and code
+# and tables that scroll by the keyboard.
+ATTRIBUTES = {
+    '<p class="caption" role="heading">': '<p class="caption" role="heading" aria-level="2">',
+    "<pre>": '<pre tabindex="0">',
+    '<div class="table-wrapper ': '<div tabindex="0" class="table-wrapper ',
+}
+
+
+def accessible(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Adds the attributes to a page and to its sidebar, which the theme has made by now."""
+    for part in ("body", "furo_navigation_tree"):
+        for tag, complete in ATTRIBUTES.items():
+            context[part] = context.get(part, "").replace(tag, complete)
+
+
 class Results(Directive):
     """The figure and the table of a file in docs/results/: a page has no number of its own.
 
@@ -129,6 +147,7 @@ def _table(head: list[str], lines: list[list[str]]) -> nodes.table:
 
 def setup(app: Sphinx) -> None:
     app.add_directive("results", Results)
+    app.connect("html-page-context", accessible, priority=900)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None)
     )

@@ -234,7 +234,7 @@ MISTAKES = [
         "no model",
         ONE_ROW,
         (*DATA, "--model", "a/b/c"),
-        "a/b/c: no such folder here, and the Hugging Face hub did not give it: Repo id must",
+        "a/b/c: no such folder",
     ),
     (
         "no weights",

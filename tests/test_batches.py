@@ -174,6 +174,7 @@ def test_prompts_are_left_padded_and_keep_their_columns():
         "level": [2, None, 2],
         "messages": said,
         "is chat": [False, False, False],
+        "source of a row": [data.rows[row].source for row in (1, 0, 1)],
     }
     equal(prompts(length=3).tokens, grid("023", "004"))
     # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's

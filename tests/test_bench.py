@@ -282,3 +282,13 @@ def test_a_separate_value_model_is_timed_as_a_run_trains_it():
     }  # as training.critic makes them
     after, _ = jax.eval_shape(work.step, work.carry, work.data)
     assert jax.tree.structure(after) == jax.tree.structure(work.carry)
+
+
+@pytest.mark.parametrize(("others", "code"), [(0.02, 0), (None, 0), (0.375, 1)])
+def test_an_exit_code_of_1_says_why(others, code, capsys, monkeypatch):
+    line = {"others_cpu": others}
+    monkeypatch.setattr(measure.command_line, "bound", lambda *given: lambda: line)
+    assert measure.main(["sft"]) == code
+    said = capsys.readouterr()
+    assert json.loads(said.out) == line
+    assert ("other programs used 38% of the machine" in said.err) == bool(code)

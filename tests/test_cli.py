@@ -23,7 +23,7 @@ from source import Function, parse
 
 import rlhf_jax
 from rlhf_jax import cli, config, models, training
-from rlhf_jax.cli import doctor
+from rlhf_jax.cli.benchmark import doctor
 from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.cli.console import print_table
 from rlhf_jax.cli.stages import STAGES
@@ -62,15 +62,16 @@ def test_an_unknown_command_lists_those_there_are(argv, meant):
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
-def test_help_describes_every_command_in_groups_on_one_screen(argv, capsys):
+def test_help_names_every_command_in_groups_on_one_screen(argv, capsys):
     assert cli.run(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 34
+    assert len(lines) < 24  # and the line of the shell's prompt
     assert max(map(len, lines)) < 80
-    assert lines[0] == "Train:"
-    assert lines[1].startswith("  quickstart ")
-    described = [line[2:16].strip() for line in lines if line.startswith("  ")]
-    assert sorted(described) == sorted(NAMES)
+    assert lines[0].split()[:2] == ["Train", "quickstart"]
+    groups = [line.split()[0] for line in lines[:-1] if line[0] != " "]
+    assert groups == ["Train", "Use", "Look", "Data", "Machine"]
+    named = re.findall(r"[a-z-]+", " ".join(line[9:25] for line in lines[:-1]))
+    assert sorted(named) == sorted({name.split()[0] for name in NAMES})
 
 
 def test_the_help_of_data_lists_its_own_commands(capsys):
@@ -78,6 +79,41 @@ def test_the_help_of_data_lists_its_own_commands(capsys):
     lines = capsys.readouterr().out.splitlines()
     described = [line[2:16].strip() for line in lines if line.startswith("  ")]
     assert described == ["data check", "data preview", "data demo"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("chat", "rlhf-jax chat: RUN is missing: the folder of a finished run, or of a model; "),
+        ("chat --compar runs/a", "unknown flag --compar; did you mean --compare?"),
+        ("evaluate runs/a --zzz=1", "unknown flag --zzz; `rlhf-jax evaluate --help` shows the "),
+        ("data check a --on-bad-row b", "--on-bad-row: expected one of 'error', 'drop', got 'b'"),
+        ("data demo a --seed b", "--seed: expected an int, got 'b'"),
+        ("data demo a --seed", "--seed: its value is missing"),
+        ("bench nothing", "name: expected one of 'rollout', "),
+        ("plan", "rlhf-jax plan: the following arguments are required: stage"),
+        ("sft --sft.batch-size b", "--sft.batch-size: expected an int, got 'b'"),
+        ("sft --batch-size 3", "unknown flag --batch-size; did you mean --sft.batch-size?"),
+        ("sft --lr 3", "unknown flag --lr; here it is --sft.optimizer.learning-rate"),
+        ("grpo --lr 3", "unknown flag --lr; here it is --rl.optimizer.learning-rate"),
+        ("rloo --num-generations 4", "unknown flag --num-generations; here it is --rloo.group-"),
+        ("configs tny", "rlhf-jax configs: no settings 'tny'; did you mean tiny?"),
+    ],
+)
+def test_every_command_says_what_is_wrong_with_its_line_in_one_way(line, says):
+    with pytest.raises(UserError) as error:
+        cli.run(line.split())
+    assert str(error.value).startswith(says)
+
+
+def test_no_command_draws_boxes_and_its_lines_fit_a_terminal(capsys):
+    with mock.patch.dict(os.environ, COLUMNS="80"), pytest.raises(SystemExit, match="0"):
+        cli.run(["chat", "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"[─│╭]|----", text)
+    assert "\noptions:\n" in text
+    assert "--template-options JSON" in text
 
 
 @functools.cache
@@ -168,8 +204,15 @@ def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
         cli.run(["quickstart", "--help"])
     assert "--shuffle-labels" in capsys.readouterr().out
     cli.run(["configs"])
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == sorted(path.stem for path in (ROOT / "configs").rglob("*.yaml"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    files = sorted((ROOT / "configs").rglob("*.yaml"), key=lambda path: path.stem)
+    places = ("configs", "algorithms", "defaults")
+    assert names == [file.stem for place in places for file in files if file.parent.name == place]
+    assert len([line for line in lines if line.endswith(":")]) == len(places)
+    cli.run(["configs", "tiny"])
+    assert capsys.readouterr().out == (ROOT / "configs/tiny.yaml").read_text("utf-8")
 
 
 def messages():
@@ -212,9 +255,24 @@ def test_doctor_runs_every_phase_and_passes_here(capsys):
     assert "FAIL" not in said
 
 
+def test_doctor_names_each_check_before_it_runs(capsys):
+    said = []
+
+    def work(name):
+        said.append(name)
+        raise RuntimeError("broken")
+
+    checks = doctor.self_test(work, lambda name: said.append(f"trying {name}"))
+    assert [check.passed for check in checks] == [False] * len(doctor.STEPS) + [True]
+    assert said[:4] == ["trying sft", "sft", "trying reward", "reward"]
+    assert said[-1] == "trying checkpoint"
+
+
 def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
-    monkeypatch.setattr(doctor, "self_test", lambda work: [doctor.timed("sft", lambda: 1 / 0)])
+    monkeypatch.setattr(
+        doctor, "self_test", lambda work, began: [doctor.timed("sft", lambda: 1 / 0)]
+    )
     assert cli.run(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "This machine has a GPU." in said

@@ -387,10 +387,9 @@ def test_checks_run_on_the_final_values():
 
 
 @pytest.mark.parametrize("argv", [["--b1", "x"], ["--schedule", "hinge"], ["--config"]])
-def test_wrong_values_of_flags_exit_with_2(argv, capsys):
-    with pytest.raises(SystemExit, match="2"):
+def test_wrong_values_of_flags_are_named(argv):
+    with pytest.raises(UserError, match=argv[0]):
         parse(Optimizer, argv)
-    assert argv[0] in capsys.readouterr().err
 
 
 SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
@@ -448,7 +447,12 @@ def test_a_command_has_the_flags_of_its_sections_alone(capsys):
 
 def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
     for flag, parts in {
-        "--help": ["Trains things.", "--b1 FLOAT (default: 0.31)", "--decay-every {None}|INT"],
+        "--help": [
+            "Trains things.",
+            "--b1 FLOAT (default: 0.31)",
+            "--decay-every {None}|INT",
+            "--help-verbose says",
+        ],
         "--help-verbose": ["Adam's decay of the first moment. (default: 0.31)", "--config FILE"],
     }.items():
         with pytest.raises(SystemExit, match="0"):

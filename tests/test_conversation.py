@@ -154,13 +154,14 @@ def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path,
 
 def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path):
     shutil.copytree(runs / "policy" / "model", tmp_path / "other")
-    shown, _ = talk(
+    shown, notes = talk(
         "who",
         "x",
         "/score",
         compare=str(tmp_path / "other"),
         temperature=0.5,
     )
+    assert notes == [f"A is {runs / 'policy'}, B is {tmp_path / 'other'}"]
     expected = []
     for label, slots in {"A": NEW, "B": 45}.items():  # half of a model's positions
         top_k = 9 if label == "A" else None
@@ -291,7 +292,7 @@ def test_on_a_terminal_two_answers_grow_side_by_side(runs, talk, policy, tmp_pat
 
     @contextlib.contextmanager
     def columns(labels):
-        assert labels == ["A", "B"]
+        assert labels == [f"A: {runs / 'policy'}", f"B: {tmp_path / 'other'}"]
         yield shown.append
 
     console = chat.Console(notes.append, notes.append, True, columns)
@@ -308,4 +309,4 @@ def test_on_a_terminal_two_answers_grow_side_by_side(runs, talk, policy, tmp_pat
     assert shown[-1] == texts[2:]
     assert texts[:2] in shown
     assert all(len(text) <= 1 for text in shown[0])
-    assert notes == []
+    assert len(notes) == 1

@@ -19,11 +19,13 @@ import scipy.special
 from builders import initial_params, json_lines, write_run
 
 from rlhf_jax import cli, metrics, models
+from rlhf_jax.cli import evaluate as command_of_evaluate
 from rlhf_jax.data import chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, data, evaluate, measures
 from rlhf_jax.evaluation.measures import Responses
+from rlhf_jax.inference import asking
 
 KEY = jax.random.key(0)
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -662,6 +664,7 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
         ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
         ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
+        ({"against": "x", "prompts": ()}, "--against: a win rate needs --prompts"),
         (
             {"run": "rm"},
             "this is a reward model, which writes no text: .* not by --prompts, --reward-model",
@@ -692,3 +695,55 @@ def test_a_function_in_place_of_a_reward_model_reads_the_columns_of_the_prompts(
     pairs.write_text(json.dumps([pair | {"kind": "tea"} for pair in PAIRS]))
     with pytest.raises(UserError, match="kind"):  # given answers are scored without columns
         evaluate.run(folders / "run", config(folders, preferences=(str(pairs),), **function))
+
+
+def test_the_table_fits_a_terminal_and_names_the_flags_that_would_tell_more(capsys):
+    figures = [
+        measures.Figure("helpfulness", "quality", -12.5, -13.25, -11.75, 3000, "prompts"),
+        measures.Figure("helpfulness", "ended", None, note="word " * 20),
+        measures.Figure("harmlessness", "all", note="not run: give --safety FILE"),
+        measures.Figure("agreement", "all", note="not run: give --annotated FILE"),
+        measures.Figure("agreement", "again", note="not run: give --annotated FILE"),
+    ]
+    lines = [*command_of_evaluate.lines(figures)]
+    assert max(map(len, lines)) <= 80
+    assert lines[1] == "helpfulness"
+    assert " ".join(lines[2].split()) == "quality -12.500 -13.250 to -11.750 3000 prompts"
+    assert lines[3].split() == ["ended", "–"]
+    assert lines[4].startswith("    word word")
+    assert lines[6:] == ["More is measured with --safety FILE, --annotated FILE"]
+
+
+@pytest.mark.parametrize(
+    ("given", "rewards", "expected"),
+    [
+        (None, ["rm"], "rm"),  # the run's folder
+        (None, ["mean:rm/model,rm/model"], "mean:rm/model,rm/model"),
+        ("length", ["rm"], "length"),
+        (None, ["rm", "length"], None),
+        (None, ["length"], None),
+        (None, ["gone/model"], None),
+        (None, ["mean:rm/model,gone/model"], None),
+        (None, [], None),
+    ],
+)
+def test_the_runs_own_reward_model_judges_by_default(
+    folders, monkeypatch, given, rewards, expected
+):
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(evaluate, "settings_of", lambda folder: {"reward": rewards})
+    policy = bench.Policy("run", None, {}, None, "auto", 8, is_judge=False)
+    asked = evaluate.Config(prompts=("p",), reward_model=given)
+    assert evaluate._with_own_reward_model(policy, asked).reward_model == expected
+    against = dataclasses.replace(asked, against="other")
+    if expected is None:
+        with pytest.raises(UserError, match="--against: a win rate needs --reward-model"):
+            evaluate._with_own_reward_model(policy, against)
+
+
+def test_a_model_of_no_run_has_the_same_slots_in_every_command(folders, tmp_path):
+    shutil.copytree(folders / "run" / "model", tmp_path / "model")
+    policy = bench.load(str(tmp_path / "model"), evaluate.Config(prompts=("p",)))
+    asked = asking.open_policy(str(tmp_path / "model"), asking.Settings())
+    assert policy.max_new_tokens == asked.config.max_new_tokens
+    assert policy.max_new_tokens == min(256, policy.model.config.max_length // 2)

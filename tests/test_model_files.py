@@ -538,7 +538,7 @@ def test_files_that_are_missing_or_broken_are_named(folder):
     refuses(folder / "config.json", r"config\.json: not a folder")
     refuses(
         folder / "nowhere",
-        r"nowhere: no such folder here, and the Hugging Face hub did not give it: Repo id must",
+        r"nowhere: no such folder \(.* has ",
     )
 
 
@@ -548,15 +548,19 @@ def test_hub_names_fetch_json_and_safetensors_alone(folder, monkeypatch):
             "allow_patterns": ["*.json", "*.safetensors"],
             "ignore_patterns": ["*/*"],
         }
-        if name == "somebody/offline":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+        if name.endswith("/offline"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nAt length.")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert_same(models.load("somebody/gpt2-tiny")[1], tiny()[1])
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "runs/mine").mkdir(parents=True)
+    refuses("runs/nosuch/model", r"^runs/nosuch/model: no such folder$")
+    refuses("runs/offline", r"^runs/offline: no such folder here \(runs has mine\), and the Hug")
     refuses(
         "somebody/offline",
-        r"somebody/offline: no such folder here, and .* hub did not.*no connection",
+        r"somebody/offline: no such folder here, and .* hub did not.*no connection$",
     )
 
 

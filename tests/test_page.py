@@ -373,3 +373,15 @@ def test_a_figure_alone_is_a_whole_file():
     assert not any(
         getattr(value, "__name__", "").startswith("matplotlib") for value in vars(figures).values()
     )  # slow
+
+
+def test_a_page_has_a_main_part_and_links_to_its_sections():
+    parts = [Facts("A & B", {"x": 1}), Facts("a b", {}), Facts("Ä", {})]
+    html = render("T", parts)
+    read = Page(html)
+    assert len(read.all("main")) == 1
+    assert [e["href"] for e in read.all("a")] == ["#a-b", "#a-b-2", "#section"]
+    assert read.texts("a") == ["A & B", "a b", "Ä"]
+    assert [e["id"] for e in read.all("h2")] == ["a-b", "a-b-2", "section"]
+    assert html.index("<h1>") < html.index("<nav") < html.index("<h2")
+    assert "<nav" not in render("T", [])

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -27,6 +28,7 @@ from rlhf_jax.config import (
     RunConfig,
     SFTStage,
     Text,
+    Tokenizer,
 )
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
@@ -154,11 +156,11 @@ def test_the_update_of_a_distillation_is_planned(teacher, folder):
 @pytest.mark.usefixtures("no_phases")
 def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
     found = []
-    sampled = plan.SamplingConfig
+    recorded = plan.initial.recorded
     monkeypatch.setattr(
-        plan,
-        "SamplingConfig",
-        lambda *args, **how: found.append(sampled(*args, **how)) or found[-1],
+        plan.initial,
+        "recorded",
+        lambda *args: found.append(recorded(*args)) or found[-1],
     )
     printed(capsys, "ppo", "--model", folder, *SHORT)
     assert {how.max_new_tokens for how in found} == {2}
@@ -246,7 +248,7 @@ def test_flags_that_are_on_are_not_offered():
     ("flags", "sentence"),
     [
         ("sfft", "no stage 'sfft'; there are sft, reward_model, dpo, kto, ppo, vpg, rloo, grpo"),
-        ("ppo", r"give --length or --rl.max-prompt-length"),
+        ("ppo", r"give --data FILE, --length or --rl.max-prompt-length"),
         (
             "ppo --length 15 --rl.max-new-tokens 2",
             "rows of 17 tokens are longer than the 16 that the model reads",
@@ -255,6 +257,7 @@ def test_flags_that_are_on_are_not_offered():
         ("sft --sft.batch-size 6", "sft.batch_size 6 does not divide by 4 devices; use 4 or 8"),
         ("sft --mesh.tensor 4", "mesh.tensor 4 does not divide the key and value heads of .*, 2"),
         ("reward-model --reward-model.ensemble-size 2", "ensemble_size must be 1"),
+        ("sft --batch-size 8", r"did you mean --sft\.batch-size\?$"),
         ("sft --memory 80", "--memory 80: expected a number with GB or GiB, such as 80GB"),
     ],
 )
@@ -344,6 +347,13 @@ def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     )
     assert plan.longest(bounded, "ppo") is None
     assert plan.longest(dataclasses.replace(with_data, data=()), "dpo") is None
+    by_letters = dataclasses.replace(with_data, model=None, tokenizer=Tokenizer(kind="characters"))
+    file = Path(with_data.data[0])
+    file.write_text(file.read_text().replace("ab", "xy"))  # letters that only the data has
+    assert plan.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
+    assert plan.longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
+    assert plan._of_length("ppo", None, 3) == "longest prompt: 3 tokens, of the data"
+    assert plan._of_length("dpo", 8, 8) == "row: 8 tokens (--length)"
 
 
 def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):

@@ -8,12 +8,13 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
 
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import chapters, figures, page, plots, records
-from rlhf_jax.report.export import export
+from rlhf_jax.report import chapters, export, figures, page, plots, records
+from rlhf_jax.runs import manifest
 
 NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
 BROKEN_FOLDERS = [
@@ -84,7 +85,7 @@ def test_the_page_of_one_run(one):
         "steps": "3",
         "s/step (median)": "0.375",
         "state": "finished",
-        "Validation score": "1.5 (of iteration 0)",
+        "Validation score": "1.5",
         "KL": "0 → 1.5",
         "Time": "10 s",
         "Alerts": "no alert",
@@ -472,7 +473,7 @@ def test_model_cards(member, shift, kind, tmp_path):
     run = write_run(tmp_path / "run", finished=False, settings={"rl": {"max_new_tokens": 7}})
     tokenizers.characters("ab").save(run / "model" / member)
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
-    card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
+    card = (export.export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"):
         assert part in card
     assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
@@ -499,3 +500,39 @@ def test_rows_and_series_of_a_run(tmp_path):
     assert (rows[1]["prompt"], rows[1]["note"], len(rows)) == ("NaN", "a\u2028b", 3)
     with pytest.raises(UserError, match="there is no such file"):
         records.read_rows(tmp_path / "other.jsonl")
+
+
+CONFIG = """model: gpt2
+sft:
+  batch_size: 4
+reward_model:
+  optimizer:
+    b1: 0.9
+rl:
+  max_new_tokens: 8
+  kl_coef: 0.1
+  temperature: 1.0
+ppo:
+  value: shared
+grpo:
+  group_size: 8
+lora:
+  rank: 0
+"""
+
+
+RL = "rl.max_new_tokens rl.kl_coef rl.temperature"
+
+
+@pytest.mark.parametrize(
+    ("stage", "read"),
+    [
+        ("sft", "sft.batch_size"),
+        ("reward_model", "reward_model.optimizer.b1 rl.max_new_tokens rl.temperature"),
+        ("ppo", f"{RL} ppo.value"),
+        ("mine", RL),  # an algorithm from outside
+    ],
+)
+def test_a_model_card_has_the_settings_that_its_stage_reads(stage, read):
+    shown = yaml.safe_load(export.own_settings(CONFIG, stage))
+    assert [*manifest.dotted(shown)] == ["model", *read.split(), "lora.rank"]

@@ -217,6 +217,8 @@ MISTAKES = {
     "{tmp}/other.py:f": "no such file",
     "{tmp}/broken.py:f": r"broken.py cannot be run: SyntaxError: .* \(broken\.py, line 1\)",
     "{tmp}/leaves.py:f": "leaves.py cannot be run: SystemExit: 0",
+    "{mine}": r"name the function of the file too: .*mine\.py:letters; it defines letters, ",
+    "{tmp}/other.py": "other.py: cannot be read: No such file",
     "{mine}:lettres": "no function lettres; did you mean letters",
     "{mine}:constant": "no function constant",
     "{mine}:missing": "missing a required argument: 'subject'; the prompts' columns are topic",

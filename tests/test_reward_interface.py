@@ -275,7 +275,9 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_rewards_that_do_not_fit_their_response_are_refused(message):
-    with pytest.raises(UserError, match=rf"row 0, prompt 'ab': .*{message}.*\(.*\.py:\d+\)"):
+    with pytest.raises(
+        UserError, match=rf"row 0, prompt 'ab', response .*: .*{message}.*\(.*\.py:\d+\)"
+    ):
         called(lambda responses: WRONG[message])
 
 

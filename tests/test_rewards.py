@@ -1,6 +1,7 @@
 """rewards: where scores come from (jittable and on the host), and how they are shaped."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import Rollout, rewards
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import texts
 
 EOS = 9
 PAD = 0
@@ -227,13 +229,23 @@ def test_a_number_that_is_not_finite_stops_with_rows_and_prompts(scores, parts, 
     reward = rewards.from_text(lambda prompts, responses: [1, np.float32("nan"), 3], Spelled())
     with pytest.raises(FloatingPointError, match=r"^(?!.*row 0).*row 1, prompt '65'"):
         rewards.on_host(reward, a_rollout(), {})
+    rollout = jax.tree.map(lambda x: np.repeat(x[:1], 5, axis=0), a_rollout())
+    sources = {texts.SOURCE: [f"f.json, line {i}" for i in range(5)]}
+    reward = rewards.from_text(lambda prompts, responses, **rest: [NAN] * 5, Spelled())
+    with pytest.raises(FloatingPointError) as error:
+        rewards.on_host(reward, rollout, sources)
+    shown = re.findall(
+        r"row (\d), prompt '5' of f\.json, line (\d), response '.+?': nan", f"{error.value}"
+    )
+    assert shown == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert "; and 2 more of 5 rows)" in f"{error.value}"
     rewards.on_host(
         lambda rollout, columns: ([1, 2, 3, NAN], {}), a_rollout(), {}
     )  # nobody reads an absent row's
 
 
 EXPECTED = ": expected a list, tuple or array of 3 scores, one for each row, got "
-ENTRY = ", row 1, prompt '65': expected a number or None, got "
+ENTRY = ", row 1, prompt '65', response '.*': expected a number or None, got "
 NO_SCORES = {
     "nothing": (None, f"{EXPECTED}NoneType: None"),
     "too few": ([1, 2], EXPECTED + r"list: \[1, 2\]"),
@@ -241,14 +253,20 @@ NO_SCORES = {
     "three values": (([1, 2, 3], {}, "x"), f"{ENTRY}dict: {{}}"),
     "a text": ("123", f"{EXPECTED}str: '123'"),
     "one number": (jnp.float32(1), f"{EXPECTED}float: 1.0"),
-    "a column": (np.zeros((3, 1)), ", row 0, prompt '5': 1 numbers for a response of 3 tokens"),
+    "a column": (
+        np.zeros((3, 1)),
+        ", row 0, prompt '5', response '.*': 1 numbers for a response of 3 tokens",
+    ),
     "a number in quotation marks": ([1, np.str_("2"), 3], f"{ENTRY}str: '2'"),
-    "an array in a list": ([1, np.ones(1), 3], ", row 1, prompt '65': 1 numbers for a response of"),
+    "an array in a list": (
+        [1, np.ones(1), 3],
+        ", row 1, prompt '65', response '.*': 1 numbers for a response of",
+    ),
     "a complex number": ([1, np.complex64(2j), 3], f"{ENTRY}complex: "),
     "a component": (([1, 2, 3], {"tone": "abc"}), f", component 'tone'{EXPECTED}str"),
     "dense components": (
         ([1, 2, 3], {"tone": [[1], 2, 3]}),
-        ", row 0, prompt '5': a component is one number, got list: \\[1\\] ",
+        ", row 0, prompt '5', response '.*': a component is one number, got list: \\[1\\] ",
     ),
 }
 

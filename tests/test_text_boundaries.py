@@ -332,6 +332,6 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
 
 
 def test_flags_of_json_are_objects():
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"^--text.template-options: expected a JSON object, got"):
         config.parse(RunConfig, ["--text.template-options", "[1]"], prog="x")
     np.testing.assert_equal(RunConfig().text.template_options, None)

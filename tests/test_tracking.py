@@ -233,15 +233,22 @@ def test_a_step_that_takes_long_is_spoken_of_meanwhile(tmp_path, capsys, clock):
             clock.now += seconds
             pulse.tick()
         tracker.log(1, {})
-        clock.now += 16.0
+        for seconds in (16.0, 15.0):
+            clock.now += seconds
+            pulse.tick()
+        tracker.log(3, {})
+        clock.now += 15.0
         pulse.tick()
     clock.now += 100.0
     pulse.tick()  # the run is over
     assert lines_of(capsys) == [
         "ppo 0/3",
-        "ppo 0/3  at the next for 15 s",
-        "ppo 0/3  at the next for 30 s",
-        "ppo 1/3  at the next for 16 s  30 s a step, about 60 s left",
+        "ppo step 1 of 3 runs for 15 s, the first one compiles its programs",
+        "ppo step 1 of 3 runs for 30 s, the first one compiles its programs",
+        "ppo step 2 of 3 runs for 16 s  30 s a step, about 44 s left",
+        "ppo step 2 of 3 runs for 31 s  30 s a step, about 30 s left",
+        "ppo 3/3",
+        "ppo: all 3 steps done, finishing for 15 s",
     ]
 
 

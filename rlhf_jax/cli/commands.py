@@ -8,8 +8,6 @@ import importlib
 import sys
 from typing import NamedTuple
 
-import tyro
-
 import rlhf_jax
 from rlhf_jax.cli.console import attach_console, run_script, show
 from rlhf_jax.cli.stages import ROUNDS, STAGES, train
@@ -26,7 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("quickstart:main", "SFT, a reward model and PPO in two minutes"),
+    "quickstart": Command("quickstart:main", "begin here: SFT, a reward model, PPO in two minutes"),
     "rounds": Command("stages:train_rounds", ROUNDS.summary),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
@@ -38,18 +36,31 @@ COMMANDS = {
     "data check": Command("data:check_data", "every problem of data files"),
     "data preview": Command("preview:main", "the first rows, and what of them a stage learns"),
     "data demo": Command("data:write_demo", "write the generated corpus"),
-    "models": Command("stages:list_models", "families of models that load"),
-    "configs": Command("stages:list_configs", "settings that come with the package"),
+    "models": Command("lists:list_models", "families of models that load"),
+    "configs": Command("lists:list_configs", "settings that come along: --config NAME"),
     "plan": Command("planning.plan:main", "memory that a run will need on each device"),
     "bench": Command("benchmark.measure:main", "the time of a step on this machine"),
-    "doctor": Command("doctor:examine", "versions, devices, one step of every phase"),
+    "doctor": Command("benchmark.doctor:examine", "versions, devices, one step of every phase"),
 }
-GROUPS = {
-    "Train": ("quickstart", *STAGES, "rounds"),
-    "Use": ("chat", "generate", "label", "export"),
-    "Look": ("report", "evaluate", "verify"),
-    "Data": ("data check", "data preview", "data demo"),
-    "Machine": ("models", "configs", "plan", "bench", "doctor"),
+# The lines of each group: commands, and what they do where the commands' own words do not say it.
+# With a line for each command they would not fit on a screen of 24 lines.
+GROUPS: dict[str, dict[str, str]] = {
+    "Train": {
+        "quickstart": "",
+        "sft": "",
+        "reward-model": "",
+        "dpo": "",
+        "kto": "",
+        "ppo": "",
+        "grpo, rloo, vpg": "the same without a value model",
+        "distill": "",
+        "pipeline": "",
+        "rounds": "",
+    },
+    "Use": {"chat": "", "generate": "", "label": "", "export": ""},
+    "Look": {"report": "", "evaluate": "", "verify": ""},
+    "Data": {"data": "data check, data preview, data demo: your files"},
+    "Machine": {"models": "", "configs": "", "plan": "", "bench": "", "doctor": ""},
 }
 
 
@@ -74,11 +85,13 @@ def run(argv: list[str]) -> int | None:
     if name in COMMANDS:
         module, _, function = COMMANDS[name].function.partition(":")
         command = getattr(importlib.import_module(f"rlhf_jax.cli.{module}"), function)
+        code: int | None
         if function in ("main", "train_rounds"):
-            code: int | None = command(rest)
+            code = command(rest)
             return code
-        style = (tyro.conf.PositionalMetavarFromFieldName,)
-        return tyro.cli(command, prog=prog, args=rest, config=style)
+        command_line = importlib.import_module("rlhf_jax.config.command_line")
+        code = command_line.bound(command, rest, prog)()
+        return code
     last_word = [*argv, "--help"][words - 1]
     if last_word not in ("-h", "--help"):
         known = [*STAGES, *COMMANDS]
@@ -89,13 +102,20 @@ def run(argv: list[str]) -> int | None:
 
 
 def overview(only: str | None = None) -> str:
-    """The commands in groups, on one screen; or the group that begins with ``only``."""
+    """The commands in groups, on one screen of 24 lines; or those that begin with ``only``."""
+    if only is not None:
+        lines = [
+            f"  {name:<14}{command.summary}"
+            for name, command in COMMANDS.items()
+            if name.startswith(f"{only} ")
+        ]
+        return "\n".join([*lines, f"rlhf-jax {only} COMMAND --help says more of a command."])
     lines = []
-    for group, names in GROUPS.items():
-        shown = [name for name in names if only is None or name.startswith(f"{only} ")]
-        lines += [f"{group}:"] if shown else []
-        for name in shown:
-            lines.append(f"  {name:<13} {_summary(name)}")
+    for group, shown in GROUPS.items():
+        label = group
+        for names, words in shown.items():
+            lines.append(f"{label:<9}{names:<17}{words or _summary(names)}")
+            label = ""
     lines.append("rlhf-jax COMMAND --help says more of a command.")
     return "\n".join(lines)
 

@@ -1,6 +1,5 @@
 """``rlhf-jax data preview``: rows as they are read, or as a stage learns them."""
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -12,6 +11,7 @@ from rlhf_jax import config
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.data import Positional, Reading
 from rlhf_jax.cli.stages import STAGES
+from rlhf_jax.config import command_line
 from rlhf_jax.data import check, preview
 from rlhf_jax.errors import UserError, did_you_mean, logger
 from rlhf_jax.training import preview as stages
@@ -24,8 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if any(word.partition("=")[0] == "--for" for word in argv):
         preview_stage(argv)
     else:
-        style = (tyro.conf.PositionalMetavarFromFieldName,)
-        tyro.cli(preview_data, prog=PROGRAM, args=argv, config=style)
+        command_line.bound(preview_data, argv, PROGRAM)()
 
 
 def preview_data(
@@ -48,7 +47,7 @@ def preview_data(
 
 def preview_stage(argv: Sequence[str]) -> None:
     """Prints the first rows of a file as a stage learns them, by the settings of its flags."""
-    parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
+    parser = command_line.Parser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--for", dest="stage", required=True)
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--json", action="store_true")

@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_jax.cli.console import show
 from rlhf_jax.errors import logger
 
 if TYPE_CHECKING:  # it needs JAX
@@ -112,33 +111,6 @@ def train_algorithm(
         algorithm=algorithm,
     )
     training.rl.run(settings, algorithm, **parts)
-
-
-def list_configs() -> None:
-    """List the settings that come with the package: each NAME is for `--config NAME`."""
-    from rlhf_jax import config
-
-    for name, path in config.shipped().items():
-        comment = path.read_text("utf-8").partition("\n#\n")[0].replace("\n#", "")
-        show(f"{name:<12} {comment.removeprefix('# ')}")
-
-
-def list_models() -> None:
-    """List the families of models that load: model_type of config.json, released models, and in
-    what each differs from Llama.
-    """
-    from rlhf_jax.models.config import ROPES
-    from rlhf_jax.models.families import FAMILIES, differences
-
-    for family in FAMILIES.values():
-        show(f"{family.title} ({family.model_type}): {family.covers}")
-        words = "; ".join(differences(family))
-        show(f"    {words or 'the decoder that the others are compared with'}")
-    show(f"\nPositions may be scaled: {', '.join(ROPES)}.")
-    show(
-        "Each family equals transformers on tiny random weights: logits, padding, packed texts, "
-        "greedy tokens, saved folders. The page on models lists the tests."
-    )
 
 
 def summary(documented: object) -> str:

@@ -1,9 +1,8 @@
 """Reading settings: YAML files, then dotted flags."""
 
-import argparse
 import copy
 import dataclasses
-import json
+import functools
 import operator
 import re
 import types
@@ -12,17 +11,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-from tyro.constructors import (
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructTypeInfo,
-)
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from rlhf_jax.config import command_line
 from rlhf_jax.config.pretrained import pretrained_defaults
 from rlhf_jax.config.sections import section_name, with_section
-from rlhf_jax.config.settings import ALGORITHMS, Json, RunConfig, Switch
+from rlhf_jax.config.settings import ALGORITHMS, RunConfig
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.reading import Row
@@ -62,12 +56,12 @@ def parse(
         this package's algorithms have no flags then and keep their defaults.
 
     Raises:
-      UserError: a file is missing, broken or of another kind, a flag is unknown, or a value breaks
-        a rule. All mistakes of the files, or of the values, are in one message, a line each.
-      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong
-        value.
+      UserError: a file is missing, broken or of another kind, a flag is unknown or its value of
+        another type, or a value breaks a rule. All mistakes of the files, or of the values, are in
+        one message, a line each.
+      SystemExit: code 0 after ``--help``.
     """
-    finder = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    finder = command_line.Parser(prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", metavar="FILE", nargs="+", action="extend", default=[])
     finder.add_argument("--trust-config", action="store_true")
     options, flags = finder.parse_known_args(argv)
@@ -191,9 +185,9 @@ def _with_flags(config: C, flags: Words, sections: Words, about: Row) -> C:
     about: what ``--help`` says of the program.
     """
     kind = type(config)
-    parsed: tuple[C, list[str]] = tyro.cli(
+    parsed: tuple[C, list[str]] = command_line.read(
         kind,
-        args=flags,
+        flags,
         default=config,
         return_unknown_args=True,
         compact_help=True,
@@ -202,7 +196,7 @@ def _with_flags(config: C, flags: Words, sections: Words, about: Row) -> C:
     )
     values, unknown = parsed
     if unknown:
-        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
+        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind, sections))
     return values
 
 
@@ -217,14 +211,15 @@ def _with_pretrained(config: R, chosen: Collection[str], sections: Words) -> R:
     return _with_values(config, filled)
 
 
-def _unknown_flag(flag: str, root: type) -> str:
+def _unknown_flag(flag: str, root: type, sections: Words) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
         switch = "a switch takes no value: --text.pack, or --text.no-pack to turn it off"
         return f"unexpected {flag!r}; flags begin with --; {switch}"
     if key in dotted_keys(root):
         return f"{flag} is a setting that this command does not read"
-    return f"unknown flag {flag}; {hint(key, root, flags=True)}"
+    read_here = functools.partial(_is_read, root=root, sections=sections)
+    return f"unknown flag {flag}; {hint(key, root, flags=True, is_read=read_here)}"
 
 
 def shipped() -> dict[str, Path]:
@@ -235,38 +230,14 @@ def shipped() -> dict[str, Path]:
     return dict(sorted(paths.items()))
 
 
-def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
+def _flags_of(root: type, sections: Words) -> ConstructorRegistry:
     """How tyro reads a config: of each dataclass it sees the fields that ``sections`` leaves, and
     puts their values into a copy of the default, so that no rule is checked before all values are
     known.
     """
-    registry = tyro.constructors.ConstructorRegistry()
+    registry = command_line.registry()
     prefixes = {kind: f"{name}." for name, kind in subsections(root).items()} | {root: ""}
     inside = False
-
-    @registry.primitive_rule
-    def switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type != Switch:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[auto|true|false]",
-            instance_from_str=_switch,
-            is_instance=lambda value: value in _SWITCHES.values(),
-            str_from_instance=lambda value: [str(value).lower()],
-        )
-
-    @registry.primitive_rule
-    def json_object(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type != Json | None:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: _json_object(words[0]),
-            is_instance=lambda value: isinstance(value, dict | None),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
 
     @registry.struct_rule
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -289,28 +260,6 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
         return dataclasses.replace(spec, instantiate=with_flags, fields=tuple(fields))
 
     return registry
-
-
-def _json_object(word: str) -> Json | None:
-    """The object that a flag gives as JSON; None for null."""
-    try:
-        value = json.loads(word)
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object, got {word}: {error}") from None
-    if not isinstance(value, dict | None):
-        raise ValueError(f"expected a JSON object, got {word}")
-    return value
-
-
-_SWITCHES: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
-
-
-def _switch(words: list[str]) -> Switch:
-    """The value of a switch; a flag without a value turns it on."""
-    word = " ".join(words).lower() or "true"
-    if word not in _SWITCHES:
-        raise ValueError(f"expected auto, true, false or nothing, got {word}")
-    return _SWITCHES[word]
 
 
 def _is_read(key: str, root: type, sections: Words) -> bool:

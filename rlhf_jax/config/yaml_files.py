@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,23 +162,27 @@ def _text_of(node: yaml.Node) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def hint(key: str, root: type, flags: bool = False) -> str:
+def hint(
+    key: str,
+    root: type,
+    flags: bool = False,
+    is_read: Callable[[str], bool] = lambda key: True,
+) -> str:
     """The keys that may have been meant: ours for a key of another library, those like it in its
     section, those of its name in other sections, or else all of its section, if they are few.
+
+    is_read: whether the command reads a key; others are proposed only if it reads none there.
     """
     section, _, name = key.rpartition(".")
     prefix = f"{section}." if section else ""
-    inside = []
-    elsewhere = []
-    for known in dotted_keys(root):
-        its_section, _, its_name = known.rpartition(".")
-        if its_section == section:
-            inside.append(its_name)
-        if its_name == name:
-            elsewhere.append(known)
+    keys = dotted_keys(root)
+    read = [known for known in keys if is_read(known)]
+    inside = _names_in(section, read) or _names_in(section, keys)
+    same = [known for known in read if known.rpartition(".")[2] == name]
+    elsewhere = same or [known for known in keys if known.rpartition(".")[2] == name]
     theirs = other_keys().get(name.replace("-", "_"))
     if theirs:
-        return _ours(theirs, flags)
+        return _ours(theirs, flags, read)
     close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
     close = close or [k for k in inside if k.startswith(name[:4])]
     meant = [prefix + k for k in close] or elsewhere[:3]
@@ -186,11 +191,15 @@ def hint(key: str, root: type, flags: bool = False) -> str:
     if meant:
         return f"did you mean {' or '.join(meant)}?"
     if not inside:  # the section is unknown or has no keys
-        return hint(section, root, flags)
+        return hint(section, root, flags, is_read)
     place = f"of {section} " if section else ""
     if len(inside) > _FEW:
         return "`rlhf-jax STAGE --help` shows the keys"
     return f"the keys {place}are {', '.join(inside)}"
+
+
+def _names_in(section: str, keys: Sequence[str]) -> list[str]:
+    return [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
 
 
 @functools.cache
@@ -201,13 +210,21 @@ def other_keys() -> dict[str, str]:
     return keys
 
 
-def _ours(entry: str, flags: bool) -> str:
-    """A sentence of an entry of `other_keys`."""
+def _ours(entry: str, flags: bool, read: Sequence[str]) -> str:
+    """A sentence of an entry of `other_keys`.
+
+    read: the keys that the command reads.
+    """
     key, _, note = entry.partition(" - ")
     about = f": {note}" if note else ""
     if key == "none":
         return f"there is no such setting here{about}"
-    others = ", or the same of another stage" if key.startswith("SECTION.") else ""
+    section, _, name = key.partition(".")
+    here = [known for known in read if known.partition(".")[2] == name]
+    of_any = section == "SECTION"
+    others = ", or the same of another stage" if of_any and len(here) != 1 else ""
+    if here and (of_any or key not in read):
+        key = here[0]
     shown = key.replace("SECTION", "sft")
     shown = "--" + shown.replace("_", "-") if flags else shown
     return f"here it is {shown}{others}{about}"

@@ -18,7 +18,7 @@ from jax import Array
 
 from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.texts import IS_CHAT
+from rlhf_jax.rewards.texts import IS_CHAT, SOURCE
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback
 
 # The row number of a missing row, which completes the last batch of an epoch and counts in no
@@ -381,14 +381,19 @@ def _present(rows: np.ndarray) -> np.ndarray:
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
     """The data columns of the given rows, for a reward that reads them, and the column ``messages``
     of the rows' `Row.conversation`. A value that a row lacks is None. ``IS_CHAT`` says which
-    prompts the data gives as messages.
+    prompts the data gives as messages, and ``SOURCE`` where each is from.
     """
     rows = [data.rows[row] for row in row_ids]
     columns: dict[str, list[Any]] = {}
     for name in data.columns:
         columns[name] = [row.columns.get(name) for row in rows]
-    columns["messages"] = [row.conversation for row in rows]
-    columns[IS_CHAT] = [bool(row.messages) for row in rows]
+    columns["messages"] = []
+    columns[IS_CHAT] = []
+    columns[SOURCE] = []
+    for row in rows:
+        columns["messages"].append(row.conversation)
+        columns[IS_CHAT].append(bool(row.messages))
+        columns[SOURCE].append(row.source)
     return columns
 
 

@@ -71,7 +71,7 @@ def load(folder: str, config: Config) -> Policy:
     spelling = trained.get("text.special_tokens", "text")
     model, params, tokenizer = loaded.reading(config.template_options, spelling)
     template = config.template or trained.get("text.template", chat.AUTO)
-    slots = trained.get("rl.max_new_tokens", RLStage().max_new_tokens)
+    slots = trained.get("rl.max_new_tokens", generator.default_slots(model.config.max_length))
     slots = config.max_new_tokens or slots
     stop = tuple(trained.get("rl.stop", ()))
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params, stop)

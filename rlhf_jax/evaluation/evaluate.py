@@ -32,6 +32,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest, writing
+from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import stage
 from rlhf_jax.training.supervised import scoring
 
@@ -81,6 +82,7 @@ def run(folder: str | Path, config: Config) -> Result:
     stage.enable_compilation_cache()
     policy = bench.load(folder, config)
     _check_flags(policy, config)
+    config = _with_own_reward_model(policy, config)
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
     sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
     opened = bench.open_bench(policy, config, _columns(sets))
@@ -119,6 +121,24 @@ def _against(opened: Bench, folder: str, sets: Sets, answers: Mapping[str, Answe
             f"--against {folder}: it leaves out other prompts that are too long; shorten them"
         )
     return theirs
+
+
+def _with_own_reward_model(policy: Policy, config: Config) -> Config:
+    """The settings with the reward model that the run was trained with, if it had one, and only
+    one reward, and the settings name none.
+
+    Raises:
+        UserError: a win rate is asked for, and nothing judges.
+    """
+    entries = settings_of(policy.folder).get("reward", [])
+    if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
+        models = map(Path, spec.model_names(entries[0]))
+        if all(spec.members(model) or (model / hf.CONFIG).is_file() for model in models):
+            logger.info(f"reward model: {entries[0]}, the run's own; --reward-model takes another")
+            config = dataclasses.replace(config, reward_model=entries[0])
+    if config.against is not None and config.reward_model is None:
+        raise UserError("--against: a win rate needs --reward-model, which judges")
+    return config
 
 
 def _output(folder: str, config: Config) -> Path:

@@ -31,7 +31,8 @@ class Config:
     annotated: str | None = None
     """Pairs of responses with several annotators' votes, as in PandaLM's test set."""
     reward_model: str | None = None
-    """A reward model's run or model folder, or another SPEC of --reward such as mean:A,B."""
+    """A reward model's run or model folder, or another SPEC of --reward such as mean:A,B; null: the
+    reward model that the run was trained with, if that is its only reward."""
     against: str | None = None
     """Another run or model folder, for the win rate under the reward model."""
     categories: str | None = None
@@ -45,7 +46,8 @@ class Config:
     """Variables of the chat template as a JSON object, such as {"enable_thinking": false}; null:
     the run's."""
     max_new_tokens: int | None = None
-    """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
+    """Response slots; null: the run's rl.max_new_tokens. For a model's folder 256, or half of its
+    positions if they are fewer."""
     environment: str | None = None
     """FILE.py:FUNCTION, which replies to each response, as rl.environment does in a run."""
     max_turns: int | None = None
@@ -86,7 +88,5 @@ class Config:
         )
         if self.template not in (None, chat.AUTO) and "{prompt}" not in str(self.template):
             raise UserError(f"--template must be auto or contain {{prompt}}, got {self.template!r}")
-        if self.against is not None and (self.reward_model is None or not self.prompts):
-            raise UserError(
-                "--against: a win rate needs --reward-model, which judges, and --prompts"
-            )
+        if self.against is not None and not self.prompts:
+            raise UserError("--against: a win rate needs --prompts")

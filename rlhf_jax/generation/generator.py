@@ -360,6 +360,13 @@ def _load(folder: str | Path, compute: dict[str, Any], *, is_judge: bool) -> Lan
     return loaded
 
 
+def default_slots(positions: int) -> int:
+    """Response slots of a model that no run of ours trained: 256, or half of its positions if they
+    are fewer.
+    """
+    return min(256, positions // 2)
+
+
 class Generator:
     """A policy, and optionally a reward model, from the folders that a run writes.
 

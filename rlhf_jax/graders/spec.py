@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
+from rlhf_jax.errors import UserError, check_pattern, did_you_mean, file_errors, logger
 from rlhf_jax.graders import pairs, service, verifiable
 from rlhf_jax.graders.client import check_url
 from rlhf_jax.graders.service import Services
@@ -208,6 +208,15 @@ def sources(entry: str) -> dict[str, Path]:
     file, _, _ = spec.rpartition(":")
     path = Path(rest if kind == "judge" else file if file.endswith(".py") else spec)
     return {entry: path} if path.exists() else {}
+
+
+def model_names(entry: str) -> list[str]:
+    """The folders of models that an entry names: one, or those of an ensemble; whether they exist
+    or are models, it does not say.
+    """
+    spec, _ = _split_weight(entry)
+    _, names = _split_method(spec)
+    return names
 
 
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
@@ -412,6 +421,8 @@ class _Reader(NamedTuple):
         name = method + ",".join(map(_run_name, names))
         if method:
             return name, self._ensemble(method, names, where)
+        if spec.endswith(".py"):
+            raise UserError(f"{where}: {_functions_of(Path(spec))}")
         if members(spec):
             raise UserError(
                 f"{where}: the models of an ensemble; say how their scores become one: "
@@ -450,6 +461,15 @@ class _Reader(NamedTuple):
             raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
         logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")
         return Reward(host=from_conversations(model.score_texts, self.tokenizer, where))
+
+
+def _functions_of(file: Path) -> str:
+    """What to write for a Python file that is given without a function."""
+    with file_errors(file):
+        text = file.read_text("utf-8")
+    names = re.findall(r"^def ([a-zA-Z]\w*)\(", text, re.MULTILINE)
+    known = f"; it defines {', '.join(names)}" if names else ""
+    return f"name the function of the file too: {file}:{names[0] if names else 'FUNCTION'}{known}"
 
 
 def _ensemble_on_host(

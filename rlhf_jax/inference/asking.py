@@ -14,7 +14,7 @@ from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
-from rlhf_jax.generation.generator import Generator
+from rlhf_jax.generation.generator import Generator, default_slots
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.runs import devices, manifest, reading
@@ -23,7 +23,6 @@ from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import initial, stage
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_SLOTS = 256  # response slots of a model that no run of ours trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +99,8 @@ def open_policy(
     trained = dotted(settings_of(folder))
     source = hf.model_folder(folder)
     network = hf.read_config(hf.find_folder(source))
-    others = min(_SLOTS, network.max_length // 2)
-    sampling: dict[str, Any] = {"max_new_tokens": others, "temperature": 1.0}
+    slots = default_slots(network.max_length)
+    sampling: dict[str, Any] = {"max_new_tokens": slots, "temperature": 1.0}
     for name in SAMPLING:
         for given in (trained.get(f"rl.{name}"), getattr(settings, name)):
             if given is not None:

@@ -67,6 +67,7 @@ class Speaker:
     """A model and its history of the conversation."""
 
     label: str
+    folder: str
     policy: Generator
     system: list[Message]
     template: chat.ChatTemplate | None
@@ -154,6 +155,8 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
         _speaker(label, name, config, reward, console)
         for label, name in zip("AB", folders, strict=False)
     ]
+    if config.compare is not None:
+        console.note(f"A is {folder}, B is {config.compare}")
     talk = _Talk(speakers, reward, config.seed, console)
     for line in lines:
         if line.strip() == "/quit":
@@ -189,13 +192,13 @@ def _speaker(
     own = chat.template_of(policy.tokenizer, policy.template)
     if config.template is None and own.tokenizer is not None:
         system = [] if config.system is None else [Message(role="system", content=config.system)]
-        return Speaker(label, policy, system, own)
+        return Speaker(label, folder, policy, system, own)
     around = chat.frame(policy.template, policy.tokenizer)
     why = "" if config.template else ": it has no chat template"
     console.note(f"{folder} gets each line without the earlier ones, as {around!r}{why}")
     if config.system is not None:
         raise UserError(f"--system: {folder} has no chat template, which would render it")
-    return Speaker(label, policy, [], None)
+    return Speaker(label, folder, policy, [], None)
 
 
 @dataclasses.dataclass
@@ -236,7 +239,7 @@ class _Talk:
         """The same with all speakers, who sample a token each in turn. Ctrl-C ends all answers."""
         assert self.console.columns is not None
         answers = [speaker.begin(line, self.console.note) for speaker in self.speakers]
-        labels = [speaker.label for speaker in self.speakers]
+        labels = [f"{speaker.label}: {speaker.folder}" for speaker in self.speakers]
         try:
             with self.console.columns(labels) as show:
                 for _ in itertools.zip_longest(*(answer.pieces(self.seed) for answer in answers)):

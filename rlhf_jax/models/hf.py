@@ -39,6 +39,8 @@ OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FEW = 12  # folders that an error lists
 FILE_BYTES = 5 * 10**9  # the largest file of weights that is written, except for a single tensor
 
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that can be read
@@ -292,6 +294,9 @@ def find_folder(
         return path
     if os.path.exists(path):
         raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
+    beside = _folders_beside(path)
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: no such folder{beside}")
     # Imported here: slow, and not needed for local folders.
     from huggingface_hub import snapshot_download
 
@@ -300,9 +305,21 @@ def find_folder(
             snapshot_download(name, allow_patterns=[*nested], ignore_patterns=[])
         return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # its HTTP errors and bad names are kinds of these
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{name}: no such folder here, and the Hugging Face hub did not give it: {error}"
+            f"{name}: no such folder here{beside}, and the Hugging Face hub did not give it: "
+            f"{reason}"
         ) from error
+
+
+def _folders_beside(path: Path) -> str:
+    """In brackets, the folders where ``path`` was looked for; "" for a name without a slash."""
+    parent = path.parent
+    if os.path.dirname(path) == "" or not os.path.isdir(parent):
+        return ""
+    names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    more = ", ..." if len(names) > _FEW else ""
+    return f" ({parent} has {', '.join(names[:_FEW]) or 'no folders'}{more})"
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from rlhf_jax import models
+from rlhf_jax.config import ALGORITHMS
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import MORE_TEMPLATES, Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
@@ -28,6 +29,11 @@ KNOWN = (
     "chat_template.jinja",
 )
 _OF_TOKENIZER = (*KNOWN[5:], "vocab.json", "merges.txt", "added_tokens.json")
+SUPERVISED = ("sft", "reward_model", "dpo", "kto")
+OF_RL = ("rl", "safety", "judge", "engine")  # sections that all stages of RL read
+OF_STAGES = (*SUPERVISED, *OF_RL, *ALGORITHMS)
+# What a reward model's stage reads of ``rl``: how it samples the policy, to scale its scores.
+OF_SAMPLES = ("max_prompt_length", "max_new_tokens", "temperature")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MEMBER = re.compile(r"member_\d+")
 
@@ -74,6 +80,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
         end_of_turn=end,
         ensemble=config.parent.name == "member_0",
         reward_model="reward_shift" in read_json(config),
+        settings=own_settings(record.config, record.stage),
     )
     with file_errors(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +95,21 @@ def export(run: str | Path, folder: str | Path) -> Path:
         names = ", ".join(str(file.relative_to(model)) for file in unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
+
+
+def own_settings(config: str, stage: str) -> str:
+    """The lines of a run's config.yaml without the sections that its stage does not read."""
+    read = {stage} if stage in SUPERVISED else {stage, *OF_RL}
+    kept = []
+    for block in re.split(r"^(?=\w)", config, flags=re.MULTILINE):
+        name, _, _ = block.partition(":")
+        if name == "rl" and stage == "reward_model":
+            head, *lines = block.splitlines(keepends=True)
+            sampling = [line for line in lines if line.split(":")[0].strip() in OF_SAMPLES]
+            kept.append("".join([head, *sampling]))
+        elif name in read or name not in OF_STAGES:
+            kept.append(block)
+    return "".join(kept)
 
 
 def _end_of_turn(tokenizer: Tokenizer, template: str | None) -> str:

@@ -17,6 +17,7 @@ The same input gives the same bytes: a page holds no time, no path and no random
 own.
 """
 
+import html
 import itertools
 import re
 from collections import Counter
@@ -44,6 +45,11 @@ __all__ = [
     "write_png",
 ]
 
+NAVIGATION = "<!-- links to the sections -->"
+# A part that is folded, or a heading.
+_HEADING = re.compile(
+    r'<details>.*?</details>|<(h\d) class="(chapter|section)">(.*?)</h\d>', re.DOTALL
+)
 # A browser would drop or obey control characters. Unicode has pictures of the ASCII ones.
 _PICTURED = [code for code in range(32) if chr(code) not in "\n\t"]
 # Other control characters, and those that turn the direction of the text, become their numbers.
@@ -153,9 +159,36 @@ def fill(template: str, **context: Any) -> str:
     environment.filters["notes"] = figures.notes
     environment.filters["cells"] = lambda row, columns: [row.get(column) for column in columns]
     environment.filters["svg"] = lambda plot: figures.element(plot, str(next(salts)))
-    text = environment.get_template(template).render(context).translate(PICTURES)
+    marked = context | {"navigation": NAVIGATION}
+    text = environment.get_template(template).render(marked).translate(PICTURES)
+    text = _with_links(text) if NAVIGATION in text else text
     # A model may write half a surrogate pair, which no file can hold.
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _with_links(page: str) -> str:
+    """The page with an id for each of its sections that is not folded, and links to them below its
+    title; to its chapters, if it has such.
+    """
+    count = Counter[str]()
+    links = []
+
+    def named(heading: re.Match[str]) -> str:
+        tag, kind, title = heading.groups()
+        if tag is None:
+            return heading[0]
+        name = re.sub(r"[^a-z0-9]+", "-", html.unescape(title).lower()).strip("-") or "section"
+        count[name] += 1
+        if count[name] > 1:
+            name += f"-{count[name]}"
+        if tag == "h2":
+            links.append(f'<li><a href="#{name}">{title}</a></li>')
+        return f'<{tag} id="{name}" class="{kind}">{title}</{tag}>'
+
+    page = _HEADING.sub(named, page)
+    items = "\n".join(links)
+    shown = f'<nav aria-label="Sections">\n<ul>\n{items}\n</ul>\n</nav>' if links else ""
+    return page.replace(NAVIGATION, shown, 1)
 
 
 def _text(value: Any, format_spec: str = "") -> str:

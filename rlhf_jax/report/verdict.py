@@ -32,7 +32,10 @@ def sentence(group: Group) -> str:
     parts = [length]
     if measured:
         main = measured[0]
-        parts = [f"{main.label} {main.value} in {length}"]
+        value = main.value
+        if main.note:
+            value += f" ({main.note})"
+        parts = [f"{main.label} {value} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
@@ -132,8 +135,13 @@ def _measured(group: Group) -> list[Tile]:
             first = f"{means[0]:.3g}"
             last = f"{means[-1]:.3g}"
             value = last if first == last else f"{first} → {last}"
-            value += _of_earlier_step(group, name)
-            note = nats if label == "KL" else ""
+            notes = []
+            if label == "KL":
+                notes.append(nats)
+            measured_at = _of_earlier_step(group, name)
+            if measured_at:
+                notes.append(measured_at)
+            note = ", ".join(notes)
             found.append(Tile(label, value, note))
             break
     return found
@@ -148,7 +156,7 @@ def _of_earlier_step(group: Group, name: str) -> str:
     if measured_at >= last_step:
         return ""
     unit = plots.unit(record)
-    return f" (of {unit} {measured_at})"
+    return f"of {unit} {measured_at}"
 
 
 def _alerts(group: Group) -> Tile:

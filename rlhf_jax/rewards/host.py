@@ -48,6 +48,7 @@ Place = Callable[[int, list[Any]], np.ndarray]
 
 NO_REASON = Unscored("the reward is None")
 MISSING = Unscored("the row has no response")
+_FEW = 3  # rows that a message shows
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -232,7 +233,9 @@ def _of_rows(
         if not np.all(np.isfinite(score)):
             not_finite.append(f"{label}: {row_score(score)}")
     if not_finite:
-        listed = "; ".join(not_finite)
+        listed = "; ".join(not_finite[:_FEW])
+        if len(not_finite) > _FEW:
+            listed += f"; and {len(not_finite) - _FEW} more of {len(labels)} rows"
         raise FloatingPointError(f"{name} is not finite ({listed}); return None to leave a row out")
     return scores
 

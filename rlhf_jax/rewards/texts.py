@@ -26,6 +26,8 @@ TEXTS = ("prompts", "responses", "completions", "completion_ids", "messages", "o
 
 IS_CHAT = "is chat"
 """Key of columns that no parameter can have: whether the data gives each prompt as messages."""
+SOURCE = "source of a row"
+"""Another one: the file and the place in it that each prompt is from, for messages."""
 
 
 class Decoder(Protocol):
@@ -81,9 +83,7 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
         result = _result(name, fn, args, named)
         if not host.has_components(result):
             result = (result, {})
-        labels = []
-        for row, prompt in zip(rows, shown["prompts"], strict=True):
-            labels.append(f"row {row}, prompt {prompt!r}")
+        labels = _labels(rows, shown)
         place = functools.partial(_place, rollout, rows, labels, tokenizer, name)
         present = [True] * len(rows)
         try:
@@ -103,6 +103,18 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
         return in_all_rows(scores), whole
 
     return score
+
+
+def _labels(rows: Sequence[int], shown: Texts) -> list[str]:
+    """What messages call the rows of a function: its texts, and where the prompt is from."""
+    sources = shown.get(SOURCE, [None] * len(rows))
+    labels = []
+    for row, prompt, response, source in zip(
+        rows, shown["prompts"], shown["responses"], sources, strict=True
+    ):
+        place = "" if source is None else f" of {source}"
+        labels.append(f"row {row}, prompt {prompt!r:.200}{place}, response {response!r:.200}")
+    return labels
 
 
 def check_function(where: str, fn: Function, columns: Collection[str]) -> None:
@@ -159,6 +171,7 @@ class _Binding(NamedTuple):
         """The arguments of a call."""
         shown = dict(shown)
         is_chat = shown.pop(IS_CHAT, [])
+        shown.pop(SOURCE, None)
         if self.is_trl and any(is_chat):
             shown["prompts"] = shown["messages"]
             shown["completions"] = [
@@ -206,7 +219,7 @@ def _binding(where: str, fn: Function, offered: Collection[str]) -> _Binding:
             fault = fault or error
             continue
         return _Binding(positional, named, takes_all, is_trl)
-    others = [name for name in offered if name not in (*TEXTS, IS_CHAT)]
+    others = [name for name in offered if name not in (*TEXTS, IS_CHAT, SOURCE)]
     columns = ", ".join(others)
     raise UserError(
         f"{where}: {fault}; the prompts' columns are {columns or 'none'}, and other parameters are "

@@ -161,6 +161,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         # (step, when it ended) of the last steps
         self._ends = collections.deque[tuple[int, float]](maxlen=PACE_STEPS + 1)
         self._started = self._pulse.clock()
+        self._resumed = resume_step or 0
         columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
@@ -197,24 +198,28 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """The metrics of the console's line, as texts."""
         return [f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers]
 
-    def pace(self) -> str:
-        """The mean seconds of the last ten steps, and the time that is left; "" before the second
-        step.
+    def pace(self, waited: float = 0.0) -> str:
+        """The mean seconds of the last ten steps, and the time that is left ``waited`` seconds
+        after the last one; "" before the second step.
         """
         if len(self._ends) < 2:
             return ""
         first, began = self._ends[0]
         last, ended = self._ends[-1]
         seconds = (ended - began) / (last - first)
-        left = seconds * (self._total - last)
+        left = seconds * (self._total - last) - min(waited, seconds)
         return f"{seconds:.3g} s a step, about {duration(left)} left"
 
     def status(self) -> str:
         """The step that the run is at, for a moment without a line."""
-        step, ended = self._ends[-1] if self._ends else (0, self._started)
-        waited = duration(self._pulse.clock() - ended)
-        parts = [f"{self._label} {step}/{self._total}", f"at the next for {waited}", self.pace()]
-        return "  ".join(part for part in parts if part)
+        last, ended = self._ends[-1] if self._ends else (self._resumed, self._started)
+        waited = self._pulse.clock() - ended
+        if last >= self._total:
+            return f"{self._label}: all {self._total} steps done, finishing for {duration(waited)}"
+        step = f"{self._label} step {last + 1} of {self._total} runs for {duration(waited)}"
+        if last == self._resumed:
+            step += ", the first one compiles its programs"
+        return "  ".join(part for part in (step, self.pace(waited)) if part)
 
     def timing(self, step: int, seconds: Numbers) -> None:
         """Writes a row of ``timing.jsonl``. The metrics, which a seed reproduces, are in another

@@ -28,6 +28,7 @@ from rlhf_jax import models
 from rlhf_jax.cli.benchmark import figures, opponent
 from rlhf_jax.cli.benchmark.steps import GROUP, PRESETS, Preset, Work, work
 from rlhf_jax.cli.console import show
+from rlhf_jax.config import command_line
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
@@ -42,9 +43,17 @@ def main(argv: Sequence[str]) -> int:
     """Prints the line of ``run``, whose arguments are the flags; 1 if other programs used more than
     MAX_OTHERS.
     """
-    line = tyro.cli(run, prog="rlhf-jax bench", args=argv)
+    line = command_line.bound(run, argv, "rlhf-jax bench")()
     show(json.dumps(line))
-    return int((line["others_cpu"] or 0.0) > MAX_OTHERS)
+    others = line["others_cpu"] or 0.0
+    if others <= MAX_OTHERS:
+        return 0
+    show(
+        f"exit code 1: other programs used {others:.0%} of the machine while it was measured, more "
+        f"than {MAX_OTHERS:.0%}; end them and measure again, or take the times as upper bounds",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def run(

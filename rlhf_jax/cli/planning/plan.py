@@ -11,7 +11,6 @@ With ``--target`` the programs are compiled by the compiler of that accelerator,
 it, and nothing is estimated: see ``targets`` and ``hlo``.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -32,10 +31,11 @@ from rlhf_jax import iteration, models, ops, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
-from rlhf_jax.config import PPOStage, RLStage, RunConfig, parse
+from rlhf_jax.cli.stages import STAGES
+from rlhf_jax.config import PPOStage, RLStage, RunConfig, command_line, parse
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import encode_texts
-from rlhf_jax.data.rows import Kind
+from rlhf_jax.data.rows import Kind, texts
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
@@ -362,11 +362,12 @@ def _fitting(model: models.Model, length: int | None, texts: int = 1) -> int:
 
 
 def longest(config: RunConfig, name: str) -> int | None:
-    """Columns of the widest batch of a run's data, or in RL of its longest prompt.
+    """Columns of the widest batch of a run's data, or in RL of its longest prompt, as the run's
+    tokenizer reads it: that of ``config.model`` or ``config.tokenizer.name``, or one that is
+    trained on the data as the run does.
 
-    None without data, without a tokenizer to read it by (of ``config.model`` or
-    ``config.tokenizer.name``), for a text that is cut into pieces as long as the model reads, and
-    where ``rl.max_prompt_length`` is given.
+    None without data, for a text that is cut into pieces as long as the model reads, and where
+    ``rl.max_prompt_length`` is given.
     """
     return with_data(config, name)[1]
 
@@ -375,27 +376,33 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     """The settings with ``compute.share_prompts`` as a run on its data chooses it for comparisons,
     and ``longest``.
     """
-    source = config.model or config.tokenizer.name
     bounded = name in RL and config.rl.max_prompt_length is not None
-    if source is None or bounded or name not in (*SUPERVISED, *RL):
+    if bounded or name not in (*SUPERVISED, *RL):
         return config, None
     if config.model is not None:
         config = dataclasses.replace(config, model=hf.model_folder(config.model))
     case = Case(config, name, None)
-    if not (case.settings.data or config.data):
+    settings = case.settings
+    if not (settings.data or config.data):
         return config, None
     kind: Kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
-    rows = initial.stage_rows(config, kind, case.settings.data).rows
-    if rows[0].is_plain_text:
+    read = initial.stage_rows(config, kind, settings.data).rows
+    if read[0].is_plain_text:
         return config, None
     model, _ = case.model(config.model)
-    tokenizer = load_tokenizer(config.model or source)
+    if config.model is not None:
+        tokenizer = load_tokenizer(config.model)
+    else:
+        held_out = []
+        if settings.validation_data:
+            held_out = initial.stage_rows(config, kind, settings.validation_data).rows
+        tokenizer = initial.new_tokenizer(config, texts([*read, *held_out]))
     if name in RL:
         language_model = LanguageModel(model, {}, tokenizer)
-        return config, int(initial.prompts_for(config, language_model, rows).tokens.shape[1])
+        return config, int(initial.prompts_for(config, language_model, read).tokens.shape[1])
     most = tasks.longest_text(config, model.config.max_length)
     encoded = encode_texts(
-        rows,
+        read,
         tokenizer,
         template=config.text.template,
         max_length=most,
@@ -413,6 +420,18 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
         config = shared_prompts.recorded(config, made.encoded.shares_prompts)
     columns = batches.width_of(made.encoded, np.arange(len(encoded)), made.multiple)
     return config, columns
+
+
+def _of_length(name: str, given: int | None, found: int | None) -> str:
+    """Which length a plan is for, and who says so; "" in RL where a setting does."""
+    what = "longest prompt" if name in RL else "row"
+    if given is not None:
+        return f"{what}: {given} tokens (--length)"
+    if found is not None:
+        return f"{what}: {found} tokens, of the data"
+    if name in RL:
+        return ""
+    return f"{what}: as many tokens as the model reads; --data or --length say how many there are"
 
 
 def with_remat(
@@ -699,7 +718,7 @@ def _prompt_columns(settings: RLStage, length: int | None) -> int:
     prompt = length or settings.max_prompt_length
     if prompt is None:
         raise UserError(
-            "rlhf-jax plan: nobody knows the longest prompt; give --length or "
+            "rlhf-jax plan: nobody knows the longest prompt; give --data FILE, --length or "
             "--rl.max-prompt-length"
         )
     return prompt
@@ -875,7 +894,7 @@ def options(case: Case) -> dict[str, RunConfig]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "rlhf-jax plan", description="What a stage would take.", allow_abbrev=False
     )
     parser.add_argument(
@@ -903,13 +922,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices.choose("cpu")  # with the compiler's flags of a run
     jax.config.update("jax_platforms", "cpu")  # nothing is run
     limit = float(size[1]) * (1e9 if size[2] == "GB" else 2**30)
-    settings = parse(RunConfig, flags, prog="rlhf-jax plan")
     target = targets.find(given.target) if given.target else None
     stage = given.stage.replace("-", "_")
+    command = STAGES.get(given.stage.replace("_", "-"))
+    sections = (*command.reads, stage) if command else ()  # else `plan` names the stages
+    settings = parse(RunConfig, flags, prog="rlhf-jax plan", sections=sections)
     length = given.length
     if length is None:
         settings, length = with_data(settings, stage)
+    about = _of_length(stage, given.length, length)
     available = limit or (target.memory if target else devices.memory_limit())
     settings = with_remat(settings, stage, length, available, target)
-    show("\n".join(report(settings, stage, length, limit or None, target)))
+    lines = report(settings, stage, length, limit or None, target)
+    show("\n".join(filter(None, [lines[0], about, *lines[1:]])))
     return 0

@@ -251,14 +251,7 @@ def _language_model(
             )
         loaded = loaded._replace(model=_with_dropout(loaded.model, config))
         return loaded.reading(config.text.template_options, config.text.special_tokens)
-    if config.tokenizer.name is not None:
-        tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
-        text = config.text
-        tokenizer = chat.reading(tokenizer, text.template_options, text.special_tokens)
-    elif config.tokenizer.kind == "bpe":
-        tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
-    else:
-        tokenizer = tokenizers.characters(texts)
+    tokenizer = new_tokenizer(config, texts)
     if policy is not None:
         return own.start(policy, tokenizer, key)
     network = dataclasses.asdict(config.network)
@@ -369,6 +362,17 @@ def validation_config(
     if settings.validation_temperature is None:
         return how
     return dataclasses.replace(how, temperature=settings.validation_temperature)
+
+
+def new_tokenizer(config: RunConfig, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a model with random weights: ``tokenizer.name``, or one trained on texts."""
+    if config.tokenizer.name is not None:
+        tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
+        text = config.text
+        return chat.reading(tokenizer, text.template_options, text.special_tokens)
+    if config.tokenizer.kind == "bpe":
+        return tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
+    return tokenizers.characters(texts)
 
 
 def load_language_model(source: str, compute: Compute, place: layout.Place = None) -> LanguageModel:

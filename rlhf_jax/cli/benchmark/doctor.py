@@ -4,7 +4,6 @@ tiny model.
 
 import functools
 import importlib.metadata
-import itertools
 import platform
 import tempfile
 import time
@@ -59,9 +58,15 @@ def machine() -> list[Check]:
     return checks
 
 
-def self_test(work: Callable[[steps.Name], Any]) -> Iterator[Check]:
+def self_test(
+    work: Callable[[steps.Name], Any], began: Callable[[str], None] = lambda name: None
+) -> Iterator[Check]:
     """Runs one step of every phase, whose metrics must be finite, and saves and restores a
-    checkpoint. ``work`` is that of ``benchmark.steps``.
+    checkpoint.
+
+    Args:
+        work: that of ``benchmark.steps``.
+        began: called with the name of each check before it runs.
     """
 
     def step(name: steps.Name) -> Metrics:
@@ -78,7 +83,9 @@ def self_test(work: Callable[[steps.Name], Any]) -> Iterator[Check]:
         return {}
 
     for name in STEPS:
+        began(name)
         yield timed(name, functools.partial(step, name))
+    began("checkpoint")
     yield timed("checkpoint", checkpoint)
 
 
@@ -101,9 +108,17 @@ def examine() -> int:
     """Print versions and devices, and try one step of every phase. Exits with 1 if anything is
     wrong.
     """
-    all_passed = True
-    tested = self_test(lambda name: steps.work(name, steps.TINY))
-    for check in itertools.chain(machine(), tested):
-        show(f"{'ok' if check.passed else 'FAIL':<5} {check.name:<12} {check.detail}", flush=True)
-        all_passed &= check.passed
-    return 0 if all_passed else 1
+
+    def began(name: str) -> None:
+        show(f"{name:<12} ", end="", flush=True)  # a step compiles for seconds
+
+    def ended(check: Check) -> bool:
+        show(f"{'ok' if check.passed else 'FAIL':<5} {check.detail}", flush=True)
+        return check.passed
+
+    passed = []
+    for check in machine():
+        began(check.name)
+        passed.append(ended(check))
+    passed += map(ended, self_test(lambda name: steps.work(name, steps.TINY), began))
+    return 0 if all(passed) else 1
