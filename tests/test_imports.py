@@ -16,7 +16,7 @@ SCIENCE = [
     {"types", "errors"},
     {"parallel"},
     {"ops", "metrics"},
-    {"losses", "advantages"},
+    {"losses", "advantages", "auxiliary"},
     {"models"},
     {"sampling"},
     {"rewards"},

@@ -11,12 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
 from rlhf_jax.models.kernels import initialize
-from rlhf_jax.models.stack import ACTIVATIONS, Dense, Given
+from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given
 from rlhf_jax.parallel.sharding import cut
+from rlhf_jax.types import Mean, Params
 
 
 def gated(layers: Any, x: Array, *more: Array) -> Array:
@@ -68,7 +70,8 @@ class MLP(nn.Module):
 
 class Router(Given):
     """[N, D] tokens -> weights [N, k] float32 and numbers [N, k] of their experts, by "kernel"
-    [D, E] and, with ``router_bias``, "bias" [E].
+    [D, E] and, with ``router_bias``, "bias" [E]. Its collection ``ROUTER``, if that is mutable,
+    gets the "shares" [N, E] of all experts and the "chosen" numbers.
     """
 
     config: DecoderConfig
@@ -88,6 +91,8 @@ class Router(Given):
         weights, chosen = lax.top_k(shares, config.experts_per_token)
         if config.normalize_experts:
             weights = weights / weights.sum(axis=-1, keepdims=True)
+        self.sow(ROUTER, "shares", shares)
+        self.sow(ROUTER, "chosen", chosen)
         return weights, chosen
 
 
@@ -158,3 +163,42 @@ class MixtureOfExperts(nn.Module):
         by_token = by_choice.reshape(*weights.shape, -1)
         mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), by_token)
         return cut(mixed.reshape(x.shape), "data", "fsdp")
+
+
+def balance(config: DecoderConfig, routed: Params, attention_mask: Array) -> dict[str, Mean]:
+    """How equally the experts share the real tokens of a pass, as the means of a loss.
+
+    With f_e the tokens of expert e, in all layers, per token and layer, and P_e the mean of its
+    share before the choice, the loss is E sum_e f_e P_e (Fedus et al. 2021, equation 4, summed over
+    the k choices as transformers does): k if all are equally busy. f has no gradient.
+
+    Args:
+        routed: the collection ``ROUTER`` of the pass.
+        attention_mask: [B, T], not 0 for real tokens.
+
+    Returns:
+        "router/aux_loss", and "router/max_load", the tokens of the busiest expert over those of an
+        equal share. Both are functions of all rows of the pass together; means over several passes,
+        such as microbatches, weigh each by its real tokens.
+    """
+    number = config.num_experts or 1
+    real = (attention_mask != 0).reshape(-1).astype(jnp.float32)  # [N]
+    tokens = jnp.sum(real)
+    load = jnp.zeros(number)
+    share = jnp.zeros(number)
+    entries = 0
+    for (*_, name), (leaf,) in flatten_dict(routed).items():
+        layers = leaf.reshape(-1, len(real), leaf.shape[-1])  # stacked ones, or one
+        if name == "shares":
+            entries += len(layers)
+            share += jnp.einsum("lne,n->e", layers, real, precision="highest")
+        else:
+            weights = jnp.broadcast_to(real[None, :, None], layers.shape)
+            load += jnp.bincount(layers.reshape(-1), weights.reshape(-1), length=number)
+    per_expert = jnp.maximum(entries * tokens, 1.0)
+    load /= per_expert
+    share /= per_expert
+    loss = number * jnp.sum(load * share)
+    busiest = number * jnp.max(load) / config.experts_per_token
+    found = {"router/aux_loss": loss, "router/max_load": busiest}
+    return {name: Mean(value * tokens, tokens) for name, value in found.items()}

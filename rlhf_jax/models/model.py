@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.models import stack
-from rlhf_jax.models.attention import Columns, is_start
+from rlhf_jax import auxiliary
+from rlhf_jax.models import mlp, stack
+from rlhf_jax.models.attention import Columns, is_start, pick
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
@@ -69,6 +70,7 @@ def build(config: ModelConfig) -> Model:
     module = network(config)
     unrolled = network(dataclasses.replace(config, scan_layers=False, remat=False))
 
+    has_experts = any(getattr(config, "sparse_layers", ()))
     # A key without a use is left out: with a key, each layer would be traced separately.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
 
@@ -93,6 +95,12 @@ def build(config: ModelConfig) -> Model:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
+        if has_experts and auxiliary.is_wanted():
+            # All columns: the tokens before the chosen ones choose experts in the last layer too.
+            how: Any = {"rngs": rngs, "method": "hidden", "mutable": [stack.ROUTER]}
+            states, chosen = module.apply({"params": params}, tokens, mask, **how)
+            auxiliary.add(mlp.balance(config, chosen[stack.ROUTER], mask))
+            return pick(states, columns, axis=1)
         inputs = (tokens, mask, columns)
         if groups is not None and rngs is None and config.has_plain_softmax:
             chex.assert_is_divisible(len(tokens), groups.size)

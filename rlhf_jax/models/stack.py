@@ -49,6 +49,8 @@ Cache = tuple[LayerCache, ...]
 # Factor of a layer's attention scores, and whether the layer takes the second view.
 Layer = tuple[Number, Array | bool]
 
+ROUTER = "router"  # the collection of what routers of experts choose
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # The backward pass computes it again: its tanh would take longer to write and read.
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), jax.checkpoint(jax.nn.gelu)),
@@ -320,7 +322,7 @@ class Transformer(nn.Module):
             shared = nn.broadcast  # views, index and columns; each layer has its scale and cache
             scanned = nn.scan(
                 inner,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, ROUTER: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(shared, 0, 0, shared, shared),
                 length=stacked,
