@@ -455,6 +455,9 @@ class RLStage(Reference):
     score_clip: Positive | None = None
     """Scores are clipped to this distance from 0, before any penalty; null: not clipped."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
+    train_routers: bool = False
+    """Train the routers of a mixture of experts too. By default RL leaves them as they are: what a
+    token's experts are then changes with its state alone."""
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
     validation_data: Texts = ()

@@ -2,8 +2,9 @@
 functions.
 
 Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b"
-[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and the heads
-that are trained with them; "out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha /
+[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers and [E] for
+experts, and the heads that are trained with them; "out" of GPT-2's c_attn is [3, D], as in its
+kernel. The scale, alpha /
 r, gets no gradient. Train only the adapters, not the base: ``bind`` makes a function of the
 adapters.
 """
@@ -43,14 +44,16 @@ def init(
         params: of a model; not changed.
         rank: r, at least 1.
         match: regular expression, searched in the paths of the kernels, such as "h_0/attn/c_attn".
-            Experts and their routers take no adapters.
+            Experts get adapters, each its own, only if the expression names them: "attn|experts".
+            Their routers get none.
         alpha: the scale is alpha / rank; None: rank, so a scale of 1.
 
     Returns:
         float32 adapters of the kernels that match.
 
     Raises:
-        ValueError: no kernel matches, or ``rank`` is below 1.
+        ValueError: no kernel matches, or ``rank`` is below 1, or the expression names experts whose
+            adapters could not be written.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -59,6 +62,13 @@ def init(
         for path, leaf in sorted(flatten_dict(params).items())
         if path[-1] == "kernel" and path[0] not in HEADS and takes_adapters(path)
     }
+    if "experts" not in match:
+        kernels = {path: shape for path, shape in kernels.items() if "experts" not in path}
+    elif any({"experts", "gate_up_proj"} <= set(path) for path in kernels):
+        raise ValueError(
+            "the experts of this model are one tensor in its files, for which PEFT has no "
+            "adapters: leave them out of the expression"
+        )
     chosen = [module for module in kernels if re.search(match, "/".join(module))]
     if not chosen:
         places = ", ".join(sorted({"/".join(module[1:]) for module in kernels}))

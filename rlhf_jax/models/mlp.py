@@ -98,7 +98,8 @@ class Router(Given):
 
 class Grouped(Given):
     """Rows in the order of their experts [M, D], times each expert's own "kernel" [E, D, F], plus,
-    with ``mlp_bias``, its "bias" [E, F].
+    with ``mlp_bias``, its "bias" [E, F], and plus the term of its adapter if there are such
+    (``lora.attach``).
     """
 
     config: DecoderConfig
@@ -116,6 +117,12 @@ class Grouped(Given):
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
             out += bias.astype(out.dtype)[numbers]
+        if self.has_variable("params", "lora_a"):
+            adapter = self.variables["params"]
+            a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=rows.dtype)
+            scales = lax.stop_gradient(adapter["lora_scale"]).astype(rows.dtype)[numbers]
+            inner = lax.ragged_dot(rows, a, sizes)
+            out += scales[:, None] * lax.ragged_dot(inner, b, sizes)
         return out
 
 
