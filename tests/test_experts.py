@@ -175,6 +175,11 @@ def test_adapters_of_experts_are_each_expert_s_own():
     plain, expected = apply(params, TOKENS), apply(merged, TOKENS)
     assert np.abs(plain - expected).max() > 0.1
     assert_allclose(apply(lora.attach(params, adapters), TOKENS), expected, rtol=1e-3, atol=1e-4)
+    held = lora.quantized(params)  # each expert has scales of its own
+    assert flatten_dict(held)["h", "mlp", "experts", "up_proj", "kernel_scale"].shape == (1, 5, 12)
+    assert "kernel_scale" not in held["h"]["mlp"]["router"]
+    found = apply(lora.attach(held, adapters), TOKENS)
+    assert_allclose(found, apply(lora.merge(held, adapters), TOKENS), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])

@@ -177,11 +177,16 @@ class LoRA(Section):
     """The adapters' term is multiplied by alpha / rank; null: 1."""
     match: str = "attn|mlp"
     """Regular expression for the layers that get an adapter, searched in names such as
-    h_0/attn/c_attn."""
+    h_0/attn/c_attn; experts get adapters only if it names them: attn|experts."""
+    base: Literal["int8"] | None = None
+    """Hold the frozen weights of the layers as numbers of 8 bits, half the memory of bfloat16;
+    null: as they are in the model's files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern("match", self.match)
+        if self.base is not None and not self.rank:
+            raise ValueError(f"base {self.base}: all weights are trained; give a rank")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
 from rlhf_jax.types import Params
 
-__all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
+__all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "quantized", "save"]
 
 
 def init(
@@ -88,6 +88,41 @@ def init(
     return unflatten_dict(leaves)
 
 
+def quantized(params: Params) -> Params:
+    """A frozen base of 8 bits: the kernels of all layers as int8, each output column with its own
+    "kernel_scale" float32, so that ``kernel * kernel_scale`` is the weight (as LLM.int8 and QLoRA
+    hold frozen weights; Dettmers et al. 2022, 2023).
+
+    The largest weight of a column becomes 127. Tables, norms, biases, routers and heads stay as
+    they are. The models' functions, ``attach`` and ``merge`` take the result; it cannot be trained
+    or saved.
+    """
+    leaves = flatten_dict(params)
+    found = dict(leaves)
+    for path, kernel in leaves.items():
+        if path[-1] != "kernel" or path[0] in HEADS or not takes_adapters(path):
+            continue
+        axis = len(split_shape(path, kernel.shape)[0])
+        weights = kernel.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(weights), axis=axis)
+        scale = jnp.where(largest > 0, largest / 127, 1.0)
+        numbers = jnp.round(weights / jnp.expand_dims(scale, axis))
+        found[path] = numbers.astype(jnp.int8)
+        found[(*path[:-1], "kernel_scale")] = scale
+    return unflatten_dict(found)
+
+
+def _dequantized(leaves: dict[LeafPath, Array]) -> dict[LeafPath, Array]:
+    """The leaves of a base with float32 kernels in place of those of 8 bits."""
+    found = {path: leaf for path, leaf in leaves.items() if path[-1] != "kernel_scale"}
+    for (*module, name), scale in leaves.items():
+        if name == "kernel_scale":
+            path = (*module, "kernel")
+            axis = len(split_shape(path, leaves[path].shape)[0])
+            found[path] = leaves[path].astype(jnp.float32) * jnp.expand_dims(scale, axis)
+    return found
+
+
 def attach(params: Params, adapters: Params) -> Params:
     """The parameters with the adapters beside their kernels, and with the adapters' heads and whole
     modules, for a model's functions.
@@ -121,12 +156,13 @@ def merge(params: Params, adapters: Params) -> Params:
     """The parameters of an equal model without adapters: kernels + scale * A @ B, and the adapters'
     heads and whole modules.
 
-    A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
+    A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding. So does
+    one of 8 bits (``quantized``): the adapters were trained beside what it holds.
 
     Raises:
         ValueError: as ``attach``.
     """
-    leaves = flatten_dict(attach(params, adapters))
+    leaves = _dequantized(flatten_dict(attach(params, adapters)))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
     for (*module, name), a in leaves.items():
         if name != "lora_a":

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
 from rlhf_jax.models.kernels import initialize
-from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given
+from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given, scaled
 from rlhf_jax.parallel.sharding import cut
 from rlhf_jax.types import Mean, Params
 
@@ -114,6 +114,8 @@ class Grouped(Given):
         kernel = self.param("kernel", initial, (number, rows.shape[-1], self.features))
         rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
         out = lax.ragged_dot(rows, kernel, sizes)
+        if self.has_variable("params", "kernel_scale"):
+            out = scaled(out, self.variables["params"]["kernel_scale"][numbers])
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
             out += bias.astype(out.dtype)[numbers]

@@ -71,6 +71,14 @@ def _dot(x: Array, kernel: Array) -> Array:
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
+def scaled(out: Array, scale: Array) -> Array:
+    """The products of a kernel of 8 bits times the scales of its columns, which have more digits
+    than bfloat16.
+    """
+    columns = jnp.broadcast_to(scale, out.shape)
+    return (out.astype(jnp.float32) * columns).astype(out.dtype)
+
+
 class Given(nn.Module):
     """A module that compares the shapes of given parameters with tuples.
 
@@ -93,8 +101,9 @@ class Given(nn.Module):
 class Dense(Given):
     """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in the compute dtype.
 
-    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``). ``std`` is the
-    standard deviation of the initial kernel, by default the config's.
+    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``). A kernel of 8
+    bits has a "kernel_scale" [*features] (``lora.quantized``). ``std`` is the standard deviation of
+    the initial kernel, by default the config's.
     """
 
     config: TransformerConfig
@@ -109,6 +118,8 @@ class Dense(Given):
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
         out = _dot(x, kernel)
+        if self.has_variable("params", "kernel_scale"):
+            out = scaled(out, self.variables["params"]["kernel_scale"])
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
         if self.has_variable("params", "lora_a"):
@@ -578,6 +589,7 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
     dtype = jnp.dtype(config.compute_dtype)
     for path, leaf in leaves.items():
         is_linear = path[0].startswith("h_") and (*path[:-1], "kernel") in leaves
+        is_linear = is_linear and path[-1] != "kernel_scale"
         is_cast = is_linear or path == ("unembedding",)
         if is_cast and leaf.dtype.itemsize > dtype.itemsize:
             leaves[path] = leaf.astype(dtype)

@@ -480,6 +480,8 @@ def _supervised(case: Case, length: int | None) -> Shapes:
     model, params = case.model(config.model)
     optimizer = make_optimizer(settings.optimizer, 1)
 
+    params = jax.eval_shape(functools.partial(initial.base_of, config.lora), params)
+
     def first(params: Params) -> tuple[initial.Trainable, TrainState]:
         if is_scorer:
             params = models.add_head(jax.random.key(1), params, "score")
@@ -556,6 +558,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     values = critic.settings(own)
     value = values.value if algorithm.needs_values else None
     starts = functools.partial(critic.start, stage, value=value)
+    params = jax.eval_shape(functools.partial(initial.base_of, case.config.lora), params)
     start, trained = case.laid_out(jax.eval_shape(starts, params))
     optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
