@@ -3,16 +3,21 @@ docs/_build/html``.
 """
 
 import importlib.metadata
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.parsers.rst import Directive, directives
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
 # The package is imported for its docstrings alone; an accelerator must not be taken for that.
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+from rlhf_jax.report import figures
 
 project = "rlhf_jax"
 author = "the rlhf_jax authors"
@@ -66,7 +71,64 @@ def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+class Results(Directive):
+    """The figure and the table of a file in docs/results/: a page has no number of its own.
+
+    ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
+    seed, in a band where the file has ``METRIC low`` and ``METRIC high``, and the same numbers.
+    """
+
+    required_arguments = 1
+    option_spec = {"metric": directives.unchanged_required}  # noqa: RUF012 (docutils' own form)
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
+        self.state.document.settings.record_dependencies.add(str(path))
+        results = json.loads(path.read_text("utf-8"))
+        metric = self.options["metric"]
+        values = {
+            (f"{row['variant']}, seed {row['seed']}", row["step"], row["metric"]): row["value"]
+            for row in results["rows"]
+        }
+        series = {}
+        lines = []
+        for name in sorted({name for name, _, _ in values}):
+            steps = sorted(step for of, step, found in values if (of, found) == (name, metric))
+            found = [
+                [values.get((name, step, f"{metric}{edge}")) for step in steps]
+                for edge in ("", " low", " high")
+            ]
+            has_band = None not in found[1] + found[2]
+            series[name] = figures.Series(steps, *(found if has_band else found[:1]))
+            for step, value, low, high in zip(steps, *found, strict=True):
+                band = f"{low:.3g} to {high:.3g}" if has_band else ""
+                lines.append([name, str(step), f"{value:.3g}", band])
+        plot = figures.Plot(metric, "step", metric, series)
+        picture = figures.element(plot, salt=path.stem)
+        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
+        how += f"{results['seconds']} seconds; docs/results/{path.name}"
+        return [
+            nodes.raw("", picture, format="html"),
+            _table(["run", "step", metric, "95%"], lines),
+            nodes.paragraph("", how),
+        ]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> nodes.table:
+    """A table of texts."""
+    group = nodes.tgroup("", cols=len(head))
+    group += [nodes.colspec(colwidth=1) for _ in head]
+
+    def row(texts: list[str]) -> nodes.row:
+        return nodes.row("", *(nodes.entry("", nodes.paragraph("", text)) for text in texts))
+
+    group += nodes.thead("", row(head))
+    group += nodes.tbody("", *map(row, lines))
+    return nodes.table("", group)
+
+
 def setup(app: Sphinx) -> None:
+    app.add_directive("results", Results)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None)
     )

@@ -4,8 +4,8 @@
     python experiments/sums.py runs/sums
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), from the package that ships it. Before training it
-answers "What is 3 + 9? Reply with the number only." with a sentence or a wrong number. The reward,
-``is_answer``, pays 1 for the right number and nothing else. The command goes on where it was
+answers "What is 3 + 9? Reply with the number only." mostly with wrong numbers or talk. The reward,
+``is_answer``, pays 1 where the answer ends with the right number. The command goes on where it was
 stopped. ``--out results.json`` writes the curve as a table (docs/results/).
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -33,9 +34,10 @@ CONFIG = Path(__file__).parents[1] / "configs" / "sums.yaml"
 
 
 def is_answer(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:
-    """1 for the number and nothing else, else 0: the question repeated is no answer."""
-    said = [response.strip() for response in responses]
-    return [float(text == number) for text, number in zip(said, answer, strict=True)]
+    """1 where the response ends with the number, else 0: the question repeated is no answer."""
+    ends = [re.search(r"(\d+)\W*$", response) for response in responses]
+    said = [end[1] if end else "" for end in ends]
+    return [float(number == right) for number, right in zip(said, answer, strict=True)]
 
 
 def write_model(folder: Path) -> None:

@@ -35,6 +35,7 @@ from rlhf_jax import (
     sampling,
     vpg,
 )
+from rlhf_jax.algorithms.lengths import by_length
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.rewards import functions
@@ -189,10 +190,13 @@ def test_only_columns_of_tokens_are_cut(undeclared):
         return loss, {"columns": Mean.of(part.tokens.shape[1])}
 
     state = TrainState.create({"w": jnp.float32(0.5)}, SGD)
-    step = jax.jit(partial(gradient_step, loss, optimizer=SGD), static_argnames="num_microbatches")
+    step = jax.jit(
+        partial(gradient_step, loss, optimizer=SGD),
+        static_argnames=("num_microbatches", "microbatching"),
+    )
     batch = own_rollout(undeclared)
     whole, expected = step(state, batch=batch, num_microbatches=1)
-    cut, found = step(state, batch=batch, num_microbatches=4)
+    cut, found = step(state, batch=batch, num_microbatches=4, microbatching=by_length(batch))
     assert_close(cut.params, whole.params)
     assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
     assert found["columns"] == (131 if undeclared else (35 + 67 + 131 + 131) / 4)

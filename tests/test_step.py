@@ -16,7 +16,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, every_way
 
 from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
-from rlhf_jax.types import Max, Mean, Rollout, TrainState
+from rlhf_jax.algorithms import lengths
+from rlhf_jax.algorithms.lengths import by_length
+from rlhf_jax.types import Max, Mean, PolicyOutput, Rollout, TrainState
 
 KEY = jax.random.key(0)
 
@@ -133,7 +135,14 @@ def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout,
 
     @partial(jax.jit, static_argnames="parts")
     def step(state, batch, parts):
-        return gradient_step(cubes, state, SGD, batch=batch, num_microbatches=parts)
+        return gradient_step(
+            cubes,
+            state,
+            SGD,
+            batch=batch,
+            num_microbatches=parts,
+            microbatching=by_length(batch),
+        )
 
     expected, metrics = step(state, rollout, 1)
     found, own = step(state, rollout, parts)
@@ -147,9 +156,8 @@ def test_rows_of_like_length_stay_on_their_device():
     rows = sharding.rows(sharding.make_mesh(4))
 
     def update(state, batch, key, **options):
-        state, metrics = gradient_step(
-            cubes, state, SGD, batch=batch, num_microbatches=4, **options
-        )
+        options |= {"batch": batch, "num_microbatches": 4, "microbatching": by_length(batch)}
+        state, metrics = gradient_step(cubes, state, SGD, **options)
         return state, metrics["columns"]
 
     (one, _), *others = every_way(update, state, long_rollout(), KEY, minibatch_sharding=rows)
@@ -168,6 +176,21 @@ def ragged_rollout():
     log_probs, ref_log_probs, scores = rng.normal(size=(3, 16, 19)).astype(np.float32) - 2.0
     batch = Rollout(rng.integers(1, 7, both.shape), both, response, log_probs, prompt_length=3)
     return batch.replace(ref_log_probs=ref_log_probs, scores=scores[:, 0])
+
+
+def test_an_update_of_rl_leaves_out_the_columns_that_no_row_of_a_part_needs(monkeypatch):
+    monkeypatch.setattr(lengths, "LONG", 16)
+    widths = set()
+
+    def policy_fn(params, tokens, *inputs):
+        widths.add(tokens.shape[1])
+        log_probs = params["w"] * jnp.ones(tokens.shape)
+        return PolicyOutput(log_probs, entropy=-log_probs)
+
+    config = rloo.Config(group_size=2, num_microbatches=4)
+    update = partial(rloo.update, policy_fn=policy_fn, optimizer=SGD, config=config)
+    jax.eval_shape(update, TrainState.create({"w": 1.0}, SGD), ragged_rollout(), KEY)
+    assert widths == {7, 11, 19}
 
 
 @pytest.mark.slow
@@ -193,7 +216,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
 
     expected, metrics = updated(1, params, batch)
     widths.clear()
-    monkeypatch.setattr("rlhf_jax.algorithms.step.LONG", 16)
+    monkeypatch.setattr(lengths, "LONG", 16)
     mesh = sharding.make_mesh(2, 2)
     placed = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     spread = sharding.shard_rows(mesh, batch)

@@ -18,6 +18,7 @@ from jax import Array
 
 from rlhf_jax import advantages as estimators
 from rlhf_jax import losses, ops
+from rlhf_jax.algorithms.lengths import by_length
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import (
     AxisName,
@@ -403,6 +404,7 @@ def updater(
                 batch=minibatch,
                 key=key,
                 num_microbatches=config.num_microbatches,
+                microbatching=by_length(minibatch),
                 **sharded,
             )
 

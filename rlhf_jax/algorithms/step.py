@@ -10,7 +10,7 @@ result does not depend on how the batch was cut. Under ``shard_map`` this works 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import auxiliary, ops
 from rlhf_jax.parallel import blocks
-from rlhf_jax.parallel.sharding import cut
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,
@@ -31,11 +30,9 @@ from rlhf_jax.types import (
     Metrics,
     Params,
     Parts,
-    Rollout,
     StepMetrics,
     TrainState,
     is_part,
-    map_columns,
 )
 
 State = TypeVar("State", bound=TrainState)
@@ -45,9 +42,22 @@ PartGradient = tuple[Params, Results]
 Forward = Callable[[Params, Array | int, Any], Results]
 Gradient = tuple[Array, StepMetrics, Params]  # loss, metrics and gradient of a whole batch
 
-# From this many response slots on, microbatches hold rows of similar length and end after the
-# columns that their rows need.
-LONG = 128
+
+class Microbatching(NamedTuple):
+    """How a batch becomes microbatches: `lengths.by_length` is another way than `IN_ROW_ORDER`."""
+
+    order: Callable[[Any, int, int], Any]
+    """``(batch, num_microbatches, group_size)``: the batch with its rows in another order, which
+    ``ops.split_rows`` then divides.
+    """
+    narrow: Callable[[Callable[[Any], PartGradient]], Callable[[Any], PartGradient]]
+    """The gradient of a microbatch, given the function that computes it."""
+
+
+IN_ROW_ORDER = Microbatching(
+    order=lambda batch, num_microbatches, group_size: batch,
+    narrow=lambda of_part: of_part,
+)
 
 
 def gradient_step(
@@ -61,6 +71,7 @@ def gradient_step(
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
     group_size: int = 1,
+    microbatching: Microbatching = IN_ROW_ORDER,
 ) -> tuple[State, StepMetrics]:
     """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is
     not finite.
@@ -77,11 +88,7 @@ def gradient_step(
       key: of dropout; each microbatch on each device derives its own key from it.
       num_microbatches: parts that are run one after the other to save memory; divides B. Row i is
         in part ``i % num_microbatches``, so that each device of a sharded batch has rows in every
-        part; with a ``group_size`` that is group i. A Rollout with `LONG` response slots and a
-        ``prompt_length`` is sorted by length first, and the columns of a part end after a quarter
-        or a half of the response slots if its responses do: that compiles the loss once for each
-        width, and changes its rounding. What is cut are the fields that a class declares with the
-        metadata ``types.PER_TOKEN``. If another field is as wide as the tokens, nothing is cut.
+        part; with a ``group_size`` that is group i.
       axis_name: the mapped axis (or axes) over whose devices the batch is sharded.
       minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. If its first
         axis is the whole mesh and parameters are replicated, each device adds up the gradients of
@@ -89,6 +96,7 @@ def gradient_step(
         devices in each microbatch.
       group_size: adjacent rows that stay together in a microbatch, such as the answers to a prompt
         that is computed once (``models.policy_fn``).
+      microbatching: an order of the rows before they are divided, and how a part is computed.
 
     Returns:
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
@@ -105,6 +113,7 @@ def gradient_step(
         loss_fn,
         num_microbatches=num_microbatches,
         group_size=group_size,
+        microbatching=microbatching,
         axis_name=axis_name,
     )
     if num_microbatches > 1 and isinstance(minibatch_sharding, NamedSharding):
@@ -292,6 +301,7 @@ def _global_gradient(
     *,
     num_microbatches: int,
     group_size: int,
+    microbatching: Microbatching,
     axis_name: AxisName,
 ) -> Gradient:
     """Loss, metrics and gradient over all microbatches and devices."""
@@ -305,7 +315,7 @@ def _global_gradient(
     if num_parts == 1:
         grads, results = _backward(forward, axis_name, None, local, 0, batch)
     else:
-        whole = (batch, num_parts, group_size)
+        whole = (batch, num_parts, group_size, microbatching)
         grads, results = _over_microbatches(forward, axis_name, local, *whole)
     grads = ops.psum(grads, axis_name)
     if axis_name is not None:
@@ -374,6 +384,7 @@ def _over_microbatches(
     batch: Any,
     num_microbatches: int,
     group_size: int,
+    microbatching: Microbatching,
 ) -> PartGradient:
     """The sum of the microbatches' gradients, and their terms and metrics added up."""
     num_rows = _num_rows(batch)
@@ -383,9 +394,7 @@ def _over_microbatches(
             f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the "
             f"batch{groups}"
         )
-    is_long = _is_long(batch)
-    if is_long:
-        batch = _by_length(batch, num_microbatches, group_size)
+    batch = microbatching.order(batch, num_microbatches, group_size)
     split = ops.split_rows(batch, num_microbatches, group_size)
     parts = (jnp.arange(num_microbatches), split)
 
@@ -393,11 +402,10 @@ def _over_microbatches(
     terms = jax.lax.map(lambda part: forward(params, *part)[0], parts)
     counts = _counts(_merged(terms), axis_name)
     backward = partial(_backward, forward, axis_name, counts, params)
-    if is_long:
-        backward = partial(_narrowed, backward)
 
-    def of_part(part: tuple[Array, Any]) -> PartGradient:
-        grads, results = backward(*part)
+    def of_part(numbered: tuple[Array, Any]) -> PartGradient:
+        number, part = numbered
+        grads, results = microbatching.narrow(partial(backward, number))(part)
         return jax.tree.map(_widened, grads), results
 
     if blocks.number():
@@ -445,55 +453,6 @@ def _merged(stacked: Any) -> Any:
         return jax.tree.map(partial(reduce, axis=0), part)
 
     return _map_parts(merge, stacked)
-
-
-def _is_long(batch: Any) -> bool:
-    """Whether the microbatches of a batch hold rows of similar length: a Rollout with many response
-    slots. Every field as wide as the tokens must be known to be columns of them or not: a field of
-    the user's own that is not declared ``per_token`` may be either, and then nothing is cut.
-    """
-    if not isinstance(batch, Rollout) or batch.prompt_length is None:
-        return False
-    columns = batch.tokens.shape[1]
-    others = jax.tree.leaves(map_columns(lambda x: None, batch))
-    if any(columns in x.shape[1:] for x in others):
-        return False
-    return columns - batch.prompt_length >= LONG
-
-
-def _by_length(rollout: Rollout, num_microbatches: int, group_size: int) -> Rollout:
-    """The rows in an order from which ``ops.split_rows`` makes parts of similar length. A group is
-    as long as its longest row.
-    """
-    longest = _used(rollout).reshape(-1, group_size).max(axis=1)
-    groups = jnp.argsort(longest).reshape(num_microbatches, -1).T.reshape(-1, 1)
-    order = (groups * group_size + jnp.arange(group_size)[None]).reshape(-1)
-    return jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), rollout)
-
-
-def _narrowed(
-    backward: Callable[[Array, Rollout], PartGradient],
-    number: Array,
-    part: Rollout,
-) -> PartGradient:
-    """``backward`` of the columns up to a quarter, a half or all of the response slots, whichever
-    the part's responses need.
-    """
-    prompt = part.prompt_length or 0
-    slots = part.tokens.shape[1] - prompt
-    widths = [prompt + slots // 4, prompt + slots // 2, prompt + slots]
-
-    def of_columns(width: int, part: Rollout) -> PartGradient:
-        return backward(number, map_columns(lambda x: x[:, :width], part))
-
-    index = jnp.searchsorted(jnp.array(widths), jnp.max(_used(part)))
-    return jax.lax.switch(index, [partial(of_columns, width) for width in widths], part)
-
-
-def _used(rollout: Rollout) -> Array:
-    """[B] columns up to the last response token of each row."""
-    columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
-    return jnp.max(jnp.where(rollout.mask, columns, 0), axis=1)
 
 
 def _average(metrics: StepMetrics) -> StepMetrics:
