@@ -15,10 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from rlhf_jax import auxiliary, models, sharding
+from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
-from rlhf_jax.models import lora, mlp
+from rlhf_jax.models import lora
+from rlhf_jax.models.model import balance
+from rlhf_jax.parallel import auxiliary
 from rlhf_jax.training.rl import critic
 from rlhf_jax.types import Demonstrations, Mean, TrainState
 
@@ -34,7 +36,7 @@ def test_balance_is_that_of_the_chosen_experts_and_their_shares():
     config = replace(CONFIG, num_experts=2, experts_per_token=1)
     shares = jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]], [[0.7, 0.3], [0.2, 0.8], [0.0, 1.0]]])
     routed = {"h": {"shares": (shares,), "chosen": (shares.argmax(-1, keepdims=True),)}}
-    found = mlp.balance(config, routed, jnp.array([[1, 1, 0]]))
+    found = balance(config, routed, jnp.array([[1, 1, 0]]))
     # f = (3/4, 1/4), P = (0.6, 0.4)
     assert_allclose(found["router/aux_loss"].value, 2 * (0.75 * 0.6 + 0.25 * 0.4), rtol=1e-6)
     assert_allclose(found["router/max_load"].value, 2 * 0.75, rtol=1e-6)
@@ -50,11 +52,11 @@ def losses_of(params, batch):
     return loss.value, terms
 
 
-def updated(config, batch=BATCH, **settings):
+def updated(config, batch=BATCH, run=lambda fn, *args: jax.jit(fn)(*args), **settings):
     model = models.build(config)
     state = TrainState.create(some_params(config), SGD)
     update = partial(sft.update, policy_fn=models.policy_fn(model), optimizer=SGD)
-    return jax.jit(partial(update, key=None, config=sft.Config(**settings)))(state, batch)
+    return run(partial(update, key=None, config=sft.Config(**settings)), state, batch)
 
 
 def test_the_term_is_added_to_an_algorithm_that_does_not_know_it():
@@ -81,8 +83,8 @@ def test_the_term_is_added_to_an_algorithm_that_does_not_know_it():
 
 
 def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
-    _, without = jax.eval_shape(partial(updated, CONFIG))
-    _, metrics = jax.eval_shape(partial(updated, CONFIG, router_aux_coef=0.0))
+    _, without = updated(CONFIG, run=jax.eval_shape)
+    _, metrics = updated(CONFIG, run=jax.eval_shape, router_aux_coef=0.0)
     assert metrics.keys() - without.keys() == {"router/aux_loss", "router/max_load"}
     loss = Mean(jnp.float32(3.0), jnp.float32(2.0))
     terms = {auxiliary.LOSS: Mean(jnp.float32(8.0), jnp.float32(4.0))}
@@ -121,7 +123,7 @@ def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
 
 def test_a_model_without_experts_has_no_such_term():
     with pytest.raises(ValueError, match="router_aux_coef: this model has no experts"):
-        jax.eval_shape(partial(updated, MORE["olmo2"], router_aux_coef=0.1))
+        updated(MORE["olmo2"], run=jax.eval_shape, router_aux_coef=0.1)
     with pytest.raises(ValueError, match="router_aux_coef must be at least 0"):
         sft.Config(router_aux_coef=-1.0)
 
@@ -172,7 +174,8 @@ def test_adapters_of_experts_are_each_expert_s_own():
     assert not any("router" in path for path in leaves)
     merged = lora.merge(params, adapters)
     apply = jax.jit(models.build(CONFIG).apply)
-    plain, expected = apply(params, TOKENS), apply(merged, TOKENS)
+    plain = apply(params, TOKENS)
+    expected = apply(merged, TOKENS)
     assert np.abs(plain - expected).max() > 0.1
     assert_allclose(apply(lora.attach(params, adapters), TOKENS), expected, rtol=1e-3, atol=1e-4)
     held = lora.quantized(params)  # each expert has scales of its own

@@ -6,7 +6,8 @@ import pytest
 from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_model
 
-from rlhf_jax import auxiliary, models
+from rlhf_jax import models
+from rlhf_jax.parallel import auxiliary
 
 pytestmark = pytest.mark.parity
 

@@ -16,7 +16,7 @@ SCIENCE = [
     {"types", "errors"},
     {"parallel"},
     {"ops", "metrics"},
-    {"losses", "advantages", "auxiliary"},
+    {"losses", "advantages"},
     {"models"},
     {"sampling"},
     {"rewards"},

@@ -18,8 +18,8 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import auxiliary, ops
-from rlhf_jax.parallel import blocks
+from rlhf_jax import ops
+from rlhf_jax.parallel import auxiliary, blocks
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,
@@ -217,7 +217,7 @@ def batch_updater(
     minibatch_sharding=None)`` returns the new state and the metrics of ``loss``, of
     ``gradient_step`` and of ``batch_metrics``. The key is of dropout, another for each microbatch;
     None turns it off. If the config has a ``router_aux_coef`` that is not None, the loss that keeps
-    the experts of a network equally busy (``models.mlp.balance``) is a metric, and is added with
+    the experts of a network equally busy (``models.model.balance``) is a metric, and is added with
     this weight.
 
     Args:

@@ -11,14 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
 from rlhf_jax.models.kernels import initialize
 from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given, scaled
 from rlhf_jax.parallel.sharding import cut
-from rlhf_jax.types import Mean, Params
 
 
 def gated(layers: Any, x: Array, *more: Array) -> Array:
@@ -115,16 +113,19 @@ class Grouped(Given):
         rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
         out = lax.ragged_dot(rows, kernel, sizes)
         if self.has_variable("params", "kernel_scale"):
-            out = scaled(out, self.variables["params"]["kernel_scale"][numbers])
+            columns = self.variables["params"]["kernel_scale"]
+            out = scaled(out, columns[numbers])
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
             out += bias.astype(out.dtype)[numbers]
         if self.has_variable("params", "lora_a"):
             adapter = self.variables["params"]
             a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=rows.dtype)
-            scales = lax.stop_gradient(adapter["lora_scale"]).astype(rows.dtype)[numbers]
+            scale = lax.stop_gradient(adapter["lora_scale"])
+            scales = scale.astype(rows.dtype)
             inner = lax.ragged_dot(rows, a, sizes)
-            out += scales[:, None] * lax.ragged_dot(inner, b, sizes)
+            term = lax.ragged_dot(inner, b, sizes)
+            out += scales[numbers][:, None] * term
         return out
 
 
@@ -164,50 +165,14 @@ class MixtureOfExperts(nn.Module):
         numbers = chosen.reshape(-1)  # [N k] experts, those of a token beside each other
         order = jnp.argsort(numbers, stable=True)
         sizes = jnp.bincount(numbers, length=config.num_experts or 1)
-        rows = jnp.take(tokens, order // config.experts_per_token, axis=0)
+        places = order // config.experts_per_token
+        rows = jnp.take(tokens, places, axis=0)
         sorted_numbers = jnp.take(numbers, order)
-        out = self.experts(rows, sizes.astype(jnp.int32), sorted_numbers)
+        sizes = sizes.astype(jnp.int32)
+        out = self.experts(rows, sizes, sorted_numbers)
         back = jnp.argsort(order)
         by_choice = jnp.take(out, back, axis=0)
         by_token = by_choice.reshape(*weights.shape, -1)
         mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), by_token)
-        return cut(mixed.reshape(x.shape), "data", "fsdp")
-
-
-def balance(config: DecoderConfig, routed: Params, attention_mask: Array) -> dict[str, Mean]:
-    """How equally the experts share the real tokens of a pass, as the means of a loss.
-
-    With f_e the tokens of expert e, in all layers, per token and layer, and P_e the mean of its
-    share before the choice, the loss is E sum_e f_e P_e (Fedus et al. 2021, equation 4, summed over
-    the k choices as transformers does): k if all are equally busy. f has no gradient.
-
-    Args:
-        routed: the collection ``ROUTER`` of the pass.
-        attention_mask: [B, T], not 0 for real tokens.
-
-    Returns:
-        "router/aux_loss", and "router/max_load", the tokens of the busiest expert over those of an
-        equal share. Both are functions of all rows of the pass together; means over several passes,
-        such as microbatches, weigh each by its real tokens.
-    """
-    number = config.num_experts or 1
-    real = (attention_mask != 0).reshape(-1).astype(jnp.float32)  # [N]
-    tokens = jnp.sum(real)
-    load = jnp.zeros(number)
-    share = jnp.zeros(number)
-    entries = 0
-    for (*_, name), (leaf,) in flatten_dict(routed).items():
-        layers = leaf.reshape(-1, len(real), leaf.shape[-1])  # stacked ones, or one
-        if name == "shares":
-            entries += len(layers)
-            share += jnp.einsum("lne,n->e", layers, real, precision="highest")
-        else:
-            weights = jnp.broadcast_to(real[None, :, None], layers.shape)
-            load += jnp.bincount(layers.reshape(-1), weights.reshape(-1), length=number)
-    per_expert = jnp.maximum(entries * tokens, 1.0)
-    load /= per_expert
-    share /= per_expert
-    loss = number * jnp.sum(load * share)
-    busiest = number * jnp.max(load) / config.experts_per_token
-    found = {"router/aux_loss": loss, "router/max_load": busiest}
-    return {name: Mean(value * tokens, tokens) for name, value in found.items()}
+        mixed = mixed.reshape(x.shape)
+        return cut(mixed, "data", "fsdp")
