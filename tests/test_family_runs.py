@@ -123,7 +123,7 @@ def test_experts_train_on_a_mesh_of_2_2(tmp_path):
         config = replace(base, sft=sft, mesh=mesh, output_dir=str(tmp_path / name))
         rows.append(metric_rows(training.sft.run(config).folder))
     for whole, cut in zip(*rows, strict=True):
-        for key in ("loss", "router/aux_loss", "router/max_load"):
+        for key in ("sft/loss", "router/aux_loss", "router/max_load"):
             assert_allclose(cut[key], whole[key], rtol=1e-3)
     assert rows[0][-1]["router/aux_loss"] >= 1.9  # 2 experts of each token, nearly balanced
 
