@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.measure import compile_seconds, matmul_flops, measured
+from rlhf_jax.cli.benchmark.figures import matmul_flops
+from rlhf_jax.cli.benchmark.measure import compile_seconds, measured
 from rlhf_jax.cli.benchmark.steps import Preset, work
 from rlhf_jax.models.config import ModelConfig
 

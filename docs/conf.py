@@ -33,7 +33,7 @@ html_math_renderer = "mathml"
 smartquotes = False  # else a flag reads –model
 
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 highlight_language = "text"
 default_role = "code"
 

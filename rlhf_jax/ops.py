@@ -36,9 +36,12 @@ from rlhf_jax.types import (
 Function = TypeVar("Function", bound=Callable[..., Any])
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
+Rows = tuple[Array, Array, Array | None]  # tokens, attention mask and support of a PolicyFn
 
 # The square of e^40 still fits in float32, so gradient norms stay finite too.
 _MAX_LOG_RATIO = 40.0
+# The logit of an id that could not be drawn. Finite, so that 0 times it is 0.
+_IMPOSSIBLE = -1e30
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -227,10 +230,16 @@ def _align(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
 
 
+def _predicted(support: Array | None) -> Array | None:
+    """The support [B, T - 1, K] of the tokens that logits predict."""
+    return None if support is None else support[..., 1:, :]
+
+
 def token_log_probs(
     logits: Array,
     tokens: Array,
     temperature: float | Array = 1.0,
+    support: Array | None = None,
 ) -> Array:
     """Log-probability, in nats, of each token under the temperature-scaled softmax of the column
     before it.
@@ -239,6 +248,8 @@ def token_log_probs(
       logits: [B, T, V] of any float type (leading dimensions may be any number).
       tokens: [B, T] int.
       temperature: divides the logits.
+      support: [B, T, K] ids among which each token was drawn (``Rollout.support``), itself
+        included; None: the whole vocabulary.
 
     Returns:
       [B, T] float32, ``logit - logsumexp``: no second [B, T, V] array is kept. Column 0 is 0, and
@@ -249,22 +260,54 @@ def token_log_probs(
     predicted = jnp.asarray(tokens)[..., 1:]
     inside = (predicted >= 0) & (predicted < scaled.shape[-1])
     chosen = jnp.take_along_axis(scaled, predicted[..., None], axis=-1, mode="clip")[..., 0]
-    return _align(jnp.where(inside, chosen - jax.nn.logsumexp(scaled, axis=-1), 0.0))
+    normalizer = jax.nn.logsumexp(among(scaled, _predicted(support)), axis=-1)
+    return _align(jnp.where(inside, chosen - normalizer, 0.0))
 
 
-def entropy(logits: Array, temperature: float | Array = 1.0) -> Array:
+def entropy(
+    logits: Array,
+    temperature: float | Array = 1.0,
+    support: Array | None = None,
+) -> Array:
     """Entropy, in nats, of the temperature-scaled softmax from which each token was drawn.
 
     Args:
       logits: [B, T, V] of any float type; -inf is allowed and counts as probability 0.
+      support: as in ``token_log_probs``.
 
     Returns:
       [B, T] float32, aligned as ``token_log_probs``: column t belongs to the logits at t - 1,
       column 0 is 0.
     """
-    log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
+    scaled = among(_predicting_logits(logits, temperature), _predicted(support))
+    log_probs = jax.nn.log_softmax(scaled, axis=-1)
     terms = jnp.exp(log_probs) * jnp.where(log_probs != -jnp.inf, log_probs, 0.0)
     return _align(-jnp.sum(terms, axis=-1))
+
+
+def among(logits: Array, support: Array | None) -> Array:
+    """The logits of the ids in a sampler's support: a softmax of them is the distribution that it
+    drew from.
+
+    Args:
+      logits: [..., V].
+      support: [..., K] ids, then -1; None: the whole vocabulary.
+
+    Returns:
+      [..., K] float32, -1e30 at the -1. Where all are -1, as outside a response, the result is
+      finite and has no meaning. ``logits`` in float32 if the support is None.
+    """
+    logits = float32(logits)
+    if support is None:
+        return logits
+    chosen = jnp.take_along_axis(logits, jnp.maximum(support, 0), axis=-1, mode="clip")
+    places = jax.lax.broadcasted_iota(jnp.int32, support.shape, support.ndim - 1)
+    return jnp.where((support >= 0) | (places == 0), chosen, _IMPOSSIBLE)
+
+
+def with_support(support: Array | None) -> dict[str, Array]:
+    """The keyword that a PolicyFn gets of a rollout's support; none if that is None."""
+    return {} if support is None else {"support": support}
 
 
 def ratio(log_probs: Array, old_log_probs: Array) -> Array:
@@ -360,8 +403,15 @@ def settings_of(fn: Any) -> PolicySettings:
 def check_fits(fn: Any, rollout: Any, name: str = "policy_fn") -> None:
     """Raises ValueError if a PolicyFn was made for another temperature than the rollout's, or for
     longer prompts, whose columns it does not compute. What one of the two does not know is not
-    compared, and neither is the temperature of greedy responses.
+    compared, and neither is the temperature of greedy responses. Raises it too for samples of a
+    truncated distribution that do not say among which ids they were drawn.
     """
+    if getattr(rollout, "truncated", False) and rollout.support is None:
+        raise ValueError(
+            "the responses do not come from the whole softmax (top_k, top_p, min_p or "
+            "repetition_penalty), and the rollout does not say among which tokens they were drawn: "
+            "sample with SamplingConfig(record_support=True), as rollout.collect does"
+        )
     settings = settings_of(fn)
     temperature = getattr(rollout, "temperature", None)
     is_known = temperature and isinstance(settings.temperature, int | float)
@@ -404,10 +454,12 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
         tokens: Array,
         attention_mask: Array,
         key: DropoutKey,
+        *,
+        support: Array | None = None,
     ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
-        log_probs = token_log_probs(logits, tokens, temperature)
-        return PolicyOutput(log_probs, entropy(logits, temperature))
+        log_probs = token_log_probs(logits, tokens, temperature, support)
+        return PolicyOutput(log_probs, entropy(logits, temperature, support))
 
     return with_settings(apply_policy, temperature)
 
@@ -423,15 +475,16 @@ def evaluate(
     """
     chex.assert_rank(batch.tokens, 2)
     check_fits(policy_fn, batch)
-    output = policy_fn(params, batch.tokens, batch.attention_mask, key)
+    more = with_support(getattr(batch, "support", None))
+    output = policy_fn(params, batch.tokens, batch.attention_mask, key, **more)
     chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
     return output
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Callable[..., Any]:
-    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
-    gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
-    B. With ``rows`` None it is applied to all rows at once.
+    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn (also with a
+    ``support``) or ScoreFn without a gradient, applied to at most ``rows`` rows at a time, so that
+    its activations do not grow with B. With ``rows`` None it is applied to all rows at once.
 
     The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
     groups of ``group_size`` adjacent rows.
@@ -442,13 +495,16 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
         tokens: Array,
         attention_mask: Array,
         key: None = None,
+        *,
+        support: Array | None = None,
     ) -> Any:
         at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
-        def apply(part: tuple[Array, Array]) -> Any:
-            return fn(params, *part, key)
+        def apply(part: Rows) -> Any:
+            *inputs, part_support = part
+            return fn(params, *inputs, key, **with_support(part_support))
 
-        def apply_in_parts(batch: tuple[Array, Array]) -> Any:
+        def apply_in_parts(batch: Rows) -> Any:
             num_groups = len(batch[0]) // group_size
             groups_at_once = max((at_once or len(batch[0])) // group_size, 1)
             parts = -(-num_groups // groups_at_once)
@@ -465,7 +521,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
 
             return jax.tree.map(in_order, results)
 
-        return blocks.map_rows(apply_in_parts, (tokens, attention_mask))
+        return blocks.map_rows(apply_in_parts, (tokens, attention_mask, support))
 
     return with_settings(in_parts, *settings_of(fn))
 

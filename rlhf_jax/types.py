@@ -186,6 +186,13 @@ class Rollout(_Rows):
     temperature: float | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """By which the sampler divided the logits; 0 if it was greedy, None if unknown. A policy
     function of another temperature is refused."""
+    support: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None, kw_only=True)
+    """[B, T, K] int32: the ids among which the sampler drew tokens[:, t], the likeliest first, then
+    -1; all -1 outside the response. Every log-prob of the rollout is one among these ids. None: the
+    sampler drew from the whole vocabulary."""
+    truncated: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
+    """Whether the sampler drew from another distribution than the whole softmax, by top-k, top-p,
+    min-p or a repetition penalty. Without ``support`` no policy function fits such samples."""
     greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
     teacher_log_probs: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None)
@@ -263,11 +270,13 @@ class PolicyOutput(NamedTuple):
     divergence: Array | None = None  # from the teacher, over the whole vocabulary
 
 
-PolicyFn = Callable[[Params, Array, Array, DropoutKey], PolicyOutput]
+PolicyFn = Callable[..., PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
-``key=None`` turns dropout off, as RL, DPO and all scoring do."""
+``key=None`` turns dropout off, as RL, DPO and all scoring do. Of a rollout with ``support`` it gets
+that too, as a keyword: log-probs and entropies are then those of the distribution among these ids.
+``ops.evaluate`` calls it so."""
 
-BoundPolicyFn = Callable[[Array, Array, DropoutKey], PolicyOutput]
+BoundPolicyFn = Callable[..., PolicyOutput]
 """A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the
 reference: a function of (tokens, attention_mask, key)."""
 

@@ -18,6 +18,7 @@ from numpy.testing import assert_allclose
 from tabular import assert_identical, numbers, score_fn
 
 from rlhf_jax import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.types import Comparisons, PolicyOutput
 
 POISONED = {
     "log_probs",
@@ -139,3 +140,54 @@ def test_ties_of_log_ratios_are_those_of_rounding():
         dpo.Config(kind="orpo", sft_coef=0.5)
     with pytest.raises(ValueError, match="sft_coef must be at least 0"):
         dpo.Config(sft_coef=-0.5)
+
+
+def nats(params, tokens, attention_mask, key):
+    """A policy that gives every token minus its own number in nats."""
+    return PolicyOutput(-params["nat"] * tokens.astype(jnp.float32), jnp.zeros(tokens.shape))
+
+
+def summed(params, tokens, attention_mask, key):
+    return params["nat"] * jnp.sum(tokens * attention_mask, axis=1)
+
+
+def test_a_reward_model_also_learns_the_best_answers_by_hand():
+    """Row 0's best answer has tokens 1 and 2, row 1's has 4, the last row's best one is missing:
+    (1 + 2 + 4) / 3 nats per token, beside the loss of ranking."""
+    tokens = jnp.array([[[9, 1, 2], [9, 3, 3]], [[9, 5, 0], [9, 4, 0]], [[9, 7, 0], [9, 6, 0]]])
+    response = jnp.array([[[0, 1, 1], [0, 1, 1]], [[0, 1, 0], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]]])
+    mask = response.at[:, :, 0].set(1)
+    batch = Comparisons(tokens, mask, response, best=jnp.array([0, 1, 0]))
+    params = {"nat": jnp.float32(1.0)}
+    functions = {"score_fn": summed, "policy_fn": nats}
+    config = reward_model.Config(sft_coef=0.5)
+    (ranking, sft), metrics = reward_model.loss(params, batch, None, config=config, **functions)
+    assert float(metrics["reward_model/sft_loss"].value) == pytest.approx(7 / 3)
+    assert float(sft.value) == pytest.approx(7 / 6)
+    plain = {"score_fn": summed, "config": reward_model.Config()}
+    alone, _ = reward_model.loss(params, batch, None, **plain)
+    assert float(ranking.value) == float(alone.value)
+    with pytest.raises(ValueError, match="sft_coef needs a policy_fn"):
+        reward_model.loss(params, batch, None, score_fn=summed, config=config)
+    scored = batch.replace(best=None, targets=jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="sft_coef: target scores name no best answer"):
+        reward_model.loss(params, scored, None, config=config, **functions)
+
+
+def test_packed_best_answers_are_those_of_rows_apart():
+    """Two pairs in one row [9 1 2 | 9 3 | 9 5 | 9 4], numbered 1 to 4: the best are 1 and 4."""
+    tokens = jnp.array([[9, 1, 2, 9, 3, 9, 5, 9, 4]])
+    documents = jnp.array([[1, 1, 1, 2, 2, 3, 3, 4, 4]])
+    response = jnp.array([[0, 1, 1, 0, 1, 0, 1, 0, 1]])
+    numbers = jnp.array([[[1, 2], [3, 4]]])
+    best = jnp.array([[0, 1]])
+    batch = Comparisons(tokens, documents, response, best=best, documents=numbers)
+
+    def of_documents(params, tokens, attention_mask, key, documents):
+        return documents.astype(jnp.float32)
+
+    config = reward_model.Config(sft_coef=1.0)
+    functions = {"score_fn": of_documents, "policy_fn": nats}
+    params = {"nat": jnp.float32(1.0)}
+    _, metrics = reward_model.loss(params, batch, None, config=config, **functions)
+    assert float(metrics["reward_model/sft_loss"].value) == pytest.approx(7 / 3)

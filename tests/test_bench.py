@@ -10,7 +10,7 @@ import pytest
 from builders import script, slow
 
 from rlhf_jax import cli, models
-from rlhf_jax.cli.benchmark import measure, steps
+from rlhf_jax.cli.benchmark import figures, measure, opponent, steps
 from rlhf_jax.errors import UserError
 
 KEYS = (
@@ -27,7 +27,7 @@ KEYS = (
 
 def test_operations_of_products_are_counted_through_loops_and_derivatives():
     x = jnp.ones((3, 5))
-    assert measure.matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr) == 2 * 3 * 5 * 3
+    assert figures.matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr) == 2 * 3 * 5 * 3
 
     def loop(x):
         y, _ = jax.lax.scan(
@@ -39,8 +39,112 @@ def test_operations_of_products_are_counted_through_loops_and_derivatives():
 
     product = 2 * 3 * 5 * 5
     assert (
-        measure.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
+        figures.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
     )
+
+
+SMALL = steps.Preset(models.GPT2Config(11, 16, 8, 1, 2), batch=4, prompt=3, response=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "columns"),
+    [("sft", 3, 7), ("reward", 3, 0), ("dpo", 4, 7), ("grpo", 3, 4), ("vpg", 3, 4)],
+)
+def test_operations_of_a_network_by_hand(name, passes, columns):
+    """12 x 8 x 8 weights in the block, 8 x 11 in the output layer, half of 7 x 7 pairs twice."""
+    of_pass = 2 * 4 * (7 * 12 * 8 * 8 + columns * 8 * 11 + 8 * 7 * 7)
+    assert figures.model_flops(name, SMALL) == passes * of_pass
+
+
+def test_bytes_of_decoding_by_hand():
+    """Weights of 93 numbers; keys and values of 4 rows and 3 + 4 / 2 columns on the mean."""
+    policy = {"wte": {"embedding": jnp.zeros((11, 8))}, "ln_f": jnp.zeros(5)}
+    read = 4 * (93 + 2 * 8 * 4 * 5) * 4
+    assert figures.decode_bytes(policy, SMALL) == read
+    apart = policy | {"lm_head": {"embedding": jnp.zeros((11, 8))}}
+    assert figures.decode_bytes(apart, SMALL) == read
+    short = SMALL._replace(model=replace(SMALL.model, compute_dtype="bfloat16"))
+    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), policy)
+    assert figures.decode_bytes(halved, short) == read / 2
+
+
+def test_published_peaks_are_those_of_the_card():
+    h100, _ = figures.published("NVIDIA H100 80GB HBM3", "bfloat16")
+    assert h100 == (989e12, 3.35232e12)
+    assert figures.published("TPU v6 lite", "bfloat16")[0] == (918e12, 1.64e12)
+    nothing, reason = figures.published("cpu", "bfloat16")
+    assert nothing is None
+    assert "peaks of cpu" in reason
+    assert figures.published("NVIDIA H200", "float32") == (
+        None,
+        "the published peaks are those of --dtype bfloat16",
+    )
+
+
+def test_shares_of_both_peaks_or_the_reason(monkeypatch):
+    monkeypatch.setattr(figures, "measured_peaks", lambda dtype: figures.Peaks(1e9, 1e6))
+    policy = {"wte": {"embedding": jnp.zeros((11, 8))}, "ln_f": jnp.zeros(5)}
+    work = figures.model_flops("sft", SMALL)
+    line = figures.of_step("sft", SMALL, None, 0.5)
+    assert line["mfu_measured"] == work / 0.5 / 1e9
+    assert line["left_out"] == {"mfu": "the published peaks are those of --dtype bfloat16"}
+    monkeypatch.setattr(figures, "published", lambda *_: (figures.Peaks(2e9, 4e6), ""))
+    line = figures.of_step("sft", SMALL, None, 0.5)
+    assert line["mfu"] == work / 0.5 / 2e9
+    assert "left_out" not in line
+    line = figures.of_step("rollout", SMALL, policy, 0.5)
+    assert line["ms_per_token"] == 125
+    assert line["bandwidth_share"] == figures.decode_bytes(policy, SMALL) / 0.5 / 1e6
+    assert line["bandwidth_share_published"] == line["bandwidth_share"] / 4
+    assert line["left_out"] == {"mfu": "a step of rollout is not passes of one network"}
+
+
+def test_a_preset_has_the_published_size():
+    assert steps.PRESETS["qwen2.5-0.5b"].num_parameters == 494_032_768
+
+
+def test_sizes_replace_those_of_the_preset():
+    preset = steps.PRESETS["gpt2-tiny"]
+
+    def sized(name, microbatches=1, **given):
+        return measure.sized(name, preset, "bfloat16", given, microbatches)
+
+    longer = sized("sft", 2, batch=6, prompt=1, response=1500)
+    assert longer[1:] == (6, 1, 1500, 2)
+    assert longer.model == replace(preset.model, compute_dtype="bfloat16", max_length=1501)
+    assert sized("rollout", batch=3, prompt=None, response=2)[1:] == (3, 8, 2, 1)
+    whole = steps.PRESETS["gpt2"]
+    assert measure.sized("rollout", whole, "float32", {}, 1) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("sft", "--rows 0", "batch: must be at least 1"),
+        ("sft", "--microbatches 0", "microbatches: must be at least 1"),
+        ("dpo", "--microbatches 2", "dpo has none here; sft and grpo have"),
+        ("dpo", "--rows 5", "--rows 5: dpo needs a multiple of 2"),
+        ("grpo", "--rows 12 --microbatches 2", "--rows 12: grpo needs a multiple of 8"),
+        ("sft", "--against trl --dtype bfloat16", "take --against hand or transformers"),
+        ("sft", "--against trl --preset llama-1b-tiny", "GPT-2 in float32 on a CPU"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_a_sentence(name, flags, message):
+    with pytest.raises(UserError, match=message):
+        cli.run(["bench", name, "--preset", "gpt2-tiny", *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "message"),
+    [("tpu", "hand", "not on a TPU"), ("gpu", "trl", "on a CPU"), ("gpu", "hand", None)],
+)
+def test_an_opponent_is_on_the_same_device(backend, kind, message, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    if message is None:
+        opponent.check_kind(kind, SMALL)
+        return
+    with pytest.raises(UserError, match=message):
+        opponent.check_kind(kind, SMALL)
 
 
 @pytest.mark.slow
@@ -54,6 +158,9 @@ def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
     assert line["min_s"] <= line["median_s"] <= line["max_s"]
     assert line["tokens_per_s"] == pytest.approx(32 * tokens / line["median_s"])
     assert line[share] > 0
+    assert line["planned_memory_mb"] > 0
+    reason = line["left_out"]["mfu" if name == "reward" else "bandwidth_share_published"]
+    assert reason == "the published peaks are those of --dtype bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -77,12 +184,20 @@ WORK += [("trl", name, "shared") for name in ("sft", "reward", "dpo", "grpo")] +
 @pytest.mark.parametrize(("kind", "name", "value"), WORK)
 def test_torch_does_the_same_work(kind, name, value):
     if kind == "trl":
-        pytest.importorskip("trl")  # of the extra "benchmarks"
-    opponent = measure.Opponent(kind, name, steps.PRESETS["char-nano"], value)
-    opponent.agree()
-    opponent.turn()
-    assert opponent.seconds[0] > 0
-    opponent.close()
+        pytest.importorskip("trl.experimental.ppo")  # of the TRL of the extra "benchmarks"
+    other = opponent.Opponent(kind, name, steps.PRESETS["char-nano"], value)
+    other.agree()
+    other.turn()
+    assert other.seconds[0] > 0
+    other.close()
+
+
+@pytest.mark.parity
+def test_microbatches_of_torch_are_those_of_a_llama():
+    preset = steps.PRESETS["llama-1b-tiny"]._replace(num_microbatches=2)
+    other = opponent.Opponent("hand", "sft", preset, "shared")
+    other.agree()
+    other.close()
 
 
 @pytest.mark.parity
@@ -128,7 +243,7 @@ def test_exponents_are_slopes_and_one_size_is_changed():
         "depth": (64, 64, 48),
     }.items():
         preset = growth.scaled(size, 96)
-        assert preset[1:] == changed
+        assert preset[1:4] == changed
         assert preset.model.max_length == preset.prompt + preset.response
         assert preset.model.num_layers == (96 if size == "depth" else 4)
         assert preset.model.hidden_size == 128

@@ -331,7 +331,6 @@ ENSEMBLE = ["--reward-model.ensemble-size", "2"]
 SHORT = ["--rl.num-iterations", "4"]
 SHARED = ["--rl.kl-target", "0.01", "--ppo.num-microbatches", "4"]
 SEPARATE = ["--ppo.value", "separate", "--ppo.whiten-rewards", "--rl.top-p", "0.9"]
-SEPARATE += ["--rl.allow-truncated-sampling"]
 DYNAMIC = ["--rl.dynamic-sampling", "2", "--grpo.group-size", "4"]
 TURNS = ["--rl.environment", "experiments/calculator.py:calculator", "--data", "{made}"]
 

@@ -1,11 +1,14 @@
 """Messages as prompts and responses, by chat templates that may do nothing but write text."""
 
+import json
+import os
 import sys
 
 import chat_families
 import numpy as np
 import pytest
 import tokenizers as hf
+import transformers
 from chat_families import ANSWER, SYSTEM, USER
 
 from rlhf_jax.data import chat, encoding, formats
@@ -254,3 +257,61 @@ def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
         base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}}
     )
     assert chat.template_of(tokenizer).source == chat.PLAIN
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+SAYS = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+NAMED = {"default": SAYS, "tool_use": "{{ tools[0].function.name }}|" + SAYS, "rag": "rag" + SAYS}
+
+
+def in_files(folder, names, config="unused"):
+    """A tokenizer whose templates of these names stand in files, as transformers saves them."""
+    train_bpe(["user: hi add rag unused\n"] * 3, 280).save(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": config}))
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "notes.txt").write_text("no template")
+    for name in names:
+        path = folder / "chat_template.jinja"
+        (path if name == "default" else more / f"{name}.jinja").write_text(NAMED[name])
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", ["auto", "{prompt}"])
+def test_templates_of_several_files_are_chosen_as_transformers_chooses(template, tmp_path):
+    tokenizer = in_files(tmp_path, NAMED)
+    chat.with_text_template(tokenizer, template).save(tmp_path / "saved")
+    for folder in (tmp_path, tmp_path / "saved"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ours = chat.template_of(load_tokenizer(folder))
+        for tools in (TOOLS, None):
+            how = {"tools": tools, "add_generation_prompt": True, "return_dict": False}
+            ids = theirs.apply_chat_template([USER], **how)
+            assert ours.prompt([USER], "", tools=tools) == tuple(ids)
+            text = tokenizer.decode_raw(ids)
+            assert text == ("add|user:hi\n" if tools else "user:hi\n")
+    optional = chat.with_options(tokenizer, {"tools": 1})  # in all of them
+    named = [entry["name"] for entry in optional.config["chat_template"]]
+    assert named == ["default", "rag", "tool_use"]
+
+
+def test_a_conversation_without_a_template_for_it_is_refused(tmp_path, write):
+    """As in transformers the files replace the template of tokenizer_config.json."""
+    tokenizer = in_files(tmp_path, ["tool_use", "rag"])
+    template = chat.template_of(tokenizer)
+    assert tokenizer.decode_raw(template.prompt([USER], "", tools=TOOLS)) == "add|user:hi\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no default specified"):
+        theirs.apply_chat_template([USER])
+    message = "line 1: the model's folder has the chat templates rag, tool_use, and none named def"
+    path = write([{"messages": [USER, ANSWER]}])
+    with pytest.raises(UserError, match=message):
+        formats.read("demonstrations", path, template=template)
+    rows = [Row("hi", (), "f, line 1")]
+    with pytest.raises(UserError, match=message):
+        encoding.prompt_ids(rows, tokenizer, "auto")
+    assert encoding.prompt_ids(rows, tokenizer, "{prompt}") == [tokenizer.encode("hi")]
+    os.mkfifo(tmp_path / "additional_chat_templates" / "pipe.jinja")
+    with pytest.raises(UserError, match=r"pipe\.jinja"):
+        load_tokenizer(tmp_path)

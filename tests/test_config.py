@@ -122,7 +122,7 @@ prompts: count
         ("ppo:\n  seed: 1", ", line 2: unknown key ppo.seed; did you mean seed?"),
         (
             "lora: {zzz: 1}",
-            ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, match",
+            ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, dropout, match",
         ),
         ("? [a]\n: 1", ", line 1: unknown key a list of 1; "),
         ("ppo:\n  clip_low: '0.5'", ", line 2: ppo.clip_low must be a float, found '0.5'"),
@@ -405,7 +405,10 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         ),
         (["--ppo.num-epoch=3"], "unknown flag --ppo.num-epoch; did you mean --ppo.num-epochs?"),
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
-        (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
+        (
+            ["--lora.zzz"],
+            "unknown flag --lora.zzz; the keys of lora are rank, alpha, dropout, match",
+        ),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
         (["--zzz.yyy"], "unknown flag --zzz.yyy; `rlhf-jax STAGE --help` shows the keys"),
         (
@@ -426,9 +429,7 @@ def test_an_unknown_flag_is_answered_by_those_there_are(argv, message):
 
 def test_a_command_has_the_flags_of_its_sections_alone(capsys):
     flags = ["--ppo.clip-low", "0.1", "--sft.optimizer.b1", "0.5", "--seed", "3", "--rl.top-k", "5"]
-    file = write(
-        "rl: {allow_truncated_sampling: true, temperature: 2.0}\ngrpo: {clip_low: 0.3}"
-    )  # shared by stages
+    file = write("rl: {temperature: 2.0}\ngrpo: {clip_low: 0.3}")  # shared by stages
     given = parse(RunConfig, [*file, *flags], sections=SECTIONS)
     assert given.seed == 3
     assert given.ppo.clip_low == 0.1
@@ -484,7 +485,9 @@ def test_yaml_holds_every_field_in_order():
     lines = to_yaml(RunConfig(data=("a", "b"), lora=LoRA(2), model="m")).splitlines()
     assert [line.partition(":")[0] for line in lines if line[0] != " "] == list(vars(RunConfig()))
     assert {"data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0"} <= set(lines)
-    assert "lora:/  rank: 2/  alpha: null/  match: attn|mlp/tokenizer:" in "/".join(lines)
+    assert "lora:/  rank: 2/  alpha: null/  dropout: 0.0/  match: attn|mlp/tokenizer:" in "/".join(
+        lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -540,10 +543,7 @@ def test_bounds_of_the_sections(cls, values, rule):
             cls(**{name: int(value)})
 
 
-TRUNCATED = (
-    "top_k, top_p, min_p and repetition_penalty: the update uses log-probabilities of the whole "
-    "distribution"
-)
+TRUNCATED = "engine: a server does not say among which tokens top_k, top_p and min_p let it sample"
 
 
 @pytest.mark.parametrize(
@@ -564,10 +564,9 @@ TRUNCATED = (
         (LoRA, {"match": "("}, "match is no regular expression"),
         (Optimizer, {"decay_every": 3}, "schedule: the schedule step needs decay_every"),
         (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),
-        (RLStage, {"top_k": 5}, TRUNCATED),
-        (RLStage, {"top_p": 0.5}, TRUNCATED),
-        (RLStage, {"min_p": 0.1}, TRUNCATED),
-        (RLStage, {"repetition_penalty": 1.2}, TRUNCATED),
+        (RLStage, {"top_k": 5, "engine": "openai:http://x"}, TRUNCATED),
+        (RLStage, {"top_p": 0.5, "engine": "openai:http://x"}, TRUNCATED),
+        (RLStage, {"min_p": 0.1, "engine": "openai:http://x"}, TRUNCATED),
         (
             RLStage,
             {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0},
@@ -584,7 +583,8 @@ TRUNCATED = (
 def test_rules_between_settings(cls, values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         cls(**values)
-    RLStage(top_k=5, top_p=1.0, allow_truncated_sampling=True, kl_coef=0.0, missing_eos_score=-1.0)
+    RLStage(top_k=5, top_p=1.0, kl_coef=0.0, missing_eos_score=-1.0)
+    RLStage(top_p=1.0, min_p=0.0, engine="openai:http://x")
 
 
 def test_sizes_of_a_network_are_refused_beside_a_model(tmp_path):

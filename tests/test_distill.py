@@ -177,22 +177,3 @@ def test_no_array_of_all_logits_is_built():
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     program = jax.make_jaxpr(jax.grad(loss))(params, params, tokens)
     assert max(array_sizes(program.jaxpr)) == 2 * 32 * 2**15
-
-
-@pytest.mark.soak  # needs TRL 1.16, which CI does not install
-@pytest.mark.parametrize(
-    ("kind", "beta", "theirs"),
-    [("forward_kl", 0.5, 0.0), ("reverse_kl", 0.5, 1.0), ("jsd", 0.3, 0.3), ("jsd", 0.5, 0.5)],
-)
-def test_the_divergences_are_trls(kind, beta, theirs):
-    """At its betas 0 and 1 TRL's function is the KL itself."""
-    import torch
-    from trl.experimental.gkd import GKDTrainer
-
-    mask = np.array([[1, 1, 0, 1]] * 3)
-    labels = torch.tensor(np.where(mask, 5, -100))
-    given = [torch.tensor(x) for x in (LOGITS, THEIRS)]
-    expected = GKDTrainer.generalized_jsd_loss(*given, labels=labels, beta=theirs, temperature=0.7)
-    ours = losses.divergence(LOGITS / 0.7, THEIRS / 0.7, kind, beta)
-    mean = losses.aggregate(ours, mask)
-    assert_allclose(mean.value, expected.numpy(), rtol=1e-5)

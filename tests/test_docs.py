@@ -24,11 +24,13 @@ from fifteen_minutes import FIRST, PAGE, ends_as_shown
 from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
-from rlhf_jax import config
+from rlhf_jax import config, training
 from rlhf_jax.cli import stages
 from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.rl import method
+from rlhf_jax.training.supervised import tasks
 
 README = ROOT / "README.md"
 LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
@@ -95,7 +97,7 @@ def test_there_is_something_to_run():
     assert len(snippets(README)) == 1
     assert len(snippets(PROGRAMS)) == 4
     assert snippets(README)[0].text.count("\n") < 40
-    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude}"
+    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude} {results}"
     assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 
@@ -147,6 +149,27 @@ def test_tables_name_real_keys_and_their_defaults(path):
         assert value == yaml.safe_load(default.replace("\\|", "|")), (
             f"{name(path)}: {key} is {value!r} by default"
         )
+
+
+def test_every_setting_is_on_a_page():
+    """By its key, or by that of a section with the same settings: another stage's optimizer or
+    data, another algorithm's loss.
+    """
+    text = "\n".join(path.read_text("utf-8") for path in PAGES)
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)[`:]", text))
+    named |= {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", text)}
+    named |= {key.replace(".no_", ".") for key in named}
+    alike = (("sft", "reward_model", "dpo", "kto", "rl"), ("vpg", "ppo", "rloo", "grpo", "distill"))
+
+    def is_named(key):
+        section, dot, rest = key.partition(".")
+        groups = [group for group in alike if dot and section in group]
+        others = [f"{other}.{rest}" for group in groups for other in group]
+        return not named.isdisjoint({key, *others})
+
+    keys = [flag.replace("-", "_") for flag in all_flags(config.RunConfig())]
+    assert [key for key in keys if not is_named(key)] == []
+    assert len(keys) > 300
 
 
 def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
@@ -349,6 +372,23 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
         assert given.data
         ran.append(name)
     assert ran == ["sft", "reward-model", "dpo", "kto", "ppo", "grpo"]
+
+
+def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
+    """Every flag is read by its stage, and batches divide."""
+    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
+    text = (ROOT / "docs" / "public-jobs.md").read_text("utf-8")
+    jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
+    assert len(jobs) == 19
+    for job in jobs:
+        assert len(job.splitlines()) <= 5, job
+        _, name, *flags = shlex.split(job.replace("\n", " "))
+        kind = name.replace("-", "_")
+        given = config.parse(config.RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
+        if name in config.ALGORITHMS:
+            method.check_settings(name, given, getattr(given, name))
+        else:
+            tasks._sizes(given, getattr(training, kind).SPEC)
 
 
 def test_the_names_of_others_lead_where_the_errors_do():

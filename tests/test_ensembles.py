@@ -200,6 +200,7 @@ def ensemble(data, tmp_path_factory):
     config = tiny_run(data, folder / "run")
     base = save_base(folder / "base", data)
     own = {"ensemble_size": 2, "num_epochs": 1, "validation_interval": 3, "normalize_samples": 16}
+    own |= {"sft_coef": 0.1}
     given = {"model": base, "tokenizer": Tokenizer(), "lora": LoRA(rank=2)}
     config = replace(config, reward_model=replace(config.reward_model, **own), **given)
     with pytest.MonkeyPatch.context() as patch:
@@ -221,6 +222,7 @@ def test_the_run_of_an_ensemble_goes_on_bit_for_bit(ensemble, capsys):
     normalised = {line for line in lines if line.startswith("normalised over 16 samples")}
     assert len(normalised) == 2
     metrics = metric_rows(straight.folder)
+    assert metrics[1]["reward_model/sft_loss"] > 0
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
 

@@ -85,8 +85,7 @@ def check_eos_ids(folder, others):
         "top_p": 0.25,
         "min_p": 0.1,
     }
-    drawn["repetition_penalty"] = 1.1
-    settings = RLStage(**drawn, allow_truncated_sampling=True)
+    settings = RLStage(**drawn)
     sampled = initial.sampling_config(settings, policy.tokenizer)
     eos_ids = (1, *others)
     assert sampled == sampling.SamplingConfig(**drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0)

@@ -10,7 +10,7 @@ import yaml
 from builders import run_ppo, save_base, slow
 
 from rlhf_jax import models, training
-from rlhf_jax.config import PRETRAINED, LoRA, Optimizer, RunConfig, parse, to_yaml
+from rlhf_jax.config import PRETRAINED, LoRA, Network, Optimizer, RunConfig, parse, to_yaml
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders import spec
@@ -185,12 +185,21 @@ def test_a_pipeline_of_one_row_each_runs(config, tmp_path):
 
 
 def test_the_dropout_of_a_model_is_its_folders_or_the_settings():
-    """GPT-2's folders drop a tenth; 0 turns all three rates off."""
+    """GPT-2's folders drop a tenth; 0 turns all three rates off. That of adapters is their own."""
     rates = ("embedding_dropout", "attention_dropout", "residual_dropout")
     sizes = {"vocab_size": 8, "max_length": 4, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
+
+    def dropping(model, rate, of_adapters=0.0):
+        network = Network(dropout=rate)
+        config = RunConfig(network=network, lora=LoRA(dropout=of_adapters))
+        return initial._with_dropout(model, config).config
+
     model = models.build(models.GPT2Config(**sizes, **dict.fromkeys(rates, 0.1)))
     for setting, rate in ((None, 0.1), (0.0, 0.0), (0.25, 0.25)):
-        dropping = initial._with_dropout(model, setting).config
-        assert [getattr(dropping, name) for name in rates] == [rate] * 3
+        changed = dropping(model, setting, 0.05)
+        assert [getattr(changed, name) for name in rates] == [rate] * 3
+        assert changed.lora_dropout == 0.05
     llama = models.build(models.LlamaConfig(**sizes, intermediate_size=8))
-    assert initial._with_dropout(llama, 0.25).config.attention_dropout == 0.25
+    assert dropping(llama, 0.25).attention_dropout == 0.25
+    assert dropping(llama, 0.25).lora_dropout == 0.0
+    assert initial._with_dropout(llama, RunConfig()) is llama

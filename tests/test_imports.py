@@ -73,6 +73,12 @@ def test_imports_go_down_only(path):
             assert above != "models"
 
 
+def test_no_file_needs_the_triton_of_pallas():
+    """Deprecated since JAX 0.11."""
+    deprecated = ("jax.experimental.pallas.ops.gpu", "jax.experimental.pallas.triton")
+    assert not [name for path in FILES for name in imported(path) if name.startswith(deprecated)]
+
+
 def test_the_science_imports_few_packages():
     allowed = {
         *("jax", "flax", "optax", "chex", "numpy", "scipy", "safetensors", "huggingface_hub"),

@@ -4,13 +4,13 @@ machine that is done on.
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import initial_params, slow
-from jax.experimental.pallas.ops.gpu import decode_attention
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, sharding
@@ -80,19 +80,18 @@ FAMILIES = {
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """Pallas' kernel in its interpreter on one device; its calls: (shape of the keys, splits of
-    them, keys of a block).
-    """
+def cudnn(monkeypatch):
+    """cuDNN's attention by JAX's formula for it; its calls: (shape of the queries, of the keys)."""
     calls = []
-    gqa = decode_attention.gqa
+    attend = jax.nn.dot_product_attention
 
-    def call(*args, **settings):
-        calls.append((args[1].shape, settings["k_splits"], settings["block_k"]))
-        return gqa(*args, interpret=True, **settings)
+    def call(query, key, value, *, implementation, **settings):
+        assert implementation == "cudnn"
+        assert query.dtype == key.dtype == value.dtype == jnp.bfloat16
+        calls.append((query.shape, key.shape))
+        return attend(query, key, value, implementation="xla", **settings)
 
-    monkeypatch.setattr(decode_attention, "gqa", call)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     return calls
 
 
@@ -122,11 +121,9 @@ def decoded(model, params):
         *(slow("llama", platform) for platform in ("gpu", "tpu")),
     ],
 )
-def test_the_cache_of_an_accelerator_gives_the_same_logits(
-    family, platform, monkeypatch, interpreted
-):
-    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel
-    reads the cache, here in its interpreter: in bfloat16, without a window."""
+def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, monkeypatch, cudnn):
+    """Of a prompt padded on the left, and of single tokens after it; also where cuDNN reads the
+    cache: in bfloat16, with windows too."""
     config = FAMILIES[family]
     model = models.build(config)
     params = initial_params(model)
@@ -137,8 +134,18 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(
     tolerance = 0.05 if config.compute_dtype == "bfloat16" else 1e-4
     assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
     assert {x.ndim for x in jax.tree.leaves(held)} == {3 if platform == "tpu" else 4}
-    slots = {shape[1] for shape, *_ in interpreted}
-    assert slots == ({32} if platform == "gpu" and family == "gpt2" else set())
+    slots = {keys[1] for _, keys in cudnn}
+    assert slots == (
+        {"gpt2": {32}, "gemma": {16, 32}, "llama": set()}[family] if platform == "gpu" else set()
+    )
+
+
+def plainly(query, key, value, mask):
+    """Attention of queries [B, H, G, 1, Dh] to keys [B, H, S, Dh] in NumPy."""
+    scores = np.einsum("bhgtd,bhsd->bhgts", query, key)
+    weights = np.exp(np.where(mask[:, None], scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhgts,bhsd->bhgtd", weights, value)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +157,8 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(
         ((1, 1, 4), (2, 96, 2, 16)),
     ],
 )
-def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch, interpreted):
-    """By several programs where there are few rows and heads, also those of a mesh's devices."""
+def test_cudnn_reads_the_slots_of_each_row(sizes, own, monkeypatch, cudnn):
+    """Those of a window's cache need not be neighbours."""
     monkeypatch.setattr(fused, "platform", lambda: "gpu")
     draw = np.random.default_rng(0)
     query, key, value = (
@@ -159,27 +166,63 @@ def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch, interpreted
         for shape in ((2, 2, 2, 1, 16), (2, 2, 96, 16), (2, 2, 96, 16))
     )
     slots = np.arange(96)
-    mask = np.array([slots < 70, (slots >= 5) & (slots < 33)])[:, None, None]
+    mask = np.array([slots < 70, (slots >= 5) & (slots < 33) & (slots % 4 != 1)])[:, None, None]
+    held = cache.held(key, value)
+    assert [x.shape for x in held] == [(2, 96, 2, 16)] * 2
     mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
     with mesh:
-        attend = jax.jit(lambda *arrays: cache.attention(arrays[0], arrays[1:3], arrays[3], True))
-        found = attend(query, key, value, jnp.asarray(mask))
-    scores = np.einsum("bhgtd,bhsd->bhgts", *(np.float32(x) for x in (query, key)))
-    weights = np.exp(np.where(mask[:, None], scores, -np.inf))
-    weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("bhgts,bhsd->bhgtd", weights, np.float32(value))
+        attend = jax.jit(cache.attention)
+        found = attend(query, held, jnp.asarray(mask))
+    expected = plainly(*map(np.float32, (query, key, value)), mask)
     assert_allclose(np.float32(found), expected, atol=0.05)
-    assert interpreted == [(own, 2, 16)]
+    assert cudnn == [((own[0], 1, 2 * own[2], 16), own)]
 
 
-@pytest.mark.parametrize(("platform", "sizes"), [("gpu", None), ("tpu", (1, 1, 2))])
-def test_where_the_plain_formula_reads_the_cache(platform, sizes, monkeypatch):
-    """Several GPUs whose mesh is not known, and heads that a mesh of TPUs cuts."""
+def test_the_length_of_a_row_ends_with_its_last_slot(monkeypatch):
+    monkeypatch.setattr(fused, "platform", lambda: "gpu")
+    lengths = []
+
+    def call(query, key, value, *, query_seq_lengths, key_value_seq_lengths, **settings):
+        lengths.append((query_seq_lengths.tolist(), key_value_seq_lengths.tolist()))
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    mask = (
+        jnp.array([[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1, 0, 0], [1] * 8])[:, None, None] != 0
+    )
+    query, key = (jnp.ones((3, 1, *shape, 16), jnp.bfloat16) for shape in ((2, 1), (8,)))
+    cache.attention(query, cache.held(key, key), mask)
+    assert lengths == [([1, 1, 1], [3, 6, 8])]
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes", "dtype", "width"),
+    [
+        ("gpu", None, "float32", 16),
+        ("gpu", None, "bfloat16", 20),
+        ("gpu", None, "bfloat16", 256),
+        ("tpu", (1, 1, 2), "bfloat16", 16),
+    ],
+)
+def test_where_the_plain_formula_reads_the_cache(platform, sizes, dtype, width, monkeypatch):
+    """On GPUs in float32 and for heads that cuDNN refuses, and heads that a mesh of TPUs cuts."""
     monkeypatch.setattr(fused, "platform", lambda: platform)
-    query, key = (jnp.ones((2, 2, *shape, 16), jnp.bfloat16) for shape in ((1, 1), (32,)))
+    query, key = (jnp.ones((2, 2, *shape, width), dtype) for shape in ((1, 1), (32,)))
     mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
     with mesh:
-        assert cache.attention(query, (key, key), jnp.ones((2, 1, 1, 32), bool), True) is None
+        held = cache.held(key, key)
+        assert cache.attention(query, held, jnp.ones((2, 1, 1, 32), bool)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes"),
+    [("8.0", {64, 128}), ("9.0", {64, 128, 256}), ("12.0", {64, 128, 256}), ("gfx942", {64, 128})],
+)
+def test_the_heads_that_cudnn_takes_on_a_card(capability, sizes, monkeypatch):
+    card = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [card])
+    assert {size for size in (64, 100, 128, 256, 512) if fused.fits_cudnn(size)} == sizes
 
 
 @pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]])

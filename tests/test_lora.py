@@ -212,6 +212,42 @@ def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
     assert largest(lambda adapters: model.apply(lora.merge(base, adapters), tokens)) >= kernel
 
 
+def test_dropout_of_an_adapter_drops_its_inputs_and_scales_the_others():
+    """PEFT: W x + scale * B A dropout(x). With A and B of ones on the diagonal the adapter's term
+    is the input itself, so that each entry is 0 or x / (1 - rate).
+    """
+    layer = Dense(replace(CONFIG, lora_dropout=0.25), (16,), use_bias=False)
+    x = 1.0 + jnp.arange(64.0).reshape(4, 16)
+    one = jnp.eye(16)
+    adapter = {"lora_a": one, "lora_b": one, "lora_scale": jnp.float32(2.0)}
+    params = {"params": {"kernel": jnp.zeros((16, 16)), **adapter}}
+    assert_allclose(layer.apply(params, x), 2 * x, rtol=1e-6)  # no key: nothing is dropped
+    with_key = jax.jit(lambda key: layer.apply(params, x, rngs={"dropout": key}))
+    terms = np.stack([with_key(jax.random.key(i)) for i in range(20)]) / (2 * np.asarray(x))
+    assert_allclose(np.unique(terms.round(5)), [0.0, 1 / 0.75], rtol=1e-4)
+    assert 0.2 < np.mean(terms == 0) < 0.3
+    plain = {"params": {"kernel": one}}  # what W x reads is whole
+    assert_array_equal(layer.apply(plain, x, rngs={"dropout": jax.random.key(0)}), x)
+
+
+def test_adapters_of_each_layer_drop_their_own_inputs_and_only_with_a_key():
+    """Two equal layers without residuals of their own would drop alike with one mask."""
+    model = models.build(replace(CONFIG, num_layers=3, scan_layers=True, lora_dropout=0.5))
+    base = initial_params(model)
+    params = lora.attach(base, grown(lora.init(jax.random.key(1), base, 2)))
+    hidden = jax.jit(model.hidden)
+    first, again, other = (
+        hidden(params, TOKENS, None, key) for key in map(jax.random.key, (1, 1, 2))
+    )
+    assert_array_equal(first, again)
+    assert jnp.abs(first - other).max() > 1e-3
+    assert jnp.abs(first - hidden(params, TOKENS)).max() > 1e-3
+    whole = models.build(replace(model.config, lora_dropout=0.0))
+    assert_array_equal(hidden(params, TOKENS), jax.jit(whole.hidden)(params, TOKENS))
+    # The base alone has nothing to drop.
+    assert_array_equal(hidden(base, TOKENS, None, jax.random.key(1)), hidden(base, TOKENS))
+
+
 def test_peft_folders_round_trip(adapted, tmp_path):
     _, params, adapters = adapted
     head = models.add_head(jax.random.key(3), params, "score")["score"]
@@ -346,6 +382,9 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     adapters = grown(lora.init(KEY, params, 2))
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    more = tmp_path / "base" / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("tools")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     norm = np.arange(8, dtype=np.float32)
     save_file(load_file(weights) | {"base_model.model.model.norm.weight": norm}, weights)
@@ -360,6 +399,7 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     merged["ln_f"] = params["ln_f"]
     jax.tree.map(assert_array_equal, merged, lora.merge(params, adapters))
     assert (tmp_path / "merged" / "tokenizer.json").read_text("utf-8") == "{}"
+    assert (tmp_path / "merged" / more.name / "tool_use.jinja").read_text() == "tools"
     with pytest.raises(UserError, match="is in use"):
         export.export(tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")

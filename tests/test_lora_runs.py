@@ -15,6 +15,7 @@ from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.config import LoRA, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
+from rlhf_jax.training.common import references
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -62,6 +63,28 @@ def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_wit
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
     goes_on_alike(run_ppo, config, straight, 6)
+
+
+@pytest.mark.slow
+def test_a_run_whose_adapters_drop_learns_otherwise_and_goes_on_alike(lora_config):
+    config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5))
+    straight = training.sft.run(config)
+    goes_on_alike(training.sft.run, config, straight, 2)
+    plain = replace(config, lora=LoRA(rank=2), output_dir=f"{config.output_dir}-plain")
+    drops, whole = (
+        [row["sft/loss"] for row in metric_rows(done.folder) if "sft/loss" in row]
+        for done in (straight, training.sft.run(plain))
+    )
+    assert drops[0] == pytest.approx(whole[0], rel=1e-5)  # B is 0: the term is 0 in both
+    assert abs(drops[-1] - whole[-1]) > 1e-6
+
+
+def test_a_stage_with_a_reference_says_that_adapters_do_not_drop(lora_config, caplog):
+    config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5))
+    references.check(config, config.sft)
+    assert "lora.dropout" not in caplog.text
+    references.check(config, config.dpo)
+    assert "lora.dropout 0.5 is not used" in caplog.text
 
 
 @pytest.mark.parametrize(

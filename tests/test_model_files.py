@@ -234,7 +234,7 @@ def test_large_leaves_are_read_in_pieces(name, cut, tmp_path, monkeypatch):
     """Layers and experts that are stacked in one array are never on the host together: no piece is
     larger than the limit, or than a matrix of the file.
     """
-    model, params = tiny(replace(MORE[name], num_layers=4))
+    model, params = tiny(replace(MORE[name], num_layers=4, vocab_size=64))
     models.save(tmp_path, model, params)
     mesh = sharding.make_mesh(1, 2, 2)
     place = functools.partial(sharding.by_path, rules=models.SHARDING, mesh=mesh) if cut else None

@@ -22,6 +22,7 @@ from rlhf_jax.config import (
     KTOStage,
     LoRA,
     Mesh,
+    PPOStage,
     RLStage,
     RunConfig,
     SFTStage,
@@ -98,6 +99,28 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
     )
     assert "reference" not in moved  # but in the first phase, here the only one
     assert moved["at the peak"] == pytest.approx(said["at the peak"], abs=3e-3)
+
+
+def test_a_value_model_of_another_folder_is_planned(folder, tmp_path):
+    """It has two layers where the policy has one. Under LoRA its frozen body is held too."""
+    rank = 2
+    larger = tmp_path / "critic"
+    larger.mkdir()
+    (larger / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 2}))
+    stage = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
+    settings = PPOStage(value="separate", value_from=str(larger), num_epochs=1)
+    lora = LoRA(rank=rank, match="q_proj")
+    config = RunConfig(model=folder, reward=("length",), lora=lora, rl=stage, ppo=settings)
+    held, programs, _ = plan.shapes_of(config, "ppo")
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    values = COUNT + layer
+    sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in held.items()}
+    adapter = rank * (64 + 64) + 1
+    assert sizes["parameters"] == 3 * adapter + HEAD
+    assert sizes["frozen weights"] == COUNT + values
+    learn, *arguments = programs["learn"]
+    state, _ = jax.eval_shape(learn, *arguments)
+    assert jax.tree.structure(state.train.params) == jax.tree.structure(held["parameters"])
 
 
 @pytest.mark.usefixtures("no_phases")

@@ -70,22 +70,6 @@ def test_the_weights_of_a_reference_by_hand(stage, settings, share, every):
     assert_allclose(followed(stage(**settings)), by_hand(share, every), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.soak  # needs TRL 1.16, which CI does not install
-def test_the_weights_of_a_reference_are_trls():
-    import torch
-    from trl.trainer.callbacks import SyncRefModelCallback
-
-    model = torch.nn.Linear(3, 1, bias=False)
-    target = torch.nn.Linear(3, 1, bias=False)
-    target.weight.data = torch.tensor(POLICIES[:1])
-    seen = [POLICIES[0]]
-    for weights in POLICIES[1:7]:
-        model.weight.data = torch.tensor(weights[None])
-        SyncRefModelCallback._sync_target_model(model, target, 0.6)
-        seen.append(target.weight.data.numpy()[0].copy())
-    assert_allclose(followed(DPOStage(reference_ema=0.6)), seen, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_is_between_0_and_1(share):
     with pytest.raises(ValueError, match="reference_ema must be at"):

@@ -40,6 +40,9 @@ def test_the_plain_loading_fails_loudly_and_the_card_s_gives_the_score(tmp_path,
     adapter = done.folder / "adapter"
     with pytest.raises((OSError, TypeError, ValueError)):
         peft.AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+        peft.PeftModel.from_pretrained(plain, adapter)
 
     card = (adapter / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]

@@ -26,7 +26,7 @@ def shown(page, name):
     raise LookupError(name)
 
 
-COPIED = shown("reward-examples.md", "copied")
+COPIED = shown("rewards.md", "copied")
 FENCED = "Here:\n```python\ndef f(x):\n    return {}\n```\nDone."
 
 
@@ -89,7 +89,7 @@ def table_policy(params, tokens, attention_mask, key):
 
 
 def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
-    online_dpo = shown("algorithms/online_dpo.md", "online_dpo")
+    online_dpo = shown("algorithms/dpo.md", "online_dpo")
     rollout = pairs_rollout(scores=jnp.array([0.2, 0.8, 0.5, 0.5]))
     pairs = online_dpo.prepare(rollout, config=online_dpo.Config())
     assert pairs.best.tolist() == [1, 0]
@@ -112,7 +112,7 @@ def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
     assert_allclose(metrics["dpo/accuracy"], 0)
     assert float(jnp.abs(after.params - state.params).max()) > 0.01
     assert online_dpo.Config().kl_in_loss is True
-    shorter = shown("algorithms/online_dpo.md", "prefer").shorter
+    shorter = shown("algorithms/dpo.md", "prefer").shorter
     assert shorter(["p"] * 3, ["a", "aa", "a"], ["aa", "a", "b"]) == [1, 0, 0.5]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from builders import Killed, json_lines, metric_rows
@@ -14,10 +15,13 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import mean_interval
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial, loop
 from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.rl import steps
 from rlhf_jax.training.rl.parts import files
+from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -94,6 +98,42 @@ def test_greedy_validations_of_a_run_as_long_as_a_pass(config, tmp_path, capsys)
     assert initial.validation_config(own, characters).temperature == 0.5
     own = replace(own, validation_temperature=0.0)
     assert initial.sampling_config(own, characters).temperature == 0.5
+
+
+def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, monkeypatch):
+    """Three prompts x 4 samples are two batches of eight; the metric is the mean of all twelve."""
+    settings = replace(config.rl, validation_samples=4, show_examples=0)
+
+    def train(stage, state, job):
+        raise Killed(job.validate(state))
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(Killed) as killed:
+        training.rl.run(replace(config, rl=settings), vpg)
+    [validation] = killed.value.args
+    rows = validation.samples
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS for _ in range(4)]
+    assert len({row["response"] for row in rows[:4]}) > 1
+    mean = np.mean([row["score"] for row in rows])
+    assert validation.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
+    with pytest.raises(ValueError, match="validation_samples: with validation_temperature 0"):
+        replace(settings, validation_temperature=0.0)
+
+
+def test_the_interval_of_a_win_rate_is_one_over_prompts():
+    """Two prompts with four equal samples each are two observations, not eight."""
+    ones = np.ones((8, 2), np.int32)
+    scores = np.repeat(np.float32([0.0, 1.0]), 4)
+    scored = Rollout(ones, ones, ones, 0.0 * ones, scores=scores)
+    key = jax.random.key(0)
+    by_prompt = steps.win_rate(scored, np.repeat([5, 9], 4), key)
+    apart = steps.win_rate(scored, np.arange(8), key)
+    assert by_prompt["validation/win_rate"] == apart["validation/win_rate"] == 0.5
+    low, high = mean_interval(np.float32([0.0, 1.0]), key)
+    assert (
+        by_prompt["validation/win_rate_low"] == np.float32(low) < apart["validation/win_rate_low"]
+    )
+    assert by_prompt["validation/win_rate_high"] == np.float32(high)
 
 
 def test_a_column_that_validation_lacks_is_refused(config, tmp_path):

@@ -1,15 +1,24 @@
 """Learning-rate schedules and early stopping against numbers worked by hand, and in killed runs."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
-from rlhf_jax.training.common.optimizer import Judge, make_optimizer, times_exhausted
+from rlhf_jax.training.common.optimizer import (
+    Judge,
+    check_frozen,
+    make_optimizer,
+    times_exhausted,
+)
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import TrainState
@@ -85,6 +94,67 @@ def test_matrices_are_decayed_and_nothing_else():
     }
     assert decayed == {"['h_0']['kernel']", "['h_0']['lora_a']", "['wte']['embedding']"}
     assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
+
+
+LAYERS = {  # two stacked layers and a last one
+    "wte": {"embedding": jnp.float32([[1.0, -0.0]])},
+    "h": {"attn": {"kernel": jnp.ones((2, 3, 3))}},
+    "h_2": {"attn": {"kernel": jnp.ones((3, 3))}},
+    "value": {"kernel": jnp.ones(2)},
+}
+CLIPPED = Optimizer(learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.2, eps=0.0)
+
+
+def three_steps(settings, params, gradient=2.0):
+    optimizer = make_optimizer(settings, 3)
+    state = optimizer.init(params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_moments():
+    settings = replace(CLIPPED, frozen="wte|h_0/")
+    params, state = three_steps(settings, LAYERS)
+    before = np.asarray(LAYERS["wte"]["embedding"])
+    assert np.asarray(params["wte"]["embedding"]).tobytes() == before.tobytes()  # and -0.0
+    first, second = np.asarray(params["h"]["attn"]["kernel"])
+    assert (first == 1.0).all()
+    assert (second < 0.8).all()
+    sizes = [leaf.size for leaf in jax.tree.leaves(state)]
+    trained = [
+        leaf.size for name in ("h", "h_2", "value") for leaf in jax.tree.leaves(LAYERS[name])
+    ]
+    assert sum(sizes) - sum(size == 1 for size in sizes) == 2 * sum(trained)
+
+
+def test_what_is_not_frozen_learns_as_if_it_were_alone():
+    """A frozen parameter counts neither in the clipping nor in anything else. With a large epsilon
+    Adam's steps show how gradients were clipped."""
+    clipped = replace(CLIPPED, eps=1.0)
+    settings = replace(clipped, frozen="wte|^h_[01]/|value")
+    params, _ = three_steps(settings, LAYERS)
+    alone, _ = three_steps(clipped, {"h_2": LAYERS["h_2"]})
+    assert_array_equal(params["h_2"]["attn"]["kernel"], alone["h_2"]["attn"]["kernel"])
+    assert_array_equal(params["h"]["attn"]["kernel"], LAYERS["h"]["attn"]["kernel"])
+    # A frozen layer of a stack does not count either.
+    params, _ = three_steps(replace(clipped, frozen="wte|h_0/|value"), LAYERS)
+    single = {"attn": {"kernel": jnp.ones((3, 3))}}
+    alone, _ = three_steps(clipped, {"h_1": single, "h_2": single})
+    assert_allclose(params["h"]["attn"]["kernel"][1], alone["h_1"]["attn"]["kernel"], rtol=1e-6)
+
+
+def test_names_that_freeze_nothing_or_everything_are_refused(caplog):
+    with caplog.at_level("INFO"):
+        check_frozen("sft", Optimizer(frozen="h_1/"), LAYERS)
+    assert "sft.optimizer.frozen h_1/: 9 of 31 parameters keep their values" in caplog.text
+    for pattern, found in (("h_3", "no name"), (".", "all names")):
+        with pytest.raises(UserError, match=f"rl.optimizer.frozen {pattern}: .* in {found}.* h_2"):
+            check_frozen("rl", Optimizer(frozen=pattern), LAYERS)
+    with pytest.raises(ValueError, match="frozen is no regular expression"):
+        Optimizer(frozen="h_[")
 
 
 @pytest.mark.parametrize(

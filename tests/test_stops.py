@@ -1,6 +1,7 @@
 """``rl.stop``: a response ends where its text has a stop string, for all that reads it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import asked_runs
 import jax
@@ -13,13 +14,14 @@ from numpy.testing import assert_array_equal
 
 from rlhf_jax import iteration, rewards
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.training import rl
+from rlhf_jax.training.rl import entry
 from rlhf_jax.types import Rollout
 
 ALPHABET = tokenizers.characters("abcde")
@@ -57,9 +59,24 @@ def test_the_cut_by_hand():
     length = np.array([2, 3, 3, 3, 3])
     assert_array_equal(cut.stopped, [True, False, True, False, True])
     assert_array_equal(cut.response_mask.sum(axis=1), length)
+    # Behind the first two tokens: "ab" of the first row does not count, nor half of a text.
+    later = stops.cut(rollout, ("ab", "bc"), ALPHABET, after=2)
+    assert_array_equal(later.response_mask.sum(axis=1), [5, 3, 3, 3, 5])
+    assert_array_equal(later.stopped, [False, False, False, False, True])
     kept = np.arange(6) <= length[:, None]
     for name, padding in (("tokens", PAD), ("attention_mask", 0), ("log_probs", 0.0)):
         assert_array_equal(getattr(cut, name), np.where(kept, getattr(rollout, name), padding))
+
+
+def test_a_run_looks_for_stop_texts_behind_the_tokens_that_it_is_told(monkeypatch):
+    monkeypatch.setattr(entry, "converse", lambda environment, until: until())
+    settings = RLStage(stop=("ab",), stop_after=2)
+    stage = SimpleNamespace(config=RunConfig(rl=settings))
+    talk = entry._talk(stage, None, ALPHABET)
+    cut = talk(lambda: a_rollout([A, B, C, D, E], [C, D, A, B, E]))
+    assert_array_equal(cut.response_mask.sum(axis=1), [5, 4])
+    with pytest.raises(ValueError, match="stop_after: there is no text"):
+        replace(settings, stop=())
 
 
 def test_a_string_inside_a_token_ends_the_response_with_that_token():

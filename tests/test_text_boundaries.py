@@ -198,7 +198,7 @@ def test_spelled_special_tokens_are_named_or_read(tmp_path, write):
     assert ids == theirs(asked + "Hello.<|im_end|>")["input_ids"]
     assert whole(reading, asked, "Hello.") == ids
     # In the chat template they would end a turn.
-    with pytest.raises(UserError, match="f: a assistant message spells the special token"):
+    with pytest.raises(UserError, match="f: an assistant message spells the special token"):
         encoding.encode_texts([Row("Hi", ("Hello.<|im_end|>",), "f")], reading, template="auto")
     report = check.check([write([row])], tokenizer)
     assert report.num_problems == 1

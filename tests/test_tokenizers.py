@@ -144,9 +144,10 @@ def test_refusals(make, message, tmp_path):
 def test_names_on_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     tokenizers.train_bpe(TEXTS, 280).save(tmp_path)
+    asked = []
 
     def snapshot_download(name, allow_patterns, ignore_patterns):
-        assert set(allow_patterns) == {"*.json", "*.jinja", "merges.txt"}  # not the weights
+        asked.append((set(allow_patterns), ignore_patterns))
         if name != "org/name":
             raise OSError("offline")
         return str(tmp_path)
@@ -154,6 +155,10 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     local = tokenizers.load_tokenizer(tmp_path)
     assert tokenizers.load_tokenizer("org/name").fingerprint == local.fingerprint
+    assert asked == [  # not the weights
+        ({"additional_chat_templates/*.jinja"}, []),
+        ({"*.json", "*.jinja", "merges.txt"}, ["*/*"]),
+    ]
     with pytest.raises(
         UserError,
         match="org/other: no such folder here, and the Hugging Face hub did not give it: off",

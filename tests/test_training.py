@@ -147,7 +147,6 @@ def test_scores_get_mean_0_and_variance_1():
         (["--ppo.kl-loss-estimator", "k1"], "ppo.kl_loss_estimator 'k1'"),
         (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
-        (["--rl.top-p", "0.9"], "allow-truncated-sampling"),
         (["--rl.num-iterations", "0"], "num_iterations must be at least 1"),
     ],
 )

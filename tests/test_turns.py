@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
 
+from rlhf_jax import kto
 from rlhf_jax.data import batches, chat, encoding, formats
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
@@ -91,6 +92,58 @@ def test_a_beginning_that_both_answers_share_is_context(chatml, write):
     assert chatml.decode(disliked.responses[0]) == f"No.{END}"
 
 
+def test_feedback_learns_what_a_demonstration_learns(chatml, qwen3, write):
+    talk = {"messages": [HI, HELLO, MORE, YES]}
+    for tokenizer in (chatml, qwen3):
+        assert feedback(tokenizer, write, talk) == learned(tokenizer, write, talk)
+    assert feedback(chatml, write, talk) == [[f"Hello!{END}", f"Yes.{END}"]]
+    assert feedback(chatml, write, talk, turns="last") == [[f"Yes.{END}"]]
+    first = {"messages": [HI, HELLO, MORE, YES | {"weight": 0}]}
+    assert feedback(chatml, write, first) == [[f"Hello!{END}"]]
+    given = {"prompt": [HI, HELLO, MORE], "response": [YES, MORE, NO]}
+    assert feedback(chatml, write, given) == [[f"Yes.{END}", f"No.{END}"]]
+    with pytest.raises(UserError, match="line 1: no turn of the assistant is learned"):
+        feedback(chatml, write, {"messages": [HI, HELLO | {"weight": 0}]})
+    plain = formats.read("feedback", write([talk | {"desirable": False}])).rows
+    assert [row.responses for row in plain] == [("Hello!",), ("Yes.",)]
+    assert [row.targets for row in plain] == [(0.0,), (0.0,)]
+
+
+def feedback(tokenizer, write, record, **options):
+    """The learned texts of each row of KTO, all of which are called desirable."""
+    template = chat.template_of(tokenizer, "auto")
+    options |= {"template": template}
+    rows = formats.read("feedback", write([record | {"desirable": 1}]), **options).rows
+    assert {row.targets for row in rows} == {(1.0,)}
+    return [spans(tokenizer, *row) for row in encoded(tokenizer, rows)]
+
+
+def test_the_two_sides_of_a_preference_are_feedback_on_all_of_their_turns(chatml, qwen3, write):
+    record = {"chosen": [HI, HELLO, MORE, YES], "rejected": [HI, NO, MORE, NO]}
+    path = write([record])
+    rows = formats.read("feedback", path, template=chat.template_of(chatml, "auto")).rows
+    shown = [spans(chatml, *row) for row in encoded(chatml, rows)]
+    assert shown == [[f"Hello!{END}", f"Yes.{END}"], [f"No.{END}"] * 2]
+    assert [row.targets for row in rows] == [(1.0,), (0.0,)]
+    rows = formats.read("feedback", path, template=chat.template_of(qwen3, "auto")).rows
+    assert [row.targets for row in rows] == [(1.0,), (1.0,), (0.0,), (0.0,)]
+
+
+def test_a_mismatched_row_keeps_the_holes_of_the_answer(chatml, write):
+    """The reference point of KTO: the turn of the user in an answer is read, and not learned."""
+    talk = {"messages": [HI, HELLO, MORE, YES], "desirable": True}
+    other = {"messages": [SYSTEM, MORE, NO], "desirable": False}
+    template = chat.template_of(chatml, "auto")
+    rows = formats.read("feedback", write([talk, other]), template=template).rows
+    data = encoding.encode_texts(rows, chatml, template="auto")
+    mixed = kto.mismatched(batches.feedback_batch(data, np.arange(2), 1))
+    shown = [spans(chatml, mixed.tokens[i], mixed.response_mask[i]) for i in (0, 1)]
+    assert shown == [[f"No.{END}"], [f"Hello!{END}", f"Yes.{END}"]]
+    real = np.asarray(mixed.attention_mask[1] == 1)
+    ids = np.asarray(mixed.tokens[1])[real].tolist()
+    assert ids == [*rows[1].prompt, *rows[0].responses[0]]
+
+
 def test_a_score_stands_at_the_end_of_the_turn_whatever_is_learned_behind_it(tmp_path, write):
     """SmolLM3's template marks the line end behind <|im_end|> too."""
     chat_templates.write(tmp_path, "smollm3")
@@ -100,6 +153,8 @@ def test_a_score_stands_at_the_end_of_the_turn_whatever_is_learned_behind_it(tmp
     [row] = formats.read("pairs", write([record]), template=template).rows
     end = tokenizer.backend.token_to_id(END)
     assert [response[-1] for response in row.responses] == [end, end]
+    said = feedback(tokenizer, write, {"messages": [HI, HELLO, MORE, YES]})
+    assert [turns[-1][-len(END) :] for turns in said] == [END] * len(said)
 
 
 def test_preferences_without_a_single_text_are_refused(qwen3, write):

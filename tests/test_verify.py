@@ -148,6 +148,65 @@ def test_steps_between_are_those_that_are_compared(copied):
     assert difference[:2] == (3, "metrics.jsonl")
 
 
+def test_drawn_steps_begin_at_the_nearest_checkpoint(tmp_path):
+    """Of ten steps with checkpoints of 3, 6 and 10, which --all also repeats from the seed."""
+    rows = "".join(f'{{"step": {step}}}\n' for step in range(1, 11))
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    for step in (3, 6, 10):
+        (tmp_path / "checkpoints" / str(step) / "record").mkdir(parents=True)
+
+    def drawn(count, seed, from_scratch=False):
+        return verify._drawn_spans(tmp_path, None, count, from_scratch, seed)
+
+    assert drawn(7, 0) == [(3, 6, 10, (4, 5, 6)), (6, 10, 10, (7, 8, 9, 10))]
+    assert drawn(10, 0, True)[0] == (None, 3, 10, (1, 2, 3))
+    counts = dict.fromkeys(range(1, 11), 0)
+    for seed in range(700):
+        spans = drawn(2, seed)
+        assert spans == drawn(2, seed)
+        for start, stop, end, steps in spans:
+            assert (stop, end) == (steps[-1], 10)
+            assert all(start < step and (start == 6 or step <= 6) for step in steps)
+            for step in steps:
+                counts[step] += 1
+    assert [counts[step] for step in (1, 2, 3)] == [0, 0, 0]
+    assert all(150 < counts[step] < 250 for step in range(4, 11))  # 200 on the mean
+    with pytest.raises(UserError, match=r"these steps before its end: 3, 6; 7 of its 10 .* --all "):
+        drawn(8, 0)
+    with pytest.raises(UserError, match="has 10 steps"):
+        drawn(11, 0, True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="before its end: none; 0 of its 10 steps"):
+        drawn(1, 0)
+
+
+@pytest.mark.usefixtures("repeated")
+def test_a_challenge_prints_its_seed_and_finds_what_was_changed(copied, capsys, monkeypatch):
+    """Both steps after the checkpoint of step 4; with --all a change before it is found too."""
+    monkeypatch.setattr(verify.secrets, "randbelow", lambda limit: limit - 1)
+    assert cli.run(["verify", str(copied), "--random", "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "steps drawn at random by --seed 4294967295\ndrawn 5, 6: repeated from the "
+    )
+    rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows[1] = rows[1].replace("0", "1", 1)
+    rows[5] = rows[5].replace("0", "1", 1)
+    (copied / "metrics.jsonl").write_text("".join(rows))
+    options = {"num_steps": 6, "from_scratch": True, "draw": 0}
+    audit = verify.verify(copied, **options)
+    assert [row[:2] for row in audit.differences] == [(1, "metrics.jsonl"), (5, "metrics.jsonl")]
+    assert audit.compared.startswith("drawn 1, 2, 3, 4: repeated from the seed to step 4 of 6: ")
+    assert "\ndrawn 5, 6: repeated from the checkpoint of step 4 to step 6" in audit.compared
+
+
+def test_a_run_of_more_devices_is_repeated_on_those_that_are_here(copied):
+    settings = (copied / "config.yaml").read_text()
+    assert "  data: -1\n" in settings
+    (copied / "config.yaml").write_text(settings.replace("  data: -1\n", "  data: 8\n"))
+    assert verify._config(copied, None, (), False).mesh.data == -1
+
+
 @pytest.mark.parametrize(
     ("new", "expected"),
     [
@@ -284,6 +343,9 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
         (lambda run: None, {"start": 6}, "--from 6: .* before its end: 4$"),
         (lambda run: None, {"num_steps": 0}, "--steps must be at least 1"),
         (lambda run: None, {"start": 4, "from_scratch": True}, "give one of them"),
+        (lambda run: None, {"start": 4, "draw": 0}, "leave out --from"),
+        (lambda run: None, {"num_steps": 0, "draw": 0}, "--steps must be at least 1"),
+        (lambda run: None, {"draw": 0}, "--random --steps 3: .* its end: 4; 2 of its 6 steps"),
         (lambda run: (run / "model/x").symlink_to("/etc/passwd"), {}, "is a symbolic link"),
         (lambda run: (run / "config.yaml").write_text("seed: ["), {}, "cannot be read as YAML"),
         (lambda run: None, {"model": "no/model"}, "no/model"),

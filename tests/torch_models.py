@@ -1,6 +1,11 @@
 """Models of transformers with random weights, and their outputs, for the tests with torch."""
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from numpy.testing import assert_allclose
+
+from rlhf_jax.models import families
 
 IDS = {"vocab_size": 31, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 BASE = {
@@ -171,3 +176,32 @@ def torch_forward(model, tokens, mask):
     }
     with torch.no_grad():
         return model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.numpy()
+
+
+def assert_gradients_equal(model, ours, reference):
+    """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
+    family = families.family_of(model.config)
+    found = {}
+    ours = dict(ours)
+    if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
+        score = ours.pop("score")
+        assert score["gain"] == score["shift"] == 0
+        found[families.SCORE] = score["kernel"][None, :]
+    for path, leaf in flatten_dict(ours).items():
+        (name,) = family.tensors(path, leaf.shape)
+        stored = leaf.T if family.transposed and path[-1] == "kernel" else leaf
+        found[name] = stored.reshape(family.stored(path, leaf.shape))
+    assert len(found) == len(jax.tree.leaves(ours)) + (families.SCORE in found)
+    expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in found.items():
+        # A difference of two scores leaves nothing to the bias of the last norm but rounding.
+        atol = 1e-5 * np.abs(expected[name]).max() + 1e-7 * largest
+        assert_allclose(
+            gradient,
+            expected[name],
+            rtol=1e-4,
+            atol=atol,
+            err_msg=name,
+        )

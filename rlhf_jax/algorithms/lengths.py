@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 LONG = 128
 
 
-def by_length(rollout: Rollout) -> Microbatching:
+def by_length(rollout: Any) -> Microbatching:
     """The ``microbatching`` of ``step.gradient_step`` for rollouts of this shape.
 
     Rows are sorted by length, and the columns of a microbatch end after a quarter or a half of the
@@ -29,26 +29,38 @@ def by_length(rollout: Rollout) -> Microbatching:
     ``types.PER_TOKEN``.
 
     Rows keep their order, and nothing is cut, if there are fewer than ``LONG`` response slots or no
-    ``prompt_length``, or if another field is as wide as the tokens: it may be columns of tokens
-    that nobody declared.
+    ``prompt_length``, if another field is as wide as the tokens (it may be columns of tokens that
+    nobody declared), or if an algorithm prepared something else than a Rollout.
     """
-    if rollout.prompt_length is None:
+    if not isinstance(rollout, Rollout) or rollout.prompt_length is None:
         return IN_ROW_ORDER
     columns = rollout.tokens.shape[1]
-    others = jax.tree.leaves(map_columns(lambda x: None, rollout))
-    is_known = not any(columns in x.shape[1:] for x in others)
-    is_long = columns - rollout.prompt_length >= LONG
-    return Microbatching(_sorted, _narrowed) if is_long and is_known else IN_ROW_ORDER
+    if columns - rollout.prompt_length < LONG:
+        return IN_ROW_ORDER
+    others = map_columns(lambda x: None, rollout)
+    for field in jax.tree.leaves(others):
+        if columns in field.shape[1:]:
+            return IN_ROW_ORDER
+    return BY_LENGTH
 
 
 def _sorted(rollout: Rollout, num_microbatches: int, group_size: int) -> Rollout:
     """The rows in an order from which ``ops.split_rows`` makes parts of similar length. A group is
     as long as its longest row.
     """
-    longest = _used(rollout).reshape(-1, group_size).max(axis=1)
-    groups = jnp.argsort(longest).reshape(num_microbatches, -1).T.reshape(-1, 1)
-    order = (groups * group_size + jnp.arange(group_size)[None]).reshape(-1)
-    return jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), rollout)
+    by_group = _used(rollout).reshape(-1, group_size)
+    longest = jnp.max(by_group, axis=1)
+    sorted_groups = jnp.argsort(longest)
+    in_parts = sorted_groups.reshape(num_microbatches, -1)
+    groups = jnp.ravel(in_parts.T)
+    within = jnp.arange(group_size)
+    rows = groups[:, None] * group_size + within[None]
+    order = jnp.ravel(rows)
+
+    def in_order(x: Array) -> Array:
+        return cut(x[order], "data", "fsdp")
+
+    return jax.tree.map(in_order, rollout)
 
 
 def _narrowed(of_part: Callable[[Any], Result]) -> Callable[[Rollout], Result]:
@@ -57,19 +69,31 @@ def _narrowed(of_part: Callable[[Any], Result]) -> Callable[[Rollout], Result]:
     """
 
     def of_columns(width: int, part: Rollout) -> Result:
-        return of_part(map_columns(lambda x: x[:, :width], part))
+        narrow = map_columns(lambda x: x[:, :width], part)
+        return of_part(narrow)
 
     def narrowed(part: Rollout) -> Result:
         prompt = part.prompt_length or 0
         slots = part.tokens.shape[1] - prompt
-        widths = [prompt + slots // 4, prompt + slots // 2, prompt + slots]
-        index = jnp.searchsorted(jnp.array(widths), jnp.max(_used(part)))
-        return jax.lax.switch(index, [partial(of_columns, width) for width in widths], part)
+        widths = [
+            prompt + slots // 4,
+            prompt + slots // 2,
+            prompt + slots,
+        ]
+        longest = jnp.max(_used(part))
+        index = jnp.searchsorted(jnp.array(widths), longest)
+        ways = [partial(of_columns, width) for width in widths]
+        return jax.lax.switch(index, ways, part)
 
     return narrowed
 
 
 def _used(rollout: Rollout) -> Array:
     """[B] columns up to the last response token of each row."""
-    columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
-    return jnp.max(jnp.where(rollout.mask, columns, 0), axis=1)
+    num_columns = rollout.tokens.shape[1]
+    until = jnp.arange(1, num_columns + 1)
+    used = jnp.where(rollout.mask, until[None], 0)
+    return jnp.max(used, axis=1)
+
+
+BY_LENGTH = Microbatching(order=_sorted, narrow=_narrowed)

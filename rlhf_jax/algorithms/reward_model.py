@@ -15,7 +15,16 @@ from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
-from rlhf_jax.types import Comparisons, DropoutKey, LossAndMetrics, Mean, Params, Parts, ScoreFn
+from rlhf_jax.types import (
+    Comparisons,
+    DropoutKey,
+    LossAndMetrics,
+    Mean,
+    Params,
+    Parts,
+    PolicyFn,
+    ScoreFn,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,9 @@ class Config:
 
     centering: float = 0.0
     """Weight of the squared sum of a pair's scores, which pulls scores towards 0; pairs only."""
+    sft_coef: float = 0.0
+    """Weight of the best answers' negative log-likelihood per token, which is added to the loss, so
+    that the body stays a language model; comparisons only."""
     num_microbatches: int = 1
     """Parts of a batch that are run one after the other to save memory; the gradient does not
     change.
@@ -34,7 +46,7 @@ class Config:
 
     def __post_init__(self) -> None:
         ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
-        ops.check_numbers(self, "centering", at_least=0)
+        ops.check_numbers(self, "centering", "sft_coef", at_least=0)
 
 
 def answer_scores(
@@ -66,6 +78,7 @@ def loss(
     *,
     score_fn: ScoreFn,
     config: Config,
+    policy_fn: PolicyFn | None = None,
 ) -> LossAndMetrics:
     """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors
     over answers.
@@ -76,20 +89,27 @@ def loss(
 
     Args:
       comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0.
-      key: of dropout; None turns it off.
+      key: of dropout of the scores; None turns it off.
+      policy_fn: of the same parameters; ``config.sft_coef`` needs it (Yang et al. 2024, arXiv
+        2406.10216).
 
     Returns:
       The loss and the metrics ``reward_model/loss`` and, of comparisons, ``reward_model/accuracy``
       (ties count half) and ``reward_model/margin``, the best answer's score minus the highest
-      other, both over rows with at least two answers.
+      other, both over rows with at least two answers. With ``sft_coef`` the loss is two means, and
+      ``reward_model/sft_loss`` the second before its weight: nats per token of the best answers.
     """
     scores = answer_scores(score_fn, params, comparisons, key)
-    present = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons) > 0
+    lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
+    likelihoods = None
+    if config.sft_coef:
+        likelihoods = _likelihoods(policy_fn, params, comparisons)
     fields = (comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin)
-    parts = (scores, present, *fields)
+    parts = (scores, lengths, likelihoods, *fields)
     if comparisons.documents is not None:
         parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)  # [B * C, ...]
-    scores, present, best, targets, weight, margin = parts
+    scores, lengths, likelihoods, best, targets, weight, margin = parts
+    present = lengths > 0
     num_rows, num_answers = scores.shape
     weight = losses.row_weights(weight, jnp.ones(num_rows, bool))
     if targets is not None:
@@ -104,7 +124,27 @@ def loss(
     best = jnp.zeros(num_rows, jnp.int32) if best is None else jnp.asarray(best)
     entered = jnp.where(present, scores, -jnp.inf)
     per_row = losses.comparison(entered, best, margin, config.centering)
-    return _with_metrics(per_row, entered, best, weight)
+    mean, metrics = _with_metrics(per_row, entered, best, weight)
+    if likelihoods is None:
+        return mean, metrics
+    [nll, tokens] = [_of_best(x, best) for x in (-likelihoods, lengths)]
+    counts = weight * tokens  # a mean over the tokens of the best answers, not over answers
+    sft = losses.weighted_mean(ops.masked(nll / jnp.maximum(tokens, 1), counts), counts)
+    return (mean, config.sft_coef * sft), metrics | {"reward_model/sft_loss": sft}
+
+
+def _likelihoods(policy_fn: PolicyFn | None, params: Params, comparisons: Comparisons) -> Array:
+    """The log-probabilities of all answers, as ``ops.response_log_probs``."""
+    if policy_fn is None:
+        raise ValueError("sft_coef needs a policy_fn, the log-probabilities of the same parameters")
+    if comparisons.targets is not None:
+        raise ValueError("sft_coef: target scores name no best answer; leave it out")
+    return ops.response_log_probs(policy_fn, params, comparisons)
+
+
+def _of_best(values: Array, best: Array) -> Array:
+    """[B] those of the best answers, of [B, K]."""
+    return jnp.take_along_axis(values, best[:, None], axis=1)[:, 0]
 
 
 def _with_metrics(

@@ -11,6 +11,8 @@ may come from somebody else, does not change.
 import contextlib
 import json
 import os
+import random
+import secrets
 import shutil
 import signal
 import tempfile
@@ -41,6 +43,7 @@ SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, 
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
+NUM_DRAWN = 3  # steps that --random draws without --steps
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
 # Facts of a manifest.
@@ -77,6 +80,7 @@ class Span(NamedTuple):
     start: int | None  # the step of a checkpoint; None: from the seed
     stop: int
     end: int  # the run's last step
+    drawn: tuple[int, ...] = ()  # those of its steps that were drawn at random
 
     def has(self, step: int) -> bool:
         """Whether the step is repeated."""
@@ -89,6 +93,7 @@ def verify(
     start: int | None = None,
     num_steps: int | None = None,
     from_scratch: bool = False,
+    draw: int | None = None,
     data: Names = (),
     model: str | None = None,
     reward: Names = (),
@@ -97,12 +102,18 @@ def verify(
     """Repeats steps of a run and compares metrics.jsonl, samples.jsonl, checkpoints and, if they go
     to the run's end, ``model/``.
 
+    A run with ``compute.blocks`` gives the same bits on any number of devices, and is repeated on
+    all that are here.
+
     Args:
         run: the folder of a run of one stage.
         start: the step of the checkpoint to begin at. None: the last but one, or the seed if there
             is only one.
-        num_steps: how many steps. None: all to the run's last one.
+        num_steps: how many steps. None: all to the run's last one, or NUM_DRAWN with ``draw``.
         from_scratch: begin at the seed.
+        draw: the seed by which ``num_steps`` steps are drawn, each repeated from the nearest
+            checkpoint before it. With ``from_scratch`` also steps before the first checkpoint are
+            drawn, and repeated from the seed.
         data, model, reward: where on this machine the files are that the run read. Their checksums
             must be those of the manifest.
         trust_config: as ``--trust-config``.
@@ -114,7 +125,10 @@ def verify(
     path = Path(run)
     recorded = _manifest(path)
     folder.check_links(path)
-    span = _span(path, start, num_steps, from_scratch)
+    if draw is None:
+        spans = [_span(path, start, num_steps, from_scratch)]
+    else:
+        spans = _drawn_spans(path, start, num_steps, from_scratch, draw)
     stage = recorded["stage"]
     last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
@@ -123,19 +137,24 @@ def verify(
     unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
     differences = _setting_differences(path) + _input_differences(recorded["data"], here)
-    if span.start is not None:
-        _, damage = _arrays(path, span.start)
-        differences += damage
+    for span in spans:
+        if span.start is not None:
+            _, damage = _arrays(path, span.start)
+            differences += damage
     if differences:
         why = "nothing was repeated: the files or settings at the start differ"
         return Audit(differences, [], unsure, why)
-    with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
-        ours = Path(scratch) / "run"
-        _repeat(path, ours, config, span, {**recorded, "data": here})
-        written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
-        differences, compared = _compare(path, ours, span)
+    sentences = []
+    for span in spans:
+        with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
+            ours = Path(scratch) / "run"
+            _repeat(path, ours, config, span, {**recorded, "data": here})
+            written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
+            found, compared = _compare(path, ours, span)
+        differences += found
+        sentences.append(compared)
     machine = manifest.differences(_machine(last_start), _machine(_last_start(written)))
-    return Audit(differences, machine, unsure, compared)
+    return Audit(differences, machine, unsure, "\n".join(sentences))
 
 
 def _last_start(recorded: Facts) -> Facts:
@@ -173,12 +192,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bool) -> Span:
     if from_scratch and start is not None:
         raise UserError("--all begins at the seed, --from at a checkpoint: give one of them")
-    if num_steps is not None and num_steps < 1:
-        raise UserError(f"--steps must be at least 1, got {num_steps}")
-    rows = reading.json_lines(path / "metrics.jsonl")
-    if not rows:
-        raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
-    end = max(values["step"] for _, values in rows)
+    end = _recorded_steps(path, num_steps)[-1]
     saved = folder.steps(path / "checkpoints")
     if start is None and not from_scratch and len(saved) > 1:
         start = saved[-2]
@@ -189,6 +203,53 @@ def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bo
         listed = ", ".join(map(str, begins)) or "none"
         raise UserError(f"--from {start}: {path} has these checkpoints before its end: {listed}")
     return span
+
+
+def _recorded_steps(path: Path, num_steps: int | None) -> list[int]:
+    """The steps of metrics.jsonl in their order. ``num_steps`` of them are asked for."""
+    if num_steps is not None and num_steps < 1:
+        raise UserError(f"--steps must be at least 1, got {num_steps}")
+    rows = reading.json_lines(path / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
+    return sorted({values["step"] for _, values in rows})
+
+
+def _drawn_spans(
+    path: Path, start: int | None, num_steps: int | None, from_scratch: bool, seed: int
+) -> list[Span]:
+    """Spans that end at steps drawn at random, one for each checkpoint that is the nearest before
+    some of them.
+
+    Raises:
+        UserError: too few steps come after a checkpoint that is kept.
+    """
+    if start is not None:
+        raise UserError("--random begins at the nearest checkpoint: leave out --from")
+    steps = _recorded_steps(path, num_steps)
+    end = steps[-1]
+    begins: list[int | None] = [step for step in folder.steps(path / "checkpoints") if step < end]
+    if from_scratch:
+        begins.insert(0, None)
+    first = (begins[0] or 0) if begins else end
+    steps = [step for step in steps if step > first]
+    number = NUM_DRAWN if num_steps is None else num_steps
+    if number > len(steps):
+        asked = f"--random --steps {number}: {path}"
+        if from_scratch:
+            raise UserError(f"{asked} has {end} steps; ask for fewer")
+        kept = ", ".join(map(str, begins)) or "none"
+        raise UserError(
+            f"{asked} keeps the checkpoints of these steps before its end: {kept}; {len(steps)} of "
+            f"its {end} steps come after one. --all draws from all steps, and repeats from the "
+            "seed those before the first checkpoint; a run with a larger --keep-last keeps more"
+        )
+    drawn = sorted(random.Random(seed).sample(steps, number))
+    groups: dict[int | None, tuple[int, ...]] = {}
+    for step in drawn:
+        nearest = [begin for begin in begins if (begin or 0) < step][-1]
+        groups[nearest] = (*groups.get(nearest, ()), step)
+    return [Span(begin, group[-1], end, group) for begin, group in groups.items()]
 
 
 def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
@@ -204,7 +265,11 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     if trust_config:
         argv.append("--trust-config")
     kind = _settings_class(file)
-    return parse(kind, argv, prog="rlhf-jax verify", sections=["lora", "rl.engine"])
+    config = parse(kind, argv, prog="rlhf-jax verify", sections=["lora", "rl.engine"])
+    if -1 in (config.mesh.fsdp, config.mesh.tensor):
+        return config
+    # As many groups as this machine has devices for.
+    return replace(config, mesh=replace(config.mesh, data=-1))
 
 
 def _settings_class(file: Path) -> type[RunConfig]:
@@ -462,6 +527,8 @@ def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], st
     differences.sort(key=lambda difference: difference.step or 0)
     begin = "the seed" if span.start is None else f"the checkpoint of step {span.start}"
     compared = f"repeated from {begin} to step {span.stop} of {span.end}: {', '.join(names)}"
+    if span.drawn:
+        compared = f"drawn {', '.join(map(str, span.drawn))}: {compared}"
     return differences, compared
 
 
@@ -575,6 +642,8 @@ def verify_run(
     start: Annotated[int | None, tyro.conf.arg(name="from")] = None,
     steps: int | None = None,
     from_scratch: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    at_random: Annotated[bool, tyro.conf.arg(name="random")] = False,
+    seed: int | None = None,
     data: tuple[str, ...] = (),
     model: str | None = None,
     reward: tuple[str, ...] = (),
@@ -589,18 +658,26 @@ def verify_run(
     Args:
         run: the folder of a run of one stage.
         start: the step of a checkpoint to begin at; by default the last but one.
-        steps: how many steps; by default all to the run's last one.
-        from_scratch: begin at the seed.
+        steps: how many steps; by default all to the run's last one, with --random 3.
+        from_scratch: begin at the seed; with --random, draw from all steps.
+        at_random: repeat steps drawn at random, each from the nearest checkpoint before it.
+        seed: of --random; by default a new one, which is printed.
         data: where the run's data files are here, if not where they were.
         model: where its --model is here.
         reward: where its --reward is here.
         trust_config: run the Python files that its config names.
     """
+    if seed is not None and not at_random:
+        raise UserError("--seed is that of --random; the run's own seed is in its config")
+    draw = (secrets.randbelow(2**32) if seed is None else seed) if at_random else None
+    if at_random:
+        show(f"steps drawn at random by --seed {draw}")
     audit = verify(
         run,
         start=start,
         num_steps=steps,
         from_scratch=from_scratch,
+        draw=draw,
         data=data,
         model=model,
         reward=reward,

@@ -23,7 +23,8 @@ PRETRAINED: dict[str, tuple[Any, Any]] = {
     "dpo.optimizer.warmup_steps": (0.1, 0.1),
     "kto.optimizer.learning_rate": (1e-6, 1e-5),
     "kto.optimizer.warmup_steps": (0.1, 0.1),
-    "rl.optimizer.learning_rate": (1e-6, 1e-5),
+    "rl.optimizer.learning_rate": (1e-6, 1e-4),
+    "rl.optimizer.eps": (1e-8, 1e-8),
 }
 
 

@@ -175,6 +175,8 @@ class LoRA(Section):
     """Rank r of the adapters; 0 trains every weight."""
     alpha: Positive | None = None
     """The adapters' term is multiplied by alpha / rank; null: 1."""
+    dropout: ShareBelow1 = 0.0
+    """Dropout rate of the adapters' inputs in SFT and reward models. DPO, KTO and RL never drop."""
     match: str = "attn|mlp"
     """Regular expression for the layers that get an adapter, searched in names such as
     h_0/attn/c_attn; experts get adapters only if it names them: attn|experts."""
@@ -266,6 +268,10 @@ class Optimizer(Section):
     """Adam's decay of the second moment."""
     eps: NonNegative = 1e-8
     """Adam's epsilon."""
+    frozen: str | None = None
+    """Regular expression for the parameters that keep their values, searched in names such as
+    wte/embedding and h_0/attn/c_attn/kernel: "wte|wpe|h_[0-3]/" freezes the tables and the four
+    lowest layers. null: none."""
 
     @property
     def counts_steps(self) -> bool:
@@ -274,6 +280,8 @@ class Optimizer(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.frozen is not None:
+            check_pattern("frozen", self.frozen)
         if (self.schedule == "step") != (self.decay_every is not None):
             raise ValueError(
                 "schedule: the schedule step needs decay_every, and decay_every the schedule step"
@@ -421,6 +429,9 @@ class RLStage(Reference):
     """
     max_new_tokens: Count = 32
     """Response slots R."""
+    min_new_tokens: CountOrZero = 0
+    """Fewest tokens of a response, before which no EOS is sampled. Needs top_k where the model has
+    more than 1024 tokens."""
     environment: str | None = None
     """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads
     what it returns and responds again, all in one row, until it returns None."""
@@ -429,23 +440,19 @@ class RLStage(Reference):
     then hold responses and replies, have room for."""
     stop: Texts = ()
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
+    stop_after: CountOrZero = 0
+    """Tokens at the beginning of a response in which no text of `stop` ends it."""
     temperature: Positive = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: Count | None = None
-    """Sample among the k likeliest tokens; null: all. Needs allow_truncated_sampling."""
+    """Sample among the k likeliest tokens; null: all. Every log-probability of the algorithm is
+    then one among the tokens that top_k, top_p and min_p left, at most 1024."""
     top_p: ShareAbove0 | None = None
-    """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling.
-    """
+    """Sample from the smallest set of this probability; null: all. Needs top_k where the model has
+    more than 1024 tokens."""
     min_p: Share | None = None
     """Sample among the tokens at least so likely, as a share of the likeliest; null: all. Needs
-    allow_truncated_sampling."""
-    repetition_penalty: Positive = 1.0
-    """Above 1, tokens of the prompt and of the response so far are less likely. Needs
-    allow_truncated_sampling."""
-    allow_truncated_sampling: bool = False
-    """Train on samples that do not come from the policy's full distribution: the KL estimate is
-    then biased.
-    """
+    top_k where the model has more than 1024 tokens."""
     kl_coef: NonNegative | None = None
     """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's
     own, 0.05 for VPG, PPO and RLOO, 0 for GRPO, whose loss has a KL term."""
@@ -474,9 +481,12 @@ class RLStage(Reference):
     """At most this many prompts are sampled at a validation, batch_size at a time."""
     validation_temperature: NonNegative | None = None
     """Sampling temperature of validations, 0: the likeliest tokens; null: temperature."""
+    validation_samples: Count = 1
+    """Responses to each prompt of a validation; its metrics are means over all of them."""
     dynamic_sampling: CountOrZero = 0
     """At most so many times in an iteration, groups whose answers all have one score are replaced
-    by groups of new prompts; such groups that are left then stay in the batch. 0: never."""
+    by groups of new prompts; such groups that are left then stay in the batch. The scores are those
+    before score_clip and penalties. 0: never."""
     mask_truncated: bool = False
     """Leave responses that did not end out of the loss and of the statistics of their group."""
     overlong_buffer: Count | None = None
@@ -502,6 +512,9 @@ class RLStage(Reference):
     becomes engine_cap, or 0. off: no correction."""
     engine_cap: Positive = 2.0
     """The largest such ratio."""
+    engine_check: bool = True
+    """Stop the run when the log-probabilities of an engine differ from the policy's by more than
+    rounding explains; false: train on its samples anyway."""
     rollouts_ahead: Annotated[int, partial(check_number, at_least=0, at_most=1)] = 0
     """1: an iteration samples with the weights before the last update, so that an engine samples
     while the devices learn. It takes a copy of the trained weights. 0: with the current weights."""
@@ -509,6 +522,12 @@ class RLStage(Reference):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("overlong_buffer", self.overlong_buffer, at_most=self.max_new_tokens)
+        check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
+        if self.min_new_tokens and self.environment is not None:
+            raise ValueError(
+                "min_new_tokens: it counts the tokens of one response, and an environment asks for "
+                "several; leave it out"
+            )
         if self.num_episodes is not None and self.num_epochs is not None:
             raise ValueError("num_episodes, num_epochs: both are the run's length; give one")
         if self.rollouts_ahead and self.dynamic_sampling:
@@ -516,14 +535,18 @@ class RLStage(Reference):
                 "rollouts_ahead, dynamic_sampling: the groups to replace are known only when the "
                 "rollout is scored; give one"
             )
-        truncated = self.top_k is not None or self.top_p not in (None, 1)
-        truncated = truncated or bool(self.min_p) or self.repetition_penalty != 1
-        if truncated and not self.allow_truncated_sampling:
+        if self.truncates and self.engine is not None:
             raise ValueError(
-                "top_k, top_p, min_p and repetition_penalty: the update uses log-probabilities of "
-                "the whole distribution, from which such samples do not come; "
-                "--rl.allow-truncated-sampling trains on them anyway"
+                "engine: a server does not say among which tokens top_k, top_p and min_p let it "
+                "sample, which an update must know; leave these three and min_new_tokens out"
             )
+        if self.validation_samples > 1 and self.validation_temperature == 0:
+            raise ValueError(
+                "validation_samples: with validation_temperature 0 all samples of a prompt are the "
+                "same one; leave it out"
+            )
+        if self.stop_after and not self.stop:
+            raise ValueError("stop_after: there is no text that ends a response; give stop too")
         if not all(self.stop):
             raise ValueError(f"stop: expected texts that are not empty, got {[*self.stop]}")
         names = ("missing_eos_penalty", "missing_eos_score", "overlong_buffer", "score_clip")
@@ -542,6 +565,12 @@ class RLStage(Reference):
                 "missing_eos_penalty and missing_eos_score judge what mask_truncated leaves out: "
                 "give one"
             )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be sampled, by top_k, top_p, min_p or min_new_tokens."""
+        limits = self.top_k is not None or self.top_p not in (None, 1) or bool(self.min_p)
+        return limits or self.min_new_tokens > 0
 
     @property
     def length(self) -> int:

@@ -15,6 +15,7 @@ right, and each learned turn gets its own text, as the model sees it then.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ import tokenizers
 
 from rlhf_jax.data.conversation import is_answered, text_of
 from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Text, Tools, common_length
-from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
+from rlhf_jax.data.tokenizers import Tokenizer, named_templates, named_tokens, stored_templates
 from rlhf_jax.errors import UserError
 
 AUTO = "auto"
@@ -54,6 +55,7 @@ _DATE = {"d": "26", "b": "Jul", "B": "July", "m": "07", "Y": "2024", "y": "24", 
 _DATE |= {"a": "Fri", "H": "00", "M": "00", "S": "00", "F": "2024-07-26", "-d": "26"}
 _REPLACED = "".join(f" | replace('%{code}', '{text}')" for code, text in _DATE.items())
 _TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+_NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside its content
 _PROBE = "Probe4711"  # a content that no template writes itself
 
 Span = tuple[int, int]
@@ -80,6 +82,9 @@ class ChatTemplate:
     """bos_token and the like, by the template's names."""
     tools_source: str = ""
     """The template of conversations with tools, if the folder has its own (``tool_use``)."""
+    names: tuple[str, ...] = ()
+    """Of all templates of the folder. Without a ``default`` the source is empty, and conversations
+    without tools are refused."""
 
     def prompt(
         self,
@@ -183,6 +188,16 @@ class ChatTemplate:
             before = self._encode(rendered[:start]).ids
             after = self._encode(rendered[end:]).ids
             return [*before, *self.tokenizer.encode(content), *after]
+
+    def unwritten(self, row: Row) -> set[str]:
+        """What a row of messages has and the template never names, and so leaves out."""
+        if not row.messages:
+            return set()
+        turns = [*row.messages, *itertools.chain.from_iterable(row.answers)]
+        has = {key for turn in turns for key in _NOT_CONTENT if turn.get(key)}
+        if row.tools:
+            has.add("tools")
+        return {key for key in has if not re.search(rf"\b{key}\b", self._source_for(row.tools))}
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -315,7 +330,8 @@ class ChatTemplate:
         return rendered[0], spans[0] if marks else []
 
     def _source_for(self, tools: Tools) -> str:
-        return self.tools_source if tools and self.tools_source else self.source
+        is_for_tools = self.tools_source and (tools or not self.source)
+        return self.tools_source if is_for_tools else self.source
 
     def _given(self, message: Message) -> Message:
         """A message as ``apply_chat_template`` gives it to the template, without keys of null. A
@@ -332,10 +348,11 @@ class ChatTemplate:
         list.
         """
         parts = [{"type": "text", "text": _PROBE}]
+        source = self._source_for(None)
         with contextlib.suppress(Exception):
             rendered, _ = _renderer()(
                 [[{"role": "user", "content": parts}]],
-                chat_template=(_TODAY if "strftime_now" in self.source else "") + self.source,
+                chat_template=(_TODAY if "strftime_now" in source else "") + source,
                 **self.special_tokens,
             )
             return _PROBE in rendered[0] and "'type'" not in rendered[0]
@@ -365,14 +382,20 @@ class ChatTemplate:
         tools: Tools,
         where: str,
     ) -> None:
-        """Raises `BadRow` for what `PLAIN` would leave out, and for a message that spells a special
-        token of the tokenizer.
+        """Raises `BadRow` for a conversation that no template is for, for what `PLAIN` would leave
+        out, and for a message that spells a special token of the tokenizer.
         """
+        if not (self.source or (tools and self.tools_source)):
+            which = f"the model's folder has the chat templates {', '.join(self.names)}"
+            what = f"{which}, and none named default for a conversation without tools"
+            raise BadRow(where, f"{what}; save the one that you mean as its chat_template.jinja")
         parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
         for message in messages:
-            others = [key for key in ("reasoning_content", "tool_calls") if message.get(key)]
+            others = [key for key in _NOT_CONTENT if message.get(key)]
             values = [text_of(message), *(message[key] for key in others)]
-            parts += [(f"a {message['role']} message", value) for value in values]
+            role = message["role"]
+            article = "an" if role == "assistant" else "a"
+            parts += [(f"{article} {role} message", value) for value in values]
             for key in others:
                 self._check_written(key, where)
         if tools:
@@ -460,19 +483,14 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
     """
     if tokenizer is None:
         return ChatTemplate()
-    source = tokenizer.config.get("chat_template")
-    tools_source: Any = ""
-    if isinstance(source, list):  # several by name, as Hugging Face has them
-        entries = [entry for entry in source if isinstance(entry, dict)]
-        named = {entry.get("name"): entry.get("template") for entry in entries}
-        source = named.get("default")
-        tools_source = named.get("tool_use")
+    named = named_templates(tokenizer.config)
     is_own = text_template(tokenizer) in (None, "{prompt}")
+    source = named.get("default", "")
     is_plain = source in (PLAIN, _beginning(tokenizer) + PLAIN)
-    if is_plain or not isinstance(source, str) or not (is_own or template == AUTO):
+    if is_plain or not named or not (is_own or template == AUTO):
         return ChatTemplate()
-    for_tools = tools_source if isinstance(tools_source, str) else ""
-    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config), for_tools)
+    for_tools = named.get("tool_use", "")
+    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config), for_tools, tuple(named))
 
 
 def _beginning(tokenizer: Tokenizer) -> str:
@@ -545,8 +563,9 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     own = template_of(tokenizer)
     begun = _beginning(tokenizer)
     source: Any = tokenizer.config.get("chat_template", begun + PLAIN)
-    if template == "{prompt}" and own.tokenizer is not None:
-        source = mark + own.source.removeprefix(mark)
+    if template == "{prompt}" and own.source and own.tokenizer is not None:
+        default = {"default": mark + own.source.removeprefix(mark)}
+        source = stored_templates(named_templates(tokenizer.config) | default)
     elif template == "{prompt}" and text_template(tokenizer) is not None:
         source = begun + PLAIN
     elif template not in (AUTO, "{prompt}"):
@@ -582,7 +601,6 @@ def with_options(
     """
     if not options:
         return tokenizer
-    sources = tokenizer.config.get("chat_template")
     template = template_of(tokenizer)
     if template.tokenizer is None:
         raise UserError(f"{where}: the model has no chat template that could read them")
@@ -595,22 +613,13 @@ def with_options(
         for name, value in options.items()
     ]
 
-    def begun(source: Any) -> Any:
-        if not isinstance(source, str):
-            return source
+    named = {}
+    for name, source in named_templates(tokenizer.config).items():
         mark = re.match(r"(\{#- text\.template: .*? -#\})?", source)
         end = mark.end() if mark else 0
-        return source[:end] + "".join(lines) + source[end:]
-
-    if isinstance(sources, list):
-        source: Any = [
-            {**entry, "template": begun(entry.get("template"))}
-            for entry in sources
-            if isinstance(entry, dict)
-        ]
-    else:
-        source = begun(sources)
-    return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+        named[name] = source[:end] + "".join(lines) + source[end:]
+    config = {**tokenizer.config, "chat_template": stored_templates(named)}
+    return replace(tokenizer, config=config)
 
 
 def _literal(value: Any) -> str:
@@ -627,7 +636,7 @@ def text_template(tokenizer: Tokenizer) -> str | None:
     """The ``text.template`` that `with_text_template` wrote into the chat template; None for any
     other.
     """
-    source = str(tokenizer.config.get("chat_template"))
+    source = named_templates(tokenizer.config).get("default", "")
     made = re.match(r'\{#- text\.template: (".*?") -#\}', source)
     with contextlib.suppress(ValueError):  # a folder of others may hold anything
         return str(json.loads(made[1])) if made else None

@@ -253,7 +253,7 @@ def _slips(file: _File) -> list[str]:
 def _slip(
     key: str,
     row: Fields,
-    read: set[str],
+    read: frozenset[str],
 ) -> str:
     """A sentence if the key looks like a known key that the row lacks, else ""."""
     missing = [known for known in formats.KNOWN if known not in row]

@@ -6,7 +6,6 @@ unchanged: ``tool_calls``, ``tool_call_id``, ``name`` and ``reasoning_content``.
 ``weight`` of 0 says that its turn is not learned.
 """
 
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +20,11 @@ _OTHER_TEXTS = ("reasoning_content", "name", "tool_call_id")
 
 def is_chat(row: Fields, *keys: str) -> bool:
     """Whether one of these keys holds messages."""
-    values = [row.get(key) for key in keys]
-    lists = [value for value in values if isinstance(value, list)]
-    turns = itertools.chain(*lists)
-    return any(isinstance(turn, dict) for turn in turns)
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, list) and any(isinstance(turn, dict) for turn in value):
+            return True
+    return False
 
 
 def is_answered(messages: Any) -> bool:

@@ -92,6 +92,7 @@ def parse_bytes(
 ) -> Source:
     """The records in the bytes of a file, unpacked; the name decides how, as in `read_source`."""
     suffix = Path(name.lower().removesuffix(".gz")).suffix
+    fingerprint = hashlib.sha256(data).hexdigest()
     records: Iterable[Record]
     if suffix == ".parquet" or data.startswith(b"PAR1"):
         form = "Parquet"
@@ -103,19 +104,28 @@ def parse_bytes(
         form = "text"
         records = _text(_decode(name, data), name, whole_text)
     else:
-        form, records = _json_records(_decode(name, data), name)
-    return Source(list(records), hashlib.sha256(data).hexdigest(), form)
+        text = _decode(name, data)
+        del data  # not twice in memory while its lines are read
+        form, records = _json_records(text, name)
+    return Source(list(records), fingerprint, form)
 
 
 def _numbered(values: Iterable[Any], name: str) -> list[Record]:
     return [Record(value, f"{name}, row {n}") for n, value in enumerate(values, 1)]
 
 
-def _lines(text: str, name: str) -> list[Record]:
+def _lines(text: str, name: str) -> Iterator[Record]:
     """The lines that are not blank, each with its number."""
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
-    numbered = enumerate(text.split("\n"), 1)
-    return [Record(line, f"{name}, line {n}") for n, line in numbered if line.strip()]
+    start = 0
+    for number in itertools.count(1):
+        end = text.find("\n", start)
+        line = text[start:] if end < 0 else text[start:end]
+        if line and not line.isspace():
+            yield Record(line, f"{name}, line {number}")
+        if end < 0:
+            return
+        start = end + 1
 
 
 def _text(
@@ -123,7 +133,7 @@ def _text(
     name: str,
     whole_text: bool,
 ) -> list[Record]:
-    lines = _lines(text, name)
+    lines = list(_lines(text, name))
     if lines and isinstance(_json(lines[0].value, name), dict):
         fault = "expected a text, found a JSON object; call the file .jsonl"
         raise UserError(f"{lines[0].source}: {fault}")
@@ -152,10 +162,11 @@ def _json_list(text: str, name: str) -> list[Record]:
 
 
 def _json_lines(text: str, name: str) -> list[Record]:
+    first = next(_lines(text, name), None)
+    if first and first.value.lstrip()[0] not in '{"':
+        start = first.value[:20]
+        raise UserError(f"{first.source}: expected a JSON list or JSON lines, found {start!r}")
     lines = _lines(text, name)
-    if lines and lines[0].value.lstrip()[0] not in '{"':
-        start = lines[0].value[:20]
-        raise UserError(f"{lines[0].source}: expected a JSON list or JSON lines, found {start!r}")
     return [Record(_json(line.value, line.source), line.source) for line in lines]
 
 

@@ -6,7 +6,7 @@ has. Records of public data sets have our keys already (`forms.table`).
   ``tools`` of any row with messages reach the chat template.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
-  desirable, a boolean or 1 or 0.
+  desirable, a boolean or 1 or 0. In messages that is said of each turn that is learned.
 - ``{prompt, chosen, rejected}``: a comparison; each value may be messages. ``margin`` is the least
   difference of the scores that a reward model should give.
 - ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
@@ -32,6 +32,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,8 @@ class ReadResult:
     """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
     gets.
     """
+    unwritten: dict[str, int] = field(default_factory=dict)
+    """{part of messages that the chat template leaves out: number of its rows}."""
     forms: dict[str, str] = field(default_factory=dict)
     """{place of a record: name of its form}."""
 
@@ -143,14 +146,17 @@ class ReadResult:
         return line
 
     def describe_unread(self, kind: Kind) -> str:
-        """One line that names the keys in ``unread``; "" if there are none."""
-        if not self.unread:
-            return ""
+        """One line that names the keys in ``unread`` and ``unwritten``; "" if there are none."""
         title = (
             "columns for the reward" if kind == "prompts" else "keys that training does not read"
         )
-        most_first = sorted(self.unread.items(), key=lambda item: -item[1])
-        return f"{title}: {', '.join(f'{key} ({count} rows)' for key, count in most_first)}"
+        titled = {title: self.unread, "the chat template leaves out": self.unwritten}
+        return "; ".join(f"{name}: {_counted(keys)}" for name, keys in titled.items() if keys)
+
+
+def _counted(keys: dict[str, int]) -> str:
+    most_first = sorted(keys.items(), key=lambda item: -item[1])
+    return ", ".join(f"{key} ({count} rows)" for key, count in most_first)
 
 
 def read(
@@ -231,6 +237,7 @@ def parse_all(
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
     unread = Counter[str]()
+    unwritten = Counter[str]()
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
@@ -247,12 +254,15 @@ def parse_all(
             result.rows.extend(parsed)
             if isinstance(record.value, dict):
                 unread.update(_unread(record.value, kind))
+            left_unwritten: set[str] = set()
+            unwritten.update(left_unwritten.union(*map(template.unwritten, parsed)))
         except UserError as error:
             if isinstance(error, left_out):
                 result.places.setdefault(error.what, []).append(error.source)
             else:
                 result.errors.append(error)
     result.unread.update(unread)
+    result.unwritten.update(unwritten)
     return result
 
 
@@ -305,30 +315,42 @@ def form_of(value: Any) -> Form:
         return Form("prompts", "text")
     if not isinstance(value, dict):
         return UNKNOWN
-    if "responses" in value:
-        present = [key for key in ("prompt", "responses", *LABELS) if key in value]
+    form = _form_of(tuple(value))
+    if form.name == "messages" and not conversation.is_answered(value["messages"]):
+        return Form("prompts", form.name)
+    return form
+
+
+@lru_cache(maxsize=256)
+def _form_of(keys: tuple[str, ...]) -> Form:
+    """The form of a record with these keys, of messages if they end with an answer."""
+    if "responses" in keys:
+        present = [key for key in ("prompt", "responses", *LABELS) if key in keys]
         return Form("comparisons", ", ".join(present))
-    for keys, kind in OURS.items():
-        if value.keys() >= set(keys):
-            if keys == ("messages",) and not conversation.is_answered(value["messages"]):
-                kind = "prompts"
-            return Form(kind, ", ".join(keys))
+    for known, kind in OURS.items():
+        if set(keys).issuperset(known):
+            return Form(kind, ", ".join(known))
     return UNKNOWN
 
 
-def keys_read(row: Fields, kind: Kind) -> set[str]:
+def keys_read(row: Fields, kind: Kind) -> frozenset[str]:
     """The keys of a record that a stage of this kind reads."""
-    form = form_of(row)
+    is_chat = conversation.is_chat(row, "messages", "prompt", *PAIR)
+    return _keys_read(form_of(row), kind, is_chat, tuple(row))
+
+
+@lru_cache(maxsize=256)
+def _keys_read(form: Form, kind: Kind, is_chat: bool, present: tuple[str, ...]) -> frozenset[str]:
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
-        keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
+        keys |= {"input", *filter(_ANNOTATOR.fullmatch, present)}
     if kind == "comparisons":
         keys |= {"margin", "category", "subset"}
     if kind == "demonstrations":
         keys.add("desirable")
-    if conversation.is_chat(row, "messages", "prompt", *PAIR):
+    if is_chat:
         keys.add("tools")
-    return keys & set(row)
+    return frozenset(keys.intersection(present))
 
 
 def _unread(row: Fields, kind: Kind) -> list[str]:
@@ -336,6 +358,8 @@ def _unread(row: Fields, kind: Kind) -> list[str]:
     it reads (`forms.table`).
     """
     read = keys_read(row, kind)
+    if len(read) == len(row):
+        return []
     if kind == "prompts":
         return [key for key in row if key not in read]
     values = [id(row[key]) for key in read]
@@ -348,8 +372,8 @@ def parse(
     template: ChatTemplate,
     turns: LearnedTurns = "all",
 ) -> Rows:
-    """The rows of one record, with the template's text of messages. ``turns``: of the assistant in
-    a demonstration, that are learned.
+    """The rows of one record, with the template's text of messages. ``turns``: of the assistant,
+    that are learned.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
@@ -357,12 +381,12 @@ def parse(
     """
     parsed = _parse(kind, record)
     tools = conversation.tools_of(record)
-    last = turns == "last" or kind == "feedback"
+    how = {"last": turns == "last", "is_feedback": kind == "feedback"}
     of_template = []
     for row in parsed:
         if tools is not None:
             row = replace(row, tools=tools)
-        of_template += rendered(row, template, last) if row.messages else [row]
+        of_template += rendered(row, template, **how) if row.messages else [row]
     return of_template
 
 
@@ -436,9 +460,6 @@ def _feedback(record: Record) -> list[Row]:
     record.require(("desirable",))
     targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    if isinstance(before, list) and isinstance(response, list):  # the label is the last turn's
-        before = [*before, *response[:-1]]
-        response = response[-1:]
     return [_row(record, before, (response,), targets=targets)]
 
 

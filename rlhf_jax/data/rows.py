@@ -90,7 +90,7 @@ class Record(NamedTuple):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Row:
     """A prompt and K responses to it: none for RL, one to imitate, two for a pair, the chosen one
     first.

@@ -26,6 +26,8 @@ from rlhf_jax.models.hf import find_folder, read_json, refuse_adapter
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
 _NEW = {"eos_token": EOS, "pad_token": PAD}
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's further chat templates, such as tool_use.jinja."""
 _NO_CHARACTER = "\ufffd"  # the text of bytes that are no character, or not yet one
 _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
 
@@ -301,7 +303,8 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     if os.path.isfile(path_or_name):  # tokenizer.json itself
         folder = Path(path_or_name).parent
     else:
-        folder = find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
+        patterns = ("*.json", "*.jinja", "merges.txt")
+        folder = find_folder(path_or_name, patterns, [f"{MORE_TEMPLATES}/*.jinja"])
     of_model = _read_if_present(folder / "config.json")
     named: dict[str, Any] = {}
     for key in ("eos_token", "pad_token"):
@@ -312,9 +315,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     config = _read_if_present(folder / "tokenizer_config.json")
     named |= special | named_tokens(config)
     config = special | config  # a chat template may write each of them
-    template = folder / "chat_template.jinja"
-    if is_there(template):  # newer folders keep it there
-        config["chat_template"] = _text(template)
+    templates = _template_files(folder)
+    if templates:
+        config["chat_template"] = stored_templates(templates)
     single = folder / "tokenizer.json"
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
@@ -329,6 +332,20 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             backend = _byte_level(_bpe(vocab, merges))
             named.setdefault("eos_token", EOS)
         return _tokenizer(backend, named, config, str(folder))
+
+
+def _template_files(folder: Path) -> dict[str, str]:
+    """The chat templates that newer folders keep in files of their own, by name. As in transformers
+    they replace those of tokenizer_config.json.
+    """
+    found = {}
+    if is_there(folder / "chat_template.jinja"):
+        found["default"] = _text(folder / "chat_template.jinja")
+    more = folder / MORE_TEMPLATES
+    if is_there(more):
+        for file in sorted(more.glob("*.jinja")):
+            found[file.stem] = _text(file)
+    return found
 
 
 @contextlib.contextmanager
@@ -422,3 +439,25 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(text, str):
             named[key] = text
     return named
+
+
+def named_templates(config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a tokenizer_config.json by name; a single one is the ``default``."""
+    found = config.get("chat_template")
+    if isinstance(found, str):
+        return {"default": found} if found else {}
+    named = {}
+    for entry in found if isinstance(found, list) else []:
+        parts = entry if isinstance(entry, dict) else {}
+        name = parts.get("name")
+        source = parts.get("template")
+        if isinstance(name, str) and isinstance(source, str):
+            named[name] = source
+    return named
+
+
+def stored_templates(named: Mapping[str, str]) -> Any:
+    """Chat templates as tokenizer_config.json has them, a default alone as a text."""
+    if [*named] == ["default"]:
+        return named["default"]
+    return [{"name": name, "template": source} for name, source in named.items()]

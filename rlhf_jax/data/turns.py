@@ -23,14 +23,16 @@ def rendered(
     row: Row,
     template: ChatTemplate,
     last: bool = False,
+    is_feedback: bool = False,
 ) -> list[Row]:
     """The row with its messages as texts or token ids: one row, or one for each learned turn if a
-    demonstration has no single text.
+    demonstration or feedback has no single text.
 
     Args:
       row: has ``messages``. A response that is a text is the assistant's next turn; one of token
         ids stays.
       last: only the last turn of each answer is learned.
+      is_feedback: the target of the one answer belongs to each of its turns.
 
     Raises:
       BadRow: no turn is learned, the template fails, or a preference has no single text.
@@ -42,19 +44,22 @@ def rendered(
         [{"role": "assistant", "content": response}] for response in row.responses
     ]
     learns = [_learned(row, answer, last) for answer in answers]
+    may_part = len(answers) == 1 and (row.targets is None or is_feedback)
     if template.tokenizer is None:
-        return _as_texts(row, template, answers, learns)
+        return _as_texts(row, template, answers, learns, may_part)
     sides = [
         template.conversations(row.messages, answer, own, row.source, row.tools)
         for answer, own in zip(answers, learns, strict=True)
     ]
     is_demonstration = len(sides) == 1 and row.targets is None
-    if is_demonstration:
+    if not is_demonstration:
+        end = template.end_of_turn
+        sides = [[_ended(text, end) for text in texts] for texts in sides]
+    if may_part:
         return _of_turns(row, answers[0], learns[0], sides[0])
     if any(len(texts) > 1 for texts in sides):
         raise BadRow(row.source, _REWRITTEN)
-    end = template.end_of_turn
-    return [_split(row, [_ended(text, end) for [text] in sides])]
+    return [_split(row, [text for [text] in sides])]
 
 
 def _learned(
@@ -74,9 +79,10 @@ def _as_texts(
     template: ChatTemplate,
     answers: Sequence[Messages],
     learns: Sequence[list[int]],
+    may_part: bool,
 ) -> list[Row]:
-    """One row for each learned turn of a demonstration: no token of `chat.PLAIN` ends a turn."""
-    if len(answers) == 1 and row.targets is None:
+    """One row for each learned turn if it may be parted: no token of `chat.PLAIN` ends a turn."""
+    if may_part:
         whole = [*row.messages, *answers[0]]
         turned = []
         for number in learns[0]:
@@ -97,7 +103,7 @@ def _of_turns(
     learned: list[int],
     texts: list[Encoded],
 ) -> list[Row]:
-    """The row of a demonstration, or one for each turn if each has its own text."""
+    """The row of a demonstration or feedback, or one for each turn if each has its own text."""
     if len(texts) == 1:
         return [_split(row, texts)]
     turned = []
@@ -123,6 +129,8 @@ def _numbered(turned: list[Row]) -> list[Row]:
 
 def _ended(text: Encoded, end_of_turn: int | None) -> Encoded:
     """The text up to the token that ends its last learned turn, where a score stands."""
+    if not any(text.learned):
+        return text
     end = len(text.learned) - text.learned[::-1].index(True)
     if end_of_turn in text.ids[:end]:
         end -= text.ids[:end][::-1].index(end_of_turn)

@@ -2,7 +2,7 @@
 information. English only.
 
 Word patterns know no meaning: they miss a paraphrase that has none of the words, and they count a
-quotation. The patterns are in ``texts.yaml``; ``docs/evaluation-limits.md`` says how often they
+quotation. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how often they
 are right.
 """
 

@@ -176,7 +176,7 @@ def _answer(
     talks, data: of these rows; each message is added to its talk.
     """
     # Copies, because the arrays of several processes are read-only.
-    batch, status = jax.tree.map(np.array, (batch, status))
+    batch, status = jax.tree.map(np.array, (_with_support(batch, sampled), status))
     for i in np.flatnonzero(status == _OPEN).tolist():
         response, end = _append_response(batch, sampled, i, environment.slots)
         if sampled.stopped is not None:
@@ -220,6 +220,15 @@ def _with_slots(
     return Rollout(**arrays, row_ids=jnp.int32(rows))
 
 
+def _with_support(batch: Any, sampled: Rollout) -> Any:
+    """The batch with room for the ``support`` of its responses, if what was sampled has one."""
+    batch = batch.replace(truncated=sampled.truncated)
+    if sampled.support is None or batch.support is not None:
+        return batch
+    shape = (*batch.tokens.shape, sampled.support.shape[-1])
+    return batch.replace(support=np.full(shape, -1, np.int32))
+
+
 def _append_response(
     batch: Any,
     sampled: Rollout,
@@ -232,7 +241,10 @@ def _append_response(
     start = np.flatnonzero(batch.attention_mask[i])[-1] + 1
     length = np.sum(sampled.response_mask[i])
     end = start + length
-    for name in ("tokens", "attention_mask", "response_mask", "log_probs"):
+    names = ["tokens", "attention_mask", "response_mask", "log_probs"]
+    if batch.support is not None:
+        names.append("support")
+    for name in names:
         response = getattr(sampled, name)[i, -slots:][:length]
         getattr(batch, name)[i, start:end] = response
     return batch.tokens[i, start:end], end

@@ -179,9 +179,10 @@ class LanguageModel(NamedTuple):
         Prompts of similar length form a batch, without the columns that are padding in all of its
         rows (`batches.prompt_width`).
 
-        row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
+        Args:
+          row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
             default i) whatever the batch size.
-        group_size: adjacent rows with the same prompt, which is run once if a batch holds so many.
+          group_size: adjacent rows with one prompt, which is run once if a batch holds so many.
         """
         size = group_size if group_size <= batch_size else 1
         if row_ids is None:

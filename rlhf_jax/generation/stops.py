@@ -21,6 +21,7 @@ def stopping(
     respond: Callable[..., Rollout],
     tokenizer: Tokenizer,
     stop: Sequence[str],
+    after: int = 0,
 ) -> Callable[..., Rollout]:
     """``respond`` with responses that are ``cut`` after sampling. Environments, rewards and updates
     get the cut responses. Every process cuts all rows.
@@ -29,7 +30,7 @@ def stopping(
         return respond
 
     def respond_until(*inputs: Any) -> Rollout:
-        return cut(processes.fetch(respond(*inputs)), stop, tokenizer)
+        return cut(processes.fetch(respond(*inputs)), stop, tokenizer, after)
 
     return respond_until
 
@@ -38,21 +39,25 @@ def cut(
     rollout: Rollout,
     stop: Sequence[str],
     tokenizer: Tokenizer,
+    after: int = 0,
 ) -> Rollout:
-    """A Rollout of NumPy arrays whose responses end with the token that completes a stop string;
-    what follows is padding, as after EOS. ``stopped`` says which rows have one.
+    """A Rollout of NumPy arrays whose responses end with the token that completes a stop string
+    behind the text of their first ``after`` tokens; what follows is padding, as after EOS.
+    ``stopped`` says which rows have one.
     """
     host: Any = jax.tree.map(np.array, rollout)
     stopped = np.zeros(len(host.tokens), bool)
     for i, mask in enumerate(host.response_mask != 0):
         columns = np.flatnonzero(mask)
-        length = _length(host.tokens[i, columns].tolist(), stop, tokenizer)
+        length = _length(host.tokens[i, columns].tolist(), stop, tokenizer, after)
         if length is not None:
             stopped[i] = True
-            after = columns[length:]
-            host.tokens[i, after] = tokenizer.pad_id
+            behind = columns[length:]
+            host.tokens[i, behind] = tokenizer.pad_id
             for array in (host.attention_mask, host.response_mask, host.log_probs):
-                array[i, after] = 0
+                array[i, behind] = 0
+            if host.support is not None:
+                host.support[i, behind] = -1
     return host.replace(stopped=stopped)
 
 
@@ -60,12 +65,16 @@ def _length(
     ids: Sequence[int],
     stop: Sequence[str],
     tokenizer: Tokenizer,
+    after: int,
 ) -> int | None:
-    """The number of ids whose text is the shortest with a stop string; None without one."""
+    """The number of ids whose text is the shortest with a stop string behind the text of the first
+    ``after`` ids; None without one.
+    """
+    begin = len(tokenizer.decode(ids[:after]))
 
     def ends(count: int) -> bool:
         text = tokenizer.decode(ids[:count])
-        return any(word in text for word in stop)
+        return any(word in text[begin:] for word in stop)
 
     if not ends(len(ids)):
         return None

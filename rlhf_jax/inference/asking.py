@@ -43,7 +43,7 @@ class Settings:
     min_p: float | None = None
     """Sample among the tokens at least so likely, as a share of the likeliest; null: as the run."""
     repetition_penalty: float | None = None
-    """Above 1, tokens that occurred are less likely; null: as the run."""
+    """Above 1, tokens that occurred are less likely; null: 1, as every run samples."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it. By
     default the run's rl.stop."""

@@ -28,6 +28,7 @@ class TransformerConfig:
         num_layers: L.
         num_heads: H, of the queries.
         attention_dropout: rate, used only where a call is given a key.
+        lora_dropout: rate of the inputs of LoRA's adapters, as ``attention_dropout``.
         initializer_range: standard deviation of the initial weights.
         pad_token_id, eos_token_id, bos_token_id: written to config.json for other programs; not
             read by the model.
@@ -70,6 +71,7 @@ class TransformerConfig:
     num_heads: int
     _: KW_ONLY
     attention_dropout: float = 0.0
+    lora_dropout: float = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rlhf_jax import ops
 from rlhf_jax.models.attention import by_blocks
 from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.shared import Groups
 from rlhf_jax.models.model import Model
-from rlhf_jax.ops import check_number, with_settings
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
 # Logits of one row in memory at once (columns x V). Rows do not count, so that a shard has the same
@@ -106,7 +106,8 @@ def policy_fn(
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies
         of column t come from the logits at t - 1 (equal to ``ops.token_log_probs`` and
         ``ops.entropy``), and so do values from the head, and with the teacher's parameters
-        ``teacher_log_probs`` and ``divergence``, in the same chunks.
+        ``teacher_log_probs`` and ``divergence``, in the same chunks. With the keyword ``support``
+        [B, T, K] all of these but the values are of the distributions among its ids.
 
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
@@ -125,6 +126,8 @@ def policy_fn(
         attention_mask: Array,
         key: Array | None = None,
         teacher_params: Params | None = None,
+        *,
+        support: Array | None = None,
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
@@ -137,14 +140,19 @@ def policy_fn(
         before = slice(first - 1, tokens.shape[1] - 1)
         rows = (tokens, attention_mask)
         hidden = model.hidden(body, *rows, policy_key, before, **groups)
-        states = [hidden]
+        columns = [tokens[:, first:], hidden]
         compare = None
         if teacher is not None and teacher_params is not None:
             of_teacher = teacher.model.hidden(teacher_params, *rows, None, before, **groups)
-            states.append(of_teacher)
+            columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
-        of_chunk = partial(_of_tokens, model, body, temperature, compare)
-        output = _by_chunks(of_chunk, model.config.vocab_size, tokens[:, first:], *states)
+        of_chunk: Callable[..., PolicyOutput] = partial(
+            _of_tokens, model, body, temperature, compare
+        )
+        if support is not None:
+            columns.append(support[:, first:])
+            of_chunk = partial(_in_support, of_chunk)
+        output = _by_chunks(of_chunk, model.config.vocab_size, *columns)
         critic = params
         if value_model is not None:
             critic = params["value"]
@@ -153,7 +161,7 @@ def policy_fn(
             output = output._replace(values=_scalar(critic, "value", hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
-    return with_settings(policy, temperature, prompt_length)
+    return ops.with_settings(policy, temperature, prompt_length)
 
 
 def shared_by(group_size: int, prompt_length: int) -> dict[str, Groups]:
@@ -162,7 +170,7 @@ def shared_by(group_size: int, prompt_length: int) -> dict[str, Groups]:
     Raises:
         ValueError: the size is below 1, or there is no prompt to share.
     """
-    check_number("group_size", group_size, at_least=1)
+    ops.check_number("group_size", group_size, at_least=1)
     if group_size == 1:
         return {}
     if prompt_length < 1:
@@ -228,18 +236,27 @@ def _of_tokens(
     targets: Array,
     hidden: Array,
     *of_teacher: Array,
+    support: Array | None = None,
 ) -> PolicyOutput:
     """Log-probabilities and entropies [B, n] of the targets, from states [B, n, D].
 
-    compare: ``compare(logits [B, n, V], targets, *of_teacher)`` gives further fields.
+    compare: ``compare(logits [B, n, V], targets, support, *of_teacher)`` gives further fields.
+    support: [B, n, K] ids among which the targets were drawn; None: the whole vocabulary.
     """
-    logits = model.unembed(params, hidden) / temperature
-    chosen = _at(logits, targets)
+    whole = model.unembed(params, hidden) / temperature
+    chosen = _at(whole, targets)
+    logits = ops.among(whole, support)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     probs = jnp.exp(logits - normalizer[..., None])
     entropy = normalizer - jnp.sum(probs * logits, axis=-1)
-    further = {} if compare is None else compare(logits, targets, *of_teacher)
+    further = {} if compare is None else compare(whole, targets, support, *of_teacher)
     return PolicyOutput(chosen - normalizer, entropy, **further)
+
+
+def _in_support(of_tokens: Callable[..., PolicyOutput], *columns: Array) -> PolicyOutput:
+    """``of_tokens`` with the last of the columns as its ``support``."""
+    *others, support = columns
+    return of_tokens(*others, support=support)
 
 
 def _by_chunks(fn: Callable[..., PolicyOutput], vocab_size: int, *arrays: Array) -> PolicyOutput:
@@ -268,12 +285,17 @@ def _compared(
     temperature: float,
     logits: Array,
     targets: Array,
+    support: Array | None,
     hidden: Array,
 ) -> dict[str, Array]:
     """What a teacher with ``hidden`` states [B, n, D] says of the targets, [B, n] each."""
     theirs = teacher.model.unembed(params, hidden) / temperature
     shared = min(logits.shape[-1], theirs.shape[-1])
-    theirs = theirs[..., :shared]
-    log_probs = _at(theirs, targets) - jax.nn.logsumexp(theirs, axis=-1)
-    divergence = teacher.measure(logits[..., :shared], theirs)
+    chosen = _at(theirs[..., :shared], targets)
+    if support is not None:
+        support = jnp.where(support < shared, support, -1)
+    ours = ops.among(logits[..., :shared], support)
+    theirs = ops.among(theirs[..., :shared], support)
+    log_probs = chosen - jax.nn.logsumexp(theirs, axis=-1)
+    divergence = teacher.measure(ours, theirs)
     return {"teacher_log_probs": log_probs, "divergence": divergence}

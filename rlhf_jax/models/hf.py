@@ -280,9 +280,13 @@ def model_folder(path_or_hf_name: str) -> str:
 
 
 def find_folder(
-    path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str] = ("*.json", "*.safetensors")
+    path_or_hf_name: str | os.PathLike[str],
+    patterns: Iterable[str] = ("*.json", "*.safetensors"),
+    nested: Iterable[str] = (),
 ) -> Path:
-    """A local folder of that name, or the files of these patterns from the Hugging Face hub."""
+    """A local folder of that name, or the files of these patterns from the Hugging Face hub: of the
+    folder itself, and ``nested`` ones of folders in it.
+    """
     path = Path(path_or_hf_name)
     name = os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises
@@ -293,6 +297,8 @@ def find_folder(
     from huggingface_hub import snapshot_download
 
     try:
+        if nested:
+            snapshot_download(name, allow_patterns=[*nested], ignore_patterns=[])
         return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # its HTTP errors and bad names are kinds of these
         raise UserError(

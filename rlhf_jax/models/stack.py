@@ -101,9 +101,10 @@ class Given(nn.Module):
 class Dense(Given):
     """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in the compute dtype.
 
-    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``). A kernel of 8
-    bits has a "kernel_scale" [*features] (``lora.quantized``). ``std`` is the standard deviation of
-    the initial kernel, by default the config's.
+    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``); ``x`` of this
+    term alone has ``lora_dropout``. A kernel of 8 bits has a "kernel_scale" [*features]
+    (``lora.quantized``). ``std`` is the standard deviation of the initial kernel, by default the
+    config's.
     """
 
     config: TransformerConfig
@@ -128,7 +129,10 @@ class Dense(Given):
 
     @nn.nowrap
     def adapted(self, x: Array) -> Array:
-        """The adapter's term."""
+        """The adapter's term; with a dropout key, of inputs some of which are dropped."""
+        rate = self.config.lora_dropout
+        if rate and self.has_rng("dropout"):
+            x = nn.Dropout(rate, deterministic=False)(x)
         adapter = self.variables["params"]
         a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=x.dtype)
         scale = lax.stop_gradient(adapter["lora_scale"]).astype(x.dtype)
@@ -233,8 +237,7 @@ class Attention(nn.Module):
             return shared.after_prompts(query, key, value, prompt, seen), cache
         mixed = None
         if cache is not None and query.shape[3] == 1 and self.config.has_plain_softmax:
-            is_contiguous = self.config.sliding_window is None
-            mixed = caches.attention(query, cache, attention.visible(seen), is_contiguous)
+            mixed = caches.attention(query, cache, attention.visible(seen))
         if mixed is None:
             drop = None
             if self.has_rng("dropout") and self.config.attention_dropout > 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_jax import models
 from rlhf_jax.data import chat
-from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlhf_jax.data.tokenizers import MORE_TEMPLATES, Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
@@ -117,6 +117,8 @@ def export_merged(adapter: Path, folder: Path) -> Path:
         for file in [*found, of_base / "generation_config.json"]:
             if file.is_file():
                 shutil.copyfile(file, new / file.name)
+        if (of_tokenizer / MORE_TEMPLATES).is_dir():
+            shutil.copytree(of_tokenizer / MORE_TEMPLATES, new / MORE_TEMPLATES)
     return folder
 
 

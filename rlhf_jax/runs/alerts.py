@@ -229,8 +229,8 @@ def _condition(match: re.Match[str]) -> Condition:
     return condition
 
 
-# --- The default rules. docs/alerts.md says which failure each one detects, docs/notes/alerts.md
-# how often it was wrong.
+# --- The default rules. docs/alerts.md says which failure each one detects,
+# docs/notes/measurements.md how often it was wrong.
 
 
 def _beyond(label: str, value: float, sign: str, limit: float) -> str:

@@ -52,7 +52,6 @@ SETTINGS = {
         "top_k": (int, None),
         "top_p": OPTIONAL_NUMBER,
         "min_p": OPTIONAL_NUMBER,
-        "repetition_penalty": (float, int),
         "stop": [str],
     },
     "reward": [str],

@@ -30,6 +30,11 @@ from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 # is sampled: an H200 reads so many in 14 microseconds, about the time of the two sums over devices
 # that the sharding needs.
 LARGE_LAYER = 2**26
+# Most ids of a recorded support: 4 KiB a token.
+MOST_RECORDED = 1024
+# Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
+# fewer rounds.
+_IN_COLUMNS: Any = {"axis": 1, "allow_negative_indices": False}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class SamplingConfig:
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
             ``eos_id``. It may be one of several EOS ids (Qwen's is): a response ends where its
             mask does.
+        min_new_tokens: no EOS is sampled in so many first slots of a response; it then has at least
+            so many tokens, none of them an EOS.
+        record_support: whether rollouts say among which ids each token was drawn
+            (``Rollout.support``), and their log-probs are those among these ids: what an update on
+            samples of top-k, top-p, min-p or ``min_new_tokens`` needs. Their number must be
+            bounded, by ``top_k`` or by the vocabulary: at most ``MOST_RECORDED``. Of tokens that
+            tie with the k-th the lowest ids stay then, k in all. A repetition penalty cannot be
+            recorded.
     """
 
     max_new_tokens: int
@@ -62,6 +75,8 @@ class SamplingConfig:
     repetition_penalty: float = field(default=1.0, kw_only=True)
     eos_id: EosId | None = field(kw_only=True)
     pad_id: int = field(kw_only=True)
+    record_support: bool = field(default=False, kw_only=True)
+    min_new_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
@@ -69,11 +84,45 @@ class SamplingConfig:
         ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)
         ops.check_numbers(self, "top_p", above=0, at_most=1)
         ops.check_numbers(self, "min_p", at_least=0, at_most=1)
-        ops.check_numbers(self, "pad_id", at_least=0)
+        ops.check_numbers(self, "pad_id", "min_new_tokens", at_least=0)
+        ops.check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
         for eos_id in self.eos_ids:
             ops.check_number("eos_id", eos_id, at_least=0)
         if set(self.eos_ids) == {self.pad_id}:
             raise ValueError(f"pad_id must be different from eos_id, got {self.pad_id}")
+        if self.record_support and self.repetition_penalty != 1:
+            raise ValueError(
+                f"repetition_penalty {self.repetition_penalty} changes probabilities inside the "
+                "support too: record_support needs 1"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from another distribution than the whole softmax at the
+        temperature. Greedy tokens are not drawn.
+        """
+        limits = self.top_k is not None or self.top_p not in (None, 1) or bool(self.min_p)
+        limits = limits or self.min_new_tokens > 0
+        return self.temperature > 0 and (limits or self.repetition_penalty != 1)
+
+    @property
+    def records(self) -> bool:
+        """Whether rollouts have ``support``."""
+        return self.record_support and self.truncates
+
+    def most_possible(self, vocab_size: int) -> int:
+        """K, the most ids among which a token may be drawn.
+
+        Raises:
+            ValueError: ``record_support``, and they are more than ``MOST_RECORDED``.
+        """
+        most = min(self.top_k or vocab_size, vocab_size)
+        if self.records and most > MOST_RECORDED:
+            raise ValueError(
+                f"top_k must be at most {MOST_RECORDED}, got {self.top_k}: an update must know "
+                f"among which of the {vocab_size} tokens each one was drawn"
+            )
+        return most
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -163,6 +212,7 @@ class Loop(NamedTuple):
     lengths: Array  # [B] response tokens so far
     ended: Array  # [B] bool
     cache: Any
+    support: Array | None = None  # [B, T, K], see ``Rollout``
 
 
 def generate(
@@ -204,9 +254,9 @@ def generate(
         and row_ids, where T = P + max_new_tokens. The response mask covers the sampled tokens, EOS
         included; the rest of a row is ``pad_id`` with log-prob 0. Every id can be sampled: a
         ``pad_id`` before the end is an ordinary token. Log-probs are those of the full softmax at
-        ``config.temperature``, also under top-k, top-p, min-p and a
-        repetition penalty; for temperature 0 they are those of
-        temperature 1.
+        ``config.temperature``, also under top-k, top-p, min-p and a repetition penalty; for
+        temperature 0 they are those of temperature 1. With ``config.record_support`` the rollout
+        has ``support`` [B, T, K], and log-probs are those among its ids.
 
     Raises:
         ValueError: outside ``jit``, a prompt is padded on the right, or the prompts of a group
@@ -369,6 +419,12 @@ def _sample_rows(
         used=used,
         group_size=group_size,
     )
+    if config.records:
+        next_logits = partial(_next_logits, model, prompt_length=prompt_length)
+        logits, _ = jax.eval_shape(next_logits, weights[-1], rows, begun)
+        most = config.most_possible(logits.shape[-1])
+        nothing = jnp.full((*begun.tokens.shape, most), -1, jnp.int32)
+        begun = begun._replace(support=nothing)
     end = jax.lax.while_loop(
         lambda loop: ~jnp.all(loop.ended),
         lambda loop: step(model, weights[-1], rows, loop, config=config),
@@ -385,6 +441,8 @@ def _sample_rows(
         row_ids=row_ids,
         prompt_length=prompt_length,
         temperature=config.temperature,
+        support=end.support,
+        truncated=config.truncates,
     )
 
 
@@ -465,30 +523,19 @@ def step(
     """The state after one more token in each row that has not ended; ``params`` may be those of
     ``model.for_decoding``.
     """
-    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
-    # fewer rounds.
-    in_columns: Any = {"axis": 1, "allow_negative_indices": False}
-    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **in_columns)
+    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **_IN_COLUMNS)
     column = loop.column
     prompt_length = loop.tokens.shape[1] - config.max_new_tokens
-    last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **in_columns)  # [B, 1]
-    # A missing row has no real token; its position is kept inside the table.
-    positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
-    inputs = (params, last, positions)
-    if rows.prompts is None:
-        logits, cache = model.decode(*inputs, rows.key_mask, loop.cache, column)
-    else:
-        num_shared = rows.prompts.mask.shape[1]
-        own_mask = rows.key_mask[:, num_shared:]
-        place = column + -num_shared
-        grouped: Any = model
-        logits, cache = grouped.decode(*inputs, own_mask, loop.cache, place, rows.prompts)
+    logits, cache = _next_logits(model, params, rows, loop, prompt_length)
     slot = rows.used + (column + (1 - prompt_length))
     is_past = jnp.arange(loop.tokens.shape[1])[None] <= column
     seen = (loop.tokens, is_past & (rows.key_mask != 0))
-    sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, seen, config)
+    sampled, log_probs, support = _sample(logits[:, 0], rows.keys, slot, seen, config)
     sampled = jnp.where(loop.ended, config.pad_id, sampled)
     log_probs = jnp.where(loop.ended, 0.0, log_probs)
+    if support is not None:
+        support = jnp.where(loop.ended[:, None], -1, support)
+        support = write(loop.support, support[:, None], column + 1)
     ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
     return Loop(
         column=column + 1,
@@ -497,7 +544,27 @@ def step(
         lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
         ended=loop.ended | ended,
         cache=cache,
+        support=support,
     )
+
+
+def _next_logits(
+    model: CachedModel, params: Params, rows: Rows, loop: Loop, prompt_length: int
+) -> tuple[Array, Any]:
+    """Logits [B, 1, V] of the next token of each row, and the cache with the last one."""
+    column = loop.column
+    last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **_IN_COLUMNS)  # [B, 1]
+    # A missing row has no real token; its position is kept inside the table.
+    positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
+    inputs = (params, last, positions)
+    if rows.prompts is None:
+        return model.decode(*inputs, rows.key_mask, loop.cache, column)
+    num_shared = rows.prompts.mask.shape[1]
+    own_mask = rows.key_mask[:, num_shared:]
+    place = column + -num_shared
+    grouped: Any = model
+    logits, cache = grouped.decode(*inputs, own_mask, loop.cache, place, rows.prompts)
+    return logits, cache
 
 
 def _sample(
@@ -506,9 +573,10 @@ def _sample(
     positions: Array,
     seen: tuple[Array, Array],
     config: SamplingConfig,
-) -> tuple[Array, Array]:
-    """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B]
-    float32. ``seen``: the tokens so far [B, T], and which of them count.
+) -> tuple[Array, Array, Array | None]:
+    """One token for each row of logits [B, V]: ids [B] int32, log-probs [B] float32, of the whole
+    softmax or among the support, and that [B, K], if the config records it. ``seen``: the tokens
+    so far [B, T], and which of them count.
     """
     vocab_size = logits.shape[-1]
     if max(config.eos_ids, default=0) >= vocab_size:
@@ -517,20 +585,43 @@ def _sample(
         )
     logits = logits.astype(jnp.float32)
     noisy = logits
+    if config.min_new_tokens:
+        is_eos = np.isin(np.arange(vocab_size), config.eos_ids)
+        is_early = positions < config.min_new_tokens
+        noisy = jnp.where(is_early[:, None] & is_eos[None], -jnp.inf, logits)
     if config.repetition_penalty != 1:
-        noisy = penalised(logits, *seen, config.repetition_penalty)
+        noisy = penalised(noisy, *seen, config.repetition_penalty)
     if config.temperature > 0:
         logits = logits / config.temperature
         noisy = noisy / config.temperature
         keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
         # As jax.random.categorical does.
         noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
+        if config.records:
+            return _sample_recorded(noisy, noise, config)
         noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + noise
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)
     sampled = jnp.min(jnp.where(noisy < best, vocab_size, jnp.arange(vocab_size)[None]), axis=-1)
     chosen = jnp.take_along_axis(logits, sampled[:, None], axis=-1)[:, 0]
-    return sampled.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    return sampled.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1), None
+
+
+def _sample_recorded(
+    logits: Array, noise: Array, config: SamplingConfig
+) -> tuple[Array, Array, Array]:
+    """``_sample`` of logits [B, V] at the temperature: ids [B], their log-probs [B] among the
+    support, and that [B, K].
+    """
+    # Of equal logits the lowest ids come first.
+    ranked, ids = jax.lax.top_k(logits, config.most_possible(logits.shape[-1]))
+    possible = truncate(ranked, None, config.top_p, config.min_p)
+    support = jnp.where(possible > -jnp.inf, ids, -1)
+    place = jnp.argmax(possible + jnp.take_along_axis(noise, ids, axis=-1), axis=-1)[:, None]
+    sampled = jnp.take_along_axis(ids, place, axis=-1)[:, 0]
+    log_probs = jax.nn.log_softmax(possible, axis=-1)
+    chosen = jnp.take_along_axis(log_probs, place, axis=-1)[:, 0]
+    return sampled.astype(jnp.int32), chosen, support
 
 
 def penalised(logits: Array, tokens: Array, counts: Array, penalty: float) -> Array:

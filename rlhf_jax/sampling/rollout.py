@@ -41,11 +41,14 @@ def collect(
     yet.
 
     ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between
-    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``; one that is
-    known to have another temperature is a ValueError, and so is one whose ``prompt_length`` is more
-    than P. With a whole value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
+    them. Under top-k, top-p or min-p the ``support`` of each token is recorded, and all log-probs
+    are those among its ids. ``policy_fn`` and ``ref_fn`` must divide logits by
+    ``sampling.temperature``; one that is known to have another temperature is a ValueError, and so
+    is one whose ``prompt_length`` is more than P. With a whole value model ``params`` are
+    {"policy", "value"}, as in ``models.policy_fn``.
     """
     policy = policy_params(params)
+    sampling = replace(sampling, record_support=sampling.truncates)
     sampled = generate(
         model, policy, tokens, attention_mask, key, config=sampling, row_ids=row_ids, mesh=mesh
     )
@@ -76,7 +79,8 @@ def rescore(
     ops.check_fits(policy_fn, rollout)
     mask = rollout.mask
     inputs = (rollout.tokens, rollout.attention_mask, None)
-    output = policy_fn(params, *inputs)
+    support = ops.with_support(rollout.support)
+    output = policy_fn(params, *inputs, **support)
     log_probs = ops.masked(output.log_probs, mask)
     values = None if output.values is None else ops.masked(output.values, mask)
     scored = replace(rollout, log_probs=log_probs, values=values)
@@ -87,7 +91,7 @@ def rescore(
         scored = replace(scored, importance_weights=weights)
     if ref_fn is not None:
         ops.check_fits(ref_fn, rollout, "ref_fn")
-        ref_log_probs = ops.masked(ref_fn(*inputs).log_probs, mask)
+        ref_log_probs = ops.masked(ref_fn(*inputs, **support).log_probs, mask)
         scored = replace(scored, ref_log_probs=ref_log_probs)
     return scored
 

@@ -5,7 +5,6 @@ The work is ``steps.py``'s, on random tokens. A call is timed until its result i
 of the first iteration of ``rlhf-jax ppo --config tiny``.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -16,26 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
 
-import rlhf_jax
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.steps import PRESETS, Name, Preset, Value, Work, work
+from rlhf_jax.cli.benchmark import figures, opponent
+from rlhf_jax.cli.benchmark.steps import GROUP, PRESETS, Preset, Work, work
 from rlhf_jax.cli.console import show
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
 MAX_OTHERS = 0.02  # share of the machine that other programs may use before a figure means little
-SCRIPTS = Path(rlhf_jax.__file__).parents[1] / "benchmarks"  # of a checkout
-OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
 FIRST_ITERATION = "ppo --config tiny --rl.num-iterations 1 --rl.validation-fraction 0"
 AS_TINY = Preset(
     models.GPT2Config(800, 80, 32, 2, 2), batch=32, prompt=26, response=12
@@ -57,8 +53,14 @@ def run(
     ],
     preset: str = "char-small",
     value: Literal["shared", "separate"] = "shared",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rows: int | None = None,
+    prompt: int | None = None,
+    response: int | None = None,
+    microbatches: int = 1,
     calls: int = 5,
-    against: Literal["hand", "transformers", "trl"] | None = None,
+    against: opponent.Kind | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Time a kind of step on random tokens and print one line of JSON.
 
@@ -68,16 +70,24 @@ def run(
     Args:
         name: what is timed; startup: processes, from their start to the end of the first PPO
             iteration.
-        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
+        preset: char-nano, char-small, char-wide, gpt2, qwen2.5-0.5b or llama-1b with random
+            weights; the last three also with -tiny, for a trial.
         value: in an iteration: a value head on the policy, or a value model of its own.
+        dtype: of matrix products and activations; a rollout's weights have it too, the others' have
+            float32.
+        rows: of a batch, in place of the preset's; pairs count as two.
+        prompt: columns of the prompts, in place of the preset's.
+        response: columns of the responses, in place of the preset's.
+        microbatches: of sft and grpo.
         calls: timed calls, after one that warms up; at least five.
-        against: PyTorch's version of the same work, in turn with ours, after a check that both
-            compute the same; needs a checkout and torch, trl for the last. The line gets its median
-            and the ratio.
+        against: PyTorch's version of the same work on the same device, in turn with ours, after a
+            check that both compute the same; needs a checkout and torch, trl for the last. The line
+            gets its median and the ratio.
+        check: compare what both compute before they are timed.
 
     Raises:
-        UserError: there is no such preset, fewer than five calls are asked for, or the two programs
-            differ.
+        UserError: there is no such preset, fewer than five calls are asked for, the sizes do not
+            fit, or the two programs differ.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none; choose from {', '.join(PRESETS)}")
@@ -85,48 +95,78 @@ def run(
         raise UserError(f"--calls {calls}: a median needs at least 5")
     if name == "startup":
         return {"bench": name} | startup(calls, against) | machine()
+    if against is not None:  # the other program's memory is on the same card
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices.choose(None)  # programs as a run's are compiled
-    sizes = PRESETS[preset]
-    opponent = None
-    if against is not None:
-        opponent = Opponent(against, name, sizes, value)
-        opponent.agree()
-        opponent.ask("step")
+    given = {"batch": rows, "prompt": prompt, "response": response}
+    sizes = sized(name, PRESETS[preset], dtype, given, microbatches)
+    other = None if against is None else opponent.opposed(against, name, sizes, value, check)
     timed = work(name, sizes, value)
-    flops = matmul_flops(
+    flops = figures.matmul_flops(
         jax.make_jaxpr(timed.step)(timed.carry, timed.data).jaxpr, trips=sizes.response
     )
     compiled, cold, warm = compile_seconds(timed)
     carry, _ = jax.block_until_ready(compiled(timed.carry, timed.data))
-    rows = []
+    columns = []
     for _ in range(calls):
-        if opponent is not None:
-            opponent.turn()
+        if other is not None:
+            other.turn()
         carry, row = measured(compiled, carry, timed.data)
-        rows.append(row)
-    median = statistics.median(row["seconds"] for row in rows)
-    peak_flops, peak_bytes = peaks(sizes)
-    stats = jax.devices()[0].memory_stats() or {}
-    peak_memory = stats.get(
-        "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    line: dict[str, Any] = {"bench": name, "preset": preset, "value": value} | spread(
-        [row["seconds"] for row in rows]
-    )
-    line |= {"tokens_per_s": timed.tokens / median, "compile_cold_s": cold, "compile_warm_s": warm}
-    line |= {"peak_memory_mb": peak_memory / 2**20, "flops_share": flops / median / peak_flops}
-    line |= {
-        "page_faults": statistics.median(row["faults"] for row in rows),
-        "others_cpu": middle(rows, "others"),
-    }
-    if name == "rollout":
-        read = sizes.response * (_bytes(timed.data[0]) + _cache_bytes(sizes))
-        line["bandwidth_share"] = read / median / peak_bytes
-    if opponent is not None:
-        other = statistics.median(opponent.seconds)
-        line |= {"against": against, "against_median_s": other, "ratio": other / median}
-        opponent.close()
+        columns.append(row)
+    line: dict[str, Any] = {"bench": name, "preset": preset, "value": value, "dtype": dtype}
+    line |= {"rows": sizes.batch, "prompt": sizes.prompt, "response": sizes.response}
+    line |= _figures(name, sizes, timed, compiled, columns, flops)
+    line |= {"compile_cold_s": cold, "compile_warm_s": warm}
+    if other is not None:
+        theirs = statistics.median(other.seconds)
+        line |= {"against": against, "against_median_s": theirs}
+        line |= {"ratio": theirs / line["median_s"], "against_peak_memory_mb": other.memory_mb}
+        other.close()
     return line | machine()
+
+
+def sized(
+    name: str, preset: Preset, dtype: str, given: dict[str, int | None], microbatches: int
+) -> Preset:
+    """The preset in this dtype, with the sizes that were given.
+
+    Raises:
+        UserError: a size is below 1, or the rows do not divide.
+    """
+    sizes: dict[str, Any] = {}
+    for key, number in given.items():
+        if number is not None:
+            sizes[key] = number
+    wrong = [key for key, number in sizes.items() if number < 1]
+    if wrong or microbatches < 1:
+        raise UserError(f"{', '.join(wrong) or 'microbatches'}: must be at least 1")
+    if microbatches > 1 and name not in ("sft", "grpo"):
+        raise UserError(f"--microbatches: {name} has none here; sft and grpo have")
+    preset = preset._replace(num_microbatches=microbatches, **sizes)
+    part = {"reward": 2, "dpo": 2, "grpo": GROUP}.get(name, 1) * microbatches
+    if preset.batch % part:
+        raise UserError(f"--rows {preset.batch}: {name} needs a multiple of {part}")
+    length = max(preset.model.max_length, preset.prompt + preset.response)
+    model = replace(preset.model, compute_dtype=dtype, max_length=length)
+    return preset._replace(model=model)
+
+
+def _figures(
+    name: Any, sizes: Preset, timed: Work, compiled: Any, rows: list[dict[str, float]], flops: float
+) -> dict[str, Any]:
+    """Of the timed calls ``rows``; ``flops``: of the products that the program computes."""
+    line: dict[str, Any] = spread([row["seconds"] for row in rows])
+    median = line["median_s"]
+    stats = jax.devices()[0].memory_stats() or {}
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line |= {"tokens_per_s": timed.tokens / median}
+    line |= {"peak_memory_mb": stats.get("peak_bytes_in_use", of_process) / 2**20}
+    line |= {"planned_memory_mb": figures.planned_bytes(compiled) / 2**20}
+    policy = timed.data[0] if name == "rollout" else None
+    line |= figures.of_step(name, sizes, policy, median)
+    line |= {"flops_share": flops / median / line["peak_tflops"] / 1e12}
+    page_faults = statistics.median(row["faults"] for row in rows)
+    return line | {"page_faults": page_faults, "others_cpu": middle(rows, "others")}
 
 
 # --- One call
@@ -210,72 +250,6 @@ def compile_seconds(work: Work) -> tuple[Any, float, float]:
     return compiled, seconds[0], seconds[1]
 
 
-def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
-    """Floating-point operations of a jaxpr's matrix products; ``trips``: how often the body of a
-    ``while`` runs.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        params = equation.params
-        if name == "dot_general":
-            contracted = params["dimension_numbers"][0][0]
-            inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
-            total += 2.0 * float(inner) * equation.outvars[0].aval.size
-        times = params["length"] if name == "scan" else trips if name == "while" else 1
-        for part in jax.tree.leaves(
-            list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                total += times * matmul_flops(part, trips)
-    return total
-
-
-def peaks(preset: Preset) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s of a large copy) that this process reaches, the
-    best of six.
-    """
-    size = 8192 if jax.default_backend() != "cpu" else 1536
-    square = jnp.ones((size, size), preset.model.compute_dtype)
-    block = jnp.ones(2**26, jnp.float32)
-
-    def best(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-        call = jax.jit(function)
-        seconds = []
-        for _ in range(6):
-            started = time.perf_counter()
-            jax.block_until_ready(call(x))
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
-
-    return 2.0 * size**3 / best(lambda x: x @ x, square), 2.0 * block.nbytes / best(
-        lambda x: x + 1, block
-    )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _cache_bytes(preset: Preset) -> float:
-    """Keys and values that a token reads, of a cache that is half full on the mean over the
-    response.
-    """
-    config = preset.model
-    length = preset.prompt + preset.response / 2
-    itemsize = jnp.dtype(config.compute_dtype).itemsize
-    return (
-        2.0
-        * preset.batch
-        * config.num_layers
-        * config.kv_heads
-        * config.head_size
-        * length
-        * itemsize
-    )
-
-
 def machine() -> dict[str, Any]:
     """Versions and the machine, for the line."""
     versions = {
@@ -298,7 +272,7 @@ def machine() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------
 
 
-def startup(calls: int, against: str | None = None) -> dict[str, Any]:
+def startup(calls: int, against: opponent.Kind | None = None) -> dict[str, Any]:
     """Wall and CPU seconds from a process's start to its first iteration, without and with JAX's
     cache on disk.
 
@@ -314,10 +288,10 @@ def startup(calls: int, against: str | None = None) -> dict[str, Any]:
     if against is not None:
         seconds = []
         for _ in range(calls):
-            opponent = Opponent(against, "iteration", AS_TINY, "separate")
-            opponent.ask("step")
-            seconds.append(time.perf_counter() - opponent.started)
-            opponent.close()
+            other = opponent.Opponent(against, "iteration", AS_TINY, "separate")
+            other.ask("step")
+            seconds.append(time.perf_counter() - other.started)
+            other.close()
         line |= spread(seconds, "against_") | {
             "ratio": statistics.median(seconds) / line["median_s"]
         }
@@ -357,102 +331,3 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
             "bench startup: the run ended before its first iteration; see its message above"
         )
     return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime} | others(busy, own, seconds)
-
-
-# --- Another program
-# ------------------------------------------------------------------------------------------
-
-
-class Opponent:
-    """One of OPPONENTS as a process that does the same work when it is asked to.
-
-    Raises:
-        UserError: the script is not there, as without a checkout, or the process ended.
-    """
-
-    def __init__(self, kind: str, name: Name, preset: Preset, value: Value) -> None:
-        script = SCRIPTS / OPPONENTS[kind]
-        if not script.is_file():
-            raise UserError(
-                "--against: benchmarks/ is part of a checkout, not of the installed package"
-            )
-        self.name = name
-        self.preset = preset
-        self.value = value
-        self.folder = tempfile.TemporaryDirectory()
-        self.seconds = list[float]()
-        model = models.build(preset.model)
-        keys = jax.random.split(jax.random.key(0), 4)
-        params = models.add_head(keys[3], model.init(keys[0]), "score")
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-        arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
-        arrays = {
-            path: leaf for path, leaf in arrays.items() if path not in ("score/gain", "score/shift")
-        }
-        shape = (preset.batch, preset.prompt + preset.response)
-        tokens = np.asarray(
-            jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
-        )
-        shared = Path(self.folder.name, "shared.npz")
-        config = json.dumps(dataclasses.asdict(preset.model), default=str)
-        np.savez(shared, config=config, prompt=preset.prompt, tokens=tokens, **arrays)  # type: ignore[arg-type]
-        command = [
-            sys.executable,
-            str(script),
-            str(shared),
-            "--bench",
-            name,
-            "--kind",
-            kind,
-            "--value",
-            value,
-        ]
-        self.started = time.perf_counter()
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, what: Literal["check", "step"]) -> dict[str, Any]:
-        """One turn: its result (loss and gradient norm, or tokens) and its seconds."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{what}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"result"'):  # libraries print lines of their own
-                return json.loads(line)
-        raise UserError("--against: the other program ended; see its message above")
-
-    def agree(self) -> None:
-        """Checks that both programs compute the same: loss and gradient norm, or the greedy tokens
-        of a rollout.
-
-        An opponent that does not tell one of the two answers null for it.
-
-        Raises:
-            UserError: they do not.
-        """
-        ours = work(self.name, self.preset, self.value, temperature=0.0)
-        _, metrics = jax.jit(ours.step)(ours.carry, ours.data)
-        theirs = np.asarray(self.ask("check")["result"], np.float64)  # null becomes NaN
-        mine = (
-            metrics["tokens"]
-            if self.name == "rollout"
-            else jnp.stack([metrics["loss"], metrics["grad_norm"]])
-        )
-        mine = np.where(np.isnan(theirs), theirs, np.asarray(mine))
-        if np.isnan(theirs).all() or not np.allclose(
-            mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True
-        ):
-            raise UserError(
-                f"--against: the two programs do not compute the same: {mine} here, {theirs} there"
-            )
-
-    def turn(self) -> None:
-        """A timed step."""
-        self.seconds.append(self.ask("step")["seconds"])
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.communicate()
-        self.folder.cleanup()

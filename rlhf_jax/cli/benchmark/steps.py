@@ -5,7 +5,9 @@ Models have random weights, and no response ends early: the time depends on shap
 """
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ import optax
 
 from rlhf_jax import iteration, models, rewards, sampling
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft, vpg
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.config import DecoderConfig, ModelConfig
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling.rollout import rescore
 from rlhf_jax.training.common.initial import Trainable
@@ -27,15 +29,33 @@ Value = Literal["shared", "separate"]
 
 class Preset(NamedTuple):
     """Shapes of the work: a model, rows of a batch (pairs count as two), prompt and response
-    columns.
+    columns, and the microbatches of an update.
     """
 
     model: ModelConfig
     batch: int
     prompt: int
     response: int
+    num_microbatches: int = 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        shapes = jax.eval_shape(models.build(self.model).init, jax.random.key(0))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+    def reduced(self) -> "Preset":
+        """The same work on a network of the family that is small in all its sizes."""
+        small: dict[str, Any] = {"vocab_size": 128, "max_length": 16, "hidden_size": 64}
+        small |= {"num_layers": 2, "num_heads": 4, "compute_dtype": "float32"}
+        if isinstance(self.model, DecoderConfig):
+            small |= {"num_kv_heads": 2, "intermediate_size": 128}
+        batch = max(8, GROUP * self.num_microbatches)
+        model = replace(self.model, **small)
+        return self._replace(model=model, batch=batch, prompt=8, response=8)
 
 
+GROUP = 4  # answers to a prompt, of GRPO
 PRESETS: dict[str, Preset] = {
     "char-nano": Preset(models.GPT2Config(65, 64, 64, 2, 4), 32, 16, 16),
     "char-small": Preset(models.GPT2Config(65, 112, 128, 4, 4), 64, 64, 48),
@@ -47,7 +67,26 @@ PRESETS: dict[str, Preset] = {
         512,
         512,
     ),
+    "qwen2.5-0.5b": Preset(
+        models.Qwen2Config(
+            151936,
+            4096,
+            896,
+            24,
+            14,
+            num_kv_heads=2,
+            intermediate_size=4864,
+            rope_theta=1e6,
+            tie_embeddings=True,
+        ),
+        8,
+        512,
+        512,
+    ),
 }
+# A CPU computes them in a moment.
+PRESETS |= {f"{name}-tiny": PRESETS[name].reduced() for name in ("gpt2", "llama-1b")}
+PRESETS["qwen2.5-0.5b-tiny"] = PRESETS["qwen2.5-0.5b"].reduced()
 
 
 TINY = Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)  # of the doctor
@@ -78,7 +117,8 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
     Args:
         name: ``rollout`` samples; ``iteration`` is one of PPO, 4 epochs of 1 minibatch, with bodies
             of reference and reward model; ``grpo`` and ``vpg`` are their updates on a rollout that
-            is there; the others are one step.
+            is there; the others are one step. A rollout's weights have the dtype of its products,
+            the others' have float32, and so has Adam.
         value: for ``iteration``: the value head on the policy's body, or a whole value model.
     """
     model = models.build(preset.model)
@@ -107,9 +147,8 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
         )
 
     if name == "sft":
-        return stepping(
-            sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config()
-        )
+        config = sft.Config(num_microbatches=preset.num_microbatches)
+        return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=config)
     pairs = Comparisons(*(x.reshape(-1, 2, shape[1]) for x in (tokens, mask, batch.response_mask)))
     if name == "reward":
         options = {"score_fn": models.score_fn(model), "config": reward_model.Config()}
@@ -141,7 +180,8 @@ def _rl_work(
 ) -> Work:
     how = sampling.SamplingConfig(preset.response, temperature=temperature, eos_id=None, pad_id=0)
     algorithm: Algorithm = {"grpo": grpo, "vpg": vpg}.get(name, ppo)
-    group = {"grpo": {"group_size": 4}, "iteration": {"num_epochs": 4}}.get(name, {})
+    group = {"grpo": {"group_size": GROUP}, "iteration": {"num_epochs": 4}}.get(name, {})
+    group |= {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
     columns: Any = {"prompt_length": preset.prompt}
@@ -186,12 +226,16 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        data = iteration.sampler(loop, functions.base), prompts
+        data = _in_dtype(preset, iteration.sampler(loop, functions.base)), prompts
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
     collected = _scored(batch, prompts.row_ids, loop.train.params, functions)
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)
+
+
+def _in_dtype(preset: Preset, params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(preset.model.compute_dtype), params)
 
 
 def _functions(

@@ -31,7 +31,7 @@ from rlhf_jax import iteration, models, ops, training
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
-from rlhf_jax.config import RLStage, RunConfig, parse
+from rlhf_jax.config import PPOStage, RLStage, RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -72,7 +72,7 @@ OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
 OPTIONS = {"xla_backend_optimization_level": 0}
 
 # Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs. Measured in
-# docs/notes/memory.md.
+# docs/notes/measurements.md.
 PROCESS = 2**29
 
 SAMPLING = "sample and score"  # the phase with the loop over tokens
@@ -521,7 +521,7 @@ def _supervised(case: Case, length: int | None) -> Shapes:
             optimizer=optimizer,
             config=settings,
             minibatch_sharding=sharding.rows(case.mesh),
-            **{"score_fn" if is_scorer else "policy_fn": bound},
+            **bound,
         )
 
     batch = case.spread(_batch(case, _fitting(model, length)))
@@ -532,7 +532,10 @@ def _supervised(case: Case, length: int | None) -> Shapes:
         "frozen weights": start.base,
         "reference": reference,
     }
-    program = (learn, state, batch, key, start.bind(model_fn), ref_fn)
+    functions = {"score_fn" if is_scorer else "policy_fn": start.bind(model_fn)}
+    if is_scorer and settings.sft_coef:
+        functions["policy_fn"] = start.bind(models.policy_fn(model))
+    program = (learn, state, batch, key, functions, ref_fn)
     return Shapes(held, {"learn": program}, {})
 
 
@@ -554,15 +557,13 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     settings = case.config.rl
     own = case.own
     algorithm = RL[case.name]
-    stage = case.stage
     model, params = case.policy()
     prompt = _prompt_columns(settings, length)
     _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
     values = critic.settings(own)
     value = values.value if algorithm.needs_values else None
-    starts = functools.partial(critic.start, stage, value=value)
-    start, trained = case.laid_out(jax.eval_shape(starts, params))
+    start, trained, value_model = _starts(case, params, values, value)
     optimizer = critic.make_optimizer(settings, values, 1, trained.params)
 
     def first(params: Params, reference: Params | None) -> iteration.LoopState:
@@ -576,8 +577,9 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
     shared_by = case.shared_by(prompt)
-    functions = _functions(case, model, start, trained, teacher, reference, (prompt, shared_by))
-    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
+    networks = (model, value_model)
+    functions = _functions(case, networks, start, trained, teacher, reference, (prompt, shared_by))
+    samples = initial.recorded(initial.drawn(settings, 0, 1), model.config.vocab_size)
     how: Any = {"model": model, "config": samples, "mesh": case.mesh, "score_rows": rows}
     collect = functools.partial(_collected, shared_by=shared_by, **how)
     shape, masked = rules(settings, samples)
@@ -606,7 +608,8 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     if functions.reward_fn is not None:
         programs["reward"] = (iteration.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
-    held = _held(state, start, reference, functions)
+    frozen = start.base if value_model is None else trained.base
+    held = _held(state, start, frozen, reference, functions)
     held["reward models"] = functions.reward_fn if case.config.reward else None
     held["policy that samples"] = iteration.policy(state) if settings.rollouts_ahead else None
     sizes = (settings.batch_size, prompt, settings.max_new_tokens, shared_by)
@@ -614,9 +617,29 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
+def _starts(
+    case: Case, params: Params, values: PPOStage, value: str | None
+) -> tuple[Trainable, Trainable, models.Model | None]:
+    """The shapes of what a run starts from, as ``critic.start`` gives it, and the network of a
+    value model that does not start as the policy.
+    """
+    source = critic.source_of(case.config, values) if value == "separate" else None
+    network = None
+    of_source = None
+    if source is not None:
+        network, of_source = case.model(source)
+
+    def starts(params: Params, of_source: Params | None) -> tuple[Trainable, Trainable]:
+        return critic.start(case.stage, params, value, source=of_source)
+
+    start, trained = case.laid_out(jax.eval_shape(starts, params, of_source))
+    return start, trained, network
+
+
 def _held(
     state: iteration.LoopState,
     start: Trainable,
+    frozen: Params | None,
     reference: Params | None,
     functions: iteration.Functions,
 ) -> dict[str, Any]:
@@ -624,7 +647,7 @@ def _held(
     return {
         "parameters": state.train.params,
         "optimizer": state.train.opt_state,
-        "frozen weights": start.base,
+        "frozen weights": frozen,
         "reference": None if reference is start.base else reference,
         "teacher": functions.teacher,
     }
@@ -676,16 +699,18 @@ def _collected(
 
 def _functions(
     case: Case,
-    model: models.Model,
+    networks: tuple[models.Model, models.Model | None],
     start: initial.Trainable,
     trained: initial.Trainable,
     teacher: LanguageModel | None,
     reference: Params | None,
     shared: tuple[int, int],
 ) -> iteration.Functions:
-    """What the programs of RL call; ``shared``: columns of a prompt, and rows that compute it
-    once.
+    """What the programs of RL call; ``networks``: of the policy, and of a value model that does not
+    start as the policy; ``shared``: columns of a prompt, and rows that compute it once.
     """
+    model, others = networks
+    value_model = (others or model) if "policy" in trained.params else None
     settings = case.config.rl
     rows = memory.score_rows(case.config.compute, settings.batch_size, case.own)
     prompt, size = shared
@@ -705,7 +730,6 @@ def _functions(
         teacher_params = teacher.params
         if not case.config.reward:
             reward = teachers.log_ratio(teacher, settings, rows)
-    value_model = model if "policy" in trained.params else None
     trained_fn = trained.bind(policy_fn(value_model, taught_by))
     reward_fn = case.laid_out(reward)
     return iteration.Functions(trained_fn, reward_fn, ref_fn, start.base, teacher_params)

@@ -34,7 +34,7 @@ CARD = """gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "{description}"
+device_description_str: "{device_kind}"
 """
 
 
@@ -75,11 +75,11 @@ def find(name: str) -> Target:
 
 def _gpus(figures: dict[str, Any], count: int) -> Sequence[jax.Device]:
     own = {
-        key: figures[key] for key in figures if key not in ("description", "flops", "capability")
+        key: figures[key] for key in figures if key not in ("device_kind", "flops", "capability")
     }
     lines = "\n  ".join(f"{key}: {value}" for key, value in own.items())
     card = CARD.format(
-        figures=lines, **{key: figures[key] for key in ("capability", "description")}
+        figures=lines, **{key: figures[key] for key in ("capability", "device_kind")}
     )
     shape = f"1x{count}x1"
     try:

@@ -72,6 +72,8 @@ def _adapted(record: Record, names: dict[str, str]) -> list[Record]:
     """
     if not isinstance(record.value, dict):
         return [record]
+    if not names:
+        return table.converted(record, {})
     row = dict(record.value)
     values = {ours: _joined(record, theirs) for ours, theirs in names.items()}
     for theirs in names.values():

@@ -128,9 +128,9 @@ def converted(record: Record, given: Fields) -> list[Record]:
         or sounds; as `Drop` if training cannot use the record.
     """
     row = record.value
-    for key in _MEDIA:
+    for key in filter(row.get, _MEDIA):
         what = f"has {key!r}, and no model here reads such input; remove the column or these rows"
-        record.expect(not row.get(key), what)
+        record.expect(False, what)
     found = _fitting(record, given)
     if found is None:
         return [_in_turns(record)]
@@ -161,7 +161,9 @@ def _fitting(record: Record, given: Fields) -> PublicForm | None:
       BadRow: two forms fit and none of them includes the other.
     """
     row = record.value
-    fitting = [known for known in _with_keys(frozenset(row)) if known.fits(row)]
+    fitting = [known for known in _with_keys(tuple(row)) if known.fits(row)]
+    if not fitting:
+        return None
     narrow = []
     for known in fitting:
         if not any(set(known.keys) < set(other.keys) for other in fitting):
@@ -178,26 +180,28 @@ def _fitting(record: Record, given: Fields) -> PublicForm | None:
 
 
 @lru_cache(maxsize=256)
-def _with_keys(keys: frozenset[str]) -> list[PublicForm]:
+def _with_keys(keys: tuple[str, ...]) -> list[PublicForm]:
     """The forms that records with these keys may have."""
+    has = set(keys)
     return [
-        known for known in FORMS if keys.issuperset(known.keys) and keys.isdisjoint(known.without)
+        known for known in FORMS if has.issuperset(known.keys) and has.isdisjoint(known.without)
     ]
 
 
 def _in_turns(record: Record) -> Record:
     """The record with its conversations as `messages_of`, and their tools as a list."""
-    row = dict(record.value)
-    has_turns = False
+    row = record.value
+    turned: Fields = {}
     for key in ("messages", "prompt", "response", "chosen", "rejected"):
         value = row.get(key)
         turns = [value] if isinstance(value, dict) else value
         if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
-            row[key] = messages_of(record, turns)
-            has_turns = True
-    if has_turns and row.get("tools"):
-        row["tools"] = _tools(record, row["tools"])
-    return record._replace(value=row)
+            turned[key] = messages_of(record, turns)
+    if not turned:
+        return record
+    if row.get("tools"):
+        turned["tools"] = _tools(record, row["tools"])
+    return record._replace(value=row | turned)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -3,10 +3,14 @@ attention of one query to it.
 
 [B, H, S, Dh] keys and values are held as
     cpu: [B, H, Dh, S] and [B, H, S, Dh], as the two products of one query read them;
-    gpu: [B, H, S, Dh], as Pallas' kernel for decoding reads them;
+    gpu: [B, H, S, Dh], as the products of a GPU read them;
+    cudnn: [B, S, H, Dh], as cuDNN's attention reads them, on GPUs in bfloat16: no token copies them
+        into its order;
     tpu: [B, S, H Dh]: heads of 64 would fill half of a tile's 128 lanes, and the cache of a GPT-2
         took 8.0 GiB in place of 2.4 (XLA:TPU for v5e, 64 rows, 1,024 slots).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,48 +23,61 @@ from rlhf_jax.models.kernels import fused
 
 LayerCache = tuple[Array, Array]
 # Axes of the slots in keys and values.
-SLOTS = {"cpu": (3, 2), "gpu": (2, 2), "tpu": (1, 1)}
-# Programs of one kernel that fill a GPU. Few rows and heads are read by several programs each.
-PROGRAMS = 512
+SLOTS = {"cpu": (3, 2), "gpu": (2, 2), "cudnn": (1, 1), "tpu": (1, 1)}
+
+
+def layout(dtype: Any) -> str:
+    """The layout of a cache of this dtype in the program that is being traced."""
+    platform = fused.platform()
+    return "cudnn" if platform == "gpu" and dtype == jnp.bfloat16 else platform
 
 
 def held(key: Array, value: Array) -> LayerCache:
     """[B, H, S, Dh] keys and values in the platform's layout."""
-    platform = fused.platform()
-    if platform == "cpu":
+    form = layout(value.dtype)
+    if form == "cpu":
         return key.mT, value
-    if platform == "tpu":
+    if form == "tpu":
         return _merged(key), _merged(value)
+    if form == "cudnn":
+        return _swapped(key), _swapped(value)
     return key, value
 
 
 def read(cache: LayerCache, num_heads: int) -> tuple[Array, Array]:
     """A cache as [B, H, S, Dh] keys and values."""
     keys, values = cache
-    platform = fused.platform()
-    if platform == "cpu":
+    form = layout(values.dtype)
+    if form == "cpu":
         return keys.mT, values
-    if platform == "tpu":
+    if form == "tpu":
         return _apart(keys, num_heads), _apart(values, num_heads)
+    if form == "cudnn":
+        return _swapped(keys), _swapped(values)
     return keys, values
+
+
+def _swapped(x: Array) -> Array:
+    """[B, H, S, Dh] -> [B, S, H, Dh], and back."""
+    return x.swapaxes(1, 2)
 
 
 def _merged(x: Array) -> Array:
     """[B, H, S, Dh] -> [B, S, H Dh]."""
-    by_slot = x.swapaxes(1, 2)
+    by_slot = _swapped(x)
     return by_slot.reshape(*by_slot.shape[:2], -1)
 
 
 def _apart(x: Array, num_heads: int) -> Array:
     """[B, S, H Dh] -> [B, H, S, Dh]."""
     by_slot = x.reshape(*x.shape[:2], num_heads, -1)
-    return by_slot.swapaxes(1, 2)
+    return _swapped(by_slot)
 
 
 def write(cache: LayerCache, new: LayerCache, index: Array | int) -> LayerCache:
     """The cache with new keys and values at slots index, index + 1, ..., each modulo S."""
-    of_keys, of_values = SLOTS[fused.platform()]
     keys, values = cache
+    of_keys, of_values = SLOTS[layout(values.dtype)]
     new_keys, new_values = new
     keys = _written(keys, new_keys, of_keys, index)
     values = _written(values, new_values, of_values, index)
@@ -116,7 +133,6 @@ def attention(
     query: Array,
     cache: LayerCache,
     mask: Array,
-    is_contiguous: bool,
 ) -> Array | None:
     """``attention.attention`` of one query to a cache, by a form for this platform; None if the
     caller must compute the plain formula.
@@ -124,16 +140,17 @@ def attention(
     Args:
         query: [B, H, G, 1, Dh], times the scale.
         mask: [B, 1, 1, S] bool: the slots that it attends to.
-        is_contiguous: whether these slots are contiguous, as they are in every cache without a
-            window.
     """
     mesh = get_abstract_mesh()
     is_cut = any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
-    platform = fused.platform()
-    if platform == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
+    form = layout(cache[1].dtype)
+    if form == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
         return _all_heads(query, cache, mask)
-    if platform == "gpu" and is_contiguous and _fits_pallas(query, cache):
-        return fused.on_each_device(_pallas, query.shape[1], (query, *cache), mask)
+    *_, width = query.shape
+    if form == "cudnn" and fused.fits_cudnn(width):
+        heads = query.shape[1]
+        places = (1, 2, 2)
+        return fused.on_each_device(_cudnn, heads, (query, *cache), mask, places)
     return None
 
 
@@ -156,38 +173,25 @@ def _all_heads(query: Array, cache: LayerCache, mask: Array) -> Array:
     return own_mixed.astype(values.dtype)
 
 
-def _fits_pallas(query: Array, cache: LayerCache) -> bool:
-    width = query.shape[-1]
-    num_slots = cache[1].shape[2]
-    is_power_of_two = width >= 16 and width.bit_count() == 1
-    is_bfloat16 = query.dtype == jnp.bfloat16
-    fits = is_bfloat16 and is_power_of_two and num_slots % 16 == 0
-    return fits and fused.takes_pallas()
-
-
-def _pallas(query: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Pallas' kernel for decoding, which skips the slots after a row's last."""
-    from jax.experimental.pallas.ops.gpu import decode_attention
-
-    batch, heads, _, _, width = query.shape
-    num_slots = keys.shape[2]
+def _cudnn(query: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """cuDNN's attention, which does not read the slots after a row's last. Its mask is one number a
+    slot, as there is one query.
+    """
+    batch, *_, width = query.shape
+    num_slots = keys.shape[1]
     is_seen = mask[:, 0, 0]
-    start = jnp.argmax(is_seen, axis=1)
-    end = num_slots - jnp.argmax(is_seen[:, ::-1], axis=1)
-    splits = 1
-    while batch * heads * splits < PROGRAMS and num_slots % (32 * splits) == 0:
-        splits *= 2
-    block = 128
-    while num_slots // splits % block:
-        block //= 2
-    mixed = decode_attention.gqa(
-        query.reshape(batch, -1, width),
-        keys.swapaxes(1, 2),
-        values.swapaxes(1, 2),
-        start.astype(jnp.int32),
-        end.astype(jnp.int32),
-        sm_scale=1.0,
-        block_k=block,
-        k_splits=splits,
+    from_the_end = is_seen[:, ::-1]
+    end = num_slots - jnp.argmax(from_the_end, axis=1)
+    ones = jnp.ones(batch, jnp.int32)
+    rows = query.reshape(batch, 1, -1, width)
+    mixed = jax.nn.dot_product_attention(
+        rows.astype(keys.dtype),
+        keys,
+        values,
+        mask=mask,
+        scale=1.0,
+        query_seq_lengths=ones,
+        key_value_seq_lengths=end.astype(jnp.int32),
+        implementation="cudnn",
     )
     return mixed.reshape(query.shape)

@@ -42,10 +42,22 @@ def fastest(config: TransformerConfig) -> str:
     """
     if platform() == "tpu" and takes_pallas():
         return "splash"
-    fits_cudnn = config.head_size % 8 == 0 and config.head_size <= 128
-    if platform() == "gpu" and config.compute_dtype == "bfloat16" and fits_cudnn:
+    is_bfloat16 = config.compute_dtype == "bfloat16"
+    if platform() == "gpu" and is_bfloat16 and fits_cudnn(config.head_size):
         return "cudnn"
     return "blockwise"
+
+
+def fits_cudnn(head_size: int) -> bool:
+    """Whether cuDNN's attention takes heads of this size: up to 256 on a Hopper or a later card,
+    up to 128 on others, and where programs are compiled for a card that is not here.
+    """
+    largest = 128
+    if jax.default_backend() == "gpu":
+        [card, *_] = jax.local_devices(backend="gpu")
+        major, _, _ = str(getattr(card, "compute_capability", "")).partition(".")
+        largest = 256 if major.isdigit() and int(major) >= 9 else 128
+    return head_size % 8 == 0 and head_size <= largest
 
 
 def attention(
@@ -89,6 +101,7 @@ def on_each_device(
     num_heads: int,
     of_heads: Sequence[Array],
     of_rows: Array,
+    places: Sequence[int] | None = None,
 ) -> Array:
     """``kernel(*of_heads, of_rows)``, applied on each device to its rows and heads, on the mesh of
     ``jax.set_mesh``.
@@ -100,6 +113,7 @@ def on_each_device(
         num_heads: of the keys.
         of_heads: arrays [B, heads, ...]; the result is one too.
         of_rows: an array [B, ...].
+        places: the axis of the heads in each of ``of_heads``; None: 1.
     """
     mesh = get_abstract_mesh()
     if not mesh.auto_axes:
@@ -112,11 +126,13 @@ def on_each_device(
 
     of_tensor = tensor_axes()
     rows = axes(len(of_rows), *(name for name in ("data", "fsdp") if name not in of_tensor))
-    heads = PartitionSpec(rows, axes(num_heads, *of_tensor))
+    over_heads = axes(num_heads, *of_tensor)
+    between = [(None,) * (place - 1) for place in places or [1] * len(of_heads)]
+    specs = [PartitionSpec(rows, *others, over_heads) for others in between]
     mapped = jax.shard_map(
         kernel,
-        in_specs=(*[heads] * len(of_heads), PartitionSpec(rows)),
-        out_specs=heads,
+        in_specs=(*specs, PartitionSpec(rows)),
+        out_specs=PartitionSpec(rows, over_heads),
         axis_names={*mesh.auto_axes},
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )

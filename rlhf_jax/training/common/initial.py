@@ -22,7 +22,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf, lora
 from rlhf_jax.training.common import layout, own
-from rlhf_jax.types import Params, ScoreFn
+from rlhf_jax.types import EosId, Params, ScoreFn
 
 TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
 DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
@@ -256,7 +256,7 @@ def _language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        loaded = loaded._replace(model=_with_dropout(loaded.model, config.network.dropout))
+        loaded = loaded._replace(model=_with_dropout(loaded.model, config))
         return loaded.reading(config.text.template_options, config.text.special_tokens)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
@@ -289,13 +289,19 @@ def _language_model(
     return LanguageModel(model, init(key), tokenizer)
 
 
-def _with_dropout(model: models.Model, rate: float | None) -> models.Model:
-    """The model with this rate of dropout wherever its family drops; None: its own rates."""
-    if rate is None:
-        return model
+def _with_dropout(model: models.Model, config: RunConfig) -> models.Model:
+    """The model with the settings' rates of dropout: ``network.dropout`` wherever its family drops
+    (None: its own rates), and ``lora.dropout``.
+    """
     names = [field.name for field in dataclasses.fields(model.config)]
-    rates: Any = {name: rate for name in names if name.endswith("_dropout")}
-    return models.build(dataclasses.replace(model.config, **rates))
+    rate = config.network.dropout
+    rates: Any = {}
+    if rate is not None:
+        rates = {name: rate for name in names if name.endswith("_dropout")}
+    if "lora_dropout" in names:  # a user's own network may have none
+        rates["lora_dropout"] = config.lora.dropout
+    changed = dataclasses.replace(model.config, **rates)
+    return model if changed == model.config else models.build(changed)
 
 
 def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
@@ -337,9 +343,29 @@ def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: 
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """The sampling settings of RL, with the special tokens of the tokenizer."""
-    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+    return drawn(settings, tokenizer.eos_ids, tokenizer.pad_id)
+
+
+def drawn(settings: RLStage, eos_id: EosId, pad_id: int) -> sampling.SamplingConfig:
+    """The sampling settings of RL with these special tokens."""
+    names = "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"
     how: Any = {name: getattr(settings, name) for name in names}
-    return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    return sampling.SamplingConfig(**how, eos_id=eos_id, pad_id=pad_id)
+
+
+def recorded(how: sampling.SamplingConfig, vocab_size: int) -> sampling.SamplingConfig:
+    """The sampling settings of rollouts that are learned from: those of a truncated distribution
+    have their ``support``.
+
+    Raises:
+        UserError: there may be more ids in it than are recorded.
+    """
+    how = dataclasses.replace(how, record_support=how.truncates)
+    try:
+        how.most_possible(vocab_size)
+    except ValueError as error:
+        raise UserError(f"rl.{error}") from error
+    return how
 
 
 def validation_config(

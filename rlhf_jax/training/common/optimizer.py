@@ -6,18 +6,21 @@ validations so far. A resumed run reads them from its rows of metrics and makes 
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
 from rlhf_jax.config import Optimizer
 from rlhf_jax.config.settings import MOST
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
@@ -73,7 +76,78 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
         return optax.chain(*parts)
 
     scales = {PLATEAU_SCALE: 1.0} if settings.schedule == "plateau" else {}
-    return optax.inject_hyperparams(chain)(learning_rate=schedule, **scales)
+    optimizer = optax.inject_hyperparams(chain)(learning_rate=schedule, **scales)
+    return optimizer if settings.frozen is None else freezing(optimizer, settings.frozen)
+
+
+def freezing(
+    optimizer: optax.GradientTransformation, pattern: str
+) -> optax.GradientTransformationExtraArgs:
+    """``optimizer``, but parameters in whose names the ``pattern`` is found keep their bits.
+
+    They have no moments, except for some layers of a stack (``compute.scan_layers``), and their
+    gradients do not count when the others are clipped.
+    """
+
+    def is_trained(params: Params) -> Any:
+        return jax.tree.map(lambda rows: not np.all(rows), frozen_rows(params, pattern))
+
+    def without(rows: np.ndarray, leaf: Array, nothing: float) -> Array:
+        by_layer = rows.reshape(rows.shape + (1,) * (leaf.ndim - rows.ndim))
+        return jnp.where(by_layer, jnp.asarray(nothing, leaf.dtype), leaf) if rows.any() else leaf
+
+    masked = optax.with_extra_args_support(optax.masked(optimizer, is_trained))
+
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, optax.OptState]:
+        rows = frozen_rows(grads, pattern)
+        of_trained = jax.tree.map(partial(without, nothing=0.0), rows, grads)
+        updates, state = masked.update(of_trained, state, params, **extra)
+        # x + -0.0 is x, bit for bit, also where x is -0.0.
+        return jax.tree.map(partial(without, nothing=-0.0), rows, updates), state
+
+    return optax.GradientTransformationExtraArgs(masked.init, update)
+
+
+def frozen_rows(params: Params, pattern: str) -> Any:
+    """For each leaf whether the ``pattern`` is found in its name, such as h_0/attn/c_attn/kernel: a
+    bool, or [L - 1] bools for the layers of a stack, "h".
+    """
+
+    def found(path: Path, leaf: Array) -> np.ndarray:
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        stacked = names.index("h") if "h" in names else None
+        if stacked is None:
+            return np.array(bool(re.search(pattern, "/".join(names))))
+        before = names[:stacked]
+        after = names[stacked + 1 :]
+        places = ["/".join([*before, f"h_{i}", *after]) for i in range(len(leaf))]
+        return np.array([bool(re.search(pattern, place)) for place in places])
+
+    return jax.tree_util.tree_map_with_path(found, params)
+
+
+def check_frozen(section: str, settings: Optimizer, params: Params) -> None:
+    """Prints how many of the parameters that a stage trains ``optimizer.frozen`` freezes.
+
+    Raises:
+        UserError: it freezes none of them, or all.
+    """
+    if settings.frozen is None:
+        return
+    rows = frozen_rows(params, settings.frozen)
+    sizes = jax.tree.map(lambda leaf, found: leaf.size * found.mean(), params, rows)
+    number = round(sum(jax.tree.leaves(sizes)))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    key = f"{section}.optimizer.frozen {settings.frozen}"
+    if number in (0, total):
+        names = sorted(params)
+        raise UserError(
+            f"{key}: it is found in {'all names' if number else 'no name'} of parameters, which "
+            f"begin with {', '.join(names)}"
+        )
+    logger.info(f"{key}: {number:,} of {total:,} parameters keep their values")
 
 
 def without_routers(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

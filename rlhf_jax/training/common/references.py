@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from rlhf_jax.config import Reference, RunConfig
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.types import Metrics, Params, TrainState
 
 Advance = Callable[[Any, int], tuple[Any, Metrics]]
@@ -48,7 +48,16 @@ def state(settings: Any) -> type[TrainState]:
 
 
 def check(config: RunConfig, settings: Any) -> None:
-    """Raises UserError for a reference that moves and should lie in the host's memory."""
+    """Says that ``lora.dropout`` is not used where there is a reference.
+
+    Raises:
+        UserError: the reference moves and should lie in the host's memory.
+    """
+    if isinstance(settings, Reference) and config.lora.rank and config.lora.dropout:
+        logger.info(
+            f"lora.dropout {config.lora.dropout:g} is not used: DPO, KTO and RL compare with "
+            "log-probabilities without dropout"
+        )
     if moves(settings) and "reference" in config.compute.offload:
         raise UserError(
             "compute.offload: a reference that moves stays on the devices; leave it out"

@@ -69,6 +69,7 @@ FIXED = (
     "reward_model.ensemble_size",
     "ppo.value",
     "ppo.value_from",
+    *(f"{name}.optimizer.frozen" for name in ("sft", "reward_model", "dpo", "kto", "rl")),
 )
 
 
@@ -294,11 +295,12 @@ class Stage:
             for name, part in trained.items():
                 adapters = jax.device_get(part)
                 is_misread = "score" in adapters and pad != named
+                place = f"pads_with_{pad}" if is_misread else ""
                 base_model = None if is_misread else self.config.model
-                models.lora.save(new / name, base, adapters, base_model=base_model)
+                models.lora.save(new / name / place, base, adapters, base_model=base_model)
                 begun.save_tokenizer(new / name, self.config.text.template)
                 if is_misread:
-                    text = _MISREAD.format(base=source, pad=pad)
+                    text = _MISREAD.format(base=source, pad=pad, place=place)
                     (new / name / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -306,8 +308,8 @@ _MISREAD = """# Adapters of a reward model
 
 transformers takes a reward model's score at the last token that is no pad. The padding token of
 the base model, `{base}`, also ends an answer, or it has none: loaded as it is, the base would give
-scores of another token. So adapter_config.json names no base model, and PEFT's auto classes refuse
-to guess. Load both with another padding token:
+scores of another token. So the adapters lie in `{place}`, where PEFT finds them only if it is told,
+and name no base model. Load both with another padding token:
 
 ```python
 from peft import PeftModel
@@ -316,7 +318,7 @@ from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained(
     "{base}", num_labels=1, pad_token_id={pad}
 )
-model = PeftModel.from_pretrained(base, "adapter")
+model = PeftModel.from_pretrained(base, "adapter", subfolder="{place}")
 ```
 
 The folder `model/` beside this one has the adapters merged and needs none of this.

@@ -83,7 +83,7 @@ class Client:
             ServiceError: they are further apart than rounding explains, where the engine should
                 have the policy's weights.
         """
-        compares = not self.config.rl.allow_truncated_sampling
+        compares = self.config.rl.engine_check
 
         def rescore_watched(state: LoopState, sampled: Rollout) -> tuple[Rollout, Metrics]:
             rescored, metrics = rescore(state, sampled)
@@ -108,7 +108,8 @@ class Client:
                 f"{self.engine.place}: its log-probabilities differ from the policy's by "
                 f"{gap:.3g} nats in the mean, after {self._first_gap:.3g} in the first rollout: it "
                 "samples with other weights or did not load all, or gives log-probabilities of "
-                "another temperature (vllm serve --logprobs-mode processed_logprobs)"
+                "another temperature (vllm serve --logprobs-mode processed_logprobs); "
+                "--rl.no-engine-check trains on its samples anyway"
             )
 
     def _ask(self, policy: Params, requests: Sequence[Request]) -> list[list[Sample]]:

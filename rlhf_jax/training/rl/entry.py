@@ -345,7 +345,8 @@ def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -
     """Conversations with an environment, or single responses, that end at the stop strings."""
 
     def talk(respond: Callable[..., Rollout], *prompts: Any) -> Any:
-        until = stops.stopping(respond, tokenizer, stage.config.rl.stop)
+        settings = stage.config.rl
+        until = stops.stopping(respond, tokenizer, settings.stop, settings.stop_after)
         return converse(environment, until, *prompts)
 
     return talk
@@ -391,7 +392,8 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
         return schedule, None
     chosen = held_out[: settings.validation_prompts]
     prompts = batches.narrowed(parts.to_validate, chosen, multiple)
-    padded = loop.pad_rows(chosen, settings.batch_size)
+    each = np.repeat(chosen, settings.validation_samples)
+    padded = loop.pad_rows(each, settings.batch_size)
     return schedule, Batch(prompts, padded, stage.key("eval"))
 
 

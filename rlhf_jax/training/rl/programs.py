@@ -17,6 +17,7 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import initial, layout, memory, own
 from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.method import Method
@@ -78,8 +79,8 @@ def networks_of(
         how = (settings.temperature, prompt_length, *others, method.shared_by)
         return models.policy_fn(model, *how)
 
-    def scored(params: Params, tokens: Array, *more: Any) -> PolicyOutput:
-        return policy_fn(tokens.shape[1])(params, tokens, *more)
+    def scored(params: Params, tokens: Array, *more: Any, **support: Array) -> PolicyOutput:
+        return policy_fn(tokens.shape[1])(params, tokens, *more, **support)
 
     has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
@@ -108,6 +109,8 @@ def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.Gradi
         has_critic = critic.has_own_optimizer(values, params)
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
+    else:
+        check_frozen("rl", settings.optimizer, params)
     updates = method.config.num_epochs * method.config.num_minibatches
     return critic.make_optimizer(settings, values, updates, params, method.optimizer)
 
@@ -135,7 +138,8 @@ def compiled(
 ) -> Programs:
     """The programs of a run."""
     model = begun.model
-    samples = initial.sampling_config(stage.config.rl, begun.tokenizer)
+    plain = initial.sampling_config(stage.config.rl, begun.tokenizer)
+    samples = initial.recorded(plain, model.config.vocab_size)
     shape, masked = rules(stage.config.rl, samples, method.is_rewarded)
     groups: Any = {"group_size": method.config.group_size, "masked": masked}
     mesh = layout.sampling_mesh(stage.config) or stage.row_mesh
@@ -164,12 +168,12 @@ def compiled(
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
     blocks = model.config.num_blocks
-    greedy = replace(samples, temperature=0.0)
+    greedy = replace(plain, temperature=0.0)
     size = method.shared_by
     to_groups = jit(respond, layers, config=samples, group_size=size)
     validated = initial.validation_config(stage.config.rl, begun.tokenizer)
     to_each = to_groups
-    if size > 1 or validated != samples:
+    if size > 1 or validated != plain:
         to_each = jit(respond, layers, config=validated)
     return Programs(
         respond=to_groups,

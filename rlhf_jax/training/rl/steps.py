@@ -456,7 +456,7 @@ def validator(
                 metrics[f"validation/{name}"] = value
         of_pairs = verdict if pairs == "judge" else scored
         if pairs is not None and of_pairs is not None:
-            metrics |= win_rate(of_pairs.rollout, batch.key)
+            metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
         samples = _samples(policy, sampled, scored, batch)
         shown = [row for row in samples if row["score"] is not None]
         for row in shown[: stage.config.rl.show_examples]:
@@ -497,13 +497,19 @@ def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
     return batch._replace(prompts=replace(batch.prompts, rows=rows, columns=names))
 
 
-def win_rate(scored: Rollout, key: Array) -> Metrics:
-    """The mean of scores in [0, 1] over present rows, with its 95% interval."""
+def win_rate(scored: Rollout, prompts: np.ndarray, key: Array) -> Metrics:
+    """The mean of scores in [0, 1] over present rows, with its 95% interval over prompts.
+
+    prompts: [B] the number of each row's prompt; the samples of one prompt are not independent.
+    """
     rollout = processes.fetch(scored)
-    shares = np.asarray(rollout.scores)[np.asarray(rollout.present)]
+    present = np.asarray(rollout.present)
+    shares = np.asarray(rollout.scores)[present]
     if not len(shares):
         return {}
-    low, high = mean_interval(shares, key)
+    numbers = prompts[present]
+    by_prompt = [np.mean(shares[numbers == number]) for number in dict.fromkeys(numbers)]
+    low, high = mean_interval(np.array(by_prompt, shares.dtype), key)
     return {
         "validation/win_rate": jnp.float32(np.mean(shares)),
         "validation/win_rate_low": jnp.float32(low),

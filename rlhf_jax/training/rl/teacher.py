@@ -207,7 +207,8 @@ def connect(stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel)
     """The teacher on a server; None for a method without one, or with one in a folder.
 
     Raises:
-        UserError: the run samples at another temperature than 1, or as ``Server.api``.
+        UserError: the run samples at another temperature than 1 or from a truncated distribution,
+            or as ``Server.api``.
         ServiceError: the server does not reply.
     """
     if not method_config.needs_teacher or method_config.teacher_server is None:
@@ -217,6 +218,11 @@ def connect(stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel)
         raise UserError(
             f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
             f"of temperature 1; leave rl.temperature {config.rl.temperature:g} out"
+        )
+    if config.rl.truncates:
+        raise UserError(
+            f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
+            "of its whole vocabulary; leave rl.top_k, rl.top_p, rl.min_p and rl.min_new_tokens out"
         )
     asked = replace(config.engine, model=method_config.teacher_model)
     server = Server(method_config.teacher_server, asked, policy.tokenizer, stage.run.judge)

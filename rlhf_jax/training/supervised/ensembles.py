@@ -9,6 +9,7 @@ them all. The folder of an ensemble holds member_0, member_1, ..., each a comple
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import chex
 import jax
@@ -24,7 +25,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.parallel import blocks
 from rlhf_jax.training.common.initial import Trainable, trainable
-from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
+from rlhf_jax.types import Comparisons, Metrics, Params, PolicyFn, ScoreFn, TrainState
 
 
 def starts(
@@ -73,6 +74,7 @@ def update_members(
     score_fn: ScoreFn,
     optimizer: optax.GradientTransformation,
     config: reward_model.Config,
+    policy_fn: PolicyFn | None = None,
 ) -> tuple[TrainState, Metrics]:
     """``reward_model.update`` of every member on the same batch, member i with its weights and
     ``fold_in(key, i)``.
@@ -81,7 +83,7 @@ def update_members(
       state: of ``create``.
       batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is
           missing for that member.
-      score_fn, optimizer, config: as of ``reward_model.update``.
+      score_fn, optimizer, config, policy_fn: as of ``reward_model.update``.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss
@@ -95,9 +97,8 @@ def update_members(
         state, weight, number = member
         own = replace(batch, weight=weight)
         member_key = fold_in(key, number)
-        return reward_model.update(
-            state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config
-        )
+        how: Any = {"score_fn": score_fn, "policy_fn": policy_fn, "config": config}
+        return reward_model.update(state, own, member_key, optimizer=optimizer, **how)
 
     members = (state, jnp.moveaxis(weights, -1, 0), jnp.arange(num_members))
     if blocks.number():

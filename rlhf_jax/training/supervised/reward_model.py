@@ -17,8 +17,9 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import RunResult
 from rlhf_jax.training.supervised import ensembles, scoring, tasks
@@ -51,6 +52,7 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     for member in starts:
         memory.free(member.loaded)
     score_fn = start.bind(models.score_fn(model))
+    policy_fn = _policy_fn(setting, start)
     validate = _validation(setting, score_fn)
     create: Callable[..., TrainState] = TrainState.create
     update: Any = partial(reward_model.update, minibatch_sharding=stage.rows)
@@ -68,8 +70,27 @@ def _task(setting: tasks.Setting) -> tasks.Task:
 
     configured = partial(update, optimizer=setting.optimizer, config=settings)
     jitted = stage.jit_update(configured, model.config.num_blocks)
-    bound = partial(jitted, score_fn=score_fn)
+    bound = partial(jitted, score_fn=score_fn, policy_fn=policy_fn)
     return tasks.Task(training, start, create, bound, validate, trained=trained)
+
+
+def _policy_fn(setting: tasks.Setting, start: Trainable) -> Any:
+    """The log-probabilities of the model, for ``sft_coef``; None without it.
+
+    Raises:
+        UserError: the model has no output layer, as a saved reward model.
+    """
+    config = setting.stage.config
+    model = setting.initial.model
+    if not config.reward_model.sft_coef:
+        return None
+    is_tied = getattr(model.config, "tie_embeddings", True)
+    if not is_tied and "lm_head" not in setting.initial.params:
+        raise UserError(
+            f"reward_model.sft_coef: {config.model} is a reward model without an output layer, so "
+            "its answers have no likelihood; start from a language model"
+        )
+    return start.bind(models.policy_fn(model))
 
 
 def _validation(setting: tasks.Setting, score_fn: ScoreFn) -> Callable[[TrainState], Validation]:

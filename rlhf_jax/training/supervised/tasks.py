@@ -28,7 +28,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial, layout, loop, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
-from rlhf_jax.training.common.optimizer import make_optimizer
+from rlhf_jax.training.common.optimizer import check_frozen, make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
 from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
@@ -128,6 +128,8 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
     with open_stage(config, spec.section, fingerprints, sizes) as stage:
         setting = _setting(stage, spec, data, to_validate)
         task = spec.make_task(setting)
+        first = task.start.params
+        check_frozen(spec.section, settings.optimizer, first[0] if type(first) is list else first)
         state, row = loop.train(setting.stage, _first_state(task), _job(spec, task, on_step))
         return setting.stage.finish(setting.initial, task.start, task.trained(state), row)
 

@@ -1,0 +1,365 @@
+"""One GPU in eight minutes: its peaks, the numbers of a CPU, repeatable runs, and its speed beside
+PyTorch.
+
+    python benchmarks/card.py --out docs/results/card.json
+    python benchmarks/card.py --rehearse --out card.json      # all parts, tiny, on a CPU: a minute
+    python benchmarks/card.py --only right,bench --out card.json
+
+Each part is a process of its own with a time limit, so that a crash or full memory ends that part
+alone. They come in the order in which they matter: when the seconds are used up, the rest is
+skipped. The table has a row for each figure; a part that failed or was skipped has a row that says
+so. ``XLA_FLAGS=--xla_dump_to=FOLDER`` keeps the compiled programs.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 450.0  # of all parts
+LEAST = 15.0  # seconds in which a part can still say something
+LONG = 600.0  # seconds of a rehearsed part: it is no measurement
+FIGURES = (
+    "median_s",
+    "tokens_per_s",
+    "ms_per_token",
+    "bandwidth_share",
+    "bandwidth_share_published",
+    "mfu",
+    "mfu_measured",
+    "peak_memory_mb",
+    "planned_memory_mb",
+    "compile_cold_s",
+    "compile_warm_s",
+    "against_median_s",
+    "against_peak_memory_mb",
+    "ratio",
+)
+# Networks whose numbers are compared with a CPU's.
+COMPARED = [
+    ("gpt2-tiny", "float32"),
+    ("gpt2-tiny", "bfloat16"),
+    ("qwen2.5-0.5b-tiny", "float32"),
+    ("qwen2.5-0.5b-tiny", "bfloat16"),
+]
+
+Values = dict[str, float]
+Rows = list[dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """A part of the table: arguments of this script in a process of its own."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float  # seconds
+
+
+def _bench(kind: str, preset: str, sizes: str, more: str = "", limit: float = 120.0) -> Part:
+    """``sizes``: rows, columns of the prompts and of the responses; ``more``: further flags."""
+    rows, prompt, response = sizes.split()
+    words = f"{kind} --preset {preset} --rows {rows} --prompt {prompt} --response {response} {more}"
+    words = f"bench {words} --dtype bfloat16"
+    return Part(f"{kind} {preset} {rows}x({prompt}+{response})", tuple(words.split()), limit)
+
+
+# Each of the two programs shows once that it computes the same as ours.
+CHECKED_HAND = "--against hand"
+CHECKED_LIBRARY = "--against transformers"
+HAND = "--against hand --no-check"
+LIBRARY = "--against transformers --no-check"
+PARTS = [
+    Part("peaks", ("peaks",), 60.0),
+    Part("right", ("right",), 120.0),
+    Part("same bytes", ("again",), 120.0),
+    _bench("rollout", "qwen2.5-0.5b", "64 128 128", CHECKED_LIBRARY),
+    _bench("sft", "qwen2.5-0.5b", "8 1 1023", CHECKED_HAND),
+    _bench("grpo", "qwen2.5-0.5b", "32 512 512", f"{HAND} --microbatches 4"),
+    _bench("rollout", "qwen2.5-0.5b", "8 128 384"),
+    _bench("sft", "gpt2", "16 1 1023", HAND),
+    _bench("rollout", "gpt2", "64 128 384", HAND),
+    _bench("sft", "llama-1b", "8 1 1023", LIBRARY),
+    _bench("grpo", "gpt2", "64 512 512", f"{HAND} --microbatches 4"),
+    _bench("rollout", "llama-1b", "256 128 384"),
+    _bench("sft", "qwen2.5-0.5b", "2 1 8191", "--microbatches 2"),
+    Part("doctor", ("doctor",), 120.0),
+]
+REHEARSED = [
+    Part("peaks", ("peaks",), LONG),
+    Part("right", ("right", "--rehearse"), LONG),
+    Part("same bytes", ("again", "--rl.num-iterations", "2"), LONG),
+    _bench("rollout", "qwen2.5-0.5b-tiny", "4 8 8", LIBRARY, LONG),
+    _bench("sft", "gpt2-tiny", "4 1 15", CHECKED_HAND, LONG),
+    _bench("grpo", "llama-1b-tiny", "8 8 8", "--microbatches 2", LONG),
+    Part("doctor", ("doctor",), LONG),
+]
+
+
+# --- Parts: each prints {metric: value} as a line of JSON
+
+
+def peaks() -> Values:
+    """TFLOP/s of a large product in bfloat16 and GB/s of a large copy."""
+    from rlhf_jax.cli.benchmark import figures
+    from rlhf_jax.runs import devices
+
+    devices.choose(None)
+    found = figures.measured_peaks("bfloat16")
+    return {"bf16_tflops": found.flops / 1e12, "copy_gb_s": found.bandwidth / 1e9}
+
+
+def right(columns: int, compared: list[tuple[str, str]]) -> Values:
+    """How far logits, greedy tokens and one step of SFT are from those of the CPU of the machine,
+    for these networks and dtypes.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from rlhf_jax.runs import devices
+
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = devices.xla_flags(devices.flags_for("gpu"), given)
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        jax.config.update("jax_platforms", "cuda,cpu")
+    found = {}
+    places = {"cpu": jax.devices("cpu")[0], "here": jax.devices()[0]}
+    for preset, dtype in compared:
+        numbers = {name: _numbers(preset, dtype, columns, at) for name, at in places.items()}
+        for metric, value in _gaps(numbers["cpu"], numbers["here"]).items():
+            found[f"{preset} {dtype} {metric}"] = value
+    return found
+
+
+def _numbers(preset: str, dtype: str, columns: int, device: Any) -> dict[str, Any]:
+    """Logits, greedy tokens, weights after a step, and its loss, on a device."""
+    import jax
+    import optax
+
+    from rlhf_jax import Demonstrations, TrainState, models, sampling, sft
+    from rlhf_jax.cli.benchmark import steps
+
+    config = steps.PRESETS[preset].model
+    model = models.build(replace(config, max_length=columns, compute_dtype=dtype))
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(2, config.vocab_size, (4, columns)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    mask[0, :5] = 0
+    mask[1, -7:] = 0
+    response = mask.copy()
+    response[:, :9] = 0
+    how = sampling.SamplingConfig(16, temperature=0.0, eos_id=None, pad_id=0)
+    optimizer = optax.sgd(0.1)
+
+    def compute(params: Any) -> dict[str, Any]:
+        logits = model.apply(params, tokens, mask) * mask[..., None]
+        prompt = (tokens[:, 8:24], mask[:, 8:24])
+        said = sampling.generate(model, params, *prompt, jax.random.key(1), config=how).tokens
+        state, metrics = sft.update(
+            TrainState.create(params, optimizer),
+            Demonstrations(tokens, mask, response),
+            None,
+            policy_fn=models.policy_fn(model),
+            optimizer=optimizer,
+            config=sft.Config(),
+        )
+        return {"logits": logits, "said": said, "weights": state.params, "loss": metrics["loss"]}
+
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+        # Larger weights than a network begins with: its logits are not near 0.
+        params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model.init(jax.random.key(0)))
+        return jax.device_get(jax.jit(compute)(params))
+
+
+def _gaps(cpu: dict[str, Any], here: dict[str, Any]) -> Values:
+    import jax
+
+    def largest(old: Any, new: Any) -> float:
+        apart = jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), old, new)
+        return max(jax.tree.leaves(apart))
+
+    scale = float(np.max(np.abs(cpu["logits"])))
+    return {
+        "logits gap": largest(cpu["logits"], here["logits"]) / scale,
+        "greedy equal": float(np.mean(cpu["said"] == here["said"])),
+        "loss gap": float(abs(cpu["loss"] - here["loss"])),
+        "weights gap": largest(cpu["weights"], here["weights"]),
+    }
+
+
+def again(flags: list[str]) -> Values:
+    """A run of PPO twice with --deterministic: whether weights and metrics are the same bytes."""
+    digests = []
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("one", "two"):
+            run = Path(folder, name)
+            words = ["ppo", "--config", "tiny", "--deterministic", "--output-dir", str(run)]
+            started = time.perf_counter()
+            done = _command(*words, *flags)
+            seconds.append(time.perf_counter() - started)
+            if done.returncode:
+                raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+            files = [run / "model" / "model.safetensors", run / "metrics.jsonl"]
+            digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    return {"same": float(digests[0] == digests[1]), "run_s": min(seconds)}
+
+
+def doctor() -> Values:
+    """The exit code of ``rlhf-jax doctor`` and its seconds."""
+    started = time.perf_counter()
+    done = _command("doctor")
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+    return {"exit_code": float(done.returncode), "doctor_s": time.perf_counter() - started}
+
+
+def bench(words: list[str]) -> Values:
+    """Figures of the line that ``rlhf-jax bench`` prints."""
+    done = _command("bench", *words)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:  # a line with exit code 1: other programs used the machine too
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    line = json.loads(lines[-1])
+    for figure, reason in line.get("left_out", {}).items():
+        sys.stderr.write(f"{figure} is left out: {reason}\n")
+    return {name: line[name] for name in FIGURES if line.get(name) is not None}
+
+
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlhf_jax", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# --- The table
+
+
+def run_part(part: Part, limit: float) -> Rows:
+    """The rows of a part, which is ended after ``limit`` seconds."""
+    command = [sys.executable, __file__, "--part", *part.arguments]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _ended_together(command, path) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            sys.stderr.write(f"{part.name}: ended after {limit:.0f} s\n")
+            return rows_of(part, {"failed": 124})
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        return rows_of(part, {"failed": process.returncode or 1})
+    return rows_of(part, json.loads(lines[-1]))
+
+
+@contextlib.contextmanager
+def _ended_together(command: list[str], path: str) -> Any:
+    """A process whose own processes end with it."""
+    environment = os.environ | {"PYTHONPATH": path}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+def rows_of(part: Part, values: Values) -> Rows:
+    """A row of the table for each figure; both numbers of a run without seeds and steps are 0."""
+    variant = part.name
+    if "--against" in part.arguments:
+        variant += f" beside {part.arguments[part.arguments.index('--against') + 1]}"
+    key = {"variant": variant, "seed": 0, "step": 0}
+    rows = []
+    for metric, value in values.items():
+        rows.append(key | {"metric": metric, "value": float(f"{value:.5g}")})
+    return rows
+
+
+def machine() -> str:
+    """The device and the versions that the figures depend on, without starting JAX here."""
+    words = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
+    asked = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=False
+    )
+    facts = [asked.stdout.strip() or "no device"]
+    for package in ("jax", "jaxlib", "torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts.append(f"{package} {metadata.version(package)}")
+    return ", ".join([*facts, f"Python {platform.python_version()}"])
+
+
+def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
+    """Runs the parts while there are ``seconds`` left."""
+    started = time.perf_counter()
+    rows = []
+    for part in parts:
+        left = seconds - (time.perf_counter() - started)
+        if left < LEAST:
+            found = rows_of(part, {"skipped": 1})
+        else:
+            found = run_part(part, min(left, part.limit))
+        for row in found:
+            print(f"{row['variant']}: {row['metric']} {row['value']:g}", flush=True)
+        rows += found
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": command,
+        "revision": revision,
+        "machine": machine(),
+        "seconds": round(time.perf_counter() - started),
+        "rows": rows,
+    }
+
+
+def answer(words: list[str]) -> Values:
+    """The figures of the part that these words name."""
+    name, *rest = words
+    if name == "bench":
+        return bench(rest)
+    if name == "right":
+        return right(64, COMPARED[-1:]) if rest else right(640, COMPARED)
+    if name == "again":
+        return again(rest)
+    return {"peaks": peaks, "doctor": doctor}[name]()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--part"]:
+        print(json.dumps(answer(sys.argv[2:])))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the file for the table")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--only", default="", help="the first words of parts, with commas")
+    args = parser.parse_args()
+    parts = REHEARSED if args.rehearse else PARTS
+    if args.rehearse:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    only = args.only.split(",") if args.only else [part.arguments[0] for part in parts]
+    wanted = [part for part in parts if part.arguments[0] in only]
+    command = " ".join(["python benchmarks/card.py", *sys.argv[1:]])
+    found = table(wanted, args.seconds, command)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    failed = {row["variant"] for row in found["rows"] if row["metric"] == "failed"}
+    if failed:
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""``benchmarks/card.py``: its parts, what becomes of one that fails, and its table."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import tyro
+from builders import script
+
+from rlhf_jax.cli.benchmark import measure, steps
+
+card = script("benchmarks/card.py")
+PARTS = {part.name: part for part in (*card.PARTS, *card.REHEARSED)}
+BENCHES = [part for part in PARTS.values() if part.arguments[0] == "bench"]
+
+
+@functools.wraps(measure.run)
+def flags(**given):
+    return given
+
+
+@pytest.mark.parametrize("part", BENCHES, ids=[part.name for part in BENCHES])
+def test_what_is_timed_is_work_that_bench_has(part):
+    given = tyro.cli(flags, args=part.arguments[1:])
+    sizes = {key: given[key] for key in ("prompt", "response")} | {"batch": given["rows"]}
+    preset = steps.PRESETS[given["preset"]]
+    found = measure.sized(given["name"], preset, given["dtype"], sizes, given["microbatches"])
+    assert found[1:4] == tuple(sizes[key] for key in ("batch", "prompt", "response"))
+    assert given["dtype"] == "bfloat16"
+    assert given["against"] != "trl"
+
+
+def test_the_limits_leave_each_kind_its_turn():
+    kinds = [part.arguments[0] for part in card.PARTS]
+    assert kinds[:3] == ["peaks", "right", "again"]
+    assert {part.arguments[1] for part in BENCHES} == {"rollout", "sft", "grpo"}
+    assert {part.arguments[0] for part in card.REHEARSED} == set(kinds)
+    assert card.SECONDS < 480
+    checked = [part.arguments for part in card.PARTS if "--no-check" not in part.arguments]
+    against = {words[words.index("--against") + 1] for words in checked if "--against" in words}
+    assert against == {"hand", "transformers"}
+
+
+def test_gaps_by_hand():
+    cpu = {"logits": np.array([1.0, -4.0]), "said": np.array([1, 2, 3, 4]), "loss": 2.0}
+    cpu["weights"] = {"a": np.array([1.0]), "b": np.array([2.0, 3.0])}
+    here = {"logits": np.array([1.5, -4.0]), "said": np.array([1, 2, 3, 5]), "loss": 1.75}
+    here["weights"] = {"a": np.array([1.0]), "b": np.array([2.0, 2.5])}
+    found = {"logits gap": 0.125, "greedy equal": 0.75, "loss gap": 0.25, "weights gap": 0.5}
+    assert card._gaps(cpu, here) == found
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Processes that do what their argument says."""
+    file = tmp_path / "part.py"
+    file.write_text(
+        "import json, sys, time\n"
+        "what = sys.argv[2]\n"
+        "print('a library says')\n"
+        "if what == 'fail': sys.exit(3)\n"
+        "if what == 'stay': time.sleep(600)\n"
+        "if what == 'good': print(json.dumps({'a': 1.234567, 'b': 2}))\n"
+    )
+    monkeypatch.setattr(card, "__file__", str(file))
+    return {name: card.Part(name, (name,), 60.0) for name in ("good", "fail", "stay", "silent")}
+
+
+def test_a_part_that_fails_says_so_and_the_others_go_on(parts, monkeypatch, capsys):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    parts["stay"] = parts["stay"]._replace(limit=0.2)
+    found = card.table(list(parts.values()), 1000.0, "python benchmarks/card.py")
+    rows = [(row["variant"], row["metric"], row["value"]) for row in found["rows"]]
+    assert rows == [
+        ("good", "a", 1.2346),
+        ("good", "b", 2),
+        ("fail", "failed", 3),
+        ("stay", "failed", 124),
+        ("silent", "failed", 1),
+    ]
+    assert list(found) == ["command", "revision", "machine", "seconds", "rows"]
+    assert list(found["rows"][0]) == ["variant", "seed", "step", "metric", "value"]
+    assert "good: a 1.2346\n" in capsys.readouterr().out
+
+
+def test_without_seconds_a_part_is_skipped(parts, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    [row] = card.table([parts["good"]], card.LEAST - 1, "")["rows"]
+    assert (row["metric"], row["value"]) == ("skipped", 1)
+
+
+def test_the_other_program_is_named():
+    part = PARTS["sft gpt2 16x(1+1023)"]
+    [row] = card.rows_of(part, {"ratio": 2.0})
+    assert row["variant"] == "sft gpt2 16x(1+1023) beside hand"
+
+
+def test_a_failed_part_fails_the_script_after_the_table_is_written(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    monkeypatch.setattr(card, "PARTS", [parts["fail"], parts["good"]])
+    out = tmp_path / "card.json"
+    monkeypatch.setattr(card.sys, "argv", ["card.py", "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed: fail"):
+        card.main()
+    assert [row["metric"] for row in json.loads(out.read_text())["rows"]] == ["failed", "a", "b"]
+    monkeypatch.setattr(card.sys, "argv", ["card.py", "--out", str(out), "--only", "good"])
+    card.main()
+    assert json.loads(out.read_text())["rows"][0]["variant"] == "good"
