@@ -36,7 +36,6 @@ from rlhf_jax.types import (
 Function = TypeVar("Function", bound=Callable[..., Any])
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
-Rows = tuple[Array, Array, Array | None]  # tokens, attention mask and support of a PolicyFn
 
 # The square of e^40 still fits in float32, so gradient norms stay finite too.
 _MAX_LOG_RATIO = 40.0
@@ -485,6 +484,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn (also with a
     ``support``) or ScoreFn without a gradient, applied to at most ``rows`` rows at a time, so that
     its activations do not grow with B. With ``rows`` None it is applied to all rows at once.
+    Further arrays [B, ...] go to ``fn`` too.
 
     The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
     groups of ``group_size`` adjacent rows.
@@ -495,16 +495,16 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
         tokens: Array,
         attention_mask: Array,
         key: None = None,
-        *,
+        *further: Array,
         support: Array | None = None,
     ) -> Any:
         at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
-        def apply(part: Rows) -> Any:
-            *inputs, part_support = part
-            return fn(params, *inputs, key, **with_support(part_support))
+        def apply(part: Any) -> Any:
+            tokens, mask, part_support, *others = part
+            return fn(params, tokens, mask, key, *others, **with_support(part_support))
 
-        def apply_in_parts(batch: Rows) -> Any:
+        def apply_in_parts(batch: Any) -> Any:
             num_groups = len(batch[0]) // group_size
             groups_at_once = max((at_once or len(batch[0])) // group_size, 1)
             parts = -(-num_groups // groups_at_once)
@@ -521,7 +521,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
 
             return jax.tree.map(in_order, results)
 
-        return blocks.map_rows(apply_in_parts, (tokens, attention_mask, support))
+        return blocks.map_rows(apply_in_parts, (tokens, attention_mask, support, *further))
 
     return with_settings(in_parts, *settings_of(fn))
 

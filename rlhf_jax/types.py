@@ -224,7 +224,9 @@ class Comparisons:
     missing.
 
     When packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask``
-    numbers the answers, and all other fields have an axis C after B.
+    numbers the answers, and all other fields have an axis C after B. If each prompt is packed once,
+    before its K answers, it has a number too: 1, K + 2, 2 K + 3, ...; models are then functions
+    with ``num_answers`` K.
     """
 
     tokens: Array  # [B, K, T] int32

@@ -254,7 +254,8 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
         sources=["f"] * 600,
     )
     plan = batches.Plan(lengths, 60, KEY, 8)
-    mixed, width, multiple, before, after = batches.packing(texts, np.arange(600), plan, 2)
+    mixed, width, multiple, before, after, columns = batches.packing(texts, np.arange(600), plan, 2)
+    assert columns == 32 * sum((32, 36, 40)) or columns
     assert (width, multiple) == (32, 4)  # an eighth of some 38 rows
     rows = [mixed.rows(step) for step in range(10)]
     assert sorted(np.concatenate(rows)) == list(range(600))
@@ -268,36 +269,37 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert batches.packing(short, np.arange(6), plan, 1)[1] == 10  # no text is longer
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_columns_of_an_epoch_are_those_of_its_batches(pack, config):
+    own = replace(config.dpo, batch_size=4)
+    config = replace(config, text=Text(pack=pack, bucket_multiple=4), dpo=own)
+    train = np.arange(1, 5)
+    made = tasks._batching(config, training.dpo.SPEC, PAIRS, rows=train, key=KEY, layers=1)
+    batch = made.collate(PAIRS, train[made.plan.rows(0)])
+    assert made.columns == batch.tokens.size
+
+
 @pytest.mark.parametrize("stage", ["dpo", "reward_model"])
-def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
+def test_a_stage_packs_the_rows_of_its_step(stage, config):
     """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each
     epoch.
     """
     own = replace(getattr(config, stage), batch_size=4)
     config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
-    (plan, to_arrays), (again, _) = (
-        tasks._batching(
-            config,
-            getattr(training, stage).SPEC,
-            PAIRS,
-            train,
-            KEY,
-            4,
-        )
-        for _ in range(2)
+    spec = getattr(training, stage).SPEC
+    plan, again = (
+        tasks._batching(config, spec, PAIRS, rows=train, key=KEY, layers=1) for _ in range(2)
     )
     # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest
     # pair's 10 columns.
-    assert (
-        "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed"
-        in capsys.readouterr().out
-    )
+    said = "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed"
+    assert plan.line == said
     seen = []
     for step in range(6):
-        rows = train[plan.rows(step)]
-        equal(rows, train[again.rows(step)])
-        batch = to_arrays(PAIRS, rows)
+        rows = train[plan.plan.rows(step)]
+        equal(rows, train[again.plan.rows(step)])
+        batch = plan.collate(PAIRS, rows)
         assert batch.tokens.shape == (4, 12)
         found = set()
         for tokens, mask, documents in zip(

@@ -333,9 +333,10 @@ def with_data(tmp_path):
 
 
 def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
-    narrow = dataclasses.replace(with_data, text=Text(bucket_multiple=3))
+    alone = dataclasses.replace(with_data, compute=Compute(share_prompts=False))
+    narrow = dataclasses.replace(alone, text=Text(bucket_multiple=3))
     assert plan.longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
-    wide = dataclasses.replace(with_data, text=Text(bucket_multiple=50))
+    wide = dataclasses.replace(alone, text=Text(bucket_multiple=50))
     assert plan.longest(wide, "dpo") == 32  # as many as the model reads
     assert plan.longest(with_data, "ppo") == 3
     bounded = dataclasses.replace(
@@ -343,6 +344,23 @@ def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     )
     assert plan.longest(bounded, "ppo") is None
     assert plan.longest(dataclasses.replace(with_data, data=()), "dpo") is None
+
+
+def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):
+    """2 + 6 + 2 tokens of a pair with its prompt, in place of two rows for 8."""
+    narrow = dataclasses.replace(with_data, text=Text(bucket_multiple=3))
+    config, columns = plan.with_data(narrow, "dpo")
+    assert config.compute.share_prompts is True
+    assert columns == 12
+    shapes = plan.shapes_of(config, "dpo", columns)
+    _, _, batch, *_ = shapes.programs["learn"]
+    assert batch.tokens.shape == (config.dpo.batch_size, 12)
+    assert batch.documents.shape == (config.dpo.batch_size, 1, 2)
+    alone = plan.shapes_of(with_data, "dpo", 9)
+    _, _, batch, *_ = alone.programs["learn"]
+    assert batch.tokens.shape == (config.dpo.batch_size, 2, 9)
+    with pytest.raises(UserError, match="rows of 65 tokens"):
+        plan.shapes_of(config, "dpo", 65)
 
 
 @pytest.mark.parametrize(
@@ -366,16 +384,23 @@ def test_rows_of_an_update_decide_about_remat(tmp_path):
     """A pair is two rows; minibatches and microbatches are as many parts of an iteration."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
     config = RunConfig(model=str(tmp_path), dpo=DPOStage(batch_size=4))
-    model, _ = plan.Case(config, "dpo", None).model(config.model)
-    limit = 4 * memory.stored(model.config, 8 // jax.device_count(), 16)
-    assert plan.with_remat(config, "dpo", 16, limit - 4).compute.remat
-    assert not plan.with_remat(config, "dpo", 16, limit).compute.remat
+    model, params = plan.Case(config, "dpo", None).model(config.model)
+    stored = memory.stored(model.config, 8 // jax.device_count(), 16)
+    # The parameters as they are loaded, and five copies of each in float32.
+    size = memory.on_device(jax.eval_shape(model.init, jax.random.key(0)))
+    least = memory.on_device(params) + (stored + 5 * size) / 0.9
+    assert plan.with_remat(config, "dpo", 16, least - 4).compute.remat
+    assert not plan.with_remat(config, "dpo", 16, least + 4).compute.remat
     rl = RLStage(batch_size=32, max_new_tokens=8)
     config = dataclasses.replace(
         config, rl=rl, ppo=ppo.Config(num_minibatches=2, num_microbatches=2)
     )
-    assert plan.with_remat(config, "ppo", 8, limit - 4).compute.remat
-    assert not plan.with_remat(config, "ppo", 8, limit).compute.remat
+    assert plan.with_remat(config, "ppo", 8, least - 4).compute.remat
+    assert not plan.with_remat(config, "ppo", 8, least + 4).compute.remat
+    two = dataclasses.replace(
+        config, ppo=PPOStage(num_minibatches=2, num_microbatches=2, value="separate")
+    )
+    assert plan.with_remat(two, "ppo", 8, least + 4 * size).compute.remat
 
 
 def test_a_checked_answer_is_no_part_of_a_plan(folder):

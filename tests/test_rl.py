@@ -8,7 +8,7 @@ import numpy as np
 from builders import letters_run, with_rl
 
 from rlhf_jax import ppo, training, vpg
-from rlhf_jax.config import Optimizer, RLStage, RunConfig
+from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
 from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import NO_PENALTY
@@ -72,8 +72,8 @@ def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pa
 def test_remat_is_chosen_by_the_rows_of_a_microbatch():
     chosen = []
 
-    def choose_remat(begun, rows, length):
-        chosen.append((rows, length))
+    def choose_remat(begun, rows, length, networks):
+        chosen.append((rows, length, networks))
         return None, begun
 
     config = RunConfig(rl=RLStage(batch_size=64, max_new_tokens=5))
@@ -81,7 +81,10 @@ def test_remat_is_chosen_by_the_rows_of_a_microbatch():
     settings = ppo.Config(num_minibatches=4, num_microbatches=2)
     parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
     rl.entry._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
-    assert chosen == [(8, 12)]
+    assert chosen == [(8, 12, 1)]
+    settings = PPOStage(num_minibatches=4, num_microbatches=2, value="separate")
+    rl.entry._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
+    assert chosen[1] == (8, 12, 2)
 
 
 def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():

@@ -105,6 +105,11 @@ def test_a_response_has_its_fewest_tokens_and_log_probs_without_eos():
     assert_allclose(np.asarray(made.log_probs)[present, P], expected, rtol=1e-4)
     rescored = rollout.rescore(made, table, policy_fn=TABLE_FN)
     assert_allclose(rescored.log_probs, made.log_probs, atol=1e-5)
+
+
+def test_the_likeliest_response_has_its_fewest_tokens_too():
+    table = TABLE.at[:, 1].set(9.0)
+    present = MASK.any(axis=1)
     greedy = how(min_new_tokens=2, temperature=0.0)
     likeliest = draw(sampling.uncached(bigrams), table, PROMPTS, MASK, KEY, config=greedy)
     mask = np.asarray(likeliest.response_mask)[present]

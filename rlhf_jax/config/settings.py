@@ -97,15 +97,15 @@ class Compute(Section):
     log-probabilities and losses stay float32."""
     remat: Switch = "auto"
     """Gradient checkpointing: recompute each block in the backward pass instead of storing it.
-    auto: in models of eight layers and more whose update would store more than a quarter of the
-    device's memory."""
+    auto: in models of eight layers and more whose update does not fit without it."""
     scan_layers: Switch = "auto"
     """Compile one block for all layers but the last, and loop over depth: faster to compile for
     deep models. auto: from eight layers on.
     """
     share_prompts: Switch = "auto"
-    """Compute a prompt once for all its answers in RL; minibatches then hold whole groups. auto:
-    where that saves a tenth of the token passes and the batch divides into groups."""
+    """Compute a prompt once for all its answers, in RL and for comparisons; minibatches then hold
+    whole groups. auto: where that saves a tenth of the token passes and the batch divides into
+    groups."""
     score_rows: Count | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where
     num_microbatches is above 1 those of a microbatch, else the whole batch."""

@@ -7,11 +7,10 @@ number of devices does not matter. Everything is NumPy on the host.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,9 +24,18 @@ from rlhf_jax.types import Comparisons, Demonstrations, Feedback
 # The row number of a missing row, which completes the last batch of an epoch and counts in no
 # statistic.
 ABSENT = -1
-# Answer ``answer`` of data row ``row`` begins in column ``start`` of row ``place`` of the arrays.
-# It is text ``number`` of that row.
-Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
+
+
+class Place(NamedTuple):
+    """Where a text of the data, or a part of it, stands in the arrays of a batch."""
+
+    row: int  # of the data
+    answer: int
+    place: int  # row of the arrays
+    start: int  # column of its first token
+    number: int  # in the attention mask
+    first: int = 0  # token of the text, those before it are left out
+    end: int | None = None  # token of the text from which on it is left out
 
 
 def split(
@@ -234,18 +242,50 @@ def packed_comparisons(
 ) -> Comparisons:
     """The given comparisons in packed rows [N, width]. All K answers of a comparison are in the
     same row, so that rows may be sharded and cut into microbatches. In a row, answer k of
-    comparison number c is document ``c * K + k + 1``.
+    comparison number c is document ``c * K + k + 1``; with shared prompts document ``c * (K + 1) +
+    k + 2``, and its prompt is document ``c * (K + 1) + 1``.
 
     N is as in `packed_batch`. The labels have shape [N, C]; C is the same for all batches with the
     same number of rows.
     """
     texts, held = _packed(data, rows, width, multiple)
+    return _comparisons(data, texts, held, width)
+
+
+def _comparisons(
+    data: EncodedTexts, texts: Sequence[Place], held: np.ndarray, width: int
+) -> Comparisons:
+    """Packed comparisons: the numbers [N, C] of those that the rows hold, and where their texts
+    stand.
+    """
     num_rows, num_comparisons = held.shape
-    shape = (num_rows, num_comparisons, data.num_answers)
-    numbers = 1 + np.arange(num_comparisons * data.num_answers, dtype=np.int32)
+    firsts = [_documents(data, number)[0] for number in range(num_comparisons)]
+    numbers = np.array(firsts)[:, None] + np.arange(data.num_answers)
     labels = _labels_of(data, held)
-    labels["documents"] = np.broadcast_to(numbers.reshape(shape[1:]), shape)
+    shape = (num_rows, *numbers.shape)
+    labels["documents"] = np.broadcast_to(numbers.astype(np.int32), shape)
     return Comparisons(*_placed(data, texts, (num_rows, width)), **labels)
+
+
+class Packing(NamedTuple):
+    """How to pack the rows of a plan."""
+
+    plan: Plan  # batches of the same number of rows, with mixed lengths
+    width: int  # of packed rows: as the longest row of the data with all its answers
+    multiple: int
+    """To which the number of packed rows is rounded up: about an eighth of those in the largest
+    batch of the first epoch, and a multiple of the given one."""
+    padding_alone: float  # the share of padding in that epoch without packing
+    padding: float  # and with it
+    columns: int  # of all packed rows in that epoch
+
+
+def columns_of(data: EncodedTexts, rows: np.ndarray, plan: Plan) -> int:
+    """The columns of all rows of padded arrays in the first epoch of a plan of these ``rows``."""
+    widths = 0
+    for step in range(plan.steps_per_epoch):
+        widths += width_of(data, rows[_present(plan.rows(step))], plan.bucket_multiple)
+    return plan.batch_size * data.rows_of_arrays * widths
 
 
 def packing(
@@ -253,37 +293,25 @@ def packing(
     rows: np.ndarray,
     plan: Plan,
     multiple: int,
-) -> tuple[Plan, int, int, float, float]:
-    """How to pack the training ``rows`` of a plan.
-
-    Returns:
-      (plan, width, multiple, padding before, padding after). The new plan has batches of the same
-      number of rows, with mixed lengths. The packed rows are as wide as the longest row of the data
-      with all its answers. Their number is rounded up to ``multiple``: about an eighth of the
-      packed rows in the largest batch of the first epoch, and a multiple of the given one. The last
-      two are the shares of padding in that epoch without and with packing.
-    """
-    totals = data.lengths.sum(axis=1)
+) -> Packing:
+    """How to pack the training ``rows`` of a plan, in numbers of rows that are a multiple."""
+    totals = data.totals
     width = _round_up(int(totals.max()), plan.bucket_multiple)
-    longest = data.max_length or sys.maxsize
-    width = min(width, data.num_answers * longest)
+    width = min(width, data.num_answers * (data.max_length or width))
     mixed = replace(plan, bucket_multiple=width)  # one bucket holds all
-    padded_columns = 0
     needed = []
     for step in range(plan.steps_per_epoch):
-        padded = rows[_present(plan.rows(step))]
-        padded_columns += width_of(data, padded, plan.bucket_multiple)
         packed = rows[_present(mixed.rows(step))]
         places = first_fit(totals[packed], width)
         rows_used = {row for _, row, _ in places}
         needed.append(len(rows_used))
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
-    before = plan.batch_size * data.num_answers * padded_columns
-    after = width * _round_up(np.array(needed), multiple).sum()
-    padding_before = 1 - num_tokens / before
-    padding_after = 1 - num_tokens / after
-    return mixed, width, multiple, padding_before, padding_after
+    alone = columns_of(data, rows, plan)
+    columns = width * int(_round_up(np.array(needed), multiple).sum())
+    padding_alone = 1 - num_tokens / alone
+    padding = 1 - num_tokens / columns
+    return Packing(mixed, width, multiple, padding_alone, padding, columns)
 
 
 def comparison_batch(
@@ -292,11 +320,16 @@ def comparison_batch(
     bucket_multiple: int = 16,
 ) -> Comparisons:
     """The given comparisons, right-padded: tokens and masks [B, K, T] int32, and best, targets and
-    weight if the data has them.
+    weight if the data has them. With shared prompts they are packed, one in each row.
 
     A missing row (-1) or answer has only padding and an empty response_mask. ``best`` None means
     that answer 0 is the chosen one.
     """
+    if data.shares_prompts:
+        width = width_of(data, rows, bucket_multiple)
+        places = np.flatnonzero(rows != ABSENT).tolist()
+        own = [_texts_of(data, rows[place], place, 0, 0) for place in places]
+        return _comparisons(data, list(itertools.chain(*own)), rows[:, None], width)
     return Comparisons(*_padded(data, rows, bucket_multiple), **_labels_of(data, rows))
 
 
@@ -374,7 +407,7 @@ def _padded(
     present = np.flatnonzero(rows != ABSENT).tolist()
     for i, answer in itertools.product(present, range(num_answers)):
         place = i * num_answers + answer
-        texts.append((rows[i], answer, place, 0, 1))
+        texts.append(Place(rows[i], answer, place, 0, 1))
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
@@ -386,9 +419,9 @@ def width_of(
     least: int = 0,
 ) -> int:
     """The number of columns for the longest text of the given rows, and at least for ``least``."""
-    longest = int(data.lengths[_present(rows)].max(initial=least))
+    longest = int(data.longest[_present(rows)].max(initial=least))
     width = _round_up(longest, bucket_multiple)
-    return min(width, data.max_length or sys.maxsize)
+    return min(width, data.most)
 
 
 def _packed(
@@ -402,7 +435,7 @@ def _packed(
     into a packed row, and at most the number of given rows.
     """
     present = _present(rows)
-    places = first_fit(data.lengths[present].sum(axis=1), width)
+    places = first_fit(data.totals[present], width)
     num_packed = len({place for _, place, _ in places}) or 1
     num_shortest = int(np.searchsorted(data.shortest, width, side="right"))
     num_rows = _round_up(num_packed, multiple)
@@ -413,11 +446,36 @@ def _packed(
         row = present[i]
         number = len(_present(held[place]))
         held[place, number] = row
-        for answer in range(data.num_answers):
-            document = number * data.num_answers + answer + 1
-            texts.append((row, answer, place, start, document))
-            start += data.lengths[row, answer]
+        texts += _texts_of(data, row, place, start, number)
     return texts, held
+
+
+def _documents(data: EncodedTexts, number: int) -> tuple[int, int | None]:
+    """The documents of the first answer and of the prompt, if it stands alone, of the comparison
+    of this number in its row.
+    """
+    if not data.shares_prompts:
+        return number * data.num_answers + 1, None
+    prompt = number * (data.num_answers + 1) + 1
+    return prompt + 1, prompt
+
+
+def _texts_of(data: EncodedTexts, row: int, place: int, start: int, number: int) -> list[Place]:
+    """Where the texts of a row stand that begins in column ``start`` of row ``place`` and is the
+    comparison of this ``number`` there.
+    """
+    texts = []
+    first_answer, prompt = _documents(data, number)
+    end = 0
+    if prompt is not None:
+        end = int(data.starts[row].max())
+        answer = int(data.lengths[row].argmax())  # one that is not missing
+        texts.append(Place(row, answer, place, start, prompt, end=end))
+        start += end
+    for answer in range(data.num_answers):
+        texts.append(Place(row, answer, place, start, first_answer + answer, first=end))
+        start += max(int(data.lengths[row, answer]) - end, 0)
+    return texts
 
 
 def _placed(
@@ -431,14 +489,15 @@ def _placed(
     tokens = np.full(shape, data.pad_id, np.int32)
     documents = np.zeros(shape, np.int32)
     responses = np.zeros(shape, np.int32)
-    for row, answer, place, start, number in texts:
-        ids = data.tokens[answer][row]
+    for row, answer, place, start, number, first, last in texts:
+        ids = data.tokens[answer][row][first:last]
         end = start + len(ids)
-        response_start = start + data.starts[row, answer]
+        response_start = start + max(data.starts[row, answer] - first, 0)
         tokens[place, start:end] = ids
         documents[place, start:end] = number
-        learned = data.learned.get((answer, row), 1)
-        responses[place, response_start:end] = learned
+        if response_start < end:
+            learned = data.learned.get((answer, row), 1)
+            responses[place, response_start:end] = learned
     return tokens, documents, responses
 
 

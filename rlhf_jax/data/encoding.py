@@ -63,6 +63,8 @@ class EncodedTexts:
     learned: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     """{(k, n): [response length] bool}, which tokens of the response ``tokens[k][n]`` count, for
     those responses of which some do not."""
+    shares_prompts: bool = False
+    """Whether batches hold the prompt of a comparison once, before all its answers."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -81,9 +83,34 @@ class EncodedTexts:
         return self.lengths - self.starts
 
     @cached_property
+    def totals(self) -> np.ndarray:
+        """[N] int64 tokens of a row with all its texts, as batches hold them."""
+        if not self.shares_prompts:
+            return self.lengths.sum(axis=1)
+        return self.starts.max(axis=1) + self.response_lengths.sum(axis=1)
+
+    @cached_property
     def shortest(self) -> np.ndarray:
         """[N] int64 total tokens of the 1, 2, ..., N shortest rows, with all texts of each row."""
-        return np.cumsum(np.sort(self.lengths.sum(axis=1)))
+        return np.cumsum(np.sort(self.totals))
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[N] int64 tokens of a row's longest part that lies in one row of a batch's arrays: a
+        text, or with shared prompts the whole row.
+        """
+        return self.totals if self.shares_prompts else self.lengths.max(axis=1)
+
+    @property
+    def rows_of_arrays(self) -> int:
+        """How many rows of a batch's arrays hold one row of the data, unless they are packed."""
+        return 1 if self.shares_prompts else self.num_answers
+
+    @property
+    def most(self) -> int:
+        """The most columns that a row of a batch's arrays needs, unless it is packed."""
+        texts = self.num_answers if self.shares_prompts else 1
+        return texts * (self.max_length or sys.maxsize)
 
     def __len__(self) -> int:
         return len(self.sources)

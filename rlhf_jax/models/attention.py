@@ -38,11 +38,14 @@ class Seen(NamedTuple):
 
     slots: Array  # [B, t] of the queries
     documents: Array  # [B, t] of the queries, 0 on pads
-    key_slots: Array  # [S]
+    key_slots: Array  # [S], or [B, S]
     key_documents: Array  # [B, S], 0 on pads and empty slots
     window: Array | int  # keys that a query attends to, its own included
     mask: Array | None = None
     """[B, 1, t, S] bool: ``visible`` of the rest, made once for all layers."""
+    num_answers: Array | int | None = None
+    """The answers to each prompt, which attend to it too (``prompt_of``); slots are then positions.
+    None: documents are by themselves."""
 
 
 class Softmax(NamedTuple):
@@ -54,6 +57,18 @@ class Softmax(NamedTuple):
 
 
 PLAIN = Softmax()
+
+
+def prompt_of(
+    documents: Array,
+    num_answers: Array | int,
+) -> Array:
+    """The number of the document that is the prompt of each document: of K answers, prompts have
+    the numbers 1, K + 2, 2 K + 3, ..., and the K numbers that follow are their answers. A prompt's
+    is its own.
+    """
+    place = (documents - 1) % (num_answers + 1)
+    return documents - place
 
 
 def positions(attention_mask: Array) -> Array:
@@ -140,10 +155,15 @@ def visible(seen: Seen) -> Array:
     """[B, 1, t, S] bool: whether the query attends to the key."""
     if seen.mask is not None:
         return seen.mask
-    distance = seen.slots[:, :, None] - seen.key_slots[None, None, :]
+    key_slots = jnp.atleast_2d(seen.key_slots)
+    distance = seen.slots[:, :, None] - key_slots[:, None]
     is_near = (distance >= 0) & (distance < seen.window)
     key_documents = seen.key_documents[:, None, :]
     is_own = seen.documents[:, :, None] == key_documents
+    if seen.num_answers is not None:
+        prompts = prompt_of(seen.documents, seen.num_answers)
+        reads_prompt = prompts[:, :, None] == key_documents
+        is_own |= reads_prompt
     is_visible = is_near & (is_own & (key_documents != 0))
     return is_visible[:, None]
 
@@ -151,7 +171,7 @@ def visible(seen: Seen) -> Array:
 def prepared(config: TransformerConfig, seen: Seen) -> Seen:
     """The mask with its array, made once for all layers, if "xla" computes attention."""
     num_queries = seen.slots.shape[1]
-    name = implementation(config, num_queries, len(seen.key_slots), False)
+    name = implementation(config, num_queries, seen.key_slots.shape[-1], False)
     return seen._replace(mask=visible(seen)) if name == "xla" else seen
 
 
@@ -178,20 +198,21 @@ def implementation(
     config: TransformerConfig,
     queries: int,
     keys: int,
-    drops: bool,
+    needs_formula: bool,
 ) -> str:
     """The name of the implementation that computes attention: ``config.attention``, or for "auto"
     one that fits the shapes and the device.
 
     One query, as in decoding, always takes "xla". The fused kernels neither drop weights nor read a
-    cache: "blockwise" then replaces them.
+    cache, and know no answers that attend to a prompt (``needs_formula``): "blockwise" then
+    replaces them.
     """
     name = config.attention
     if name == "xla" or queries == 1:
         return "xla"
     if name == "auto" and keys < LONG:
         return "xla"
-    if drops or queries != keys or not config.has_plain_softmax:
+    if needs_formula or queries != keys or not config.has_plain_softmax:
         return "blockwise"
     return fused.fastest(config) if name == "auto" else name
 
@@ -212,7 +233,8 @@ def mix(
     """
     num_queries = query.shape[3]
     num_keys = key.shape[2]
-    name = implementation(config, num_queries, num_keys, drop is not None)
+    needs_formula = drop is not None or seen.num_answers is not None
+    name = implementation(config, num_queries, num_keys, needs_formula)
     if name in ("cudnn", "splash"):
         by_window = [
             partial(fused.attention, name=name, window=window) for window in config.windows

@@ -9,16 +9,16 @@ columns.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from rlhf_jax import ops
-from rlhf_jax.models.attention import by_blocks
+from rlhf_jax.models.attention import Columns, by_blocks
 from rlhf_jax.models.kernels import fused
-from rlhf_jax.models.kernels.shared import Groups
+from rlhf_jax.models.kernels.shared import Groups, answers
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
@@ -84,6 +84,7 @@ def policy_fn(
     value_model: Model | None = None,
     teacher: Teacher | None = None,
     group_size: int = 1,
+    num_answers: int = 0,
 ) -> PolicyFn:
     """Turns a language model into a PolicyFn.
 
@@ -101,6 +102,9 @@ def policy_fn(
             which all models compute once (``models.kernels.shared``); the number of rows is a
             multiple of G. The results are the same up to rounding. With dropout each row is
             computed by itself.
+        num_answers: K: ``attention_mask`` numbers prompts and the K answers to each, as in batches
+            of comparisons that compute a prompt once (``types.Comparisons``); 0: it numbers packed
+            documents.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies
@@ -112,7 +116,7 @@ def policy_fn(
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
-    groups = shared_by(group_size, prompt_length)
+    shared = shared_by(group_size, prompt_length, num_answers)
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
@@ -137,13 +141,15 @@ def policy_fn(
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
         # The states before columns first, ..., T - 1: [B, T - first, D].
-        before = slice(first - 1, tokens.shape[1] - 1)
+        before: Columns = slice(first - 1, tokens.shape[1] - 1)
+        if num_answers:
+            before = answers(attention_mask, num_answers).previous[:, first:]
         rows = (tokens, attention_mask)
-        hidden = model.hidden(body, *rows, policy_key, before, **groups)
+        hidden = model.hidden(body, *rows, policy_key, before, **shared)
         columns = [tokens[:, first:], hidden]
         compare = None
         if teacher is not None and teacher_params is not None:
-            of_teacher = teacher.model.hidden(teacher_params, *rows, None, before, **groups)
+            of_teacher = teacher.model.hidden(teacher_params, *rows, None, before, **shared)
             columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
         of_chunk: Callable[..., PolicyOutput] = partial(
@@ -156,7 +162,7 @@ def policy_fn(
         critic = params
         if value_model is not None:
             critic = params["value"]
-            hidden = value_model.hidden(critic, *rows, value_key, before, **groups)
+            hidden = value_model.hidden(critic, *rows, value_key, before, **shared)
         if value_model is not None or "value" in params:
             output = output._replace(values=_scalar(critic, "value", hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
@@ -164,13 +170,21 @@ def policy_fn(
     return ops.with_settings(policy, temperature, prompt_length)
 
 
-def shared_by(group_size: int, prompt_length: int) -> dict[str, Groups]:
-    """The argument ``groups`` of ``Model.hidden``; none for single rows.
+def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
+    """The argument ``groups`` or ``num_answers`` of ``Model.hidden``; none for single rows.
 
     Raises:
-        ValueError: the size is below 1, or there is no prompt to share.
+        ValueError: a size is too small, there is no prompt to share, or both are given.
     """
     ops.check_number("group_size", group_size, at_least=1)
+    ops.check_number("num_answers", num_answers, at_least=0)
+    if group_size > 1 and num_answers:
+        raise ValueError(
+            f"group_size {group_size} and num_answers {num_answers}: answers are adjacent rows or "
+            "packed into one; give one of both"
+        )
+    if num_answers:
+        return {"num_answers": num_answers}
     if group_size == 1:
         return {}
     if prompt_length < 1:
@@ -178,12 +192,15 @@ def shared_by(group_size: int, prompt_length: int) -> dict[str, Groups]:
     return {"groups": Groups(prompt_length, group_size)}
 
 
-def score_fn(model: Model, prompt_length: int = 0, group_size: int = 1) -> ScoreFn:
+def score_fn(
+    model: Model, prompt_length: int = 0, group_size: int = 1, num_answers: int = 0
+) -> ScoreFn:
     """Turns a model with a "score" head into a ScoreFn.
 
     Args:
         model: the reward model's body.
         prompt_length, group_size: the columns that G adjacent rows share, as in ``policy_fn``.
+        num_answers: as in ``policy_fn``.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift``
@@ -195,7 +212,7 @@ def score_fn(model: Model, prompt_length: int = 0, group_size: int = 1) -> Score
     Raises:
         ValueError: rows share no column.
     """
-    groups = shared_by(group_size, prompt_length)
+    shared = shared_by(group_size, prompt_length, num_answers)
 
     def score(
         params: Params,
@@ -209,7 +226,7 @@ def score_fn(model: Model, prompt_length: int = 0, group_size: int = 1) -> Score
         real = mask != 0 if documents is None else mask == documents[..., None]
         columns = jnp.arange(tokens.shape[1])[None, None]
         last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
-        hidden = model.hidden(params, tokens, attention_mask, key, last, **groups)
+        hidden = model.hidden(params, tokens, attention_mask, key, last, **shared)
         scores = _scalar(params, "score", hidden)
         head = params["score"]
         gain, shift = lax.stop_gradient((head["gain"], head["shift"]))

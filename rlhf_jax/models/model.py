@@ -40,7 +40,9 @@ class Model(NamedTuple):
             compute dtype; given a ``slice`` or [B, n] indices of columns, [B, n, D]: the last block
             then computes only those. Given ``groups`` (``shared.Groups``) too, each prompt that
             adjacent rows share is computed once; with dropout, a soft cap of attention or sinks
-            each row is computed by itself.
+            each row is computed by itself. Given ``num_answers`` K in their place, the mask numbers
+            prompts and their answers (``attention.prompt_of``), and the answers attend to their
+            prompt, behind which their positions go on.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
@@ -90,6 +92,7 @@ def build(config: ModelConfig) -> Model:
         key: Array | None = None,
         columns: Columns = None,
         groups: Groups | None = None,
+        num_answers: int = 0,
     ) -> Any:
         tokens = jnp.asarray(tokens)
         mask = jnp.ones_like(tokens) if attention_mask is None else jnp.asarray(attention_mask)
@@ -107,7 +110,8 @@ def build(config: ModelConfig) -> Model:
             chex.assert_is_divisible(len(tokens), groups.size)
             together = (*inputs, groups)
             return module.apply({"params": params}, *together, method="hidden_in_groups")
-        return module.apply({"params": params}, *inputs, rngs=rngs, method="hidden")
+        packed = (*inputs, num_answers)
+        return module.apply({"params": params}, *packed, rngs=rngs, method="hidden")
 
     def unembed(params: Params, hidden_states: Array) -> Any:
         return module.apply({"params": params}, hidden_states, method="unembed")

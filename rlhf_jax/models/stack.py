@@ -386,19 +386,29 @@ class Transformer(nn.Module):
         tokens: Array,
         attention_mask: Array,
         columns: Columns = None,
+        num_answers: int = 0,
     ) -> Array:
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; only the
-        given columns.
+        given columns. With ``num_answers`` the mask numbers prompts and their answers.
 
         The last block computes keys and values of all columns and the rest for the given ones. For
-        a slice of more than seven eighths it computes all: one kernel then serves all layers.
+        more than seven eighths of the columns it computes all: one kernel then serves all layers.
         """
-        positions = attention.positions(attention_mask)
+        seen: Callable[..., Seen] = partial(attention.seen_in_text, attention_mask)
+        if num_answers:
+            positions = shared.answers(attention_mask, num_answers).positions
+            numbered = (attention_mask, positions, num_answers)
+            seen = partial(shared.seen_by_answers, *numbered)
+        else:
+            positions = attention.positions(attention_mask)
         x = self.embed(tokens, positions, attention_mask != 0)
-        views = self.views(positions, partial(attention.seen_in_text, attention_mask))
-        is_wide = False
+        views = self.views(positions, seen)
+        number = 0
         if isinstance(columns, slice):
-            is_wide = 8 * (columns.stop - columns.start) > 7 * x.shape[1]
+            number = columns.stop - columns.start
+        elif columns is not None:
+            number = columns.shape[1]
+        is_wide = 8 * number > 7 * x.shape[1]
         x, _ = self.through_layers(x, views, None, None, None if is_wide else columns)
         x = self.ln_f(x)
         return pick(x, columns, axis=1) if is_wide else x

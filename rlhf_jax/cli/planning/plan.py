@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -32,6 +33,7 @@ from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
 from rlhf_jax.config import PPOStage, RLStage, RunConfig, parse
+from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -42,7 +44,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
-from rlhf_jax.training.common import initial, layout, memory, references
+from rlhf_jax.training.common import initial, layout, memory, references, shared_prompts
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import Stage
@@ -135,6 +137,16 @@ class Case:
         if self.target is None:
             return layout.mesh_of(self.config)
         return sharding.make_mesh(**self.config.mesh.axes, devices=self.target.devices)
+
+    @property
+    def num_answers(self) -> int:
+        """The answers of a comparison that compute their prompt once; 0: none do."""
+        return 2 * (self.name in PAIRS and self.config.compute.share_prompts is True)
+
+    @property
+    def texts_of_row(self) -> int:
+        """The texts that one row of a batch's arrays holds."""
+        return self.num_answers or 1
 
     def shared_by(self, prompt: int) -> int:
         """How many rows of an RL run compute their prompt of so many tokens once."""
@@ -344,9 +356,9 @@ def shapes_of(
     return _reinforcement(case, length) if name in RL else _supervised(case, length)
 
 
-def _fitting(model: models.Model, length: int | None) -> int:
-    """The length of a row, by default the most that the model reads."""
-    most = model.config.max_length
+def _fitting(model: models.Model, length: int | None, texts: int = 1) -> int:
+    """The length of a row of so many texts, by default the most that the model reads."""
+    most = texts * model.config.max_length
     if (length or most) > most:
         raise UserError(
             f"rlhf-jax plan: rows of {length} tokens are longer than the {most} that the model "
@@ -362,24 +374,31 @@ def longest(config: RunConfig, name: str) -> int | None:
     ``config.tokenizer.name``), for a text that is cut into pieces as long as the model reads, and
     where ``rl.max_prompt_length`` is given.
     """
+    return with_data(config, name)[1]
+
+
+def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
+    """The settings with ``compute.share_prompts`` as a run on its data chooses it for comparisons,
+    and ``longest``.
+    """
     source = config.model or config.tokenizer.name
     bounded = name in RL and config.rl.max_prompt_length is not None
     if source is None or bounded or name not in (*SUPERVISED, *RL):
-        return None
+        return config, None
     if config.model is not None:
         config = dataclasses.replace(config, model=hf.model_folder(config.model))
     case = Case(config, name, None)
     if not (case.settings.data or config.data):
-        return None
+        return config, None
     kind: Kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
     rows = initial.stage_rows(config, kind, case.settings.data).rows
     if rows[0].is_plain_text:
-        return None
+        return config, None
     model, _ = case.model(config.model)
     tokenizer = load_tokenizer(config.model or source)
     if name in RL:
         language_model = LanguageModel(model, {}, tokenizer)
-        return int(initial.prompts_for(config, language_model, rows).tokens.shape[1])
+        return config, int(initial.prompts_for(config, language_model, rows).tokens.shape[1])
     most = tasks.longest_text(config, model.config.max_length)
     encoded = encode_texts(
         rows,
@@ -388,11 +407,18 @@ def longest(config: RunConfig, name: str) -> int | None:
         max_length=most,
         too_long=config.text.too_long,
     )
-    steps = -(-len(encoded) // case.own.batch_size)
-    columns = int(encoded.lengths.max())
-    multiple = initial.bucket_multiple(config, model.config.num_layers, columns, steps)
-    num_multiples = -(-columns // multiple)
-    return min(num_multiples * multiple, most)
+    made = tasks.batched(
+        config,
+        getattr(training, name).SPEC,
+        encoded,
+        np.arange(len(encoded)),
+        jax.random.key(0),
+        model.config.num_layers,
+    )
+    if encoded.num_answers > 1:
+        config = shared_prompts.recorded(config, made.encoded.shares_prompts)
+    columns = batches.width_of(made.encoded, np.arange(len(encoded)), made.multiple)
+    return config, columns
 
 
 def with_remat(
@@ -411,9 +437,11 @@ def with_remat(
     if config.compute.remat != "auto" or name not in (*SUPERVISED, *RL):
         return config
     case = Case(config, name, target)
-    model, _ = case.model(config.model)
+    model, params = case.model(config.model)
     network = dataclasses.replace(model.config, compute_dtype=config.compute.dtype)
-    columns = length or config.rl.max_prompt_length if name in RL else _fitting(model, length)
+    columns = length or config.rl.max_prompt_length
+    if name not in RL:
+        columns = _fitting(model, length, case.texts_of_row)
     if columns is None:
         return config
     if name in RL:
@@ -423,12 +451,17 @@ def with_remat(
         share = saved(prompt, config.rl.max_new_tokens, case.shared_by(prompt))
         rows = math.ceil(rows * (1 - share))
     else:
-        rows = (1 + (name in PAIRS)) * case.own.batch_size
+        rows = (1 + (name in PAIRS and not case.num_answers)) * case.own.batch_size
     rows_at_once = rows // case.own.num_microbatches
     device_rows = -(-rows_at_once // sharding.num_parts(case.mesh))
     stored = memory.stored(network, device_rows, columns)
     is_deep = network.num_layers >= initial.DEEP
-    remat = is_deep and memory.wants_remat(stored, limit)
+    params = case.laid_out(params)
+    trained = case.laid_out(initial.trained_shapes(config.lora, params))
+    networks = 1 + (name in RL and critic.settings(case.own).value == "separate")
+    to_come = networks * memory.COPIES * memory.on_device(trained)
+    free = max(limit - memory.on_device(params), 1) if limit else 0
+    remat = is_deep and memory.wants_remat(memory.Room(free, to_come), stored, lambda: stored)
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
 
 
@@ -493,10 +526,10 @@ def _supervised(case: Case, length: int | None) -> Shapes:
         return start, references.state(settings).create(start.params, optimizer)
 
     start, state = case.laid_out(jax.eval_shape(first, params))
-    model_fn: Any = models.score_fn(model) if is_scorer else models.policy_fn(model)
-    scored_fn = ops.by_rows(
-        model_fn, memory.score_rows(config.compute, 2 * settings.batch_size, settings)
-    )
+    make: Any = models.score_fn if is_scorer else models.policy_fn
+    model_fn = make(model, num_answers=case.num_answers)
+    scored_rows = settings.batch_size * (1 if case.num_answers else 2)
+    scored_fn = ops.by_rows(model_fn, memory.score_rows(config.compute, scored_rows, settings))
     moves = references.moves(settings)
     reference = None
     ref_fn = None
@@ -524,7 +557,7 @@ def _supervised(case: Case, length: int | None) -> Shapes:
             **bound,
         )
 
-    batch = case.spread(_batch(case, _fitting(model, length)))
+    batch = case.spread(_batch(case, _fitting(model, length, case.texts_of_row)))
     key = jax.eval_shape(jax.random.key, 0)
     held = {
         "parameters": state.params,
@@ -534,7 +567,7 @@ def _supervised(case: Case, length: int | None) -> Shapes:
     }
     functions = {"score_fn" if is_scorer else "policy_fn": start.bind(model_fn)}
     if is_scorer and settings.sft_coef:
-        functions["policy_fn"] = start.bind(models.policy_fn(model))
+        functions["policy_fn"] = start.bind(models.policy_fn(model, num_answers=case.num_answers))
     program = (learn, state, batch, key, functions, ref_fn)
     return Shapes(held, {"learn": program}, {})
 
@@ -542,9 +575,12 @@ def _supervised(case: Case, length: int | None) -> Shapes:
 def _batch(case: Case, length: int) -> Any:
     """A batch of texts, as shapes."""
     shape: tuple[int, ...] = (case.own.batch_size, length)
-    if case.name in PAIRS:
+    if case.name in PAIRS and not case.num_answers:
         shape = (case.own.batch_size, 2, length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if case.num_answers:
+        numbers: Any = jax.ShapeDtypeStruct((shape[0], 1, case.num_answers), jnp.int32)
+        return Comparisons(tokens, tokens, tokens, documents=numbers)  # type: ignore[arg-type]
     if case.name in PAIRS:
         return Comparisons(tokens, tokens, tokens)  # type: ignore[arg-type]
     if case.name == "sft":
@@ -876,7 +912,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(RunConfig, flags, prog="rlhf-jax plan")
     target = targets.find(given.target) if given.target else None
     stage = given.stage.replace("-", "_")
-    length = given.length or longest(settings, stage)
+    length = given.length
+    if length is None:
+        settings, length = with_data(settings, stage)
     available = limit or (target.memory if target else devices.memory_limit())
     settings = with_remat(settings, stage, length, available, target)
     show("\n".join(report(settings, stage, length, limit or None, target)))

@@ -5,7 +5,10 @@ so that linear layers and norms see P + G R tokens in place of G (P + R). In att
 queries attend to two parts, the group's prompt and their own response, whose results are joined by
 their normalizers: the prompt's keys are never copied G times (Juravsky et al. 2024, arXiv
 2402.05099; Prefix Grouper, arXiv 2506.05433). While decoding, the prompts' cache [N, P] lies beside
-the cache of the responses [N G, R]. Packed documents cannot share prompts.
+the cache of the responses [N G, R].
+
+Comparisons, whose answers are given, lie in one row of a batch already, behind their prompt:
+``answers`` says where, and ``attention.visible`` what they see.
 """
 
 from typing import NamedTuple
@@ -93,6 +96,54 @@ class Beside(NamedTuple):
     prompt: LayerCache  # [N, ...]
     own: LayerCache  # [N G, ...]
     mask: Array  # [N, slots of the prompt] bool
+
+
+class Answers(NamedTuple):
+    """Where packed answers stand that follow a prompt which is packed once, before them."""
+
+    is_first: Array  # [B, T] bool: the first token of an answer
+    prompt_end: Array  # [B, T] the column of the last prompt token up to each column
+    positions: Array  # [B, T] of the tokens; an answer's go on behind its prompt's
+
+    @property
+    def previous(self) -> Array:
+        """[B, T] the column whose state predicts the token of a column."""
+        columns = jnp.arange(self.is_first.shape[1])[None]
+        return jnp.where(self.is_first, self.prompt_end, columns - 1)
+
+
+def answers(attention_mask: Array, num_answers: int) -> Answers:
+    """Where the answers of a packed batch stand.
+
+    Args:
+        attention_mask: [B, T], 0 on pads; prompts and answers are numbered as in
+            ``attention.prompt_of``, and the answers of a prompt follow it.
+    """
+    alone = attention.positions(attention_mask)
+    columns = jnp.broadcast_to(jnp.arange(alone.shape[1]), alone.shape)
+    real = attention_mask != 0
+    in_prompt = attention.prompt_of(attention_mask, num_answers) == attention_mask
+    last = jnp.where(real & in_prompt, columns, 0)
+    prompt_end = lax.cummax(last, axis=1)
+    in_answer = real & ~in_prompt
+    before = jnp.take_along_axis(alone, prompt_end, axis=1) + 1
+    behind = alone + jnp.where(in_answer, before, 0)
+    return Answers(in_answer & (alone == 0), prompt_end, behind)
+
+
+def seen_by_answers(
+    attention_mask: Array, positions: Array, num_answers: int, window: int | None = None
+) -> Seen:
+    """The causal mask of packed prompts and answers: a token attends to earlier tokens of its
+    document, and an answer's to all of its prompt.
+
+    Args:
+        attention_mask, num_answers: as in ``answers``, and its ``positions``.
+        window: as in ``attention.seen_in_text``.
+    """
+    size = window or attention_mask.shape[1]
+    of_keys = (positions, attention_mask)
+    return Seen(positions, attention_mask, *of_keys, size, num_answers=num_answers)
 
 
 def seen(

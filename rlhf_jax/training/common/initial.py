@@ -108,6 +108,12 @@ def base_of(settings: LoRA, params: Params) -> Params:
     return params if settings.base is None else lora.quantized(params)
 
 
+def trained_shapes(settings: LoRA, params: Params) -> Params:
+    """The shapes of the trained parameters, for shapes of all."""
+    split = functools.partial(trainable, settings)
+    return jax.eval_shape(lambda params, key: split(params, key).params, params, jax.random.key(0))
+
+
 def tokenizer_of(config: RunConfig) -> tokenizers.Tokenizer | None:
     """The tokenizer that a config names, reading texts as ``config.text`` says; None if it is to be
     made from the data.

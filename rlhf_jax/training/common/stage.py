@@ -154,7 +154,7 @@ class Stage:
         return state
 
     def choose_remat(
-        self, language_model: LanguageModel, rows: int, length: int
+        self, language_model: LanguageModel, rows: int, length: int, networks: int = 1
     ) -> tuple["Stage", LanguageModel]:
         """The stage and the model with ``compute.remat`` true or false where it was auto; depth and
         memory decide, and the choice is printed and recorded.
@@ -162,6 +162,7 @@ class Stage:
         Args:
             rows: of a microbatch, over all devices.
             length: the most columns of a row.
+            networks: of this size that are trained.
         """
         compute = self.config.compute
         model = language_model.model
@@ -171,17 +172,32 @@ class Stage:
         # A user's own network has no remat. With blocks the bits must not depend on the memory.
         is_open = hasattr(model.config, "remat") and not compute.blocks
         if is_open and model.config.num_layers >= initial.DEEP:
-            limit = devices.memory_limit()
-            stored = memory.stored(model.config, -(-rows // self.num_parts), length)
-            remat = memory.wants_remat(stored, limit)
+            own_rows = -(-rows // self.num_parts)
+            params = self.shapes(language_model.params)
+            trained = initial.trained_shapes(self.config.lora, params)
+            to_come = networks * memory.COPIES * memory.on_device(self.shapes(trained))
+            room = memory.Room(devices.free_memory(), to_come)
+            stored = memory.stored(model.config, own_rows, length)
+            shape = (own_rows * self.num_parts, length)
+            compiled = functools.partial(
+                memory.temporaries, model, params, *shape, sharding.rows(self.mesh)
+            )
+            remat = memory.wants_remat(room, stored, compiled)
             line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
-            sizes = f"an update stores about {stored / 2**30:.1f} GiB of activations"
-            logger.info(f"{line} ({sizes}, a device has {limit / 2**30:.1f})")
+            logger.info(f"{line} ({memory.reason(room, stored, own_rows, remat)})")
         compute = dataclasses.replace(compute, remat=remat)
         stage = self.recorded(dataclasses.replace(self.config, compute=compute))
         if remat:
             model = models.build(dataclasses.replace(model.config, remat=True))
         return stage, language_model._replace(model=model)
+
+    def shapes(self, params: Params) -> Params:
+        """The shapes of parameters, laid out over the mesh."""
+        arrays = jax.eval_shape(lambda tree: tree, params)
+        where = layout.shardings(self.mesh, arrays)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
+        )
 
     def recorded(self, config: RunConfig) -> "Stage":
         """The stage with settings that were decided, which it writes to config.yaml."""

@@ -29,7 +29,7 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, layout, loop, memory, own, references
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.rl import answers, sharing, steps, teacher
+from rlhf_jax.training.rl import answers, critic, sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
@@ -188,7 +188,8 @@ def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Part
     length = prompt + settings.max_new_tokens
     share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
     rows = math.ceil(settings.batch_size // updates * (1 - share))
-    stage, begun = stage.choose_remat(parts.initial, rows, length)
+    networks = 1 + (critic.settings(method.config).value == "separate")
+    stage, begun = stage.choose_remat(parts.initial, rows, length, networks)
     return stage, parts._replace(initial=begun)
 
 

@@ -1,16 +1,12 @@
 """Whether the answers to a prompt compute it once (``compute.share_prompts``)."""
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 from rlhf_jax.config import ALGORITHMS, RunConfig
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.training.common import shared_prompts
 from rlhf_jax.training.rl.method import divisors
 from rlhf_jax.types import AlgorithmConfig
-
-# The share of token passes from which on ``auto`` shares.
-LEAST_SAVED = 0.1
 
 
 def saved(prompt: int, response: int, group_size: int) -> float:
@@ -58,13 +54,8 @@ class Answers(NamedTuple):
             UserError: ``compute.share_prompts`` is true, and they cannot.
         """
         wanted = config.compute.share_prompts
-        if wanted is False:
-            return 1
-        reason = self.obstacle(config)
-        if reason is not None and wanted is True:
-            raise UserError(f"compute.share_prompts: {reason}; use auto")
-        pays = wanted is True or self.saved(config) >= LEAST_SAVED
-        return self.own.group_size if reason is None and pays else 1
+        shares = shared_prompts.is_wanted(wanted, self.obstacle(config), self.saved(config))
+        return self.own.group_size if shares else 1
 
 
 def decided(config: RunConfig, answers: Answers) -> tuple[RunConfig, int]:
@@ -74,8 +65,6 @@ def decided(config: RunConfig, answers: Answers) -> tuple[RunConfig, int]:
     size = answers.group_size(config)
     number = answers.own.group_size
     if number > 1:
-        line = f"compute: share_prompts {size > 1}".lower()
-        once = f"a prompt of {answers.prompt} tokens computed once for {number} answers"
-        logger.info(f"{line} ({once} saves {answers.saved(config):.0%} of the token passes)")
-    compute = dataclasses.replace(config.compute, share_prompts=size > 1)
-    return dataclasses.replace(config, compute=compute), size
+        what = f"a prompt of {answers.prompt} tokens computed once for {number} answers"
+        shared_prompts.say(size > 1, what, answers.saved(config))
+    return shared_prompts.recorded(config, size > 1), size

@@ -24,8 +24,9 @@ from rlhf_jax.types import Comparisons, Params, ScoreFn
 def answer_scorer(
     score_fn: ScoreFn, num_members: int = 1, jit: Callable[..., Any] = jax.jit
 ) -> Callable[[Params, Comparisons], Array]:
-    """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M,
-    ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments.
+    """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``, of packed ones [B, C, K]; of an
+    ensemble's parameters [M, ...] the scores [..., M]. Arrays of a ``jax.tree_util.Partial`` travel
+    as arguments.
 
     jit: of the run's stage, or JAX's own.
     """
@@ -37,7 +38,7 @@ def answer_scorer(
 
     scorer: Callable[..., Array] = score
     if num_members > 1:
-        scorer = jax.vmap(score, in_axes=(None, 0, None), out_axes=2)
+        scorer = jax.vmap(score, in_axes=(None, 0, None), out_axes=-1)
     return functools.partial(jit(scorer), score_fn)
 
 
@@ -57,6 +58,8 @@ def score_rows(
     for numbers in loop.in_order(rows, batch_size):
         batch = batches.comparison_batch(comparisons, numbers, bucket_multiple)
         of_batch = processes.fetch(score(shard(batch)))
+        if comparisons.shares_prompts:
+            of_batch = of_batch[:, 0]  # one comparison in each row
         scores.append(of_batch[numbers >= 0])
     return np.concatenate(scores)
 

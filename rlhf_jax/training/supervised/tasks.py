@@ -25,12 +25,13 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.training.common import initial, layout, loop, memory, references
+from rlhf_jax.training.common import initial, layout, loop, memory, references, shared_prompts
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import check_frozen, make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.supervised import store
+from rlhf_jax.training.supervised import batching, store
+from rlhf_jax.training.supervised.batching import Batching
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -50,6 +51,11 @@ class Setting:
     collate: Callable[[EncodedTexts, np.ndarray], Any]  # (encoded, row numbers) -> a batch
     bucket_multiple: int  # of which the width of a padded batch is
     optimizer: optax.GradientTransformation
+
+    @property
+    def num_answers(self) -> int:
+        """The answers that share a prompt in its batches, for the model's functions; 0: none do."""
+        return self.encoded.num_answers if self.encoded.shares_prompts else 0
 
     def batch(self, numbers: np.ndarray) -> Any:
         """The rows of these numbers (-1: missing) in arrays of NumPy."""
@@ -148,24 +154,27 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
     encoded, train_rows, held_out = _encoded(
         config, spec, language_model, data, to_validate, split_key
     )
-    longest = int(encoded.lengths.max())
-    rows_at_once = encoded.lengths.shape[1] * settings.batch_size // settings.num_microbatches
-    stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
     layers = language_model.model.config.num_layers
-    steps_per_epoch = -(-len(train_rows) // settings.batch_size)
-    multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
-    plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
+    chosen = batched(config, spec, encoded, train_rows, order_key, layers)
+    if chosen.encoded.num_answers > 1:
+        shares = chosen.encoded.shares_prompts
+        stage = stage.recorded(shared_prompts.recorded(config, shares))
+    rows_at_once = chosen.encoded.rows_of_arrays * settings.batch_size // settings.num_microbatches
+    longest = int(chosen.encoded.longest.max())
+    members = settings.ensemble_size if isinstance(settings, RewardModelStage) else 1
+    sizes = (members * rows_at_once, longest, members)
+    stage, language_model = stage.choose_remat(language_model, *sizes)
     return Setting(
         stage,
         language_model,
         data.rows,
-        encoded,
+        chosen.encoded,
         train_rows,
         held_out,
-        plan,
-        collate,
-        multiple,
-        make_optimizer(settings.optimizer, _num_steps(settings, plan)),
+        chosen.plan,
+        chosen.collate,
+        chosen.multiple,
+        make_optimizer(settings.optimizer, _num_steps(settings, chosen.plan)),
     )
 
 
@@ -239,7 +248,7 @@ def policy_task(
     """
     stage = setting.stage
     model = setting.initial.model
-    model_fn = models.policy_fn(model)
+    model_fn = models.policy_fn(model, num_answers=setting.num_answers)
     init_key = jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, setting.initial.params, init_key))
     reference = _reference(setting, start, model_fn, config)
@@ -291,7 +300,8 @@ def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: A
         memory.free(start.loaded)
         return None
     # A packed row holds both answers of a pair.
-    num_rows = setting.plan.batch_size * (1 if stage.config.text.pack else 2)
+    is_packed = stage.config.text.pack or setting.encoded.shares_prompts
+    num_rows = setting.plan.batch_size * (1 if is_packed else 2)
     score_rows = memory.score_rows(stage.config.compute, num_rows, config)
     return stage.reference(start, ops.by_rows(model_fn, score_rows), references.moves(config))
 
@@ -455,31 +465,52 @@ def _pieces(texts: Sequence[Row], language_model: LanguageModel, max_length: int
     return cut
 
 
-def _batching(
+def batched(
     config: RunConfig,
     spec: StageSpec,
     encoded: EncodedTexts,
     rows: np.ndarray,
     key: Array,
-    multiple: int,
-) -> tuple[batches.Plan, Callable[..., Any]]:
-    """Which of the training ``rows`` form each step, and the function that makes arrays of them, as
-    wide as a ``multiple`` or packed.
+    layers: int,
+) -> Batching:
+    """The batches of the training ``rows`` for a model with so many ``layers``; whether they share
+    prompts is decided and printed (``batching.decided``).
+    """
+    of_texts = partial(_batching, config, spec, rows=rows, key=key, layers=layers)
+    return batching.decided(config.compute, encoded, of_texts)
+
+
+def _batching(
+    config: RunConfig,
+    spec: StageSpec,
+    encoded: EncodedTexts,
+    *,
+    rows: np.ndarray,
+    key: Array,
+    layers: int,
+) -> Batching:
+    """How the training ``rows`` of a model with so many ``layers`` form batches: padded to a
+    multiple of columns, or packed.
     """
     settings = spec.settings(config)
-    text = config.text
-    longest = encoded.lengths.max(axis=1)[rows]
-    if not text.pack or spec.pack is None:
-        plan = batches.Plan(longest, settings.batch_size, key, multiple)
-        return plan, partial(spec.collate, bucket_multiple=multiple)
-    plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
-    multiple = layout.row_parts(config, settings.num_microbatches)
-    plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
-    logger.info(
-        f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not "
-        "packed"
+    longest = encoded.longest
+    size = settings.batch_size
+    multiple = initial.bucket_multiple(config, layers, int(longest.max()), -(-len(rows) // size))
+    of_rows = longest[rows]
+    if not config.text.pack or spec.pack is None:
+        plan = batches.Plan(of_rows, size, key, multiple)
+        columns = batches.columns_of(encoded, rows, plan)
+        collate = partial(spec.collate, bucket_multiple=multiple)
+        return Batching(encoded, plan, collate, multiple, columns)
+    plan = batches.Plan(of_rows, size, key, config.text.bucket_multiple)
+    least = layout.row_parts(config, settings.num_microbatches)
+    packed = batches.packing(encoded, rows, plan, least)
+    line = (
+        f"text.pack: {packed.padding:.0%} of rows [{packed.width}] are padding, "
+        f"{packed.padding_alone:.0%} of rows that are not packed"
     )
-    return plan, partial(spec.pack, width=width, multiple=multiple)
+    collate = partial(spec.pack, width=packed.width, multiple=packed.multiple)
+    return Batching(encoded, packed.plan, collate, multiple, packed.columns, line)
 
 
 def _sizes(config: RunConfig, spec: StageSpec) -> dict[str, int]:
