@@ -123,9 +123,12 @@ def test_experts_train_on_a_mesh_of_2_2(tmp_path):
         config = replace(base, sft=sft, mesh=mesh, output_dir=str(tmp_path / name))
         rows.append(metric_rows(training.sft.run(config).folder))
     for whole, cut in zip(*rows, strict=True):
-        for key in ("sft/loss", "router/aux_loss", "router/max_load"):
+        assert cut.keys() == whole.keys()
+        for key in cut.keys() & {"loss", "sft/loss", "router/aux_loss", "router/max_load"}:
             assert_allclose(cut[key], whole[key], rtol=1e-3)
-    assert rows[0][-1]["router/aux_loss"] >= 1.9  # 2 experts of each token, nearly balanced
+    balances = [row["router/aux_loss"] for row in rows[0] if "router/aux_loss" in row]
+    assert len(balances) == 3
+    assert min(balances) >= 1.9  # 2 experts of each token, nearly balanced
 
     lora = LoRA(rank=2, match="attn|experts", base="int8")
     places = {"mesh": mesh, "output_dir": str(tmp_path / "grpo"), "reward": ("length",)}
