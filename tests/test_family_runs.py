@@ -3,15 +3,19 @@ mixture of experts.
 """
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from builders import EXPERTS, initial_params, metric_rows
+from numpy.testing import assert_allclose
 
 from rlhf_jax import grpo, models, training
 from rlhf_jax.config import (
     DPOStage,
     LoRA,
+    Mesh,
     Optimizer,
     RewardModelStage,
     RLStage,
@@ -93,7 +97,8 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path):
     tuned = run(training.sft.run, "sft", tmp_path / "base")
     rewarded = run(training.reward_model.run, "reward", tuned.folder)
     preferred = run(training.dpo.run, "dpo", tuned.folder)
-    more = {"reward": (str(rewarded.folder),), "lora": LoRA(rank=2)}
+    lora = LoRA(rank=2, base="int8" if family == "gpt_neox" else None)
+    more = {"reward": (str(rewarded.folder),), "lora": lora}
     learned = run(run_grpo, "grpo", tuned.folder, **more)
     for result in (tuned, rewarded, preferred, learned):
         for row in metric_rows(result.folder):
@@ -103,3 +108,34 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path):
         changed = trained["h_1"]["attn"]["o_proj"]["kernel"]
         assert np.abs(changed - params["h_1"]["attn"]["o_proj"]["kernel"]).max() > 1e-4
     assert models.lora.load(learned.folder / "adapter", trained)["h_1"]["attn"]
+
+
+@pytest.mark.slow
+def test_experts_train_on_a_mesh_of_2_2(tmp_path):
+    """SFT with the loss that balances them is the same as with rows cut over 4 devices alone; GRPO
+    trains adapters of experts beside a base of 8 bits, which its saved model holds.
+    """
+    base_folder("qwen3_moe", tmp_path)
+    base = replace(settings(tmp_path), model=str(tmp_path / "base"))
+    sft = replace(base.sft, max_steps=3, router_aux_coef=0.1, validation_fraction=0.0)
+    rows = []
+    for name, mesh in (("rows", Mesh(data=4)), ("cut", Mesh(data=2, fsdp=2))):
+        config = replace(base, sft=sft, mesh=mesh, output_dir=str(tmp_path / name))
+        rows.append(metric_rows(training.sft.run(config).folder))
+    for whole, cut in zip(*rows, strict=True):
+        assert cut.keys() == whole.keys()
+        for key in cut.keys() & {"loss", "sft/loss", "router/aux_loss", "router/max_load"}:
+            assert_allclose(cut[key], whole[key], rtol=1e-3)
+    balances = [row["router/aux_loss"] for row in rows[0] if "router/aux_loss" in row]
+    assert len(balances) == 3
+    assert min(balances) >= 1.9  # 2 experts of each token, nearly balanced
+
+    lora = LoRA(rank=2, match="attn|experts", base="int8")
+    places = {"mesh": mesh, "output_dir": str(tmp_path / "grpo"), "reward": ("length",)}
+    learned = run_grpo(replace(base, lora=lora, **places))
+    _, trained = models.load(learned.model_folder)
+    start = models.load(tmp_path / "base")[1]
+    adapters = models.lora.load(learned.folder / "adapter", start)
+    assert "lora_b" in adapters["h_1"]["mlp"]["experts"]["down_proj"]
+    expected = models.lora.merge(models.lora.quantized(start), adapters)
+    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), trained, expected)

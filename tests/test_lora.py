@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models
+from rlhf_jax.config import LoRA
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
@@ -139,6 +140,45 @@ def test_merging_gives_the_same_function_and_not_the_base(adapted):
         attached, TOKENS, positions, jnp.ones_like(TOKENS), model.init_cache(2, 8), 0
     )
     assert_allclose(decoded, logits, atol=2e-6)
+
+
+def test_a_base_of_8_bits_has_a_scale_for_each_output_column():
+    kernel = jnp.array([[254.0, 0.0], [3.5, 0.0], [100.9, 0.0]], jnp.bfloat16)
+    table = jnp.ones(2, jnp.bfloat16)
+    base = {"h_0": {"mlp": {"up_proj": {"kernel": kernel}}}, "wte": {"embedding": table}}
+    held = lora.quantized(base)
+    layer = held["h_0"]["mlp"]["up_proj"]
+    assert layer["kernel"].dtype == jnp.int8
+    assert_array_equal(layer["kernel"], [[127, 0], [2, 0], [50, 0]])  # 100.9 is 101 in bfloat16
+    assert_array_equal(layer["kernel_scale"], [2.0, 1.0])
+    assert held["wte"]["embedding"] is table
+    merged = lora.merge(held, {})["h_0"]["mlp"]["up_proj"]
+    assert_array_equal(merged["kernel"], [[254, 0], [4, 0], [100, 0]])
+    assert merged.keys() == {"kernel"}
+
+
+def test_a_model_computes_what_its_base_of_8_bits_holds(adapted):
+    model, params, adapters = adapted
+    adapters = grown(adapters)
+    held = lora.quantized(params)
+    kernels = {path for path in flatten_dict(params) if path[-1] == "kernel"}
+    assert {path for path, x in flatten_dict(held).items() if x.dtype == jnp.int8} == kernels
+    attached = model.apply(lora.attach(held, adapters), TOKENS)
+    merged = model.apply(lora.merge(held, adapters), TOKENS)
+    assert_allclose(attached, merged, rtol=1e-4, atol=1e-5)
+    unquantized = model.apply(lora.merge(params, adapters), TOKENS)
+    assert 1e-5 < np.abs(attached - unquantized).max() < 0.1
+
+
+def test_a_base_of_8_bits_is_decoded_as_it_is():
+    """Its scales keep float32, where other leaves of a layer become bfloat16."""
+    config = replace(LLAMA, compute_dtype="bfloat16")
+    held = lora.quantized(initial_params(models.build(config)))
+    layer = models.build(config).for_decoding(held)["h_0"]["mlp"]["up_proj"]
+    assert layer["kernel"].dtype == jnp.int8
+    assert layer["kernel_scale"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="base int8: all weights are trained"):
+        LoRA(base="int8")
 
 
 def test_a_small_change_survives_merging_into_bfloat16_weights():

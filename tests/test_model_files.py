@@ -229,6 +229,33 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
     assert_same(params, models.load(tmp_path, scan_layers=scan_layers)[1])
 
 
+@pytest.mark.parametrize(("name", "cut"), [("gpt_oss", False), ("mixtral", True)])
+def test_large_leaves_are_read_in_pieces(name, cut, tmp_path, monkeypatch):
+    """Layers and experts that are stacked in one array are never on the host together: no piece is
+    larger than the limit, or than a matrix of the file.
+    """
+    model, params = tiny(replace(MORE[name], num_layers=4, vocab_size=64))
+    models.save(tmp_path, model, params)
+    mesh = sharding.make_mesh(1, 2, 2)
+    place = functools.partial(sharding.by_path, rules=models.SHARDING, mesh=mesh) if cut else None
+    whole = models.load(tmp_path, scan_layers=True)[1]
+    experts = []
+    others = []
+    read = hf._part
+
+    def counted(tensors, path, *args):
+        part = read(tensors, path, *args)
+        (experts if "experts" in path else others).append(part.size)
+        return part
+
+    monkeypatch.setattr(hf, "PIECE_NUMBERS", 64)
+    monkeypatch.setattr(hf, "_part", counted)
+    _, params = models.load(tmp_path, scan_layers=True, shardings=place)
+    assert_same(params, whole)
+    assert max(others) <= 192  # a matrix that is stored transposed is read whole
+    assert max(experts) <= 64 < max(leaf.size for leaf in jax.tree.leaves(params)) / 10
+
+
 def test_large_weights_are_written_in_several_files(llama, tmp_path, monkeypatch):
     """Each of at most so many bytes, or of one tensor; the host holds one file's; what was there
     before goes.

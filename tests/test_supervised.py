@@ -309,3 +309,9 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
     assert not warned("abcd")
     with pytest.raises(ValueError, match="batch_size must be at least 2"):
         KTOStage(batch_size=1)
+
+
+def test_experts_that_a_model_has_not_cannot_be_balanced(config):
+    config = changed(config, "sft", router_aux_coef=0.1)
+    with pytest.raises(UserError, match=r"sft\.router_aux_coef: the model has no experts"):
+        setting_of(config, "sft")

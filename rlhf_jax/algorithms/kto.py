@@ -46,9 +46,13 @@ class Config:
     """Parts of a batch that are run one after the other to save memory; the gradient does not
     change.
     """
+    router_aux_coef: float | None = None
+    """Weight of the loss that keeps the experts of a mixture equally busy; 0: a metric alone; null:
+    not computed."""
     needs_reference = True  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
+        ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
         ops.check_numbers(self, "beta", above=0)
         ops.check_numbers(self, "desirable_weight", "undesirable_weight", at_least=0)
 

@@ -40,8 +40,12 @@ class Config:
     """Parts of a batch that are run one after the other to save memory; the gradient does not
     change.
     """
+    router_aux_coef: float | None = None
+    """Weight of the loss that keeps the experts of a mixture equally busy; 0: a metric alone; null:
+    not computed."""
 
     def __post_init__(self) -> None:
+        ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
         ops.check_numbers(self, "centering", "sft_coef", at_least=0)
 
 

@@ -30,11 +30,15 @@ class Config:
     """Parts of a batch that are run one after the other to save memory; the gradient does not
     change.
     """
+    router_aux_coef: float | None = None
+    """Weight of the loss that keeps the experts of a mixture equally busy; 0: a metric alone; null:
+    not computed."""
     aggregate: Literal["token", "sequence", "sum"] = "token"
     """What the loss averages: tokens, rows' token means, or rows' sums."""
     needs_reference = False  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
+        ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
         losses.check_aggregation(self.aggregate, None)
 
 

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import ops
-from rlhf_jax.parallel import blocks
+from rlhf_jax.parallel import auxiliary, blocks
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,
@@ -216,7 +216,9 @@ def batch_updater(
     ``update(state, batch, key, *, policy_fn or score_fn, optimizer, config, axis_name=None,
     minibatch_sharding=None)`` returns the new state and the metrics of ``loss``, of
     ``gradient_step`` and of ``batch_metrics``. The key is of dropout, another for each microbatch;
-    None turns it off.
+    None turns it off. If the config has a ``router_aux_coef`` that is not None, the loss that keeps
+    the experts of a network equally busy (``models.model.balance``) is a metric, and is added with
+    this weight.
 
     Args:
       loss: ``loss(params, batch, key, *, policy_fn or score_fn, config) -> (Loss, {name: Mean or
@@ -237,8 +239,15 @@ def batch_updater(
     ) -> tuple[State, Metrics]:
         """One optimizer step on a batch; see ``step.batch_updater``."""
 
+        # None: the network's own losses are not computed.
+        coefficient = getattr(config, "router_aux_coef", None)
+
         def loss_fn(params: Params, part: Any, part_key: DropoutKey = None) -> LossAndMetrics:
-            return loss(params, part, part_key, config=config, **model)
+            if coefficient is None:
+                return loss(params, part, part_key, config=config, **model)
+            with auxiliary.collected() as terms:
+                found = loss(params, part, part_key, config=config, **model)
+            return auxiliary.with_terms(found, terms, coefficient)
 
         batch = _constrained(batch, minibatch_sharding)
         state, metrics = gradient_step(

@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "quickstart": "",
         "sft": "",
         "reward-model": "",
-        "dpo, kto": "a policy on comparisons, or on answers marked good or bad",
+        "dpo, kto": "a policy on preferences, or on good and bad answers",
         "ppo": "",
         "grpo, rloo, vpg": "the same without a value model",
         "distill": "",

@@ -179,11 +179,16 @@ class LoRA(Section):
     """Dropout rate of the adapters' inputs in SFT and reward models. DPO, KTO and RL never drop."""
     match: str = "attn|mlp"
     """Regular expression for the layers that get an adapter, searched in names such as
-    h_0/attn/c_attn."""
+    h_0/attn/c_attn; experts get adapters only if it names them: attn|experts."""
+    base: Literal["int8"] | None = None
+    """Hold the frozen weights of the layers as numbers of 8 bits, half the memory of bfloat16;
+    null: as they are in the model's files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern("match", self.match)
+        if self.base is not None and not self.rank:
+            raise ValueError(f"base {self.base}: all weights are trained; give a rank")
 
 
 @dataclass(frozen=True)
@@ -462,6 +467,9 @@ class RLStage(Reference):
     score_clip: Positive | None = None
     """Scores are clipped to this distance from 0, before any penalty; null: not clipped."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
+    train_routers: bool = False
+    """Train the routers of a mixture of experts too. By default RL leaves them as they are: what a
+    token's experts are then changes with its state alone."""
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
     validation_data: Texts = ()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from rlhf_jax.models.config import (
     DecoderConfig,
@@ -438,12 +439,16 @@ def family_with(params: Mapping[str, Any]) -> Family:
     """
     if "wpe" in params:
         return GPT2
-    return GPT_NEOX if "bias" in params["ln_f"] else LLAMA
+    if "bias" in params["ln_f"]:
+        return GPT_NEOX
+    modules = {part for path in flatten_dict(dict(params)) for part in path}
+    has_own_names = "experts" in modules and "q_norm" not in modules
+    return FAMILIES["mixtral"] if has_own_names else LLAMA
 
 
 def takes_adapters(path: LeafPath) -> bool:
-    """Whether LoRA may change a kernel: those of experts and their router stay as they are."""
-    return not {"experts", "router"} & set(path)
+    """Whether LoRA may change a kernel: that of a router stays as it is."""
+    return "router" not in path
 
 
 def differences(family: Family) -> list[str]:

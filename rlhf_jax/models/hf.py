@@ -41,6 +41,7 @@ INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FEW = 12  # folders that an error lists
+PIECE_NUMBERS = 2**24  # of a leaf that are read at once
 FILE_BYTES = 5 * 10**9  # the largest file of weights that is written, except for a single tensor
 
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that can be read
@@ -512,11 +513,91 @@ def _read_body(
         separate = family.separate(path, shape)
         is_transposed = family.is_transposed(path)
         part = functools.partial(_part, stored[path], path, separate, is_transposed, dtype)
-        if shardings is None:
-            leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
-        else:
-            leaves[path] = jax.make_array_from_callback(shape, places[path], part)
+        # Other axes of a matrix lie apart in the file, or are views of whole rows.
+        is_matrix = is_transposed or families.FUSED in path
+        axes = len(separate) if is_matrix else len(shape)
+        leaves[path] = _on_devices(part, shape, axes, places.get(path))
     return unflatten_dict(leaves)
+
+
+def _on_devices(
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: families.Shape,
+    axes: int,
+    sharding: jax.sharding.Sharding | None,
+) -> Array:
+    """A leaf on its devices, read piece by piece, so that the host never holds a leaf of many
+    layers or experts whole.
+
+    Args:
+        part: the part of the leaf at an index.
+        axes: that many leading axes may be cut.
+        sharding: None: the leaf is on the default device.
+    """
+    if sharding is None:
+        whole = [(0, size) for size in shape]
+        return _on_device(part, whole, axes, None)
+    shards: dict[tuple[tuple[int, int], ...], Array] = {}
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = [entry.indices(size)[:2] for entry, size in zip(index or (), shape, strict=True)]
+        key = tuple(bounds)
+        if key in shards:  # what another device has been given is not read again
+            arrays.append(jax.device_put(shards[key], device))
+            continue
+        shards[key] = _on_device(part, bounds, axes, device)
+        arrays.append(shards[key])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _on_device(
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+    bounds: list[tuple[int, int]],
+    axes: int,
+    device: jax.Device | None,
+) -> Array:
+    """The part of a leaf between the ``bounds`` of its axes, in an array of one device."""
+    sizes = tuple(stop - start for start, stop in bounds)
+    array: Array | None = None
+    for places in _pieces(sizes, axes):
+        starts = [0] * len(sizes)
+        index = [slice(*pair) for pair in bounds]
+        for axis, (start, stop) in enumerate(places):
+            starts[axis] = start
+            first = bounds[axis][0]
+            index[axis] = slice(first + start, first + stop)
+        piece = jax.device_put(part(tuple(index)), device)
+        if piece.shape == sizes:
+            return piece
+        if array is None:
+            array = jnp.zeros(sizes, piece.dtype, device=device)
+        array = _written(array, piece, starts)
+        array.block_until_ready()  # or else pieces that are not yet written would pile up
+    return jnp.zeros(sizes, device=device) if array is None else array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _written(array: Array, piece: Array, starts: list[Array]) -> Array:
+    # As integers: a CPU would make float32 of the whole array to write a piece of bfloat16.
+    number = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(array, number)
+    own = jax.lax.bitcast_convert_type(piece, number)
+    changed = jax.lax.dynamic_update_slice(bits, own, starts)
+    return jax.lax.bitcast_convert_type(changed, array.dtype)
+
+
+def _pieces(sizes: families.Shape, axes: int) -> list[tuple[tuple[int, int], ...]]:
+    """Bounds of the first axes, which cut an array of these sizes into pieces of at most
+    ``PIECE_NUMBERS``, or of one entry of the last of the ``axes`` that may be cut.
+    """
+    if math.prod(sizes) <= PIECE_NUMBERS or axes == 0:
+        return [()]
+    entry = math.prod(sizes[1:])
+    if entry > PIECE_NUMBERS and axes > 1:
+        inner = _pieces(sizes[1:], axes - 1)
+        return [((i, i + 1), *rest) for i in range(sizes[0]) for rest in inner]
+    step = max(1, PIECE_NUMBERS // entry)
+    return [((i, min(i + step, sizes[0])),) for i in range(0, sizes[0], step)]
 
 
 def read_leaf(

@@ -2,8 +2,9 @@
 functions.
 
 Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b"
-[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and the heads
-that are trained with them; "out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha /
+[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers and [E] for
+experts, and the heads that are trained with them; "out" of GPT-2's c_attn is [3, D], as in its
+kernel. The scale, alpha /
 r, gets no gradient. Train only the adapters, not the base: ``bind`` makes a function of the
 adapters.
 """
@@ -25,7 +26,7 @@ from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
 from rlhf_jax.types import Params
 
-__all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
+__all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "quantized", "save"]
 
 
 def init(
@@ -43,14 +44,16 @@ def init(
         params: of a model; not changed.
         rank: r, at least 1.
         match: regular expression, searched in the paths of the kernels, such as "h_0/attn/c_attn".
-            Experts and their routers take no adapters.
+            Experts get adapters, each its own, only if the expression names them: "attn|experts".
+            Their routers get none.
         alpha: the scale is alpha / rank; None: rank, so a scale of 1.
 
     Returns:
         float32 adapters of the kernels that match.
 
     Raises:
-        ValueError: no kernel matches, or ``rank`` is below 1.
+        ValueError: no kernel matches, or ``rank`` is below 1, or the expression names experts whose
+            adapters could not be written.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -59,6 +62,13 @@ def init(
         for path, leaf in sorted(flatten_dict(params).items())
         if path[-1] == "kernel" and path[0] not in HEADS and takes_adapters(path)
     }
+    if "experts" not in match:
+        kernels = {path: shape for path, shape in kernels.items() if "experts" not in path}
+    elif any({"experts", "gate_up_proj"} <= set(path) for path in kernels):
+        raise ValueError(
+            "the experts of this model are one tensor in its files, for which PEFT has no "
+            "adapters: leave them out of the expression"
+        )
     chosen = [module for module in kernels if re.search(match, "/".join(module))]
     if not chosen:
         places = ", ".join(sorted({"/".join(module[1:]) for module in kernels}))
@@ -76,6 +86,41 @@ def init(
             (*module, "lora_scale"): jnp.full(layers, scale, jnp.float32),
         }
     return unflatten_dict(leaves)
+
+
+def quantized(params: Params) -> Params:
+    """A frozen base of 8 bits: the kernels of all layers as int8, each output column with its own
+    "kernel_scale" float32, so that ``kernel * kernel_scale`` is the weight (as LLM.int8 and QLoRA
+    hold frozen weights; Dettmers et al. 2022, 2023).
+
+    The largest weight of a column becomes 127. Tables, norms, biases, routers and heads stay as
+    they are. The models' functions, ``attach`` and ``merge`` take the result; it cannot be trained
+    or saved.
+    """
+    leaves = flatten_dict(params)
+    found = dict(leaves)
+    for path, kernel in leaves.items():
+        if path[-1] != "kernel" or path[0] in HEADS or not takes_adapters(path):
+            continue
+        axis = len(split_shape(path, kernel.shape)[0])
+        weights = kernel.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(weights), axis=axis)
+        scale = jnp.where(largest > 0, largest / 127, 1.0)
+        numbers = jnp.round(weights / jnp.expand_dims(scale, axis))
+        found[path] = numbers.astype(jnp.int8)
+        found[(*path[:-1], "kernel_scale")] = scale
+    return unflatten_dict(found)
+
+
+def _dequantized(leaves: dict[LeafPath, Array]) -> dict[LeafPath, Array]:
+    """The leaves of a base with float32 kernels in place of those of 8 bits."""
+    found = {path: leaf for path, leaf in leaves.items() if path[-1] != "kernel_scale"}
+    for (*module, name), scale in leaves.items():
+        if name == "kernel_scale":
+            path = (*module, "kernel")
+            axis = len(split_shape(path, leaves[path].shape)[0])
+            found[path] = leaves[path].astype(jnp.float32) * jnp.expand_dims(scale, axis)
+    return found
 
 
 def attach(params: Params, adapters: Params) -> Params:
@@ -111,12 +156,13 @@ def merge(params: Params, adapters: Params) -> Params:
     """The parameters of an equal model without adapters: kernels + scale * A @ B, and the adapters'
     heads and whole modules.
 
-    A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
+    A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding. So does
+    one of 8 bits (``quantized``): the adapters were trained beside what it holds.
 
     Raises:
         ValueError: as ``attach``.
     """
-    leaves = flatten_dict(attach(params, adapters))
+    leaves = _dequantized(flatten_dict(attach(params, adapters)))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
     for (*module, name), a in leaves.items():
         if name != "lora_a":

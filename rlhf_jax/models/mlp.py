@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
 from rlhf_jax.models.kernels import initialize
-from rlhf_jax.models.stack import ACTIVATIONS, Dense, Given
+from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given, scaled
 from rlhf_jax.parallel.sharding import cut
 
 
@@ -68,7 +68,8 @@ class MLP(nn.Module):
 
 class Router(Given):
     """[N, D] tokens -> weights [N, k] float32 and numbers [N, k] of their experts, by "kernel"
-    [D, E] and, with ``router_bias``, "bias" [E].
+    [D, E] and, with ``router_bias``, "bias" [E]. Its collection ``ROUTER``, if that is mutable,
+    gets the "shares" [N, E] of all experts and the "chosen" numbers.
     """
 
     config: DecoderConfig
@@ -88,12 +89,15 @@ class Router(Given):
         weights, chosen = lax.top_k(shares, config.experts_per_token)
         if config.normalize_experts:
             weights = weights / weights.sum(axis=-1, keepdims=True)
+        self.sow(ROUTER, "shares", shares)
+        self.sow(ROUTER, "chosen", chosen)
         return weights, chosen
 
 
 class Grouped(Given):
     """Rows in the order of their experts [M, D], times each expert's own "kernel" [E, D, F], plus,
-    with ``mlp_bias``, its "bias" [E, F].
+    with ``mlp_bias``, its "bias" [E, F], and plus the term of its adapter if there are such
+    (``lora.attach``).
     """
 
     config: DecoderConfig
@@ -108,9 +112,20 @@ class Grouped(Given):
         kernel = self.param("kernel", initial, (number, rows.shape[-1], self.features))
         rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
         out = lax.ragged_dot(rows, kernel, sizes)
+        if self.has_variable("params", "kernel_scale"):
+            columns = self.variables["params"]["kernel_scale"]
+            out = scaled(out, columns[numbers])
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
             out += bias.astype(out.dtype)[numbers]
+        if self.has_variable("params", "lora_a"):
+            adapter = self.variables["params"]
+            a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=rows.dtype)
+            scale = lax.stop_gradient(adapter["lora_scale"])
+            scales = scale.astype(rows.dtype)
+            inner = lax.ragged_dot(rows, a, sizes)
+            term = lax.ragged_dot(inner, b, sizes)
+            out += scales[numbers][:, None] * term
         return out
 
 
@@ -150,11 +165,14 @@ class MixtureOfExperts(nn.Module):
         numbers = chosen.reshape(-1)  # [N k] experts, those of a token beside each other
         order = jnp.argsort(numbers, stable=True)
         sizes = jnp.bincount(numbers, length=config.num_experts or 1)
-        rows = jnp.take(tokens, order // config.experts_per_token, axis=0)
+        places = order // config.experts_per_token
+        rows = jnp.take(tokens, places, axis=0)
         sorted_numbers = jnp.take(numbers, order)
-        out = self.experts(rows, sizes.astype(jnp.int32), sorted_numbers)
+        sizes = sizes.astype(jnp.int32)
+        out = self.experts(rows, sizes, sorted_numbers)
         back = jnp.argsort(order)
         by_choice = jnp.take(out, back, axis=0)
         by_token = by_choice.reshape(*weights.shape, -1)
         mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), by_token)
-        return cut(mixed.reshape(x.shape), "data", "fsdp")
+        mixed = mixed.reshape(x.shape)
+        return cut(mixed, "data", "fsdp")

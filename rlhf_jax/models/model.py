@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from rlhf_jax.models import stack
-from rlhf_jax.models.attention import Columns, is_start
+from rlhf_jax.models.attention import Columns, is_start, pick
 from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.kernels import initialize
 from rlhf_jax.models.kernels.shared import Groups, Prompts
-from rlhf_jax.types import Params
+from rlhf_jax.parallel import auxiliary
+from rlhf_jax.types import Mean, Params
 
 
 class Model(NamedTuple):
@@ -71,6 +73,7 @@ def build(config: ModelConfig) -> Model:
     module = network(config)
     unrolled = network(dataclasses.replace(config, scan_layers=False, remat=False))
 
+    has_experts = any(getattr(config, "sparse_layers", ()))
     # A key without a use is left out: with a key, each layer would be traced separately.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
 
@@ -96,6 +99,12 @@ def build(config: ModelConfig) -> Model:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
+        if has_experts and auxiliary.is_wanted():
+            # All columns: the tokens before the chosen ones choose experts in the last layer too.
+            how: Any = {"rngs": rngs, "method": "hidden", "mutable": [stack.ROUTER]}
+            states, chosen = module.apply({"params": params}, tokens, mask, **how)
+            auxiliary.add(balance(config, chosen[stack.ROUTER], mask))
+            return pick(states, columns, axis=1)
         inputs = (tokens, mask, columns)
         if groups is not None and rngs is None and config.has_plain_softmax:
             chex.assert_is_divisible(len(tokens), groups.size)
@@ -126,6 +135,45 @@ def build(config: ModelConfig) -> Model:
         for_decoding=partial(stack.for_decoding, config),
         takes_groups=config.has_plain_softmax,
     )
+
+
+def balance(config: Any, routed: Params, attention_mask: Array) -> dict[str, Mean]:
+    """How equally the experts share the real tokens of a pass, as the means of a loss.
+
+    With f_e the tokens of expert e, in all layers, per token and layer, and P_e the mean of its
+    share before the choice, the loss is E sum_e f_e P_e (Fedus et al. 2021, equation 4, summed over
+    the k choices as transformers does): k if all are equally busy. f has no gradient.
+
+    Args:
+        routed: the collection ``ROUTER`` of the pass.
+        attention_mask: [B, T], not 0 for real tokens.
+
+    Returns:
+        "router/aux_loss", and "router/max_load", the tokens of the busiest expert over those of an
+        equal share. Both are functions of all rows of the pass together; means over several passes,
+        such as microbatches, weigh each by its real tokens.
+    """
+    number = config.num_experts or 1
+    real = (attention_mask != 0).reshape(-1).astype(jnp.float32)  # [N]
+    tokens = jnp.sum(real)
+    load = jnp.zeros(number)
+    share = jnp.zeros(number)
+    entries = 0
+    for (*_, name), (leaf,) in flatten_dict(routed).items():
+        layers = leaf.reshape(-1, len(real), leaf.shape[-1])  # stacked ones, or one
+        if name == "shares":
+            entries += len(layers)
+            share += jnp.einsum("lne,n->e", layers, real, precision="highest")
+        else:
+            weights = jnp.broadcast_to(real[None, :, None], layers.shape)
+            load += jnp.bincount(layers.reshape(-1), weights.reshape(-1), length=number)
+    per_expert = jnp.maximum(entries * tokens, 1.0)
+    load /= per_expert
+    share /= per_expert
+    loss = number * jnp.sum(load * share)
+    busiest = number * jnp.max(load) / config.experts_per_token
+    found = {"router/aux_loss": loss, "router/max_load": busiest}
+    return {name: Mean(value * tokens, tokens) for name, value in found.items()}
 
 
 def _decode(

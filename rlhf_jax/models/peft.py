@@ -108,11 +108,12 @@ def _read_whole_modules(reader: Reader, model: Model, params: Params) -> dict[Le
 
 
 def split_shape(path: LeafPath, shape: Shape) -> tuple[Shape, int, Shape]:
-    """A kernel's shape as (layers [L - 1] or [], size of the input, sizes of the output)."""
-    is_stacked = path[0] == "h"
-    layers = shape[:1] if is_stacked else ()
-    size_in, *out = shape[len(layers) :]
-    return layers, size_in, tuple(out)
+    """A kernel's shape as (layers [L - 1], experts [E], both or none of them, size of the input,
+    sizes of the output).
+    """
+    leading = shape[: (path[0] == "h") + ("experts" in path)]
+    size_in, *out = shape[len(leading) :]
+    return leading, size_in, tuple(out)
 
 
 def _read_pair(
@@ -261,8 +262,10 @@ def _stored(
     for (*place, name), leaf in leaves.items():
         if name == "lora_scale":
             continue
-        modules = _modules(params, (*place, "kernel"), leaf.shape)
-        matrices = leaf if place[0] == "h" else [leaf]
+        path = (*place, "kernel")
+        leading, *_ = split_shape(path, leaf.shape)
+        modules = _modules(params, path, leaf.shape)
+        matrices = leaf.reshape(-1, *leaf.shape[len(leading) :])
         for module, matrix in zip(modules, matrices, strict=True):
             transposed = matrix.reshape(len(matrix), -1).T
             tensor = f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"

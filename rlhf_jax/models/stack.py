@@ -49,6 +49,8 @@ Cache = tuple[LayerCache, ...]
 # Factor of a layer's attention scores, and whether the layer takes the second view.
 Layer = tuple[Number, Array | bool]
 
+ROUTER = "router"  # the collection of what routers of experts choose
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # The backward pass computes it again: its tanh would take longer to write and read.
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), jax.checkpoint(jax.nn.gelu)),
@@ -67,6 +69,14 @@ def _dot(x: Array, kernel: Array) -> Array:
     matrix = kernel.reshape(len(kernel), -1)
     out = kernels.product(x, matrix)
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def scaled(out: Array, scale: Array) -> Array:
+    """The products of a kernel of 8 bits times the scales of its columns, which have more digits
+    than bfloat16.
+    """
+    columns = jnp.broadcast_to(scale, out.shape)
+    return (out.astype(jnp.float32) * columns).astype(out.dtype)
 
 
 class Given(nn.Module):
@@ -92,8 +102,9 @@ class Dense(Given):
     """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in the compute dtype.
 
     Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``); ``x`` of this
-    term alone has ``lora_dropout``. ``std`` is the
-    standard deviation of the initial kernel, by default the config's.
+    term alone has ``lora_dropout``. A kernel of 8 bits has a "kernel_scale" [*features]
+    (``lora.quantized``). ``std`` is the standard deviation of the initial kernel, by default the
+    config's.
     """
 
     config: TransformerConfig
@@ -108,6 +119,8 @@ class Dense(Given):
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
         out = _dot(x, kernel)
+        if self.has_variable("params", "kernel_scale"):
+            out = scaled(out, self.variables["params"]["kernel_scale"])
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
         if self.has_variable("params", "lora_a"):
@@ -323,7 +336,7 @@ class Transformer(nn.Module):
             shared = nn.broadcast  # views, index and columns; each layer has its scale and cache
             scanned = nn.scan(
                 inner,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, ROUTER: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(shared, 0, 0, shared, shared),
                 length=stacked,
@@ -589,6 +602,7 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
     dtype = jnp.dtype(config.compute_dtype)
     for path, leaf in leaves.items():
         is_linear = path[0].startswith("h_") and (*path[:-1], "kernel") in leaves
+        is_linear = is_linear and path[-1] != "kernel_scale"
         is_cast = is_linear or path == ("unembedding",)
         if is_cast and leaf.dtype.itemsize > dtype.itemsize:
             leaves[path] = leaf.astype(dtype)

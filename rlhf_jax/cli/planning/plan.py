@@ -182,6 +182,12 @@ class Case:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
         )
 
+    def policy(self) -> tuple[models.Model, Params]:
+        """The model that is trained, its parameters as ``lora.base`` says."""
+        model, params = self.model(self.config.model)
+        base = functools.partial(initial.base_of, self.config.lora)
+        return model, jax.eval_shape(base, params)
+
     def model(self, source: str | None) -> tuple[models.Model, Params]:
         """A model, and the shapes of its parameters in the dtype that config.json names.
 
@@ -529,7 +535,7 @@ def _supervised(case: Case, length: int | None) -> Shapes:
     settings = case.own
     algorithm = SUPERVISED[case.name]
     is_scorer = case.name == "reward_model"
-    model, params = case.model(config.model)
+    model, params = case.policy()
     optimizer = make_optimizer(settings.optimizer, 1)
 
     def first(params: Params) -> tuple[initial.Trainable, TrainState]:
@@ -606,7 +612,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     settings = case.config.rl
     own = case.own
     algorithm = RL[case.name]
-    model, params = case.model(case.config.model)
+    model, params = case.policy()
     prompt = _prompt_columns(settings, length)
     _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.tree_util import Partial
 
@@ -100,6 +101,11 @@ def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
     except ValueError as error:
         raise UserError(f"lora: {error}") from error
     return Trainable(adapters | copied(heads), base=body)
+
+
+def base_of(settings: LoRA, params: Params) -> Params:
+    """A model's parameters as ``lora.base`` says, to be frozen."""
+    return params if settings.base is None else lora.quantized(params)
 
 
 def trained_shapes(settings: LoRA, params: Params) -> Params:
@@ -230,7 +236,14 @@ def language_model(
         origin = "random weights (no --model)" if is_random else "the policy that Python gives"
     number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     logger.info(f"model: {origin}, {number:,} parameters")
-    return found
+    if config.lora.base is None:
+        return found
+    base = jax.jit(functools.partial(base_of, config.lora))(found.params)
+    held = flatten_dict(base)
+    for path, leaf in flatten_dict(found.params).items():
+        if held[path].dtype != leaf.dtype:
+            leaf.delete()  # or else the device would hold both forms
+    return found._replace(params=base)
 
 
 def _language_model(

@@ -150,6 +150,29 @@ def check_frozen(section: str, settings: Optimizer, params: Params) -> None:
     logger.info(f"{key}: {number:,} of {total:,} parameters keep their values")
 
 
+def without_routers(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``optimizer``, which leaves the routers of experts as they are: it gets no gradient of
+    theirs, and neither its weight decay nor anything else changes them.
+    """
+
+    def zeroed(tree: Params) -> Any:
+        def of_leaf(path: Path, leaf: Array) -> Array:
+            is_router = any(getattr(entry, "key", None) == "router" for entry in path)
+            return jnp.zeros_like(leaf) if is_router else leaf
+
+        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(
+        grads: Params, state: Any, params: Params | None = None, **more: Any
+    ) -> tuple[Any, Any]:
+        updates, state = inner.update(zeroed(grads), state, params, **more)
+        return zeroed(updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
 def muon_dimensions(params: Params) -> Any:
     """The matrices of a model or of LoRA's adapters, for ``optax.contrib.muon``:
 

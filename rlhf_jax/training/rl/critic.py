@@ -128,7 +128,7 @@ def make_optimizer(
     params: Params,
     given: GradientTransformation | None = None,
 ) -> GradientTransformation:
-    """The optimizer of a run.
+    """The optimizer of a run, which leaves routers alone unless ``rl.train_routers``.
 
     A value model, or a value head with its own learning rate or warm-up, has its own optimizer
     (``split``), with a schedule of the same form. The policy's schedule begins after the warm-up.
@@ -143,12 +143,12 @@ def make_optimizer(
     policy = given
     if policy is None:
         policy = optimizer.make_optimizer(adam, (settings.length - warmup) * updates)
-    if not has_own_optimizer(critic, params):
-        return policy
-    if rate is not None:
-        adam = replace(adam, learning_rate=rate)
-    value = optimizer.make_optimizer(adam, settings.length * updates)
-    return split(policy, value, params, warmup * updates)
+    if has_own_optimizer(critic, params):
+        if rate is not None:
+            adam = replace(adam, learning_rate=rate)
+        value = optimizer.make_optimizer(adam, settings.length * updates)
+        policy = split(policy, value, params, warmup * updates)
+    return policy if settings.train_routers else optimizer.without_routers(policy)
 
 
 def has_own_optimizer(critic: PPOStage, params: Params) -> bool:

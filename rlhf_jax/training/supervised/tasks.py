@@ -147,6 +147,9 @@ def _setting(stage: Stage, spec: StageSpec, data: ReadResult, to_validate: ReadR
     texts = rows.texts([*data.rows, *to_validate.rows])
     init_key = stage.key("init")
     language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
+    has_experts = any(getattr(language_model.model.config, "sparse_layers", ()))
+    if settings.router_aux_coef is not None and not has_experts:
+        raise UserError(f"{spec.section}.router_aux_coef: the model has no experts; leave it out")
     split_key, order_key = jax.random.split(stage.key("data"))
     encoded, train_rows, held_out = _encoded(
         config, spec, language_model, data, to_validate, split_key

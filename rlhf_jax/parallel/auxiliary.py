@@ -1,0 +1,58 @@
+"""Losses that a network has of its own, such as the balance of its experts, beside the loss of an
+algorithm. Algorithms do not know of them.
+
+While the loss of an update is traced inside ``collected``, networks ``add`` their terms, which the
+update then adds to the algorithm's. Nobody collects elsewhere: networks compute no such terms in
+sampling, scoring and validation. What is collected belongs to the trace of the loss: a PolicyFn or
+ScoreFn of a network with such terms must not be jitted by itself inside it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rlhf_jax.types import LossAndMetrics, Mean
+
+Terms = dict[str, Mean]
+LOSS = "router/aux_loss"  # the term that is weighed and added; the others are metrics
+
+_collected: ContextVar[Terms | None] = ContextVar("auxiliary", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[Terms]:
+    """The terms that networks add to the loss that is traced inside, by their metrics' names."""
+    terms: Terms = {}
+    token = _collected.set(terms)
+    try:
+        yield terms
+    finally:
+        _collected.reset(token)
+
+
+def is_wanted() -> bool:
+    """Whether terms are collected."""
+    return _collected.get() is not None
+
+
+def add(terms: Terms) -> None:
+    """Adds the terms of a network's pass over some rows. Several passes give one mean."""
+    held = _collected.get()
+    if held is None:
+        raise ValueError("no loss collects auxiliary terms: see auxiliary.collected")
+    for name, term in terms.items():
+        held[name] = held[name].merge(term) if name in held else term
+
+
+def with_terms(found: LossAndMetrics, terms: Terms, coefficient: float) -> LossAndMetrics:
+    """An algorithm's loss and metrics with the terms: ``LOSS`` is added as a mean of its own.
+
+    Raises:
+        ValueError: there is none, because the network has no experts.
+    """
+    if LOSS not in terms:
+        raise ValueError("router_aux_coef: this model has no experts; leave it out")
+    loss, metrics = found
+    if coefficient > 0:
+        loss = (*(loss if isinstance(loss, tuple) else (loss,)), coefficient * terms[LOSS])
+    return loss, {**metrics, **terms}

@@ -1,0 +1,204 @@
+"""Mixtures of experts in training: the loss that balances them, routers that RL leaves alone, and
+adapters of experts.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from builders import MORE, some_params
+from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
+
+from rlhf_jax import models, sharding
+from rlhf_jax.algorithms import sft
+from rlhf_jax.config import Optimizer, PPOStage, RLStage
+from rlhf_jax.models import lora
+from rlhf_jax.models.model import balance
+from rlhf_jax.parallel import auxiliary
+from rlhf_jax.training.rl import critic
+from rlhf_jax.types import Demonstrations, Mean, TrainState
+
+CONFIG = replace(MORE["mixtral"], scan_layers=True)  # one layer is in a stack, one by itself
+MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2)
+TOKENS = np.array([[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 9, 10], [2, 2, 4, 4, 0, 0], [9, 7, 5, 3, 1, 2]])
+BATCH = Demonstrations(*map(jnp.asarray, (TOKENS, MASK, MASK)))
+SGD = optax.sgd(0.1)
+
+
+def test_balance_is_that_of_the_chosen_experts_and_their_shares():
+    """Two layers, three tokens of which the last is a pad; one expert of two for each token."""
+    config = replace(CONFIG, num_experts=2, experts_per_token=1)
+    shares = jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]], [[0.7, 0.3], [0.2, 0.8], [0.0, 1.0]]])
+    routed = {"h": {"shares": (shares,), "chosen": (shares.argmax(-1, keepdims=True),)}}
+    found = balance(config, routed, jnp.array([[1, 1, 0]]))
+    # f = (3/4, 1/4), P = (0.6, 0.4)
+    assert_allclose(found["router/aux_loss"].value, 2 * (0.75 * 0.6 + 0.25 * 0.4), rtol=1e-6)
+    assert_allclose(found["router/max_load"].value, 2 * 0.75, rtol=1e-6)
+    assert found["router/aux_loss"].count == 2
+
+
+@jax.jit
+def losses_of(params, batch):
+    """The algorithm's loss, and the terms of the network, of a batch as a whole."""
+    with auxiliary.collected() as terms:
+        policy_fn = models.policy_fn(models.build(CONFIG))
+        loss, _ = sft.loss(params, batch, None, policy_fn=policy_fn, config=sft.Config())
+    return loss.value, terms
+
+
+def updated(config, batch=BATCH, run=lambda fn, *args: jax.jit(fn)(*args), **settings):
+    model = models.build(config)
+    state = TrainState.create(some_params(config), SGD)
+    update = partial(sft.update, policy_fn=models.policy_fn(model), optimizer=SGD)
+    return run(partial(update, key=None, config=sft.Config(**settings)), state, batch)
+
+
+def test_the_term_is_added_to_an_algorithm_that_does_not_know_it():
+    """Microbatches balance apart and weigh by their tokens: rows 0 and 2 are one, of 8 tokens, and
+    rows 1 and 3 another, of 12.
+    """
+    params = some_params(CONFIG)
+
+    def total(params):
+        loss, _ = losses_of(params, BATCH)
+        parts = [jax.tree.map(lambda x, i=i: x[i::2], BATCH) for i in (0, 1)]
+        first, second = (losses_of(params, part)[1][auxiliary.LOSS].value for part in parts)
+        return loss + 0.5 * (8 * first + 12 * second) / 20, (loss, first, second)
+
+    (value, (loss, first, second)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    assert abs(first - second) > 1e-3
+    state, metrics = updated(CONFIG, num_microbatches=2, router_aux_coef=0.5)
+    assert_allclose(metrics["loss"], value, rtol=1e-6)
+    assert_allclose(metrics["sft/loss"], loss, rtol=1e-6)
+    assert_allclose(metrics[auxiliary.LOSS], (8 * first + 12 * second) / 20, rtol=1e-6)
+    assert metrics["router/max_load"] >= 1
+    expected = optax.apply_updates(params, jax.tree.map(lambda g: -0.1 * g, grads))
+    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), state.params, expected)
+
+
+def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
+    _, without = updated(CONFIG, run=jax.eval_shape)
+    _, metrics = updated(CONFIG, run=jax.eval_shape, router_aux_coef=0.0)
+    assert metrics.keys() - without.keys() == {"router/aux_loss", "router/max_load"}
+    loss = Mean(jnp.float32(3.0), jnp.float32(2.0))
+    terms = {auxiliary.LOSS: Mean(jnp.float32(8.0), jnp.float32(4.0))}
+    assert auxiliary.with_terms((loss, {"a": loss}), terms, 0.0) == (loss, {"a": loss, **terms})
+    (first, second), _ = auxiliary.with_terms((loss, {}), terms, 0.5)
+    assert first is loss
+    assert second.value == 1.0
+
+
+def test_rows_on_several_devices_balance_together():
+    mesh = sharding.make_mesh(2, 1, 1)
+    batch = jax.device_put(BATCH, sharding.rows(mesh))
+    _, terms = losses_of(some_params(CONFIG), batch)
+    _, alone = losses_of(some_params(CONFIG), BATCH)
+    assert_allclose(terms[auxiliary.LOSS].value, alone[auxiliary.LOSS].value, rtol=1e-5)
+    assert terms[auxiliary.LOSS].count == 20
+
+
+def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
+    """Its last layer computes one column of each answer otherwise."""
+    model = models.build(CONFIG)
+    params = models.add_head(jax.random.key(0), some_params(CONFIG), "score")
+
+    @jax.jit
+    def scored(params):
+        with auxiliary.collected() as terms:
+            scores = models.score_fn(model)(params, TOKENS, MASK)
+        return scores, terms
+
+    scores, terms = scored(params)
+    _, expected = losses_of(params, BATCH)
+    assert_allclose(terms[auxiliary.LOSS].value, expected[auxiliary.LOSS].value, rtol=1e-5)
+    plain = jax.jit(models.score_fn(model))(params, TOKENS, MASK)
+    assert_allclose(scores, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_experts_has_no_such_term():
+    with pytest.raises(ValueError, match="router_aux_coef: this model has no experts"):
+        updated(MORE["olmo2"], run=jax.eval_shape, router_aux_coef=0.1)
+    with pytest.raises(ValueError, match="router_aux_coef must be at least 0"):
+        sft.Config(router_aux_coef=-1.0)
+
+
+def test_nothing_is_collected_outside_of_an_update():
+    assert not auxiliary.is_wanted()
+    with pytest.raises(ValueError, match="no loss collects"):
+        auxiliary.add({})
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rl_leaves_routers_as_they_are_unless_asked(trained):
+    """Weight decay too, and a value head with an optimizer of its own."""
+    adam = Optimizer(weight_decay=0.1, learning_rate=0.1)
+    settings = RLStage(optimizer=adam, train_routers=trained)
+    params = {
+        "h": {"mlp": {"router": {"kernel": jnp.ones(2)}, "experts": {"kernel": jnp.ones(2)}}},
+        "value": {"kernel": jnp.ones(2)},
+    }
+    optimizer = critic.make_optimizer(settings, PPOStage(value_learning_rate=0.1), 1, params)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, value=jnp.float32(1.0))
+    moved = jax.tree.map(lambda update: bool((update != 0).all()), updates)
+    assert moved["h"]["mlp"] == {"router": {"kernel": trained}, "experts": {"kernel": True}}
+    assert moved["value"]["kernel"]
+
+
+def adapted_experts(config):
+    """A model's parameters and adapters of attention and experts that change something."""
+    params = some_params(config)
+    adapters = lora.init(jax.random.key(0), params, 2, "attn|experts", alpha=3)
+    noise = np.random.default_rng(0)
+    leaves = {
+        path: leaf if path[-1] == "lora_scale" else jnp.asarray(noise.normal(size=leaf.shape) / 4)
+        for path, leaf in flatten_dict(adapters).items()
+    }
+    return params, unflatten_dict({path: leaf.astype("float32") for path, leaf in leaves.items()})
+
+
+def test_adapters_of_experts_are_each_expert_s_own():
+    """Attached they give what the merged model gives."""
+    params, adapters = adapted_experts(CONFIG)
+    leaves = flatten_dict(adapters)
+    shapes = {path[-2:]: leaf.shape for path, leaf in leaves.items() if path[0] == "h"}
+    assert shapes["down_proj", "lora_a"] == (1, 5, 12, 2)
+    assert shapes["down_proj", "lora_b"] == (1, 5, 2, 8)
+    assert shapes["down_proj", "lora_scale"] == (1, 5)
+    assert {path[-2] for path in leaves} >= {"q_proj", "gate_proj", "up_proj"}
+    assert not any("router" in path for path in leaves)
+    merged = lora.merge(params, adapters)
+    apply = jax.jit(models.build(CONFIG).apply)
+    plain = apply(params, TOKENS)
+    expected = apply(merged, TOKENS)
+    assert np.abs(plain - expected).max() > 0.1
+    assert_allclose(apply(lora.attach(params, adapters), TOKENS), expected, rtol=1e-3, atol=1e-4)
+    held = lora.quantized(params)  # each expert has scales of its own
+    assert flatten_dict(held)["h", "mlp", "experts", "up_proj", "kernel_scale"].shape == (1, 5, 12)
+    assert "kernel_scale" not in held["h"]["mlp"]["router"]
+    found = apply(lora.attach(held, adapters), TOKENS)
+    assert_allclose(found, apply(lora.merge(held, adapters), TOKENS), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_adapters_of_experts_are_written_by_the_names_of_their_tensors(name, tmp_path):
+    params, adapters = adapted_experts(MORE[name])
+    lora.save(tmp_path, params, adapters)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    module = {"mixtral": "block_sparse_moe.experts.4.w2", "olmoe": "mlp.experts.4.down_proj"}[name]
+    stored = tensors[f"base_model.model.model.layers.1.{module}.lora_A.weight"]
+    own = flatten_dict(adapters)["h_1", "mlp", "experts", "down_proj", "lora_a"]
+    assert_array_equal(stored, own[4].T)
+    jax.tree.map(assert_array_equal, lora.load(tmp_path, params), adapters)
+
+
+def test_experts_that_are_one_tensor_take_no_adapters():
+    params = some_params(MORE["gpt_oss"])
+    with pytest.raises(ValueError, match="one tensor in its files"):
+        lora.init(jax.random.key(0), params, 2, "attn|experts")
+    assert lora.init(jax.random.key(0), params, 2)["h_0"].keys() == {"attn"}
