@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,8 @@ def test_which_implementation_is_taken(
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    card = SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [card])
     config = models.GPT2Config(64, 4096, 32, 2, changes.pop("num_heads", 4), **changes)
     assert attention.implementation(config, queries, keys, drops) == expected
 

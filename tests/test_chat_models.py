@@ -225,7 +225,8 @@ def test_an_evaluation_reads_a_prompt_as_transformers_does(
 ):
     expected = theirs(folder, [USER])
     for row in STAGES["rl"]:
-        asked = evaluate.Config(prompts=(write([row]),), output=str(tmp_path / "out"))
+        where = {"prompts": (write([row]),), "output": str(tmp_path / "out")}
+        asked = evaluate.Config(**where, max_new_tokens=32)
         assert encoded(evaluate.run, folder, asked) == expected
     assert "a plain prompt is a user's message" in capsys.readouterr().out
 

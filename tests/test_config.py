@@ -489,8 +489,9 @@ def test_yaml_holds_every_field_in_order():
     lines = to_yaml(RunConfig(data=("a", "b"), lora=LoRA(2), model="m")).splitlines()
     assert [line.partition(":")[0] for line in lines if line[0] != " "] == list(vars(RunConfig()))
     assert {"data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0"} <= set(lines)
-    assert "lora:/  rank: 2/  alpha: null/  dropout: 0.0/  match: attn|mlp/tokenizer:" in "/".join(
-        lines
+    assert (
+        "lora:/  rank: 2/  alpha: null/  dropout: 0.0/  match: attn|mlp/  base: null/tokenizer:"
+        in "/".join(lines)
     )
 
 

@@ -28,7 +28,7 @@ from programs import whole_on_a_device
 
 from rlhf_jax import models, sharding
 from rlhf_jax.cli import commands
-from rlhf_jax.cli.benchmark import measure
+from rlhf_jax.cli.benchmark import figures
 from rlhf_jax.models.families import FAMILIES, differences
 
 families = script("benchmarks/families.py")
@@ -109,7 +109,7 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
         tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0))
         jaxpr = jax.make_jaxpr(model.apply)(params, tokens).jaxpr
-        return measure.matmul_flops(jaxpr), Counter(equations(jaxpr))
+        return figures.matmul_flops(jaxpr), Counter(equations(jaxpr))
 
     layers = families.SIZES["num_layers"]
     flops, llama = program(families.CONFIGS["Llama"])

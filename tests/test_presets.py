@@ -22,7 +22,9 @@ from builders import ROOT, Checker, initial_params
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import DPOStage, RunConfig, parse
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, encoding
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import verifiable
 from rlhf_jax.training.common.stage import Stage
@@ -116,7 +118,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         stage,
         initial,
         [],
-        None,
+        encoding.encode_texts([Row("a", ("b", ""))], characters("ab")),
         *np.zeros((2, 0), int),
         batches.Plan(np.ones(4), 4, None),
         None,
