@@ -118,7 +118,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         stage,
         initial,
         [],
-        encoding.encode_texts([Row("a", ("b", ""))], characters("ab")),
+        encoding.encode_texts([Row("a", ("b", ""), "file")], characters("ab")),
         *np.zeros((2, 0), int),
         batches.Plan(np.ones(4), 4, None),
         None,
