@@ -13,6 +13,7 @@ from builders import letters_run, metric_rows, run_grpo, with_rl
 
 from rlhf_jax import grpo, iteration, minibatch_epochs, ops, ppo, rloo, training
 from rlhf_jax.algorithms import step
+from rlhf_jax.algorithms.lengths import by_length
 from rlhf_jax.config import Compute, RLStage, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.rl.sharing import Answers, decided, saved
@@ -151,7 +152,7 @@ def test_long_rows_are_sorted_by_groups():
     lengths = np.array([9, 1, 2, 2, 1, 1, 3, 4])  # of four groups of two rows
     mask = jnp.asarray(np.arange(130)[None] < lengths[:, None], jnp.int32)
     rollout = Rollout(jnp.arange(8)[:, None].repeat(130, 1), mask, mask, mask, prompt_length=0)
-    ordered = step._by_length(rollout, 2, 2)
+    ordered = by_length(rollout).order(rollout, 2, 2)
     parts = ops.split_rows(ordered.tokens[:, 0], 2, 2)
     assert sorted(parts[0].tolist()) == [2, 3, 4, 5]  # those of the shortest rows
     assert sorted(parts[1].tolist()) == [0, 1, 6, 7]
