@@ -25,7 +25,6 @@ import pytest
 
 from rlhf_jax import grpo, iteration, models, ppo, training, vpg
 from rlhf_jax.cli import verify
-from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
@@ -517,11 +516,11 @@ def run_loop(
 
 
 def program(name):
-    """The command line of a stage, such as reward_model, or of a script in experiments/."""
-    command = name.replace("_", "-")
-    if command in STAGES:
-        return [sys.executable, "-m", "rlhf_jax", command]
-    return [sys.executable, str(ROOT / "experiments" / f"{name}.py")]
+    """The command line of a script in experiments/, or of a command, such as reward_model."""
+    script = ROOT / "experiments" / f"{name}.py"
+    if script.exists():
+        return [sys.executable, str(script)]
+    return [sys.executable, "-m", "rlhf_jax", name.replace("_", "-")]
 
 
 def start_script(script, *flags, **environment):

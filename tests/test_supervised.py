@@ -184,7 +184,8 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
         present = np.asarray(masks).reshape(tokens.shape) != 0
         return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
 
-    config = changed(config, stage, num_epochs=2)
+    apart = replace(config, compute=replace(config.compute, share_prompts=False))
+    config = changed(apart, stage, num_epochs=2)
     spec = replace(getattr(training, stage).SPEC, make_task=make_task)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_jax.training.common.memory.check", lambda *args: None)
