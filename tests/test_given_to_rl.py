@@ -318,7 +318,11 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
     rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
     again = replace(again, resume=True)
     resumed = rl.run(again, rloo, policy=policy)
-    assert metric_rows(resumed.folder) == metric_rows(straight.folder)
+    rows = metric_rows(resumed.folder)
+    for name in [*rows[1]]:  # a run that ends validates
+        if name.startswith("validation/"):
+            rows[1].pop(name)
+    assert rows == metric_rows(straight.folder)
     with pytest.raises(UserError, match="policy"):
         rl.run(again, rloo, policy=counts_by_state())
 
