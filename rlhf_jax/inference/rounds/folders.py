@@ -20,7 +20,7 @@ class Round:
 
     @property
     def pairs(self) -> Path:
-        """{prompt, responses, chosen_by, row}: what is compared."""
+        """What is compared, rows with a prompt, responses, chosen_by and row."""
         return self.folder / "pairs.jsonl"
 
     @property
