@@ -164,6 +164,12 @@ def test_validation_data_has_the_labels_of_the_training(config, tmp_path):
         training.reward_model.run(config)
 
 
+def texts_of(arrays, masks):
+    tokens = np.asarray(arrays).reshape(-1, arrays.shape[-1])
+    present = np.asarray(masks).reshape(tokens.shape) != 0
+    return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
+
+
 @pytest.mark.parametrize("stage", [slow("sft"), slow("reward_model"), slow("dpo"), "kto"])
 def test_an_epoch_trains_on_every_training_row_once(stage, config):
     """What the update gets: neither one batch again and again, nor a row that validates."""
@@ -178,11 +184,6 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
             return state, {"nonfinite": jnp.float32(0)}
 
         return task._replace(update=update)
-
-    def texts_of(arrays, masks):
-        tokens = np.asarray(arrays).reshape(-1, arrays.shape[-1])
-        present = np.asarray(masks).reshape(tokens.shape) != 0
-        return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
 
     apart = replace(config, compute=replace(config.compute, share_prompts=False))
     config = changed(apart, stage, num_epochs=2)
