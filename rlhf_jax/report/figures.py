@@ -256,7 +256,7 @@ def _draw(
 
 
 @functools.cache
-def _style() -> dict[str, Any]:
+def _style() -> Any:
     """Matplotlib's own settings and ours over them: what the user has set must not show."""
     import matplotlib
     import matplotlib.style
