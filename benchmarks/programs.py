@@ -25,7 +25,7 @@ from rlhf_jax import models
 from rlhf_jax.cli.benchmark.steps import PRESETS
 from rlhf_jax.cli.planning import plan
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.opening import stage_of
 
 OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
 
@@ -65,8 +65,8 @@ def compiled(
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its
     compilation.
     """
-    mesh = plan.layout.mesh_of(config)
-    jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn, 1) if updates else jax.jit(fn)  # type: ignore[arg-type]
+    run: Any = None
+    jitted: Any = stage_of(config, "ppo", run).jit_update(fn, 1) if updates else jax.jit(fn)
     lowered = jitted.lower(*arguments)
     started = time.process_time()
     used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()

@@ -22,7 +22,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import initial, loop, memory
-from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.types import TrainState
 
 RL = RLStage(num_iterations=2, batch_size=8, max_new_tokens=4, validation_fraction=0.0)

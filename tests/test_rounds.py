@@ -140,7 +140,7 @@ def stand(monkeypatch):
         monkeypatch.setattr(job.reward_model, "run", made.reward_model)
         monkeypatch.setattr(job.rl, "run", made.rl)
         monkeypatch.setattr(job.evaluate, "run", made.evaluate)
-        monkeypatch.setattr(job.stage, "set_up", lambda config, folders: config)
+        monkeypatch.setattr(job, "set_up", lambda config, folders: config)
         return made
 
     tokenizer = SimpleNamespace(fingerprint="one")

@@ -32,7 +32,15 @@ from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
 from rlhf_jax.cli.stages import STAGES
-from rlhf_jax.config import PPOStage, RLStage, RunConfig, command_line, parse
+from rlhf_jax.config import (
+    PPOStage,
+    RLStage,
+    RunConfig,
+    command_line,
+    data_source,
+    model_source,
+    parse,
+)
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind, texts
@@ -46,6 +54,7 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.training.common import initial, layout, memory, references, shared_prompts
 from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
@@ -53,7 +62,7 @@ from rlhf_jax.training.rl import teacher as teachers
 from rlhf_jax.training.rl.method import penalty_of
 from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.training.rl.sharing import Answers, saved
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised import batching, reading
 from rlhf_jax.types import (
     Algorithm,
     Comparisons,
@@ -135,7 +144,7 @@ class Case:
     def mesh(self) -> Mesh:
         """The mesh of the run, on the target's devices if there is one."""
         if self.target is None:
-            return layout.mesh_of(self.config)
+            return layout.mesh_of(self.config.mesh)
         return sharding.make_mesh(**self.config.mesh.axes, devices=self.target.devices)
 
     @property
@@ -150,15 +159,16 @@ class Case:
 
     def shared_by(self, prompt: int) -> int:
         """How many rows of an RL run compute their prompt of so many tokens once."""
-        blocks = self.config.compute.blocks
-        sharers = {"compute.blocks": blocks or sharding.num_parts(self.mesh)}
-        answers = Answers(self.name, self.own, prompt, takes_groups=True, sharers=sharers)
-        return answers.group_size(self.config)
+        settings = self.config.rl
+        wanted = self.config.compute.share_prompts
+        shares = self.stage.shares
+        return Answers(self.name, self.own, settings, wanted, prompt, True, shares).group_size()
 
     @property
     def stage(self) -> Stage:
         """The stage, without a folder."""
-        return Stage(self.config, self.name, None, self.mesh)  # type: ignore[arg-type]
+        run: Any = None
+        return stage_of(self.config, self.name, run, self.mesh)
 
     def in_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Sets the mesh, by which networks know what platform they are for."""
@@ -344,7 +354,7 @@ def shapes_of(
             "rlhf-jax plan: compute.blocks and mesh.sampling are not planned; leave them out"
         )
     case = Case(config, name, target)
-    layout.check(config, case.mesh)
+    layout.check(model_source(config), case.mesh)
     cuts = ("num_minibatches", "num_microbatches")
     section = "rl" if name in RL else name
     layout.check_divides(
@@ -392,7 +402,9 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     if not (settings.data or config.data):
         return config, None
     kind: Kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
-    read = initial.stage_rows(config, kind, settings.data).rows
+    source = model_source(config)
+    rows = data_source(config)
+    read = initial.stage_rows(rows, kind, settings.data).rows
     if read[0].is_plain_text:
         return config, None
     model, _ = case.model(config.model)
@@ -401,12 +413,13 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     else:
         held_out = []
         if settings.validation_data:
-            held_out = initial.stage_rows(config, kind, settings.validation_data).rows
-        tokenizer = initial.new_tokenizer(config, texts([*read, *held_out]))
+            held_out = initial.stage_rows(rows, kind, settings.validation_data).rows
+        tokenizer = initial.new_tokenizer(source, texts([*read, *held_out]))
     if name in RL:
         language_model = LanguageModel(model, {}, tokenizer)
-        return config, int(initial.prompts_for(config, language_model, read).tokens.shape[1])
-    most = tasks.longest_text(config, model.config.max_length)
+        prompts = initial.prompts_for(config.text, config.rl, language_model, read)
+        return config, int(prompts.tokens.shape[1])
+    most = reading.longest_text(config.text, model.config.max_length)
     encoded = encode_texts(
         read,
         tokenizer,
@@ -414,16 +427,20 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
         max_length=most,
         too_long=config.text.too_long,
     )
-    made = tasks.batched(
-        config,
+    made = batching.batched(
+        case.stage.shares,
+        config.compute.share_prompts,
         getattr(training, name).SPEC,
+        settings,
+        config.text,
         encoded,
         np.arange(len(encoded)),
         jax.random.key(0),
         model.config.num_layers,
     )
     if encoded.num_answers > 1:
-        config = shared_prompts.recorded(config, made.encoded.shares_prompts)
+        compute = shared_prompts.recorded(config.compute, made.encoded.shares_prompts)
+        config = dataclasses.replace(config, compute=compute)
     columns = batches.width_of(made.encoded, np.arange(len(encoded)), made.multiple)
     return config, columns
 
@@ -627,7 +644,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
 
     moving = start.params if settings.reference_moves else None
     state = case.laid_out(jax.eval_shape(first, trained.params, moving))
-    penalty = penalty_of(case.config, algorithm, own)
+    penalty = penalty_of(model_source(case.config), settings, algorithm, own)
     has_reference = penalty is not iteration.NO_PENALTY and not settings.reference_moves
     reference = (start.base or start.loaded) if has_reference else moving
     teacher = _teacher(case)
@@ -678,7 +695,7 @@ def _starts(
     """The shapes of what a run starts from, as ``critic.start`` gives it, and the network of a
     value model that does not start as the policy.
     """
-    source = critic.source_of(case.config, values) if value == "separate" else None
+    source = critic.source_of(case.config.reward, values) if value == "separate" else None
     network = None
     of_source = None
     if source is not None:

@@ -28,14 +28,15 @@ from rlhf_jax.report import records
 from rlhf_jax.runs import manifest, reading
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common.opening import MAY_CHANGE
+from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.pipeline import stage_config
 from rlhf_jax.training.supervised import reward_model
 
 STATE = "rounds.json"
 TOKENS = "annotators"  # beside it the secret addresses, which are the same in all rounds
 # What may change between the starts of one job.
-_FREE = (*stage.MAY_CHANGE, "rounds.number", "rounds.annotators", "rounds.host", "rounds.port")
+_FREE = (*MAY_CHANGE, "rounds.number", "rounds.annotators", "rounds.host", "rounds.port")
 
 
 class Result(NamedTuple):
@@ -89,7 +90,7 @@ def run(config: RunConfig) -> Result:
     numbers = range(1, config.rounds.number + 1)
     begun = [Round(number, folder) for number in numbers]
     refuse_links(path for own in begun for path in (own.folder, own.pairs, own.prefs))
-    config = stage.set_up(config, [path for own in begun for path in (own.reward_model, own.rl)])
+    config = set_up(config, [path for own in begun for path in (own.reward_model, own.rl)])
     prompts, fingerprints = _read_prompts(config)
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
