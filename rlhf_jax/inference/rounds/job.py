@@ -113,10 +113,12 @@ def _advance(job: _Job, number: int) -> None:
     own = job.round(number)
     config = job.of_round(number)
     policy = job.policy(number - 1)
-    numbers = compare.prompts_of_round(job.prompts, number, job.config)
+    numbers = compare.prompts_of_round(job.prompts, number, config.rounds, job.config.seed)
     if not own.pairs.exists():
         members = _members(job, number - 1)
-        sampled = compare.sample(policy, job.prompts, numbers, members, config)
+        how = compare.sampling(config.rl, config.text, config.compute.dtype)
+        asked = compare.Asked(how, config.rl.batch_size, config.rounds, config.seed)
+        sampled = compare.sample(policy, job.prompts, numbers, members, asked)
         compare.write_rows(own.pairs, sampled)
     if not own.prefs.exists():
         compare.write_rows(own.prefs, _compared(job, number))
@@ -135,10 +137,13 @@ def _compared(job: _Job, number: int) -> list[dict[str, Any]]:
     config = job.of_round(number)
     pairs = compare.read_pairs(own.pairs, job.prompts)
     logger.info(f"{own.pairs}: {len(pairs)} pairs to compare")
-    if config.rounds.judge is None:
-        page_of_round = compare.page_of(own.pairs, own.labels, config)
+    judge = config.rounds.judge
+    if judge is None:
+        page_of_round = compare.page_of(own.pairs, own.labels, config.rounds, config.seed)
         return compare.by_people(page_of_round, job.folder / TOKENS)
-    return compare.by_judge(pairs, job.prompts, config, own.folder / "judge")
+    return compare.by_judge(
+        pairs, job.prompts, judge, config.compute, config.judge, own.folder / "judge"
+    )
 
 
 def _of_reward_model(job: _Job, number: int) -> RunConfig:
@@ -217,7 +222,7 @@ def _check(config: RunConfig) -> None:
     if how.judge is None:
         if importlib.util.find_spec("uvicorn") is None:
             raise UserError("people compare on a page: pip install 'rlhf-jax[label]'")
-        compare.page_of(Path("pairs"), Path("labels"), config)  # checks its settings
+        compare.page_of(Path("pairs"), Path("labels"), how, config.seed)  # checks its settings
     if how.choose == "disagreement" and config.reward_model.ensemble_size < 2:
         raise UserError(
             "--rounds.choose disagreement: one reward model cannot disagree; give "
