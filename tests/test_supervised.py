@@ -229,7 +229,7 @@ def test_sft_is_validated_in_nats_per_token_whatever_it_learns_from(aggregate, c
 
     def validated(setting):
         task = training.sft._task(setting)
-        raise Seen(task.validate(entry._first_state(task)).metrics)
+        raise Seen(task.validate(entry.first_state(task)).metrics)
 
     config = changed(config, "sft", aggregate=aggregate)
     with pytest.raises(Seen) as seen:

@@ -23,6 +23,7 @@ from rlhf_jax.types import Params, PolicyFn, TrainState
 
 Tree = TypeVar("Tree")
 State = TypeVar("State", bound=TrainState)
+Made = TypeVar("Made")
 Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 
@@ -111,6 +112,10 @@ class Stage:
         """Parameters, or a state with them, sharded over the mesh."""
         return jax.tree.map(sharding.place, tree, layout.shardings(self.mesh, tree))
 
+    def made(self, make: Callable[..., Made], *trees: Any) -> Made:
+        """``make(*trees)``: parameters of others. A stage that is only planned makes shapes."""
+        return make(*trees)
+
     def take(self, create: Callable[[Params], State], params: Params) -> State:
         """``create(params)`` in new arrays, sharded over the mesh. The arrays of ``params`` are
         freed.
@@ -122,10 +127,14 @@ class Stage:
             create, out_shardings=layout.shardings(self.mesh, jax.eval_shape(create, placed))
         )(placed)
         memory.free((params, placed))
+        self.hold_state(state)
+        return state
+
+    def hold_state(self, state: TrainState) -> None:
+        """Records the arrays of a state, and of its gradients."""
         parts = state.params if "policy" in state.params else {"parameters": state.params}
         trained = {f"trained {part}": tree for part, tree in parts.items()}
         self.hold(trained | {"optimizer state": state.opt_state, "gradients": state.params})
-        return state
 
     def shapes(self, params: Params) -> Params:
         """The shapes of parameters, laid out over the mesh."""

@@ -139,7 +139,10 @@ def run(
         multiple = _multiple(parts, config.text)
         planned = _prompts(stage, method, parts, multiple)
         stage, method = lasting(stage, method, len(planned[0].train_rows))
-        networks = networks_of(stage, parts.initial, method, parts.teacher)
+        source = None
+        if method.value_source is not None:
+            source = critic.load(method.value_source, stage.compute, parts.initial, stage.placement)
+        networks = networks_of(stage, parts.initial, method, source, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         client = None
         if engine is not None:
@@ -204,6 +207,9 @@ def method_of(
 ) -> Method:
     """How the policy of a run learns."""
     settings = config.rl
+    source = None
+    if algorithm.needs_values:
+        source = critic.source_of(config.reward, critic.settings(algorithm_config))
     return Method(
         algorithm,
         algorithm_config,
@@ -212,7 +218,7 @@ def method_of(
         score_rows=memory.score_rows(config.compute, settings.batch_size, algorithm_config),
         optimizer=given.optimizer,
         is_rewarded=is_rewarded(config.reward, settings, algorithm_config, given),
-        value_source=critic.source_of(config.reward, critic.settings(algorithm_config)),
+        value_source=source,
     )
 
 

@@ -55,17 +55,24 @@ class Programs(NamedTuple):
 
 
 def networks_of(
-    stage: Stage, begun: LanguageModel, method: Method, teacher: LanguageModel | None = None
+    stage: Stage,
+    begun: LanguageModel,
+    method: Method,
+    source: LanguageModel | None = None,
+    teacher: LanguageModel | None = None,
 ) -> Networks:
-    """Puts policy, value model and reference on the devices. The teacher is there already."""
+    """Puts policy, value model and reference on the devices. The teacher is there already.
+
+    source: what a separate value model starts from; None: the policy.
+    """
     settings = method.settings
     model = begun.model
     value = critic.settings(method.config).value if method.algorithm.needs_values else None
-    source = None
-    if value == "separate" and method.value_source is not None:
-        source = critic.load(method.value_source, stage.compute, begun, stage.placement)
-    params = None if source is None else source.params
-    start, trained = critic.start(stage, begun.params, value, own.width(begun), params)
+    begin = functools.partial(critic.start, stage, value=value, width=own.width(begun))
+    of_source = None if source is None else source.params
+    start, trained = stage.made(
+        lambda params, source: begin(params, source=source), begun.params, of_source
+    )
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -89,9 +96,9 @@ def networks_of(
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
-    frozen = None if start.base else reference
-    stage.hold({"frozen weights": start.base, "reference": frozen})
-    value_model = None if trained is start else (source or begun).model
+    frozen = start.base if source is None else trained.base
+    stage.hold({"frozen weights": frozen, "reference": None if start.base else reference})
+    value_model = (source or begun).model if value == "separate" else None
 
     @functools.cache
     def functions(columns: int) -> Functions:

@@ -60,10 +60,11 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
     fingerprints = data.fingerprints | to_validate.fingerprints
     with open_stage(config, spec.section, fingerprints, sizes) as stage:
         setting = _setting(config, stage, spec, data, to_validate)
+        spec.say(setting)
         task = spec.make_task(setting)
         first = task.start.params
         check_frozen(spec.section, settings.optimizer, first[0] if type(first) is list else first)
-        state, row = loop.train(setting.stage, _first_state(task), _job(spec, task, on_step))
+        state, row = loop.train(setting.stage, first_state(task), _job(spec, task, on_step))
         how = None
         if not setting.initial.tokenizer.generation:
             how = initial.sampling_config(config.rl, setting.initial.tokenizer)
@@ -126,7 +127,7 @@ def _num_steps(settings: Settings, plan: batches.Plan) -> int:
     return settings.max_steps or settings.num_epochs * plan.steps_per_epoch
 
 
-def _first_state(task: Task) -> TrainState:
+def first_state(task: Task) -> TrainState:
     """The state at step 0. The stage notes what else is on the devices."""
     stage = task.setting.stage
     reference = None if task.start.base else task.reference  # under LoRA it is the base

@@ -22,7 +22,6 @@ def run(config: RunConfig) -> RunResult:
 
 
 def _task(setting: tasks.Setting) -> tasks.Task:
-    _warn_of_one_kind(setting)
     return tasks.policy_task(setting, kto, setting.settings, baselines=_baselines)
 
 
@@ -51,6 +50,7 @@ SPEC = tasks.StageSpec(
     kind="feedback",
     collate=batches.feedback_batch,
     make_task=_task,
+    say=_warn_of_one_kind,
     show=(
         "kto/loss",
         "kto/accuracy",

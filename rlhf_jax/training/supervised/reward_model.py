@@ -47,8 +47,8 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     stage = setting.stage
     settings = _settings(setting)
     model = setting.initial.model
-    first = (model, setting.initial.params, stage.key("init"))
-    starts = ensembles.starts(settings.ensemble_size, setting.source, *first)
+    begin = partial(ensembles.starts, settings.ensemble_size, setting.source, model)
+    starts = stage.made(begin, setting.initial.params, stage.key("init"))
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)

@@ -107,6 +107,8 @@ class StageSpec:
     """Metrics of the console's line."""
     pack: Callable[..., Any] | None = None
     """(encoded, row numbers, width=, multiple=) -> a packed batch; None: the stage cannot pack."""
+    say: Callable[[Setting], None] = lambda setting: None
+    """Prints what a user should know of the rows."""
     is_policy: bool = True
     """Whether the model writes text; a reward model scores it."""
 
@@ -131,7 +133,8 @@ def policy_task(
     model = setting.initial.model
     model_fn = models.policy_fn(model, num_answers=setting.num_answers)
     init_key = jax.random.fold_in(stage.key("init"), 1)
-    start = stage.place(initial.trainable(stage.lora, setting.initial.params, init_key))
+    split = partial(initial.trainable, stage.lora)
+    start = stage.place(stage.made(split, setting.initial.params, init_key))
     reference = _reference(setting, start, model_fn, config)
 
     def with_reference(state: TrainState, batch: Any, ref_fn: Any) -> Any:
