@@ -120,7 +120,7 @@ def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
 
     whole = run(replace(config, output_dir=f"{config.output_dir}-whole"))
     apart = replace(config, mesh=Mesh(sampling=2))
-    meshes = (layout.mesh_of(apart), layout.sampling_mesh(apart))
+    meshes = (layout.mesh_of(apart.mesh), layout.sampling_mesh(apart.mesh))
     devices = [device for mesh in meshes for device in mesh.devices.flat]
     assert devices == jax.devices()
     result = run(apart)

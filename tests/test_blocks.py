@@ -39,6 +39,7 @@ from rlhf_jax.parallel import blocks
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
 from rlhf_jax.training.common import layout
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 VALUES = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 10.0 ** np.arange(8)
@@ -198,8 +199,8 @@ def test_responses_are_sampled_block_by_block():
 
 def test_rows_of_a_step_divide_by_blocks_and_microbatches():
     config = RunConfig(compute=Compute(blocks=8))
-    assert [layout.row_parts(config, number) for number in (1, 4, 16)] == [8, 8, 16]
-    assert [layout.row_parts(RunConfig(), number) for number in (1, 4)] == [4, 16]
+    assert [layout.row_parts(shares_of(config), number) for number in (1, 4, 16)] == [8, 8, 16]
+    assert [layout.row_parts(shares_of(RunConfig()), number) for number in (1, 4)] == [4, 16]
 
 
 @pytest.mark.parametrize(

@@ -452,7 +452,8 @@ def ask(config, server, folder):
     how = SamplingConfig(6, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
     state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:
-        client = Client(engine, config, folder / "engine", begun, start)
+        how_asked = (config.engine, config.rl.engine_check, folder / "engine")
+        client = Client(engine, *how_asked, begun, start, config.model)
         return client.responder(how)(state)(prompts, jax.random.key(0))
 
 

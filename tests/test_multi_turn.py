@@ -179,7 +179,7 @@ FAULTS = [
     (lambda conversation, row: (None, "1"), "TypeError: "),
     (lambda conversation, row: {"content": "a"}, "TypeError: expected .* a message"),
     (lambda conversation, row: "é", r"the tokenizer's alphabet lacks 'é'"),
-    (lambda conversation, row: {"role": "tool", "content": "é"}, r"the tokenizer's alphabet lacks"),
+    (lambda conversation, row: {"role": "tool", "content": "é"}, r"the tokenizer's alphabet"),
     (lambda conversation, row: row["missing"], "KeyError: 'missing'"),
 ]
 

@@ -20,7 +20,7 @@ from rlhf_jax.config import DPOStage, KTOStage, LoRA, RLStage, RunConfig, Tokeni
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import dpo, kto
 from rlhf_jax.training.common import references
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised import entry
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -128,7 +128,7 @@ def supervised_run(config, spec, **settings):
 
     config = with_stage(config, spec.section, **settings)
     folder = f"{config.output_dir}-{spec.section}-{'-'.join(map(str, settings.values()))}"
-    return tasks.run(replace(config, output_dir=folder), spec, keep), states
+    return entry.run(replace(config, output_dir=folder), spec, keep), states
 
 
 def of_steps(result, name):
@@ -177,7 +177,7 @@ def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_wit
         every_second += moved(states[step][1], reference) > 1e-4
     assert every_second == (len(states) - 1) // 2 > 1
     config = with_stage(short, spec.section, reference_ema=0.3, reference_refresh=2)
-    goes_on_alike(lambda config: tasks.run(config, spec), config, result, 4)
+    goes_on_alike(lambda config: entry.run(config, spec), config, result, 4)
 
 
 def rl_run(config, **settings):

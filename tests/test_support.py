@@ -28,7 +28,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import losses, models, ops, rewards, rollout, sampling
 from rlhf_jax.algorithms import grpo, rloo
-from rlhf_jax.config import Compute, RLStage, RunConfig
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -330,9 +330,9 @@ def test_what_cannot_be_known_is_refused():
     assert not initial.recorded(how(), 5000).records
     assert not how(temperature=0.0, top_k=5, record_support=True).truncates
     served = SimpleNamespace(needs_teacher=True, teacher_server="http://x", teacher="x")
-    stage = SimpleNamespace(config=RunConfig(rl=RLStage(top_p=0.9)))
+    method = SimpleNamespace(config=served, settings=RLStage(top_p=0.9))
     with pytest.raises(UserError, match=r"whole vocabulary; leave rl\.top_k"):
-        teacher.connect(stage, served, None)
+        teacher.connect(None, method, None, None)
 
 
 def test_the_turns_of_a_conversation_keep_their_support():
