@@ -57,6 +57,11 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def soak(*values):
+    """The values of a test's parameters, for the soak tier."""
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 # --- Models
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, save_base, with_rl
+from builders import goes_on_alike, metric_rows, save_base, slow, soak, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -135,8 +135,7 @@ def of_steps(result, name):
     return [row[name] for row in metric_rows(result.folder) if name in row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", [dpo.SPEC, kto.SPEC])
+@pytest.mark.parametrize("spec", [soak(dpo.SPEC), slow(kto.SPEC)])
 def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
     fixed, _ = supervised_run(short, spec)
     still, states = supervised_run(short, spec, reference_ema=0.0)
@@ -166,8 +165,7 @@ def moved(tree, other):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", [dpo.SPEC, kto.SPEC])
+@pytest.mark.parametrize("spec", [slow(dpo.SPEC), soak(kto.SPEC)])
 def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_with_it(spec, short):
     result, states = supervised_run(short, spec, reference_ema=0.3, reference_refresh=2)
     every_second = 0

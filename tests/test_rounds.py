@@ -590,7 +590,11 @@ def small_job(folder):
 @pytest.mark.slow
 def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypatch):
     how = ["rounds", "--config", small_job(tmp_path), "--trust-config"]
+    whole = tmp_path / "whole"
     assert not cli.run(how)
+    assert not cli.run(["report", str(whole)])
+    assert (whole / "stages.html").is_file()
+    monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)  # takes long
     how += ["--output-dir", str(tmp_path / "stopped"), "--rounds.number", "1"]
 
     def stop(*_):
@@ -601,16 +605,14 @@ def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             cli.run(how)
     assert not cli.run([*how, "--resume"])
-    one = Round(1, tmp_path / "whole")
+    one = Round(1, whole)
     other = Round(1, tmp_path / "stopped")
     members = "reward_model/model/member_1/model.safetensors"
     for name in ("pairs.jsonl", "prefs.jsonl", members, "rl/model/model.safetensors"):
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
-    second = Round(2, tmp_path / "whole")
+    second = Round(2, whole)
     reasons = [row["chosen_by"] for row in json_lines(second.pairs)]
     assert sorted(set(reasons)) == ["disagreement", "random"]
     manifest = json.loads((second.reward_model / "manifest.json").read_text())
     assert {str(one.prefs), str(second.prefs)} <= manifest["data"].keys()
-    assert not cli.run(["report", str(tmp_path / "whole")])
-    assert (tmp_path / "whole" / "stages.html").is_file()
     assert not cli.run(["export", str(second.rl), str(tmp_path / "exported")])

@@ -192,7 +192,7 @@ def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_shares_as_it_began(config, tmp_path):
+def test_a_resumed_run_shares_as_it_began(config, tmp_path, no_pages):
     run = run_grpo(of(config, True)).folder
     longer = with_rl(of(config, "auto"), num_iterations=3)
     run_grpo(replace(longer, resume=True, allow_changed=("rl.num_iterations",)))
@@ -201,7 +201,7 @@ def test_a_resumed_run_shares_as_it_began(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_rloo_keeps_its_groups_too(config):
+def test_rloo_keeps_its_groups_too(config, no_pages):
     folder = training.rl.run(replace(config, rloo=rloo.Config(group_size=2)), rloo).folder
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["compute"]["share_prompts"] is True

@@ -13,7 +13,16 @@ import optax
 import pytest
 import scipy.special
 import scipy.stats
-from builders import CONFIG, goes_on_alike, letters_run, metric_rows, run_grpo, with_rl
+from builders import (
+    CONFIG,
+    goes_on_alike,
+    letters_run,
+    metric_rows,
+    run_grpo,
+    slow,
+    soak,
+    with_rl,
+)
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -358,8 +367,7 @@ def test_the_turns_of_a_conversation_keep_their_support():
 # --- Runs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("blocks", [None, 4])
+@pytest.mark.parametrize("blocks", [slow(None), soak(4)])
 def test_a_run_learns_and_goes_on_bit_for_bit(blocks, tmp_path, no_pages):
     """The first step of each iteration has the ratio 1, with shared prompts and microbatches."""
     size = {"batch_size": 8, "num_iterations": 3, "validation_interval": 3}

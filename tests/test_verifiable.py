@@ -190,7 +190,7 @@ def test_an_answer_that_would_take_long_is_not_equal_at_once():
         started = time.perf_counter()
         assert status("\\sqrt{2}", f"\\boxed{{{text}}}") != "right"
         assert status("7", f"\\boxed{{{text}}}") != "right"
-        if time.perf_counter() - started > 9:
+        if time.perf_counter() - started > verifiable.SECONDS:
             slow[what] = time.perf_counter() - started
     assert slow == {}
 
@@ -212,7 +212,7 @@ def test_a_comparison_that_hangs_is_an_error_and_no_verdict(hanging):
         status("2+x", "x+3")
     with pytest.raises(TrainingFault, match=r"regex:\(a\+\)\+\$: no result after 0.2 s .* '.*aab'"):
         verifiable.regex("(a+)+$")([""], ["a" * 40 + "b"])
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 50  # the programs would sleep a minute
 
 
 def test_a_program_that_was_ended_is_started_again():

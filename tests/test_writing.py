@@ -373,14 +373,14 @@ def killed_export(command, environment, draw):
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_export_leave_no_half_folder(tmp_path, slowed):
+def test_eight_kills_in_export_leave_no_half_folder(tmp_path, slowed):
     """The next export sweeps what the one before left."""
     run = finished(tmp_path)
     draw = random.Random(0)
     target = tmp_path / "out"
     command = [sys.executable, "-m", "rlhf_jax", "export", str(run), str(target)]
     num_left = 0
-    for _ in range(20):
+    for _ in range(8):
         killed_export(command, slowed, draw)
         left = list(tmp_path.glob(".*.unfinished"))
         assert len(left) <= 1
@@ -388,7 +388,7 @@ def test_twenty_kills_in_export_leave_no_half_folder(tmp_path, slowed):
         if target.exists():
             assert (target / "README.md").exists()  # which is written last
             shutil.rmtree(target)
-    assert num_left > 5
+    assert num_left > 1
     subprocess.run(command, env=slowed, check=True, capture_output=True)
     assert hidden(tmp_path) == []
     model = run / "model"
