@@ -131,7 +131,7 @@ def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path,
         for name in ("run", "other")
     )
     read = read_page(tmp_path, run)
-    assert read.texts("th")[1:4:2] == ["response, step 0", "response, step 3"]
+    assert read.texts("th")[1:3] == ["response, step 0", "response, step 3"]
     prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
     assert read.texts("h3") == [*"abcdef"]
@@ -431,6 +431,47 @@ def test_a_reward_models_page(tmp_path):
     columns = ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
     assert read.texts("th")[:5] == columns
     assert read.texts("td")[:10] == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
+
+
+def test_a_reward_model_shows_the_pairs_that_it_gets_wrong(tmp_path):
+    def pairs(*margins):
+        texts = {"prompt": "p", "rejected": "r", "score_rejected": 0.0}
+        return [texts | {"chosen": f"c{m}\n", "score_chosen": m} for m in margins]
+
+    samples = {0: pairs(-9.0), 2: pairs(-0.5, 1.0, -2.0, 0.0, -1.0)}
+    settings = {"stage": "reward_model", "metrics": {"reward_model/loss": [1.0]}}
+    run = write_run(tmp_path / "run", **settings, samples=samples)
+    _, wrong = chapter_of(run)["samples"]
+    texts = [["p", f"c{margin}↵\n", "r", margin] for margin in (-2.0, -1.0, -0.5)]
+    assert (wrong.title, wrong.rows) == ("Pairs that it gets wrong", texts)
+    assert wrong.note.startswith("3 of 5 in samples.jsonl of step 2;")
+    many = write_run(tmp_path / "many", **settings, samples={0: pairs(*range(-20, 1))})
+    [_, wrong] = chapter_of(many)["samples"]
+    assert ([row[-1] for row in wrong.rows], wrong.note[:8]) == ([*range(-20, -12)], "20 of 21")
+    right = write_run(tmp_path / "right", **settings, samples={0: pairs(0.0, 1.0)})
+    assert [table.title for table in chapter_of(right)["samples"]] == ["Samples"]
+
+
+def test_the_answers_of_a_policy_stand_beside_those_of_the_data(tmp_path):
+    def rows(text, ratio, **more):
+        return [{"prompt": "p", "answer": "a\n", **more, "response": text, "log_ratio": ratio}]
+
+    samples = {0: rows("old", 0.0), 4: rows("new", -2.5)}
+    settings = {"stage": "dpo", "metrics": {"dpo/loss": [0.7]}}
+    [table] = chapter_of(write_run(tmp_path / "dpo", **settings, samples=samples))["samples"]
+    ends = [f"{name}, step {step}" for step in (0, 4) for name in ("response", "log_ratio")]
+    assert table.columns == ["prompt", "answer", *ends]
+    assert table.rows == [["p", "a↵\n", "old", 0.0, "new", -2.5]]
+    assert table.formats == {name: ".3g" for name in ends if "ratio" in name}
+    samples = {0: [{"prompt": "p", "answer": "a", "response": "r"}]}  # SFT has no reference
+    [table] = chapter_of(write_run(tmp_path / "sft", samples=samples))["samples"]
+    assert (table.columns, table.rows) == (
+        ["prompt", "answer", "response, step 0"],
+        [["p", "a", "r"]],
+    )
+    samples = {0: rows("r", 1.0, desirable=False)}
+    [table] = chapter_of(write_run(tmp_path / "kto", samples=samples))["samples"]
+    assert table.rows == [["p", "a↵\n", False, "r", 1.0]]
 
 
 def test_a_reward_model_with_targets(tmp_path):

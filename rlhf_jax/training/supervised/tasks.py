@@ -30,7 +30,7 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import check_frozen, make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.supervised import batching, store
+from rlhf_jax.training.supervised import batching, samples, store
 from rlhf_jax.training.supervised.batching import Batching
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
@@ -287,7 +287,9 @@ def policy_task(
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
     bound = partial(stage.jit_update(update, model.config.num_blocks), **functions)
     measured = partial(stage.jit(measure), **functions)
-    validate = partial(_validate, setting, measured, baselines)
+    policy = samples.Policy(setting.initial, start, model_fn, reference, setting.num_answers)
+    answer = _answering(setting, policy)
+    validate = partial(_validate, setting, measured, baselines, answer)
     return Task(setting, start, references.state(config).create, bound, validate, reference)
 
 
@@ -306,13 +308,28 @@ def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: A
     return stage.reference(start, ops.by_rows(model_fn, score_rows), references.moves(config))
 
 
+def _answering(
+    setting: Setting, policy: samples.Policy
+) -> Callable[[TrainState], list[dict[str, Any]]]:
+    """What answers some of the held-out prompts at validations, for samples.jsonl."""
+    settings = getattr(setting.stage.config, setting.stage.name)
+    tokenizer = setting.initial.tokenizer
+    room = setting.initial.model.config.max_length - settings.max_new_tokens
+    are_pieces = setting.rows[0].is_plain_text
+    asked = samples.questions(
+        setting.encoded, setting.held_out, tokenizer, settings, room, are_pieces
+    )
+    return samples.answerer(setting.stage, settings, asked, policy)
+
+
 def _validate(
     setting: Setting,
     measure: Callable[[TrainState, Any], Parts],
     baselines: Callable[[Setting], dict[str, float]],
+    answer: Callable[[TrainState], list[dict[str, Any]]],
     state: TrainState,
 ) -> Validation:
-    """The metrics of all held-out rows, each as one mean."""
+    """The metrics of all held-out rows, each as one mean, and answers to some of them."""
     numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
     parts: list[Any] = [
         measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers
@@ -323,7 +340,8 @@ def _validate(
         total = reduce(lambda one, other: one.merge(other), [part[name] for part in parts])
         figures[metric] = float(total.value)
     figures |= baselines(setting)
-    return Validation({f"validation/{name}": value for name, value in figures.items()})
+    metrics = {f"validation/{name}": value for name, value in figures.items()}
+    return Validation(metrics, answer(state))
 
 
 def _read(config: RunConfig, spec: StageSpec) -> tuple[ReadResult, ReadResult]:
