@@ -94,6 +94,7 @@ class Results(Directive):
 
     ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
     seed, in a band where the file has ``METRIC low`` and ``METRIC high``, and the same numbers.
+    Without it: a table of all metrics.
     """
 
     required_arguments = 1
@@ -103,7 +104,14 @@ class Results(Directive):
         path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
         self.state.document.settings.record_dependencies.add(str(path))
         results = json.loads(path.read_text("utf-8"))
-        metric = self.options["metric"]
+        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
+        how += f"{results['seconds']} seconds; docs/results/{path.name}"
+        metric = self.options.get("metric")
+        parts = _numbers(results["rows"]) if metric is None else self.curve(path, results, metric)
+        return [*parts, nodes.paragraph("", how)]
+
+    def curve(self, path: Path, results: dict[str, Any], metric: str) -> list[nodes.Node]:
+        """The curve of a metric, and its numbers."""
         values = {
             (f"{row['variant']}, seed {row['seed']}", row["step"], row["metric"]): row["value"]
             for row in results["rows"]
@@ -123,13 +131,24 @@ class Results(Directive):
                 lines.append([name, str(step), f"{value:.3g}", band])
         plot = figures.Plot(metric, "step", metric, series)
         picture = figures.element(plot, salt=path.stem)
-        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
-        how += f"{results['seconds']} seconds; docs/results/{path.name}"
         return [
             nodes.raw("", picture, format="html"),
             _table(["run", "step", metric, "95%"], lines),
-            nodes.paragraph("", how),
         ]
+
+
+def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
+    """A table with a line for each metric of each seed."""
+    values = {(row["seed"], row["metric"]): row["value"] for row in rows}
+    lines = []
+    for (seed, metric), value in values.items():
+        if metric.endswith((" low", " high")):
+            continue
+        low = values.get((seed, f"{metric} low"))
+        high = values.get((seed, f"{metric} high"))
+        band = "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+        lines.append([metric, str(seed), f"{value:.3g}", band])
+    return [_table(["metric", "seed", "value", "95%"], lines)]
 
 
 def _table(head: list[str], lines: list[list[str]]) -> nodes.table:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import quickstart_results
 import transformers
 from builders import run_script, write_run
 
@@ -23,6 +24,24 @@ USERS = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
 }  # programs as a user's are compiled
 CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# Other bits gave .03 in shares and .11 in the KL.
+TOLERANCES = {"KL": 0.5, "PPO": 0.1, "": 0.05}
+
+
+def numbers(rows):
+    """{metric: value} of a long table."""
+    return {row["metric"]: row["value"] for row in rows}
+
+
+def assert_close(own, published):
+    """Each number of the page is within its tolerance of the run's own."""
+    assert own.keys() == published.keys()
+    for metric, value in published.items():
+        [within, *_] = [far for part, far in TOLERANCES.items() if part in metric]
+        assert own[metric] == pytest.approx(value, abs=within), metric
 
 
 @pytest.mark.parametrize(
@@ -52,11 +71,45 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert asked == "Human: Hi\nAssistant: "
+    if seed == 0:
+        its_own = numbers(quickstart_results.table(folder))
+        published = json.loads((RESULTS / "quickstart.json").read_text("utf-8"))
+        assert_close(its_own, numbers(published["rows"]))
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
     assert not any(
         reference in page for reference in ("http://", "https://", "<script ", " src=", "<link")
     )
+
+
+def test_the_table_of_a_quickstart(tmp_path):
+    """3 of 4 wins: Wilson's interval is .301 to .954."""
+    write_run(tmp_path / "ppo")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "heldout_preference_data.json").write_text("[1, 2, 3, 4]")
+    summary = {"seed": 7, "heldout_prompts": 4, "win_rate": 0.75}
+    summary |= {"reward_model": {"accuracy": 1.0}, "kl": {"last_iterations": [2.0, 1.0, 3.0]}}
+    summary |= {"rubric": {"sft": 0.25, "ppo": 0.5}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = quickstart_results.table(tmp_path)
+    assert {(row["variant"], row["seed"], row["step"]) for row in rows} == {("quickstart", 7, 3)}
+    own = numbers(rows)
+    assert own == {
+        "lowest KL of the last 10": 1.0,
+        "highest KL of the last 10": 3.0,
+        "rubric, SFT": 0.25,
+        "rubric, PPO": 0.5,
+        "reward model's accuracy": 1.0,
+        "reward model's accuracy low": 0.5101,
+        "reward model's accuracy high": 1.0,
+        "PPO beats SFT": 0.75,
+        "PPO beats SFT low": 0.3006,
+        "PPO beats SFT high": 0.9544,
+    }
+    assert_close(own, own | {"rubric, PPO": 0.59, "highest KL of the last 10": 3.49})
+    for name, far in (("rubric, SFT", 0.31), ("lowest KL of the last 10", 1.6)):
+        with pytest.raises(AssertionError, match=name):
+            assert_close(own, own | {name: far})
 
 
 def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
