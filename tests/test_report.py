@@ -173,6 +173,56 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
     assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
 
 
+@pytest.mark.parametrize(
+    ("num", "shares", "said"),
+    [
+        (4, (0.5, 1.0), "4 held-out rows, change -0.1 to 0.85 at 95%: within noise"),
+        (400, (0.5, 1.0), "400 held-out rows, change 0.45 to 0.55 at 95%"),
+        (400, (0.6, 0.5), "400 held-out rows, change -0.17 to -0.031 at 95%"),
+    ],
+)
+def test_the_verdict_on_a_share_says_on_how_many_rows(num, shares, said, tmp_path):
+    """Newcombe's interval of 4 rows by hand: Wilson's of 2 of 4 are .15 to .85, those of 4 of 4 .51
+    to 1, and .5 - sqrt(.49^2 + .35^2) = -.10, .5 + .35 = .85.
+    """
+    metrics = {"validation/accuracy": shares, "validation/rows": [num, num]}
+    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
+    before, after = shares
+    expected = f"Validation accuracy {before:.3g} → {after:.3g} ({said}) in 2 steps, no alert."
+    assert chapter_of(run)["verdicts"] == {"run": expected}
+    again = write_run(tmp_path / "again", stage="dpo", metrics=metrics, samples={}, seed=6)
+    [of_two] = chapter_of(run, again)["verdicts"].values()
+    assert "noise" not in of_two
+    assert "mean of 2 runs" in of_two
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        # Differences 1, 2, 0: mean 1, sd 1, and 4.303 / sqrt(3) is 2.484.
+        ("0 1 2", "1 3 2", "3 held-out prompts, change -1.5 to 3.5 at 95%: within noise"),
+        ("0.0 0.5 1.0", "1 1.6 2", "3 held-out prompts, change 0.89 to 1.2 at 95%"),
+        # All change alike: as two shares, 1 - sqrt(.49^2 + .49^2) = .31.
+        ("0 0 0 0", "1 1 1 1", "4 held-out prompts, change 0.31 to 1 at 95%"),
+        ("0 0", "NaN 1", None),  # one prompt is left
+    ],
+)
+def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, said, tmp_path):
+    """Each prompt has two responses, of which the mean counts."""
+
+    def rows(scores):
+        return [
+            {"prompt": f"p{i}", "response": "r", "score": float(score) + more}
+            for more in (0.0, 0.0)
+            for i, score in enumerate(scores.split())
+        ]
+
+    metrics = {"objective/score": [1.0], "validation/score": [2.0]}
+    run = write_run(tmp_path / "run", metrics=metrics, samples={0: rows(before), 1: rows(after)})
+    expected = f"Validation score 1.5 → 2{f' ({said})' if said else ''} in 1 iterations, no alert."
+    assert chapter_of(run)["verdicts"] == {"run": expected}
+
+
 def test_three_rewarded_answers_stand_beside_the_verdict(tmp_path):
     def rewarded(name, *pairs):
         rows = [{"prompt": "3 + 4?", "response": text, "score": score} for text, score in pairs]

@@ -1,5 +1,7 @@
 """Held-out comparisons: their report, and the texts that a run shows with their scores."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -7,7 +9,13 @@ from numpy.testing import assert_array_equal
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.supervised.scoring import desirable_length_accuracy, evenly, report, samples
+from rlhf_jax.training.supervised.scoring import (
+    desirable_length_accuracy,
+    evenly,
+    num_rows,
+    report,
+    samples,
+)
 
 LETTERS = characters("abcde? ")
 
@@ -110,3 +118,8 @@ def test_samples_with_targets_hold_every_answer():
         {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2} | first,
         {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4} | first,
     ]
+
+
+def test_the_pairs_of_a_ranking_are_one_row():
+    texts = SimpleNamespace(sources=["line 1", "line 2", "line 2", "line 3"])
+    assert num_rows(texts, np.array([1, 2, 3])) == 2

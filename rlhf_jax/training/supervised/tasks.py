@@ -30,7 +30,7 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.optimizer import check_frozen, make_optimizer
 from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
-from rlhf_jax.training.supervised import batching, samples, store
+from rlhf_jax.training.supervised import batching, samples, scoring, store
 from rlhf_jax.training.supervised.batching import Batching
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
@@ -340,6 +340,7 @@ def _validate(
         total = reduce(lambda one, other: one.merge(other), [part[name] for part in parts])
         figures[metric] = float(total.value)
     figures |= baselines(setting)
+    figures["rows"] = scoring.num_rows(setting.encoded, setting.held_out)
     metrics = {f"validation/{name}": value for name, value in figures.items()}
     return Validation(metrics, answer(state))
 
