@@ -95,9 +95,9 @@ def test_samples_are_texts_without_special_tokens():
 def test_samples_are_spread_over_the_held_out_rows():
     assert_array_equal(evenly(5, 9), np.arange(5))
     assert_array_equal(evenly(7, 3), [0, 3, 6])
-    for num_rows in (257, 300, 511, 1000):
-        found = evenly(num_rows, 256)
-        assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)
+    for num in (257, 300, 511, 1000):
+        found = evenly(num, 256)
+        assert (found[0], found[-1], len(found)) == (0, num - 1, 256)
         assert set(np.diff(found)) <= {
             (num_rows - 1) // 255,
             (num_rows - 1) // 255 + 1,

@@ -3,17 +3,25 @@ interval of its change.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.special
 
-from rlhf_jax.report.records import RunRecord, series
+from rlhf_jax.report.records import Row, RunRecord, series
 
 ROWS = "validation/rows"
 _Z = 1.96
 _LEVEL = 0.975
+
+
+class Interval(NamedTuple):
+    """A value with its 95% interval."""
+
+    low: float
+    value: float
+    high: float
 
 
 class Change(NamedTuple):
@@ -22,14 +30,17 @@ class Change(NamedTuple):
     num: int
     unit: str
     """What is independent: held-out rows or prompts."""
-    low: float
-    high: float
+    interval: Interval
 
     @property
     def text(self) -> str:
         """ "64 held-out prompts, change 0.8 to 1.1 at 95%", and whether that may be chance."""
-        text = f"{self.num} held-out {self.unit}, change {self.low:.2g} to {self.high:.2g} at 95%"
-        return f"{text}: within noise" if self.low <= 0 <= self.high else text
+        low = self.interval.low
+        high = self.interval.high
+        text = f"{self.num} held-out {self.unit}, change {low:.2g} to {high:.2g} at 95%"
+        if low <= 0 <= high:
+            text += ": within noise"
+        return text
 
 
 def change(record: RunRecord, name: str) -> Change | None:
@@ -39,63 +50,91 @@ def change(record: RunRecord, name: str) -> Change | None:
     _, values = series(record.metrics, name)
     if len(values) < 2:
         return None
-    if name == "validation/accuracy" and record.last.get(ROWS):
-        num = int(record.last[ROWS])
-        return Change(num, "rows", *of_shares(values[0], values[-1], num))
-    if name != "validation/score" or len(record.validations) < 2:
+    num_rows = record.last.get(ROWS)
+    if name == "validation/accuracy" and num_rows:
+        interval = of_shares(values[0], values[-1], num_rows)
+        return Change(num_rows, "rows", interval)
+    if name == "validation/score":
+        return _of_scores(record)
+    return None
+
+
+def _of_scores(record: RunRecord) -> Change | None:
+    """The change of the mean score of prompts that the first and the last validation answer."""
+    scores = [_by_prompt(rows) for _, rows in record.validations]
+    prompts = sorted(set.intersection(*map(set, scores))) if scores else []
+    if len(scores) < 2 or len(prompts) < 2:
         return None
-    first, last = (_by_prompt(rows) for _, rows in record.validations)
-    both = sorted(first.keys() & last.keys())
-    if len(both) < 2:
-        return None
-    before, after = ([_mean(of[prompt]) for prompt in both] for of in (first, last))
-    return Change(len(both), "prompts", *of_pairs(before, after))
+    first, last = scores
+    before = np.array([first[prompt] for prompt in prompts])
+    after = np.array([last[prompt] for prompt in prompts])
+    interval = of_pairs(before, after)
+    return Change(len(prompts), "prompts", interval)
 
 
-def of_shares(before: float, after: float, num: int) -> tuple[float, float]:
-    """The 95% interval of the difference of two shares of ``num`` rows each (Newcombe 1998, method
-    10, of Wilson's intervals). It takes them for independent, and is too wide for the same rows.
+def of_shares(
+    before: float,
+    after: float,
+    num: int,
+) -> Interval:
+    """The difference of two shares of ``num`` rows each (Newcombe 1998, method 10, of Wilson's
+    intervals). It takes them for independent, and is too wide for the same rows.
     """
-    low_before, high_before = _wilson(before, num)
-    low_after, high_after = _wilson(after, num)
-    below = math.hypot(after - low_after, high_before - before)
-    above = math.hypot(high_after - after, before - low_before)
-    return after - before - below, after - before + above
+    first = _wilson(before, num)
+    last = _wilson(after, num)
+    below = math.hypot(
+        last.value - last.low,
+        first.high - first.value,
+    )
+    above = math.hypot(
+        last.high - last.value,
+        first.value - first.low,
+    )
+    gain = after - before
+    return Interval(gain - below, gain, gain + above)
 
 
-def of_pairs(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Student's 95% interval of the mean difference of [N] pairs. Where all shares change alike,
-    which has no spread, that of two shares.
+def of_pairs(before: np.ndarray, after: np.ndarray) -> Interval:
+    """Student's interval of the mean difference of [N] pairs. Of scores of 0 and 1 that all change
+    alike, and so have no spread, that of two shares.
     """
-    differences = np.subtract(after, before)
+    differences = after - before
     num = len(differences)
-    mean = float(differences.mean())
+    gain = float(differences.mean())
     spread = float(differences.std(ddof=1))
-    are_shares = np.isin([before, after], (0.0, 1.0)).all()
-    if spread == 0.0 and are_shares:
-        return of_shares(float(np.mean(before)), float(np.mean(after)), num)
-    far = float(scipy.special.stdtrit(num - 1, _LEVEL)) * spread / math.sqrt(num)
-    return mean - far, mean + far
+    are_shares = np.isin([before, after], (0, 1)).all()
+    if spread == 0 and are_shares:
+        return of_shares(
+            float(before.mean()),
+            float(after.mean()),
+            num,
+        )
+    quantile = scipy.special.stdtrit(num - 1, _LEVEL)
+    far = float(quantile) * spread / math.sqrt(num)
+    return Interval(gain - far, gain, gain + far)
 
 
-def _wilson(share: float, num: int) -> tuple[float, float]:
-    """Wilson's (1927) 95% interval of a share."""
-    scale = 1 + _Z**2 / num
-    centre = (share + _Z**2 / (2 * num)) / scale
-    variance = share * (1 - share) / num + _Z**2 / (4 * num**2)
-    spread = _Z * math.sqrt(variance) / scale
-    return centre - spread, centre + spread
+def _wilson(share: float, num: int) -> Interval:
+    """Wilson's (1927) interval of a share."""
+    extra = _Z**2 / num
+    scale = 1 + extra
+    centre = (share + extra / 2) / scale
+    variance = share * (1 - share)
+    variance += extra / 4
+    spread = _Z * math.sqrt(variance / num)
+    spread /= scale
+    return Interval(centre - spread, share, centre + spread)
 
 
-def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The finite scores of each prompt's responses."""
-    found: dict[str, list[float]] = {}
+def _by_prompt(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of the finite scores of each prompt's responses."""
+    scores: dict[str, list[float]] = {}
     for row in rows:
         score = row.get("score")
-        if isinstance(score, int | float) and math.isfinite(score):
-            found.setdefault(str(row.get("prompt")), []).append(float(score))
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+        if isinstance(score, float) and math.isfinite(score):
+            of_prompt = scores.setdefault(str(row.get("prompt")), [])
+            of_prompt.append(score)
+    means = {}
+    for prompt, values in scores.items():
+        means[prompt] = sum(values) / len(values)
+    return means
