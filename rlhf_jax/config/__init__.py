@@ -33,6 +33,7 @@ from rlhf_jax.config.settings import (
     Text,
     Tokenizer,
 )
+from rlhf_jax.config.sources import DataSource, ModelSource, data_source, model_source
 from rlhf_jax.config.yaml_files import read, to_yaml
 from rlhf_jax.graders.service import Judge
 
@@ -42,6 +43,7 @@ __all__ = [
     "Answering",
     "Compute",
     "DPOStage",
+    "DataSource",
     "DistillStage",
     "EngineServer",
     "Json",
@@ -49,6 +51,7 @@ __all__ = [
     "KTOStage",
     "LoRA",
     "Mesh",
+    "ModelSource",
     "Network",
     "Optimizer",
     "PPOStage",
@@ -62,8 +65,10 @@ __all__ = [
     "Text",
     "Tokenizer",
     "check_trusted",
+    "data_source",
     "for_algorithm",
     "is_pretrained",
+    "model_source",
     "parse",
     "read",
     "section_name",
