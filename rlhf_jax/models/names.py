@@ -17,11 +17,11 @@ from rlhf_jax.models.families import COMMON, FAMILIES, Family, family_of
 # the residual stream are cut along the other axis than those that read from it, so that a block
 # sends over ``tensor`` twice (Shoeybi et al. 2019).
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"c_attn/kernel$", ("fsdp", None, "tensor")),
-    (r"(q_proj|k_proj|v_proj|qkv_proj|c_fc)/kernel$", ("fsdp", "tensor")),
-    (r"(gate_proj|up_proj|gate_up_proj)/kernel$", ("fsdp", "tensor")),
+    (r"c_attn/(kernel|block_scale)$", ("fsdp", None, "tensor")),
+    (r"(q_proj|k_proj|v_proj|qkv_proj|c_fc)/(kernel|block_scale)$", ("fsdp", "tensor")),
+    (r"(gate_proj|up_proj|gate_up_proj)/(kernel|block_scale)$", ("fsdp", "tensor")),
     (r"router/kernel$", ("fsdp", None)),
-    (r"(o_proj|down_proj|c_proj)/kernel$", ("tensor", "fsdp")),
+    (r"(o_proj|down_proj|c_proj)/(kernel|block_scale)$", ("tensor", "fsdp")),
     (r"((wte|lm_head)/embedding|unembedding)$", ("tensor", "fsdp")),
     (r"(o_proj|down_proj|c_proj)/lora_a$", ("tensor", None)),  # an adapter is cut as its kernel is
     (r"(o_proj|down_proj|c_proj)/lora_b$", (None, "fsdp")),
