@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig, ModelConfig, RopeScaling, is_int
-from rlhf_jax.models.families import COMMON, FAMILIES, Family, family_of
+from rlhf_jax.models.families import COMMON, FAMILIES, UNMET, Family, family_of
 
 # The mesh axes over which the last axes of an array are cut (``sharding.by_path``), for each
 # family's parameters and for arrays with their paths, such as Adam's moments. Kernels that write to
@@ -106,6 +106,11 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     """
     keys = dict(keys)
     model_type = str(keys.pop("model_type", None))
+    if model_type in UNMET:
+        raise UserError(
+            f"{where}: models of model_type {model_type} need settings that are not supported: "
+            f"{UNMET[model_type]}"
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}"
