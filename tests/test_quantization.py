@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, sharding
-from rlhf_jax.cli.planning import plan
+from rlhf_jax.cli.planning import shapes
 from rlhf_jax.config import LoRA, RLStage, RunConfig
 from rlhf_jax.models import lora
 from rlhf_jax.models.kernels import quantization
@@ -172,7 +172,7 @@ def test_a_plan_counts_the_bits_of_a_base(tmp_path):
 
     def held(base):
         settings = replace(config, lora=LoRA(rank=2, base=base))
-        return memory.on_device(plan.shapes_of(settings, "grpo")[0]["frozen weights"])
+        return memory.on_device(shapes.shapes_of(settings, "grpo")[0]["frozen weights"])
 
     kernels = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     others = held(None) - 2 * kernels
