@@ -32,7 +32,7 @@ from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo
 from rlhf_jax.cli.console import show
 from rlhf_jax.cli.planning import hlo, targets
 from rlhf_jax.cli.stages import STAGES
-from rlhf_jax.config import PPOStage, RLStage, RunConfig, command_line, parse
+from rlhf_jax.config import RLStage, RunConfig, command_line, parse
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind, texts
@@ -50,12 +50,12 @@ from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl import teacher as teachers
-from rlhf_jax.training.rl.method import penalty_of
+from rlhf_jax.training.rl.method import completed, penalty_of
 from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.training.rl.sharing import Answers, saved
 from rlhf_jax.training.supervised import tasks
 from rlhf_jax.types import (
-    Algorithm,
+    AlgorithmConfig,
     Comparisons,
     Demonstrations,
     Feedback,
@@ -64,8 +64,8 @@ from rlhf_jax.types import (
     TrainState,
 )
 
-RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
-RL["distill"] = distill
+RL = {"ppo": completed(ppo), "vpg": completed(vpg), "rloo": completed(rloo)}
+RL |= {"grpo": completed(grpo), "distill": completed(distill)}
 PAIRS = ("reward_model", "dpo")  # two answers in each row
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
 # The advice if no flag lowers the peak.
@@ -477,7 +477,7 @@ def with_remat(
     is_deep = network.num_layers >= initial.DEEP
     params = case.laid_out(params)
     trained = case.laid_out(initial.trained_shapes(config.lora, params))
-    networks = 1 + (name in RL and critic.settings(case.own).value == "separate")
+    networks = 1 + (name in RL and case.own.value == "separate")
     to_come = networks * memory.COPIES * memory.on_device(trained)
     free = max(limit - memory.on_device(params), 1) if limit else 0
     remat = is_deep and memory.wants_remat(memory.Room(free, to_come), stored, lambda: stored)
@@ -616,10 +616,9 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     prompt = _prompt_columns(settings, length)
     _fitting(model, prompt + settings.max_new_tokens)  # or an error
     rows = memory.score_rows(case.config.compute, settings.batch_size, own)
-    values = critic.settings(own)
-    value = values.value if algorithm.needs_values else None
-    start, trained, value_model = _starts(case, params, values, value)
-    optimizer = critic.make_optimizer(settings, values, 1, trained.params)
+    value = own.value if algorithm.needs_values else None
+    start, trained, value_model = _starts(case, params, own, value)
+    optimizer = critic.make_optimizer(settings, own, 1, trained.params)
 
     def first(params: Params, reference: Params | None) -> iteration.LoopState:
         train = algorithm.State.create(params, optimizer)
@@ -673,12 +672,12 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
 
 
 def _starts(
-    case: Case, params: Params, values: PPOStage, value: str | None
+    case: Case, params: Params, own: AlgorithmConfig, value: str | None
 ) -> tuple[Trainable, Trainable, models.Model | None]:
     """The shapes of what a run starts from, as ``critic.start`` gives it, and the network of a
     value model that does not start as the policy.
     """
-    source = critic.source_of(case.config, values) if value == "separate" else None
+    source = critic.source_of(case.config, own) if value == "separate" else None
     network = None
     of_source = None
     if source is not None:

@@ -43,7 +43,14 @@ from rlhf_jax.training.rl.method import (
     without_what_is_given,
 )
 from rlhf_jax.training.rl.parts import Parts, files, load, read_prompts
-from rlhf_jax.training.rl.programs import Networks, Programs, compiled, first_state, networks_of
+from rlhf_jax.training.rl.programs import (
+    Networks,
+    Programs,
+    Sizes,
+    compiled,
+    first_state,
+    networks_of,
+)
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.training.rl.steps import Draw, Responder, Sampler, Scorer, Talk
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Params, Rollout
@@ -63,7 +70,7 @@ def run(
     algorithm: Algorithm = ppo,
     algorithm_config: AlgorithmConfig | None = None,
     *,
-    run_reward: spec.Reward | None = None,
+    reward: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     policy: models.Model | None = None,
     on_step: steps.OnStep | None = None,
@@ -76,7 +83,9 @@ def run(
         algorithm_config: takes the place of the section of ``config``, whose changed values are
             named as not used. None: that section, or for an algorithm of your own its
             ``Config()``.
-        run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
+        reward: takes the place of ``config.reward``: a RewardFn of a rollout, which is traced; a
+            HostReward of (rollout, columns); a function of texts, as ``rewards.from_text`` takes
+            it; or a ``graders.spec.Reward``.
         optimizer: takes the place of ``rl.optimizer``, its schedule and clipping included; the
             schedule counts optimizer steps, ``num_epochs * num_minibatches`` of an iteration. A
             value model, or a value head with a rate or a warm-up of its own, keeps
@@ -98,8 +107,10 @@ def run(
     complete = completed(algorithm)
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
+    critic.check(name, algorithm_config, complete.needs_values)
     of_ones_own = None if name in ALGORITHMS else algorithm
-    given = Given(of_ones_own, run_reward, optimizer, policy)
+    own_reward = None if reward is None else spec.given(reward)
+    given = Given(of_ones_own, own_reward, optimizer, policy)
     config = without_what_is_given(config, given)
     config = set_up(config, [run_folder(config, name)])
     helping_sizes = check_settings(name, config, algorithm_config, given)
@@ -131,9 +142,8 @@ def run(
         if engine is not None:
             client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
         job = build(stage, method, parts, planned, networks, programs, client, thread, on_step)
-        state, row = loop.train(
-            stage, _checked(first_state(stage, method, networks), networks), job
-        )
+        begun = first_state(stage, method, networks, _sizes(stage, parts, planned[0]))
+        state, row = loop.train(stage, _checked(begun, networks), job)
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
         return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
@@ -188,7 +198,7 @@ def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Part
     length = prompt + settings.max_new_tokens
     share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
     rows = math.ceil(settings.batch_size // updates * (1 - share))
-    networks = 1 + (critic.settings(method.config).value == "separate")
+    networks = 1 + (method.config.value == "separate")
     stage, begun = stage.choose_remat(parts.initial, rows, length, networks)
     return stage, parts._replace(initial=begun)
 
@@ -396,6 +406,13 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     each = np.repeat(chosen, settings.validation_samples)
     padded = loop.pad_rows(each, settings.batch_size)
     return schedule, Batch(prompts, padded, stage.key("eval"))
+
+
+def _sizes(stage: Stage, parts: Parts, schedule: Schedule) -> Sizes:
+    """What the first state of an algorithm may be told."""
+    settings = stage.config.rl
+    columns = schedule.widest().prompts.tokens.shape[1] + settings.max_new_tokens
+    return Sizes(settings.batch_size, columns, len(parts.prompts))
 
 
 def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:

@@ -1,7 +1,7 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
 import dataclasses
-import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +14,14 @@ from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
 from rlhf_jax.training.common import initial, layout, own, references
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Algorithm, AlgorithmConfig, TrainState
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, TrainState
 
 
 class Given(NamedTuple):
     """What a program passes to a run in place of settings. The manifest uses these names."""
 
     algorithm: Algorithm | None = None  # None if it is one of the package's
-    reward: spec.Reward | None = None
+    reward: spec.Reward | spec.FunctionOfTexts | None = None
     optimizer: optax.GradientTransformation | None = None
     policy: models.Model | None = None
 
@@ -30,9 +29,25 @@ class Given(NamedTuple):
 NOTHING = Given()
 
 
-def completed(algorithm: Any) -> Algorithm:
-    """The algorithm with the defaults of what it leaves out: a plain ``TrainState``, no values, no
-    KL penalty.
+@dataclasses.dataclass(frozen=True)
+class CompleteAlgorithm:
+    """What a run reads of an algorithm, with the value of each name that it leaves out."""
+
+    name: str
+    Config: type[Any]
+    update: Callable[..., tuple[Any, Metrics]]
+    State: type[TrainState] = TrainState
+    needs_values: bool = False
+    kl_coef: float = 0.0
+
+    @property
+    def __name__(self) -> str:
+        """Of a module, as ``Algorithm`` has it."""
+        return self.name
+
+
+def completed(algorithm: Any) -> CompleteAlgorithm:
+    """The algorithm with the defaults of what it leaves out.
 
     Raises:
         UserError: it has no ``Config`` or no ``update``, without which there is nothing to run.
@@ -44,21 +59,15 @@ def completed(algorithm: Any) -> Algorithm:
             f"{name}: an algorithm needs {' and '.join(missing)}: Config is a frozen dataclass, "
             "algorithms.policy.Config for example, and update makes the next state"
         )
-    complete: Any = types.SimpleNamespace(
-        __name__=name,
-        Config=algorithm.Config,
-        update=algorithm.update,
-        State=getattr(algorithm, "State", TrainState),
-        needs_values=getattr(algorithm, "needs_values", False),
-        kl_coef=getattr(algorithm, "kl_coef", 0.0),
-    )
-    return complete
+    read = [field.name for field in dataclasses.fields(CompleteAlgorithm)]
+    given = {part: getattr(algorithm, part) for part in read if hasattr(algorithm, part)}
+    return CompleteAlgorithm(**given | {"name": name})
 
 
 class Method(NamedTuple):
     """How the policy learns."""
 
-    algorithm: Algorithm
+    algorithm: CompleteAlgorithm
     config: AlgorithmConfig
     penalty: Penalty
     score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
@@ -71,8 +80,7 @@ def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
     """The settings without those that ``given`` replaces.
 
     Raises:
-        UserError: the reward is no ``spec.Reward``, or the settings name what a policy or an
-            optimizer from Python does not read.
+        UserError: the settings name what a policy or an optimizer from Python does not read.
     """
     settings = config.rl
     if given.policy is not None:
@@ -86,12 +94,6 @@ def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
         )
     if given.reward is None:
         return config
-    if not isinstance(given.reward, spec.Reward):
-        raise UserError(
-            "run_reward must be a graders.spec.Reward, such as "
-            "spec.Reward(fn=Partial(function)), not "
-            f"{type(given.reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
-        )
     return dataclasses.replace(config, reward=())
 
 
@@ -152,7 +154,7 @@ def divisors(
 
 def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
     """Raises UserError if the value function alone learns in all iterations."""
-    warmup = critic.settings(config).value_warmup
+    warmup = config.value_warmup
     if warmup >= settings.length:
         raise UserError(
             f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
@@ -183,7 +185,7 @@ def lasting(stage: Stage, method: Method, prompts: int) -> Stage:
 
 
 def penalty_of(
-    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig
+    config: RunConfig, algorithm: CompleteAlgorithm, algorithm_config: AlgorithmConfig
 ) -> Penalty:
     """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
     settings = config.rl

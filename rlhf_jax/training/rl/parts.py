@@ -20,6 +20,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Services
+from rlhf_jax.rewards.texts import check_function
 from rlhf_jax.training.common import initial, layout
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic, steps, teacher
@@ -77,7 +78,7 @@ def files(config: RunConfig, name: str) -> dict[str, Path]:
     section = vars(config)[name]
     if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
-    value = critic.source_of(config, critic.settings(section))
+    value = critic.source_of(config, section)
     if value is not None and Path(value).is_dir():
         files["value"] = Path(value)
     for entry in (*config.reward, *config.rl.judge):
@@ -131,7 +132,12 @@ def load(
             settings.judge, columns=to_validate.columns, flag=judge_flag, **how, **verified
         )
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
-    reward = given.reward
+    reward = None
+    if isinstance(given.reward, spec.Reward):
+        reward = given.reward
+    elif given.reward is not None:
+        check_function("reward", given.reward, prompts.columns)
+        reward = spec.of_texts(given.reward, tokenizer)
     if not method.is_rewarded:
         log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
         reward = spec.Reward(fn=log_ratio)
