@@ -23,11 +23,11 @@ import jax
 
 from rlhf_jax import models
 from rlhf_jax.cli.benchmark.steps import PRESETS
-from rlhf_jax.cli.planning import plan
+from rlhf_jax.cli.planning import phases, shapes
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.opening import stage_of
 
-OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
+OPTIONS: dict[str, Any] = dict(phases.OPTIONS)
 
 
 def config_of(
@@ -65,8 +65,8 @@ def compiled(
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its
     compilation.
     """
-    mesh = plan.layout.mesh_of(config)
-    jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn, 1) if updates else jax.jit(fn)  # type: ignore[arg-type]
+    run: Any = None
+    jitted: Any = stage_of(config, "ppo", run).jit_update(fn, 1) if updates else jax.jit(fn)
     lowered = jitted.lower(*arguments)
     started = time.process_time()
     used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()
@@ -82,7 +82,7 @@ def compiled(
 
 def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, list[float]]:
     """``compiled`` of each phase's own program, by its name."""
-    programs = plan.shapes_of(config, stage)[1]
+    programs = shapes.shapes_of(config, stage)[1]
     return {
         name: compiled(fn, arguments, config, updates=name == "learn")
         for name, (fn, *arguments) in programs.items()
@@ -91,7 +91,7 @@ def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, list[float]]:
 
 def whole(config: RunConfig) -> list[float]:
     """``compiled`` of the iteration as one program."""
-    programs = plan.shapes_of(config, "ppo")[1]
+    programs = shapes.shapes_of(config, "ppo")[1]
     collect, key, state, prompts, functions = programs["sample and score"]
     learn = programs["learn"][0]
 

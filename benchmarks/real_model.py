@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
-SHORT = Sizes(16, 8, 300, 8, 2, 8, 8)
+SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
 
 
 def make_model(folder: Path) -> None:
@@ -212,13 +212,13 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
     }
 
 
-def answers(folder: Path) -> dict[str, list[str]]:
+def answers(folder: Path, new_tokens: int) -> dict[str, list[str]]:
     """What the model says to QUESTIONS, greedily, before training and after each stage."""
     from rlhf_jax.generation.generator import Generator
 
     said = {}
     for name in ("base", "dpo/model", "grpo/model", "ppo/model"):
-        generator = Generator(folder / name, max_new_tokens=48, temperature=0.0)
+        generator = Generator(folder / name, max_new_tokens=new_tokens, temperature=0.0)
         said[name] = generator(QUESTIONS).texts
     return said
 
@@ -250,7 +250,7 @@ def main() -> None:
             results[f"{stage} (TRL)"] = trl | took._asdict()
             print(stage, "(TRL)", json.dumps(results[f"{stage} (TRL)"]), flush=True)
     if not args.stages:
-        results["answers"] = answers(folder)
+        results["answers"] = answers(folder, 16 if args.short else 48)
         print(json.dumps(results["answers"], indent=2))
     results["this script's seconds of CPU"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")

@@ -45,7 +45,8 @@ from rlhf_jax.report import figures, page
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import dpo, pipeline, rl
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.common import stage as stages
+from rlhf_jax.training.common.setup import set_up
+from rlhf_jax.training.common.stage import stream
 from rlhf_jax.types import Params, Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
@@ -369,7 +370,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         raise UserError("no reward: give --lexicon vader_lexicon.txt")
     lexicon = read_lexicon(config.lexicon)
     pipeline.check_folder(folder, config, first="base")
-    stages.set_up(config)
+    set_up(config)
     language_model = initial.load_language_model(config.model, config.compute)
     tokenizer = language_model.tokenizer
     host = rewards.from_text(
@@ -383,7 +384,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         prompts.tokens[: own.num_heldout],
         prompts.attention_mask[: own.num_heldout],
         initial.sampling_config(config.rl, tokenizer),
-        stages.stream(config.seed, "sentiment", "eval"),
+        stream(config.seed, "sentiment", "eval"),
         lambda responses: np.asarray(rewards.on_host(host, responses, {})[0].scores),
         own.samples,
     )
@@ -454,7 +455,7 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
     sampling_config = sampling.SamplingConfig(
         own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
-    key = stages.stream(config.seed, "sentiment", "init")
+    key = stream(config.seed, "sentiment", "init")
     written = base.sample(
         alone, np.ones_like(alone), key, config=sampling_config, batch_size=BATCH_SIZE
     )
@@ -489,7 +490,7 @@ def write_data(
     repeated = (
         np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask)
     )
-    key = stages.stream(config.seed, "sentiment", "data")
+    key = stream(config.seed, "sentiment", "data")
     answers = bench.base.sample(*repeated, key, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
     responses = [row[response != 0].tolist() for row, response in pairs]

@@ -44,8 +44,8 @@ from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import write_manifest
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.common.stage import open_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -55,6 +55,11 @@ FAST = Optimizer(learning_rate=1e-2)
 def slow(*values):
     """The values of a test's parameters, for the slow tier."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def soak(*values):
+    """The values of a test's parameters, for the soak tier."""
+    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 # --- Models
@@ -398,7 +403,7 @@ def script(path):
 
 def run_stage(config, name):
     if name in verify.SPECS:
-        return training.supervised.tasks.run(config, verify.SPECS[name]).folder
+        return training.supervised.entry.run(config, verify.SPECS[name]).folder
     return training.rl.run(config, verify.METHODS[name]).folder
 
 

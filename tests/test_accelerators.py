@@ -20,7 +20,7 @@ import jax
 import pytest
 
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.cli.planning import hlo, plan, targets
+from rlhf_jax.cli.planning import hlo, phases, shapes, targets
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -119,9 +119,9 @@ def test_a_program_for_an_accelerator(name, stage, phase):
     except UserError as error:
         pytest.skip(str(error))
     config = settings(len(target.devices))
-    _, programs, _ = plan.shapes_of(config, stage, target=target)
+    _, programs, _ = shapes.shapes_of(config, stage, target=target)
     program = programs[phase]
-    compiled = plan.compile_phase(config, stage, phase, program, target)
+    compiled = phases.compile_phase(config, stage, phase, program, target)
     text = compiled.as_text()
     analysis = compiled.memory_analysis()
 
@@ -164,10 +164,10 @@ def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
         pytest.skip(str(error))
     config = settings(1)
     config = replace(config, compute=replace(config.compute, dtype="float32"))
-    _, programs, _ = plan.shapes_of(config, stage, target=target)
+    _, programs, _ = shapes.shapes_of(config, stage, target=target)
     flags = {name: json.loads(value) for name, value in devices.DETERMINISTIC.items()}
     with jax.default_matmul_precision("highest"):
-        made = plan.compile_phase(config, stage, LEARN, programs[LEARN], target, flags)
+        made = phases.compile_phase(config, stage, LEARN, programs[LEARN], target, flags)
     text = made.as_text()
     scatters = scatters_of(text)
     assert scatters
@@ -175,7 +175,7 @@ def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
     precisions = re.findall(r'operand_precision"?[:=][[{]"?(\w+)"?,"?(\w+)', text)
     assert {name.lower() for pair in precisions for name in pair} == {"highest"}
     if stage == "sft":
-        usual = plan.compile_phase(config, stage, LEARN, programs[LEARN], target).as_text()
+        usual = phases.compile_phase(config, stage, LEARN, programs[LEARN], target).as_text()
         assert not all("unique_indices=true" in line for line in scatters_of(usual))
 
 

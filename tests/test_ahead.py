@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, save_base, with_rl
+from builders import goes_on_alike, metric_rows, save_base, slow, soak, with_rl
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import ppo, vpg
@@ -86,8 +86,7 @@ def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thr
     assert float(state.behind.params["w"]) == 3.0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=2)])
+@pytest.mark.parametrize("lora", [slow(LoRA()), soak(LoRA(rank=2))])
 def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
     base = str(save_base(tmp_path / "base", data))
     config = replace(with_rl(short, rollouts_ahead=1), model=base, lora=lora)
@@ -121,7 +120,7 @@ def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
 
     whole = run(replace(config, output_dir=f"{config.output_dir}-whole"))
     apart = replace(config, mesh=Mesh(sampling=2))
-    meshes = (layout.mesh_of(apart), layout.sampling_mesh(apart))
+    meshes = (layout.mesh_of(apart.mesh), layout.sampling_mesh(apart.mesh))
     devices = [device for mesh in meshes for device in mesh.devices.flat]
     assert devices == jax.devices()
     result = run(apart)

@@ -1,6 +1,4 @@
-"""The rows of the tables in docs/features.md and docs/coming_from.md, each with the test that
-proves it.
-"""
+"""The rows of the table in docs/features.md, each with the test that proves it."""
 
 import ast
 import re
@@ -8,9 +6,7 @@ import re
 import pytest
 from builders import ROOT
 
-PAGES = {
-    name: (ROOT / name).read_text("utf-8") for name in ("docs/features.md", "docs/coming_from.md")
-}
+PAGE = (ROOT / "docs" / "features.md").read_text("utf-8")
 OUTSIDE = re.compile(r"pytest\.mark\.(soak|parity|skip)\b")
 PROVED_BY = {
     # jRLHF
@@ -158,16 +154,9 @@ def test_what_proves_a_row_runs_in_the_fast_or_the_slow_tests(test):
     assert not any(ast.unparse(statement).startswith("pytest.skip") for statement in function.body)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_feature_tables_name_these_rows(page):
-    cells = []
+def test_the_feature_table_names_these_rows():
+    [table] = re.findall(r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     rows = []
-    for table in re.findall(
-        r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE
-    ):
-        cells += [line.rstrip("| ").rpartition(" | ")[2] for line in table.splitlines()]
-    for cell in cells:
-        rows += re.findall(r"`(\w+)`", cell)
-        for file, name in re.findall(r"`(\w+)::(\w+)`", cell):
-            found(f"{file}.py::{name}")
+    for line in table.splitlines():
+        rows += re.findall(r"`(\w+)`", line.rstrip("| ").rpartition(" | ")[2])
     assert sorted(rows) == sorted(PROVED_BY)

@@ -24,6 +24,7 @@ from builders import (
     results,
     save_base,
     slow,
+    soak,
     some_tokens,
     tiny,
 )
@@ -38,6 +39,7 @@ from rlhf_jax.parallel import blocks
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
 from rlhf_jax.training.common import layout
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 VALUES = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 10.0 ** np.arange(8)
@@ -197,8 +199,8 @@ def test_responses_are_sampled_block_by_block():
 
 def test_rows_of_a_step_divide_by_blocks_and_microbatches():
     config = RunConfig(compute=Compute(blocks=8))
-    assert [layout.row_parts(config, number) for number in (1, 4, 16)] == [8, 8, 16]
-    assert [layout.row_parts(RunConfig(), number) for number in (1, 4)] == [4, 16]
+    assert [layout.row_parts(shares_of(config), number) for number in (1, 4, 16)] == [8, 8, 16]
+    assert [layout.row_parts(shares_of(RunConfig()), number) for number in (1, 4)] == [4, 16]
 
 
 @pytest.mark.parametrize(
@@ -335,34 +337,29 @@ DYNAMIC = ["--rl.dynamic-sampling", "2", "--grpo.group-size", "4"]
 TURNS = ["--rl.environment", "experiments/calculator.py:calculator", "--data", "{made}"]
 
 
-def by_hand(*values):
-    """The values of a test's parameters, for the soak tier."""
-    return pytest.param(*values, marks=pytest.mark.soak)
-
-
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
-        by_hand("sft", []),
-        by_hand("reward_model", []),
-        by_hand("ppo", SHORT + SEPARATE),
-        by_hand("sft", PACKED),
-        by_hand("sft", LORA),
-        by_hand("reward_model", ENSEMBLE),
+        soak("sft", []),
+        soak("reward_model", []),
+        soak("ppo", SHORT + SEPARATE),
+        soak("sft", PACKED),
+        soak("sft", LORA),
+        soak("reward_model", ENSEMBLE),
         slow("dpo", []),
-        by_hand("kto", []),
-        by_hand("vpg", SHORT),
-        by_hand("ppo", SHORT + SHARED),
-        by_hand("rloo", SHORT),
-        by_hand("grpo", SHORT + DYNAMIC),
+        soak("kto", []),
+        soak("vpg", SHORT),
+        soak("ppo", SHORT + SHARED),
+        soak("rloo", SHORT),
+        soak("grpo", SHORT + DYNAMIC),
         slow("grpo", SHORT + TURNS),
     ],
 )
 def test_a_stage_has_the_same_bytes_on_any_number_of_devices_and_after_moves(
     script, flags, made, tmp_path, as_users_compile
 ):
-    """On one device; and killed on two, killed on eight, finished by two processes of one device
-    each. And the bytes are those that are known of this kind of machine.
+    """On one device; and killed on two (but for DPO, the longest), killed on eight, finished by two
+    processes of one device each. And the bytes are those that are known of this kind of machine.
     """
     flags = [flag.format(made=made) for flag in flags]
     whole = tmp_path / "whole"
@@ -371,10 +368,13 @@ def test_a_stage_has_the_same_bytes_on_any_number_of_devices_and_after_moves(
     assert len(one) > 4
 
     moved = tmp_path / "moved"
-    [process] = start(script, moved, *flags, devices=2)
-    kill(process, moved, rows=2)
-    [process] = start(script, moved, *flags, "--resume", devices=8)
-    kill(process, moved, rows=4)
+    resume = []
+    rows = 0
+    for count in [8] if script == "dpo" else [2, 8]:
+        [process] = start(script, moved, *flags, *resume, devices=count)
+        rows += 2
+        kill(process, moved, rows)
+        resume = ["--resume"]
     said, _ = finish(start(script, moved, *flags, "--resume", devices=1, count=2))
     assert "compute.blocks keeps the bits" in said
     assert "no longer bit for bit" not in said

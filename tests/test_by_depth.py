@@ -5,6 +5,7 @@
 import dataclasses
 import json
 import types
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -22,7 +23,8 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import devices
-from rlhf_jax.training.common import initial, layout, memory, stage
+from rlhf_jax.training.common import initial, memory, opening, remat, stage
+from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.supervised import scoring
 
 
@@ -45,7 +47,7 @@ def of_depth(layers, **compute):
     [(7, "auto", False), (8, "auto", True), (8, False, False), (7, True, True)],
 )
 def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, chosen):
-    config = stage._decided(of_depth(layers, scan_layers=given), a_run(tmp_path))
+    config = opening._decided(of_depth(layers, scan_layers=given), a_run(tmp_path))
     assert config.compute == Compute(scan_layers=chosen)
     assert initial.compute_options(config.compute, 2)["scan_layers"] is chosen
     assert initial.compute_options(Compute(scan_layers=given), layers)["scan_layers"] is chosen
@@ -54,16 +56,16 @@ def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, 
 def test_a_resumed_run_keeps_what_is_recorded_where_nothing_is_said(tmp_path):
     text = to_yaml(of_depth(8, scan_layers=False, remat=True))
     run = a_run(tmp_path, True, text)
-    assert stage._decided(of_depth(8), run).compute == Compute(scan_layers=False, remat=True)
+    assert opening._decided(of_depth(8), run).compute == Compute(scan_layers=False, remat=True)
     said = of_depth(8, scan_layers=True, remat=False)
-    assert stage._decided(said, run).compute == said.compute
+    assert opening._decided(said, run).compute == said.compute
     undecided = a_run(tmp_path, True, to_yaml(of_depth(8)))
-    assert stage._decided(of_depth(8), undecided).compute == Compute(scan_layers=True)
+    assert opening._decided(of_depth(8), undecided).compute == Compute(scan_layers=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "compute: 3", "compute: {remat: maybe}", ": ["])
 def test_a_damaged_record_is_left_to_who_compares_it(tmp_path, text):
-    decided = stage._decided(of_depth(8), a_run(tmp_path, True, text))
+    decided = opening._decided(of_depth(8), a_run(tmp_path, True, text))
     assert decided.compute == Compute(scan_layers=True)
 
 
@@ -86,12 +88,12 @@ def test_remat_by_depth_and_memory_is_recorded(
     monkeypatch.setattr(devices, "free_memory", lambda: share * stored)
     monkeypatch.setattr(memory, "temporaries", lambda *inputs: stored)
     config = of_depth(layers, remat=given, scan_layers=True)
-    own = stage.Stage(config, "sft", a_run(tmp_path), layout.mesh_of(config))
-    own, begun = own.choose_remat(begun, 4 * own.num_parts, 32)
-    assert own.config.compute.remat is chosen
+    own = stage_of(config, "sft", a_run(tmp_path))
+    own, begun = remat.choose(own, begun, 4 * own.num_parts, 32)
+    assert own.compute.remat is chosen
     assert begun.model.config.remat is chosen
     recorded = (tmp_path / "config.yaml").read_text()
-    assert recorded == (to_yaml(own.config) if given == "auto" else "")
+    assert recorded == (to_yaml(replace(config, compute=own.compute)) if given == "auto" else "")
     lines = [line for line in capsys.readouterr().out.splitlines() if "remat" in line]
     is_said = given == "auto" and layers == 8
     assert [line.partition(" (")[0] for line in lines] == is_said * [
@@ -105,9 +107,9 @@ def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatc
     begun = LanguageModel(models.build(network), {}, None)
     monkeypatch.setattr(devices, "free_memory", lambda: 1)
     config = of_depth(8, blocks=8)
-    own = stage.Stage(config, "sft", a_run(tmp_path), layout.mesh_of(config))
-    own, _ = own.choose_remat(begun, 32, 32)
-    assert own.config.compute.remat is False
+    own = stage_of(config, "sft", a_run(tmp_path))
+    own, _ = remat.choose(own, begun, 32, 32)
+    assert own.compute.remat is False
 
 
 @pytest.mark.parametrize(
@@ -122,8 +124,8 @@ def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatc
     ],
 )
 def test_a_deep_model_has_few_widths(layers, longest, steps, given, multiple):
-    config = RunConfig(text=Text(bucket_multiple=given))
-    assert initial.bucket_multiple(config, layers, longest, steps) == multiple
+    text = Text(bucket_multiple=given)
+    assert initial.bucket_multiple(text, layers, longest, steps) == multiple
 
 
 @pytest.mark.usefixtures("no_pages")

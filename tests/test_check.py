@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, data_source
 from rlhf_jax.data import check
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError, logger
@@ -235,7 +235,7 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys, caplog, mon
     config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level("INFO"):
-        rows = initial.stage_rows(config, "demonstrations", ())
+        rows = initial.stage_rows(data_source(config), "demonstrations", ())
     assert rows.dropped == {"'response' is empty": 1}
     # A run names it too.
     assert "demonstrations: keys that training does not read: id (1 rows)" in caplog.messages

@@ -14,7 +14,7 @@ from builders import goes_on_alike, initial_params, metric_rows, run_ppo, save_b
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
-from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, RunConfig, Tokenizer
+from rlhf_jax.config import Compute, LoRA, Optimizer, PPOStage, RLStage, RunConfig, Tokenizer
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
@@ -22,7 +22,7 @@ from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import Judge, muon_dimensions
-from rlhf_jax.training.rl import critic, parts
+from rlhf_jax.training.rl import critic, entry, parts
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -188,8 +188,8 @@ def keep(first_state, held):
 class Here:
     """What ``critic.start`` reads of a stage."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, lora):
+        self.lora = lora
 
     def key(self, name):
         return jax.random.key(7)
@@ -199,8 +199,7 @@ class Here:
 
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
-    here = Here(replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2)))
-    policy, whole = critic.start(here, initial_params(MODEL), "separate")
+    policy, whole = critic.start(Here(LoRA(rank=2)), initial_params(MODEL), "separate")
     assert whole.base["policy"] is whole.base["value"] is policy.base
     adapters = [
         whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")
@@ -214,7 +213,7 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_a_network_with_a_value_head_of_its_own_gets_no_other(value):
     params = {"body": jnp.ones(2)}
-    policy, whole = critic.start(Here(RunConfig()), params, value, has_head=True)
+    policy, whole = critic.start(Here(LoRA()), params, value, has_head=True)
     assert policy.params.keys() == {"body"}
     trained = whole.params if value == "shared" else whole.params["value"]
     assert trained.keys() == {"body"}
@@ -244,10 +243,11 @@ def test_a_score_head_as_a_value_head():
 def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path):
     """The value before token t is the reward model's score of the tokens before t."""
     policy, judge = folders(data, tmp_path)
-    run = RunConfig(model="policy", reward=(f"{tmp_path / 'judge'}*0.5",), lora=LoRA(rank=rank))
-    source = critic.load(run, PPOStage(value="separate", value_from="reward"), policy)
+    how = PPOStage(value="separate", value_from="reward")
+    folder = critic.source_of((f"{tmp_path / 'judge'}*0.5",), how)
+    source = critic.load(folder, Compute(), policy)
     assert "score" not in source.params
-    _, whole = critic.start(Here(run), policy.params, "separate", source=source.params)
+    _, whole = critic.start(Here(LoRA(rank=rank)), policy.params, "separate", source=source.params)
     tokens = jax.random.randint(jax.random.key(3), (2, 5), 2, 200)
     policy_fn = whole.bind(models.policy_fn(policy.model, value_model=source.model))
     values = policy_fn(whole.params, tokens, jnp.ones_like(tokens)).values
@@ -263,19 +263,20 @@ def test_what_a_value_model_cannot_start_from(data, tmp_path):
     separate = PPOStage(value="separate", value_from="reward")
     for reward in ((), ("count:e",), (str(tmp_path / "judge"), str(tmp_path / "policy"))):
         with pytest.raises(UserError, match="value_from reward: the run's reward is not one"):
-            critic.load(RunConfig(reward=reward), separate, policy)
-    assert critic.load(RunConfig(), PPOStage(value="separate"), policy) is None
+            critic.source_of(reward, separate)
+    assert critic.source_of((), PPOStage(value="separate")) is None
     plain = replace(separate, value_from=str(tmp_path / "policy"))
-    source = critic.load(RunConfig(), plain, policy)
-    _, whole = critic.start(Here(RunConfig()), policy.params, "separate", source=source.params)
+    folder = critic.source_of((), plain)
+    source = critic.load(folder, Compute(), policy)
+    _, whole = critic.start(Here(LoRA()), policy.params, "separate", source=source.params)
     assert not np.any(whole.params["value"]["value"]["kernel"])  # a head of zeros
     other = policy._replace(tokenizer=characters(["abc"]))
     with pytest.raises(UserError, match="its tokenizer is not the policy's"):
-        critic.load(RunConfig(), plain, other)
+        critic.load(folder, Compute(), other)
     with pytest.raises(ValueError, match="value_from reward: a shared value function has"):
         PPOStage(value_from="reward")
-    run = RunConfig(ppo=plain)
-    assert parts.files(run, "ppo") == {"value": tmp_path / "policy"}
+    found = parts.files(entry.sources_of(RunConfig()), RLStage(), plain)
+    assert found == {"value": tmp_path / "policy"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from rlhf_jax.report import page
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import reading
 
-SECONDS = 5
+SECONDS = 60  # of the processor: far more than any of this takes
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_what_is_whole_works(act, whole, tmp_path):
     "seeds",
     [
         range(4),
-        pytest.param(range(4, 100), marks=pytest.mark.slow),
-        pytest.param(range(100, 250), marks=pytest.mark.soak),
+        pytest.param(range(4, 36), marks=pytest.mark.slow),
+        pytest.param(range(36, 250), marks=pytest.mark.soak),
     ],
     ids=["few", "many", "more"],
 )

@@ -16,6 +16,7 @@ from rlhf_jax import grpo, iteration, ppo
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.training.rl.schedule import Schedule
 from rlhf_jax.training.rl.steps import replace_uninformative
@@ -202,7 +203,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
-        method.check_settings("ppo", RunConfig(rl=RLStage(**settings)), ppo.Config())
+        method.check_settings("ppo", RLStage(**settings), ppo.Config(), shares_of(RunConfig()))
 
 
 REWARD = """

@@ -18,7 +18,8 @@ from rlhf_jax import models
 from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.setup import set_up
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_matrix_products_of_a_run_have_the_precision_of_its_settings(
         deterministic=deterministic,
         compute=Compute(matmul_precision=chosen),
     )
-    with stage.open_stage(config, "sft", {}) as opened:
+    with open_stage(config, "sft", {}) as opened:
         x = jax.numpy.ones((2, 2))
         text = jax.jit(jax.numpy.dot).lower(x, x).as_text()
         settings = yaml.safe_load(opened.run.config.read_text("utf-8"))
@@ -126,9 +127,9 @@ def test_matrix_products_of_a_run_have_the_precision_of_its_settings(
 def test_a_run_on_a_gpu_says_that_its_bits_may_differ(monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(devices, "choose", lambda *how, **more: None)
-    stage.set_up(RunConfig(deterministic=True))
+    set_up(RunConfig(deterministic=True))
     assert "bits may differ" not in capsys.readouterr().out
-    stage.set_up(RunConfig())
+    set_up(RunConfig())
     assert (
         "the bits may differ from run to run on a GPU; --deterministic" in capsys.readouterr().out
     )

@@ -170,7 +170,7 @@ def asking(short, server):
     """Two iterations that ask the server, at the temperature that it has."""
     config = with_rl(short, num_iterations=2, validation_interval=2, temperature=1.0)
     config = replace(config, checkpoint_interval=1)
-    config = replace(config, engine=EngineServer(retries=1, timeout=20.0))
+    config = replace(config, engine=EngineServer(retries=1, timeout=120.0))
     return with_distill(config, divergence="sampled", teacher=f"openai:{server.url}")
 
 

@@ -29,8 +29,9 @@ from rlhf_jax.cli import stages
 from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised.entry import helping_sizes
 
 README = ROOT / "README.md"
 LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
@@ -44,7 +45,7 @@ SETTINGS = ShakespeareConfig()
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `((?!--)[^`]*)` \|", re.MULTILINE)  # no flags
 
 RUN_BY_TEST_SCRIPTS = {
-    *(f"rlhf-jax {name} --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
+    *(f"rlhf-jax {name} --config tiny" for name in ("sft", "dpo", "ppo")),
 }
 # What README says that this test does not run.
 NOT_RUN = {
@@ -377,7 +378,7 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
 def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
     """Every flag is read by its stage, and batches divide."""
     monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
-    text = (ROOT / "docs" / "public-jobs.md").read_text("utf-8")
+    text = COMING.read_text("utf-8").partition("\n## Public jobs\n")[2]
     jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(jobs) == 19
     for job in jobs:
@@ -386,9 +387,11 @@ def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
         kind = name.replace("-", "_")
         given = config.parse(config.RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
         if name in config.ALGORITHMS:
-            method.check_settings(name, given, getattr(given, name))
+            method.check_settings(name, given.rl, getattr(given, name), shares_of(given))
         else:
-            tasks._sizes(given, getattr(training, kind).SPEC)
+            helping_sizes(
+                getattr(training, kind).SPEC, getattr(given, kind), given.text, shares_of(given)
+            )
 
 
 def test_the_names_of_others_lead_where_the_errors_do():

@@ -94,7 +94,7 @@ def config(policy, server, tmp_path):
         reward=("count:a",),
         lora=LORA,
         rl=stage,
-        engine=EngineServer(retries=1, timeout=20.0),
+        engine=EngineServer(retries=1, timeout=120.0),
     )
 
 
@@ -324,7 +324,7 @@ def test_an_engine_samples_the_next_rollout_while_the_devices_learn(config, serv
             number = len(versions) + 1
             versions.append(int(state.behind.step))
             expected = min(number + 1, ahead.rl.num_iterations) * of_a_rollout
-            deadline = time.monotonic() + 20.0
+            deadline = time.monotonic() + 120.0
             while len(rollouts_asked(server)) < expected:
                 assert time.monotonic() < deadline, f"step {number}: nothing is sampled meanwhile"
                 time.sleep(0.005)
@@ -452,7 +452,8 @@ def ask(config, server, folder):
     how = SamplingConfig(6, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
     state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:
-        client = Client(engine, config, folder / "engine", begun, start)
+        how_asked = (config.engine, config.rl.engine_check, folder / "engine")
+        client = Client(engine, *how_asked, begun, start, config.model)
         return client.responder(how)(state)(prompts, jax.random.key(0))
 
 

@@ -25,7 +25,7 @@ from tabular import assert_close, assert_identical, comparisons, score_fn
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer
+from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer, model_source
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -176,8 +176,10 @@ def test_members_start_apart(config):
     body = initial_params(model)
 
     def starts(params=body, model_name=None, **settings):
-        own = replace(config, model=model_name, reward_model=RewardModelStage(**settings))
-        return [start.params for start in ensembles.starts(own, model, params, KEY)]
+        number = RewardModelStage(**settings).ensemble_size
+        source = model_source(replace(config, model=model_name))
+        made = ensembles.starts(number, source, model, params, KEY)
+        return [start.params for start in made]
 
     (single,) = starts()
     random = starts(ensemble_size=3)

@@ -153,7 +153,7 @@ def test_the_page_of_models_lists_what_the_command_lists(capsys):
 
 
 def test_the_cells_of_the_tables_of_families_are_tests():
-    """docs/models.md: each case stands in the file of its column's cases, in the list if the test
+    """docs/notes/families.md: each case stands in the file of its column's cases, in the list if the test
     takes some alone.
     """
     parity, lora, files, chats = (
@@ -165,7 +165,7 @@ def test_the_cells_of_the_tables_of_families_are_tests():
     )
     parity += (ROOT / "tests" / "torch_models.py").read_text("utf-8")
     files += (ROOT / "tests" / "builders.py").read_text("utf-8")
-    lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
+    lines = (ROOT / "docs" / "notes" / "families.md").read_text("utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
     here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'
     for columns in ([parity, some, some, lora, classifiers], [files, here, chats + here]):

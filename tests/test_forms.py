@@ -30,7 +30,7 @@ STAGES = {
     "feedback": "KTO",
     "prompts": "RL",
 }
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "data-formats.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "api" / "forms.md"
 
 
 def chat(*texts, system=""):

@@ -34,7 +34,7 @@ from rlhf_jax.errors import UserError
 MEMORY = (
     64 << 20
 )  # bytes that Python and NumPy may take for a file of some kilobytes; JAX compiles in them too
-SECONDS = 20
+SECONDS = 60
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROWS = [

@@ -10,12 +10,22 @@ import yaml
 from builders import run_ppo, save_base, slow
 
 from rlhf_jax import models, training
-from rlhf_jax.config import PRETRAINED, LoRA, Network, Optimizer, RunConfig, parse, to_yaml
+from rlhf_jax.config import (
+    PRETRAINED,
+    LoRA,
+    Network,
+    Optimizer,
+    RunConfig,
+    model_source,
+    parse,
+    to_yaml,
+)
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders import spec
 from rlhf_jax.training import pipeline
-from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.setup import set_up
 
 RUNS = {"sft": training.sft.run, "dpo": training.dpo.run, "ppo": run_ppo}
 
@@ -35,12 +45,8 @@ def test_a_runs_folder_means_its_model(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     run = str(tmp_path / "run")
     inner = str(tmp_path / "run" / "model")
-    assert (
-        stage.set_up(RunConfig(model=run)).model
-        == stage.set_up(RunConfig(model=inner)).model
-        == inner
-    )
-    assert stage.set_up(RunConfig(model="gpt2")).model == "gpt2"
+    assert set_up(RunConfig(model=run)).model == set_up(RunConfig(model=inner)).model == inner
+    assert set_up(RunConfig(model="gpt2")).model == "gpt2"
     for entry in (run, f"{run}*2", f"mean:{run},other"):
         assert [str(path) for path in spec.sources(entry).values()] == [inner], entry
     loaded = []
@@ -72,7 +78,7 @@ def test_a_rate_that_suits_random_weights_warns_with_pretrained_ones(
         started = RunConfig(model=None if above == "random" else "gpt2")
         (tmp_path / "config.yaml").write_text(to_yaml(started), "utf-8")
     given = RunConfig(model=str(tmp_path / "model"), lora=LoRA(rank=rank))
-    initial.warn_of_rate(given, "sft", Optimizer(learning_rate=rate))
+    initial.warn_of_rate(model_source(given), "sft", Optimizer(learning_rate=rate))
     said = (
         f"warning: sft.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
         f"{Path(given.model)}"
@@ -192,7 +198,7 @@ def test_the_dropout_of_a_model_is_its_folders_or_the_settings():
     def dropping(model, rate, of_adapters=0.0):
         network = Network(dropout=rate)
         config = RunConfig(network=network, lora=LoRA(dropout=of_adapters))
-        return initial._with_dropout(model, config).config
+        return initial._with_dropout(model, config.network, config.lora).config
 
     model = models.build(models.GPT2Config(**sizes, **dict.fromkeys(rates, 0.1)))
     for setting, rate in ((None, 0.1), (0.0, 0.0), (0.25, 0.25)):
@@ -202,4 +208,4 @@ def test_the_dropout_of_a_model_is_its_folders_or_the_settings():
     llama = models.build(models.LlamaConfig(**sizes, intermediate_size=8))
     assert dropping(llama, 0.25).attention_dropout == 0.25
     assert dropping(llama, 0.25).lora_dropout == 0.0
-    assert initial._with_dropout(llama, RunConfig()) is llama
+    assert initial._with_dropout(llama, Network(), LoRA()) is llama

@@ -35,8 +35,9 @@ from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
 from rlhf_jax.runs import devices
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised.entry import helping_sizes
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -199,10 +200,11 @@ def test_every_config(file):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse(file)
-    tasks._sizes(config, training.sft.SPEC)
-    tasks._sizes(config, training.reward_model.SPEC)
+    shares = shares_of(config)
+    helping_sizes(training.sft.SPEC, config.sft, config.text, shares)
+    helping_sizes(training.reward_model.SPEC, config.reward_model, config.text, shares)
     for name in ("vpg", "ppo", "rloo", "grpo"):
-        method.check_settings(name, config, getattr(config, name))
+        method.check_settings(name, config.rl, getattr(config, name), shares)
 
 
 if __name__ == "__main__":

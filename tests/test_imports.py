@@ -116,6 +116,26 @@ def test_what_only_one_place_may_import():
                     assert part(path) in allowed, f"{path} imports {name}"
 
 
+def test_only_an_entry_takes_all_settings():
+    """Whoever else reads a setting is given its section, or the few values that it needs."""
+    entries = {
+        "training/common/setup.py",
+        "training/common/opening.py",  # writes them into the folder
+        "training/pipeline.py",
+        "training/rl/entry.py",
+        *(f"training/supervised/{name}.py" for name in ("entry", "sft", "dpo", "kto")),
+        "training/supervised/reward_model.py",
+        "inference/rounds/job.py",
+    }
+    for path in FILES:
+        if part(path) in ("config", "cli"):
+            continue
+        names = {node.id for node in nodes(path) if isinstance(node, ast.Name)}
+        takes_all = "RunConfig" in names or "rlhf_jax.config.RunConfig" in imported(path)
+        name = path.relative_to(PACKAGE).as_posix()
+        assert takes_all == (name in entries), path
+
+
 def test_the_science_does_not_touch_the_world():
     world = {"os", "pathlib", "time", "datetime", "logging", "sys", "io", "tempfile", "random"}
     for path in FILES:

@@ -284,7 +284,7 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
 
 
 def test_every_row_of_the_table_of_faults_names_tests():
-    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    text = (ROOT / "docs" / "notes" / "reliability.md").read_text("utf-8")
     rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
     assert len(rows) == text.count("\n|") - 1  # and the line below the heads
     assert len(rows) > 12
@@ -292,7 +292,7 @@ def test_every_row_of_the_table_of_faults_names_tests():
     assert all(re.search(r"`(\w+)::(\w+)`", tests) for *_, tests in rows[1:])
 
 
-@pytest.mark.parametrize("page", ["reliability", "reproducibility"])
+@pytest.mark.parametrize("page", ["notes/reliability", "notes/reproducibility"])
 def test_the_tests_that_a_page_names_exist(page):
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
     for module, function in set(re.findall(r"`(\w+)::(\w+)`", text)):

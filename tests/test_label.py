@@ -262,30 +262,18 @@ def test_the_summary_of_a_terminals_session(ask, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_train_on_the_rows(tmp_path):
+def test_stages_train_on_the_rows(tmp_path, monkeypatch, no_pages):
     """As a person does it: lines into the command, its file into the next ones."""
-
-    def rlhf_jax(*argv, typed=""):
-        command = [sys.executable, "-m", "rlhf_jax", *argv]
-        done = subprocess.run(
-            command, input=typed, capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    rlhf_jax("data", "demo", "data")
+    monkeypatch.chdir(tmp_path)
+    assert not cli.run(["data", "demo", "data"])
     save_base(tmp_path / "base", tmp_path / "data")
     asked = ["--prompts", "data/prompts.json", "--out", "mine.jsonl", "--count", "12"]
-    said = rlhf_jax("label", "base", *asked, "--max-new-tokens", "8", typed="a\nb\n" * 10)
-    assert "12 rows for reward-model, dpo and kto" in said
+    command = [sys.executable, "-m", "rlhf_jax", "label", "base", *asked, "--max-new-tokens", "8"]
+    typed = {"input": "a\nb\n" * 10, "text": True}
+    done = subprocess.run(command, capture_output=True, check=True, **typed)
+    assert "12 rows for reward-model, dpo and kto" in done.stdout
     tiny = ["--config", "tiny", "--model", "base", "--data", "mine.jsonl"]
     for stage in ("reward-model", "dpo"):
-        flags = (f"--{stage}.batch-size", "4")
-        rlhf_jax(
-            stage,
-            *tiny,
-            "--output-dir",
-            f"runs/{stage}",
-            *flags,
-        )
+        flags = ["--output-dir", f"runs/{stage}", f"--{stage}.batch-size", "4"]
+        assert not cli.run([stage, *tiny, *flags])
         assert (tmp_path / "runs" / stage / "model" / "config.json").is_file()

@@ -47,6 +47,7 @@ from rlhf_jax.report import page
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, loop, stage
 from rlhf_jax.training.common import layout as device_layout
+from rlhf_jax.training.common.opening import stage_of
 
 LAYOUTS = {
     "one": Mesh(),
@@ -542,7 +543,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
 def test_an_updated_state_lies_where_it_was():
     """Whatever the update made of it."""
     mesh = sharding.make_mesh(1, 2, 2)
-    own = stage.Stage(RunConfig(), "sft", None, mesh)
+    own = stage_of(RunConfig(), "sft", None, mesh)
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
     update = own.jit_update(
         lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}), 1

@@ -16,13 +16,13 @@ from builders import initial_params
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.cli.planning import plan
+from rlhf_jax.cli.planning import shapes
 from rlhf_jax.config import Compute, DPOStage, LoRA, RewardModelStage, RLStage, RunConfig, SFTStage
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import initial, loop, memory
-from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.types import TrainState
 
 RL = RLStage(num_iterations=2, batch_size=8, max_new_tokens=4, validation_fraction=0.0)
@@ -127,7 +127,7 @@ def config_of(case, folder, output_dir):
 def planned_bytes(case, folder):
     name = case[0] if isinstance(case[0], str) else case[0].__name__.rpartition(".")[2]
     config = config_of(case, folder, "run")
-    held, _, _ = plan.shapes_of(config, name, length=2)
+    held, _, _ = shapes.shapes_of(config, name, length=2)
     stays = [tree for part, tree in held.items() if part.split()[0] not in config.compute.offload]
     return sum(memory.on_device(tree) for tree in stays)
 

@@ -13,14 +13,15 @@ import orbax.checkpoint as ocp
 import pytest
 from builders import Killed, metric_rows, run_loop, slow
 
-from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
+from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, model_source, parse
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training.common import loop, memory
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.saving import finish
 
 
 def files(config: RunConfig) -> dict[str, bytes]:
@@ -146,7 +147,7 @@ def test_a_save_that_fails_leaves_the_former_model(config):
         former.write_text("")
         begun = LanguageModel(None, {}, characters("a"))
         with pytest.raises(OSError, match="No space left"):
-            stage.finish(begun, Trainable({}), {"": {}}, {}, full)
+            finish(stage, model_source(config), begun, Trainable({}), {"": {}}, {}, save=full)
     assert former.exists()
 
 

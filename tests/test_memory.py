@@ -29,7 +29,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import allocator, devices, writing
 from rlhf_jax.training.common import loop, memory
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.common.opening import open_stage
 
 SIZES = {"ppo.num_microbatches": 1, "rl.batch_size": 64}
 

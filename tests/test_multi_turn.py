@@ -18,7 +18,6 @@ from builders import (
     json_lines,
     launch,
     metric_rows,
-    outputs,
     run_grpo,
 )
 from jax.sharding import Mesh
@@ -180,7 +179,7 @@ FAULTS = [
     (lambda conversation, row: (None, "1"), "TypeError: "),
     (lambda conversation, row: {"content": "a"}, "TypeError: expected .* a message"),
     (lambda conversation, row: "é", r"the tokenizer's alphabet lacks 'é'"),
-    (lambda conversation, row: {"role": "tool", "content": "é"}, r"the tokenizer's alphabet lacks"),
+    (lambda conversation, row: {"role": "tool", "content": "é"}, r"the tokenizer's alphabet"),
     (lambda conversation, row: row["missing"], "KeyError: 'missing'"),
 ]
 
@@ -348,8 +347,7 @@ def raising(prompts, responses, wanted):
     import jax
     return [score / (1 - jax.process_index()) for score in nan(prompts, responses, wanted)]
 """
-# Each of two processes: a run, the same again, and four that fail in the second process, the last
-# before it begins.
+# Each of two processes: a run, and four that fail in the second process, the last before it begins.
 IN_PROCESSES = """
 import sys
 from rlhf_jax import cli, config, errors, training
@@ -359,7 +357,6 @@ file, env, place = sys.argv[1:]
 def main():
     for name, *flags in (
         ("two", "--rl.environment", f"{env}:more"),
-        ("two again", "--rl.environment", f"{env}:more"),
         ("nan", "--reward", f"{env}:nan"),
         ("raising", "--reward", f"{env}:raising"),
         ("broken", "--rl.environment", f"{env}:broken"),
@@ -467,8 +464,7 @@ def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
         assert first, said[0]
         assert second, said[1]
         assert (first[1], second[1], first[2]) == ("process 1: ", None, second[2])
-    two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))
-    assert outputs(two) == outputs(twice)
+    two = tmp_path / "run.yamls" / "two"
     for row, of_one in zip(metric_rows(two), metric_rows(result.folder), strict=True):
         assert row == pytest.approx(of_one, rel=1e-3, abs=1e-4), row["step"]
     said = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from builders import ROOT, goes_on_alike, metric_rows
+from builders import ROOT, goes_on_alike, metric_rows, slow, soak
 
 from rlhf_jax import ppo, training
 from rlhf_jax.config import PPOStage
@@ -37,8 +37,7 @@ def copy_of_ppo():
     return module("my_actor_critic", Path(ppo.__file__).read_text("utf-8"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [copy_of_ppo, gspo], ids=["ppo", "gspo"])
+@pytest.mark.parametrize("make", [soak(copy_of_ppo), slow(gspo)], ids=["ppo", "gspo"])
 def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
     algorithm = make()
     settings = replace(config.rl, num_iterations=4, kl_target=None)
@@ -63,7 +62,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_default_of_another_algorithm_leaks_in(config):
+def test_no_default_of_another_algorithm_leaks_in(config, no_pages):
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
     settings = replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
     folder = training.rl.run(replace(config, rl=settings, ppo=PPOStage()), gspo()).folder

@@ -15,7 +15,7 @@ from builders import initial_params
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.cli.planning import plan
+from rlhf_jax.cli.planning import case, choices, phases, plan, shapes
 from rlhf_jax.config import (
     Compute,
     DistillStage,
@@ -34,7 +34,8 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training.common import memory
+from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.rl.entry import method_of
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -58,13 +59,13 @@ def folder(tmp_path):
 @pytest.fixture
 def no_phases(monkeypatch):
     """Plans compile none but the phase of the reward: a second in place of many."""
-    shapes_of = plan.shapes_of
+    shapes_of = shapes.shapes_of
 
     def short(*args):
         held, programs, parts = shapes_of(*args)
-        return plan.Shapes(held, {"reward": programs["reward"]}, parts)
+        return shapes.Shapes(held, {"reward": programs["reward"]}, parts)
 
-    monkeypatch.setattr(plan, "shapes_of", short)
+    monkeypatch.setattr(phases, "shapes_of", short)
 
 
 def mebibytes(text):
@@ -113,7 +114,7 @@ def test_a_value_model_of_another_folder_is_planned(folder, tmp_path):
     settings = PPOStage(value="separate", value_from=str(larger), num_epochs=1)
     lora = LoRA(rank=rank, match="q_proj")
     config = RunConfig(model=folder, reward=("length",), lora=lora, rl=stage, ppo=settings)
-    held, programs, _ = plan.shapes_of(config, "ppo")
+    held, programs, _ = shapes.shapes_of(config, "ppo")
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     values = COUNT + layer
     sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in held.items()}
@@ -146,7 +147,7 @@ def test_the_update_of_a_distillation_is_planned(teacher, folder):
         settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
     stage = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
     config = RunConfig(model=folder, reward=("length",), rl=stage, distill=settings)
-    held, programs, _ = plan.shapes_of(config, "distill")
+    held, programs, _ = shapes.shapes_of(config, "distill")
     assert (held["teacher"] is not None) == (teacher == "folder")
     learn, *arguments = programs["learn"]
     state, _ = jax.eval_shape(learn, *arguments)
@@ -156,9 +157,9 @@ def test_the_update_of_a_distillation_is_planned(teacher, folder):
 @pytest.mark.usefixtures("no_phases")
 def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
     found = []
-    recorded = plan.initial.recorded
+    recorded = initial.recorded
     monkeypatch.setattr(
-        plan.initial,
+        initial,
         "recorded",
         lambda *args: found.append(recorded(*args)) or found[-1],
     )
@@ -204,9 +205,11 @@ def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, mon
 )
 def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, monkeypatch):
     monkeypatch.setattr(plan, "options", lambda case: peaks)
-    monkeypatch.setattr(
-        plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}, {})
-    )
+
+    def planned(peak, *_):
+        return phases.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}, {})
+
+    monkeypatch.setattr(plan, "plan", planned)
     assert plan.report(3, "ppo", None, limit)[-1].startswith(end)
 
 
@@ -231,7 +234,7 @@ def test_flags_that_are_on_are_not_offered():
     microbatches = (
         "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
     )
-    assert [*plan.options(plan.Case(base, "sft", None))] == [
+    assert [*plan.options(case.Case(base, "sft", None))] == [
         microbatches,
         "--compute.remat",
         "--compute.dtype bfloat16",
@@ -239,9 +242,9 @@ def test_flags_that_are_on_are_not_offered():
     ]
     on = {"compute": Compute(remat=True, dtype="bfloat16"), "lora": LoRA(rank=4)}
     some_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32))
-    assert [*plan.options(plan.Case(some_on, "sft", None))] == [microbatches]
+    assert [*plan.options(case.Case(some_on, "sft", None))] == [microbatches]
     all_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32, num_microbatches=8))
-    assert plan.options(plan.Case(all_on, "sft", None)) == {}
+    assert plan.options(case.Case(all_on, "sft", None)) == {}
 
 
 @pytest.mark.parametrize(
@@ -268,8 +271,8 @@ def test_what_is_wrong_is_said(flags, sentence, folder):
 
 def test_the_reference_of_kto_is_counted(folder):
     config = RunConfig(model=folder, kto=KTOStage(batch_size=4))
-    held, _, _ = plan.shapes_of(config, "kto", None)
-    assert plan.memory.on_device(held["reference"]) == 2 * COUNT
+    held, _, _ = shapes.shapes_of(config, "kto", None)
+    assert memory.on_device(held["reference"]) == 2 * COUNT
 
 
 def command(*flags):
@@ -338,20 +341,20 @@ def with_data(tmp_path):
 def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     alone = dataclasses.replace(with_data, compute=Compute(share_prompts=False))
     narrow = dataclasses.replace(alone, text=Text(bucket_multiple=3))
-    assert plan.longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
+    assert choices.longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
     wide = dataclasses.replace(alone, text=Text(bucket_multiple=50))
-    assert plan.longest(wide, "dpo") == 32  # as many as the model reads
-    assert plan.longest(with_data, "ppo") == 3
+    assert choices.longest(wide, "dpo") == 32  # as many as the model reads
+    assert choices.longest(with_data, "ppo") == 3
     bounded = dataclasses.replace(
         with_data, rl=dataclasses.replace(with_data.rl, max_prompt_length=2)
     )
-    assert plan.longest(bounded, "ppo") is None
-    assert plan.longest(dataclasses.replace(with_data, data=()), "dpo") is None
+    assert choices.longest(bounded, "ppo") is None
+    assert choices.longest(dataclasses.replace(with_data, data=()), "dpo") is None
     by_letters = dataclasses.replace(with_data, model=None, tokenizer=Tokenizer(kind="characters"))
     file = Path(with_data.data[0])
     file.write_text(file.read_text().replace("ab", "xy"))  # letters that only the data has
-    assert plan.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
-    assert plan.longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
+    assert choices.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
+    assert choices.longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
     assert plan._of_length("ppo", None, 3) == "longest prompt: 3 tokens, of the data"
     assert plan._of_length("dpo", 8, 8) == "row: 8 tokens (--length)"
 
@@ -359,18 +362,18 @@ def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
 def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):
     """2 + 6 + 2 tokens of a pair with its prompt, in place of two rows for 8."""
     narrow = dataclasses.replace(with_data, text=Text(bucket_multiple=3))
-    config, columns = plan.with_data(narrow, "dpo")
+    config, columns = choices.with_data(narrow, "dpo")
     assert config.compute.share_prompts is True
     assert columns == 12
-    shapes = plan.shapes_of(config, "dpo", columns)
-    _, _, batch, *_ = shapes.programs["learn"]
+    made = shapes.shapes_of(config, "dpo", columns)
+    _, _, batch, *_ = made.programs["learn"]
     assert batch.tokens.shape == (config.dpo.batch_size, 12)
     assert batch.documents.shape == (config.dpo.batch_size, 1, 2)
-    alone = plan.shapes_of(with_data, "dpo", 9)
+    alone = shapes.shapes_of(with_data, "dpo", 9)
     _, _, batch, *_ = alone.programs["learn"]
     assert batch.tokens.shape == (config.dpo.batch_size, 2, 9)
     with pytest.raises(UserError, match="rows of 65 tokens"):
-        plan.shapes_of(config, "dpo", 65)
+        shapes.shapes_of(config, "dpo", 65)
 
 
 @pytest.mark.parametrize(
@@ -387,32 +390,34 @@ def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):
 def test_a_plan_chooses_remat_as_a_run_does(layers, limit, given, chosen, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
     config = RunConfig(model=str(tmp_path), compute=Compute(remat=given))
-    assert plan.with_remat(config, "sft", 16, limit).compute.remat is chosen
+    assert choices.with_remat(config, "sft", 16, limit).compute.remat is chosen
 
 
 def test_rows_of_an_update_decide_about_remat(tmp_path):
     """A pair is two rows; minibatches and microbatches are as many parts of an iteration."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
     config = RunConfig(model=str(tmp_path), dpo=DPOStage(batch_size=4))
-    model, params = plan.Case(config, "dpo", None).model(config.model)
+    model, params = case.Case(config, "dpo", None).model(config.model)
     stored = memory.stored(model.config, 8 // jax.device_count(), 16)
     # The parameters as they are loaded, and five copies of each in float32.
     size = memory.on_device(jax.eval_shape(model.init, jax.random.key(0)))
     least = memory.on_device(params) + (stored + 5 * size) / 0.9
-    assert plan.with_remat(config, "dpo", 16, least - 4).compute.remat
-    assert not plan.with_remat(config, "dpo", 16, least + 4).compute.remat
+    assert choices.with_remat(config, "dpo", 16, least - 4).compute.remat
+    assert not choices.with_remat(config, "dpo", 16, least + 4).compute.remat
     rl = RLStage(batch_size=32, max_new_tokens=8)
     config = dataclasses.replace(
         config, rl=rl, ppo=ppo.Config(num_minibatches=2, num_microbatches=2)
     )
-    assert plan.with_remat(config, "ppo", 8, least - 4).compute.remat
-    assert not plan.with_remat(config, "ppo", 8, least + 4).compute.remat
+    assert choices.with_remat(config, "ppo", 8, least - 4).compute.remat
+    assert not choices.with_remat(config, "ppo", 8, least + 4).compute.remat
     two = dataclasses.replace(
         config, ppo=PPOStage(num_minibatches=2, num_microbatches=2, value="separate")
     )
-    assert plan.with_remat(two, "ppo", 8, least + 4 * size).compute.remat
+    assert choices.with_remat(two, "ppo", 8, least + 4 * size).compute.remat
 
 
 def test_a_checked_answer_is_no_part_of_a_plan(folder):
     config = RunConfig(model=folder, reward=("math",))
-    assert plan._reward(plan.Case(config, "ppo", None), None) is None
+    planned = case.Case(config, "ppo", None)
+    method = method_of(config, ppo, config.ppo)
+    assert shapes._reward(planned, method, None) is None

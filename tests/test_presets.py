@@ -21,14 +21,15 @@ from builders import ROOT, Checker, initial_params
 
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
-from rlhf_jax.config import DPOStage, RunConfig, parse
+from rlhf_jax.config import DPOStage, RunConfig, model_source, parse
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import verifiable
+from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised import entry, tasks
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 # The section that a preset sets, and what it says of its method: settings, among them those that
@@ -112,10 +113,13 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         models.GPT2Config(vocab_size=3, max_length=4, hidden_size=2, num_layers=1, num_heads=1)
     )
     config = RunConfig(dpo=DPOStage(kind=kind or "sigmoid"))
-    stage = Stage(config, "dpo", None, sharding.make_mesh(1))
+    stage = stage_of(config, "dpo", None, sharding.make_mesh(1))
     initial = LanguageModel(model, initial_params(model), None)
     setting = tasks.Setting(
         stage,
+        config.dpo if kind else config.sft,
+        model_source(config),
+        config.rl,
         initial,
         [],
         encoding.encode_texts([Row("a", ("b", ""), "file")], characters("ab")),
@@ -125,7 +129,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
         16,
         optax.sgd(1.0),
     )
-    monkeypatch.setattr(tasks, "run", lambda config, spec: spec.make_task(setting))
+    monkeypatch.setattr(entry, "run", lambda config, spec: spec.make_task(setting))
     task = training.dpo.run(config) if kind else training.sft.run(config)
     assert (task.reference is None) == (kind != "sigmoid")
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.cli import commands
-from rlhf_jax.config import RLStage, RunConfig, Text
+from rlhf_jax.config import RLStage, RunConfig, Text, data_source
 from rlhf_jax.data import check, preview
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
@@ -50,7 +50,7 @@ def previewed(folder, write):
     def previewed(stage, *rows, count=9, name="data.jsonl", **settings):
         path = write(list(rows) if not isinstance(rows[0], str) else rows[0], name)
         config = RunConfig(model=folder, data=(path,), **settings)
-        shown = stages.rows(stage, config, count)
+        shown = stages.rows(stage, data_source(config), config.rl, count)
         return [json.loads(preview.to_json(row, shown.tokenizer)) for row in shown.rows]
 
     return previewed
@@ -101,7 +101,7 @@ def test_what_is_cut_or_not_usable_is_said(folder, write):
 
     def shown(too_long):
         config = RunConfig(model=folder, data=(path,), text=Text(too_long=too_long))
-        return stages.rows("dpo", config, 9)
+        return stages.rows("dpo", data_source(config), config.rl, 9)
 
     first, second = shown("error").rows
     [note] = first.notes
@@ -137,7 +137,7 @@ def test_for_people_the_learned_part_is_marked(folder, write, capsys):
         "    | <u>h<|endoftext|><a>[[cd<|endoftext|>]]",
     ]
     config = RunConfig(model=folder, data=(path,))
-    shown = stages.rows("dpo", config, 1)
+    shown = stages.rows("dpo", data_source(config), config.rl, 1)
     [row] = shown.rows
     assert "<a>\x1b[32mcd<|endoftext|>\x1b[0m" in preview.to_text(row, shown.tokenizer, True)
 

@@ -14,7 +14,8 @@ from rlhf_jax.cli import quickstart
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common import setup
+from rlhf_jax.training.common.setup import set_up
 
 SLOW = pytest.mark.slow
 SOAK = pytest.mark.soak
@@ -64,9 +65,9 @@ def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
         monkeypatch.setattr(
             module,
             "run",
-            lambda config: (stage.set_up(config), SimpleNamespace(model_folder="x"))[1],
+            lambda config: (set_up(config), SimpleNamespace(model_folder="x"))[1],
         )
-    stage._say_once.cache_clear()
+    setup._say_once.cache_clear()
     pipeline.run_stages(RunConfig(), Path("runs"))
     device, *said = sorted(capsys.readouterr().out.splitlines())
     assert "x cpu, float32" in device

@@ -36,9 +36,10 @@ WORDS = ("no", "maybe", "the sky", "a red house", "well", "rather not")
 
 def conversion(name):
     """A function of the documentation's page."""
-    page = (ROOT / "docs" / "real-preferences.md").read_text("utf-8")
+    page = (ROOT / "docs" / "assistant.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     scope = {}
-    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
+    exec(next(block for block in blocks if f"def {name}(" in block), scope)
     return scope[name]
 
 
@@ -169,7 +170,7 @@ def check_accuracies(metrics, samples):
 )
 @pytest.mark.parametrize("name", SOURCES)
 def test_they_are_trained_on(name, public, tmp_path):
-    """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's
+    """The twins are learned; of the public files' accuracy, with docs/notes/experiments.md's
     settings, nothing is promised. All numbers are finite, and each validation writes samples."""
     if public:
         tokenizer = Path(DATA, "gpt2")

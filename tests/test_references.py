@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, save_base, with_rl
+from builders import goes_on_alike, metric_rows, save_base, slow, soak, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -20,7 +20,7 @@ from rlhf_jax.config import DPOStage, KTOStage, LoRA, RLStage, RunConfig, Tokeni
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import dpo, kto
 from rlhf_jax.training.common import references
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised import entry
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -128,15 +128,14 @@ def supervised_run(config, spec, **settings):
 
     config = with_stage(config, spec.section, **settings)
     folder = f"{config.output_dir}-{spec.section}-{'-'.join(map(str, settings.values()))}"
-    return tasks.run(replace(config, output_dir=folder), spec, keep), states
+    return entry.run(replace(config, output_dir=folder), spec, keep), states
 
 
 def of_steps(result, name):
     return [row[name] for row in metric_rows(result.folder) if name in row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", [dpo.SPEC, kto.SPEC])
+@pytest.mark.parametrize("spec", [soak(dpo.SPEC), slow(kto.SPEC)])
 def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
     fixed, _ = supervised_run(short, spec)
     still, states = supervised_run(short, spec, reference_ema=0.0)
@@ -166,8 +165,7 @@ def moved(tree, other):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", [dpo.SPEC, kto.SPEC])
+@pytest.mark.parametrize("spec", [slow(dpo.SPEC), soak(kto.SPEC)])
 def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_with_it(spec, short):
     result, states = supervised_run(short, spec, reference_ema=0.3, reference_refresh=2)
     every_second = 0
@@ -179,7 +177,7 @@ def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_wit
         every_second += moved(states[step][1], reference) > 1e-4
     assert every_second == (len(states) - 1) // 2 > 1
     config = with_stage(short, spec.section, reference_ema=0.3, reference_refresh=2)
-    goes_on_alike(lambda config: tasks.run(config, spec), config, result, 4)
+    goes_on_alike(lambda config: entry.run(config, spec), config, result, 4)
 
 
 def rl_run(config, **settings):

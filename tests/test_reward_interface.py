@@ -419,7 +419,8 @@ def test_a_run_gives_its_algorithm_the_components(tmp_path, no_pages):
 
 def longer(prompts, first, second):
     """Sure of the longer one, and it likes the first."""
-    return [min(1.0, 0.5 + 0.1 + 0.2 * (len(a) - len(b))) for a, b in zip(first, second)]  # noqa: B905
+    both = zip(first, second, strict=True)
+    return [min(1.0, 0.5 + 0.1 + 0.2 * (len(a) - len(b))) for a, b in both]
 
 
 def test_a_judge_of_pairs_is_a_reward_over_the_group_in_both_orders():

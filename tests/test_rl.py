@@ -8,11 +8,12 @@ import numpy as np
 from builders import letters_run, with_rl
 
 from rlhf_jax import ppo, training, vpg
-from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
+from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.training import rl
+from rlhf_jax.training.common import remat
 from rlhf_jax.training.rl import programs
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.training.rl.parts import Parts
@@ -69,30 +70,31 @@ def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pa
     assert (tmp_path / "world.py.log").read_text() == "xxxx"
 
 
-def test_remat_is_chosen_by_the_rows_of_a_microbatch():
+def test_remat_is_chosen_by_the_rows_of_a_microbatch(monkeypatch):
     chosen = []
 
-    def choose_remat(begun, rows, length, networks):
+    def choose(stage, begun, rows, length, networks):
         chosen.append((rows, length, networks))
         return None, begun
 
-    config = RunConfig(rl=RLStage(batch_size=64, max_new_tokens=5))
-    stage = SimpleNamespace(config=config, choose_remat=choose_remat)
+    monkeypatch.setattr(remat, "choose", choose)
+    rl_settings = RLStage(batch_size=64, max_new_tokens=5)
     settings = ppo.Config(num_minibatches=4, num_microbatches=2)
     parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
-    rl.entry._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
+    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), parts)
     assert chosen == [(8, 12, 1)]
     settings = PPOStage(num_minibatches=4, num_microbatches=2, value="separate")
-    rl.entry._with_remat(stage, Method(ppo, settings, NO_PENALTY, None), parts)
+    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), parts)
     assert chosen[1] == (8, 12, 2)
 
 
 def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():
     """Five iterations of three passes with two minibatches: 30 steps."""
     linear = Optimizer(learning_rate=1.0, schedule="linear")
-    method = Method(ppo, ppo.Config(num_epochs=3, num_minibatches=2), NO_PENALTY, None)
+    own = ppo.Config(num_epochs=3, num_minibatches=2)
+    method = Method(ppo, own, RLStage(num_iterations=5, optimizer=linear), NO_PENALTY, None)
     params = {"kernel": jnp.zeros(1)}
-    optimizer = programs._optimizer(RLStage(num_iterations=5, optimizer=linear), method, params)
+    optimizer = programs._optimizer(method, params)
     state = optimizer.init(params)
     rates = []
     for _ in range(31):

@@ -18,8 +18,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import mean_interval
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial, loop
-from rlhf_jax.training.common.stage import open_stage
+from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl.entry import sources_of
 from rlhf_jax.training.rl.parts import files
 from rlhf_jax.types import Rollout
 
@@ -161,7 +162,8 @@ def test_another_reward_file_is_another_run(config, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("score = len")
     config = replace(config, reward=(f"{file}:score",))
-    with open_stage(config, "vpg", {}, files=files(config, "vpg")) as stage:
+    read = files(sources_of(config), config.rl, config.vpg)
+    with open_stage(config, "vpg", {}, files=read) as stage:
         (stage.run.checkpoints / "0").mkdir(parents=True)
     file.write_text("score = max")
     with pytest.raises(UserError, match=r"sha256 of reward \S+ was '\w{12}' and is now '\w{12}'"):

@@ -140,7 +140,7 @@ def stand(monkeypatch):
         monkeypatch.setattr(job.reward_model, "run", made.reward_model)
         monkeypatch.setattr(job.rl, "run", made.rl)
         monkeypatch.setattr(job.evaluate, "run", made.evaluate)
-        monkeypatch.setattr(job.stage, "set_up", lambda config, folders: config)
+        monkeypatch.setattr(job, "set_up", lambda config, folders: config)
         return made
 
     tokenizer = SimpleNamespace(fingerprint="one")
@@ -341,11 +341,11 @@ def test_a_folder_with_something_else_is_left_alone(stand, given, tmp_path):
 def test_no_prompt_comes_again_before_all_were_asked():
     rows = compare.Prompts([None] * 10, None, "auto")
     how = RunConfig(rounds=Rounds(pairs=2, prompts=5))
-    drawn = [compare.prompts_of_round(rows, number, how) for number in (1, 2, 3)]
+    drawn = [compare.prompts_of_round(rows, number, how.rounds, how.seed) for number in (1, 2, 3)]
     assert sorted(drawn[0] + drawn[1]) == [*range(10)]
     assert drawn[2] == drawn[0]
     assert drawn[0] != sorted(drawn[0])
-    assert compare.prompts_of_round(rows, 1, replace(how, seed=1)) != drawn[0]
+    assert compare.prompts_of_round(rows, 1, how.rounds, 1) != drawn[0]
 
 
 def compared(*responses):
@@ -362,7 +362,9 @@ def judged(how, tmp_path, *responses, judge="longer"):
     tokenizer = SimpleNamespace(fingerprint="one")
     prompts = compare.Prompts(rows, tokenizer, "auto")
     how = replace(how, rounds=replace(how.rounds, judge=f"{tmp_path}/judge.py:{judge}"))
-    return compare.by_judge(compared(*responses), prompts, how, tmp_path / "judge")
+    return compare.by_judge(
+        compared(*responses), prompts, how.rounds.judge, how.compute, how.judge, tmp_path / "judge"
+    )
 
 
 def test_a_judge_says_what_people_would_say(stand, given, tmp_path):
@@ -503,7 +505,9 @@ def end(server):
 def test_the_page_ends_when_all_is_judged_and_goes_on_if_it_was_ended(given, people, tmp_path):
     how = given(judge=None, annotators=("ana",), port=0)
     write_rows(tmp_path / "pairs.jsonl", compared(("a", "b"), ("c", "d"), ("e", "f")))
-    asked = compare.page_of(tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl", how)
+    asked = compare.page_of(
+        tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl", how.rounds, how.seed
+    )
     people.most = 2
     people.leave = end
     with pytest.raises(Stopped, match="2 of 3 judgements so far") as stopped:
@@ -528,7 +532,10 @@ def test_a_page_of_no_job_stays_open(given, people, tmp_path):
         end(server)
 
     people.leave = leave
-    serve.run(None, compare.page_of(tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl", how))
+    serve.run(
+        None,
+        compare.page_of(tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl", how.rounds, how.seed),
+    )
     assert stayed == [True]
 
 
@@ -583,7 +590,11 @@ def small_job(folder):
 @pytest.mark.slow
 def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypatch):
     how = ["rounds", "--config", small_job(tmp_path), "--trust-config"]
+    whole = tmp_path / "whole"
     assert not cli.run(how)
+    assert not cli.run(["report", str(whole)])
+    assert (whole / "stages.html").is_file()
+    monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)  # takes long
     how += ["--output-dir", str(tmp_path / "stopped"), "--rounds.number", "1"]
 
     def stop(*_):
@@ -594,16 +605,14 @@ def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             cli.run(how)
     assert not cli.run([*how, "--resume"])
-    one = Round(1, tmp_path / "whole")
+    one = Round(1, whole)
     other = Round(1, tmp_path / "stopped")
     members = "reward_model/model/member_1/model.safetensors"
     for name in ("pairs.jsonl", "prefs.jsonl", members, "rl/model/model.safetensors"):
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
-    second = Round(2, tmp_path / "whole")
+    second = Round(2, whole)
     reasons = [row["chosen_by"] for row in json_lines(second.pairs)]
     assert sorted(set(reasons)) == ["disagreement", "random"]
     manifest = json.loads((second.reward_model / "manifest.json").read_text())
     assert {str(one.prefs), str(second.prefs)} <= manifest["data"].keys()
-    assert not cli.run(["report", str(tmp_path / "whole")])
-    assert (tmp_path / "whole" / "stages.html").is_file()
     assert not cli.run(["export", str(second.rl), str(tmp_path / "exported")])

@@ -13,13 +13,14 @@ from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
+from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.optimizer import (
     Judge,
     check_frozen,
     make_optimizer,
     times_exhausted,
 )
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import TrainState
 
@@ -197,7 +198,7 @@ def test_length_in_episodes(capsys):
     assert [
         s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)
     ] == [7, 2, 3]
-    method.check_settings("ppo", RunConfig(rl=odd), ppo.Config())
+    method.check_settings("ppo", odd, ppo.Config(), shares_of(RunConfig()))
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said
 
@@ -205,15 +206,15 @@ def test_length_in_episodes(capsys):
 def test_length_in_passes_over_the_prompts(capsys):
     """500 prompts with 8 answers are 4000 rows, 31.25 batches of 128."""
     settings = RLStage(num_epochs=3, batch_size=128)
-    config = RunConfig(rl=settings)
-    how = method.Method(grpo, grpo.Config(group_size=8), NO_PENALTY, None)
-    stage = method.lasting(Stage(config, "grpo", None, None), how, 500)
-    assert stage.config.rl.length == 94  # 93.75
+    how = method.Method(grpo, grpo.Config(group_size=8), settings, NO_PENALTY, None)
+    stage, lasting = method.lasting(stage_of(RunConfig(rl=settings), "grpo", None), how, 500)
+    assert lasting.settings.length == 94  # 93.75
+    assert stage.settings["rl"]["num_iterations"] == 94
     assert capsys.readouterr().out == (
         "94 iterations of 16 prompts x 8 answers: 3.01 passes over 500 prompts\n"
     )
-    fixed = Stage(RunConfig(rl=RLStage(batch_size=128)), "grpo", None, None)
-    assert method.lasting(fixed, how, 500).config.rl.length == 100
+    fixed = how._replace(settings=RLStage(batch_size=128))
+    assert method.lasting(stage, fixed, 500)[1].settings.length == 100
     assert capsys.readouterr().out == (
         "100 iterations of 16 prompts x 8 answers: 3.2 passes over 500 prompts\n"
     )
@@ -221,9 +222,10 @@ def test_length_in_passes_over_the_prompts(capsys):
         RLStage(num_episodes=1, num_epochs=1)
     # 94 iterations are enough for 93 of warm-up, and 90 are not; the default 100 does not count.
     for warmup, prompts in ((93, 500), (100, 600)):
-        slow = method.Method(ppo, PPOStage(value_warmup=warmup), NO_PENALTY, None)
-        warmed = RunConfig(rl=RLStage(num_epochs=24, batch_size=128))
-        method.check_settings("ppo", warmed, slow.config)
-        assert method.lasting(Stage(warmed, "ppo", None, None), slow, prompts)
+        warmed = RLStage(num_epochs=24, batch_size=128)
+        slow = method.Method(ppo, PPOStage(value_warmup=warmup), warmed, NO_PENALTY, None)
+        method.check_settings("ppo", warmed, slow.config, shares_of(RunConfig()))
+        stage = stage_of(RunConfig(rl=warmed), "ppo", None)
+        assert method.lasting(stage, slow, prompts)
     with pytest.raises(UserError, match=r"ppo.value_warmup 100: of 94 iterations"):
-        method.lasting(Stage(warmed, "ppo", None, None), slow, 500)
+        method.lasting(stage, slow, 500)

@@ -12,9 +12,10 @@ from builders import TINY, metric_rows, run_script, start_script
 
 from rlhf_jax import cli
 from rlhf_jax.data import demo
+from rlhf_jax.errors import UserError
 from rlhf_jax.runs.devices import has_file
 
-WITH_TINY = ("--config", TINY)
+WITH_TINY = ("--config", str(TINY))
 slow = pytest.mark.slow
 soak = pytest.mark.soak
 without_gpu = pytest.mark.skipif(
@@ -87,7 +88,7 @@ def ppo_samples_and_learns(metrics, folder):
 
 
 @slow
-def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path):
+def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path, capsys):
     folder = tmp_path / "run"
     demo.write(
         tmp_path / "data",
@@ -113,10 +114,13 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"][
         "data"
     ].keys()
-    done = run_script("pipeline", *given, check=False)
-    assert (done.returncode, "--resume" in done.stderr) == (2, True)
+    again = ["pipeline", *map(str, given)]
+    with pytest.raises(UserError, match="--resume"):
+        cli.run(again)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
-    assert run_script("pipeline", *given, "--resume").stdout.count("finished already") == 3
+    capsys.readouterr()
+    assert not cli.run([*again, "--resume"])
+    assert capsys.readouterr().out.count("finished already") == 3
     assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -125,10 +129,6 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     ("flags", "message"),
     [
         (["--data", "missing.json"], "missing.json"),
-        (["--reward"], "--reward"),
-        (["--reward", "count:the cat"], "tokens"),
-        (["--rl.max-new-tokens", "200"], "max_new_tokens"),
-        (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
         pytest.param(
             ["--device", "gpu"], "--device gpu: JAX finds no such device here", marks=without_gpu
@@ -140,6 +140,21 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward"], "--reward"),
+        (["--reward", "count:the cat"], "tokens"),
+        (["--rl.max-new-tokens", "200"], "max_new_tokens"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_a_sentence(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        cli.run(["ppo", *WITH_TINY, "--output-dir", str(tmp_path / "run"), *flags])
 
 
 @slow

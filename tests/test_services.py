@@ -227,7 +227,7 @@ def test_a_wrong_rubric_names_its_file(text, tmp_path):
         UserError, match=rf"(?s)^{file}: .*a rubric has criteria, a text, and may have"
     ):
         service.read_rubric(file)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60
 
 
 def test_a_rubric_has_a_scale_and_columns_by_default(tmp_path):

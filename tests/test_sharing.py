@@ -3,6 +3,7 @@ records, and that it learns the same.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +15,17 @@ from builders import letters_run, metric_rows, run_grpo, with_rl
 from rlhf_jax import grpo, iteration, minibatch_epochs, ops, ppo, rloo, training
 from rlhf_jax.algorithms import step
 from rlhf_jax.algorithms.lengths import by_length
-from rlhf_jax.config import Compute, RLStage, RunConfig
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.layout import Shares
 from rlhf_jax.training.rl.sharing import Answers, decided, saved
 from rlhf_jax.types import Rollout, TrainState
 
 
-def answers(own, name="grpo", prompt=8, takes_groups=True, devices=1):
-    return Answers(name, own, prompt, takes_groups, {"devices": devices})
-
-
-def run_of(share="auto", blocks=None, **settings):
-    compute = Compute(share_prompts=share, blocks=blocks)
-    rl = RLStage(**{"batch_size": 32, "max_new_tokens": 8} | settings)
-    return RunConfig(compute=compute, rl=rl)
+def answers(own, name="grpo", prompt=8, takes_groups=True, devices=1, share="auto"):
+    mesh = SimpleNamespace(size=devices, shape={"data": devices, "fsdp": 1})
+    settings = RLStage(batch_size=32, max_new_tokens=8)
+    return Answers(name, own, settings, share, prompt, takes_groups, Shares(mesh))
 
 
 def test_the_saved_share_by_hand():
@@ -40,26 +38,26 @@ FOUR = grpo.Config(group_size=4)
 
 
 @pytest.mark.parametrize(
-    ("given", "config", "expected"),
+    ("given", "expected"),
     [
-        (answers(FOUR), run_of(), 4),
-        (answers(FOUR), run_of(False), 1),
-        (answers(FOUR, prompt=1), run_of(), 1),  # saves 3 of 36 passes
-        (answers(FOUR, prompt=2), run_of(), 4),  # 6 of 40
-        (answers(FOUR, prompt=1), run_of(True), 4),
-        (answers(ppo.Config(), "ppo"), run_of(), 1),
-        (answers(FOUR, takes_groups=False), run_of(), 1),
-        (answers(FOUR, "of_ones_own"), run_of(), 1),
-        (answers(FOUR, "of_ones_own"), run_of(True), 4),
-        (answers(replace(FOUR, num_minibatches=8)), run_of(), 4),
-        (answers(replace(FOUR, num_minibatches=16)), run_of(), 1),
-        (answers(replace(FOUR, num_minibatches=4, num_microbatches=4)), run_of(), 1),
-        (answers(replace(FOUR, num_minibatches=4, shuffle_blocks=4)), run_of(), 1),
-        (answers(FOUR, devices=16), run_of(), 1),
+        (answers(FOUR), 4),
+        (answers(FOUR, share=False), 1),
+        (answers(FOUR, prompt=1), 1),  # saves 3 of 36 passes
+        (answers(FOUR, prompt=2), 4),  # 6 of 40
+        (answers(FOUR, prompt=1, share=True), 4),
+        (answers(ppo.Config(), "ppo"), 1),
+        (answers(FOUR, takes_groups=False), 1),
+        (answers(FOUR, "of_ones_own"), 1),
+        (answers(FOUR, "of_ones_own", share=True), 4),
+        (answers(replace(FOUR, num_minibatches=8)), 4),
+        (answers(replace(FOUR, num_minibatches=16)), 1),
+        (answers(replace(FOUR, num_minibatches=4, num_microbatches=4)), 1),
+        (answers(replace(FOUR, num_minibatches=4, shuffle_blocks=4)), 1),
+        (answers(FOUR, devices=16), 1),
     ],
 )
-def test_who_shares(given, config, expected):
-    assert given.group_size(config) == expected
+def test_who_shares(given, expected):
+    assert given.group_size() == expected
 
 
 @pytest.mark.parametrize(
@@ -72,17 +70,17 @@ def test_who_shares(given, config, expected):
 )
 def test_true_is_an_error_where_prompts_cannot_be_shared(given, message):
     with pytest.raises(UserError, match=message):
-        given.group_size(run_of(True))
+        given._replace(wanted=True).group_size()
 
 
 def test_the_choice_is_printed_and_recorded(capsys):
-    config, size = decided(run_of(), answers(FOUR))
+    compute, size = decided(Compute(), answers(FOUR))
     assert size == 4
-    assert config.compute.share_prompts is True
+    assert compute.share_prompts is True
     assert "share_prompts true" in capsys.readouterr().out
-    config, size = decided(run_of(), answers(ppo.Config(), "ppo"))
+    compute, size = decided(Compute(), answers(ppo.Config(), "ppo"))
     assert size == 1
-    assert config.compute.share_prompts is False
+    assert compute.share_prompts is False
     assert not capsys.readouterr().out
 
 
@@ -194,7 +192,7 @@ def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_shares_as_it_began(config, tmp_path):
+def test_a_resumed_run_shares_as_it_began(config, tmp_path, no_pages):
     run = run_grpo(of(config, True)).folder
     longer = with_rl(of(config, "auto"), num_iterations=3)
     run_grpo(replace(longer, resume=True, allow_changed=("rl.num_iterations",)))
@@ -203,7 +201,7 @@ def test_a_resumed_run_shares_as_it_began(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_rloo_keeps_its_groups_too(config):
+def test_rloo_keeps_its_groups_too(config, no_pages):
     folder = training.rl.run(replace(config, rloo=rloo.Config(group_size=2)), rloo).folder
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["compute"]["share_prompts"] is True

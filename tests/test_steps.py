@@ -10,7 +10,7 @@ import pytest
 from builders import letters_run, metric_rows, with_rl
 
 from rlhf_jax import rloo, training
-from rlhf_jax.config import Network, Optimizer, RunConfig, Text, Tokenizer
+from rlhf_jax.config import Network, Optimizer, RunConfig, Text, Tokenizer, model_source
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -134,13 +134,13 @@ def test_a_run_says_which_model_it_trains(capsys, tmp_path):
     config = RunConfig(
         network=network, tokenizer=Tokenizer(name=str(tmp_path / "tokenizer")), text=Text()
     )
-    made = initial.language_model(config, (), jax.random.key(0))
+    made = initial.language_model(model_source(config), (), jax.random.key(0))
     number = sum(leaf.size for leaf in jax.tree.leaves(made.params))
     assert f"model: random weights (no --model), {number:,} parameters" in capsys.readouterr().out
     how = initial.sampling_config(config.rl, tokenizer)
     made.save(tmp_path / "model", template=config.text.template, config=how)
     loaded = RunConfig(model=str(tmp_path / "model"))
-    initial.language_model(loaded, (), jax.random.key(0))
+    initial.language_model(model_source(loaded), (), jax.random.key(0))
     assert f"model: {tmp_path / 'model'}, {number:,} parameters" in capsys.readouterr().out
-    initial.language_model(config, (), jax.random.key(0), policy=made.model)
+    initial.language_model(model_source(config), (), jax.random.key(0), policy=made.model)
     assert "model: the policy that Python gives, " in capsys.readouterr().out

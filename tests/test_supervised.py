@@ -26,7 +26,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.common import loop
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.supervised import entry, tasks
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -86,7 +86,7 @@ def setting_of(config, stage):
     """What a run of the stage would make its task from."""
     spec = replace(getattr(training, stage).SPEC, make_task=stop)
     with pytest.raises(Seen) as seen:
-        tasks.run(config, spec)
+        entry.run(config, spec)
     return seen.value.args[0]
 
 
@@ -136,7 +136,7 @@ def test_a_sample_of_the_rows_and_a_length_in_steps(stage, config, monkeypatch, 
     config = replace(config, overwrite=True)
     limited = changed(config, stage, max_rows=20, max_steps=7, batch_size=4)
     counted = []
-    monkeypatch.setattr(tasks, "make_optimizer", lambda _, num_steps: counted.append(num_steps))
+    monkeypatch.setattr(entry, "make_optimizer", lambda _, num_steps: counted.append(num_steps))
     setting = setting_of(limited, stage)
     assert counted == [7]
     places = [row.source for row in setting.rows]
@@ -147,7 +147,7 @@ def test_a_sample_of_the_rows_and_a_length_in_steps(stage, config, monkeypatch, 
     other = setting_of(replace(limited, seed=1), stage)
     assert [row.source for row in other.rows] != places
     task = tasks.Task(setting, *[lambda *_: None] * 4)
-    assert tasks._job(getattr(training, stage).SPEC, task, None).num_steps == 7
+    assert entry._job(getattr(training, stage).SPEC, task, None).num_steps == 7
 
 
 def test_a_file_cannot_both_train_and_validate(config):
@@ -190,7 +190,7 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
     spec = replace(getattr(training, stage).SPEC, make_task=make_task)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_jax.training.common.memory.check", lambda *args: None)
-        tasks.run(config, spec)
+        entry.run(config, spec)
     setting, *steps = batches
     answers = [texts[row] for texts in setting.encoded.tokens for row in setting.train_rows]
     wanted = sorted(map(tuple, answers))
@@ -229,11 +229,11 @@ def test_sft_is_validated_in_nats_per_token_whatever_it_learns_from(aggregate, c
 
     def validated(setting):
         task = training.sft._task(setting)
-        raise Seen(task.validate(tasks._first_state(task)).metrics)
+        raise Seen(task.validate(entry.first_state(task)).metrics)
 
     config = changed(config, "sft", aggregate=aggregate)
     with pytest.raises(Seen) as seen:
-        tasks.run(config, replace(training.sft.SPEC, make_task=validated))
+        entry.run(config, replace(training.sft.SPEC, make_task=validated))
     size = len(set("abcdfghijklmpqrt") | set("yes no")) + 3
     assert seen.value.args[0]["validation/loss"] == pytest.approx(np.log(size), rel=0.1)
 
@@ -250,7 +250,7 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
     config = changed(config, "reward_model", ensemble_size=3)
     spec = replace(training.reward_model.SPEC, make_task=make_task)
     with pytest.raises(Seen) as seen:
-        tasks.run(config, spec)
+        entry.run(config, spec)
     setting, weight, validation = seen.value.args[0]
     assert setting.encoded.weight.shape == (len(setting.encoded),)
     assert weight.shape == (len(setting.encoded), 3)
@@ -299,7 +299,7 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
         stop_at_once = replace(training.kto.SPEC, make_task=judged)
         data = (str(tmp_path / "feedback.json"),)
         with pytest.raises(Seen):
-            tasks.run(replace(config, data=data, overwrite=True), stop_at_once)
+            entry.run(replace(config, data=data, overwrite=True), stop_at_once)
         return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
 
     def judged(setting):

@@ -13,13 +13,22 @@ import optax
 import pytest
 import scipy.special
 import scipy.stats
-from builders import CONFIG, goes_on_alike, letters_run, metric_rows, run_grpo, with_rl
+from builders import (
+    CONFIG,
+    goes_on_alike,
+    letters_run,
+    metric_rows,
+    run_grpo,
+    slow,
+    soak,
+    with_rl,
+)
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import losses, models, ops, rewards, rollout, sampling
 from rlhf_jax.algorithms import grpo, rloo
-from rlhf_jax.config import Compute, RLStage, RunConfig
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -321,9 +330,9 @@ def test_what_cannot_be_known_is_refused():
     assert not initial.recorded(how(), 5000).records
     assert not how(temperature=0.0, top_k=5, record_support=True).truncates
     served = SimpleNamespace(needs_teacher=True, teacher_server="http://x", teacher="x")
-    stage = SimpleNamespace(config=RunConfig(rl=RLStage(top_p=0.9)))
+    method = SimpleNamespace(config=served, settings=RLStage(top_p=0.9))
     with pytest.raises(UserError, match=r"whole vocabulary; leave rl\.top_k"):
-        teacher.connect(stage, served, None)
+        teacher.connect(None, method, None, None)
 
 
 def test_the_turns_of_a_conversation_keep_their_support():
@@ -358,8 +367,7 @@ def test_the_turns_of_a_conversation_keep_their_support():
 # --- Runs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("blocks", [None, 4])
+@pytest.mark.parametrize("blocks", [slow(None), soak(4)])
 def test_a_run_learns_and_goes_on_bit_for_bit(blocks, tmp_path, no_pages):
     """The first step of each iteration has the ratio 1, with shared prompts and microbatches."""
     size = {"batch_size": 8, "num_iterations": 3, "validation_interval": 3}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from rlhf_jax.cli.planning import hlo, plan, targets
+from rlhf_jax.cli.planning import hlo, phases, plan, targets
 from rlhf_jax.errors import UserError
 
 # A product of [4, 8] and [8, 2], twice in a loop of 3 turns, and a loop whose end XLA does not
@@ -148,7 +148,7 @@ def test_a_loop_that_does_not_count_is_of_unknown_length(text, other):
 def test_a_plan_says_what_it_could_not_count():
     read = hlo.work(PROGRAM, turns=None)
     assert read.kernels == 3 + 2 + 1
-    said = plan._figure_lines("learn", plan.Figures(read, 1e12, 1.0, {}))
+    said = plan._figure_lines("learn", phases.Figures(read, 1e12, 1.0, {}))
     assert said[-1] == "  these are lower bounds: 1 loop of unknown length is counted as one turn"
 
 

@@ -14,7 +14,8 @@ from rlhf_jax.cli import verify
 from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.training import pipeline
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common.opening import run_folder
+from rlhf_jax.training.common.setup import choose_devices
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def chosen(monkeypatch, config, *folders, **options):
     """The number of threads that a run asks for."""
     asked = []
     monkeypatch.setattr(devices, "choose", lambda *words, threads, **_: asked.append(threads))
-    stage.choose_devices(config, folders, **options)
+    choose_devices(config, folders, **options)
     return asked[0]
 
 
@@ -44,7 +45,7 @@ def test_a_resumed_run_asks_for_the_threads_of_its_last_start(tmp_path, monkeypa
     run_loop(config, num_steps=1)
     record = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert record["threads"] == 64
-    run = stage.run_folder(config, "sft")
+    run = run_folder(config, "sft")
     assert run == tmp_path / "run"
     resumed = RunConfig(output_dir=config.output_dir, resume=True)
     assert chosen(monkeypatch, resumed, run) == 64

@@ -19,7 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs import trackers
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import Pulse, Tracker
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common import setup
 
 SAMPLES = [
     {"prompt": "a|b", "response": "c\nd", "score": 0.5},
@@ -155,12 +155,12 @@ def test_errors_are_one_warning_and_stop_nothing(
 
 def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(stage.devices, "choose", lambda device: pytest.fail("too late"))
+    monkeypatch.setattr(setup.devices, "choose", lambda device: pytest.fail("too late"))
     with pytest.raises(
         UserError,
         match=r"--track wandb: the package is not installed; pip install 'rlhf-jax\[wandb\]'",
     ):
-        stage.set_up(RunConfig(track=("wandb",)))
+        setup.set_up(RunConfig(track=("wandb",)))
 
 
 # --- The packages themselves

@@ -21,12 +21,14 @@ from rlhf_jax.config import (
     RunConfig,
     Text,
     Tokenizer,
+    model_source,
     parse,
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.training.common import initial, layout, stage
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common.setup import set_up
+from rlhf_jax.training.supervised import entry
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -102,7 +104,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         raise Seen(setting)
 
     with pytest.raises(Seen) as seen:
-        tasks.run(config, replace(training.reward_model.SPEC, make_task=stop))
+        entry.run(config, replace(training.reward_model.SPEC, make_task=stop))
     setting = seen.value.args[0]
     train, held_out = (
         {setting.encoded.sources[row] for row in part}
@@ -178,9 +180,9 @@ def test_supervised_settings_that_do_not_fit_are_refused(section, change, messag
 
 def test_float16_is_answered_by_bfloat16(config, capsys):
     config = replace(config, compute=Compute(dtype="float16"))
-    stage.set_up(config)
+    set_up(config)
     assert "bfloat16 in place of float16" in capsys.readouterr().out
-    made = initial.language_model(config, ["some text"], jax.random.key(0))
+    made = initial.language_model(model_source(config), ["some text"], jax.random.key(0))
     assert made.model.config.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import vpg
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, data_source
 from rlhf_jax.data import check as checks
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.graders import answers, selftest, verifiable
@@ -190,7 +190,7 @@ def test_an_answer_that_would_take_long_is_not_equal_at_once():
         started = time.perf_counter()
         assert status("\\sqrt{2}", f"\\boxed{{{text}}}") != "right"
         assert status("7", f"\\boxed{{{text}}}") != "right"
-        if time.perf_counter() - started > 9:
+        if time.perf_counter() - started > verifiable.SECONDS:
             slow[what] = time.perf_counter() - started
     assert slow == {}
 
@@ -212,7 +212,7 @@ def test_a_comparison_that_hangs_is_an_error_and_no_verdict(hanging):
         status("2+x", "x+3")
     with pytest.raises(TrainingFault, match=r"regex:\(a\+\)\+\$: no result after 0.2 s .* '.*aab'"):
         verifiable.regex("(a+)+$")([""], ["a" * 40 + "b"])
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 50  # the programs would sleep a minute
 
 
 def test_a_program_that_was_ended_is_started_again():
@@ -439,15 +439,21 @@ def test_the_report_on_a_file_tries_the_rewards(write, tmp_path):
     assert report.num_problems == 1
 
 
+def tested(config):
+    prompts = rl.parts.read_prompts(data_source(config), config.rl)
+    drops = config.on_bad_row == "drop"
+    return rl.answers.tested(config.reward, config.math, prompts, drops=drops)
+
+
 def test_a_run_tries_the_answers_first(write, caplog):
     config = RunConfig(data=(write(ROWS),), reward=("math*2", "regex:[0-9]"))
     with caplog.at_level("INFO", "rlhf_jax"):
         with pytest.raises(UserError, match="line 3: math: the answer is a whole text") as error:
-            rl.answers.tested(config, rl.parts.read_prompts(config))
+            tested(config)
         assert "--on-bad-row drop" in str(error.value)
         config = dataclasses.replace(config, on_bad_row="drop")
-        found, [prompts] = rl.answers.tested(config, rl.parts.read_prompts(config))
-    assert found.math.form == "number"
+        found, [prompts] = tested(config)
+    assert found.form == "number"
     assert [row.source[-1] for row in prompts.rows] == ["1", "2", "4"]
     assert prompts.dropped == {
         "math: the answer is a whole text; mark its end by #### or \\boxed{}": 1
@@ -456,7 +462,7 @@ def test_a_run_tries_the_answers_first(write, caplog):
     assert "warning: regex:[0-9]: the prompt itself scores 1 in 3 of 4 rows" in caplog.text
     config = RunConfig(data=(write(ROWS[2:3]),), reward=("math",), on_bad_row="drop")
     with pytest.raises(UserError, match="no row is left"):
-        rl.answers.tested(config, rl.parts.read_prompts(config))
+        tested(config)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def preview_stage(argv: Sequence[str]) -> None:
     with _quiet():
         flags = ["--data", *rest]
         settings = config.parse(config.RunConfig, flags, prog=PROGRAM, sections=sections)
-    shown = stages.rows(stage, settings, options.count)
+    shown = stages.rows(stage, config.data_source(settings), settings.rl, options.count)
     has_colors = sys.stdout.isatty()
     if not options.json:
         show(f"{shown.found.describe()}\n{shown.template}\n")

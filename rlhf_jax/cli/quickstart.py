@@ -36,7 +36,9 @@ from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import pipeline
-from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.setup import set_up
+from rlhf_jax.training.common.stage import stream
 from rlhf_jax.training.supervised.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Params, Rollout
 
@@ -88,7 +90,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
-    stage.set_up(config, [folder / name for name in pipeline.STAGES])
+    set_up(config, [folder / name for name in pipeline.STAGES])
     show("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
@@ -132,7 +134,7 @@ def answer(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    key = stage.stream(config.seed, "quickstart", "eval")
+    key = stream(config.seed, "quickstart", "eval")
     policy = generator.LanguageModel(model, params, tokenizer)
     rollout = policy.sample(encoded.tokens, encoded.attention_mask, key, config=greedy)
     texts = generator.responses(rollout, tokenizer)

@@ -34,9 +34,11 @@ from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import loop
-from rlhf_jax.training.common.stage import MAY_CHANGE, fingerprints_of, set_up
+from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
+from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.rl import parts
-from rlhf_jax.training.supervised import dpo, kto, reward_model, sft, tasks
+from rlhf_jax.training.rl.entry import sources_of
+from rlhf_jax.training.supervised import dpo, entry, kto, reward_model, sft
 from rlhf_jax.types import Algorithm
 
 SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
@@ -363,7 +365,9 @@ def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -
 def _inputs(config: RunConfig, stage: str) -> Digests:
     """The checksums of the files that the run would read on this machine."""
     kind = _kind(stage)
-    others = parts.files(config, stage) if stage in METHODS else {}
+    others = {}
+    if stage in METHODS:
+        others = parts.files(sources_of(config), config.rl, vars(config)[stage])
     digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(kind, names, seed=config.seed)
@@ -465,7 +469,7 @@ def _repeat(
     stage = recorded["stage"]
     with _stopped_alike(path):
         if stage in SPECS:
-            tasks.run(config, SPECS[stage], is_over)
+            entry.run(config, SPECS[stage], is_over)
         else:
             rl.run(config, METHODS[stage], on_step=is_over)
 

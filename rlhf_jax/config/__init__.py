@@ -32,6 +32,7 @@ from rlhf_jax.config.settings import (
     Text,
     Tokenizer,
 )
+from rlhf_jax.config.sources import DataSource, ModelSource, data_source, model_source
 from rlhf_jax.config.yaml_files import read, to_yaml
 from rlhf_jax.graders.service import Judge
 
@@ -40,6 +41,7 @@ __all__ = [
     "PRETRAINED",
     "Compute",
     "DPOStage",
+    "DataSource",
     "DistillStage",
     "EngineServer",
     "Json",
@@ -47,6 +49,7 @@ __all__ = [
     "KTOStage",
     "LoRA",
     "Mesh",
+    "ModelSource",
     "Network",
     "Optimizer",
     "PPOStage",
@@ -60,8 +63,10 @@ __all__ = [
     "Text",
     "Tokenizer",
     "check_trusted",
+    "data_source",
     "for_algorithm",
     "is_pretrained",
+    "model_source",
     "parse",
     "read",
     "section_name",

@@ -6,7 +6,7 @@ import difflib
 import functools
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,9 +257,12 @@ def to_yaml(config: Any) -> str:
     """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to
     an equal value.
     """
-    return yaml.dump(
-        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
+    return dumped(dataclasses.asdict(config))
+
+
+def dumped(values: Mapping[str, Any]) -> str:
+    """Settings as plain values in YAML, in their order."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Dumper(yaml.SafeDumper):

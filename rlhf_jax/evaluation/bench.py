@@ -28,7 +28,8 @@ from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.stage import stream
 from rlhf_jax.training.supervised import scoring
 from rlhf_jax.types import Comparisons, Params, Rollout
 
@@ -99,7 +100,7 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
                 f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
-    key = stage.stream(config.seed, "evaluate", "eval")
+    key = stream(config.seed, "evaluate", "eval")
     return Bench(policy, config, key, reward, positions, _environment(policy, config))
 
 

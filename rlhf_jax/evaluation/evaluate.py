@@ -33,7 +33,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest, writing
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common.setup import enable_compilation_cache
 from rlhf_jax.training.supervised import scoring
 
 Categories = Mapping[str, data.CustomCategory]
@@ -79,7 +79,7 @@ def run(folder: str | Path, config: Config) -> Result:
     folder = str(folder)
     output = _output(folder, config)
     devices.choose(config.device)
-    stage.enable_compilation_cache()
+    enable_compilation_cache()
     policy = bench.load(folder, config)
     _check_flags(policy, config)
     config = _with_own_reward_model(policy, config)

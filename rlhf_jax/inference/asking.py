@@ -20,7 +20,8 @@ from rlhf_jax.models import hf
 from rlhf_jax.runs import devices, manifest, reading
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training.common import initial, stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.setup import enable_compilation_cache
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -83,7 +84,7 @@ class FromFiles(Settings, Prompts):
 def start(settings: Settings) -> None:
     """Chooses the device; to be called before anything else touches JAX."""
     devices.choose(settings.device)
-    stage.enable_compilation_cache()
+    enable_compilation_cache()
 
 
 def open_policy(

@@ -30,6 +30,9 @@ SMOOTHED_PART = 25  # a long curve is smoothed by means over this part of its po
 MAX_HOVERED = 400  # points of a curve whose values the page shows under the pointer
 SIZE = (5.2, 3.3)  # inches; the page scales it
 PNG_DPI = 160
+# Inches of room at the rim, across and along: a browser draws labels in the page's font, which
+# cannot be measured here.
+PADDING = (0.09, 0.06)
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -232,37 +235,86 @@ def _draw(
     """The file, empty if nothing is drawn, and matplotlib's axes."""
     if not plot.shown:
         return b"", None
-    import matplotlib.style
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     own = {"svg.hashsalt": f"figure {salt} {plot.title}", "savefig.transparent": kind == "svg"}
-    # "default" first: what the user has set elsewhere must not show here.
-    with matplotlib.style.context(["default", STYLE, own]):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
+    with matplotlib.rc_context(_style() | own):
+        figure = Figure(figsize=SIZE)
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        axes = figure.add_subplot()
         title = plot.title if kind == "png" else ""
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=title)
         handles = _draw_series(axes, plot.shown) | _draw_marks(axes, plot)
-        if len(handles) > 1:
-            _draw_legend(figure, handles)
+        legend = _draw_legend(figure, handles) if len(handles) > 1 else None
+        _place(axes, legend, renderer)
         file = io.BytesIO()
         metadata = ("Software",) if kind == "png" else ("Creator", "Date", "Format", "Type")
         figure.savefig(file, format=kind, dpi=PNG_DPI, metadata=dict.fromkeys(metadata))
     return file.getvalue(), axes
 
 
-def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> None:
-    """Above the axes, in as many columns as the longest label leaves room for."""
+@functools.cache
+def _style() -> Any:
+    """Matplotlib's own settings and ours over them: what the user has set must not show."""
+    import matplotlib
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", STYLE]):
+        return {
+            name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"
+        }
+
+
+def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> Any:
+    """At the top, in as many columns as the longest label leaves room for."""
     longest = max(map(len, handles))
     columns = min(4, max(1, 50 // (longest + 6)))  # the plot is about 50 letters wide
     rows = math.ceil(len(handles) / columns)
     width, height = SIZE
     figure.set_size_inches(width, height + 0.22 * (rows - 1))
-    figure.legend(
+    return figure.legend(
         list(handles.values()),
         list(handles),
-        loc="outside upper left",
+        loc="upper left",
         ncols=columns,
+    )
+
+
+def _place(axes: Any, legend: Any, renderer: Any) -> None:
+    """Gives the axes the room that its labels, and the legend above it, leave.
+
+    Matplotlib's constrained layout does the same, but measures and draws everything twice. Here
+    the ticks stay those that were measured.
+    """
+    from matplotlib.ticker import FixedLocator
+
+    figure = axes.figure
+    width, height = figure.bbox.size
+    across = PADDING[0] * figure.dpi
+    along = PADDING[1] * figure.dpi
+    top = height - along
+    if legend is not None:
+        extent = legend.get_window_extent(renderer)
+        top -= extent.height + 2 * along
+    axes.set_position((0.15, 0.15, 0.8, top / height - 0.2))
+    for axis in (axes.xaxis, axes.yaxis):
+        ticks = axis.get_majorticklocs()
+        axis.set_major_locator(FixedLocator(ticks))
+    frame = axes.bbox
+    labels = axes.get_tightbbox(renderer, for_layout_only=True)
+    left = across + frame.x0 - labels.x0
+    right = width - across - labels.x1 + frame.x1
+    bottom = along + frame.y0 - labels.y0
+    top += frame.y1 - labels.y1
+    axes.set_position(
+        (
+            left / width,
+            bottom / height,
+            (right - left) / width,
+            (top - bottom) / height,
+        )
     )
 
 
@@ -298,9 +350,10 @@ def _draw_one(axes: Any, series: Series) -> Any:
         **look,
     )
     if width > 1:
-        import scipy.ndimage
-
-        means = scipy.ndimage.uniform_filter1d(y[finite], width, mode="nearest")
+        before = width // 2
+        after = width - 1 - before
+        known = np.pad(y[finite], (before, after), mode="edge")
+        means = np.convolve(known, np.full(width, 1 / width), "valid")
         every = math.ceil(width / 8)  # between these points a smooth curve is straight
         thick = look | {"linewidth": 1.9}
         (artist,) = axes.plot(x[finite][::every], means[::every], **thick)

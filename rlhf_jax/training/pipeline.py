@@ -9,7 +9,8 @@ from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import folder, processes, writing
 from rlhf_jax.training import rl
-from rlhf_jax.training.common.stage import RunResult, choose_devices
+from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.common.setup import choose_devices
 from rlhf_jax.training.supervised import reward_model, sft
 
 STAGES = ("sft", "reward_model", "ppo")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import ALGORITHMS, RunConfig
+from rlhf_jax.config import ALGORITHMS, DataSource, RLStage, Text
 from rlhf_jax.data import chat, encoding, preview
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.preview import Preview
@@ -14,7 +14,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.supervised import dpo, kto, reward_model, sft, tasks
+from rlhf_jax.training.supervised import dpo, kto, reading, reward_model, sft
 
 SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
 
@@ -29,12 +29,13 @@ class Previews(NamedTuple):
     """A line that names the template of the prompts."""
 
 
-def rows(stage: str, config: RunConfig, count: int) -> Previews:
-    """The first ``count`` rows of ``config.data`` as that stage makes batches of them. Rows that a
+def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previews:
+    """The first ``count`` rows of the source as that stage makes batches of them. Rows that a
     stage cannot use are left out.
 
     Args:
         stage: sft, reward_model, dpo, kto or an RL algorithm.
+        settings: of RL, which say how long a prompt may be.
 
     Raises:
         UserError: a wrong stage, no model, or a file that cannot be read.
@@ -42,14 +43,16 @@ def rows(stage: str, config: RunConfig, count: int) -> Previews:
     if stage not in (*SPECS, *ALGORITHMS):
         known = ", ".join((*SPECS, *ALGORITHMS))
         raise UserError(f"--for {stage}: there is no such stage; give one of {known}")
-    tokenizer = initial.tokenizer_of(config)
-    if config.model is None or tokenizer is None:
+    model = source.read_by
+    text = model.text
+    tokenizer = initial.tokenizer_of(model)
+    if model.model is None or tokenizer is None:
         raise UserError("--for shows the ids of a model: give --model FOLDER too")
-    max_length = hf.read_config(hf.find_folder(config.model)).max_length
+    max_length = hf.read_config(hf.find_folder(model.model)).max_length
     if stage in SPECS:
-        max_length = tasks.longest_text(config, max_length)
+        max_length = reading.longest_text(text, max_length)
     kind = SPECS[stage].kind if stage in SPECS else "prompts"
-    found = initial.read_rows(config, kind, config.data, "drop")
+    found = initial.read_rows(source, kind, source.data, "drop")
     first = found.rows[:count]
     are_pieces = first[0].is_plain_text
     if are_pieces:
@@ -57,17 +60,18 @@ def rows(stage: str, config: RunConfig, count: int) -> Previews:
 
     def shown() -> Iterator[Preview]:
         for row in first:
-            texts, notes = _texts(stage, config, row, tokenizer, max_length, are_pieces)
+            texts, notes = _texts(stage, text, settings, row, tokenizer, max_length, are_pieces)
             form = found.forms.get(row.source, "text")
             yield Preview(row.source, form, row.columns, texts, notes)
 
-    template = chat.describe(config.text.template, tokenizer, config.model)
+    template = chat.describe(text.template, tokenizer, model.model)
     return Previews(shown(), found, tokenizer, template)
 
 
 def _texts(
     stage: str,
-    config: RunConfig,
+    text: Text,
+    settings: RLStage,
     row: Row,
     tokenizer: Tokenizer,
     max_length: int,
@@ -78,10 +82,10 @@ def _texts(
     """
     try:
         if stage in SPECS:
-            encoded: Any = tasks.encode(config, [row], tokenizer, max_length, is_piece)
+            encoded: Any = reading.encode(text, [row], tokenizer, max_length, is_piece)
             batch = SPECS[stage].collate(encoded, np.zeros(1, np.int64), bucket_multiple=1)
             return preview.texts_of(row, batch), [*encoded.counts]
-        encoded = initial.encode_prompts(config, [row], tokenizer, max_length)
+        encoded = initial.encode_prompts(text, settings, [row], tokenizer, max_length)
     except UserError as error:
         return [], [f"a run would not use it: {error}"]
     ids = encoded.tokens[0, encoded.attention_mask[0] != 0].tolist()

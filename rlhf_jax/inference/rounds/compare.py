@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import Compute, Judge, RLStage, Rounds, Text
 from rlhf_jax.data import chat, files
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -33,27 +33,36 @@ class Prompts(NamedTuple):
     template: str
 
 
-def prompts_of_round(prompts: Prompts, number: int, config: RunConfig) -> list[int]:
+class Asked(NamedTuple):
+    """How the pairs of a round are sampled and chosen."""
+
+    sampling: asking.Settings
+    batch_size: int
+    rounds: Rounds
+    seed: int  # of the round
+
+
+def prompts_of_round(prompts: Prompts, number: int, how: Rounds, seed: int) -> list[int]:
     """The numbers of the prompts of a round: the next ones of an order drawn from the seed, so that
     no prompt comes again before all have been asked.
 
     Raises:
         UserError: a round asks more prompts than there are.
     """
-    count = config.rounds.prompts or config.rounds.pairs
+    count = how.prompts or how.pairs
     total = len(prompts.rows)
     if count > total:
         raise UserError(
             f"rounds.prompts: a round asks {count} prompts, and the data has {total}; lower "
             "rounds.prompts and rounds.pairs, or give more"
         )
-    order = np.random.default_rng(config.seed).permutation(total)
+    order = np.random.default_rng(seed).permutation(total)
     places = np.arange((number - 1) * count, number * count) % total
     return [int(order[place]) for place in places]
 
 
 def sample(
-    policy: str, prompts: Prompts, numbers: Sequence[int], members: Sequence[str], config: RunConfig
+    policy: str, prompts: Prompts, numbers: Sequence[int], members: Sequence[str], asked: Asked
 ) -> list[dict[str, Any]]:
     """The pairs to compare, as rows: {prompt, responses, chosen_by, row}, where row is the number
     of the prompt.
@@ -61,27 +70,27 @@ def sample(
     Args:
         policy: the folder of the model that answers each prompt twice.
         members: folders of the reward models that choose; none: the first useful pairs.
-        config: with the round's own seed.
 
     Raises:
         UserError: a prompt is too long; all pairs have equal or empty answers.
     """
-    generator = asking.open_policy(policy, _sampling(config), batch_size=config.rl.batch_size)
-    asked = generator.ask([prompts.rows[number] for number in numbers], 2)
-    texts = generator.texts_of(generator.sample(asked, config.seed))
+    generator = asking.open_policy(policy, asked.sampling, batch_size=asked.batch_size)
+    questions = generator.ask([prompts.rows[number] for number in numbers], 2)
+    texts = generator.texts_of(generator.sample(questions, asked.seed))
     pool = [
         Pair(place, asking.as_given(row, prompts.tokenizer), texts[2 * place : 2 * place + 2])
-        for place, row in enumerate(asked.rows)
+        for place, row in enumerate(questions.rows)
     ]
-    kept = _chosen(pool, members, config)
+    kept = _chosen(pool, members, asked)
     if not kept:
         raise UserError(
             f"{policy}: both answers to each of {len(pool)} prompts are equal, or one is empty: "
             "there is nothing to compare; raise rl.temperature, or train the policy further"
         )
-    if len(kept) < config.rounds.pairs:
+    wanted = asked.rounds.pairs
+    if len(kept) < wanted:
         logger.info(
-            f"{len(kept)} pairs instead of {config.rounds.pairs}: the others have equal or empty "
+            f"{len(kept)} pairs instead of {wanted}: the others have equal or empty "
             "answers; a larger rounds.prompts leaves enough"
         )
     return [
@@ -95,24 +104,23 @@ def sample(
     ]
 
 
-def _sampling(config: RunConfig) -> asking.Settings:
-    """The policy samples as in RL."""
-    dtype = config.compute.dtype
+def sampling(settings: RLStage, text: Text, dtype: str) -> asking.Settings:
+    """The policy samples as in RL; ``dtype``: of the section ``compute``."""
     return asking.Settings(
-        max_new_tokens=config.rl.max_new_tokens,
-        temperature=config.rl.temperature,
-        top_k=config.rl.top_k,
-        top_p=config.rl.top_p,
-        min_p=config.rl.min_p,
-        stop=config.rl.stop,
-        template=config.text.template,
-        template_options=config.text.template_options,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        stop=settings.stop,
+        template=text.template,
+        template_options=text.template_options,
         dtype="float32" if dtype == "float32" else "bfloat16",
     )
 
 
-def _chosen(pool: list[Pair], members: Sequence[str], config: RunConfig) -> list[Pair]:
-    how = config.rounds
+def _chosen(pool: list[Pair], members: Sequence[str], asked: Asked) -> list[Pair]:
+    how = asked.rounds
     if not members:
         useful = [pair for pair in pool if not label.is_useless(pair.answers)]
         return useful[: how.pairs]
@@ -121,18 +129,27 @@ def _chosen(pool: list[Pair], members: Sequence[str], config: RunConfig) -> list
         reward=members,
         random_share=how.random_share,
         count=how.pairs,
-        seed=config.seed,
+        seed=asked.seed,
     )
     return pairs.choose(pool, choice)
 
 
 def by_judge(
-    compared: Sequence[Mapping[str, Any]], prompts: Prompts, config: RunConfig, replies: Path
+    compared: Sequence[Mapping[str, Any]],
+    prompts: Prompts,
+    judge: str,
+    compute: Compute,
+    service: Judge,
+    replies: Path,
 ) -> list[dict[str, Any]]:
     """The rows of preferences by ``rounds.judge``, which sees each pair in both orders. A pair that
     it does not decide has no row.
 
-    replies: the folder that keeps those of a judge on a server.
+    Args:
+        judge: ``rounds.judge``.
+        compute: how a reward model that judges computes.
+        service: how a judge on a server is asked.
+        replies: the folder that keeps those of a judge on a server.
     """
     asked = [prompts.rows[row["row"]] for row in compared]
     columns = sorted({name for row in prompts.rows for name in row.columns})
@@ -140,17 +157,17 @@ def by_judge(
     in_chat = chat.frame(prompts.template, tokenizer) is None
     load = functools.partial(
         initial.load_reward_model,
-        compute=config.compute,
+        compute=compute,
         policy=tokenizer.fingerprint,
         in_chat=in_chat,
     )
-    name, judge = spec.build_pair_judge(
-        str(config.rounds.judge),
+    name, compares = spec.build_pair_judge(
+        judge,
         tokenizer=tokenizer,
         load=load,
         columns=columns,
         flag="--rounds.judge",
-        services=Services(config.judge, replies),
+        services=Services(service, replies),
     )
     shown: dict[str, list[Any]] = {
         column: [row.columns.get(column) for row in asked] for column in columns
@@ -158,7 +175,7 @@ def by_judge(
     shown["prompts"] = [chat.shown(row, tokenizer) for row in asked]
     shown["messages"] = [row.conversation for row in asked]
     both = [judges.Pair(number, *row["responses"]) for number, row in enumerate(compared)]
-    shares = judges.in_both_orders(judge, both, shown)
+    shares = judges.in_both_orders(compares, both, shown)
     given = _judgements(compared, shares, name)
     if len(given) < len(compared):
         logger.info(f"{name} decided {len(given)} of {len(compared)} pairs")
@@ -179,9 +196,8 @@ def _judgements(
     return given
 
 
-def page_of(compared: Path, labels: Path, config: RunConfig) -> settings.Config:
+def page_of(compared: Path, labels: Path, how: Rounds, seed: int) -> settings.Config:
     """The settings of the page on which people compare the pairs of a file."""
-    how = config.rounds
     return settings.Config(
         serve=True,
         answers=str(compared),
@@ -191,7 +207,7 @@ def page_of(compared: Path, labels: Path, config: RunConfig) -> settings.Config:
         host=how.host,
         port=how.port,
         again=0.0,
-        seed=config.seed,
+        seed=seed,
     )
 
 

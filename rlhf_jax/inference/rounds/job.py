@@ -28,14 +28,15 @@ from rlhf_jax.report import records
 from rlhf_jax.runs import manifest, reading
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import stage
+from rlhf_jax.training.common.opening import MAY_CHANGE
+from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.pipeline import stage_config
 from rlhf_jax.training.supervised import reward_model
 
 STATE = "rounds.json"
 TOKENS = "annotators"  # beside it the secret addresses, which are the same in all rounds
 # What may change between the starts of one job.
-_FREE = (*stage.MAY_CHANGE, "rounds.number", "rounds.annotators", "rounds.host", "rounds.port")
+_FREE = (*MAY_CHANGE, "rounds.number", "rounds.annotators", "rounds.host", "rounds.port")
 
 
 class Result(NamedTuple):
@@ -89,7 +90,7 @@ def run(config: RunConfig) -> Result:
     numbers = range(1, config.rounds.number + 1)
     begun = [Round(number, folder) for number in numbers]
     refuse_links(path for own in begun for path in (own.folder, own.pairs, own.prefs))
-    config = stage.set_up(config, [path for own in begun for path in (own.reward_model, own.rl)])
+    config = set_up(config, [path for own in begun for path in (own.reward_model, own.rl)])
     prompts, fingerprints = _read_prompts(config)
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,10 +113,12 @@ def _advance(job: _Job, number: int) -> None:
     own = job.round(number)
     config = job.of_round(number)
     policy = job.policy(number - 1)
-    numbers = compare.prompts_of_round(job.prompts, number, job.config)
+    numbers = compare.prompts_of_round(job.prompts, number, config.rounds, job.config.seed)
     if not own.pairs.exists():
         members = _members(job, number - 1)
-        sampled = compare.sample(policy, job.prompts, numbers, members, config)
+        how = compare.sampling(config.rl, config.text, config.compute.dtype)
+        asked = compare.Asked(how, config.rl.batch_size, config.rounds, config.seed)
+        sampled = compare.sample(policy, job.prompts, numbers, members, asked)
         compare.write_rows(own.pairs, sampled)
     if not own.prefs.exists():
         compare.write_rows(own.prefs, _compared(job, number))
@@ -134,10 +137,13 @@ def _compared(job: _Job, number: int) -> list[dict[str, Any]]:
     config = job.of_round(number)
     pairs = compare.read_pairs(own.pairs, job.prompts)
     logger.info(f"{own.pairs}: {len(pairs)} pairs to compare")
-    if config.rounds.judge is None:
-        page_of_round = compare.page_of(own.pairs, own.labels, config)
+    judge = config.rounds.judge
+    if judge is None:
+        page_of_round = compare.page_of(own.pairs, own.labels, config.rounds, config.seed)
         return compare.by_people(page_of_round, job.folder / TOKENS)
-    return compare.by_judge(pairs, job.prompts, config, own.folder / "judge")
+    return compare.by_judge(
+        pairs, job.prompts, judge, config.compute, config.judge, own.folder / "judge"
+    )
 
 
 def _of_reward_model(job: _Job, number: int) -> RunConfig:
@@ -216,7 +222,7 @@ def _check(config: RunConfig) -> None:
     if how.judge is None:
         if importlib.util.find_spec("uvicorn") is None:
             raise UserError("people compare on a page: pip install 'rlhf-jax[label]'")
-        compare.page_of(Path("pairs"), Path("labels"), config)  # checks its settings
+        compare.page_of(Path("pairs"), Path("labels"), how, config.seed)  # checks its settings
     if how.choose == "disagreement" and config.reward_model.ensemble_size < 2:
         raise UserError(
             "--rounds.choose disagreement: one reward model cannot disagree; give "

@@ -14,7 +14,17 @@ from jax import Array
 from jax.tree_util import Partial
 
 from rlhf_jax import models, ops, rewards, sampling
-from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
+from rlhf_jax.config import (
+    Compute,
+    DataSource,
+    LoRA,
+    ModelSource,
+    Network,
+    Optimizer,
+    RLStage,
+    Text,
+    is_pretrained,
+)
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow, Row
 from rlhf_jax.errors import UserError, logger
@@ -29,11 +39,11 @@ DEEP = 8  # a model of so many layers takes long to compile if each layer is com
 FEWEST_WIDTHS = 4  # a deep model gets programs for at least so many row widths
 
 
-def num_layers(config: RunConfig) -> int:
+def num_layers(source: ModelSource) -> int:
     """The number of layers of the run's model, from the settings or its config.json."""
-    if config.model is None:
-        return config.network.num_layers
-    return hf.read_config(hf.find_folder(config.model)).num_layers
+    if source.model is None:
+        return source.network.num_layers
+    return hf.read_config(hf.find_folder(source.model)).num_layers
 
 
 def by_depth(compute: Compute, layers: int) -> Compute:
@@ -43,7 +53,7 @@ def by_depth(compute: Compute, layers: int) -> Compute:
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
 
 
-def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int = 0) -> int:
+def bucket_multiple(text: Text, layers: int, longest: int, num_steps: int = 0) -> int:
     """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
 
     A deep model takes long to compile for each width, so its rows have only max(4, sqrt(number of
@@ -54,7 +64,7 @@ def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int
         longest: columns of a row.
         num_steps: of an epoch; 0 if unknown.
     """
-    multiple = config.text.bucket_multiple
+    multiple = text.bucket_multiple
     if layers < DEEP:
         return multiple
     fewest = max(FEWEST_WIDTHS, math.isqrt(num_steps))
@@ -114,33 +124,34 @@ def trained_shapes(settings: LoRA, params: Params) -> Params:
     return jax.eval_shape(lambda params, key: split(params, key).params, params, jax.random.key(0))
 
 
-def tokenizer_of(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The tokenizer that a config names, reading texts as ``config.text`` says; None if it is to be
+def tokenizer_of(source: ModelSource) -> tokenizers.Tokenizer | None:
+    """The tokenizer that the settings name, reading texts as ``text`` says; None if it is to be
     made from the data.
     """
-    source = config.model or config.tokenizer.name
-    if not source:
+    name = source.model or source.tokenizer.name
+    if not name:
         return None
-    text = config.text
-    tokenizer = tokenizers.load_tokenizer(source)
+    text = source.text
+    tokenizer = tokenizers.load_tokenizer(name)
     return chat.reading(tokenizer, text.template_options, text.special_tokens)
 
 
 def read_rows(
-    config: RunConfig, kind: Kind, names: Sequence[str], on_bad_row: OnBadRow
+    source: DataSource, kind: Kind, names: Sequence[str], on_bad_row: OnBadRow
 ) -> formats.ReadResult:
     """The rows of files, messages rendered by the chat template of the model's tokenizer.
 
     Raises:
         UserError: there is no data, or a row is wrong.
     """
-    template = chat.template_of(tokenizer_of(config), config.text.template)
-    how: Any = {"columns": config.columns, "on_bad_row": on_bad_row, "turns": config.sft.turns}
-    return formats.read(kind, names, seed=config.seed, template=template, **how)
+    model = source.read_by
+    template = chat.template_of(tokenizer_of(model), model.text.template)
+    how: Any = {"columns": source.columns, "on_bad_row": on_bad_row, "turns": source.turns}
+    return formats.read(kind, names, seed=source.seed, template=template, **how)
 
 
 def stage_rows(
-    config: RunConfig, kind: Kind, names: Sequence[str], note: str = ""
+    source: DataSource, kind: Kind, names: Sequence[str], note: str = ""
 ) -> formats.ReadResult:
     """The rows of a stage; prints their number, and the columns that it does not read.
 
@@ -151,7 +162,7 @@ def stage_rows(
     Raises:
         UserError: as ``read_rows``.
     """
-    data = read_rows(config, kind, names or config.data, config.on_bad_row)
+    data = read_rows(source, kind, names or source.data, source.on_bad_row)
     logger.info(f"{kind}{note}: {data.describe()}")
     unread = data.describe_unread(kind)
     if unread:
@@ -159,20 +170,20 @@ def stage_rows(
     return data
 
 
-def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
+def warn_of_rate(source: ModelSource, section: str, optimizer: Optimizer) -> None:
     """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits
     random ones.
     """
     rate = optimizer.learning_rate
     if (
-        config.model is not None
-        and not config.lora.rank
+        source.model is not None
+        and not source.lora.rank
         and rate >= 1e-4
-        and is_pretrained(config.model)
+        and is_pretrained(source.model)
     ):
         high = (
             f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
-            f"{config.model}"
+            f"{source.model}"
         )
         usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
         logger.info(f"warning: {high} and may undo what they know; {usual}")
@@ -214,31 +225,34 @@ def say_held_out(
 
 
 def language_model(
-    config: RunConfig,
+    source: ModelSource,
     texts: Iterable[str],
     key: Array,
     *,
     is_policy: bool = True,
     policy: models.Model | None = None,
+    place: layout.Place = None,
 ) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
     ``--tokenizer.name``, or one that is trained on ``texts``; or with such a tokenizer ``policy``,
     if it is given. Prints which it is, and how many parameters it has.
 
+    place: of the parameters on the devices, as ``layout.placement`` gives.
+
     Raises:
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
             ``is_policy`` and the model is a reward model.
     """
-    found = _language_model(config, texts, key, is_policy, policy)
-    origin = config.model
+    found = _language_model(source, texts, key, is_policy, policy, place)
+    origin = source.model
     if origin is None:
         is_random = policy is None
         origin = "random weights (no --model)" if is_random else "the policy that Python gives"
     number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     logger.info(f"model: {origin}, {number:,} parameters")
-    if config.lora.base is None:
+    if source.lora.base is None:
         return found
-    base = jax.jit(functools.partial(base_of, config.lora))(found.params)
+    base = jax.jit(functools.partial(base_of, source.lora))(found.params)
     held = flatten_dict(base)
     for path, leaf in flatten_dict(found.params).items():
         if held[path].dtype != leaf.dtype:
@@ -247,27 +261,27 @@ def language_model(
 
 
 def _language_model(
-    config: RunConfig,
+    source: ModelSource,
     texts: Iterable[str],
     key: Array,
     is_policy: bool,
     policy: models.Model | None,
+    place: layout.Place,
 ) -> LanguageModel:
-    options = compute_options(config.compute, num_layers(config))
-    place = layout.placement(config)
-    if config.model is not None:
-        loaded = LanguageModel.load(config.model, **options, shardings=place)
+    options = compute_options(source.compute, num_layers(source))
+    if source.model is not None:
+        loaded = LanguageModel.load(source.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
             raise UserError(
-                f"--model {config.model}: this is a reward model, which writes no text; give a "
+                f"--model {source.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        loaded = loaded._replace(model=_with_dropout(loaded.model, config))
-        return loaded.reading(config.text.template_options, config.text.special_tokens)
-    tokenizer = new_tokenizer(config, texts)
+        loaded = loaded._replace(model=_with_dropout(loaded.model, source.network, source.lora))
+        return loaded.reading(source.text.template_options, source.text.special_tokens)
+    tokenizer = new_tokenizer(source, texts)
     if policy is not None:
         return own.start(policy, tokenizer, key)
-    network = dataclasses.asdict(config.network)
+    network = dataclasses.asdict(source.network)
     rate = network.pop("dropout") or 0.0
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
     network |= {
@@ -288,48 +302,54 @@ def _language_model(
     return LanguageModel(model, init(key), tokenizer)
 
 
-def _with_dropout(model: models.Model, config: RunConfig) -> models.Model:
+def _with_dropout(model: models.Model, network: Network, adapters: LoRA) -> models.Model:
     """The model with the settings' rates of dropout: ``network.dropout`` wherever its family drops
     (None: its own rates), and ``lora.dropout``.
     """
     names = [field.name for field in dataclasses.fields(model.config)]
-    rate = config.network.dropout
+    rate = network.dropout
     rates: Any = {}
     if rate is not None:
         rates = {name: rate for name in names if name.endswith("_dropout")}
     if "lora_dropout" in names:  # a user's own network may have none
-        rates["lora_dropout"] = config.lora.dropout
+        rates["lora_dropout"] = adapters.dropout
     changed = dataclasses.replace(model.config, **rates)
     return model if changed == model.config else models.build(changed)
 
 
-def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
+def say_template(source: ModelSource, tokenizer: tokenizers.Tokenizer) -> None:
     """Prints which template renders the prompts."""
-    source = config.model or config.tokenizer.name
-    logger.info(chat.describe(config.text.template, tokenizer, source))
-    logger.info(chat.boundaries(config.text.template, tokenizer))
+    template = source.text.template
+    logger.info(chat.describe(template, tokenizer, source.model or source.tokenizer.name))
+    logger.info(chat.boundaries(template, tokenizer))
 
 
 def prompts_for(
-    config: RunConfig, language_model: LanguageModel, rows: Sequence[Row], note: str = ""
+    text: Text,
+    settings: RLStage,
+    language_model: LanguageModel,
+    rows: Sequence[Row],
+    note: str = "",
 ) -> encoding.EncodedPrompts:
     """Prompts as RL samples from them; prints how many were cut or left out."""
     longest = language_model.model.config.max_length
-    encoded = encode_prompts(config, rows, language_model.tokenizer, longest)
+    encoded = encode_prompts(text, settings, rows, language_model.tokenizer, longest)
     for what, count in encoded.counts.items():
         logger.info(f"{count} prompts: {what}{note}")
-    say_spelled(rows, language_model.tokenizer, config.text.template)
+    say_spelled(rows, language_model.tokenizer, text.template)
     return encoded
 
 
 def encode_prompts(
-    config: RunConfig, rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, max_length: int | None
+    text: Text,
+    settings: RLStage,
+    rows: Sequence[Row],
+    tokenizer: tokenizers.Tokenizer,
+    max_length: int | None,
 ) -> encoding.EncodedPrompts:
-    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``, for a model of that
-    many positions.
-    """
-    how: Any = {"template": config.text.template, "too_long": config.text.too_long}
-    how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
+    """Prompts as RL samples from them, for a model of that many positions."""
+    how: Any = {"template": text.template, "too_long": text.too_long}
+    how |= {"length": settings.max_prompt_length, "max_new_tokens": settings.max_new_tokens}
     return encoding.encode_prompts(rows, tokenizer, max_positions=max_length, **how)
 
 
@@ -377,14 +397,15 @@ def validation_config(
     return dataclasses.replace(how, temperature=settings.validation_temperature)
 
 
-def new_tokenizer(config: RunConfig, texts: Iterable[str]) -> tokenizers.Tokenizer:
+def new_tokenizer(source: ModelSource, texts: Iterable[str]) -> tokenizers.Tokenizer:
     """The tokenizer of a model with random weights: ``tokenizer.name``, or one trained on texts."""
-    if config.tokenizer.name is not None:
-        tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
-        text = config.text
+    settings = source.tokenizer
+    if settings.name is not None:
+        tokenizer = tokenizers.load_tokenizer(settings.name)
+        text = source.text
         return chat.reading(tokenizer, text.template_options, text.special_tokens)
-    if config.tokenizer.kind == "bpe":
-        return tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
+    if settings.kind == "bpe":
+        return tokenizers.train_bpe(texts, settings.vocab_size)
     return tokenizers.characters(texts)
 
 

@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import models
-from rlhf_jax.config import RunConfig
+from rlhf_jax import config, models
+from rlhf_jax.config import ModelSource
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
@@ -18,14 +18,22 @@ Place = Callable[[Any], Any] | None
 """Shapes of parameters -> their shardings; None if every device holds all parameters."""
 
 
-def mesh_of(config: RunConfig) -> Mesh:
+class Shares(NamedTuple):
+    """What the rows of a batch are divided over."""
+
+    mesh: Mesh  # of the devices that learn
+    blocks: int | None = None  # ``compute.blocks``
+    sampling: int = 0  # devices that only sample, ``mesh.sampling``
+
+
+def mesh_of(sizes: config.Mesh) -> Mesh:
     """The mesh of the ``mesh`` section, over all devices but those that only sample.
 
     Raises:
         UserError: there are too few or too many devices.
     """
-    number = jax.device_count() - config.mesh.sampling
-    mesh = sharding.make_mesh(**config.mesh.axes, devices=jax.devices()[: max(number, 0)])
+    number = jax.device_count() - sizes.sampling
+    mesh = sharding.make_mesh(**sizes.axes, devices=jax.devices()[: max(number, 0)])
     if mesh.size != number:
         layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         raise UserError(
@@ -34,17 +42,17 @@ def mesh_of(config: RunConfig) -> Mesh:
     return mesh
 
 
-def sampling_mesh(config: RunConfig) -> Mesh | None:
+def sampling_mesh(sizes: config.Mesh) -> Mesh | None:
     """The mesh of the devices that only sample (``mesh.sampling``); None if there are none."""
-    number = config.mesh.sampling
+    number = sizes.sampling
     return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
-def check(config: RunConfig, mesh: Mesh) -> None:
+def check(source: ModelSource, mesh: Mesh) -> None:
     """Raises UserError unless the mesh fits ``compute.blocks`` and the sizes of the model. It reads
     only the model's config.json.
     """
-    blocks = config.compute.blocks
+    blocks = source.compute.blocks
     if blocks and sharding.is_cut(mesh):
         raise UserError(
             "compute.blocks: weights that mesh.fsdp or mesh.tensor cut are summed in another order "
@@ -58,9 +66,9 @@ def check(config: RunConfig, mesh: Mesh) -> None:
     if not sharding.is_cut(mesh):
         return
     where = "network"
-    model: Any = config.network
-    if config.model is not None:
-        where = config.model
+    model: Any = source.network
+    if source.model is not None:
+        where = source.model
         model = hf.read_config(hf.find_folder(where))
     of_tensor = {
         "attention heads": model.num_heads,
@@ -79,7 +87,7 @@ def check(config: RunConfig, mesh: Mesh) -> None:
                 )
 
 
-def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int]:
+def sharers(shares: Shares, microbatches: Mapping[str, int]) -> dict[str, int]:
     """What a batch is divided over equally: {"compute.blocks": number}, or {"devices": number}.
 
     Args:
@@ -88,9 +96,9 @@ def sharers(config: RunConfig, microbatches: Mapping[str, int]) -> dict[str, int
     Raises:
         UserError: a number of microbatches that ``compute.blocks`` cannot form.
     """
-    blocks = config.compute.blocks
+    blocks = shares.blocks
     if not blocks:
-        return {"devices": sharding.num_parts(mesh_of(config))}
+        return {"devices": sharding.num_parts(shares.mesh)}
     for key, count in microbatches.items():
         if count > blocks and count & (count - 1):
             raise UserError(
@@ -117,13 +125,13 @@ def check_divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
             raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
 
 
-def row_parts(config: RunConfig, num_microbatches: int) -> int:
+def row_parts(shares: Shares, num_microbatches: int) -> int:
     """The number of equal parts of an optimizer step's rows: devices times microbatches, or
     ``compute.blocks``.
     """
-    if config.compute.blocks:
-        return max(config.compute.blocks, num_microbatches)
-    return sharding.num_parts(mesh_of(config)) * num_microbatches
+    if shares.blocks:
+        return max(shares.blocks, num_microbatches)
+    return sharding.num_parts(shares.mesh) * num_microbatches
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -133,9 +141,6 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return sharding.by_path(tree, models.SHARDING, mesh)
 
 
-def placement(config: RunConfig) -> Place:
-    """``shardings`` of the run's mesh, for ``models.load``; None if every device holds all
-    parameters.
-    """
-    mesh = mesh_of(config)
+def placement(mesh: Mesh) -> Place:
+    """``shardings`` of a mesh, for ``models.load``; None if every device holds all parameters."""
     return functools.partial(shardings, mesh) if sharding.is_cut(mesh) else None

@@ -1,6 +1,5 @@
 """The loop of every stage: restore, step, validate, log, save. A step is the stage's own."""
 
-import dataclasses
 import itertools
 import random
 import signal
@@ -78,7 +77,7 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
     checkpoint of step k is saved after row k, that of step 0 before the first update. Validations
     come before the first step, every ``validation_interval`` steps and at the end, also if
     ``on_step`` ends the run; with ``keep_best`` they are followed by a checkpoint too. Each row is
-    shown to the rules of ``config.alerts``.
+    shown to the rules of ``alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -92,17 +91,17 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
         UserError: ``keep_best`` names no metric of the validations.
         ServiceError: a server that the reward asks failed; the step before it is saved.
     """
-    config = stage.config
-    best = config.keep_best
-    judge = Judge(best or job.judged_by, config.early_stopping_patience, job.optimizer)
+    kept = stage.keeping
+    best = kept.keep_best
+    judge = Judge(best or job.judged_by, kept.early_stopping_patience, job.optimizer)
     if job.validate is None and (judge.used or best):
         key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
         raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
     saved = Checkpoints(
         stage.run.checkpoints,
-        config.keep_last,
+        kept.keep_last,
         keep_best=best,
-        asynchronous=config.checkpoint_async,
+        asynchronous=kept.checkpoint_async,
     )
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
@@ -163,15 +162,15 @@ class _Loop:
         if stage.run.resumed:
             self._restore()
         self._open_files(stack, pulse)
-        config = stage.config
-        self.rules = alerts.parse(config.alerts, config.compute.dtype)
+        kept = stage.keeping
+        self.rules = alerts.parse(kept.alerts, stage.compute.dtype)
         self.watches = [alerts.Watch(rule) for rule in self.rules]
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         for watch, row in itertools.product(self.watches, self.history):
             watch.observe(row)
         stack.callback(self._catch_up)  # a run that fails keeps the row of its last step
         if not stage.run.resumed:
-            seed_libraries(config.seed, 0)
+            seed_libraries(kept.seed, 0)
             self._record(self._validation())
             self.history.append(self.row)
             self._save()
@@ -197,11 +196,10 @@ class _Loop:
 
     def _open_files(self, stack: ExitStack, pulse: Pulse) -> None:
         """Opens the files of rows, and the services that get the rows too."""
-        config = self.stage.config
         run = self.stage.run
         resume_step = self.done if run.resumed else None
-        tracked = config.track if processes.is_first() else ()
-        settings = objects.describe(dataclasses.asdict(config))
+        tracked = self.stage.keeping.track if processes.is_first() else ()
+        settings = objects.describe(self.stage.settings)
         tracker = Tracker(
             run,
             total=self.job.num_steps,
@@ -229,7 +227,7 @@ class _Loop:
 
     def step(self) -> None:
         """Starts a step; while the device is at it, records the metrics of the one before."""
-        seed_libraries(self.stage.config.seed, self.done + 1)
+        seed_libraries(self.stage.keeping.seed, self.done + 1)
         self.is_advancing = True
         self.state, metrics = self.job.advance(self.state, self.done)
         self.is_advancing = False
@@ -244,11 +242,11 @@ class _Loop:
         the user's that may stop the run, or by a checkpoint. A checkpoint is due at the end, at the
         interval, for a signal or an alert, and after validations under ``keep_best``.
         """
-        config = self.stage.config
+        kept = self.stage.keeping
         is_last = self.done == self.job.num_steps
         is_interval = self.done % self.job.validation_interval == 0
         validates = self.job.validate is not None and (is_last or is_interval)
-        saves = received or is_last or self.done % config.checkpoint_interval == 0
+        saves = received or is_last or self.done % kept.checkpoint_interval == 0
         may_stop = self.job.on_step is not None or "stop" in {rule.action for rule in self.rules}
         if not (validates or saves or may_stop):
             return
@@ -258,7 +256,7 @@ class _Loop:
             self.state = self.judge.lowered(self.state, self.history)
             self._judge_history()
         is_alarmed = any(watch.stops for watch in self.watches)
-        if saves or self.ended or is_alarmed or (validates and config.keep_best):
+        if saves or self.ended or is_alarmed or (validates and kept.keep_best):
             self._save()
         self.clock = time.perf_counter()
         self.obey_alerts()
@@ -365,7 +363,7 @@ class _Loop:
         metrics, samples = self.job.validate(self.state)
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
-        if (self.judge.used or self.stage.config.keep_best) and self.judge.metric not in metrics:
+        if (self.judge.used or self.stage.keeping.keep_best) and self.judge.metric not in metrics:
             raise UserError(
                 f"keep_best: no metric {self.judge.metric}; the validations give "
                 f"{', '.join(metrics)}"
@@ -394,9 +392,9 @@ class _Loop:
         meta = {
             "step": self.done,
             "metrics": self.row,
-            "seed": self.stage.config.seed,
+            "seed": self.stage.keeping.seed,
             "device": device,
-            "config": objects.describe(dataclasses.asdict(self.stage.config)),
+            "config": objects.describe(self.stage.settings),
         }
         rows = keeping.rows_of(self.stage.run) if processes.is_first() else {}
         self.checkpoints.save(self.done, self.state, meta, rows)

@@ -244,9 +244,12 @@ def offloaded(fn: Partial) -> Partial:
 
 
 def free(tree: Any) -> None:
-    """Gives the memory of arrays back, even if there are other references to them."""
+    """Gives the memory of arrays back, even if there are other references to them. Shapes in place
+    of arrays have none.
+    """
     for leaf in jax.tree.leaves(tree):
-        leaf.delete()
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            leaf.delete()
 
 
 def shapes(tree: Any) -> Any:

@@ -18,7 +18,7 @@ from jax import Array
 from safetensors.numpy import load_file
 
 from rlhf_jax import models, sampling
-from rlhf_jax.config import Compute, Network, RunConfig
+from rlhf_jax.config import Compute, Mesh, ModelSource, Network
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -115,15 +115,15 @@ def from_functions(
     )
 
 
-def check_settings(config: RunConfig) -> None:
+def check_settings(source: ModelSource, mesh: Mesh) -> None:
     """Raises UserError for settings that a policy from Python does not read."""
-    compute = replace(config.compute, score_rows=None, offload=())
+    compute = replace(source.compute, score_rows=None, offload=())
     unread = {
-        "model": config.model is not None,
-        "network": config.network != Network(),
-        "lora.rank": config.lora.rank > 0,
+        "model": source.model is not None,
+        "network": source.network != Network(),
+        "lora.rank": source.lora.rank > 0,
         "compute (dtype, remat, scan_layers, attention)": compute != Compute(),
-        "mesh (fsdp, tensor)": config.mesh.fsdp != 1 or config.mesh.tensor != 1,
+        "mesh (fsdp, tensor)": mesh.fsdp != 1 or mesh.tensor != 1,
     }
     named = [setting for setting, is_set in unread.items() if is_set]
     if named:

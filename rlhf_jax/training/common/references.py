@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhf_jax.config import Reference, RunConfig
+from rlhf_jax.config import ModelSource, Reference
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.types import Metrics, Params, TrainState
 
@@ -47,18 +47,18 @@ def state(settings: Any) -> type[TrainState]:
     return Followed if moves(settings) else TrainState
 
 
-def check(config: RunConfig, settings: Any) -> None:
+def check(source: ModelSource, settings: Any) -> None:
     """Says that ``lora.dropout`` is not used where there is a reference.
 
     Raises:
         UserError: the reference moves and should lie in the host's memory.
     """
-    if isinstance(settings, Reference) and config.lora.rank and config.lora.dropout:
+    if isinstance(settings, Reference) and source.lora.rank and source.lora.dropout:
         logger.info(
-            f"lora.dropout {config.lora.dropout:g} is not used: DPO, KTO and RL compare with "
+            f"lora.dropout {source.lora.dropout:g} is not used: DPO, KTO and RL compare with "
             "log-probabilities without dropout"
         )
-    if moves(settings) and "reference" in config.compute.offload:
+    if moves(settings) and "reference" in source.compute.offload:
         raise UserError(
             "compute.offload: a reference that moves stays on the devices; leave it out"
         )

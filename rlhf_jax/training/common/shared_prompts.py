@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import Compute
 from rlhf_jax.config.settings import Switch
 from rlhf_jax.errors import UserError, logger
 
@@ -34,7 +34,6 @@ def say(shares: bool, what: str, saved: float) -> None:
     logger.info(f"{line} ({what} saves {saved:.0%} of the token passes)")
 
 
-def recorded(config: RunConfig, shares: bool) -> RunConfig:
+def recorded(compute: Compute, shares: bool) -> Compute:
     """The settings with the choice in place of auto."""
-    compute = dataclasses.replace(config.compute, share_prompts=shares)
-    return dataclasses.replace(config, compute=compute)
+    return dataclasses.replace(compute, share_prompts=shares)

@@ -3,39 +3,46 @@
 import dataclasses
 from collections.abc import Sequence
 
-from rlhf_jax.config import RunConfig
 from rlhf_jax.data import verified
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import BadRow, summary
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.graders import spec
+from rlhf_jax.graders import spec, verifiable
 
 
-def tested(config: RunConfig, data: Sequence[ReadResult]) -> tuple[RunConfig, list[ReadResult]]:
+def tested(
+    reward: Sequence[str],
+    mathematics: verifiable.Settings,
+    data: Sequence[ReadResult],
+    *,
+    drops: bool,
+) -> tuple[verifiable.Settings, list[ReadResult]]:
     """The settings with ``math.form`` as the answers of the training prompts have it, and the rows
     whose answers can be verified. Prints what the answers are.
 
     Args:
+        reward: ``reward`` of the settings.
         data: the prompts to train on, and those to validate on if they have files of their own.
+        drops: leaves rows out whose answers cannot be verified (``on_bad_row``).
 
     Raises:
         UserError: the answers of rows cannot be verified, and ``on_bad_row`` is not drop; or no row
             has an answer.
     """
-    has_math, patterns = spec.verified(config.reward)
+    has_math, patterns = spec.verified(reward)
     for pattern, part in [(pattern, data[0]) for pattern in patterns]:
         for warning in verified.pattern_warnings(pattern, part.rows):
             logger.info(f"warning: regex:{pattern}: {warning}")
     has_answers = any("answer" in row.columns for row in data[0].rows)
     if not has_math or not has_answers:
-        return config, list(data)  # build_reward says that the column is missing
+        return mathematics, list(data)  # build_reward says that the column is missing
     kept = []
     for part in data:
-        found = verified.test_answers(part.rows, config.math)
+        found = verified.test_answers(part.rows, mathematics)
         logger.info(f"--reward math: {found.line}")
-        config = dataclasses.replace(config, math=dataclasses.replace(config.math, form=found.form))
-        kept.append(_without_faults(part, found.faults, config.on_bad_row == "drop"))
-    return config, kept
+        mathematics = dataclasses.replace(mathematics, form=found.form)
+        kept.append(_without_faults(part, found.faults, drops))
+    return mathematics, kept
 
 
 def _without_faults(part: ReadResult, faults: dict[int, str], drops: bool) -> ReadResult:

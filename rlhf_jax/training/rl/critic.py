@@ -2,13 +2,14 @@
 its optimizer.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
 from optax import GradientTransformation, conditionally_mask, partition
 
 from rlhf_jax import models
-from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -55,8 +56,10 @@ def check(name: str, config: AlgorithmConfig, needs_values: bool) -> None:
         )
 
 
-def source_of(config: RunConfig, critic: AlgorithmConfig) -> str | None:
+def source_of(reward: Sequence[str], critic: AlgorithmConfig) -> str | None:
     """The folder (or Hugging Face name) of ``value_from``; None: the policy.
+
+    reward: ``reward`` of the settings.
 
     Raises:
         UserError: it is "reward", and the run's reward is not one reward model.
@@ -65,7 +68,7 @@ def source_of(config: RunConfig, critic: AlgorithmConfig) -> str | None:
         return None
     if critic.value_from != "reward":
         return critic.value_from
-    folders = [path for entry in config.reward for path in spec.sources(entry).values()]
+    folders = [path for entry in reward for path in spec.sources(entry).values()]
     if len(folders) != 1 or not folders[0].is_dir():
         raise UserError(
             "value_from reward: the run's reward is not one reward model's folder; name the "
@@ -74,21 +77,22 @@ def source_of(config: RunConfig, critic: AlgorithmConfig) -> str | None:
     return str(folders[0])
 
 
-def load(config: RunConfig, critic: AlgorithmConfig, policy: LanguageModel) -> LanguageModel | None:
-    """The model of ``value_from`` with a value head; None: the value model starts as the policy.
+def load(
+    source: str, compute: Compute, policy: LanguageModel, place: layout.Place = None
+) -> LanguageModel:
+    """The model of ``value_from`` with a value head, for a value model that starts from it.
 
     A reward model's score head becomes the value head, its gain and shift included: the first
     values are the scores that it gives to the texts so far. Other models get a head of zeros.
 
+    Args:
+        source: as ``source_of`` gives it.
+        place: as ``layout.placement`` gives it.
+
     Raises:
         UserError: the folder cannot be read, or has another tokenizer than the policy.
     """
-    source = source_of(config, critic)
-    if source is None:
-        return None
-    loaded = initial.load_language_model(
-        model_folder(source), config.compute, layout.placement(config)
-    )
+    loaded = initial.load_language_model(model_folder(source), compute, place)
     if loaded.tokenizer.fingerprint != policy.tokenizer.fingerprint:
         raise UserError(
             f"value_from {source}: its tokenizer is not the policy's, and a value model reads "
@@ -129,7 +133,7 @@ def start(
             None: the policy's.
         has_head: whether the policy's network has a value head of its own.
     """
-    lora = stage.config.lora
+    lora = stage.lora
     key = stage.key("init")
     if value == "shared" and not has_head:
         params = models.add_head(jax.random.fold_in(key, 1), params, "value", width)

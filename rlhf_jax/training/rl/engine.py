@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import EngineServer
 from rlhf_jax.engines import Engine, Request, Sample, Writer, decoded, encoded, question
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.generation.generator import LanguageModel
@@ -46,10 +46,12 @@ class Client:
     """What a run asks of its engine; the first process asks, and all get the samples."""
 
     engine: Engine
-    config: RunConfig
+    asked: EngineServer  # how it is asked
+    compares: bool  # whether its log-probs must be the policy's (``rl.engine_check``)
     folder: Path  # where samples are kept
     begun: LanguageModel  # the policy before training
     start: Trainable  # and its parts
+    source: str | None  # and the folder, or the Hugging Face name, that it comes from
 
     _kept: Replies = field(default_factory=lambda: Replies(None))
     _version: str = ""  # of the samples in _kept
@@ -83,7 +85,6 @@ class Client:
             ServiceError: they are further apart than rounding explains, where the engine should
                 have the policy's weights.
         """
-        compares = self.config.rl.engine_check
 
         def rescore_watched(state: LoopState, sampled: Rollout) -> tuple[Rollout, Metrics]:
             rescored, metrics = rescore(state, sampled)
@@ -92,7 +93,7 @@ class Client:
             # Later, an update lies between the policy and the one that sampled ahead.
             is_current = self.engine.follows and state.behind is None
             has_weights = is_current or int(state.train.step) == 0
-            if compares and has_weights:
+            if self.compares and has_weights:
                 self._check_gap(float(gap))
             return rescored, metrics | {"policy/sampler_gap_mean": gap}
 
@@ -144,7 +145,7 @@ class Client:
         if write is not None:
             self._name = self.engine.load(requests[0].version, write)
         missing = [request for request in requests if question(request) not in self._kept]
-        ask_each(self._sample, missing, self.config.engine)
+        ask_each(self._sample, missing, self.asked)
         return [self._kept[question(request)] for request in requests]
 
     def _writer(self, policy: Params) -> Writer:
@@ -153,7 +154,7 @@ class Client:
         base = self.start.base
         if base is not None:
             base, adapters = processes.fetch((base, trained))
-            name = self.config.model
+            name = self.source
             return lambda folder: models.lora.save(folder, base, adapters, base_model=name)
         params = processes.fetch(trained) if self.engine.follows else trained
         model = self.begun.model

@@ -17,7 +17,16 @@ import optax
 
 from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.config import ALGORITHMS, RunConfig, for_algorithm, section_name
+from rlhf_jax.config import (
+    ALGORITHMS,
+    RLStage,
+    RunConfig,
+    Text,
+    data_source,
+    for_algorithm,
+    model_source,
+    section_name,
+)
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -27,12 +36,17 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
-from rlhf_jax.training.common import initial, layout, loop, memory, own, references
-from rlhf_jax.training.common.stage import RunResult, Stage, open_stage, run_folder, set_up
+from rlhf_jax.training.common import initial, loop, memory, own, references, remat
+from rlhf_jax.training.common.opening import open_stage, run_folder
+from rlhf_jax.training.common.saving import RunResult, finish
+from rlhf_jax.training.common.setup import set_up, shares_of
+from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import answers, critic, sharing, steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.method import (
+    NOTHING,
+    CompleteAlgorithm,
     Given,
     Method,
     check_settings,
@@ -40,9 +54,8 @@ from rlhf_jax.training.rl.method import (
     is_rewarded,
     lasting,
     penalty_of,
-    without_what_is_given,
 )
-from rlhf_jax.training.rl.parts import Parts, files, load, read_prompts
+from rlhf_jax.training.rl.parts import Parts, Sources, files, load, read_prompts
 from rlhf_jax.training.rl.programs import (
     Networks,
     Programs,
@@ -108,59 +121,149 @@ def run(
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     critic.check(name, algorithm_config, complete.needs_values)
-    of_ones_own = None if name in ALGORITHMS else algorithm
-    own_reward = None if reward is None else spec.given(reward)
-    given = Given(of_ones_own, own_reward, optimizer, policy)
-    config = without_what_is_given(config, given)
+    given = _given(algorithm, reward, optimizer, policy)
+    config = _without_what_is_given(config, given)
     config = set_up(config, [run_folder(config, name)])
-    helping_sizes = check_settings(name, config, algorithm_config, given)
-    method = Method(
-        complete,
-        algorithm_config,
-        penalty=penalty_of(config, complete, algorithm_config),
-        score_rows=memory.score_rows(config.compute, config.rl.batch_size, algorithm_config),
-        optimizer=optimizer,
-        is_rewarded=is_rewarded(config, algorithm_config, given),
-    )
-    reply = function_of(config.rl.environment, "rl.environment")
-    config, data = answers.tested(config, read_prompts(config))
+    settings = config.rl
+    if optimizer is None:
+        initial.warn_of_rate(model_source(config), "rl", settings.optimizer)
+    helping_sizes = check_settings(name, settings, algorithm_config, shares_of(config))
+    method = method_of(config, complete, algorithm_config, given)
+    reply = function_of(settings.environment, "rl.environment")
+    prompts = read_prompts(data_source(config), settings)
+    drops = config.on_bad_row == "drop"
+    mathematics, data = answers.tested(config.reward, config.math, prompts, drops=drops)
+    config = replace(config, math=mathematics)
     fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
-    read = files(config, name)
+    sources = sources_of(config)
+    read = files(sources, settings, algorithm_config)
     with (
         open_stage(config, name, fingerprints, helping_sizes, read, given._asdict()) as stage,
-        engines.opened(config.rl.engine, config.engine, stage.run.weights) as engine,
+        engines.opened(settings.engine, config.engine, stage.run.weights) as engine,
         ThreadPoolExecutor(1) as thread,
     ):
-        parts = load(stage, method, given, [part.rows for part in data], reply)
+        rows = [part.rows for part in data]
+        parts = load(stage, method, sources, given, rows, reply, config.engine)
         stage, method = _with_sharing(stage, name, method, parts)
         stage, parts = _with_remat(stage, method, parts)
-        planned = _prompts(stage, method, parts)
-        stage = lasting(stage, method, len(planned[0].train_rows))
-        networks = networks_of(stage, parts.initial, method, parts.teacher)
+        multiple = _multiple(parts, config.text)
+        planned = _prompts(stage, method, parts, multiple)
+        stage, method = lasting(stage, method, len(planned[0].train_rows))
+        source = None
+        if method.value_source is not None:
+            source = critic.load(method.value_source, stage.compute, parts.initial, stage.placement)
+        networks = networks_of(stage, parts.initial, method, source, parts.teacher)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         client = None
         if engine is not None:
-            client = Client(engine, config, stage.run.engine, parts.initial, networks.start)
+            client = _client(engine, config, stage, parts.initial, networks)
         job = build(stage, method, parts, planned, networks, programs, client, thread, on_step)
-        begun = first_state(stage, method, networks, _sizes(stage, parts, planned[0]))
-        state, row = loop.train(stage, _checked(begun, networks), job)
+        first = first_state(stage, method, networks, _sizes(settings, parts, planned[0]))
+        state, row = loop.train(stage, _checked(first, networks), job)
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
-        return stage.finish(parts.initial, networks.start, {"": trained}, row, save, samples=True)
+        how = initial.sampling_config(settings, parts.initial.tokenizer)
+        ended = (parts.initial, networks.start, {"": trained}, row)
+        return finish(stage, sources.model, *ended, how=how, save=save)
+
+
+def _client(
+    engine: engines.Engine,
+    config: RunConfig,
+    stage: Stage,
+    policy: LanguageModel,
+    networks: Networks,
+) -> Client:
+    """What the run asks of its engine."""
+    return Client(
+        engine,
+        config.engine,
+        config.rl.engine_check,
+        stage.run.engine,
+        policy,
+        networks.start,
+        config.model,
+    )
+
+
+def _given(
+    algorithm: Algorithm,
+    reward: Any,
+    optimizer: optax.GradientTransformation | None,
+    policy: models.Model | None,
+) -> Given:
+    """What takes the place of settings; an algorithm of the package does not."""
+    is_own = section_name(algorithm) not in ALGORITHMS
+    return Given(
+        algorithm if is_own else None,
+        None if reward is None else spec.given(reward),
+        optimizer,
+        policy,
+    )
+
+
+def _without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
+    """The settings without those that ``given`` replaces.
+
+    Raises:
+        UserError: the settings name what a policy or an optimizer from Python does not read.
+    """
+    settings = config.rl
+    if given.policy is not None:
+        own.check_settings(model_source(config), config.mesh)
+        if settings.engine is not None:
+            raise UserError("rl.engine: a server loads no network that Python gives; leave it out")
+    if given.optimizer is not None and settings.optimizer.schedule == "plateau":
+        raise UserError(
+            "rl.optimizer.schedule: plateau cannot lower the rate of an optimizer that Python "
+            "gives; choose another schedule"
+        )
+    if given.reward is None:
+        return config
+    return replace(config, reward=())
+
+
+def sources_of(config: RunConfig) -> Sources:
+    """What a run loads beside its prompts."""
+    return Sources(model_source(config), config.reward, config.safety, config.judge, config.math)
+
+
+def method_of(
+    config: RunConfig,
+    algorithm: CompleteAlgorithm,
+    algorithm_config: AlgorithmConfig,
+    given: Given = NOTHING,
+) -> Method:
+    """How the policy of a run learns."""
+    settings = config.rl
+    source = None
+    if algorithm.needs_values:
+        source = critic.source_of(config.reward, algorithm_config)
+    return Method(
+        algorithm,
+        algorithm_config,
+        settings,
+        penalty=penalty_of(model_source(config), settings, algorithm, algorithm_config),
+        score_rows=memory.score_rows(config.compute, settings.batch_size, algorithm_config),
+        optimizer=given.optimizer,
+        is_rewarded=is_rewarded(config.reward, settings, algorithm_config, given),
+        value_source=source,
+    )
 
 
 def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tuple[Stage, Method]:
     """Stage and method with ``compute.share_prompts`` chosen by the work that it saves."""
-    microbatches = {f"{name}.num_microbatches": method.config.num_microbatches}
     of_prompts = sharing.Answers(
         name,
         method.config,
+        method.settings,
+        stage.compute.share_prompts,
         prompt=parts.prompts.tokens.shape[1],
         takes_groups=parts.initial.model.takes_groups,
-        sharers=layout.sharers(stage.config, microbatches),
+        shares=stage.shares,
     )
-    config, size = sharing.decided(stage.config, of_prompts)
-    return stage.recorded(config), method._replace(shared_by=size)
+    compute, size = sharing.decided(stage.compute, of_prompts)
+    return stage.decided(compute), method._replace(shared_by=size)
 
 
 def _checked(state: iteration.LoopState, networks: Networks) -> iteration.LoopState:
@@ -192,14 +295,14 @@ def _policy_of(params: Params, initial: Params) -> Params:
 
 def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
     """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
-    settings = stage.config.rl
+    settings = method.settings
     updates = method.config.num_minibatches * method.config.num_microbatches
     prompt = parts.prompts.tokens.shape[1]
     length = prompt + settings.max_new_tokens
     share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
     rows = math.ceil(settings.batch_size // updates * (1 - share))
     networks = 1 + (method.config.value == "separate")
-    stage, begun = stage.choose_remat(parts.initial, rows, length, networks)
+    stage, begun = remat.choose(stage, parts.initial, rows, length, networks)
     return stage, parts._replace(initial=begun)
 
 
@@ -224,14 +327,14 @@ def build(
         client: of the engine that samples; None: the run's own programs sample.
         thread: an engine, or devices of their own, sample ahead in it.
     """
-    settings = stage.config.rl
+    settings = method.settings
     key = stage.key("update")
     schedule, to_validate = planned
-    samples_apart = client is not None or bool(stage.config.mesh.sampling)
+    samples_apart = client is not None or stage.sampling_mesh is not None
     if not samples_apart:
-        _hold_cache(stage, parts, schedule)
+        _hold_cache(stage, settings, parts, schedule)
 
-    step = _step(stage, parts, networks, programs, client)
+    step = _step(stage, settings, parts, networks, programs, client)
     draw = _draw(method, step)
     ahead: Ahead | None = None
     if settings.rollouts_ahead:
@@ -256,13 +359,13 @@ def build(
     advance = references.moving(advance, settings, iteration.policy)
 
     rehearsed = _rehearsed(programs, samples_apart)
-    rehearsal = _step(stage, parts.without_python(), networks, rehearsed, client=None)
+    rehearsal = _step(stage, settings, parts.without_python(), networks, rehearsed, client=None)
     trial = _draw(method, rehearsal)
     check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
         settings.length,
-        validate=_validator(stage, parts, programs, step, to_validate),
+        validate=_validator(stage, settings, parts, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,
         sources=schedule.sources,
@@ -275,14 +378,26 @@ def build(
 
 
 def _validator(
-    stage: Stage, parts: Parts, programs: Programs, step: "Step", prompts: Batch | None
+    stage: Stage,
+    settings: RLStage,
+    parts: Parts,
+    programs: Programs,
+    step: "Step",
+    prompts: Batch | None,
 ) -> Callable[..., Any] | None:
     """What validates on these prompts; None without any."""
     if prompts is None:
         return None
     judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
     return steps.validator(
-        stage, parts.initial, prompts, step.sample_for_each, step.score, judge, parts.pairs
+        stage,
+        parts.initial,
+        prompts,
+        step.sample_for_each,
+        step.score,
+        judge,
+        parts.pairs,
+        num_shown=settings.show_examples,
     )
 
 
@@ -298,14 +413,20 @@ class Step(NamedTuple):
 
 
 def _step(
-    stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
+    stage: Stage,
+    settings: RLStage,
+    parts: Parts,
+    networks: Networks,
+    programs: Programs,
+    client: Client | None,
 ) -> Step:
     """The parts of a step, or with the parts and programs of a rehearsal those that its check of
     memory calls.
     """
-    talk = _talk(stage, parts.environment, parts.initial.tokenizer)
-    responders = _responders(stage, parts, networks, programs, client)
-    samplers = [steps.sampler(stage, respond, talk) for respond in responders]
+    talk = _talk(settings, parts.environment, parts.initial.tokenizer)
+    responders = _responders(stage, settings, parts, networks, programs, client)
+    size = settings.batch_size
+    samplers = [steps.sampler(stage, respond, talk, size) for respond in responders]
     sample, sample_for_each, sample_greedily = samplers
     if parts.ask_teacher is not None:
         sample = teacher.taught(stage, sample, parts.ask_teacher)
@@ -332,18 +453,23 @@ def _draw(method: Method, step: Step) -> Draw:
 
 
 def _responders(
-    stage: Stage, parts: Parts, networks: Networks, programs: Programs, client: Client | None
+    stage: Stage,
+    settings: RLStage,
+    parts: Parts,
+    networks: Networks,
+    programs: Programs,
+    client: Client | None,
 ) -> list[Responder]:
     """Where responses to groups of equal prompts, responses to single ones and greedy responses
     come from: the engine, or the run's own programs, on the devices that learn or on others.
     """
     if client is not None:
         tokenizer = parts.initial.tokenizer
-        how = initial.sampling_config(stage.config.rl, tokenizer)
+        how = initial.sampling_config(settings, tokenizer)
         greedy = replace(how, temperature=0.0)
-        validated = initial.validation_config(stage.config.rl, tokenizer)
+        validated = initial.validation_config(settings, tokenizer)
         return one_at_a_time(*map(client.responder, (how, validated, greedy)))
-    mesh = layout.sampling_mesh(stage.config)
+    mesh = stage.sampling_mesh
     samplers = (programs.respond, programs.respond_to_each, programs.respond_greedily)
     if mesh is None:
         return [steps.on_devices(stage, program, networks) for program in samplers]
@@ -352,11 +478,10 @@ def _responders(
     return one_at_a_time(*(steps.apart(mesh, program, placed) for program in samplers))
 
 
-def _talk(stage: Stage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
+def _talk(settings: RLStage, environment: Environment | None, tokenizer: Tokenizer) -> Talk:
     """Conversations with an environment, or single responses, that end at the stop strings."""
 
     def talk(respond: Callable[..., Rollout], *prompts: Any) -> Any:
-        settings = stage.config.rl
         until = stops.stopping(respond, tokenizer, settings.stop, settings.stop_after)
         return converse(environment, until, *prompts)
 
@@ -376,12 +501,17 @@ def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
     )
 
 
-def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batch | None]:
-    """The prompts of each step, and those of validations or None if none are held out."""
-    settings = stage.config.rl
-    columns = parts.prompts.tokens.shape[1]
+def _multiple(parts: Parts, text: Text) -> int:
+    """The multiple of columns to which prompts are padded."""
     layers = parts.initial.model.config.num_layers
-    multiple = initial.bucket_multiple(stage.config, layers, columns)
+    return initial.bucket_multiple(text, layers, parts.prompts.tokens.shape[1])
+
+
+def _prompts(
+    stage: Stage, method: Method, parts: Parts, multiple: int
+) -> tuple[Schedule, Batch | None]:
+    """The prompts of each step, and those of validations or None if none are held out."""
+    settings = method.settings
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
     texts = list(map(encoding.group, parts.prompts.rows))
@@ -408,16 +538,14 @@ def _prompts(stage: Stage, method: Method, parts: Parts) -> tuple[Schedule, Batc
     return schedule, Batch(prompts, padded, stage.key("eval"))
 
 
-def _sizes(stage: Stage, parts: Parts, schedule: Schedule) -> Sizes:
+def _sizes(settings: RLStage, parts: Parts, schedule: Schedule) -> Sizes:
     """What the first state of an algorithm may be told."""
-    settings = stage.config.rl
     columns = schedule.widest().prompts.tokens.shape[1] + settings.max_new_tokens
     return Sizes(settings.batch_size, columns, len(parts.prompts))
 
 
-def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
+def _hold_cache(stage: Stage, settings: RLStage, parts: Parts, schedule: Schedule) -> None:
     """Records the sizes of reward models and of the sampler's cache, for errors of full memory."""
-    settings = stage.config.rl
     # In a conversation each response is written behind the slots of the one before.
     slots = settings.max_new_tokens * (2 if parts.environment else 1)
     prompt = schedule.widest().prompts.tokens.shape[1]

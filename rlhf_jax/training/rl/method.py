@@ -1,18 +1,19 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from rlhf_jax import iteration, models
-from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.config import ModelSource, RLStage
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
-from rlhf_jax.training.common import initial, layout, own, references
+from rlhf_jax.training.common import layout, references
+from rlhf_jax.training.common.layout import Shares
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, TrainState
 
@@ -69,36 +70,17 @@ class Method(NamedTuple):
 
     algorithm: CompleteAlgorithm
     config: AlgorithmConfig
+    settings: RLStage
     penalty: Penalty
     score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
     optimizer: optax.GradientTransformation | None = None  # None means ``rl.optimizer``
     is_rewarded: bool = True  # False if it learns only from a teacher
+    value_source: str | None = None  # that a separate value model starts from; None: the policy
     shared_by: int = 1  # adjacent rows that compute their prompt once; see ``training.rl.sharing``
 
 
-def without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
-    """The settings without those that ``given`` replaces.
-
-    Raises:
-        UserError: the settings name what a policy or an optimizer from Python does not read.
-    """
-    settings = config.rl
-    if given.policy is not None:
-        own.check_settings(config)
-        if settings.engine is not None:
-            raise UserError("rl.engine: a server loads no network that Python gives; leave it out")
-    if given.optimizer is not None and settings.optimizer.schedule == "plateau":
-        raise UserError(
-            "rl.optimizer.schedule: plateau cannot lower the rate of an optimizer that Python "
-            "gives; choose another schedule"
-        )
-    if given.reward is None:
-        return config
-    return dataclasses.replace(config, reward=())
-
-
 def check_settings(
-    name: str, run: RunConfig, config: AlgorithmConfig, given: Given = NOTHING
+    name: str, settings: RLStage, config: AlgorithmConfig, shares: Shares
 ) -> dict[str, int]:
     """Checks the settings of a run against each other and the devices. Returns the sizes that help
     when memory runs out, {dotted setting: value}.
@@ -107,9 +89,6 @@ def check_settings(
         UserError: the batch does not divide by devices, groups, minibatches and microbatches; there
             are no groups to replace; the policy never learns; several processes sample ahead.
     """
-    settings = run.rl
-    if given.optimizer is None:
-        initial.warn_of_rate(run, "rl", settings.optimizer)
     if settings.rollouts_ahead and jax.process_count() > 1:
         raise UserError(
             "rl.rollouts_ahead: several processes sample with the current weights; leave it out"
@@ -129,26 +108,25 @@ def check_settings(
         )
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
     groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
-    parts = divisors(name, run, config, layout.sharers(run, microbatches))
+    parts = divisors(name, config, shares)
     layout.check_divides("rl.batch_size", settings.batch_size, groups, *parts)
     return microbatches | {"rl.batch_size": settings.batch_size}
 
 
-def divisors(
-    name: str, run: RunConfig, config: AlgorithmConfig, sharers: dict[str, int]
-) -> list[dict[str, int]]:
-    """What the rows of a batch are divided by, {dotted setting: number} each: devices or blocks
-    (``layout.sharers``), minibatches, microbatches.
+def divisors(name: str, config: AlgorithmConfig, shares: Shares) -> list[dict[str, int]]:
+    """What the rows of a batch are divided by, {dotted setting: number} each: devices or blocks,
+    minibatches, microbatches.
     """
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
+    sharers = layout.sharers(shares, microbatches)
     shuffle_blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
     return [
-        {"mesh.sampling": run.mesh.sampling or 1},
+        {"mesh.sampling": shares.sampling or 1},
         sharers,
         minibatches | {f"{name}.shuffle_blocks": shuffle_blocks},
         minibatches | microbatches,
-        minibatches | (sharers if run.compute.blocks else {}),
+        minibatches | (sharers if shares.blocks else {}),
     ]
 
 
@@ -162,8 +140,8 @@ def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
         )
 
 
-def lasting(stage: Stage, method: Method, prompts: int) -> Stage:
-    """The stage with the number of its iterations, where ``rl.num_epochs`` is its length. Prints
+def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
+    """Stage and method with the number of iterations, where ``rl.num_epochs`` is the length. Prints
     how long the run is.
 
     Args:
@@ -173,7 +151,7 @@ def lasting(stage: Stage, method: Method, prompts: int) -> Stage:
         UserError: the value function alone learns in all iterations.
     """
     group_size = method.config.group_size
-    settings = stage.config.rl.lasting(prompts, group_size)
+    settings = method.settings.lasting(prompts, group_size)
     check_warmup(stage.name, settings, method.config)
     number = settings.batch_size // group_size
     passes = settings.length * number / prompts
@@ -181,17 +159,19 @@ def lasting(stage: Stage, method: Method, prompts: int) -> Stage:
         f"{settings.length} iterations of {number} prompts x {group_size} answers: {passes:.3g} "
         f"passes over {prompts} prompts"
     )
-    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, rl=settings))
+    return stage.noted(rl=settings), method._replace(settings=settings)
 
 
 def penalty_of(
-    config: RunConfig, algorithm: CompleteAlgorithm, algorithm_config: AlgorithmConfig
+    source: ModelSource,
+    settings: RLStage,
+    algorithm: CompleteAlgorithm,
+    algorithm_config: AlgorithmConfig,
 ) -> Penalty:
     """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
-    settings = config.rl
     coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
-        references.check(config, settings)
+        references.check(source, settings)
         return iteration.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
     if settings.reference_moves:
         name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
@@ -199,13 +179,15 @@ def penalty_of(
     return iteration.NO_PENALTY
 
 
-def is_rewarded(config: RunConfig, algorithm_config: AlgorithmConfig, given: Given) -> bool:
+def is_rewarded(
+    reward: Sequence[str], settings: RLStage, algorithm_config: AlgorithmConfig, given: Given
+) -> bool:
     """Whether there is a reward. With a teacher there need not be one, but the rewards of an
     environment are added to one (UserError).
     """
-    if config.reward or given.reward is not None or not algorithm_config.needs_teacher:
+    if reward or given.reward is not None or not algorithm_config.needs_teacher:
         return True
-    if config.rl.environment:
+    if settings.environment:
         raise UserError(
             "rl.environment pays, so its run has a reward: give --reward, such as length*0"
         )

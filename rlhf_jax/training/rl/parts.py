@@ -9,23 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import DataSource, EngineServer, Judge, ModelSource, RLStage, Safety, Text
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
-from rlhf_jax.graders import spec
+from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.texts import check_function
-from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic, steps, teacher
 from rlhf_jax.training.rl.method import Given, Method
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import AlgorithmConfig, Rollout
+
+
+class Sources(NamedTuple):
+    """What an RL run loads beside its prompts; the fields are those of ``RunConfig``."""
+
+    model: ModelSource
+    reward: tuple[str, ...]
+    safety: Safety
+    judge: Judge
+    math: verifiable.Settings
 
 
 class Parts(NamedTuple):
@@ -62,69 +73,79 @@ class Parts(NamedTuple):
         )
 
 
-def read_prompts(config: RunConfig) -> list[formats.ReadResult]:
+def read_prompts(source: DataSource, settings: RLStage) -> list[formats.ReadResult]:
     """The prompts to train on, and those to validate on if they have files of their own."""
-    sources = [config.rl.data]
-    if config.rl.validation_data:
-        sources.append(config.rl.validation_data)
-    return [initial.stage_rows(config, "prompts", names) for names in sources]
+    files = [settings.data]
+    if settings.validation_data:
+        files.append(settings.validation_data)
+    return [initial.stage_rows(source, "prompts", names) for names in files]
 
 
-def files(config: RunConfig, name: str) -> dict[str, Path]:
-    """The files of rewards, judge, filter, environment and teacher, by their names in the manifest
-    of the run of that name.
+def files(sources: Sources, settings: RLStage, section: AlgorithmConfig) -> dict[str, Path]:
+    """The files of rewards, judge, filter, environment and teacher, by their names in the run's
+    manifest.
+
+    section: the settings of the algorithm.
     """
-    files = filters.rule_files(config.safety)
-    section = vars(config)[name]
+    files = filters.rule_files(sources.safety)
     if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
-    value = critic.source_of(config, section)
+    value = critic.source_of(sources.reward, section)
     if value is not None and Path(value).is_dir():
         files["value"] = Path(value)
-    for entry in (*config.reward, *config.rl.judge):
+    for entry in (*sources.reward, *settings.judge):
         files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
-    if config.rl.environment:
-        files["environment"] = Path(config.rl.environment.rpartition(":")[0])
+    if settings.environment:
+        files["environment"] = Path(settings.environment.rpartition(":")[0])
     return files
 
 
 def load(
-    stage: Stage, method: Method, given: Given, data: Sequence[Sequence[Row]], reply: Reply
+    stage: Stage,
+    method: Method,
+    sources: Sources,
+    given: Given,
+    data: Sequence[Sequence[Row]],
+    reply: Reply,
+    asked: EngineServer,
 ) -> Parts:
     """Loads the models, encodes the prompts and builds the rewards.
 
     Args:
         data: the rows of ``read_prompts``.
         reply: the environment's function.
+        asked: how the server of a teacher is asked.
 
     Raises:
         UserError: a folder, a prompt, a reward or a rule is wrong.
     """
-    config = stage.config
-    settings = config.rl
-    guard = filters.Guard.create(config.safety)
+    settings = method.settings
+    source = sources.model
+    guard = filters.Guard.create(sources.safety)
     rows = [row for part in data for row in part]
-    policy = initial.language_model(config, texts_of(rows), stage.key("init"), policy=given.policy)
+    policy = initial.language_model(
+        source, texts_of(rows), stage.key("init"), policy=given.policy, place=stage.placement
+    )
     tokenizer = policy.tokenizer
-    initial.say_template(config, tokenizer)
-    prompts, to_validate = _encoded(config, policy, guard, data)
+    initial.say_template(source, tokenizer)
+    prompts, to_validate = _encoded(source.text, settings, policy, guard, data)
     longest_prompt = max(prompts.tokens.shape[1], to_validate.tokens.shape[1])
     length = longest_prompt + settings.max_new_tokens
 
     taught_by = teacher.load(stage, method.config, policy, length)
-    server = teacher.connect(stage, method.config, policy)
+    server = teacher.connect(stage, method, policy, asked)
     load_reward_model = functools.partial(
         initial.load_reward_model,
-        compute=config.compute,
-        place=layout.placement(config),
+        compute=stage.compute,
+        place=stage.placement,
         score_rows=method.score_rows,
         length=length,
         policy=tokenizer.fingerprint,
-        in_chat=chat.frame(config.text.template, tokenizer) is None,
+        in_chat=chat.frame(source.text.template, tokenizer) is None,
     )
-    services = Services(config.judge, stage.run.judge)
+    services = Services(sources.judge, stage.run.judge)
     how: Any = {"tokenizer": tokenizer, "load": load_reward_model, "services": services}
-    verified: Any = {"mathematics": config.math}
+    verified: Any = {"mathematics": sources.math}
     judge = None
     if settings.judge:
         judge_flag = "--rl.judge"
@@ -132,19 +153,14 @@ def load(
             settings.judge, columns=to_validate.columns, flag=judge_flag, **how, **verified
         )
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
-    reward = None
-    if isinstance(given.reward, spec.Reward):
-        reward = given.reward
-    elif given.reward is not None:
-        check_function("reward", given.reward, prompts.columns)
-        reward = spec.of_texts(given.reward, tokenizer)
+    reward = _given_reward(given, tokenizer, prompts.columns)
     if not method.is_rewarded:
         log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
         reward = spec.Reward(fn=log_ratio)
     if reward is None:
-        reward = spec.build_reward(config.reward, columns=prompts.columns, **how, **verified)
+        reward = spec.build_reward(sources.reward, columns=prompts.columns, **how, **verified)
     enforce = None
-    if config.safety.on:
+    if sources.safety.on:
         reward = reward._replace(fn=None, host=spec.as_host(reward))
         enforce = guard.for_responses(columns=prompts.columns, **how).enforce
     if reward.fn is not None and method.is_rewarded:
@@ -156,8 +172,21 @@ def load(
     )
 
 
+def _given_reward(given: Given, tokenizer: Tokenizer, columns: Sequence[str]) -> spec.Reward | None:
+    """The reward from Python; None if there is none.
+
+    Raises:
+        UserError: a function of texts asks for another column.
+    """
+    if given.reward is None or isinstance(given.reward, spec.Reward):
+        return given.reward
+    check_function("reward", given.reward, columns)
+    return spec.of_texts(given.reward, tokenizer)
+
+
 def _encoded(
-    config: RunConfig,
+    text: Text,
+    settings: RLStage,
     policy: LanguageModel,
     guard: filters.Guard,
     data: Sequence[Sequence[Row]],
@@ -170,7 +199,7 @@ def _encoded(
     encoded = []
     for part, note in zip(data, ("", " (for validation)"), strict=False):
         safe = guard.prompts(part, policy.tokenizer)
-        encoded.append(initial.prompts_for(config, policy, safe, note))
+        encoded.append(initial.prompts_for(text, settings, policy, safe, note))
     prompts = encoded[0]
     to_validate = encoded[-1]
     missing = [column for column in prompts.columns if column not in to_validate.columns]

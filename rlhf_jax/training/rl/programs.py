@@ -16,7 +16,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import Functions, LoopState, Rule
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training.common import initial, layout, memory, own
+from rlhf_jax.training.common import initial, memory, own
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.stage import Stage
@@ -69,21 +69,28 @@ class Programs(NamedTuple):
 
 
 def networks_of(
-    stage: Stage, begun: LanguageModel, method: Method, teacher: LanguageModel | None = None
+    stage: Stage,
+    begun: LanguageModel,
+    method: Method,
+    source: LanguageModel | None = None,
+    teacher: LanguageModel | None = None,
 ) -> Networks:
-    """Puts policy, value model and reference on the devices. The teacher is there already."""
-    settings = stage.config.rl
+    """Puts policy, value model and reference on the devices. The teacher is there already.
+
+    source: what a separate value model starts from; None: the policy.
+    """
+    settings = method.settings
     value = method.config.value if method.algorithm.needs_values else None
     model = begun.model if value else begun.model._replace(values=None)
     has_head = model.values is not None
     if has_head:
         critic.check_own_head(method.config)
-    source = None
-    if value == "separate":
-        source = critic.load(stage.config, method.config, begun)
-    params = None if source is None else source.params
     width = own.width(begun)
-    start, trained = critic.start(stage, begun.params, value, width, params, has_head=has_head)
+
+    def begin(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
+        return critic.start(stage, params, value, width, source, has_head=has_head)
+
+    start, trained = stage.made(begin, begun.params, None if source is None else source.params)
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -107,21 +114,22 @@ def networks_of(
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
-    frozen = None if start.base else reference
-    stage.hold({"frozen weights": start.base, "reference": frozen})
-    value_model = None if trained is start else (source or begun).model
+    frozen = start.base if source is None else trained.base
+    stage.hold({"frozen weights": frozen, "reference": None if start.base else reference})
+    value_model = (source or begun).model if value == "separate" else None
 
     @functools.cache
     def functions(columns: int) -> Functions:
         learner = trained.bind(policy_fn(columns, value_model))
         return Functions(learner, ref_fn=reference, teacher=teacher_params)
 
-    optimizer = _optimizer(settings, method, trained.params)
+    optimizer = _optimizer(method, trained.params)
     return Networks(start, trained, optimizer, functions)
 
 
-def _optimizer(settings: RLStage, method: Method, params: Params) -> optax.GradientTransformation:
+def _optimizer(method: Method, params: Params) -> optax.GradientTransformation:
     """The optimizer of all trained parameters. Prints whether ``rl.optimizer`` is still used."""
+    settings = method.settings
     if method.optimizer is not None:
         has_critic = critic.has_own_optimizer(method.config, params)
         use = "trains the value function alone" if has_critic else "is not used"
@@ -138,10 +146,10 @@ def first_state(stage: Stage, method: Method, networks: Networks, sizes: Sizes) 
     how: Any = {"optimizer": networks.optimizer, **sizes.wanted(create)}
     train = stage.take(functools.partial(create, **how), networks.trained.params)
     reference = None
-    if stage.config.rl.reference_moves:
+    if method.settings.reference_moves:
         reference = stage.copy(models.policy_params(train.params))
     behind = None
-    if stage.config.rl.rollouts_ahead:
+    if method.settings.rollouts_ahead:
         policy = stage.copy(models.policy_params(train.params))
         behind = TrainState(stage.copy(train.step), policy, ())
     stage.hold({"moving reference": reference, "policy that samples": behind})
@@ -156,17 +164,18 @@ def compiled(
 ) -> Programs:
     """The programs of a run."""
     model = begun.model
-    plain = initial.sampling_config(stage.config.rl, begun.tokenizer)
+    settings = method.settings
+    plain = initial.sampling_config(settings, begun.tokenizer)
     samples = initial.recorded(plain, model.config.vocab_size)
-    shape, masked = rules(stage.config.rl, samples, method.is_rewarded)
+    shape, masked = rules(settings, samples, method.is_rewarded)
     groups: Any = {"group_size": method.config.group_size, "masked": masked}
-    mesh = layout.sampling_mesh(stage.config) or stage.row_mesh
+    mesh = stage.sampling_mesh or stage.row_mesh
     respond = functools.partial(iteration.respond, model=model, mesh=mesh)
     rescored = functools.partial(
         iteration.rescored,
         eos_ids=samples.eos_ids,
         score_rows=method.score_rows,
-        importance=importance_of(stage.config.rl),
+        importance=importance_of(settings),
     )
     learn = functools.partial(
         iteration.learn,
@@ -179,9 +188,9 @@ def compiled(
         mesh=stage.row_mesh,
     )
 
-    def jit(program: Callable[..., Any], num_blocks: int = 0, **settings: Any) -> Any:
+    def jit(program: Callable[..., Any], num_blocks: int = 0, **bound: Any) -> Any:
         options = devices.compiler_options(num_blocks)
-        return stage.jit(functools.partial(program, **settings), compiler_options=options)
+        return stage.jit(functools.partial(program, **bound), compiler_options=options)
 
     # Decoding runs layer after layer, whether or not training scans them.
     layers = model.config.num_layers
@@ -189,7 +198,7 @@ def compiled(
     greedy = replace(plain, temperature=0.0)
     size = method.shared_by
     to_groups = jit(respond, layers, config=samples, group_size=size)
-    validated = initial.validation_config(stage.config.rl, begun.tokenizer)
+    validated = initial.validation_config(settings, begun.tokenizer)
     to_each = to_groups
     if size > 1 or validated != plain:
         to_each = jit(respond, layers, config=validated)

@@ -122,9 +122,8 @@ def apart(mesh: Mesh, program: Callable[..., Rollout], base: Params | None) -> R
     return at
 
 
-def sampler(stage: Stage, responder: Responder, talk: Talk) -> Sampler:
-    """The sampler of a run. It samples ``rl.batch_size`` rows at a time."""
-    size = stage.config.rl.batch_size
+def sampler(stage: Stage, responder: Responder, talk: Talk, size: int) -> Sampler:
+    """The sampler of a run. It samples ``size`` rows at a time, ``rl.batch_size``."""
 
     def sample(state: LoopState, batch: Batch) -> Recorded:
         respond = responder(state)
@@ -422,6 +421,7 @@ def validator(
     score: Scorer,
     judge: Scorer | None,
     pairs: Pairs = None,
+    num_shown: int = 0,
 ) -> Callable[[LoopState], Validation]:
     """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
     the judge score them.
@@ -431,6 +431,7 @@ def validator(
 
     Args:
         pairs: which of the two compares responses: here with those of the first validation.
+        num_shown: examples that are printed.
     """
     opponents: list[str] = []
 
@@ -459,7 +460,7 @@ def validator(
             metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
         samples = _samples(policy, sampled, scored, batch)
         shown = [row for row in samples if row["score"] is not None]
-        for row in shown[: stage.config.rl.show_examples]:
+        for row in shown[:num_shown]:
             logger.info(
                 f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
                 f"Reward:    {row['score']:.4g}\n"

@@ -24,8 +24,9 @@ from rlhf_jax.graders.replies import Replies
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.runs import processes
-from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.rl.method import Method
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.training.rl.steps import Sampler
 from rlhf_jax.types import AlgorithmConfig, Metrics, Params, Rollout, Scores
@@ -55,8 +56,7 @@ def load(
     if method_config.teacher_server is not None:
         return None
     source = model_folder(source)
-    place = layout.placement(stage.config)
-    loaded = initial.load_language_model(source, stage.config.compute, place)
+    loaded = initial.load_language_model(source, stage.compute, stage.placement)
     _check_vocabulary(source, loaded, policy)
     if "score" in loaded.params:
         raise UserError(f"distill.teacher {source}: a reward model has no probabilities of tokens")
@@ -203,28 +203,33 @@ class Server:
         self._is_checked = True
 
 
-def connect(stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel) -> Server | None:
+def connect(
+    stage: Stage, method: Method, policy: LanguageModel, asked: EngineServer
+) -> Server | None:
     """The teacher on a server; None for a method without one, or with one in a folder.
+
+    asked: how the server is asked; the method's config names the model there.
 
     Raises:
         UserError: the run samples at another temperature than 1 or from a truncated distribution,
             or as ``Server.api``.
         ServiceError: the server does not reply.
     """
+    method_config = method.config
     if not method_config.needs_teacher or method_config.teacher_server is None:
         return None
-    config = stage.config
-    if config.rl.temperature != 1.0:
+    settings = method.settings
+    if settings.temperature != 1.0:
         raise UserError(
             f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
-            f"of temperature 1; leave rl.temperature {config.rl.temperature:g} out"
+            f"of temperature 1; leave rl.temperature {settings.temperature:g} out"
         )
-    if config.rl.truncates:
+    if settings.truncates:
         raise UserError(
             f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
             "of its whole vocabulary; leave rl.top_k, rl.top_p, rl.min_p and rl.min_new_tokens out"
         )
-    asked = replace(config.engine, model=method_config.teacher_model)
+    asked = replace(asked, model=method_config.teacher_model)
     server = Server(method_config.teacher_server, asked, policy.tokenizer, stage.run.judge)
     if not stage.run.judge.is_dir():
         processes.in_first(lambda: server.api.model)

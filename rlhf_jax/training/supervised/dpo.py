@@ -5,8 +5,8 @@ without sampling.
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
-from rlhf_jax.training.common.stage import RunResult
-from rlhf_jax.training.supervised import scoring, tasks
+from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.supervised import entry, scoring, tasks
 
 
 def run(config: RunConfig) -> RunResult:
@@ -19,12 +19,11 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    return tasks.run(config, SPEC)
+    return entry.run(config, SPEC)
 
 
 def _task(setting: tasks.Setting) -> tasks.Task:
-    config = setting.stage.config.dpo
-    return tasks.policy_task(setting, dpo, config, baselines=_baselines)
+    return tasks.policy_task(setting, dpo, setting.settings, baselines=_baselines)
 
 
 def _baselines(setting: tasks.Setting) -> dict[str, float]:

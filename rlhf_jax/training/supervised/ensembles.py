@@ -21,7 +21,7 @@ from jax.random import fold_in
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import ModelSource
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.parallel import blocks
 from rlhf_jax.training.common.initial import Trainable, trainable
@@ -29,27 +29,28 @@ from rlhf_jax.types import Comparisons, Metrics, Params, PolicyFn, ScoreFn, Trai
 
 
 def starts(
-    config: RunConfig,
+    number: int,
+    source: ModelSource,
     model: models.Model,
     params: Params,
     key: Array,
 ) -> list[Trainable]:
-    """The initial parameters of each of the ``ensemble_size`` members: its own score head, and
+    """The initial parameters of each of so many members: its own score head, and
     without ``--model`` its own body.
 
     Raises:
         UserError: as ``initial.trainable``.
     """
     members = []
-    for member in range(config.reward_model.ensemble_size):
+    for member in range(number):
         head_key = fold_in(key, 1 + member)
         whole = params
         # The first one has the body that a single model has.
-        if member > 0 and config.model is None:
+        if member > 0 and source.model is None:
             whole = model.init(fold_in(head_key, 0))
         if "score" not in whole:
             whole = models.add_head(head_key, whole, "score")
-        members.append(trainable(config.lora, whole, fold_in(head_key, 1)))
+        members.append(trainable(source.lora, whole, fold_in(head_key, 1)))
     return members
 
 

@@ -6,8 +6,8 @@ from rlhf_jax.algorithms import kto
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.errors import logger
-from rlhf_jax.training.common.stage import RunResult
-from rlhf_jax.training.supervised import scoring, tasks
+from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.supervised import entry, scoring, tasks
 
 
 def run(config: RunConfig) -> RunResult:
@@ -18,13 +18,11 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    return tasks.run(config, SPEC)
+    return entry.run(config, SPEC)
 
 
 def _task(setting: tasks.Setting) -> tasks.Task:
-    config = setting.stage.config.kto
-    _warn_of_one_kind(setting)
-    return tasks.policy_task(setting, kto, config, baselines=_baselines)
+    return tasks.policy_task(setting, kto, setting.settings, baselines=_baselines)
 
 
 def _warn_of_one_kind(setting: tasks.Setting) -> None:
@@ -52,6 +50,7 @@ SPEC = tasks.StageSpec(
     kind="feedback",
     collate=batches.feedback_batch,
     make_task=_task,
+    say=_warn_of_one_kind,
     show=(
         "kto/loss",
         "kto/accuracy",

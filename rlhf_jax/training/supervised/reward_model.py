@@ -14,15 +14,15 @@ from jax.random import fold_in, permutation
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RewardModelStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
-from rlhf_jax.training.common.stage import RunResult
-from rlhf_jax.training.supervised import ensembles, scoring, tasks
+from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.supervised import ensembles, entry, scoring, tasks
 from rlhf_jax.types import Comparisons, Params, Rollout, ScoreFn, TrainState
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
@@ -40,14 +40,15 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    return tasks.run(config, SPEC)
+    return entry.run(config, SPEC)
 
 
 def _task(setting: tasks.Setting) -> tasks.Task:
     stage = setting.stage
-    settings = stage.config.reward_model
+    settings = _settings(setting)
     model = setting.initial.model
-    starts = ensembles.starts(stage.config, model, setting.initial.params, stage.key("init"))
+    begin = partial(ensembles.starts, settings.ensemble_size, setting.source, model)
+    starts = stage.made(begin, setting.initial.params, stage.key("init"))
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
@@ -74,21 +75,26 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     return tasks.Task(training, start, create, bound, validate, trained=trained)
 
 
+def _settings(setting: tasks.Setting) -> RewardModelStage:
+    settings = setting.settings
+    assert isinstance(settings, RewardModelStage)
+    return settings
+
+
 def _policy_fn(setting: tasks.Setting, start: Trainable) -> Any:
     """The log-probabilities of the model, for ``sft_coef``; None without it.
 
     Raises:
         UserError: the model has no output layer, as a saved reward model.
     """
-    config = setting.stage.config
     model = setting.initial.model
-    if not config.reward_model.sft_coef:
+    if not _settings(setting).sft_coef:
         return None
     is_tied = getattr(model.config, "tie_embeddings", True)
     if not is_tied and "lm_head" not in setting.initial.params:
         raise UserError(
-            f"reward_model.sft_coef: {config.model} is a reward model without an output layer, so "
-            "its answers have no likelihood; start from a language model"
+            f"reward_model.sft_coef: {setting.source.model} is a reward model without an output "
+            "layer, so its answers have no likelihood; start from a language model"
         )
     return start.bind(models.policy_fn(model, num_answers=setting.num_answers))
 
@@ -98,7 +104,7 @@ def _validation(setting: tasks.Setting, score_fn: ScoreFn) -> Callable[[TrainSta
     stage = setting.stage
     encoded = setting.encoded
     held_out = setting.held_out
-    num_members = stage.config.reward_model.ensemble_size
+    num_members = _settings(setting).ensemble_size
     score_answers = scoring.answer_scorer(score_fn, num_members, stage.jit)
 
     def validate(state: TrainState) -> Validation:
@@ -130,9 +136,9 @@ def _all_normalized(
     members: Mapping[str, Params],
 ) -> Mapping[str, Params]:
     """The members with ``_normalized`` scores if there is a base policy to sample from."""
-    if not setting.stage.config.reward_model.normalize_samples:
+    if not _settings(setting).normalize_samples:
         return members
-    if setting.stage.config.model is None:
+    if setting.source.model is None:
         logger.info(
             "scores are not normalised: no --model, so there is no base policy to sample from"
         )
@@ -144,7 +150,7 @@ def _all_normalized(
 
 def _weighted(setting: tasks.Setting) -> tasks.Setting:
     """With a weight of each comparison for each member of an ensemble."""
-    num_members = setting.stage.config.reward_model.ensemble_size
+    num_members = _settings(setting).ensemble_size
     # 0 and 1 are the split's and the order's.
     key = fold_in(setting.stage.key("data"), 2)
     counts = ensembles.bootstrap(key, num_members, len(setting.train_rows))
@@ -155,17 +161,20 @@ def _weighted(setting: tasks.Setting) -> tasks.Setting:
 def _base_samples(setting: tasks.Setting) -> Rollout:
     """``normalize_samples`` responses of the base policy to prompts of the data."""
     stage = setting.stage
-    config = stage.config
+    source = setting.source
     # The weights that were loaded first have been freed.
-    language_model = initial.language_model(config, (), stage.key("init"), is_policy=False)
+    language_model = initial.language_model(
+        source, (), stage.key("init"), is_policy=False, place=stage.placement
+    )
     distinct = {row.prompt for row in setting.rows}
     prompts = sorted(distinct, key=lambda prompt: (isinstance(prompt, tuple), prompt))
     key = stage.key("rollout")
     order = np.asarray(permutation(fold_in(key, 0), len(prompts)))
-    numbers = np.resize(order, config.reward_model.normalize_samples)
+    numbers = np.resize(order, _settings(setting).normalize_samples)
     rows = [Row(prompts[i], (), f"the prompt {prompts[i][:40]!r}") for i in numbers]
-    encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
-    how = initial.sampling_config(config.rl, language_model.tokenizer)
+    how_asked = (source.text, setting.sampling, setting.initial)
+    encoded = initial.prompts_for(*how_asked, rows, " (to normalise scores)")
+    how = initial.sampling_config(setting.sampling, language_model.tokenizer)
     sample_key = fold_in(key, 1)
     return language_model.sample(encoded.tokens, encoded.attention_mask, sample_key, config=how)
 

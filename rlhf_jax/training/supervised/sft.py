@@ -3,8 +3,8 @@
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
-from rlhf_jax.training.common.stage import RunResult
-from rlhf_jax.training.supervised import tasks
+from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.supervised import entry, tasks
 
 
 def run(config: RunConfig) -> RunResult:
@@ -15,13 +15,12 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    return tasks.run(config, SPEC)
+    return entry.run(config, SPEC)
 
 
 def _task(setting: tasks.Setting) -> tasks.Task:
     """Validations are in nats per token, whatever ``sft.aggregate`` is."""
-    config = setting.stage.config.sft
-    return tasks.policy_task(setting, sft, config, validation_config=sft.Config())
+    return tasks.policy_task(setting, sft, setting.settings, validation_config=sft.Config())
 
 
 SPEC = tasks.StageSpec(

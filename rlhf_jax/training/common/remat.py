@@ -1,0 +1,51 @@
+"""The choice of ``compute.remat`` where it is auto: by the depth of the model and the memory."""
+
+import dataclasses
+import functools
+
+from rlhf_jax import models
+from rlhf_jax.errors import logger
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.parallel import sharding
+from rlhf_jax.runs import devices
+from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common.stage import Stage
+
+
+def choose(
+    stage: Stage, language_model: LanguageModel, rows: int, length: int, networks: int = 1
+) -> tuple[Stage, LanguageModel]:
+    """The stage and the model with ``compute.remat`` true or false where it was auto; depth and
+    memory decide, and the choice is printed and recorded.
+
+    Args:
+        rows: of a microbatch, over all devices.
+        length: the most columns of a row.
+        networks: of this size that are trained.
+    """
+    compute = stage.compute
+    model = language_model.model
+    if compute.remat != "auto":
+        return stage, language_model
+    remat = False
+    # A user's own network has no remat. With blocks the bits must not depend on the memory.
+    is_open = hasattr(model.config, "remat") and not compute.blocks
+    if is_open and model.config.num_layers >= initial.DEEP:
+        own_rows = -(-rows // stage.num_parts)
+        params = stage.shapes(language_model.params)
+        trained = initial.trained_shapes(stage.lora, params)
+        to_come = networks * memory.COPIES * memory.on_device(stage.shapes(trained))
+        room = memory.Room(devices.free_memory(), to_come)
+        stored = memory.stored(model.config, own_rows, length)
+        shape = (own_rows * stage.num_parts, length)
+        compiled = functools.partial(
+            memory.temporaries, model, params, *shape, sharding.rows(stage.mesh)
+        )
+        remat = memory.wants_remat(room, stored, compiled)
+        line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
+        logger.info(f"{line} ({memory.reason(room, stored, own_rows, remat)})")
+    compute = dataclasses.replace(compute, remat=remat)
+    stage = stage.decided(compute)
+    if remat:
+        model = models.build(dataclasses.replace(model.config, remat=True))
+    return stage, language_model._replace(model=model)
