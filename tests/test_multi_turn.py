@@ -449,7 +449,7 @@ def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     env = config.rl.environment.rpartition(":")[0]
     running = launch([sys.executable, "-c", IN_PROCESSES, tmp_path / "run.yaml", env], 2, 1, [])
-    said = [process.communicate(timeout=900)[0] for process in running]
+    said = [process.communicate(timeout=3600)[0] for process in running]
     assert [process.returncode for process in running] == [1, 2], said
     assert "error: process 1: it has ended; its last lines say why" in said[0]
     assert "error: missing: " in said[1]
