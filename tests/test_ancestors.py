@@ -155,9 +155,7 @@ def test_what_proves_a_row_runs_in_the_fast_or_the_slow_tests(test):
 
 
 def test_the_feature_table_names_these_rows():
-    [table] = re.findall(
-        r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE
-    )
+    [table] = re.findall(r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     rows = []
     for line in table.splitlines():
         rows += re.findall(r"`(\w+)`", line.rstrip("| ").rpartition(" | ")[2])

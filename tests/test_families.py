@@ -153,8 +153,8 @@ def test_the_page_of_models_lists_what_the_command_lists(capsys):
 
 
 def test_the_cells_of_the_tables_of_families_are_tests():
-    """docs/notes/families.md: each case stands in the file of its column's cases, in the list if the test
-    takes some alone.
+    """docs/notes/families.md: each case stands in the file of its column's cases, in the list if
+    the test takes some alone.
     """
     parity, lora, files, chats = (
         (ROOT / "tests" / f"{name}.py").read_text("utf-8")
