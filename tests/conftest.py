@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Most tests compile much and compute little: without XLA's optimizations they take half the time,
-# and so do the scripts that they start. Programs as a user's are run by test_quickstart.py, and by
+# and so do the scripts that they start. Programs as a user's are run by fifteen_minutes.py, and by
 # tests with the fixture below.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tests call what entry points call; it must not start pytest anew.

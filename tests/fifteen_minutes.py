@@ -37,6 +37,7 @@ FIRST = {
     "rlhf-jax generate runs/quickstart/ppo --prompts runs/quickstart/data/heldout_prompts.json "
     "--out answers.jsonl --n 2 --reward runs/quickstart/reward_model": "",
 }
+CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 LAST = {
     "rlhf-jax report runs/quickstart/ppo runs/mine": "",
     "rlhf-jax export runs/mine my-model": "",
@@ -84,8 +85,34 @@ def answer_of(model_folder: Path) -> str:
     return tokenizer.decode(response, skip_special_tokens=True)
 
 
+def check_quickstart(folder: Path, said: str) -> None:
+    """What the quickstart must have said and left in its folder."""
+    from transformers import AutoTokenizer
+
+    lines = said.splitlines()
+    assert lines.count("cpu: 1 x cpu, float32") == 1, said
+    assert said.count("compiling; ") == 3, said
+    assert "gates" not in said
+    assert any(re.fullmatch("The report: .*/report[.]html", line) for line in lines), said
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert summary["heldout_prompts"] >= 100
+    assert summary["checks"] == dict.fromkeys(CHECKS, True)
+    assert summary["critic"]["lowest_explained_variance_of_last_half"] > 0
+    assert summary["critic"]["largest_ratio"] < 5
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")  # it knows how the run asked
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == "Human: Hi\nAssistant: "
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("<svg") >= 6
+    elsewhere = ("http://", "https://", "<script ", " src=", "<link")
+    assert not any(reference in page for reference in elsewhere)
+
+
 def check(folder: Path, said: dict[str, str]) -> None:
     """What the commands must have left and said."""
+    check_quickstart(folder / "runs" / "quickstart", said["rlhf-jax quickstart"])
     talk = said[list(FIRST)[1]]
     for label in "AB":
         answers = re.findall(rf"^{label}: (.+)$", talk, re.MULTILINE)
@@ -114,6 +141,8 @@ def main() -> None:
     start = time.monotonic()
     commands = FIRST | pages.typed(PAGE) | LAST
     said = {command: run(command, typed, folder) for command, typed in commands.items()}
+    for command in said["rlhf-jax quickstart"].splitlines()[-3:-1]:  # as it says itself
+        run(command, "", folder)
     check(folder, said)
     answer = answer_of(folder / "my-model")
     assert answer.strip(), "transformers gives an empty answer"

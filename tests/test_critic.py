@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, initial_params, metric_rows, run_ppo, save_base
+from builders import goes_on_alike, initial_params, metric_rows, run_ppo, save_base, slow
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
@@ -230,7 +230,7 @@ def test_a_score_head_as_a_value_head():
     assert (head["kernel"].tolist(), head["bias"]) == ([3.0, -6.0], 0.5)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [slow(0), 2])
 def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path):
     """The value before token t is the reward model's score of the tokens before t."""
     policy, judge = folders(data, tmp_path)

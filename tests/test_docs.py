@@ -50,7 +50,7 @@ RUN_BY_TEST_SCRIPTS = {
 # What README says that this test does not run.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run starts with these commands",
-    "rlhf-jax quickstart": "takes minutes; tests/test_quickstart.py runs it",
+    "rlhf-jax quickstart": "takes minutes; tests/fifteen_minutes.py runs it",
     **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
     "pytest": "is what runs this test",
 }

@@ -363,7 +363,7 @@ def test_a_rollout_does_not_depend_on_when_it_was_sampled(
     straight = run(ahead)
     again = replace(ahead, output_dir=f"{config.output_dir}_again")
     with monkeypatch.context() as patch:
-        patch.setattr(rl.entry, "Ahead", lambda sample, thread: Ahead(sample, None))
+        patch.setattr(rl.composition, "Ahead", lambda sample, thread: Ahead(sample, None))
         assert rows_of(run(again)) == rows_of(straight)
     shutil.rmtree(straight / "checkpoints" / "4")
     shutil.rmtree(straight / "checkpoints" / "3")

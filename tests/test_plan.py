@@ -154,6 +154,25 @@ def test_the_update_of_a_distillation_is_planned(teacher, folder):
     assert jax.tree.structure(state.train.params) == jax.tree.structure(held["parameters"])
 
 
+def test_a_plan_of_rollouts_ahead_has_what_its_run_has(folder):
+    """A second policy with its number of steps, and the weights that correct its log-probs."""
+    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2, rollouts_ahead=1)
+    held, programs, _ = shapes.shapes_of(RunConfig(model=folder, reward=("length",), rl=rl), "vpg")
+    assert sum(x.size for x in jax.tree.leaves(held["policy that samples"])) == COUNT + 1
+    collect, *arguments = programs[shapes.SAMPLING]
+    _, metrics = jax.eval_shape(collect, *arguments)
+    assert "policy/importance_limited" in metrics
+
+
+def test_a_teacher_on_a_server_that_rewards_is_planned(folder):
+    settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
+    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
+    _, programs, _ = shapes.shapes_of(RunConfig(model=folder, rl=rl, distill=settings), "distill")
+    reward, *arguments = programs["reward"]
+    rollout, _ = jax.eval_shape(reward, *arguments)
+    assert rollout.scores.shape == (4,)
+
+
 @pytest.mark.usefixtures("no_phases")
 def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
     found = []

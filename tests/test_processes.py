@@ -160,6 +160,7 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
     one = tmp_path / "one"
     # An eps of 1e-8 would blow rounding up to a step.
     flags = [*layout, "--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]
+    flags += ["--sft.max-steps", "10"]
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
     for row, of_one in zip(metric_rows(two), metric_rows(one), strict=True):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from builders import json_lines, save_base
+from builders import json_lines, save_base, slow
 
 from rlhf_jax import cli, config
 from rlhf_jax.config import RewardModelStage, RLStage, Rounds, RunConfig, Text
@@ -244,7 +244,8 @@ def test_an_ensemble_rewards_by_its_mean_and_chooses(stand, given, tmp_path, mon
         assert row["prompt"] == PROMPTS[row["row"]]["prompt"]
 
 
-def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(stand, given, tmp_path):
+@pytest.mark.parametrize("parts", [(2, 9), slow(range(1, 12))], ids=["two", "each"])
+def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(parts, stand, given, tmp_path):
     def files(folder):
         return {
             path.relative_to(folder): path.read_bytes().replace(bytes(folder), b"")
@@ -257,7 +258,7 @@ def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(stand, given, 
     rounds.run(how)
     expected = files(tmp_path / "whole")
     assert whole.num_done == 11  # pairs, rows, two runs and an evaluation each, and the first one's
-    for part in range(1, 12):
+    for part in parts:
         stopped = tmp_path / f"stopped-{part:02}"
         how = replace(how, output_dir=str(stopped))
         stand(stop_after=part)

@@ -1,7 +1,6 @@
 """``rl.stop``: a response ends where its text has a stop string, for all that reads it."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import asked_runs
 import jax
@@ -14,14 +13,14 @@ from numpy.testing import assert_array_equal
 
 from rlhf_jax import iteration, rewards
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.config import RLStage
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.training import rl
-from rlhf_jax.training.rl import entry
+from rlhf_jax.training.rl import composition
 from rlhf_jax.types import Rollout
 
 ALPHABET = tokenizers.characters("abcde")
@@ -69,10 +68,9 @@ def test_the_cut_by_hand():
 
 
 def test_a_run_looks_for_stop_texts_behind_the_tokens_that_it_is_told(monkeypatch):
-    monkeypatch.setattr(entry, "converse", lambda environment, until: until())
+    monkeypatch.setattr(composition, "converse", lambda environment, until: until())
     settings = RLStage(stop=("ab",), stop_after=2)
-    stage = SimpleNamespace(config=RunConfig(rl=settings))
-    talk = entry._talk(stage, None, ALPHABET)
+    talk = composition._talk(settings, None, ALPHABET)
     cut = talk(lambda: a_rollout([A, B, C, D, E], [C, D, A, B, E]))
     assert_array_equal(cut.response_mask.sum(axis=1), [5, 4])
     with pytest.raises(ValueError, match="stop_after: there is no text"):

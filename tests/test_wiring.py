@@ -446,7 +446,7 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
     ("value", "lora"),
     [
         ("shared", None),
-        ("separate", LoRA(rank=2)),
+        slow("separate", LoRA(rank=2)),
         slow("shared", LoRA(rank=2)),
         slow("separate", None),
     ],

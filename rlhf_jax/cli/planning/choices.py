@@ -11,13 +11,12 @@ from rlhf_jax.cli.planning.case import PAIRS, RL, SUPERVISED, Case
 from rlhf_jax.cli.planning.shapes import fitting
 from rlhf_jax.config import RunConfig, data_source, model_source
 from rlhf_jax.data import batches
-from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.rows import Kind, texts
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
-from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import initial, memory, shared_prompts
+from rlhf_jax.training.common.remat import needed
 from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.sharing import saved
 from rlhf_jax.training.supervised import batching, reading
@@ -66,13 +65,7 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
         prompts = initial.prompts_for(config.text, config.rl, language_model, read)
         return config, int(prompts.tokens.shape[1])
     most = reading.longest_text(config.text, model.config.max_length)
-    encoded = encode_texts(
-        read,
-        tokenizer,
-        template=config.text.template,
-        max_length=most,
-        too_long=config.text.too_long,
-    )
+    encoded = reading.encode(config.text, read, tokenizer, most, are_pieces=False)
     made = batching.batched(
         case.stage.shares,
         config.compute.share_prompts,
@@ -123,13 +116,10 @@ def with_remat(
     else:
         rows = (1 + (name in PAIRS and not case.num_answers)) * case.own.batch_size
     rows_at_once = rows // case.own.num_microbatches
-    device_rows = -(-rows_at_once // sharding.num_parts(case.mesh))
-    stored = memory.stored(network, device_rows, columns)
     is_deep = network.num_layers >= initial.DEEP
     params = case.laid_out(params)
-    trained = case.laid_out(initial.trained_shapes(config.lora, params))
     networks = 1 + (name in RL and critic.settings(case.own).value == "separate")
-    to_come = networks * memory.COPIES * memory.on_device(trained)
     free = max(limit - memory.on_device(params), 1) if limit else 0
-    remat = is_deep and memory.wants_remat(memory.Room(free, to_come), stored, lambda: stored)
+    need = needed(case.stage, network, params, rows_at_once, columns, networks, free)
+    remat = is_deep and need.wants_remat(lambda: need.stored)
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))

@@ -172,12 +172,10 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     with case.in_mesh():
         collected, _ = jax.eval_shape(collect, *case.computed((*inputs, functions, base)))
     rollout = case.spread(collected)
-    asks_teacher = case.own.needs_teacher and teacher is None
-    scored = dataclasses.replace(
-        rollout,
-        scores=case.spread(jax.ShapeDtypeStruct((settings.batch_size,), jnp.float32)),
-        teacher_log_probs=rollout.log_probs if asks_teacher else None,
-    )
+    if case.own.needs_teacher and teacher is None:
+        rollout = dataclasses.replace(rollout, teacher_log_probs=rollout.log_probs)
+    scores = case.spread(jax.ShapeDtypeStruct((settings.batch_size,), jnp.float32))
+    scored = dataclasses.replace(rollout, scores=scores)
     programs: dict[str, Program] = {SAMPLING: (collect, *inputs, functions, base)}
     reward = case.laid_out(_reward(case, method, teacher))
     if reward is not None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rlhf_jax import models
 from rlhf_jax.errors import logger
@@ -10,6 +12,36 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
 from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.types import Params
+
+
+class Need(NamedTuple):
+    """The memory that an update without remat needs on a device, and the memory that there is."""
+
+    room: memory.Room
+    stored: int  # bytes that the forward pass keeps, about
+    rows: int  # of a microbatch
+
+    def wants_remat(self, compiled: Callable[[], float]) -> bool:
+        """As ``memory.wants_remat``."""
+        return memory.wants_remat(self.room, self.stored, compiled)
+
+
+def needed(
+    stage: Stage, config: Any, params: Params, rows: int, length: int, networks: int, free: float
+) -> Need:
+    """What an update needs.
+
+    Args:
+        config: of the network; params: its shapes.
+        rows, length, networks: as in ``choose``.
+        free: bytes of a device beside the parameters; 0: nobody knows.
+    """
+    own_rows = -(-rows // stage.num_parts)
+    trained = initial.trained_shapes(stage.lora, params)
+    to_come = networks * memory.COPIES * memory.on_device(stage.shapes(trained))
+    stored = memory.stored(config, own_rows, length)
+    return Need(memory.Room(free, to_come), stored, own_rows)
 
 
 def choose(
@@ -31,19 +63,16 @@ def choose(
     # A user's own network has no remat. With blocks the bits must not depend on the memory.
     is_open = hasattr(model.config, "remat") and not compute.blocks
     if is_open and model.config.num_layers >= initial.DEEP:
-        own_rows = -(-rows // stage.num_parts)
         params = stage.shapes(language_model.params)
-        trained = initial.trained_shapes(stage.lora, params)
-        to_come = networks * memory.COPIES * memory.on_device(stage.shapes(trained))
-        room = memory.Room(devices.free_memory(), to_come)
-        stored = memory.stored(model.config, own_rows, length)
-        shape = (own_rows * stage.num_parts, length)
+        free = devices.free_memory()
+        need = needed(stage, model.config, params, rows, length, networks, free)
+        shape = (need.rows * stage.num_parts, length)
         compiled = functools.partial(
             memory.temporaries, model, params, *shape, sharding.rows(stage.mesh)
         )
-        remat = memory.wants_remat(room, stored, compiled)
+        remat = need.wants_remat(compiled)
         line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
-        logger.info(f"{line} ({memory.reason(room, stored, own_rows, remat)})")
+        logger.info(f"{line} ({memory.reason(need.room, need.stored, need.rows, remat)})")
     compute = dataclasses.replace(compute, remat=remat)
     stage = stage.decided(compute)
     if remat:
