@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from builders import EXPERTS, initial_params, metric_rows
+from builders import EXPERTS, UNASKED, initial_params, metric_rows
 from numpy.testing import assert_allclose
 
 from rlhf_jax import grpo, models, training
@@ -71,9 +71,9 @@ def settings(folder):
         data=(str(folder / "data"),),
         tokenizer=Tokenizer(),
         text=Text(bucket_multiple=128),
-        sft=SFTStage(**stage),
+        sft=SFTStage(**stage, **UNASKED),
         reward_model=RewardModelStage(**stage, normalize_samples=8),
-        dpo=DPOStage(**stage),
+        dpo=DPOStage(**stage, **UNASKED),
         rl=RLStage(num_iterations=2, batch_size=8, optimizer=optimizer, **sampled),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )
@@ -113,7 +113,7 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
 @pytest.mark.slow
 def test_experts_train_on_a_mesh_of_2_2(tmp_path, no_pages):
     """SFT with the loss that balances them is the same as with rows cut over 4 devices alone; GRPO
-    trains adapters of experts beside a base of 8 bits, which its saved model holds.
+    trains adapters of experts beside a base of 4 bits, which its saved model holds.
     """
     base_folder("qwen3_moe", tmp_path)
     base = replace(settings(tmp_path), model=str(tmp_path / "base"))
@@ -130,12 +130,12 @@ def test_experts_train_on_a_mesh_of_2_2(tmp_path, no_pages):
     assert len(balances) == 3
     assert min(balances) >= 1.9  # 2 experts of each token, nearly balanced
 
-    lora = LoRA(rank=2, match="attn|experts", base="int8")
+    lora = LoRA(rank=2, match="attn|experts", base="nf4")
     places = {"mesh": mesh, "output_dir": str(tmp_path / "grpo"), "reward": ("length",)}
     learned = run_grpo(replace(base, lora=lora, **places))
     _, trained = models.load(learned.model_folder)
     start = models.load(tmp_path / "base")[1]
     adapters = models.lora.load(learned.folder / "adapter", start)
     assert "lora_b" in adapters["h_1"]["mlp"]["experts"]["down_proj"]
-    expected = models.lora.merge(models.lora.quantized(start), adapters)
+    expected = models.lora.merge(models.lora.quantized(start, "nf4"), adapters)
     jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), trained, expected)
