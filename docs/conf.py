@@ -93,8 +93,8 @@ class Results(Directive):
     """The figure and the table of a file in docs/results/: a page has no number of its own.
 
     ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
-    seed, in a band where the file has ``METRIC low`` and ``METRIC high``, and the same numbers.
-    Without it: a table of all metrics.
+    seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
+    ``METRIC high``, and the same numbers. Without it: a table of all metrics.
     """
 
     required_arguments = 1
@@ -112,10 +112,13 @@ class Results(Directive):
 
     def curve(self, path: Path, results: dict[str, Any], metric: str) -> list[nodes.Node]:
         """The curve of a metric, and its numbers."""
-        values = {
-            (f"{row['variant']}, seed {row['seed']}", row["step"], row["metric"]): row["value"]
-            for row in results["rows"]
-        }
+        rows = results["rows"]
+        means = [row for row in rows if row["seed"] == "all"]
+        values = {}
+        for row in means or rows:
+            of_seed = "" if means else f", seed {row['seed']}"
+            name = f"{row['variant']}{of_seed}"
+            values[name, row["step"], row["metric"]] = row["value"]
         series = {}
         lines = []
         for name in sorted({name for name, _, _ in values}):

@@ -19,6 +19,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.models import lora
+from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
 from rlhf_jax.training.rl import critic
@@ -148,6 +149,39 @@ def test_rl_leaves_routers_as_they_are_unless_asked(trained):
     moved = jax.tree.map(lambda update: bool((update != 0).all()), updates)
     assert moved["h"]["mlp"] == {"router": {"kernel": trained}, "experts": {"kernel": True}}
     assert moved["value"]["kernel"]
+
+
+def test_decoding_chooses_the_experts_of_the_full_forward():
+    """A prompt of three tokens at once, then one token at a time; with routers that were moved in
+    between, other experts.
+    """
+    config = replace(CONFIG, scan_layers=False)
+    params = some_params(config)
+    network = Decoder(config)
+    run = jax.jit(network.apply, static_argnames=("method", "mutable"))
+    tokens = jnp.asarray(TOKENS)
+
+    def chosen(params, *inputs, method):
+        _, found = out = run({"params": params}, *inputs, method=method, mutable=("router",))
+        layers = [found["router"][f"h_{i}"]["mlp"]["router"]["chosen"][0] for i in range(2)]
+        return out[0], np.sort(np.stack(layers).reshape(2, 4, -1, 2))  # layers, rows, tokens, k
+
+    def decoded(params):
+        cache = models.build(config).init_cache(4, 6)
+        parts = []
+        for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
+            places = jnp.broadcast_to(jnp.arange(start, end), (4, end - start))
+            inputs = (tokens[:, start:end], places, jnp.ones((4, 6), int), cache, jnp.int32(start))
+            (_, cache), part = chosen(params, *inputs, method="decode")
+            parts.append(part)
+        return np.concatenate(parts, axis=2)
+
+    _, whole = chosen(params, tokens, jnp.ones_like(tokens), method="hidden")
+    assert_array_equal(decoded(params), whole)
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: -leaf if "router" in str(path) else leaf, params
+    )
+    assert np.mean((decoded(moved) != whole).any(-1)) > 0.5
 
 
 def adapted_experts(config):

@@ -113,7 +113,7 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
 @pytest.mark.slow
 def test_experts_train_on_a_mesh_of_2_2(tmp_path, no_pages):
     """SFT with the loss that balances them is the same as with rows cut over 4 devices alone; GRPO
-    trains adapters of experts beside a base of 8 bits, which its saved model holds.
+    trains adapters of experts beside a base of 4 bits, which its saved model holds.
     """
     base_folder("qwen3_moe", tmp_path)
     base = replace(settings(tmp_path), model=str(tmp_path / "base"))
@@ -130,12 +130,12 @@ def test_experts_train_on_a_mesh_of_2_2(tmp_path, no_pages):
     assert len(balances) == 3
     assert min(balances) >= 1.9  # 2 experts of each token, nearly balanced
 
-    lora = LoRA(rank=2, match="attn|experts", base="int8")
+    lora = LoRA(rank=2, match="attn|experts", base="nf4")
     places = {"mesh": mesh, "output_dir": str(tmp_path / "grpo"), "reward": ("length",)}
     learned = run_grpo(replace(base, lora=lora, **places))
     _, trained = models.load(learned.model_folder)
     start = models.load(tmp_path / "base")[1]
     adapters = models.lora.load(learned.folder / "adapter", start)
     assert "lora_b" in adapters["h_1"]["mlp"]["experts"]["down_proj"]
-    expected = models.lora.merge(models.lora.quantized(start), adapters)
+    expected = models.lora.merge(models.lora.quantized(start, "nf4"), adapters)
     jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), trained, expected)

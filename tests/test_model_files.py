@@ -375,6 +375,10 @@ HARMLESS = {
         ),
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
         (
+            {"model_type": "gemma4_text"},
+            "not supported: global_head_dim .* num_kv_shared_layers .* hidden_size_per_layer_input",
+        ),
+        (
             {"model_type": "bert"},
             r"model_type is 'bert'; the supported ones are: "
             r"gpt2, llama, qwen2, qwen3, mistral, gemma3_text",

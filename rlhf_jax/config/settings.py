@@ -180,9 +180,9 @@ class LoRA(Section):
     match: str = "attn|mlp"
     """Regular expression for the layers that get an adapter, searched in names such as
     h_0/attn/c_attn; experts get adapters only if it names them: attn|experts."""
-    base: Literal["int8"] | None = None
-    """Hold the frozen weights of the layers as numbers of 8 bits, half the memory of bfloat16;
-    null: as they are in the model's files."""
+    base: Literal["bfloat16", "int8", "int4", "nf4"] | None = None
+    """Hold the frozen weights of the layers in fewer bits: 8 (int8), 4.5 (int4 and nf4, their
+    scales included) or 16 (bfloat16); null: as they are in the model's files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -427,6 +427,14 @@ _TABLE = (
 )
 FAMILIES = {family.model_type: family for family in _TABLE}
 
+# {model_type: what its config.json says that no setting here can}, of families that do not load.
+UNMET = {
+    "gemma4_text": "global_head_dim and per_layer_config (heads of two sizes), "
+    "num_kv_shared_layers and attention_k_eq_v (shared keys and values), "
+    "hidden_size_per_layer_input (inputs of the layers' own), use_double_wide_mlp, "
+    "enable_moe_block and rope_type proportional"
+}
+
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a configuration."""

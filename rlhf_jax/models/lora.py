@@ -21,6 +21,8 @@ from jax.tree_util import Partial
 
 from rlhf_jax.models.families import LeafPath, takes_adapters
 from rlhf_jax.models.heads import HEADS
+from rlhf_jax.models.kernels import quantization
+from rlhf_jax.models.kernels.quantization import Form
 from rlhf_jax.models.peft import read_adapter as load
 from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
@@ -88,14 +90,12 @@ def init(
     return unflatten_dict(leaves)
 
 
-def quantized(params: Params) -> Params:
-    """A frozen base of 8 bits: the kernels of all layers as int8, each output column with its own
-    "kernel_scale" float32, so that ``kernel * kernel_scale`` is the weight (as LLM.int8 and QLoRA
-    hold frozen weights; Dettmers et al. 2022, 2023).
+def quantized(params: Params, form: Form = "int8") -> Params:
+    """A frozen base whose kernels of all layers have few bits, with their scales beside them
+    (``kernels.quantization``).
 
-    The largest weight of a column becomes 127. Tables, norms, biases, routers and heads stay as
-    they are. The models' functions, ``attach`` and ``merge`` take the result; it cannot be trained
-    or saved.
+    Tables, norms, biases, routers and heads stay as they are. The models' functions, ``attach`` and
+    ``merge`` take the result; it cannot be trained or saved.
     """
     leaves = flatten_dict(params)
     found = dict(leaves)
@@ -103,23 +103,21 @@ def quantized(params: Params) -> Params:
         if path[-1] != "kernel" or path[0] in HEADS or not takes_adapters(path):
             continue
         axis = len(split_shape(path, kernel.shape)[0])
-        weights = kernel.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(weights), axis=axis)
-        scale = jnp.where(largest > 0, largest / 127, 1.0)
-        numbers = jnp.round(weights / jnp.expand_dims(scale, axis))
-        found[path] = numbers.astype(jnp.int8)
-        found[(*path[:-1], "kernel_scale")] = scale
+        for name, leaf in quantization.quantized(kernel, axis, form).items():
+            found[(*path[:-1], name)] = leaf
     return unflatten_dict(found)
 
 
 def _dequantized(leaves: dict[LeafPath, Array]) -> dict[LeafPath, Array]:
-    """The leaves of a base with float32 kernels in place of those of 8 bits."""
-    found = {path: leaf for path, leaf in leaves.items() if path[-1] != "kernel_scale"}
+    """The leaves of a base with float32 kernels in place of those of few bits."""
+    scales = (quantization.COLUMNS, quantization.BLOCKS)
+    found = {path: leaf for path, leaf in leaves.items() if path[-1] not in scales}
     for (*module, name), scale in leaves.items():
-        if name == "kernel_scale":
+        if name in scales:
             path = (*module, "kernel")
             axis = len(split_shape(path, leaves[path].shape)[0])
-            found[path] = leaves[path].astype(jnp.float32) * jnp.expand_dims(scale, axis)
+            held = {"kernel": leaves[path], name: scale}
+            found[path] = quantization.dequantized(held, axis)
     return found
 
 
@@ -157,7 +155,7 @@ def merge(params: Params, adapters: Params) -> Params:
     heads and whole modules.
 
     A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding. So does
-    one of 8 bits (``quantized``): the adapters were trained beside what it holds.
+    one of few bits (``quantized``): the adapters were trained beside what it holds.
 
     Raises:
         ValueError: as ``attach``.

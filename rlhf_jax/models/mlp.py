@@ -14,9 +14,10 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
-from rlhf_jax.models.kernels import initialize
+from rlhf_jax.models.kernels import initialize, quantization
 from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given, scaled
 from rlhf_jax.parallel.sharding import cut
+from rlhf_jax.types import Params
 
 
 def gated(layers: Any, x: Array, *more: Array) -> Array:
@@ -94,6 +95,14 @@ class Router(Given):
         return weights, chosen
 
 
+@jax.checkpoint
+def _dot_of_few_bits(rows: Array, held: Params, sizes: Array) -> Array:
+    """Rows times their experts' kernels of few bits, but for the scales of columns; the weights are
+    computed again in the backward pass.
+    """
+    return lax.ragged_dot(rows, quantization.weights(held, 1, rows.dtype), sizes)
+
+
 class Grouped(Given):
     """Rows in the order of their experts [M, D], times each expert's own "kernel" [E, D, F], plus,
     with ``mlp_bias``, its "bias" [E, F], and plus the term of its adapter if there are such
@@ -110,11 +119,16 @@ class Grouped(Given):
         number = config.num_experts
         initial = initialize.normal(config.initializer_range)
         kernel = self.param("kernel", initial, (number, rows.shape[-1], self.features))
-        rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
-        out = lax.ragged_dot(rows, kernel, sizes)
-        if self.has_variable("params", "kernel_scale"):
-            columns = self.variables["params"]["kernel_scale"]
-            out = scaled(out, columns[numbers])
+        held = quantization.held(self.variables["params"])
+        if held:
+            (rows,) = promote_dtype(rows, dtype=config.compute_dtype)
+            out = _dot_of_few_bits(rows, held, sizes)
+            if quantization.COLUMNS in held:
+                columns = held[quantization.COLUMNS]
+                out = scaled(out, columns[numbers])
+        else:
+            rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
+            out = lax.ragged_dot(rows, kernel, sizes)
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
             out += bias.astype(out.dtype)[numbers]

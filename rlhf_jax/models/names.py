@@ -10,18 +10,18 @@ from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig, ModelConfig, RopeScaling, is_int
-from rlhf_jax.models.families import COMMON, FAMILIES, Family, family_of
+from rlhf_jax.models.families import COMMON, FAMILIES, UNMET, Family, family_of
 
 # The mesh axes over which the last axes of an array are cut (``sharding.by_path``), for each
 # family's parameters and for arrays with their paths, such as Adam's moments. Kernels that write to
 # the residual stream are cut along the other axis than those that read from it, so that a block
 # sends over ``tensor`` twice (Shoeybi et al. 2019).
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"c_attn/kernel$", ("fsdp", None, "tensor")),
-    (r"(q_proj|k_proj|v_proj|qkv_proj|c_fc)/kernel$", ("fsdp", "tensor")),
-    (r"(gate_proj|up_proj|gate_up_proj)/kernel$", ("fsdp", "tensor")),
+    (r"c_attn/(kernel|block_scale)$", ("fsdp", None, "tensor")),
+    (r"(q_proj|k_proj|v_proj|qkv_proj|c_fc)/(kernel|block_scale)$", ("fsdp", "tensor")),
+    (r"(gate_proj|up_proj|gate_up_proj)/(kernel|block_scale)$", ("fsdp", "tensor")),
     (r"router/kernel$", ("fsdp", None)),
-    (r"(o_proj|down_proj|c_proj)/kernel$", ("tensor", "fsdp")),
+    (r"(o_proj|down_proj|c_proj)/(kernel|block_scale)$", ("tensor", "fsdp")),
     (r"((wte|lm_head)/embedding|unembedding)$", ("tensor", "fsdp")),
     (r"(o_proj|down_proj|c_proj)/lora_a$", ("tensor", None)),  # an adapter is cut as its kernel is
     (r"(o_proj|down_proj|c_proj)/lora_b$", (None, "fsdp")),
@@ -106,6 +106,11 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     """
     keys = dict(keys)
     model_type = str(keys.pop("model_type", None))
+    if model_type in UNMET:
+        raise UserError(
+            f"{where}: models of model_type {model_type} need settings that are not supported: "
+            f"{UNMET[model_type]}"
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}"

@@ -22,7 +22,7 @@ from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Columns, Number, Seen, Softmax, pick
 from rlhf_jax.models.config import ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
-from rlhf_jax.models.kernels import initialize, shared
+from rlhf_jax.models.kernels import initialize, quantization, shared
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.kernels.norms import norm
 from rlhf_jax.models.kernels.shared import Beside, Groups, Prompts, SeenInGroups
@@ -71,6 +71,15 @@ def _dot(x: Array, kernel: Array) -> Array:
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
+@jax.checkpoint
+def _dot_of_few_bits(x: Array, held: Params) -> Array:
+    """x [..., D] times a kernel [D, ...] of few bits, but for the scales of its columns. The
+    weights are computed again in the backward pass: kept, they would take several times the memory
+    of the kernel in each layer.
+    """
+    return _dot(x, quantization.weights(held, 0, x.dtype))
+
+
 def scaled(out: Array, scale: Array) -> Array:
     """The products of a kernel of 8 bits times the scales of its columns, which have more digits
     than bfloat16.
@@ -102,7 +111,7 @@ class Dense(Given):
     """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in the compute dtype.
 
     Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``); ``x`` of this
-    term alone has ``lora_dropout``. A kernel of 8 bits has a "kernel_scale" [*features]
+    term alone has ``lora_dropout``. A frozen kernel of few bits has scales beside it
     (``lora.quantized``). ``std`` is the standard deviation of the initial kernel, by default the
     config's.
     """
@@ -117,10 +126,15 @@ class Dense(Given):
         initial = initialize.normal(self.std or self.config.initializer_range)
         kernel = self.param("kernel", initial, (inputs.shape[-1], *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
-        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
-        out = _dot(x, kernel)
-        if self.has_variable("params", "kernel_scale"):
-            out = scaled(out, self.variables["params"]["kernel_scale"])
+        held = quantization.held(self.variables["params"])
+        if held:
+            x, bias = promote_dtype(inputs, bias, dtype=self.config.compute_dtype)
+            out = _dot_of_few_bits(x, held)
+            if quantization.COLUMNS in held:
+                out = scaled(out, held[quantization.COLUMNS])
+        else:
+            x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.config.compute_dtype)
+            out = _dot(x, kernel)
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
         if self.has_variable("params", "lora_a"):
@@ -516,6 +530,19 @@ class Transformer(nn.Module):
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t,
         V]. With ``prompts`` t is 1, and each group of rows attends to its prompt too.
         """
+        states, written = self.decode_hidden(tokens, positions, key_mask, cache, index, prompts)
+        return self.unembed(states), written
+
+    def decode_hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
+        cache: Cache,
+        index: Array | int,
+        prompts: Prompts | None = None,
+    ) -> tuple[Array, Cache]:
+        """``decode``, but the hidden states [B, t, D] of the tokens, after the final norm."""
         length = tokens.shape[1]
         seen = partial(attention.seen_in_cache, key_mask, index, length)
         views = self.views(positions, seen)
@@ -528,7 +555,7 @@ class Transformer(nn.Module):
         if prompts is not None:
             held = shared.beside(self.config, prompts, cache, jnp.asarray(index))
         x, written = self.through_layers(x, views, held, start, None)
-        return self.unembed(self.ln_f(x)), written
+        return self.ln_f(x), written
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
         return self.unembed(self.hidden(tokens, attention_mask))
@@ -602,7 +629,7 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
     dtype = jnp.dtype(config.compute_dtype)
     for path, leaf in leaves.items():
         is_linear = path[0].startswith("h_") and (*path[:-1], "kernel") in leaves
-        is_linear = is_linear and path[-1] != "kernel_scale"
+        is_linear = is_linear and path[-1] not in (quantization.COLUMNS, quantization.BLOCKS)
         is_cast = is_linear or path == ("unembedding",)
         if is_cast and leaf.dtype.itemsize > dtype.itemsize:
             leaves[path] = leaf.astype(dtype)

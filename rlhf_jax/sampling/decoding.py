@@ -330,7 +330,8 @@ def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
     """
     if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
         return False
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["h_0"]))
+    layer = jax.tree.leaves(weights["h_0"])
+    size = sum(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in layer) // 8
     config = model.config
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]

@@ -115,7 +115,7 @@ def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
 
 def base_of(settings: LoRA, params: Params) -> Params:
     """A model's parameters as ``lora.base`` says, to be frozen."""
-    return params if settings.base is None else lora.quantized(params)
+    return params if settings.base is None else lora.quantized(params, settings.base)
 
 
 def trained_shapes(settings: LoRA, params: Params) -> Params:

@@ -277,5 +277,5 @@ def on_device(tree: Any) -> int:
         if not is_array or getattr(sharding, "memory_kind", None) == HOST:
             continue
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
-    return total
+        total += math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype)  # 4 of a uint4
+    return -(-total // 8)
