@@ -93,7 +93,8 @@ class Results(Directive):
     """The figure and the table of a file in docs/results/: a page has no number of its own.
 
     ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
-    seed, in a band where the file has ``METRIC low`` and ``METRIC high``, and the same numbers.
+    seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
+    ``METRIC high``, and the same numbers. Without it: a table of all metrics.
     """
 
     required_arguments = 1
@@ -103,11 +104,21 @@ class Results(Directive):
         path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
         self.state.document.settings.record_dependencies.add(str(path))
         results = json.loads(path.read_text("utf-8"))
-        metric = self.options["metric"]
-        values = {
-            (f"{row['variant']}, seed {row['seed']}", row["step"], row["metric"]): row["value"]
-            for row in results["rows"]
-        }
+        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
+        how += f"{results['seconds']} seconds; docs/results/{path.name}"
+        metric = self.options.get("metric")
+        parts = _numbers(results["rows"]) if metric is None else self.curve(path, results, metric)
+        return [*parts, nodes.paragraph("", how)]
+
+    def curve(self, path: Path, results: dict[str, Any], metric: str) -> list[nodes.Node]:
+        """The curve of a metric, and its numbers."""
+        rows = results["rows"]
+        means = [row for row in rows if row["seed"] == "all"]
+        values = {}
+        for row in means or rows:
+            of_seed = "" if means else f", seed {row['seed']}"
+            name = f"{row['variant']}{of_seed}"
+            values[name, row["step"], row["metric"]] = row["value"]
         series = {}
         lines = []
         for name in sorted({name for name, _, _ in values}):
@@ -123,13 +134,24 @@ class Results(Directive):
                 lines.append([name, str(step), f"{value:.3g}", band])
         plot = figures.Plot(metric, "step", metric, series)
         picture = figures.element(plot, salt=path.stem)
-        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
-        how += f"{results['seconds']} seconds; docs/results/{path.name}"
         return [
             nodes.raw("", picture, format="html"),
             _table(["run", "step", metric, "95%"], lines),
-            nodes.paragraph("", how),
         ]
+
+
+def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
+    """A table with a line for each metric of each seed."""
+    values = {(row["seed"], row["metric"]): row["value"] for row in rows}
+    lines = []
+    for (seed, metric), value in values.items():
+        if metric.endswith((" low", " high")):
+            continue
+        low = values.get((seed, f"{metric} low"))
+        high = values.get((seed, f"{metric} high"))
+        band = "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+        lines.append([metric, str(seed), f"{value:.3g}", band])
+    return [_table(["metric", "seed", "value", "95%"], lines)]
 
 
 def _table(head: list[str], lines: list[list[str]]) -> nodes.table:

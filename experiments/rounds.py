@@ -9,7 +9,6 @@ round by disagreement and more of it, do not exist: before the first round no re
 disagrees. The command goes on where it was stopped.
 """
 
-import collections
 import sys
 import time
 import zlib
@@ -215,15 +214,12 @@ def main(
             if out is not None:
                 seconds = time.monotonic() - started
                 command = "python experiments/rounds.py runs/rounds-experiment"
-                results.write(out, command, seconds, rows, sizes=sizes._asdict())
-    for variant, (number, _) in VARIANTS.items():
-        by_metric = collections.defaultdict(list)
-        for row in rows:
-            if row["variant"] == variant and row["step"] == number:
-                by_metric[row["metric"]].append(row["value"])
-        for metric, values in by_metric.items():
-            mean = sum(values) / len(values)
-            logger.info(f"{variant}: {metric} {mean:.3f}, {len(values)} seeds")
+                table = [*rows, *results.over_seeds(rows)]
+                results.write(out, command, seconds, table, sizes=sizes._asdict())
+    last = {variant: number for variant, (number, _) in VARIANTS.items()}
+    for row in results.over_seeds(rows):
+        if row["step"] == last[row["variant"]]:
+            logger.info(f"{row['variant']}: {row['metric']} {row['value']:.3f}, {seeds} seeds")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import spec
 from rlhf_jax.report import figures, page
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import dpo, pipeline, rl
@@ -398,10 +397,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         before = time.perf_counter()
         stage = pipeline.stage_config(config, path, str(folder / "base"), **sections)
         title, words, algorithm, *_ = METHODS[method]
-        reward = spec.Reward(host=host)
-        trained = (
-            dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, run_reward=reward)
-        )
+        trained = dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, reward=host)
         points.append(measure(models.load(trained.model_folder)[1], title, f"{words} {strength:g}"))
         place = f"score {points[-1].score:.3f} at {points[-1].kl:.2f} nats"
         print(f"{path.name}: {place}, {time.perf_counter() - before:.0f} s", flush=True)

@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax import losses, models, ops, rewards, sampling
 from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
+from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import rollout
 from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
@@ -475,6 +476,11 @@ def learn(
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),
     )
+    if "nonfinite" not in update_metrics:
+        raise UserError(
+            "the algorithm's update returns no metric nonfinite, the share of its steps whose loss "
+            "or gradient was not finite and which kept the state; gradient_step has it"
+        )
     # An update that is not finite keeps the policy; the coefficient must then not move either.
     kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
     return LoopState(train, kl_coef, loop.reference), metrics | update_metrics

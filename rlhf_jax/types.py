@@ -292,20 +292,71 @@ RewardFn = Callable[[Rollout], Scores]
 components: an empty dict.
 """
 
-AlgorithmConfig = Any
-"""Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt,
-in adjacent rows; 1 if rows are not compared), ``num_epochs``, ``num_minibatches``,
-``num_microbatches``, ``shuffle_blocks`` and ``kl_in_loss`` (whether the loss reads
-``rollout.ref_log_probs``), ``baseline`` ("greedy": ``prepare`` reads ``rollout.greedy_rewards``)
-and ``needs_teacher`` (whether the loss reads the policy's ``divergence`` from a teacher: the
-settings then have ``teacher``, the folder of a model, ``teacher_server``, its URL or None, and
-``measure(logits, teacher_logits)``, which is the divergence); ``algorithms.policy.Batching`` has
-it all."""
+
+class AlgorithmConfig:
+    """What a run reads of an algorithm's settings, with the value of each that a ``Config`` leaves
+    out. A ``Config`` has what it changes as fields, or as plain attributes of the class.
+    ``algorithms.policy.Batching`` and ``policy.Config`` are such classes; a dataclass of your own
+    need not extend any.
+    """
+
+    group_size: int = 1
+    """Answers to each prompt, in adjacent rows."""
+    num_epochs: int = 1
+    """Passes over each rollout."""
+    num_minibatches: int = 1
+    """Optimizer steps of a pass."""
+    num_microbatches: int = 1
+    """Parts of a minibatch, which are run one after the other."""
+    shuffle_blocks: int = 1
+    """Blocks of the global batch inside which rows are shuffled."""
+    baseline: str = "none"
+    """"greedy": the update reads ``rollout.greedy_rewards``."""
+    needs_components: bool = False
+    """Whether the update reads ``rollout.components``."""
+
+    # Read if the algorithm has ``needs_values``.
+    value: str = "shared"
+    """shared: a value head on the policy's body; separate: a value model."""
+    value_from: str = "policy"
+    """With separate, what the value model starts from: policy, reward, or a folder."""
+    value_learning_rate: float | None = None
+    """Peak learning rate of what only the value function has; None: that of ``rl.optimizer``."""
+    value_warmup: int = 0
+    """Iterations at the start in which only the value function learns."""
+
+    needs_teacher: bool = False
+    """Whether the loss reads the policy's ``divergence`` from a teacher."""
+    teacher: str | None = None
+    """The folder of the teacher, or its URL."""
+    teacher_model: str | None = None
+    """The name of the model on the teacher's server; None: the only one."""
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss reads ``rollout.ref_log_probs``."""
+        return False
+
+    @property
+    def teacher_server(self) -> str | None:
+        """The URL of the teacher; None if it is a folder."""
+        return None
+
+    def measure(self, logits: Array, teacher_logits: Array) -> Array:
+        """[...] the divergence of a teacher's logits [..., V]."""
+        raise NotImplementedError("a Config with needs_teacher has its own measure")
 
 
 class Algorithm(Protocol):
     """Policy optimisation from rollouts, as a module: ``vpg``, ``ppo``, ``rloo``, ``grpo`` or one
-    of your own.
+    of your own. These names are what a run needs. It also reads, if they are there,
+
+    - ``State``: ``TrainState``, or a subclass with further arrays that updates carry on,
+    - ``needs_values``: whether the update reads ``rollout.values``; False if it is left out,
+    - ``kl_coef``: weight of the KL penalty in the reward where a run sets none; 0 if left out.
+
+    ``prepare(rollout, *, config, axis_name=None)`` and ``loss(params, rollout, key, *, policy_fn,
+    config)`` of this package's algorithms are for those who compose them: no run calls them.
     """
 
     @property
@@ -313,35 +364,6 @@ class Algorithm(Protocol):
     @property
     def Config(self) -> type[Any]:
         """A frozen dataclass whose fields all have defaults; see ``AlgorithmConfig``."""
-
-    @property
-    def State(self) -> type[TrainState]:
-        """``TrainState``, or a subclass with further arrays that updates carry on."""
-
-    needs_values: bool
-    """Whether the update reads ``rollout.values``: the run then gives the policy a value head."""
-    kl_coef: float
-    """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
-
-    def prepare(
-        self,
-        rollout: Rollout,
-        *,
-        config: Any,
-        axis_name: AxisName = None,
-    ) -> Rollout:
-        """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""
-
-    def loss(
-        self,
-        params: Params,
-        rollout: Rollout,
-        key: DropoutKey,
-        *,
-        policy_fn: PolicyFn,
-        config: Any,
-    ) -> LossAndMetrics:
-        """Loss and metrics of a prepared rollout, of the rows of one device."""
 
     def update(
         self,

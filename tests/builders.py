@@ -266,6 +266,9 @@ def write_stories(
 # --- Configs
 
 
+UNASKED = {"validation_prompts": 0}  # a program less to compile, in SFT, DPO and KTO
+
+
 def tiny_run(data, output_dir):
     """The settings of a short run on the demo data, of each stage."""
     supervised = {
@@ -287,9 +290,9 @@ def tiny_run(data, output_dir):
         network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
         tokenizer=Tokenizer(vocab_size=300),
         text=Text(bucket_multiple=128),
-        sft=SFTStage(**supervised, num_epochs=2),
+        sft=SFTStage(**supervised, **UNASKED, num_epochs=2),
         reward_model=RewardModelStage(**supervised, num_epochs=2),
-        dpo=DPOStage(**supervised, num_epochs=2),
+        dpo=DPOStage(**supervised, **UNASKED, num_epochs=2),
         reward=("count:e",),
         rl=RLStage(num_iterations=7, batch_size=16, optimizer=FAST, **sampled),
         ppo=ppo.Config(num_epochs=1, num_minibatches=2, shuffle_blocks=4),

@@ -37,6 +37,17 @@ FIRST = {
     "rlhf-jax generate runs/quickstart/ppo --prompts runs/quickstart/data/heldout_prompts.json "
     "--out answers.jsonl --n 2 --reward runs/quickstart/reward_model": "",
 }
+PUBLISHED = ROOT / "docs" / "results" / "quickstart.json"  # what docs/quickstart.md shows of seed 0
+TOLERANCES = {
+    "reward model's accuracy": 0.05,
+    "PPO beats SFT": 0.08,
+    "lowest KL of the last 10": 0.5,
+    "highest KL of the last 10": 0.5,
+    "rubric, SFT": 0.04,
+    "rubric, PPO": 0.04,
+}
+"""How far a run may be from them: two kinds of machine differed by .03 at most, in the KL by .11.
+"""
 CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 LAST = {
     "rlhf-jax report runs/quickstart/ppo runs/mine": "",
@@ -85,6 +96,25 @@ def answer_of(model_folder: Path) -> str:
     return tokenizer.decode(response, skip_special_tokens=True)
 
 
+def check_numbers(summary: dict) -> None:
+    """The numbers on the page are those of the quickstart today."""
+    rows = json.loads(PUBLISHED.read_text("utf-8"))["rows"]
+    published = {row["metric"]: row["value"] for row in rows}
+    last = summary["kl"]["last_iterations"]
+    own = {
+        "reward model's accuracy": summary["reward_model"]["accuracy"],
+        "PPO beats SFT": summary["win_rate"],
+        "lowest KL of the last 10": min(last),
+        "highest KL of the last 10": max(last),
+        "rubric, SFT": summary["rubric"]["sft"],
+        "rubric, PPO": summary["rubric"]["ppo"],
+    }
+    for metric, within in TOLERANCES.items():
+        there = published[metric]
+        far = f"{metric}: {own[metric]}, on the page {there}; write {PUBLISHED.name} anew"
+        assert abs(own[metric] - there) <= within, far
+
+
 def check_quickstart(folder: Path, said: str) -> None:
     """What the quickstart must have said and left in its folder."""
     from transformers import AutoTokenizer
@@ -99,6 +129,8 @@ def check_quickstart(folder: Path, said: str) -> None:
     assert summary["checks"] == dict.fromkeys(CHECKS, True)
     assert summary["critic"]["lowest_explained_variance_of_last_half"] > 0
     assert summary["critic"]["largest_ratio"] < 5
+    if summary["seed"] == 0:
+        check_numbers(summary)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")  # it knows how the run asked
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True

@@ -58,6 +58,8 @@ def test_a_rule_about_one_metric(rule, values, expected):
 RAMP = [*np.linspace(0, 1, 41)]  # without noise
 NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
 JUDGED = ("validation/judge", "validation/score")
+LEARNED = ("objective/score", "objective/kl")
+RAISED = [*NOISE[:10], *(value + 0.95 for value in NOISE[:9])]
 
 
 THRESHOLDS = [
@@ -92,6 +94,10 @@ THRESHOLDS = [
         [0, 0.9e-8],
         5,
     ),
+    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, 0.26], [1.0, 0.24], 1),
+    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, -0.26], [1.0, -0.24], 1),
+    # The last ten rows lie .95 or .93 higher; two standard errors are .943 or .953.
+    ("nothing learned", LEARNED, [RAISED, [0.0] * 19], [-0.05, 0.0], [-0.25, 0.0], 1),
     ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
     # The judge falls from 1; the score stood at 1 at the judge's best.
     ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
@@ -113,6 +119,14 @@ def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising,
 
     assert raised_with(silent, rows) == raised_with(raising, rows - 1) == []
     assert raised_with(raising, rows) == [len(before[0]) + rows - 1]
+
+
+def test_the_alert_for_a_policy_that_stays_names_the_learning_rate():
+    rows = [{"step": step, "objective/score": 0.0625, "objective/kl": 0.006} for step in range(20)]
+    [alert] = alerts.check(alerts.parse(["none", "nothing learned"]), rows)
+    expected = "mean 5 of objective/kl is 0.006 < 0.05, objective/score was 0.0625 in the first 10 "
+    expected += "rows and is 0.0625 in the last: raise rl.optimizer.learning_rate"
+    assert (alert.step, alert.message) == (19, expected)
 
 
 def test_default_rules_are_on_until_none_and_can_stop():

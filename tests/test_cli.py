@@ -201,11 +201,11 @@ def test_an_algorithm_of_one_s_own_is_run_by_flags(monkeypatch, capsys):
     calls = []
     run = importlib.import_module("rlhf_jax.training.rl")
     monkeypatch.setattr(run, "run", lambda *args, **options: calls.append((args, options)))
-    cli.train_algorithm(module, ["--config", "tiny", "--vapo.clip-low", "0.1"], run_reward=len)
+    cli.train_algorithm(module, ["--config", "tiny", "--vapo.clip-low", "0.1"], reward=len)
     ((settings, algorithm), options) = calls[0]
     assert settings.vapo.clip_low == 0.1
     assert algorithm == module
-    assert options == {"run_reward": len}
+    assert options == {"reward": len}
     with pytest.raises(SystemExit):
         cli.train_algorithm(module, ["--help"])
     shown = capsys.readouterr().out

@@ -210,6 +210,15 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
     assert "value" not in policy.params
 
 
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_a_network_with_a_value_head_of_its_own_gets_no_other(value):
+    params = {"body": jnp.ones(2)}
+    policy, whole = critic.start(Here(LoRA()), params, value, has_head=True)
+    assert policy.params.keys() == {"body"}
+    trained = whole.params if value == "shared" else whole.params["value"]
+    assert trained.keys() == {"body"}
+
+
 def folders(data, tmp_path):
     """A policy, and a reward model of its tokenizer with two layers."""
     policy = LanguageModel.load(save_base(tmp_path / "policy", data))

@@ -24,6 +24,7 @@ from rlhf_jax.config import (
     EngineServer,
     LoRA,
     Optimizer,
+    PPOStage,
     RLStage,
     RunConfig,
     Text,
@@ -37,7 +38,7 @@ from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.rl import critic, steps
+from rlhf_jax.training.rl import steps
 from rlhf_jax.training.rl.ahead import Ahead
 from rlhf_jax.training.rl.engine import Client, _checksum, _requests
 from rlhf_jax.types import TrainState
@@ -147,8 +148,7 @@ def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server, 
 def test_full_weights_are_read_again_and_have_a_version(config, server, value):
     """Of PPO, whose value function stays here."""
     full = replace(with_rl(config, num_iterations=2), lora=LoRA())
-    settings = critic.settings(ppo.Config(num_epochs=1))
-    settings = replace(settings, value=value, num_epochs=1)
+    settings = PPOStage(value=value, num_epochs=1)
     folder = rl.run(full, ppo, settings).folder
     for row in metric_rows(folder)[1:]:
         assert row["policy/sampler_gap"] < 1e-4

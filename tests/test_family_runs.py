@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from builders import EXPERTS, initial_params, metric_rows
+from builders import EXPERTS, UNASKED, initial_params, metric_rows
 from numpy.testing import assert_allclose
 
 from rlhf_jax import grpo, models, training
@@ -71,9 +71,9 @@ def settings(folder):
         data=(str(folder / "data"),),
         tokenizer=Tokenizer(),
         text=Text(bucket_multiple=128),
-        sft=SFTStage(**stage),
+        sft=SFTStage(**stage, **UNASKED),
         reward_model=RewardModelStage(**stage, normalize_samples=8),
-        dpo=DPOStage(**stage),
+        dpo=DPOStage(**stage, **UNASKED),
         rl=RLStage(num_iterations=2, batch_size=8, optimizer=optimizer, **sampled),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )

@@ -2,9 +2,11 @@
 
 import json
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,11 @@ import optax
 import pytest
 from builders import initial_params, metric_rows, perturbed, slow
 from flax.traverse_util import flatten_dict
+from jax import Array
 from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
 
-from rlhf_jax import models, ppo, rloo
+from rlhf_jax import gradient_step, models, ppo, rloo
 from rlhf_jax.config import (
     Compute,
     LoRA,
@@ -116,9 +119,12 @@ def test_settings_that_python_takes_the_place_of_are_named(config, capsys):
     assert f"those that Python gives; {unused}" in capsys.readouterr().out
 
 
-def test_a_reward_that_is_a_mere_function_is_refused(config):
-    with pytest.raises(UserError, match=r"run_reward must be .*spec.Reward.*, not function"):
-        rl.run(config, rloo, run_reward=lambda rollout: rollout)
+def test_a_function_of_texts_that_asks_for_a_missing_column_is_refused(config):
+    def reward(prompts, responses, gold):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(UserError, match="reward: missing a required argument: 'gold'; the prompts"):
+        rl.run(config, rloo, reward=reward)
 
 
 SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 16, "num_layers": 3, "num_heads": 2}
@@ -182,13 +188,17 @@ def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
 
 
 def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
+    """Also with a function of texts as the reward: how many letters a response has."""
     seen = []
+
+    def letters(prompts, responses):
+        return [len(response) for response in responses]
 
     def on_step(step, state, metrics, rollout):
         seen.append((step, int(state.train.step), dict(metrics), rollout))
         return step == 2 or None
 
-    result = rl.run(config, rloo, on_step=on_step)
+    result = rl.run(config, rloo, reward=letters, on_step=on_step)
     rows = metric_rows(result.folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [step for step, *_ in seen] == [1, 2]
@@ -196,6 +206,7 @@ def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
     for (step, _, metrics, rollout), row in zip(seen, rows[1:], strict=True):
         assert {"step": step, **metrics} == row
         assert np.mean(rollout.scores) == pytest.approx(metrics["objective/score"])
+        assert set(np.asarray(rollout.scores)) <= {0.0, 1.0, 2.0}
     assert (result.folder / "checkpoints" / "2").is_dir()
     assert result.model_folder.is_dir()
     assert "ended early, after step 2 of 3: on_step asked for it\n" in capsys.readouterr().out
@@ -232,7 +243,7 @@ def counts(size=32):
     )
 
 
-def counts_by_state(size=32):
+def counts_by_state(size=32, values=None):
     """The same by its states, and with a cache: the sum of the tokens so far."""
     whole = counts(size)
     body = Counts(size, as_states=True)
@@ -260,6 +271,7 @@ def counts_by_state(size=32):
         unembed=unembed,
         init_cache=lambda batch, length: jnp.zeros((batch, 6)),
         decode=decode,
+        values=values,
     )
 
 
@@ -418,6 +430,65 @@ def test_an_algorithm_with_parameters_of_its_own_and_all_rows_of_its_result(conf
     validated = [row["step"] for row in result.rows if "validation/score" in row]
     assert validated == [0, 2, 3]
     assert result.rows[-1] == {"step": 3, **result.metrics}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an actor-critic that extends no class of the package."""
+
+    rate: float = 0.5
+    value: str = "separate"
+    value_warmup: int = 1
+
+
+@flax.struct.dataclass
+class Memory(TrainState):
+    """The last values of every prompt's response."""
+
+    values: Array
+
+    @classmethod
+    def create(cls, params, optimizer, prompts, columns):
+        start = TrainState.create(params, optimizer)
+        return cls(**vars(start), values=jnp.zeros((prompts, columns)))
+
+
+def update(state, rollout, key, *, policy_fn, optimizer, config, **sharded):
+    """One step on PPO's loss."""
+    prepared = ppo.prepare(rollout, config=ppo.Config(value_coef=config.rate))
+    bound = partial(ppo.loss, policy_fn=policy_fn, config=ppo.Config(value_coef=config.rate))
+    after, metrics = gradient_step(bound, state, optimizer, batch=prepared, key=key)
+    seen = jnp.pad(rollout.values, ((0, 0), (state.values.shape[1] - rollout.values.shape[1], 0)))
+    return after.replace(values=state.values.at[rollout.row_ids].set(seen)), metrics
+
+
+def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own_policy):
+    """A value model, which starts as the policy's network with its head, learns first. The head is
+    a constant: each value is 0.25 at the start.
+    """
+    algorithm = types.SimpleNamespace(
+        __name__="mine", Config=Settings, State=Memory, needs_values=True, update=update
+    )
+    policy = counts_by_state(values=lambda params, states: states[..., 0] * 0 + params["critic"])
+    start = policy.init
+    policy = policy._replace(init=lambda key: {**start(key), "critic": jnp.float32(0.25)})
+    seen = []
+
+    def on_step(step, state, metrics, rollout):
+        seen.append(jax.tree.map(np.array, (state.train.params, state.train.values, rollout)))
+
+    settings = replace(with_own_policy.rl, num_iterations=2, validation_fraction=0.0)
+    config = replace(with_own_policy, rl=settings)
+    rl.run(config, algorithm, Settings(rate=1.0), policy=policy, on_step=on_step)
+    (first, values, rollout), (second, *_) = seen
+    begun = policy.init(jax.random.key(0))
+    assert first["policy"]["critic"] == begun["critic"] == 0.25
+    assert_allclose(values[rollout.row_ids][:, -2:], 0.25 * rollout.mask[:, -2:])
+    assert values.shape == (8, rollout.tokens.shape[1])
+    assert first["value"]["critic"] != 0.25  # it learned alone
+    assert np.any(first["policy"]["out"]["kernel"] != second["policy"]["out"]["kernel"])
+    with pytest.raises(UserError, match="the policy's network has a value head of its own"):
+        rl.run(elsewhere(config, "b"), algorithm, Settings(value="shared"), policy=policy)
 
 
 def test_an_algorithm_that_changes_the_policys_parameters_is_refused_before_it_trains(config):

@@ -176,6 +176,9 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
             [row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")
         ]
         assert texts == golden("samples_ppo", texts)
+    if stage == "sft":
+        asked = [(row["step"], len(row)) for row in rows(folder / "samples.jsonl")]
+        assert asked == [(step, 4) for step in (0, 4) for _ in range(4)]
     layout = f"{jax.device_count()} devices"
     threads = devices.num_threads()
     if threads != jax.device_count():  # more cores than devices: other sums

@@ -103,6 +103,18 @@ def test_values_are_the_head_one_column_earlier():
     assert_array_equal(out.values, np.zeros((3, 9)))
 
 
+def test_a_network_has_a_value_head_of_its_own():
+    """It reads the states before each token, and takes the place of params["value"]."""
+    model, params = tiny(CONFIG)
+    tokens = np.arange(10).reshape(2, 5)
+    own = model._replace(values=lambda params, states: states.sum(axis=-1))
+    policy_fn = models.policy_fn(own, prompt_length=2)
+    values = policy_fn(with_value(params), tokens, np.ones_like(tokens), None).values
+    expected = model.hidden(params, tokens).sum(axis=-1)[:, 1:4]
+    assert_allclose(values[:, 2:], expected, atol=1e-4)
+    assert not np.any(values[:, :2])
+
+
 def test_whole_value_model():
     model, params = tiny()
     value_model, _ = tiny(num_layers=1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import Killed, initial_params, interrupt, perturbed, slow
+from builders import UNASKED, Killed, initial_params, interrupt, perturbed, slow
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from safetensors.numpy import load_file
@@ -106,7 +106,7 @@ def config(folder, **sections):
         network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
         tokenizer=Tokenizer(vocab_size=300),
         text=Text(bucket_multiple=128),
-        sft=SFTStage(**small),
+        sft=SFTStage(**small, **UNASKED),
         reward_model=RewardModelStage(**small, normalize_samples=8),
         dpo=DPOStage(**small),
         reward=(str(folder / "reward"),),

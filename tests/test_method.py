@@ -1,12 +1,24 @@
 """What a run asks of an algorithm of one's own, and what it has by default."""
 
+import dataclasses
 import types
+from dataclasses import dataclass
 
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from jax import Array
 
-from rlhf_jax import TrainState, rloo, vpg
+from rlhf_jax import TrainState, iteration, ppo, rloo, vpg
+from rlhf_jax.config import Optimizer, RLStage, RunConfig, for_algorithm, parse
 from rlhf_jax.errors import UserError
+from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.method import completed
+from rlhf_jax.training.rl.programs import Sizes
+from rlhf_jax.types import AlgorithmConfig, Rollout
 
 
 def bare(**parts):
@@ -16,6 +28,7 @@ def bare(**parts):
 
 def test_an_algorithm_is_a_config_and_an_update():
     complete = completed(bare(Config=rloo.Config, update=rloo.update))
+    assert complete.__name__ == "mine"
     assert complete.State is TrainState
     assert complete.needs_values is False
     assert complete.kl_coef == 0.0
@@ -27,6 +40,7 @@ def test_what_an_algorithm_has_is_kept():
     assert complete.State is vpg.State
     assert complete.kl_coef == vpg.kl_coef
     assert complete.__name__ == vpg.__name__
+    assert completed(ppo).needs_values is True
 
 
 @pytest.mark.parametrize(
@@ -40,3 +54,131 @@ def test_what_an_algorithm_has_is_kept():
 def test_what_is_missing_is_named(parts, missing):
     with pytest.raises(UserError, match=f"mine: an algorithm {missing}:"):
         completed(bare(**parts))
+
+
+# --- A Config that extends nothing
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One setting of its own, and a value model that warms up."""
+
+    weight: float = 0.5
+    group_size: int = 2
+    value: str = "separate"
+    value_warmup: int = 1
+    value_learning_rate: float | None = None
+
+
+MINE = bare(Config=Plain, update=rloo.update)
+
+
+def test_a_config_of_ones_own_has_the_defaults_of_what_it_leaves_out():
+    _, section = for_algorithm(RunConfig(), MINE, Plain(weight=0.25))
+    assert isinstance(section, Plain)
+    assert (section.weight, section.group_size, section.value) == (0.25, 2, "separate")
+    defaults = AlgorithmConfig()
+    for name in (*vars(AlgorithmConfig)["__annotations__"], "kl_in_loss", "teacher_server"):
+        if not hasattr(Plain, name):
+            assert getattr(section, name) == getattr(defaults, name)
+    fields = [field.name for field in dataclasses.fields(section)]
+    assert fields == [field.name for field in dataclasses.fields(Plain)]  # what config.yaml has
+    _, again = for_algorithm(RunConfig(), MINE, Plain(weight=0.25))
+    assert again == section  # of one class: programs are compiled once
+    assert hash(again) == hash(section)
+
+
+def test_a_config_is_a_frozen_dataclass():
+    @dataclass
+    class Thawed:
+        weight: float = 0.5
+
+    for config in (Thawed(), types.SimpleNamespace(weight=0.5)):
+        with pytest.raises(UserError, match="mine: its Config must be a frozen dataclass"):
+            for_algorithm(RunConfig(), MINE, config)
+
+
+def test_a_config_file_of_several_stages_is_read_for_an_algorithm_of_ones_own(capsys):
+    """tiny.yaml has sections of PPO and RLOO."""
+    flags = ["--config", "tiny", "--mine.weight", "0.75"]
+    config, section = for_algorithm(parse(RunConfig, flags, algorithm=MINE), MINE)
+    assert section.weight == config.mine.weight == 0.75
+    assert config.network.hidden_size == 32
+    assert "does not read" not in capsys.readouterr().out
+    _, section = for_algorithm(parse(RunConfig, ["--config", "tiny"]), MINE)
+    assert section.weight == 0.5
+    said = "the algorithm mine does not read: ppo.num_minibatches 2, ppo.num_epochs 2, rloo."
+    assert said in capsys.readouterr().out
+
+
+# --- Its value function
+
+PARAMS = {"policy": {"body": jnp.ones(2)}, "value": {"body": jnp.ones(2)}}
+
+
+def test_the_value_function_of_ones_own_warms_up_at_a_rate_of_its_own():
+    """Adam's steps of the policy and of the value model, with one step of warm-up."""
+    _, config = for_algorithm(RunConfig(), MINE, Plain(value_learning_rate=0.2))
+    adam = Optimizer(learning_rate=0.1, schedule="constant", max_grad_norm=None)
+    settings = RLStage(num_iterations=3, optimizer=adam)
+    optimizer = critic.make_optimizer(settings, config, 1, PARAMS)
+    state = optimizer.init(PARAMS)
+    for policy in (0.0, -0.1):
+        updates, state = optimizer.update(PARAMS, state, PARAMS)
+        np.testing.assert_allclose(updates["policy"]["body"], policy, atol=1e-5)
+        np.testing.assert_allclose(updates["value"]["body"], -0.2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs_values", "says"),
+    [
+        ({}, False, "mine.value: the algorithm reads no values"),
+        ({"value": "seperate"}, True, "mine.value must be shared or separate, got 'seperate'"),
+        ({"value": "shared", "value_from": "rm"}, True, "mine.value_from rm: a shared value"),
+    ],
+)
+def test_what_a_value_function_cannot_be(changes, needs_values, says):
+    _, config = for_algorithm(RunConfig(), MINE)
+    config = types.SimpleNamespace(**{**vars(AlgorithmConfig), **vars(config), **changes})
+    with pytest.raises(UserError, match=says):
+        critic.check("mine", config, needs_values)
+
+
+def test_an_algorithm_without_values_has_no_settings_of_them():
+    critic.check("rloo", rloo.Config(), needs_values=False)
+    critic.check("ppo", ppo.Config(), needs_values=True)
+
+
+# --- Its state
+
+
+@flax.struct.dataclass
+class Tables(TrainState):
+    """A mean for each prompt, and the last rollout."""
+
+    means: Array
+    last: Array
+
+    @classmethod
+    def create(cls, params, optimizer, rows, columns, prompts):
+        start = TrainState.create(params, optimizer)
+        return cls(**vars(start), means=jnp.zeros(prompts), last=jnp.zeros((rows, columns)))
+
+
+def test_a_state_is_told_the_sizes_that_it_asks_for():
+    sizes = Sizes(rows=4, columns=6, prompts=9)
+    assert sizes.wanted(TrainState.create) == {}
+    assert sizes.wanted(vpg.State.create) == {}
+    told = sizes.wanted(Tables.create)
+    state = Tables.create({"x": jnp.zeros(1)}, optax.sgd(0.1), **told)
+    assert (state.means.shape, state.last.shape) == ((9,), (4, 6))
+
+
+def test_an_update_that_does_not_say_whether_it_was_finite_is_refused():
+    rollout = Rollout(*jnp.ones((4, 2, 3)), scores=jnp.ones(2))
+    loop = iteration.LoopState.create(TrainState.create({}, optax.sgd(0.1)), 0.0)
+    mine = bare(update=lambda state, rollout, key, **how: (state, {}))
+    functions = iteration.Functions(jax.tree_util.Partial(lambda *inputs: None))
+    how = {"algorithm": mine, "config": rloo.Config(group_size=2), "optimizer": optax.sgd(0.1)}
+    with pytest.raises(UserError, match="returns no metric nonfinite"):
+        iteration.learn(loop, rollout, jax.random.key(0), functions, **how)

@@ -320,6 +320,16 @@ def test_a_first_token_decodes_as_a_text_of_one_token(config):
     assert_allclose(logits, model.apply(params, token), atol=ATOL)
 
 
+def test_decoding_can_return_hidden_states():
+    model, params = tiny(CONFIG)
+    tokens = some_tokens(2, 2)
+    inputs = (params, tokens, np.array([[0, 1]] * 2), np.ones((2, 4), int), model.init_cache(2, 4))
+    states, _ = model.decode(*inputs, 0, hidden=True)
+    assert_allclose(states, model.hidden(params, tokens), atol=ATOL)
+    logits, _ = model.decode(*inputs, 0)
+    assert_allclose(model.unembed(params, states), logits, atol=ATOL)
+
+
 @FAMILIES
 def test_a_cache_has_the_heads_of_the_keys_and_slots_for_the_window(config):
     cache = tiny(config)[0].init_cache(3, 9)

@@ -235,7 +235,7 @@ def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, 
 @pytest.mark.parametrize(
     ("peak", "of_process", "fits", "said"),
     [
-        (3, 3.5, True, "fits in 4.000 GiB, with 1.000 GiB to spare; where a CPU is .*, with 512"),
+        (3, 3.5, True, "fits in .* 1.000 GiB to spare; where a CPU is .* 512.000 MiB if it starts"),
         (3, 4.5, False, "does not fit in 4.000 GiB where a CPU is .* needs 4.500 GiB for each; on"),
         (4, 4, True, "fits in 4.000 GiB, with 0.000 MiB to spare$"),  # with a target
         (5, 5.5, False, "does not fit in 4.000 GiB$"),
@@ -245,6 +245,11 @@ def test_the_verdict_counts_the_process_of_a_cpu_too(peak, of_process, fits, sai
     text, verdict = plan._verdict(peak * 2**30, of_process * 2**30, 4 * 2**30)
     assert re.match(said, text), text
     assert verdict is fits
+
+
+def test_a_process_with_room_for_what_it_keeps_needs_no_variable():
+    said, _ = plan._verdict(3 * 2**30, 4 * 2**30, 8 * 2**30)  # 4 GiB are left
+    assert said.endswith("where a CPU is the device, with 4.000 GiB")
 
 
 def test_flags_that_are_on_are_not_offered():

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import quickstart_results
 from builders import run_script, write_run
-from fifteen_minutes import CHECKS, check_quickstart
+from fifteen_minutes import CHECKS, check_numbers, check_quickstart
 
 from rlhf_jax import cli
 from rlhf_jax.cli import quickstart
@@ -34,6 +35,50 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     check_quickstart(folder, said)
     for command in said.splitlines()[-3:-1]:
         assert cli.run(command.split()[1:]) is None
+
+
+def test_the_table_of_a_quickstart(tmp_path):
+    """3 of 4 wins: Wilson's interval is .301 to .954."""
+    write_run(tmp_path / "ppo")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "heldout_preference_data.json").write_text("[1, 2, 3, 4]")
+    summary = {"seed": 7, "heldout_prompts": 4, "win_rate": 0.75}
+    summary |= {"reward_model": {"accuracy": 1.0}, "kl": {"last_iterations": [2.0, 1.0, 3.0]}}
+    summary |= {"rubric": {"sft": 0.25, "ppo": 0.5}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = quickstart_results.table(tmp_path)
+    assert {(row["variant"], row["seed"], row["step"]) for row in rows} == {("quickstart", 7, 3)}
+    assert {row["metric"]: row["value"] for row in rows} == {
+        "lowest KL of the last 10": 1.0,
+        "highest KL of the last 10": 3.0,
+        "rubric, SFT": 0.25,
+        "rubric, PPO": 0.5,
+        "reward model's accuracy": 1.0,
+        "reward model's accuracy low": 0.5101,
+        "reward model's accuracy high": 1.0,
+        "PPO beats SFT": 0.75,
+        "PPO beats SFT low": 0.3006,
+        "PPO beats SFT high": 0.9544,
+    }
+
+
+@pytest.mark.parametrize(
+    ("far", "metric"),
+    [
+        ({}, None),
+        ({"win_rate": 0.76}, "PPO beats SFT"),
+        ({"reward_model": {"accuracy": 1.03}}, "reward model's accuracy"),
+        ({"kl": {"last_iterations": [1.7, 2.6]}}, "highest KL of the last 10"),
+        ({"rubric": {"sft": 0.51, "ppo": 0.78}}, "rubric, SFT"),
+    ],
+)
+def test_the_numbers_of_the_page_are_those_of_a_run(far, metric):
+    summary = {"win_rate": 0.86, "reward_model": {"accuracy": 0.95}}
+    summary |= {"kl": {"last_iterations": [1.7, 2.0]}, "rubric": {"sft": 0.46, "ppo": 0.78}}
+    check_numbers(summary)
+    if metric is not None:
+        with pytest.raises(AssertionError, match=metric):
+            check_numbers(summary | far)
 
 
 def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):

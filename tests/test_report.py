@@ -131,7 +131,7 @@ def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path,
         for name in ("run", "other")
     )
     read = read_page(tmp_path, run)
-    assert read.texts("th")[1:4:2] == ["response, step 0", "response, step 3"]
+    assert read.texts("th")[1:3] == ["response, step 0", "response, step 3"]
     prompts = [text for text in read.texts("td") if text[1:].isdigit()]
     assert prompts == [f"p{i}" for i in range(8)]
     assert read.texts("h3") == [*"abcdef"]
@@ -171,6 +171,56 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
     if state in ("stop", "log"):
         (run / "alerts.jsonl").write_text(json.dumps(FAR | {"action": state}) + "\n")
     assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
+
+
+@pytest.mark.parametrize(
+    ("num", "shares", "said"),
+    [
+        (4, (0.5, 1.0), "4 held-out rows, change -0.1 to 0.85 at 95%: within noise"),
+        (400, (0.5, 1.0), "400 held-out rows, change 0.45 to 0.55 at 95%"),
+        (400, (0.6, 0.5), "400 held-out rows, change -0.17 to -0.031 at 95%"),
+    ],
+)
+def test_the_verdict_on_a_share_says_on_how_many_rows(num, shares, said, tmp_path):
+    """Newcombe's interval of 4 rows by hand: Wilson's of 2 of 4 are .15 to .85, those of 4 of 4 .51
+    to 1, and .5 - sqrt(.49^2 + .35^2) = -.10, .5 + .35 = .85.
+    """
+    metrics = {"validation/accuracy": shares, "validation/rows": [num, num]}
+    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
+    before, after = shares
+    expected = f"Validation accuracy {before:.3g} → {after:.3g} ({said}) in 2 steps, no alert."
+    assert chapter_of(run)["verdicts"] == {"run": expected}
+    again = write_run(tmp_path / "again", stage="dpo", metrics=metrics, samples={}, seed=6)
+    [of_two] = chapter_of(run, again)["verdicts"].values()
+    assert "noise" not in of_two
+    assert "mean of 2 runs" in of_two
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        # Differences 1, 2, 0: mean 1, sd 1, and 4.303 / sqrt(3) is 2.484.
+        ("0 1 2", "1 3 2", "3 held-out prompts, change -1.5 to 3.5 at 95%: within noise"),
+        ("0.0 0.5 1.0", "1 1.6 2", "3 held-out prompts, change 0.89 to 1.2 at 95%"),
+        # All change alike: as two shares, 1 - sqrt(.49^2 + .49^2) = .31.
+        ("0 0 0 0", "1 1 1 1", "4 held-out prompts, change 0.31 to 1 at 95%"),
+        ("0 0", "NaN 1", None),  # one prompt is left
+    ],
+)
+def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, said, tmp_path):
+    """Each prompt has two responses, of which the mean counts."""
+
+    def rows(scores):
+        return [
+            {"prompt": f"p{i}", "response": "r", "score": float(score) + more}
+            for more in (0.0, 0.0)
+            for i, score in enumerate(scores.split())
+        ]
+
+    metrics = {"objective/score": [1.0], "validation/score": [2.0]}
+    run = write_run(tmp_path / "run", metrics=metrics, samples={0: rows(before), 1: rows(after)})
+    expected = f"Validation score 1.5 → 2{f' ({said})' if said else ''} in 1 iterations, no alert."
+    assert chapter_of(run)["verdicts"] == {"run": expected}
 
 
 def test_three_rewarded_answers_stand_beside_the_verdict(tmp_path):
@@ -431,6 +481,47 @@ def test_a_reward_models_page(tmp_path):
     columns = ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
     assert read.texts("th")[:5] == columns
     assert read.texts("td")[:10] == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
+
+
+def test_a_reward_model_shows_the_pairs_that_it_gets_wrong(tmp_path):
+    def pairs(*margins):
+        texts = {"prompt": "p", "rejected": "r", "score_rejected": 0.0}
+        return [texts | {"chosen": f"c{m}\n", "score_chosen": m} for m in margins]
+
+    samples = {0: pairs(-9.0), 2: pairs(-0.5, 1.0, -2.0, 0.0, -1.0)}
+    settings = {"stage": "reward_model", "metrics": {"reward_model/loss": [1.0]}}
+    run = write_run(tmp_path / "run", **settings, samples=samples)
+    _, wrong = chapter_of(run)["samples"]
+    texts = [["p", f"c{margin}↵\n", "r", margin] for margin in (-2.0, -1.0, -0.5)]
+    assert (wrong.title, wrong.rows) == ("Pairs that it gets wrong", texts)
+    assert wrong.note.startswith("3 of 5 in samples.jsonl of step 2;")
+    many = write_run(tmp_path / "many", **settings, samples={0: pairs(*range(-20, 1))})
+    [_, wrong] = chapter_of(many)["samples"]
+    assert ([row[-1] for row in wrong.rows], wrong.note[:8]) == ([*range(-20, -12)], "20 of 21")
+    right = write_run(tmp_path / "right", **settings, samples={0: pairs(0.0, 1.0)})
+    assert [table.title for table in chapter_of(right)["samples"]] == ["Samples"]
+
+
+def test_the_answers_of_a_policy_stand_beside_those_of_the_data(tmp_path):
+    def rows(text, ratio, **more):
+        return [{"prompt": "p", "answer": "a\n", **more, "response": text, "log_ratio": ratio}]
+
+    samples = {0: rows("old", 0.0), 4: rows("new", -2.5)}
+    settings = {"stage": "dpo", "metrics": {"dpo/loss": [0.7]}}
+    [table] = chapter_of(write_run(tmp_path / "dpo", **settings, samples=samples))["samples"]
+    ends = [f"{name}, step {step}" for step in (0, 4) for name in ("response", "log_ratio")]
+    assert table.columns == ["prompt", "answer", *ends]
+    assert table.rows == [["p", "a↵\n", "old", 0.0, "new", -2.5]]
+    assert table.formats == {name: ".3g" for name in ends if "ratio" in name}
+    samples = {0: [{"prompt": "p", "answer": "a", "response": "r"}]}  # SFT has no reference
+    [table] = chapter_of(write_run(tmp_path / "sft", samples=samples))["samples"]
+    assert (table.columns, table.rows) == (
+        ["prompt", "answer", "response, step 0"],
+        [["p", "a", "r"]],
+    )
+    samples = {0: rows("r", 1.0, desirable=False)}
+    [table] = chapter_of(write_run(tmp_path / "kto", samples=samples))["samples"]
+    assert table.rows == [["p", "a↵\n", False, "r", 1.0]]
 
 
 def test_a_reward_model_with_targets(tmp_path):

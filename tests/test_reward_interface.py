@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import letters_run, metric_rows, with_rl
+from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import Rollout, grpo, rewards, rloo, training, vpg
@@ -178,6 +179,33 @@ def test_a_function_takes_what_it_names():
     eos = TOKENIZER.eos_id
     ids = [[*TOKENIZER.encode(text), eos] for text in ("ea", "e")]
     assert shown_to("completion_ids, x=3", columns=COLUMNS) == {"completion_ids": ids, "x": 3}
+
+
+def test_what_python_gives_as_a_reward_is_told_from_its_parameters():
+    def traced(rollout):
+        return rollout.log_probs, {}
+
+    def scaled(scale, rollout):
+        return scale, {}
+
+    def on_host(rollout, columns, weight=1.0):
+        return [weight], {}
+
+    def texts(completions, **columns):
+        return [0.0]
+
+    assert spec.given(traced).fn.func is traced
+    partial = Partial(scaled, jnp.ones(2))
+    assert spec.given(partial).fn is partial
+    assert spec.given(on_host) == spec.Reward(host=on_host)
+    assert spec.given(texts) is texts
+    assert spec.given(spec.Reward(fn=traced)) == spec.Reward(fn=traced)
+    for wrong in (lambda: None, lambda x, y, z: None, lambda *, rollout: None, max, "math", None):
+        with pytest.raises(UserError, match="reward: expected a function of a rollout"):
+            spec.given(wrong)
+    reward = spec.of_texts(texts, TOKENIZER)
+    assert reward.host is not None
+    assert reward.examples == ()
 
 
 def test_a_function_of_trl_gets_texts_or_messages_as_the_data_has_them():

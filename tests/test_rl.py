@@ -65,7 +65,7 @@ def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pa
     config = with_rl(
         config, num_iterations=1, validation_fraction=0.0, environment=f"{world}:silent"
     )
-    training.rl.run(config, vpg, run_reward=spec.Reward(host=reward))
+    training.rl.run(config, vpg, reward=reward)
     assert asked == [4]
     assert (tmp_path / "world.py.log").read_text() == "xxxx"
 

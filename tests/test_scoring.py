@@ -1,5 +1,7 @@
 """Held-out comparisons: their report, and the texts that a run shows with their scores."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -7,7 +9,13 @@ from numpy.testing import assert_array_equal
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.supervised.scoring import desirable_length_accuracy, evenly, report, samples
+from rlhf_jax.training.supervised.scoring import (
+    desirable_length_accuracy,
+    evenly,
+    num_rows,
+    report,
+    samples,
+)
 
 LETTERS = characters("abcde? ")
 
@@ -87,9 +95,9 @@ def test_samples_are_texts_without_special_tokens():
 def test_samples_are_spread_over_the_held_out_rows():
     assert_array_equal(evenly(5, 9), np.arange(5))
     assert_array_equal(evenly(7, 3), [0, 3, 6])
-    for num_rows in (257, 300, 511, 1000):
-        found = evenly(num_rows, 256)
-        assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)
+    for num in (257, 300, 511, 1000):
+        found = evenly(num, 256)
+        assert (found[0], found[-1], len(found)) == (0, num - 1, 256)
         assert set(np.diff(found)) <= {
             (num_rows - 1) // 255,
             (num_rows - 1) // 255 + 1,
@@ -110,3 +118,8 @@ def test_samples_with_targets_hold_every_answer():
         {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2} | first,
         {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4} | first,
     ]
+
+
+def test_the_pairs_of_a_ranking_are_one_row():
+    texts = SimpleNamespace(sources=["line 1", "line 2", "line 2", "line 3"])
+    assert num_rows(texts, np.array([1, 2, 3])) == 2

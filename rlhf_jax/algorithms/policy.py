@@ -21,6 +21,7 @@ from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.lengths import by_length
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import (
+    AlgorithmConfig,
     AxisName,
     LossFn,
     Max,
@@ -41,7 +42,7 @@ State = TypeVar("State", bound=TrainState)
 
 
 @dataclass(frozen=True)
-class Batching:
+class Batching(AlgorithmConfig):
     """Settings of every policy algorithm: minibatches, and how token losses become one number."""
 
     num_minibatches: int = 1
@@ -61,15 +62,7 @@ class Batching:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
-    # No settings here, but of algorithms that override them: answers to each prompt, passes over
-    # each rollout, the weight of a KL term in the loss, what is subtracted from a reward, whether
-    # there is a teacher.
-    group_size = 1
-    num_epochs = 1
-    kl_loss_coef = 0.0
-    baseline = "none"
-    needs_teacher = False
-    needs_components = False  # whether ``prepare`` reads ``rollout.components``
+    kl_loss_coef = 0.0  # no setting here: the weight of a KL term in the loss
 
     @property
     def kl_in_loss(self) -> bool:
@@ -371,7 +364,7 @@ def updater(
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
     the steps (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a
-    ``Batching``, or any object with the attributes of ``types.AlgorithmConfig``.
+    ``Batching``, or any object with the passes and batches of ``types.AlgorithmConfig``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.

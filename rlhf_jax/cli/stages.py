@@ -99,7 +99,7 @@ def train_algorithm(
 
     Args:
         argv: ``sys.argv[1:]`` by default.
-        parts: what else ``training.rl.run`` takes, such as ``run_reward``.
+        parts: what else ``training.rl.run`` takes, such as ``reward``.
     """
     from rlhf_jax import config, training
 

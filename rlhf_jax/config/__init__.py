@@ -11,6 +11,7 @@ from rlhf_jax.config.pretrained import PRETRAINED, is_pretrained
 from rlhf_jax.config.sections import for_algorithm, section_name, with_section
 from rlhf_jax.config.settings import (
     ALGORITHMS,
+    Answering,
     Compute,
     DistillStage,
     DPOStage,
@@ -39,6 +40,7 @@ from rlhf_jax.graders.service import Judge
 __all__ = [
     "ALGORITHMS",
     "PRETRAINED",
+    "Answering",
     "Compute",
     "DPOStage",
     "DataSource",

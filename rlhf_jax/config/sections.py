@@ -1,13 +1,14 @@
 """The section of an algorithm in the settings of a run, also of the user's own algorithm."""
 
 import dataclasses
+import functools
 import typing
 from typing import Any, TypeVar
 
 from rlhf_jax.config.settings import ALGORITHMS, RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import manifest
-from rlhf_jax.types import Algorithm
+from rlhf_jax.types import Algorithm, AlgorithmConfig
 
 C = TypeVar("C")
 
@@ -46,23 +47,26 @@ def for_algorithm(
     algorithm: Algorithm,
     section: Any = None,
 ) -> tuple[RunConfig, Any]:
-    """The settings of a run of this algorithm, and its own section among them.
+    """The settings of a run of this algorithm, and its own section among them, which has all that
+    ``AlgorithmConfig`` names. Names in a line the values of other algorithms' sections, which your
+    own one does not read.
 
     Args:
       section: replaces the section of ``config``; None: that of ``config``, or the module's
         ``Config()`` if it has none.
 
     Raises:
-      UserError: ``config`` sets what another algorithm reads and your own one does not.
+      UserError: the section is no frozen dataclass.
     """
     name = section_name(algorithm)
     kind = with_section(type(config), algorithm)
     if name not in ALGORITHMS:
-        _check_others_unset(config, algorithm)
+        _say_unread(config, name)
     if section is None:
         section = vars(config).get(name) or algorithm.Config()
     elif name in ALGORITHMS:
         _say_unused(name, vars(config)[name], section)
+    section = _with_defaults(section, name)
     usual = typing.get_type_hints(kind)[name]
     if issubclass(usual, type(section)):
         section = usual(**vars(section))
@@ -85,21 +89,43 @@ def _say_unused(name: str, own: Any, given: Any) -> None:
         )
 
 
-def _check_others_unset(config: RunConfig, algorithm: Algorithm) -> None:
-    """Raises UserError if a section of this package's algorithms has other values than its default,
-    which your own algorithm does not read.
+def _say_unread(config: RunConfig, name: str) -> None:
+    """Names the values of this package's algorithms that differ from their defaults, which your own
+    algorithm of that name does not read. A file that several stages share may have them.
     """
     before = manifest.dotted(dataclasses.asdict(type(config)()))
     values = manifest.dotted(dataclasses.asdict(config))
     unread = [
-        key
+        f"{key} {value}"
         for key, value in values.items()
         if key.partition(".")[0] in ALGORITHMS and value != before[key]
     ]
     if unread:
-        name = section_name(algorithm)
+        logger.info(f"the algorithm {name} does not read: {', '.join(unread)}")
+
+
+def _with_defaults(section: Any, name: str) -> AlgorithmConfig:
+    """The section with what a run reads of it and it does not have.
+
+    Raises:
+      UserError: it is no frozen dataclass.
+    """
+    if isinstance(section, AlgorithmConfig):
+        return section
+    kind: type = type(section)
+    settings = getattr(kind, "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
         raise UserError(
-            f"{', '.join(unread)}: the algorithm {name} does not read them; leave them out. "
-            f"Its own settings are the section {name}, for which config.parse takes "
-            f"algorithm={name}"
+            f"the algorithm {name}: its Config must be a frozen dataclass, @dataclass(frozen=True)"
         )
+    completed: AlgorithmConfig = _completed(kind)(**vars(section))
+    return completed
+
+
+@functools.cache
+def _completed(kind: type) -> type[Any]:
+    """The dataclass with the names of ``AlgorithmConfig`` that it lacks. One class for each, since
+    programs are compiled once for equal settings.
+    """
+    bases = (kind, AlgorithmConfig)
+    return dataclasses.make_dataclass(kind.__name__, [], bases=bases, frozen=True)

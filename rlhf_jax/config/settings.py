@@ -323,7 +323,18 @@ class Supervised(Section):
 
 
 @dataclass(frozen=True)
-class SFTStage(Supervised, sft.Config):
+class Answering(Supervised):
+    """What SFT, DPO and KTO share: a policy, which answers prompts at validations."""
+
+    validation_prompts: CountOrZero = 4
+    """Held-out prompts, at most, that the policy answers greedily at validations, for samples.jsonl
+    and the report; 0: none. Metrics are of all held-out rows."""
+    max_new_tokens: Count = 32
+    """Most tokens of these answers."""
+
+
+@dataclass(frozen=True)
+class SFTStage(Answering, sft.Config):
     """Supervised fine-tuning on demonstrations {prompt, response}."""
 
     validation_fraction: ShareBelow1 = 0.05
@@ -363,7 +374,7 @@ class Reference(Section):
 
 
 @dataclass(frozen=True)
-class DPOStage(Supervised, Reference, dpo.Config):
+class DPOStage(Answering, Reference, dpo.Config):
     """Direct preference optimisation of the policy in --model, which is the reference too, from
     pairs or rankings.
     """
@@ -380,7 +391,7 @@ class DPOStage(Supervised, Reference, dpo.Config):
 
 
 @dataclass(frozen=True)
-class KTOStage(Supervised, Reference, kto.Config):
+class KTOStage(Answering, Reference, kto.Config):
     """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from
     {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
     one is not."""

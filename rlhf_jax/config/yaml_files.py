@@ -46,7 +46,7 @@ def read(config_class: type, file: Path) -> Values:
                 f"{_line(node)}: {name} must be a mapping of keys, found {_text_of(node)}"
             )
             return
-        kinds = typing.get_type_hints(cls)
+        kinds = types_of(cls)
         lines: dict[str, str] = {}
         for key_node, value_node in node.value:
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _text_of(key_node)
@@ -230,9 +230,15 @@ def _ours(entry: str, flags: bool, read: Sequence[str]) -> str:
     return f"here it is {shown}{others}{about}"
 
 
+def types_of(cls: type) -> dict[str, Any]:
+    """{field: its type} of a class of settings."""
+    kinds = typing.get_type_hints(cls)
+    return {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
+
+
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key, sections too."""
-    keys = [prefix + name for name in typing.get_type_hints(cls)]
+    keys = [prefix + name for name in types_of(cls)]
     for name, kind in subsections(cls).items():
         keys += dotted_keys(kind, f"{prefix}{name}.")
     return keys
@@ -240,7 +246,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 def subsections(cls: type) -> dict[str, Any]:
     """The fields that are dataclasses, with their classes."""
-    kinds = typing.get_type_hints(cls)
+    kinds = types_of(cls)
     return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
 

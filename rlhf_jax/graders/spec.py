@@ -33,6 +33,7 @@ A folder with the name of one of these is given as ``./length``.
 
 import difflib
 import importlib.util
+import inspect
 import itertools
 import re
 import runpy
@@ -43,6 +44,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, file_errors, logger
 from rlhf_jax.graders import pairs, service, verifiable
@@ -72,6 +74,7 @@ from rlhf_jax.rewards.host import (
 )
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.texts import (
+    TEXTS,
     Decoder,
     TextScorer,
     check_function,
@@ -126,6 +129,51 @@ class PolicyTokenizer(Decoder, Protocol):
     def fingerprint(self) -> str: ...
     def encode(self, text: str, /) -> list[int]: ...
     def decode_raw(self, ids: list[int], /) -> str: ...
+
+
+FunctionOfTexts = Callable[..., Any]
+"""A function as ``rewards.from_text`` takes it."""
+
+
+def given(reward: Any) -> Reward | FunctionOfTexts:
+    """What Python gives as the reward of a run, by the parameters of the function: a ``Reward`` of
+    a RewardFn, which has one, or of a HostReward, which has two; and a function of texts as it is.
+    A ``Reward`` may be given too.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        parameters = None
+    if parameters is not None:
+        if any(name in TEXTS for name in parameters):
+            function: FunctionOfTexts = reward
+            return function
+        needed = [each for each in parameters.values() if each.default is each.empty]
+        positional = [each for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
+        if len(positional) == len(needed) == 1:
+            return Reward(fn=reward if isinstance(reward, Partial) else Partial(reward))
+        if len(positional) == len(needed) == 2:
+            return Reward(host=reward)
+    raise UserError(
+        "reward: expected a function of a rollout, which is traced, of (rollout, columns), which "
+        "runs on the host, or of texts, whose parameters are among "
+        f"{', '.join(TEXTS)}; or a graders.spec.Reward; got {reward!r:.200}"
+    )
+
+
+def of_texts(function: FunctionOfTexts, tokenizer: PolicyTokenizer) -> Reward:
+    """The reward of a function of texts."""
+    examples = getattr(function, "examples", None)
+    return Reward(
+        host=from_text(function, tokenizer, tokenizer.decode_raw),
+        take_unparsed=getattr(function, "take_unparsed", None),
+        examples=() if examples is None else (examples,),
+    )
 
 
 def build_reward(
@@ -339,18 +387,11 @@ class _Reader(NamedTuple):
             return spec, Reward(fn=make(int(rest)))
         if kind == "pairs" and rest:
             return self._read_pairs(rest, where)
-        of_texts = self._read_function(spec, where)
-        if of_texts is None:
+        named = self._read_function(spec, where)
+        if named is None:
             return self._read_models(spec, where)
-        name, function = of_texts
-        host = from_text(function, self.tokenizer, self.tokenizer.decode_raw)
-        take_unparsed = getattr(function, "take_unparsed", None)
-        examples = getattr(function, "examples", None)
-        return name, Reward(
-            host=host,
-            take_unparsed=take_unparsed,
-            examples=() if examples is None else (examples,),
-        )
+        name, function = named
+        return name, of_texts(function, self.tokenizer)
 
     def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
         """A function of texts; None for the SPEC of a reward model."""

@@ -93,8 +93,8 @@ def policy_fn(
         temperature: logits are divided by it, as in sampling; above 0.
         prompt_length: columns before it are not computed and stay 0, as does column 0.
         value_model: a whole model for the values; params are then {"policy": ..., "value": ...},
-            the latter with its own "value" head. Without it values come from ``params["value"]``;
-            they are None if that is missing.
+            the latter with its own "value" head. Without it values come from the network's own
+            head (``Model.values``) or from ``params["value"]``; they are None if both are missing.
         teacher: a model of the same tokens, whose parameters are a fifth argument of the result;
             without that argument it is not called. Of vocabularies of different sizes (padded ones)
             the first tokens are compared, as many as both have.
@@ -163,8 +163,8 @@ def policy_fn(
         if value_model is not None:
             critic = params["value"]
             hidden = value_model.hidden(critic, *rows, value_key, before, **shared)
-        if value_model is not None or "value" in params:
-            output = output._replace(values=_scalar(critic, "value", hidden))
+        if value_model is not None or model.values is not None or "value" in params:
+            output = output._replace(values=_values(value_model or model, critic, hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
     return ops.with_settings(policy, temperature, prompt_length)
@@ -234,6 +234,13 @@ def score_fn(
         return scores[:, 0] if documents is None else scores
 
     return score
+
+
+def _values(model: Model, params: Params, hidden: Array) -> Array:
+    """[B, T] of [B, T, D] states, by the network's own value head or by the head "value"."""
+    if model.values is not None:
+        return model.values(params, hidden)
+    return _scalar(params, "value", hidden)
 
 
 def _scalar(params: Params, kind: str, hidden: Array) -> Array:

@@ -50,10 +50,14 @@ class Model(NamedTuple):
             1; a query at slot s attends to the slots up to s whose ``key_mask`` is not 0, its own
             included. The cache of a layer with a window has slots for the window only. If ``index``
             is the number 0, not an array, the cache counts as empty. ``prompts``
-            (``shared.Prompts``) of N groups of rows lie before slot 0: t is then 1.
+            (``shared.Prompts``) of N groups of rows lie before slot 0: t is then 1. With
+            ``hidden=True`` the first result is the states [B, t, D] that ``hidden`` gives, of which
+            ``unembed`` makes the logits.
         for_decoding: ``(params) -> params`` for ``decode``, which then slices and casts no weight:
             call it once before a loop over tokens. ``decode`` takes both forms.
         takes_groups: whether ``hidden`` takes ``groups`` and ``decode`` ``prompts``.
+        values: ``(params, hidden [B, n, D]) -> [B, n]`` float32, a value head of the network's own
+            in its parameters; None: values are those of the head "value" (``models.add_head``).
     """
 
     config: ModelConfig
@@ -65,6 +69,7 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[Array, Any]]
     for_decoding: Callable[[Params], Params]
     takes_groups: bool = False
+    values: Callable[[Params, Array], Array] | None = None
 
 
 def build(config: ModelConfig) -> Model:
@@ -186,6 +191,8 @@ def _decode(
     cache: stack.Cache,
     index: Array | int,
     prompts: Prompts | None = None,
+    *,
+    hidden: bool = False,
 ) -> Any:
     """``Model.decode``, by the ``module`` for a prompt in stacked layers, else by the ``unrolled``
     one.
@@ -200,7 +207,8 @@ def _decode(
         network = unrolled
         params = stack.for_decoding(config, params)
     inputs = (tokens, positions, key_mask, cache, index, prompts)
-    return network.apply({"params": params}, *inputs, method="decode")
+    method = "decode_hidden" if hidden else "decode"
+    return network.apply({"params": params}, *inputs, method=method)
 
 
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:

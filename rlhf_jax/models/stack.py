@@ -530,6 +530,19 @@ class Transformer(nn.Module):
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t,
         V]. With ``prompts`` t is 1, and each group of rows attends to its prompt too.
         """
+        states, written = self.decode_hidden(tokens, positions, key_mask, cache, index, prompts)
+        return self.unembed(states), written
+
+    def decode_hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
+        cache: Cache,
+        index: Array | int,
+        prompts: Prompts | None = None,
+    ) -> tuple[Array, Cache]:
+        """``decode``, but the hidden states [B, t, D] of the tokens, after the final norm."""
         length = tokens.shape[1]
         seen = partial(attention.seen_in_cache, key_mask, index, length)
         views = self.views(positions, seen)
@@ -542,7 +555,7 @@ class Transformer(nn.Module):
         if prompts is not None:
             held = shared.beside(self.config, prompts, cache, jnp.asarray(index))
         x, written = self.through_layers(x, views, held, start, None)
-        return self.unembed(self.ln_f(x)), written
+        return self.ln_f(x), written
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
         return self.unembed(self.hidden(tokens, attention_mask))

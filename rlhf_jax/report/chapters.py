@@ -4,24 +4,14 @@ import itertools
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.report import plots, records, verdict
+from rlhf_jax.report import plots, records, samples, verdict
 from rlhf_jax.report.parts import Facts, Table
-from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
+from rlhf_jax.report.records import KINDS, STAGES, Group, RunRecord
 
 TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}  # others in capitals
-MAX_SAMPLES = 8  # of one group of runs
-# Columns of samples.jsonl for pairs, for answers with target scores and for prompts: first those
-# that are the same at each validation, then those that change. A row is of the first of these kinds
-# whose last unchanging column it has, or else of the last kind.
-SAMPLE_COLUMNS = (
-    (("prompt", "chosen", "rejected"), ("margin",)),
-    (("prompt", "response", "target"), ("score",)),
-    (("prompt",), ("response", "score")),
-)
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -40,7 +30,10 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     firsts = [group.records[0] for group in groups]
     is_one = len(run_records) == 1
     curves, constant = plots.curves(groups)
-    differences = records.differences(groups)
+    differences = []
+    for key, values in records.differences(groups).items():
+        texts = map(_plain, values)
+        differences.append([key, *texts])
     return {
         "title": _title(run_records, groups),
         "stages": _stages(run_records),
@@ -49,8 +42,8 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
         "rewarded": verdict.rewarded(groups[0]) if len(groups) == 1 else [],
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
-        "samples": [_samples(record, is_one) for record in firsts if record.samples],
-        "differences": [[key, *map(_plain, values)] for key, values in differences.items()],
+        "samples": samples.tables(firsts, is_one),
+        "differences": differences,
         "curves": curves,
         "constant": constant,
         "distributions": plots.distributions(groups),
@@ -165,60 +158,3 @@ def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if resumed:
         facts["resumed"] = f"{len(resumed)} times"
     return {name: value for name, value in facts.items() if value is not None}
-
-
-# --- Samples
-
-
-def _samples(record: RunRecord, is_one: bool) -> Table:
-    """The first rows of the last validation. Each value that changes stands beside the value that
-    the first validation had in the same row.
-    """
-    steps, validations = zip(*record.validations, strict=True)
-    last = validations[-1]
-    for fixed, changing in SAMPLE_COLUMNS:  # noqa: B007
-        if fixed[-1] in last[0]:
-            break
-    numbered = [_numbered(rows, fixed) for rows in validations]
-    rows = []
-    shown = itertools.islice(numbered[-1].items(), MAX_SAMPLES)
-    for key, row in shown:
-        # The template adds empty lines around a prompt.
-        prompt = str(row.get("prompt") or "").strip("\n")
-        texts = [row.get(name) for name in fixed[1:]]
-        for by_key in numbered:
-            at_step = by_key.get(key, {})
-            texts += [at_step.get(name) for name in changing]
-        rows.append([prompt, *map(_with_line_ends, texts)])
-    at_steps = [f"{name}, step {step}" for step in steps for name in changing]
-    columns = [*fixed, *at_steps]
-    title = "Samples before and after" if len(steps) > 1 else "Samples"
-    if not is_one:
-        title += f": {record.name}"
-    formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
-    note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
-    return Table(
-        title,
-        columns,
-        rows,
-        formats,
-        note,
-    )
-
-
-def _with_line_ends(text: Any) -> Any:
-    return text.replace("\n", "↵\n") if isinstance(text, str) else text
-
-
-def _numbered(
-    rows: Sequence[Row],
-    fixed: Sequence[str],
-) -> dict[tuple[str, int], Row]:
-    """{(the values that stay the same, how often they came before): row}."""
-    numbered: dict[tuple[str, int], Row] = {}
-    count = Counter[str]()
-    for row in rows:
-        values = repr([row.get(name) for name in fixed])
-        numbered[values, count[values]] = row
-        count[values] += 1
-    return numbered

@@ -3,7 +3,7 @@
 import shlex
 from typing import NamedTuple
 
-from rlhf_jax.report import plots
+from rlhf_jax.report import noise, plots
 from rlhf_jax.report.records import Group, RunRecord
 from rlhf_jax.runs.log import duration
 
@@ -21,8 +21,9 @@ class Tile(NamedTuple):
 def sentence(group: Group) -> str:
     """The main metric of a run, its KL and its alerts: "Validation score 0.12 → 1.05 in 40
     iterations, KL 1.8 of 2 nats, no alert." Of several seeds it has the means. If the last value is
-    not of the last iteration, it says of which. If a run did not finish, the sentence before this
-    one says how it ended.
+    not of the last iteration, it says of which; of held-out accuracies and scores also on how many
+    rows they rest and whether the change may be chance. If a run did not finish, the sentence
+    before this one says how it ended.
     """
     record = group.records[0]
     steps = sorted({record.steps for record in group.records})
@@ -141,6 +142,9 @@ def _measured(group: Group) -> list[Tile]:
             measured_at = _of_earlier_step(group, name)
             if measured_at:
                 notes.append(measured_at)
+            changed = noise.change(record, name) if len(group.records) == 1 else None
+            if changed is not None:
+                notes.append(changed.text)
             note = ", ".join(notes)
             found.append(Tile(label, value, note))
             break

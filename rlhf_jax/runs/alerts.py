@@ -249,6 +249,19 @@ def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
     return _beyond("grad_norm", norm[-1], "<", 1e-8)
 
 
+def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
+    if len(score) < 20:
+        return ""
+    is_near = _beyond("mean 5 of objective/kl", abs(kl[-5:].mean()), "<", 0.05)
+    ends = (score[:10], score[-10:])
+    before, after = (float(end.mean()) for end in ends)
+    error = math.sqrt(sum(end.var(ddof=1) for end in ends) / 10)
+    if not is_near or abs(after - before) > 2 * error:
+        return ""
+    stays = f"objective/score was {before:.4g} in the first 10 rows and is {after:.4g} in the last"
+    return f"{is_near}, {stays}: raise rl.optimizer.learning_rate"
+
+
 def _reward_collapse(score: np.ndarray) -> str:
     if len(score) < 6:
         return ""
@@ -297,6 +310,7 @@ _RULES = (
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
+    Rule("nothing learned", ("objective/score", "objective/kl"), _nothing_learned),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
 )
 DEFAULTS = {rule.name: rule for rule in _RULES}

@@ -23,6 +23,8 @@ TUNABLES += ":glibc.malloc.arena_max=4"
 # kept and 1.9 million pages faulted; without these caches 1.5 GiB and 0.4 million.
 TUNABLES += ":glibc.malloc.tcache_count=0"
 
+KEPT = 4 * 2**30  # bytes of freed memory that a process keeps at most
+
 
 def keep_memory() -> None:
     """Starts this process again, with the setting that makes glibc keep freed memory for its next

@@ -21,7 +21,8 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling.rollout import rescore
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Params, Rollout, TrainState
+from rlhf_jax.training.rl.method import completed
+from rlhf_jax.types import Comparisons, Demonstrations, Params, Rollout, TrainState
 
 Name = Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg"]
 Value = Literal["shared", "separate"]
@@ -179,7 +180,7 @@ def _rl_work(
     batch: Any,
 ) -> Work:
     how = sampling.SamplingConfig(preset.response, temperature=temperature, eos_id=None, pad_id=0)
-    algorithm: Algorithm = {"grpo": grpo, "vpg": vpg}.get(name, ppo)
+    algorithm = completed({"grpo": grpo, "vpg": vpg}.get(name, ppo))
     group = {"grpo": {"group_size": GROUP}, "iteration": {"num_epochs": 4}}.get(name, {})
     group |= {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"

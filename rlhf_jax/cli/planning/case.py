@@ -22,13 +22,14 @@ from rlhf_jax.training.common import initial, layout
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.rl.method import completed
 from rlhf_jax.training.rl.sharing import Answers
 from rlhf_jax.training.supervised import dpo, kto, reward_model, sft
 from rlhf_jax.training.supervised.tasks import StageSpec
-from rlhf_jax.types import Algorithm, Params
+from rlhf_jax.types import Params
 
-RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
-RL["distill"] = distill
+RL = {"ppo": completed(ppo), "vpg": completed(vpg), "rloo": completed(rloo)}
+RL |= {"grpo": completed(grpo), "distill": completed(distill)}
 PAIRS = ("reward_model", "dpo")  # two answers in each row
 SUPERVISED: dict[str, StageSpec] = {
     spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)

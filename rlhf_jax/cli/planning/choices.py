@@ -17,7 +17,6 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial, memory, shared_prompts
 from rlhf_jax.training.common.remat import needed
-from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.sharing import saved
 from rlhf_jax.training.supervised import batching, reading
 
@@ -118,7 +117,7 @@ def with_remat(
     rows_at_once = rows // case.own.num_microbatches
     is_deep = network.num_layers >= initial.DEEP
     params = case.laid_out(params)
-    networks = 1 + (name in RL and critic.settings(case.own).value == "separate")
+    networks = 1 + (name in RL and case.own.value == "separate")
     free = max(limit - memory.on_device(params), 1) if limit else 0
     need = needed(case.stage, network, params, rows_at_once, columns, networks, free)
     remat = is_deep and need.wants_remat(lambda: need.stored)

@@ -27,7 +27,7 @@ from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import RunConfig, command_line, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import allocator, devices
 from rlhf_jax.training.common import memory
 
 # Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs. Measured in
@@ -55,6 +55,9 @@ def report(
         rows["of the whole process, where a CPU is the device"] = whole
     lines = [_title(name, target)]
     lines += [f"{memory.amount(size):>14}  {what}" for what, size in rows.items()]
+    if target is None:
+        kept = f"{memory.amount(allocator.KEPT)} of what it has freed"
+        lines.append(f"that process may keep {kept}; with RLHF_JAX_KEEP_MEMORY=0 it keeps none")
     for phase, figures in made.figures.items():
         lines += _figure_lines(phase, figures)
     if limit is None and target is not None:
@@ -91,7 +94,10 @@ def _verdict(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
         cpu = f"{room} where a CPU is the device, whose process needs {needs} for each"
         return f"does not fit in {cpu}; on an accelerator it {spare}", False
     if of_process > peak:
-        spare += f"; where a CPU is the device, with {memory.amount(limit - of_process)}"
+        left = limit - of_process
+        spare += f"; where a CPU is the device, with {memory.amount(left)}"
+        if left < allocator.KEPT:
+            spare += " if it starts with RLHF_JAX_KEEP_MEMORY=0"
     return spare, True
 
 

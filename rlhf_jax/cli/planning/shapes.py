@@ -29,7 +29,7 @@ from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import teacher as teachers
 from rlhf_jax.training.rl.entry import method_of
 from rlhf_jax.training.rl.method import Method
-from rlhf_jax.training.rl.programs import Programs, compiled, networks_of
+from rlhf_jax.training.rl.programs import Programs, Sizes, compiled, networks_of
 from rlhf_jax.training.rl.programs import first_state as first_state_of_rl
 from rlhf_jax.training.supervised.entry import first_state
 from rlhf_jax.training.supervised.tasks import Setting
@@ -163,7 +163,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     teacher = _teacher(case)
     source = None if method.value_source is None else case.language_model(method.value_source)
     networks = networks_of(stage, begun, method, source, teacher)
-    state = first_state_of_rl(stage, method, networks)
+    state = first_state_of_rl(stage, method, networks, Sizes(settings.batch_size, columns, 0))
     run = compiled(stage, begun, method, networks.optimizer)
     functions = networks.functions(columns)
     inputs = (state, _prompts(case, prompt), jax.eval_shape(jax.random.key, 0))

@@ -49,6 +49,7 @@ def from_functions(
     unembed: Callable[[Params, Array], Array] = lambda params, logits: logits,
     init_cache: Callable[[int, int], Any] | None = None,
     decode: Callable[..., tuple[Array, Any]] | None = None,
+    values: Callable[[Params, Array], Array] | None = None,
 ) -> models.Model:
     """A ``models.Model`` of the user's own network, for ``training.rl.run(policy=...)``.
 
@@ -66,6 +67,9 @@ def from_functions(
             reads the states.
         init_cache, decode: as in ``models.Model``; None: each new token takes a pass over all
             columns (``sampling.uncached``).
+        values: ``(params, states [B, n, D]) -> [B, n]``, a value head among the network's own
+            parameters; the states are what ``apply`` returns. None: an algorithm with values adds a
+            linear head.
     """
 
     def logits(
@@ -86,6 +90,16 @@ def from_functions(
         mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask
         return pick(apply(params, tokens, mask, key), columns, axis=1)
 
+    def own_values(params: Params, states: Array) -> Array:
+        assert values is not None
+        found = values(params, states)
+        if found.shape != states.shape[:2]:
+            raise UserError(
+                f"policy: values must return [B, n], a number for each of {states.shape[:2]} "
+                f"states; got {found.shape}"
+            )
+        return found.astype(jnp.float32)
+
     cached = sampling.uncached(logits)
     config: Any = OwnConfig(vocab_size, max_length)
     return models.Model(
@@ -97,6 +111,7 @@ def from_functions(
         init_cache=init_cache or cached.init_cache,
         decode=decode or cached.decode,
         for_decoding=lambda params: params,
+        values=None if values is None else own_values,
     )
 
 

@@ -9,7 +9,7 @@ import jax
 from optax import GradientTransformation, conditionally_mask, partition
 
 from rlhf_jax import models
-from rlhf_jax.config import Compute, PPOStage, RLStage
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -19,13 +19,44 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.types import AlgorithmConfig, Params
 
-
-def settings(config: AlgorithmConfig) -> PPOStage:
-    """The value function's settings of an algorithm; the defaults if it has none."""
-    return config if isinstance(config, PPOStage) else PPOStage()
+_SETTINGS = ("value", "value_from", "value_learning_rate", "value_warmup")
 
 
-def source_of(reward: Sequence[str], critic: PPOStage) -> str | None:
+def check_own_head(config: AlgorithmConfig) -> None:
+    """Raises UserError if a value head inside the policy's network should have its own optimizer,
+    which does not know its parameters.
+    """
+    has_own_schedule = config.value_learning_rate is not None or config.value_warmup > 0
+    if config.value == "shared" and has_own_schedule:
+        raise UserError(
+            "value_learning_rate, value_warmup: the policy's network has a value head of its own, "
+            "which learns with it; leave them out, or give value: separate"
+        )
+
+
+def check(name: str, config: AlgorithmConfig, needs_values: bool) -> None:
+    """Checks what an algorithm's settings say of its value function.
+
+    Raises:
+        UserError: of settings that contradict each other, or that an algorithm without values has.
+    """
+    defaults = AlgorithmConfig()
+    given = [key for key in _SETTINGS if getattr(config, key) != getattr(defaults, key)]
+    if given and not needs_values:
+        raise UserError(
+            f"{name}.{given[0]}: the algorithm reads no values; give its module needs_values = "
+            "True, or leave this out"
+        )
+    if config.value not in ("shared", "separate"):
+        raise UserError(f"{name}.value must be shared or separate, got {config.value!r}")
+    if config.value_from != "policy" and config.value != "separate":
+        raise UserError(
+            f"{name}.value_from {config.value_from}: a shared value function has the policy's "
+            "body; give value: separate too"
+        )
+
+
+def source_of(reward: Sequence[str], critic: AlgorithmConfig) -> str | None:
     """The folder (or Hugging Face name) of ``value_from``; None: the policy.
 
     reward: ``reward`` of the settings.
@@ -40,7 +71,7 @@ def source_of(reward: Sequence[str], critic: PPOStage) -> str | None:
     folders = [path for entry in reward for path in spec.sources(entry).values()]
     if len(folders) != 1 or not folders[0].is_dir():
         raise UserError(
-            "ppo.value_from reward: the run's reward is not one reward model's folder; name the "
+            "value_from reward: the run's reward is not one reward model's folder; name the "
             "folder to start from, or give policy"
         )
     return str(folders[0])
@@ -64,7 +95,7 @@ def load(
     loaded = initial.load_language_model(model_folder(source), compute, place)
     if loaded.tokenizer.fingerprint != policy.tokenizer.fingerprint:
         raise UserError(
-            f"ppo.value_from {source}: its tokenizer is not the policy's, and a value model reads "
+            f"value_from {source}: its tokenizer is not the policy's, and a value model reads "
             "the policy's tokens; give a model with the same tokenizer"
         )
     params = dict(loaded.params)
@@ -89,6 +120,8 @@ def start(
     value: str | None,
     width: int | None = None,
     source: Params | None = None,
+    *,
+    has_head: bool = False,
 ) -> tuple[Trainable, Trainable]:
     """The initial parameters of a run, on the devices: the policy's, and all trained ones.
 
@@ -98,20 +131,20 @@ def start(
         width: of the states that a head reads, as in ``models.add_head``.
         source: of the model that a separate value model starts from, with or without a value head;
             None: the policy's.
+        has_head: whether the policy's network has a value head of its own.
     """
     lora = stage.lora
     key = stage.key("init")
-    if value == "shared":
+    if value == "shared" and not has_head:
         params = models.add_head(jax.random.fold_in(key, 1), params, "value", width)
     policy = stage.place(initial.trainable(lora, params, jax.random.fold_in(key, 2)))
     if value != "separate":
         return policy, policy
-    with_head = source
-    if source is None:
+    with_head = params if source is None else source
+    if source is None and not has_head:
         with_head = models.add_head(key, params, "value", width)
-    elif "value" not in source:
+    elif source is not None and "value" not in source:
         with_head = models.add_head(key, source, "value")
-    assert with_head is not None, "a model's parameters, its own or the policy's"
     critic = initial.trainable(lora, with_head, jax.random.fold_in(key, 3))
     body = policy.base if source is None else stage.place(critic).base
     return policy, beside(policy, critic.params, body)
@@ -127,7 +160,7 @@ def beside(policy: Trainable, value: Params, body: Params | None = None) -> Trai
 
 def make_optimizer(
     settings: RLStage,
-    critic: PPOStage,
+    critic: AlgorithmConfig,
     updates: int,
     params: Params,
     given: GradientTransformation | None = None,
@@ -155,7 +188,7 @@ def make_optimizer(
     return policy if settings.train_routers else optimizer.without_routers(policy)
 
 
-def has_own_optimizer(critic: PPOStage, params: Params) -> bool:
+def has_own_optimizer(critic: AlgorithmConfig, params: Params) -> bool:
     """Whether the value function of ``params`` is not trained by the policy's optimizer."""
     has_own_schedule = critic.value_learning_rate is not None or critic.value_warmup > 0
     return "policy" in params or has_own_schedule

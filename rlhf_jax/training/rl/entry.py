@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import jax
 import optax
@@ -15,6 +16,7 @@ from rlhf_jax import engines, iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import (
     ALGORITHMS,
+    RLStage,
     RunConfig,
     data_source,
     for_algorithm,
@@ -35,6 +37,7 @@ from rlhf_jax.training.rl import answers, composition, critic, sharing, steps
 from rlhf_jax.training.rl.engine import Client
 from rlhf_jax.training.rl.method import (
     NOTHING,
+    CompleteAlgorithm,
     Given,
     Method,
     check_settings,
@@ -44,7 +47,8 @@ from rlhf_jax.training.rl.method import (
     penalty_of,
 )
 from rlhf_jax.training.rl.parts import Parts, Sources, files, load, read_prompts
-from rlhf_jax.training.rl.programs import Networks, compiled, first_state, networks_of
+from rlhf_jax.training.rl.programs import Networks, Sizes, compiled, first_state, networks_of
+from rlhf_jax.training.rl.schedule import Schedule
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Params
 
 
@@ -53,7 +57,7 @@ def run(
     algorithm: Algorithm = ppo,
     algorithm_config: AlgorithmConfig | None = None,
     *,
-    run_reward: spec.Reward | None = None,
+    reward: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     policy: models.Model | None = None,
     on_step: steps.OnStep | None = None,
@@ -66,7 +70,9 @@ def run(
         algorithm_config: takes the place of the section of ``config``, whose changed values are
             named as not used. None: that section, or for an algorithm of your own its
             ``Config()``.
-        run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
+        reward: takes the place of ``config.reward``: a RewardFn of a rollout, which is traced; a
+            HostReward of (rollout, columns); a function of texts, as ``rewards.from_text`` takes
+            it; or a ``graders.spec.Reward``.
         optimizer: takes the place of ``rl.optimizer``, its schedule and clipping included; the
             schedule counts optimizer steps, ``num_epochs * num_minibatches`` of an iteration. A
             value model, or a value head with a rate or a warm-up of its own, keeps
@@ -88,8 +94,8 @@ def run(
     complete = completed(algorithm)
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
-    of_ones_own = None if name in ALGORITHMS else algorithm
-    given = Given(of_ones_own, run_reward, optimizer, policy)
+    critic.check(name, algorithm_config, complete.needs_values)
+    given = _given(algorithm, reward, optimizer, policy)
     config = _without_what_is_given(config, given)
     config = set_up(config, [run_folder(config, name)])
     settings = config.rl
@@ -117,14 +123,13 @@ def run(
         networks = _networks(stage, method, parts)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         how_asked = (config.engine, settings.engine_check, stage.run.engine)
-        first = (parts.initial, networks.start, config.model)
-        client = None if engine is None else Client(engine, *how_asked, *first)
+        begun = (parts.initial, networks.start, config.model)
+        client = None if engine is None else Client(engine, *how_asked, *begun)
         job = composition.build(
             stage, method, parts, planned, networks, programs, client, thread, on_step
         )
-        state, row = loop.train(
-            stage, _checked(first_state(stage, method, networks), networks), job
-        )
+        first = first_state(stage, method, networks, _sizes(settings, parts, planned[0]))
+        state, row = loop.train(stage, _checked(first, networks), job)
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
         how = initial.sampling_config(settings, parts.initial.tokenizer)
@@ -132,12 +137,27 @@ def run(
         return finish(stage, sources.model, *ended, how=how, save=save)
 
 
+def _given(
+    algorithm: Algorithm,
+    reward: Any,
+    optimizer: optax.GradientTransformation | None,
+    policy: models.Model | None,
+) -> Given:
+    """What takes the place of settings; an algorithm of the package does not."""
+    is_own = section_name(algorithm) not in ALGORITHMS
+    return Given(
+        algorithm if is_own else None,
+        None if reward is None else spec.given(reward),
+        optimizer,
+        policy,
+    )
+
+
 def _without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
     """The settings without those that ``given`` replaces.
 
     Raises:
-        UserError: the reward is no ``spec.Reward``, or the settings name what a policy or an
-            optimizer from Python does not read.
+        UserError: the settings name what a policy or an optimizer from Python does not read.
     """
     settings = config.rl
     if given.policy is not None:
@@ -151,12 +171,6 @@ def _without_what_is_given(config: RunConfig, given: Given) -> RunConfig:
         )
     if given.reward is None:
         return config
-    if not isinstance(given.reward, spec.Reward):
-        raise UserError(
-            "run_reward must be a graders.spec.Reward, such as "
-            "spec.Reward(fn=Partial(function)), not "
-            f"{type(given.reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
-        )
     return replace(config, reward=())
 
 
@@ -174,7 +188,7 @@ def sources_of(config: RunConfig) -> Sources:
 
 def method_of(
     config: RunConfig,
-    algorithm: Algorithm,
+    algorithm: CompleteAlgorithm,
     algorithm_config: AlgorithmConfig,
     given: Given = NOTHING,
 ) -> Method:
@@ -182,7 +196,7 @@ def method_of(
     settings = config.rl
     source = None
     if algorithm.needs_values:
-        source = critic.source_of(config.reward, critic.settings(algorithm_config))
+        source = critic.source_of(config.reward, algorithm_config)
     return Method(
         algorithm,
         algorithm_config,
@@ -253,6 +267,12 @@ def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Part
     length = prompt + settings.max_new_tokens
     share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
     rows = math.ceil(settings.batch_size // updates * (1 - share))
-    networks = 1 + (critic.settings(method.config).value == "separate")
+    networks = 1 + (method.config.value == "separate")
     stage, begun = remat.choose(stage, parts.initial, rows, length, networks)
     return stage, parts._replace(initial=begun)
+
+
+def _sizes(settings: RLStage, parts: Parts, schedule: Schedule) -> Sizes:
+    """What the first state of an algorithm may be told."""
+    columns = schedule.widest().prompts.tokens.shape[1] + settings.max_new_tokens
+    return Sizes(settings.batch_size, columns, len(parts.prompts))

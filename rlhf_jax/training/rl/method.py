@@ -1,7 +1,7 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
-import types
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,14 @@ from rlhf_jax.iteration import Penalty
 from rlhf_jax.training.common import layout, references
 from rlhf_jax.training.common.layout import Shares
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Algorithm, AlgorithmConfig, TrainState
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, TrainState
 
 
 class Given(NamedTuple):
     """What a program passes to a run in place of settings. The manifest uses these names."""
 
     algorithm: Algorithm | None = None  # None if it is one of the package's
-    reward: spec.Reward | None = None
+    reward: spec.Reward | spec.FunctionOfTexts | None = None
     optimizer: optax.GradientTransformation | None = None
     policy: models.Model | None = None
 
@@ -31,9 +30,25 @@ class Given(NamedTuple):
 NOTHING = Given()
 
 
-def completed(algorithm: Any) -> Algorithm:
-    """The algorithm with the defaults of what it leaves out: a plain ``TrainState``, no values, no
-    KL penalty.
+@dataclasses.dataclass(frozen=True)
+class CompleteAlgorithm:
+    """What a run reads of an algorithm, with the value of each name that it leaves out."""
+
+    name: str
+    Config: type[Any]
+    update: Callable[..., tuple[Any, Metrics]]
+    State: type[TrainState] = TrainState
+    needs_values: bool = False
+    kl_coef: float = 0.0
+
+    @property
+    def __name__(self) -> str:
+        """Of a module, as ``Algorithm`` has it."""
+        return self.name
+
+
+def completed(algorithm: Any) -> CompleteAlgorithm:
+    """The algorithm with the defaults of what it leaves out.
 
     Raises:
         UserError: it has no ``Config`` or no ``update``, without which there is nothing to run.
@@ -45,21 +60,15 @@ def completed(algorithm: Any) -> Algorithm:
             f"{name}: an algorithm needs {' and '.join(missing)}: Config is a frozen dataclass, "
             "algorithms.policy.Config for example, and update makes the next state"
         )
-    complete: Any = types.SimpleNamespace(
-        __name__=name,
-        Config=algorithm.Config,
-        update=algorithm.update,
-        State=getattr(algorithm, "State", TrainState),
-        needs_values=getattr(algorithm, "needs_values", False),
-        kl_coef=getattr(algorithm, "kl_coef", 0.0),
-    )
-    return complete
+    read = [field.name for field in dataclasses.fields(CompleteAlgorithm)]
+    given = {part: getattr(algorithm, part) for part in read if hasattr(algorithm, part)}
+    return CompleteAlgorithm(**given | {"name": name})
 
 
 class Method(NamedTuple):
     """How the policy learns."""
 
-    algorithm: Algorithm
+    algorithm: CompleteAlgorithm
     config: AlgorithmConfig
     settings: RLStage
     penalty: Penalty
@@ -123,7 +132,7 @@ def divisors(name: str, config: AlgorithmConfig, shares: Shares) -> list[dict[st
 
 def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
     """Raises UserError if the value function alone learns in all iterations."""
-    warmup = critic.settings(config).value_warmup
+    warmup = config.value_warmup
     if warmup >= settings.length:
         raise UserError(
             f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
@@ -156,7 +165,7 @@ def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
 def penalty_of(
     source: ModelSource,
     settings: RLStage,
-    algorithm: Algorithm,
+    algorithm: CompleteAlgorithm,
     algorithm_config: AlgorithmConfig,
 ) -> Penalty:
     """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""

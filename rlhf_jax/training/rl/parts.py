@@ -14,12 +14,14 @@ from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.service import Services
+from rlhf_jax.rewards.texts import check_function
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import critic, steps, teacher
@@ -88,7 +90,7 @@ def files(sources: Sources, settings: RLStage, section: AlgorithmConfig) -> dict
     files = filters.rule_files(sources.safety)
     if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
-    value = critic.source_of(sources.reward, critic.settings(section))
+    value = critic.source_of(sources.reward, section)
     if value is not None and Path(value).is_dir():
         files["value"] = Path(value)
     for entry in (*sources.reward, *settings.judge):
@@ -151,7 +153,7 @@ def load(
             settings.judge, columns=to_validate.columns, flag=judge_flag, **how, **verified
         )
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
-    reward = given.reward
+    reward = _given_reward(given, tokenizer, prompts.columns)
     if not method.is_rewarded:
         log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
         reward = spec.Reward(fn=log_ratio)
@@ -168,6 +170,18 @@ def load(
     return Parts(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
+
+
+def _given_reward(given: Given, tokenizer: Tokenizer, columns: Sequence[str]) -> spec.Reward | None:
+    """The reward from Python; None if there is none.
+
+    Raises:
+        UserError: a function of texts asks for another column.
+    """
+    if given.reward is None or isinstance(given.reward, spec.Reward):
+        return given.reward
+    check_function("reward", given.reward, columns)
+    return spec.of_texts(given.reward, tokenizer)
 
 
 def _encoded(

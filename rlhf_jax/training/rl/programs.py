@@ -1,6 +1,7 @@
 """The models of an RL run on the devices, and the programs that sample, score and learn."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,6 +41,19 @@ class Networks(NamedTuple):
     functions: Callable[[int], Functions]  # (columns of a rollout) -> the functions of its steps
 
 
+class Sizes(NamedTuple):
+    """Sizes that the ``create`` of an algorithm's State is told if it has parameters for them."""
+
+    rows: int  # B of a rollout
+    columns: int  # T of the widest rollout
+    prompts: int  # data rows; ``rollout.row_ids`` are their numbers, from 0
+
+    def wanted(self, create: Callable[..., TrainState]) -> dict[str, int]:
+        """Those that are parameters of ``create``."""
+        parameters = inspect.signature(create).parameters
+        return {name: size for name, size in self._asdict().items() if name in parameters}
+
+
 class Programs(NamedTuple):
     """Functions of ``iteration`` with their settings bound; the first call compiles each."""
 
@@ -66,13 +80,17 @@ def networks_of(
     source: what a separate value model starts from; None: the policy.
     """
     settings = method.settings
-    model = begun.model
-    value = critic.settings(method.config).value if method.algorithm.needs_values else None
-    begin = functools.partial(critic.start, stage, value=value, width=own.width(begun))
-    of_source = None if source is None else source.params
-    start, trained = stage.made(
-        lambda params, source: begin(params, source=source), begun.params, of_source
-    )
+    value = method.config.value if method.algorithm.needs_values else None
+    model = begun.model if value else begun.model._replace(values=None)
+    has_head = model.values is not None
+    if has_head:
+        critic.check_own_head(method.config)
+    width = own.width(begun)
+
+    def begin(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
+        return critic.start(stage, params, value, width, source, has_head=has_head)
+
+    start, trained = stage.made(begin, begun.params, None if source is None else source.params)
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -112,21 +130,21 @@ def networks_of(
 def _optimizer(method: Method, params: Params) -> optax.GradientTransformation:
     """The optimizer of all trained parameters. Prints whether ``rl.optimizer`` is still used."""
     settings = method.settings
-    values = critic.settings(method.config)
     if method.optimizer is not None:
-        has_critic = critic.has_own_optimizer(values, params)
+        has_critic = critic.has_own_optimizer(method.config, params)
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
     else:
         check_frozen("rl", settings.optimizer, params)
     updates = method.config.num_epochs * method.config.num_minibatches
-    return critic.make_optimizer(settings, values, updates, params, method.optimizer)
+    return critic.make_optimizer(settings, method.config, updates, params, method.optimizer)
 
 
-def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:
+def first_state(stage: Stage, method: Method, networks: Networks, sizes: Sizes) -> LoopState:
     """The state at step 0. Only the loop keeps it, so that its arrays can be donated."""
-    create = functools.partial(method.algorithm.State.create, optimizer=networks.optimizer)
-    train = stage.take(create, networks.trained.params)
+    create = method.algorithm.State.create
+    how: Any = {"optimizer": networks.optimizer, **sizes.wanted(create)}
+    train = stage.take(functools.partial(create, **how), networks.trained.params)
     reference = None
     if method.settings.reference_moves:
         reference = stage.copy(models.policy_params(train.params))

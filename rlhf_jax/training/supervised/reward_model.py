@@ -121,6 +121,7 @@ def _validation(setting: tasks.Setting, score_fn: ScoreFn) -> Callable[[TrainSta
             figures["uncertainty"] = scoring.disagreement(encoded, held_out, scores)
             scores = scores.mean(axis=2)
         figures |= scoring.report(encoded, held_out, scores)
+        figures["rows"] = scoring.num_rows(encoded, held_out)
         shown = scoring.evenly(len(held_out), MAX_SAMPLES)
         samples = scoring.samples(
             encoded, held_out[shown], scores[shown], setting.initial.tokenizer

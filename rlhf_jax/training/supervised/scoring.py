@@ -167,6 +167,11 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
     return float(np.average(margins.std(axis=1), weights=weights))
 
 
+def num_rows(texts: EncodedTexts, rows: np.ndarray) -> int:
+    """The rows of the data among the given ones; the pairs of a ranking are one."""
+    return len({texts.sources[row] for row in rows})
+
+
 def evenly(num_rows: int, most: int) -> np.ndarray:
     """[min(num_rows, most)] numbers of rows from the first to the last of ``num_rows``, evenly
     spaced.

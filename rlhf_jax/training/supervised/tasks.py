@@ -2,6 +2,7 @@
 and validation.
 """
 
+import functools
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax import models, ops
 from rlhf_jax.config import (
+    Answering,
     DPOStage,
     KTOStage,
     ModelSource,
@@ -31,6 +33,7 @@ from rlhf_jax.training.common import initial, loop, memory, references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.supervised import samples, scoring
 from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -171,7 +174,9 @@ def policy_task(
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
     bound = partial(stage.jit_update(update, model.config.num_blocks), **functions)
     measured = partial(stage.jit(measure), **functions)
-    validate = partial(_validate, setting, measured, baselines)
+    policy = samples.Policy(setting.initial, start, model_fn, reference, setting.num_answers)
+    answer = _answering(setting, policy)
+    validate = partial(_validate, setting, measured, baselines, answer)
     return Task(setting, start, references.state(config).create, bound, validate, reference)
 
 
@@ -190,13 +195,33 @@ def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: A
     return stage.reference(start, ops.by_rows(model_fn, score_rows), references.moves(config))
 
 
+def _answering(
+    setting: Setting, policy: samples.Policy
+) -> Callable[[TrainState], list[samples.Sample]]:
+    """What answers some of the held-out prompts at validations, chosen when the first one comes."""
+    settings = setting.settings
+    assert isinstance(settings, Answering)
+    begun = setting.initial
+
+    @functools.cache
+    def answerer() -> Callable[[TrainState], list[samples.Sample]]:
+        room = begun.model.config.max_length - settings.max_new_tokens
+        is_plain = setting.rows[0].is_plain_text
+        held_out = (setting.encoded, setting.held_out)
+        asked = samples.questions(*held_out, begun.tokenizer, settings, room, is_plain)
+        return samples.answerer(setting.stage, settings, asked, policy)
+
+    return lambda state: answerer()(state)
+
+
 def _validate(
     setting: Setting,
     measure: Callable[[TrainState, Any], Parts],
     baselines: Callable[[Setting], dict[str, float]],
+    answer: Callable[[TrainState], list[samples.Sample]],
     state: TrainState,
 ) -> Validation:
-    """The metrics of all held-out rows, each as one mean."""
+    """The metrics of all held-out rows, each as one mean, and answers to some of them."""
     numbers = loop.in_order(setting.held_out, setting.plan.batch_size)
     parts: list[Any] = [
         measure(state, setting.stage.shard(setting.batch(rows))) for rows in numbers
@@ -207,4 +232,6 @@ def _validate(
         total = reduce(lambda one, other: one.merge(other), [part[name] for part in parts])
         figures[metric] = float(total.value)
     figures |= baselines(setting)
-    return Validation({f"validation/{name}": value for name, value in figures.items()})
+    figures["rows"] = scoring.num_rows(setting.encoded, setting.held_out)
+    metrics = {f"validation/{name}": value for name, value in figures.items()}
+    return Validation(metrics, answer(state))

@@ -1,0 +1,73 @@
+"""The numbers of a quickstart as a table (docs/results/quickstart.json), from its folder.
+
+rlhf-jax quickstart
+python experiments/quickstart_results.py runs/quickstart --out docs/results/quickstart.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import results
+import tyro
+
+from rlhf_jax import cli
+from rlhf_jax.report import records
+from rlhf_jax.report.records import RunRecord
+from rlhf_jax.training import pipeline
+
+VARIANT = "quickstart"
+
+
+def table(folder: Path) -> list[results.Row]:
+    """What the page shows of a finished quickstart, as a long table, with 95% intervals of
+    shares.
+    """
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    pairs = json.loads((folder / "data" / "heldout_preference_data.json").read_text("utf-8"))
+    [ppo] = records.find([folder / "ppo"])
+    num_prompts = summary["heldout_prompts"]
+    accuracy = summary["reward_model"]["accuracy"]
+    wins = summary["win_rate"]
+    shares = {
+        "reward model's accuracy": results.share(accuracy * len(pairs), len(pairs)),
+        "PPO beats SFT": results.share(wins * num_prompts, num_prompts),
+    }
+    last = summary["kl"]["last_iterations"]
+    numbers = {
+        "lowest KL of the last 10": min(last),
+        "highest KL of the last 10": max(last),
+        "rubric, SFT": summary["rubric"]["sft"],
+        "rubric, PPO": summary["rubric"]["ppo"],
+    }
+    for name, ends in shares.items():
+        for end, value in ends.items():
+            numbers[f"{name}{end}"] = value
+    seed = summary["seed"]
+    return [results.row(VARIANT, seed, ppo.steps, name, value) for name, value in numbers.items()]
+
+
+def seconds(stages: list[RunRecord]) -> float:
+    """Of all steps and validations, those that compile included."""
+    total = 0.0
+    for record in stages:
+        for row in record.timing:
+            total += sum(value for name, value in row.items() if name != "step")
+    return total
+
+
+def main(folder: tyro.conf.Positional[Path], out: Path) -> None:
+    """Writes the table.
+
+    Args:
+        folder: of a finished quickstart.
+        out: the file.
+    """
+    stages = records.find([folder / name for name in pipeline.STAGES])
+    revision = stages[0].manifest.get("git", {}).get("commit", "")[:7]
+    command = "rlhf-jax quickstart"
+    results.write(out, command, seconds(stages), table(folder), revision=revision)
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))

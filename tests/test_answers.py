@@ -1,0 +1,202 @@
+"""Greedy answers to held-out prompts at the validations of SFT, DPO and KTO."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import initial_params, json_lines, save_base
+
+from rlhf_jax import models, training
+from rlhf_jax.config import Answering, LoRA, Optimizer
+from rlhf_jax.data import encoding, tokenizers
+from rlhf_jax.data.rows import Row
+from rlhf_jax.generation import generator
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.references import Followed
+from rlhf_jax.training.supervised import samples
+from rlhf_jax.types import PolicyOutput, Rollout, TrainState
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+TOKENIZER = tokenizers.characters("abcdefgh? ")
+MOST = Answering(validation_prompts=9, max_new_tokens=3)
+
+
+def encode(rows):
+    return encoding.encode_texts(rows, TOKENIZER)
+
+
+def shown(encoded, settings=MOST, room=4, held_out=None, **options):
+    if held_out is None:
+        held_out = np.arange(len(encoded))
+    asked = samples.questions(encoded, held_out, TOKENIZER, settings, room, **options)
+    assert [TOKENIZER.decode(question.ids) for question in asked] == [
+        question.shown["prompt"] for question in asked
+    ]
+    return [tuple(question.shown.values())[1:] for question in asked], [
+        question.shown["prompt"] for question in asked
+    ]
+
+
+def test_the_chosen_answers_of_different_prompts_that_leave_room():
+    pairs = [("a?", "b", "c"), ("a?", "d", "e"), ("abcd?", "b", "c"), ("d?", "f", "g")]
+    pairs += [("e?", "f", "g"), ("f?", "h", "g")]
+    rows = [Row(p, (bad, good), f"line {i}", best=1) for i, (p, good, bad) in enumerate(pairs)]
+    encoded = encode(rows)
+    # The second "a?" is no other prompt; "abcd?" has 5 tokens, and the room is of 4.
+    answers = [("b",), ("f",), ("f",), ("h",)]
+    assert shown(encoded) == (answers, ["a?", "d?", "e?", "f?"])
+    few = replace(MOST, validation_prompts=2)
+    assert shown(encoded, few) == ([("b",), ("h",)], ["a?", "f?"])  # evenly spread
+    assert shown(encoded, held_out=np.array([1, 4])) == ([("d",), ("f",)], ["a?", "e?"])
+    assert shown(encoded, replace(MOST, validation_prompts=0)) == ([], [])
+
+
+def test_a_prompt_without_room_is_said(capsys):
+    encoded = encode([Row("abc", ("d",), "line 1")])
+    assert shown(encoded, room=2) == ([], [])
+    assert "no held-out prompt of at most 2 tokens" in capsys.readouterr().out
+
+
+def test_feedback_says_whether_its_answer_is_desirable():
+    rows = [Row(f"{c}?", ("a",), c, targets=(target,)) for c, target in (("b", 1.0), ("c", 0.0))]
+    assert shown(encode(rows))[0] == [("a", True), ("a", False)]
+
+
+def test_a_conversation_is_asked_for_its_first_learned_turn():
+    ids = tuple(TOKENIZER.encode("abcdefgh"))
+    learned = (tuple(c in "cdg" for c in "cdefgh"),)
+    encoded = encode([Row(ids[:2], (ids[2:],), "line 1", learned=learned)])
+    assert shown(encoded) == ([("cd",)], ["ab"])
+    learned = (tuple(c in "gh" for c in "cdefgh"),)  # the prompt has the turns before
+    encoded = encode([Row(ids[:2], (ids[2:],), "line 1", learned=learned)])
+    assert shown(encoded, room=6) == ([("gh",)], ["abcdef"])
+
+
+def test_a_plain_text_is_asked_to_go_on_behind_its_first_tokens():
+    ids = tuple(TOKENIZER.encode(40 * "a" + "bcdefgh"))
+    encoded = encode([Row(ids[:1], (ids[1:],), "piece 1"), Row(ids[40:41], (ids[41:],), "2")])
+    answers, prompts = shown(encoded, room=16, are_pieces=True)
+    assert (answers, prompts) == ([("aaa",), ("efg",)], [16 * "a", "bcd"])
+
+
+def test_the_log_ratio_by_hand():
+    """The policy gives each token its parameter times the number of its document, the reference
+    another parameter times it.
+    """
+    mask = np.array([[0, 1, 0, 0], [0, 0, 1, 1]])  # the response of a row, and its prompt:
+    attended = np.array([[1, 1, 0, 0], [1, 1, 1, 1]])
+    rollout = Rollout(mask, attended, mask, log_probs=None, row_ids=None)
+
+    def policy_fn(params, tokens, attention_mask, key):
+        return PolicyOutput(params["w"] * attention_mask, None)
+
+    def ratios(state, ref_fn, shares_prompts):
+        given = {"base": None, "policy_fn": policy_fn, "ref_fn": ref_fn}
+        sampled = samples._answered(
+            lambda params, *prompts: rollout,
+            state,
+            (None, None),
+            None,
+            **given,
+            shares_prompts=shares_prompts,
+        )
+        return None if sampled[1] is None else sampled[1].tolist()
+
+    def fixed(*text):
+        return policy_fn({"w": 1.0}, *text)
+
+    state = TrainState(jnp.int32(0), {"w": 3.0}, ())
+    assert ratios(state, fixed, False) == [2.0, 4.0]
+    assert ratios(state, fixed, True) == [4.0, 8.0]  # a response is its prompt's second document
+    assert ratios(state, None, True) is None
+    followed = Followed(jnp.int32(0), {"w": 3.0}, (), {"w": 2.5})
+    assert ratios(followed, jax.tree_util.Partial(policy_fn), False) == [0.5, 1.0]
+
+
+ASKED = ("ab", "cd", "ef")
+STAGE = SimpleNamespace(
+    num_parts=2,  # three rows do not divide: a fourth one is missing
+    shard=lambda rows: jax.tree.map(jnp.asarray, rows),
+    jit=jax.jit,
+    row_mesh=None,
+    key=lambda name: jax.random.key(0),
+)
+
+
+def network():
+    """A random network with random adapters: model, base, adapters."""
+    special = {"pad_token_id": TOKENIZER.pad_id, "eos_token_id": TOKENIZER.eos_id}
+    sizes = {"max_length": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    model = models.build(models.GPT2Config(12, **sizes, **special))
+    key = jax.random.key(5)
+    base = jax.tree.map(lambda leaf: 9 * leaf, initial_params(model))
+    drawn = models.lora.init(key, base, 2)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.5 * jax.random.normal(key, leaf.shape), drawn)
+    return model, base, adapters
+
+
+def test_the_answers_are_greedy_and_compared_with_the_reference():
+    """Each token is the likeliest one behind those before; the log-ratio is that of one forward
+    pass of each network.
+    """
+    model, base, adapters = network()
+    policy_fn = models.policy_fn(model)
+    reference = jax.tree_util.Partial(policy_fn, base)
+    begun = LanguageModel(model, base, TOKENIZER)
+    policy = samples.Policy(begun, Trainable(adapters, base), policy_fn, reference, num_answers=0)
+    asked = [samples.Question(TOKENIZER.encode(text), {"prompt": text}) for text in ASKED]
+    rows = samples.answerer(STAGE, MOST, asked, policy)(TrainState(jnp.int32(0), adapters, ()))
+    assert [row["prompt"] for row in rows] == list(ASKED)
+    said = [TOKENIZER.encode(row["response"]) for row in rows]
+    ids = jnp.array([question.ids + own for question, own in zip(asked, said, strict=True)])
+    merged = models.lora.merge(base, adapters)
+    logits = jax.jit(model.apply)(merged, ids)
+    assert len({row["response"] for row in rows}) > 1
+    assert jnp.argmax(logits, axis=-1)[:, 1:-1].tolist() == said
+    judged = jax.jit(policy_fn)
+    log_probs, of_base = (
+        judged(params, ids, jnp.ones_like(ids)).log_probs for params in (merged, base)
+    )
+    expected = np.sum(log_probs - of_base, axis=1, where=np.arange(5) > 1)
+    assert np.abs(expected).min() > 0.1
+    np.testing.assert_allclose([row["log_ratio"] for row in rows], expected, atol=1e-3)
+
+
+def greedy(policy, texts):
+    """Four tokens of each answer at most."""
+    prompts = [Row(text, (), "p") for text in texts]
+    encoded = encoding.encode_prompts(prompts, policy.tokenizer, template="{prompt}")
+    ends = {"eos_id": policy.tokenizer.eos_ids, "pad_id": policy.tokenizer.pad_id}
+    how = SamplingConfig(max_new_tokens=4, temperature=0.0, **ends)
+    return policy.sample(encoded.tokens, encoded.attention_mask, jax.random.key(0), config=how)
+
+
+@pytest.mark.slow
+def test_a_run_writes_what_its_models_say(config, data, tmp_path):
+    """DPO with adapters, whose batches share prompts: the rows of the last step are the greedy
+    answers of the saved model, with the log-ratio of both models.
+    """
+    base = save_base(tmp_path / "base", data)
+    how = {"validation_prompts": 3, "max_new_tokens": 4, "max_steps": 3, "validation_interval": 3}
+    stage = replace(config.dpo, **how, optimizer=Optimizer(learning_rate=0.1))
+    config = replace(config, model=str(base), dpo=stage, lora=LoRA(rank=2))
+    straight = training.dpo.run(config)
+    rows = json_lines(straight.folder / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 0, 0, 3, 3, 3]
+    assert [row["log_ratio"] for row in rows[:3]] == [0.0, 0.0, 0.0]
+    begun, done = (LanguageModel.load(path) for path in (base, straight.model_folder))
+    said = greedy(done, [row["prompt"] for row in rows[3:]])
+    assert [row["response"] for row in rows[3:]] == generator.responses(said, done.tokenizer)
+    text = (said.tokens, said.attention_mask, None)
+    policy, reference = (
+        models.policy_fn(of.model)(of.params, *text).log_probs for of in (done, begun)
+    )
+    expected = np.sum(np.where(said.mask, policy - reference, 0.0), axis=1)
+    assert np.abs(expected).min() > 0.01
+    np.testing.assert_allclose([row["log_ratio"] for row in rows[3:]], expected, atol=1e-3)
