@@ -2,8 +2,10 @@
 
 import importlib.util
 import math
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +211,20 @@ def test_answers_that_a_rule_verifies(monkeypatch):
     assert build("math", columns=("answer",)).host is not None
 
 
+def test_a_file_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_rewards.py").write_text("VALUE = 3.0")
+    (tmp_path / "random.py").write_text("raise RuntimeError('not the library')")
+    (tmp_path / "mine.py").write_text(
+        "import random\nimport beside_rewards\n"
+        "def f(prompts, responses):\n"
+        "    return [beside_rewards.VALUE for _ in responses]\n"
+    )
+    file = f"{tmp_path}/mine.py"
+    function = spec.load_function("--reward", Path(file), "f", ())
+    assert function(["a"], ["b"]) == [3.0]
+
+
 MISTAKES = {
     "regex:(": "--reward regex:\\(: '\\(' is no regular expression",
     "maths": "no such reward and no such folder; did you mean math\\?",
@@ -217,6 +233,7 @@ MISTAKES = {
     "{tmp}/other.py:f": "no such file",
     "{tmp}/broken.py:f": r"broken.py cannot be run: SyntaxError: .* \(broken\.py, line 1\)",
     "{tmp}/leaves.py:f": "leaves.py cannot be run: SystemExit: 0",
+    "{tmp}/lacks.py:f": "lacks.py cannot be run: ModuleNotFoundError: No module named 'nosuch_p",
     "{mine}": r"name the function of the file too: .*mine\.py:letters; it defines letters, ",
     "{tmp}/other.py": "other.py: cannot be read: No such file",
     "{mine}:lettres": "no function lettres; did you mean letters",
@@ -241,6 +258,7 @@ MISTAKES = {
 def test_mistakes_are_named(entries, functions, pair, tmp_path):
     (tmp_path / "broken.py").write_text("def f(:")
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)")
+    (tmp_path / "lacks.py").write_text("import nosuch_package")
     places = {"tmp": tmp_path, "mine": functions, "pair": pair}
     with pytest.raises(UserError, match=MISTAKES[entries].format(**places)):
         build(*entries.format(**places).split())

@@ -37,6 +37,7 @@ import inspect
 import itertools
 import re
 import runpy
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
@@ -559,9 +560,14 @@ def load_function(
 def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
+    # As for a script, so that it can import what lies beside it; last, so that a file there does
+    # not take the place of a module of the same name.
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         module = runpy.run_path(str(file))
-    except (SyntaxError, SystemExit) as error:
+    except (SyntaxError, SystemExit, ImportError) as error:
         raise UserError(f"{where}: {file} cannot be run: {type(error).__name__}: {error}") from None
     functions = {key: value for key, value in module.items() if callable(value)}
     if name not in functions:
