@@ -102,7 +102,8 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     ]
     train = usable[: sizes.pairs]
     held_out = usable[sizes.pairs : sizes.pairs + sizes.held_out]
-    prompts = [{"messages": pair["chosen"][:-1]} for pair in train]
+    asked = usable[: max(sizes.pairs, 2 * sizes.episodes)]
+    prompts = [{"messages": pair["chosen"][:-1]} for pair in asked]
     numbers = random.Random(0)
     sums = []
     for _ in range(256 + sizes.episodes):

@@ -40,7 +40,8 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     """The mean of each number over its seeds, with Student's 95% interval if there are several."""
     values = collections.defaultdict(list)
     for one in rows:
-        if not one["metric"].endswith(EDGES):
+        is_edge = one["metric"].endswith(EDGES)
+        if not is_edge:
             values[one["variant"], one["step"], one["metric"]].append(one["value"])
     found = []
     for (variant, step, metric), of_seeds in values.items():

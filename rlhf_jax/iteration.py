@@ -85,7 +85,7 @@ def policy(loop: LoopState) -> Params:
     return models.policy_params(loop.train.params)
 
 
-def sampler(loop: LoopState, base: Params | None) -> Params:
+def sampling_params(loop: LoopState, base: Params | None) -> Params:
     """The parameters that sample: the policy's, or under LoRA the ``base`` with the adapters
     attached. Nothing is copied.
     """
@@ -103,7 +103,7 @@ def respond(
     mesh: Mesh | None = None,
     group_size: int = 1,
 ) -> Rollout:
-    """A response to each prompt with its log-probs, by the parameters of ``sampler``. Each
+    """A response to each prompt with its log-probs, by ``sampling_params``. Each
     ``group_size`` adjacent prompts are equal and computed once, but in later turns.
 
     The randomness of a row depends on its place, not on its data row, so a prompt that occurs

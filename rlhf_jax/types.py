@@ -91,12 +91,12 @@ class Max:
         return Max(jax.lax.pmax(self.value, axis_name))
 
 
-def is_part(x: object) -> bool:
+def is_mergeable(x: object) -> bool:
     """Whether x is a Mean or a Max, as a leaf of a tree."""
     return isinstance(x, Mean | Max)
 
 
-Parts = dict[str, Mean | Max]
+LossMetrics = dict[str, Mean | Max]
 StepMetrics = Mapping[str, Array | Max]
 """Metrics of one optimizer step: scalars, and a ``Max`` of which the largest of several steps is
 taken and not the mean."""
@@ -104,7 +104,7 @@ taken and not the mean."""
 Loss = Mean | tuple[Mean, ...]
 """A loss, or several that are added: each is divided by its own count."""
 
-LossAndMetrics = tuple[Loss, Parts]
+LossAndMetrics = tuple[Loss, LossMetrics]
 LossFn = Callable[..., LossAndMetrics]
 
 

@@ -374,7 +374,7 @@ def letters_stage(folder, name):
 
 def collected(loop, prompts, key, functions, *, model, config):
     """Responses with the log-probs of the update's own forward pass, and metrics."""
-    policy = iteration.sampler(loop, functions.base)
+    policy = iteration.sampling_params(loop, functions.base)
     sampled = iteration.respond(policy, prompts, key, model=model, config=config)
     return iteration.rescored(loop, sampled, functions, eos_ids=config.eos_ids)
 
@@ -513,7 +513,7 @@ def run_loop(
             advance,
             num_steps,
             validate if scores else None,
-            judged_by="max:validation/score",
+            monitor="max:validation/score",
             **options,
         )
         state, row = loop.train(stage, start, job)

@@ -21,8 +21,8 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.optimizer import Judge, muon_dimensions
-from rlhf_jax.training.rl import critic, entry, parts
+from rlhf_jax.training.common.optimizer import Patience, muon_dimensions
+from rlhf_jax.training.rl import critic, entry, inputs
 from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -275,7 +275,7 @@ def test_what_a_value_model_cannot_start_from(data, tmp_path):
         critic.load(folder, Compute(), other)
     with pytest.raises(ValueError, match="value_from reward: a shared value function has"):
         PPOStage(value_from="reward")
-    found = parts.files(entry.sources_of(RunConfig()), RLStage(), plain)
+    found = inputs.files(entry.sources_of(RunConfig()), RLStage(), plain)
     assert found == {"value": tmp_path / "policy"}
 
 
@@ -302,10 +302,10 @@ def test_the_schedule_plateau_lowers_both_learning_rates():
     how = PPOStage(value="separate", value_learning_rate=0.1)
     optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS)
     state = optimizer.init(PARAMS)
-    judge = Judge("min:x", None, adam)
-    assert judge.metrics(state) == {"plateau_scale": 1}
-    state = judge.lowered(state, [{"x": 1.0}, {"x": 1.0}])
-    assert judge.metrics(state) == {"plateau_scale": 0.5}
+    patience = Patience("min:x", None, adam)
+    assert patience.metrics(state) == {"plateau_scale": 1}
+    state = patience.lowered(state, [{"x": 1.0}, {"x": 1.0}])
+    assert patience.metrics(state) == {"plateau_scale": 0.5}
     updates, _ = optimizer.update(PARAMS, state, PARAMS)
     assert updates["policy"]["h_0"]["bias"] == pytest.approx(-0.5, abs=1e-4)
     assert updates["value"]["h_0"]["bias"] == pytest.approx(-0.05, abs=1e-5)

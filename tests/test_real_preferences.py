@@ -39,7 +39,7 @@ def conversion(name):
     page = (ROOT / "docs" / "assistant.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     scope = {}
-    exec(next(block for block in blocks if f"def {name}(" in block), scope)
+    exec(next(block for block in blocks if f"\ndef {name}(" in block), scope)
     return scope[name]
 
 

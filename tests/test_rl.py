@@ -15,8 +15,8 @@ from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import remat
 from rlhf_jax.training.rl import programs
+from rlhf_jax.training.rl.inputs import Inputs
 from rlhf_jax.training.rl.method import Method
-from rlhf_jax.training.rl.parts import Parts
 from rlhf_jax.types import Rollout
 
 WORLD = """
@@ -30,25 +30,25 @@ def refused(*args):
     raise AssertionError("a check of memory calls no server and none of the user's Python")
 
 
-def made_parts(**given):
-    nothing = dict.fromkeys(Parts._fields)
-    return Parts(**nothing | {"reward": spec.Reward()} | given)
+def made_inputs(**given):
+    nothing = dict.fromkeys(Inputs._fields)
+    return Inputs(**nothing | {"reward": spec.Reward()} | given)
 
 
 def test_a_check_of_memory_has_silent_parts():
     ones = jnp.ones((2, 3), jnp.int32)
     rollout = Rollout(ones, ones, ones, jnp.zeros((2, 3)))
-    parts = made_parts(
+    inputs = made_inputs(
         reward=spec.Reward(host=refused),
         guard=refused,
         environment=Environment(refused, None, None, 1),
         ask_teacher=refused,
     ).without_python()
-    scores, no_parts = parts.reward.host(rollout, {})
+    scores, no_parts = inputs.reward.host(rollout, {})
     assert (scores.tolist(), no_parts) == ([0.0, 0.0], {})
-    assert parts.environment.fn([], {}) is None
-    assert parts.guard is None
-    np.testing.assert_array_equal(parts.ask_teacher(rollout), np.zeros((2, 3)))
+    assert inputs.environment.fn([], {}) is None
+    assert inputs.guard is None
+    np.testing.assert_array_equal(inputs.ask_teacher(rollout), np.zeros((2, 3)))
 
 
 def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pages):
@@ -80,11 +80,11 @@ def test_remat_is_chosen_by_the_rows_of_a_microbatch(monkeypatch):
     monkeypatch.setattr(remat, "choose", choose)
     rl_settings = RLStage(batch_size=64, max_new_tokens=5)
     settings = ppo.Config(num_minibatches=4, num_microbatches=2)
-    parts = made_parts(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
-    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), parts)
+    inputs = made_inputs(prompts=SimpleNamespace(tokens=np.zeros((9, 7))))
+    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), inputs)
     assert chosen == [(8, 12, 1)]
     settings = PPOStage(num_minibatches=4, num_microbatches=2, value="separate")
-    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), parts)
+    rl.entry._with_remat(None, Method(ppo, settings, rl_settings, NO_PENALTY, None), inputs)
     assert chosen[1] == (8, 12, 2)
 
 

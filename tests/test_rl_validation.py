@@ -21,7 +21,7 @@ from rlhf_jax.training.common import initial, loop
 from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.training.rl import steps
 from rlhf_jax.training.rl.entry import sources_of
-from rlhf_jax.training.rl.parts import files
+from rlhf_jax.training.rl.inputs import files
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")

@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.optimizer import (
-    Judge,
+    Patience,
     check_frozen,
     make_optimizer,
     times_exhausted,
@@ -176,13 +176,14 @@ def test_a_lowered_state_takes_smaller_steps():
     settings = Optimizer(
         learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1
     )
-    judge = Judge("max:validation/score", None, settings)
+    patience = Patience("max:validation/score", None, settings)
     optimizer = make_optimizer(settings, 4)
-    assert judge.used
+    assert patience.used
     state = LoopState.create(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
-    lowered = judge.lowered(state, [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)])
+    rows = [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)]
+    lowered = patience.lowered(state, rows)
     assert jax.tree.structure(lowered) == jax.tree.structure(state)
-    assert float(judge.metrics(lowered)["plateau_scale"]) == pytest.approx(0.01)
+    assert float(patience.metrics(lowered)["plateau_scale"]) == pytest.approx(0.01)
     updates, _ = optimizer.update(
         {"w": jnp.float32(3.0)}, lowered.train.opt_state, lowered.train.params
     )

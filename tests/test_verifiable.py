@@ -440,7 +440,7 @@ def test_the_report_on_a_file_tries_the_rewards(write, tmp_path):
 
 
 def tested(config):
-    prompts = rl.parts.read_prompts(data_source(config), config.rl)
+    prompts = rl.inputs.read_prompts(data_source(config), config.rl)
     drops = config.on_bad_row == "drop"
     return rl.answers.tested(config.reward, config.math, prompts, drops=drops)
 

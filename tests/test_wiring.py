@@ -427,7 +427,8 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
 
     fakes = {"learn": learn, "rescored": unscored}
     replacing(monkeypatch, lambda made: fakes | {"respond": recording("respond", made.respond)})
-    monkeypatch.setattr(iteration, "sampler", recording("sampler", iteration.sampler))
+    sampled = recording("sampler", iteration.sampling_params)
+    monkeypatch.setattr(iteration, "sampling_params", sampled)
     talks = talking(tmp_path, 3, max_new_tokens=8)
     compute = replace(config.compute, scan_layers=scan_layers)
     network = replace(config.network, num_layers=3)

@@ -23,8 +23,8 @@ from rlhf_jax.types import (
     DropoutKey,
     Feedback,
     LossAndMetrics,
+    LossMetrics,
     Params,
-    Parts,
     PolicyFn,
 )
 
@@ -139,7 +139,7 @@ def loss(
     )
     mean = partial(losses.weighted_mean, weight=weight)
     loss = mean(per_pair)
-    metrics: Parts = {
+    metrics: LossMetrics = {
         "dpo/loss": loss,
         "dpo/accuracy": mean(_wins(chosen - rejected, TIE if config.needs_reference else 0.0)),
         "dpo/margin": mean(config.beta * (chosen - rejected)),

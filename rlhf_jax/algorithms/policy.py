@@ -24,10 +24,10 @@ from rlhf_jax.types import (
     AlgorithmConfig,
     AxisName,
     LossFn,
+    LossMetrics,
     Max,
     Mean,
     Metrics,
-    Parts,
     PolicyFn,
     PolicyOutput,
     Rollout,
@@ -246,7 +246,7 @@ def with_entropy(
     output: PolicyOutput,
     rollout: Rollout,
     config: Batching,
-) -> tuple[Array, Parts]:
+) -> tuple[Array, LossMetrics]:
     """Token losses [B, T] of a policy times ``rollout.importance_weights``, if there are any, minus
     ``entropy_coef`` * entropy.
 
@@ -257,7 +257,7 @@ def with_entropy(
       importance weights, ``policy/importance_weight_mean`` over response tokens.
     """
     mask = rollout.mask
-    metrics: Parts = {"objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
+    metrics: LossMetrics = {"objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
     if rollout.importance_weights is not None:
         weights = jax.lax.stop_gradient(field(rollout, "importance_weights"))
         policy_loss = weights * policy_loss
@@ -281,7 +281,7 @@ def of_rows(log_ratio: Array, mask: Array, ratio: Ratio) -> Array:
     return jnp.where(mask, of_row[:, None], 0.0)
 
 
-def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
+def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, LossMetrics]:
     """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout
     with advantages.
 

@@ -19,9 +19,9 @@ from rlhf_jax.types import (
     Comparisons,
     DropoutKey,
     LossAndMetrics,
+    LossMetrics,
     Mean,
     Params,
-    Parts,
     PolicyFn,
     ScoreFn,
 )
@@ -152,7 +152,7 @@ def _with_metrics(
     scores: Array,
     best: Array,
     weight: Array,
-) -> tuple[Mean, Parts]:
+) -> tuple[Mean, LossMetrics]:
     """The mean loss and its metrics, of comparisons with scores [B, K], -inf where an answer is
     missing.
     """

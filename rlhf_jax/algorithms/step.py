@@ -25,19 +25,19 @@ from rlhf_jax.types import (
     DropoutKey,
     LossAndMetrics,
     LossFn,
+    LossMetrics,
     Max,
     Mean,
     Metrics,
     Params,
-    Parts,
     StepMetrics,
     TrainState,
-    is_part,
+    is_mergeable,
 )
 
 State = TypeVar("State", bound=TrainState)
 Terms = tuple[Mean, ...]  # of a loss
-Results = tuple[Terms, Parts]
+Results = tuple[Terms, LossMetrics]
 PartGradient = tuple[Params, Results]
 Forward = Callable[[Params, Array | int, Any], Results]
 Gradient = tuple[Array, StepMetrics, Params]  # loss, metrics and gradient of a whole batch
@@ -343,7 +343,7 @@ def _forward(
     loss, metrics = loss_fn(params, *arguments)
     terms = loss if isinstance(loss, tuple) else (loss,)
     for term in (*terms, *metrics.values()):
-        if not is_part(term):
+        if not is_mergeable(term):
             raise TypeError(
                 "a loss and its metrics are Means, such as losses.aggregate gives, got "
                 f"{type(term)}"
@@ -442,7 +442,7 @@ def _widened(gradient: Array) -> Array:
 
 def _map_parts(fn: Callable[[Any], Any], results: Any) -> Any:
     """``fn`` of each Mean and Max."""
-    return jax.tree.map(fn, results, is_leaf=is_part)
+    return jax.tree.map(fn, results, is_leaf=is_mergeable)
 
 
 def _merged(stacked: Any) -> Any:

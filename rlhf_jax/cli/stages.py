@@ -15,7 +15,7 @@ RL = (*MODEL, "rl", "safety", "judge", "engine")
 REWARD = (*RL, "reward")
 
 
-class StageCommand(NamedTuple):
+class TrainingCommand(NamedTuple):
     """A command that trains."""
 
     summary: str
@@ -24,20 +24,20 @@ class StageCommand(NamedTuple):
 
 
 STAGES = {
-    "sft": StageCommand("a language model on demonstrations {prompt, response}", MODEL),
-    "reward-model": StageCommand("a reward model on preferences", (*MODEL, *SAMPLES)),
-    "ppo": StageCommand("a policy by PPO, on prompts and a reward", REWARD),
-    "grpo": StageCommand("by GRPO: rewards normalised among answers to a prompt", REWARD),
-    "rloo": StageCommand("by RLOO: each answer to a prompt against the others", REWARD),
-    "vpg": StageCommand("by REINFORCE with a running-mean baseline", REWARD),
-    "distill": StageCommand("to say on its own samples what a teacher says", REWARD),
-    "dpo": StageCommand("a policy on preferences, without samples", MODEL),
-    "kto": StageCommand("a policy on answers called desirable or not", MODEL),
-    "pipeline": StageCommand(
+    "sft": TrainingCommand("a language model on demonstrations {prompt, response}", MODEL),
+    "reward-model": TrainingCommand("a reward model on preferences", (*MODEL, *SAMPLES)),
+    "ppo": TrainingCommand("a policy by PPO, on prompts and a reward", REWARD),
+    "grpo": TrainingCommand("by GRPO: rewards normalised among answers to a prompt", REWARD),
+    "rloo": TrainingCommand("by RLOO: each answer to a prompt against the others", REWARD),
+    "vpg": TrainingCommand("by REINFORCE with a running-mean baseline", REWARD),
+    "distill": TrainingCommand("to say on its own samples what a teacher says", REWARD),
+    "dpo": TrainingCommand("a policy on preferences, without samples", MODEL),
+    "kto": TrainingCommand("a policy on answers called desirable or not", MODEL),
+    "pipeline": TrainingCommand(
         "SFT, a reward model and PPO, one after the other", (*RL, "sft", "reward_model", "ppo")
     ),
 }
-ROUNDS = StageCommand(
+ROUNDS = TrainingCommand(
     "by feedback in turns: comparisons, a reward model, RL",
     (*RL, "reward_model", "ppo"),
 )

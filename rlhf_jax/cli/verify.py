@@ -36,7 +36,7 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.rl import parts
+from rlhf_jax.training.rl import inputs
 from rlhf_jax.training.rl.entry import sources_of
 from rlhf_jax.training.supervised import dpo, entry, kto, reward_model, sft
 from rlhf_jax.types import Algorithm
@@ -367,7 +367,7 @@ def _inputs(config: RunConfig, stage: str) -> Digests:
     kind = _kind(stage)
     others = {}
     if stage in METHODS:
-        others = parts.files(sources_of(config), config.rl, vars(config)[stage])
+        others = inputs.files(sources_of(config), config.rl, vars(config)[stage])
     digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(kind, names, seed=config.seed)

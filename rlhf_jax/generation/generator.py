@@ -67,9 +67,9 @@ def _streamer(model: models.Model) -> _Stream:
     """Compiled once for each width of the prompt, ``step`` for each config too."""
 
     def stepped(
-        params: Params, rows: decoding.Rows, loop: decoding.Loop, config: SamplingConfig
-    ) -> tuple[decoding.Loop, Array]:
-        after = decoding.step(model, params, rows, loop, config=config)
+        params: Params, rows: decoding.Rows, state: decoding.DecodeState, config: SamplingConfig
+    ) -> tuple[decoding.DecodeState, Array]:
+        after = decoding.step(model, params, rows, state, config=config)
         return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
 
     options = devices.compiler_options(model.config.num_layers)
@@ -575,7 +575,7 @@ class Generator:
         num_buckets = -(-len(ids) // _BUCKET)
         width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
         prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)
-        rows, loop = programs.start(
+        rows, state = programs.start(
             self._policy.params,
             *prompt,
             jax.random.key(seed),
@@ -585,7 +585,7 @@ class Generator:
             used=np.zeros(1, np.int32),
         )
         for _ in range(self.config.max_new_tokens):
-            loop, sampled = programs.step(self._decoding, rows, loop, config=self.config)
+            state, sampled = programs.step(self._decoding, rows, state, config=self.config)
             token = int(sampled[0, 0])
             yield token
             if token in self.config.eos_ids:

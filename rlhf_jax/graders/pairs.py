@@ -34,12 +34,12 @@ Shares = Sequence[float | None]
 """For each pair how sure it is that the first is better, from 0 to 1; None: not decided."""
 Shown = Mapping[str, Sequence[Any]]
 """{name: one value for each row}: ``prompts``, ``messages`` and columns."""
-Judge = Callable[[Pairs, Shown], Shares]
+PairJudge = Callable[[Pairs, Shown], Shares]
 Places = list[tuple[int, int | None]]
 """The rows of the first and of the second response; None: the row's opponent."""
 
 
-def win_shares(judge: Judge) -> Callable[..., list[float | Unscored]]:
+def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
     """A reward function, for ``rewards.from_text``. Each pair is judged in both orders, so that a
     judge that likes the first answer decides nothing; equal responses are a tie.
 
@@ -84,7 +84,7 @@ def _compared(prompts: Sequence[str], opponents: Sequence[str | None]) -> Places
     return compared
 
 
-def in_both_orders(judge: Judge, pairs: Pairs, shown: Shown) -> Shares:
+def in_both_orders(judge: PairJudge, pairs: Pairs, shown: Shown) -> Shares:
     """How sure the judge is that the first of each pair is better: the mean of both orders. Equal
     responses are a tie; None: it did not decide.
     """
@@ -112,7 +112,7 @@ def _mean(shares: Shares) -> float | Unscored:
     return UNDECIDED if shares else ALONE
 
 
-def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) -> Judge:
+def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) -> PairJudge:
     """A judge from the user's function of any of ``prompts, first, second, messages`` and columns,
     lists with one entry for each pair.
 
@@ -164,7 +164,7 @@ def _share(where: str, entry: Any) -> float | None:
     return share
 
 
-def by_model(score_texts: TextScorer) -> Judge:
+def by_model(score_texts: TextScorer) -> PairJudge:
     """A judge from a reward model: the probability of Bradley and Terry, ``1 / (1 + exp(s_second -
     s_first))``.
     """

@@ -232,7 +232,7 @@ def build_pair_judge(
     columns: Collection[str],
     flag: str,
     services: Services,
-) -> tuple[str, pairs.Judge]:
+) -> tuple[str, pairs.PairJudge]:
     """A judge of pairs and its name, from a SPEC as it stands behind ``pairs:``; the other
     arguments are those of ``build_reward``.
 
@@ -428,7 +428,7 @@ class _Reader(NamedTuple):
         take_unparsed = getattr(judge, "take_unparsed", None)
         return name, Reward(host=host, take_unparsed=take_unparsed, is_pairs=True)
 
-    def pair_judge(self, spec: str, where: str) -> tuple[str, pairs.Judge]:
+    def pair_judge(self, spec: str, where: str) -> tuple[str, pairs.PairJudge]:
         """The name and the judge of what stands behind ``pairs:``."""
         kind, _, rest = spec.partition(":")
         file, _, function = spec.rpartition(":")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from rlhf_jax.types import is_part
+from rlhf_jax.types import is_mergeable
 
 Tree = TypeVar("Tree")
 Program = Callable[..., Any]
@@ -173,6 +173,6 @@ def _sum(a: Tree, b: Tree) -> Tree:
     """Arrays are added, and a Mean or a Max is merged with its like."""
 
     def joined(x: Any, y: Any) -> Any:
-        return x.merge(y) if is_part(x) else x + y
+        return x.merge(y) if is_mergeable(x) else x + y
 
-    return jax.tree.map(joined, a, b, is_leaf=is_part)
+    return jax.tree.map(joined, a, b, is_leaf=is_mergeable)

@@ -54,7 +54,7 @@ from rlhf_jax.runs.reading import Row
 
 T = TypeVar("T")
 Digests = dict[str, str]  # {place of a part in its array: sha256}
-Parts = dict[str, np.ndarray]  # {place: the part}
+Shards = dict[str, np.ndarray]  # {place: the part}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -225,7 +225,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         folder: Path,
         record: Row,
         files: Mapping[str, bytes],
-        parts: dict[str, Parts],
+        parts: dict[str, Shards],
         written: Iterable[Any],
     ) -> None:
         """The part of a save that follows the copy to the host. Every process runs it in a thread.
@@ -422,7 +422,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             )
         return content
 
-    def arrays(self, step: int) -> Parts:
+    def arrays(self, step: int) -> Shards:
         """The arrays of a step by their paths, each verified, whatever the structure of the state.
 
         Raises:
@@ -507,7 +507,7 @@ def _described(leaves: Row) -> dict[str, Row]:
     }
 
 
-def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Parts:
+def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Shards:
     """The parts of an array that this process holds, of a NumPy array those at ``places``. Without
     ``places``, the parts that this process writes.
     """
@@ -521,7 +521,7 @@ def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Part
     return parts
 
 
-def _digests(leaves: Row, parts: dict[str, Parts]) -> dict[str, Digests]:
+def _digests(leaves: Row, parts: dict[str, Shards]) -> dict[str, Digests]:
     """The checksum of each part, on all cores: ``hashlib`` releases Python's lock while it
     computes.
     """

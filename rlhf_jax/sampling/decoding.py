@@ -203,7 +203,7 @@ class Rows(NamedTuple):
     """Of the groups of rows that share them; their last column is the first of the rows' own."""
 
 
-class Loop(NamedTuple):
+class DecodeState(NamedTuple):
     """The state of the sampler that each token changes."""
 
     column: Array  # [] int32, of the last token
@@ -427,8 +427,8 @@ def _sample_rows(
         nothing = jnp.full((*begun.tokens.shape, most), -1, jnp.int32)
         begun = begun._replace(support=nothing)
     end = jax.lax.while_loop(
-        lambda loop: ~jnp.all(loop.ended),
-        lambda loop: step(model, weights[-1], rows, loop, config=config),
+        lambda state: ~jnp.all(state.ended),
+        lambda state: step(model, weights[-1], rows, state, config=config),
         begun,
     )
     response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
@@ -459,7 +459,7 @@ def start(
     row_ids: Array,
     used: Array,
     group_size: int = 1,
-) -> tuple[Rows, Loop]:
+) -> tuple[Rows, DecodeState]:
     """The state before the first token of each response; the arguments are those of ``generate``.
 
     ``generate`` is ``start`` and then ``step`` until all rows have ended. A caller of the two gets
@@ -489,7 +489,7 @@ def start(
         prompts = Prompts(of_prompts, mask)
     elif prompt_length > 1:
         _, cache = model.decode(params, *inputs, key_mask, cache, 0)
-    loop = Loop(
+    state = DecodeState(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
         log_probs=jnp.zeros(key_mask.shape, jnp.float32),
@@ -497,7 +497,7 @@ def start(
         ended=(num_real == 0) | (used >= max_new_tokens),
         cache=cache,
     )
-    return Rows(key_mask, num_real, keys, used, prompts), loop
+    return Rows(key_mask, num_real, keys, used, prompts), state
 
 
 def cache_of(
@@ -519,52 +519,52 @@ def _shares(model: CachedModel, num_rows: int, prompt_length: int, group_size: i
 
 
 def step(
-    model: CachedModel, params: Params, rows: Rows, loop: Loop, *, config: SamplingConfig
-) -> Loop:
+    model: CachedModel, params: Params, rows: Rows, state: DecodeState, *, config: SamplingConfig
+) -> DecodeState:
     """The state after one more token in each row that has not ended; ``params`` may be those of
     ``model.for_decoding``.
     """
     write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **_IN_COLUMNS)
-    column = loop.column
-    prompt_length = loop.tokens.shape[1] - config.max_new_tokens
-    logits, cache = _next_logits(model, params, rows, loop, prompt_length)
+    column = state.column
+    prompt_length = state.tokens.shape[1] - config.max_new_tokens
+    logits, cache = _next_logits(model, params, rows, state, prompt_length)
     slot = rows.used + (column + (1 - prompt_length))
-    is_past = jnp.arange(loop.tokens.shape[1])[None] <= column
-    seen = (loop.tokens, is_past & (rows.key_mask != 0))
+    is_past = jnp.arange(state.tokens.shape[1])[None] <= column
+    seen = (state.tokens, is_past & (rows.key_mask != 0))
     sampled, log_probs, support = _sample(logits[:, 0], rows.keys, slot, seen, config)
-    sampled = jnp.where(loop.ended, config.pad_id, sampled)
-    log_probs = jnp.where(loop.ended, 0.0, log_probs)
+    sampled = jnp.where(state.ended, config.pad_id, sampled)
+    log_probs = jnp.where(state.ended, 0.0, log_probs)
     if support is not None:
-        support = jnp.where(loop.ended[:, None], -1, support)
-        support = write(loop.support, support[:, None], column + 1)
+        support = jnp.where(state.ended[:, None], -1, support)
+        support = write(state.support, support[:, None], column + 1)
     ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
-    return Loop(
+    return DecodeState(
         column=column + 1,
-        tokens=write(loop.tokens, sampled[:, None], column + 1),
-        log_probs=write(loop.log_probs, log_probs[:, None], column + 1),
-        lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
-        ended=loop.ended | ended,
+        tokens=write(state.tokens, sampled[:, None], column + 1),
+        log_probs=write(state.log_probs, log_probs[:, None], column + 1),
+        lengths=state.lengths + jnp.where(state.ended, 0, 1),
+        ended=state.ended | ended,
         cache=cache,
         support=support,
     )
 
 
 def _next_logits(
-    model: CachedModel, params: Params, rows: Rows, loop: Loop, prompt_length: int
+    model: CachedModel, params: Params, rows: Rows, state: DecodeState, prompt_length: int
 ) -> tuple[Array, Any]:
     """Logits [B, 1, V] of the next token of each row, and the cache with the last one."""
-    column = loop.column
-    last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, **_IN_COLUMNS)  # [B, 1]
+    column = state.column
+    last = jax.lax.dynamic_slice_in_dim(state.tokens, column, 1, **_IN_COLUMNS)  # [B, 1]
     # A missing row has no real token; its position is kept inside the table.
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
     inputs = (params, last, positions)
     if rows.prompts is None:
-        return model.decode(*inputs, rows.key_mask, loop.cache, column)
+        return model.decode(*inputs, rows.key_mask, state.cache, column)
     num_shared = rows.prompts.mask.shape[1]
     own_mask = rows.key_mask[:, num_shared:]
     place = column + -num_shared
     grouped: Any = model
-    logits, cache = grouped.decode(*inputs, own_mask, loop.cache, place, rows.prompts)
+    logits, cache = grouped.decode(*inputs, own_mask, state.cache, place, rows.prompts)
     return logits, cache
 
 

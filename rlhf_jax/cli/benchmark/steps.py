@@ -214,7 +214,7 @@ def _rl_work(
 
     def iterate(loop: iteration.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
-        policy = iteration.sampler(loop, functions.base)
+        policy = iteration.sampling_params(loop, functions.base)
         sampled = iteration.respond(policy, prompts, keys[2], model=model, config=how)
         rollout, collected = iteration.rescored(loop, sampled, functions, eos_ids=how.eos_ids)
         rollout, rewarded = iteration.reward(rollout, functions)
@@ -227,7 +227,7 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        data = _in_dtype(preset, iteration.sampler(loop, functions.base)), prompts
+        data = _in_dtype(preset, iteration.sampling_params(loop, functions.base)), prompts
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)

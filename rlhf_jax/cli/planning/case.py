@@ -25,13 +25,13 @@ from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl.method import completed
 from rlhf_jax.training.rl.sharing import Answers
 from rlhf_jax.training.supervised import dpo, kto, reward_model, sft
-from rlhf_jax.training.supervised.tasks import StageSpec
+from rlhf_jax.training.supervised.tasks import TaskSpec
 from rlhf_jax.types import Params
 
 RL = {"ppo": completed(ppo), "vpg": completed(vpg), "rloo": completed(rloo)}
 RL |= {"grpo": completed(grpo), "distill": completed(distill)}
 PAIRS = ("reward_model", "dpo")  # two answers in each row
-SUPERVISED: dict[str, StageSpec] = {
+SUPERVISED: dict[str, TaskSpec] = {
     spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)
 }
 

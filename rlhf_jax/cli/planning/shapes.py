@@ -201,7 +201,7 @@ def _collected(
     base: Params | None,
 ) -> Any:
     """A run's sampling and rescoring, as one program."""
-    sampled = run.respond(iteration.sampler(state, base), prompts, key)
+    sampled = run.respond(iteration.sampling_params(state, base), prompts, key)
     sampled = dataclasses.replace(sampled, group_size=shared_by)
     return run.rescored(state, sampled, functions)
 

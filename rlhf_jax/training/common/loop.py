@@ -28,7 +28,7 @@ from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, tracke
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
-from rlhf_jax.training.common.optimizer import Judge
+from rlhf_jax.training.common.optimizer import Patience
 from rlhf_jax.training.common.signals import resume_command, stop_requests
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.types import Metrics
@@ -60,7 +60,7 @@ class Job(NamedTuple):
     sources: Callable[[int], Iterable[str]] = lambda step: ()
     optimizer: Optimizer = Optimizer()
     # the metric of early stopping and plateau, unless keep_best names one
-    judged_by: str = "min:validation/loss"
+    monitor: str = "min:validation/loss"
     # compiles the largest step and raises ``memory.TooLarge`` if it does not fit
     check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here
@@ -93,8 +93,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
     """
     kept = stage.keeping
     best = kept.keep_best
-    judge = Judge(best or job.judged_by, kept.early_stopping_patience, job.optimizer)
-    if job.validate is None and (judge.used or best):
+    patience = Patience(best or job.monitor, kept.early_stopping_patience, job.optimizer)
+    if job.validate is None and (patience.used or best):
         key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
         raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
     saved = Checkpoints(
@@ -105,7 +105,7 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
     )
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
-        loop = _Loop(stage, job, judge, checkpoints, state, stack)
+        loop = _Loop(stage, job, patience, checkpoints, state, stack)
         loop.obey_alerts()
         while loop.going_on:
             try:
@@ -139,7 +139,7 @@ class _Loop:
         self,
         stage: Stage,
         job: Job,
-        judge: Judge,
+        patience: Patience,
         checkpoints: Checkpoints,
         state: Any,
         stack: ExitStack,
@@ -150,7 +150,7 @@ class _Loop:
         pulse = stack.enter_context(Pulse())  # it names what compiles
         self.stage = stage
         self.job = job
-        self.judge = judge
+        self.patience = patience
         self.checkpoints = checkpoints
         self.state = state
         self.row: Row = {}  # the last row of metrics
@@ -235,7 +235,7 @@ class _Loop:
         self._catch_up()
         self.examples = examples
         self.done += 1
-        self.pending = {**metrics, **self.judge.metrics(self.state)}
+        self.pending = {**metrics, **self.patience.metrics(self.state)}
 
     def settle(self, received: int) -> None:
         """Waits for the step if its result is needed: by a validation, by an alert or a function of
@@ -253,7 +253,7 @@ class _Loop:
         if self._catch_up(validates, asks=True):
             validates = True
             self.history.append(self.row)
-            self.state = self.judge.lowered(self.state, self.history)
+            self.state = self.patience.lowered(self.state, self.history)
             self._judge_history()
         is_alarmed = any(watch.stops for watch in self.watches)
         if saves or self.ended or is_alarmed or (validates and kept.keep_best):
@@ -279,9 +279,9 @@ class _Loop:
 
     def _judge_history(self) -> None:
         """Ends the run early if the validations so far say so."""
-        if self.judge.stops(self.history):
-            count = self.judge.stop_after
-            self.ended = f"{self.judge.metric} has not improved for {count} validations"
+        if self.patience.stops(self.history):
+            count = self.patience.stop_after
+            self.ended = f"{self.patience.metric} has not improved for {count} validations"
 
     def _catch_up(self, validates: bool = False, asks: bool = False) -> bool:
         """Records the step whose metrics are pending, with a validation of the state after it if
@@ -343,7 +343,7 @@ class _Loop:
         """The last state and row, or those of the best checkpoint. Logs why the run ended early,
         and which checkpoint it returns.
         """
-        metric = self.judge.metric
+        metric = self.patience.metric
         best = self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
             logger.info(f"ended early, {self.place}: {self.ended}")
@@ -363,9 +363,10 @@ class _Loop:
         metrics, samples = self.job.validate(self.state)
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
-        if (self.judge.used or self.stage.keeping.keep_best) and self.judge.metric not in metrics:
+        is_read = self.patience.used or self.stage.keeping.keep_best
+        if is_read and self.patience.metric not in metrics:
             raise UserError(
-                f"keep_best: no metric {self.judge.metric}; the validations give "
+                f"keep_best: no metric {self.patience.metric}; the validations give "
                 f"{', '.join(metrics)}"
             )
         return metrics

@@ -1,7 +1,7 @@
 """The optimizer of a run: Adam with clipping and a schedule, and what it does when validations stop
 improving.
 
-Both decisions of ``Judge``, to end early and to lower the learning rate, are functions of the
+Both decisions of ``Patience``, to end early and to lower the learning rate, are functions of the
 validations so far. A resumed run reads them from its rows of metrics and makes the same decisions.
 """
 
@@ -36,7 +36,7 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
     long.
 
     The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
-    factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
+    factor of the schedule ``plateau``, which starts at 1 and which ``Patience`` lowers.
 
     Raises:
         UserError: there are more steps than its counter, an int32, can count.
@@ -231,10 +231,10 @@ def times_exhausted(values: Sequence[float], patience: int) -> int:
     return times
 
 
-class Judge(NamedTuple):
+class Patience(NamedTuple):
     """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
 
-    judged_by: str
+    monitor: str
     stop_after: int | None
     """Validations without improvement after which the run ends; None: it does not."""
     settings: Optimizer
@@ -242,7 +242,7 @@ class Judge(NamedTuple):
     @property
     def metric(self) -> str:
         """The metric's name."""
-        return self.judged_by.partition(":")[2]
+        return self.monitor.partition(":")[2]
 
     @property
     def lowers(self) -> bool:
@@ -281,6 +281,6 @@ class Judge(NamedTuple):
         return {"plateau_scale": jnp.max(scale)}
 
     def _times(self, rows: Rows, patience: int) -> int:
-        sign = -1 if self.judged_by.startswith("max:") else 1
+        sign = -1 if self.monitor.startswith("max:") else 1
         values = [sign * row[self.metric] for row in rows if self.metric in row]
         return times_exhausted(values, patience)

@@ -179,13 +179,13 @@ def _keys_of(params: Params) -> dict[str, tuple[list[str | int], Any]]:
     return found
 
 
-def width(begun: LanguageModel) -> int:
+def width(policy: LanguageModel) -> int:
     """D, of the states that a value head reads."""
-    config: Any = begun.model.config
+    config: Any = policy.model.config
     if hasattr(config, "hidden_size"):
         return int(config.hidden_size)
     token = jnp.zeros((1, 1), jnp.int32)
-    states = jax.eval_shape(begun.model.hidden, begun.params, token)
+    states = jax.eval_shape(policy.model.hidden, policy.params, token)
     return int(states.shape[-1])
 
 

@@ -25,7 +25,7 @@ Copy = Callable[[Params], Params]
 """The same numbers in arrays of their own."""
 
 
-def as_sampler(state: LoopState) -> LoopState:
+def sampling_state(state: LoopState) -> LoopState:
     """The state with the policy that samples its next rollout in place of the trained one."""
     assert state.behind is not None
     return replace(state, train=state.behind, behind=None)
@@ -70,7 +70,7 @@ class Ahead:
     def sample(self, state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
         """The rollout of a step (a ``Sampler``). The thread then starts with the next one."""
         if self._sampled is None:
-            rollout, metrics = self._sample(as_sampler(state), batch)
+            rollout, metrics = self._sample(sampling_state(state), batch)
         else:
             rollout, metrics = self._sampled.result()
         if self._thread is not None and self._next is not None:

@@ -27,10 +27,10 @@ from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import steps, teacher
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
+from rlhf_jax.training.rl.inputs import Inputs
 from rlhf_jax.training.rl.method import (
     Method,
 )
-from rlhf_jax.training.rl.parts import Parts
 from rlhf_jax.training.rl.programs import Networks, Programs
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.training.rl.steps import Draw, Responder, Sampler, Scorer, Talk
@@ -49,7 +49,7 @@ SHOWN = (
 def build(
     stage: Stage,
     method: Method,
-    parts: Parts,
+    inputs: Inputs,
     planned: tuple[Schedule, Batch | None],
     networks: Networks,
     programs: Programs,
@@ -69,9 +69,9 @@ def build(
     schedule, to_validate = planned
     samples_apart = client is not None or stage.sampling_mesh is not None
     if not samples_apart:
-        _hold_cache(stage, settings, parts, schedule)
+        _hold_cache(stage, settings, inputs, schedule)
 
-    step = _step(stage, settings, parts, networks, programs, client)
+    step = _step(stage, settings, inputs, networks, programs, client)
     draw = _draw(method, step)
     ahead: Ahead | None = None
     if settings.rollouts_ahead:
@@ -96,28 +96,28 @@ def build(
     advance = references.moving(advance, settings, iteration.policy)
 
     rehearsed = _rehearsed(programs, samples_apart)
-    rehearsal = _step(stage, settings, parts.without_python(), networks, rehearsed, client=None)
+    rehearsal = _step(stage, settings, inputs.without_python(), networks, rehearsed, client=None)
     trial = _draw(method, rehearsal)
     check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
         settings.length,
-        validate=_validator(stage, settings, parts, programs, step, to_validate),
+        validate=_validator(stage, settings, inputs, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,
         sources=schedule.sources,
         optimizer=settings.optimizer,
-        judged_by="max:validation/score",
+        monitor="max:validation/score",
         check_memory=check_memory,
         on_step=observe,
-        examples=lambda: collections.ChainMap(*map(dict, parts.reward.examples)),
+        examples=lambda: collections.ChainMap(*map(dict, inputs.reward.examples)),
     )
 
 
 def _validator(
     stage: Stage,
     settings: RLStage,
-    parts: Parts,
+    inputs: Inputs,
     programs: Programs,
     step: "Step",
     prompts: Batch | None,
@@ -125,15 +125,15 @@ def _validator(
     """What validates on these prompts; None without any."""
     if prompts is None:
         return None
-    judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
+    judge = inputs.judge and steps.scorer(stage, programs.reward, inputs.judge)
     return steps.validator(
         stage,
-        parts.initial,
+        inputs.initial,
         prompts,
         step.sample_for_each,
         step.score,
         judge,
-        parts.pairs,
+        inputs.pairs,
         num_shown=settings.show_examples,
     )
 
@@ -152,29 +152,29 @@ class Step(NamedTuple):
 def _step(
     stage: Stage,
     settings: RLStage,
-    parts: Parts,
+    inputs: Inputs,
     networks: Networks,
     programs: Programs,
     client: Client | None,
 ) -> Step:
-    """The parts of a step, or with the parts and programs of a rehearsal those that its check of
+    """The functions of a step, or with inputs and programs of a rehearsal those that its check of
     memory calls.
     """
-    talk = _talk(settings, parts.environment, parts.initial.tokenizer)
-    responders = _responders(stage, settings, parts, networks, programs, client)
+    talk = _talk(settings, inputs.environment, inputs.initial.tokenizer)
+    responders = _responders(stage, settings, inputs, networks, programs, client)
     size = settings.batch_size
     samplers = [steps.sampler(stage, respond, talk, size) for respond in responders]
     sample, sample_for_each, sample_greedily = samplers
-    if parts.ask_teacher is not None:
-        sample = teacher.taught(stage, sample, parts.ask_teacher)
-        sample_for_each = teacher.taught(stage, sample_for_each, parts.ask_teacher)
+    if inputs.ask_teacher is not None:
+        sample = teacher.taught(stage, sample, inputs.ask_teacher)
+        sample_for_each = teacher.taught(stage, sample_for_each, inputs.ask_teacher)
     rescore = steps.rescorer(programs.rescored, networks)
     return Step(
         sample,
         sample_for_each,
         sample_greedily,
         rescore=rescore if client is None else client.watched(rescore),
-        score=steps.scorer(stage, programs.reward, parts.reward, parts.guard),
+        score=steps.scorer(stage, programs.reward, inputs.reward, inputs.guard),
         with_greedy=programs.with_greedy,
     )
 
@@ -192,7 +192,7 @@ def _draw(method: Method, step: Step) -> Draw:
 def _responders(
     stage: Stage,
     settings: RLStage,
-    parts: Parts,
+    inputs: Inputs,
     networks: Networks,
     programs: Programs,
     client: Client | None,
@@ -201,7 +201,7 @@ def _responders(
     come from: the engine, or the run's own programs, on the devices that learn or on others.
     """
     if client is not None:
-        tokenizer = parts.initial.tokenizer
+        tokenizer = inputs.initial.tokenizer
         how = initial.sampling_config(settings, tokenizer)
         greedy = replace(how, temperature=0.0)
         validated = initial.validation_config(settings, tokenizer)
@@ -239,20 +239,20 @@ def _rehearsed(programs: Programs, samples_apart: bool) -> Programs:
 
 
 def prompts_of(
-    stage: Stage, method: Method, parts: Parts, text: Text
+    stage: Stage, method: Method, inputs: Inputs, text: Text
 ) -> tuple[Schedule, Batch | None]:
     """The prompts of each step, and those of validations or None if none are held out."""
     settings = method.settings
-    layers = parts.initial.model.config.num_layers
-    multiple = initial.bucket_multiple(text, layers, parts.prompts.tokens.shape[1])
+    layers = inputs.initial.model.config.num_layers
+    multiple = initial.bucket_multiple(text, layers, inputs.prompts.tokens.shape[1])
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
-    texts = list(map(encoding.group, parts.prompts.rows))
+    texts = list(map(encoding.group, inputs.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
     if settings.validation_data:
-        held_out = np.arange(len(parts.to_validate))
+        held_out = np.arange(len(inputs.to_validate))
     schedule = Schedule(
-        parts.prompts,
+        inputs.prompts,
         train_rows,
         num_prompts=settings.batch_size // method.config.group_size,
         group_size=method.config.group_size,
@@ -265,19 +265,19 @@ def prompts_of(
     if not len(held_out):
         return schedule, None
     chosen = held_out[: settings.validation_prompts]
-    prompts = batches.narrowed(parts.to_validate, chosen, multiple)
+    prompts = batches.narrowed(inputs.to_validate, chosen, multiple)
     each = np.repeat(chosen, settings.validation_samples)
     padded = loop.pad_rows(each, settings.batch_size)
     return schedule, Batch(prompts, padded, stage.key("eval"))
 
 
-def _hold_cache(stage: Stage, settings: RLStage, parts: Parts, schedule: Schedule) -> None:
+def _hold_cache(stage: Stage, settings: RLStage, inputs: Inputs, schedule: Schedule) -> None:
     """Records the sizes of reward models and of the sampler's cache, for errors of full memory."""
     # In a conversation each response is written behind the slots of the one before.
-    slots = settings.max_new_tokens * (2 if parts.environment else 1)
+    slots = settings.max_new_tokens * (2 if inputs.environment else 1)
     prompt = schedule.widest().prompts.tokens.shape[1]
     rows = settings.batch_size // stage.num_parts
-    shared_by = 1 if parts.environment else schedule.shared_by
-    model = parts.initial.model
+    shared_by = 1 if inputs.environment else schedule.shared_by
+    model = inputs.initial.model
     cache = jax.eval_shape(lambda: decoding.cache_of(model, rows, prompt, slots, shared_by))
-    stage.hold({"rewards": parts.reward.fn, "cache while it samples": cache})
+    stage.hold({"rewards": inputs.reward.fn, "cache while it samples": cache})

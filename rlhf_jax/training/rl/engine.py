@@ -49,7 +49,7 @@ class Client:
     asked: EngineServer  # how it is asked
     compares: bool  # whether its log-probs must be the policy's (``rl.engine_check``)
     folder: Path  # where samples are kept
-    begun: LanguageModel  # the policy before training
+    policy: LanguageModel  # the policy before training
     start: Trainable  # and its parts
     source: str | None  # and the folder, or the Hugging Face name, that it comes from
 
@@ -70,7 +70,7 @@ class Client:
                 groups, requests = _requests(prompts, version, how, key)
                 samples = self._ask(policy, requests)
                 num_rows, width = prompts.tokens.shape
-                made = _as_rollout(self.begun, requests, samples, width, how.max_new_tokens)
+                made = _as_rollout(self.policy, requests, samples, width, how.max_new_tokens)
                 spread = functools.partial(_spread, np.concatenate(groups), num_rows)
                 return replace(jax.tree.map(spread, made), row_ids=np.asarray(prompts.row_ids))
 
@@ -157,7 +157,7 @@ class Client:
             name = self.source
             return lambda folder: models.lora.save(folder, base, adapters, base_model=name)
         params = processes.fetch(trained) if self.engine.follows else trained
-        model = self.begun.model
+        model = self.policy.model
         # A server may hold a packed copy of the output table, and packs it again only when it
         # reads a tensor of that name (vLLM on a CPU).
         return lambda folder: models.save(folder, model, params, both_tables=True)
@@ -170,7 +170,7 @@ class Client:
                 raise ValueError(
                     f"{len(samples)} responses to a prompt, {request.number} were asked for"
                 )
-            _as_rollout(self.begun, [request], [samples], None, request.max_tokens)
+            _as_rollout(self.policy, [request], [samples], None, request.max_tokens)
             for sample in samples:
                 self._check(request, sample)
         except ValueError as error:
@@ -205,7 +205,7 @@ def _spread(rows: np.ndarray, num_rows: int, part: Any) -> np.ndarray:
 
 
 def _as_rollout(
-    begun: LanguageModel,
+    policy: LanguageModel,
     requests: Sequence[Request],
     samples: Sequence[Sequence[Sample]],
     prompt_length: int | None = None,
@@ -219,7 +219,7 @@ def _as_rollout(
     return rollout.from_text(
         prompts,
         [sample.tokens for sample in responses],
-        begun.tokenizer,
+        policy.tokenizer,
         log_probs=[sample.log_probs for sample in responses],
         prompt_length=prompt_length,
         response_length=response_length,

@@ -35,6 +35,7 @@ from rlhf_jax.training.common.setup import set_up, shares_of
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import answers, composition, critic, sharing, steps
 from rlhf_jax.training.rl.engine import Client
+from rlhf_jax.training.rl.inputs import Inputs, Sources, files, load, read_prompts
 from rlhf_jax.training.rl.method import (
     NOTHING,
     CompleteAlgorithm,
@@ -46,7 +47,6 @@ from rlhf_jax.training.rl.method import (
     lasting,
     penalty_of,
 )
-from rlhf_jax.training.rl.parts import Parts, Sources, files, load, read_prompts
 from rlhf_jax.training.rl.programs import Networks, Sizes, compiled, first_state, networks_of
 from rlhf_jax.training.rl.schedule import Schedule
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Params
@@ -115,25 +115,25 @@ def run(
         ThreadPoolExecutor(1) as thread,
     ):
         rows = [part.rows for part in data]
-        parts = load(stage, method, sources, given, rows, reply, config.engine)
-        stage, method = _with_sharing(stage, name, method, parts)
-        stage, parts = _with_remat(stage, method, parts)
-        planned = composition.prompts_of(stage, method, parts, config.text)
+        inputs = load(stage, method, sources, given, rows, reply, config.engine)
+        stage, method = _with_sharing(stage, name, method, inputs)
+        stage, inputs = _with_remat(stage, method, inputs)
+        planned = composition.prompts_of(stage, method, inputs, config.text)
         stage, method = lasting(stage, method, len(planned[0].train_rows))
-        networks = _networks(stage, method, parts)
-        programs = compiled(stage, parts.initial, method, networks.optimizer)
+        networks = _networks(stage, method, inputs)
+        programs = compiled(stage, inputs.initial, method, networks.optimizer)
         how_asked = (config.engine, settings.engine_check, stage.run.engine)
-        begun = (parts.initial, networks.start, config.model)
+        begun = (inputs.initial, networks.start, config.model)
         client = None if engine is None else Client(engine, *how_asked, *begun)
         job = composition.build(
-            stage, method, parts, planned, networks, programs, client, thread, on_step
+            stage, method, inputs, planned, networks, programs, client, thread, on_step
         )
-        first = first_state(stage, method, networks, _sizes(settings, parts, planned[0]))
+        first = first_state(stage, method, networks, _sizes(settings, inputs, planned[0]))
         state, row = loop.train(stage, _checked(first, networks), job)
         trained = _policy_of(state.train.params, networks.start.params)
         save = LanguageModel.save if policy is None else own.save
-        how = initial.sampling_config(settings, parts.initial.tokenizer)
-        ended = (parts.initial, networks.start, {"": trained}, row)
+        how = initial.sampling_config(settings, inputs.initial.tokenizer)
+        ended = (inputs.initial, networks.start, {"": trained}, row)
         return finish(stage, sources.model, *ended, how=how, save=save)
 
 
@@ -209,23 +209,23 @@ def method_of(
     )
 
 
-def _networks(stage: Stage, method: Method, parts: Parts) -> Networks:
+def _networks(stage: Stage, method: Method, inputs: Inputs) -> Networks:
     """The models on the devices. What the value model starts from is not kept."""
     source = None
     if method.value_source is not None:
-        source = critic.load(method.value_source, stage.compute, parts.initial, stage.placement)
-    return networks_of(stage, parts.initial, method, source, parts.teacher)
+        source = critic.load(method.value_source, stage.compute, inputs.initial, stage.placement)
+    return networks_of(stage, inputs.initial, method, source, inputs.teacher)
 
 
-def _with_sharing(stage: Stage, name: str, method: Method, parts: Parts) -> tuple[Stage, Method]:
+def _with_sharing(stage: Stage, name: str, method: Method, inputs: Inputs) -> tuple[Stage, Method]:
     """Stage and method with ``compute.share_prompts`` chosen by the work that it saves."""
     of_prompts = sharing.Answers(
         name,
         method.config,
         method.settings,
         stage.compute.share_prompts,
-        prompt=parts.prompts.tokens.shape[1],
-        takes_groups=parts.initial.model.takes_groups,
+        prompt=inputs.prompts.tokens.shape[1],
+        takes_groups=inputs.initial.model.takes_groups,
         shares=stage.shares,
     )
     compute, size = sharing.decided(stage.compute, of_prompts)
@@ -259,20 +259,20 @@ def _policy_of(params: Params, initial: Params) -> Params:
     return policy
 
 
-def _with_remat(stage: Stage, method: Method, parts: Parts) -> tuple[Stage, Parts]:
-    """Stage and parts with ``compute.remat`` chosen by the memory that an update needs."""
+def _with_remat(stage: Stage, method: Method, inputs: Inputs) -> tuple[Stage, Inputs]:
+    """Stage and inputs with ``compute.remat`` chosen by the memory that an update needs."""
     settings = method.settings
     updates = method.config.num_minibatches * method.config.num_microbatches
-    prompt = parts.prompts.tokens.shape[1]
+    prompt = inputs.prompts.tokens.shape[1]
     length = prompt + settings.max_new_tokens
     share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
     rows = math.ceil(settings.batch_size // updates * (1 - share))
     networks = 1 + (method.config.value == "separate")
-    stage, begun = remat.choose(stage, parts.initial, rows, length, networks)
-    return stage, parts._replace(initial=begun)
+    stage, policy = remat.choose(stage, inputs.initial, rows, length, networks)
+    return stage, inputs._replace(initial=policy)
 
 
-def _sizes(settings: RLStage, parts: Parts, schedule: Schedule) -> Sizes:
+def _sizes(settings: RLStage, inputs: Inputs, schedule: Schedule) -> Sizes:
     """What the first state of an algorithm may be told."""
     columns = schedule.widest().prompts.tokens.shape[1] + settings.max_new_tokens
-    return Sizes(settings.batch_size, columns, len(parts.prompts))
+    return Sizes(settings.batch_size, columns, len(inputs.prompts))

@@ -70,7 +70,7 @@ class Programs(NamedTuple):
 
 def networks_of(
     stage: Stage,
-    begun: LanguageModel,
+    policy: LanguageModel,
     method: Method,
     source: LanguageModel | None = None,
     teacher: LanguageModel | None = None,
@@ -81,16 +81,16 @@ def networks_of(
     """
     settings = method.settings
     value = method.config.value if method.algorithm.needs_values else None
-    model = begun.model if value else begun.model._replace(values=None)
+    model = policy.model if value else policy.model._replace(values=None)
     has_head = model.values is not None
     if has_head:
         critic.check_own_head(method.config)
-    width = own.width(begun)
+    width = own.width(policy)
 
     def begin(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
         return critic.start(stage, params, value, width, source, has_head=has_head)
 
-    start, trained = stage.made(begin, begun.params, None if source is None else source.params)
+    start, trained = stage.made(begin, policy.params, None if source is None else source.params)
     taught_by = None
     if teacher is not None:
         taught_by = models.Teacher(teacher.model, method.config.measure)
@@ -116,7 +116,7 @@ def networks_of(
         memory.free(start.loaded)
     frozen = start.base if source is None else trained.base
     stage.hold({"frozen weights": frozen, "reference": None if start.base else reference})
-    value_model = (source or begun).model if value == "separate" else None
+    value_model = (source or policy).model if value == "separate" else None
 
     @functools.cache
     def functions(columns: int) -> Functions:
@@ -158,14 +158,14 @@ def first_state(stage: Stage, method: Method, networks: Networks, sizes: Sizes) 
 
 def compiled(
     stage: Stage,
-    begun: LanguageModel,
+    policy: LanguageModel,
     method: Method,
     optimizer: optax.GradientTransformation,
 ) -> Programs:
     """The programs of a run."""
-    model = begun.model
+    model = policy.model
     settings = method.settings
-    plain = initial.sampling_config(settings, begun.tokenizer)
+    plain = initial.sampling_config(settings, policy.tokenizer)
     samples = initial.recorded(plain, model.config.vocab_size)
     shape, masked = rules(settings, samples, method.is_rewarded)
     groups: Any = {"group_size": method.config.group_size, "masked": masked}
@@ -198,7 +198,7 @@ def compiled(
     greedy = replace(plain, temperature=0.0)
     size = method.shared_by
     to_groups = jit(respond, layers, config=samples, group_size=size)
-    validated = initial.validation_config(settings, begun.tokenizer)
+    validated = initial.validation_config(settings, policy.tokenizer)
     to_each = to_groups
     if size > 1 or validated != plain:
         to_each = jit(respond, layers, config=validated)

@@ -97,7 +97,7 @@ def on_devices(stage: Stage, program: Callable[..., Rollout], networks: Networks
     """Samples by the program ``iteration.respond`` on the devices that learn."""
 
     def at(state: LoopState) -> Respond:
-        policy = iteration.sampler(state, networks.start.base)
+        policy = iteration.sampling_params(state, networks.start.base)
         return lambda prompts, key: program(policy, stage.shard(prompts), key)
 
     return at
@@ -111,7 +111,7 @@ def apart(mesh: Mesh, program: Callable[..., Rollout], base: Params | None) -> R
 
     def at(state: LoopState) -> Respond:
         placed_state = replace(state, train=sharding.replicate(mesh, state.train))
-        policy = iteration.sampler(placed_state, base)
+        policy = iteration.sampling_params(placed_state, base)
 
         def respond(prompts: iteration.Prompts, key: Array) -> Rollout:
             there = sharding.shard_rows(mesh, prompts)

@@ -21,7 +21,7 @@ from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import logger
 from rlhf_jax.training.common import initial, layout, shared_prompts
 from rlhf_jax.training.common.layout import Shares
-from rlhf_jax.training.supervised.tasks import Settings, StageSpec
+from rlhf_jax.training.supervised.tasks import Settings, TaskSpec
 
 
 class Batching(NamedTuple):
@@ -76,7 +76,7 @@ def decided(
 def batched(
     shares: Shares,
     wanted: Switch,
-    spec: StageSpec,
+    spec: TaskSpec,
     settings: Settings,
     text: Text,
     encoded: EncodedTexts,
@@ -95,7 +95,7 @@ def batched(
 
 def _batching(
     shares: Shares,
-    spec: StageSpec,
+    spec: TaskSpec,
     settings: Settings,
     text: Text,
     encoded: EncodedTexts,

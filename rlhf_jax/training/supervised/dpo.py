@@ -30,7 +30,7 @@ def _baselines(setting: tasks.Setting) -> dict[str, float]:
     return {"length_accuracy": scoring.length_accuracy(setting.encoded, setting.held_out)}
 
 
-SPEC = tasks.StageSpec(
+SPEC = tasks.TaskSpec(
     section="dpo",
     kind="pairs",
     collate=batches.comparison_batch,

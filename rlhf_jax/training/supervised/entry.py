@@ -35,11 +35,11 @@ from rlhf_jax.training.common.saving import RunResult, finish
 from rlhf_jax.training.common.setup import set_up, shares_of
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.supervised import batching, reading
-from rlhf_jax.training.supervised.tasks import Setting, Settings, StageSpec, Task
+from rlhf_jax.training.supervised.tasks import Setting, Settings, Task, TaskSpec
 from rlhf_jax.types import Metrics, TrainState
 
 
-def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) -> RunResult:
+def run(config: RunConfig, spec: TaskSpec, on_step: loop.OnStep | None = None) -> RunResult:
     """Trains a stage's task on the rows of its own data or ``config.data`` and saves ``model/`` in
     the run folder.
 
@@ -75,7 +75,7 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
 def _setting(
     config: RunConfig,
     stage: Stage,
-    spec: StageSpec,
+    spec: TaskSpec,
     data: ReadResult,
     to_validate: ReadResult,
 ) -> Setting:
@@ -138,7 +138,7 @@ def first_state(task: Task) -> TrainState:
     return state
 
 
-def _job(spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
+def _job(spec: TaskSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
     """What the loop runs."""
     setting = task.setting
     stage = setting.stage
@@ -174,9 +174,7 @@ def _job(spec: StageSpec, task: Task, on_step: loop.OnStep | None) -> loop.Job:
     )
 
 
-def helping_sizes(
-    spec: StageSpec, settings: Settings, text: Text, shares: Shares
-) -> dict[str, int]:
+def helping_sizes(spec: TaskSpec, settings: Settings, text: Text, shares: Shares) -> dict[str, int]:
     """The settings that help when memory runs out.
 
     Raises:

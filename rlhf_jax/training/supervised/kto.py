@@ -45,7 +45,7 @@ def _baselines(setting: tasks.Setting) -> dict[str, float]:
     return {"length_accuracy": accuracy}
 
 
-SPEC = tasks.StageSpec(
+SPEC = tasks.TaskSpec(
     section="kto",
     kind="feedback",
     collate=batches.feedback_batch,

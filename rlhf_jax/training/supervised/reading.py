@@ -17,10 +17,10 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.supervised import store
-from rlhf_jax.training.supervised.tasks import Settings, StageSpec
+from rlhf_jax.training.supervised.tasks import Settings, TaskSpec
 
 
-def read(source: DataSource, spec: StageSpec, settings: Settings) -> tuple[ReadResult, ReadResult]:
+def read(source: DataSource, spec: TaskSpec, settings: Settings) -> tuple[ReadResult, ReadResult]:
     """The rows to train on, and those to validate on if they have files of their own.
 
     Raises:
@@ -58,7 +58,7 @@ def _sampled(data: ReadResult, most: int, key: str, seed: int) -> ReadResult:
 
 def encoded_rows(
     source: ModelSource,
-    spec: StageSpec,
+    spec: TaskSpec,
     settings: Settings,
     language_model: LanguageModel,
     data: ReadResult,

@@ -206,7 +206,7 @@ def _normalized(
     return params | {"score": head}
 
 
-SPEC = tasks.StageSpec(
+SPEC = tasks.TaskSpec(
     section="reward_model",
     kind="comparisons",
     collate=batches.comparison_batch,

@@ -23,7 +23,7 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     return tasks.policy_task(setting, sft, setting.settings, validation_config=sft.Config())
 
 
-SPEC = tasks.StageSpec(
+SPEC = tasks.TaskSpec(
     section="sft",
     kind="demonstrations",
     collate=batches.demonstration_batch,

@@ -34,7 +34,7 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.supervised import samples, scoring
-from rlhf_jax.types import Metrics, Params, Parts, PolicyFn, TrainState
+from rlhf_jax.types import LossMetrics, Metrics, Params, PolicyFn, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
@@ -96,7 +96,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StageSpec:
+class TaskSpec:
     """How one stage differs from the others; ``run`` does what they share."""
 
     section: str
@@ -160,7 +160,7 @@ def policy_task(
             minibatch_sharding=stage.rows,
         )
 
-    def measure(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
+    def measure(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> LossMetrics:
         _, parts = algorithm.loss(
             state.params,
             with_reference(state, batch, ref_fn),
@@ -216,7 +216,7 @@ def _answering(
 
 def _validate(
     setting: Setting,
-    measure: Callable[[TrainState, Any], Parts],
+    measure: Callable[[TrainState, Any], LossMetrics],
     baselines: Callable[[Setting], dict[str, float]],
     answer: Callable[[TrainState], list[samples.Sample]],
     state: TrainState,

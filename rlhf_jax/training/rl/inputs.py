@@ -39,7 +39,7 @@ class Sources(NamedTuple):
     math: verifiable.Settings
 
 
-class Parts(NamedTuple):
+class Inputs(NamedTuple):
     """The inputs of an RL run, read and loaded."""
 
     initial: LanguageModel  # the policy before training
@@ -59,8 +59,8 @@ class Parts(NamedTuple):
             return "judge"
         return "reward" if self.reward.is_pairs else None
 
-    def without_python(self) -> "Parts":
-        """The parts of a check of memory, which call no server and none of the user's Python."""
+    def without_python(self) -> "Inputs":
+        """The inputs of a check of memory, which call no server and none of the user's Python."""
         environment = self.environment
         if environment is not None:
             environment = environment._replace(fn=lambda conversation, row: None)
@@ -108,7 +108,7 @@ def load(
     data: Sequence[Sequence[Row]],
     reply: Reply,
     asked: EngineServer,
-) -> Parts:
+) -> Inputs:
     """Loads the models, encodes the prompts and builds the rewards.
 
     Args:
@@ -167,7 +167,7 @@ def load(
         on_devices = jax.tree.map(jnp.asarray, reward.fn)
         reward = spec.Reward(fn=stage.frozen("reward", on_devices))
     ask_teacher = None if server is None else server.log_probs
-    return Parts(
+    return Inputs(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
 
