@@ -44,7 +44,11 @@ def table(folder: Path) -> list[results.Row]:
         for end, value in ends.items():
             numbers[f"{name}{end}"] = value
     seed = summary["seed"]
-    return [results.row(VARIANT, seed, ppo.steps, name, value) for name, value in numbers.items()]
+    rows = []
+    for name, value in numbers.items():
+        number = results.row(VARIANT, seed, ppo.steps, name, value)
+        rows.append(number)
+    return rows
 
 
 def seconds(stages: list[RunRecord]) -> float:
