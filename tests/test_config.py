@@ -577,6 +577,11 @@ TRUNCATED = "engine: a server does not say among which tokens top_k, top_p and m
             {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0},
             "missing_eos_penalty and missing_eos_score",
         ),
+        (
+            RLStage,
+            {"overlong_penalty": 2.0},
+            "overlong_penalty: nothing is subtracted without an overlong_buffer",
+        ),
         (RLStage, {"max_turns": 2}, "max_turns: conversations have an environment"),
         (Safety, {"patterns": ("(",)}, "patterns: '(' is no regular expression"),
         (Safety, {"above": 1.0}, "classifier needs below or above"),

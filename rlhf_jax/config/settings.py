@@ -533,6 +533,8 @@ class RLStage(Reference):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("overlong_buffer", self.overlong_buffer, at_most=self.max_new_tokens)
+        if self.overlong_penalty != 1 and self.overlong_buffer is None:
+            raise ValueError("overlong_penalty: nothing is subtracted without an overlong_buffer")
         check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
         if self.min_new_tokens and self.environment is not None:
             raise ValueError(
