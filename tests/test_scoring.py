@@ -99,8 +99,8 @@ def test_samples_are_spread_over_the_held_out_rows():
         found = evenly(num, 256)
         assert (found[0], found[-1], len(found)) == (0, num - 1, 256)
         assert set(np.diff(found)) <= {
-            (num_rows - 1) // 255,
-            (num_rows - 1) // 255 + 1,
+            (num - 1) // 255,
+            (num - 1) // 255 + 1,
         }  # no row twice
 
 

@@ -223,7 +223,7 @@ def test_who_shares(wanted, alone, together, shares, capsys):
     def batched(texts):
         return columns(together if texts.shares_prompts else alone, texts)
 
-    chosen = batching.decided(Compute(share_prompts=wanted), PAIRS, batched)
+    chosen = batching.decided(wanted, PAIRS, batched)
     assert chosen.encoded.shares_prompts is shares
     said = capsys.readouterr().out
     assert (f"share_prompts {shares}".lower() in said) == (wanted is not False)
@@ -233,11 +233,11 @@ def test_who_shares(wanted, alone, together, shares, capsys):
 def test_answers_without_a_prompt_share_nothing():
     texts = replace(PAIRS, starts=np.where(np.arange(4)[:, None] == 1, 0, PAIRS.starts))
     batched = partial(columns, 100)
-    assert not batching.decided(Compute(), texts, batched).encoded.shares_prompts
+    assert not batching.decided("auto", texts, batched).encoded.shares_prompts
     with pytest.raises(UserError, match=r"share_prompts.*prompt without a token"):
-        batching.decided(Compute(share_prompts=True), texts, batched)
+        batching.decided(True, texts, batched)
     one = encoding.encode_texts([Row("a", ("b",), "f")], TOKENIZER)
-    alone = batching.decided(Compute(share_prompts=True), one, batched)
+    alone = batching.decided(True, one, batched)
     assert not alone.encoded.shares_prompts
 
 

@@ -190,7 +190,7 @@ def test_chunks_of_logits_keep_their_columns_of_the_support(monkeypatch):
         return states @ params["table"]
 
     params = {"table": TABLE}
-    model = SimpleNamespace(config=CONFIG, hidden=hidden, unembed=unembed)
+    model = SimpleNamespace(config=CONFIG, hidden=hidden, unembed=unembed, values=None)
     policy_fn = models.policy_fn(model, 0.8, P)
     by_rows = ops.by_rows(policy_fn, 4, GROUP)
     rescore = partial(rollout.rescore, policy_fn=by_rows, ref_fn=Partial(policy_fn, params))
