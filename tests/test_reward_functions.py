@@ -214,9 +214,10 @@ def test_answers_that_a_rule_verifies(monkeypatch):
 def test_a_file_imports_what_lies_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside_rewards.py").write_text("VALUE = 3.0")
-    (tmp_path / "random.py").write_text("raise RuntimeError('not the library')")
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    (tmp_path / "wave.py").write_text("raise RuntimeError('not the library')")
     (tmp_path / "mine.py").write_text(
-        "import random\nimport beside_rewards\n"
+        "import wave\nimport beside_rewards\n"
         "def f(prompts, responses):\n"
         "    return [beside_rewards.VALUE for _ in responses]\n"
     )
