@@ -66,10 +66,10 @@ def test_the_table_of_a_quickstart(tmp_path):
     ("far", "metric"),
     [
         ({}, None),
-        ({"win_rate": 0.76}, "PPO beats SFT"),
+        ({"win_rate": 0.7}, "PPO beats SFT"),
         ({"reward_model": {"accuracy": 1.03}}, "reward model's accuracy"),
-        ({"kl": {"last_iterations": [1.7, 2.6]}}, "highest KL of the last 10"),
-        ({"rubric": {"sft": 0.51, "ppo": 0.78}}, "rubric, SFT"),
+        ({"kl": {"last_iterations": [1.7, 3.2]}}, "highest KL of the last 10"),
+        ({"rubric": {"sft": 0.55, "ppo": 0.78}}, "rubric, SFT"),
     ],
 )
 def test_the_numbers_of_the_page_are_those_of_a_run(far, metric):
