@@ -3,12 +3,12 @@
     python experiments/algorithms.py --out algorithms.json
 
 A small network is asked to write a word of four letters backwards. A short supervised training,
-the same for all methods, leaves it with about one right word in fifteen. In the task ``each letter`` a
-reward then pays for each right letter, in ``whole word`` for a word without a mistake alone. Every
-method sees the same number of samples, the same prompts and the same first network, and makes four
-steps of each batch. Its learning rate is the best of four on seeds of their own; then twelve other
-seeds measure it. Rates, tasks and seeds are lanes of one program (``jax.vmap``), which is compiled
-once for each method.
+the same for all methods, leaves it with about one right word in fifteen. In the task ``each
+letter`` a reward then pays for each right letter, in ``whole word`` for a word without a mistake
+alone. Every method sees the same number of samples, the same prompts and the same first network,
+and makes four steps of each batch. Its learning rate is the best of four on seeds of their own;
+then twelve other seeds measure it. Rates, tasks and seeds are lanes of one program (``jax.vmap``),
+which is compiled once for each method.
 
 Scores are of words that no method trains on: interquartile means over the seeds with bootstrap
 intervals (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice").
@@ -106,10 +106,10 @@ class Sizes(NamedTuple):
     """How much is trained."""
 
     demonstrations: int = 18  # steps of supervised training
-    steps: int = 120
+    steps: int = 80
     batch_size: int = 64  # answers a step
     held_out: int = 32  # further answers a step, which measure
-    every: int = 12  # steps of which a measurement is the mean
+    every: int = 8  # steps of which a measurement is the mean
     sweep_seeds: int = 3  # for each rate; as many lanes measure the rate that was chosen
 
 

@@ -2,10 +2,11 @@
 
     python experiments/overoptimisation.py --out overoptimisation.json
 
-The experiment of Gao, Schulman and Hilton (2022, arXiv 2210.10760) at a size for two CPU cores. A
-network with fixed random weights is the gold reward of sequences of eight tokens. An annotator
-compares pairs of the first policy's answers by it, with noise (Bradley and Terry). Smaller reward
-models, the proxies, learn from 64 to 4096 such comparisons. Then the answers are chosen by a proxy,
+The experiment of Gao, Schulman and Hilton (2022, arXiv 2210.10760) at a size for two CPU cores. The
+gold reward of an answer of twelve tokens is a fixed function: each token has a value, and a token
+that is said more than twice costs more each time. An annotator compares pairs of the first policy's
+answers by it, with noise (Bradley and Terry). Reward models, the proxies, learn from 64 to 4096
+such comparisons. Then the answers are chosen by a proxy,
 as the best of n, or the policy is trained on it, by RLOO without a KL penalty; the gold reward is
 only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
 after a quarter of the labels were turned round.
@@ -46,7 +47,8 @@ from rlhf_jax.rewards.functions import combined
 from rlhf_jax.types import Params
 
 VOCABULARY = 16
-LENGTH = 8  # tokens of an answer; the prompt is the token 0
+LENGTH = 12  # tokens of an answer; the prompt is the token 0
+ENOUGH = 2  # times that a token may be said
 SAMPLER = sampling.SamplingConfig(LENGTH, eos_id=None, pad_id=VOCABULARY)
 HOW = ("one", "mean", "min", "uncertainty")  # of an ensemble, which member or what of all
 MEMBERS = 3
@@ -56,12 +58,12 @@ WRONG = (0.0, 0.25)
 VALIDATION = 256  # comparisons at most, a quarter of those of a proxy
 
 
-def network(hidden_size: int, initializer_range: float) -> models.Model:
+def network(initializer_range: float) -> models.Model:
     """A GPT-2 of two layers."""
     config = models.GPT2Config(
         vocab_size=VOCABULARY,
         max_length=1 + LENGTH,
-        hidden_size=hidden_size,
+        hidden_size=32,
         num_layers=2,
         num_heads=4,
         initializer_range=initializer_range,
@@ -69,10 +71,8 @@ def network(hidden_size: int, initializer_range: float) -> models.Model:
     return models.build(config)
 
 
-GOLD = network(64, initializer_range=0.3)
-PROXY = network(32, initializer_range=0.1)
-POLICY = network(32, initializer_range=0.02)
-GOLD_FN = models.score_fn(GOLD)
+PROXY = network(initializer_range=0.1)
+POLICY = network(initializer_range=0.02)
 PROXY_FN = models.score_fn(PROXY)
 POLICY_FN = models.policy_fn(POLICY, prompt_length=1)
 
@@ -98,7 +98,7 @@ class World(NamedTuple):
     """What a seed fixes."""
 
     start: Params  # the first policy
-    gold: Params
+    values: Array  # [VOCABULARY] of the gold reward
     mean: Array  # of the gold reward under the first policy
     sd: Array
     pool: Array  # [pool, T] answers of the first policy
@@ -107,16 +107,25 @@ class World(NamedTuple):
     best: Array  # [C] the annotator's choices
 
 
-def in_parts(score_fn: Any, params: Params, tokens: Array) -> Array:
-    """Scores [N] of answers [N, T], a sixteenth of them at a time, which takes less memory."""
-    parts = tokens.reshape(16, -1, tokens.shape[1])
-    scores = jax.lax.map(lambda part: score_fn(params, part, jnp.ones_like(part)), parts)
-    return scores.reshape(-1)
+def gold_reward(values: Array, tokens: Array) -> Array:
+    """[B] of answers [B, 1 + LENGTH]: the values of all tokens, minus the square of the times that
+    a token is said beyond ENOUGH.
+    """
+    counts = jnp.sum(jax.nn.one_hot(tokens[:, 1:], VOCABULARY), axis=1)  # [B, VOCABULARY]
+    excess = jnp.maximum(counts - ENOUGH, 0)
+    return counts @ values - jnp.sum(jnp.square(excess), axis=1)
 
 
 def gold_scores(world: World, tokens: Array) -> Array:
     """[B] with mean 0 and standard deviation 1 under the first policy."""
-    return (GOLD_FN(world.gold, tokens, jnp.ones_like(tokens)) - world.mean) / world.sd
+    return (gold_reward(world.values, tokens) - world.mean) / world.sd
+
+
+def in_parts(params: Params, tokens: Array) -> Array:
+    """A proxy's scores [N] of answers [N, T], a sixteenth of them at a time: less memory."""
+    parts = tokens.reshape(16, -1, tokens.shape[1])
+    scores = jax.lax.map(lambda part: PROXY_FN(params, part, jnp.ones_like(part)), parts)
+    return scores.reshape(-1)
 
 
 def sampled(params: Params, num: int, key: Array) -> Array:
@@ -128,20 +137,21 @@ def sampled(params: Params, num: int, key: Array) -> Array:
 
 def make_world(key: Array, sizes: Sizes) -> World:
     """The gold reward, the first policy, and what it and the annotator do."""
-    gold_key, start_key, pool_key, pair_key, label_key = jax.random.split(key, 5)
-    gold = models.add_head(jax.random.fold_in(gold_key, 1), GOLD.init(gold_key), "score")
+    gold_key, start_key, sample_key, label_key = jax.random.split(key, 4)
+    values = jax.random.normal(gold_key, (VOCABULARY,))
     start = POLICY.init(start_key)
-    pool = sampled(start, sizes.pool, pool_key)
-    scores = in_parts(GOLD_FN, gold, pool)
+    num_compared = 2 * max(COMPARISONS)
+    answers = sampled(start, num_compared + sizes.pool, sample_key)
+    scores = gold_reward(values, answers)
     mean = jnp.mean(scores)
     sd = jnp.std(scores)
-    pairs = sampled(start, 2 * max(COMPARISONS), pair_key)
-    of_pairs = (in_parts(GOLD_FN, gold, pairs) - mean) / sd
-    first, second = of_pairs.reshape(-1, 2).T
+    scores = (scores - mean) / sd
+    first, second = scores[:num_compared].reshape(-1, 2).T
     is_second = jax.random.bernoulli(label_key, jax.nn.sigmoid(second - first))
     best = is_second.astype(jnp.int32)
-    pairs = pairs.reshape(len(best), 2, -1)
-    return World(start, gold, mean, sd, pool, (scores - mean) / sd, pairs, best)
+    pairs = answers[:num_compared].reshape(len(best), 2, -1)
+    pool = answers[num_compared:]
+    return World(start, values, mean, sd, pool, scores[num_compared:], pairs, best)
 
 
 class Lane(NamedTuple):
@@ -202,7 +212,7 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
     state = TrainState.create(params, optimizer)
     keys = jax.random.split(loop_key, sizes.proxy_steps).reshape(10, -1)
     (_, params, _), _ = jax.lax.scan(stretch, (state, params, jnp.inf), keys)
-    scores = in_parts(PROXY_FN, params, world.pool)
+    scores = in_parts(params, world.pool)
     return Proxy(params, scores - jnp.mean(scores), jnp.mean(scores))
 
 

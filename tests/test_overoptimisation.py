@@ -24,6 +24,15 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n():
         assert overoptimisation.best_of(gold, proxy, n) == pytest.approx(expected)
 
 
+def test_the_gold_reward_by_hand():
+    values = np.zeros(overoptimisation.VOCABULARY)
+    values[[3, 4]] = [1.5, -0.5]
+    tokens = np.full((2, 1 + overoptimisation.LENGTH), 3)  # the first token is the prompt
+    tokens[0, 1:] = [3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9]
+    scores = overoptimisation.gold_reward(values, tokens)
+    assert scores.tolist() == [2.5, 12 * 1.5 - 10**2]
+
+
 def test_fits_find_the_curves_they_are_of():
     distance = np.linspace(0.3, 4, 20)
     of_rl = distance * (1.5 - 0.7 * np.log(distance))
