@@ -15,6 +15,7 @@ intervals (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipic
 """
 
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +45,7 @@ from rlhf_jax import (
     sampling,
     sft,
 )
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.types import Params
 
 LETTERS = 8
@@ -276,58 +277,58 @@ def difference(values: np.ndarray, others: np.ndarray, num: int) -> dict[str, fl
     return {"": value, " low": value - half, " high": value + half}
 
 
-def finals(measured: Measured, sizes: Sizes) -> np.ndarray:
-    """Final scores [tasks, seeds]."""
-    return measured.curves.score[..., -sizes.every :].mean(axis=2)
-
-
 def rows_of(task: int, name: str, measured: Measured, sizes: Sizes) -> list[results.Row]:
     """The rows of one method on one task."""
     variant = f"{TASKS[task]}: {name}"
     rows = []
-
-    def add(step: int, metric: str, values: np.ndarray) -> None:
-        for edge, value in interquartile(values).items():
-            rows.append(results.row(variant, results.ALL, step, metric + edge, value))
-
     curve = Curve(*(x[task] for x in measured.curves))
     stretches = curve.score.reshape(len(curve.score), -1, sizes.every).mean(axis=2)
     for number, values in enumerate(stretches.T, start=1):
-        add(number * sizes.every, "score", values)
-    kls = curve.kl[:, -sizes.every :].mean(axis=1)
-    add(sizes.steps, FINAL, stretches[:, -1])
-    add(sizes.steps, MEAN, curve.score.mean(axis=1))
-    add(sizes.steps, KL, kls)
-    for seed, (last, kl) in enumerate(zip(stretches[:, -1], kls, strict=True)):
-        rows.append(results.row(variant, seed, sizes.steps, FINAL, last))
-        rows.append(results.row(variant, seed, sizes.steps, KL, kl))
-    last = functools.partial(results.row, variant, results.ALL, sizes.steps)
-    rows.append(last("learning rate", measured.rates[task]))
-    rows.append(last("seconds, all lanes", measured.seconds))
+        for edge, value in interquartile(values).items():
+            step = number * sizes.every
+            rows.append(results.row(variant, results.ALL, step, f"score{edge}", value))
+    of_seeds = {
+        FINAL: stretches[:, -1],
+        MEAN: curve.score.mean(axis=1),
+        KL: curve.kl[:, -sizes.every :].mean(axis=1),
+    }
+    last = functools.partial(results.row, variant, step=sizes.steps)
+    for metric, values in of_seeds.items():
+        for edge, value in interquartile(values).items():
+            rows.append(last(seed=results.ALL, metric=metric + edge, value=value))
+        for seed, value in enumerate(values):
+            rows.append(last(seed=seed, metric=metric, value=value))
+    of_all = {"learning rate": measured.rates[task], "seconds, all lanes": measured.seconds}
     for rate, mean in zip(RATES, measured.sweep[task], strict=True):
-        rows.append(last(f"sweep: mean score at {rate:g}", mean))
+        of_all[f"sweep: mean score at {rate:g}"] = mean
+    for metric, value in of_all.items():
+        rows.append(last(seed=results.ALL, metric=metric, value=value))
     return rows
 
 
-def comparisons(found: dict[str, Measured], sizes: Sizes) -> list[results.Row]:
-    """Each method against those of AGAINST, in the final and in the mean score."""
-    num = len(TASKS) * (len(found) - 1)
-    rows = []
-    for other in AGAINST:
-        for name in found:
-            if name == other or other not in found:
+def comparisons(rows: list[results.Row]) -> list[results.Row]:
+    """Each method against those of AGAINST, in the final and in the mean score, by the rows of
+    single seeds.
+    """
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["seed"] != results.ALL:
+            values.setdefault((row["variant"], row["metric"]), []).append(row["value"])
+    variants = list(dict.fromkeys(variant for variant, _ in values))
+    num = max(len(variants) - len(TASKS), 1)
+    found = []
+    for variant in variants:
+        task, _, name = variant.partition(": ")
+        for other in AGAINST:
+            if name == other or f"{task}: {other}" not in variants:
                 continue
-            scores = {
-                FINAL: [finals(found[one], sizes) for one in (name, other)],
-                MEAN: [found[one].curves.score.mean(axis=2) for one in (name, other)],
-            }
-            for metric, (ours, theirs) in scores.items():
-                for task in range(len(TASKS)):
-                    variant = f"{TASKS[task]}: {name}"
-                    for edge, value in difference(ours[task], theirs[task], num).items():
-                        what = f"{metric} minus that of {other}{edge}"
-                        rows.append(results.row(variant, results.ALL, sizes.steps, what, value))
-    return rows
+            for metric in (FINAL, MEAN):
+                ours, theirs = (values[one, metric] for one in (variant, f"{task}: {other}"))
+                for edge, value in difference(np.array(ours), np.array(theirs), num).items():
+                    what = f"{metric} minus {other}'s{edge}"
+                    last = rows[-1]["step"]
+                    found.append(results.row(variant, results.ALL, last, what, value))
+    return found
 
 
 def rows_of_start(starts: Start, num_lanes: int) -> list[results.Row]:
@@ -342,36 +343,52 @@ def rows_of_start(starts: Start, num_lanes: int) -> list[results.Row]:
     return rows
 
 
-def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
-    """Trains each method on each task, and says what came out.
+def done_before(out: Path, sizes: Sizes) -> tuple[list[results.Row], float]:
+    """The rows and the seconds of an earlier call with these sizes; no comparisons."""
+    if not out.exists():
+        return [], 0.0
+    content = json.loads(out.read_text("utf-8"))
+    if content["sizes"] != sizes._asdict():
+        raise UserError(f"{out}: its results are of other sizes; give another --out")
+    rows = [row for row in content["rows"] if " minus " not in row["metric"]]
+    return rows, content["seconds"]
+
+
+def main(
+    out: Path,
+    methods: tuple[str, ...] = tuple(METHODS),
+    sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
+) -> None:
+    """Trains each method on each task, and says what came out. Methods that the file has are passed
+    over.
 
     Args:
-        out: a file for the results as a table.
+        out: the file of the results, a table; it grows with each method.
+        methods: which.
         sizes: of the experiment.
     """
-    started = time.monotonic()
+    rows, seconds = done_before(out, sizes)
+    started = time.monotonic() - seconds
     num_lanes = len(RATES) * sizes.sweep_seeds
     keys = jax.vmap(jax.random.key)(1000 + np.arange(num_lanes + sizes.sweep_seeds))
     starts = jax.jit(jax.vmap(functools.partial(begin, sizes=sizes)))(keys)
-    logger.info(f"first policies: {np.asarray(starts.score).mean(axis=0)}")
-    rows = rows_of_start(starts, num_lanes)
-    found = {}
-    for name in METHODS:
+    if not rows:
+        rows += rows_of_start(starts, num_lanes)
+    for name in methods:
+        if any(row["variant"] == f"{TASKS[0]}: {name}" for row in rows):
+            continue
         measured = measure(name, starts, sizes)
-        found[name] = measured
         for task in range(len(TASKS)):
             rows += rows_of(task, name, measured, sizes)
-        scores = finals(measured, sizes).mean(axis=1)
-        kls = measured.curves.kl[..., -1].mean(axis=1)
+        scores = measured.curves.score[..., -sizes.every :].mean(axis=(1, 2))
         logger.info(
-            f"{name}: {', '.join(TASKS)}: {scores.round(3)} at rates {measured.rates}, KL "
-            f"{kls.round(2)}, {measured.seconds:.0f} s, sweep {measured.sweep.round(3).tolist()}"
+            f"{name}: {', '.join(TASKS)}: {scores.round(3)} at rates {measured.rates}, "
+            f"{measured.seconds:.0f} s"
         )
-        if out is not None:
-            table = [*rows, *comparisons(found, sizes)]
-            command = "python experiments/algorithms.py --out algorithms.json"
-            seconds = time.monotonic() - started
-            results.write(out, command, seconds, table, sizes=sizes._asdict())
+        command = "python experiments/algorithms.py --out algorithms.json"
+        seconds = time.monotonic() - started
+        table = [*rows, *comparisons(rows)]
+        results.write(out, command, seconds, table, sizes=sizes._asdict())
 
 
 if __name__ == "__main__":

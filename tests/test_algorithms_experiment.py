@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import results
 import yaml
-from algorithms import FINAL, KL, LENGTH, MEAN, TASKS, Curve, Measured, Sizes
+from algorithms import FINAL, KL, MEAN, TASKS, Curve, Measured, Sizes
 from builders import ROOT
+
+from rlhf_jax.errors import UserError
 
 PRESETS = {
     "Dr. GRPO": "dr_grpo",
@@ -72,9 +74,9 @@ def test_methods_have_the_values_of_their_presets(name):
 
 
 def test_an_interquartile_mean_leaves_a_quarter_out_on_each_side():
-    found = algorithms.interquartile(np.array([0.0, 1, 2, 3, 4, 5, 6, 70]))
-    assert found[""] == 3.5
-    assert 1.0 < found[" low"] < 3.5 < found[" high"] < 70
+    found = algorithms.interquartile(np.array([0.0, 1, 2, 3, 4, 5, 6, 17, 18, 70]))
+    assert found[""] == pytest.approx(37 / 6)
+    assert 1.0 < found[" low"] < 37 / 6 < found[" high"] < 70
     assert algorithms.interquartile(np.full(8, 0.25)) == {"": 0.25, " low": 0.25, " high": 0.25}
 
 
@@ -106,26 +108,40 @@ def test_a_measurement_is_the_mean_of_its_steps():
 
 def test_each_method_is_compared_with_ppo_and_with_grpo():
     scores = np.tile(np.array([0.1, 0.2, 0.3, 0.4])[:, None], (2, 1, 4))
-    found = {
-        "PPO": measured(scores),
-        "GRPO": measured(scores + 0.1),
-        "GSPO": measured(scores + np.array([0, 0, 0.3, 0.3])),
+    of_methods = {
+        "PPO": scores,
+        "GRPO": scores + 0.1,
+        "GSPO": scores + np.array([0, 0, 0.3, 0.3]),
     }
-    rows = algorithms.comparisons(found, SIZES)
+    rows = []
+    for name, values in of_methods.items():
+        rows += algorithms.rows_of(0, name, measured(values), SIZES)
+        rows += algorithms.rows_of(1, name, measured(values), SIZES)
+    found = algorithms.comparisons(rows)
     name = "each letter: GSPO"
-    assert value_of(rows, name, f"{FINAL} minus that of PPO", 4) == pytest.approx(0.3)
-    assert value_of(rows, name, f"{MEAN} minus that of GRPO", 4) == pytest.approx(0.05)
-    assert value_of(rows, "each letter: PPO", f"{FINAL} minus that of GRPO", 4) == -0.1
-    assert {row["variant"] for row in rows if "minus that of GRPO" in row["metric"]} == {
+    assert value_of(found, name, f"{FINAL} minus PPO's", 4) == pytest.approx(0.3)
+    assert value_of(found, name, f"{MEAN} minus GRPO's", 4) == pytest.approx(0.05)
+    assert value_of(found, "each letter: PPO", f"{FINAL} minus GRPO's", 4) == -0.1
+    assert {row["variant"] for row in found if "minus GRPO's" in row["metric"]} == {
         f"{task}: {name}" for task in TASKS for name in ("PPO", "GSPO")
     }
 
 
-@pytest.mark.slow
-def test_the_short_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(algorithms, "METHODS", {"PPO": algorithms.METHODS["PPO"]})
+def test_a_second_call_goes_on_with_what_the_file_has(tmp_path):
     out = tmp_path / "algorithms.json"
-    algorithms.main(out, SIZES)
+    assert algorithms.done_before(out, SIZES) == ([], 0.0)
+    kept = results.row("each letter: PPO", 0, 4, FINAL, 0.5)
+    compared = results.row("each letter: PPO", results.ALL, 4, f"{FINAL} minus GRPO's", 0.1)
+    results.write(out, "a command", 7.4, [kept, compared], sizes=SIZES._asdict())
+    assert algorithms.done_before(out, SIZES) == ([kept], 7)
+    with pytest.raises(UserError, match="other sizes"):
+        algorithms.done_before(out, SIZES._replace(steps=6))
+
+
+@pytest.mark.slow
+def test_the_short_form(tmp_path):
+    out = tmp_path / "algorithms.json"
+    algorithms.main(out, ("PPO",), SIZES)
     rows = json.loads(out.read_text("utf-8"))["rows"]
     assert {row["variant"] for row in rows} == {
         f"{task}: {name}" for task in TASKS for name in ("PPO", "first policy", "best of 8")
@@ -139,4 +155,3 @@ def test_the_short_form(tmp_path, monkeypatch):
     assert value_of(rows, "whole word: PPO", FINAL, 4) <= value_of(
         rows, "each letter: PPO", FINAL, 4
     )
-    assert LENGTH == 4
