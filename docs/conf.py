@@ -100,7 +100,8 @@ class Results(Directive):
     a metric that takes the place of the steps. With ``columns``, metrics with ``|`` between them: a
     table with a line for each variant, of its last step. Without both: a table of all metrics.
 
-    ``variants`` are patterns of the names to show, with ``|`` between them.
+    ``variants`` are patterns of the names to show, with ``|`` between them; those like ``dashed``
+    have dashed lines in the colours of the others.
     """
 
     required_arguments = 1
@@ -109,6 +110,7 @@ class Results(Directive):
         "x": directives.unchanged_required,
         "columns": directives.unchanged_required,
         "variants": directives.unchanged_required,
+        "dashed": directives.unchanged_required,
         "only-figure": directives.flag,
     }
 
@@ -163,8 +165,13 @@ class Results(Directive):
             ]
             has_band = None not in found[1] + found[2]
             places = steps if x is None else [values[name, step, x] for step in steps]
+            is_dashed = fnmatch.fnmatchcase(name, self.options.get("dashed", ""))
+            color = sum(one.style == is_dashed for one in series.values())
             series[_short(name, names)] = figures.Series(
-                places, *(found if has_band else found[:1])
+                places,
+                *(found if has_band else found[:1]),
+                color=color,
+                style=int(is_dashed),
             )
             for place, value, low, high in zip(places, *found, strict=True):
                 band = f"{low:.3g} to {high:.3g}" if has_band else ""

@@ -55,6 +55,7 @@ MEMBERS = 3
 COMPARISONS = (64, 256, 1024, 4096)
 OF_ENSEMBLES = 256
 WRONG = (0.0, 0.25)
+SHOWN = 15  # points of a curve
 VALIDATION = 256  # comparisons at most, a quarter of those of a proxy
 
 
@@ -298,7 +299,9 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
     """A curve over sqrt(KL), where it is highest, and its fit."""
     distance = np.sqrt(np.maximum(curve.kl, 0))
     rows = []
-    for number, step in enumerate(steps):
+    stride = max(len(steps) // SHOWN, 1)
+    for number in range(stride - 1, len(steps), stride):
+        step = steps[number]
         for name, values in (("gold", curve.gold), ("proxy", curve.proxy)):
             rows.append(results.row(f"{variant}, {name}", seed, step, "reward", values[number]))
             rows.append(results.row(f"{variant}, {name}", seed, step, "sqrt(KL)", distance[number]))
@@ -341,9 +344,9 @@ class Run(NamedTuple):
     @property
     def variant(self) -> str:
         if self.how == "one" and not self.wrong:
-            return f"RL, {self.comparisons} comparisons"
+            return f"RL: {self.comparisons} comparisons"
         labels = "a quarter wrong" if self.wrong else "all labels"
-        return f"{labels}, {self.how}"
+        return f"{labels}: {self.how}"
 
 
 def runs_of(num_seeds: int) -> list[Run]:
@@ -374,7 +377,7 @@ def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[res
             continue
         found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
         curve = Curve(*np.array(found).T, kls)
-        variant = f"best of n, {lane.comparisons} comparisons"
+        variant = f"best of n: {lane.comparisons} comparisons"
         rows += curve_rows(variant, lane.seed, numbers, curve)
         rank = scipy.stats.spearmanr(gold[lane.seed], of_lane).statistic
         rows.append(results.row(variant, lane.seed, numbers[-1], "rank correlation", rank))
@@ -421,7 +424,20 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     if out is not None:
         command = "python experiments/overoptimisation.py --out overoptimisation.json"
         seconds = time.monotonic() - started
-        results.write(out, command, seconds, means, sizes=sizes._asdict())
+        results.write(out, command, seconds, shown(means), sizes=sizes._asdict())
+
+
+def shown(means: list[results.Row]) -> list[results.Row]:
+    """What the page needs: of ensembles the gold reward alone, of a distance no interval."""
+    found = []
+    for row in means:
+        is_ensemble = row["variant"].startswith(("all labels", "a quarter"))
+        if is_ensemble and row["variant"].endswith("proxy"):
+            continue
+        if row["metric"] in [f"sqrt(KL){edge}" for edge in results.EDGES]:
+            continue
+        found.append(row)
+    return found
 
 
 if __name__ == "__main__":

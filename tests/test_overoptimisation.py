@@ -43,9 +43,9 @@ def test_fits_find_the_curves_they_are_of():
 
 def test_a_curve_says_where_gold_is_highest_and_how_far_it_falls():
     curve = Curve(np.array([0.1, 0.9, 0.4]), np.array([0.2, 1.0, 2.0]), np.array([0.25, 1.0, 4.0]))
-    rows = overoptimisation.curve_rows("RL, 64 comparisons", 3, [5, 10, 15], curve)
+    rows = overoptimisation.curve_rows("RL: 64 comparisons", 3, [5, 10, 15], curve)
     found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
-    name = "RL, 64 comparisons"
+    name = "RL: 64 comparisons"
     assert found[name, 15, "highest gold"] == 0.9
     assert found[name, 15, "sqrt(KL) there"] == 1.0
     assert found[name, 15, "fall of gold"] == 0.5
@@ -66,7 +66,7 @@ def test_all_policies_have_their_proxies():
     for run in runs:
         members = [0] if run.how == "one" else range(overoptimisation.MEMBERS)
         assert {Lane(run.seed, run.comparisons, run.wrong, one) for one in members} <= set(lanes)
-    assert Run(0, 256, 0.25, "one").variant == "a quarter wrong, one"
+    assert Run(0, 256, 0.25, "one").variant == "a quarter wrong: one"
     assert {run.how for run in runs} == set(HOW)
 
 
@@ -79,8 +79,8 @@ def test_the_short_form(tmp_path):
     assert all(row["seed"] == results.ALL and np.isfinite(row["value"]) for row in rows)
     found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
     for num in COMPARISONS:
-        name = f"best of n, {num} comparisons"
+        name = f"best of n: {num} comparisons"
         proxies = [found[f"{name}, proxy", n, "reward"] for n in (2, 4, 8, 16)]
         assert proxies == sorted(proxies)  # more answers to choose from
         assert found[name, 16, "sqrt(KL) at the end"] == pytest.approx(1.354, abs=1e-3)
-        assert f"RL, {num} comparisons" in {variant for variant, _, _ in found}
+        assert f"RL: {num} comparisons" in {variant for variant, _, _ in found}
