@@ -77,15 +77,42 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "RLOO": (rloo, rloo.Config(**GROUPED)),
     "REINFORCE++": (
         rloo,
-        rloo.Config(**PASSES, group_size=1, baseline="global", aggregate="sequence"),
+        rloo.Config(
+            **PASSES,
+            group_size=1,
+            baseline="global",
+            aggregate="sequence",
+        ),
     ),
     "GRPO": (grpo, grpo.Config(**OF_GRPO)),
-    "Dr. GRPO": (grpo, grpo.Config(**OF_GRPO, scale=False, aggregate="fixed", length=LENGTH)),
+    "Dr. GRPO": (
+        grpo,
+        grpo.Config(
+            **OF_GRPO,
+            scale=False,
+            aggregate="fixed",
+            length=LENGTH,
+        ),
+    ),
     "DAPO": (grpo, grpo.Config(**OF_GRPO, aggregate="token", clip_high=0.28)),
-    "GSPO": (grpo, grpo.Config(**OF_GRPO, ratio="sequence", clip_low=3e-4, clip_high=4e-4)),
+    "GSPO": (
+        grpo,
+        grpo.Config(
+            **OF_GRPO,
+            ratio="sequence",
+            clip_low=3e-4,
+            clip_high=4e-4,
+        ),
+    ),
     "CISPO": (
         grpo,
-        grpo.Config(**OF_GRPO, aggregate="token", surrogate="cispo", clip_low=1.0, clip_high=4.0),
+        grpo.Config(
+            **OF_GRPO,
+            aggregate="token",
+            surrogate="cispo",
+            clip_low=1.0,
+            clip_high=4.0,
+        ),
     ),
     "SAPO": (grpo, grpo.Config(**OF_GRPO, surrogate="sapo")),
     "VESPO": (
@@ -119,7 +146,12 @@ FULL = Sizes()
 
 def words(key: Array, num: int, held_out: bool) -> Array:
     """Words [num, LENGTH]. Held out are those whose letters add up to a multiple of four."""
-    free = jax.random.randint(key, (num, LENGTH), 0, LETTERS)
+    free = jax.random.randint(
+        key,
+        (num, LENGTH),
+        0,
+        LETTERS,
+    )
     rest = jnp.sum(free[:, 1:], axis=1)
     added = jnp.zeros((num,), jnp.int32) if held_out else 1 + free[:, 0] % 3
     first = (added - rest) % 4 + 4 * (free[:, 0] // 4)
@@ -163,7 +195,14 @@ def begin(key: Array, sizes: Sizes) -> Start:
     word_key, answer_key = jax.random.split(sample_key)
     asked = jnp.repeat(words(word_key, 8 * sizes.held_out, held_out=True), BEST_OF, axis=0)
     ones = jnp.ones_like(asked)
-    said = sampling.generate(MODEL, state.params, asked, ones, answer_key, config=SAMPLER)
+    said = sampling.generate(
+        MODEL,
+        state.params,
+        asked,
+        ones,
+        answer_key,
+        config=SAMPLER,
+    )
     scores = jnp.stack([score(said.tokens, whole) for whole in (False, True)])
     best = jnp.max(scores.reshape(len(TASKS), -1, BEST_OF), axis=2)
     return Start(state.params, jnp.mean(scores, axis=1), jnp.mean(best, axis=1))
@@ -203,7 +242,12 @@ def trainer(name: str, sizes: Sizes) -> Callable[[Params, Array, Array, Array], 
             batch = batch.replace(scores=score(batch.tokens, whole))
             lesson = jax.tree.map(lambda x: x[: sizes.batch_size], batch)
             exam = jax.tree.map(lambda x: x[sizes.batch_size :], batch)
-            of_start = POLICY_FN(start, exam.tokens, exam.attention_mask, None)
+            of_start = POLICY_FN(
+                start,
+                exam.tokens,
+                exam.attention_mask,
+                None,
+            )
             kl = ops.response_sums(ops.kl(exam.log_probs, of_start.log_probs), exam)
             lesson = lesson.replace(rewards=rewards.kl_shaped(lesson, 0.0))
             state, _ = algorithm.update(
@@ -242,7 +286,14 @@ def measure(name: str, starts: Start, sizes: Sizes) -> Measured:
         lanes = np.tile(seeds, len(TASKS))
         params = jax.tree.map(lambda x: x[lanes], starts.params)
         keys = jax.vmap(jax.random.key)(lanes)
-        curves = jax.device_get(many(params, keys, np.float32(rates.ravel()), both))
+        curves = jax.device_get(
+            many(
+                params,
+                keys,
+                np.float32(rates.ravel()),
+                both,
+            )
+        )
         return Curve(*(x.reshape(len(TASKS), num_lanes, -1) for x in curves))
 
     sweep_seeds = num_lanes + np.tile(np.arange(sizes.sweep_seeds), len(RATES))
@@ -252,7 +303,12 @@ def measure(name: str, starts: Start, sizes: Sizes) -> Measured:
     chosen = [RATES[number] for number in means.argmax(axis=1)]
     began = time.monotonic()
     curves = run(np.arange(num_lanes), np.repeat(np.array(chosen)[:, None], num_lanes, axis=1))
-    return Measured(curves, chosen, means, time.monotonic() - began)
+    return Measured(
+        curves,
+        chosen,
+        means,
+        time.monotonic() - began,
+    )
 
 
 def interquartile(values: np.ndarray) -> dict[str, float]:
@@ -286,7 +342,15 @@ def rows_of(task: int, name: str, measured: Measured, sizes: Sizes) -> list[resu
     for number, values in enumerate(stretches.T, start=1):
         for edge, value in interquartile(values).items():
             step = number * sizes.every
-            rows.append(results.row(variant, results.ALL, step, f"score{edge}", value))
+            rows.append(
+                results.row(
+                    variant,
+                    results.ALL,
+                    step,
+                    f"score{edge}",
+                    value,
+                )
+            )
     of_seeds = {
         FINAL: stretches[:, -1],
         MEAN: curve.score.mean(axis=1),
@@ -327,7 +391,15 @@ def comparisons(rows: list[results.Row]) -> list[results.Row]:
                 for edge, value in difference(np.array(ours), np.array(theirs), num).items():
                     what = f"{metric} minus {other}'s{edge}"
                     last = rows[-1]["step"]
-                    found.append(results.row(variant, results.ALL, last, what, value))
+                    found.append(
+                        results.row(
+                            variant,
+                            results.ALL,
+                            last,
+                            what,
+                            value,
+                        )
+                    )
     return found
 
 
@@ -339,7 +411,15 @@ def rows_of_start(starts: Start, num_lanes: int) -> list[results.Row]:
         for task, values in zip(TASKS, np.asarray(scores)[:num_lanes].T, strict=True):
             for edge, value in interquartile(values).items():
                 variant = f"{task}: {name}"
-                rows.append(results.row(variant, results.ALL, 0, FINAL + edge, value))
+                rows.append(
+                    results.row(
+                        variant,
+                        results.ALL,
+                        0,
+                        FINAL + edge,
+                        value,
+                    )
+                )
     return rows
 
 
@@ -379,7 +459,12 @@ def main(
             continue
         measured = measure(name, starts, sizes)
         for task in range(len(TASKS)):
-            rows += rows_of(task, name, measured, sizes)
+            rows += rows_of(
+                task,
+                name,
+                measured,
+                sizes,
+            )
         scores = measured.curves.score[..., -sizes.every :].mean(axis=(1, 2))
         logger.info(
             f"{name}: {', '.join(TASKS)}: {scores.round(3)} at rates {measured.rates}, "
@@ -388,7 +473,13 @@ def main(
         command = "python experiments/algorithms.py --out algorithms.json"
         seconds = time.monotonic() - started
         table = [*rows, *comparisons(rows)]
-        results.write(out, command, seconds, table, sizes=sizes._asdict())
+        results.write(
+            out,
+            command,
+            seconds,
+            table,
+            sizes=sizes._asdict(),
+        )
 
 
 if __name__ == "__main__":

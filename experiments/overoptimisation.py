@@ -18,7 +18,7 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,17 @@ from rlhf_jax import (
     sampling,
 )
 from rlhf_jax.errors import logger
+from rlhf_jax.rewards import EnsembleMethod
 from rlhf_jax.rewards.functions import combined
 from rlhf_jax.types import Params
 
+Tree = TypeVar("Tree")
 VOCABULARY = 16
 LENGTH = 12  # tokens of an answer; the prompt is the token 0
 ENOUGH = 2  # times that a token may be said
 SAMPLER = sampling.SamplingConfig(LENGTH, eos_id=None, pad_id=VOCABULARY)
-HOW = ("one", "mean", "min", "uncertainty")  # of an ensemble, which member or what of all
+OF_ALL: tuple[EnsembleMethod, ...] = ("mean", "min", "uncertainty")
+HOW = ("one", *OF_ALL)  # of an ensemble, which member or what of all
 MEMBERS = 3
 COMPARISONS = (64, 256, 1024, 4096)
 OF_ENSEMBLES = 256
@@ -133,7 +136,14 @@ def sampled(params: Params, num: int, key: Array) -> Array:
     """Answers [num, T]."""
     prompts = jnp.zeros((num, 1), jnp.int32)
     ones = jnp.ones_like(prompts)
-    return sampling.generate(POLICY, params, prompts, ones, key, config=SAMPLER).tokens
+    return sampling.generate(
+        POLICY,
+        params,
+        prompts,
+        ones,
+        key,
+        config=SAMPLER,
+    ).tokens
 
 
 def make_world(key: Array, sizes: Sizes) -> World:
@@ -152,7 +162,16 @@ def make_world(key: Array, sizes: Sizes) -> World:
     best = is_second.astype(jnp.int32)
     pairs = answers[:num_compared].reshape(len(best), 2, -1)
     pool = answers[num_compared:]
-    return World(start, values, mean, sd, pool, scores[num_compared:], pairs, best)
+    return World(
+        start,
+        values,
+        mean,
+        sd,
+        pool,
+        scores[num_compared:],
+        pairs,
+        best,
+    )
 
 
 class Lane(NamedTuple):
@@ -188,10 +207,20 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
     def batch_of(rows: Array) -> Comparisons:
         tokens = world.pairs[rows]
         ones = jnp.ones_like(tokens)
-        return Comparisons(tokens, ones, ones.at[..., 0].set(0), best[rows])
+        return Comparisons(
+            tokens,
+            ones,
+            ones.at[..., 0].set(0),
+            best[rows],
+        )
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, None]:
-        rows = jax.random.randint(key, (sizes.proxy_batch,), 0, num_train)
+        rows = jax.random.randint(
+            key,
+            (sizes.proxy_batch,),
+            0,
+            num_train,
+        )
         batch = batch_of(rows)
         state, _ = reward_model.update(
             state, batch, None, score_fn=PROXY_FN, optimizer=optimizer, config=config
@@ -204,7 +233,13 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
         state, params, lowest = kept
         state, _ = jax.lax.scan(step, state, keys)
         batch = batch_of(held_out)
-        loss, _ = reward_model.loss(state.params, batch, None, score_fn=PROXY_FN, config=config)
+        loss, _ = reward_model.loss(
+            state.params,
+            batch,
+            None,
+            score_fn=PROXY_FN,
+            config=config,
+        )
         is_lower = loss.value < lowest
         params = jax.tree.map(functools.partial(jnp.where, is_lower), state.params, params)
         return (state, params, jnp.minimum(loss.value, lowest)), None
@@ -235,7 +270,7 @@ def train_policy(world: World, proxies: Proxy, how: Array, key: Array, sizes: Si
             proxies.params, batch.tokens, batch.attention_mask
         )
         scores = scores - proxies.shift[:, None]
-        ensembles = [combined(name, scores, coef=1.0) for name in ("mean", "min", "uncertainty")]
+        ensembles = [combined(name, scores, coef=1.0) for name in OF_ALL]
         return jnp.stack([scores[0], *ensembles])[how]
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, Curve]:
@@ -303,8 +338,24 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
     for number in range(stride - 1, len(steps), stride):
         step = steps[number]
         for name, values in (("gold", curve.gold), ("proxy", curve.proxy)):
-            rows.append(results.row(f"{variant}, {name}", seed, step, "reward", values[number]))
-            rows.append(results.row(f"{variant}, {name}", seed, step, "sqrt(KL)", distance[number]))
+            rows.append(
+                results.row(
+                    f"{variant}, {name}",
+                    seed,
+                    step,
+                    "reward",
+                    values[number],
+                )
+            )
+            rows.append(
+                results.row(
+                    f"{variant}, {name}",
+                    seed,
+                    step,
+                    "sqrt(KL)",
+                    distance[number],
+                )
+            )
     is_moved = distance > 0.2  # before, the KL is noise
     alpha, beta = fitted(distance[is_moved], curve.gold[is_moved], not variant.startswith("best"))
     highest = int(np.argmax(curve.gold))
@@ -318,7 +369,16 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
         "proxy at the end": curve.proxy[-1],
         "sqrt(KL) at the end": distance[-1],
     }
-    rows += [results.row(variant, seed, steps[-1], name, value) for name, value in found.items()]
+    rows += [
+        results.row(
+            variant,
+            seed,
+            steps[-1],
+            name,
+            value,
+        )
+        for name, value in found.items()
+    ]
     return rows
 
 
@@ -326,9 +386,24 @@ def lanes_of(num_seeds: int) -> list[Lane]:
     """All proxies."""
     lanes = set()
     for seed in range(num_seeds):
-        lanes |= {Lane(seed, num, 0.0, 0) for num in COMPARISONS}
         lanes |= {
-            Lane(seed, OF_ENSEMBLES, wrong, member) for wrong in WRONG for member in range(MEMBERS)
+            Lane(
+                seed,
+                num,
+                0.0,
+                0,
+            )
+            for num in COMPARISONS
+        }
+        lanes |= {
+            Lane(
+                seed,
+                OF_ENSEMBLES,
+                wrong,
+                member,
+            )
+            for wrong in WRONG
+            for member in range(MEMBERS)
         }
     return sorted(lanes)
 
@@ -353,15 +428,33 @@ def runs_of(num_seeds: int) -> list[Run]:
     """All policies."""
     runs = []
     for seed in range(num_seeds):
-        runs += [Run(seed, num, 0.0, "one") for num in COMPARISONS]
+        runs += [
+            Run(
+                seed,
+                num,
+                0.0,
+                "one",
+            )
+            for num in COMPARISONS
+        ]
         for wrong in WRONG:
-            runs += [Run(seed, OF_ENSEMBLES, wrong, how) for how in HOW if wrong or how != "one"]
+            runs += [
+                Run(
+                    seed,
+                    OF_ENSEMBLES,
+                    wrong,
+                    how,
+                )
+                for how in HOW
+                if wrong or how != "one"
+            ]
     return runs
 
 
-def take(tree: NamedTuple, index: np.ndarray) -> NamedTuple:
+def take(tree: Tree, index: np.ndarray) -> Tree:
     """The rows of all arrays."""
-    return jax.tree.map(lambda x: x[index], tree)
+    taken: Tree = jax.tree.map(lambda x: x[index], tree)
+    return taken
 
 
 def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[results.Row]:
@@ -378,9 +471,22 @@ def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[res
         found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
         curve = Curve(*np.array(found).T, kls)
         variant = f"best of n: {lane.comparisons} comparisons"
-        rows += curve_rows(variant, lane.seed, numbers, curve)
+        rows += curve_rows(
+            variant,
+            lane.seed,
+            numbers,
+            curve,
+        )
         rank = scipy.stats.spearmanr(gold[lane.seed], of_lane).statistic
-        rows.append(results.row(variant, lane.seed, numbers[-1], "rank correlation", rank))
+        rows.append(
+            results.row(
+                variant,
+                lane.seed,
+                numbers[-1],
+                "rank correlation",
+                rank,
+            )
+        )
     return rows
 
 
@@ -399,24 +505,49 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     seeds, nums, wrong, members = map(np.array, zip(*lanes, strict=True))
     proxy_keys = jax.vmap(jax.random.key)(1000 + 10 * seeds + members)
     train = jax.jit(jax.vmap(functools.partial(train_proxy, sizes=sizes)))
-    proxies = train(take(worlds, seeds), nums, wrong, proxy_keys)
+    proxies = train(
+        take(worlds, seeds),
+        nums,
+        wrong,
+        proxy_keys,
+    )
     rows = best_of_n_rows(lanes, worlds, proxies)
 
     runs = runs_of(sizes.seeds)
     members_of = []
     for run in runs:
         asked = [0] * MEMBERS if run.how == "one" else range(MEMBERS)
-        of_run = [lanes.index(Lane(run.seed, run.comparisons, run.wrong, one)) for one in asked]
+        of_run = [
+            lanes.index(
+                Lane(
+                    run.seed,
+                    run.comparisons,
+                    run.wrong,
+                    one,
+                )
+            )
+            for one in asked
+        ]
         members_of.append(of_run)
     seeds = np.array([run.seed for run in runs])
     how = np.array([HOW.index(run.how) for run in runs])
     policy_keys = jax.vmap(jax.random.key)(2000 + seeds)
     learn = jax.jit(jax.vmap(functools.partial(train_policy, sizes=sizes)))
-    curves = learn(take(worlds, seeds), take(proxies, np.array(members_of)), how, policy_keys)
+    curves = learn(
+        take(worlds, seeds),
+        take(proxies, np.array(members_of)),
+        how,
+        policy_keys,
+    )
     steps = list(range(sizes.every, sizes.steps + 1, sizes.every))
     for number, run in enumerate(runs):
-        curve = jax.tree.map(lambda x, number=number: np.asarray(x[number]), curves)
-        rows += curve_rows(run.variant, run.seed, steps, curve)
+        curve = Curve(*(np.asarray(values[number]) for values in curves))
+        rows += curve_rows(
+            run.variant,
+            run.seed,
+            steps,
+            curve,
+        )
     means = results.over_seeds(rows)
     for row in means:
         if row["metric"] in ("fall of gold", "fall of gold low", "sqrt(KL) there"):
@@ -424,7 +555,13 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     if out is not None:
         command = "python experiments/overoptimisation.py --out overoptimisation.json"
         seconds = time.monotonic() - started
-        results.write(out, command, seconds, shown(means), sizes=sizes._asdict())
+        results.write(
+            out,
+            command,
+            seconds,
+            shown(means),
+            sizes=sizes._asdict(),
+        )
 
 
 def shown(means: list[results.Row]) -> list[results.Row]:
