@@ -5,6 +5,7 @@ short form of the whole.
 import itertools
 import json
 
+import jax
 import numpy as np
 import overoptimisation
 import pytest
@@ -70,7 +71,16 @@ def test_all_policies_have_their_proxies():
     assert {run.how for run in runs} == set(HOW)
 
 
+@pytest.fixture
+def compiles_fast():
+    """XLA takes less time to compile, and its programs more to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiles_fast")
 def test_the_short_form(tmp_path):
     sizes = Sizes(seeds=2, pool=128, proxy_steps=10, proxy_batch=8, steps=4, batch_size=16, every=2)
     out = tmp_path / "overoptimisation.json"
