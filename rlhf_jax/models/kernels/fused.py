@@ -65,6 +65,7 @@ def attention(
     key: Array,
     value: Array,
     documents: Array,
+    lengths: Array | None = None,
     *,
     name: str,
     window: int | None,
@@ -76,6 +77,7 @@ def attention(
         query: [B, H, G, T, Dh], times the scale; key, value: [B, H, T, Dh].
         documents: [B, T] as ``attention_mask``. A pad attends to other pads; its result has no
             meaning.
+        lengths: [B] as in ``Seen``; cuDNN then reads no mask. A pad's result is 0.
         name: "splash" (Pallas, on TPU) or "cudnn" (bfloat16, on GPU; its mask is [B, 1, T, T] in
             bfloat16).
         window: as in ``seen_in_text``.
@@ -90,10 +92,37 @@ def attention(
 
     query = padded(query.reshape(shape[0], -1, *shape[3:]))
     documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
-    kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
+    of_rows = documents
+    attend = _splash if name == "splash" else _cudnn
+    if lengths is not None and name == "cudnn":
+        of_rows = lengths
+        attend = _cudnn_of_lengths
+    kernel = functools.partial(attend, window=window)
     arrays = (query, padded(key), padded(value))
-    mixed = on_each_device(kernel, key.shape[1], arrays, documents)
+    mixed = on_each_device(kernel, key.shape[1], arrays, of_rows)
     return mixed[:, :, :length].reshape(shape)
+
+
+@jax.custom_vjp
+def turned(x: Array, by: Array) -> Array:
+    """Rows [B, T, ...] turned to the left by ``by`` [B] columns: what leaves in front follows at
+    the end. Its gradient is turned back, where XLA would add up numbers at computed places.
+    """
+    length = x.shape[1]
+    columns = (jnp.arange(length)[None] + by[:, None]) % length
+    further = (1,) * (x.ndim - 2)
+    return jnp.take_along_axis(x, columns.reshape(*columns.shape, *further), axis=1)
+
+
+def _turned_forward(x: Array, by: Array) -> tuple[Array, Array]:
+    return turned(x, by), by
+
+
+def _turned_backward(by: Array, grad: Array) -> tuple[Array, None]:
+    return turned(grad, -by), None
+
+
+turned.defvjp(_turned_forward, _turned_backward)
 
 
 def on_each_device(
@@ -178,6 +207,28 @@ def _cudnn(
         mask=_visible(documents),
         scale=1.0,
         is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def _cudnn_of_lengths(
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array,
+    *,
+    window: int | None,
+) -> Array:
+    mixed: Array = jax.nn.dot_product_attention(
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        scale=1.0,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
