@@ -235,6 +235,67 @@ def _cudnn_of_lengths(
     return mixed.swapaxes(1, 2)
 
 
+def of_groups(
+    query: Array,
+    prompt: tuple[Array, Array],
+    own: tuple[Array, Array],
+    mask: Array,
+) -> Array:
+    """Attention of the responses of groups to their prompt and to themselves, by cuDNN.
+
+    It reads a copy of the prompt's keys and values for each response. They are small beside the
+    scores of plain products, which are read and written in memory: shared prompts took 801 GB in
+    an update where rows by themselves take 656 (benchmarks/shared_prompts.py).
+
+    Args:
+        query: [N, H, G, g, R, Dh], times the scale: g queries share a head of keys.
+        prompt: keys and values of the prompts, [N, H, P, Dh] each.
+        own: keys and values of the responses, [N, H, G, R, Dh] each.
+        mask: [N, G, R, P + R] bool: the keys that a query attends to.
+
+    Returns:
+        [N, H, G, g, R, Dh].
+    """
+    return on_each_device(_cudnn_of_groups, query.shape[1], (query, *prompt, *own), mask)
+
+
+def _cudnn_of_groups(
+    query: Array,
+    prompt_key: Array,
+    prompt_value: Array,
+    own_key: Array,
+    own_value: Array,
+    mask: Array,
+) -> Array:
+    groups, heads, size, shared, length, width = query.shape
+    num_keys = mask.shape[3]
+    # Of a kernel with a mask cuDNN wants even numbers of queries and of keys.
+    columns = (0, length % 2)
+    of_keys = (0, num_keys % 2)
+    none = (0, 0)
+
+    def of_rows(prompt: Array, own: Array) -> Array:
+        """[N G, P + R, H, Dh]."""
+        copied = (groups, heads, size, *prompt.shape[2:])
+        copies = jnp.broadcast_to(prompt[:, :, None], copied)
+        both = jnp.concatenate([copies, own], axis=3)
+        by_row = both.transpose(0, 2, 3, 1, 4).reshape(-1, num_keys, heads, width)
+        return jnp.pad(by_row, (none, of_keys, none, none))
+
+    by_row = query.transpose(0, 2, 4, 1, 3, 5).reshape(-1, length, heads * shared, width)
+    masks = mask.reshape(-1, 1, length, num_keys)
+    mixed = jax.nn.dot_product_attention(
+        jnp.pad(by_row, (none, columns, none, none)),
+        of_rows(prompt_key, own_key),
+        of_rows(prompt_value, own_value),
+        mask=jnp.pad(masks, (none, none, columns, of_keys)),
+        scale=1.0,
+        implementation="cudnn",
+    )
+    of_queries = mixed[:, :length].reshape(groups, size, length, heads, shared, width)
+    return of_queries.transpose(0, 3, 1, 4, 2, 5)
+
+
 def _visible(documents: Array) -> Array:
     """[B, 1, T, T] bool: whether two tokens are of one document."""
     is_own = documents[:, :, None] == documents[:, None, :]

@@ -20,6 +20,7 @@ from rlhf_jax.models import attention
 from rlhf_jax.models.attention import MASKED, Columns, Seen, pick
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
+from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.cache import LayerCache
 
 
@@ -167,12 +168,13 @@ def seen(
 
 
 def implementation(config: TransformerConfig, length: int) -> str:
-    """How responses attend: "xla", or "blockwise" where the config names any other form, or for
-    "auto" where rows are long.
+    """How responses attend: "xla" or "cudnn", or "blockwise" where the config names any other form.
+    For "auto" rows that are not long take "xla".
     """
-    if config.attention == "auto":
-        return "xla" if length < attention.LONG else "blockwise"
-    return "xla" if config.attention == "xla" else "blockwise"
+    name = config.attention
+    if name == "auto":
+        name = "xla" if length < attention.LONG else fused.fastest(config)
+    return name if name in ("xla", "cudnn") else "blockwise"
 
 
 def masks_at(seen: SeenInGroups, columns: Array) -> tuple[Array, Array]:
@@ -225,10 +227,24 @@ def mix(
     by_row = of_each(own_query, seen)
     rows = by_row.swapaxes(2, 3)  # [N, H, G, g, R, Dh]
     own = (of_each(own_key, seen), of_each(own_value, seen))
-    responses = of_responses(rows, (key, value), own, seen)
+    length = num_prompt + seen.real.shape[2]
+    if implementation(config, length) == "cudnn":
+        responses = fused.of_groups(rows, (key, value), own, mask_of_rows(seen))
+    else:
+        responses = of_responses(rows, (key, value), own, seen)
     flat = responses.swapaxes(2, 3).reshape(own_query.shape)
     mixed = jnp.concatenate([prompt, flat], axis=3)
     return pick(mixed, columns, axis=3) if isinstance(columns, Array) else mixed
+
+
+def mask_of_rows(seen: SeenInGroups) -> Array:
+    """[N, G, R, P + R] bool: whether a response's query attends to a key of its row."""
+    columns = jnp.arange(seen.real.shape[2])
+    to_prompt, to_own = masks_at(seen, columns) if seen.masks is None else seen.masks
+    own = to_own[:, 0, :, 0]
+    copied = (*own.shape[:3], to_prompt.shape[-1])
+    of_prompt = jnp.broadcast_to(to_prompt[:, 0], copied)
+    return jnp.concatenate([of_prompt, own], axis=3)
 
 
 def of_each(x: Array, seen: SeenInGroups) -> Array:
