@@ -120,7 +120,7 @@ def policy_fn(
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
     shared = shared_by(group_size, prompt_length, num_answers)
-    arranged = partial(_arranged, shared, one_text)
+    states = partial(_states, shared, one_text)
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
@@ -149,12 +149,11 @@ def policy_fn(
         if num_answers:
             before = answers(attention_mask, num_answers).previous[:, first:]
         rows = (tokens, attention_mask)
-        hidden = model.hidden(body, *rows, policy_key, before, **arranged(model))
+        hidden = states(model, body, *rows, policy_key, before)
         columns = [tokens[:, first:], hidden]
         compare = None
         if teacher is not None and teacher_params is not None:
-            theirs = arranged(teacher.model)
-            of_teacher = teacher.model.hidden(teacher_params, *rows, None, before, **theirs)
+            of_teacher = states(teacher.model, teacher_params, *rows, None, before)
             columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
         of_chunk: Callable[..., PolicyOutput] = partial(
@@ -167,8 +166,7 @@ def policy_fn(
         critic = params
         if value_model is not None:
             critic = params["value"]
-            theirs = arranged(value_model)
-            hidden = value_model.hidden(critic, *rows, value_key, before, **theirs)
+            hidden = states(value_model, critic, *rows, value_key, before)
         if value_model is not None or model.values is not None or "value" in params:
             output = output._replace(values=_values(value_model or model, critic, hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
@@ -198,11 +196,17 @@ def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str
     return {"groups": Groups(prompt_length, group_size)}
 
 
-def _arranged(shared: dict[str, Any], one_text: bool, model: Model) -> dict[str, Any]:
-    """The arguments of ``model.hidden`` that say how rows share prompts, or hold one text each."""
+def _states(
+    shared: dict[str, Any],
+    one_text: bool,
+    model: Model,
+    params: Params,
+    *rows: Any,
+) -> Array:
+    """``model.hidden`` of rows that share prompts, or hold one text each."""
     if one_text and not shared and model.takes_groups:
-        return {"one_text": True}
-    return shared
+        return model.hidden(params, *rows, one_text=True)
+    return model.hidden(params, *rows, **shared)
 
 
 def score_fn(
@@ -230,7 +234,6 @@ def score_fn(
         ValueError: rows share no column.
     """
     shared = shared_by(group_size, prompt_length, num_answers)
-    arranged = _arranged(shared, one_text, model)
 
     def score(
         params: Params,
@@ -244,7 +247,8 @@ def score_fn(
         real = mask != 0 if documents is None else mask == documents[..., None]
         columns = jnp.arange(tokens.shape[1])[None, None]
         last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
-        hidden = model.hidden(params, tokens, attention_mask, key, last, **arranged)
+        rows = (tokens, attention_mask, key, last)
+        hidden = _states(shared, one_text, model, params, *rows)
         scores = _scalar(params, "score", hidden)
         head = params["score"]
         gain, shift = lax.stop_gradient((head["gain"], head["shift"]))

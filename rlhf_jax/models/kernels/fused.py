@@ -239,24 +239,31 @@ def of_groups(
     query: Array,
     prompt: tuple[Array, Array],
     own: tuple[Array, Array],
-    mask: Array,
+    masks: tuple[Array, Array],
 ) -> Array:
     """Attention of the responses of groups to their prompt and to themselves, by cuDNN.
 
     It reads a copy of the prompt's keys and values for each response. They are small beside the
-    scores of plain products, which are read and written in memory: shared prompts took 801 GB in
-    an update where rows by themselves take 656 (benchmarks/shared_prompts.py).
+    scores of plain products, which are written and read: an update of Qwen2.5 0.5B took 801 GB by
+    these, and takes 457 (``benchmarks/shared_prompts.py``).
 
     Args:
         query: [N, H, G, g, R, Dh], times the scale: g queries share a head of keys.
         prompt: keys and values of the prompts, [N, H, P, Dh] each.
         own: keys and values of the responses, [N, H, G, R, Dh] each.
-        mask: [N, G, R, P + R] bool: the keys that a query attends to.
+        masks: whether a query attends to a key of the prompt, [N, 1, 1, R, P], and to one of its
+            response, [N, 1, G, 1, R, R].
 
     Returns:
         [N, H, G, g, R, Dh].
     """
-    return on_each_device(_cudnn_of_groups, query.shape[1], (query, *prompt, *own), mask)
+    to_prompt, to_own = masks
+    to_response = to_own[:, 0, :, 0]  # [N, G, R, R]
+    copied = (*to_response.shape[:3], to_prompt.shape[4])
+    to_copies = jnp.broadcast_to(to_prompt[:, 0], copied)
+    mask = jnp.concatenate([to_copies, to_response], axis=3)
+    arrays = (query, *prompt, *own)
+    return on_each_device(_cudnn_of_groups, query.shape[1], arrays, mask)
 
 
 def _cudnn_of_groups(

@@ -173,8 +173,10 @@ def implementation(config: TransformerConfig, length: int) -> str:
     """
     name = config.attention
     if name == "auto":
-        name = "xla" if length < attention.LONG else fused.fastest(config)
-    return name if name in ("xla", "cudnn") else "blockwise"
+        is_short = length < attention.LONG
+        name = "xla" if is_short else fused.fastest(config)
+    is_known = name in ("xla", "cudnn")
+    return name if is_known else "blockwise"
 
 
 def masks_at(seen: SeenInGroups, columns: Array) -> tuple[Array, Array]:
@@ -228,23 +230,13 @@ def mix(
     rows = by_row.swapaxes(2, 3)  # [N, H, G, g, R, Dh]
     own = (of_each(own_key, seen), of_each(own_value, seen))
     length = num_prompt + seen.real.shape[2]
-    if implementation(config, length) == "cudnn":
-        responses = fused.of_groups(rows, (key, value), own, mask_of_rows(seen))
+    if seen.masks is not None and implementation(config, length) == "cudnn":
+        responses = fused.of_groups(rows, (key, value), own, seen.masks)
     else:
         responses = of_responses(rows, (key, value), own, seen)
     flat = responses.swapaxes(2, 3).reshape(own_query.shape)
     mixed = jnp.concatenate([prompt, flat], axis=3)
     return pick(mixed, columns, axis=3) if isinstance(columns, Array) else mixed
-
-
-def mask_of_rows(seen: SeenInGroups) -> Array:
-    """[N, G, R, P + R] bool: whether a response's query attends to a key of its row."""
-    columns = jnp.arange(seen.real.shape[2])
-    to_prompt, to_own = masks_at(seen, columns) if seen.masks is None else seen.masks
-    own = to_own[:, 0, :, 0]
-    copied = (*own.shape[:3], to_prompt.shape[-1])
-    of_prompt = jnp.broadcast_to(to_prompt[:, 0], copied)
-    return jnp.concatenate([of_prompt, own], axis=3)
 
 
 def of_each(x: Array, seen: SeenInGroups) -> Array:
