@@ -93,7 +93,7 @@ def attention(
     query = padded(query.reshape(shape[0], -1, *shape[3:]))
     documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
     of_rows = documents
-    attend = _splash if name == "splash" else _cudnn
+    attend: Callable[..., Array] = _splash if name == "splash" else _cudnn
     if lengths is not None and name == "cudnn":
         of_rows = lengths
         attend = _cudnn_of_lengths
