@@ -62,14 +62,14 @@ def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_wit
     rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
-    goes_on_alike(run_ppo, config, straight, 6)
+    goes_on_alike(run_ppo, config, straight)
 
 
 @pytest.mark.slow
 def test_a_run_whose_adapters_drop_learns_otherwise_and_goes_on_alike(lora_config):
     config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5))
     straight = training.sft.run(config)
-    goes_on_alike(training.sft.run, config, straight, 2)
+    goes_on_alike(training.sft.run, config, straight)
     plain = replace(config, lora=LoRA(rank=2), output_dir=f"{config.output_dir}-plain")
     drops, whole = (
         [row["sft/loss"] for row in metric_rows(done.folder) if "sft/loss" in row]
