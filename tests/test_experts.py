@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import MORE, some_params
+from builders import LLAMA, MORE, some_params
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from rlhf_jax import models, sharding
+from rlhf_jax import models, sampling, sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
-from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Demonstrations, Mean, TrainState
+from rlhf_jax.training.rl import critic, programs
+from rlhf_jax.types import Demonstrations, Mean, Rollout, TrainState
 
 CONFIG = replace(MORE["mixtral"], scan_layers=True)  # one layer is in a stack, one by itself
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2)
@@ -182,6 +183,38 @@ def test_decoding_chooses_the_experts_of_the_full_forward():
         lambda path, leaf: -leaf if "router" in str(path) else leaf, params
     )
     assert np.mean((decoded(moved) != whole).any(-1)) > 0.5
+
+
+def test_the_gap_of_experts_is_the_share_of_layers_and_response_tokens_that_differ():
+    """Two layers of five experts, two of each token: with a router's kernel negated they are two
+    others. Tokens 3 to 5 of the rows are responses, some of them pads.
+    """
+    model = models.build(CONFIG)
+    responses = MASK * (np.arange(6) >= 3)
+    sampled = Rollout(*map(jnp.asarray, (TOKENS, MASK, responses)), None, prompt_length=3)
+
+    @jax.jit
+    def gap(params, decoding):
+        decoder = model._replace(for_decoding=lambda _: decoding)
+        return sampling.expert_gap(decoder, params, sampled, rows=2)
+
+    params = some_params(CONFIG)
+    decoding = model.for_decoding(params)
+    assert gap(params, decoding) == 0
+    negated = {"router": {"kernel": -decoding["h_1"]["mlp"]["router"]["kernel"]}}
+    layer = decoding["h_1"] | {"mlp": decoding["h_1"]["mlp"] | negated}
+    assert gap(params, decoding | {"h_1": layer}) == 0.5
+
+
+def test_the_gap_of_experts_needs_experts_and_the_run_s_own_sampler():
+    asked = RLStage(expert_gap=True)
+    mixture = models.build(CONFIG)
+    assert programs.expert_gap_of(RLStage(), mixture, None) is None
+    assert programs.expert_gap_of(asked, mixture, None) is not None
+    with pytest.raises(UserError, match="expert_gap: this model has no experts"):
+        programs.expert_gap_of(asked, models.build(LLAMA), None)
+    with pytest.raises(UserError, match="expert_gap: an engine samples"):
+        programs.expert_gap_of(replace(asked, engine="stored:runs/one"), mixture, None)
 
 
 def adapted_experts(config):
