@@ -132,13 +132,16 @@ class Grouped(Given):
             out = _product_of_few_bits(rows, held, experts, self.cut_axis)
             if quantization.COLUMNS in held:
                 columns = held[quantization.COLUMNS]
-                out = scaled(out, columns[experts][:, :, None])
+                own_columns = columns[experts]
+                out = scaled(out, own_columns[:, :, None])
         else:
             rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
             out = _product(rows, kernel, experts, self.cut_axis)
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
-            out += bias.astype(out.dtype)[experts][:, :, None]
+            bias = bias.astype(out.dtype)
+            own_bias = bias[experts]
+            out += own_bias[:, :, None]
         if self.has_variable("params", "lora_a"):
             adapter = self.variables["params"]
             a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=rows.dtype)
@@ -146,7 +149,8 @@ class Grouped(Given):
             scales = scale.astype(rows.dtype)
             inner = _product(rows, a, experts, None)
             term = _product(inner, b, experts, None)
-            out += scales[experts][:, :, None, None] * term
+            own_scales = scales[experts]
+            out += own_scales[:, :, None, None] * term
         return out
 
 
@@ -188,14 +192,17 @@ class MixtureOfExperts(nn.Module):
         tokens = x.reshape(-1, width)
         weights, chosen = self.router(tokens)
         parts = row_parts(len(x))
-        of_parts = cut(tokens.reshape(parts, -1, width), "data", "fsdp")
+        of_parts = tokens.reshape(parts, -1, width)
+        of_parts = cut(of_parts, "data", "fsdp")
         numbers = chosen.reshape(parts, -1, config.experts_per_token)
         blocks = grouped.blocks_of(numbers, config.num_experts or 1)
         rows = grouped.taken(of_parts, blocks.sources)
         in_blocks = rows.reshape(*blocks.experts.shape, -1, width)
-        out = self.experts(in_blocks, blocks.experts).reshape(rows.shape)
+        out = self.experts(in_blocks, blocks.experts)
+        out = out.reshape(rows.shape)
         by_choice = grouped.taken(out, blocks.places)
         by_token = by_choice.reshape(*weights.shape, width)
-        mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), by_token)
+        weights = weights.astype(x.dtype)
+        mixed = jnp.einsum("nk,nkd->nd", weights, by_token)
         mixed = mixed.reshape(x.shape)
         return cut(mixed, "data", "fsdp")

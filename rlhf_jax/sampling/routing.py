@@ -43,7 +43,8 @@ def expert_gap(
     if not has_experts(model):
         raise ValueError("this model has no experts")
     of_rows = partial(_differing, model, rollout.prompt_length or 0)
-    differing = ops.by_rows(of_rows, rows)(params, rollout.tokens, rollout.attention_mask)
+    in_parts = ops.by_rows(of_rows, rows)
+    differing = in_parts(params, rollout.tokens, rollout.attention_mask)
     return ops.masked_mean(differing, rollout.response_mask)
 
 
@@ -59,32 +60,43 @@ def _differing(
     config: Any = model.config
     shape = tokens.shape
     routed: Any = {"mutable": [ROUTER]}
-    _, found = Decoder(config).apply(
-        {"params": params}, tokens, attention_mask, method="hidden", **routed
-    )
+    whole = {"params": params}
+    _, found = Decoder(config).apply(whole, tokens, attention_mask, method="hidden", **routed)
     first = max(prompt_length, 1) - 1  # the column of the first input that is decoded
-    inputs = slice(first, shape[1] - 1)
-    expected = jnp.moveaxis(_chosen(found, shape)[:, :, inputs], 2, 0)
+    last = shape[1] - 1
+    inputs = slice(first, last)
+    chosen = _chosen(found, shape)
+    of_inputs = chosen[:, :, inputs]
+    expected = jnp.moveaxis(of_inputs, 2, 0)
     places = positions(attention_mask)
-    decoding = {"params": model.for_decoding(params)}
+    for_decoding = model.for_decoding(params)
+    decoding = {"params": for_decoding}
     cache = model.init_cache(*shape)
     if first:
         prompt = (tokens[:, :first], places[:, :first])
         _, cache = model.decode(params, *prompt, attention_mask, cache, 0)
-    one_by_one = Decoder(dataclasses.replace(config, scan_layers=False, remat=False))
+    unrolled = dataclasses.replace(
+        config,
+        scan_layers=False,
+        remat=False,
+    )
+    one_by_one = Decoder(unrolled)
 
     def step(cache: Any, of_column: tuple[Array, Array, Array, Array]) -> tuple[Any, Array]:
         column, token, place, expected = of_column
         token = token[:, None]
-        arrays = (token, place[:, None], attention_mask, cache, column)
+        place = place[:, None]
+        arrays = (token, place, attention_mask, cache, column)
         (_, cache), found = one_by_one.apply(decoding, *arrays, method="decode_hidden", **routed)
-        differs = jnp.any(_chosen(found, token.shape)[:, :, 0] != expected, axis=-1)
+        chosen = _chosen(found, token.shape)
+        differs = jnp.any(chosen[:, :, 0] != expected, axis=-1)
         return cache, jnp.mean(differs, axis=0)
 
-    columns = jnp.arange(first, shape[1] - 1)
-    _, differing = jax.lax.scan(
-        step, cache, (columns, tokens[:, inputs].T, places[:, inputs].T, expected)
-    )
+    columns = jnp.arange(first, last)
+    read = tokens[:, inputs]
+    read_at = places[:, inputs]
+    of_columns = (columns, read.T, read_at.T, expected)
+    _, differing = jax.lax.scan(step, cache, of_columns)
     return jnp.pad(differing.T, ((0, 0), (first + 1, 0)))
 
 
@@ -95,6 +107,8 @@ def _chosen(found: Params, shape: tuple[int, ...]) -> Array:
     layers: dict[int, Array] = {}  # by their numbers; the stacked ones are the first
     for (layer, *_, name), (leaf,) in flatten_dict(found[ROUTER]).items():
         if name == "chosen":
-            layers[int(layer[2:] or 0)] = leaf.reshape(-1, *shape, leaf.shape[-1])
+            number = int(layer[2:] or 0)
+            k = leaf.shape[-1]
+            layers[number] = leaf.reshape(-1, *shape, k)
     in_order = [layers[number] for number in sorted(layers)]
     return jnp.sort(jnp.concatenate(in_order), axis=-1)

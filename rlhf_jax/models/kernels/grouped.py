@@ -30,47 +30,85 @@ def blocks_of(chosen: Array, number: int) -> Blocks:
     are at most twice as many rows as without blocks, and E more.
     """
     _, _, k = chosen.shape
-    experts, order, places = jax.vmap(lambda part: _arranged(part.reshape(-1), number))(chosen)
-    return Blocks(experts, order // k, places)
+
+    def of_part(part: Array) -> tuple[Array, Array, Array]:
+        return _arranged(part.reshape(-1), number)
+
+    experts, choices, places = jax.vmap(of_part)(chosen)
+    sources = choices // k
+    return Blocks(experts, sources, places)
 
 
 def _arranged(numbers: Array, number: int) -> tuple[Array, Array, Array]:
     """(expert [J] of each block, choice [J R] of each row, row [C] of each choice) of C choices."""
     count = len(numbers)
-    rows = 1 << (max(count // number, 1).bit_length() - 1)
-    num_blocks = min(count, count // rows + number)
+    equal_share = max(count // number, 1)
+    rows = 1 << (equal_share.bit_length() - 1)
+    most_blocks = count // rows + number
+    num_blocks = min(count, most_blocks)
+
     order = jnp.argsort(numbers, stable=True)
     sizes = jnp.bincount(numbers, length=number)
+    starts = jnp.cumsum(sizes) - sizes
     blocks = -(-sizes // rows)
     ends = jnp.cumsum(blocks)
-    first = rows * (ends - blocks) - (jnp.cumsum(sizes) - sizes)  # of an expert's row - of its rank
-    in_order = jnp.arange(count) + first[numbers[order]]
-    choices = jnp.zeros(num_blocks * rows, order.dtype)
-    choices = choices.at[in_order].set(order, unique_indices=True)
-    places = jnp.zeros_like(in_order).at[order].set(in_order, unique_indices=True)
-    before = ends[None, :] <= jnp.arange(num_blocks)[:, None]
-    experts = jnp.minimum(jnp.sum(before, axis=1), number - 1)
+    first_rows = rows * (ends - blocks)
+    expert = numbers[order]
+    rank = jnp.arange(count) - starts[expert]
+    in_order = first_rows[expert] + rank
+
+    no_choices = jnp.zeros(num_blocks * rows, order.dtype)
+    choices = no_choices.at[in_order].set(
+        order,
+        unique_indices=True,
+    )
+    no_places = jnp.zeros_like(in_order)
+    places = no_places.at[order].set(
+        in_order,
+        unique_indices=True,
+    )
+    block = jnp.arange(num_blocks)
+    is_past = ends[None, :] <= block[:, None]
+    num_past = jnp.sum(is_past, axis=1)
+    experts = jnp.minimum(num_past, number - 1)
     return experts, choices, places
 
 
 def taken(rows: Array, numbers: Array) -> Array:
     """Of rows [P, n, D] those with the numbers [P, m] in each part: [P, m, D]."""
-    return jax.vmap(lambda part, own: part.at[own].get(mode="promise_in_bounds"))(rows, numbers)
+
+    def of_part(part: Array, own: Array) -> Array:
+        return part.at[own].get(mode="promise_in_bounds")
+
+    return jax.vmap(of_part)(rows, numbers)
 
 
-def product(rows: Array, kernels: Array, experts: Array, cut_axis: int | None) -> Array:
+def product(
+    rows: Array,
+    kernels: Array,
+    experts: Array,
+    cut_axis: int | None,
+) -> Array:
     """[P, J, R, F]: each block of rows [P, J, R, D] times the one of the kernels [E, D, F] that its
     expert [P, J] has.
 
     cut_axis: of the kernels, over ``tensor``; None: each device gets whole ones.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if {"data", "fsdp", "tensor"} <= {*mesh.auto_axes}:
-        # What "fsdp" cuts is gathered first, as for other kernels: taken from a cut kernel, the
-        # blocks' own would be sent whole to all devices.
-        spec = ["tensor" if axis == cut_axis else None for axis in range(kernels.ndim)]
-        if cut_axis is not None and kernels.shape[cut_axis] % mesh.shape["tensor"]:
-            spec[cut_axis] = None
-        kernels = jax.lax.with_sharding_constraint(kernels, PartitionSpec(*spec))
+    kernels = _gathered(kernels, cut_axis)
     own = kernels.at[experts].get(mode="promise_in_bounds")
     return jnp.einsum("pjrd,pjdf->pjrf", rows, own)
+
+
+def _gathered(kernels: Array, cut_axis: int | None) -> Array:
+    """Kernels whose parts over ``fsdp`` are gathered, as those of other layers are: taken from a
+    cut kernel, the blocks' own would be sent whole to all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp", "tensor"} <= {*mesh.auto_axes}:
+        return kernels
+    spec: list[str | None] = [None] * kernels.ndim
+    if cut_axis is not None:
+        size = kernels.shape[cut_axis]
+        divides = size % mesh.shape["tensor"] == 0
+        spec[cut_axis] = "tensor" if divides else None
+    return jax.lax.with_sharding_constraint(kernels, PartitionSpec(*spec))
