@@ -122,7 +122,8 @@ def networks_of(
     @functools.cache
     def functions(columns: int) -> Functions:
         learner = trained.bind(policy_fn(columns, value_model))
-        return Functions(learner, ref_fn=reference, teacher=teacher_params)
+        base = start.base if settings.expert_gap else None  # no other step reads it
+        return Functions(learner, ref_fn=reference, base=base, teacher=teacher_params)
 
     optimizer = _optimizer(method, trained.params)
     return Networks(start, trained, optimizer, functions)
