@@ -105,7 +105,7 @@ def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_row
             own = blocks.lower(cut, rows).compile()
         found = own(cut, rows)
         jax.tree.map(partial(assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
-        assert own.cost_analysis()["flops"] < 0.27 * flops, sizes
+        assert own.cost_analysis()["flops"] < 0.35 * flops, sizes
 
 
 @jax.jit
