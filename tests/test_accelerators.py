@@ -155,9 +155,11 @@ def scatters_of(text):
     return [line for line in text.splitlines() if " scatter(" in line]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "grpo"])
 def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
-    """No two threads of it add into one place, and all products are of float32."""
+    """No two threads of it add into one place, and all products are of float32. DPO and KTO sum the
+    log-probs that SFT sums.
+    """
     try:
         target = targets.find("h200x1")
     except UserError as error:

@@ -81,7 +81,7 @@ def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_wit
     rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
-    goes_on_alike(run_ppo, config, straight, 6)
+    goes_on_alike(run_ppo, config, straight)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_run_whose_adapters_drop_learns_otherwise_and_goes_on_alike(lora_confi
     """On a base of 4 bits."""
     config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5, base="nf4"))
     straight = training.sft.run(config)
-    goes_on_alike(training.sft.run, config, straight, 2)
+    goes_on_alike(training.sft.run, config, straight)
     lora = LoRA(rank=2, base="nf4")
     plain = replace(config, lora=lora, output_dir=f"{config.output_dir}-plain")
     drops, whole = (

@@ -319,8 +319,8 @@ def command(*flags):
 @pytest.mark.parametrize(
     "stage",
     [
-        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "kto")),
-        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("dpo", "grpo")),
+        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "dpo", "kto")),
+        pytest.param("grpo", marks=pytest.mark.slow),
     ],
 )
 def test_a_cut_mesh_takes_less_on_each_device(stage, folder):
