@@ -529,7 +529,7 @@ def test_yaml_holds_every_field_in_order():
         (config.RewardModelStage, "normalize_samples=-1 centering=-1", "at least 0"),
         (
             RLStage,
-            "num_iterations=0 num_episodes=0 batch_size=0 top_k=0 kl_horizon=0",
+            "num_iterations=0 num_epochs=0 batch_size=0 top_k=0 kl_horizon=0",
             "at least 1",
         ),
         (

@@ -92,7 +92,7 @@ def build(
     if method.optimizer is None and settings.optimizer.counts_steps:
         advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
-        advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
+        advance = ahead.advancing(advance, schedule, settings.num_iterations, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)
 
     rehearsed = _rehearsed(programs, samples_apart)
@@ -101,7 +101,7 @@ def build(
     check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
-        settings.length,
+        settings.num_iterations,
         validate=_validator(stage, settings, inputs, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,

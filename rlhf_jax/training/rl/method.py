@@ -100,12 +100,6 @@ def check_settings(
         )
     if settings.num_epochs is None:  # else nobody has counted the prompts yet
         check_warmup(name, settings, config)
-    if settings.num_episodes is not None:
-        episodes = settings.length * settings.batch_size
-        logger.info(
-            f"rl.num_episodes {settings.num_episodes}: {settings.length} iterations with "
-            f"{episodes} episodes, whatever rl.num_iterations is"
-        )
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
     groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
     parts = divisors(name, config, shares)
@@ -133,10 +127,10 @@ def divisors(name: str, config: AlgorithmConfig, shares: Shares) -> list[dict[st
 def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
     """Raises UserError if the value function alone learns in all iterations."""
     warmup = config.value_warmup
-    if warmup >= settings.length:
+    if warmup >= settings.num_iterations:
         raise UserError(
-            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
-            "for the policy"
+            f"{name}.value_warmup {warmup}: of {settings.num_iterations} iterations, no iteration "
+            "is left for the policy"
         )
 
 
@@ -151,13 +145,14 @@ def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
         UserError: the value function alone learns in all iterations.
     """
     group_size = method.config.group_size
-    settings = method.settings.lasting(prompts, group_size)
+    settings = method.settings.lasting(prompts=prompts, group_size=group_size)
     check_warmup(stage.name, settings, method.config)
     number = settings.batch_size // group_size
-    passes = settings.length * number / prompts
+    iterations = settings.num_iterations
+    passes = iterations * number / prompts
     logger.info(
-        f"{settings.length} iterations of {number} prompts x {group_size} answers: {passes:.3g} "
-        f"passes over {prompts} prompts"
+        f"{iterations} iterations of {number} prompts x {group_size} answers: {passes:.3g} passes "
+        f"over {prompts} prompts"
     )
     return stage.noted(rl=settings), method._replace(settings=settings)
 
