@@ -24,7 +24,7 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, loop, memory, references
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl import steps, teacher, validation
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.inputs import Inputs
@@ -126,7 +126,7 @@ def _validator(
     if prompts is None:
         return None
     judge = inputs.judge and steps.scorer(stage, programs.reward, inputs.judge)
-    return steps.validator(
+    return validation.validator(
         stage,
         inputs.initial,
         prompts,
