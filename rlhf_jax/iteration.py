@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -467,7 +468,7 @@ def learn(
     policy_fn = functions.policy_fn
     if functions.teacher is not None:
         policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
-    train, update_metrics = algorithm.update(
+    made = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
         key,
@@ -476,14 +477,37 @@ def learn(
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),
     )
-    if "nonfinite" not in update_metrics:
+    train, update_metrics = _checked(made)
+    # An update that is not finite keeps the policy; the coefficient must then not move either.
+    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
+    return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+
+
+def _checked(made: Any) -> tuple[TrainState, Metrics]:
+    """What an update returns, if it is a state and metrics.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
+        kinds = [type(part).__name__ for part in (made if isinstance(made, tuple) else [made])]
+        raise UserError(
+            f"the algorithm's update returns {', '.join(kinds)} in place of the state and a dict "
+            "of metrics"
+        )
+    state, metrics = made
+    if "nonfinite" not in metrics:
         raise UserError(
             "the algorithm's update returns no metric nonfinite, the share of its steps whose loss "
             "or gradient was not finite and which kept the state; gradient_step has it"
         )
-    # An update that is not finite keeps the policy; the coefficient must then not move either.
-    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
-    return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+    for name, value in metrics.items():
+        if np.ndim(value):
+            raise UserError(
+                f"the algorithm's metric {name} has the shape {np.shape(value)}; a metric is one "
+                "number, such as its mean"
+            )
+    return state, metrics
 
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:

@@ -66,7 +66,11 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
     if value is None or isinstance(value, jax.core.Tracer):
         return
     for rule, bound in bounds.items():
-        if not _RULES[rule](value, bound):
+        try:
+            is_kept = _RULES[rule](value, bound)
+        except TypeError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+        if not is_kept:
             raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 

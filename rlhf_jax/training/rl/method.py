@@ -1,6 +1,7 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+_CALLED = (
+    "a run calls update(state, rollout, key, *, policy_fn, optimizer, config, axis_name=None, "
+    "minibatch_sharding=None)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,8 @@ def completed(algorithm: Any) -> CompleteAlgorithm:
     """The algorithm with the defaults of what it leaves out.
 
     Raises:
-        UserError: it has no ``Config`` or no ``update``, without which there is nothing to run.
+        UserError: it has no ``Config`` or no ``update``, without which there is nothing to run, or
+            they are not what a run calls.
     """
     name = getattr(algorithm, "__name__", type(algorithm).__name__)
     missing = [part for part in ("Config", "update") if not hasattr(algorithm, part)]
@@ -62,7 +68,32 @@ def completed(algorithm: Any) -> CompleteAlgorithm:
         )
     read = [field.name for field in dataclasses.fields(CompleteAlgorithm)]
     given = {part: getattr(algorithm, part) for part in read if hasattr(algorithm, part)}
-    return CompleteAlgorithm(**given | {"name": name})
+    complete = CompleteAlgorithm(**given | {"name": name})
+    _check_parts(complete)
+    return complete
+
+
+def _check_parts(algorithm: CompleteAlgorithm) -> None:
+    """Raises UserError for a part that a run could not use, before the first step is compiled."""
+    name = algorithm.name
+    if not isinstance(algorithm.Config, type):
+        given = type(algorithm.Config).__name__
+        raise UserError(f"{name}.Config must be the class of its settings, got an object, {given}")
+    if not hasattr(algorithm.State, "create"):
+        raise UserError(
+            f"{name}.State needs create(params, optimizer), as TrainState has; got "
+            f"{algorithm.State!r}"
+        )
+    if not isinstance(algorithm.kl_coef, int | float):
+        raise UserError(f"{name}.kl_coef must be a number, got {algorithm.kl_coef!r}")
+    arrays = ("state", "rollout", "key")
+    by_name = dict.fromkeys(("policy_fn", "optimizer", "config", "minibatch_sharding"))
+    try:
+        bound = inspect.signature(algorithm.update).bind(*arrays, **by_name).arguments
+    except TypeError as error:
+        raise UserError(f"{name}.update: {error}; {_CALLED}") from None
+    if any(taken in arrays and taken != given for taken, given in bound.items()):
+        raise UserError(f"{name}.update takes {', '.join(list(bound)[:3])}; {_CALLED}")
 
 
 class Method(NamedTuple):
