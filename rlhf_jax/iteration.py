@@ -145,7 +145,7 @@ def rescored(
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = Partial(ref_fn, loop.reference)
-    policy_fn = ops.by_rows(functions.policy_fn, score_rows, sampled.group_size)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows, group_size=sampled.group_size)
     weights: Any = {}
     if importance is not None:
         weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
@@ -280,7 +280,7 @@ def clipped(limit: float) -> Rule:
     return _on_scores(lambda rollout, scores: jnp.clip(scores, -limit, limit))
 
 
-def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None) -> Rule:
+def missing_eos(eos_id: EosId | None, *, penalty: float | None, score: float | None) -> Rule:
     """``rewards.missing_eos``: a penalty or another score for responses that did not end.
 
     Raises:
@@ -293,7 +293,7 @@ def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None
     )
 
 
-def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
+def overlong(*, max_length: int, buffer: int, penalty: float) -> Rule:
     """``rewards.overlong_penalty``: each of the last ``buffer`` tokens before ``max_length``
     costs more than the one before, up to ``penalty``.
     """
@@ -318,7 +318,7 @@ def mask_truncated(eos_id: EosId | None) -> Rule:
     return rule
 
 
-def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
+def with_greedy(rollout: Rollout, *, greedy: Rollout, shape: Rule) -> Rollout:
     """The rollout with ``greedy_rewards``: the rewards, after ``shape``, of scored greedy responses
     to the same prompts.
 
@@ -350,7 +350,7 @@ def _score_at_end(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]
 NO_PENALTY = Penalty(0.0, _score_at_end)
 
 
-def kl_penalty(coef: float, target: float | None = None, horizon: int | None = None) -> Penalty:
+def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None = None) -> Penalty:
     """The KL of each token from the reference, times a coefficient (``rewards.kl_shaped``).
 
     Args:
@@ -386,8 +386,8 @@ def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) ->
 
 def refill(
     kept: Rollout,
-    fresh: Rollout,
     *,
+    fresh: Rollout,
     group_size: int,
     masked: Rule = unchanged,
     mesh: Mesh | None = None,

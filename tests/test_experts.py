@@ -96,7 +96,7 @@ def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
 
 
 def test_rows_on_several_devices_balance_together():
-    mesh = sharding.make_mesh(2, 1, 1)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=1)
     batch = jax.device_put(BATCH, sharding.rows(mesh))
     _, terms = losses_of(some_params(CONFIG), batch)
     _, alone = losses_of(some_params(CONFIG), BATCH)

@@ -80,7 +80,7 @@ def test_heads_and_weights_cut_over_a_mesh(family):
     by_hand = hidden[:, :-1] @ params["value"]["kernel"] + 0.5
     assert_allclose(np.where(MASK[:, 1:] * MASK[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5)
     assert_allclose(scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5)
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     assert whole_on_a_device(cut) == []
     with jax.set_mesh(mesh):

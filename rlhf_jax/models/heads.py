@@ -35,8 +35,8 @@ class Teacher(NamedTuple):
     """A model with which a policy is compared at every token."""
 
     model: Model
-    # (logits [..., V], the teacher's [..., V]) -> [...], such as ``losses.divergence``
-    measure: Callable[[Array, Array], Array]
+    # (logits [..., V], *, teacher_logits [..., V]) -> [...], such as ``losses.divergence``
+    measure: Callable[..., Array]
 
 
 def add_head(
@@ -82,6 +82,7 @@ def policy_fn(
     temperature: float = 1.0,
     prompt_length: int = 0,
     value_model: Model | None = None,
+    *,
     teacher: Teacher | None = None,
     group_size: int = 1,
     num_answers: int = 0,
@@ -116,7 +117,7 @@ def policy_fn(
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
@@ -170,7 +171,7 @@ def policy_fn(
     return ops.with_settings(policy, temperature, prompt_length)
 
 
-def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
+def shared_by(*, group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
     """The argument ``groups`` or ``num_answers`` of ``Model.hidden``; none for single rows.
 
     Raises:
@@ -193,7 +194,7 @@ def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str
 
 
 def score_fn(
-    model: Model, prompt_length: int = 0, group_size: int = 1, num_answers: int = 0
+    model: Model, *, prompt_length: int = 0, group_size: int = 1, num_answers: int = 0
 ) -> ScoreFn:
     """Turns a model with a "score" head into a ScoreFn.
 
@@ -212,7 +213,7 @@ def score_fn(
     Raises:
         ValueError: rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
 
     def score(
         params: Params,
@@ -321,5 +322,5 @@ def _compared(
     ours = ops.among(logits[..., :shared], support)
     theirs = ops.among(theirs[..., :shared], support)
     log_probs = chosen - jax.nn.logsumexp(theirs, axis=-1)
-    divergence = teacher.measure(ours, theirs)
+    divergence = teacher.measure(ours, teacher_logits=theirs)
     return {"teacher_log_probs": log_probs, "divergence": divergence}

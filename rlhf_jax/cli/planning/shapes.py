@@ -215,8 +215,13 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     held["teacher"] = stage.held["teacher"]
     held["reward models"] = reward if case.config.reward else None
     held["policy that samples"] = stage.held["policy that samples"]
-    sizes = (settings.batch_size, prompt, settings.max_new_tokens, method.shared_by)
-    cache = jax.eval_shape(lambda: decoding.cache_of(begun.model, *sizes))
+    sizes = {
+        "num_rows": settings.batch_size,
+        "prompt_length": prompt,
+        "num_slots": settings.max_new_tokens,
+        "group_size": method.shared_by,
+    }
+    cache = jax.eval_shape(lambda: decoding.cache_of(begun.model, **sizes))
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
@@ -263,7 +268,7 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
         score_fn = ops.by_rows(models.score_fn(model), rows)
-        in_groups = functools.partial(initial.scorer_of_groups, model, rows)
+        in_groups = functools.partial(initial.scorer_of_groups, model, score_rows=rows)
         shapes = jax.eval_shape(with_score, params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 

@@ -244,7 +244,7 @@ def prompts_of(
     """The prompts of each step, and those of validations or None if none are held out."""
     settings = method.settings
     layers = inputs.initial.model.config.num_layers
-    multiple = initial.bucket_multiple(text, layers, inputs.prompts.tokens.shape[1])
+    multiple = initial.bucket_multiple(text, layers=layers, longest=inputs.prompts.tokens.shape[1])
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
     texts = list(map(encoding.group, inputs.prompts.rows))
@@ -279,5 +279,9 @@ def _hold_cache(stage: Stage, settings: RLStage, inputs: Inputs, schedule: Sched
     rows = settings.batch_size // stage.num_parts
     shared_by = 1 if inputs.environment else schedule.shared_by
     model = inputs.initial.model
-    cache = jax.eval_shape(lambda: decoding.cache_of(model, rows, prompt, slots, shared_by))
+    cache = jax.eval_shape(
+        lambda: decoding.cache_of(
+            model, num_rows=rows, prompt_length=prompt, num_slots=slots, group_size=shared_by
+        )
+    )
     stage.hold({"rewards": inputs.reward.fn, "cache while it samples": cache})

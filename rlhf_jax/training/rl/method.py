@@ -198,7 +198,7 @@ def penalty_of(
     coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
         references.check(source, settings)
-        return iteration.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
+        return iteration.kl_penalty(coef, target=settings.kl_target, horizon=settings.kl_horizon)
     if settings.reference_moves:
         name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
         raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")

@@ -71,8 +71,8 @@ Learner = Callable[[LoopState, Rollout, Array], tuple[LoopState, Metrics]]
 
 Verdicts = list[filters.Verdict] | None
 
-Guarded = Callable[[Rollout, Rollout, Columns], tuple[Rollout, Metrics, Verdicts]]
-"""(rollout, scored rollout, columns) -> the scored rollout after the filter, metrics, verdicts."""
+Guarded = Callable[..., tuple[Rollout, Metrics, Verdicts]]
+"""(rollout, *, scored, columns) -> the scored rollout after the filter, metrics, verdicts."""
 
 Draw = Callable[[LoopState, Batch], Recorded]
 """Responses with scores and the log-probs of the update's own forward pass."""
@@ -181,7 +181,7 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
             of_processes = processes.gather(lambda: own_reasons)
             reasons = list(itertools.chain(*of_processes))
             say_reasons(reasons, told)
-            after, guard_metrics, verdicts = guard(before, after, columns)
+            after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
         if not np.array_equal(after.row_ids, before.row_ids):
@@ -265,7 +265,7 @@ def greedy_baseline(
     draw: Draw, sample_greedily: Sampler, score: Scorer, join: Callable[..., Rollout]
 ) -> Draw:
     """ReMax (Li et al. 2023): a greedy response to each prompt is scored too, and
-    ``join(rollout, greedy rollout)`` puts its score into the rollout as the baseline.
+    ``join(rollout, greedy=greedy rollout)`` puts its score into the rollout as the baseline.
     """
 
     def draw_with_baseline(state: LoopState, batch: Batch) -> Recorded:
@@ -273,7 +273,7 @@ def greedy_baseline(
         sampled, _ = sample_greedily(state, batch)
         greedy = score(sampled, batch)
         greedy_metrics = {"objective/greedy_score": greedy.metrics["objective/score"]}
-        return join(rollout, greedy.rollout), metrics | greedy_metrics
+        return join(rollout, greedy=greedy.rollout), metrics | greedy_metrics
 
     return draw_with_baseline
 
@@ -287,7 +287,7 @@ def replace_uninformative(
     draw: Draw,
     num_groups: int,
     num_equal: Callable[[Rollout], Array],
-    refill: Callable[[Rollout, Rollout], Rollout],
+    refill: Callable[..., Rollout],
 ) -> DrawStep:
     """Dynamic sampling (Yu et al. 2025, DAPO, section 3.2): while groups of the first batch are
     equal in score, it draws the next batch and takes groups of it in their place.
