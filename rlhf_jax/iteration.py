@@ -133,6 +133,7 @@ def rescored(
     eos_ids: tuple[int, ...],
     score_rows: int | None = None,
     importance: tuple[float, losses.ImportanceSampling] | None = None,
+    expert_gap: Callable[[Params, Rollout], Array] | None = None,
 ) -> tuple[Rollout, Metrics]:
     """The samples with log-probs and values of the update's own forward pass, the log-probs of the
     reference, and metrics.
@@ -141,6 +142,7 @@ def rescored(
         score_rows: rows that the policy scores at once, see ``ops.by_rows``.
         importance: cap and kind of the weights that correct an engine's log-probs
             (``losses.importance_weights``); None: no weights.
+        expert_gap: ``sampling.expert_gap`` of a mixture of experts; None: it is not measured.
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
@@ -168,6 +170,9 @@ def rescored(
     }
     if importance is not None:
         metrics["policy/importance_limited"] = rollout.truncated_share(scored, importance[0])
+    if expert_gap is not None:
+        policy = sampling_params(loop, functions.base)
+        metrics["policy/expert_gap"] = expert_gap(policy, sampled)
     return scored, metrics
 
 

@@ -227,4 +227,4 @@ def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_pa
     )
     straight = run_grpo(config)
     assert straight.metrics["sampling/rounds"] >= 1
-    goes_on_alike(run_grpo, config, straight, 4)
+    goes_on_alike(run_grpo, config, straight)

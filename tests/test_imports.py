@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_no_file_needs_the_triton_of_pallas():
     """Deprecated since JAX 0.11."""
     deprecated = ("jax.experimental.pallas.ops.gpu", "jax.experimental.pallas.triton")
     assert not [name for path in FILES for name in imported(path) if name.startswith(deprecated)]
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
+def test_what_our_modules_need_must_not_be_deprecated(category):
+    """Of the modules of other packages it is a warning."""
+
+    def warn(module):
+        warnings.warn_explicit("goes soon", category, "source.py", 1, module=module)
+
+    for module in ("rlhf_jax", "rlhf_jax.models.kernels.cache"):
+        with pytest.raises(category, match="goes soon"):
+            warn(module)
+    with pytest.warns(category, match="goes soon"):
+        warn("flax.linen")
 
 
 def test_the_science_imports_few_packages():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, grid, initial_params, letters_run, metric_rows
+from builders import grid, initial_params, letters_run, metric_rows, stopped_goes_on_alike
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
@@ -358,7 +358,7 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config):
     config = replace(config, text=Text(bucket_multiple=16, pack=True))
     run = getattr(training, stage).run
     straight = run(config)
-    stopped = goes_on_alike(run, config, straight, 6)
+    stopped = stopped_goes_on_alike(run, config, straight, 6)
     rows = metric_rows(stopped.folder)
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 

@@ -56,6 +56,13 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+def test_a_plan_names_a_dtype_that_no_file_has(folder):
+    settings = RunConfig(model=folder)
+    (Path(folder) / "config.json").write_text(json.dumps(LLAMA | {"dtype": "auto"}))
+    with pytest.raises(UserError, match="dtype is 'auto', expected float32, bfloat16"):
+        shapes.shapes_of(settings, "sft")
+
+
 @pytest.fixture
 def no_phases(monkeypatch):
     """Plans compile none but the phase of the reward: a second in place of many."""
@@ -327,8 +334,8 @@ def command(*flags):
 @pytest.mark.parametrize(
     "stage",
     [
-        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "kto")),
-        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("dpo", "grpo")),
+        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "dpo", "kto")),
+        pytest.param("grpo", marks=pytest.mark.slow),
     ],
 )
 def test_a_cut_mesh_takes_less_on_each_device(stage, folder):

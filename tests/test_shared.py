@@ -94,6 +94,36 @@ def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
     assert_close(found, weighted(config, 1))
 
 
+@pytest.mark.parametrize(
+    "config", [MISTRAL, slow(LLAMA), slow(replace(GEMMA, scan_layers=True, num_layers=4))]
+)
+def test_cudnn_is_asked_for_the_same_values_and_gradients(config, monkeypatch):
+    """Of the responses to their prompts and themselves in one call, with even numbers of columns;
+    the call alone is replaced, as cuDNN needs a GPU.
+    """
+    original = jax.nn.dot_product_attention
+    asked = set()
+
+    def on_cpu(query, key, value, *, implementation, **settings):
+        assert implementation == "cudnn"
+        asked.add((query.shape[:2], key.shape[:2]))
+        return original(query, key, value, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    found = weighted(replace(config, attention="cudnn"), G)
+    assert asked == {((2, P), (2, P)), ((2 * G, R + 1), (2 * G, P + R + 1))}
+    assert_close(found, weighted(config, 1))
+
+
+def test_how_long_groups_attend_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("rlhf_jax.models.kernels.fused.platform", lambda: "gpu")
+    config = models.GPT2Config(13, 2048, 128, 1, 2, compute_dtype="bfloat16")
+    assert shared.implementation(config, 511) == "xla"
+    assert shared.implementation(config, 512) == "cudnn"
+    assert shared.implementation(replace(config, attention="splash"), 512) == "blockwise"
+    assert shared.implementation(replace(config, compute_dtype="float32"), 512) == "blockwise"
+
+
 def test_a_prompt_is_embedded_and_goes_through_the_layers_once():
     model = models.build(LONGEST)
     params = params_of(LONGEST)

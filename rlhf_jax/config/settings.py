@@ -479,6 +479,9 @@ class RLStage(Reference):
     train_routers: bool = False
     """Train the routers of a mixture of experts too. By default RL leaves them as they are: what a
     token's experts are then changes with its state alone."""
+    expert_gap: bool = False
+    """Measure in each iteration how often sampling and learning send a token to other experts
+    (policy/expert_gap). The samples are decoded again, which takes as long as to sample them."""
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
     validation_data: Texts = ()

@@ -111,6 +111,17 @@ def tensor_parts() -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
 
 
+def row_parts(num_rows: int) -> int:
+    """The parts of so many rows over ``data`` and ``fsdp`` in which ``cut`` shards them inside a
+    program; 1 if it does not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp"} <= {*mesh.auto_axes}:
+        return 1
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if num_rows % parts else int(parts)
+
+
 def cut(
     x: Array,
     *axes: str,

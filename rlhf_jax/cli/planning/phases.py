@@ -74,7 +74,7 @@ def plan(
         if target is not None:
             loops = {SAMPLING: config.rl, ANSWERING: getattr(config, name)}
             turns = loops[phase].max_new_tokens if phase in loops else None
-            figures[phase] = _figures(turns, compiled, program, target)
+            figures[phase] = figures_of(turns, compiled, program, target)
         # Gradients, and as much again while the optimizer runs, are float32 in every run.
         exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
         used[phase] = int(exact + scale * (needed - exact))
@@ -125,7 +125,7 @@ def compile_phase(
     return compiled
 
 
-def _figures(
+def figures_of(
     turns: int | None,
     compiled: jax.stages.Compiled,
     program: tuple[Any, ...],

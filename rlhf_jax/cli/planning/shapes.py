@@ -267,7 +267,7 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
 
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
-        score_fn = ops.by_rows(models.score_fn(model), rows)
+        score_fn = ops.by_rows(models.score_fn(model, one_text=True), rows)
         in_groups = functools.partial(initial.scorer_of_groups, model, score_rows=rows)
         shapes = jax.eval_shape(with_score, params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)

@@ -459,7 +459,7 @@ def load_reward_model(
             f"{length}"
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
-    score_fn = models.score_fn(model)
+    score_fn = models.score_fn(model, one_text=True)
     in_groups = None
     if closing:
         # What is put in the place of a last token could change the prompt of one row alone.

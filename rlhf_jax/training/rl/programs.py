@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import optax
 from jax import Array
 
-from rlhf_jax import iteration, losses, models, ops
+from rlhf_jax import iteration, losses, models, ops, sampling
 from rlhf_jax.config import RLStage
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import Functions, LoopState, Rule
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.sampling.routing import has_experts
 from rlhf_jax.training.common import initial, memory, own
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import check_frozen
@@ -125,7 +126,8 @@ def networks_of(
     @functools.cache
     def functions(columns: int) -> Functions:
         learner = trained.bind(policy_fn(columns, value_model))
-        return Functions(learner, ref_fn=reference, teacher=teacher_params)
+        base = start.base if settings.expert_gap else None  # no other step reads it
+        return Functions(learner, ref_fn=reference, base=base, teacher=teacher_params)
 
     optimizer = _optimizer(method, trained.params)
     return Networks(start, trained, optimizer, functions)
@@ -180,6 +182,7 @@ def compiled(
         eos_ids=samples.eos_ids,
         score_rows=method.score_rows,
         importance=importance_of(settings),
+        expert_gap=expert_gap_of(settings, model, method.score_rows),
     )
     learn = functools.partial(
         iteration.learn,
@@ -227,6 +230,25 @@ def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] 
     if is_current or settings.engine_importance == "off":
         return None
     return settings.engine_cap, settings.engine_importance
+
+
+def expert_gap_of(
+    settings: RLStage, model: models.Model, score_rows: int | None
+) -> Callable[[Params, Rollout], Array] | None:
+    """The function that measures ``rl.expert_gap``; None if it is not asked for.
+
+    Raises:
+        UserError: the model has no experts, or an engine samples.
+    """
+    if not settings.expert_gap:
+        return None
+    if settings.engine is not None:
+        raise UserError(
+            "rl.expert_gap: an engine samples, and nobody knows its experts; leave it out"
+        )
+    if not has_experts(model):
+        raise UserError("rl.expert_gap: this model has no experts; leave it out")
+    return functools.partial(sampling.expert_gap, model, rows=score_rows)
 
 
 def rules(
