@@ -14,7 +14,7 @@ import optax
 import pytest
 from builders import initial_params, perturbed
 from numpy.testing import assert_allclose
-from programs import array_sizes
+from programs import array_sizes, mesh_of
 
 from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention
@@ -499,7 +499,7 @@ def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapp
 
     expected = gradient(compute)
     shapes.clear()
-    with jax.set_mesh(sharding.make_mesh(*sizes)):
+    with jax.set_mesh(mesh_of(*sizes)):
         if mapped:
             spec = jax.P(("data", "fsdp"))
             compute = jax.shard_map(
@@ -515,7 +515,7 @@ def test_splash_is_lowered_for_tpus_of_a_mesh():
     shapes = jax.eval_shape(lambda: text(4, 2, length=128, width=64))
     compute = functools.partial(fused.attention, name="splash", window=None)
     gradient = jax.jit(jax.grad(lambda *arrays: compute(*arrays).sum(), argnums=(0, 1, 2)))
-    mesh = sharding.make_mesh(2, 1, 2)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=2)
     over_rows = jax.NamedSharding(mesh, jax.P("data"))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_rows) for x in shapes]
     with jax.set_mesh(mesh):

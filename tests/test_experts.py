@@ -13,6 +13,7 @@ import pytest
 from builders import LLAMA, MORE, some_params
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
+from programs import mesh_of
 from safetensors.numpy import load_file
 
 from rlhf_jax import models, sampling, sharding
@@ -96,7 +97,7 @@ def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_row
     of_all = 160 * 16 * 3 * 3 * 2 * 8 * 12  # each token with each expert: three products, gradients
     assert flops < 0.35 * of_all  # 36 blocks of 16 rows are 0.23 of it
     for sizes in ((4, 1, 1), (1, 4, 1), (1, 2, 2)):
-        mesh = sharding.make_mesh(*sizes)
+        mesh = mesh_of(*sizes)
         cut = jax.device_put(
             params, sharding.by_path({"mlp": params}, models.SHARDING, mesh)["mlp"]
         )
@@ -160,7 +161,7 @@ def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
 
 
 def test_rows_on_several_devices_balance_together():
-    mesh = sharding.make_mesh(2, 1, 1)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=1)
     batch = jax.device_put(BATCH, sharding.rows(mesh))
     _, terms = losses_of(some_params(CONFIG), batch)
     _, alone = losses_of(some_params(CONFIG), BATCH)

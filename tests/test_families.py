@@ -28,7 +28,7 @@ from builders import (
     some_tokens,
 )
 from jax.extend.core import jaxprs_in_params
-from programs import whole_on_a_device
+from programs import mesh_of, whole_on_a_device
 
 from rlhf_jax import models, sharding
 from rlhf_jax.cli import commands
@@ -113,7 +113,7 @@ def on_eight_devices(family, folder):
     if not off < 1e-5:
         wrong["heads"] = f"values or scores differ by {off}"
     for layout, sizes in LAYOUTS.items():
-        mesh = sharding.make_mesh(*sizes)
+        mesh = mesh_of(*sizes)
         cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
         with jax.set_mesh(mesh):
             _, logits = states_and_logits(cut)

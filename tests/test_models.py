@@ -373,7 +373,7 @@ def loop_over_tokens(config, **changes):
 def test_a_prompt_goes_through_scanned_layers_as_one_program(config):
     """Not on a mesh that cuts weights: it would gather stacked ones beside those that decode."""
     model = models.build(replace(config, scan_layers=True))
-    meshes = None, sharding.make_mesh(1), sharding.make_mesh(1, 2)
+    meshes = None, sharding.make_mesh(1), sharding.make_mesh(1, fsdp=2)
     assert [str(sampler_of(model, mesh)).count("= scan[") for mesh in meshes] == [1, 1, 0]
 
 

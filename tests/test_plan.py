@@ -300,6 +300,21 @@ def test_what_is_wrong_is_said(flags, sentence, folder):
         plan.main([*flags.split(), "--devices", "4", "--model", folder])
 
 
+def test_the_answers_at_validations_are_a_phase(folder):
+    """Six prompts on four devices are eight rows, which the model's 16 tokens leave 12 columns."""
+    asked = DPOStage(batch_size=4, validation_prompts=6, max_new_tokens=4)
+
+    def programs(section):
+        return shapes.shapes_of(RunConfig(model=folder, dpo=section), "dpo").programs
+
+    answer, *arguments = programs(asked)[shapes.ANSWERING]
+    rollout, log_ratios = jax.eval_shape(answer, *arguments)
+    assert rollout.tokens.shape == (8, 12 + 4)
+    assert log_ratios.shape == (8,)
+    for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
+        assert [*programs(dataclasses.replace(asked, **other))] == ["learn"]
+
+
 def test_the_reference_of_kto_is_counted(folder):
     config = RunConfig(model=folder, kto=KTOStage(batch_size=4))
     held, _, _ = shapes.shapes_of(config, "kto", None)

@@ -143,7 +143,7 @@ def test_scores_are_those_of_single_rows(config):
     mask = mask.at[2, P:].set(0)  # scored at the last token of its prompt
 
     def scores(group_size):
-        score = models.score_fn(model, P, group_size)
+        score = models.score_fn(model, prompt_length=P, group_size=group_size)
 
         def total(params):
             of_rows = score(params, tokens, mask, None)
@@ -165,7 +165,7 @@ def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
     assert f"f32[2,{P + G * R},8]" in str(jax.make_jaxpr(reward)(grouped))
     scores, _ = jax.jit(reward)(grouped)
     np.testing.assert_allclose(scores, jax.jit(reward)(rollout)[0], atol=1e-5)
-    by_rows = initial.scorer_of_groups(model, G, P, G)
+    by_rows = initial.scorer_of_groups(model, score_rows=G, prompt_length=P, group_size=G)
     np.testing.assert_allclose(by_rows(params, tokens, mask, None), scores, atol=1e-5)
 
 
@@ -190,10 +190,14 @@ def test_adapters_a_teacher_and_a_whole_value_model():
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     params = {"policy": models.lora.attach(base, adapters), "value": params_of(LLAMA, "value")}
     tokens, mask = batch()
-    teacher = models.Teacher(model, lambda ours, theirs: jnp.sum((ours - theirs) ** 2, axis=-1))
+
+    def squared(logits, *, teacher_logits):
+        return jnp.sum((logits - teacher_logits) ** 2, axis=-1)
+
+    teacher = models.Teacher(model, squared)
 
     def output(group_size):
-        policy = models.policy_fn(model, 1.0, P, model, teacher, group_size)
+        policy = models.policy_fn(model, 1.0, P, model, teacher=teacher, group_size=group_size)
         found = jax.jit(policy)(params, tokens, mask, None, base)
         return jax.tree.map(lambda x: jnp.where(mask != 0, x, 0.0), found)
 
@@ -251,7 +255,7 @@ def test_a_part_that_no_query_reaches_adds_nothing():
 def test_wrong_groups_are_refused(settings, message):
     prompt_length, group_size = settings
     with pytest.raises(ValueError, match=message):
-        models.score_fn(models.build(LLAMA), prompt_length, group_size)
+        models.score_fn(models.build(LLAMA), prompt_length=prompt_length, group_size=group_size)
 
 
 # --- Sampling

@@ -35,8 +35,8 @@ class Teacher(NamedTuple):
     """A model with which a policy is compared at every token."""
 
     model: Model
-    # (logits [..., V], the teacher's [..., V]) -> [...], such as ``losses.divergence``
-    measure: Callable[[Array, Array], Array]
+    # (logits [..., V], *, teacher_logits [..., V]) -> [...], such as ``losses.divergence``
+    measure: Callable[..., Array]
 
 
 def add_head(
@@ -82,6 +82,7 @@ def policy_fn(
     temperature: float = 1.0,
     prompt_length: int = 0,
     value_model: Model | None = None,
+    *,
     teacher: Teacher | None = None,
     group_size: int = 1,
     num_answers: int = 0,
@@ -119,7 +120,7 @@ def policy_fn(
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
     states = partial(_states, shared, one_text)
     if not temperature > 0:
         raise ValueError(
@@ -174,7 +175,7 @@ def policy_fn(
     return ops.with_settings(policy, temperature, prompt_length)
 
 
-def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
+def shared_by(*, group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
     """The argument ``groups`` or ``num_answers`` of ``Model.hidden``; none for single rows.
 
     Raises:
@@ -211,6 +212,7 @@ def _states(
 
 def score_fn(
     model: Model,
+    *,
     prompt_length: int = 0,
     group_size: int = 1,
     num_answers: int = 0,
@@ -233,7 +235,7 @@ def score_fn(
     Raises:
         ValueError: rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
 
     def score(
         params: Params,
@@ -343,5 +345,5 @@ def _compared(
     ours = ops.among(logits[..., :shared], support)
     theirs = ops.among(theirs[..., :shared], support)
     log_probs = chosen - jax.nn.logsumexp(theirs, axis=-1)
-    divergence = teacher.measure(ours, theirs)
+    divergence = teacher.measure(ours, teacher_logits=theirs)
     return {"teacher_log_probs": log_probs, "divergence": divergence}

@@ -21,9 +21,9 @@ Tree = TypeVar("Tree")
 
 def make_mesh(
     data: int = -1,
+    *,
     fsdp: int = 1,
     tensor: int = 1,
-    *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by

@@ -100,10 +100,14 @@ def networks_of(
 
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
-        prompt_length = columns - settings.max_new_tokens
-        others = (value_model, taught_by)
-        how = (settings.temperature, prompt_length, *others, method.shared_by)
-        return models.policy_fn(model, *how)
+        return models.policy_fn(
+            model,
+            settings.temperature,
+            prompt_length=columns - settings.max_new_tokens,
+            value_model=value_model,
+            teacher=taught_by,
+            group_size=method.shared_by,
+        )
 
     def scored(params: Params, tokens: Array, *more: Any, **support: Array) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more, **support)
@@ -111,7 +115,7 @@ def networks_of(
     has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
     if has_reference:
-        ref_fn = ops.by_rows(scored, method.score_rows, method.shared_by)
+        ref_fn = ops.by_rows(scored, method.score_rows, group_size=method.shared_by)
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
@@ -257,13 +261,17 @@ def rules(
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
             iteration.missing_eos(
-                samples.eos_id, settings.missing_eos_penalty, settings.missing_eos_score
+                samples.eos_id,
+                penalty=settings.missing_eos_penalty,
+                score=settings.missing_eos_score,
             )
         )
     if settings.overlong_buffer is not None:
         on_scores.append(
             iteration.overlong(
-                settings.max_new_tokens, settings.overlong_buffer, settings.overlong_penalty
+                max_length=settings.max_new_tokens,
+                buffer=settings.overlong_buffer,
+                penalty=settings.overlong_penalty,
             )
         )
     masked = (

@@ -96,6 +96,8 @@ class Task(NamedTuple):
     validate: Callable[[TrainState], Validation]
     reference: Any = None
     """A pytree with the parameters of the reference."""
+    policy: samples.Policy | None = None
+    """What answers prompts at validations; None: nothing does."""
     trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}
     """The parameters to save; see ``Stage.finish``."""
 
@@ -183,7 +185,8 @@ def policy_task(
     policy = samples.Policy(setting.initial, start, model_fn, reference, setting.num_answers)
     answer = _answering(setting, policy)
     validate = partial(_validate, setting, measured, baselines, answer)
-    return Task(setting, start, references.state(config).create, bound, validate, reference)
+    create = references.state(config).create
+    return Task(setting, start, create, bound, validate, reference, policy)
 
 
 def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: Any) -> Any:
