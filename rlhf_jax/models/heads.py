@@ -140,8 +140,7 @@ def policy_fn(
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
-                f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns of "
-                "tokens"
+                f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns"
             )
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
