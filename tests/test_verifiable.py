@@ -439,7 +439,7 @@ def test_the_report_on_a_file_tries_the_rewards(write, tmp_path):
     assert report.num_problems == 1
 
 
-def tested(config):
+def trial_of(config):
     prompts = rl.inputs.read_prompts(data_source(config), config.rl)
     drops = config.on_bad_row == "drop"
     return rl.answers.tested(config.reward, config.math, prompts, drops=drops)
@@ -449,10 +449,10 @@ def test_a_run_tries_the_answers_first(write, caplog):
     config = RunConfig(data=(write(ROWS),), reward=("math*2", "regex:[0-9]"))
     with caplog.at_level("INFO", "rlhf_jax"):
         with pytest.raises(UserError, match="line 3: math: the answer is a whole text") as error:
-            tested(config)
+            trial_of(config)
         assert "--on-bad-row drop" in str(error.value)
         config = dataclasses.replace(config, on_bad_row="drop")
-        found, [prompts] = tested(config)
+        found, [prompts] = trial_of(config)
     assert found.form == "number"
     assert [row.source[-1] for row in prompts.rows] == ["1", "2", "4"]
     assert prompts.dropped == {
@@ -462,7 +462,7 @@ def test_a_run_tries_the_answers_first(write, caplog):
     assert "warning: regex:[0-9]: the prompt itself scores 1 in 3 of 4 rows" in caplog.text
     config = RunConfig(data=(write(ROWS[2:3]),), reward=("math",), on_bad_row="drop")
     with pytest.raises(UserError, match="no row is left"):
-        tested(config)
+        trial_of(config)
 
 
 @pytest.mark.slow

@@ -195,9 +195,9 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     policy_fn = models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
-    def policy_of(model, temperature, width, *more):
-        made.add(width)
-        return policy_fn(model, temperature, width, *more)
+    def policy_of(model, temperature, *, prompt_length, **more):
+        made.add(prompt_length)
+        return policy_fn(model, temperature, prompt_length, **more)
 
     fakes = {
         "respond": functools.partial(one_token_each, seen),
