@@ -109,6 +109,7 @@ class World(NamedTuple):
     gold_of_pool: Array  # [pool]
     pairs: Array  # [C, 2, T] answers to compare
     best: Array  # [C] the annotator's choices
+    luck: Array  # [C] from 0 to 1: a choice is turned round where it is below a share
 
 
 def gold_reward(values: Array, tokens: Array) -> Array:
@@ -171,6 +172,7 @@ def make_world(key: Array, sizes: Sizes) -> World:
         scores[num_compared:],
         pairs,
         best,
+        jax.random.uniform(jax.random.fold_in(label_key, 1), best.shape),
     )
 
 
@@ -195,12 +197,11 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
     """A reward model from the first ``num`` comparisons. Three quarters train; the parameters with
     the lowest loss on the others are kept.
     """
-    init_key, flip_key, loop_key = jax.random.split(key, 3)
+    init_key, loop_key = jax.random.split(key)
     schedule = optax.cosine_decay_schedule(sizes.proxy_rate, sizes.proxy_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     config = reward_model.Config()
-    is_flipped = jax.random.bernoulli(flip_key, wrong, world.best.shape)
-    best = jnp.where(is_flipped, 1 - world.best, world.best)
+    best = jnp.where(world.luck < wrong, 1 - world.best, world.best)
     num_train = 3 * num // 4
     held_out = num_train + jnp.arange(VALIDATION) % (num - num_train)
 
