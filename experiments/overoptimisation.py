@@ -9,7 +9,7 @@ answers by it, with noise (Bradley and Terry). Reward models, the proxies, learn
 such comparisons. Then the answers are chosen by a proxy,
 as the best of n, or the policy is trained on it, by RLOO without a KL penalty; the gold reward is
 only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
-after a quarter of the labels was turned round, for each member another quarter.
+after a quarter of the labels was turned round, the same ones for all members.
 
 All seeds, numbers of comparisons and ensembles are lanes of two programs (``jax.vmap``).
 """
