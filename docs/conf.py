@@ -94,11 +94,16 @@ class Results(Directive):
 
     ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
     seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
-    ``METRIC high``, and the same numbers. Without it: a table of all metrics.
+    ``METRIC high``, and the same numbers. With the option ``changes``: for each variant and metric
+    the means before and after, and the interval of the change. Without either: a table of all
+    metrics.
     """
 
     required_arguments = 1
-    option_spec = {"metric": directives.unchanged_required}  # noqa: RUF012 (docutils' own form)
+    option_spec = {  # noqa: RUF012 (docutils' own form)
+        "metric": directives.unchanged_required,
+        "changes": directives.flag,
+    }
 
     def run(self) -> list[nodes.Node]:
         path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
@@ -107,7 +112,12 @@ class Results(Directive):
         how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
         how += f"{results['seconds']} seconds; docs/results/{path.name}"
         metric = self.options.get("metric")
-        parts = _numbers(results["rows"]) if metric is None else self.curve(path, results, metric)
+        if "changes" in self.options:
+            parts = _changes(results["rows"])
+        elif metric is None:
+            parts = _numbers(results["rows"])
+        else:
+            parts = self.curve(path, results, metric)
         return [*parts, nodes.paragraph("", how)]
 
     def curve(self, path: Path, results: dict[str, Any], metric: str) -> list[nodes.Node]:
@@ -152,6 +162,26 @@ def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
         band = "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
         lines.append([metric, str(seed), f"{value:.3g}", band])
     return [_table(["metric", "seed", "value", "95%"], lines)]
+
+
+def _changes(rows: list[dict[str, Any]]) -> list[nodes.Node]:
+    """A table of what each variant changed: rows ``METRIC``, and ``METRIC, change`` of the last step.
+
+    Only means over seeds are read.
+    """
+    means = [row for row in rows if row["seed"] == "all"]
+    values = {(row["variant"], row["step"], row["metric"]): row["value"] for row in means}
+    lines = []
+    for (variant, step, metric), change in values.items():
+        name = metric.removesuffix(", change")
+        if name == metric:
+            continue
+        ends = [values[variant, at, name] for at in (0, step)]
+        edges = [values.get((variant, step, f"{metric} {edge}")) for edge in ("low", "high")]
+        band = "" if None in edges else "{:+.3f} to {:+.3f}".format(*edges)
+        numbers = [f"{value:.3f}" for value in ends]
+        lines.append([variant, name, str(step), *numbers, f"{change:+.3f}", band])
+    return [_table(["stage", "metric", "steps", "before", "after", "change", "95%"], lines)]
 
 
 def _table(head: list[str], lines: list[list[str]]) -> nodes.table:

