@@ -165,9 +165,8 @@ def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
 
 
 def _changes(rows: list[dict[str, Any]]) -> list[nodes.Node]:
-    """A table of what each variant changed: rows ``METRIC``, and ``METRIC, change`` of the last step.
-
-    Only means over seeds are read.
+    """What each variant changed, from means over seeds: ``METRIC`` at the first and the last step, and
+    ``METRIC, change``.
     """
     means = [row for row in rows if row["seed"] == "all"]
     values = {(row["variant"], row["step"], row["metric"]): row["value"] for row in means}
