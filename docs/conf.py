@@ -165,9 +165,7 @@ def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
 
 
 def _changes(rows: list[dict[str, Any]]) -> list[nodes.Node]:
-    """What each variant changed, from means over seeds: ``METRIC`` at the first and the last step, and
-    ``METRIC, change``.
-    """
+    """What each variant changed, from means over seeds: ``METRIC`` and ``METRIC, change``."""
     means = [row for row in rows if row["seed"] == "all"]
     values = {(row["variant"], row["step"], row["metric"]): row["value"] for row in means}
     lines = []
