@@ -111,7 +111,7 @@ def trainer(stage, folder, seed, steps, batch):
         )
         pairs = Dataset.from_list(rows_of(folder, "train_pairs"))
         found = DPOTrainer(**how, args=args, train_dataset=pairs, eval_dataset=held_out)
-        curve = Curve(8, lambda model: found.evaluate()["eval_rewards/accuracies"])
+        curve = Curve(10, lambda model: found.evaluate()["eval_rewards/accuracies"])
     else:
         held_out = rows_of(folder, "held_out_prompts")
         args = GRPOConfig(
@@ -125,7 +125,7 @@ def trainer(stage, folder, seed, steps, batch):
         )
         prompts = Dataset.from_list(rows_of(folder, "train_prompts"))
         found = GRPOTrainer(**how, args=args, reward_funcs=is_answer, train_dataset=prompts)
-        curve = Curve(4, lambda model: right_answers(model, tokenizer, held_out))
+        curve = Curve(5, lambda model: right_answers(model, tokenizer, held_out))
     found.add_callback(curve)
     return found, curve
 

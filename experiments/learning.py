@@ -29,6 +29,7 @@ from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import Generator
 
 NEW_TOKENS = 10
+EVERY = 10  # steps of SFT, the reward model and DPO between two validations
 RIGHT = "share of right answers"
 KL = "KL from the first model, nats an answer"
 
@@ -39,8 +40,7 @@ class Sizes(NamedTuple):
     largest: int = 20  # number of a sum
     held_out: int = 128  # sums
     batch: int = 16  # rows or pairs of a step
-    epochs: int = 2
-    iterations: int = 12  # of GRPO, RLOO and PPO
+    iterations: int = 10  # of GRPO, RLOO and PPO
     answers: int = 64  # of an iteration
 
 
@@ -112,9 +112,8 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
         section = command.replace("_", "-")
         own = {
             "batch-size": sizes.batch,
-            "num-epochs": sizes.epochs,
             "validation-data": folder / f"held_out_{kind}.json",
-            "validation-interval": 8,
+            "validation-interval": EVERY,
             "optimizer.learning-rate": rate,
         }
         flags = f"{section} {common} --data {folder / f'train_{kind}.json'}"
@@ -133,7 +132,7 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
             "optimizer.schedule": "constant",
             "validation-data": folder / "held_out_prompts.json",
             "validation-prompts": sizes.held_out,
-            "validation-interval": 4,
+            "validation-interval": sizes.iterations // 2,
         }
         flags = f"{command} {common} --data {folder / 'train_prompts.json'} --reward {reward}"
         flags += "".join(f" --rl.{key} {value}" for key, value in own.items())
@@ -142,15 +141,14 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
     judge = str(runs / "reward_model")
     checked = f"{Path(sums.__file__)}:is_answer"
     grouped = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
+    one_pass = "--ppo.num-epochs 1 --ppo.num-minibatches 2"
     return {
         "SFT": supervised("sft", "rows", 2e-4, "loss"),
         "reward model": supervised("reward_model", "pairs", 5e-4, "accuracy"),
         "DPO": supervised("dpo", "pairs", 5e-5, "accuracy"),
         "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
         "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
-        "PPO, reward model": policy(
-            "ppo", judge, 0.05, "--ppo.num-epochs 2 --ppo.num-minibatches 2"
-        ),
+        "PPO, reward model": policy("ppo", judge, 0.05, one_pass),
     }
 
 
