@@ -29,7 +29,7 @@ from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import Generator
 
 NEW_TOKENS = 10
-EVERY = 10  # steps of SFT, the reward model and DPO between two validations
+EVERY = 10  # steps between two validations of SFT and DPO
 RIGHT = "share of right answers"
 KL = "KL from the first model, nats an answer"
 
@@ -108,12 +108,13 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
     common = f"--model {folder / 'model'} --seed {seed} --lora.rank 16 --lora.alpha 32"
     common += " --compute.scan-layers true --checkpoint-interval 9999"
 
-    def supervised(command: str, kind: str, rate: float, metric: str) -> Stage:
+    def supervised(command: str, kind: str, metric: str, *, rate: float, epochs: int) -> Stage:
         section = command.replace("_", "-")
         own = {
             "batch-size": sizes.batch,
+            "num-epochs": epochs,
             "validation-data": folder / f"held_out_{kind}.json",
-            "validation-interval": EVERY,
+            "validation-interval": EVERY * epochs,
             "optimizer.learning-rate": rate,
         }
         flags = f"{section} {common} --data {folder / f'train_{kind}.json'}"
@@ -143,10 +144,10 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
     grouped = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
     one_pass = "--ppo.num-epochs 1 --ppo.num-minibatches 2"
     return {
-        "SFT": supervised("sft", "rows", 2e-4, "loss"),
-        "reward model": supervised("reward_model", "pairs", 5e-4, "accuracy"),
-        "DPO": supervised("dpo", "pairs", 5e-5, "accuracy"),
+        "SFT": supervised("sft", "rows", "loss", rate=2e-4, epochs=1),
+        "DPO": supervised("dpo", "pairs", "accuracy", rate=5e-5, epochs=1),
         "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
+        "reward model": supervised("reward_model", "pairs", "accuracy", rate=5e-4, epochs=4),
         "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
         "PPO, reward model": policy("ppo", judge, 0.05, one_pass),
     }
