@@ -2,9 +2,11 @@
 docs/_build/html``.
 """
 
+import fnmatch
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +92,26 @@ def accessible(
 
 
 class Results(Directive):
-    """The figure and the table of a file in docs/results/: a page has no number of its own.
+    """Figures and tables of a file in docs/results/: a page has no number of its own.
 
     ``{results} NAME`` with the option ``metric``: its curve over the steps for each variant and
     seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
-    ``METRIC high``, and the same numbers. With the option ``changes``: for each variant and metric
-    the means before and after, and the interval of the change. Without either: a table of all
-    metrics.
+    ``METRIC high``, and the same numbers; with ``only-figure`` without them. The option ``x`` names
+    a metric that takes the place of the steps. With ``columns``, metrics with ``|`` between them: a
+    table with a line for each variant, of its last step. Without both: a table of all metrics.
+
+    ``variants`` are patterns of the names to show, with ``|`` between them; those like ``dashed``
+    have dashed lines in the colours of the others.
     """
 
     required_arguments = 1
     option_spec = {  # noqa: RUF012 (docutils' own form)
         "metric": directives.unchanged_required,
-        "changes": directives.flag,
+        "x": directives.unchanged_required,
+        "columns": directives.unchanged_required,
+        "variants": directives.unchanged_required,
+        "dashed": directives.unchanged_required,
+        "only-figure": directives.flag,
     }
 
     def run(self) -> list[nodes.Node]:
@@ -111,43 +120,94 @@ class Results(Directive):
         results = json.loads(path.read_text("utf-8"))
         how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
         how += f"{results['seconds']} seconds; docs/results/{path.name}"
+        rows = self.shown(results["rows"])
         metric = self.options.get("metric")
-        if "changes" in self.options:
-            parts = _changes(results["rows"])
-        elif metric is None:
-            parts = _numbers(results["rows"])
+        if metric is not None:
+            parts = self.curve(path, rows, metric)
+        elif columns := self.options.get("columns"):
+            parts = [_by_variant(rows, columns.split(" | "))]
         else:
-            parts = self.curve(path, results, metric)
+            parts = _numbers(rows)
+        if "only-figure" in self.options:
+            return parts[:1]
         return [*parts, nodes.paragraph("", how)]
 
-    def curve(self, path: Path, results: dict[str, Any], metric: str) -> list[nodes.Node]:
+    def shown(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of the variants that the option names, in its order; all without it."""
+        patterns = self.options.get("variants", "*").split(" | ")
+        found = [
+            row
+            for pattern in patterns
+            for row in rows
+            if fnmatch.fnmatchcase(row["variant"], pattern)
+        ]
+        if not found:
+            raise self.error(f"results: no variant is like {' or '.join(patterns)}")
+        return found
+
+    def curve(self, path: Path, rows: list[dict[str, Any]], metric: str) -> list[nodes.Node]:
         """The curve of a metric, and its numbers."""
-        rows = results["rows"]
+        x = self.options.get("x")
         means = [row for row in rows if row["seed"] == "all"]
         values = {}
         for row in means or rows:
             of_seed = "" if means else f", seed {row['seed']}"
             name = f"{row['variant']}{of_seed}"
             values[name, row["step"], row["metric"]] = row["value"]
+        names = dict.fromkeys(name for name, _, of in values if of == metric)
         series = {}
         lines = []
-        for name in sorted({name for name, _, _ in values}):
+        for name in names if "variants" in self.options else sorted(names):
             steps = sorted(step for of, step, found in values if (of, found) == (name, metric))
             found = [
                 [values.get((name, step, f"{metric}{edge}")) for step in steps]
                 for edge in ("", " low", " high")
             ]
             has_band = None not in found[1] + found[2]
-            series[name] = figures.Series(steps, *(found if has_band else found[:1]))
-            for step, value, low, high in zip(steps, *found, strict=True):
+            places = steps if x is None else [values[name, step, x] for step in steps]
+            is_dashed = fnmatch.fnmatchcase(name, self.options.get("dashed", ""))
+            color = sum(one.style == is_dashed for one in series.values())
+            series[_short(name, names)] = figures.Series(
+                places,
+                *(found if has_band else found[:1]),
+                color=color,
+                style=int(is_dashed),
+            )
+            for place, value, low, high in zip(places, *found, strict=True):
                 band = f"{low:.3g} to {high:.3g}" if has_band else ""
-                lines.append([name, str(step), f"{value:.3g}", band])
-        plot = figures.Plot(metric, "step", metric, series)
-        picture = figures.element(plot, salt=path.stem)
+                lines.append([name, f"{place:.4g}", f"{value:.3g}", band])
+        plot = figures.Plot(metric, x or "step", metric, series)
+        picture = figures.element(plot, salt=f"{path.stem} {self.lineno}")
         return [
             nodes.raw("", picture, format="html"),
-            _table(["run", "step", metric, "95%"], lines),
+            _table(["run", x or "step", metric, "95%"], lines),
         ]
+
+
+def _short(name: str, names: Iterable[str]) -> str:
+    """The name without what all begin with, up to a colon."""
+    start, colon, rest = name.partition(": ")
+    are_alike = all(other.startswith(start + colon) for other in names)
+    return rest if colon and are_alike else name
+
+
+def _by_variant(rows: list[dict[str, Any]], columns: list[str]) -> nodes.table:
+    """A table with a line for each variant that has one of the metrics: means of the last step."""
+    values: dict[str, dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        of_variant = values.setdefault(row["variant"], {})
+        if row["seed"] == "all":
+            of_variant[row["metric"]] = row["value"]
+    lines = []
+    for name, found in values.items():
+        texts = []
+        for column in columns:
+            low = found.get(f"{column} low")
+            band = "" if low is None else f" ({low:.3g} to {found[f'{column} high']:.3g})"
+            texts.append(f"{found[column]:.3g}{band}" if column in found else "")
+        if any(texts):
+            lines.append([_short(name, values), *texts])
+    return _table(["", *columns], lines)
 
 
 def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
@@ -162,23 +222,6 @@ def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
         band = "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
         lines.append([metric, str(seed), f"{value:.3g}", band])
     return [_table(["metric", "seed", "value", "95%"], lines)]
-
-
-def _changes(rows: list[dict[str, Any]]) -> list[nodes.Node]:
-    """What each variant changed, from means over seeds: ``METRIC`` and ``METRIC, change``."""
-    means = [row for row in rows if row["seed"] == "all"]
-    values = {(row["variant"], row["step"], row["metric"]): row["value"] for row in means}
-    lines = []
-    for (variant, step, metric), change in values.items():
-        name = metric.removesuffix(", change")
-        if name == metric:
-            continue
-        ends = [values[variant, at, name] for at in (0, step)]
-        edges = [values.get((variant, step, f"{metric} {edge}")) for edge in ("low", "high")]
-        band = "" if None in edges else "{:+.3f} to {:+.3f}".format(*edges)
-        numbers = [f"{value:.3f}" for value in ends]
-        lines.append([variant, name, str(step), *numbers, f"{change:+.3f}", band])
-    return [_table(["stage", "metric", "steps", "before", "after", "change", "95%"], lines)]
 
 
 def _table(head: list[str], lines: list[list[str]]) -> nodes.table:

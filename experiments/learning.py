@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import results
 import sums
 import tyro
@@ -27,10 +28,11 @@ import tyro
 from rlhf_jax import cli
 from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import Generator
+from rlhf_jax.runs.writing import write_atomically
 
 NEW_TOKENS = 10
 EVERY = 10  # steps between two validations of SFT and DPO
-RIGHT = "share of right answers"
+JUDGE = "reward model"
 KL = "KL from the first model, nats an answer"
 
 
@@ -65,14 +67,21 @@ def problems(sizes: Sizes) -> list[dict[str, Any]]:
     ]
 
 
-def answers_of(model: Path, rows: list[dict[str, Any]], seed: int) -> tuple[list[str], list[bool]]:
-    """A sampled answer to each sum, and whether it is right."""
-    generator = Generator(model, max_new_tokens=NEW_TOKENS)
-    texts = generator([row["prompt"] for row in rows], seed=seed).texts
+def answers_of(model: Path, rows: list[dict[str, Any]], seed: int, file: Path) -> list[str]:
+    """A sampled answer to each sum, kept in the file."""
+    if not file.exists():
+        generator = Generator(model, max_new_tokens=NEW_TOKENS)
+        texts = generator([row["prompt"] for row in rows], seed=seed).texts
+        write_atomically(file, json.dumps(texts, indent=0))
+        jax.clear_caches()  # the program of the next model is another one
+    texts = json.loads(file.read_text("utf-8"))
+    return [str(text) for text in texts]
+
+
+def right(texts: list[str], rows: list[dict[str, Any]]) -> np.ndarray:
+    """[N] 1 for a right answer, else 0."""
     answers = [row["answer"] for row in rows]
-    is_right = sums.is_answer([], texts, answers)
-    jax.clear_caches()  # the program of the next model is another one
-    return texts, [score == 1 for score in is_right]
+    return np.array(sums.is_answer([], texts, answers))
 
 
 def pairs_of(rows: list[dict[str, Any]], said: list[str]) -> list[dict[str, str]]:
@@ -90,7 +99,7 @@ def pairs_of(rows: list[dict[str, Any]], said: list[str]) -> list[dict[str, str]
 def write_data(folder: Path, sizes: Sizes) -> None:
     """The rows, pairs and prompts of training, and as many files of held-out ones."""
     rows = problems(sizes)
-    said, _ = answers_of(folder / "model", rows, seed=1)
+    said = answers_of(folder / "model", rows, 1, folder / "answers.json")
     kinds = {
         "rows": [{"prompt": row["prompt"], "response": row["answer"]} for row in rows],
         "pairs": pairs_of(rows, said),
@@ -147,7 +156,7 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
         "SFT": supervised("sft", "rows", "loss", rate=2e-4, epochs=1),
         "DPO": supervised("dpo", "pairs", "accuracy", rate=5e-5, epochs=1),
         "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
-        "reward model": supervised("reward_model", "pairs", "accuracy", rate=5e-4, epochs=4),
+        JUDGE: supervised("reward_model", "pairs", "accuracy", rate=5e-4, epochs=4),
         "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
         "PPO, reward model": policy("ppo", judge, 0.05, one_pass),
     }
@@ -162,34 +171,73 @@ def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def of_seed(folder: Path, sizes: Sizes, seed: int) -> list[results.Row]:
-    """The numbers of all stages of one seed, before and after."""
-    rows = problems(sizes)[: sizes.held_out]
-    runs = folder / f"seed-{seed}"
-    _, before = answers_of(folder / "model", rows, seed)
-    found = []
-    for name, stage in stages(folder, runs, sizes, seed).items():
-        run = runs / stage.flags[-1].rpartition("/")[2]
-        metrics = finished(run, stage.flags)
-        last = metrics[-1]["step"]
-        numbers = {}
-        if stage.metric is not None:
-            numbers[stage.metric] = (metrics[0][stage.metric], metrics[-1][stage.metric])
-        if name == "reward model":
-            length = metrics[-1]["validation/length_accuracy"]
-            found.append(results.row(name, seed, last, "accuracy of the longer answer", length))
-        else:
-            _, after = answers_of(run / "model", rows, seed)
-            numbers[RIGHT] = (sum(before) / len(rows), sum(after) / len(rows))
-        kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
-        if kls:
-            found.append(results.row(name, seed, last, KL, kls[-1]))
-        for metric, (first, end) in numbers.items():
-            found.append(results.row(name, seed, 0, metric, first))
-            found.append(results.row(name, seed, last, metric, end))
-            found.append(results.row(name, seed, last, f"{metric}, change", end - first))
-            logger.info(f"seed {seed}, {name}: {metric} {first:.3f} to {end:.3f}")
-    return found
+class Outcome(NamedTuple):
+    """What a stage of one seed has changed."""
+
+    steps: int
+    is_right: np.ndarray | None  # [N], of its answers; None: it gives none
+    first: float | None  # its metric of held-out rows before the first step
+    last: float | None
+    others: dict[str, float]  # more numbers
+
+
+def outcome(
+    run: Path, stage: Stage, rows: list[dict[str, Any]], seed: int, *, answers: bool
+) -> Outcome:
+    """Runs a stage to its end and looks at what it has changed."""
+    metrics = finished(run, stage.flags)
+    is_right = None
+    if answers:
+        texts = answers_of(run / "model", rows, seed, run.with_suffix(".answers.json"))
+        is_right = right(texts, rows)
+    ends = (None, None)
+    if stage.metric is not None:
+        ends = (metrics[0][stage.metric], metrics[-1][stage.metric])
+    others = {}
+    kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
+    if kls:
+        others[KL] = kls[-1]
+    if not answers:
+        others["held-out accuracy of the longer answer"] = metrics[-1]["validation/length_accuracy"]
+    return Outcome(metrics[-1]["step"], is_right, *ends, others)
+
+
+def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """The mean change of right answers [S, N] of S seeds {"": , " low": , " high": }, with a 95%
+    interval over the sums: each is answered before and after.
+    """
+    of_sums = np.mean(after - before, axis=0)
+    mean = float(np.mean(of_sums))
+    half = results.Z * float(np.std(of_sums, ddof=1)) / len(of_sums) ** 0.5
+    return {"": mean, " low": mean - half, " high": mean + half}
+
+
+def table(before: np.ndarray, found: list[dict[str, Outcome]]) -> list[results.Row]:
+    """The rows of all stages.
+
+    before: right answers [S, N] of the first model.
+    found: for each seed the outcomes by the names of their stages.
+    """
+    rows = []
+    for name, (steps, is_right, first, last, others) in found[0].items():
+        values: dict[str, float] = {}
+        if is_right is not None:
+            after = np.array([of_seed[name].is_right for of_seed in found])
+            for metric, shares in {"before": before, "after": after}.items():
+                values[f"right answers {metric}"] = float(shares.mean())
+            for edge, value in change(before, after).items():
+                values[f"change of right answers{edge}"] = value
+            for seed, of_seed in enumerate(after):
+                rows.append(results.row(name, seed, steps, "right answers after", of_seed.mean()))
+        if first is not None and last is not None:
+            ends = [(of_seed[name].first, of_seed[name].last) for of_seed in found]
+            of_ends = np.mean(np.array(ends, float), axis=0)
+            values |= {"held-out rows before": of_ends[0], "held-out rows after": of_ends[1]}
+        for metric in others:
+            values[metric] = float(np.mean([of_seed[name].others[metric] for of_seed in found]))
+        for metric, value in values.items():
+            rows.append(results.row(name, results.ALL, steps, metric, value))
+    return rows
 
 
 def main(
@@ -211,13 +259,25 @@ def main(
     sums.write_model(folder / "model")
     if not (folder / "train_prompts.json").exists():
         write_data(folder, sizes)
-    rows: list[results.Row] = []
+    rows = problems(sizes)[: sizes.held_out]
+    before = []
+    found: list[dict[str, Outcome]] = []
     for seed in range(seeds):
-        rows += of_seed(folder, sizes, seed)
+        runs = folder / f"seed-{seed}"
+        runs.mkdir(exist_ok=True)
+        first = answers_of(folder / "model", rows, seed, runs / "first.answers.json")
+        before.append(right(first, rows))
+        found.append({})
+        for name, stage in stages(folder, runs, sizes, seed).items():
+            run = runs / stage.flags[-1].rpartition("/")[2]
+            answers = name != JUDGE
+            found[-1][name] = outcome(run, stage, rows, seed, answers=answers)
+            logger.info(f"seed {seed}, {name}: {found[-1][name].last}")
         if out is not None:
             command = f"python experiments/learning.py runs/learning --seeds {seed + 1}"
-            table = rows + results.over_seeds(rows)
-            results.write(out, command, time.monotonic() - started, table, sizes=sizes._asdict())
+            numbers = table(np.array(before), found)
+            seconds = time.monotonic() - started
+            results.write(out, command, seconds, numbers, sizes=sizes._asdict())
 
 
 if __name__ == "__main__":
