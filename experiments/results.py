@@ -24,7 +24,7 @@ Row = dict[str, Any]
 def row(variant: str, seed: int | str, step: int, metric: str, value: float) -> Row:
     """A number with what it belongs to; the seed is ``ALL`` for a mean over seeds."""
     key = {"variant": variant, "seed": seed, "step": step}
-    return key | {"metric": metric, "value": round(value, 4)}
+    return key | {"metric": metric, "value": round(float(value), 4)}
 
 
 def share(num_right: float, num: int) -> dict[str, float]:

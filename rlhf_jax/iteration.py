@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -132,6 +133,7 @@ def rescored(
     eos_ids: tuple[int, ...],
     score_rows: int | None = None,
     importance: tuple[float, losses.ImportanceSampling] | None = None,
+    expert_gap: Callable[[Params, Rollout], Array] | None = None,
 ) -> tuple[Rollout, Metrics]:
     """The samples with log-probs and values of the update's own forward pass, the log-probs of the
     reference, and metrics.
@@ -140,11 +142,12 @@ def rescored(
         score_rows: rows that the policy scores at once, see ``ops.by_rows``.
         importance: cap and kind of the weights that correct an engine's log-probs
             (``losses.importance_weights``); None: no weights.
+        expert_gap: ``sampling.expert_gap`` of a mixture of experts; None: it is not measured.
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = Partial(ref_fn, loop.reference)
-    policy_fn = ops.by_rows(functions.policy_fn, score_rows, sampled.group_size)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows, group_size=sampled.group_size)
     weights: Any = {}
     if importance is not None:
         weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
@@ -167,6 +170,9 @@ def rescored(
     }
     if importance is not None:
         metrics["policy/importance_limited"] = rollout.truncated_share(scored, importance[0])
+    if expert_gap is not None:
+        policy = sampling_params(loop, functions.base)
+        metrics["policy/expert_gap"] = expert_gap(policy, sampled)
     return scored, metrics
 
 
@@ -279,7 +285,7 @@ def clipped(limit: float) -> Rule:
     return _on_scores(lambda rollout, scores: jnp.clip(scores, -limit, limit))
 
 
-def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None) -> Rule:
+def missing_eos(eos_id: EosId | None, *, penalty: float | None, score: float | None) -> Rule:
     """``rewards.missing_eos``: a penalty or another score for responses that did not end.
 
     Raises:
@@ -292,7 +298,7 @@ def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None
     )
 
 
-def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
+def overlong(*, max_length: int, buffer: int, penalty: float) -> Rule:
     """``rewards.overlong_penalty``: each of the last ``buffer`` tokens before ``max_length``
     costs more than the one before, up to ``penalty``.
     """
@@ -317,7 +323,7 @@ def mask_truncated(eos_id: EosId | None) -> Rule:
     return rule
 
 
-def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
+def with_greedy(rollout: Rollout, *, greedy: Rollout, shape: Rule) -> Rollout:
     """The rollout with ``greedy_rewards``: the rewards, after ``shape``, of scored greedy responses
     to the same prompts.
 
@@ -349,7 +355,7 @@ def _score_at_end(coef: Array, rollout: Rollout) -> tuple[Array, Array, Metrics]
 NO_PENALTY = Penalty(0.0, _score_at_end)
 
 
-def kl_penalty(coef: float, target: float | None = None, horizon: int | None = None) -> Penalty:
+def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None = None) -> Penalty:
     """The KL of each token from the reference, times a coefficient (``rewards.kl_shaped``).
 
     Args:
@@ -385,8 +391,8 @@ def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) ->
 
 def refill(
     kept: Rollout,
-    fresh: Rollout,
     *,
+    fresh: Rollout,
     group_size: int,
     masked: Rule = unchanged,
     mesh: Mesh | None = None,
@@ -467,7 +473,7 @@ def learn(
     policy_fn = functions.policy_fn
     if functions.teacher is not None:
         policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
-    train, update_metrics = algorithm.update(
+    made = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
         key,
@@ -476,14 +482,37 @@ def learn(
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),
     )
-    if "nonfinite" not in update_metrics:
+    train, update_metrics = _checked(made)
+    # An update that is not finite keeps the policy; the coefficient must then not move either.
+    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
+    return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+
+
+def _checked(made: Any) -> tuple[TrainState, Metrics]:
+    """What an update returns, if it is a state and metrics.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
+        kinds = [type(part).__name__ for part in (made if isinstance(made, tuple) else [made])]
+        raise UserError(
+            f"the algorithm's update returns {', '.join(kinds)} in place of the state and a dict "
+            "of metrics"
+        )
+    state, metrics = made
+    if "nonfinite" not in metrics:
         raise UserError(
             "the algorithm's update returns no metric nonfinite, the share of its steps whose loss "
             "or gradient was not finite and which kept the state; gradient_step has it"
         )
-    # An update that is not finite keeps the policy; the coefficient must then not move either.
-    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
-    return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+    for name, value in metrics.items():
+        if np.ndim(value):
+            raise UserError(
+                f"the algorithm's metric {name} has the shape {np.shape(value)}; a metric is one "
+                "number, such as its mean"
+            )
+    return state, metrics
 
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:

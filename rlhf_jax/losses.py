@@ -265,6 +265,7 @@ def surrogate(
 
 def importance_weights(
     log_probs: Array,
+    *,
     behaviour_log_probs: Array,
     mask: Array,
     cap: float,
@@ -334,6 +335,7 @@ def dpo(
     beta: float,
     kind: DPOKind = "sigmoid",
     label_smoothing: float = 0.0,
+    *,
     gamma: float = 0.0,
 ) -> Array:
     """Direct preference losses of Delta = log_ratio_chosen - log_ratio_rejected, with h = beta *
@@ -360,7 +362,7 @@ def dpo(
     Returns:
       [B] float32.
     """
-    check_dpo(kind, label_smoothing, gamma)
+    check_dpo(kind, label_smoothing=label_smoothing, gamma=gamma)
     chex.assert_equal_shape([log_ratio_chosen, log_ratio_rejected])
     chosen = ops.float32(log_ratio_chosen)
     rejected = ops.float32(log_ratio_rejected)
@@ -385,7 +387,7 @@ def _log_odds(log_prob: Array) -> Array:
     return log_prob - jnp.log(-jnp.expm1(below_one))
 
 
-def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None:
+def check_dpo(kind: DPOKind, *, label_smoothing: float, gamma: float = 0.0) -> None:
     """Raises ValueError for an unknown kind, a label smoothing outside [0, 0.5) or with a kind that
     has none, and a gamma without simpo.
     """
@@ -401,6 +403,7 @@ def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None
 
 def kto(
     log_ratio: Array,
+    *,
     reference_point: Array,
     desirable: Array,
     beta: float,
@@ -427,6 +430,7 @@ def kto(
 
 def divergence(
     logits: Array,
+    *,
     teacher_logits: Array,
     kind: Divergence = "reverse_kl",
     beta: float = 0.5,
@@ -469,7 +473,7 @@ def cross_entropy(log_probs: Array, mask: Array) -> Array:
     return -ops.masked(log_probs, mask)
 
 
-def row_weights(weight: Array | None, present: Array) -> Array:
+def row_weights(weight: Array | None, *, present: Array) -> Array:
     """Weights of rows in float32, of the shape of ``present``: 0 where a row is missing, and 1 for
     the others if ``weight`` is None.
     """

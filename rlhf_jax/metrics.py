@@ -55,6 +55,7 @@ def top_1(right: Array, pairs: Pairs) -> Array:
 def preference_report(
     scores: Array,
     best: Array,
+    *,
     lengths: Array,
     weights: Weights = None,
 ) -> dict[str, float]:
@@ -70,7 +71,7 @@ def preference_report(
     the accuracy of a judge who always takes the longest answer.
     """
     row = np.arange(len(scores))
-    rivals = rival(scores, best, lengths)
+    rivals = rival(scores, best, lengths=lengths)
     scores = np.asarray(scores, np.float64)
     chosen = scores[row, best]
     others = scores[row, rivals]
@@ -85,10 +86,12 @@ def preference_report(
     both_lengths = np.concatenate([chosen_lengths, lengths[row, rivals]])
     return {
         "loss": _mean(losses, weights),
-        "accuracy": win_rate(chosen, others, weights),
+        "accuracy": win_rate(chosen, against=others, weights=weights),
         "margin": _mean(margin, weights),
         "ece": expected_calibration_error(margin, weights),
-        "length_accuracy": win_rate(chosen_lengths, other_lengths.max(axis=1), weights),
+        "length_accuracy": win_rate(
+            chosen_lengths, against=other_lengths.max(axis=1), weights=weights
+        ),
         "length_correlation": spearman(both_scores, both_lengths),
     }
 
@@ -96,6 +99,7 @@ def preference_report(
 def rival(
     scores: Array,
     best: Array,
+    *,
     lengths: Array,
 ) -> Array:
     """[N] index of the highest-scored answer other than the best one; arguments as in
@@ -109,6 +113,7 @@ def rival(
 def target_report(
     scores: Array,
     targets: Array,
+    *,
     lengths: Array,
     weights: Weights = None,
 ) -> dict[str, float]:
@@ -140,9 +145,13 @@ def target_report(
 
     rows = row[:, None]
     columns = np.stack([better, worse], axis=1)
-    first = np.zeros(len(row), int)
-    pairs = (scores[rows, columns], first, lengths[rows, columns], weights[row])
-    return preference_report(*pairs) | report
+    of_pairs = preference_report(
+        scores[rows, columns],
+        np.zeros(len(row), int),
+        lengths=lengths[rows, columns],
+        weights=weights[row],
+    )
+    return of_pairs | report
 
 
 def reliability(
@@ -187,6 +196,7 @@ def spearman(x: Array, y: Array) -> float:
 
 def win_rate(
     scores: Array,
+    *,
     against: Array,
     weights: Weights = None,
 ) -> float:
@@ -210,6 +220,7 @@ def brier(margin: Array, weights: Weights = None) -> float:
 def cohen_kappa(
     labels: Array,
     others: Array,
+    *,
     weights: Weights = None,
 ) -> float:
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)``
@@ -245,6 +256,7 @@ def mean_interval(values: Array, key: jax.Array) -> Interval:
 def bootstrap_mean(
     values: Array,
     key: jax.Array,
+    *,
     weights: Weights = None,
     groups: Groups = None,
 ) -> Interval:
@@ -255,13 +267,14 @@ def bootstrap_mean(
 
     if weights is None:
         weights = np.ones(len(values))
-    return bootstrap_interval(mean, weights, key, groups)
+    return bootstrap_interval(mean, key, weights=weights, groups=groups)
 
 
 def bootstrap_interval(
     statistic: Callable[[Array], float],
-    weights: Array,
     key: jax.Array,
+    *,
+    weights: Array,
     groups: Groups = None,
     centered: bool = False,
 ) -> Interval:
@@ -271,8 +284,8 @@ def bootstrap_interval(
     Args:
       statistic: a function of weights [N] of the N rows. A row that was not drawn has weight 0.
         Draws that give NaN are left out.
-      weights: [N] weight of each row.
       key: the same key gives the same draws.
+      weights: [N] weight of each row.
       groups: [N] group numbers from 0; the rows of a group, such as the pairs of one ranking, are
         drawn together. None makes each row its own group.
       centered: shift the draws so that their mean is the statistic of the rows themselves, for a

@@ -66,7 +66,11 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
     if value is None or isinstance(value, jax.core.Tracer):
         return
     for rule, bound in bounds.items():
-        if not _RULES[rule](value, bound):
+        try:
+            is_kept = _RULES[rule](value, bound)
+        except TypeError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+        if not is_kept:
             raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
@@ -480,7 +484,7 @@ def evaluate(
     return output
 
 
-def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Callable[..., Any]:
+def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) -> Callable[..., Any]:
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn (also with a
     ``support``) or ScoreFn without a gradient, applied to at most ``rows`` rows at a time, so that
     its activations do not grow with B. With ``rows`` None it is applied to all rows at once.
@@ -512,7 +516,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
                 parts += 1
             if parts == 1:
                 return apply(batch)
-            results = jax.lax.map(apply, split_rows(batch, parts, group_size))
+            results = jax.lax.map(apply, split_rows(batch, parts, group_size=group_size))
 
             def in_order(x: Array) -> Array:
                 """The inverse of ``split_rows``."""
@@ -526,7 +530,7 @@ def by_rows(fn: Callable[..., Any], rows: int | None, group_size: int = 1) -> Ca
     return with_settings(in_parts, *settings_of(fn))
 
 
-def split_rows(batch: Any, parts: int, group_size: int = 1) -> Any:
+def split_rows(batch: Any, parts: int, *, group_size: int = 1) -> Any:
     """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Group i of ``group_size`` adjacent
     rows is in part ``i % parts``, so that each device of a sharded batch has rows in every part.
     """

@@ -342,7 +342,7 @@ class AlgorithmConfig:
         """The URL of the teacher; None if it is a folder."""
         return None
 
-    def measure(self, logits: Array, teacher_logits: Array) -> Array:
+    def measure(self, logits: Array, *, teacher_logits: Array) -> Array:
         """[...] the divergence of a teacher's logits [..., V]."""
         raise NotImplementedError("a Config with needs_teacher has its own measure")
 

@@ -8,6 +8,7 @@ import importlib.machinery
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -18,6 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -454,17 +456,32 @@ def interrupt(monkeypatch, step, number=None):
     monkeypatch.setattr(tracking.Tracker, "log", dying)
 
 
-def goes_on_alike(run, config, straight, step, of=None):
+def stopped_goes_on_alike(run, config, straight, step):
     """What ``run(config)`` leaves that is killed before it logs ``step``, and resumed: the same as
-    the result ``straight`` of a run of its own, by the bytes ``of(folder)``.
+    the result ``straight`` of a run of its own.
     """
-    of = of or outputs
     config = replace(config, output_dir=f"{config.output_dir}-again")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, step)
         with pytest.raises(Killed):
             run(config)
     resumed = run(replace(config, resume=True))
+    assert outputs(resumed.folder) == outputs(straight.folder)
+    return resumed
+
+
+def goes_on_alike(run, config, straight, of=None):
+    """What ``run(config)`` leaves that goes on from the last checkpoint but one of its result
+    ``straight``: the same, by the bytes ``of(folder)``.
+    """
+    of = of or outputs
+    folder = Path(f"{config.output_dir}-again")
+    shutil.copytree(straight.folder, folder)
+    shutil.rmtree(folder / "model")
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+    assert steps[-2] > 0
+    shutil.rmtree(folder / "checkpoints" / str(steps[-1]))
+    resumed = run(replace(config, output_dir=str(folder), resume=True))
     assert of(resumed.folder) == of(straight.folder)
     return resumed
 
@@ -540,10 +557,10 @@ def start_script(script, *flags, **environment):
 
 
 def run_script(script, *flags, check=True, **environment):
-    process = start_script(script, *flags, **environment)
-    output, errors = process.communicate()
-    assert not (check and process.returncode), output + errors
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    """The same to its end, in a process that is forked."""
+    done = forks.run(["python", *program(script)[1:], *flags], ROOT, **environment)
+    assert not (check and done.returncode), done.stdout + done.stderr
+    return done
 
 
 def json_lines(path):

@@ -51,17 +51,18 @@ os.environ["XLA_FLAGS"] = devices.xla_flags(FLAGS, os.environ.get("XLA_FLAGS", "
 gc.disable()
 
 
-TRAIN_WHOLE_MODELS = {
+LONG = {
     *("real_model", "quickstart", "docs", "processes", "kills", "sentiment", "shakespeare"),
-    *("scripts", "notebooks", "layouts", "arithmetic"),
+    *("scripts", "notebooks", "layouts", "arithmetic", "blocks", "multi_turn", "threads"),
+    *("card_parity", "label_page", "calculator", "rounds", "writing", "plan"),
 }
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train whole models come first: a long test that began last would leave the other
-    workers idle.
+    """Files with the longest tests come first: one that began last would leave the other workers
+    idle.
     """
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in TRAIN_WHOLE_MODELS)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 def pytest_collection_finish():

@@ -4,6 +4,12 @@ import re
 
 import jax
 
+from rlhf_jax.parallel import sharding
+
+
+def mesh_of(data, fsdp=1, tensor=1):
+    return sharding.make_mesh(data, fsdp=fsdp, tensor=tensor)
+
 
 def array_sizes(jaxpr):
     """Sizes of all arrays computed, inner programs included."""

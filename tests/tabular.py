@@ -47,7 +47,7 @@ def taught(config):
     ):
         output = policy_fn(params, tokens, attention_mask, key)
         teacher = teacher_params()["logits"][tokens]
-        apart = config.measure(params["logits"][tokens[:, :-1]], teacher[:, :-1])
+        apart = config.measure(params["logits"][tokens[:, :-1]], teacher_logits=teacher[:, :-1])
         return output._replace(
             teacher_log_probs=ops.token_log_probs(teacher, tokens),
             divergence=jnp.pad(apart, ((0, 0), (1, 0))),

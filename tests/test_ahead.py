@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_alike(short, data, tmp_path, lora):
     assert rows[0]["policy/update_gap"] < 1e-4
     assert rows[-1]["policy/update_gap"] > 1e-4
     assert all("policy/importance_limited" in row for row in rows)
-    goes_on_alike(run, config, result, 3)
+    goes_on_alike(run, config, result)
 
 
 @pytest.mark.slow

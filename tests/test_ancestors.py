@@ -52,7 +52,9 @@ PROVED_BY = {
     "device": "test_scripts.py::test_a_users_mistake_is_a_sentence_and_exit_code_2",
     "checkpoints_know_where_they_come_from": "test_manifest.py::test_manifest",
     "yaml_with_lists_of_files": "test_config.py::test_values_of_every_type",
-    "run_length_in_episodes_or_updates": "test_schedules.py::test_length_in_episodes",
+    "run_length_in_updates_or_passes": (
+        "test_schedules.py::test_length_in_passes_over_the_prompts"
+    ),
     "log": "test_tracking.py::test_tracker_writes_the_three_files",
     "out_of_memory": "test_memory.py::test_out_of_memory_names_what_is_held_and_what_helps",
     "supervised_fine_tuning": "test_scripts.py::test_tiny_config_serves_every_script_alone",

@@ -14,7 +14,7 @@ import optax
 import pytest
 from builders import initial_params, perturbed
 from numpy.testing import assert_allclose
-from programs import array_sizes
+from programs import array_sizes, mesh_of
 
 from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention
@@ -109,6 +109,87 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
         return gradients(lambda *arrays: compute(*arrays, mask), mask)
 
     assert_close(run(mask), plain()(mask, window or 7))
+
+
+ROWS = np.array(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+)
+
+
+@pytest.fixture
+def by_lengths(monkeypatch):
+    """cuDNN's attention of rows of one text by JAX's formula for it; the lengths that it got."""
+    original = jax.nn.dot_product_attention
+    asked = []
+
+    def on_cpu(query, key, value, *, implementation, **settings):
+        assert implementation == "cudnn"
+        assert settings.get("mask") is None
+        assert settings["is_causal"]
+        assert settings["query_seq_lengths"] is settings["key_value_seq_lengths"]
+        asked.append(settings["query_seq_lengths"])
+        return original(query, key, value, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    return asked
+
+
+WINDOWS = {"sliding_window": 3, "global_every": 2}
+
+
+@pytest.mark.parametrize("window", [{}, WINDOWS], ids=["full", "windows"])
+def test_rows_of_one_text_need_no_mask(window, by_lengths):
+    """Log-probs, scores and gradients are those of the plain formula, wherever in its row a text
+    begins; a row without a token gives numbers too.
+    """
+    sizes = {"num_kv_heads": 2, "intermediate_size": 12, **window}
+    config = models.Gemma3TextConfig if window else models.Qwen2Config
+    plain = models.build(config(13, 16, 8, 2, 4, attention="xla", **sizes))
+    fused_model = models.build(replace(plain.config, attention="cudnn"))
+    params = models.add_head(KEY, perturbed(initial_params(plain)), "score")
+    real = jnp.asarray(ROWS)
+    tokens = jnp.where(real, 1 + jnp.arange(35).reshape(5, 7) % 12, 0)
+
+    def figures(model):
+        def loss(params):
+            log_probs = models.policy_fn(model, one_text=True)(params, tokens, real).log_probs
+            learned = real[:, 1:] * real[:, :-1]
+            counted = jnp.where(learned, log_probs[:, 1:], 0.0)
+            scores = models.score_fn(model, one_text=True)(params, tokens, real)
+            return jnp.sum(jnp.sin(counted)) + jnp.sum(jnp.cos(scores)), (counted, scores)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    found = figures(fused_model)
+    assert by_lengths
+    assert_close(found, figures(plain))
+    whole = jax.jit(functools.partial(fused_model.hidden, one_text=True))(params, tokens, real)
+    assert np.isfinite(whole).all()
+
+
+def test_the_lengths_that_cudnn_is_told(by_lengths):
+    """Of an empty row one: a softmax over nothing is not a number."""
+    model = models.build(models.GPT2Config(13, 16, 8, 1, 2, attention="cudnn"))
+    hidden = functools.partial(model.hidden, one_text=True)
+    hidden(initial_params(model), jnp.ones_like(ROWS), jnp.asarray(ROWS))
+    assert by_lengths[0].tolist() == [7, 5, 4, 4, 1]
+
+
+@pytest.mark.parametrize("name", ["auto", "xla", "blockwise"])
+def test_what_reads_no_lengths_computes_the_same_bits(name):
+    model = models.build(models.GPT2Config(13, 16, 8, 1, 2, attention=name))
+    arguments = (initial_params(model), jnp.ones_like(ROWS), jnp.asarray(ROWS))
+    programs = [
+        str(jax.make_jaxpr(functools.partial(model.hidden, **said))(*arguments))
+        for said in ({}, {"one_text": True})
+    ]
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.slow
@@ -418,7 +499,7 @@ def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapp
 
     expected = gradient(compute)
     shapes.clear()
-    with jax.set_mesh(sharding.make_mesh(*sizes)):
+    with jax.set_mesh(mesh_of(*sizes)):
         if mapped:
             spec = jax.P(("data", "fsdp"))
             compute = jax.shard_map(
@@ -434,7 +515,7 @@ def test_splash_is_lowered_for_tpus_of_a_mesh():
     shapes = jax.eval_shape(lambda: text(4, 2, length=128, width=64))
     compute = functools.partial(fused.attention, name="splash", window=None)
     gradient = jax.jit(jax.grad(lambda *arrays: compute(*arrays).sum(), argnums=(0, 1, 2)))
-    mesh = sharding.make_mesh(2, 1, 2)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=2)
     over_rows = jax.NamedSharding(mesh, jax.P("data"))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_rows) for x in shapes]
     with jax.set_mesh(mesh):

@@ -239,13 +239,18 @@ def test_plans_depend_on_key_and_epoch_alone():
 
 
 def test_prompt_rows_are_full_and_run_on_into_the_next_epoch():
-    stream = np.concatenate([batches.prompt_rows(5, 3, KEY, step) for step in range(5)])
+    stream = np.concatenate(
+        [batches.prompt_rows(5, batch_size=3, key=KEY, step=step) for step in range(5)]
+    )
     epochs = stream.reshape(3, 5)
     for epoch in epochs:
         assert sorted(epoch) == [0, 1, 2, 3, 4]
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    equal(batches.prompt_rows(5, 15, KEY, 0), stream)  # a batch of three epochs
-    equal(batches.prompt_rows(5, 15, KEY, 1)[:1], batches.prompt_rows(5, 1, KEY, 15))
+    equal(batches.prompt_rows(5, batch_size=15, key=KEY, step=0), stream)  # a batch of three epochs
+    equal(
+        batches.prompt_rows(5, batch_size=15, key=KEY, step=1)[:1],
+        batches.prompt_rows(5, batch_size=1, key=KEY, step=15),
+    )
 
 
 def test_a_split_keeps_groups_together():

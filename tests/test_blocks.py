@@ -269,13 +269,15 @@ def test_a_run_has_as_many_threads_as_blocks(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("stage", ["sft", slow("dpo")])
 def test_a_stage_has_the_same_bytes_on_one_device_and_four(
-    config, tmp_path, monkeypatch, no_pages, capsys
+    stage, config, monkeypatch, no_pages, capsys
 ):
-    """SFT, with validations, verified from its seed; other stages in the slow test below."""
+    """With validations, verified from its seed; other stages in the slow test below."""
     config = replace(config, compute=Compute(blocks=8))
-    settings = replace(config, sft=replace(config.sft, num_epochs=1))
-    four = training.sft.run(settings)
+    settings = replace(getattr(config, stage), num_epochs=1)
+    jax.devices()  # it has started before
+    four = getattr(training, stage).run(replace(config, **{stage: settings}))
     assert "JAX had started before, with 4 threads, and this run needs 8" in capsys.readouterr().out
     assert json.loads((four.folder / "manifest.json").read_text())["moves"] == "exact"
     monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
@@ -346,7 +348,7 @@ TURNS = ["--rl.environment", "experiments/calculator.py:calculator", "--data", "
         soak("sft", PACKED),
         soak("sft", LORA),
         soak("reward_model", ENSEMBLE),
-        slow("dpo", []),
+        soak("dpo", []),
         soak("kto", []),
         soak("vpg", SHORT),
         soak("ppo", SHORT + SHARED),
@@ -358,8 +360,8 @@ TURNS = ["--rl.environment", "experiments/calculator.py:calculator", "--data", "
 def test_a_stage_has_the_same_bytes_on_any_number_of_devices_and_after_moves(
     script, flags, made, tmp_path, as_users_compile
 ):
-    """On one device; and killed on two (but for DPO, the longest), killed on eight, finished by two
-    processes of one device each. And the bytes are those that are known of this kind of machine.
+    """On one device; and killed on two, killed on eight, finished by two processes of one device
+    each. And the bytes are those that are known of this kind of machine.
     """
     flags = [flag.format(made=made) for flag in flags]
     whole = tmp_path / "whole"
@@ -370,7 +372,7 @@ def test_a_stage_has_the_same_bytes_on_any_number_of_devices_and_after_moves(
     moved = tmp_path / "moved"
     resume = []
     rows = 0
-    for count in [8] if script == "dpo" else [2, 8]:
+    for count in (2, 8):
         [process] = start(script, moved, *flags, *resume, devices=count)
         rows += 2
         kill(process, moved, rows)

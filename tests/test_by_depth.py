@@ -125,7 +125,9 @@ def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatc
 )
 def test_a_deep_model_has_few_widths(layers, longest, steps, given, multiple):
     text = Text(bucket_multiple=given)
-    assert initial.bucket_multiple(text, layers, longest, steps) == multiple
+    assert (
+        initial.bucket_multiple(text, layers=layers, longest=longest, num_steps=steps) == multiple
+    )
 
 
 @pytest.mark.usefixtures("no_pages")

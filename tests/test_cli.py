@@ -91,6 +91,7 @@ def test_the_help_of_data_lists_its_own_commands(capsys):
         ("data demo a --seed", "--seed: its value is missing"),
         ("bench nothing", "name: expected one of 'rollout', "),
         ("plan", "rlhf-jax plan: the following arguments are required: stage"),
+        ("sft --sft.max-steps b", "--sft.max-steps: expected an int or null, got 'b'"),
         ("sft --sft.batch-size b", "--sft.batch-size: expected an int, got 'b'"),
         ("sft --batch-size 3", "unknown flag --batch-size; did you mean --sft.batch-size?"),
         ("sft --lr 3", "unknown flag --lr; here it is --sft.optimizer.learning-rate"),

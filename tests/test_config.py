@@ -82,10 +82,13 @@ above: 1
 below: ~
 replacement: 'None'
 prompts: count
+score: 2
 """
     flags = ["--classifier", "count:a"]
     safety = parse(Safety, [*write(text), *flags])
-    expected = Safety(("a.txt", "-b"), (), "count:a", None, 1.0, "count", "None", penalty=1e-5)
+    expected = Safety(
+        ("a.txt", "-b"), (), "count:a", None, 1.0, "count", "None", penalty=1e-5, score=2.0
+    )
     assert safety == expected
     assert isinstance(safety.above, float)
     flags += [
@@ -93,6 +96,8 @@ prompts: count
         "x",
         "y",
         "--below",
+        "null",
+        "--score",
         "None",
         "--penalty",
         "1e-2",
@@ -100,7 +105,7 @@ prompts: count
         "--prompts",
         "drop",
     ]
-    expected = replace(expected, words=("x", "y"), penalty=0.01, prompts="drop")
+    expected = replace(expected, words=("x", "y"), penalty=0.01, prompts="drop", score=None)
     assert parse(Safety, [*write(text), *flags]) == expected
     assert parse(Safety, write("words: []\nreplacement: None")) == Safety()
     compute = parse(Compute, [*write("remat: yes\nscan_layers: true"), "--scan-layers", "false"])
@@ -450,7 +455,7 @@ def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
         "--help": [
             "Trains things.",
             "--b1 FLOAT (default: 0.31)",
-            "--decay-every {None}|INT",
+            "--decay-every {null}|INT",
             "--help-verbose says",
         ],
         "--help-verbose": ["Adam's decay of the first moment. (default: 0.31)", "--config FILE"],
@@ -524,7 +529,7 @@ def test_yaml_holds_every_field_in_order():
         (config.RewardModelStage, "normalize_samples=-1 centering=-1", "at least 0"),
         (
             RLStage,
-            "num_iterations=0 num_episodes=0 batch_size=0 top_k=0 kl_horizon=0",
+            "num_iterations=0 num_epochs=0 batch_size=0 top_k=0 kl_horizon=0",
             "at least 1",
         ),
         (

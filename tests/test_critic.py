@@ -173,7 +173,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
     )  # the policy moved for the first time in the third iteration
     _, exported = models.load(straight.model_folder)
     assert not exported.keys() & {"policy", "value"}
-    goes_on_alike(run_ppo, separate, straight, 3)
+    goes_on_alike(run_ppo, separate, straight)
 
 
 def keep(first_state, held):

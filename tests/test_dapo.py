@@ -83,7 +83,7 @@ def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, le
     masked = iteration.mask_truncated(EOS) if unfinished else iteration.unchanged
     how = {"group_size": 2, "masked": masked}
     refill = jax.jit(functools.partial(iteration.refill, **how))
-    refilled = refill(answers(kept, unfinished=unfinished), answers(fresh, 100))
+    refilled = refill(answers(kept, unfinished=unfinished), fresh=answers(fresh, 100))
     assert_array_equal(refilled.row_ids, expected)
     assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
     assert iteration.num_equal(refilled, **how) == left
@@ -188,7 +188,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
     rollout = Rollout(
         ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0])
     )
-    given, _ = learnt(rollout, shape=iteration.overlong(LENGTH, buffer=2, penalty=3.0))
+    given, _ = learnt(rollout, shape=iteration.overlong(max_length=LENGTH, buffer=2, penalty=3.0))
     assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
 
 
@@ -227,4 +227,4 @@ def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_pa
     )
     straight = run_grpo(config)
     assert straight.metrics["sampling/rounds"] >= 1
-    goes_on_alike(run_grpo, config, straight, 4)
+    goes_on_alike(run_grpo, config, straight)

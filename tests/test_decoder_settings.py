@@ -335,7 +335,7 @@ def test_experts_cut_over_a_mesh_give_the_same_logits():
     config = MORE["gpt_oss"]
     params = some_params(config)
     whole = jax.jit(models.build(config).apply)(params, TOKENS)
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     kernel = cut["h_0"]["mlp"]["experts"]["gate_up_proj"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, "fsdp", "tensor")

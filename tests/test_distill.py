@@ -28,33 +28,33 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_divergence_is_zero_between_equals_and_flat_there(kind):
     def total(logits, teacher):
-        return jnp.sum(losses.divergence(logits, teacher, kind))
+        return jnp.sum(losses.divergence(logits, teacher_logits=teacher, kind=kind))
 
     shifted = LOGITS + 3.0  # the same distributions
     value, gradient = jax.value_and_grad(total)(jnp.asarray(LOGITS), shifted)
     assert_allclose(value, 0.0, atol=1e-5)
     assert_allclose(gradient, 0.0, atol=1e-6)
-    assert losses.divergence(LOGITS, THEIRS, kind).min() > 0.01
+    assert losses.divergence(LOGITS, teacher_logits=THEIRS, kind=kind).min() > 0.01
     of_teacher = jax.grad(total, argnums=1)(jnp.asarray(LOGITS), jnp.asarray(THEIRS))
     assert not np.asarray(of_teacher).any()
 
 
 def test_the_jensen_shannon_divergence_lies_between_the_two():
-    ours = partial(losses.divergence, LOGITS, THEIRS)
-    swapped = partial(losses.divergence, THEIRS, LOGITS)
-    assert_allclose(ours("jsd", 0.5), swapped("jsd", 0.5), rtol=1e-5)
-    assert_allclose(ours("jsd", 0.3), swapped("jsd", 0.7), rtol=1e-5)
-    assert_allclose(ours("reverse_kl"), swapped("forward_kl"), rtol=1e-5)
-    assert np.max(ours("jsd", 0.5)) <= math.log(2.0)
-    assert_allclose(ours("jsd", 1e-3) / 1e-3, ours("forward_kl"), rtol=0.05)
-    assert_allclose(ours("jsd", 1.0 - 1e-3) / 1e-3, ours("reverse_kl"), rtol=0.05)
+    ours = partial(losses.divergence, LOGITS, teacher_logits=THEIRS)
+    swapped = partial(losses.divergence, THEIRS, teacher_logits=LOGITS)
+    assert_allclose(ours(kind="jsd", beta=0.5), swapped(kind="jsd", beta=0.5), rtol=1e-5)
+    assert_allclose(ours(kind="jsd", beta=0.3), swapped(kind="jsd", beta=0.7), rtol=1e-5)
+    assert_allclose(ours(kind="reverse_kl"), swapped(kind="forward_kl"), rtol=1e-5)
+    assert np.max(ours(kind="jsd", beta=0.5)) <= math.log(2.0)
+    assert_allclose(ours(kind="jsd", beta=1e-3) / 1e-3, ours(kind="forward_kl"), rtol=0.05)
+    assert_allclose(ours(kind="jsd", beta=1.0 - 1e-3) / 1e-3, ours(kind="reverse_kl"), rtol=0.05)
 
 
 def test_what_is_no_divergence():
     with pytest.raises(ValueError, match="kind must be one of"):
-        losses.divergence(LOGITS, THEIRS, "kl")
+        losses.divergence(LOGITS, teacher_logits=THEIRS, kind="kl")
     with pytest.raises(AssertionError):
-        losses.divergence(LOGITS, THEIRS[..., :5])
+        losses.divergence(LOGITS, teacher_logits=THEIRS[..., :5])
 
 
 def test_a_policy_without_a_teacher_is_refused():
@@ -134,7 +134,7 @@ def test_chunks_equal_full_logits(monkeypatch, columns_per_chunk, prompt_length)
     def full(params):
         logits = model.apply(params, TOKENS, MASK) / 0.7
         teacher = own.apply(theirs, TOKENS, MASK) / 0.7
-        apart = losses.divergence(logits, teacher, "jsd", 0.3)[:, :-1]
+        apart = losses.divergence(logits, teacher_logits=teacher, kind="jsd", beta=0.3)[:, :-1]
         both = ops.token_log_probs(teacher, TOKENS), jnp.pad(apart, ((0, 0), (1, 0)))
         return tuple(x.at[:, :first].set(0.0) for x in both)
 
@@ -160,7 +160,7 @@ def test_of_a_padded_vocabulary_the_shared_tokens_are_compared():
     output = policy(params, TOKENS, MASK, None, theirs)
     teacher = own.apply(theirs, TOKENS, MASK)[..., : CONFIG.vocab_size] / 0.7
     student = model.apply(params, TOKENS, MASK) / 0.7
-    expected = losses.divergence(student, teacher, "jsd", 0.3)
+    expected = losses.divergence(student, teacher_logits=teacher, kind="jsd", beta=0.3)
     assert_allclose(output.divergence[:, 1:], expected[:, :-1], atol=1e-5)
     assert_allclose(output.teacher_log_probs, ops.token_log_probs(teacher, TOKENS), atol=1e-5)
 

@@ -7,7 +7,16 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from builders import goes_on_alike, initial_params, metric_rows, perturbed, save_base, slow, with_rl
+from builders import (
+    goes_on_alike,
+    initial_params,
+    metric_rows,
+    perturbed,
+    save_base,
+    slow,
+    stopped_goes_on_alike,
+    with_rl,
+)
 from numpy.testing import assert_allclose
 from servers import VLLM
 
@@ -94,7 +103,7 @@ def test_a_policy_comes_nearer_to_its_teacher(settings, short):
 def test_a_stopped_run_goes_on_alike_and_is_repeated(short):
     config = with_rl(short, num_iterations=5, validation_interval=3)
     result = run(config)
-    goes_on_alike(run, config, result, 4)
+    goes_on_alike(run, config, result)
     audit = verify.verify(result.folder)
     assert audit.differences == []
 
@@ -208,7 +217,7 @@ def test_a_server_teaches_what_the_folder_of_its_model_does(asking, server, shor
 def test_a_run_that_goes_on_finds_what_a_server_told(asking, server):
     result = run(asking)
     before = len(server.asked)
-    goes_on_alike(run, asking, result, 2)
+    stopped_goes_on_alike(run, asking, result, 2)
     more = scored_texts(server)[before:]
     assert len(set(more)) == len(more)
     asked_before = len(server.asked)

@@ -9,14 +9,12 @@ line continues it.
 
 import functools
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import types
-from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from builders import ROOT
@@ -46,7 +44,10 @@ KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `((?!--)[^`]*)` \|", re.MULTILINE)  # 
 
 RUN_BY_TEST_SCRIPTS = {
     *(f"rlhf-jax {name} --config tiny" for name in ("sft", "ppo")),
+    "rlhf-jax pipeline --config tiny --output-dir runs/tiny",
+    "rlhf-jax report runs/tiny",
 }
+RUNS = ROOT / "docs" / "runs.md"
 # What README says that this test does not run.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run starts with these commands",
@@ -80,6 +81,12 @@ def commands(path):
         )
         given = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return [command for command in given if not command.startswith(tuple(NOT_RUN))]
+
+
+def to_run(path):
+    """The commands of a page that no other test runs."""
+    elsewhere = set(commands(RUNS)) if path.stem == "settings" else set()
+    return [c for c in commands(path) if c not in RUN_BY_TEST_SCRIPTS | elsewhere]
 
 
 def file_of(block):
@@ -248,12 +255,8 @@ def test_every_page_is_in_a_table_of_contents():
     assert pages - {"index"} <= set(listed)
 
 
-def run(command, where, folder):
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+def check_end(done, where):
     assert done.returncode == 0, f"{where}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
 
 
 def page_folder(path, folder):
@@ -272,49 +275,40 @@ def page_folder(path, folder):
             (folder / file).write_text(block.text, "utf-8")
 
 
-# A process for each command, forked from one that has imported what takes long; the generated
-# corpus has fewer rows.
-RUN_ALL = """
-import io, json, os, runpy, shutil, sys
-import matplotlib.figure, rlhf_jax.config, rlhf_jax.training
+# The generated corpus has fewer rows.
+SMALL = """
 from rlhf_jax.data import demo
 for name in ("sft_data.json", "preference_data.json"):
     demo.FILES[name] = (256, demo.FILES[name][1])
-for (program, *rest), typed in json.loads(sys.argv[1]):
-    print("$", program, *rest, flush=True)
-    if not os.fork():
-        sys.stdin = io.StringIO(typed)
-        sys.argv = rest if program == "python" else [shutil.which(program), *rest]
-        if program not in ("python", "rlhf-jax"):
-            os.execv(sys.argv[0], sys.argv)
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
-    assert os.wait()[1] == 0
 """
+# A run draws its page on README, and where ``rlhf-jax report`` stands: it takes long.
+NO_PAGE = """
+import rlhf_jax.report.page
+rlhf_jax.report.page.write = lambda runs, path: None
+"""
+
+
+def run_command(words, typed, folder, with_page):
+    program, *rest = words
+    if program not in ("python", "rlhf-jax"):
+        return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    drawn = with_page or rest[0] not in stages.STAGES
+    return forks.run(words, folder, typed, SMALL if drawn else SMALL + NO_PAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [
-        path
-        for path in PAGES
-        if set(commands(path)) - RUN_BY_TEST_SCRIPTS and path not in (PAGE, LABELLED)
-    ],
+    [path for path in PAGES if to_run(path) and path not in (PAGE, LABELLED)],
     ids=name,
 )
 def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
     lines = typed(path)
-    given = json.dumps(
-        [
-            (shlex.split(c, comments=True), lines.get(c, ""))
-            for c in commands(path)
-            if c not in RUN_BY_TEST_SCRIPTS
-        ]
-    )
-    run([sys.executable, "-c", RUN_ALL, given], f"{name(path)}, its commands", tmp_path)
+    for command in to_run(path):
+        words = shlex.split(command, comments=True)
+        done = run_command(words, lines.get(command, ""), tmp_path, path == README)
+        check_end(done, f"{name(path)}: {command}")
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration
         rows = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text("utf-8").splitlines()
         assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [
@@ -350,9 +344,10 @@ def test_the_python_of_a_page_runs(path, tmp_path):
     lines = [f"exec(compile({text!r}, {name(path)!r}, 'exec'), {names})" for text in texts]
     script = tmp_path / "page.py"
     script.write_text("\n".join(["main = {'__name__': '__main__'}", *lines, ""]), "utf-8")
-    said = run([sys.executable, str(script)], f"{name(path)}, its python blocks", tmp_path)
+    done = forks.run(["python", script], tmp_path)
+    check_end(done, f"{name(path)}, its python blocks")
     if path == README:
-        assert float(re.search(r"token 7 ([\d.]+) times out of 8", said)[1]) > 7
+        assert float(re.search(r"token 7 ([\d.]+) times out of 8", done.stdout)[1]) > 7
 
 
 COMING = ROOT / "docs" / "coming-from-trl.md"

@@ -244,7 +244,8 @@ def dead_after(server, number):
     )
 
 
-@pytest.mark.parametrize("ahead", [0, slow(1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_a_server_that_dies_costs_nothing_and_no_sample_is_asked_for_twice(config, server, ahead):
     config = with_rl(config, rollouts_ahead=ahead)
     straight = rows_of(run(replace(config, output_dir=f"{config.output_dir}_straight")))

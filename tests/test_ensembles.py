@@ -219,7 +219,7 @@ def members_of(folder):
 @pytest.mark.usefixtures("no_pages")
 def test_the_run_of_an_ensemble_goes_on_bit_for_bit(ensemble, capsys):
     config, straight, _ = ensemble
-    goes_on_alike(training.reward_model.run, config, straight, 3, members_of)
+    goes_on_alike(training.reward_model.run, config, straight, members_of)
     lines = capsys.readouterr().out.splitlines()
     normalised = {line for line in lines if line.startswith("normalised over 16 samples")}
     assert len(normalised) == 2

@@ -250,7 +250,7 @@ def test_agreement_by_hand():
 def test_win_rate_compares_all_samples_of_a_prompt():
     ours = np.array([[1.0, 2.0], [2.0, 0.0]])
     theirs = np.array([[1.0, 0.0], [1.0, np.nan]])
-    rate, difference = measures.win_rate(ours, theirs, KEY, "other")
+    rate, difference = measures.win_rate(ours, against=theirs, key=KEY, name="other")
     assert (
         rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2
     )  # what has no score is in no pair

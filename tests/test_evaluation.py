@@ -49,7 +49,7 @@ def test_pairs_by_hand(weights, loss, accuracy, margin, ece):
     correlation = metrics.spearman(
         np.array([1, 0, 2, 0, 1, 2]), np.array([3, 5, 1, 2, 5, 4])
     )  # without weights
-    report = metrics.preference_report(SCORES, np.zeros(3, int), LENGTHS, weights)
+    report = metrics.preference_report(SCORES, np.zeros(3, int), lengths=LENGTHS, weights=weights)
     assert_close(report, expected | {"length_correlation": correlation})
 
 
@@ -66,8 +66,8 @@ def test_choice_among_three_by_hand():
     )
     best = np.array([2, 1, 1])
     lengths = np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
-    assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
-    report = metrics.preference_report(scores, best, lengths)
+    assert_array_equal(metrics.rival(scores, best, lengths=lengths), [0, 2, 0])
+    report = metrics.preference_report(scores, best, lengths=lengths)
     second = -math.log(math.exp(3) / (1 + math.exp(2) + math.exp(3)))
     third = math.log1p(math.exp(4))
     assert report["loss"] == pytest.approx((math.log(3) + second + third) / 3)
@@ -77,15 +77,15 @@ def test_choice_among_three_by_hand():
 
 
 def test_the_order_of_answers_and_absent_ones_count_nowhere():
-    pairs = metrics.preference_report(SCORES, np.zeros(3, int), LENGTHS)
+    pairs = metrics.preference_report(SCORES, np.zeros(3, int), lengths=LENGTHS)
     assert_close(
-        metrics.preference_report(SCORES[:, ::-1], np.ones(3, int), LENGTHS[:, ::-1]), pairs
+        metrics.preference_report(SCORES[:, ::-1], np.ones(3, int), lengths=LENGTHS[:, ::-1]), pairs
     )
     padded = (
         np.pad(x, ((0, 0), (0, 1))) for x in (SCORES, LENGTHS)
     )  # an absent third answer counts nowhere
     assert_close(
-        metrics.preference_report(next(padded), np.zeros(3, int), next(padded)),
+        metrics.preference_report(next(padded), np.zeros(3, int), lengths=next(padded)),
         pairs,
     )
 
@@ -106,20 +106,20 @@ def test_targets_by_hand():
         "ece": 0.354676,
         "length_accuracy": 0.75,
     }
-    assert_close(metrics.target_report(scores, targets, lengths), expected)
-    weighted = metrics.target_report(scores, targets, lengths, np.array([2.0, 1.0]))
+    assert_close(metrics.target_report(scores, targets, lengths=lengths), expected)
+    weighted = metrics.target_report(scores, targets, lengths=lengths, weights=np.array([2.0, 1.0]))
     assert_close(weighted, expected | {"loss": 0.185})
     column = np.array([[0.5], [1.0], [2.0]])  # no pair: no accuracy
     alone = metrics.target_report(
         column,
         column + 1,
-        np.array([[3], [2], [1]]),
+        lengths=np.array([[3], [2], [1]]),
     )
     assert_close(alone, {"loss": 1.0, "length_correlation": -1.0, "target_correlation": 1.0})
 
 
 def test_win_rate_and_brier_by_hand():
-    assert metrics.win_rate(np.array([1, 0, 2, 3]), np.array([0, 1, 2, 1])) == 0.625
+    assert metrics.win_rate(np.array([1, 0, 2, 3]), against=np.array([0, 1, 2, 1])) == 0.625
     margins = np.array([0.0, math.log(3), -math.log(3)])  # p of the chosen: 1/2, 3/4, 1/4
     assert metrics.brier(margins) == pytest.approx((1 / 4 + 1 / 16 + 9 / 16) / 3)
     assert metrics.brier(margins, np.array([0.0, 3.0, 1.0])) == pytest.approx((3 / 16 + 9 / 16) / 4)
@@ -138,7 +138,7 @@ def test_cohen_kappa_by_hand():
     weights = np.array(list(table.values()))
     labels = np.repeat(cells, weights, axis=0)
     assert metrics.cohen_kappa(labels[:, 0], labels[:, 1]) == pytest.approx(0.4)
-    assert metrics.cohen_kappa(cells[:, 0], cells[:, 1], weights) == pytest.approx(0.4)
+    assert metrics.cohen_kappa(cells[:, 0], cells[:, 1], weights=weights) == pytest.approx(0.4)
     assert metrics.cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
     assert math.isnan(metrics.cohen_kappa([1, 1], [1, 1]))
 
@@ -172,8 +172,8 @@ def test_a_bootstrap_draws_groups_whole():
         metrics.bootstrap_mean(
             np.repeat(values, 4),
             KEY,
-            None,
-            groups,
+            weights=None,
+            groups=groups,
         )
     )
     apart = np.ptp(
@@ -193,7 +193,7 @@ def test_a_calibration_error_lies_in_its_centered_interval():
         return metrics.expected_calibration_error(margins, weights=weights)
 
     plain, (low, high) = (
-        metrics.bootstrap_interval(error, np.ones(100), KEY, centered=centered)
+        metrics.bootstrap_interval(error, KEY, weights=np.ones(100), centered=centered)
         for centered in (False, True)
     )
     assert plain[0] - low == pytest.approx(plain[1] - high)

@@ -10,20 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import MORE, some_params
+from builders import LLAMA, MORE, some_params
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
+from programs import mesh_of
 from safetensors.numpy import load_file
 
-from rlhf_jax import models, sharding
+from rlhf_jax import models, sampling, sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
-from rlhf_jax.models import lora
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora, mlp
 from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.kernels import grouped
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
-from rlhf_jax.training.rl import critic
-from rlhf_jax.types import Demonstrations, Mean, TrainState
+from rlhf_jax.training.rl import critic, programs
+from rlhf_jax.types import Demonstrations, Mean, Rollout, TrainState
 
 CONFIG = replace(MORE["mixtral"], scan_layers=True)  # one layer is in a stack, one by itself
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2)
@@ -42,6 +45,68 @@ def test_balance_is_that_of_the_chosen_experts_and_their_shares():
     assert_allclose(found["router/aux_loss"].value, 2 * (0.75 * 0.6 + 0.25 * 0.4), rtol=1e-6)
     assert_allclose(found["router/max_load"].value, 2 * 0.75, rtol=1e-6)
     assert found["router/aux_loss"].count == 2
+
+
+def test_blocks_hold_the_tokens_of_one_expert_each():
+    """Four tokens of two of four experts, who have 2, 1, 4 and 1 tokens: blocks of two rows."""
+    chosen = jnp.array([[[0, 2], [2, 1], [2, 0], [2, 3]]])
+    blocks = jax.jit(grouped.blocks_of, static_argnums=1)(chosen, 4)
+    assert_array_equal(blocks.experts, [[0, 1, 2, 2, 3, 3, 3, 3]])
+    assert_array_equal(blocks.places, [[0, 4, 5, 2, 6, 1, 7, 8]])
+    assert_array_equal(blocks.sources[:, :10], [[0, 2, 1, 0, 0, 1, 2, 3, 3, 0]])
+    one_expert = jnp.zeros((1, 4, 2), int)
+    assert_array_equal(grouped.blocks_of(one_expert, 4).experts[0, :4], 0)
+
+
+def dense(params, x):
+    """A mixture's output: all experts of each token, those that are not chosen times 0."""
+    tokens = x.reshape(-1, 8)
+    shares = jax.nn.softmax(tokens @ params["router"]["kernel"])
+    kept = jnp.where(shares < jnp.sort(shares)[:, -2:-1], 0, shares)
+    weights = kept / kept.sum(axis=1, keepdims=True)
+    experts = {name: part["kernel"] for name, part in params["experts"].items()}
+    gate, up = (jnp.einsum("nd,edf->nef", tokens, experts[f"{name}_proj"]) for name in GATED)
+    each = jnp.einsum("nef,efd->ned", jax.nn.silu(gate) * up, experts["down_proj"])
+    return jnp.einsum("ne,ned->nd", weights, each).reshape(x.shape)
+
+
+GATED = ("gate", "up")
+
+
+def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_rows():
+    """Outputs and gradients are those of all experts, masked; on four devices each computes a
+    quarter of the products, in every layout.
+    """
+    config = replace(CONFIG, num_experts=16, num_layers=1)
+    mixture = mlp.MixtureOfExperts(config)
+    x = jax.random.normal(jax.random.key(0), (4, 40, 8))
+    params = some_params(config)["h_0"]["mlp"]
+
+    def with_gradient(fn):
+        def loss(params, x):
+            out = fn(params, x)
+            return jnp.sum(out**2), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    blocks = with_gradient(lambda params, x: mixture.apply({"params": params}, x))
+    expected = with_gradient(dense)(params, x)
+    compiled = blocks.lower(params, x).compile()
+    jax.tree.map(partial(assert_allclose, rtol=1e-4, atol=1e-4), compiled(params, x), expected)
+    flops = compiled.cost_analysis()["flops"]
+    of_all = 160 * 16 * 3 * 3 * 2 * 8 * 12  # each token with each expert: three products, gradients
+    assert flops < 0.35 * of_all  # 36 blocks of 16 rows are 0.23 of it
+    for sizes in ((4, 1, 1), (1, 4, 1), (1, 2, 2)):
+        mesh = mesh_of(*sizes)
+        cut = jax.device_put(
+            params, sharding.by_path({"mlp": params}, models.SHARDING, mesh)["mlp"]
+        )
+        rows = jax.device_put(x, sharding.rows(mesh))
+        with jax.set_mesh(mesh):
+            own = blocks.lower(cut, rows).compile()
+        found = own(cut, rows)
+        jax.tree.map(partial(assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+        assert own.cost_analysis()["flops"] < 0.35 * flops, sizes
 
 
 @jax.jit
@@ -96,7 +161,7 @@ def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
 
 
 def test_rows_on_several_devices_balance_together():
-    mesh = sharding.make_mesh(2, 1, 1)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=1)
     batch = jax.device_put(BATCH, sharding.rows(mesh))
     _, terms = losses_of(some_params(CONFIG), batch)
     _, alone = losses_of(some_params(CONFIG), BATCH)
@@ -182,6 +247,38 @@ def test_decoding_chooses_the_experts_of_the_full_forward():
         lambda path, leaf: -leaf if "router" in str(path) else leaf, params
     )
     assert np.mean((decoded(moved) != whole).any(-1)) > 0.5
+
+
+def test_the_gap_of_experts_is_the_share_of_layers_and_response_tokens_that_differ():
+    """Two layers of five experts, two of each token: with a router's kernel negated they are two
+    others. Tokens 3 to 5 of the rows are responses, some of them pads.
+    """
+    model = models.build(CONFIG)
+    responses = MASK * (np.arange(6) >= 3)
+    sampled = Rollout(*map(jnp.asarray, (TOKENS, MASK, responses)), None, prompt_length=3)
+
+    @jax.jit
+    def gap(params, decoding):
+        decoder = model._replace(for_decoding=lambda _: decoding)
+        return sampling.expert_gap(decoder, params, sampled, rows=2)
+
+    params = some_params(CONFIG)
+    decoding = model.for_decoding(params)
+    assert gap(params, decoding) == 0
+    negated = {"router": {"kernel": -decoding["h_1"]["mlp"]["router"]["kernel"]}}
+    layer = decoding["h_1"] | {"mlp": decoding["h_1"]["mlp"] | negated}
+    assert gap(params, decoding | {"h_1": layer}) == 0.5
+
+
+def test_the_gap_of_experts_needs_experts_and_the_run_s_own_sampler():
+    asked = RLStage(expert_gap=True)
+    mixture = models.build(CONFIG)
+    assert programs.expert_gap_of(RLStage(), mixture, None) is None
+    assert programs.expert_gap_of(asked, mixture, None) is not None
+    with pytest.raises(UserError, match="expert_gap: this model has no experts"):
+        programs.expert_gap_of(asked, models.build(LLAMA), None)
+    with pytest.raises(UserError, match="expert_gap: an engine samples"):
+        programs.expert_gap_of(replace(asked, engine="stored:runs/one"), mixture, None)
 
 
 def adapted_experts(config):

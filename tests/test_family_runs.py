@@ -98,7 +98,8 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
     rewarded = run(training.reward_model.run, "reward", tuned.folder)
     preferred = run(training.dpo.run, "dpo", tuned.folder)
     lora = LoRA(rank=2, base="int8" if family == "gpt_neox" else None)
-    more = {"reward": (str(rewarded.folder),), "lora": lora}
+    rl = replace(base.rl, expert_gap=family == "qwen3_moe")
+    more = {"reward": (str(rewarded.folder),), "lora": lora, "rl": rl}
     learned = run(run_grpo, "grpo", tuned.folder, **more)
     for result in (tuned, rewarded, preferred, learned):
         for row in metric_rows(result.folder):
@@ -108,6 +109,8 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
         changed = trained["h_1"]["attn"]["o_proj"]["kernel"]
         assert np.abs(changed - params["h_1"]["attn"]["o_proj"]["kernel"]).max() > 1e-4
     assert models.lora.load(learned.folder / "adapter", trained)["h_1"]["attn"]
+    gaps = {row.get("policy/expert_gap") for row in metric_rows(learned.folder)}
+    assert gaps == ({0.0, None} if rl.expert_gap else {None})
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from typing import get_args
 import jax
 import pytest
 from accidents import ODD, hurt
-from builders import ROOT, initial_params, slow
+from builders import ROOT, initial_params, slow, soak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -234,8 +234,14 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("tier", ["fast", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "tier"),
+    [
+        *((target, "fast") for target in TARGETS),
+        *(slow(target, "slow") for target in TARGETS if target != "yaml"),
+        soak("yaml", "slow"),  # PyYAML takes seconds for some examples
+    ],
+)
 def test_a_result_or_a_user_error(target, tier):
     strategy, read, few, many = TARGETS[target]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_no_file_needs_the_triton_of_pallas():
     """Deprecated since JAX 0.11."""
     deprecated = ("jax.experimental.pallas.ops.gpu", "jax.experimental.pallas.triton")
     assert not [name for path in FILES for name in imported(path) if name.startswith(deprecated)]
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
+def test_what_our_modules_need_must_not_be_deprecated(category):
+    """Of the modules of other packages it is a warning."""
+
+    def warn(module):
+        warnings.warn_explicit("goes soon", category, "source.py", 1, module=module)
+
+    for module in ("rlhf_jax", "rlhf_jax.models.kernels.cache"):
+        with pytest.raises(category, match="goes soon"):
+            warn(module)
+    with pytest.warns(category, match="goes soon"):
+        warn("flax.linen")
 
 
 def test_the_science_imports_few_packages():
@@ -171,3 +186,36 @@ def test_no_test_file_imports_another():
         text = path.read_text("utf-8")
         found = re.search(r"^\s*(from|import) (tests\.|tests import )?test_.*", text, re.MULTILINE)
         assert found is None, f"{path.name}: {found[0]}"
+
+
+def numbers_in_a_row(function):
+    """Pairs of positional numbers, or switches, of which each could be taken for the other."""
+    number = re.compile(r"(int|float|bool)\b")
+    given = [*function.args.posonlyargs, *function.args.args]
+    is_number = [
+        x.annotation is not None and number.match(ast.unparse(x.annotation)) for x in given
+    ]
+    for index in range(1, len(given)):
+        if is_number[index - 1] and is_number[index]:
+            yield given[index - 1].arg, given[index].arg
+
+
+def test_numbers_that_could_be_swapped_have_names():
+    """In public functions of the science; those that have their places in papers keep them."""
+    found = {
+        (node.name, *pair)
+        for path in FILES
+        if part(path) in set().union(*SCIENCE) - {"models"} or path.stem in ("heads", "lora")
+        for node in parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        for pair in numbers_in_a_row(node)
+    }
+    assert found == {
+        ("gae", "gamma", "lam"),
+        ("clipped_surrogate", "clip_low", "clip_high"),
+        ("clipped_surrogate", "clip_high", "dual_clip"),
+        ("missing_eos", "penalty", "score"),
+        ("token_count", "token_id", "cap"),
+        ("token_count", "cap", "include_prompt"),
+        ("policy_fn", "temperature", "prompt_length"),
+    }

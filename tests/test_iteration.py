@@ -155,7 +155,7 @@ def test_a_row_without_a_greedy_score_is_absent():
     greedy = made_rollout(scores=scores + 5)
     greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
     rule = iteration.missing_eos(SAMPLING.eos_id, penalty=None, score=-1.0)
-    joined = iteration.with_greedy(rollout, greedy, shape=rule)
+    joined = iteration.with_greedy(rollout, greedy=greedy, shape=rule)
     assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
     assert joined.greedy_rewards[1] == 7
     assert_array_equal(joined.scores, scores)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from builders import initial_params, slow
 from numpy.testing import assert_allclose
+from programs import mesh_of
 
 from rlhf_jax import models, sharding
 from rlhf_jax.models import kernels
@@ -169,7 +170,7 @@ def test_cudnn_reads_the_slots_of_each_row(sizes, own, monkeypatch, cudnn):
     mask = np.array([slots < 70, (slots >= 5) & (slots < 33) & (slots % 4 != 1)])[:, None, None]
     held = cache.held(key, value)
     assert [x.shape for x in held] == [(2, 96, 2, 16)] * 2
-    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
+    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes))
     with mesh:
         attend = jax.jit(cache.attention)
         found = attend(query, held, jnp.asarray(mask))
@@ -208,7 +209,7 @@ def test_where_the_plain_formula_reads_the_cache(platform, sizes, dtype, width, 
     """On GPUs in float32 and for heads that cuDNN refuses, and heads that a mesh of TPUs cuts."""
     monkeypatch.setattr(fused, "platform", lambda: platform)
     query, key = (jnp.ones((2, 2, *shape, width), dtype) for shape in ((1, 1), (32,)))
-    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
+    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes))
     with mesh:
         held = cache.held(key, key)
         assert cache.attention(query, held, jnp.ones((2, 1, 1, 32), bool)) is None
@@ -239,7 +240,7 @@ def test_a_program_is_that_of_the_device_that_is_chosen_for_it(device, monkeypat
 
 def test_a_kernel_gets_all_rows_of_its_heads_where_fsdp_cuts_these():
     """As large models are sampled: rows are mapped over "data", "fsdp" and "tensor" cut heads."""
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     shapes = []
 
     def kernel(x, rows):

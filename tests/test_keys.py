@@ -10,7 +10,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from builders import letters_stage, run_stage
+from builders import letters_stage, run_stage, soak
 
 from rlhf_jax import sharding
 from rlhf_jax.cli import verify
@@ -100,10 +100,12 @@ def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
         assert drawn
 
 
+@pytest.mark.parametrize(
+    "name", ["sft", "reward_model", "ppo", "grpo", *map(soak, ("dpo", "kto", "vpg", "rloo"))]
+)
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", *SLOW])
 def test_jax_finds_no_key_used_twice(name, tmp_path, monkeypatch):
-    """By its own check, which is static inside a program."""
+    """By its own check, which is static inside a program; the test above has all stages."""
     monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))
     jax.clear_caches()
     with jax.debug_key_reuse(True):

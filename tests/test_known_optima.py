@@ -101,7 +101,7 @@ OFF_POLICY = ("gspo", "luspo", "vespo")  # on samples of the policy at the start
 
 # The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and
 # L_cache 2.
-DAPO = iteration.overlong(tiny.STEPS, buffer=2, penalty=1.0)
+DAPO = iteration.overlong(max_length=tiny.STEPS, buffer=2, penalty=1.0)
 OVERLONG = tiny.REWARDS - np.array([0.0, 0.0, 0.0, 0.5, 1.0])[tiny.LENGTHS]
 
 
@@ -235,7 +235,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             )
         if name == "dapo":  # groups that score alike are replaced
             kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
-            return iteration.refill(kept, fresh, group_size=config.group_size)
+            return iteration.refill(kept, fresh=fresh, group_size=config.group_size)
         likeliest = jnp.asarray(tiny.REWARDS, jnp.float32)[tiny.greedy(params)]
         return tiny.draw(params, uniform).replace(greedy_rewards=jnp.full(rows, likeliest))
 
@@ -285,7 +285,7 @@ def taught(config):
         output = tiny.policy_fn(params, tokens, attention_mask, key)
         number = jnp.minimum(tiny.prefixes(tokens), tiny.NUM_OPEN - 1)
         theirs = jnp.asarray(TEACHER)[number]
-        apart = config.measure(params["logits"][number[:, :-1]], theirs[:, :-1])
+        apart = config.measure(params["logits"][number[:, :-1]], teacher_logits=theirs[:, :-1])
         return output._replace(
             teacher_log_probs=ops.token_log_probs(theirs, tokens),
             divergence=jnp.pad(apart, ((0, 0), (1, 0))),

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from builders import UNASKED, Killed, initial_params, interrupt, perturbed, slow
 from numpy.testing import assert_allclose, assert_array_equal
-from programs import whole_on_a_device
+from programs import mesh_of, whole_on_a_device
 from safetensors.numpy import load_file
 
 from rlhf_jax import grpo, models, ppo, sampling, sharding, training
@@ -395,7 +395,7 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
     of the logits.
     """
     model = models.build(SMALL)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = mesh_of(*sizes)
     params = cut_shapes(model, mesh)
     prompts = jax.ShapeDtypeStruct((8, 6), "int32", sharding=sharding.rows(mesh))
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2), "mesh": mesh}
@@ -428,7 +428,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2)}
     inputs = (prompts, np.ones_like(prompts))
     expected = sampling.generate(model, params, *inputs, jax.random.key(0), **how)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = mesh_of(*sizes)
     placed = jax.device_put(params, device_layout.shardings(mesh, params))
     arguments = (placed, *sharding.shard_rows(mesh, inputs), jax.random.key(0))
     generate = jax.jit(functools.partial(sampling.generate, model, **how, mesh=mesh))
@@ -445,7 +445,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
 def sent_by(function, config, *sizes):
     """The communication of a function of parameters and of 8 rows of 16 tokens, on four devices."""
     model = models.build(config)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = mesh_of(*sizes)
     params = cut_shapes(model, mesh)
     rows = jax.ShapeDtypeStruct((8, 16), "int32", sharding=sharding.rows(mesh))
     with jax.set_mesh(mesh):
@@ -482,7 +482,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
     sent but sums.
     """
     model = models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3))
-    mesh = sharding.make_mesh(2, 1, 2)
+    mesh = sharding.make_mesh(2, fsdp=1, tensor=2)
     params = initial_params(model)
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
     placed = jax.device_put(params, places := device_layout.shardings(mesh, params))
@@ -513,7 +513,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     model = models.build(
         models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3)
     )
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     params = initial_params(model)
     placed = jax.device_put(params, places := device_layout.shardings(mesh, params))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
@@ -542,7 +542,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
 
 def test_an_updated_state_lies_where_it_was():
     """Whatever the update made of it."""
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     own = stage_of(RunConfig(), "sft", None, mesh)
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
     update = own.jit_update(

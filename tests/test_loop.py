@@ -4,8 +4,9 @@ import errno
 import random
 import signal
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 from builders import Killed, metric_rows, run_loop, slow
 
-from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, model_source, parse
+from rlhf_jax.config import (
+    Optimizer,
+    RunConfig,
+    Tokenizer,
+    for_algorithm,
+    model_source,
+    parse,
+)
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
@@ -336,6 +344,26 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     wider = replace(config.network, hidden_size=256)
     with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):
         run_loop(replace(longer, network=wider, allow_changed=("network",)))
+
+
+@dataclass(frozen=True)
+class Critic:
+    value: str = "separate"
+    value_from: str = "policy"
+
+
+@pytest.mark.parametrize("changed", [Critic("shared"), Critic(value_from="reward")])
+def test_the_values_of_an_algorithm_of_ones_own_cannot_change(tmp_path, changed):
+    own = SimpleNamespace(__name__="own", Config=Critic)
+    config, _ = for_algorithm(RunConfig(output_dir=str(tmp_path)), own)
+    with open_stage(config, "own", {}) as stage:
+        (stage.run.checkpoints / "0").mkdir(parents=True)
+    again, _ = for_algorithm(replace(config, resume=True, allow_changed=("own",)), own, changed)
+    with (
+        pytest.raises(UserError, match=r"cannot help with own\.value"),
+        open_stage(again, "own", {}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("tokenizer", [None, "some/tokenizer"])

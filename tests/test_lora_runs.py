@@ -1,5 +1,5 @@
-"""Runs under LoRA, on a frozen bfloat16 base: what is trained, what is saved, the reference, its
-refresh, resume.
+"""Runs under LoRA, on a frozen base in bfloat16 or in 4 bits: what is trained, what is saved, the
+reference, its refresh, resume.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.config import LoRA, RunConfig, Tokenizer, model_source, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
+from rlhf_jax.report import export
 from rlhf_jax.training.common import references
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -33,26 +34,44 @@ def lora_config(config, data, tmp_path):
     )
 
 
+def holds_merged(folder, base, adapters):
+    """The folder's model is the base with the adapters merged."""
+    saved = flatten_dict(models.load(folder)[1])
+    expected = flatten_dict(lora.merge(base, adapters))
+    assert saved.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert_allclose(saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7)
+
+
+# The stages whose base has 4 bits here; the others keep it in bfloat16.
+ON_NF4 = (training.sft.run, training.reward_model.run)
+
+
 @pytest.mark.slow
 @stages()
-def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
-    done = run(lora_config)
-    _, base = models.load(lora_config.model)
+def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config, tmp_path):
+    """The base that was trained on, with the adapters; ``export`` gives that or, of the adapters'
+    folder, the original weights with them.
+    """
+    form = "nf4" if run in ON_NF4 else None
+    done = run(replace(lora_config, lora=replace(lora_config.lora, base=form)))
+    _, original = models.load(lora_config.model)
+    base = original if form is None else lora.quantized(original, form)
     _, merged = models.load(done.model_folder)
-    adapters = lora.load(done.folder / "adapter", base)
-    kernels = [path for path in flatten_dict(base) if path[-1] == "kernel"]
+    adapters = lora.load(done.folder / "adapter", original)
+    kernels = [path for path in flatten_dict(original) if path[-1] == "kernel"]
     assert {path[:-1] for path in flatten_dict(adapters) if path[-1] == "lora_a"} == {
         path[:-1] for path in kernels
     }
-    expected, saved, before = (
-        flatten_dict(tree) for tree in (lora.merge(base, adapters), merged, base)
-    )
-    for path, leaf in expected.items():
-        assert_allclose(saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7)
+    unchanged = flatten_dict(lora.merge(base, {}))
+    holds_merged(done.model_folder, base, adapters)
+    holds_merged(export.export(done.folder, tmp_path / "merged"), base, adapters)
+    holds_merged(export.export(done.folder / "adapter", tmp_path / "new"), original, adapters)
+    for path, leaf in flatten_dict(merged).items():
         if path in kernels:
-            assert np.abs(leaf - before[path].astype("f4")).max() > 1e-4
+            assert np.abs(leaf - unchanged[path].astype("f4")).max() > 1e-4
         elif path[0] != "score":
-            assert (leaf == before[path]).all()
+            assert (leaf == unchanged[path]).all()
 
 
 @pytest.mark.slow
@@ -62,15 +81,17 @@ def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_wit
     rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
-    goes_on_alike(run_ppo, config, straight, 6)
+    goes_on_alike(run_ppo, config, straight)
 
 
 @pytest.mark.slow
 def test_a_run_whose_adapters_drop_learns_otherwise_and_goes_on_alike(lora_config):
-    config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5))
+    """On a base of 4 bits."""
+    config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5, base="nf4"))
     straight = training.sft.run(config)
-    goes_on_alike(training.sft.run, config, straight, 2)
-    plain = replace(config, lora=LoRA(rank=2), output_dir=f"{config.output_dir}-plain")
+    goes_on_alike(training.sft.run, config, straight)
+    lora = LoRA(rank=2, base="nf4")
+    plain = replace(config, lora=lora, output_dir=f"{config.output_dir}-plain")
     drops, whole = (
         [row["sft/loss"] for row in metric_rows(done.folder) if "sft/loss" in row]
         for done in (straight, training.sft.run(plain))

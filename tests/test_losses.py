@@ -39,7 +39,7 @@ def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
 
 
 def kto(log_ratio, point, _):
-    return losses.kto(log_ratio, point, jnp.ones((1, 1)), 0.5)
+    return losses.kto(log_ratio, reference_point=point, desirable=jnp.ones((1, 1)), beta=0.5)
 
 
 def policy_gradient(log_probs, advantages, _):
@@ -109,7 +109,11 @@ def test_importance_weights_by_hand(how, expected):
     )
     mask = jnp.array([[1, 0, 1, 1], [0, 1, 0, 0]])
     weights = losses.importance_weights(
-        jnp.log(ratios) - 3.0, jnp.full((2, 4), -3.0), mask, 2.0, how
+        jnp.log(ratios) - 3.0,
+        behaviour_log_probs=jnp.full((2, 4), -3.0),
+        mask=mask,
+        cap=2.0,
+        how=how,
     )
     assert_allclose(weights, expected, rtol=1e-6)
 

@@ -111,6 +111,50 @@ def test_a_config_file_of_several_stages_is_read_for_an_algorithm_of_ones_own(ca
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (
+            {"Config": Plain()},
+            r"mine\.Config must be the class of its settings, got an object, Plain",
+        ),
+        ({"State": dict.fromkeys}, r"mine\.State needs create\(params, optimizer\)"),
+        ({"kl_coef": "0.1"}, r"mine\.kl_coef must be a number, got '0\.1'"),
+        (
+            {"update": None},
+            r"mine\.update: None is not a callable object; a run calls update\(state,",
+        ),
+        ({"update": lambda state, rollout: None}, r"mine\.update: .*; a run calls update"),
+        (
+            {"update": lambda state, rollout, key, policy_fn, optimizer, config: None},
+            r"mine\.update: .*minibatch_sharding.*; a run calls",
+        ),
+        (
+            {"update": lambda rollout, state, key, **how: None},
+            r"mine\.update takes rollout, state, key; a run calls update\(state, rollout, key,",
+        ),
+    ],
+)
+def test_parts_that_a_run_cannot_use_are_a_sentence(parts, says):
+    with pytest.raises(UserError, match=says):
+        completed(bare(**{"Config": Plain, "update": rloo.update} | parts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"group_size": "2"}, "mine.group_size must be a whole number of at least 1, got '2'"),
+        ({"group_size": 0}, "mine.group_size must be a whole number of at least 1, got 0"),
+        ({"value_warmup": 1.5}, "mine.value_warmup must be a whole number of at least 0, got 1.5"),
+    ],
+)
+def test_counts_of_a_config_are_whole_numbers(changes, says):
+    with pytest.raises(UserError, match=says):
+        for_algorithm(RunConfig(), MINE, Plain(**changes))
+    with pytest.raises(ValueError, match="group_size must be a number, got '2'"):
+        rloo.Config(group_size="2")
+
+
 # --- Its value function
 
 PARAMS = {"policy": {"body": jnp.ones(2)}, "value": {"body": jnp.ones(2)}}
@@ -134,6 +178,7 @@ def test_the_value_function_of_ones_own_warms_up_at_a_rate_of_its_own():
     [
         ({}, False, "mine.value: the algorithm reads no values"),
         ({"value": "seperate"}, True, "mine.value must be shared or separate, got 'seperate'"),
+        ({"value_learning_rate": "1"}, True, "mine.value_learning_rate must be a number .* '1'"),
         ({"value": "shared", "value_from": "rm"}, True, "mine.value_from rm: a shared value"),
     ],
 )
@@ -174,11 +219,23 @@ def test_a_state_is_told_the_sizes_that_it_asks_for():
     assert (state.means.shape, state.last.shape) == ((9,), (4, 6))
 
 
-def test_an_update_that_does_not_say_whether_it_was_finite_is_refused():
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda state: (state, {}), "returns no metric nonfinite"),
+        (lambda state: state, "returns TrainState in place of the state and a dict of metrics"),
+        (lambda state: ({}, state), "returns dict, TrainState in place of the state"),
+        (
+            lambda state: (state, {"nonfinite": 0.0, "x": jnp.ones(2)}),
+            r"metric x has the shape \(2,\); a metric is one number",
+        ),
+    ],
+)
+def test_what_an_update_cannot_return(made, says):
     rollout = Rollout(*jnp.ones((4, 2, 3)), scores=jnp.ones(2))
     loop = iteration.LoopState.create(TrainState.create({}, optax.sgd(0.1)), 0.0)
-    mine = bare(update=lambda state, rollout, key, **how: (state, {}))
+    mine = bare(update=lambda state, rollout, key, **how: made(state))
     functions = iteration.Functions(jax.tree_util.Partial(lambda *inputs: None))
     how = {"algorithm": mine, "config": rloo.Config(group_size=2), "optimizer": optax.sgd(0.1)}
-    with pytest.raises(UserError, match="returns no metric nonfinite"):
+    with pytest.raises(UserError, match=says):
         iteration.learn(loop, rollout, jax.random.key(0), functions, **how)

@@ -209,7 +209,7 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
     table of 7 rows.
     """
     models.save(tmp_path, *tiny(config))
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     readings = []
     slices = hf.Reader.slices
     monkeypatch.setattr(
@@ -236,7 +236,7 @@ def test_large_leaves_are_read_in_pieces(name, cut, tmp_path, monkeypatch):
     """
     model, params = tiny(replace(MORE[name], num_layers=4, vocab_size=64))
     models.save(tmp_path, model, params)
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     place = functools.partial(sharding.by_path, rules=models.SHARDING, mesh=mesh) if cut else None
     whole = models.load(tmp_path, scan_layers=True)[1]
     experts = []

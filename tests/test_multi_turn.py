@@ -434,7 +434,7 @@ def test_a_run_with_an_environment(conversing):
 @pytest.mark.slow
 def test_a_run_with_an_environment_goes_on_bit_for_bit(conversing, no_pages):
     config, result, _ = conversing
-    resumed = goes_on_alike(run_grpo, config, result, 3)
+    resumed = goes_on_alike(run_grpo, config, result)
     env = Path(config.rl.environment.rpartition(":")[0])
     env.write_text(COUNTING.replace("/ 2", "/ 3"))
     again = replace(config, output_dir=str(resumed.folder), resume=True)

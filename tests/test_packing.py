@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, grid, initial_params, letters_run, metric_rows
+from builders import grid, initial_params, letters_run, metric_rows, stopped_goes_on_alike
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
@@ -42,12 +42,12 @@ MODELS = {
 
 
 def test_a_packed_batch_by_hand():
-    batch = batches.packed_batch(ENCODED, np.array([1, -1, 0]), 8, 2)
+    batch = batches.packed_batch(ENCODED, np.array([1, -1, 0]), width=8, multiple=2)
     equal(batch.tokens, grid("23451 231", "00000 000"))
     equal(batch.attention_mask, grid("11111 222", "00000 000"))
     equal(batch.response_mask, grid("00111 011", "00000 000"))
     assert (type(batch.tokens), batch.tokens.dtype) == (np.ndarray, np.int32)
-    assert batches.packed_batch(ENCODED, np.arange(6), 9).tokens.shape == (4, 9)
+    assert batches.packed_batch(ENCODED, np.arange(6), width=9).tokens.shape == (4, 9)
 
 
 def test_first_fit_puts_the_longest_first():
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
         return loss.value
 
     rows = np.array([5, 3, -1, 0, 2, 1, 4])
-    packed = batches.packed_batch(ENCODED, rows, 12)
+    packed = batches.packed_batch(ENCODED, rows, width=12)
     assert packed.tokens.shape == (3, 12)
     expected = results(params, batches.demonstration_batch(ENCODED, rows, 4))
     jax.tree.map(partial(assert_allclose, atol=1e-6), results(params, packed), expected)
@@ -141,7 +141,7 @@ def table_score(
 
 def test_packed_comparisons_by_hand():
     """Pairs of 7 and 9 tokens in a row of 16; a second row for a second device."""
-    batch = batches.packed_comparisons(PAIRS, np.array([1, -1, 0]), 16, 2)
+    batch = batches.packed_comparisons(PAIRS, np.array([1, -1, 0]), width=16, multiple=2)
     equal(batch.tokens, grid("2341 23881 2391 251", "0" * 16))
     equal(batch.attention_mask, grid("1111 22222 3333 444", "0" * 16))
     equal(batch.response_mask, grid("0011 00111 0111 011", "0" * 16))
@@ -150,12 +150,12 @@ def test_packed_comparisons_by_hand():
 
 
 def test_labels_go_with_their_rows_and_rows_without_comparisons_count_nowhere():
-    batch = batches.packed_comparisons(RANKED, np.array([1, 0]), 16, 2)
+    batch = batches.packed_comparisons(RANKED, np.array([1, 0]), width=16, multiple=2)
     equal(batch.attention_mask, grid("1111 2222 33333 000", "111 2222 000000000"))
     equal(batch.documents, [grid("123")] * 2)
     equal(batch.best, [[2], [0]])
     equal(batch.weight, [[1.0], [0.5]])
-    batch = batches.packed_comparisons(SCORED, np.array([-1, 1, 0]), 16, 2)
+    batch = batches.packed_comparisons(SCORED, np.array([-1, 1, 0]), width=16, multiple=2)
     equal(batch.attention_mask, grid("1111 2222 333 00000", "0" * 16))
     equal(batch.documents, [grid("12", "34")] * 2)
     equal(batch.targets, [[[0.5, -1.0], [2.0, 0.0]], np.zeros((2, 2))])
@@ -208,7 +208,7 @@ def test_loss_and_gradient_are_those_of_padded_comparisons(case):
 
     rows = np.random.default_rng(1).permutation([*range(len(texts)), -1])
     padded = batches.comparison_batch(texts, rows, 4)
-    packed = batches.packed_comparisons(texts, rows, 16)
+    packed = batches.packed_comparisons(texts, rows, width=16)
     assert packed.tokens.size < padded.tokens.size
     expected = results(params, padded)
     jax.tree.map(partial(assert_allclose, atol=1e-6), results(params, packed), expected)
@@ -237,7 +237,7 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
         )[0].params["table"]
 
     rows = np.array([4, 2, -1, 1, 0, 3])
-    packed = batches.packed_comparisons(weighted, rows, 10, 8)
+    packed = batches.packed_comparisons(weighted, rows, width=10, multiple=8)
     assert packed.tokens.shape == (8, 10)
     padded = step(batches.comparison_batch(weighted, rows, 4), 1)
     assert_allclose(step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6)
@@ -260,10 +260,12 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert (width, multiple) == (32, 4)  # an eighth of some 38 rows
     rows = [mixed.rows(step) for step in range(10)]
     assert sorted(np.concatenate(rows)) == list(range(600))
-    sizes = [len(batches.packed_batch(texts, own, width, multiple).tokens) for own in rows]
+    sizes = [
+        len(batches.packed_batch(texts, own, width=width, multiple=multiple).tokens) for own in rows
+    ]
     assert set(sizes) == {32, 36, 40}
     assert after == pytest.approx(1 - lengths.sum() / (32 * sum(sizes)))
-    widths = [batches.width_of(texts, plan.rows(step), 8) for step in range(10)]
+    widths = [batches.width_of(texts, plan.rows(step), bucket_multiple=8) for step in range(10)]
     assert before == pytest.approx(1 - lengths.sum() / (60 * sum(widths)))
     short = replace(ENCODED, max_length=10)
     plan = batches.Plan(short.lengths[:, 0], 6, KEY, 4)
@@ -356,7 +358,7 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config):
     config = replace(config, text=Text(bucket_multiple=16, pack=True))
     run = getattr(training, stage).run
     straight = run(config)
-    stopped = goes_on_alike(run, config, straight, 6)
+    stopped = stopped_goes_on_alike(run, config, straight, 6)
     rows = metric_rows(stopped.folder)
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 

@@ -56,6 +56,13 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+def test_a_plan_names_a_dtype_that_no_file_has(folder):
+    settings = RunConfig(model=folder)
+    (Path(folder) / "config.json").write_text(json.dumps(LLAMA | {"dtype": "auto"}))
+    with pytest.raises(UserError, match="dtype is 'auto', expected float32, bfloat16"):
+        shapes.shapes_of(settings, "sft")
+
+
 @pytest.fixture
 def no_phases(monkeypatch):
     """Plans compile none but the phase of the reward: a second in place of many."""
@@ -293,6 +300,21 @@ def test_what_is_wrong_is_said(flags, sentence, folder):
         plan.main([*flags.split(), "--devices", "4", "--model", folder])
 
 
+def test_the_answers_at_validations_are_a_phase(folder):
+    """Six prompts on four devices are eight rows, which the model's 16 tokens leave 12 columns."""
+    asked = DPOStage(batch_size=4, validation_prompts=6, max_new_tokens=4)
+
+    def programs(section):
+        return shapes.shapes_of(RunConfig(model=folder, dpo=section), "dpo").programs
+
+    answer, *arguments = programs(asked)[shapes.ANSWERING]
+    rollout, log_ratios = jax.eval_shape(answer, *arguments)
+    assert rollout.tokens.shape == (8, 12 + 4)
+    assert log_ratios.shape == (8,)
+    for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
+        assert [*programs(dataclasses.replace(asked, **other))] == ["learn"]
+
+
 def test_the_reference_of_kto_is_counted(folder):
     config = RunConfig(model=folder, kto=KTOStage(batch_size=4))
     held, _, _ = shapes.shapes_of(config, "kto", None)
@@ -312,8 +334,8 @@ def command(*flags):
 @pytest.mark.parametrize(
     "stage",
     [
-        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "kto")),
-        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("dpo", "grpo")),
+        *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("sft", "dpo", "kto")),
+        pytest.param("grpo", marks=pytest.mark.slow),
     ],
 )
 def test_a_cut_mesh_takes_less_on_each_device(stage, folder):

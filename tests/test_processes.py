@@ -293,7 +293,9 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in written]
     half = parts_of(2)["cut"].nbytes / 2
     assert all(0.85 * half < size < 1.15 * half for size in sizes), sizes
-    by_tensor = NamedSharding(sharding.make_mesh(2, 1, 2), PartitionSpec("data", "tensor"))
+    by_tensor = NamedSharding(
+        sharding.make_mesh(2, fsdp=1, tensor=2), PartitionSpec("data", "tensor")
+    )
     with Checkpoints(tmp_path) as checkpoints:
         target = whole(9)
         restored, meta = checkpoints.restore(

@@ -152,7 +152,7 @@ def test_a_base_of_4_bits_is_cut_over_a_mesh():
     model = models.build(config)
     held = quantized(some_params(config), "nf4")
     expected = jax.jit(model.apply)(held, TOKENS)
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     cut = jax.device_put(held, sharding.by_path(held, models.SHARDING, mesh))
     for path, leaf in flatten_dict(cut).items():
         if path[-1] in ("kernel", "block_scale"):

@@ -177,7 +177,7 @@ def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_wit
         every_second += moved(states[step][1], reference) > 1e-4
     assert every_second == (len(states) - 1) // 2 > 1
     config = with_stage(short, spec.section, reference_ema=0.3, reference_refresh=2)
-    goes_on_alike(lambda config: entry.run(config, spec), config, result, 4)
+    goes_on_alike(lambda config: entry.run(config, spec), config, result)
 
 
 def rl_run(config, **settings):
@@ -201,7 +201,7 @@ def test_the_reference_of_rl_follows_its_policy_and_a_stopped_run_goes_on_with_i
         jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-7), after, expected)
     policy, reference = states[-1]
     assert moved(states[0][1], reference) > 1e-3 < moved(policy, reference)
-    goes_on_alike(lambda config: rl_run(config)[0], config, result, 4)
+    goes_on_alike(lambda config: rl_run(config)[0], config, result)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import pairs, spec
 from rlhf_jax.rewards.host import NO_REASON
-from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl import steps, validation
 from rlhf_jax.training.rl.schedule import Batch
 
 TOKENIZER = characters("abcdefghij ")
@@ -112,7 +112,7 @@ def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, ca
     assert list(scored.reasons) == [None, None, f"no maths; {NO_REASON.reason}"]
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"reward: no score for 1 of 3 responses: {scored.reasons[2]} (said once)"]
-    samples = steps._samples(POLICY, sampled, scored, batch)
+    samples = validation._samples(POLICY, sampled, scored, batch)
     assert [row["score"] for row in samples] == [2, 3, None]
     assert [row["reward/code"] for row in samples] == [None, 3, None]
     assert samples[2]["unscored"] == scored.reasons[2]
@@ -471,7 +471,7 @@ def pairs_validator(folder):
         return jax.tree.map(jnp.asarray, made), {}
 
     score = steps.on_host(stage, reward, steps.unguarded)
-    return steps.validator(stage, POLICY, batch, sample, score, None, "reward")
+    return validation.validator(stage, POLICY, batch, sample, score, None, "reward")
 
 
 def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):

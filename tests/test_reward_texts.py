@@ -152,7 +152,9 @@ def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, wri
     def scores_of(ends):
         how = (tokenizer, "", ends)
         ids = [encoding.answered_ids(ASKED[0], text, *how) for text in SAID]
-        return score(judge.params, *encoding.left_padded(ids, 64, tokenizer.pad_id), None)
+        return score(
+            judge.params, *encoding.left_padded(ids, width=64, pad_id=tokenizer.pad_id), None
+        )
 
     at_end = scores_of(ends=True)
     expected = at_end if is_ours else scores_of(ends=False)
@@ -176,7 +178,7 @@ def assert_traced(folder, tokenizer, expected, at_end, is_ours):
     if not is_ours:
         ids[0] = ids[0][:-1]  # cut: the template ends the turn
     rows = [[*prompt, *response] for response in ids]
-    padded = encoding.left_padded(rows, 64, tokenizer.pad_id)
+    padded = encoding.left_padded(rows, width=64, pad_id=tokenizer.pad_id)
     tokens, mask = (np.roll(array, -4, axis=1) for array in padded)  # pads on both sides
     made = Rollout(tokens, mask, mask, mask)
     own = {"compute": Compute(), "policy": tokenizer.fingerprint, "in_chat": True}

@@ -19,7 +19,7 @@ from rlhf_jax.metrics import mean_interval
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial, loop
 from rlhf_jax.training.common.opening import open_stage
-from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl import validation
 from rlhf_jax.training.rl.entry import sources_of
 from rlhf_jax.training.rl.inputs import files
 from rlhf_jax.types import Rollout
@@ -111,12 +111,12 @@ def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, mo
     monkeypatch.setattr(loop, "train", train)
     with pytest.raises(Killed) as killed:
         training.rl.run(replace(config, rl=settings), vpg)
-    [validation] = killed.value.args
-    rows = validation.samples
+    [found] = killed.value.args
+    rows = found.samples
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS for _ in range(4)]
     assert len({row["response"] for row in rows[:4]}) > 1
     mean = np.mean([row["score"] for row in rows])
-    assert validation.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
+    assert found.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
     with pytest.raises(ValueError, match="validation_samples: with validation_temperature 0"):
         replace(settings, validation_temperature=0.0)
 
@@ -127,8 +127,8 @@ def test_the_interval_of_a_win_rate_is_one_over_prompts():
     scores = np.repeat(np.float32([0.0, 1.0]), 4)
     scored = Rollout(ones, ones, ones, 0.0 * ones, scores=scores)
     key = jax.random.key(0)
-    by_prompt = steps.win_rate(scored, np.repeat([5, 9], 4), key)
-    apart = steps.win_rate(scored, np.arange(8), key)
+    by_prompt = validation.win_rate(scored, np.repeat([5, 9], 4), key)
+    apart = validation.win_rate(scored, np.arange(8), key)
     assert by_prompt["validation/win_rate"] == apart["validation/win_rate"] == 0.5
     low, high = mean_interval(np.float32([0.0, 1.0]), key)
     assert (

@@ -49,7 +49,10 @@ def test_patterns_search_the_text_as_it_is():
     assert rules.found("a bad") == {"patterns": r"b.d\b"}
     assert rules.found("A XX") == {"patterns": "(?i)x{2}"}
     assert rules.found("BAD") == rules.found("bad1") == rules.found("") == {}
-    assert Filter.create(["bad"], ["ad"]).found("bad") == {"words": "bad", "patterns": "ad"}
+    assert Filter.create(["bad"], patterns=["ad"]).found("bad") == {
+        "words": "bad",
+        "patterns": "ad",
+    }
 
 
 def test_a_word_list_has_a_word_a_line(tmp_path):
@@ -110,7 +113,7 @@ def test_what_becomes_of_an_unsafe_row(action, tmp_path):
     scored = rollout("a", "bad", "c")
     (scores, present) = ACTIONS[action]
     after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(
-        scored, scored, {}
+        scored, scored=scored, columns={}
     )
     assert_array_equal(after.scores, scores)
     assert_array_equal(after.response_mask, scored.response_mask * np.array([[1], [present], [1]]))
@@ -119,7 +122,9 @@ def test_what_becomes_of_an_unsafe_row(action, tmp_path):
 def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
     guard = guarded(tmp_path, patterns=("^b", "^$"), above=1.0, responses="mask")
     sampled = rollout("bad", None, "baa", "cc", "a", "j")
-    enforced, metrics, verdicts = guard.enforce(sampled, sampled, {"limit": [0, 9, 0, 0, 0, 0]})
+    enforced, metrics, verdicts = guard.enforce(
+        sampled, scored=sampled, columns={"limit": [0, 9, 0, 0, 0, 0]}
+    )
     assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
     expected = {
         "safety/unsafe": 0.6,
@@ -150,7 +155,7 @@ LIMITS = [
 def test_a_score_beyond_a_limit_is_unsafe_and_one_on_it_is_not(limits, expected, tmp_path):
     sampled = rollout("c", "c", "cc", "cc", "j")
     _, _, verdicts = guarded(tmp_path, **limits).enforce(
-        sampled, sampled, {"limit": [0.01, 0, 0, -0.01, 0]}
+        sampled, scored=sampled, columns={"limit": [0.01, 0, 0, -0.01, 0]}
     )
     assert [verdict.get("classifier") for verdict in verdicts] == expected
 

@@ -21,7 +21,7 @@ def test_min_p_after_top_k_and_top_p(min_p):
         transformers.MinPLogitsWarper(min_p),
     ):
         scores = processor(None, scores)
-    ours = decoding.truncate(logits, 20, 0.9, min_p)
+    ours = decoding.truncate(logits, top_k=20, top_p=0.9, min_p=min_p)
     np.testing.assert_array_equal(ours, scores.numpy())
 
 
@@ -35,7 +35,7 @@ def test_repetition_penalty(penalty):
     tokens = rng.integers(0, 40, (6, 15))
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor(tokens), torch.tensor(logits)).numpy()
-    ours = decoding.penalised(logits, tokens, np.ones(tokens.shape, bool), penalty)
+    ours = decoding.penalised(logits, tokens, counts=np.ones(tokens.shape, bool), penalty=penalty)
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
-    none = decoding.penalised(logits, tokens, np.zeros(tokens.shape, bool), penalty)
+    none = decoding.penalised(logits, tokens, counts=np.zeros(tokens.shape, bool), penalty=penalty)
     np.testing.assert_array_equal(none, logits)

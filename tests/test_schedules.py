@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
+from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training.common.opening import stage_of
@@ -194,14 +194,9 @@ def test_a_lowered_state_takes_smaller_steps():
 # --------------------------------------------------------------------------------------------
 
 
-def test_length_in_episodes(capsys):
-    odd = RLStage(num_episodes=129, batch_size=64)
-    assert [
-        s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)
-    ] == [7, 2, 3]
-    method.check_settings("ppo", odd, ppo.Config(), shares_of(RunConfig()))
-    said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
-    assert capsys.readouterr().out == said
+def test_a_length_in_episodes_is_told_the_two_that_there_are():
+    with pytest.raises(UserError, match=r"--rl\.num-epochs: passes .* are rl\.num_iterations"):
+        parse(RunConfig, ["--rl.num-episodes", "9"])
 
 
 def test_length_in_passes_over_the_prompts(capsys):
@@ -209,18 +204,16 @@ def test_length_in_passes_over_the_prompts(capsys):
     settings = RLStage(num_epochs=3, batch_size=128)
     how = method.Method(grpo, grpo.Config(group_size=8), settings, NO_PENALTY, None)
     stage, lasting = method.lasting(stage_of(RunConfig(rl=settings), "grpo", None), how, 500)
-    assert lasting.settings.length == 94  # 93.75
+    assert lasting.settings.num_iterations == 94  # 93.75
     assert stage.settings["rl"]["num_iterations"] == 94
     assert capsys.readouterr().out == (
         "94 iterations of 16 prompts x 8 answers: 3.01 passes over 500 prompts\n"
     )
     fixed = how._replace(settings=RLStage(batch_size=128))
-    assert method.lasting(stage, fixed, 500)[1].settings.length == 100
+    assert method.lasting(stage, fixed, 500)[1].settings.num_iterations == 100
     assert capsys.readouterr().out == (
         "100 iterations of 16 prompts x 8 answers: 3.2 passes over 500 prompts\n"
     )
-    with pytest.raises(ValueError, match="num_episodes, num_epochs: both are the run's length"):
-        RLStage(num_episodes=1, num_epochs=1)
     # 94 iterations are enough for 93 of warm-up, and 90 are not; the default 100 does not count.
     for warmup, prompts in ((93, 500), (100, 600)):
         warmed = RLStage(num_epochs=24, batch_size=128)

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
+from programs import mesh_of
 
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
@@ -26,7 +27,7 @@ def test_make_mesh():
     assert list(sharding.make_mesh(1, devices=jax.devices()[3:]).devices.flat) == jax.devices()[3:]
     # Neighbours share a tensor group.
     assert sharding.make_mesh(fsdp=2, tensor=2).devices[0, 1].tolist() == jax.devices()[2:]
-    assert dict(sharding.make_mesh(2, -1).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(sharding.make_mesh(2, fsdp=-1).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, shape):
             f"^mesh: {shape} does not fit 4 devices; take sizes whose product divides that number$"
         ),
     ):
-        sharding.make_mesh(*sizes)
+        mesh_of(*sizes)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, shape):
 )
 def test_when_a_run_sets_its_mesh(sizes, platform, expected):
     """Where it cuts parameters, and for the kernels of several accelerators."""
-    real = sharding.make_mesh(*sizes)
+    real = mesh_of(*sizes)
     devices = np.full(real.devices.shape, SimpleNamespace(platform=platform))
     mesh = SimpleNamespace(shape=real.shape, size=real.size, devices=devices)
     assert sharding.is_set(mesh) == expected
@@ -181,7 +182,7 @@ def test_the_rules_of_the_families(config):
         adapted = models.lora.attach(params, models.lora.init(key, params, 2))
         return models.add_head(key, adapted, "value")
 
-    mesh = sharding.make_mesh(1, 2, 2)
+    mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
     shapes = jax.eval_shape(state, KEY)
     ndims = jax.tree.map(lambda x: x.ndim, flatten_dict(shapes, sep="/"))
     found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")

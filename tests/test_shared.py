@@ -94,6 +94,36 @@ def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
     assert_close(found, weighted(config, 1))
 
 
+@pytest.mark.parametrize(
+    "config", [MISTRAL, slow(LLAMA), slow(replace(GEMMA, scan_layers=True, num_layers=4))]
+)
+def test_cudnn_is_asked_for_the_same_values_and_gradients(config, monkeypatch):
+    """Of the responses to their prompts and themselves in one call, with even numbers of columns;
+    the call alone is replaced, as cuDNN needs a GPU.
+    """
+    original = jax.nn.dot_product_attention
+    asked = set()
+
+    def on_cpu(query, key, value, *, implementation, **settings):
+        assert implementation == "cudnn"
+        asked.add((query.shape[:2], key.shape[:2]))
+        return original(query, key, value, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    found = weighted(replace(config, attention="cudnn"), G)
+    assert asked == {((2, P), (2, P)), ((2 * G, R + 1), (2 * G, P + R + 1))}
+    assert_close(found, weighted(config, 1))
+
+
+def test_how_long_groups_attend_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("rlhf_jax.models.kernels.fused.platform", lambda: "gpu")
+    config = models.GPT2Config(13, 2048, 128, 1, 2, compute_dtype="bfloat16")
+    assert shared.implementation(config, 511) == "xla"
+    assert shared.implementation(config, 512) == "cudnn"
+    assert shared.implementation(replace(config, attention="splash"), 512) == "blockwise"
+    assert shared.implementation(replace(config, compute_dtype="float32"), 512) == "blockwise"
+
+
 def test_a_prompt_is_embedded_and_goes_through_the_layers_once():
     model = models.build(LONGEST)
     params = params_of(LONGEST)
@@ -113,7 +143,7 @@ def test_scores_are_those_of_single_rows(config):
     mask = mask.at[2, P:].set(0)  # scored at the last token of its prompt
 
     def scores(group_size):
-        score = models.score_fn(model, P, group_size)
+        score = models.score_fn(model, prompt_length=P, group_size=group_size)
 
         def total(params):
             of_rows = score(params, tokens, mask, None)
@@ -135,7 +165,7 @@ def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
     assert f"f32[2,{P + G * R},8]" in str(jax.make_jaxpr(reward)(grouped))
     scores, _ = jax.jit(reward)(grouped)
     np.testing.assert_allclose(scores, jax.jit(reward)(rollout)[0], atol=1e-5)
-    by_rows = initial.scorer_of_groups(model, G, P, G)
+    by_rows = initial.scorer_of_groups(model, score_rows=G, prompt_length=P, group_size=G)
     np.testing.assert_allclose(by_rows(params, tokens, mask, None), scores, atol=1e-5)
 
 
@@ -160,10 +190,14 @@ def test_adapters_a_teacher_and_a_whole_value_model():
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     params = {"policy": models.lora.attach(base, adapters), "value": params_of(LLAMA, "value")}
     tokens, mask = batch()
-    teacher = models.Teacher(model, lambda ours, theirs: jnp.sum((ours - theirs) ** 2, axis=-1))
+
+    def squared(logits, *, teacher_logits):
+        return jnp.sum((logits - teacher_logits) ** 2, axis=-1)
+
+    teacher = models.Teacher(model, squared)
 
     def output(group_size):
-        policy = models.policy_fn(model, 1.0, P, model, teacher, group_size)
+        policy = models.policy_fn(model, 1.0, P, model, teacher=teacher, group_size=group_size)
         found = jax.jit(policy)(params, tokens, mask, None, base)
         return jax.tree.map(lambda x: jnp.where(mask != 0, x, 0.0), found)
 
@@ -221,7 +255,7 @@ def test_a_part_that_no_query_reaches_adds_nothing():
 def test_wrong_groups_are_refused(settings, message):
     prompt_length, group_size = settings
     with pytest.raises(ValueError, match=message):
-        models.score_fn(models.build(LLAMA), prompt_length, group_size)
+        models.score_fn(models.build(LLAMA), prompt_length=prompt_length, group_size=group_size)
 
 
 # --- Sampling

@@ -77,7 +77,7 @@ def test_a_batch_by_hand():
 
 
 def test_several_comparisons_in_a_row_by_hand():
-    batch = batches.packed_comparisons(sharing(PAIRS), np.array([1, -1, 0]), 16)
+    batch = batches.packed_comparisons(sharing(PAIRS), np.array([1, -1, 0]), width=16)
     assert_array_equal(batch.tokens, grid("2341881239151000"))
     assert_array_equal(batch.attention_mask, grid("1122333455566000"))
     assert_array_equal(batch.documents[0], grid("23", "56"))
@@ -131,7 +131,7 @@ def found(config, algorithm, texts, rows, rank=0, pack=False):
     fn = make(model, num_answers=answers)
     batch = batches.comparison_batch(texts, rows, 4)
     if pack:
-        batch = batches.packed_comparisons(texts, rows, 24)
+        batch = batches.packed_comparisons(texts, rows, width=24)
     own = {"policy_fn": models.policy_fn(model, num_answers=answers)}
     settings = algorithm.Config(sft_coef=0.5)
     if algorithm is reward_model:

@@ -129,7 +129,7 @@ def test_groups_that_minibatches_would_divide_are_refused():
 
 
 def test_rows_are_split_by_groups():
-    parts = ops.split_rows(jnp.arange(12), 2, 3)
+    parts = ops.split_rows(jnp.arange(12), 2, group_size=3)
     np.testing.assert_array_equal(parts, [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]])
 
 
@@ -151,7 +151,7 @@ def test_long_rows_are_sorted_by_groups():
     mask = jnp.asarray(np.arange(130)[None] < lengths[:, None], jnp.int32)
     rollout = Rollout(jnp.arange(8)[:, None].repeat(130, 1), mask, mask, mask, prompt_length=0)
     ordered = by_length(rollout).order(rollout, 2, 2)
-    parts = ops.split_rows(ordered.tokens[:, 0], 2, 2)
+    parts = ops.split_rows(ordered.tokens[:, 0], 2, group_size=2)
     assert sorted(parts[0].tolist()) == [2, 3, 4, 5]  # those of the shortest rows
     assert sorted(parts[1].tolist()) == [0, 1, 6, 7]
 

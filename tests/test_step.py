@@ -217,7 +217,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
     expected, metrics = updated(1, params, batch)
     widths.clear()
     monkeypatch.setattr(lengths, "LONG", 16)
-    mesh = sharding.make_mesh(2, 2)
+    mesh = sharding.make_mesh(2, fsdp=2)
     placed = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     spread = sharding.shard_rows(mesh, batch)
     with jax.set_mesh(mesh):  # as in a run

@@ -19,7 +19,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl import steps, validation
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.types import Rollout, TrainState
 
@@ -80,7 +80,7 @@ def test_the_judge_scores_without_the_rewards_of_the_environment(batch, sampled)
 
     reward = scorer("reward", 3.0)
     judge = scorer("judge", 4.0)
-    validate = steps.validator(STAGE, policy, batch, sample, reward, judge)
+    validate = validation.validator(STAGE, policy, batch, sample, reward, judge)
     metrics, samples = validate(None)
     assert metrics == {"validation/score": 3.0, "validation/judge": 4.0}
     assert [(row["prompt"], row["score"]) for row in samples] == [("c", 3.0), ("a", 3.0)]

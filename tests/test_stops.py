@@ -171,19 +171,19 @@ def test_samples_of_validations_end_at_the_string(stopped_run):
 @pytest.mark.slow
 def test_a_greedy_baseline_ends_at_the_string_too(stopped_run, tmp_path, monkeypatch):
     config, *_ = stopped_run
-    greedy = []
+    stopped = []
     with_greedy = iteration.with_greedy
 
-    def watched(rollout, given, **how):
-        greedy.append(given.stopped)
-        return with_greedy(rollout, given, **how)
+    def watched(rollout, *, greedy, **how):
+        stopped.append(greedy.stopped)
+        return with_greedy(rollout, greedy=greedy, **how)
 
     monkeypatch.setattr(iteration, "with_greedy", watched)
     vpg = replace(config.vpg, baseline="greedy")
     config = replace(config, output_dir=str(tmp_path / "greedy"), vpg=vpg)
     run_vpg(with_rl(config, num_iterations=1, validation_fraction=0.0))
-    assert greedy
-    assert None not in greedy
+    assert stopped
+    assert None not in stopped
 
 
 @pytest.fixture(scope="module")

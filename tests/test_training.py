@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers as hf
-from builders import FAST, TINY, goes_on_alike, initial_params, metric_rows, run_ppo, stages
+from builders import FAST, TINY, initial_params, metric_rows, run_ppo, stages, stopped_goes_on_alike
 from numpy.testing import assert_allclose
 
 from rlhf_jax import Rollout, models, sharding, training
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 @stages("sft")
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):
     straight = run(config)
-    stopped = goes_on_alike(run, config, straight, 6)
+    stopped = stopped_goes_on_alike(run, config, straight, 6)
     assert "resumed from step 4 of" in capsys.readouterr().out
     steps = [row["step"] for row in metric_rows(stopped.folder)]
     assert steps == list(range(len(steps)))

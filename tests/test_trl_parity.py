@@ -298,12 +298,18 @@ def test_losses_without_a_reference():
     simpo = SimpleNamespace(beta=2.0, accelerator=device, **simpo)
     odds = SimpleNamespace(beta=0.3, accelerator=device)
     for ours, theirs in (
-        ((2.0, "simpo", 0.1, 1.0), lambda: CPOTrainer.cpo_loss(simpo, *given)[0]),
-        ((0.3, "orpo"), lambda: -given[0] - ORPOTrainer.odds_ratio_loss(odds, *given)[0]),
+        (
+            {"gamma": 1.0, "label_smoothing": 0.1, "beta": 2.0, "kind": "simpo"},
+            lambda: CPOTrainer.cpo_loss(simpo, *given)[0],
+        ),
+        (
+            {"beta": 0.3, "kind": "orpo"},
+            lambda: -given[0] - ORPOTrainer.odds_ratio_loss(odds, *given)[0],
+        ),
     ):
         expected = theirs()
         gradients = torch.autograd.grad(expected.sum(), given)
-        loss, backward = jax.vjp(lambda x, y, how=ours: losses.dpo(x, y, *how), chosen, rejected)
+        loss, backward = jax.vjp(lambda x, y, how=ours: losses.dpo(x, y, **how), chosen, rejected)
         assert_allclose(loss, expected.detach(), rtol=1e-5)
         assert_allclose(backward(jnp.ones(3)), gradients, rtol=1e-5)
 
@@ -427,7 +433,7 @@ def test_divergences(kind, beta, theirs):
     labels = torch.tensor(np.where(mask, 5, -100))
     given = [torch.tensor(x) for x in (student, teacher)]
     expected = GKDTrainer.generalized_jsd_loss(*given, labels=labels, beta=theirs, temperature=0.7)
-    ours = losses.divergence(student / 0.7, teacher / 0.7, kind, beta)
+    ours = losses.divergence(student / 0.7, teacher_logits=teacher / 0.7, kind=kind, beta=beta)
     mean = losses.aggregate(ours, mask)
     assert_allclose(mean.value, expected.numpy(), rtol=1e-5)
 

@@ -175,7 +175,7 @@ def test_packed_and_flat_rows_have_the_same_learned_tokens(chatml, write):
     data = encoding.encode_texts(rows, chatml, template="auto")
     flat = batches.demonstration_batch(data, np.arange(2), 1)
     width = int(data.lengths.sum())
-    packed = batches.packed_batch(data, np.arange(2), width)
+    packed = batches.packed_batch(data, np.arange(2), width=width)
     expected = [spans(chatml, flat.tokens[i], flat.response_mask[i]) for i in (0, 1)]
     assert expected == [[f"Hello!{END}", f"Yes.{END}"], [f"No.{END}"]]
     assert spans(chatml, packed.tokens[0], packed.response_mask[0]) == [*expected[0], *expected[1]]

@@ -72,8 +72,11 @@ def contents(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*verify.SPECS, "vpg", "ppo", "rloo", "grpo"])
 def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name, tmp_path):
+    """From the seed two stages: what a start draws is the same in all that are supervised, and in
+    all of RL.
+    """
     folder = run_stage(letters_stage(tmp_path, name), name)
-    for from_scratch in (False, True):
+    for from_scratch in (False, True) if name in ("dpo", "ppo") else (False,):
         audit = verify.verify(folder, from_scratch=from_scratch)
         assert audit[:3] == ([], [], [])
         assert ("from the seed to step" in audit.compared) == from_scratch

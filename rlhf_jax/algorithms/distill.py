@@ -73,12 +73,12 @@ class Config(policy.Config):
         ops.check_numbers(self, "discount", at_least=0, at_most=1)
         ops.check_numbers(self, "teacher_coef", at_least=0)
 
-    def measure(self, logits: Array, teacher_logits: Array) -> Array:
+    def measure(self, logits: Array, *, teacher_logits: Array) -> Array:
         """``losses.divergence`` with these settings. For ``sampled`` it is the reverse KL, of which
         the samples are an estimate.
         """
         kind = "reverse_kl" if self.divergence == "sampled" else self.divergence
-        return losses.divergence(logits, teacher_logits, kind, self.beta)
+        return losses.divergence(logits, teacher_logits=teacher_logits, kind=kind, beta=self.beta)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:

@@ -61,7 +61,7 @@ class Config:
 
     def __post_init__(self) -> None:
         ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
-        losses.check_dpo(self.kind, self.label_smoothing, self.gamma)
+        losses.check_dpo(self.kind, label_smoothing=self.label_smoothing, gamma=self.gamma)
         ops.check_numbers(self, "beta", above=0)
         ops.check_numbers(self, "sft_coef", at_least=0)
         if self.sft_coef and self.kind == "orpo":
@@ -127,7 +127,8 @@ def loss(
     if config.length_normalised or not config.needs_reference:
         log_ratios = log_ratios / jnp.maximum(lengths, 1)
     # What does not count must not reach the loss.
-    weight = losses.row_weights(comparisons.weight, jnp.all(lengths > 0, axis=-1))  # [B] or [B, C]
+    present = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
+    weight = losses.row_weights(comparisons.weight, present=present)
     log_ratios = ops.masked(log_ratios, weight[..., None] > 0)
     best = jnp.zeros(weight.shape, jnp.int32)
     if comparisons.best is not None:
@@ -135,7 +136,12 @@ def loss(
     order = jnp.stack([best, 1 - best], axis=-1)
     chosen, rejected = _in_order(log_ratios, order)
     per_pair = losses.dpo(
-        chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma
+        chosen,
+        rejected,
+        config.beta,
+        kind=config.kind,
+        label_smoothing=config.label_smoothing,
+        gamma=config.gamma,
     )
     mean = partial(losses.weighted_mean, weight=weight)
     loss = mean(per_pair)

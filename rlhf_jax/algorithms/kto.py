@@ -152,14 +152,16 @@ def loss(
     point = feedback.reference_point
     if point is None:
         point = reference_point(params, feedback, policy_fn=policy_fn)
-    weight = losses.row_weights(feedback.weight, feedback.present)
+    weight = losses.row_weights(feedback.weight, present=feedback.present)
     chex.assert_equal_shape([weight, feedback.desirable, feedback.ref_log_probs])
     desirable = jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs
     # What does not count must not reach the loss.
     log_ratios = ops.masked(log_ratios, weight > 0)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
-    per_row = lambdas * losses.kto(log_ratios, point, desirable, config.beta)
+    per_row = lambdas * losses.kto(
+        log_ratios, reference_point=point, desirable=desirable, beta=config.beta
+    )
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
     mean = losses.weighted_mean(per_row, weight)
     return mean, {

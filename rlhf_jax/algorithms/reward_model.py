@@ -111,7 +111,7 @@ def loss(
     scores, lengths, likelihoods, best, targets, weight, margin = parts
     present = lengths > 0
     num_rows, num_answers = scores.shape
-    weight = losses.row_weights(weight, jnp.ones(num_rows, bool))
+    weight = losses.row_weights(weight, present=jnp.ones(num_rows, bool))
     if targets is not None:
         errors = losses.regression(ops.masked(scores, present), ops.masked(targets, present))
         mean = losses.weighted_mean(errors, ops.masked(weight[:, None], present))

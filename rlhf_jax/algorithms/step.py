@@ -395,7 +395,7 @@ def _over_microbatches(
             f"batch{groups}"
         )
     batch = microbatching.order(batch, num_microbatches, group_size)
-    split = ops.split_rows(batch, num_microbatches, group_size)
+    split = ops.split_rows(batch, num_microbatches, group_size=group_size)
     parts = (jnp.arange(num_microbatches), split)
 
     # The counts do not depend on the parameters: XLA leaves the forward pass out.

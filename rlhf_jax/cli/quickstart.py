@@ -182,7 +182,7 @@ def summarize(
         "heldout_prompts": len(sft.texts),
         "reward_model": rounded(preference),
         "rubric": rounded({"sft": float(sft.scores.mean()), "ppo": float(ppo.scores.mean())}),
-        "win_rate": round(metrics.win_rate(ppo.scores, sft.scores), 6),
+        "win_rate": round(metrics.win_rate(ppo.scores, against=sft.scores), 6),
         "kl": {
             "target": config.rl.kl_target or 0.0,
             "last_iterations": [round(kl, 6) for kl in kls[-LAST_ITERATIONS:]],

@@ -26,6 +26,8 @@ _WORDS = (
     (r"Error parsing (\S+): ", r"\1: "),
     (r"invalid literal for int\(\) with base 10:", "expected an int, got"),
     (r"could not convert string to float:", "expected a float, got"),
+    (r"no type matching .* could be instantiated from .*: (expected an? \w+), (got .*)$",
+     r"\1 or null, \2"),
     (r"invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.$",
      r"\2: expected one of \3, got \1"),
     (r"Missing value for argument '(.*?)'\. Expected .*$", r"\1: its value is missing"),
@@ -117,11 +119,25 @@ def _plain(text: str, rules: str = "") -> str:
 
 
 def registry() -> ConstructorRegistry:
-    """How flags of the types Switch and Json are read."""
+    """How flags of the types Switch and Json are read, and null."""
     rules = ConstructorRegistry()
+    rules.primitive_rule(_null)
     rules.primitive_rule(_switches)
     rules.primitive_rule(_objects)
     return rules
+
+
+def _null(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not type(None):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{null}",
+        choices=("null", "None"),  # as in YAML, and in Python
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: ["null"],
+    )
 
 
 def _switches(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -159,7 +175,7 @@ def _switch(words: list[str]) -> Switch:
 def _json_object(word: str) -> Json | None:
     """The object that a flag gives as JSON; None for null."""
     try:
-        value = json.loads(word)
+        value = None if word == "None" else json.loads(word)
     except ValueError as error:
         raise ValueError(f"expected a JSON object, got {word}: {error}") from None
     if not isinstance(value, dict | None):

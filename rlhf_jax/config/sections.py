@@ -67,6 +67,7 @@ def for_algorithm(
     elif name in ALGORITHMS:
         _say_unused(name, vars(config)[name], section)
     section = _with_defaults(section, name)
+    _check_counts(section, name)
     usual = typing.get_type_hints(kind)[name]
     if issubclass(usual, type(section)):
         section = usual(**vars(section))
@@ -120,6 +121,19 @@ def _with_defaults(section: Any, name: str) -> AlgorithmConfig:
         )
     completed: AlgorithmConfig = _completed(kind)(**vars(section))
     return completed
+
+
+def _check_counts(section: AlgorithmConfig, name: str) -> None:
+    """Raises UserError for a count that is no whole number, or too small."""
+    counts = dict.fromkeys(
+        ("group_size", "num_epochs", "num_minibatches", "num_microbatches", "shuffle_blocks"), 1
+    )
+    for key, least in {**counts, "value_warmup": 0}.items():
+        value = getattr(section, key)
+        if not isinstance(value, int) or value < least:
+            raise UserError(
+                f"{name}.{key} must be a whole number of at least {least}, got {value!r}"
+            )
 
 
 @functools.cache

@@ -426,9 +426,7 @@ class RLStage(Reference):
     data: Texts = ()
     """Files of prompts; empty: the run's --data."""
     num_iterations: Count = 100
-    """Collect, reward, learn: how many times."""
-    num_episodes: Count | None = None
-    """The run's length in episodes, rounded up to whole batches; it replaces num_iterations."""
+    """The run's length: how many times it samples a batch, scores it and learns."""
     num_epochs: Count | None = None
     """The run's length in passes over the prompts that are trained on, rounded up to whole batches;
     it replaces num_iterations."""
@@ -481,6 +479,9 @@ class RLStage(Reference):
     train_routers: bool = False
     """Train the routers of a mixture of experts too. By default RL leaves them as they are: what a
     token's experts are then changes with its state alone."""
+    expert_gap: bool = False
+    """Measure in each iteration how often sampling and learning send a token to other experts
+    (policy/expert_gap). The samples are decoded again, which takes as long as to sample them."""
     validation_fraction: ShareBelow1 = 0.1
     """Share of the prompts held out for validation."""
     validation_data: Texts = ()
@@ -541,8 +542,6 @@ class RLStage(Reference):
                 "min_new_tokens: it counts the tokens of one response, and an environment asks for "
                 "several; leave it out"
             )
-        if self.num_episodes is not None and self.num_epochs is not None:
-            raise ValueError("num_episodes, num_epochs: both are the run's length; give one")
         if self.rollouts_ahead and self.dynamic_sampling:
             raise ValueError(
                 "rollouts_ahead, dynamic_sampling: the groups to replace are known only when the "
@@ -585,14 +584,7 @@ class RLStage(Reference):
         limits = self.top_k is not None or self.top_p not in (None, 1) or bool(self.min_p)
         return limits or self.min_new_tokens > 0
 
-    @property
-    def length(self) -> int:
-        """Iterations of the run; with ``num_epochs``, ``lasting`` puts them into num_iterations."""
-        if self.num_episodes is None:
-            return self.num_iterations
-        return math.ceil(self.num_episodes / self.batch_size)
-
-    def lasting(self, prompts: int, group_size: int) -> "RLStage":
+    def lasting(self, *, prompts: int, group_size: int) -> "RLStage":
         """The settings with num_iterations as num_epochs says: ``prompts`` are trained on, each
         with ``group_size`` answers."""
         if self.num_epochs is None:

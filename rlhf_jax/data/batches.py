@@ -129,6 +129,7 @@ class Plan:
 
 def prompt_rows(
     n: int,
+    *,
     batch_size: int,
     key: Array,
     step: int,
@@ -221,6 +222,7 @@ def first_fit(lengths: np.ndarray, width: int) -> list[tuple[int, int, int]]:
 def packed_batch(
     data: EncodedTexts,
     rows: np.ndarray,
+    *,
     width: int,
     multiple: int = 1,
 ) -> Demonstrations:
@@ -237,6 +239,7 @@ def packed_batch(
 def packed_comparisons(
     data: EncodedTexts,
     rows: np.ndarray,
+    *,
     width: int,
     multiple: int = 1,
 ) -> Comparisons:
@@ -284,7 +287,9 @@ def columns_of(data: EncodedTexts, rows: np.ndarray, plan: Plan) -> int:
     """The columns of all rows of padded arrays in the first epoch of a plan of these ``rows``."""
     widths = 0
     for step in range(plan.steps_per_epoch):
-        widths += width_of(data, rows[_present(plan.rows(step))], plan.bucket_multiple)
+        widths += width_of(
+            data, rows[_present(plan.rows(step))], bucket_multiple=plan.bucket_multiple
+        )
     return plan.batch_size * data.rows_of_arrays * widths
 
 
@@ -326,7 +331,7 @@ def comparison_batch(
     that answer 0 is the chosen one.
     """
     if data.shares_prompts:
-        width = width_of(data, rows, bucket_multiple)
+        width = width_of(data, rows, bucket_multiple=bucket_multiple)
         places = np.flatnonzero(rows != ABSENT).tolist()
         own = [_texts_of(data, rows[place], place, 0, 0) for place in places]
         return _comparisons(data, list(itertools.chain(*own)), rows[:, None], width)
@@ -407,7 +412,7 @@ def _padded(
     rounded up.
     """
     num_answers = data.num_answers
-    width = width_of(data, rows, bucket_multiple, least)
+    width = width_of(data, rows, bucket_multiple=bucket_multiple, least=least)
     texts = []
     present = np.flatnonzero(rows != ABSENT).tolist()
     for i, answer in itertools.product(present, range(num_answers)):
@@ -420,6 +425,7 @@ def _padded(
 def width_of(
     data: EncodedTexts,
     rows: np.ndarray,
+    *,
     bucket_multiple: int,
     least: int = 0,
 ) -> int:

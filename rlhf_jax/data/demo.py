@@ -105,7 +105,10 @@ def write(
     path = Path(folder)
     writing.check_writable(path)
     noise = 0.5 if shuffle_labels else LABEL_NOISE
-    texts = {name: file_text(name, seed, (sizes or {}).get(name), noise) for name in FILES}
+    rows = sizes or {}
+    texts = {
+        name: file_text(name, seed=seed, size=rows.get(name), label_noise=noise) for name in FILES
+    }
     with file_errors(path, "written"):
         if path.exists():
             writing.write_together({path / name: text for name, text in texts.items()})
@@ -117,6 +120,7 @@ def write(
 
 def file_text(
     name: str,
+    *,
     seed: int = 0,
     size: int | None = None,
     label_noise: float = LABEL_NOISE,

@@ -328,7 +328,7 @@ def encode_prompts(
         kept.append(row)
         prompts.append(shorter)
     _check_some_left(kept, rows, width)
-    tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
+    tokens, attention_mask = left_padded(prompts, width=width, pad_id=tokenizer.pad_id)
     names = [name for row in kept for name in row.columns]
     columns = list(dict.fromkeys(names))  # in the order of their first appearance
     return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
@@ -362,6 +362,7 @@ def _shortened(
 
 def left_padded(
     ids: Sequence[Sequence[int]],
+    *,
     width: int,
     pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -282,7 +282,7 @@ def _sources(
         if len(given) > 1:
             raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
         name = f"{DEMO}/{FILES[kind]}"
-        return {name: parse_bytes(demo.file_text(FILES[kind], seed).encode(), name)}
+        return {name: parse_bytes(demo.file_text(FILES[kind], seed=seed).encode(), name)}
     sources = {}
     for name in given:
         is_folder = kind in FILES and os.path.isdir(name) and not is_saved_dataset(name)

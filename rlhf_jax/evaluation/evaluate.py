@@ -298,7 +298,7 @@ def _figures(
     if against is not None:
         ours = np.asarray(answers["prompts"].responses.scores)
         theirs = np.asarray(answers["prompts, against"].responses.scores)
-        yield from measures.win_rate(ours, theirs, key, against)
+        yield from measures.win_rate(ours, against=theirs, key=key, name=against)
     for name, category in categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
         if category.texts:

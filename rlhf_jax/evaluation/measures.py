@@ -183,7 +183,7 @@ def _accuracies(
     if not pairs.is_single:
         metric = f"pairwise_{metric}"
         own_key = _stream(key, category, metric)
-        ends = metrics.bootstrap_mean(right, own_key, pairs.weights, pairs.groups)
+        ends = metrics.bootstrap_mean(right, own_key, weights=pairs.weights, groups=pairs.groups)
         mean_right = np.average(right, weights=pairs.weights)
         figures.append(_figure(category, metric, mean_right, ends, len(right), "pairs"))
     return figures
@@ -203,7 +203,11 @@ def _calibration(
         statistic = functools.partial(measure, margin)
         own_key = _stream(key, category, metric)
         low, high = metrics.bootstrap_interval(
-            statistic, pairs.weights, own_key, pairs.groups, centered=name == "ece"
+            statistic,
+            own_key,
+            weights=pairs.weights,
+            groups=pairs.groups,
+            centered=name == "ece",
         )
         ends = (np.maximum(low, 0), high)
         value = statistic(pairs.weights)
@@ -265,6 +269,7 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Fi
 
 def win_rate(
     scores: np.ndarray,
+    *,
     against: np.ndarray,
     key: Array,
     name: str,
@@ -339,14 +344,14 @@ def _kappa(
         return Figure("agreement", metric, unit="rows", note=note)
 
     def statistic(weights: np.ndarray) -> float:
-        return float(np.mean([metrics.cohen_kappa(a, b, weights) for a, b in judges]))
+        return float(np.mean([metrics.cohen_kappa(a, b, weights=weights) for a, b in judges]))
 
     equal = np.ones(count)
     value = statistic(equal)
     if np.isnan(value):
         note = "both say one and the same to all rows"
         return Figure("agreement", metric, n=count, unit="rows", note=note)
-    ends = metrics.bootstrap_interval(statistic, equal, _stream(key, "agreement", metric))
+    ends = metrics.bootstrap_interval(statistic, _stream(key, "agreement", metric), weights=equal)
     return _figure("agreement", metric, value, ends, count, "rows", note)
 
 

@@ -51,7 +51,9 @@ def _scorer(model: models.Model, closing: tuple[int, ...] = (), ends: tuple[int,
     each model and shape.
     """
     score_fn = models.score_fn(model)
-    return jax.jit(rewards.behind_turns(score_fn, closing, ends) if closing else score_fn)
+    return jax.jit(
+        rewards.behind_turns(score_fn, closing=closing, ends=ends) if closing else score_fn
+    )
 
 
 class _Stream(NamedTuple):
@@ -267,7 +269,7 @@ class LanguageModel(NamedTuple):
                     f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
                 )
             rows.append(ids)
-        padded = encoding.left_padded(rows, _width(rows, limit), self.tokenizer.pad_id)
+        padded = encoding.left_padded(rows, width=_width(rows, limit), pad_id=self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
         return _by_length(score, batch_size, *padded)
 
@@ -527,7 +529,7 @@ class Generator:
     def sample(self, asked: "Asked", seed: int) -> Rollout:
         """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
         width = _width(asked.ids, self.room)
-        padded = encoding.left_padded(asked.ids, width, self.tokenizer.pad_id)
+        padded = encoding.left_padded(asked.ids, width=width, pad_id=self.tokenizer.pad_id)
         num_rows, num_samples = asked.streams.shape
         rollout, _ = self._policy.respond(
             encoding.EncodedPrompts(*padded, asked.rows, (), {}),
@@ -574,7 +576,7 @@ class Generator:
         programs = _streamer(self.model)
         num_buckets = -(-len(ids) // _BUCKET)
         width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
-        prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)
+        prompt = encoding.left_padded([ids], width=width, pad_id=self.tokenizer.pad_id)
         rows, state = programs.start(
             self._policy.params,
             *prompt,

@@ -37,7 +37,7 @@ class Filter:
     patterns: tuple[re.Pattern[str], ...] = ()
 
     @classmethod
-    def create(cls, words: Iterable[str] = (), patterns: Iterable[str] = ()) -> "Filter":
+    def create(cls, words: Iterable[str] = (), *, patterns: Iterable[str] = ()) -> "Filter":
         """Words and phrases are found as whole words in the ``normalized`` text; patterns (Python's
         syntax) anywhere in the text as it is."""
         forms = sorted({_word_pattern(word) for word in words})
@@ -111,7 +111,7 @@ class Guard:
     def create(cls, settings: Any) -> "Guard":
         """Reads the word lists."""
         words = [word for path in settings.words for word in read_words(path)]
-        return cls(settings, Filter.create(words, settings.patterns))
+        return cls(settings, Filter.create(words, patterns=settings.patterns))
 
     def for_responses(
         self,
@@ -172,7 +172,7 @@ class Guard:
         return safe
 
     def enforce(
-        self, sampled: Rollout, scored: Rollout, columns: Columns
+        self, sampled: Rollout, *, scored: Rollout, columns: Columns
     ) -> tuple[Rollout, Metrics, list[Verdict]]:
         """The scored rollout after the action ``settings.responses``, shares of unsafe rows, and
         each row's verdict.

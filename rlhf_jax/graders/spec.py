@@ -114,7 +114,7 @@ class RewardModel(NamedTuple):
     params: Params
     fingerprint: str  # of its tokenizer
     score_texts: TextScorer | None = None  # for a policy of another tokenizer
-    in_groups: Callable[[int, int], ScoreFn] | None = None  # see ``rewards.from_model``
+    in_groups: Callable[..., ScoreFn] | None = None  # see ``rewards.from_model``
 
 
 Load = Callable[[str], RewardModel]

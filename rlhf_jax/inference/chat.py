@@ -293,7 +293,7 @@ def _rollout(answer: Answer, pad_id: int) -> Rollout:
     """The prompt and the response as a batch of one row."""
     ids = [*answer.prompt, *answer.ids]
     width = -(-len(ids) // _BUCKET) * _BUCKET
-    tokens, mask = encoding.left_padded([ids], width, pad_id)
+    tokens, mask = encoding.left_padded([ids], width=width, pad_id=pad_id)
     in_response = np.arange(width)[None] >= width - len(answer.ids)
     arrays: Any = (tokens, mask, in_response.astype(np.int32), np.zeros(tokens.shape, np.float32))
     return Rollout(*arrays)

@@ -43,6 +43,8 @@ class Seen(NamedTuple):
     window: Array | int  # keys that a query attends to, its own included
     mask: Array | None = None
     """[B, 1, t, S] bool: ``visible`` of the rest, made once for all layers."""
+    lengths: Array | None = None
+    """[B] real tokens of rows that hold one text each from column 0 on. None: documents say it."""
     num_answers: Array | int | None = None
     """The answers to each prompt, which attend to it too (``prompt_of``); slots are then positions.
     None: documents are by themselves."""
@@ -175,6 +177,13 @@ def prepared(config: TransformerConfig, seen: Seen) -> Seen:
     return seen._replace(mask=visible(seen)) if name == "xla" else seen
 
 
+def takes_lengths(config: TransformerConfig, length: int) -> bool:
+    """Whether a kernel computes the attention of texts with ``length`` columns that need not read a
+    mask if rows hold one text each from column 0 on (``Seen.lengths``).
+    """
+    return implementation(config, length, length, False) == "cudnn"
+
+
 def pick(x: Array, columns: Columns, axis: int) -> Array:
     """The given columns of x [B, ...]; ``axis`` is the axis of the columns."""
     if columns is None:
@@ -239,7 +248,7 @@ def mix(
         by_window = [
             partial(fused.attention, name=name, window=window) for window in config.windows
         ]
-        arrays = (query, key, value, seen.key_documents)
+        arrays = (query, key, value, seen.key_documents, seen.lengths)
         whole = lax.switch(jnp.int32(is_local), by_window, *arrays)
         return pick(whole, columns, axis=3)
 

@@ -35,8 +35,8 @@ class Teacher(NamedTuple):
     """A model with which a policy is compared at every token."""
 
     model: Model
-    # (logits [..., V], the teacher's [..., V]) -> [...], such as ``losses.divergence``
-    measure: Callable[[Array, Array], Array]
+    # (logits [..., V], *, teacher_logits [..., V]) -> [...], such as ``losses.divergence``
+    measure: Callable[..., Array]
 
 
 def add_head(
@@ -82,9 +82,11 @@ def policy_fn(
     temperature: float = 1.0,
     prompt_length: int = 0,
     value_model: Model | None = None,
+    *,
     teacher: Teacher | None = None,
     group_size: int = 1,
     num_answers: int = 0,
+    one_text: bool = False,
 ) -> PolicyFn:
     """Turns a language model into a PolicyFn.
 
@@ -105,6 +107,8 @@ def policy_fn(
         num_answers: K: ``attention_mask`` numbers prompts and the K answers to each, as in batches
             of comparisons that compute a prompt once (``types.Comparisons``); 0: it numbers packed
             documents.
+        one_text: each row holds one text, its real tokens side by side: attention on GPUs then
+            reads the rows' lengths in place of a mask.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies
@@ -116,7 +120,8 @@ def policy_fn(
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
+    states = partial(_states, shared, one_text)
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
@@ -135,8 +140,7 @@ def policy_fn(
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
-                f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns of "
-                "tokens"
+                f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns"
             )
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
@@ -145,11 +149,11 @@ def policy_fn(
         if num_answers:
             before = answers(attention_mask, num_answers).previous[:, first:]
         rows = (tokens, attention_mask)
-        hidden = model.hidden(body, *rows, policy_key, before, **shared)
+        hidden = states(model, body, *rows, policy_key, before)
         columns = [tokens[:, first:], hidden]
         compare = None
         if teacher is not None and teacher_params is not None:
-            of_teacher = teacher.model.hidden(teacher_params, *rows, None, before, **shared)
+            of_teacher = states(teacher.model, teacher_params, *rows, None, before)
             columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
         of_chunk: Callable[..., PolicyOutput] = partial(
@@ -162,7 +166,7 @@ def policy_fn(
         critic = params
         if value_model is not None:
             critic = params["value"]
-            hidden = value_model.hidden(critic, *rows, value_key, before, **shared)
+            hidden = states(value_model, critic, *rows, value_key, before)
         if value_model is not None or model.values is not None or "value" in params:
             output = output._replace(values=_values(value_model or model, critic, hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
@@ -170,7 +174,7 @@ def policy_fn(
     return ops.with_settings(policy, temperature, prompt_length)
 
 
-def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
+def shared_by(*, group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
     """The argument ``groups`` or ``num_answers`` of ``Model.hidden``; none for single rows.
 
     Raises:
@@ -192,15 +196,33 @@ def shared_by(group_size: int, prompt_length: int, num_answers: int) -> dict[str
     return {"groups": Groups(prompt_length, group_size)}
 
 
+def _states(
+    shared: dict[str, Any],
+    one_text: bool,
+    model: Model,
+    params: Params,
+    *rows: Any,
+) -> Array:
+    """``model.hidden`` of rows that share prompts, or hold one text each."""
+    if one_text and not shared and model.takes_groups:
+        return model.hidden(params, *rows, one_text=True)
+    return model.hidden(params, *rows, **shared)
+
+
 def score_fn(
-    model: Model, prompt_length: int = 0, group_size: int = 1, num_answers: int = 0
+    model: Model,
+    *,
+    prompt_length: int = 0,
+    group_size: int = 1,
+    num_answers: int = 0,
+    one_text: bool = False,
 ) -> ScoreFn:
     """Turns a model with a "score" head into a ScoreFn.
 
     Args:
         model: the reward model's body.
         prompt_length, group_size: the columns that G adjacent rows share, as in ``policy_fn``.
-        num_answers: as in ``policy_fn``.
+        num_answers, one_text: as in ``policy_fn``.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift``
@@ -212,7 +234,7 @@ def score_fn(
     Raises:
         ValueError: rows share no column.
     """
-    shared = shared_by(group_size, prompt_length, num_answers)
+    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
 
     def score(
         params: Params,
@@ -226,7 +248,8 @@ def score_fn(
         real = mask != 0 if documents is None else mask == documents[..., None]
         columns = jnp.arange(tokens.shape[1])[None, None]
         last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
-        hidden = model.hidden(params, tokens, attention_mask, key, last, **shared)
+        rows = (tokens, attention_mask, key, last)
+        hidden = _states(shared, one_text, model, params, *rows)
         scores = _scalar(params, "score", hidden)
         head = params["score"]
         gain, shift = lax.stop_gradient((head["gain"], head["shift"]))
@@ -321,5 +344,5 @@ def _compared(
     ours = ops.among(logits[..., :shared], support)
     theirs = ops.among(theirs[..., :shared], support)
     log_probs = chosen - jax.nn.logsumexp(theirs, axis=-1)
-    divergence = teacher.measure(ours, theirs)
+    divergence = teacher.measure(ours, teacher_logits=theirs)
     return {"teacher_log_probs": log_probs, "divergence": divergence}

@@ -5,6 +5,7 @@ A token's experts depend on that token alone: none has a capacity, so a batch do
 row computes. The router's scores are float32 in every compute dtype.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +15,9 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
 from rlhf_jax.models.config import GATE_GAIN, DecoderConfig
-from rlhf_jax.models.kernels import initialize, quantization
+from rlhf_jax.models.kernels import grouped, initialize, quantization
 from rlhf_jax.models.stack import ACTIVATIONS, ROUTER, Dense, Given, scaled
-from rlhf_jax.parallel.sharding import cut
+from rlhf_jax.parallel.sharding import cut, row_parts
 from rlhf_jax.types import Params
 
 
@@ -95,26 +96,32 @@ class Router(Given):
         return weights, chosen
 
 
-@jax.checkpoint
-def _dot_of_few_bits(rows: Array, held: Params, sizes: Array) -> Array:
+# The backward pass takes each block's kernel again: kept, they would be a second copy of all.
+_product = jax.checkpoint(grouped.product, static_argnums=3)
+
+
+@partial(jax.checkpoint, static_argnums=3)
+def _product_of_few_bits(rows: Array, held: Params, experts: Array, cut_axis: int) -> Array:
     """Rows times their experts' kernels of few bits, but for the scales of columns; the weights are
     computed again in the backward pass.
     """
-    return lax.ragged_dot(rows, quantization.weights(held, 1, rows.dtype), sizes)
+    weights = quantization.weights(held, 1, rows.dtype)
+    return grouped.product(rows, weights, experts, cut_axis)
 
 
 class Grouped(Given):
-    """Rows in the order of their experts [M, D], times each expert's own "kernel" [E, D, F], plus,
-    with ``mlp_bias``, its "bias" [E, F], and plus the term of its adapter if there are such
-    (``lora.attach``).
+    """Blocks of rows [P, J, R, D] (``kernels.grouped``), times each expert's own "kernel" [E, D,
+    F], plus, with ``mlp_bias``, its "bias" [E, F], and plus the term of its adapter if there are
+    such (``lora.attach``).
     """
 
     config: DecoderConfig
     features: int
+    cut_axis: int  # of the kernel, over ``tensor``
 
     @nn.compact
-    def __call__(self, rows: Array, sizes: Array, numbers: Array) -> Array:
-        """sizes: [E] rows of each expert; numbers: [M] each row's expert."""
+    def __call__(self, rows: Array, experts: Array) -> Array:
+        """experts: [P, J] of each block."""
         config = self.config
         number = config.num_experts
         initial = initialize.normal(config.initializer_range)
@@ -122,29 +129,33 @@ class Grouped(Given):
         held = quantization.held(self.variables["params"])
         if held:
             (rows,) = promote_dtype(rows, dtype=config.compute_dtype)
-            out = _dot_of_few_bits(rows, held, sizes)
+            out = _product_of_few_bits(rows, held, experts, self.cut_axis)
             if quantization.COLUMNS in held:
                 columns = held[quantization.COLUMNS]
-                out = scaled(out, columns[numbers])
+                own_columns = columns[experts]
+                out = scaled(out, own_columns[:, :, None])
         else:
             rows, kernel = promote_dtype(rows, kernel, dtype=config.compute_dtype)
-            out = lax.ragged_dot(rows, kernel, sizes)
+            out = _product(rows, kernel, experts, self.cut_axis)
         if config.mlp_bias:
             bias = self.param("bias", nn.initializers.zeros, (number, self.features))
-            out += bias.astype(out.dtype)[numbers]
+            bias = bias.astype(out.dtype)
+            own_bias = bias[experts]
+            out += own_bias[:, :, None]
         if self.has_variable("params", "lora_a"):
             adapter = self.variables["params"]
             a, b = promote_dtype(adapter["lora_a"], adapter["lora_b"], dtype=rows.dtype)
             scale = lax.stop_gradient(adapter["lora_scale"])
             scales = scale.astype(rows.dtype)
-            inner = lax.ragged_dot(rows, a, sizes)
-            term = lax.ragged_dot(inner, b, sizes)
-            out += scales[numbers][:, None] * term
+            inner = _product(rows, a, experts, None)
+            term = _product(inner, b, experts, None)
+            own_scales = scales[experts]
+            out += own_scales[:, :, None, None] * term
         return out
 
 
 class _Experts(nn.Module):
-    """The MLPs of all experts, on rows in the order of their experts."""
+    """The MLPs of all experts, on blocks of rows."""
 
     config: DecoderConfig
 
@@ -152,19 +163,22 @@ class _Experts(nn.Module):
         config = self.config
         width = config.expert_size or config.intermediate_size
         if config.gate_up == "apart":
-            self.gate_proj = Grouped(config, width)
-            self.up_proj = Grouped(config, width)
+            self.gate_proj = Grouped(config, width, 2)
+            self.up_proj = Grouped(config, width, 2)
         else:
-            self.gate_up_proj = Grouped(config, 2 * width)
-        self.down_proj = Grouped(config, config.hidden_size)
+            self.gate_up_proj = Grouped(config, 2 * width, 2)
+        self.down_proj = Grouped(config, config.hidden_size, 1)
 
-    def __call__(self, rows: Array, sizes: Array, numbers: Array) -> Array:
-        inner = gated(self, rows, sizes, numbers)
-        return self.down_proj(inner, sizes, numbers)
+    def __call__(self, rows: Array, experts: Array) -> Array:
+        inner = gated(self, rows, experts)
+        return self.down_proj(inner, experts)
 
 
 class MixtureOfExperts(nn.Module):
-    """[B, T, D] -> [B, T, D]: the weighted sum of the chosen experts' MLPs of each token."""
+    """[B, T, D] -> [B, T, D]: the weighted sum of the chosen experts' MLPs of each token.
+
+    On a mesh each part of the rows is computed on its own devices.
+    """
 
     config: DecoderConfig
 
@@ -174,19 +188,21 @@ class MixtureOfExperts(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         config = self.config
-        tokens = x.reshape(-1, x.shape[-1])
+        width = x.shape[-1]
+        tokens = x.reshape(-1, width)
         weights, chosen = self.router(tokens)
-        numbers = chosen.reshape(-1)  # [N k] experts, those of a token beside each other
-        order = jnp.argsort(numbers, stable=True)
-        sizes = jnp.bincount(numbers, length=config.num_experts or 1)
-        places = order // config.experts_per_token
-        rows = jnp.take(tokens, places, axis=0)
-        sorted_numbers = jnp.take(numbers, order)
-        sizes = sizes.astype(jnp.int32)
-        out = self.experts(rows, sizes, sorted_numbers)
-        back = jnp.argsort(order)
-        by_choice = jnp.take(out, back, axis=0)
-        by_token = by_choice.reshape(*weights.shape, -1)
-        mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), by_token)
+        parts = row_parts(len(x))
+        of_parts = tokens.reshape(parts, -1, width)
+        of_parts = cut(of_parts, "data", "fsdp")
+        numbers = chosen.reshape(parts, -1, config.experts_per_token)
+        blocks = grouped.blocks_of(numbers, config.num_experts or 1)
+        rows = grouped.taken(of_parts, blocks.sources)
+        in_blocks = rows.reshape(*blocks.experts.shape, -1, width)
+        out = self.experts(in_blocks, blocks.experts)
+        out = out.reshape(rows.shape)
+        by_choice = grouped.taken(out, blocks.places)
+        by_token = by_choice.reshape(*weights.shape, width)
+        weights = weights.astype(x.dtype)
+        mixed = jnp.einsum("nk,nkd->nd", weights, by_token)
         mixed = mixed.reshape(x.shape)
         return cut(mixed, "data", "fsdp")

@@ -42,7 +42,8 @@ class Model(NamedTuple):
             adjacent rows share is computed once; with dropout, a soft cap of attention or sinks
             each row is computed by itself. Given ``num_answers`` K in their place, the mask numbers
             prompts and their answers (``attention.prompt_of``), and the answers attend to their
-            prompt, behind which their positions go on.
+            prompt, behind which their positions go on. ``one_text=True`` says that each row holds
+            one text, its real tokens side by side: attention on GPUs then reads no mask.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
@@ -55,7 +56,8 @@ class Model(NamedTuple):
             ``unembed`` makes the logits.
         for_decoding: ``(params) -> params`` for ``decode``, which then slices and casts no weight:
             call it once before a loop over tokens. ``decode`` takes both forms.
-        takes_groups: whether ``hidden`` takes ``groups`` and ``decode`` ``prompts``.
+        takes_groups: whether ``hidden`` takes ``groups`` and ``one_text``, and ``decode``
+            ``prompts``.
         values: ``(params, hidden [B, n, D]) -> [B, n]`` float32, a value head of the network's own
             in its parameters; None: values are those of the head "value" (``models.add_head``).
     """
@@ -98,6 +100,7 @@ def build(config: ModelConfig) -> Model:
         columns: Columns = None,
         groups: Groups | None = None,
         num_answers: int = 0,
+        one_text: bool = False,
     ) -> Any:
         tokens = jnp.asarray(tokens)
         mask = jnp.ones_like(tokens) if attention_mask is None else jnp.asarray(attention_mask)
@@ -115,8 +118,8 @@ def build(config: ModelConfig) -> Model:
             chex.assert_is_divisible(len(tokens), groups.size)
             together = (*inputs, groups)
             return module.apply({"params": params}, *together, method="hidden_in_groups")
-        packed = (*inputs, num_answers)
-        return module.apply({"params": params}, *packed, rngs=rngs, method="hidden")
+        arranged = (*inputs, num_answers, one_text)
+        return module.apply({"params": params}, *arranged, rngs=rngs, method="hidden")
 
     def unembed(params: Params, hidden_states: Array) -> Any:
         return module.apply({"params": params}, hidden_states, method="unembed")

@@ -22,7 +22,7 @@ from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Columns, Number, Seen, Softmax, pick
 from rlhf_jax.models.config import ModelConfig, TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
-from rlhf_jax.models.kernels import initialize, quantization, shared
+from rlhf_jax.models.kernels import fused, initialize, quantization, shared
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.kernels.norms import norm
 from rlhf_jax.models.kernels.shared import Beside, Groups, Prompts, SeenInGroups
@@ -401,13 +401,14 @@ class Transformer(nn.Module):
         attention_mask: Array,
         columns: Columns = None,
         num_answers: int = 0,
+        one_text: bool = False,
     ) -> Array:
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; only the
-        given columns. With ``num_answers`` the mask numbers prompts and their answers.
-
-        The last block computes keys and values of all columns and the rest for the given ones. For
-        more than seven eighths of the columns it computes all: one kernel then serves all layers.
+        given columns. With ``num_answers`` the mask numbers prompts and their answers; with
+        ``one_text`` each row holds one text without gaps.
         """
+        if one_text and attention.takes_lengths(self.config, tokens.shape[1]):
+            return self.hidden_of_lengths(tokens, attention_mask, columns)
         seen: Callable[..., Seen] = partial(attention.seen_in_text, attention_mask)
         if num_answers:
             positions = shared.answers(attention_mask, num_answers).positions
@@ -415,7 +416,42 @@ class Transformer(nn.Module):
             seen = partial(shared.seen_by_answers, *numbered)
         else:
             positions = attention.positions(attention_mask)
-        x = self.embed(tokens, positions, attention_mask != 0)
+        return self.hidden_at(tokens, attention_mask != 0, positions, seen, columns)
+
+    def hidden_of_lengths(self, tokens: Array, attention_mask: Array, columns: Columns) -> Array:
+        """``hidden`` of rows that hold one text each, which are turned until it begins in column 0:
+        attention then needs their lengths alone.
+        """
+        length = tokens.shape[1]
+        real = attention_mask != 0
+        starts = jnp.argmax(real, axis=1)
+        # A row without a token attends to one pad: a softmax of nothing is not a number.
+        lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
+        mask = (jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32)
+
+        def seen(window: int | None) -> Seen:
+            return attention.seen_in_text(mask, window)._replace(lengths=lengths)
+
+        rows = (fused.turned(tokens, starts), mask != 0, attention.positions(mask), seen)
+        if isinstance(columns, Array):
+            return self.hidden_at(*rows, (columns - starts[:, None]) % length)
+        states = self.hidden_at(*rows, None)
+        return pick(fused.turned(states, -starts), columns, axis=1)
+
+    def hidden_at(
+        self,
+        tokens: Array,
+        real: Array,
+        positions: Array,
+        seen: Callable[..., Seen],
+        columns: Columns,
+    ) -> Array:
+        """``hidden`` of tokens at [B, T] positions, under the masks of ``seen(window=...)``.
+
+        The last block computes keys and values of all columns and the rest for the given ones. For
+        more than seven eighths of the columns it computes all: one kernel then serves all layers.
+        """
+        x = self.embed(tokens, positions, real)
         views = self.views(positions, seen)
         number = 0
         if isinstance(columns, slice):

@@ -21,9 +21,9 @@ Tree = TypeVar("Tree")
 
 def make_mesh(
     data: int = -1,
+    *,
     fsdp: int = 1,
     tensor: int = 1,
-    *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by
@@ -109,6 +109,17 @@ def tensor_parts() -> int:
     """The number of parts of an array over ``tensor_axes``; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
+
+
+def row_parts(num_rows: int) -> int:
+    """The parts of so many rows over ``data`` and ``fsdp`` in which ``cut`` shards them inside a
+    program; 1 if it does not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp"} <= {*mesh.auto_axes}:
+        return 1
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if num_rows % parts else int(parts)
 
 
 def cut(

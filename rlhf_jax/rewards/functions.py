@@ -77,7 +77,7 @@ def _length(target: int, rollout: Rollout) -> Scores:
 def from_model(
     score_fn: ScoreFn,
     params: Params,
-    in_groups: Callable[[int, int], ScoreFn] | None = None,
+    in_groups: Callable[..., ScoreFn] | None = None,
 ) -> Partial:
     """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and
     response.
@@ -85,8 +85,8 @@ def from_model(
     The result holds ``params``.
 
     Args:
-      in_groups: ``(prompt_length, group_size)`` -> the ScoreFn that computes a prompt once for the
-        rows of its group, where a rollout has groups; None: each row by itself.
+      in_groups: ``(*, prompt_length, group_size)`` -> the ScoreFn that computes a prompt once for
+        the rows of its group, where a rollout has groups; None: each row by itself.
     """
     of_groups = None if in_groups is None else Partial(in_groups)
     return Partial(_model_score, _as_pytree(score_fn), of_groups, params)
@@ -94,6 +94,7 @@ def from_model(
 
 def behind_turns(
     score_fn: ScoreFn,
+    *,
     closing: Sequence[int],
     ends: Sequence[int],
 ) -> ScoreFn:
@@ -136,7 +137,7 @@ def _model_score(
     score_fn: ScoreFn, in_groups: Partial | None, params: Params, rollout: Rollout
 ) -> Scores:
     if in_groups is not None and rollout.group_size > 1 and rollout.prompt_length:
-        score_fn = in_groups(rollout.prompt_length, rollout.group_size)
+        score_fn = in_groups(prompt_length=rollout.prompt_length, group_size=rollout.group_size)
     scores = score_fn(params, rollout.tokens, rollout.attention_mask, None)
     return scores.astype(jnp.float32), {}
 

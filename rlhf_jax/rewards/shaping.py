@@ -97,6 +97,7 @@ def length_penalty(
     rollout: Rollout,
     scores: Array,
     coef: float,
+    *,
     target: int = 0,
 ) -> Array:
     """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs

@@ -120,7 +120,7 @@ def _take(
     """Takes the lock. Returns whether there is a checkpoint to continue from, and whether the
     folder is empty.
     """
-    check_usable(path, resume, overwrite)
+    check_usable(path, resume=resume, overwrite=overwrite)
     refuse_links(path / name for name in _LOCK_FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,8 @@ def _take(
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
-    check_usable(path, resume, overwrite)  # another process may have used it in between
+    # Another process may have used it in between.
+    check_usable(path, resume=resume, overwrite=overwrite)
     if overwrite:
         _clear(path)
     check_links(path)
@@ -162,7 +163,7 @@ def check_links(path: Path) -> None:
             refuse_links(Path(place, name) for name in (*folders, *files))
 
 
-def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
+def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises UserError if ``open_run`` would refuse the folder, even if no process has it open."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")

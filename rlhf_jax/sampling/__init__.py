@@ -8,12 +8,14 @@ from rlhf_jax.sampling.decoding import (
     generate,
     uncached,
 )
+from rlhf_jax.sampling.routing import expert_gap
 
 __all__ = [
     "CachedModel",
     "SamplingConfig",
     "best_of_n",
     "best_of_n_kl",
+    "expert_gap",
     "generate",
     "uncached",
 ]

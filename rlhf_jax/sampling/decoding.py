@@ -343,7 +343,9 @@ def _over_tensor(weights: Params, mesh: Mesh) -> Any:
     "tensor".
     """
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    alone = sharding.make_mesh(mesh.shape["data"], 1, parts, devices=list(mesh.devices.flat))
+    alone = sharding.make_mesh(
+        mesh.shape["data"], fsdp=1, tensor=parts, devices=list(mesh.devices.flat)
+    )
 
     def joined(place: NamedSharding) -> NamedSharding:
         axes = [("fsdp", "tensor") if "tensor" in (axis or ()) else None for axis in place.spec]
@@ -476,7 +478,13 @@ def start(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
     size = group_size if _shares(model, num_rows, prompt_length, group_size) else 1
-    of_prompts, cache = cache_of(model, num_rows, prompt_length, max_new_tokens, size)
+    of_prompts, cache = cache_of(
+        model,
+        num_rows=num_rows,
+        prompt_length=prompt_length,
+        num_slots=max_new_tokens,
+        group_size=size,
+    )
     prompts = None
     # The last prompt column is left to the loop, whose first step needs its logits. These are never
     # read, so the compiler drops the projection to the vocabulary.
@@ -501,7 +509,7 @@ def start(
 
 
 def cache_of(
-    model: CachedModel, num_rows: int, prompt_length: int, num_slots: int, group_size: int = 1
+    model: CachedModel, *, num_rows: int, prompt_length: int, num_slots: int, group_size: int = 1
 ) -> tuple[Any, Any]:
     """The empty caches of a batch: of the prompts of groups of rows, without their last column, or
     None for ``group_size`` 1; and of the rows.
@@ -591,7 +599,9 @@ def _sample(
         is_early = positions < config.min_new_tokens
         noisy = jnp.where(is_early[:, None] & is_eos[None], -jnp.inf, logits)
     if config.repetition_penalty != 1:
-        noisy = penalised(noisy, *seen, config.repetition_penalty)
+        tokens, counts = seen
+        penalty = config.repetition_penalty
+        noisy = penalised(noisy, tokens, counts=counts, penalty=penalty)
     if config.temperature > 0:
         logits = logits / config.temperature
         noisy = noisy / config.temperature
@@ -600,7 +610,7 @@ def _sample(
         noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
         if config.records:
             return _sample_recorded(noisy, noise, config)
-        noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + noise
+        noisy = truncate(noisy, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p) + noise
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)
     sampled = jnp.min(jnp.where(noisy < best, vocab_size, jnp.arange(vocab_size)[None]), axis=-1)
@@ -616,7 +626,7 @@ def _sample_recorded(
     """
     # Of equal logits the lowest ids come first.
     ranked, ids = jax.lax.top_k(logits, config.most_possible(logits.shape[-1]))
-    possible = truncate(ranked, None, config.top_p, config.min_p)
+    possible = truncate(ranked, top_k=None, top_p=config.top_p, min_p=config.min_p)
     support = jnp.where(possible > -jnp.inf, ids, -1)
     place = jnp.argmax(possible + jnp.take_along_axis(noise, ids, axis=-1), axis=-1)[:, None]
     sampled = jnp.take_along_axis(ids, place, axis=-1)[:, 0]
@@ -625,7 +635,7 @@ def _sample_recorded(
     return sampled.astype(jnp.int32), chosen, support
 
 
-def penalised(logits: Array, tokens: Array, counts: Array, penalty: float) -> Array:
+def penalised(logits: Array, tokens: Array, *, counts: Array, penalty: float) -> Array:
     """Logits [B, V], those of the ``tokens`` [B, T] that count made less likely by the repetition
     penalty.
     """
@@ -636,6 +646,7 @@ def penalised(logits: Array, tokens: Array, counts: Array, penalty: float) -> Ar
 
 def truncate(
     logits: Array,
+    *,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,

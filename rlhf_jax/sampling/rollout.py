@@ -86,7 +86,11 @@ def rescore(
     scored = replace(rollout, log_probs=log_probs, values=values)
     if importance_cap is not None:
         weights = losses.importance_weights(
-            log_probs, rollout.log_probs, mask, importance_cap, importance_sampling
+            log_probs,
+            behaviour_log_probs=rollout.log_probs,
+            mask=mask,
+            cap=importance_cap,
+            how=importance_sampling,
         )
         scored = replace(scored, importance_weights=weights)
     if ref_fn is not None:

@@ -76,7 +76,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     )
     is_own = config.overwrite and (path / first).is_dir()
     if config.resume or not (is_free or is_own):
-        folder.check_usable(path, config.resume, config.overwrite)
+        folder.check_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume and not any(path.glob("*/checkpoints")):
         logger.info(
             f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"

@@ -149,15 +149,17 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
 
     if name == "sft":
         config = sft.Config(num_microbatches=preset.num_microbatches)
-        return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=config)
+        policy_fn = models.policy_fn(model, one_text=True)
+        return stepping(sft.update, params, batch, policy_fn=policy_fn, config=config)
     pairs = Comparisons(*(x.reshape(-1, 2, shape[1]) for x in (tokens, mask, batch.response_mask)))
     if name == "reward":
-        options = {"score_fn": models.score_fn(model), "config": reward_model.Config()}
+        score_fn = models.score_fn(model, one_text=True)
+        options = {"score_fn": score_fn, "config": reward_model.Config()}
         return stepping(
             reward_model.update, models.add_head(keys[3], params, "score"), pairs, **options
         )
     if name == "dpo":
-        policy_fn = models.policy_fn(model)
+        policy_fn = models.policy_fn(model, one_text=True)
         ref_fn = jax.tree_util.Partial(policy_fn)
 
         def update(state: Any, data: Any, key: jax.Array, **options: Any) -> tuple[Any, Any]:

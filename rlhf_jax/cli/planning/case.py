@@ -15,6 +15,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.planning import targets
 from rlhf_jax.config import RunConfig
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
@@ -30,6 +31,7 @@ from rlhf_jax.types import Params
 
 RL = {"ppo": completed(ppo), "vpg": completed(vpg), "rloo": completed(rloo)}
 RL |= {"grpo": completed(grpo), "distill": completed(distill)}
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of files of weights
 PAIRS = ("reward_model", "dpo")  # two answers in each row
 SUPERVISED: dict[str, TaskSpec] = {
     spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)
@@ -167,6 +169,10 @@ class Case:
             config = hf.read_config(folder)
             keys = hf.read_json(folder / hf.CONFIG)
             dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
+            if dtype not in DTYPES:
+                raise UserError(
+                    f"{folder / hf.CONFIG}: dtype is {dtype!r}, expected {', '.join(DTYPES)}"
+                )
         compute = initial.by_depth(self.config.compute, config.num_layers)
         how: dict[str, Any] = {"attention": compute.attention, "compute_dtype": compute.dtype}
         if self.target is None:

@@ -79,7 +79,7 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     if encoded.num_answers > 1:
         compute = shared_prompts.recorded(config.compute, made.encoded.shares_prompts)
         config = dataclasses.replace(config, compute=compute)
-    columns = batches.width_of(made.encoded, np.arange(len(encoded)), made.multiple)
+    columns = batches.width_of(made.encoded, np.arange(len(encoded)), bucket_multiple=made.multiple)
     return config, columns
 
 

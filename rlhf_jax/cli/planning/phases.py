@@ -7,7 +7,7 @@ import jax
 
 from rlhf_jax.cli.planning import hlo, targets
 from rlhf_jax.cli.planning.case import Case
-from rlhf_jax.cli.planning.shapes import SAMPLING, shapes_of
+from rlhf_jax.cli.planning.shapes import ANSWERING, SAMPLING, shapes_of
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import memory
@@ -72,8 +72,9 @@ def plan(
         compiled = compile_phase(config, name, phase, program, target)
         needed = memory.needed(compiled)
         if target is not None:
-            turns = config.rl.max_new_tokens if phase == SAMPLING else None
-            figures[phase] = _figures(turns, compiled, program, target)
+            loops = {SAMPLING: config.rl, ANSWERING: getattr(config, name)}
+            turns = loops[phase].max_new_tokens if phase in loops else None
+            figures[phase] = figures_of(turns, compiled, program, target)
         # Gradients, and as much again while the optimizer runs, are float32 in every run.
         exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
         used[phase] = int(exact + scale * (needed - exact))
@@ -124,7 +125,7 @@ def compile_phase(
     return compiled
 
 
-def _figures(
+def figures_of(
     turns: int | None,
     compiled: jax.stages.Compiled,
     program: tuple[Any, ...],

@@ -31,11 +31,14 @@ from rlhf_jax.training.rl.entry import method_of
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.training.rl.programs import Programs, Sizes, compiled, networks_of
 from rlhf_jax.training.rl.programs import first_state as first_state_of_rl
+from rlhf_jax.training.supervised import samples
 from rlhf_jax.training.supervised.entry import first_state
 from rlhf_jax.training.supervised.tasks import Setting
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, Params, TrainState
 
-SAMPLING = "sample and score"  # the phase with the loop over tokens
+# The phases with a loop over tokens.
+SAMPLING = "sample and score"
+ANSWERING = "answer at validations"
 ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 Program = tuple[Any, ...]  # a function, its arguments
 
@@ -101,10 +104,36 @@ def _supervised(case: Case, length: int | None) -> Shapes:
         return update.func(state, batch, key, **functions)
 
     model = task.setting.initial.model
-    batch = case.spread(_batch(case, fitting(model, length, case.texts_of_row)))
+    columns = fitting(model, length, case.texts_of_row)
     key = jax.eval_shape(jax.random.key, 0)
-    program = (learn, state, batch, key, update.keywords)
-    return Shapes(_held(stage, state), {"learn": program}, {})
+    batch = case.spread(_batch(case, columns))
+    programs: dict[str, Program] = {"learn": (learn, state, batch, key, update.keywords)}
+    if task.policy is not None:
+        programs |= _answering(case, task.policy, columns, state, key)
+    return Shapes(_held(stage, state), programs, {})
+
+
+def _answering(
+    case: Case, policy: samples.Policy, columns: int, state: TrainState, key: Array
+) -> dict[str, Program]:
+    """The program of the answers at validations, if there are any. A prompt may be as long as a
+    row, or as the model leaves room for.
+    """
+    settings = case.own
+    width = min(columns, policy.begun.model.config.max_length - settings.max_new_tokens)
+    validates = settings.validation_fraction > 0 or settings.validation_data
+    if not (validates and settings.validation_prompts and width > 0):
+        return {}
+    program = samples.answering(case.planned, settings, policy)
+
+    def answer(state: Any, prompts: Any, key: Array, functions: dict[str, Any]) -> Any:
+        return program.func(state, prompts, key, **functions)
+
+    parts = sharding.num_parts(case.mesh)
+    rows = -(-settings.validation_prompts // parts) * parts
+    tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    prompts = case.spread((tokens, tokens))
+    return {ANSWERING: (answer, state, prompts, key, program.keywords)}
 
 
 def _setting(case: Case) -> Setting:
@@ -186,8 +215,13 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     held["teacher"] = stage.held["teacher"]
     held["reward models"] = reward if case.config.reward else None
     held["policy that samples"] = stage.held["policy that samples"]
-    sizes = (settings.batch_size, prompt, settings.max_new_tokens, method.shared_by)
-    cache = jax.eval_shape(lambda: decoding.cache_of(begun.model, *sizes))
+    sizes = {
+        "num_rows": settings.batch_size,
+        "prompt_length": prompt,
+        "num_slots": settings.max_new_tokens,
+        "group_size": method.shared_by,
+    }
+    cache = jax.eval_shape(lambda: decoding.cache_of(begun.model, **sizes))
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
@@ -233,8 +267,8 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
 
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
-        score_fn = ops.by_rows(models.score_fn(model), rows)
-        in_groups = functools.partial(initial.scorer_of_groups, model, rows)
+        score_fn = ops.by_rows(models.score_fn(model, one_text=True), rows)
+        in_groups = functools.partial(initial.scorer_of_groups, model, score_rows=rows)
         shapes = jax.eval_shape(with_score, params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 

@@ -65,6 +65,7 @@ def attention(
     key: Array,
     value: Array,
     documents: Array,
+    lengths: Array | None = None,
     *,
     name: str,
     window: int | None,
@@ -76,6 +77,7 @@ def attention(
         query: [B, H, G, T, Dh], times the scale; key, value: [B, H, T, Dh].
         documents: [B, T] as ``attention_mask``. A pad attends to other pads; its result has no
             meaning.
+        lengths: [B] as in ``Seen``; cuDNN then reads no mask. A pad's result is 0.
         name: "splash" (Pallas, on TPU) or "cudnn" (bfloat16, on GPU; its mask is [B, 1, T, T] in
             bfloat16).
         window: as in ``seen_in_text``.
@@ -90,10 +92,37 @@ def attention(
 
     query = padded(query.reshape(shape[0], -1, *shape[3:]))
     documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
-    kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
+    of_rows = documents
+    attend: Callable[..., Array] = _splash if name == "splash" else _cudnn
+    if lengths is not None and name == "cudnn":
+        of_rows = lengths
+        attend = _cudnn_of_lengths
+    kernel = functools.partial(attend, window=window)
     arrays = (query, padded(key), padded(value))
-    mixed = on_each_device(kernel, key.shape[1], arrays, documents)
+    mixed = on_each_device(kernel, key.shape[1], arrays, of_rows)
     return mixed[:, :, :length].reshape(shape)
+
+
+@jax.custom_vjp
+def turned(x: Array, by: Array) -> Array:
+    """Rows [B, T, ...] turned to the left by ``by`` [B] columns: what leaves in front follows at
+    the end. Its gradient is turned back, where XLA would add up numbers at computed places.
+    """
+    length = x.shape[1]
+    columns = (jnp.arange(length)[None] + by[:, None]) % length
+    further = (1,) * (x.ndim - 2)
+    return jnp.take_along_axis(x, columns.reshape(*columns.shape, *further), axis=1)
+
+
+def _turned_forward(x: Array, by: Array) -> tuple[Array, Array]:
+    return turned(x, by), by
+
+
+def _turned_backward(by: Array, grad: Array) -> tuple[Array, None]:
+    return turned(grad, -by), None
+
+
+turned.defvjp(_turned_forward, _turned_backward)
 
 
 def on_each_device(
@@ -182,6 +211,96 @@ def _cudnn(
         implementation="cudnn",
     )
     return mixed.swapaxes(1, 2)
+
+
+def _cudnn_of_lengths(
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array,
+    *,
+    window: int | None,
+) -> Array:
+    mixed: Array = jax.nn.dot_product_attention(
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        scale=1.0,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def of_groups(
+    query: Array,
+    prompt: tuple[Array, Array],
+    own: tuple[Array, Array],
+    masks: tuple[Array, Array],
+) -> Array:
+    """Attention of the responses of groups to their prompt and to themselves, by cuDNN.
+
+    It reads a copy of the prompt's keys and values for each response. They are small beside the
+    scores of plain products, which are written and read: an update of Qwen2.5 0.5B took 801 GB by
+    these, and takes 457 (``benchmarks/shared_prompts.py``).
+
+    Args:
+        query: [N, H, G, g, R, Dh], times the scale: g queries share a head of keys.
+        prompt: keys and values of the prompts, [N, H, P, Dh] each.
+        own: keys and values of the responses, [N, H, G, R, Dh] each.
+        masks: whether a query attends to a key of the prompt, [N, 1, 1, R, P], and to one of its
+            response, [N, 1, G, 1, R, R].
+
+    Returns:
+        [N, H, G, g, R, Dh].
+    """
+    to_prompt, to_own = masks
+    to_response = to_own[:, 0, :, 0]  # [N, G, R, R]
+    copied = (*to_response.shape[:3], to_prompt.shape[4])
+    to_copies = jnp.broadcast_to(to_prompt[:, 0], copied)
+    mask = jnp.concatenate([to_copies, to_response], axis=3)
+    arrays = (query, *prompt, *own)
+    return on_each_device(_cudnn_of_groups, query.shape[1], arrays, mask)
+
+
+def _cudnn_of_groups(
+    query: Array,
+    prompt_key: Array,
+    prompt_value: Array,
+    own_key: Array,
+    own_value: Array,
+    mask: Array,
+) -> Array:
+    groups, heads, size, shared, length, width = query.shape
+    num_keys = mask.shape[3]
+    # Of a kernel with a mask cuDNN wants even numbers of queries and of keys.
+    columns = (0, length % 2)
+    of_keys = (0, num_keys % 2)
+    none = (0, 0)
+
+    def of_rows(prompt: Array, own: Array) -> Array:
+        """[N G, P + R, H, Dh]."""
+        copied = (groups, heads, size, *prompt.shape[2:])
+        copies = jnp.broadcast_to(prompt[:, :, None], copied)
+        both = jnp.concatenate([copies, own], axis=3)
+        by_row = both.transpose(0, 2, 3, 1, 4).reshape(-1, num_keys, heads, width)
+        return jnp.pad(by_row, (none, of_keys, none, none))
+
+    by_row = query.transpose(0, 2, 4, 1, 3, 5).reshape(-1, length, heads * shared, width)
+    masks = mask.reshape(-1, 1, length, num_keys)
+    mixed = jax.nn.dot_product_attention(
+        jnp.pad(by_row, (none, columns, none, none)),
+        of_rows(prompt_key, own_key),
+        of_rows(prompt_value, own_value),
+        mask=jnp.pad(masks, (none, none, columns, of_keys)),
+        scale=1.0,
+        implementation="cudnn",
+    )
+    of_queries = mixed[:, :length].reshape(groups, size, length, heads, shared, width)
+    return of_queries.transpose(0, 3, 1, 4, 2, 5)
 
 
 def _visible(documents: Array) -> Array:

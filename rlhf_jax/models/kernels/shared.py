@@ -20,6 +20,7 @@ from rlhf_jax.models import attention
 from rlhf_jax.models.attention import MASKED, Columns, Seen, pick
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.kernels import cache as caches
+from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.cache import LayerCache
 
 
@@ -167,12 +168,15 @@ def seen(
 
 
 def implementation(config: TransformerConfig, length: int) -> str:
-    """How responses attend: "xla", or "blockwise" where the config names any other form, or for
-    "auto" where rows are long.
+    """How responses attend: "xla" or "cudnn", or "blockwise" where the config names any other form.
+    For "auto" rows that are not long take "xla".
     """
-    if config.attention == "auto":
-        return "xla" if length < attention.LONG else "blockwise"
-    return "xla" if config.attention == "xla" else "blockwise"
+    name = config.attention
+    if name == "auto":
+        is_short = length < attention.LONG
+        name = "xla" if is_short else fused.fastest(config)
+    is_known = name in ("xla", "cudnn")
+    return name if is_known else "blockwise"
 
 
 def masks_at(seen: SeenInGroups, columns: Array) -> tuple[Array, Array]:
@@ -225,7 +229,11 @@ def mix(
     by_row = of_each(own_query, seen)
     rows = by_row.swapaxes(2, 3)  # [N, H, G, g, R, Dh]
     own = (of_each(own_key, seen), of_each(own_value, seen))
-    responses = of_responses(rows, (key, value), own, seen)
+    length = num_prompt + seen.real.shape[2]
+    if seen.masks is not None and implementation(config, length) == "cudnn":
+        responses = fused.of_groups(rows, (key, value), own, seen.masks)
+    else:
+        responses = of_responses(rows, (key, value), own, seen)
     flat = responses.swapaxes(2, 3).reshape(own_query.shape)
     mixed = jnp.concatenate([prompt, flat], axis=3)
     return pick(mixed, columns, axis=3) if isinstance(columns, Array) else mixed

@@ -53,7 +53,7 @@ def by_depth(compute: Compute, layers: int) -> Compute:
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
 
 
-def bucket_multiple(text: Text, layers: int, longest: int, num_steps: int = 0) -> int:
+def bucket_multiple(text: Text, *, layers: int, longest: int, num_steps: int = 0) -> int:
     """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
 
     A deep model takes long to compile for each width, so its rows have only max(4, sqrt(number of
@@ -424,6 +424,7 @@ def load_reward_model(
     source: str,
     compute: Compute,
     place: layout.Place = None,
+    *,
     score_rows: int | None = None,
     length: int = 0,
     policy: str | None = None,
@@ -458,23 +459,23 @@ def load_reward_model(
             f"{length}"
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
-    score_fn = models.score_fn(model)
+    score_fn = models.score_fn(model, one_text=True)
     in_groups = None
     if closing:
         # What is put in the place of a last token could change the prompt of one row alone.
-        score_fn = rewards.behind_turns(score_fn, closing, tokenizer.eos_ids)
+        score_fn = rewards.behind_turns(score_fn, closing=closing, ends=tokenizer.eos_ids)
     else:
-        in_groups = functools.partial(scorer_of_groups, model, score_rows)
+        in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
     score_fn = ops.by_rows(score_fn, score_rows)
     return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
 
 
 def scorer_of_groups(
-    model: models.Model, score_rows: int | None, prompt_length: int, group_size: int
+    model: models.Model, *, score_rows: int | None, prompt_length: int, group_size: int
 ) -> ScoreFn:
     """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
-    score_fn = models.score_fn(model, prompt_length, group_size)
-    return ops.by_rows(score_fn, score_rows, group_size)
+    score_fn = models.score_fn(model, prompt_length=prompt_length, group_size=group_size)
+    return ops.by_rows(score_fn, score_rows, group_size=group_size)
 
 
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import folder, keeping, manifest, objects, processes, writing
 from rlhf_jax.training.common import initial, layout, memory
 from rlhf_jax.training.common.stage import Keeping, Stage, settings_text
+from rlhf_jax.types import AlgorithmConfig
 
 # A resumed run may change these settings and stays the same run.
 MAY_CHANGE = (
@@ -44,8 +45,6 @@ FIXED = (
     "lora",
     "tokenizer",
     "reward_model.ensemble_size",
-    "ppo.value",
-    "ppo.value_from",
     *(f"{name}.optimizer.frozen" for name in ("sft", "reward_model", "dpo", "kto", "rl")),
 )
 
@@ -197,8 +196,6 @@ def _describe(
     data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}
     _report_unknown(python)
-    # If the run trained its tokenizer on the data, other data would give another tokenizer.
-    fixed = (*FIXED, "data") if config.model is None and config.tokenizer.name is None else FIXED
     changed = manifest.check_unchanged(
         run,
         config=text,
@@ -206,7 +203,7 @@ def _describe(
         given=python,
         may_change=MAY_CHANGE,
         allowed=config.allow_changed,
-        fixed=fixed,
+        fixed=_fixed(config),
     )
     facts = {"seed": config.seed, "data": data, "stage": stage.name}
     if config.compute.blocks:
@@ -217,6 +214,17 @@ def _describe(
     if changed or not run.resumed:
         writing.write_atomically(run.config, text)
     keeping.keep_start(run)
+
+
+def _fixed(config: RunConfig) -> list[str]:
+    """The settings that --allow-changed cannot change in this run."""
+    fixed = [*FIXED]
+    if config.model is None and config.tokenizer.name is None:
+        fixed.append("data")  # the run's tokenizer was trained on it
+    for name, section in vars(config).items():
+        if isinstance(section, AlgorithmConfig):
+            fixed += [f"{name}.value", f"{name}.value_from"]
+    return fixed
 
 
 def _report_unknown(python: dict[str, Any]) -> None:

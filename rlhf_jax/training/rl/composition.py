@@ -24,7 +24,7 @@ from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, loop, memory, references
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import steps, teacher
+from rlhf_jax.training.rl import steps, teacher, validation
 from rlhf_jax.training.rl.ahead import Ahead, one_at_a_time
 from rlhf_jax.training.rl.engine import Client, silent
 from rlhf_jax.training.rl.inputs import Inputs
@@ -92,7 +92,7 @@ def build(
     if method.optimizer is None and settings.optimizer.counts_steps:
         advance = steps.counting(advance, method.config.num_epochs * method.config.num_minibatches)
     if ahead is not None:
-        advance = ahead.advancing(advance, schedule, settings.length, stage.copy)
+        advance = ahead.advancing(advance, schedule, settings.num_iterations, stage.copy)
     advance = references.moving(advance, settings, iteration.policy)
 
     rehearsed = _rehearsed(programs, samples_apart)
@@ -101,7 +101,7 @@ def build(
     check_memory = steps.checking(trial, programs.learn, networks, schedule, key, needs)
     return loop.Job(
         advance,
-        settings.length,
+        settings.num_iterations,
         validate=_validator(stage, settings, inputs, programs, step, to_validate),
         validation_interval=settings.validation_interval,
         show=SHOWN,
@@ -126,7 +126,7 @@ def _validator(
     if prompts is None:
         return None
     judge = inputs.judge and steps.scorer(stage, programs.reward, inputs.judge)
-    return steps.validator(
+    return validation.validator(
         stage,
         inputs.initial,
         prompts,
@@ -244,7 +244,7 @@ def prompts_of(
     """The prompts of each step, and those of validations or None if none are held out."""
     settings = method.settings
     layers = inputs.initial.model.config.num_layers
-    multiple = initial.bucket_multiple(text, layers, inputs.prompts.tokens.shape[1])
+    multiple = initial.bucket_multiple(text, layers=layers, longest=inputs.prompts.tokens.shape[1])
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
     texts = list(map(encoding.group, inputs.prompts.rows))
@@ -279,5 +279,9 @@ def _hold_cache(stage: Stage, settings: RLStage, inputs: Inputs, schedule: Sched
     rows = settings.batch_size // stage.num_parts
     shared_by = 1 if inputs.environment else schedule.shared_by
     model = inputs.initial.model
-    cache = jax.eval_shape(lambda: decoding.cache_of(model, rows, prompt, slots, shared_by))
+    cache = jax.eval_shape(
+        lambda: decoding.cache_of(
+            model, num_rows=rows, prompt_length=prompt, num_slots=slots, group_size=shared_by
+        )
+    )
     stage.hold({"rewards": inputs.reward.fn, "cache while it samples": cache})

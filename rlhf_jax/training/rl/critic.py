@@ -49,6 +49,9 @@ def check(name: str, config: AlgorithmConfig, needs_values: bool) -> None:
         )
     if config.value not in ("shared", "separate"):
         raise UserError(f"{name}.value must be shared or separate, got {config.value!r}")
+    rate = config.value_learning_rate
+    if rate is not None and not (isinstance(rate, int | float) and rate >= 0):
+        raise UserError(f"{name}.value_learning_rate must be a number from 0 on, got {rate!r}")
     if config.value_from != "policy" and config.value != "separate":
         raise UserError(
             f"{name}.value_from {config.value_from}: a shared value function has the policy's "
@@ -179,11 +182,11 @@ def make_optimizer(
     warmup = critic.value_warmup
     policy = given
     if policy is None:
-        policy = optimizer.make_optimizer(adam, (settings.length - warmup) * updates)
+        policy = optimizer.make_optimizer(adam, (settings.num_iterations - warmup) * updates)
     if has_own_optimizer(critic, params):
         if rate is not None:
             adam = replace(adam, learning_rate=rate)
-        value = optimizer.make_optimizer(adam, settings.length * updates)
+        value = optimizer.make_optimizer(adam, settings.num_iterations * updates)
         policy = split(policy, value, params, warmup * updates)
     return policy if settings.train_routers else optimizer.without_routers(policy)
 

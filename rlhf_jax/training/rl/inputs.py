@@ -24,7 +24,7 @@ from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.texts import check_function
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import critic, steps, teacher
+from rlhf_jax.training.rl import critic, steps, teacher, validation
 from rlhf_jax.training.rl.method import Given, Method
 from rlhf_jax.types import AlgorithmConfig, Rollout
 
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
 
     @property
-    def pairs(self) -> steps.Pairs:
+    def pairs(self) -> validation.Pairs:
         """Which of judge and reward compares pairs of responses, the judge first."""
         if self.judge is not None and self.judge.is_pairs:
             return "judge"

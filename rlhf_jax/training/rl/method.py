@@ -1,6 +1,7 @@
 """How the policy of an RL run learns: an algorithm with its settings, checked against the run's."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+_CALLED = (
+    "a run calls update(state, rollout, key, *, policy_fn, optimizer, config, axis_name=None, "
+    "minibatch_sharding=None)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,8 @@ def completed(algorithm: Any) -> CompleteAlgorithm:
     """The algorithm with the defaults of what it leaves out.
 
     Raises:
-        UserError: it has no ``Config`` or no ``update``, without which there is nothing to run.
+        UserError: it has no ``Config`` or no ``update``, without which there is nothing to run, or
+            they are not what a run calls.
     """
     name = getattr(algorithm, "__name__", type(algorithm).__name__)
     missing = [part for part in ("Config", "update") if not hasattr(algorithm, part)]
@@ -62,7 +68,32 @@ def completed(algorithm: Any) -> CompleteAlgorithm:
         )
     read = [field.name for field in dataclasses.fields(CompleteAlgorithm)]
     given = {part: getattr(algorithm, part) for part in read if hasattr(algorithm, part)}
-    return CompleteAlgorithm(**given | {"name": name})
+    complete = CompleteAlgorithm(**given | {"name": name})
+    _check_parts(complete)
+    return complete
+
+
+def _check_parts(algorithm: CompleteAlgorithm) -> None:
+    """Raises UserError for a part that a run could not use, before the first step is compiled."""
+    name = algorithm.name
+    if not isinstance(algorithm.Config, type):
+        given = type(algorithm.Config).__name__
+        raise UserError(f"{name}.Config must be the class of its settings, got an object, {given}")
+    if not hasattr(algorithm.State, "create"):
+        raise UserError(
+            f"{name}.State needs create(params, optimizer), as TrainState has; got "
+            f"{algorithm.State!r}"
+        )
+    if not isinstance(algorithm.kl_coef, int | float):
+        raise UserError(f"{name}.kl_coef must be a number, got {algorithm.kl_coef!r}")
+    arrays = ("state", "rollout", "key")
+    by_name = dict.fromkeys(("policy_fn", "optimizer", "config", "minibatch_sharding"))
+    try:
+        bound = inspect.signature(algorithm.update).bind(*arrays, **by_name).arguments
+    except TypeError as error:
+        raise UserError(f"{name}.update: {error}; {_CALLED}") from None
+    if any(taken in arrays and taken != given for taken, given in bound.items()):
+        raise UserError(f"{name}.update takes {', '.join(list(bound)[:3])}; {_CALLED}")
 
 
 class Method(NamedTuple):
@@ -100,12 +131,6 @@ def check_settings(
         )
     if settings.num_epochs is None:  # else nobody has counted the prompts yet
         check_warmup(name, settings, config)
-    if settings.num_episodes is not None:
-        episodes = settings.length * settings.batch_size
-        logger.info(
-            f"rl.num_episodes {settings.num_episodes}: {settings.length} iterations with "
-            f"{episodes} episodes, whatever rl.num_iterations is"
-        )
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
     groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
     parts = divisors(name, config, shares)
@@ -133,10 +158,10 @@ def divisors(name: str, config: AlgorithmConfig, shares: Shares) -> list[dict[st
 def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
     """Raises UserError if the value function alone learns in all iterations."""
     warmup = config.value_warmup
-    if warmup >= settings.length:
+    if warmup >= settings.num_iterations:
         raise UserError(
-            f"{name}.value_warmup {warmup}: of {settings.length} iterations, no iteration is left "
-            "for the policy"
+            f"{name}.value_warmup {warmup}: of {settings.num_iterations} iterations, no iteration "
+            "is left for the policy"
         )
 
 
@@ -151,13 +176,14 @@ def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
         UserError: the value function alone learns in all iterations.
     """
     group_size = method.config.group_size
-    settings = method.settings.lasting(prompts, group_size)
+    settings = method.settings.lasting(prompts=prompts, group_size=group_size)
     check_warmup(stage.name, settings, method.config)
     number = settings.batch_size // group_size
-    passes = settings.length * number / prompts
+    iterations = settings.num_iterations
+    passes = iterations * number / prompts
     logger.info(
-        f"{settings.length} iterations of {number} prompts x {group_size} answers: {passes:.3g} "
-        f"passes over {prompts} prompts"
+        f"{iterations} iterations of {number} prompts x {group_size} answers: {passes:.3g} passes "
+        f"over {prompts} prompts"
     )
     return stage.noted(rl=settings), method._replace(settings=settings)
 
@@ -172,7 +198,7 @@ def penalty_of(
     coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     if coef or algorithm_config.kl_in_loss or settings.kl_target is not None:
         references.check(source, settings)
-        return iteration.kl_penalty(coef, settings.kl_target, settings.kl_horizon)
+        return iteration.kl_penalty(coef, target=settings.kl_target, horizon=settings.kl_horizon)
     if settings.reference_moves:
         name = "reference_refresh" if settings.reference_ema is None else "reference_ema"
         raise UserError(f"rl.{name}: no KL is used here; set rl.kl_coef above 0 or leave it out")

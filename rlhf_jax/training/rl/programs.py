@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import optax
 from jax import Array
 
-from rlhf_jax import iteration, losses, models, ops
+from rlhf_jax import iteration, losses, models, ops, sampling
 from rlhf_jax.config import RLStage
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import Functions, LoopState, Rule
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.sampling.routing import has_experts
 from rlhf_jax.training.common import initial, memory, own
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.optimizer import check_frozen
@@ -99,10 +100,14 @@ def networks_of(
 
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
-        prompt_length = columns - settings.max_new_tokens
-        others = (value_model, taught_by)
-        how = (settings.temperature, prompt_length, *others, method.shared_by)
-        return models.policy_fn(model, *how)
+        return models.policy_fn(
+            model,
+            settings.temperature,
+            prompt_length=columns - settings.max_new_tokens,
+            value_model=value_model,
+            teacher=taught_by,
+            group_size=method.shared_by,
+        )
 
     def scored(params: Params, tokens: Array, *more: Any, **support: Array) -> PolicyOutput:
         return policy_fn(tokens.shape[1])(params, tokens, *more, **support)
@@ -110,7 +115,7 @@ def networks_of(
     has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
     if has_reference:
-        ref_fn = ops.by_rows(scored, method.score_rows, method.shared_by)
+        ref_fn = ops.by_rows(scored, method.score_rows, group_size=method.shared_by)
         reference = stage.reference(start, ref_fn, settings.reference_moves)
     else:
         memory.free(start.loaded)
@@ -121,7 +126,8 @@ def networks_of(
     @functools.cache
     def functions(columns: int) -> Functions:
         learner = trained.bind(policy_fn(columns, value_model))
-        return Functions(learner, ref_fn=reference, teacher=teacher_params)
+        base = start.base if settings.expert_gap else None  # no other step reads it
+        return Functions(learner, ref_fn=reference, base=base, teacher=teacher_params)
 
     optimizer = _optimizer(method, trained.params)
     return Networks(start, trained, optimizer, functions)
@@ -176,6 +182,7 @@ def compiled(
         eos_ids=samples.eos_ids,
         score_rows=method.score_rows,
         importance=importance_of(settings),
+        expert_gap=expert_gap_of(settings, model, method.score_rows),
     )
     learn = functools.partial(
         iteration.learn,
@@ -225,6 +232,25 @@ def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] 
     return settings.engine_cap, settings.engine_importance
 
 
+def expert_gap_of(
+    settings: RLStage, model: models.Model, score_rows: int | None
+) -> Callable[[Params, Rollout], Array] | None:
+    """The function that measures ``rl.expert_gap``; None if it is not asked for.
+
+    Raises:
+        UserError: the model has no experts, or an engine samples.
+    """
+    if not settings.expert_gap:
+        return None
+    if settings.engine is not None:
+        raise UserError(
+            "rl.expert_gap: an engine samples, and nobody knows its experts; leave it out"
+        )
+    if not has_experts(model):
+        raise UserError("rl.expert_gap: this model has no experts; leave it out")
+    return functools.partial(sampling.expert_gap, model, rows=score_rows)
+
+
 def rules(
     settings: RLStage, samples: SamplingConfig, is_rewarded: bool = True
 ) -> tuple[Rule, Rule]:
@@ -235,13 +261,17 @@ def rules(
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
             iteration.missing_eos(
-                samples.eos_id, settings.missing_eos_penalty, settings.missing_eos_score
+                samples.eos_id,
+                penalty=settings.missing_eos_penalty,
+                score=settings.missing_eos_score,
             )
         )
     if settings.overlong_buffer is not None:
         on_scores.append(
             iteration.overlong(
-                settings.max_new_tokens, settings.overlong_buffer, settings.overlong_penalty
+                max_length=settings.max_new_tokens,
+                buffer=settings.overlong_buffer,
+                penalty=settings.overlong_penalty,
             )
         )
     masked = (

@@ -44,7 +44,10 @@ class Schedule:
         n = len(self.train_rows)
         apart = max(n // self.num_prompts // self.samplings, 1)
         steps = step + apart * np.arange(self.samplings)
-        drawn = [batches.prompt_rows(n, self.num_prompts, self.order_key, int(i)) for i in steps]
+        drawn = [
+            batches.prompt_rows(n, batch_size=self.num_prompts, key=self.order_key, step=int(i))
+            for i in steps
+        ]
         return self.train_rows[np.stack(drawn)]
 
     def batches(self, step: int) -> list[Batch]:

@@ -7,10 +7,9 @@ The programs that they call are the pure functions of ``iteration``.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +19,21 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import iteration
-from rlhf_jax.data import batches, chat
+from rlhf_jax.data import batches
 from rlhf_jax.errors import TrainingFault, logger
-from rlhf_jax.generation import generator
-from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions, LoopState
-from rlhf_jax.metrics import mean_interval
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.host import Columns, row_scores, with_scores
-from rlhf_jax.runs import processes, reading
+from rlhf_jax.runs import processes
 from rlhf_jax.training.common import memory
-from rlhf_jax.training.common.loop import Validation
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl.programs import Networks
 from rlhf_jax.training.rl.schedule import Batch, Schedule
 from rlhf_jax.types import Metrics, Params, Rollout
 
 OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], object]
-
-
-Pairs = Literal["reward", "judge"] | None
-"""Which scorer of a validation compares pairs of responses."""
 
 MOST_REASONS = 20  # why responses have no score, of those that are printed
 
@@ -80,8 +71,8 @@ Learner = Callable[[LoopState, Rollout, Array], tuple[LoopState, Metrics]]
 
 Verdicts = list[filters.Verdict] | None
 
-Guarded = Callable[[Rollout, Rollout, Columns], tuple[Rollout, Metrics, Verdicts]]
-"""(rollout, scored rollout, columns) -> the scored rollout after the filter, metrics, verdicts."""
+Guarded = Callable[..., tuple[Rollout, Metrics, Verdicts]]
+"""(rollout, *, scored, columns) -> the scored rollout after the filter, metrics, verdicts."""
 
 Draw = Callable[[LoopState, Batch], Recorded]
 """Responses with scores and the log-probs of the update's own forward pass."""
@@ -190,7 +181,7 @@ def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
             of_processes = processes.gather(lambda: own_reasons)
             reasons = list(itertools.chain(*of_processes))
             say_reasons(reasons, told)
-            after, guard_metrics, verdicts = guard(before, after, columns)
+            after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
         if not np.array_equal(after.row_ids, before.row_ids):
@@ -274,7 +265,7 @@ def greedy_baseline(
     draw: Draw, sample_greedily: Sampler, score: Scorer, join: Callable[..., Rollout]
 ) -> Draw:
     """ReMax (Li et al. 2023): a greedy response to each prompt is scored too, and
-    ``join(rollout, greedy rollout)`` puts its score into the rollout as the baseline.
+    ``join(rollout, greedy=greedy rollout)`` puts its score into the rollout as the baseline.
     """
 
     def draw_with_baseline(state: LoopState, batch: Batch) -> Recorded:
@@ -282,7 +273,7 @@ def greedy_baseline(
         sampled, _ = sample_greedily(state, batch)
         greedy = score(sampled, batch)
         greedy_metrics = {"objective/greedy_score": greedy.metrics["objective/score"]}
-        return join(rollout, greedy.rollout), metrics | greedy_metrics
+        return join(rollout, greedy=greedy.rollout), metrics | greedy_metrics
 
     return draw_with_baseline
 
@@ -296,7 +287,7 @@ def replace_uninformative(
     draw: Draw,
     num_groups: int,
     num_equal: Callable[[Rollout], Array],
-    refill: Callable[[Rollout, Rollout], Rollout],
+    refill: Callable[..., Rollout],
 ) -> DrawStep:
     """Dynamic sampling (Yu et al. 2025, DAPO, section 3.2): while groups of the first batch are
     equal in score, it draws the next batch and takes groups of it in their place.
@@ -315,7 +306,7 @@ def replace_uninformative(
                 break
             fresh, _ = draw(state, batch)
             equal.append(float(num_equal(fresh)))
-            rollout = refill(rollout, fresh)
+            rollout = refill(rollout, fresh=fresh)
             left = float(num_equal(rollout))
         metrics["sampling/rounds"] = jnp.float32(len(equal) - 1)
         metrics["sampling/uninformative"] = jnp.float32(sum(equal) / (len(equal) * num_groups))
@@ -405,154 +396,3 @@ def checking(
         memory.check("learn", program, state, rollout, key, functions)
 
     return check_memory
-
-
-# --- Validation
-
-VALIDATED = ("reward/", "safety/", "environment/")
-"""Metrics with these prefixes are recorded at validations too, as ``validation/NAME``."""
-
-
-def validator(
-    stage: Stage,
-    policy: LanguageModel,
-    batch: Batch,
-    sample: Sampler,
-    score: Scorer,
-    judge: Scorer | None,
-    pairs: Pairs = None,
-    num_shown: int = 0,
-) -> Callable[[LoopState], Validation]:
-    """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
-    the judge score them.
-
-    It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide,
-    its program.
-
-    Args:
-        pairs: which of the two compares responses: here with those of the first validation.
-        num_shown: examples that are printed.
-    """
-    opponents: list[str] = []
-
-    def validate(state: LoopState) -> Validation:
-        sampled, talk_metrics = sample(state, batch)
-        compared = batch
-        if pairs is not None:
-            if not opponents:
-                fetched = processes.fetch(sampled)
-                texts = generator.responses(fetched, policy.tokenizer)
-                opponents.extend(first_responses(stage, batch) or texts)
-            compared = with_opponents(batch, opponents)
-        judged: Metrics = {}
-        verdict = None
-        if judge is not None:
-            # Without the rewards of the environment.
-            verdict = judge(replace(sampled, rewards=None), compared)
-            judged = {"validation/judge": verdict.metrics["objective/score"]}
-        scored = score(sampled, compared)
-        metrics = {"validation/score": scored.metrics["objective/score"]} | judged
-        for name, value in (scored.metrics | talk_metrics).items():
-            if name.startswith(VALIDATED):
-                metrics[f"validation/{name}"] = value
-        of_pairs = verdict if pairs == "judge" else scored
-        if pairs is not None and of_pairs is not None:
-            metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
-        samples = _samples(policy, sampled, scored, batch)
-        shown = [row for row in samples if row["score"] is not None]
-        for row in shown[:num_shown]:
-            logger.info(
-                f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
-                f"Reward:    {row['score']:.4g}\n"
-            )
-        return Validation({name: float(value) for name, value in metrics.items()}, samples)
-
-    return validate
-
-
-def first_responses(stage: Stage, batch: Batch) -> list[str]:
-    """[B] the responses of the run's first validation, which a run that goes on finds in
-    samples.jsonl; empty if it has none there.
-    """
-    rows = reading.read_rows(stage.run.samples)
-    first = [row for row in rows if row["step"] == rows[0]["step"]]
-    texts = iter(first)
-    found = []
-    for number in batch.rows:
-        row = next(texts, None) if number >= 0 else {"response": ""}
-        if row is None:
-            return []
-        found.append(row["response"])
-    return found
-
-
-def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
-    """The batch, whose rows have the response that theirs is compared with in a column."""
-    rows = list(batch.prompts.rows)
-    for number, text in zip(batch.rows, opponents, strict=True):
-        if number < 0:
-            continue
-        columns = rows[number].columns | {"opponents": text}
-        rows[number] = replace(rows[number], columns=columns)
-    names = [*batch.prompts.columns, "opponents"]
-    return batch._replace(prompts=replace(batch.prompts, rows=rows, columns=names))
-
-
-def win_rate(scored: Rollout, prompts: np.ndarray, key: Array) -> Metrics:
-    """The mean of scores in [0, 1] over present rows, with its 95% interval over prompts.
-
-    prompts: [B] the number of each row's prompt; the samples of one prompt are not independent.
-    """
-    rollout = processes.fetch(scored)
-    present = np.asarray(rollout.present)
-    shares = np.asarray(rollout.scores)[present]
-    if not len(shares):
-        return {}
-    numbers = prompts[present]
-    by_prompt = [np.mean(shares[numbers == number]) for number in dict.fromkeys(numbers)]
-    low, high = mean_interval(np.array(by_prompt, shares.dtype), key)
-    return {
-        "validation/win_rate": jnp.float32(np.mean(shares)),
-        "validation/win_rate_low": jnp.float32(low),
-        "validation/win_rate_high": jnp.float32(high),
-    }
-
-
-def _samples(
-    policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch
-) -> list[dict[str, Any]]:
-    """The rows of samples.jsonl, one for each row that is not missing, nor taken out by the filter;
-    the score of an unscored one is None.
-    """
-    before = processes.fetch(sampled)
-    rollout = processes.fetch(scored.rollout)
-    texts = generator.responses(before, policy.tokenizer, with_replies=True)
-    scores = np.asarray(rollout.scores)
-    lengths = np.sum(before.mask, axis=1)
-    samples = []
-    for i in np.flatnonzero(before.present):
-        reason = scored.reasons[int(i)] if scored.reasons else None
-        unsafe = None
-        if scored.verdicts is not None:
-            unsafe = filters.sentence(scored.verdicts[i])
-        is_unscored = reason is not None and unsafe is None
-        if not (rollout.present[i] or is_unscored):
-            continue
-        number = batch.rows[i]
-        prompt = batch.prompts.rows[number]
-        row: dict[str, Any] = {
-            "prompt": chat.shown(prompt, policy.tokenizer),
-            "response": texts[i],
-            "score": float(scores[i]),
-            "length": int(lengths[i]),
-        }
-        if reason is not None:
-            row["score"] = None
-            row["unscored"] = reason
-        for name, values in (rollout.components or {}).items():
-            value = float(values[i])
-            row[f"reward/{name}"] = None if math.isnan(value) else value
-        if scored.verdicts is not None:
-            row["unsafe"] = unsafe
-        samples.append(row)
-    return samples

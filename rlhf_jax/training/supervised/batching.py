@@ -109,7 +109,9 @@ def _batching(
     """
     longest = encoded.longest
     size = settings.batch_size
-    multiple = initial.bucket_multiple(text, layers, int(longest.max()), -(-len(rows) // size))
+    multiple = initial.bucket_multiple(
+        text, layers=layers, longest=int(longest.max()), num_steps=-(-len(rows) // size)
+    )
     of_rows = longest[rows]
     if not text.pack or spec.pack is None:
         plan = batches.Plan(of_rows, size, key, multiple)

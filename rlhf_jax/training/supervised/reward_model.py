@@ -52,7 +52,8 @@ def _task(setting: tasks.Setting) -> tasks.Task:
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
-    score_fn = start.bind(models.score_fn(model, num_answers=setting.num_answers))
+    how: Any = {"num_answers": setting.num_answers, "one_text": setting.one_text}
+    score_fn = start.bind(models.score_fn(model, **how))
     policy_fn = _policy_fn(setting, start)
     validate = _validation(setting, score_fn)
     create: Callable[..., TrainState] = TrainState.create
@@ -96,7 +97,8 @@ def _policy_fn(setting: tasks.Setting, start: Trainable) -> Any:
             f"reward_model.sft_coef: {setting.source.model} is a reward model without an output "
             "layer, so its answers have no likelihood; start from a language model"
         )
-    return start.bind(models.policy_fn(model, num_answers=setting.num_answers))
+    how: Any = {"num_answers": setting.num_answers, "one_text": setting.one_text}
+    return start.bind(models.policy_fn(model, **how))
 
 
 def _validation(setting: tasks.Setting, score_fn: ScoreFn) -> Callable[[TrainState], Validation]:

@@ -124,26 +124,12 @@ def answerer(
     longest = max(map(len, ids))
     room = policy.begun.model.config.max_length - settings.max_new_tokens
     width = min(-(-longest // BUCKET) * BUCKET, room)
-    prompts = stage.shard(encoding.left_padded(ids, width, tokenizer.pad_id))
-    how = sampling.SamplingConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=0.0,
-        eos_id=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-    )
-    model = policy.begun.model
-    generate = partial(sampling.generate, model, config=how, mesh=stage.row_mesh)
-    answered = partial(_answered, generate, shares_prompts=policy.num_answers > 0)
-    program = stage.jit(
-        answered, compiler_options=devices.compiler_options(model.config.num_layers)
-    )
-    # They travel through jit as arguments.
-    arrays = {"base": policy.start.base, "ref_fn": policy.reference}
-    arrays["policy_fn"] = policy.start.bind(policy.fn)
+    prompts = stage.shard(encoding.left_padded(ids, width=width, pad_id=tokenizer.pad_id))
+    program = answering(stage, settings, policy)
     key = stage.key("eval")
 
     def answer(state: TrainState) -> list[Sample]:
-        rollout, log_ratios = processes.fetch(program(state, prompts, key, **arrays))
+        rollout, log_ratios = processes.fetch(program(state, prompts, key))
         texts = generator.responses(rollout, tokenizer)[: len(asked)]
         rows = []
         for number, (question, text) in enumerate(zip(asked, texts, strict=True)):
@@ -154,6 +140,31 @@ def answerer(
         return rows
 
     return answer
+
+
+def answering(stage: Stage, settings: Answering, policy: Policy) -> partial[Any]:
+    """The program of the answers, ``(state, prompts ([B, P] tokens, mask), key) -> (responses,
+    log-ratios [B] if there is a reference)``, with its other arrays bound.
+    """
+    model = policy.begun.model
+    tokenizer = policy.begun.tokenizer
+    how = sampling.SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=0.0,
+        eos_id=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    generate = partial(sampling.generate, model, config=how, mesh=stage.row_mesh)
+    shares_prompts = policy.num_answers > 0
+
+    def answered(*inputs: Any, **arrays: Any) -> tuple[Rollout, Array | None]:
+        return _answered(generate, *inputs, shares_prompts=shares_prompts, **arrays)
+
+    options = devices.compiler_options(model.config.num_layers)
+    # They travel through jit as arguments.
+    arrays = {"base": policy.start.base, "ref_fn": policy.reference}
+    arrays["policy_fn"] = policy.start.bind(policy.fn)
+    return partial(stage.jit(answered, compiler_options=options), **arrays)
 
 
 def _answered(

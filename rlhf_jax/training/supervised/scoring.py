@@ -102,8 +102,12 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     weights = comparisons.weight[rows]
     lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
-        return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
-    figures = metrics.preference_report(scores, comparisons.best[rows], lengths, weights)
+        return metrics.target_report(
+            scores, comparisons.targets[rows], lengths=lengths, weights=weights
+        )
+    figures = metrics.preference_report(
+        scores, comparisons.best[rows], lengths=lengths, weights=weights
+    )
     place, both, pairs = pairs_of(comparisons, rows)
     if pairs.is_single:
         return figures
@@ -122,7 +126,7 @@ def length_accuracy(pairs: EncodedTexts, rows: np.ndarray) -> float:
     count half. Weighted as the rows are.
     """
     lengths = pairs.response_lengths[rows]
-    return metrics.win_rate(lengths[:, 0], lengths[:, 1], pairs.weight[rows])
+    return metrics.win_rate(lengths[:, 0], against=lengths[:, 1], weights=pairs.weight[rows])
 
 
 def desirable_length_accuracy(
@@ -162,7 +166,7 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
         return float(np.average(scores.std(axis=2), weights=weights))
     row = np.arange(len(rows))
     best = comparisons.best[rows]
-    rival = metrics.rival(scores.mean(axis=2), best, lengths)
+    rival = metrics.rival(scores.mean(axis=2), best, lengths=lengths)
     margins = scores[row, best] - scores[row, rival]
     return float(np.average(margins.std(axis=1), weights=weights))
 
@@ -218,7 +222,7 @@ def samples(
             for i, k in np.argwhere(lengths > 0)
         ]
     best = comparisons.best[rows]
-    rivals = metrics.rival(scores, best, lengths)
+    rivals = metrics.rival(scores, best, lengths=lengths)
     return [
         sample(
             i,

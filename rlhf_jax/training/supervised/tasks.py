@@ -62,6 +62,11 @@ class Setting:
         """The answers that share a prompt in its batches, for the model's functions; 0: none do."""
         return self.encoded.num_answers if self.encoded.shares_prompts else 0
 
+    @property
+    def one_text(self) -> bool:
+        """Whether each row of its batches holds one text, for the model's functions."""
+        return not (self.source.text.pack or self.encoded.shares_prompts)
+
     def batch(self, numbers: np.ndarray) -> Any:
         """The rows of these numbers (-1: missing) in arrays of NumPy."""
         return self.collate(self.encoded, numbers)
@@ -91,6 +96,8 @@ class Task(NamedTuple):
     validate: Callable[[TrainState], Validation]
     reference: Any = None
     """A pytree with the parameters of the reference."""
+    policy: samples.Policy | None = None
+    """What answers prompts at validations; None: nothing does."""
     trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}
     """The parameters to save; see ``Stage.finish``."""
 
@@ -134,7 +141,8 @@ def policy_task(
     """
     stage = setting.stage
     model = setting.initial.model
-    model_fn = models.policy_fn(model, num_answers=setting.num_answers)
+    how: Any = {"num_answers": setting.num_answers, "one_text": setting.one_text}
+    model_fn = models.policy_fn(model, **how)
     init_key = jax.random.fold_in(stage.key("init"), 1)
     split = partial(initial.trainable, stage.lora)
     start = stage.place(stage.made(split, setting.initial.params, init_key))
@@ -177,7 +185,8 @@ def policy_task(
     policy = samples.Policy(setting.initial, start, model_fn, reference, setting.num_answers)
     answer = _answering(setting, policy)
     validate = partial(_validate, setting, measured, baselines, answer)
-    return Task(setting, start, references.state(config).create, bound, validate, reference)
+    create = references.state(config).create
+    return Task(setting, start, create, bound, validate, reference, policy)
 
 
 def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: Any) -> Any:
@@ -189,8 +198,7 @@ def _reference(setting: Setting, start: Trainable, model_fn: PolicyFn, config: A
         memory.free(start.loaded)
         return None
     # A packed row holds both answers of a pair.
-    is_packed = setting.source.text.pack or setting.encoded.shares_prompts
-    num_rows = setting.plan.batch_size * (1 if is_packed else 2)
+    num_rows = setting.plan.batch_size * (2 if setting.one_text else 1)
     score_rows = memory.score_rows(stage.compute, num_rows, config)
     return stage.reference(start, ops.by_rows(model_fn, score_rows), references.moves(config))
 

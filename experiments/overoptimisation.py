@@ -1,0 +1,581 @@
+"""A policy trained on a reward model: does it get better, or only better at pleasing the model?
+
+    python experiments/overoptimisation.py --out overoptimisation.json
+
+The experiment of Gao, Schulman and Hilton (2022, arXiv 2210.10760) at a size for two CPU cores. The
+gold reward of an answer of twelve tokens is a fixed function: each token has a value, and a token
+that is said more than twice costs more each time. An annotator compares pairs of the first policy's
+answers by it, with noise (Bradley and Terry). Reward models, the proxies, learn from 64 to 4096
+such comparisons. Then the answers are chosen by a proxy,
+as the best of n, or the policy is trained on it, by RLOO without a KL penalty; the gold reward is
+only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
+after a quarter of the labels was turned round, for each member another quarter.
+
+All seeds, numbers of comparisons and ensembles are lanes of two programs (``jax.vmap``).
+"""
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import results
+import scipy.special
+import scipy.stats
+import tyro
+from jax import Array
+
+from rlhf_jax import (
+    Comparisons,
+    Rollout,
+    TrainState,
+    cli,
+    models,
+    ops,
+    reward_model,
+    rloo,
+    rollout,
+    sampling,
+)
+from rlhf_jax.errors import logger
+from rlhf_jax.rewards import EnsembleMethod
+from rlhf_jax.rewards.functions import combined
+from rlhf_jax.types import Params
+
+Tree = TypeVar("Tree")
+VOCABULARY = 16
+LENGTH = 12  # tokens of an answer; the prompt is the token 0
+ENOUGH = 2  # times that a token may be said
+SAMPLER = sampling.SamplingConfig(LENGTH, eos_id=None, pad_id=VOCABULARY)
+OF_ALL: tuple[EnsembleMethod, ...] = ("mean", "min", "uncertainty")
+HOW = ("one", *OF_ALL)  # of an ensemble, which member or what of all
+MEMBERS = 3
+COMPARISONS = (64, 256, 1024, 4096)
+OF_ENSEMBLES = 256
+WRONG = (0.0, 0.25)
+SHOWN = 15  # points of a curve
+VALIDATION = 256  # comparisons at most, a quarter of those of a proxy
+
+
+def network(initializer_range: float) -> models.Model:
+    """A GPT-2 of two layers."""
+    config = models.GPT2Config(
+        vocab_size=VOCABULARY,
+        max_length=1 + LENGTH,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        initializer_range=initializer_range,
+    )
+    return models.build(config)
+
+
+PROXY = network(initializer_range=0.1)
+POLICY = network(initializer_range=0.02)
+PROXY_FN = models.score_fn(PROXY)
+POLICY_FN = models.policy_fn(POLICY, prompt_length=1)
+
+
+class Sizes(NamedTuple):
+    """How much is trained."""
+
+    seeds: int = 4
+    pool: int = 8192  # answers of which the best of n is one
+    proxy_steps: int = 200
+    proxy_batch: int = 64  # comparisons a step
+    steps: int = 150
+    batch_size: int = 64  # answers a step
+    every: int = 5  # steps of which a measurement is the mean
+    proxy_rate: float = 1e-3
+    policy_rate: float = 1e-3
+
+
+FULL = Sizes()
+
+
+class World(NamedTuple):
+    """What a seed fixes."""
+
+    start: Params  # the first policy
+    values: Array  # [VOCABULARY] of the gold reward
+    mean: Array  # of the gold reward under the first policy
+    sd: Array
+    pool: Array  # [pool, T] answers of the first policy
+    gold_of_pool: Array  # [pool]
+    pairs: Array  # [C, 2, T] answers to compare
+    best: Array  # [C] the annotator's choices
+
+
+def gold_reward(values: Array, tokens: Array) -> Array:
+    """[B] of answers [B, 1 + LENGTH]: the values of all tokens, minus the square of the times that
+    a token is said beyond ENOUGH.
+    """
+    counts = jnp.sum(jax.nn.one_hot(tokens[:, 1:], VOCABULARY), axis=1)  # [B, VOCABULARY]
+    excess = jnp.maximum(counts - ENOUGH, 0)
+    return counts @ values - jnp.sum(jnp.square(excess), axis=1)
+
+
+def gold_scores(world: World, tokens: Array) -> Array:
+    """[B] with mean 0 and standard deviation 1 under the first policy."""
+    return (gold_reward(world.values, tokens) - world.mean) / world.sd
+
+
+def in_parts(params: Params, tokens: Array) -> Array:
+    """A proxy's scores [N] of answers [N, T], a sixteenth of them at a time: less memory."""
+    parts = tokens.reshape(16, -1, tokens.shape[1])
+    scores = jax.lax.map(lambda part: PROXY_FN(params, part, jnp.ones_like(part)), parts)
+    return scores.reshape(-1)
+
+
+def sampled(params: Params, num: int, key: Array) -> Array:
+    """Answers [num, T]."""
+    prompts = jnp.zeros((num, 1), jnp.int32)
+    ones = jnp.ones_like(prompts)
+    return sampling.generate(
+        POLICY,
+        params,
+        prompts,
+        ones,
+        key,
+        config=SAMPLER,
+    ).tokens
+
+
+def make_world(key: Array, sizes: Sizes) -> World:
+    """The gold reward, the first policy, and what it and the annotator do."""
+    gold_key, start_key, sample_key, label_key = jax.random.split(key, 4)
+    values = jax.random.normal(gold_key, (VOCABULARY,))
+    start = POLICY.init(start_key)
+    num_compared = 2 * max(COMPARISONS)
+    answers = sampled(start, num_compared + sizes.pool, sample_key)
+    scores = gold_reward(values, answers)
+    mean = jnp.mean(scores)
+    sd = jnp.std(scores)
+    scores = (scores - mean) / sd
+    first, second = scores[:num_compared].reshape(-1, 2).T
+    is_second = jax.random.bernoulli(label_key, jax.nn.sigmoid(second - first))
+    best = is_second.astype(jnp.int32)
+    pairs = answers[:num_compared].reshape(len(best), 2, -1)
+    pool = answers[num_compared:]
+    return World(
+        start,
+        values,
+        mean,
+        sd,
+        pool,
+        scores[num_compared:],
+        pairs,
+        best,
+    )
+
+
+class Lane(NamedTuple):
+    """One proxy."""
+
+    seed: int
+    comparisons: int
+    wrong: float  # share of labels that are turned round
+    member: int
+
+
+class Proxy(NamedTuple):
+    """A trained one."""
+
+    params: Params
+    scores: Array  # [pool], with mean 0
+    shift: Array  # the mean that was taken away
+
+
+def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes) -> Proxy:
+    """A reward model from the first ``num`` comparisons. Three quarters train; the parameters with
+    the lowest loss on the others are kept.
+    """
+    init_key, flip_key, loop_key = jax.random.split(key, 3)
+    schedule = optax.cosine_decay_schedule(sizes.proxy_rate, sizes.proxy_steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    config = reward_model.Config()
+    is_flipped = jax.random.bernoulli(flip_key, wrong, world.best.shape)
+    best = jnp.where(is_flipped, 1 - world.best, world.best)
+    num_train = 3 * num // 4
+    held_out = num_train + jnp.arange(VALIDATION) % (num - num_train)
+
+    def batch_of(rows: Array) -> Comparisons:
+        tokens = world.pairs[rows]
+        ones = jnp.ones_like(tokens)
+        return Comparisons(
+            tokens,
+            ones,
+            ones.at[..., 0].set(0),
+            best[rows],
+        )
+
+    def step(state: TrainState, key: Array) -> tuple[TrainState, None]:
+        rows = jax.random.randint(
+            key,
+            (sizes.proxy_batch,),
+            0,
+            num_train,
+        )
+        batch = batch_of(rows)
+        state, _ = reward_model.update(
+            state, batch, None, score_fn=PROXY_FN, optimizer=optimizer, config=config
+        )
+        return state, None
+
+    Kept = tuple[TrainState, Params, Array]
+
+    def stretch(kept: Kept, keys: Array) -> tuple[Kept, None]:
+        state, params, lowest = kept
+        state, _ = jax.lax.scan(step, state, keys)
+        batch = batch_of(held_out)
+        loss, _ = reward_model.loss(
+            state.params,
+            batch,
+            None,
+            score_fn=PROXY_FN,
+            config=config,
+        )
+        is_lower = loss.value < lowest
+        params = jax.tree.map(functools.partial(jnp.where, is_lower), state.params, params)
+        return (state, params, jnp.minimum(loss.value, lowest)), None
+
+    params = models.add_head(jax.random.fold_in(init_key, 1), PROXY.init(init_key), "score")
+    state = TrainState.create(params, optimizer)
+    keys = jax.random.split(loop_key, sizes.proxy_steps).reshape(10, -1)
+    (_, params, _), _ = jax.lax.scan(stretch, (state, params, jnp.inf), keys)
+    scores = in_parts(params, world.pool)
+    return Proxy(params, scores - jnp.mean(scores), jnp.mean(scores))
+
+
+class Curve(NamedTuple):
+    """Means [measurements] along a run, of a policy's own samples."""
+
+    gold: Array
+    proxy: Array
+    kl: Array  # nats an answer, from the first policy
+
+
+def train_policy(world: World, proxies: Proxy, how: Array, key: Array, sizes: Sizes) -> Curve:
+    """RLOO on proxies [MEMBERS] or one of them, ``how`` as a number in HOW."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(sizes.policy_rate, eps=1e-5))
+    config = rloo.Config(group_size=8, num_minibatches=2)
+
+    def score(batch: Rollout) -> Array:
+        scores = jax.vmap(PROXY_FN, (0, None, None))(
+            proxies.params, batch.tokens, batch.attention_mask
+        )
+        scores = scores - proxies.shift[:, None]
+        ensembles = [combined(name, scores, coef=1.0) for name in OF_ALL]
+        return jnp.stack([scores[0], *ensembles])[how]
+
+    def step(state: TrainState, key: Array) -> tuple[TrainState, Curve]:
+        sample_key, update_key = jax.random.split(key)
+        prompts = jnp.zeros((sizes.batch_size, 1), jnp.int32)
+        batch = rollout.collect(
+            POLICY,
+            state.params,
+            prompts,
+            jnp.ones_like(prompts),
+            sample_key,
+            sampling=SAMPLER,
+            policy_fn=POLICY_FN,
+            ref_fn=jax.tree_util.Partial(POLICY_FN, world.start),
+        )
+        batch = batch.replace(scores=score(batch))
+        kl = ops.response_sums(ops.kl(batch.log_probs, batch.ref_log_probs), batch)
+        measured = Curve(gold_scores(world, batch.tokens), batch.scores, kl)
+        state, _ = rloo.update(
+            state,
+            batch,
+            update_key,
+            policy_fn=POLICY_FN,
+            optimizer=optimizer,
+            config=config,
+        )
+        return state, jax.tree.map(jnp.mean, measured)
+
+    state = TrainState.create(world.start, optimizer)
+    _, curve = jax.lax.scan(step, state, jax.random.split(key, sizes.steps))
+    return jax.tree.map(lambda x: jnp.mean(x.reshape(-1, sizes.every), axis=1), curve)
+
+
+def best_of(gold: np.ndarray, proxy: np.ndarray, n: int) -> tuple[float, float]:
+    """The expected gold and proxy reward of the best by the proxy among n of the answers, drawn
+    without replacement: an unbiased estimate from all of them (Nakano et al. 2021, appendix).
+    """
+    order = np.argsort(proxy, kind="stable")
+    num = len(order)
+    below = np.arange(num)  # answers with a lower score
+    chosen = np.exp(log_choose(below, n - 1) - log_choose(np.array(num), n))
+    return float(chosen @ gold[order]), float(chosen @ proxy[order])
+
+
+def log_choose(num: np.ndarray, n: int) -> np.ndarray:
+    """log of ``num`` over n, -inf where n is larger."""
+    rest = np.maximum(num - n, 0)
+    value = scipy.special.gammaln(num + 1) - scipy.special.gammaln(rest + 1)
+    return np.where(num < n, -np.inf, value - scipy.special.gammaln(n + 1))
+
+
+def fitted(distance: np.ndarray, gold: np.ndarray, is_rl: bool) -> tuple[float, float]:
+    """alpha and beta of gold = d (alpha - beta log d) in RL, d (alpha - beta d) in best of n."""
+    second = np.log(distance) if is_rl else distance
+    columns = np.stack([distance, -distance * second], axis=1)
+    alpha, beta = np.linalg.lstsq(columns, gold, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[results.Row]:
+    """A curve over sqrt(KL), where it is highest, and its fit."""
+    distance = np.sqrt(np.maximum(curve.kl, 0))
+    rows = []
+    stride = max(len(steps) // SHOWN, 1)
+    for number in range(stride - 1, len(steps), stride):
+        step = steps[number]
+        for name, values in (("gold", curve.gold), ("proxy", curve.proxy)):
+            rows.append(
+                results.row(
+                    f"{variant}, {name}",
+                    seed,
+                    step,
+                    "reward",
+                    values[number],
+                )
+            )
+            rows.append(
+                results.row(
+                    f"{variant}, {name}",
+                    seed,
+                    step,
+                    "sqrt(KL)",
+                    distance[number],
+                )
+            )
+    is_moved = distance > 0.2  # before, the KL is noise
+    alpha, beta = fitted(distance[is_moved], curve.gold[is_moved], not variant.startswith("best"))
+    highest = int(np.argmax(curve.gold))
+    found = {
+        "alpha": alpha,
+        "beta": beta,
+        "highest gold": curve.gold[highest],
+        "sqrt(KL) there": distance[highest],
+        "gold at the end": curve.gold[-1],
+        "fall of gold": curve.gold[highest] - curve.gold[-1],
+        "proxy at the end": curve.proxy[-1],
+        "sqrt(KL) at the end": distance[-1],
+    }
+    rows += [
+        results.row(
+            variant,
+            seed,
+            steps[-1],
+            name,
+            value,
+        )
+        for name, value in found.items()
+    ]
+    return rows
+
+
+def lanes_of(num_seeds: int) -> list[Lane]:
+    """All proxies."""
+    lanes = set()
+    for seed in range(num_seeds):
+        lanes |= {
+            Lane(
+                seed,
+                num,
+                0.0,
+                0,
+            )
+            for num in COMPARISONS
+        }
+        lanes |= {
+            Lane(
+                seed,
+                OF_ENSEMBLES,
+                wrong,
+                member,
+            )
+            for wrong in WRONG
+            for member in range(MEMBERS)
+        }
+    return sorted(lanes)
+
+
+class Run(NamedTuple):
+    """One policy."""
+
+    seed: int
+    comparisons: int
+    wrong: float
+    how: str
+
+    @property
+    def variant(self) -> str:
+        if self.how == "one" and not self.wrong:
+            return f"RL: {self.comparisons} comparisons"
+        labels = "a quarter wrong" if self.wrong else "all labels"
+        return f"{labels}: {self.how}"
+
+
+def runs_of(num_seeds: int) -> list[Run]:
+    """All policies."""
+    runs = []
+    for seed in range(num_seeds):
+        runs += [
+            Run(
+                seed,
+                num,
+                0.0,
+                "one",
+            )
+            for num in COMPARISONS
+        ]
+        for wrong in WRONG:
+            runs += [
+                Run(
+                    seed,
+                    OF_ENSEMBLES,
+                    wrong,
+                    how,
+                )
+                for how in HOW
+                if wrong or how != "one"
+            ]
+    return runs
+
+
+def take(tree: Tree, index: np.ndarray) -> Tree:
+    """The rows of all arrays."""
+    taken: Tree = jax.tree.map(lambda x: x[index], tree)
+    return taken
+
+
+def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[results.Row]:
+    """Best of n by the proxies of all numbers of comparisons."""
+    gold = np.asarray(worlds.gold_of_pool)
+    scores = np.asarray(proxies.scores)
+    num_pool = gold.shape[1]
+    numbers = [2**power for power in range(1, 20) if 2**power <= num_pool // 8]
+    kls = np.array([sampling.best_of_n_kl(n) for n in numbers])
+    rows = []
+    for lane, of_lane in zip(lanes, scores, strict=True):
+        if lane.member or lane.wrong:
+            continue
+        found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
+        curve = Curve(*np.array(found).T, kls)
+        variant = f"best of n: {lane.comparisons} comparisons"
+        rows += curve_rows(
+            variant,
+            lane.seed,
+            numbers,
+            curve,
+        )
+        rank = scipy.stats.spearmanr(gold[lane.seed], of_lane).statistic
+        rows.append(
+            results.row(
+                variant,
+                lane.seed,
+                numbers[-1],
+                "rank correlation",
+                rank,
+            )
+        )
+    return rows
+
+
+def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
+    """Trains proxies and policies, and says where the gold reward is highest.
+
+    Args:
+        out: a file for the results as a table.
+        sizes: of the experiment.
+    """
+    started = time.monotonic()
+    keys = jax.vmap(jax.random.key)(np.arange(sizes.seeds))
+    worlds = jax.jit(jax.vmap(functools.partial(make_world, sizes=sizes)))(keys)
+
+    lanes = lanes_of(sizes.seeds)
+    seeds, nums, wrong, members = map(np.array, zip(*lanes, strict=True))
+    proxy_keys = jax.vmap(jax.random.key)(1000 + 10 * seeds + members)
+    train = jax.jit(jax.vmap(functools.partial(train_proxy, sizes=sizes)))
+    proxies = train(
+        take(worlds, seeds),
+        nums,
+        wrong,
+        proxy_keys,
+    )
+    rows = best_of_n_rows(lanes, worlds, proxies)
+
+    runs = runs_of(sizes.seeds)
+    members_of = []
+    for run in runs:
+        asked = [0] * MEMBERS if run.how == "one" else range(MEMBERS)
+        of_run = [
+            lanes.index(
+                Lane(
+                    run.seed,
+                    run.comparisons,
+                    run.wrong,
+                    one,
+                )
+            )
+            for one in asked
+        ]
+        members_of.append(of_run)
+    seeds = np.array([run.seed for run in runs])
+    how = np.array([HOW.index(run.how) for run in runs])
+    policy_keys = jax.vmap(jax.random.key)(2000 + seeds)
+    learn = jax.jit(jax.vmap(functools.partial(train_policy, sizes=sizes)))
+    curves = learn(
+        take(worlds, seeds),
+        take(proxies, np.array(members_of)),
+        how,
+        policy_keys,
+    )
+    steps = list(range(sizes.every, sizes.steps + 1, sizes.every))
+    for number, run in enumerate(runs):
+        curve = Curve(*(np.asarray(values[number]) for values in curves))
+        rows += curve_rows(
+            run.variant,
+            run.seed,
+            steps,
+            curve,
+        )
+    means = results.over_seeds(rows)
+    for row in means:
+        if row["metric"] in ("fall of gold", "fall of gold low", "sqrt(KL) there"):
+            logger.info(f"{row['variant']}: {row['metric']} {row['value']:.3f}")
+    if out is not None:
+        command = "python experiments/overoptimisation.py --out overoptimisation.json"
+        seconds = time.monotonic() - started
+        results.write(
+            out,
+            command,
+            seconds,
+            shown(means),
+            sizes=sizes._asdict(),
+        )
+
+
+def shown(means: list[results.Row]) -> list[results.Row]:
+    """What the page needs: of ensembles the gold reward alone, of a distance no interval."""
+    found = []
+    for row in means:
+        is_ensemble = row["variant"].startswith(("all labels", "a quarter"))
+        if is_ensemble and row["variant"].endswith("proxy"):
+            continue
+        if row["metric"] in [f"sqrt(KL){edge}" for edge in results.EDGES]:
+            continue
+        found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))

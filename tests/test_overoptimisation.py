@@ -1,0 +1,96 @@
+"""Overoptimisation of reward models: best of n by brute force, fits of curves that are known, and a
+short form of the whole.
+"""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import overoptimisation
+import pytest
+import results
+from overoptimisation import COMPARISONS, HOW, Curve, Lane, Run, Sizes
+
+
+def test_best_of_n_is_the_mean_over_all_choices_of_n():
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=7)
+    proxy = rng.normal(size=7)
+    for n in (1, 2, 5, 7):
+        best = [
+            max(chosen, key=lambda i: proxy[i]) for chosen in itertools.combinations(range(7), n)
+        ]
+        expected = (gold[best].mean(), proxy[best].mean())
+        assert overoptimisation.best_of(gold, proxy, n) == pytest.approx(expected)
+
+
+def test_the_gold_reward_by_hand():
+    values = np.zeros(overoptimisation.VOCABULARY)
+    values[[3, 4]] = [1.5, -0.5]
+    tokens = np.full((2, 1 + overoptimisation.LENGTH), 3)  # the first token is the prompt
+    tokens[0, 1:] = [3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9]
+    scores = overoptimisation.gold_reward(values, tokens)
+    assert scores.tolist() == [2.5, 12 * 1.5 - 10**2]
+
+
+def test_fits_find_the_curves_they_are_of():
+    distance = np.linspace(0.3, 4, 20)
+    of_rl = distance * (1.5 - 0.7 * np.log(distance))
+    of_best = distance * (1.5 - 0.2 * distance)
+    assert overoptimisation.fitted(distance, of_rl, is_rl=True) == pytest.approx((1.5, 0.7))
+    assert overoptimisation.fitted(distance, of_best, is_rl=False) == pytest.approx((1.5, 0.2))
+
+
+def test_a_curve_says_where_gold_is_highest_and_how_far_it_falls():
+    curve = Curve(np.array([0.1, 0.9, 0.4]), np.array([0.2, 1.0, 2.0]), np.array([0.25, 1.0, 4.0]))
+    rows = overoptimisation.curve_rows("RL: 64 comparisons", 3, [5, 10, 15], curve)
+    found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
+    name = "RL: 64 comparisons"
+    assert found[name, 15, "highest gold"] == 0.9
+    assert found[name, 15, "sqrt(KL) there"] == 1.0
+    assert found[name, 15, "fall of gold"] == 0.5
+    assert found[name, 15, "sqrt(KL) at the end"] == 2.0
+    assert found[f"{name}, gold", 5, "reward"] == 0.1
+    assert found[f"{name}, proxy", 15, "reward"] == 2.0
+    assert found[f"{name}, proxy", 5, "sqrt(KL)"] == 0.5
+    alpha, beta = overoptimisation.fitted(np.array([0.5, 1.0, 2.0]), curve.gold, is_rl=True)
+    assert found[name, 15, "alpha"] == pytest.approx(alpha, abs=1e-4)
+    assert found[name, 15, "beta"] == pytest.approx(beta, abs=1e-4)
+
+
+def test_all_policies_have_their_proxies():
+    lanes = overoptimisation.lanes_of(2)
+    runs = overoptimisation.runs_of(2)
+    assert len(set(lanes)) == len(lanes) == 2 * (len(COMPARISONS) + 5)
+    assert len({(run.variant, run.seed) for run in runs}) == len(runs) == 2 * (len(COMPARISONS) + 7)
+    for run in runs:
+        members = [0] if run.how == "one" else range(overoptimisation.MEMBERS)
+        assert {Lane(run.seed, run.comparisons, run.wrong, one) for one in members} <= set(lanes)
+    assert Run(0, 256, 0.25, "one").variant == "a quarter wrong: one"
+    assert {run.how for run in runs} == set(HOW)
+
+
+@pytest.fixture
+def compiles_fast():
+    """XLA takes less time to compile, and its programs more to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiles_fast")
+def test_the_short_form(tmp_path):
+    sizes = Sizes(seeds=2, pool=128, proxy_steps=10, proxy_batch=8, steps=4, batch_size=16, every=2)
+    out = tmp_path / "overoptimisation.json"
+    overoptimisation.main(out, sizes)
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert all(row["seed"] == results.ALL and np.isfinite(row["value"]) for row in rows)
+    found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
+    for num in COMPARISONS:
+        name = f"best of n: {num} comparisons"
+        proxies = [found[f"{name}, proxy", n, "reward"] for n in (2, 4, 8, 16)]
+        assert proxies == sorted(proxies)  # more answers to choose from
+        assert found[name, 16, "sqrt(KL) at the end"] == pytest.approx(1.354, abs=1e-3)
+        assert f"RL: {num} comparisons" in {variant for variant, _, _ in found}
