@@ -15,7 +15,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +168,16 @@ def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def seconds_of(runs: Path) -> float:
+    """Of the steps and validations of all stages of a seed, however often they were stopped."""
+    total = 0.0
+    for path in runs.glob("*/timing.jsonl"):
+        for line in path.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            total += sum(value for name, value in row.items() if name.startswith("timing/"))
+    return total
+
+
 class Outcome(NamedTuple):
     """What a stage of one seed has changed."""
 
@@ -253,7 +262,6 @@ def main(
         sizes: of the experiment.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     sums.write_model(folder / "model")
     if not (folder / "train_prompts.json").exists():
         write_data(folder, sizes)
@@ -274,7 +282,7 @@ def main(
         if out is not None:
             command = f"python experiments/learning.py runs/learning --seeds {seed + 1}"
             numbers = table(np.array(before), found)
-            seconds = time.monotonic() - started
+            seconds = sum(seconds_of(folder / f"seed-{one}") for one in range(seed + 1))
             results.write(out, command, seconds, numbers, sizes=sizes._asdict())
 
 

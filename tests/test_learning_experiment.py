@@ -69,3 +69,11 @@ def test_rl_is_paid_by_the_reward_model_of_its_own_seed(tmp_path):
     assert flags[flags.index("--reward") + 1] == str(tmp_path / "seed-1" / "reward_model")
     assert flags[flags.index("--seed") + 1] == "1"
     assert list(found).index(learning.JUDGE) < list(found).index("RLOO, reward model")
+
+
+def test_the_seconds_are_those_of_all_stages(tmp_path):
+    for name, rows in {"sft": [1.5, 2.0], "dpo": [0.25]}.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": 7, "timing/step": value}) for value in rows]
+        (tmp_path / name / "timing.jsonl").write_text("\n".join(lines), "utf-8")
+    assert learning.seconds_of(tmp_path) == 3.75
