@@ -372,3 +372,11 @@ def test_scoring_takes_less_memory_with_more_microbatches():
     whole, *others = (each(params) for each in compiled)
     for other, name in itertools.product(others, ("log_probs", "values", "ref_log_probs")):
         assert_allclose(getattr(other, name), getattr(whole, name), atol=2e-6)
+
+
+def test_a_rehearsal_takes_arguments_by_name():
+    program = jax.jit(lambda x, *, by: {"sum": x + by})
+    rehearse = memory.rehearsed("join", program)
+    found = rehearse(jnp.ones((4, 2)), by=jnp.ones((4, 2)))
+    assert found["sum"].shape == (4, 2)
+    assert not np.any(found["sum"])

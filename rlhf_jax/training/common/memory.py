@@ -89,7 +89,7 @@ def needed(compiled: Compiled) -> int:
     return int(analysis.temp_size_in_bytes + max(added, 0))
 
 
-def check(phase: str, program: Program, *args: Any) -> Compiled:
+def check(phase: str, program: Program, *args: Any, **named: Any) -> Compiled:
     """Compiles a jitted function, or a partial of one, and does not run it; a call with such
     arguments then finds it compiled.
 
@@ -98,7 +98,8 @@ def check(phase: str, program: Program, *args: Any) -> Compiled:
     """
     bound = functools.partial(program)  # a partial of a partial is flat
     jitted: Any = bound.func
-    compiled: Compiled = jitted.lower(*bound.args, *args, **bound.keywords).compile()
+    keywords = bound.keywords | named
+    compiled: Compiled = jitted.lower(*bound.args, *args, **keywords).compile()
     size = needed(compiled)
     free = devices.free_memory()
     if size > free > 0:
@@ -112,9 +113,9 @@ def check(phase: str, program: Program, *args: Any) -> Compiled:
 def rehearsed(phase: str, program: Program) -> Program:
     """``program`` as ``check`` calls it: it returns zeros of the shapes that it would return."""
 
-    def rehearse(*args: Any) -> Any:
-        compiled = check(phase, program, *args)
-        shapes = jax.eval_shape(program, *args)
+    def rehearse(*args: Any, **named: Any) -> Any:
+        compiled = check(phase, program, *args, **named)
+        shapes = jax.eval_shape(program, *args, **named)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         return jax.tree.map(sharding.place, zeros, compiled.output_shardings)
 
