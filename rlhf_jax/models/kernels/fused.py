@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,17 +201,7 @@ def _cudnn(
     *,
     window: int | None,
 ) -> Array:
-    mixed: Array = jax.nn.dot_product_attention(
-        query.swapaxes(1, 2),
-        key.swapaxes(1, 2),
-        value.swapaxes(1, 2),
-        mask=_visible(documents),
-        scale=1.0,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
-    return mixed.swapaxes(1, 2)
+    return _causal(query, key, value, window, mask=_visible(documents))
 
 
 def _cudnn_of_lengths(
@@ -221,16 +212,21 @@ def _cudnn_of_lengths(
     *,
     window: int | None,
 ) -> Array:
+    of_rows = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    return _causal(query, key, value, window, **of_rows)
+
+
+def _causal(query: Array, key: Array, value: Array, window: int | None, **of_rows: Any) -> Array:
+    """cuDNN's causal attention, given a mask of rows or their lengths."""
     mixed: Array = jax.nn.dot_product_attention(
         query.swapaxes(1, 2),
         key.swapaxes(1, 2),
         value.swapaxes(1, 2),
         scale=1.0,
         is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
+        **of_rows,
     )
     return mixed.swapaxes(1, 2)
 
