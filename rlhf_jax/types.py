@@ -276,6 +276,7 @@ PolicyFn = Callable[..., PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
 ``key=None`` turns dropout off, as RL, DPO and all scoring do. Of a rollout with ``support`` it gets
 that too, as a keyword: log-probs and entropies are then those of the distribution among these ids.
+That of ``models.policy_fn`` also gets the ``response_mask``, the columns that the loss reads.
 ``ops.evaluate`` calls it so."""
 
 BoundPolicyFn = Callable[..., PolicyOutput]

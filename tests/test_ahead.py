@@ -42,6 +42,7 @@ def rollouts(config, name, rate, **changes):
     return drawn
 
 
+@pytest.mark.slow
 def test_a_rollout_comes_from_the_policy_before_the_last_update(short):
     """The first two come from the first policy, the third from that after one update."""
     short = with_rl(short, validation_interval=9)

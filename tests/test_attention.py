@@ -143,6 +143,7 @@ def by_lengths(monkeypatch):
 WINDOWS = {"sliding_window": 3, "global_every": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [{}, WINDOWS], ids=["full", "windows"])
 def test_rows_of_one_text_need_no_mask(window, by_lengths):
     """Log-probs, scores and gradients are those of the plain formula, wherever in its row a text

@@ -216,6 +216,7 @@ def test_hand_written_torch_samples_by_the_softmax():
     torch.testing.assert_close(counts / len(prompt), expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_blocks"), [("rollout", 5), slow("sft", 2), slow("grpo", 2), slow("iteration", 2)]
 )

@@ -130,6 +130,7 @@ def test_a_deep_model_has_few_widths(layers, longest, steps, given, multiple):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 def test_batches_of_a_deep_model_are_of_few_widths(tmp_path, monkeypatch):
     """What a stage trains on, and what a reward model validates on, is padded alike."""
@@ -216,6 +217,7 @@ def test_a_model_of_135_million_parameters_recomputes_nothing_with_24_gb():
     assert memory.wants_remat(room._replace(free=6e9), stored, None)
 
 
+@pytest.mark.slow
 def test_a_compiled_gradient_takes_less_where_it_recomputes():
     network = models.GPT2Config(64, 32, 32, 8, 2, scan_layers=True)
     model = models.build(network)

@@ -239,6 +239,7 @@ def note(conversation, row):
 """
 
 
+@pytest.mark.slow
 def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     folder,
     generator,

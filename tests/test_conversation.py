@@ -56,6 +56,7 @@ def messages(*texts):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt", ["a", slow("abcdefghijklmno"), slow("abcdefghijklmnopqrstuvw"), "k" * 73]
 )
@@ -152,6 +153,7 @@ def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path,
     assert shown
 
 
+@pytest.mark.slow
 def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path):
     shutil.copytree(runs / "policy" / "model", tmp_path / "other")
     shown, notes = talk(
@@ -173,6 +175,7 @@ def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path
     assert re.search(r"\nA: score .+\nB: score .+\n$", shown)
 
 
+@pytest.mark.slow
 def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
     line = "a" * 22
     shown, notes = talk(

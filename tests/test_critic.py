@@ -46,6 +46,7 @@ def samples():
     return Rollout(tokens, jnp.ones_like(tokens), said, zeros, values=zeros, rewards=1.0 * said)
 
 
+@pytest.mark.slow
 def test_only_the_value_model_learns_while_it_warms_up():
     """Two steps an iteration, one iteration of warm-up."""
     params = initial_params(MODEL)
@@ -239,6 +240,7 @@ def test_a_score_head_as_a_value_head():
     assert (head["kernel"].tolist(), head["bias"]) == ([3.0, -6.0], 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(0), 2])
 def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path):
     """The value before token t is the reward model's score of the tokens before t."""

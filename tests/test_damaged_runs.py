@@ -111,6 +111,7 @@ def test_what_is_whole_works(act, whole, tmp_path):
     act(copied(whole, tmp_path / "run"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
     "seeds",

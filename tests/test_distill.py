@@ -119,6 +119,7 @@ def value_and_gradient(function, params):
     return outputs, jax.tree.leaves(gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns_per_chunk", "prompt_length"), [(None, 0), (2, 4)])
 def test_chunks_equal_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     """Values and gradient; the parameters of the teacher are an argument."""

@@ -121,6 +121,7 @@ def letters(prompts, responses):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [slow(False), True])
 def test_a_reward_is_learned_from_beside_the_teacher(learns, short, tmp_path):
     """A teacher of weight 0 is measured alone."""
@@ -187,6 +188,7 @@ def scored_texts(server):
     return [tuple(body["prompt"]) for body in server.asked if body]
 
 
+@pytest.mark.slow
 def test_a_server_teaches_what_the_folder_of_its_model_does(asking, server, short, monkeypatch):
     monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher")
     server.adapters["other"] = None

@@ -112,6 +112,7 @@ def asked(server):
     return [body for body in server.asked if body and {"n", "sampling_params"} & body.keys()]
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server, monkeypatch):
     """One request at a time; the key is sent and written nowhere."""
     monkeypatch.setenv("ENGINE_API_KEY", "sk-secret-4712")
@@ -144,6 +145,7 @@ def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server, 
     assert left == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["shared", slow("separate")])
 def test_full_weights_are_read_again_and_have_a_version(config, server, value):
     """Of PPO, whose value function stays here."""
@@ -186,6 +188,7 @@ def with_turns(config, tmp_path):
     return with_rl(config, environment=f"{tmp_path / 'talk.py'}:reply", max_new_tokens=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", slow("ppo"), slow("turns")])
 def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tmp_path, kind):
     algorithm = ppo if kind == "ppo" else grpo

@@ -125,6 +125,7 @@ def updated(config, batch=BATCH, run=lambda fn, *args: jax.jit(fn)(*args), **set
     return run(partial(update, key=None, config=sft.Config(**settings)), state, batch)
 
 
+@pytest.mark.slow
 def test_the_term_is_added_to_an_algorithm_that_does_not_know_it():
     """Microbatches balance apart and weigh by their tokens: rows 0 and 2 are one, of 8 tokens, and
     rows 1 and 3 another, of 12.
@@ -293,6 +294,7 @@ def adapted_experts(config):
     return params, unflatten_dict({path: leaf.astype("float32") for path, leaf in leaves.items()})
 
 
+@pytest.mark.slow
 def test_adapters_of_experts_are_each_expert_s_own():
     """Attached they give what the merged model gives."""
     params, adapters = adapted_experts(CONFIG)

@@ -91,6 +91,7 @@ def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
     assert inner == write(name="outer.jsonl")
 
 
+@pytest.mark.slow
 def test_neither_the_batch_size_nor_an_interruption_changes_a_byte(write, tmp_path, monkeypatch):
     flags = ("--n", "2", "--log-probs", "--reward", "length", "--batch-size", "2")
     write(*flags)

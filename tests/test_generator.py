@@ -143,6 +143,7 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
     assert (lengths[~generations.finished] == NEW).all()
 
 
+@pytest.mark.slow
 def test_neighbours_order_and_batches_change_nothing(folders, generator, generations):
     assert_alike(generator(["hi", "abc"], seed=3), generations, [8, 0])
     small = Generator(

@@ -75,6 +75,7 @@ def weights(result):
     return models.load(result.model_folder)[1]
 
 
+@pytest.mark.slow
 def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
     """Of a policy and a value head, which has no optimizer of its own."""
     once = PPOStage(num_epochs=1)
@@ -282,6 +283,7 @@ def with_own_policy(config):
     return replace(config, rl=settings, network=Network())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [slow(counts), counts_by_state])
 def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_policy):
     policy = make()
@@ -375,6 +377,7 @@ def layered(first="layers"):
     return own.from_functions(init, apply, vocab_size=32, max_length=16)
 
 
+@pytest.mark.slow
 def test_a_list_of_layers_and_names_with_slashes_are_saved_as_they_are(with_own_policy):
     policy = layered()
     result = rl.run(with_own_policy, rloo, policy=policy)

@@ -1,6 +1,7 @@
 """Value and score heads, and the chunked log-probabilities against ops on full logits."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.extend
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import CONFIG, slow, tiny
+from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 from tabular import assert_close
 
-from rlhf_jax import models, ops
-from rlhf_jax.models import heads
+from rlhf_jax import models, ops, types
+from rlhf_jax.algorithms import dpo, sft
+from rlhf_jax.models import heads, lora
 
 KEY = jax.random.key(0)
 
@@ -90,6 +93,68 @@ def test_prompt_columns_are_not_computed():
     policy = models.policy_fn(model._replace(unembed=unembed), prompt_length=6)
     jax.eval_shape(policy, params, TOKENS, MASK, None)
     assert seen == [(3, 3, 8)]
+
+
+# Responses of 0, 3 and 2 columns in 8 columns after the first.
+READ = np.array([[0] * 9, [0, 0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 0, 0, 0, 0, 0]])
+
+
+def chunks_of(monkeypatch, columns, model):
+    """The model with chunks of so many columns, and the list of chunks whose logits are computed
+    when its functions run.
+    """
+    monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns * CONFIG.vocab_size)
+    computed = []
+
+    def unembed(params, hidden):
+        jax.debug.callback(lambda: computed.append(hidden.shape))
+        return model.unembed(params, hidden)
+
+    return model._replace(unembed=unembed), computed
+
+
+def test_logits_are_computed_for_the_columns_of_responses(monkeypatch):
+    model, params = tiny()
+    model, computed = chunks_of(monkeypatch, 2, model)
+    policy = models.policy_fn(model)
+
+    def loss(params, **read):
+        output = policy(params, TOKENS, MASK, None, **read)
+        return jnp.sum(READ * (output.log_probs + 0.3 * output.entropy)), output.log_probs
+
+    read = partial(loss, response_mask=READ)
+    numbers = []
+    for function in (loss, read):
+        computed.clear()
+        jax.jit(function)(params)
+        jax.effects_barrier()
+        numbers.append(len(computed))
+    assert numbers == [4, 2]  # the responses' columns fit into two of four chunks
+    (_, whole), of_whole = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, some), of_some = jax.jit(jax.value_and_grad(read, has_aux=True))(params)
+    assert_allclose(READ * some, READ * whole, rtol=1e-6)
+    assert_close(of_some, of_whole, atol=1e-6, rtol=1e-5)
+
+
+def test_losses_say_which_columns_they_read(monkeypatch):
+    model, params = tiny()
+    model, computed = chunks_of(monkeypatch, 2, model)
+    reference = lora.bind(ops.by_rows(models.policy_fn(model), None), params)
+    adapters = lora.init(KEY, params, rank=1)
+    comparisons = types.Comparisons(*(x[None, 1:] for x in (TOKENS, MASK, READ)))
+    made = jax.jit(dpo.with_reference)(comparisons, Partial(reference, adapters))
+    jax.effects_barrier()
+    assert len(computed) == 2
+    full = models.policy_fn(model)(params, TOKENS, MASK, None).log_probs
+    assert_allclose(made.ref_log_probs[0], np.sum(READ * full, axis=1)[1:], rtol=1e-5)
+    jax.effects_barrier()
+    computed.clear()
+    rows = types.Demonstrations(TOKENS, MASK, READ)
+    options = {"policy_fn": models.policy_fn(model), "config": sft.Config()}
+    value, _ = jax.jit(partial(sft.loss, **options))(params, rows, None)
+    jax.effects_barrier()
+    assert len(computed) == 2
+    assert_allclose(value.total / value.count, -np.sum(READ * full) / 5, rtol=1e-5)
 
 
 def test_values_are_the_head_one_column_earlier():

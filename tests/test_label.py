@@ -84,6 +84,7 @@ def later(a, b):
     return "a" if a > b else "b"
 
 
+@pytest.mark.slow
 def test_the_rows_say_which_answer_was_chosen(ask, answers, tmp_path):
     shown, _, summary = ask(later)
     rows = json_lines(tmp_path / "out.jsonl")

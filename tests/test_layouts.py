@@ -318,6 +318,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
     """PPO on two groups of two devices: nothing is whole anywhere, and an update sends weights and
     sums alone.
@@ -406,6 +407,7 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
     assert {kind: outside.get(kind, 0) for kind in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "kv_heads", "in_loop", "gathered"),
     [

@@ -157,6 +157,7 @@ def test_a_base_of_8_bits_has_a_scale_for_each_output_column():
     assert merged.keys() == {"kernel"}
 
 
+@pytest.mark.slow
 def test_a_model_computes_what_its_base_of_8_bits_holds(adapted):
     model, params, adapters = adapted
     adapters = grown(adapters)

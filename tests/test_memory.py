@@ -119,6 +119,7 @@ TINY = {
 TINY["tokenizer"] = Tokenizer(kind="characters")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", ["sft", slow("kto"), "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):

@@ -148,6 +148,7 @@ RELATIVES |= {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), RELATIVES.items(), ids=RELATIVES)
 def test_llama_and_its_relatives_come_back_bit_equal(name, config, tmp_path):
     model, params = tiny(config)
@@ -229,6 +230,7 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
     assert_same(params, models.load(tmp_path, scan_layers=scan_layers)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cut"), [("gpt_oss", False), ("mixtral", True)])
 def test_large_leaves_are_read_in_pieces(name, cut, tmp_path, monkeypatch):
     """Layers and experts that are stacked in one array are never on the host together: no piece is

@@ -322,6 +322,7 @@ def test_a_first_token_decodes_as_a_text_of_one_token(config):
     assert_allclose(logits, model.apply(params, token), atol=ATOL)
 
 
+@pytest.mark.slow
 def test_decoding_can_return_hidden_states():
     model, params = tiny(CONFIG)
     tokens = some_tokens(2, 2)
@@ -723,6 +724,7 @@ def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
     assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_products_with_the_hessian_of_a_model():
     """Forward over reverse and reverse over reverse agree, as docs/models.md says of the gradients
     written out.

@@ -190,6 +190,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(x, marks=pytest.mark.slow) if x == "dpo" else x for x in CASES]
 )

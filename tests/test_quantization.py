@@ -91,6 +91,7 @@ TOKENS = some_tokens(2, 8)
 quantized = jax.jit(lora.quantized, static_argnames="form")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2 scanned", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_model_computes_what_its_base_of_4_bits_holds(name):
     """Also beside adapters, in their gradients, and in decoding."""
@@ -180,6 +181,7 @@ def test_a_plan_counts_the_bits_of_a_base(tmp_path):
     assert held("int8") == kernels + 4 * (2 * 64 + 2 * 32 + 2 * 128 + 64) + others
 
 
+@pytest.mark.slow
 def test_a_step_holds_the_weights_of_one_layer():
     """With stacked layers the weights are made again for the gradient, not held for each layer."""
     config = replace(LLAMA, hidden_size=128, intermediate_size=256, num_layers=9, scan_layers=True)

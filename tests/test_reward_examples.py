@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from builders import ROOT
 from numpy.testing import assert_allclose, assert_array_equal
 from pages import blocks
@@ -88,6 +89,7 @@ def table_policy(params, tokens, attention_mask, key):
     return PolicyOutput(log_probs, jnp.zeros_like(log_probs))
 
 
+@pytest.mark.slow
 def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
     online_dpo = shown("algorithms/dpo.md", "online_dpo")
     rollout = pairs_rollout(scores=jnp.array([0.2, 0.8, 0.5, 0.5]))

@@ -287,6 +287,7 @@ def test_the_files_behind_a_reward(pair, functions, tmp_path, monkeypatch):
         assert {name: path.resolve() for name, path in spec.sources(entry).items()} == expected
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_with_its_score_head(tmp_path):
     sizes = {"vocab_size": 20, "max_length": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(**sizes))

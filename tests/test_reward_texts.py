@@ -137,6 +137,7 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, write):
     """At the end of the turn, or behind the line end that the template writes: whether the policy

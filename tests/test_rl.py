@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from builders import letters_run, with_rl
 
 from rlhf_jax import ppo, training, vpg
@@ -51,6 +52,7 @@ def test_a_check_of_memory_has_silent_parts():
     np.testing.assert_array_equal(inputs.ask_teacher(rollout), np.zeros((2, 3)))
 
 
+@pytest.mark.slow
 def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pages):
     """In one step without a validation each is called once for the batch of four rows."""
     asked = []

@@ -244,6 +244,7 @@ def test_an_ensemble_rewards_by_its_mean_and_chooses(stand, given, tmp_path, mon
         assert row["prompt"] == PROMPTS[row["row"]]["prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [(2, 9), slow(range(1, 12))], ids=["two", "each"])
 def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(parts, stand, given, tmp_path):
     def files(folder):

@@ -238,6 +238,7 @@ def read(folder, name="metrics.jsonl"):
     return json_lines(folder / name)
 
 
+@pytest.mark.slow
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     folder = rl.run(config, vpg).folder
     assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out

@@ -157,6 +157,7 @@ def test_each_run_turns_the_strength_of_its_method_alone():
 COMPLETE = "--model no/such/folder --lexicon lexicon.txt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "lexicon", "message"),
     [

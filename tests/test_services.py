@@ -312,6 +312,7 @@ def judged(config, serve, tmp_path, monkeypatch):
     return replace(config, reward=reward, judge=judge), server
 
 
+@pytest.mark.slow
 def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
     config, _ = judged
     rl.run(config, vpg)

@@ -218,6 +218,7 @@ def test_bfloat16_rounds_as_single_rows_do():
         assert 0 < jnp.max(jnp.abs(a - c)) < 2 * error + 1e-3
 
 
+@pytest.mark.slow
 def test_with_dropout_each_row_is_computed_by_itself():
     config = replace(LONGEST, residual_dropout=0.5)
     model = models.build(config)

@@ -167,6 +167,7 @@ def of(run, share, **changes):
     return replace(run, compute=replace(run.compute, share_prompts=share), **changes)
 
 
+@pytest.mark.slow
 def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch, no_pages):
     """A validation has one answer to each prompt, and shares none."""
     sizes = []

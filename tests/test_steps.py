@@ -88,6 +88,7 @@ def test_the_judge_scores_without_the_rewards_of_the_environment(batch, sampled)
     assert given["reward"] is sampled.rewards
 
 
+@pytest.mark.slow
 def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path, no_pages):
     """All groups have equal scores, so that all reserves are drawn."""
     config = replace(letters_run(tmp_path), reward=("length*0",))

@@ -136,6 +136,7 @@ def num_stops(text):
     return sum(stop in text for stop in STOP)
 
 
+@pytest.mark.slow
 def test_what_a_run_learns_from_ends_at_the_string(stopped_run):
     """Scores are lengths of the texts that the reward was given."""
     _, learned, tokenizer, folder = stopped_run

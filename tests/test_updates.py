@@ -176,6 +176,7 @@ SWEEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "values"), SWEEPS)
 def test_a_sweep_under_vmap_equals_separate_runs(name, values):
     """Runs of the first values, of the second ones, and of the first with one setting's second:

@@ -9,7 +9,7 @@ sum, as length-normalised DPO does (Lambert et al. 2024, "Tulu 3", section 5.1.2
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import chex
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from rlhf_jax.types import (
     LossMetrics,
     Params,
     PolicyFn,
+    PolicyOutput,
 )
 
 Batch = TypeVar("Batch", Comparisons, Feedback)
@@ -81,7 +82,11 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
       batch: comparisons [B, K, T], any K, or packed ones, [B, C, K] results; or feedback [B, T].
       ref_fn: carries its parameters, ``jax.tree_util.Partial(policy_fn, ref_params)``.
     """
-    ref_log_probs = ops.response_log_probs(lambda _, *inputs: ref_fn(*inputs), None, batch)
+
+    def policy_fn(_: None, *inputs: Any, **more: Any) -> PolicyOutput:
+        return ref_fn(*inputs, **more)
+
+    ref_log_probs = ops.response_log_probs(ops.noted(policy_fn, ref_fn), None, batch)
     return replace(batch, ref_log_probs=ref_log_probs)
 
 

@@ -115,7 +115,9 @@ def policy_fn(
         of column t come from the logits at t - 1 (equal to ``ops.token_log_probs`` and
         ``ops.entropy``), and so do values from the head, and with the teacher's parameters
         ``teacher_log_probs`` and ``divergence``, in the same chunks. With the keyword ``support``
-        [B, T, K] all of these but the values are of the distributions among its ids.
+        [B, T, K] all of these but the values are of the distributions among its ids. With the
+        keyword ``response_mask`` [B, T] columns outside it may be left out: logits of many columns
+        are computed in chunks, those with columns of responses alone.
 
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
@@ -137,6 +139,7 @@ def policy_fn(
         teacher_params: Params | None = None,
         *,
         support: Array | None = None,
+        response_mask: Array | None = None,
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
@@ -162,7 +165,8 @@ def policy_fn(
         if support is not None:
             columns.append(support[:, first:])
             of_chunk = partial(_in_support, of_chunk)
-        output = _by_chunks(of_chunk, model.config.vocab_size, *columns)
+        read = None if response_mask is None else response_mask[:, first:] != 0
+        output = _by_chunks(of_chunk, model.config.vocab_size, *columns, read=read)
         critic = params
         if value_model is not None:
             critic = params["value"]
@@ -171,7 +175,7 @@ def policy_fn(
             output = output._replace(values=_values(value_model or model, critic, hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
-    return ops.with_settings(policy, temperature, prompt_length)
+    return ops.with_settings(policy, temperature, prompt_length, takes_response_mask=True)
 
 
 def shared_by(*, group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:
@@ -306,17 +310,48 @@ def _in_support(of_tokens: Callable[..., PolicyOutput], *columns: Array) -> Poli
     return of_tokens(*others, support=support)
 
 
-def _by_chunks(fn: Callable[..., PolicyOutput], vocab_size: int, *arrays: Array) -> PolicyOutput:
+def _by_chunks(
+    fn: Callable[..., PolicyOutput],
+    vocab_size: int,
+    *arrays: Array,
+    read: Array | None = None,
+) -> PolicyOutput:
     """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns whose logits
     are about ``_CHUNK_LOGITS`` numbers for each row, or more on an accelerator.
+
+    read: [B, N] bool, the columns whose results are read; the chunks of others are 0. None: all.
     """
     columns = arrays[0].shape[1]
     at_once = _CHUNK_LOGITS * (1 if fused.platform() == "cpu" else _ON_ACCELERATORS)
     chunks = math.ceil(columns * vocab_size / at_once)
     if chunks <= 1:
         return fn(jnp.int32(0), *arrays)
-    output: PolicyOutput = by_blocks(fn, math.ceil(columns / chunks), *((x, 1) for x in arrays))
-    return output
+    size = math.ceil(columns / chunks)
+    if read is None:
+        output: PolicyOutput = by_blocks(fn, size, *((x, 1) for x in arrays))
+        return output
+    # Each row's columns that are read come first, so that they fill as few chunks as possible.
+    order = jnp.argsort(~read, axis=1, stable=True)
+    in_front = [(_permuted(x, order), 1) for x in (read, *arrays)]
+    output = by_blocks(partial(_where_read, fn), size, *in_front)
+    back = jnp.argsort(order, axis=1)
+    return jax.tree.map(lambda x: _permuted(x, back), output)
+
+
+def _where_read(fn: Callable[..., PolicyOutput], number: Array, read: Array, *arrays: Array) -> Any:
+    """``fn(number, *arrays)``, or zeros if no column is read."""
+    of_chunk = partial(fn, number)
+    shapes = jax.eval_shape(of_chunk, *arrays)
+
+    def zeros(*_: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return lax.cond(jnp.any(read), of_chunk, zeros, *arrays)
+
+
+def _permuted(x: Array, order: Array) -> Array:
+    """Each row of [B, N, ...] in its order [B, N]."""
+    return jax.vmap(lambda row, places: row.at[places].get(unique_indices=True))(x, order)
 
 
 def _at(logits: Array, targets: Array) -> Array:
