@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_jax.runs import devices
+
 HERE = Path(__file__).resolve().parent
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -57,6 +59,7 @@ class Shape(NamedTuple):
     response: int
     group_size: int
     answers: int  # of a step
+    trl_at_once: int  # of them in TRL, which needs more than 24 GB for the longest ones at once
 
     @property
     def name(self) -> str:
@@ -64,8 +67,15 @@ class Shape(NamedTuple):
         return f"{self.prompt}+{self.response}x{self.group_size}"
 
 
-SHAPES = [Shape(45, 8, 8, 64), Shape(128, 128, 8, 16), Shape(512, 64, 16, 16)]
+SHAPES = [Shape(45, 8, 8, 64, 64), Shape(128, 128, 8, 16, 16), Shape(512, 64, 16, 16, 4)]
 SHAPE_STEPS = 4
+COLUMNS = {  # of a stage's results: their names in the table
+    "seconds_a_step": "seconds a step",
+    "first_step": "seconds of the first step",
+    "peak_gib": "peak memory, GiB",
+    "before": "held-out rows before",
+    "after": "held-out rows after",
+}
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
 
@@ -269,6 +279,27 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
     }
 
 
+def write_table(file: Path, results: dict[str, Any], seconds: float) -> None:
+    """The results of the stages as one of the tables of docs/results/."""
+    rows = [
+        {"variant": stage, "seed": "all", "step": found["steps"], "metric": metric, "value": value}
+        for stage, found in results.items()
+        for key, metric in COLUMNS.items()
+        if (value := found.get(key)) is not None
+    ]
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    words = [word for word in sys.argv[2:] if word not in ("--out", str(file))]
+    content = {
+        "command": shlex.join(["python", "benchmarks/real_model.py", "runs/real-model", *words]),
+        "revision": revision,
+        "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
+        "seconds": round(seconds),
+        "rows": rows,
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def answers(folder: Path, new_tokens: int) -> dict[str, list[str]]:
     """What the model says to QUESTIONS, greedily, before training and after each stage."""
     from rlhf_jax.generation.generator import Generator
@@ -289,7 +320,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=stages, help="default: all")
     parser.add_argument("--shapes", action="store_true", help="GRPO steps of given sizes alone")
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
+    parser.add_argument("--out", type=Path, help="a file for the stages' results as a table")
     args = parser.parse_args()
+    started = time.perf_counter()
     folder = args.folder
     sizes = SHORT if args.short else FULL
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,6 +344,8 @@ def main() -> None:
             trl = json.loads((folder / f"{stage}-trl.json").read_text("utf-8"))
             results[f"{stage} (TRL)"] = trl | took._asdict()
             print(stage, "(TRL)", json.dumps(results[f"{stage} (TRL)"]), flush=True)
+        if args.out is not None:
+            write_table(args.out, results, time.perf_counter() - started)
     if not args.stages and not args.shapes:
         results["answers"] = answers(folder, 16 if args.short else 48)
         print(json.dumps(results["answers"], indent=2))

@@ -59,7 +59,8 @@ def trainer_of_shape(shape, folder, common, how):
     """GRPO with at most as many tokens as the shape says."""
     args = GRPOConfig(
         **common,
-        per_device_train_batch_size=shape.answers,
+        per_device_train_batch_size=shape.trl_at_once,
+        gradient_accumulation_steps=shape.answers // shape.trl_at_once,
         num_generations=shape.group_size,
         max_completion_length=shape.response,
         max_steps=SHAPE_STEPS,

@@ -25,7 +25,7 @@ import sums
 import tyro
 
 from rlhf_jax import cli
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.runs.writing import write_atomically
 
@@ -109,6 +109,23 @@ def write_data(folder: Path, sizes: Sizes) -> None:
         for part, content in parts.items():
             path = folder / f"{part}_{kind}.json"
             path.write_text(json.dumps(content, indent=0), encoding="utf-8")
+
+
+def prepare(folder: Path, sizes: Sizes) -> None:
+    """Makes the model and the data where they are missing.
+
+    Raises:
+        UserError: the folder is of an experiment of other sizes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "sizes.json"
+    if not file.exists():
+        sums.write_model(folder / "model")
+        write_data(folder, sizes)
+        write_atomically(file, json.dumps(sizes._asdict()))
+    before = Sizes(**json.loads(file.read_text("utf-8")))
+    if before != sizes:
+        raise UserError(f"{file}: made with {before}, asked for {sizes}; choose another folder")
 
 
 def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
@@ -261,10 +278,7 @@ def main(
         seeds: how many.
         sizes: of the experiment.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sums.write_model(folder / "model")
-    if not (folder / "train_prompts.json").exists():
-        write_data(folder, sizes)
+    prepare(folder, sizes)
     rows = problems(sizes)[: sizes.held_out]
     before = []
     found: list[dict[str, Outcome]] = []

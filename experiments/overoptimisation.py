@@ -11,7 +11,7 @@ as the best of n, or the policy is trained on it, by RLOO without a KL penalty; 
 only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
 after a quarter of the labels was turned round, the same ones for all members.
 
-All seeds, numbers of comparisons and ensembles are lanes of two programs (``jax.vmap``).
+All seeds, numbers of comparisons and ensembles are lanes of the same programs (``jax.vmap``).
 """
 
 import functools
@@ -60,6 +60,10 @@ OF_ENSEMBLES = 256
 WRONG = (0.0, 0.25)
 SHOWN = 15  # points of a curve
 VALIDATION = 256  # comparisons at most, a quarter of those of a proxy
+END = "gold at the end"
+BELOW = "share of seeds that end below the first policy"
+GAIN = "gold at the end minus one proxy's"
+OF_SEEDS = ("highest gold", END, "proxy at the end")  # numbers of each seed in the file
 
 
 def network(initializer_range: float) -> models.Model:
@@ -84,7 +88,7 @@ POLICY_FN = models.policy_fn(POLICY, prompt_length=1)
 class Sizes(NamedTuple):
     """How much is trained."""
 
-    seeds: int = 4
+    seeds: int = 12
     pool: int = 8192  # answers of which the best of n is one
     proxy_steps: int = 200
     proxy_batch: int = 64  # comparisons a step
@@ -365,7 +369,7 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
         "beta": beta,
         "highest gold": curve.gold[highest],
         "sqrt(KL) there": distance[highest],
-        "gold at the end": curve.gold[-1],
+        END: curve.gold[-1],
         "fall of gold": curve.gold[highest] - curve.gold[-1],
         "proxy at the end": curve.proxy[-1],
         "sqrt(KL) at the end": distance[-1],
@@ -549,9 +553,9 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
             steps,
             curve,
         )
-    means = results.over_seeds(rows)
+    means = [*results.over_seeds(rows), *ends_of(rows)]
     for row in means:
-        if row["metric"] in ("fall of gold", "fall of gold low", "sqrt(KL) there"):
+        if row["metric"] in ("fall of gold", "sqrt(KL) there", BELOW):
             logger.info(f"{row['variant']}: {row['metric']} {row['value']:.3f}")
     if out is not None:
         command = "python experiments/overoptimisation.py --out overoptimisation.json"
@@ -560,9 +564,37 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
             out,
             command,
             seconds,
-            shown(means),
+            [*shown(means), *(row for row in rows if row["metric"] in OF_SEEDS)],
             sizes=sizes._asdict(),
         )
+
+
+def ends_of(rows: list[results.Row]) -> list[results.Row]:
+    """In how many seeds gold ends below the first policy, and for ensembles how much better it
+    ends than that of one proxy with the same labels, paired by seeds.
+    """
+    ends: dict[str, dict[int, float]] = {}
+    last: dict[str, int] = {}
+    for row in rows:
+        if row["metric"] == END:
+            ends.setdefault(row["variant"], {})[row["seed"]] = row["value"]
+            last[row["variant"]] = row["step"]
+    found = []
+    for variant, of_seeds in ends.items():
+        num_worse = sum(value < 0 for value in of_seeds.values())
+        share = results.share(num_worse, len(of_seeds))
+        numbers = {f"{BELOW}{edge}": value for edge, value in share.items()}
+        labels, _, how = variant.partition(": ")
+        alone = {"all labels": f"RL: {OF_ENSEMBLES} comparisons"}.get(labels, f"{labels}: one")
+        if how in OF_ALL:
+            gains = [value - ends[alone][seed] for seed, value in of_seeds.items()]
+            paired = [results.row(variant, n, last[variant], GAIN, x) for n, x in enumerate(gains)]
+            found += results.over_seeds(paired)
+        found += [
+            results.row(variant, results.ALL, last[variant], metric, value)
+            for metric, value in numbers.items()
+        ]
+    return found
 
 
 def shown(means: list[results.Row]) -> list[results.Row]:

@@ -10,6 +10,7 @@ split: sums and counts are then ``psum``-ed and every device holds the global re
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -374,7 +375,9 @@ def response_mask(tokens: Array, prompt_length: int, eos_id: EosId) -> Array:
 
 
 class PolicySettings(NamedTuple):
-    """What a policy function computes, so that it can be compared with what was sampled."""
+    """What a policy function computes, so that it can be compared with what was sampled, and what
+    more it can be told.
+    """
 
     temperature: Any = None  # by which it divides logits; None: unknown
     prompt_length: int = 0  # its log-probabilities of columns before this one are 0
@@ -477,19 +480,32 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
     return with_settings(apply_policy, temperature)
 
 
+def _takes_response_mask(fn: Any) -> bool:
+    """Whether a PolicyFn uses a ``response_mask`` and gets it through what is wrapped around it."""
+    if not settings_of(fn).takes_response_mask:
+        return False
+    parameters = inspect.signature(fn, follow_wrapped=False).parameters
+    passes = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return passes or "response_mask" in parameters
+
+
 def evaluate(
     policy_fn: PolicyFn,
     params: Params,
     batch: Rollout | Demonstrations,
     key: DropoutKey = None,
+    *,
+    name: str = "policy_fn",
 ) -> PolicyOutput:
-    """The policy's output on the rows of a batch. Raises AssertionError unless its shape is that of
-    the tokens, [B, T], and ValueError if the policy's settings do not fit (``check_fits``).
+    """The policy's output on the rows of a batch, of use where the ``response_mask`` is not 0: a
+    policy of ``models.policy_fn`` may leave out other columns, which are 0 then. Raises
+    AssertionError unless its shape is that of the tokens, [B, T], and ValueError, with the ``name``
+    of the function, if the policy's settings do not fit (``check_fits``).
     """
     chex.assert_rank(batch.tokens, 2)
-    check_fits(policy_fn, batch)
+    check_fits(policy_fn, batch, name)
     more = with_support(getattr(batch, "support", None))
-    if settings_of(policy_fn).takes_response_mask:
+    if _takes_response_mask(policy_fn):
         more["response_mask"] = batch.response_mask
     output = policy_fn(params, batch.tokens, batch.attention_mask, key, **more)
     chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
@@ -555,7 +571,9 @@ def split_rows(batch: Any, parts: int, *, group_size: int = 1) -> Any:
     return jax.tree.map(split, batch)
 
 
-def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array:
+def response_log_probs(
+    policy_fn: PolicyFn, params: Params, batch: Any, *, name: str = "policy_fn"
+) -> Array:
     """Log-probability, in nats, of each response: the sum over its tokens; 0 for a missing one.
 
     Args:
@@ -568,7 +586,7 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array
     arrays = [batch.tokens, batch.attention_mask, batch.response_mask]
     chex.assert_equal_shape(arrays)
     rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in arrays))
-    log_probs = float32(evaluate(policy_fn, params, rows).log_probs)
+    log_probs = float32(evaluate(policy_fn, params, rows, name=name).log_probs)
     return response_sums(log_probs.reshape(batch.tokens.shape), batch)
 
 

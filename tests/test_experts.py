@@ -195,6 +195,17 @@ def test_a_model_without_experts_has_no_such_term():
         sft.Config(router_aux_coef=-1.0)
 
 
+def test_answers_that_share_a_prompt_see_it_while_experts_are_balanced():
+    model, params = models.build(CONFIG), some_params(CONFIG)
+    tokens = np.array([[5, 6, 7, 8, 9, 10, 2, 3, 4, 1]])
+    numbers = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])  # a prompt and two answers
+    policy = models.policy_fn(model, num_answers=2)
+    expected = policy(params, tokens, numbers).log_probs
+    with auxiliary.collected():
+        found = policy(params, tokens, numbers).log_probs
+    assert_allclose(found, expected, atol=1e-6)
+
+
 def test_nothing_is_collected_outside_of_an_update():
     assert not auxiliary.is_wanted()
     with pytest.raises(ValueError, match="no loss collects"):

@@ -1,5 +1,6 @@
 """Value and score heads, and the chunked log-probabilities against ops on full logits."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from builders import CONFIG, slow, tiny
 from jax.tree_util import Partial
@@ -14,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 from tabular import assert_close
 
-from rlhf_jax import models, ops, types
+from rlhf_jax import models, ops, sharding, types
 from rlhf_jax.algorithms import dpo, sft
 from rlhf_jax.models import heads, lora
 
@@ -155,6 +157,40 @@ def test_losses_say_which_columns_they_read(monkeypatch):
     jax.effects_barrier()
     assert len(computed) == 2
     assert_allclose(value.total / value.count, -np.sum(READ * full) / 5, rtol=1e-5)
+
+
+def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
+    """Two microbatches over two devices under ``shard_map``, of chunks that are left out."""
+    model, params = tiny()
+    model, _ = chunks_of(monkeypatch, 2, model)
+    rows = types.Demonstrations(*(np.concatenate([x, x[:1]]) for x in (TOKENS, MASK, READ)))
+    state = types.TrainState.create(params, optax.sgd(0.1))
+    how = {
+        "policy_fn": models.policy_fn(model),
+        "optimizer": optax.sgd(0.1),
+        "config": sft.Config(num_microbatches=2),
+    }
+    alone, _ = jax.jit(partial(sft.update, **how))(state, rows, KEY)
+    layout = sharding.rows(sharding.make_mesh(2))
+    over_devices = partial(sft.update, **how, minibatch_sharding=layout)
+    apart, _ = jax.jit(over_devices)(state, jax.device_put(rows, layout), KEY)
+    assert_close(apart.params, alone.params, atol=1e-6)
+
+
+def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
+    model, params = tiny()
+    policy = models.policy_fn(model)
+    rows = types.Demonstrations(TOKENS, MASK, READ)
+    expected = ops.evaluate(policy, params, rows).log_probs
+
+    def mine(inner, *arguments):
+        return inner(*arguments)
+
+    wrapped = functools.wraps(policy)(
+        lambda params, tokens, mask, key: mine(policy, params, tokens, mask)
+    )
+    for fn in (partial(mine, policy), wrapped, jax.jit(policy), Partial(Partial(policy))):
+        assert_allclose(ops.evaluate(fn, params, rows).log_probs, expected, atol=1e-6)
 
 
 def test_values_are_the_head_one_column_earlier():

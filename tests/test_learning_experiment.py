@@ -6,6 +6,8 @@ import learning
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import UserError
+
 SIZES = learning.Sizes(largest=4, held_out=6)
 
 
@@ -20,6 +22,17 @@ def test_no_held_out_sum_is_trained_on(tmp_path):
         assert len(train) == 10
         assert len(held_out) == 6
         assert not train & held_out
+
+
+def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
+    (tmp_path / "answers.json").write_text(json.dumps(["I do not know"] * 16), "utf-8")
+    learning.prepare(tmp_path, SIZES)
+    written = (tmp_path / "train_rows.json").read_bytes()
+    learning.prepare(tmp_path, SIZES)
+    with pytest.raises(UserError, match=r"held_out=6.* asked for .*held_out=8"):
+        learning.prepare(tmp_path, SIZES._replace(held_out=8))
+    assert (tmp_path / "train_rows.json").read_bytes() == written
 
 
 def test_pairs_by_turns_hold_a_near_number_and_a_wrong_answer_of_the_model():

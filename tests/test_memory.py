@@ -333,6 +333,7 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)} == {memory.HOST}
     program = jax.jit(lambda fn, tokens: fn(tokens))
     assert_array_equal(program(reference, tokens), expected)
+    assert_array_equal(jax.jit(lambda fn: fn(tokens=tokens))(reference), expected)
     for platform in ("tpu", "cuda"):  # tried on none, but lowers
         text = program.trace(reference, tokens).lower(lowering_platforms=(platform,)).as_text()
         assert 'memory_kind = "pinned_host"' in text

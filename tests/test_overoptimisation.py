@@ -59,6 +59,29 @@ def test_a_curve_says_where_gold_is_highest_and_how_far_it_falls():
     assert found[name, 15, "beta"] == pytest.approx(beta, abs=1e-4)
 
 
+def test_seeds_that_end_below_the_start_are_counted_and_ensembles_paired_by_seed():
+    ends = {
+        "RL: 256 comparisons": [1.0, -2.0],
+        "all labels: mean": [1.5, -1.0],
+        "a quarter wrong: one": [-1.0, -3.0],
+        "a quarter wrong: min": [0.0, -2.5],
+    }
+    rows = [
+        results.row(name, seed, 7, overoptimisation.END, value)
+        for name, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    found = {
+        (row["variant"], row["metric"]): row["value"] for row in overoptimisation.ends_of(rows)
+    }
+    below = {name: found[name, overoptimisation.BELOW] for name in ends}
+    assert list(below.values()) == [0.5, 0.5, 1.0, 0.5]
+    assert found["all labels: mean", overoptimisation.GAIN] == 0.75
+    assert found["a quarter wrong: min", overoptimisation.GAIN] == 0.75
+    assert found["a quarter wrong: min", f"{overoptimisation.GAIN} low"] < 0
+    assert ("RL: 256 comparisons", overoptimisation.GAIN) not in found
+
+
 def test_all_policies_have_their_proxies():
     lanes = overoptimisation.lanes_of(2)
     runs = overoptimisation.runs_of(2)

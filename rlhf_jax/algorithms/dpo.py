@@ -86,7 +86,8 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
     def policy_fn(_: None, *inputs: Any, **more: Any) -> PolicyOutput:
         return ref_fn(*inputs, **more)
 
-    ref_log_probs = ops.response_log_probs(ops.noted(policy_fn, ref_fn), None, batch)
+    noted = ops.noted(policy_fn, ref_fn)
+    ref_log_probs = ops.response_log_probs(noted, None, batch, name="ref_fn")
     return replace(batch, ref_log_probs=ref_log_probs)
 
 

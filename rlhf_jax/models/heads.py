@@ -327,7 +327,8 @@ def _by_chunks(
     if chunks <= 1:
         return fn(jnp.int32(0), *arrays)
     size = math.ceil(columns / chunks)
-    if read is None:
+    # A table that is cut over ``fsdp`` would be gathered anew in each chunk that is computed.
+    if read is None or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
         output: PolicyOutput = by_blocks(fn, size, *((x, 1) for x in arrays))
         return output
     # Each row's columns that are read come first, so that they fill as few chunks as possible.
@@ -344,7 +345,8 @@ def _where_read(fn: Callable[..., PolicyOutput], number: Array, read: Array, *ar
     shapes = jax.eval_shape(of_chunk, *arrays)
 
     def zeros(*_: Array) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        # Like the shapes also in the axes of shard_map over which they vary.
+        return jax.tree.map(jnp.zeros_like, shapes)
 
     return lax.cond(jnp.any(read), of_chunk, zeros, *arrays)
 

@@ -241,7 +241,11 @@ def offloaded(fn: Partial) -> Partial:
             f"compute.offload: {jax.default_backend()} devices have no {HOST} memory; leave it out"
         )
     on_host = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), fn)
-    return Partial(lambda fn, *args: jax.device_put(fn, jax.memory.Space.Device)(*args), on_host)
+    return Partial(_on_device, on_host)
+
+
+def _on_device(fn: Partial, *args: Any, **more: Any) -> Any:
+    return jax.device_put(fn, jax.memory.Space.Device)(*args, **more)
 
 
 def free(tree: Any) -> None:

