@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from builders import soak
 
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.cli.planning import hlo, phases, shapes, targets
@@ -51,7 +52,9 @@ LAYOUTS = {1: Mesh(), 8: Mesh(data=2, fsdp=2, tensor=2)}
 SAMPLE = "sample and score"
 LEARN = "learn"
 STAGES = ("sft", "reward_model", "dpo", "kto", "ppo", "grpo")
-ON_GPU = [(name, stage, LEARN) for name in ("h200x1", "h200x8") for stage in STAGES]
+ON_GPU = [("h200x8", stage, LEARN) for stage in STAGES]
+ON_GPU += [("h200x1", stage, LEARN) for stage in ("sft", "ppo", "grpo")]
+BY_HAND = [("h200x1", stage, LEARN) for stage in ("reward_model", "dpo", "kto")]
 # Answers of PPO have a prompt each, those of GRPO share it.
 ON_GPU += [("h200x1", "ppo", SAMPLE), ("h200x8", "ppo", SAMPLE), ("h200x1", "grpo", SAMPLE)]
 ON_TPU = [("v5e-8", "sft", LEARN), ("v5e-1", "grpo", SAMPLE)]
@@ -115,7 +118,9 @@ def expected(case, measured):
     return recorded[case]
 
 
-@pytest.mark.parametrize(("name", "stage", "phase"), ON_GPU + ON_TPU)
+@pytest.mark.parametrize(
+    ("name", "stage", "phase"), [*ON_GPU, *ON_TPU, *(soak(*case) for case in BY_HAND)]
+)
 def test_a_program_for_an_accelerator(name, stage, phase):
     try:
         target = targets.find(name)
@@ -160,7 +165,7 @@ def scatters_of(text):
     return [line for line in text.splitlines() if " scatter(" in line]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", soak("reward_model"), "ppo", soak("grpo")])
 def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
     """No two threads of it add into one place, and all products are of float32. DPO and KTO sum the
     log-probs that SFT sums.

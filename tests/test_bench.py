@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from builders import script, slow
+from builders import script, slow, soak
 
 from rlhf_jax import cli, models
 from rlhf_jax.cli.benchmark import figures, measure, opponent, steps
@@ -172,7 +172,7 @@ def test_wrong_flags_are_named(argv, message):
 
 
 WORK = [("hand", name, "shared") for name in ("sft", "reward", "dpo", "grpo", "vpg", "rollout")]
-WORK += [("hand", "iteration", value) for value in ("shared", "separate")]
+WORK += [("hand", "iteration", "shared"), soak("hand", "iteration", "separate")]
 # Their losses are the code of "hand"; these three show what is the library's own.
 WORK += [("transformers", name, "shared") for name in ("sft", "reward", "rollout")]
 WORK += [("trl", name, "shared") for name in ("sft", "reward", "dpo", "grpo")] + [

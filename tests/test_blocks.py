@@ -352,9 +352,9 @@ TURNS = ["--rl.environment", "experiments/calculator.py:calculator", "--data", "
         soak("kto", []),
         soak("vpg", SHORT),
         soak("ppo", SHORT + SHARED),
-        soak("rloo", SHORT),
+        slow("rloo", SHORT),
         soak("grpo", SHORT + DYNAMIC),
-        slow("grpo", SHORT + TURNS),
+        soak("grpo", SHORT + TURNS),
     ],
 )
 def test_a_stage_has_the_same_bytes_on_any_number_of_devices_and_after_moves(

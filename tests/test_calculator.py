@@ -4,7 +4,7 @@ import json
 
 import calculator
 import pytest
-from builders import ROOT, metric_rows, run_script
+from builders import ROOT, metric_rows, run_script, soak
 
 from rlhf_jax.errors import UserError
 
@@ -58,8 +58,8 @@ def test_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("iterations", "reward", "correct"),
     [
-        pytest.param(80, 0.25, 0.0, marks=pytest.mark.slow),
-        pytest.param(600, 1.9, 0.9, marks=pytest.mark.soak),
+        soak(80, 0.25, 0.0),
+        soak(600, 1.9, 0.9),
     ],
 )
 def test_a_policy_learns_to_call_it_and_then_to_answer(iterations, reward, correct, tmp_path):

@@ -443,7 +443,7 @@ def test_a_run_with_an_environment_goes_on_bit_for_bit(conversing, no_pages):
     env.write_text(COUNTING)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
     config, result, _ = conversing
     (tmp_path / "run.yaml").write_text(to_yaml(config))

@@ -80,7 +80,9 @@ def plan(
         used[phase] = int(exact + scale * (needed - exact))
     first = next(iter(used))
     if "reference" in config.compute.offload:
-        used[first] += held.pop("reference", 0)
+        size = held.pop("reference", 0)
+        for phase in used.keys() & {first, ANSWERING}:
+            used[phase] += size
     if "reward" in config.compute.offload and "reward models" in held:
         used["reward"] += held.pop("reward models")
     return Plan(held, used, parts, figures)
