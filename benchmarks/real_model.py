@@ -322,6 +322,8 @@ def main() -> None:
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
     parser.add_argument("--out", type=Path, help="a file for the stages' results as a table")
     args = parser.parse_args()
+    if args.shapes and args.stages:
+        parser.error("--shapes takes the place of the stages: leave --stages out")
     started = time.perf_counter()
     folder = args.folder
     sizes = SHORT if args.short else FULL
@@ -331,7 +333,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     work = commands(folder, sizes)
     if args.stages:
-        work = {stage: work[stage] for stage in args.stages}
+        work = {stage: words for stage, words in work.items() if stage in args.stages}
     if args.shapes:
         work = {f"grpo_{shape.name}": step_of(folder, shape) for shape in SHAPES}
     for stage, words in work.items():

@@ -63,7 +63,7 @@ def write(path: Path, command: str, seconds: float, rows: list[Row], **more: Any
     more: further keys, such as the settings.
     """
     here = str(Path(__file__).parent)
-    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content: Mapping[str, Any] = {
         "command": command,
