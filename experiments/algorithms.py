@@ -71,8 +71,8 @@ KL = "KL from the first policy"
 PASSES: dict[str, Any] = {"num_epochs": 2, "num_minibatches": 2}
 GROUPED: dict[str, Any] = {**PASSES, "group_size": 8}
 OF_GRPO: dict[str, Any] = {**GROUPED, "kl_loss_coef": 0.0}
-# Each with the values of its preset in configs/algorithms/ that do not depend on a run's size. PPO's
-# rewards are not whitened here, and DAPO does not sample dynamically.
+# Each with the values of its preset in configs/algorithms/ that do not depend on a run's size.
+# PPO's rewards are not whitened here, and DAPO does not sample dynamically.
 METHODS: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo, ppo.Config(**PASSES)),
     "RLOO": (rloo, rloo.Config(**GROUPED)),
