@@ -138,16 +138,7 @@ def test_a_second_call_goes_on_with_what_the_file_has(tmp_path):
         algorithms.done_before(out, SIZES._replace(steps=6))
 
 
-@pytest.fixture
-def compiles_fast():
-    """XLA takes less time to compile, and its programs more to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiles_fast")
 def test_the_short_form(tmp_path):
     out = tmp_path / "algorithms.json"
     algorithms.main(out, ("PPO",), SIZES)

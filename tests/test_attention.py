@@ -73,7 +73,7 @@ def rows(mask):
 
 
 def assert_close(found, expected):
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-5), found, expected)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize(
