@@ -21,6 +21,7 @@ import random
 import re
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -265,15 +266,15 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
     """A stage's validation before and after, the median seconds of its steps, its peak memory."""
     metrics = rows_of(run / "metrics.jsonl")
     timing = rows_of(run / "timing.jsonl")
-    steps = sorted(row["timing/step"] for row in timing if "timing/step" in row)
+    steps = [row["timing/step"] for row in timing if "timing/step" in row]
     name = "validation/score" if "validation/score" in metrics[-1] else "validation/accuracy"
     return {
         "metric": name,
         "before": metrics[0].get(name),
         "after": metrics[-1].get(name),
         "steps": len(steps),
-        "seconds_a_step": steps[len(steps) // 2],
-        "first_step": next(row["timing/step"] for row in timing if "timing/step" in row),
+        "seconds_a_step": statistics.median(steps),
+        "first_step": steps[0],
         "seconds": took.seconds,
         "peak_gib": took.peak_gib,
     }
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     stages = ["reward-model", "dpo", "grpo", "ppo"]
     parser.add_argument("--stages", nargs="+", choices=stages, help="default: all")
+    parser.add_argument("--pairs", type=int, help="how many train the reward model and DPO")
     parser.add_argument("--shapes", action="store_true", help="GRPO steps of given sizes alone")
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
     parser.add_argument("--out", type=Path, help="a file for the stages' results as a table")
@@ -327,6 +329,8 @@ def main() -> None:
     started = time.perf_counter()
     folder = args.folder
     sizes = SHORT if args.short else FULL
+    if args.pairs is not None:
+        sizes = sizes._replace(pairs=args.pairs)
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "base")
     write_data(folder, sizes)

@@ -35,31 +35,21 @@ class Compared(NamedTuple):
     batch: int  # rows of a step
 
 
-class Curve(NamedTuple):
-    """What a library reached."""
-
-    values: dict[int, float]  # after each of some steps
-    seconds: float  # of the median step
-
-
-def stages(sizes: learning.Sizes) -> dict[str, Compared]:
-    """{name of the command: what is compared}"""
-    right = "right answers of GRPO"
-    accuracy = "held-out accuracy of DPO"
-    return {
-        "grpo": Compared("GRPO, checked answers", "validation/score", right, sizes.answers),
-        "dpo": Compared("DPO", "validation/accuracy", accuracy, sizes.batch),
-    }
+Curve = dict[int, float]  # what a library reached after each of some steps
+SIZES = learning.FULL
+# {name of the command: what is compared}
+STAGES = {
+    "grpo": Compared(
+        "GRPO, checked answers", "validation/score", "right answers of GRPO", SIZES.answers
+    ),
+    "dpo": Compared("DPO", "validation/accuracy", "held-out accuracy of DPO", SIZES.batch),
+}
 
 
 def ours(run: Path, flags: list[str], key: str) -> Curve:
     """What a run reached, which is run to its end."""
     metrics = learning.finished(run, flags)
-    timing = (run / "timing.jsonl").read_text("utf-8").splitlines()
-    seconds = sorted(json.loads(line).get("timing/step", 0.0) for line in timing)
-    steps = [step for step in seconds if step]
-    values = {row["step"]: row[key] for row in metrics if key in row}
-    return Curve(values, steps[len(steps) // 2])
+    return {row["step"]: row[key] for row in metrics if key in row}
 
 
 def theirs(command: str, folder: Path, out: Path, *, seed: int, steps: int, batch: int) -> Curve:
@@ -68,26 +58,24 @@ def theirs(command: str, folder: Path, out: Path, *, seed: int, steps: int, batc
         words = [sys.executable, TRL, command, folder, seed, steps, batch, out]
         subprocess.run(list(map(str, words)), check=True)
     found = json.loads(out.read_text("utf-8"))
-    return Curve({int(step): value for step, value in found["values"].items()}, found["seconds"])
+    return {int(step): value for step, value in found["values"].items()}
 
 
-def of_seed(folder: Path, sizes: learning.Sizes, seed: int) -> list[results.Row]:
+def of_seed(folder: Path, seed: int) -> list[results.Row]:
     """The rows of a seed."""
     runs = folder / f"seed-{seed}"
     runs.mkdir(exist_ok=True)
-    trained = learning.stages(folder, runs, sizes, seed)
+    trained = learning.stages(folder, runs, SIZES, seed)
     rows = []
-    for command, (stage, key, meaning, batch) in stages(sizes).items():
+    for command, (stage, key, meaning, batch) in STAGES.items():
         one = ours(runs / command, trained[stage].flags, key)
         out = runs / f"{command}-trl.json"
-        steps = max(one.values)
+        steps = max(one)
         other = theirs(command, folder, out, seed=seed, steps=steps, batch=batch)
-        for name, (values, seconds) in {"rlhf_jax": one, "TRL 1.16": other}.items():
-            logger.info(f"seed {seed}, {meaning}, {name}: {values}, {seconds:.1f} s a step")
-            took = f"seconds a step of {command.upper()}"
-            rows.append(results.row(name, seed, max(values), took, seconds))
+        for name, values in {"rlhf_jax": one, "TRL 1.16": other}.items():
+            logger.info(f"seed {seed}, {meaning}, {name}: {values}")
             for step, value in values.items():
-                shares = results.share(value * sizes.held_out, sizes.held_out)
+                shares = results.share(value * SIZES.held_out, SIZES.held_out)
                 rows += [
                     results.row(name, seed, step, f"{meaning}{edge}", share)
                     for edge, share in shares.items()
@@ -95,29 +83,23 @@ def of_seed(folder: Path, sizes: learning.Sizes, seed: int) -> list[results.Row]
     return rows
 
 
-def main(
-    folder: tyro.conf.Positional[Path],
-    out: Path | None = None,
-    seeds: int = 1,
-    sizes: tyro.conf.OmitArgPrefixes[learning.Sizes] = learning.FULL,
-) -> None:
+def main(folder: tyro.conf.Positional[Path], out: Path | None = None, seeds: int = 1) -> None:
     """Trains with both libraries, and writes what they reach as one table.
 
     Args:
         folder: of learning.py, or an empty one.
         out: a file for the results as a table.
         seeds: how many.
-        sizes: of the experiment.
     """
     started = time.monotonic()
-    learning.prepare(folder, sizes)
+    learning.prepare(folder, SIZES)
     rows: list[results.Row] = []
     for seed in range(seeds):
-        rows += of_seed(folder, sizes, seed)
+        rows += of_seed(folder, seed)
         if out is not None:
             command = f"python experiments/peers.py runs/learning --seeds {seed + 1}"
             found = rows if seed == 0 else [*rows, *results.over_seeds(rows)]
-            results.write(out, command, time.monotonic() - started, found, sizes=sizes._asdict())
+            results.write(out, command, time.monotonic() - started, found, sizes=SIZES._asdict())
 
 
 if __name__ == "__main__":

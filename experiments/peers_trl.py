@@ -3,6 +3,7 @@
 usage: python experiments/peers_trl.py STAGE FOLDER SEED STEPS BATCH OUT
 """
 
+import copy
 import json
 import re
 import sys
@@ -51,6 +52,8 @@ def is_answer(completions, answer, **columns):
 def right_answers(model, tokenizer, rows):
     """The share of right answers to the rows, one sampled for each at temperature 1."""
     right = 0.0
+    tokenizer = copy.deepcopy(tokenizer)  # the trainer's own may pad on the right
+    tokenizer.padding_side = "left"
     model.eval()
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
@@ -58,7 +61,6 @@ def right_answers(model, tokenizer, rows):
             [row["prompt"] for row in part],
             add_generation_prompt=True,
             padding=True,
-            padding_side="left",
             return_tensors="pt",
             return_dict=True,
         )

@@ -395,7 +395,9 @@ def with_settings(
 
 def noted(fn: Function, like: Any) -> Function:
     """``fn``, a PolicyFn that calls another one, ``like``, and notes that it has its settings."""
-    vars(fn)["policy_settings"] = settings_of(like)
+    takes_mask = _takes_response_mask(like)
+    settings = settings_of(like)._replace(takes_response_mask=takes_mask)
+    vars(fn)["policy_settings"] = settings
     return fn
 
 
@@ -482,11 +484,21 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
 
 def _takes_response_mask(fn: Any) -> bool:
     """Whether a PolicyFn uses a ``response_mask`` and gets it through what is wrapped around it."""
-    if not settings_of(fn).takes_response_mask:
-        return False
+    if hasattr(fn, "fun"):  # see settings_of
+        return _takes_response_mask(fn.fun)
+    if isinstance(fn, functools.partial):
+        inner = (part for part in (fn.func, *fn.args) if settings_of(part) != PolicySettings())
+        return _lets_through(fn.func) and any(_takes_response_mask(part) for part in inner)
+    return settings_of(fn).takes_response_mask and _lets_through(fn)
+
+
+def _lets_through(fn: Any) -> bool:
+    """Whether a function takes ``response_mask``; of what JAX or a partial wraps, True."""
+    if hasattr(fn, "fun") or isinstance(fn, functools.partial):
+        return True
     parameters = inspect.signature(fn, follow_wrapped=False).parameters
-    passes = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return passes or "response_mask" in parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_all or "response_mask" in parameters
 
 
 def evaluate(

@@ -179,18 +179,41 @@ def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
 
 def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
     model, params = tiny()
+    model, computed = chunks_of(monkeypatch, 2, model)
     policy = models.policy_fn(model)
     rows = types.Demonstrations(TOKENS, MASK, READ)
-    expected = ops.evaluate(policy, params, rows).log_probs
+    expected = READ * policy(params, TOKENS, MASK, None).log_probs
 
     def mine(inner, *arguments):
         return inner(*arguments)
 
-    wrapped = functools.wraps(policy)(
-        lambda params, tokens, mask, key: mine(policy, params, tokens, mask)
-    )
-    for fn in (partial(mine, policy), wrapped, jax.jit(policy), Partial(Partial(policy))):
-        assert_allclose(ops.evaluate(fn, params, rows).log_probs, expected, atol=1e-6)
+    def wrapped(params, tokens, mask, key):
+        return policy(params, tokens, mask, key)
+
+    functools.update_wrapper(wrapped, policy)
+    bound = lora.bind(partial(mine, policy), params)
+    adapters = lora.init(KEY, params, rank=1)
+    need_not = [partial(mine, policy), wrapped, ops.by_rows(partial(mine, policy), None)]
+    lets_through = [jax.jit(policy), Partial(Partial(policy)), ops.by_rows(policy, None)]
+    cases = [(fn, params, 4) for fn in need_not] + [(fn, params, 2) for fn in lets_through]
+    cases += [(bound, adapters, 4), (lora.bind(policy, params), adapters, 2)]
+    for fn, trained, chunks in cases:
+        jax.effects_barrier()
+        computed.clear()
+        found = jax.jit(partial(ops.evaluate, fn))(trained, rows).log_probs
+        jax.effects_barrier()
+        assert len(computed) == chunks
+        assert_allclose(READ * found, expected, atol=1e-6)
+
+
+def test_a_table_that_is_cut_is_not_gathered_for_each_chunk(monkeypatch):
+    model, params = tiny()
+    model, _ = chunks_of(monkeypatch, 2, model)
+    policy = partial(models.policy_fn(model), response_mask=READ)
+    for mesh, skips in ((sharding.make_mesh(2), True), (sharding.make_mesh(1, fsdp=2), False)):
+        with jax.set_mesh(mesh):
+            program = str(jax.make_jaxpr(policy)(params, TOKENS, MASK, None))
+        assert ("argsort" in program) == skips  # the columns that are read come first
 
 
 def test_values_are_the_head_one_column_earlier():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 import typing
 from typing import Any, TypeVar
 
@@ -131,7 +130,7 @@ def _check_counts(section: AlgorithmConfig, name: str) -> None:
     )
     for key, least in {**counts, "value_warmup": 0}.items():
         value = getattr(section, key)
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or value < least:
             raise UserError(
                 f"{name}.{key} must be a whole number of at least {least}, got {value!r}"
