@@ -13,8 +13,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import learning
 import results
@@ -61,13 +62,14 @@ def theirs(command: str, folder: Path, out: Path, *, seed: int, steps: int, batc
     return {int(step): value for step, value in found["values"].items()}
 
 
-def of_seed(folder: Path, seed: int) -> list[results.Row]:
+def of_seed(folder: Path, seed: int, commands: Sequence[str]) -> list[results.Row]:
     """The rows of a seed."""
     runs = folder / f"seed-{seed}"
     runs.mkdir(exist_ok=True)
     trained = learning.stages(folder, runs, SIZES, seed)
     rows = []
-    for command, (stage, key, meaning, batch) in STAGES.items():
+    for command in commands:
+        stage, key, meaning, batch = STAGES[command]
         one = ours(runs / command, trained[stage].flags, key)
         out = runs / f"{command}-trl.json"
         steps = max(one)
@@ -83,21 +85,28 @@ def of_seed(folder: Path, seed: int) -> list[results.Row]:
     return rows
 
 
-def main(folder: tyro.conf.Positional[Path], out: Path | None = None, seeds: int = 1) -> None:
+def main(
+    folder: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    seeds: int = 1,
+    stages: tuple[Literal["grpo", "dpo"], ...] = ("grpo", "dpo"),
+) -> None:
     """Trains with both libraries, and writes what they reach as one table.
 
     Args:
         folder: of learning.py, or an empty one.
         out: a file for the results as a table.
         seeds: how many.
+        stages: which.
     """
     started = time.monotonic()
     learning.prepare(folder, SIZES)
     rows: list[results.Row] = []
     for seed in range(seeds):
-        rows += of_seed(folder, seed)
+        rows += of_seed(folder, seed, stages)
         if out is not None:
-            command = f"python experiments/peers.py runs/learning --seeds {seed + 1}"
+            command = f"python experiments/peers.py runs/learning --seeds {seed + 1} --stages "
+            command += " ".join(stages)
             found = rows if seed == 0 else [*rows, *results.over_seeds(rows)]
             results.write(out, command, time.monotonic() - started, found, sizes=SIZES._asdict())
 
