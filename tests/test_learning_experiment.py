@@ -4,6 +4,7 @@ import json
 
 import learning
 import numpy as np
+import peers
 import pytest
 
 from rlhf_jax.errors import UserError
@@ -53,6 +54,32 @@ def test_a_change_is_the_mean_over_sums_of_the_mean_over_seeds():
     found = learning.change(before, after)
     expected = {"": 0.375, " low": 0.375 - 1.96 * 0.23936, " high": 0.375 + 1.96 * 0.23936}
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_library_has_its_own_curve(tmp_path, monkeypatch):
+    """The metric of each stage's own run, and TRL with as many steps and rows."""
+    asked = []
+
+    def ours(run, flags, key):
+        assert flags[-1] == str(run)
+        return {0: 0.25, 10: 0.75} if (run.name, key) == ("grpo", "validation/score") else {0: 0.5}
+
+    def theirs(command, *places, **how):
+        asked.append((command, how))
+        return {0: 0.0, 10: 1.0}
+
+    monkeypatch.setattr(peers, "ours", ours)
+    monkeypatch.setattr(peers, "theirs", theirs)
+    rows = peers.of_seed(tmp_path, 1, ["grpo", "dpo"])
+    found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
+    assert found["rlhf_jax", 10, "right answers of GRPO"] == 0.75
+    assert found["TRL 1.16", 10, "right answers of GRPO"] == 1.0
+    assert found["rlhf_jax", 0, "held-out accuracy of DPO"] == 0.5
+    assert 0.66 < found["rlhf_jax", 10, "right answers of GRPO low"] < 0.67  # of 128, Wilson
+    assert asked == [
+        ("grpo", {"seed": 1, "steps": 10, "batch": 64}),
+        ("dpo", {"seed": 1, "steps": 0, "batch": 16}),
+    ]
 
 
 def test_the_table_has_each_stage_before_and_after():
