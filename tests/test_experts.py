@@ -196,7 +196,8 @@ def test_a_model_without_experts_has_no_such_term():
 
 
 def test_answers_that_share_a_prompt_see_it_while_experts_are_balanced():
-    model, params = models.build(CONFIG), some_params(CONFIG)
+    model = models.build(CONFIG)
+    params = some_params(CONFIG)
     tokens = np.array([[5, 6, 7, 8, 9, 10, 2, 3, 4, 1]])
     numbers = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])  # a prompt and two answers
     policy = models.policy_fn(model, num_answers=2)

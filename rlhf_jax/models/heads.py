@@ -142,9 +142,8 @@ def policy_fn(
         response_mask: Array | None = None,
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
-            raise ValueError(
-                f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns"
-            )
+            longer = f"longer than the {tokens.shape[1]} columns"
+            raise ValueError(f"prompt_length {prompt_length} is {longer}")
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
         # The states before columns first, ..., T - 1: [B, T - first, D].
@@ -159,9 +158,7 @@ def policy_fn(
             of_teacher = states(teacher.model, teacher_params, *rows, None, before)
             columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
-        of_chunk: Callable[..., PolicyOutput] = partial(
-            _of_tokens, model, body, temperature, compare
-        )
+        of_chunk: Any = partial(_of_tokens, model, body, temperature, compare)
         if support is not None:
             columns.append(support[:, first:])
             of_chunk = partial(_in_support, of_chunk)

@@ -110,9 +110,8 @@ def build(config: ModelConfig) -> Model:
         if has_experts and auxiliary.is_wanted():
             # All columns: the tokens before the chosen ones choose experts in the last layer too.
             how: Any = {"rngs": rngs, "method": "hidden", "mutable": [stack.ROUTER]}
-            states, chosen = module.apply(
-                {"params": params}, tokens, mask, None, num_answers, **how
-            )
+            whole = (tokens, mask, None, num_answers)
+            states, chosen = module.apply({"params": params}, *whole, **how)
             auxiliary.add(balance(config, chosen[stack.ROUTER], mask))
             return pick(states, columns, axis=1)
         inputs = (tokens, mask, columns)
