@@ -206,14 +206,16 @@ def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
         assert_allclose(READ * found, expected, atol=1e-6)
 
 
-def test_a_table_that_is_cut_is_not_gathered_for_each_chunk(monkeypatch):
+def test_on_accelerators_all_columns_are_computed(monkeypatch):
     model, params = tiny()
     model, _ = chunks_of(monkeypatch, 2, model)
-    policy = partial(models.policy_fn(model), response_mask=READ)
-    for mesh, skips in ((sharding.make_mesh(2), True), (sharding.make_mesh(1, fsdp=2), False)):
-        with jax.set_mesh(mesh):
-            program = str(jax.make_jaxpr(policy)(params, TOKENS, MASK, None))
-        assert ("argsort" in program) == skips  # the columns that are read come first
+    monkeypatch.setattr(heads, "_ON_ACCELERATORS", 1)
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(heads.fused, "platform", lambda name=platform: name)
+        policy = partial(models.policy_fn(model), response_mask=READ)
+        program = str(jax.make_jaxpr(policy)(params, TOKENS, MASK, None))
+        # The columns that are read come first.
+        assert ("argsort" in program) == (platform == "cpu")
 
 
 def test_values_are_the_head_one_column_earlier():

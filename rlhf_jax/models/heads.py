@@ -117,7 +117,7 @@ def policy_fn(
         ``teacher_log_probs`` and ``divergence``, in the same chunks. With the keyword ``support``
         [B, T, K] all of these but the values are of the distributions among its ids. With the
         keyword ``response_mask`` [B, T] columns outside it may be left out: logits of many columns
-        are computed in chunks, those with columns of responses alone.
+        are computed in chunks, on CPUs those with columns of responses alone.
 
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
@@ -316,16 +316,19 @@ def _by_chunks(
     """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns whose logits
     are about ``_CHUNK_LOGITS`` numbers for each row, or more on an accelerator.
 
-    read: [B, N] bool, the columns whose results are read; the chunks of others are 0. None: all.
+    read: [B, N] bool, the columns whose results are read; on CPUs the chunks of others are left
+        out, and 0. None: all.
     """
     columns = arrays[0].shape[1]
-    at_once = _CHUNK_LOGITS * (1 if fused.platform() == "cpu" else _ON_ACCELERATORS)
+    is_cpu = fused.platform() == "cpu"
+    at_once = _CHUNK_LOGITS * (1 if is_cpu else _ON_ACCELERATORS)
     chunks = math.ceil(columns * vocab_size / at_once)
     if chunks <= 1:
         return fn(jnp.int32(0), *arrays)
     size = math.ceil(columns / chunks)
-    # A table that is cut over ``fsdp`` would be gathered anew in each chunk that is computed.
-    if read is None or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+    # Compiled for an H200 and a TPU v5e, chunks that may be left out take another copy of the
+    # table's gradient, and on the TPU twice the time to compile.
+    if read is None or not is_cpu:
         output: PolicyOutput = by_blocks(fn, size, *((x, 1) for x in arrays))
         return output
     # Each row's columns that are read come first, so that they fill as few chunks as possible.
