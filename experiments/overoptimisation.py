@@ -9,17 +9,21 @@ answers by it, with noise (Bradley and Terry). Reward models, the proxies, learn
 such comparisons. Then the answers are chosen by a proxy,
 as the best of n, or the policy is trained on it, by RLOO without a KL penalty; the gold reward is
 only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
-after a quarter of the labels was turned round, the same ones for all members.
+after a quarter of the labels was turned round, the same ones for all members. A judge, a reward
+model of comparisons of its own, looks on, for the alerts of a run (hacking_alerts.py), also where
+the policy is trained on the gold reward itself.
 
 All seeds, numbers of comparisons and ensembles are lanes of the same programs (``jax.vmap``).
 """
 
+import collections
 import functools
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import hacking_alerts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +57,12 @@ LENGTH = 12  # tokens of an answer; the prompt is the token 0
 ENOUGH = 2  # times that a token may be said
 SAMPLER = sampling.SamplingConfig(LENGTH, eos_id=None, pad_id=VOCABULARY)
 OF_ALL: tuple[EnsembleMethod, ...] = ("mean", "min", "uncertainty")
-HOW = ("one", *OF_ALL)  # of an ensemble, which member or what of all
+GOLD = "gold"
+HOW = ("one", *OF_ALL, GOLD)  # of an ensemble, which member or what of all; or no proxy at all
 MEMBERS = 3
 COMPARISONS = (64, 256, 1024, 4096)
 OF_ENSEMBLES = 256
+OF_JUDGE = 1024  # comparisons of its own, behind those of the proxies
 WRONG = (0.0, 0.25)
 SHOWN = 15  # points of a curve
 VALIDATION = 256  # comparisons at most, a quarter of those of a proxy
@@ -111,7 +117,7 @@ class World(NamedTuple):
     sd: Array
     pool: Array  # [pool, T] answers of the first policy
     gold_of_pool: Array  # [pool]
-    pairs: Array  # [C, 2, T] answers to compare
+    pairs: Array  # [C, 2, T] answers to compare, the last OF_JUDGE of them for the judge
     best: Array  # [C] the annotator's choices
     luck: Array  # [C] from 0 to 1: a choice is turned round where it is below a share
 
@@ -158,26 +164,18 @@ def make_world(key: Array, sizes: Sizes) -> World:
     start = POLICY.init(start_key)
     num_compared = 2 * max(COMPARISONS)
     answers = sampled(start, num_compared + sizes.pool, sample_key)
+    compared, pool = jnp.split(answers, [num_compared])
+    for_judge = sampled(start, 2 * OF_JUDGE, jax.random.fold_in(sample_key, 1))
     scores = gold_reward(values, answers)
-    mean = jnp.mean(scores)
-    sd = jnp.std(scores)
-    scores = (scores - mean) / sd
-    first, second = scores[:num_compared].reshape(-1, 2).T
+    mean, sd = jnp.mean(scores), jnp.std(scores)
+    pairs = jnp.concatenate([compared, for_judge]).reshape(-1, 2, answers.shape[1])
+    gold = (gold_reward(values, pairs.reshape(-1, pairs.shape[2])) - mean) / sd
+    first, second = gold.reshape(-1, 2).T
     is_second = jax.random.bernoulli(label_key, jax.nn.sigmoid(second - first))
+    luck = jax.random.uniform(jax.random.fold_in(label_key, 1), first.shape)
+    gold_of_pool = (scores[num_compared:] - mean) / sd
     best = is_second.astype(jnp.int32)
-    pairs = answers[:num_compared].reshape(len(best), 2, -1)
-    pool = answers[num_compared:]
-    return World(
-        start,
-        values,
-        mean,
-        sd,
-        pool,
-        scores[num_compared:],
-        pairs,
-        best,
-        jax.random.uniform(jax.random.fold_in(label_key, 1), best.shape),
-    )
+    return World(start, values, mean, sd, pool, gold_of_pool, pairs, best, luck)
 
 
 class Lane(NamedTuple):
@@ -187,6 +185,7 @@ class Lane(NamedTuple):
     comparisons: int
     wrong: float  # share of labels that are turned round
     member: int
+    first: int = 0  # of its comparisons
 
 
 class Proxy(NamedTuple):
@@ -197,9 +196,11 @@ class Proxy(NamedTuple):
     shift: Array  # the mean that was taken away
 
 
-def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes) -> Proxy:
-    """A reward model from the first ``num`` comparisons. Three quarters train; the parameters with
-    the lowest loss on the others are kept.
+def train_proxy(
+    world: World, first: Array, num: Array, wrong: Array, key: Array, sizes: Sizes
+) -> Proxy:
+    """A reward model from ``num`` comparisons, from ``first`` on. Three quarters train; the
+    parameters with the lowest loss on the others are kept.
     """
     init_key, loop_key = jax.random.split(key)
     schedule = optax.cosine_decay_schedule(sizes.proxy_rate, sizes.proxy_steps)
@@ -207,7 +208,7 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
     config = reward_model.Config()
     best = jnp.where(world.luck < wrong, 1 - world.best, world.best)
     num_train = 3 * num // 4
-    held_out = num_train + jnp.arange(VALIDATION) % (num - num_train)
+    held_out = first + num_train + jnp.arange(VALIDATION) % (num - num_train)
 
     def batch_of(rows: Array) -> Comparisons:
         tokens = world.pairs[rows]
@@ -220,12 +221,7 @@ def train_proxy(world: World, num: Array, wrong: Array, key: Array, sizes: Sizes
         )
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, None]:
-        rows = jax.random.randint(
-            key,
-            (sizes.proxy_batch,),
-            0,
-            num_train,
-        )
+        rows = first + jax.random.randint(key, (sizes.proxy_batch,), 0, num_train)
         batch = batch_of(rows)
         state, _ = reward_model.update(
             state, batch, None, score_fn=PROXY_FN, optimizer=optimizer, config=config
@@ -261,22 +257,25 @@ class Curve(NamedTuple):
     """Means [measurements] along a run, of a policy's own samples."""
 
     gold: Array
-    proxy: Array
+    proxy: Array  # what the policy is trained on
     kl: Array  # nats an answer, from the first policy
+    judge: Array | None = None  # another reward model; None: nobody looks on
 
 
-def train_policy(world: World, proxies: Proxy, how: Array, key: Array, sizes: Sizes) -> Curve:
-    """RLOO on proxies [MEMBERS] or one of them, ``how`` as a number in HOW."""
+def train_policy(
+    world: World, proxies: Proxy, judge: Params, how: Array, key: Array, sizes: Sizes
+) -> Curve:
+    """RLOO on proxies [MEMBERS] or one of them or gold, ``how`` as a number in HOW."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(sizes.policy_rate, eps=1e-5))
     config = rloo.Config(group_size=8, num_minibatches=2)
 
-    def score(batch: Rollout) -> Array:
+    def score(batch: Rollout, gold: Array) -> Array:
         scores = jax.vmap(PROXY_FN, (0, None, None))(
             proxies.params, batch.tokens, batch.attention_mask
         )
         scores = scores - proxies.shift[:, None]
         ensembles = [combined(name, scores, coef=1.0) for name in OF_ALL]
-        return jnp.stack([scores[0], *ensembles])[how]
+        return jnp.stack([scores[0], *ensembles, gold])[how]
 
     def step(state: TrainState, key: Array) -> tuple[TrainState, Curve]:
         sample_key, update_key = jax.random.split(key)
@@ -291,9 +290,11 @@ def train_policy(world: World, proxies: Proxy, how: Array, key: Array, sizes: Si
             policy_fn=POLICY_FN,
             ref_fn=jax.tree_util.Partial(POLICY_FN, world.start),
         )
-        batch = batch.replace(scores=score(batch))
+        gold = gold_scores(world, batch.tokens)
+        batch = batch.replace(scores=score(batch, gold))
         kl = ops.response_sums(ops.kl(batch.log_probs, batch.ref_log_probs), batch)
-        measured = Curve(gold_scores(world, batch.tokens), batch.scores, kl)
+        judged = PROXY_FN(judge, batch.tokens, batch.attention_mask)
+        measured = Curve(gold, batch.scores, kl, judged)
         state, _ = rloo.update(
             state,
             batch,
@@ -388,29 +389,19 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
 
 
 def lanes_of(num_seeds: int) -> list[Lane]:
-    """All proxies."""
+    """All proxies, and the judges."""
     lanes = set()
     for seed in range(num_seeds):
-        lanes |= {
-            Lane(
-                seed,
-                num,
-                0.0,
-                0,
-            )
-            for num in COMPARISONS
-        }
-        lanes |= {
-            Lane(
-                seed,
-                OF_ENSEMBLES,
-                wrong,
-                member,
-            )
-            for wrong in WRONG
-            for member in range(MEMBERS)
-        }
+        lanes |= {Lane(seed, num, 0.0, 0) for num in COMPARISONS}
+        for wrong in WRONG:
+            lanes |= {Lane(seed, OF_ENSEMBLES, wrong, member) for member in range(MEMBERS)}
+        lanes.add(judge_of(seed))
     return sorted(lanes)
+
+
+def judge_of(seed: int) -> Lane:
+    """The reward model that nobody is trained on."""
+    return Lane(seed, OF_JUDGE, 0.0, 0, first=max(COMPARISONS))
 
 
 class Run(NamedTuple):
@@ -423,6 +414,8 @@ class Run(NamedTuple):
 
     @property
     def variant(self) -> str:
+        if self.how == GOLD:
+            return f"RL: {GOLD} itself"
         if self.how == "one" and not self.wrong:
             return f"RL: {self.comparisons} comparisons"
         labels = "a quarter wrong" if self.wrong else "all labels"
@@ -433,26 +426,10 @@ def runs_of(num_seeds: int) -> list[Run]:
     """All policies."""
     runs = []
     for seed in range(num_seeds):
-        runs += [
-            Run(
-                seed,
-                num,
-                0.0,
-                "one",
-            )
-            for num in COMPARISONS
-        ]
-        for wrong in WRONG:
-            runs += [
-                Run(
-                    seed,
-                    OF_ENSEMBLES,
-                    wrong,
-                    how,
-                )
-                for how in HOW
-                if wrong or how != "one"
-            ]
+        runs += [Run(seed, num, 0.0, "one") for num in COMPARISONS]
+        runs += [Run(seed, OF_ENSEMBLES, 0.0, how) for how in OF_ALL]
+        runs += [Run(seed, OF_ENSEMBLES, 0.25, how) for how in ("one", *OF_ALL)]
+        runs.append(Run(seed, OF_ENSEMBLES, 0.0, GOLD))
     return runs
 
 
@@ -471,7 +448,7 @@ def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[res
     kls = np.array([sampling.best_of_n_kl(n) for n in numbers])
     rows = []
     for lane, of_lane in zip(lanes, scores, strict=True):
-        if lane.member or lane.wrong:
+        if lane.member or lane.wrong or lane.first:
             continue
         found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
         curve = Curve(*np.array(found).T, kls)
@@ -507,53 +484,40 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     worlds = jax.jit(jax.vmap(functools.partial(make_world, sizes=sizes)))(keys)
 
     lanes = lanes_of(sizes.seeds)
-    seeds, nums, wrong, members = map(np.array, zip(*lanes, strict=True))
+    seeds, nums, wrong, members, first = map(np.array, zip(*lanes, strict=True))
     proxy_keys = jax.vmap(jax.random.key)(1000 + 10 * seeds + members)
     train = jax.jit(jax.vmap(functools.partial(train_proxy, sizes=sizes)))
-    proxies = train(
-        take(worlds, seeds),
-        nums,
-        wrong,
-        proxy_keys,
-    )
+    proxies = train(take(worlds, seeds), first, nums, wrong, proxy_keys)
     rows = best_of_n_rows(lanes, worlds, proxies)
 
     runs = runs_of(sizes.seeds)
     members_of = []
     for run in runs:
         asked = [0] * MEMBERS if run.how == "one" else range(MEMBERS)
-        of_run = [
-            lanes.index(
-                Lane(
-                    run.seed,
-                    run.comparisons,
-                    run.wrong,
-                    one,
-                )
-            )
-            for one in asked
-        ]
-        members_of.append(of_run)
+        of_run = [Lane(run.seed, run.comparisons, run.wrong, one) for one in asked]
+        members_of.append([lanes.index(lane) for lane in of_run])
     seeds = np.array([run.seed for run in runs])
     how = np.array([HOW.index(run.how) for run in runs])
     policy_keys = jax.vmap(jax.random.key)(2000 + seeds)
     learn = jax.jit(jax.vmap(functools.partial(train_policy, sizes=sizes)))
+    judges = np.array([lanes.index(judge_of(run.seed)) for run in runs])
     curves = learn(
         take(worlds, seeds),
         take(proxies, np.array(members_of)),
+        take(proxies.params, judges),
         how,
         policy_keys,
     )
     steps = list(range(sizes.every, sizes.steps + 1, sizes.every))
+    seen = collections.defaultdict(list)
     for number, run in enumerate(runs):
         curve = Curve(*(np.asarray(values[number]) for values in curves))
-        rows += curve_rows(
-            run.variant,
-            run.seed,
-            steps,
-            curve,
-        )
+        rows += curve_rows(run.variant, run.seed, steps, curve)
+        if run.variant.startswith("RL"):
+            seen[run.variant].append(hacking_alerts.seen(curve, steps))
     means = [*results.over_seeds(rows), *ends_of(rows)]
+    for variant, of_seeds in seen.items():
+        means += hacking_alerts.rows(variant, of_seeds, steps[-1])
     for row in means:
         if row["metric"] in ("fall of gold", "sqrt(KL) there", BELOW):
             logger.info(f"{row['variant']}: {row['metric']} {row['value']:.3f}")

@@ -53,10 +53,12 @@ def ours(run: Path, flags: list[str], key: str) -> Curve:
     return {row["step"]: row[key] for row in metrics if key in row}
 
 
-def theirs(command: str, folder: Path, out: Path, *, seed: int, steps: int, batch: int) -> Curve:
+def theirs(
+    command: str, model: Path, folder: Path, out: Path, *, seed: int, steps: int, batch: int
+) -> Curve:
     """The same of TRL, in a process of its own."""
     if not out.exists():
-        words = [sys.executable, TRL, command, folder, seed, steps, batch, out]
+        words = [sys.executable, TRL, command, model, folder, seed, steps, batch, out]
         subprocess.run(list(map(str, words)), check=True)
     found = json.loads(out.read_text("utf-8"))
     return {int(step): value for step, value in found["values"].items()}
@@ -70,10 +72,13 @@ def of_seed(folder: Path, seed: int, commands: Sequence[str]) -> list[results.Ro
     rows = []
     for command in commands:
         stage, key, meaning, batch = STAGES[command]
+        start = trained[stage].start
+        if start == learning.SFT:
+            learning.finished(runs / start, trained["SFT"].flags)
         one = ours(runs / command, trained[stage].flags, key)
-        out = runs / f"{command}-trl.json"
-        steps = max(one)
-        other = theirs(command, folder, out, seed=seed, steps=steps, batch=batch)
+        how = {"seed": seed, "steps": max(one), "batch": batch}
+        model = learning.model_of(folder, runs, start)
+        other = theirs(command, model, folder, runs / f"{command}-trl.json", **how)
         for name, values in {"rlhf_jax": one, "TRL 1.16": other}.items():
             logger.info(f"seed {seed}, {meaning}, {name}: {values}")
             for step, value in values.items():

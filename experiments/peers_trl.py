@@ -1,6 +1,6 @@
 """GRPO or DPO of experiments/learning.py in TRL 1.16: the same rows, batches, rates and adapters.
 
-usage: python experiments/peers_trl.py STAGE FOLDER SEED STEPS BATCH OUT
+usage: python experiments/peers_trl.py STAGE MODEL FOLDER SEED STEPS BATCH OUT
 """
 
 import copy
@@ -87,9 +87,9 @@ def rows_of(folder, name):
     return rows
 
 
-def trainer(stage, folder, seed, steps, batch):
-    """The trainer of a stage, with its curve."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+def trainer(stage, model, folder, seed, steps, batch):
+    """The trainer of a stage, with its curve: before, in the middle, at the end."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     common = {
         "output_dir": str(folder / f"trl-{stage}-{seed}"),
         "report_to": [],
@@ -105,15 +105,15 @@ def trainer(stage, folder, seed, steps, batch):
         "per_device_eval_batch_size": batch,
     }
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    how = {"model": str(folder / "model"), "processing_class": tokenizer, "peft_config": lora}
+    how = {"model": model, "processing_class": tokenizer, "peft_config": lora}
     if stage == "dpo":
-        held_out = Dataset.from_list(rows_of(folder, "held_out_pairs"))
+        held_out = Dataset.from_list(rows_of(folder, "held_out_few_pairs"))
         args = DPOConfig(
-            **common, learning_rate=5e-5, lr_scheduler_type="linear", warmup_steps=0.1, beta=0.1
+            **common, learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=0.1, beta=0.1
         )
-        pairs = Dataset.from_list(rows_of(folder, "train_pairs"))
+        pairs = Dataset.from_list(rows_of(folder, "train_few_pairs"))
         found = DPOTrainer(**how, args=args, train_dataset=pairs, eval_dataset=held_out)
-        curve = Curve(10, lambda model: found.evaluate()["eval_rewards/accuracies"])
+        curve = Curve(steps // 2, lambda model: found.evaluate()["eval_rewards/accuracies"])
     else:
         held_out = rows_of(folder, "held_out_prompts")
         args = GRPOConfig(
@@ -127,16 +127,16 @@ def trainer(stage, folder, seed, steps, batch):
         )
         prompts = Dataset.from_list(rows_of(folder, "train_prompts"))
         found = GRPOTrainer(**how, args=args, reward_funcs=is_answer, train_dataset=prompts)
-        curve = Curve(5, lambda model: right_answers(model, tokenizer, held_out))
+        curve = Curve(steps // 2, lambda model: right_answers(model, tokenizer, held_out))
     found.add_callback(curve)
     return found, curve
 
 
 def main():
     """Trains, and writes {values: {step: value}, seconds: of the median step}."""
-    stage, folder, *numbers, out = sys.argv[1:]
+    stage, model, folder, *numbers, out = sys.argv[1:]
     torch.set_num_threads(2)
-    train, curve = trainer(stage, Path(folder), *map(int, numbers))
+    train, curve = trainer(stage, model, Path(folder), *map(int, numbers))
     train.train()
     seconds = sorted(curve.seconds)[len(curve.seconds) // 2]
     Path(out).write_text(json.dumps({"values": curve.values, "seconds": seconds}), "utf-8")

@@ -1,4 +1,4 @@
-"""The experiment of five stages: its data, and how its numbers are put together."""
+"""The experiment of six stages: its data, and how its numbers are put together."""
 
 import json
 
@@ -7,15 +7,15 @@ import numpy as np
 import peers
 import pytest
 
+from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.errors import UserError
 
 SIZES = learning.Sizes(largest=4, held_out=6)
 
 
 def test_no_held_out_sum_is_trained_on(tmp_path):
-    (tmp_path / "answers.json").write_text(json.dumps(["I do not know"] * 16), "utf-8")
     learning.write_data(tmp_path, SIZES)
-    for kind in ("rows", "pairs", "prompts"):
+    for kind in ("rows", "pairs", "few_pairs", "prompts"):
         train, held_out = (
             {row["prompt"] for row in json.loads((tmp_path / f"{part}_{kind}.json").read_text())}
             for part in ("train", "held_out")
@@ -27,7 +27,6 @@ def test_no_held_out_sum_is_trained_on(tmp_path):
 
 def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
-    (tmp_path / "answers.json").write_text(json.dumps(["I do not know"] * 16), "utf-8")
     learning.prepare(tmp_path, SIZES)
     written = (tmp_path / "train_rows.json").read_bytes()
     learning.prepare(tmp_path, SIZES)
@@ -36,15 +35,16 @@ def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
     assert (tmp_path / "train_rows.json").read_bytes() == written
 
 
-def test_pairs_by_turns_hold_a_near_number_and_a_wrong_answer_of_the_model():
+def test_pairs_are_the_right_number_and_different_ones_near_it():
     rows = learning.problems(SIZES)[:4]
-    said = ["It is 99.", "It is 99.", "It is 99.", rows[3]["answer"]]
-    pairs = learning.pairs_of(rows, said)
-    assert [pair["chosen"] for pair in pairs] == [row["answer"] for row in rows]
-    assert pairs[1]["rejected"] == "It is 99."
-    for number in (0, 2, 3):  # the last: a right answer of the model is no wrong one
-        gap = int(pairs[number]["rejected"]) - int(rows[number]["answer"])
-        assert abs(gap) in (1, 2, 10)
+    pairs = learning.pairs_of(rows, 3)
+    assert [pair["chosen"] for pair in pairs] == [row["answer"] for row in rows for _ in range(3)]
+    assert [pair["prompt"] for pair in pairs[::3]] == [row["prompt"] for row in rows]
+    for first in range(0, 12, 3):
+        wrong = {int(pair["rejected"]) for pair in pairs[first : first + 3]}
+        total = int(pairs[first]["chosen"])
+        assert len(wrong - {total}) == 3
+        assert all(number > 0 and abs(number - total) <= 10 for number in wrong)
 
 
 def test_a_change_is_the_mean_over_sums_of_the_mean_over_seeds():
@@ -64,12 +64,14 @@ def test_each_library_has_its_own_curve(tmp_path, monkeypatch):
         assert flags[-1] == str(run)
         return {0: 0.25, 10: 0.75} if (run.name, key) == ("grpo", "validation/score") else {0: 0.5}
 
-    def theirs(command, *places, **how):
-        asked.append((command, how))
+    def theirs(command, model, folder, out, **how):
+        asked.append((command, str(model.relative_to(tmp_path)), how))
         return {0: 0.0, 10: 1.0}
 
     monkeypatch.setattr(peers, "ours", ours)
     monkeypatch.setattr(peers, "theirs", theirs)
+    finished = []
+    monkeypatch.setattr(learning, "finished", lambda run, flags: finished.append(run))
     rows = peers.of_seed(tmp_path, 1, ["grpo", "dpo"])
     found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
     assert found["rlhf_jax", 10, "right answers of GRPO"] == 0.75
@@ -77,38 +79,100 @@ def test_each_library_has_its_own_curve(tmp_path, monkeypatch):
     assert found["rlhf_jax", 0, "held-out accuracy of DPO"] == 0.5
     assert 0.66 < found["rlhf_jax", 10, "right answers of GRPO low"] < 0.67  # of 128, Wilson
     assert asked == [
-        ("grpo", {"seed": 1, "steps": 10, "batch": 64}),
-        ("dpo", {"seed": 1, "steps": 0, "batch": 16}),
+        ("grpo", "model", {"seed": 1, "steps": 10, "batch": 64}),
+        ("dpo", "seed-1/sft/model", {"seed": 1, "steps": 0, "batch": 16}),
     ]
+    assert finished == [tmp_path / "seed-1" / "sft"]  # DPO starts from its weights
 
 
 def test_the_table_has_each_stage_before_and_after():
-    outcomes = [
-        {
-            "SFT": learning.Outcome(7, np.array([1.0, right]), 2.0, loss, {}),
-            learning.JUDGE: learning.Outcome(9, None, 0.5, 0.75, {"length": 0.25}),
-        }
-        for right, loss in ((1.0, 1.0), (0.0, 1.5))
-    ]
-    rows = learning.table(np.array([[0.0, 0], [1, 0]]), outcomes)
+    found = {
+        "SFT": [
+            learning.Outcome(
+                7, {"right answers": (np.array(before), np.array([1.0, right]))}, (2.0, loss), {}
+            )
+            for before, right, loss in (([0.0, 0], 1.0, 1.0), ([1.0, 0], 0.0, 1.5))
+        ],
+        learning.JUDGE: [learning.Outcome(9, {}, (0.5, 0.75), {"length": 0.25})] * 2,
+    }
+    rows = learning.table(found)
     values = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in rows}
     assert values["SFT", "all", "right answers before"] == 0.25
     assert values["SFT", "all", "right answers after"] == 0.75
     assert values["SFT", "all", "change of right answers"] == 0.5
+    assert [values["SFT", seed, "right answers before"] for seed in (0, 1)] == [0, 0.5]
     assert [values["SFT", seed, "right answers after"] for seed in (0, 1)] == [1, 0.5]
     assert values["SFT", "all", "held-out rows before"] == 2
     assert values["SFT", "all", "held-out rows after"] == 1.25
     assert values[learning.JUDGE, "all", "held-out rows after"] == 0.75
     assert values[learning.JUDGE, "all", "length"] == 0.25
+    assert (learning.JUDGE, "all", "right answers after") not in values
     assert {row["step"] for row in rows if row["variant"] == "SFT"} == {7}
 
 
-def test_rl_is_paid_by_the_reward_model_of_its_own_seed(tmp_path):
-    found = learning.stages(tmp_path, tmp_path / "seed-1", SIZES, 1)
-    flags = found["RLOO, reward model"].flags
-    assert flags[flags.index("--reward") + 1] == str(tmp_path / "seed-1" / "reward_model")
-    assert flags[flags.index("--seed") + 1] == "1"
-    assert list(found).index(learning.JUDGE) < list(found).index("RLOO, reward model")
+def write_samples(run, scores):
+    """{step: scores} as a run's samples."""
+    run.mkdir(parents=True)
+    samples = [{"step": step, "score": score} for step, of in scores.items() for score in of]
+    (run / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)), "utf-8")
+
+
+def test_scores_are_those_of_the_first_and_last_validation(tmp_path):
+    write_samples(tmp_path / "run", {0: [0.5, -1.0], 5: [9.0, 9.0], 10: [0.25, 2.0]})
+    before, after = learning.scores(tmp_path / "run")
+    assert before.tolist() == [0.5, -1.0]
+    assert after.tolist() == [0.25, 2.0]
+
+
+def test_stages_follow_each_other_within_their_seed(tmp_path):
+    """Each starts from the weights of SFT but for SFT and GRPO; RL is paid by the reward model."""
+    runs = tmp_path / "seed-1"
+    found = learning.stages(tmp_path, runs, SIZES, 1)
+
+    def value(name, flag):
+        flags = found[name].flags
+        return flags[flags.index(flag) + 1]
+
+    base, sft = str(tmp_path / "model"), str(runs / "sft" / "model")
+    for name, stage in found.items():
+        assert value(name, "--seed") == "1"
+        assert value(name, "--model") == (base if name in ("SFT", "GRPO, checked answers") else sft)
+        assert value(name, "--model") == str(learning.model_of(tmp_path, runs, stage.start))
+        assert stage.run.parent == runs
+        config = parse(RunConfig, stage.flags[1:], prog=stage.flags[0])  # all settings exist
+        assert config.lora.rank == 16
+    for name in ("RLOO, reward model", "PPO, reward model"):
+        assert value(name, "--reward") == str(runs / "reward_model")
+        assert list(found).index(learning.JUDGE) < list(found).index(name)
+
+
+def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
+    """Its own answers, those of its start, its metric at both ends, its last KL."""
+    said = {"model": "1", "sft": "2", "ppo": "3"}
+    metrics = [{"step": 0, "x": 0.5}, {"step": 3, "objective/kl": 2.0}, {"step": 4, "x": 0.75}]
+
+    def answers_of(model, rows, seed, file):
+        name = model.name if model.parent == tmp_path else model.parent.name
+        assert (seed, file) == (1, tmp_path / "seed-1" / f"{name}.answers.json")
+        return [said[name]] * len(rows)
+
+    monkeypatch.setattr(learning, "answers_of", answers_of)
+    monkeypatch.setattr(learning, "finished", lambda run, flags: metrics)
+    monkeypatch.setattr(learning, "right", lambda texts, rows: np.array(texts, float))
+    runs = tmp_path / "seed-1"
+    write_samples(runs / "ppo", {0: [1.0] * 6, 4: [1.5] * 6})
+    stage = learning.Stage([str(runs / "ppo")], learning.SFT, "x")
+    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+    assert (found.steps, found.ends) == (4, (0.5, 0.75))
+    before, after = found.of_sums["right answers"]
+    assert (before.tolist(), after.tolist()) == ([2] * 6, [3] * 6)
+    assert found.of_sums["score"][1].tolist() == [1.5] * 6
+    assert found.others == {learning.KL: 2.0}
+    metrics[1:2] = []  # of a stage that is not RL
+    stage = learning.Stage([str(runs / "sft")], learning.BASE, "x")
+    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+    assert found.of_sums.keys() == {"right answers"}
+    assert found.of_sums["right answers"][0].tolist() == [1] * 6
 
 
 def test_the_seconds_are_those_of_all_stages(tmp_path):

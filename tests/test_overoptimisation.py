@@ -5,6 +5,7 @@ short form of the whole.
 import itertools
 import json
 
+import hacking_alerts
 import numpy as np
 import overoptimisation
 import pytest
@@ -84,13 +85,62 @@ def test_seeds_that_end_below_the_start_are_counted_and_ensembles_paired_by_seed
 def test_all_policies_have_their_proxies():
     lanes = overoptimisation.lanes_of(2)
     runs = overoptimisation.runs_of(2)
-    assert len(set(lanes)) == len(lanes) == 2 * (len(COMPARISONS) + 5)
-    assert len({(run.variant, run.seed) for run in runs}) == len(runs) == 2 * (len(COMPARISONS) + 7)
+    assert len(set(lanes)) == len(lanes) == 2 * (len(COMPARISONS) + 6)
+    assert len({(run.variant, run.seed) for run in runs}) == len(runs) == 2 * (len(COMPARISONS) + 8)
     for run in runs:
         members = [0] if run.how == "one" else range(overoptimisation.MEMBERS)
         assert {Lane(run.seed, run.comparisons, run.wrong, one) for one in members} <= set(lanes)
     assert Run(0, 256, 0.25, "one").variant == "a quarter wrong: one"
     assert {run.how for run in runs} == set(HOW)
+    assert Run(0, 256, 0.0, overoptimisation.GOLD).variant == "RL: gold itself"
+
+
+def test_no_policy_is_trained_on_its_judge():
+    """The judge's comparisons begin where those of all others end."""
+    for lane in overoptimisation.lanes_of(2):
+        if lane == overoptimisation.judge_of(lane.seed):
+            assert lane.first == max(COMPARISONS)
+        else:
+            assert lane.first + lane.comparisons <= max(COMPARISONS)
+
+
+def measured(gold, proxy, judge):
+    return Curve(np.array(gold), np.array(proxy), np.zeros(len(gold)), np.array(judge))
+
+
+RISE = [0.0, 0.21, 0.39, 0.6, 0.81]
+
+
+def test_an_alert_is_late_by_the_steps_from_the_highest_gold():
+    """Gold falls in the sixth measurement, the judge in the eighth only."""
+    gold = [*RISE, 0.4, 0.0, -0.5, -1.0, -1.6]
+    judge = [*RISE, 1.01, 1.19, 0.4, -0.2, -0.9]
+    steps = list(range(5, 55, 5))
+    found = hacking_alerts.seen(measured(gold, np.arange(10.0), judge), steps)
+    assert found["gold"] == (30, 5, pytest.approx(0.41))
+    assert found["judge"] == (40, 15, pytest.approx(1.31))
+
+
+def test_a_run_that_only_gets_better_raises_no_alert():
+    gold = [0.0, 0.21, 0.39, 0.6, 0.81, 1.0, 1.19, 1.4]
+    found = hacking_alerts.seen(measured(gold, np.arange(8.0), gold), list(range(8)))
+    assert found == {"judge": (None, 0, 0.0), "gold": (None, 0, 0.0)}
+
+
+def test_alerts_are_counted_over_seeds():
+    of_seeds = [
+        {"judge": hacking_alerts.Seen(30, late, lost), "gold": hacking_alerts.Seen(None, 0, 0.0)}
+        for late, lost in ((5, 0.25), (15, 0.75))
+    ]
+    rows = hacking_alerts.rows("RL: 64 comparisons", of_seeds, 50)
+    found = {(row["variant"], row["metric"]): row["value"] for row in rows}
+    name = "RL: 64 comparisons, a judge looks on"
+    assert found[name, "share of seeds with an alert"] == 1
+    assert found[name, "steps after the highest gold"] == 10
+    assert found[name, "gold lost by then"] == 0.5
+    other = "RL: 64 comparisons, gold looks on"
+    assert found[other, "share of seeds with an alert"] == 0
+    assert (other, "gold lost by then") not in found
 
 
 @pytest.mark.slow
@@ -110,4 +160,7 @@ def test_the_short_form(tmp_path):
         proxies = [found[f"{name}, proxy", n, "reward"] for n in (2, 4, 8, 16)]
         assert proxies == sorted(proxies)  # more answers to choose from
         assert found[name, 16, "sqrt(KL) at the end"] == pytest.approx(1.354, abs=1e-3)
-        assert f"RL: {num} comparisons" in {variant for variant, _, _ in found}
+        for judge in hacking_alerts.NAMES.values():
+            share = found[f"RL: {num} comparisons, {judge}", 4, "share of seeds with an alert"]
+            assert 0 <= share <= 1
+    assert "RL: gold itself" in {variant for variant, _, _ in found}
