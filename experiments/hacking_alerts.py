@@ -14,8 +14,9 @@ import results
 from rlhf_jax.runs import alerts
 
 RULE = [rule for rule in alerts.parse([]) if rule.name == "reward hacking"]
-JUDGES = ("judge", "gold")  # fields of a measured run
-NAMES = {"judge": "a judge looks on", "gold": "gold looks on"}
+LATE, LOST = "steps after the highest gold", "gold lost by then"
+# {field of a measured run: what the table calls it}
+JUDGES = {"judge": "a judge looks on", "gold": "gold looks on"}
 
 
 class Measured(Protocol):
@@ -30,8 +31,8 @@ class Seen(NamedTuple):
     """The first alert of a run with a judge."""
 
     step: int | None  # None: there was none
-    late: int  # steps after the highest gold reward before it; negative: gold rises later
-    lost: float  # gold reward at the alert, below the highest of the run
+    late: int  # steps from the run's highest gold reward to it; negative: gold is highest later
+    lost: float  # gold reward at the alert, below that highest
 
 
 def seen(run: Measured, steps: Sequence[int]) -> dict[str, Seen]:
@@ -54,18 +55,20 @@ def seen(run: Measured, steps: Sequence[int]) -> dict[str, Seen]:
 
 
 def rows(variant: str, of_seeds: list[dict[str, Seen]], last: int) -> list[results.Row]:
-    """In how many seeds each judge raised the alert, and how late, with 95% intervals."""
+    """In how many seeds each judge raised the alert, and how late: each seed, and means over those
+    with an alert, with 95% intervals.
+    """
     found = []
-    for judge in JUDGES:
-        name = f"{variant}, {NAMES[judge]}"
-        raised = [one[judge] for one in of_seeds if one[judge].step is not None]
-        shares = results.share(len(raised), len(of_seeds))
-        for edge, value in shares.items():
+    for judge in of_seeds[0]:
+        name = f"{variant}, {JUDGES[judge]}"
+        alerts_of = {seed: one[judge] for seed, one in enumerate(of_seeds)}
+        raised = {seed: one for seed, one in alerts_of.items() if one.step is not None}
+        for edge, value in results.share(len(raised), len(of_seeds)).items():
             metric = f"share of seeds with an alert{edge}"
             found.append(results.row(name, results.ALL, last, metric, value))
-        paired = []
-        for seed, one in enumerate(raised):
-            paired.append(results.row(name, seed, last, "steps after the highest gold", one.late))
-            paired.append(results.row(name, seed, last, "gold lost by then", one.lost))
-        found += results.over_seeds(paired)
+        of_alerts = []
+        for seed, one in raised.items():
+            of_alerts.append(results.row(name, seed, last, LATE, one.late))
+            of_alerts.append(results.row(name, seed, last, LOST, one.lost))
+        found += [*of_alerts, *results.over_seeds(of_alerts)]
     return found

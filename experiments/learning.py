@@ -4,19 +4,21 @@
     python experiments/learning.py runs/learning --out learning.json
 
 The model is SmolLM2-135M-Instruct, the task is to add ("What is 3 + 9? Reply with the number
-only."). The stages are those of InstructGPT (Ouyang et al. 2022): SFT learns right answers; the
-reward model, from SFT's weights, learns from pairs of the right number and a wrong one; PPO and
-RLOO go on from SFT's policy and are paid by the reward model. DPO learns from such pairs in place
-of both. GRPO starts from the chat model itself and is paid by a function that checks the answer.
-Each stage trains adapters, and all of them answer the same held-out sums. Each stage is a command
-in a process of its own; the script goes on where it was stopped.
+only."). As in InstructGPT (Ouyang et al. 2022), SFT learns right answers, a reward model that
+starts from SFT's weights learns from pairs of the right number and a wrong one, and PPO goes on
+from SFT's policy and is paid by the reward model. So does RLOO; DPO starts there too and learns
+from pairs alone. GRPO starts from the chat model, and a function that checks the answer pays it.
+Each stage trains adapters. All policies answer the same held-out sums. Each stage is a command in a
+process of its own; the script goes on where it was stopped.
 """
 
 import collections
 import json
 import random
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ WRONG = {"pairs": 4, "few_pairs": 1}
 FURTHEST = 10  # of a wrong number from the right one
 JUDGE = "reward model"
 BASE, SFT = "model", "sft"  # what a stage starts from: the chat model, or SFT's policy
-KL = "KL from the first model, nats an answer"
+KL = "KL from the reference, nats an answer"
 
 
 class Sizes(NamedTuple):
@@ -101,7 +103,7 @@ def right(texts: list[str], rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def pairs_of(rows: list[dict[str, Any]], wrong: int) -> list[dict[str, str]]:
-    """Pairs of each sum: the right number, and as many different ones near it."""
+    """``wrong`` pairs of each sum: the right number, and different wrong ones near it."""
     draw = random.Random(1)
     found = []
     for row in rows:
@@ -154,17 +156,30 @@ class Commands(NamedTuple):
     sizes: Sizes
     seed: int
 
-    def flags(self, name: str, start: str, kind: str, section: str, own: dict[str, Any]) -> str:
-        """Of a command that learns from a kind of rows, with settings of its section."""
-        words = f"{name} --model {model_of(self.folder, self.runs, start)} --seed {self.seed}"
-        words += " --lora.rank 16 --lora.alpha 32 --compute.scan-layers true"
-        words += f" --checkpoint-interval 9999 --data {self.folder / f'train_{kind}.json'}"
-        return words + "".join(f" --{section}.{key} {value}" for key, value in own.items())
+    def stage(
+        self,
+        name: str,
+        start: str,
+        kind: str,
+        settings: dict[str, Any],
+        metric: str,
+        more: Sequence[str] = (),
+    ) -> Stage:
+        """A command that learns from a kind of rows, with settings behind their flags."""
+        model = model_of(self.folder, self.runs, start)
+        words = [name, "--model", model, "--seed", self.seed, "--lora.rank", 16]
+        words += ["--lora.alpha", 32, "--compute.scan-layers", "true"]
+        words += ["--checkpoint-interval", 9999, "--data", self.folder / f"train_{kind}.json"]
+        for key, value in settings.items():
+            words += [f"--{key}", value]
+        run = self.runs / name.replace("-", "_")
+        flags = [*map(str, words), *more, "--output-dir", str(run)]
+        return Stage(flags, start, f"validation/{metric}")
 
     def supervised(
         self, name: str, start: str, kind: str, *, metric: str, rate: float, rows: int, epochs: int
     ) -> Stage:
-        """It validates before, in the middle and at the end."""
+        """A stage without sampling; it validates at both ends, and every half of its steps."""
         own = {
             "batch-size": self.sizes.batch,
             "num-epochs": epochs,
@@ -172,14 +187,13 @@ class Commands(NamedTuple):
             "validation-interval": max(rows * epochs // self.sizes.batch // 2, 1),
             "optimizer.learning-rate": rate,
         }
-        words = self.flags(name, start, kind, name, own)
-        run = self.runs / name.replace("-", "_")
-        return Stage(f"{words} --output-dir {run}".split(), start, f"validation/{metric}")
+        settings = {f"{name}.{key}": value for key, value in own.items()}
+        return self.stage(name, start, kind, settings, metric)
 
     def policy(
         self, name: str, start: str, reward: str, more: str, *, kl_coef: float, answers: int
     ) -> Stage:
-        """The same, paid by a reward."""
+        """A stage that is paid by a reward for what it samples."""
         own = {
             "num-iterations": self.sizes.iterations,
             "batch-size": answers,
@@ -191,9 +205,9 @@ class Commands(NamedTuple):
             "validation-prompts": self.sizes.held_out,
             "validation-interval": max(self.sizes.iterations // 2, 1),
         }
-        words = f"{self.flags(name, start, 'prompts', 'rl', own)} --reward {reward} {more}"
-        flags = f"{words} --output-dir {self.runs / name}".split()
-        return Stage(flags, start, "validation/score")
+        settings = {f"rl.{key}": value for key, value in own.items()}
+        extra = ["--reward", reward, *more.split()]
+        return self.stage(name, start, "prompts", settings, "score", extra)
 
 
 def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
@@ -224,9 +238,20 @@ def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage
 
 
 def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
-    """The metrics of a stage, which is run to its end."""
+    """The metrics of a stage, which is run to its end.
+
+    Raises:
+        UserError: the folder has a run of another command.
+    """
+    more = []
+    manifest = run / "manifest.json"
+    if manifest.exists():
+        before = json.loads(manifest.read_text("utf-8"))["command"]
+        asked = shlex.join(["rlhf-jax", *flags])
+        if before.removesuffix(" --resume") != asked:
+            raise UserError(f"{run}: holds {before!r}, asked for {asked!r}; choose another folder")
+        more = ["--resume"]
     if not (run / "model").exists():
-        more = ["--resume"] if (run / "manifest.json").exists() else []
         subprocess.run([sys.executable, "-m", "rlhf_jax", *flags, *more], check=True)
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -272,7 +297,8 @@ def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> 
     first, last = metrics[0], metrics[-1]
     kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
     others = {KL: kls[-1]} if kls else {}
-    of_sums = {"score": scores(stage.run)} if kls else {}
+    is_paid = stage.metric == "validation/score"
+    of_sums = {"score": scores(stage.run)} if is_paid else {}
     if stage.run.name == "reward_model":
         others["held-out accuracy of the longer answer"] = last["validation/length_accuracy"]
     else:

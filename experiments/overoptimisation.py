@@ -6,12 +6,11 @@ The experiment of Gao, Schulman and Hilton (2022, arXiv 2210.10760) at a size fo
 gold reward of an answer of twelve tokens is a fixed function: each token has a value, and a token
 that is said more than twice costs more each time. An annotator compares pairs of the first policy's
 answers by it, with noise (Bradley and Terry). Reward models, the proxies, learn from 64 to 4096
-such comparisons. Then the answers are chosen by a proxy,
-as the best of n, or the policy is trained on it, by RLOO without a KL penalty; the gold reward is
-only measured. Ensembles of proxies (Coste et al. 2023, arXiv 2310.02743) are trained on too, also
-after a quarter of the labels was turned round, the same ones for all members. A judge, a reward
-model of comparisons of its own, looks on, for the alerts of a run (hacking_alerts.py), also where
-the policy is trained on the gold reward itself.
+such comparisons. Then the answers are chosen by a proxy, as the best of n, or the policy is trained
+on it, by RLOO without a KL penalty; the gold reward is only measured. Ensembles of proxies (Coste
+et al. 2023, arXiv 2310.02743) are trained on too, also after a quarter of the labels was turned
+round, the same ones for all members. A judge, a reward model of comparisons of its own, looks on,
+for the alerts of a run (hacking_alerts.py), also where the policy is trained on gold itself.
 
 All seeds, numbers of comparisons and ensembles are lanes of the same programs (``jax.vmap``).
 """
@@ -58,7 +57,7 @@ ENOUGH = 2  # times that a token may be said
 SAMPLER = sampling.SamplingConfig(LENGTH, eos_id=None, pad_id=VOCABULARY)
 OF_ALL: tuple[EnsembleMethod, ...] = ("mean", "min", "uncertainty")
 GOLD = "gold"
-HOW = ("one", *OF_ALL, GOLD)  # of an ensemble, which member or what of all; or no proxy at all
+HOW = ("one", *OF_ALL, GOLD)  # what pays: one proxy, a number of an ensemble, or gold
 MEMBERS = 3
 COMPARISONS = (64, 256, 1024, 4096)
 OF_ENSEMBLES = 256
@@ -400,8 +399,8 @@ def lanes_of(num_seeds: int) -> list[Lane]:
 
 
 def judge_of(seed: int) -> Lane:
-    """The reward model that nobody is trained on."""
-    return Lane(seed, OF_JUDGE, 0.0, 0, first=max(COMPARISONS))
+    """The reward model that no policy is trained on, with first weights of its own."""
+    return Lane(seed, OF_JUDGE, 0.0, MEMBERS, first=max(COMPARISONS))
 
 
 class Run(NamedTuple):
@@ -428,7 +427,7 @@ def runs_of(num_seeds: int) -> list[Run]:
     for seed in range(num_seeds):
         runs += [Run(seed, num, 0.0, "one") for num in COMPARISONS]
         runs += [Run(seed, OF_ENSEMBLES, 0.0, how) for how in OF_ALL]
-        runs += [Run(seed, OF_ENSEMBLES, 0.25, how) for how in ("one", *OF_ALL)]
+        runs += [Run(seed, OF_ENSEMBLES, WRONG[1], how) for how in ("one", *OF_ALL)]
         runs.append(Run(seed, OF_ENSEMBLES, 0.0, GOLD))
     return runs
 
@@ -448,7 +447,7 @@ def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[res
     kls = np.array([sampling.best_of_n_kl(n) for n in numbers])
     rows = []
     for lane, of_lane in zip(lanes, scores, strict=True):
-        if lane.member or lane.wrong or lane.first:
+        if lane.member or lane.wrong:
             continue
         found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
         curve = Curve(*np.array(found).T, kls)
@@ -514,7 +513,10 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
         curve = Curve(*(np.asarray(values[number]) for values in curves))
         rows += curve_rows(run.variant, run.seed, steps, curve)
         if run.variant.startswith("RL"):
-            seen[run.variant].append(hacking_alerts.seen(curve, steps))
+            alerts = hacking_alerts.seen(curve, steps)
+            if run.how == GOLD:
+                del alerts["gold"]  # the score itself can be no judge of the score
+            seen[run.variant].append(alerts)
     means = [*results.over_seeds(rows), *ends_of(rows)]
     for variant, of_seeds in seen.items():
         means += hacking_alerts.rows(variant, of_seeds, steps[-1])

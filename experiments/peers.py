@@ -22,7 +22,7 @@ import results
 import tyro
 
 from rlhf_jax import cli
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 
 TRL = Path(__file__).with_name("peers_trl.py")
 
@@ -56,11 +56,17 @@ def ours(run: Path, flags: list[str], key: str) -> Curve:
 def theirs(
     command: str, model: Path, folder: Path, out: Path, *, seed: int, steps: int, batch: int
 ) -> Curve:
-    """The same of TRL, in a process of its own."""
+    """The same of TRL, in a process of its own.
+
+    Raises:
+        UserError: the file is of other settings.
+    """
+    asked = list(map(str, [command, model, folder, seed, steps, batch, out]))
     if not out.exists():
-        words = [sys.executable, TRL, command, model, folder, seed, steps, batch, out]
-        subprocess.run(list(map(str, words)), check=True)
+        subprocess.run([sys.executable, str(TRL), *asked], check=True)
     found = json.loads(out.read_text("utf-8"))
+    if found["asked"] != asked:
+        raise UserError(f"{out}: made by {found['asked']}, asked for {asked}; remove it")
     return {int(step): value for step, value in found["values"].items()}
 
 

@@ -88,7 +88,7 @@ def rows_of(folder, name):
 
 
 def trainer(stage, model, folder, seed, steps, batch):
-    """The trainer of a stage, with its curve: before, in the middle, at the end."""
+    """The trainer of a stage, with its curve: at both ends, and every half of the steps."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     common = {
         "output_dir": str(folder / f"trl-{stage}-{seed}"),
@@ -113,7 +113,7 @@ def trainer(stage, model, folder, seed, steps, batch):
         )
         pairs = Dataset.from_list(rows_of(folder, "train_few_pairs"))
         found = DPOTrainer(**how, args=args, train_dataset=pairs, eval_dataset=held_out)
-        curve = Curve(steps // 2, lambda model: found.evaluate()["eval_rewards/accuracies"])
+        curve = Curve(max(steps // 2, 1), lambda model: found.evaluate()["eval_rewards/accuracies"])
     else:
         held_out = rows_of(folder, "held_out_prompts")
         args = GRPOConfig(
@@ -127,19 +127,20 @@ def trainer(stage, model, folder, seed, steps, batch):
         )
         prompts = Dataset.from_list(rows_of(folder, "train_prompts"))
         found = GRPOTrainer(**how, args=args, reward_funcs=is_answer, train_dataset=prompts)
-        curve = Curve(steps // 2, lambda model: right_answers(model, tokenizer, held_out))
+        curve = Curve(max(steps // 2, 1), lambda model: right_answers(model, tokenizer, held_out))
     found.add_callback(curve)
     return found, curve
 
 
 def main():
-    """Trains, and writes {values: {step: value}, seconds: of the median step}."""
+    """Trains, and writes {asked, values: {step: value}, seconds: of the median step}."""
     stage, model, folder, *numbers, out = sys.argv[1:]
     torch.set_num_threads(2)
     train, curve = trainer(stage, model, Path(folder), *map(int, numbers))
     train.train()
     seconds = sorted(curve.seconds)[len(curve.seconds) // 2]
-    Path(out).write_text(json.dumps({"values": curve.values, "seconds": seconds}), "utf-8")
+    found = {"asked": sys.argv[1:], "values": curve.values, "seconds": seconds}
+    Path(out).write_text(json.dumps(found), "utf-8")
 
 
 if __name__ == "__main__":

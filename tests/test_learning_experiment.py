@@ -142,14 +142,43 @@ def test_stages_follow_each_other_within_their_seed(tmp_path):
         config = parse(RunConfig, stage.flags[1:], prog=stage.flags[0])  # all settings exist
         assert config.lora.rank == 16
     for name in ("RLOO, reward model", "PPO, reward model"):
-        assert value(name, "--reward") == str(runs / "reward_model")
+        assert value(name, "--reward") == str(found[learning.JUDGE].run)
+        assert value(name, "--rl.kl-coef") == "0.05"
         assert list(found).index(learning.JUDGE) < list(found).index(name)
+    checked = "GRPO, checked answers"
+    assert value(checked, "--reward").endswith("sums.py:is_answer")
+    assert float(value(checked, "--rl.kl-coef")) == 0
+    assert float(value(checked, "--grpo.kl-loss-coef")) == 0
+
+
+def test_each_stage_trains_on_its_rows_and_validates_on_the_held_out_ones(tmp_path):
+    learning.write_data(tmp_path, SIZES)
+    kinds = {"SFT": "rows", learning.JUDGE: "pairs", "DPO": "few_pairs"}
+    for name, stage in learning.stages(tmp_path, tmp_path, SIZES, 0).items():
+        flags = dict(zip(stage.flags[1::2], stage.flags[2::2], strict=True))
+        kind = kinds.get(name, "prompts")
+        section = stage.flags[0] if name in kinds else "rl"
+        assert flags["--data"] == str(tmp_path / f"train_{kind}.json")
+        held_out = flags[f"--{section}.validation-data"]
+        assert held_out == str(tmp_path / f"held_out_{kind}.json")
+    for kind, wrong in learning.WRONG.items():
+        numbers = [
+            len(json.loads((tmp_path / f"{part}_{kind}.json").read_text()))
+            for part in ("train", "held_out")
+        ]
+        assert numbers == [10 * wrong, 6]
 
 
 def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
     """Its own answers, those of its start, its metric at both ends, its last KL."""
     said = {"model": "1", "sft": "2", "ppo": "3"}
-    metrics = [{"step": 0, "x": 0.5}, {"step": 3, "objective/kl": 2.0}, {"step": 4, "x": 0.75}]
+    score, x = "validation/score", "validation/length_accuracy"
+    metrics = [
+        {"step": 0, score: 0.5, x: 0.25},
+        {"step": 2, "objective/kl": 1.0},
+        {"step": 3, "objective/kl": 2.0},
+        {"step": 4, score: 0.75, x: 0.375},
+    ]
 
     def answers_of(model, rows, seed, file):
         name = model.name if model.parent == tmp_path else model.parent.name
@@ -161,18 +190,34 @@ def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "right", lambda texts, rows: np.array(texts, float))
     runs = tmp_path / "seed-1"
     write_samples(runs / "ppo", {0: [1.0] * 6, 4: [1.5] * 6})
-    stage = learning.Stage([str(runs / "ppo")], learning.SFT, "x")
+    stage = learning.Stage([str(runs / "ppo")], learning.SFT, score)
     found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
     assert (found.steps, found.ends) == (4, (0.5, 0.75))
     before, after = found.of_sums["right answers"]
     assert (before.tolist(), after.tolist()) == ([2] * 6, [3] * 6)
     assert found.of_sums["score"][1].tolist() == [1.5] * 6
     assert found.others == {learning.KL: 2.0}
-    metrics[1:2] = []  # of a stage that is not RL
-    stage = learning.Stage([str(runs / "sft")], learning.BASE, "x")
+    metrics[1:3] = []  # of a stage that is not RL
+    stage = learning.Stage([str(runs / "sft")], learning.BASE, x)
     found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
     assert found.of_sums.keys() == {"right answers"}
     assert found.of_sums["right answers"][0].tolist() == [1] * 6
+    stage = learning.Stage([str(runs / "reward_model")], learning.SFT, x)
+    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+    assert found.of_sums == {}
+    assert found.others == {"held-out accuracy of the longer answer": 0.375}
+
+
+def test_a_folder_with_another_command_is_not_taken_for_finished(tmp_path):
+    run = tmp_path / "sft"
+    (run / "model").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 0}\n', "utf-8")
+    manifest = {"command": "rlhf-jax sft --seed 1 --model 'a b' --resume"}
+    (run / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    flags = ["sft", "--seed", "1", "--model", "a b"]
+    assert learning.finished(run, flags) == [{"step": 0}]
+    with pytest.raises(UserError, match=r"--seed 1 .* asked for .*--seed 2"):
+        learning.finished(run, ["sft", "--seed", "2", "--model", "a b"])
 
 
 def test_the_seconds_are_those_of_all_stages(tmp_path):

@@ -2,14 +2,18 @@
 short form of the whole.
 """
 
+import functools
 import itertools
 import json
 
 import hacking_alerts
+import jax
+import jax.numpy as jnp
 import numpy as np
 import overoptimisation
 import pytest
 import results
+from numpy.testing import assert_array_equal
 from overoptimisation import COMPARISONS, HOW, Curve, Lane, Run, Sizes
 
 
@@ -96,12 +100,56 @@ def test_all_policies_have_their_proxies():
 
 
 def test_no_policy_is_trained_on_its_judge():
-    """The judge's comparisons begin where those of all others end."""
-    for lane in overoptimisation.lanes_of(2):
-        if lane == overoptimisation.judge_of(lane.seed):
-            assert lane.first == max(COMPARISONS)
-        else:
-            assert lane.first + lane.comparisons <= max(COMPARISONS)
+    """The judge's comparisons begin where those of all others end, and so do its first weights."""
+    judges = [overoptimisation.judge_of(seed) for seed in range(2)]
+    others = set(overoptimisation.lanes_of(2)) - set(judges)
+    assert {lane.first for lane in judges} == {max(COMPARISONS)}
+    assert all(lane.first + lane.comparisons <= max(COMPARISONS) for lane in others)
+    assert not {lane.member for lane in judges} & {lane.member for lane in others}
+
+
+def test_a_reward_model_learns_from_its_own_comparisons_alone():
+    """Other labels before its first comparison and behind its last one change nothing."""
+    sizes = Sizes(pool=16, proxy_steps=10, proxy_batch=4)
+    rng = np.random.default_rng(0)
+    shape = (24, 2, 1 + overoptimisation.LENGTH)
+    pairs = jnp.array(rng.integers(0, overoptimisation.VOCABULARY, shape))
+    world = overoptimisation.World(
+        start={},
+        values=jnp.zeros(overoptimisation.VOCABULARY),
+        mean=jnp.zeros(()),
+        sd=jnp.ones(()),
+        pool=pairs[:16, 0],
+        gold_of_pool=jnp.zeros(16),
+        pairs=pairs,
+        best=jnp.zeros(24, jnp.int32),
+        luck=jnp.ones(24),
+    )
+    train = jax.jit(functools.partial(overoptimisation.train_proxy, sizes=sizes))
+
+    def scores(best):
+        key = jax.random.key(0)
+        return np.asarray(train(world._replace(best=best), 8, 8, 0.0, key).scores)
+
+    expected = scores(world.best)
+    others = jnp.array([1] * 8 + [0] * 8 + [1] * 8)
+    assert_array_equal(scores(others), expected)
+    for mine in (8, 15):  # the last is held out: it chooses the step that is kept
+        changed = scores(world.best.at[mine].set(1))
+        assert np.abs(changed - expected).max() > 0 or mine == 15
+
+
+def test_the_best_of_n_by_the_judge_is_not_among_the_proxies():
+    lanes = overoptimisation.lanes_of(1)
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(1, 64))
+    scores = rng.normal(size=(len(lanes), 64))
+    none = dict.fromkeys(("start", "values", "mean", "sd", "pool", "pairs", "best", "luck"))
+    world = overoptimisation.World(**none, gold_of_pool=gold)
+    proxies = overoptimisation.Proxy(None, scores, None)
+    rows = overoptimisation.best_of_n_rows(lanes, world, proxies)
+    ranks = [row["variant"] for row in rows if row["metric"] == "rank correlation"]
+    assert sorted(ranks) == sorted(f"best of n: {num} comparisons" for num in COMPARISONS)
 
 
 def measured(gold, proxy, judge):
@@ -133,14 +181,16 @@ def test_alerts_are_counted_over_seeds():
         for late, lost in ((5, 0.25), (15, 0.75))
     ]
     rows = hacking_alerts.rows("RL: 64 comparisons", of_seeds, 50)
-    found = {(row["variant"], row["metric"]): row["value"] for row in rows}
+    found = {(row["variant"], row["metric"]): row["value"] for row in rows if row["seed"] == "all"}
     name = "RL: 64 comparisons, a judge looks on"
     assert found[name, "share of seeds with an alert"] == 1
-    assert found[name, "steps after the highest gold"] == 10
-    assert found[name, "gold lost by then"] == 0.5
+    assert found[name, hacking_alerts.LATE] == 10
+    assert found[name, hacking_alerts.LOST] == 0.5
+    late = [row["value"] for row in rows if row["seed"] in (0, 1) and "steps" in row["metric"]]
+    assert late == [5, 15]
     other = "RL: 64 comparisons, gold looks on"
     assert found[other, "share of seeds with an alert"] == 0
-    assert (other, "gold lost by then") not in found
+    assert (other, hacking_alerts.LOST) not in found
 
 
 @pytest.mark.slow
@@ -151,7 +201,8 @@ def test_the_short_form(tmp_path):
     rows = json.loads(out.read_text("utf-8"))["rows"]
     assert all(np.isfinite(row["value"]) for row in rows)
     of_seeds = [row for row in rows if row["seed"] != results.ALL]
-    assert {row["metric"] for row in of_seeds} == set(overoptimisation.OF_SEEDS)
+    of_alerts = {hacking_alerts.LATE, hacking_alerts.LOST}
+    assert {row["metric"] for row in of_seeds} - of_alerts == set(overoptimisation.OF_SEEDS)
     assert {row["seed"] for row in of_seeds} == {0, 1}
     rows = [row for row in rows if row["seed"] == results.ALL]
     found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
@@ -160,7 +211,12 @@ def test_the_short_form(tmp_path):
         proxies = [found[f"{name}, proxy", n, "reward"] for n in (2, 4, 8, 16)]
         assert proxies == sorted(proxies)  # more answers to choose from
         assert found[name, 16, "sqrt(KL) at the end"] == pytest.approx(1.354, abs=1e-3)
-        for judge in hacking_alerts.NAMES.values():
+        for judge in hacking_alerts.JUDGES.values():
             share = found[f"RL: {num} comparisons, {judge}", 4, "share of seeds with an alert"]
             assert 0 <= share <= 1
-    assert "RL: gold itself" in {variant for variant, _, _ in found}
+    for step in (2, 4):
+        paid, gold = (
+            found[f"RL: gold itself, {name}", step, "reward"] for name in ("proxy", "gold")
+        )
+        assert paid == gold
+    assert ("RL: gold itself, gold looks on", 4, "share of seeds with an alert") not in found
