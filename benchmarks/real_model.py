@@ -76,6 +76,7 @@ COLUMNS = {  # of a stage's results: their names in the table
     "peak_gib": "peak memory, GiB",
     "before": "held-out rows before",
     "after": "held-out rows after",
+    "longer": "held-out accuracy of the longer answer",
 }
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
@@ -129,7 +130,9 @@ def write_data(folder: Path, sizes: Sizes) -> None:
         and pair["chosen"][:-1] == pair["rejected"][:-1]
     ]
     train = usable[: sizes.pairs]
-    held_out = usable[sizes.pairs : sizes.pairs + sizes.held_out]
+    trained_on = [pair["chosen"][:-1] for pair in train]
+    others = [pair for pair in usable[sizes.pairs :] if pair["chosen"][:-1] not in trained_on]
+    held_out = others[: sizes.held_out]
     asked = usable[: max(sizes.pairs, 2 * sizes.episodes)]
     prompts = [{"messages": pair["chosen"][:-1]} for pair in asked]
     numbers = random.Random(0)
@@ -272,6 +275,7 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
         "metric": name,
         "before": metrics[0].get(name),
         "after": metrics[-1].get(name),
+        "longer": metrics[-1].get("validation/length_accuracy"),
         "steps": len(steps),
         "seconds_a_step": statistics.median(steps),
         "first_step": steps[0],
@@ -320,6 +324,8 @@ def main() -> None:
     stages = ["reward-model", "dpo", "grpo", "ppo"]
     parser.add_argument("--stages", nargs="+", choices=stages, help="default: all")
     parser.add_argument("--pairs", type=int, help="how many train the reward model and DPO")
+    parser.add_argument("--held-out", type=int, help="how many validate them")
+    parser.add_argument("--longest", type=int, help="characters of a dialogue, at most")
     parser.add_argument("--shapes", action="store_true", help="GRPO steps of given sizes alone")
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
     parser.add_argument("--out", type=Path, help="a file for the stages' results as a table")
@@ -329,8 +335,8 @@ def main() -> None:
     started = time.perf_counter()
     folder = args.folder
     sizes = SHORT if args.short else FULL
-    if args.pairs is not None:
-        sizes = sizes._replace(pairs=args.pairs)
+    own = {"pairs": args.pairs, "held_out": args.held_out, "longest": args.longest}
+    sizes = sizes._replace(**{name: value for name, value in own.items() if value is not None})
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "base")
     write_data(folder, sizes)

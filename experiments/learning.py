@@ -15,6 +15,7 @@ process of its own; the script goes on where it was stopped.
 import collections
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class Sizes(NamedTuple):
     largest: int = 20  # number of a sum
     held_out: int = 128  # sums
     batch: int = 16  # rows or pairs of a step
-    iterations: int = 10  # of GRPO and RLOO
+    iterations: int = 10  # of RL
     answers: int = 64  # of an iteration
 
 
@@ -100,6 +101,11 @@ def right(texts: list[str], rows: list[dict[str, Any]]) -> np.ndarray:
     """[N] 1 for a right answer, else 0."""
     answers = [row["answer"] for row in rows]
     return np.array(sums.is_answer([], texts, answers))
+
+
+def alone(texts: list[str]) -> np.ndarray:
+    """[N] 1 for a number and nothing else, as the question asks, else 0."""
+    return np.array([float(bool(re.fullmatch(r"\s*\d+\W*", text))) for text in texts])
 
 
 def pairs_of(rows: list[dict[str, Any]], wrong: int) -> list[dict[str, str]]:
@@ -289,9 +295,9 @@ def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> 
     """Runs a stage to its end and looks at what it has changed."""
     rows = problems(sizes)[: sizes.held_out]
 
-    def answered(start: str) -> np.ndarray:
+    def answered(start: str) -> list[str]:
         model = model_of(folder, runs, start)
-        return right(answers_of(model, rows, seed, runs / f"{start}.answers.json"), rows)
+        return answers_of(model, rows, seed, runs / f"{start}.answers.json")
 
     metrics = finished(stage.run, stage.flags)
     first, last = metrics[0], metrics[-1]
@@ -302,7 +308,9 @@ def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> 
     if stage.run.name == "reward_model":
         others["held-out accuracy of the longer answer"] = last["validation/length_accuracy"]
     else:
-        of_sums["right answers"] = (answered(stage.start), answered(stage.run.name))
+        before, after = answered(stage.start), answered(stage.run.name)
+        of_sums["right answers"] = (right(before, rows), right(after, rows))
+        of_sums["numbers alone"] = (alone(before), alone(after))
     return Outcome(last["step"], of_sums, (first[stage.metric], last[stage.metric]), others)
 
 

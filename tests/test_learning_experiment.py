@@ -171,7 +171,7 @@ def test_each_stage_trains_on_its_rows_and_validates_on_the_held_out_ones(tmp_pa
 
 def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
     """Its own answers, those of its start, its metric at both ends, its last KL."""
-    said = {"model": "1", "sft": "2", "ppo": "3"}
+    said = {"model": "1 + 2", "sft": "2", "ppo": "3"}
     score, x = "validation/score", "validation/length_accuracy"
     metrics = [
         {"step": 0, score: 0.5, x: 0.25},
@@ -187,7 +187,9 @@ def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning, "answers_of", answers_of)
     monkeypatch.setattr(learning, "finished", lambda run, flags: metrics)
-    monkeypatch.setattr(learning, "right", lambda texts, rows: np.array(texts, float))
+    monkeypatch.setattr(
+        learning, "right", lambda texts, rows: np.array([float(text[0]) for text in texts])
+    )
     runs = tmp_path / "seed-1"
     write_samples(runs / "ppo", {0: [1.0] * 6, 4: [1.5] * 6})
     stage = learning.Stage([str(runs / "ppo")], learning.SFT, score)
@@ -200,8 +202,10 @@ def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
     metrics[1:3] = []  # of a stage that is not RL
     stage = learning.Stage([str(runs / "sft")], learning.BASE, x)
     found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
-    assert found.of_sums.keys() == {"right answers"}
+    assert found.of_sums.keys() == {"right answers", "numbers alone"}
     assert found.of_sums["right answers"][0].tolist() == [1] * 6
+    before, after = found.of_sums["numbers alone"]
+    assert (before.tolist(), after.tolist()) == ([0] * 6, [1] * 6)
     stage = learning.Stage([str(runs / "reward_model")], learning.SFT, x)
     found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
     assert found.of_sums == {}
