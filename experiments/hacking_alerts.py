@@ -14,7 +14,8 @@ import results
 from rlhf_jax.runs import alerts
 
 RULE = [rule for rule in alerts.parse([]) if rule.name == "reward hacking"]
-LATE, LOST = "steps after the highest gold", "gold lost by then"
+LATE = "steps after the highest gold"
+LOST = "gold lost by then"
 # {field of a measured run: what the table calls it}
 JUDGES = {"judge": "a judge looks on", "gold": "gold looks on"}
 
@@ -65,7 +66,15 @@ def rows(variant: str, of_seeds: list[dict[str, Seen]], last: int) -> list[resul
         raised = {seed: one for seed, one in alerts_of.items() if one.step is not None}
         for edge, value in results.share(len(raised), len(of_seeds)).items():
             metric = f"share of seeds with an alert{edge}"
-            found.append(results.row(name, results.ALL, last, metric, value))
+            found.append(
+                results.row(
+                    name,
+                    results.ALL,
+                    last,
+                    metric,
+                    value,
+                )
+            )
         of_alerts = []
         for seed, one in raised.items():
             of_alerts.append(results.row(name, seed, last, LATE, one.late))

@@ -39,7 +39,9 @@ NEW_TOKENS = 10
 WRONG = {"pairs": 4, "few_pairs": 1}
 FURTHEST = 10  # of a wrong number from the right one
 JUDGE = "reward model"
-BASE, SFT = "model", "sft"  # what a stage starts from: the chat model, or SFT's policy
+# What a stage starts from: the chat model, or SFT's policy.
+BASE = "model"
+SFT = "sft"
 KL = "KL from the reference, nats an answer"
 
 
@@ -219,7 +221,8 @@ class Commands(NamedTuple):
 def stages(folder: Path, runs: Path, sizes: Sizes, seed: int) -> dict[str, Stage]:
     """{name: its command line behind ``rlhf-jax``, and what it starts from}"""
     of_seed = Commands(folder, runs, sizes, seed)
-    supervised, policy = of_seed.supervised, of_seed.policy
+    supervised = of_seed.supervised
+    policy = of_seed.policy
     num = sizes.largest**2 - sizes.held_out  # sums to train on
     pairs = {kind: num * wrong for kind, wrong in WRONG.items()}
     of_pairs = {"metric": "accuracy", "epochs": 1}
@@ -300,7 +303,7 @@ def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> 
         return answers_of(model, rows, seed, runs / f"{start}.answers.json")
 
     metrics = finished(stage.run, stage.flags)
-    first, last = metrics[0], metrics[-1]
+    last = metrics[-1]
     kls = [row["objective/kl"] for row in metrics if "objective/kl" in row]
     others = {KL: kls[-1]} if kls else {}
     is_paid = stage.metric == "validation/score"
@@ -308,10 +311,11 @@ def outcome(folder: Path, runs: Path, stage: Stage, sizes: Sizes, seed: int) -> 
     if stage.run.name == "reward_model":
         others["held-out accuracy of the longer answer"] = last["validation/length_accuracy"]
     else:
-        before, after = answered(stage.start), answered(stage.run.name)
+        before = answered(stage.start)
+        after = answered(stage.run.name)
         of_sums["right answers"] = (right(before, rows), right(after, rows))
         of_sums["numbers alone"] = (alone(before), alone(after))
-    return Outcome(last["step"], of_sums, (first[stage.metric], last[stage.metric]), others)
+    return Outcome(last["step"], of_sums, (metrics[0][stage.metric], last[stage.metric]), others)
 
 
 def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -347,9 +351,25 @@ def table(found: dict[str, list[Outcome]]) -> list[results.Row]:
         for seed, one in enumerate(outcomes):
             for metric, value in numbers([one]).items():
                 if "change" not in metric:
-                    rows.append(results.row(name, seed, steps, metric, value))
+                    rows.append(
+                        results.row(
+                            name,
+                            seed,
+                            steps,
+                            metric,
+                            value,
+                        )
+                    )
         for metric, value in numbers(outcomes).items():
-            rows.append(results.row(name, results.ALL, steps, metric, value))
+            rows.append(
+                results.row(
+                    name,
+                    results.ALL,
+                    steps,
+                    metric,
+                    value,
+                )
+            )
     return rows
 
 

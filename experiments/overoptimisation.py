@@ -166,7 +166,8 @@ def make_world(key: Array, sizes: Sizes) -> World:
     compared, pool = jnp.split(answers, [num_compared])
     for_judge = sampled(start, 2 * OF_JUDGE, jax.random.fold_in(sample_key, 1))
     scores = gold_reward(values, answers)
-    mean, sd = jnp.mean(scores), jnp.std(scores)
+    mean = jnp.mean(scores)
+    sd = jnp.std(scores)
     pairs = jnp.concatenate([compared, for_judge]).reshape(-1, 2, answers.shape[1])
     gold = (gold_reward(values, pairs.reshape(-1, pairs.shape[2])) - mean) / sd
     first, second = gold.reshape(-1, 2).T

@@ -133,7 +133,8 @@ def test_stages_follow_each_other_within_their_seed(tmp_path):
         flags = found[name].flags
         return flags[flags.index(flag) + 1]
 
-    base, sft = str(tmp_path / "model"), str(runs / "sft" / "model")
+    base = str(tmp_path / "model")
+    sft = str(runs / "sft" / "model")
     for name, stage in found.items():
         assert value(name, "--seed") == "1"
         assert value(name, "--model") == (base if name in ("SFT", "GRPO, checked answers") else sft)
@@ -169,45 +170,60 @@ def test_each_stage_trains_on_its_rows_and_validates_on_the_held_out_ones(tmp_pa
         assert numbers == [10 * wrong, 6]
 
 
-def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, monkeypatch):
-    """Its own answers, those of its start, its metric at both ends, its last KL."""
+SCORE = "validation/score"
+LONGER = "validation/length_accuracy"
+
+
+@pytest.fixture
+def stage_of(tmp_path, monkeypatch):
+    """The outcome of a stage of seed 1: its runs, and what is said, are made up."""
     said = {"model": "1 + 2", "sft": "2", "ppo": "3"}
-    score, x = "validation/score", "validation/length_accuracy"
-    metrics = [
-        {"step": 0, score: 0.5, x: 0.25},
-        {"step": 2, "objective/kl": 1.0},
-        {"step": 3, "objective/kl": 2.0},
-        {"step": 4, score: 0.75, x: 0.375},
-    ]
+    runs = tmp_path / "seed-1"
 
     def answers_of(model, rows, seed, file):
         name = model.name if model.parent == tmp_path else model.parent.name
-        assert (seed, file) == (1, tmp_path / "seed-1" / f"{name}.answers.json")
+        assert (seed, file) == (1, runs / f"{name}.answers.json")
         return [said[name]] * len(rows)
 
+    def first_digit(texts, rows):
+        return np.array([float(text[0]) for text in texts])
+
     monkeypatch.setattr(learning, "answers_of", answers_of)
-    monkeypatch.setattr(learning, "finished", lambda run, flags: metrics)
-    monkeypatch.setattr(
-        learning, "right", lambda texts, rows: np.array([float(text[0]) for text in texts])
-    )
-    runs = tmp_path / "seed-1"
-    write_samples(runs / "ppo", {0: [1.0] * 6, 4: [1.5] * 6})
-    stage = learning.Stage([str(runs / "ppo")], learning.SFT, score)
-    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+    monkeypatch.setattr(learning, "right", first_digit)
+
+    def outcome(name, start, metric, metrics):
+        monkeypatch.setattr(learning, "finished", lambda run, flags: metrics)
+        stage = learning.Stage([str(runs / name)], start, metric)
+        return learning.outcome(tmp_path, runs, stage, SIZES, 1)
+
+    return outcome
+
+
+def test_a_stage_is_compared_with_what_it_starts_from(tmp_path, stage_of):
+    """Its own answers, those of its start, its metric at both ends, its last KL."""
+    write_samples(tmp_path / "seed-1" / "ppo", {0: [1.0] * 6, 4: [1.5] * 6})
+    metrics = [
+        {"step": 0, SCORE: 0.5},
+        {"step": 2, "objective/kl": 1.0},
+        {"step": 3, "objective/kl": 2.0},
+        {"step": 4, SCORE: 0.75},
+    ]
+    found = stage_of("ppo", learning.SFT, SCORE, metrics)
     assert (found.steps, found.ends) == (4, (0.5, 0.75))
     before, after = found.of_sums["right answers"]
     assert (before.tolist(), after.tolist()) == ([2] * 6, [3] * 6)
     assert found.of_sums["score"][1].tolist() == [1.5] * 6
     assert found.others == {learning.KL: 2.0}
-    metrics[1:3] = []  # of a stage that is not RL
-    stage = learning.Stage([str(runs / "sft")], learning.BASE, x)
-    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+
+
+def test_stages_without_rl_have_no_score_and_reward_models_no_answers(stage_of):
+    metrics = [{"step": 0, LONGER: 0.25}, {"step": 4, LONGER: 0.375}]
+    found = stage_of("sft", learning.BASE, LONGER, metrics)
     assert found.of_sums.keys() == {"right answers", "numbers alone"}
     assert found.of_sums["right answers"][0].tolist() == [1] * 6
     before, after = found.of_sums["numbers alone"]
     assert (before.tolist(), after.tolist()) == ([0] * 6, [1] * 6)
-    stage = learning.Stage([str(runs / "reward_model")], learning.SFT, x)
-    found = learning.outcome(tmp_path, runs, stage, SIZES, 1)
+    found = stage_of("reward_model", learning.SFT, LONGER, metrics)
     assert found.of_sums == {}
     assert found.others == {"held-out accuracy of the longer answer": 0.375}
 
