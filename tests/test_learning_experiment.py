@@ -170,6 +170,17 @@ def test_each_stage_trains_on_its_rows_and_validates_on_the_held_out_ones(tmp_pa
         assert numbers == [10 * wrong, 6]
 
 
+def test_what_trl_did_is_not_taken_for_another_job(tmp_path):
+    out = tmp_path / "dpo-trl.json"
+    asked = ["dpo", str(tmp_path / "model"), str(tmp_path), "0", "17", "16", str(out)]
+    out.write_text(json.dumps({"asked": asked, "values": {"0": 0.5, "17": 0.75}}), "utf-8")
+    places = ("dpo", tmp_path / "model", tmp_path, out)
+    found = peers.theirs(*places, seed=0, steps=17, batch=16)
+    assert found == {0: 0.5, 17: 0.75}
+    with pytest.raises(UserError, match=r"dpo-trl.json: made by .*'17'.* asked for .*'34'"):
+        peers.theirs(*places, seed=0, steps=34, batch=16)
+
+
 SCORE = "validation/score"
 LONGER = "validation/length_accuracy"
 
