@@ -66,6 +66,28 @@ def test_a_freed_block_is_room_for_the_next_one():
     assert 128 * 1024 < int(done.stdout) < 2 * 128 * 1024
 
 
+LARGE = """
+import ctypes
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+for eighths in (12, 11, 13, 12, 11):
+    block = ctypes.c_void_p()
+    assert library.posix_memalign(ctypes.byref(block), 64, eighths << 27) == 0
+    stays = [library.malloc(1 << 20) for _ in range(3)]
+    library.free(block)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")))
+"""
+
+
+@needs_pages
+def test_blocks_of_gigabytes_leave_no_holes_in_a_heap():
+    """Each is given back though small ones were allocated behind it: 3.3 GB stayed before."""
+    env = os.environ | {NAME: allocator.TUNABLES}
+    command = [sys.executable, "-c", LARGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert int(done.stdout) < 2**20  # KiB
+
+
 def test_what_glibc_keeps_is_given_back_where_there_is_glibc(monkeypatch):
     given = []
     library = types.SimpleNamespace(malloc_trim=given.append)
