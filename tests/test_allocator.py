@@ -57,13 +57,18 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+def printed(script):
+    """The number that a script prints under our settings."""
+    env = os.environ | {NAME: allocator.TUNABLES}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return int(done.stdout)
+
+
 @needs_pages
 def test_a_freed_block_is_room_for_the_next_one():
     """Five aligned blocks of 128 MiB, one after the other, take the memory of one."""
-    env = os.environ | {NAME: allocator.TUNABLES}
-    command = [sys.executable, "-c", BLOCKS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    assert 128 * 1024 < int(done.stdout) < 2 * 128 * 1024
+    assert 128 * 1024 < printed(BLOCKS) < 2 * 128 * 1024
 
 
 LARGE = """
@@ -81,11 +86,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @needs_pages
 def test_blocks_of_gigabytes_leave_no_holes_in_a_heap():
-    """Each is given back though small ones were allocated behind it: 3.3 GB stayed before."""
-    env = os.environ | {NAME: allocator.TUNABLES}
-    command = [sys.executable, "-c", LARGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    assert int(done.stdout) < 2**20  # KiB
+    """Each is given back though small ones were allocated behind it; in heaps 3.3 GB stay."""
+    assert printed(LARGE) < 2**20  # KiB
 
 
 def test_what_glibc_keeps_is_given_back_where_there_is_glibc(monkeypatch):
