@@ -200,7 +200,24 @@ SLIPS = [
         {"prompt": "a", "response": "b", "message": []},
         "'message' is not read; did you mean 'messages'?",
     ),
+    ({"prompt": "a", "cmpletion": "b"}, "'cmpletion' is not read; did you mean 'completion'?"),
+    (
+        {"prompt": "a", "response": "b", "helpfullness": 1},
+        "'helpfullness' is not read; did you mean 'helpfulness'?",
+    ),
 ]
+USUAL = [{"answer": "b"}, {"labels": [1]}, {"turn": 1, "sample": 2}, {"question": "b", "score": 1}]
+
+
+@pytest.mark.parametrize("columns", USUAL)
+def test_usual_columns_of_prompts_are_no_slips(columns, write):
+    assert check.check([write([{"prompt": "a"} | columns])]).text.endswith("no problems")
+
+
+def test_a_long_column_is_cut_in_a_report(write):
+    path = write([{"prompt": "a", "chosen": "b" * 999, "rejected": "c"}])
+    text = check.check([path], kind="prompts").text
+    assert max(map(len, text.split("\n"))) < 250
 
 
 @pytest.mark.parametrize(("row", "warning"), SLIPS)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -51,7 +52,8 @@ def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
         Row('a "b"\nc,d', ("null",), f"{path}, line 5"),
         Row("e", ("007",), f"{path}, line 6"),
     ]
-    assert formats.read("prompts", path).rows[0].columns == {"level": "7"}
+    columns = formats.read("prompts", path).rows[0].columns
+    assert columns == {"level": "7", "response": "NA"}
     path = write("prompt\tresponse\na,b\tc\n", "data.tsv")
     assert read_demonstrations(path) == [Row("a,b", ("c",), "data.tsv, line 2")]
     path = write('prompt,responses,ranks\np,"[""x"", ""y""]","[1, 0]"\n', "data.csv")
@@ -176,6 +178,104 @@ def test_csv_files_as_pandas_writes_them(write):
     assert found.unread == {"Unnamed: 0": 2}
     path = write("prompt,chosen,rejected,margin\na,b,c,0.5\nd,e,f,\n", "data.csv")
     assert [row.margin for row in formats.read("comparisons", path).rows] == [0.5, 0.0]
+
+
+def called(**arguments):
+    """A row whose assistant calls a tool with these arguments, and the tool."""
+    properties = {name: {"type": "string"} for name in arguments}
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": "r"}, {"role": "assistant", "content": "a"}]
+    return {"messages": turns, "tools": [{"type": "function", "function": function}]}
+
+
+def test_rows_of_arrow_are_those_of_json_lines(write, tmp_path, monkeypatch):
+    """Arrow gives each object the keys of all rows, with null."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [called(city="Paris"), called(a="1", b="2")]
+    expected = [record.value for record in files.read_source(write(rows)).records]
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist() != expected
+    parquet.write_table(table, "data.parquet")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    with pyarrow.ipc.new_stream(folder / "data.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    module = types.SimpleNamespace(load_dataset=lambda name, split: table.to_pylist())
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for name in ("data.parquet", "saved", "org/name"):
+        assert [record.value for record in files.read_source(name).records] == expected
+    # A null that somebody wrote into JSON lines is a value; a column of Arrow stays.
+    given = called(city=None) | {"extra": None}
+    assert files.read_source(write([given])).records[0].value == given
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "extra": [None]}), "data.parquet")
+    assert files.read_source("data.parquet").records[0].value == {"prompt": "a", "extra": None}
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SAID = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize("talk", [TALK, SAID])
+def test_a_list_of_messages_is_a_row(talk, write):
+    lines = "".join(f"{json.dumps(talk)}\n" for _ in range(2))
+    expected = [("User:\na\n\nAssistant:\n", "b")]
+
+    def read(content, name):
+        return [row.texts for row in formats.read("demonstrations", write(content, name)).rows]
+
+    assert read(lines, "data.jsonl") == expected * 2
+    assert read(json.dumps([talk, talk], indent=1), "data.json") == expected * 2
+    assert read(json.dumps(talk), "data.jsonl") == expected
+    with pytest.raises(UserError, match=r"data\.jsonl, line 2: not valid JSON"):
+        read(f'{json.dumps(talk)}\n[{{"role": \n', "data.jsonl")
+    # Rows that have a column "role" stay rows.
+    roles = [{"prompt": "a", "response": "b", "role": "teacher"}] * 2
+    assert read(json.dumps(roles), "data.json") == [("a", "b")] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_of_unicode_is_named_with_its_conversion(encoding, write):
+    path = write(f"prompt,response\n{'é'},b\n".encode(encoding), "data.csv")
+    width = encoding[:6].upper()
+    with pytest.raises(UserError, match=f"{width}; .* iconv -f {width} -t UTF-8 data.csv"):
+        read_demonstrations(path)
+
+
+def test_a_file_of_windows_is_named_with_its_conversion(write):
+    path = write("prompt,response\na,b\né,“c”\n".encode("cp1252"), "data.csv")
+    with pytest.raises(UserError, match=r"line 3: byte 0xe9 is not .*iconv -f WINDOWS-1252 -t UTF"):
+        read_demonstrations(path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet", "csv", "txt"])
+def test_data_that_are_no_file_are_refused_at_once(ending, tmp_path):
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    (tmp_path / f"zero.{ending}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(UserError, match=rf"{name}\.{ending}: is no file"):
+            files.read_source(tmp_path / f"{name}.{ending}")
+
+
+def test_a_value_that_is_nested_too_deep_is_refused(write):
+    def nested(depth):
+        return {"prompt": "a", "x": json.loads("[" * depth + "]" * depth), "y": "[" * 999}
+
+    assert len(formats.read("prompts", write([nested(150)])).rows) == 1
+    for depth in (250, 900):
+        path = write([{"prompt": "a"}, nested(depth)])
+        with pytest.raises(UserError, match="line 2: not valid JSON, nested too deeply"):
+            formats.read("prompts", path)
+    deep = json.dumps("[" * 100_000)
+    call = {"from": "function_call", "value": "[" * 100_000}
+    for row in ({"messages": TALK, "tools": "[" * 100_000}, {"conversations": [SAID[0], call]}):
+        with pytest.raises(UserError, match=r"line 1: .* is not JSON"):
+            read_demonstrations(write([row]))
+    assert files.read_source(write(f'{{"prompt": {deep}}}')).records
 
 
 def test_hugging_face_datasets(monkeypatch):

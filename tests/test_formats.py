@@ -56,7 +56,8 @@ def test_formats(write, record, prompt, response, as_pairs, comparisons):
     assert formats.read("demonstrations", path).rows == [Row(prompt, (response,), W)]
     assert formats.read("pairs", path).rows == as_pairs
     assert formats.read("comparisons", path).rows == (comparisons or as_pairs)
-    assert formats.read("prompts", path).rows == [Row(prompt, (), W)]
+    [row] = formats.read("prompts", path).rows
+    assert row.texts == (prompt,)
 
 
 DIFFER = {"chosen": dialogue("a", " x"), "rejected": dialogue("b", " y")}
@@ -303,8 +304,8 @@ def test_prompts_as_strings_objects_and_of_rows_with_responses(write):
         {},
         {"topic": "bread", "level": 3},
         {},
-        {},
-        {"topic": 1},
+        {"chosen": PAIR["chosen"], "rejected": PAIR["rejected"]},
+        {"response": "r", "topic": 1},
     ]
     assert result.dropped == {"repeated prompt": 1}
 

@@ -50,9 +50,12 @@ CAT = " My cat sleeps."
 # What the example of each form is: its prompt, its answers (the best one first) and their label.
 TABLE = {
     "ShareGPT": (ASKED, ["No."], "demonstration"),
+    "LIMA": (ASKED, ["No."], "demonstration"),
+    "conversation": (BRIEF, ["No."], "demonstration"),
     "Alpaca": ("Add the numbers.\n\n1 2", ["3"], "demonstration"),
     "Dolly": ("Name the colour.\n\nThe sky is blue.", ["Blue."], "demonstration"),
     "OpenOrca": (BRIEF, ["No."], "demonstration"),
+    "ms-swift": (BRIEF, ["No."], "demonstration"),
     "input and output": ("Translate into French: cheese", ["fromage"], "demonstration"),
     "TRL prompt and completion": ("The sky is", [" blue."], "demonstration"),
     "OpenAI TL;DR": (POST.format(""), [CAT], "demonstration"),
@@ -61,6 +64,10 @@ TABLE = {
     "ShareGPT preferences": (ASKED, ["No.", "Yes."], "pair"),
     "Alpaca preferences": ("Add the numbers.\n\n1 2", ["3", "4"], "pair"),
     "Orca pairs": (BRIEF, ["No.", "Yes."], "pair"),
+    "ms-swift preferences": (ICE, ["No.", "Yes."], "pair"),
+    "ms-swift messages": (ASKED, ["No.", "Yes."], "pair"),
+    "ms-swift conversations": (ASKED, ["No.", "Yes."], "pair"),
+    "stack-exchange-paired": (ICE, ["No.", "Yes."], "pair"),
     "LLaMA-Factory messages": (chat("Hi"), ["Hi!", "No."], "pair"),
     "OpenAI preferences": (ASKED, ["No.", "Yes."], "pair"),
     "UltraFeedback, binarised": (ASKED, ["No.", "Yes."], "pair"),
@@ -68,6 +75,7 @@ TABLE = {
     "OpenAI summaries, comparisons": (ALL_DAY, [CAT, " A dog barks."], "pair"),
     "PKU-SafeRLHF": (ICE, ["No.", "Yes."], "pair"),
     "HelpSteer preferences": (ICE, ["No.", "Yes."], "pair"),
+    "HelpSteer3": (ASKED, ["No.", "Yes."], "pair"),
     "arena conversations": (ASKED, ["No.", "Yes."], "pair"),
     "arena votes": (ASKED, ["No.", "Yes."], "pair"),
     "lm-human-preferences": ("Is ice", [" cold?", " warm?"], "pair"),
@@ -84,8 +92,10 @@ TABLE = {
     "ShareGPT with label": (ASKED, ["No."], True),
     "ShareGPT with kto_tag": (ASKED, ["No."], True),
     "Alpaca with kto_tag": ("Add the numbers.\n\n1 2", ["3"], True),
+    "ms-swift with label": (ICE, ["No."], True),
     "BeaverTails": (ICE, ["No."], True),
     "problems and answers": ("What is $1 + 2$?", [], "prompt"),
+    "MT-Bench": ("Name a prime.", [], "prompt"),
     "verl": (chat("What is 1 + 2?"), [], "prompt"),
 }
 REFUSED = {
@@ -193,7 +203,7 @@ def test_every_speaker_of_sharegpt_with_tools_and_weights():
     }
     with pytest.raises(UserError, match="line 1: a tool call is not JSON: 'f"):
         converted(conversations=[HUMAN, {"from": "function_call", "value": "f(1)"}])
-    with pytest.raises(UserError, match=r"the weight of a message must be 0 or 1, found 0\.5"):
+    with pytest.raises(UserError, match=r"'weight' of a message must be 0 or 1, .* found 0\.5"):
         converted(conversations=[HUMAN, {"from": "gpt", "value": "b", "weight": 0.5}])
     with pytest.raises(UserError, match="'tools' must be a list or the JSON of one, found an obj"):
         converted(conversations=[HUMAN], tools={"name": "f"})
@@ -247,10 +257,105 @@ def test_history_and_system_of_alpaca_are_turns():
 def test_a_completion_of_messages_and_one_of_text():
     messages = [{"role": "user", "content": "a"}]
     answer = [{"role": "assistant", "content": "b"}]
-    whole = {"messages": messages + answer}
+    whole = {"prompt": messages, "response": answer}
     assert converted(prompt=messages, completion=answer) == whole
-    assert converted(prompt="a", completion=answer) == whole
+    assert converted(prompt="a", completion=answer) == whole | {"prompt": "a"}
     assert converted(prompt=messages, completion=answer, label=1) == whole | {"desirable": 1}
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("key", ["messages", "prompt", "chosen", "rejected", "completion"])
+def test_messages_in_a_text_are_messages(key):
+    spelled = json.dumps(TALK, indent=1)
+    name = "response" if key == "completion" else key
+    row = {"prompt": [TALK[0]], "completion": "c"} if key == "completion" else {}
+    assert converted(**row | {key: spelled})[name] == TALK
+    python = repr(TALK).replace(", {", " {")  # numpy writes no comma
+    with pytest.raises(UserError, match=f"'{key}' holds messages as Python .* json.dumps"):
+        converted(**row | {key: python})
+    other = '[{"city": "Paris"}]'
+    assert converted(**row | {key: other})[name] == other
+    # The answer to a plain prompt may be any text.
+    given = {"prompt": "Write messages.", "response": spelled}
+    assert converted(**given) == given
+    with pytest.raises(UserError, match="'conversations' holds messages as Python"):
+        converted(conversations=repr([HUMAN]))
+    assert converted(conversations=json.dumps([HUMAN]), system="s")["messages"][1] == TALK[0]
+
+
+def test_a_part_of_a_content_that_is_no_text_is_refused():
+    for part in ({"type": "text", "text": 5}, {"text": None}, 5, {"type": "image", "text": "x"}):
+        for content in ([part], [part, part]):
+            turns = [{"role": "user", "content": content}, TALK[1]]
+            [error] = parsed("demonstrations", {"messages": turns}).errors
+            assert str(error).startswith(f"{W}: the content of message 1 of 'messages' has a")
+    broken = [{"from": "function_call"}, {"role": "user", "content": [{"type": "reasoning"}]}]
+    for turn in broken:
+        with pytest.raises(UserError, match=f"{W}: not in the form of OpenAI's messages"):
+            converted(messages=[turn])
+
+
+def test_conversations_of_texts_and_of_questions_with_answers():
+    texts = list("abcd")
+    roles = ["user", "assistant"] * 2
+    expected = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    assert converted(conversations=texts) == {"messages": expected}
+    for asked, answer in (("human", "assistant"), ("input", "output")):
+        turns = [{asked: "a", answer: "b"}, {asked: "c", answer: "d"}]
+        assert converted(conversation=turns, source=1) == {"messages": expected, "source": 1}
+        [first, *_] = converted(conversation=turns, system="s")["messages"]
+        assert first == {"role": "system", "content": "s"}
+    assert converted(conversation=TALK, toxic=False) == {"messages": TALK, "toxic": False}
+
+
+def test_strengths_of_preferences_say_the_better_answer():
+    row = {"context": [TALK[0]], "response1": "x", "response2": "y"}
+    for strength, best in ((-3, "x"), (-1.0, "x"), (1, "y"), (3, "y")):
+        found = converted(**row, overall_preference=strength)
+        assert found == {"prompt": [TALK[0]], "chosen": best, "rejected": "xy".replace(best, "")}
+    found = parsed("pairs", row | {"overall_preference": 0})
+    assert found.dropped == {table.NO_WINNER: 1}
+    numbers = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1.0}
+    assert converted(**numbers)["chosen"] == "y"  # pandas makes floats of numbers beside nulls
+
+
+def test_labels_and_targets_stay_with_their_answers():
+    """Before, a pair of the answers 1 and 0 had the targets of the answers 0 and 1."""
+    answers = [{"response": "a", "overall_score": 2.0}, {"response": "b", "overall_score": 8.5}]
+    row = {"instruction": "p", "completions": answers}
+    [pair] = parsed("pairs", row).rows
+    assert (pair.responses, pair.targets) == (("b", "a"), None)
+    [best] = parsed("demonstrations", row).rows
+    assert (best.responses, best.targets) == (("b",), None)
+    [whole] = parsed("comparisons", row).rows
+    assert (whole.responses, whole.targets) == (("a", "b"), (2.0, 8.5))
+    assert [row.targets for row in parsed("feedback", row).rows] == [(1.0,), (0.0,)]
+
+
+@pytest.mark.parametrize(
+    ("row", "meant"),
+    [
+        ({"instruction": "a", "outptu": "b"}, "'output' by 'outptu'"),
+        ({"conversatons": []}, "'conversations' by 'conversatons'"),
+        ({"quesion": "a", "response_j": "b", "response_k": "c"}, "'question' by 'quesion'"),
+    ],
+)
+def test_a_key_like_one_of_a_public_form_is_named(row, meant):
+    with pytest.raises(UserError, match=f"{W}: has no known form; did you mean {meant}"):
+        converted(**row)
+
+
+def test_answers_of_the_data_are_columns_of_prompts():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 3}
+    [row] = parsed("prompts", pair).rows
+    assert row.columns == {"chosen": "a", "rejected": "b", "id": 3}
+    found = parsed("prompts", {"prompt": "p", "responses": ["a", "b"], "best": 1, "answer": "7"})
+    assert found.rows[0].columns == {"best": 1, "answer": "7"}
+    assert found.unread == {"best": 1, "answer": 1}
+    talk = {"messages": TALK, "response": "r"}
+    assert parsed("prompts", talk).rows[0].columns == {"response": "r"}
 
 
 # Two answers that nobody preferred.
@@ -337,9 +442,9 @@ def test_columns_decide_between_two_forms():
 
 def test_known_answers_are_columns_of_prompts():
     [row] = parsed("prompts", {"question": "q", "answer": "1\n#### 2"}).rows
-    assert row.columns == {"answer": "1\n#### 2"}
+    assert row.columns == {"answer": "1\n#### 2", "response": "1\n#### 2"}
     [row] = parsed("prompts", {"problem": "q", "solution": "s", "answer": "2", "level": 1}).rows
-    assert row.columns == {"answer": "2", "level": 1}
+    assert row.columns == {"answer": "2", "level": 1, "response": "s"}
     truth = {"style": "rule", "ground_truth": "3"}
     prompt = [{"role": "user", "content": "q"}]
     [row] = parsed("prompts", {"prompt": prompt, "reward_model": truth, "ability": "math"}).rows
@@ -356,11 +461,22 @@ def test_known_answers_are_columns_of_prompts():
 def test_an_answer_that_is_learned_is_not_called_unread():
     assert parsed("demonstrations", {"question": "q", "answer": "a"}).unread == {}
     assert parsed("demonstrations", {"question": "q", "answer": "a", "id": 3}).unread == {"id": 1}
-    assert parsed("prompts", {"question": "q", "answer": "a"}).unread == {"answer": 1}
+    assert parsed("prompts", {"question": "q", "answer": "a"}).unread == {
+        "response": 1,
+        "answer": 1,
+    }
 
 
-LABELS = [(True, False), (1, 0), ("True", "False"), ("true", "false"), ("1", "0")]
-NOT_LABELS = [None, 2, 1.0, "yes", "", []]
+LABELS = [
+    (True, False),
+    (1, 0),
+    (1.0, 0.0),
+    ("1.0", "0.0"),
+    ("True", "False"),
+    ("true", "false"),
+    ("1", "0"),
+]
+NOT_LABELS = [None, 2, 0.5, float("nan"), "yes", "", []]
 
 
 @pytest.mark.parametrize("labels", LABELS)

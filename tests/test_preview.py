@@ -87,6 +87,17 @@ def test_chosen_stands_before_rejected_and_the_best_first(previewed):
     assert len(previewed("dpo", PAIR, choice)) == 3
 
 
+def test_scores_of_a_ranking_do_not_name_the_answers_of_its_pairs(folder, write, capsys):
+    answers = [{"response": "b", "overall_score": 2.0}, {"response": "c", "overall_score": 8.5}]
+    path = write([{"instruction": "a", "completions": answers}])
+    commands.run(["data", "preview", path, "--for", "dpo", "--model", folder])
+    shown = capsys.readouterr().out
+    assert shown.index("  chosen: ") < shown.index("[[c<") < shown.index("  rejected: ")
+    assert shown.index("  rejected: ") < shown.index("[[b<")
+    assert "target" not in shown
+    assert "  chosen:\n    | c\n  rejected:\n    | b" in check.preview(path, kind="pairs")
+
+
 def test_feedback_and_prompts(previewed):
     rows = previewed("kto", PAIR)
     assert [learned(text)[8:] for row in rows for text in row["texts"]] == ["b|", "cd|"]

@@ -53,7 +53,7 @@ def test_turns_of_weight_0_and_all_but_the_last_are_left_out(chatml, qwen3, writ
     assert encoding.group(turns[0]) == encoding.group(turns[1])  # one side of a split
     with pytest.raises(UserError, match="line 1: no turn of the assistant is learned"):
         learned(chatml, write, {"messages": [HI, HELLO | {"weight": 0}]})
-    with pytest.raises(UserError, match="the weight of a message must be 0 or 1, found"):
+    with pytest.raises(UserError, match=r"'weight' of a message must be 0 or 1, .* found"):
         learned(chatml, write, {"messages": [HI, HELLO | {"weight": 0.5}]})
 
 
@@ -216,3 +216,57 @@ def test_forms_of_a_message(chatml, qwen3, write):
     ):
         with pytest.raises(UserError, match=f"the plain template writes no {key}"):
             formats.read("demonstrations", write([record]))
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_the_label_of_a_completion_is_not_that_of_its_prompt(label, chatml, write):
+    """Above all no right answer of the prompt gets a label of false."""
+    before = [SYSTEM, HI, HELLO, MORE]
+    history = {"history": [["Hi", "Hello!"]]}
+    rows = [
+        {"prompt": before, "completion": [NO], "label": label},
+        {"prompt": before, "completion": [*before, NO], "label": label},
+        {"instruction": "More?", "output": "No.", "kto_tag": label} | history,
+        {"query": "More?", "response": "No.", "label": label} | history,
+    ]
+    template = chat.template_of(chatml, "auto")
+    read = formats.read("feedback", write(rows), template=template).rows
+    assert [row.targets for row in read] == [(float(label),)] * 4
+    shown = [spans(chatml, *row) for row in encoded(chatml, read)]
+    assert shown == [[f"No.{END}"]] * 4
+
+
+def test_of_a_prompt_and_a_completion_the_completion_is_learned(chatml, write):
+    before = [SYSTEM, HI, HELLO, MORE]
+    for completion in ([NO], [*before, NO]):
+        row = {"prompt": before, "completion": completion}
+        assert learned(chatml, write, row) == [[f"No.{END}"]]
+        [read] = formats.read("prompts", write([row])).rows
+        assert read.messages == before
+    begun = {"prompt": [HI, HELLO | {"content": "Hel"}], "completion": [HELLO | {"content": "lo!"}]}
+    assert learned(chatml, write, begun) == [[f"lo!{END}"]]
+    row = {"prompt": "Hi", "completion": [HELLO, MORE, NO]}
+    assert learned(chatml, write, row) == [[f"Hello!{END}", f"No.{END}"]]
+
+
+FLAGS = [{"loss": False}, {"train": False}, {"training": False}, {"loss_weight": 0.0}]
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, {"trainable": 0}, {"weight": 1, "train": False}])
+def test_a_turn_that_its_data_says_is_not_learned(flag, chatml, write):
+    [key] = [key for key, value in flag.items() if not value]
+    kept = YES | {key: True}
+    talk = [HI | {key: True}, HELLO | flag, MORE | {key: False}, kept]
+    assert learned(chatml, write, {"messages": talk}) == [[f"Yes.{END}"]]
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"} | flag]
+    turns += [turns[0], {"from": "gpt", "value": "b", key: None}]
+    assert learned(chatml, write, {"conversations": turns}) == [[f"b{END}"]]
+    with pytest.raises(UserError, match=f"line 1: '{key}' of a message must be 0 or 1, or true or"):
+        learned(chatml, write, {"messages": [HI, HELLO | {key: "false"}]})
+
+
+def test_keys_of_messages_that_the_template_does_not_write_are_named(chatml, write):
+    turn = HELLO | {"mask": 1, "id": 7, "a.c": 1, "empty": "", "name": "Al"}
+    path = write([{"messages": [HI, turn]}])
+    found = formats.read("demonstrations", path, template=chat.template_of(chatml))
+    assert found.unwritten == {"mask": 1, "id": 1, "a.c": 1}

@@ -779,7 +779,7 @@ class RunConfig(Section):
 
     data: Texts = ()
     """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json,
-    `demo` or `arithmetic`."""
+    or `demo`."""
     columns: Texts = ()
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
     on_bad_row: Literal["error", "drop"] = "error"
@@ -794,7 +794,7 @@ class RunConfig(Section):
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
     regex:PATTERN, math, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
-    """The run's folder; null: runs/SCRIPT."""
+    """The run's folder; null: runs/STAGE."""
     seed: CountOrZero = 0
     """Root of every random number."""
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None

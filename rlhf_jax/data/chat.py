@@ -56,6 +56,8 @@ _DATE |= {"a": "Fri", "H": "00", "M": "00", "S": "00", "F": "2024-07-26", "-d": 
 _REPLACED = "".join(f" | replace('%{code}', '{text}')" for code, text in _DATE.items())
 _TODAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
 _NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside its content
+# Keys of a message that are no text, or that few templates need.
+_KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
 
 Span = tuple[int, int]
@@ -194,10 +196,11 @@ class ChatTemplate:
         if not row.messages:
             return set()
         turns = [*row.messages, *itertools.chain.from_iterable(row.answers)]
-        has = {key for turn in turns for key in _NOT_CONTENT if turn.get(key)}
+        has = {key for turn in turns for key, value in turn.items() if value} - _KNOWN
         if row.tools:
             has.add("tools")
-        return {key for key in has if not re.search(rf"\b{key}\b", self._source_for(row.tools))}
+        source = self._source_for(row.tools)
+        return {key for key in has if not re.search(rf"\b{re.escape(key)}\b", source)}
 
     @cached_property
     def end_of_turn(self) -> int | None:

@@ -259,6 +259,7 @@ def _slip(
     missing = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
     near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
+    near = near or table.meant(key, tuple(row))
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
     if key in table.PAIR and read == {"prompt"}:
@@ -378,7 +379,7 @@ def _render_row(
     if row.votes:
         lines.append(f"  votes: {', '.join(map(str, row.votes))}")
     for key, value in row.columns.items():
-        lines.append(f"  {escaped(key)}: {escaped(repr(value))}")
+        lines.append(f"  {escaped(key)}: {escaped(repr(value)[:limit])}")
     if row.weight is not None:
         lines.append(f"  weight: {row.weight:.3g}")
     return "\n".join(lines)

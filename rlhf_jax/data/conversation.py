@@ -27,6 +27,16 @@ def is_chat(row: Fields, *keys: str) -> bool:
     return False
 
 
+def are_turns(value: Any) -> bool:
+    """Whether this is a list of turns, each {role, content} or {from, value}."""
+    return isinstance(value, list) and value != [] and all(map(_is_turn, value))
+
+
+def _is_turn(value: Any) -> bool:
+    has = value.keys() if isinstance(value, dict) else set()
+    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"})
+
+
 def is_answered(messages: Any) -> bool:
     """Whether the last of these messages is the assistant's."""
     last = messages[-1] if isinstance(messages, Sequence) and messages else None
@@ -132,7 +142,7 @@ def tools_of(record: Record) -> Tools:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             record.expect(False, f"'tools' is no list in JSON: {error}")
     if not value:
         return None
@@ -176,8 +186,6 @@ def _check(
     calls = message.get("tool_calls")
     is_calls = calls is None or isinstance(calls, list)
     record.expect(is_calls, f"'tool_calls' of {where} must be a list", calls)
-    weight = message.get("weight")
-    record.expect(weight in (None, 0, 1), f"'weight' of {where} must be 0 or 1", weight)
 
 
 def _check_content(

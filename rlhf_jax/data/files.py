@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_jax.data.conversation import are_turns
 from rlhf_jax.data.rows import BadRow, Fields, Record
-from rlhf_jax.errors import UserError, did_you_mean, file_errors
+from rlhf_jax.errors import UserError, did_you_mean, read_file
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
@@ -30,11 +31,13 @@ _DATASET = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII
 )
 _MAY_HOLD = 1 << 20  # values that any Parquet file may hold; beyond it a byte of the file for each
+_MOST_DEEP = 200  # lists and objects inside each other
 _AT_ONCE = 256  # rows of Parquet that are unpacked at once
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # CSV columns whose cells are JSON, since CSV has no lists and numbers.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "margin")
 _INDEX = "Unnamed: 0"  # what pandas calls the index that it writes without a name
+_TO_UTF8 = "convert it to UTF-8: iconv -f {} -t UTF-8 {} > NEW_FILE"
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
 
@@ -144,9 +147,18 @@ def _text(
 
 def _json_records(text: str, name: str) -> tuple[str, list[Record]]:
     """The format of a JSON file and its records."""
-    if text.lstrip().startswith("["):
-        return "JSON list", _json_list(text, name)
-    records = _json_lines(text, name)
+    first = next(_lines(text, name), None)
+    if first and first.value.lstrip()[0] not in '[{"':
+        start = first.value[:20]
+        raise UserError(f"{first.source}: expected a JSON list or JSON lines, found {start!r}")
+    if first and first.value.lstrip().startswith("["):
+        whole = _json(text, name)
+        if not isinstance(whole, UserError):  # of messages it is one conversation
+            return "JSON list", _numbered([whole] if are_turns(whole) else whole, name)
+        if not are_turns(_json(first.value, name)):
+            raise whole
+    lines = _lines(text, name)
+    records = [Record(_json(line.value, line.source), line.source) for line in lines]
     if records and isinstance(records[0].value, UserError):
         whole = _json(text, name)
         if isinstance(whole, dict):
@@ -154,25 +166,8 @@ def _json_records(text: str, name: str) -> tuple[str, list[Record]]:
     return "JSON lines", records
 
 
-def _json_list(text: str, name: str) -> list[Record]:
-    rows = _json(text, name)
-    if isinstance(rows, UserError):
-        raise rows
-    return _numbered(rows, name)
-
-
-def _json_lines(text: str, name: str) -> list[Record]:
-    first = next(_lines(text, name), None)
-    if first and first.value.lstrip()[0] not in '{"':
-        start = first.value[:20]
-        raise UserError(f"{first.source}: expected a JSON list or JSON lines, found {start!r}")
-    lines = _lines(text, name)
-    return [Record(_json(line.value, line.source), line.source) for line in lines]
-
-
 def _bytes(path: Path) -> bytes:
-    with file_errors(path):
-        data = path.read_bytes()
+    data = read_file(path, most=None)
     if not data.startswith(b"\x1f\x8b"):
         return data
     most = max(_MAY_UNPACK, _PACKED_AT_MOST * len(data))
@@ -201,14 +196,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _decode(name: str, data: bytes) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+        width = 32 if b"\0\0" in data[:4] else 16
+        raise UserError(f"{name}: seems to be UTF-{width}; {_TO_UTF8.format(f'UTF-{width}', name)}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]
+        advice = f"if it is Windows-1252, {_TO_UTF8.format('WINDOWS-1252', name)}"
         raise UserError(
-            f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected"
+            f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected; {advice}"
         ) from error
 
 
@@ -226,7 +225,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 def _json(text: str, source: str) -> Any:
     """The JSON value of the text, or the error if it has none."""
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
+        if _is_deep(value, text):
+            raise RecursionError
+        return value
     except json.JSONDecodeError as error:
         what = _describe(error)
     except RecursionError:
@@ -234,6 +236,19 @@ def _json(text: str, source: str) -> Any:
     except ValueError as error:  # a key twice, or a number of thousands of digits
         what = str(error)
     return BadRow(source, f"not valid JSON, {what}")
+
+
+def _is_deep(value: Any, text: str) -> bool:
+    """Whether lists and objects are nested so deep that what reads the value may fail."""
+    if text.count("[") + text.count("{") <= _MOST_DEEP:
+        return False
+    level = [value]
+    for _ in range(_MOST_DEEP):
+        nested = [inner.values() if isinstance(inner, dict) else inner for inner in level]
+        level = [i for inner in nested for i in inner if isinstance(i, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _describe(error: json.JSONDecodeError) -> str:
@@ -306,7 +321,23 @@ def _parquet(data: bytes, name: str) -> list[Record]:
         raise
     except Exception as error:  # pyarrow's kinds
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
-    return _numbered(rows, name)
+    return _of_arrow(rows, name)
+
+
+def _of_arrow(rows: Iterable[Fields], name: str) -> list[Record]:
+    """The records of rows of Arrow, which gives each object of a column the keys of all of them,
+    with null: such keys are left out, as in TRL. A row itself has all of its columns.
+    """
+    values = [{key: _without_nulls(value) for key, value in row.items()} for row in rows]
+    return _numbered(values, name)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def _check_parquet(file: Any, name: str, size: int) -> None:
@@ -354,7 +385,7 @@ def _saved_dataset(folder: Path) -> Source:
     try:
         state = json.loads(read_text(folder / "state.json"))
         for entry in state["_data_files"]:
-            data = (folder / Path(entry["filename"]).name).read_bytes()
+            data = read_file(folder / Path(entry["filename"]).name, most=None)
             digest.update(data)
             rows += pyarrow.ipc.open_stream(data).read_all().to_pylist()
     except UserError:
@@ -362,7 +393,7 @@ def _saved_dataset(folder: Path) -> Source:
     except Exception as error:  # pyarrow's kinds, and what a broken state.json makes
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}: cannot be read as a saved dataset: {what}") from error
-    records = _numbered(rows, str(folder))
+    records = _of_arrow(rows, str(folder))
     if not records:
         raise UserError(f"{folder}: holds no rows")
     return Source(records, digest.hexdigest(), "saved dataset")
@@ -389,5 +420,5 @@ def _dataset(
         content.update(json.dumps(value, sort_keys=True, default=str).encode())
     full_name = "/".join([name, *configs])
     return Source(
-        _numbered(values, f"{full_name}:{split}"), content.hexdigest(), "Hugging Face dataset"
+        _of_arrow(values, f"{full_name}:{split}"), content.hexdigest(), "Hugging Face dataset"
     )

@@ -69,6 +69,8 @@ FILES: dict[Kind, str] = {
     "comparisons": _PREFERENCES,
 }
 KNOWN = tuple(dict.fromkeys(itertools.chain(*OURS, LABELS, ("desirable", "margin"))))
+NO_COLUMNS = ("prompt", "messages", "responses")
+"""Keys that are no columns for a reward, which has parameters of these names."""
 DEMO = "demo"  # the data of this name is generated
 
 HUMAN = "\n\nHuman:"
@@ -335,7 +337,7 @@ def _form_of(keys: tuple[str, ...]) -> Form:
 
 def keys_read(row: Fields, kind: Kind) -> frozenset[str]:
     """The keys of a record that a stage of this kind reads."""
-    is_chat = conversation.is_chat(row, "messages", "prompt", *PAIR)
+    is_chat = conversation.is_chat(row, "messages", "prompt", "response", *PAIR)
     return _keys_read(form_of(row), kind, is_chat, tuple(row))
 
 
@@ -357,11 +359,9 @@ def _unread(row: Fields, kind: Kind) -> list[str]:
     """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
     it reads (`forms.table`).
     """
-    read = keys_read(row, kind)
-    if len(read) == len(row):
-        return []
     if kind == "prompts":
-        return [key for key in row if key not in read]
+        return [key for key in row if key not in NO_COLUMNS]
+    read = keys_read(row, kind)
     values = [id(row[key]) for key in read]
     return [key for key in row if key not in read and id(row[key]) not in values]
 
@@ -433,7 +433,7 @@ def _demonstration(record: Record) -> Row:
         comparison, ranks = _answers(record)
         _check_ranked(ranks, "demonstrations", record)
         best = comparison.responses[ranks.index(min(ranks))]
-        return replace(comparison, responses=(best,), best=None, category="")
+        return replace(comparison, responses=(best,), best=None, targets=None, category="")
     key = "response"
     if "messages" in row:
         key = "messages"
@@ -466,8 +466,8 @@ def _feedback(record: Record) -> list[Row]:
 def _truth(record: Record, key: str) -> bool:
     """The boolean under the key, which may be 1 or 0 or a text, as CSV files have it."""
     value = record.value[key]
-    truths = {"true": True, "1": True, "false": False, "0": False}
-    text = str(value).lower() if isinstance(value, bool | int | str) else ""
+    truths = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    text = str(value).lower() if isinstance(value, bool | int | float | str) else ""
     record.expect(text in truths, f"{key!r} must be true or false, or 1 or 0", value)
     return truths[text]
 
@@ -482,11 +482,9 @@ def _apart(row: Row) -> list[Row]:
 
 def _prompt(record: Record) -> Row:
     row = record.value
-    if "responses" in row:
-        return _row(record, _before_answers(record))
-    others = ("prompt", "response", "messages", *PAIR)
-    columns = {key: value for key, value in row.items() if key not in others}
-    return _row(record, _asked(record), columns=columns)
+    before = _before_answers(record) if "responses" in row else _asked(record)
+    columns = {key: value for key, value in row.items() if key not in NO_COLUMNS}
+    return _row(record, before, columns=columns)
 
 
 def _asked(record: Record) -> str | Messages:
@@ -757,4 +755,6 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     if not pairs:
         raise Drop(row.source, ALL_EQUAL)
     weight = 1 / len(pairs) if len(pairs) > 1 else None
-    return [replace(row, responses=pair, best=None, weight=weight) for pair in pairs]
+    # The targets are those of the responses in their order before.
+    labels: Any = {"best": None, "targets": None, "weight": weight}
+    return [replace(row, responses=pair, **labels) for pair in pairs]

@@ -11,6 +11,7 @@ THEIRS is one of:
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.data import conversation
 from rlhf_jax.data.forms import table
 from rlhf_jax.data.rows import BadRow, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean
@@ -70,6 +71,8 @@ def _adapted(record: Record, names: dict[str, str]) -> list[Record]:
     Raises:
       BadRow: A+B joins a value that is no text, or as `table.converted`.
     """
+    if conversation.are_turns(record.value):  # without a key, as nanochat has them
+        record = record._replace(value={"messages": record.value})
     if not isinstance(record.value, dict):
         return [record]
     if not names:

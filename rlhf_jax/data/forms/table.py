@@ -9,14 +9,20 @@ Our keys are ``messages`` (as OpenAI writes them) with ``tools``; ``prompt`` wit
 ``targets``; ``desirable``; ``margin``. All other keys are columns for a reward.
 """
 
+import contextlib
+import difflib
+import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from rlhf_jax.data.conversation import are_turns
 from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record
 
+PAIR = ("chosen", "rejected")
 NO_WINNER = "neither answer was preferred"
 # Roles of a conversation under the names that data sets give them.
 ROLES = {
@@ -38,9 +44,19 @@ ROLES = {
     "ipython": "tool",
 }
 _CALLS = ("function_call", "tool_call")  # roles and types of content that hold calls of tools
+# Whether a turn is learned: of LLaMA-Factory, OpenAI, ms-swift, axolotl and tinker.
+_FLAGS = ("loss_weight", "weight", "loss", "train", "training", "trainable")
+# Columns that may hold messages, and in files without lists the text of them.
+_DIALOGUES = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "response", *PAIR),
+    *("context", "question", "query", "instruction", "conversation_a", "conversation_b"),
+    *("prompt_messages", "chosen_messages", "rejected_messages"),
+)
+_SPELLED = re.compile(r"\s*\[\s*\{")
+_IN_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _ONLY_IN_OURS = ("prompt", "messages", "response", "responses", "chosen", "text")
-_BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
 Read = Callable[[Record], Fields | list[Fields]]
 R = TypeVar("R", bound=Read)
@@ -72,7 +88,6 @@ class PublicForm:
 
 
 FORMS: list[PublicForm] = []
-PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 OURS: dict[tuple[str, ...], Kind] = {
     ("responses",): "comparisons",
@@ -131,25 +146,48 @@ def converted(record: Record, given: Fields) -> list[Record]:
     for key in filter(row.get, _MEDIA):
         what = f"has {key!r}, and no model here reads such input; remove the column or these rows"
         record.expect(False, what)
+    record = _with_dialogues(record)
+    row = record.value
     found = _fitting(record, given)
-    if found is None:
-        return [_in_turns(record)]
     try:
+        if found is None:
+            if not any(row.keys() >= set(keys) for keys in OURS):
+                _check_spelling(record)
+            return [_in_turns(record)]
         read = found.read(record)
+        rest = {key: value for key, value in row.items() if key not in found.known}
+        kept = {key: value for key, value in given.items() if key not in found.known}
+        if not isinstance(read, list):
+            return [_in_turns(Record(rest | read | kept, record.source, found.name))]
+        records = []
+        for number, values in enumerate(read, 1):
+            source = f"{record.source}, prompt {number}"
+            records.append(_in_turns(Record(rest | values | kept, source, found.name)))
+        return records
     except BadRow:
         raise
     except _BROKEN as error:
         fault = f"{type(error).__name__}: {error}"
-        what = f"not in the form of {found.name} ({', '.join(found.keys)}): {fault}"
-        raise BadRow(record.source, what) from error
-    rest = {key: value for key, value in row.items() if key not in found.known}
-    kept = {key: value for key, value in given.items() if key not in found.known}
-    several = read if isinstance(read, list) else [read]
-    records = []
-    for number, values in enumerate(several, 1):
-        source = f"{record.source}, prompt {number}" if isinstance(read, list) else record.source
-        records.append(_in_turns(Record(rest | values | kept, source, found.name)))
-    return records
+        form = f"{found.name} ({', '.join(found.keys)})" if found else "OpenAI's messages"
+        raise BadRow(record.source, f"not in the form of {form}: {fault}") from error
+
+
+def _with_dialogues(record: Record) -> Record:
+    """The record with lists of messages in place of their JSON, as cells of CSV have it."""
+    row = record.value
+    for key in _DIALOGUES:
+        text = row.get(key)
+        # The answer to a plain prompt is a text, whatever it spells.
+        is_answer = key in ("response", "completion") and isinstance(row.get("prompt"), str)
+        if is_answer or not isinstance(text, str) or not _SPELLED.match(text):
+            continue
+        what = f"{key!r} holds messages as Python writes them; write them as JSON, by json.dumps"
+        record.expect(not _IN_PYTHON.match(text), what)
+        with contextlib.suppress(ValueError, RecursionError):
+            turns = json.loads(text)
+            if are_turns(turns):
+                row = row | {key: turns}
+    return record._replace(value=row)
 
 
 def _fitting(record: Record, given: Fields) -> PublicForm | None:
@@ -188,6 +226,27 @@ def _with_keys(keys: tuple[str, ...]) -> list[PublicForm]:
     ]
 
 
+def _check_spelling(record: Record) -> None:
+    """Raises `BadRow` if a key of this record, which has no known form, looks misspelled."""
+    for key in record.value:
+        for near in meant(key, tuple(record.value)):
+            record.expect(False, f"has no known form; did you mean {near!r} by {key!r}?")
+
+
+@lru_cache(maxsize=256)
+def meant(key: str, keys: tuple[str, ...]) -> list[str]:
+    """The key of a public form that ``key`` looks like, of a record with all its other keys."""
+    if any(key in known.known for known in FORMS):
+        return []
+    is_ours = any(set(keys).issuperset(own) for own in OURS)
+    candidates: list[str] = []
+    for known in FORMS:
+        missing = set(known.keys).difference(keys)
+        if len(missing) == 1 and (len(known.keys) > 1 or not is_ours):
+            candidates += missing.difference(*OURS)
+    return difflib.get_close_matches(key.strip().lower(), candidates, n=1, cutoff=0.8)
+
+
 def _in_turns(record: Record) -> Record:
     """The record with its conversations as `messages_of`, and their tools as a list."""
     row = record.value
@@ -217,6 +276,7 @@ def messages_of(record: Record, turns: Sequence[Fields]) -> list[Message]:
 
 def _message(record: Record, turn: Fields) -> Message:
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    flags: list[int] = []
     speaker = turn.get("role", turn.get("from"))
     message["role"] = ROLES.get(str(speaker).lower(), speaker)
     if "value" in turn:
@@ -226,12 +286,14 @@ def _message(record: Record, turn: Fields) -> Message:
         message["content"] = ""
     if isinstance(message.get("function_call"), dict):  # OpenAI's before tools
         message["tool_calls"] = [_wrapped(message.pop("function_call"))]
-    weight = message.pop("loss_weight", message.pop("weight", None))
-    if weight is not None:
-        what = f"the weight of a message must be 0 or 1, found {weight!r:.40}"
-        record.expect(weight in (0, 1), what)
-        if message["role"] == "assistant":
-            message["weight"] = int(weight)
+    for key in _FLAGS:
+        flag = message.pop(key, None)
+        what = f"{key!r} of a message must be 0 or 1, or true or false, found {flag!r:.40}"
+        record.expect(flag in (None, 0, 1), what)
+        if flag is not None and message["role"] == "assistant":
+            flags.append(int(flag))
+    if flags:
+        message["weight"] = min(flags)
     if isinstance(message.get("content"), list):
         _split_content(record, message)
     return message
@@ -244,16 +306,18 @@ def _split_content(record: Record, message: Message) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in _CALLS:
             calls = _calls(record, part["value"])
-            message["tool_calls"] = [*message.get("tool_calls", []), *calls]
+            message["tool_calls"] = [*(message.get("tool_calls") or []), *calls]
         elif kind == "reasoning":
             message["reasoning_content"] = part["value"]
         elif kind == "text" and "value" in part:
             texts.append({"type": "text", "text": part["value"]})
         else:
             texts.append(part)
-    only = [part["text"] for part in texts if isinstance(part, dict) and "text" in part]
-    is_one_text = len(only) == len(texts) < 2
-    message["content"] = "".join(only) if is_one_text else texts
+    match texts:
+        case [] | [{"text": str(), "type": "text"}]:
+            message["content"] = "".join(part["text"] for part in texts)
+        case _:
+            message["content"] = texts
 
 
 def _calls(record: Record, value: Any) -> list[Fields]:
@@ -281,7 +345,7 @@ def _unpacked(record: Record, what: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(record.source, f"{what} is not JSON: {value[:60]!r}") from error
 
 
@@ -316,7 +380,7 @@ def _preferred(record: Record, answers: Sequence[Any], winner: int | None) -> Fi
     if winner is None:
         raise Drop(record.source, NO_WINNER)
     record.expect(winner in (0, 1), f"the better one of two answers is 0 or 1, found {winner!r}")
-    return {"chosen": answers[winner], "rejected": answers[1 - winner]}
+    return {"chosen": answers[int(winner)], "rejected": answers[1 - int(winner)]}
 
 
 # --- Demonstrations
@@ -328,6 +392,7 @@ def _preferred(record: Record, answers: Sequence[Any], winner: int | None) -> Fi
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}, {"from": "gpt", "value": '
     '"No."}]}',
     also="system",
+    fits=lambda row: not _are_texts(row["conversations"]),
 )
 def _sharegpt(record: Record) -> Fields:
     row = record.value
@@ -335,6 +400,38 @@ def _sharegpt(record: Record) -> Fields:
     if row.get("system"):
         turns = [_says("system", row["system"]), *turns]
     return {"messages": turns}
+
+
+@form(
+    "LIMA",
+    "conversations",
+    '{"conversations": ["Is ice warm?", "No."], "source": "stackexchange"}',
+    fits=lambda row: _are_texts(row["conversations"]),
+)
+def _lima(record: Record) -> Fields:
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": list(map(_says, roles, record.value["conversations"]))}
+
+
+@form(
+    "conversation",
+    "conversation",
+    '{"conversation": [{"system": "Be brief.", "human": "Is ice warm?", "assistant": "No."}]}',
+    also="system",
+    without=_ONLY_IN_OURS,
+)
+def _conversation(record: Record) -> Fields:
+    """Messages, as in WildChat, or questions with their answers, as in ms-swift or Capybara."""
+    turns: list[Message] = []
+    for turn in record.value["conversation"]:
+        if _is_turn(turn):
+            turns.append(turn)
+            continue
+        asked, answer = ("human", "assistant") if "human" in turn else ("input", "output")
+        turns += [_says("system", turn["system"])] if turn.get("system") else []
+        turns += [_says("user", turn[asked]), _says("assistant", turn[answer])]
+    system = record.value.get("system")
+    return {"messages": [_says("system", system), *turns] if system else turns}
 
 
 @form(
@@ -369,6 +466,17 @@ def _orca(record: Record) -> Fields:
 
 
 @form(
+    "ms-swift",
+    "query response",
+    '{"system": "Be brief.", "query": "Is ice warm?", "response": "No.", "history": []}',
+    also="system history",
+    without=("prompt", "messages"),
+)
+def _swift(record: Record) -> Fields:
+    return _answered(record.value, record.value["query"], record.value["response"])
+
+
+@form(
     "input and output",
     "input output",
     '{"input": "Translate into French: cheese", "output": "fromage"}',
@@ -384,12 +492,7 @@ def _input_output(record: Record) -> Fields:
     '{"prompt": "The sky is", "completion": " blue."}',
 )
 def _completion(record: Record) -> Fields:
-    row = record.value
-    if isinstance(row["completion"], str):
-        return {"prompt": row["prompt"], "response": row["completion"]}
-    before = row["prompt"]
-    opening = [_says("user", before)] if isinstance(before, str) else before
-    return {"messages": [*opening, *row["completion"]]}
+    return {"prompt": record.value["prompt"], "response": record.value["completion"]}
 
 
 @form(
@@ -442,6 +545,50 @@ def _orca_pair(record: Record) -> Fields:
     row = record.value
     prompt = _opened(row, row["question"])
     return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+@form(
+    "ms-swift preferences",
+    "query response rejected_response",
+    '{"query": "Is ice warm?", "response": "No.", "rejected_response": "Yes."}',
+    also="system history",
+)
+def _swift_pair(record: Record) -> Fields:
+    row = record.value
+    prompt = _opened(row, row["query"])
+    return {"prompt": prompt, "chosen": row["response"], "rejected": row["rejected_response"]}
+
+
+@form(
+    "ms-swift messages",
+    "messages rejected_response",
+    '{"messages": [{"role": "user", "content": "Is ice warm?"}, {"role": "assistant", '
+    '"content": "No."}], "rejected_response": "Yes."}',
+)
+def _swift_messages(record: Record) -> Fields:
+    *before, chosen = record.value["messages"]
+    return {"prompt": before, "chosen": [chosen], "rejected": record.value["rejected_response"]}
+
+
+@form(
+    "ms-swift conversations",
+    "messages rejected_messages",
+    '{"messages": [{"role": "user", "content": "Is ice warm?"}, {"role": "assistant", '
+    '"content": "No."}], "rejected_messages": [{"role": "user", "content": "Is ice warm?"}, '
+    '{"role": "assistant", "content": "Yes."}]}',
+)
+def _swift_conversations(record: Record) -> Fields:
+    return {"chosen": record.value["messages"], "rejected": record.value["rejected_messages"]}
+
+
+@form(
+    "stack-exchange-paired",
+    "question response_j response_k",
+    '{"qid": 1, "question": "Is ice warm?", "response_j": "No.", "response_k": "Yes."}',
+)
+def _stack_exchange(record: Record) -> Fields:
+    row = record.value
+    return {"prompt": row["question"], "chosen": row["response_j"], "rejected": row["response_k"]}
 
 
 @form(
@@ -539,10 +686,25 @@ def _safe(record: Record) -> Fields:
 )
 def _helpsteer_pair(record: Record) -> Fields:
     row = record.value
-    strength = row["preference_strength"]
-    winner = int(strength > 0) if strength else None
     answers = (row["response_1"], row["response_2"])
-    return {"prompt": row["prompt"], **_preferred(record, answers, winner)}
+    return {"prompt": row["prompt"], **_stronger(record, answers, row["preference_strength"])}
+
+
+@form(
+    "HelpSteer3",
+    "context response1 response2 overall_preference",
+    '{"context": [{"role": "user", "content": "Is ice warm?"}], "response1": "Yes.", '
+    '"response2": "No.", "overall_preference": 2}',
+)
+def _helpsteer3(record: Record) -> Fields:
+    row = record.value
+    answers = (row["response1"], row["response2"])
+    return {"prompt": row["context"], **_stronger(record, answers, row["overall_preference"])}
+
+
+def _stronger(record: Record, answers: Sequence[Any], strength: float) -> Fields:
+    """A pair whose second answer is the better one by this strength, which may be negative."""
+    return _preferred(record, answers, int(strength > 0) if strength else None)
 
 
 @form(
@@ -831,7 +993,9 @@ def _tagged_turns(record: Record) -> Fields:
     also="input system history",
 )
 def _tagged_instruction(record: Record) -> Fields:
-    return _alpaca(record) | {"desirable": record.value["kto_tag"]}
+    row = record.value
+    prompt = _opened(row, _asked(row))
+    return {"prompt": prompt, "response": row["output"], "desirable": row["kto_tag"]}
 
 
 @form(
@@ -842,6 +1006,18 @@ def _tagged_instruction(record: Record) -> Fields:
 def _beavertails(record: Record) -> Fields:
     row = record.value
     return {"prompt": row["prompt"], "response": row["response"], "desirable": row["is_safe"]}
+
+
+@form(
+    "ms-swift with label",
+    "query response label",
+    '{"query": "Is ice warm?", "response": "No.", "label": true}',
+    also="system history",
+)
+def _swift_labelled(record: Record) -> Fields:
+    row = record.value
+    prompt = _opened(row, row["query"])
+    return {"prompt": prompt, "response": row["response"], "desirable": row["label"]}
 
 
 @form(
@@ -890,6 +1066,18 @@ def _math(record: Record) -> Fields:
 )
 def _problem(record: Record) -> Fields:
     return {"prompt": record.value["problem"], "answer": record.value["answer"]}
+
+
+@form(
+    "MT-Bench",
+    "turns",
+    '{"question_id": 81, "category": "writing", "turns": ["Name a prime.", "And another?"]}',
+    without=_ONLY_IN_OURS,
+    fits=lambda row: _are_texts(row["turns"]),
+)
+def _first_turn(record: Record) -> Fields:
+    """The first question; the others, which follow an answer, are a column."""
+    return {"prompt": record.value["turns"][0], "turns": record.value["turns"]}
 
 
 @form(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from rlhf_jax.config import DataSource, EngineServer, Judge, ModelSource, RLStage, Safety, Text
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.forms.table import PAIR
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -203,9 +205,9 @@ def _encoded(
     prompts = encoded[0]
     to_validate = encoded[-1]
     missing = [column for column in prompts.columns if column not in to_validate.columns]
-    if missing:
+    if set(missing) - {"response", *PAIR}:  # prompts are often validated without answers
         raise UserError(
             f"rl.validation_data: its rows have no {', '.join(missing)}, which training has and a "
             "reward may read"
         )
-    return prompts, to_validate
+    return prompts, replace(to_validate, columns=[*to_validate.columns, *missing])
