@@ -144,6 +144,22 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     assert folder.is_unused(tmp_path / "run")
 
 
+def test_prompts_are_validated_without_the_answers_of_training(config, tmp_path, monkeypatch):
+    """Which rewards and judges may read. The run is built, and ends before its first step."""
+    pairs = [row | {"chosen": "c", "rejected": "r"} for row in PROMPTS]
+    write(tmp_path / "prompts.json", [*pairs, {"prompt": "x", "topic": "fox", "response": "y"}])
+    (tmp_path / "mine.py").write_text("def score(prompts, responses, chosen, response): pass")
+    spec = (f"{tmp_path / 'mine.py'}:score",)
+
+    def train(stage, state, job):
+        raise Killed
+
+    monkeypatch.setattr(loop, "train", train)
+    judged = replace(config, reward=spec, rl=replace(config.rl, judge=spec))
+    with pytest.raises(Killed):
+        training.rl.run(judged, vpg)
+
+
 def test_the_judge_may_read_a_column_that_only_validation_has(config, tmp_path, monkeypatch):
     """The run is built, and ends before its first step."""
     write(tmp_path / "others.json", [{"prompt": "x", "topic": "fox", "answer": "y"}])

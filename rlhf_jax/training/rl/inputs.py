@@ -205,9 +205,11 @@ def _encoded(
     prompts = encoded[0]
     to_validate = encoded[-1]
     missing = [column for column in prompts.columns if column not in to_validate.columns]
-    if set(missing) - {"response", *PAIR}:  # prompts are often validated without answers
+    # Prompts are often validated without answers.
+    needed = [column for column in missing if column not in ("response", *PAIR)]
+    if needed:
         raise UserError(
-            f"rl.validation_data: its rows have no {', '.join(missing)}, which training has and a "
+            f"rl.validation_data: its rows have no {', '.join(needed)}, which training has and a "
             "reward may read"
         )
     return prompts, replace(to_validate, columns=[*to_validate.columns, *missing])
