@@ -451,12 +451,12 @@ def _feedback(record: Record) -> list[Row]:
     row = record.value
     is_judged = "responses" in row or "chosen" in row or form_of(row).kind == "annotated"
     if is_judged and "desirable" not in row:
-        pairs = _parse("pairs", record)
-        return [
-            replace(one, targets=(target,))
-            for pair in pairs
-            for one, target in zip(_apart(pair), (1.0, 0.0), strict=True)
-        ]
+        apart = []
+        for pair in _parse("pairs", record):
+            for side, target in (slice(0, 1), 1.0), (slice(1, 2), 0.0):
+                own: Any = {"responses": pair.responses[side], "answers": pair.answers[side]}
+                apart.append(replace(pair, targets=(target,), **own))
+        return apart
     record.require(("desirable",))
     targets = (float(_truth(record, "desirable")),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
@@ -470,14 +470,6 @@ def _truth(record: Record, key: str) -> bool:
     text = str(value).lower() if isinstance(value, bool | int | float | str) else ""
     record.expect(text in truths, f"{key!r} must be true or false, or 1 or 0", value)
     return truths[text]
-
-
-def _apart(row: Row) -> list[Row]:
-    """A row for each response."""
-    return [
-        replace(row, responses=(response,), answers=row.answers[number : number + 1])
-        for number, response in enumerate(row.responses)
-    ]
 
 
 def _prompt(record: Record) -> Row:

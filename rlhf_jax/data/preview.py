@@ -48,15 +48,12 @@ def texts_of(row: Row, batch: Any) -> list[Text]:
     fields = (batch.tokens, batch.attention_mask, batch.response_mask)
     texts = []
     arrays = (np.asarray(values).reshape(-1, width) for values in fields)
-    for name, ids, is_real, is_learned in zip(_names(row), *arrays, strict=True):
+    names = answer_names(row)
+    names = ["text"] if names == ["response"] else names
+    for name, ids, is_real, is_learned in zip(names, *arrays, strict=True):
         real = is_real != 0
         texts.append(Text(name, ids[real].tolist(), (is_learned[real] != 0).tolist()))
     return [texts[number] for number in _best_first(row)]
-
-
-def _names(row: Row) -> list[str]:
-    names = answer_names(row)
-    return ["text"] if names == ["response"] else names
 
 
 def _best_first(row: Row) -> list[int]:

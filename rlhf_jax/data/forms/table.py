@@ -131,6 +131,29 @@ def form(
     return register
 
 
+def renamed(
+    name: str,
+    names: str,
+    example: str,
+    *,
+    also: str = "",
+    without: Sequence[str] = (),
+) -> None:
+    """Puts a form into `FORMS` that has our keys, some of them under other names: ``prompt=question
+    response``. A history and a system's message, which it may have, stand before the prompt.
+    """
+    pairs = [entry.partition("=") for entry in names.split()]
+    theirs_of = {ours: theirs or ours for ours, _, theirs in pairs}
+
+    @form(name, " ".join(dict.fromkeys(theirs_of.values())), example, also=also, without=without)
+    def read(record: Record) -> Fields:
+        row = record.value
+        values = {ours: row[theirs] for ours, theirs in theirs_of.items()}
+        if also and values.keys() == {"prompt", "response"}:
+            return _answered(row, **values)
+        return values | ({"prompt": _opened(row, values["prompt"])} if also else {})
+
+
 def converted(record: Record, given: Fields) -> list[Record]:
     """The record in our keys, with the name of its form; itself if no public form fits.
 
@@ -454,57 +477,43 @@ def _dolly(record: Record) -> Fields:
     return _answered(record.value, _asked(record.value), record.value["response"])
 
 
-@form(
+renamed(
     "OpenOrca",
-    "question response",
+    "prompt=question response",
     '{"system_prompt": "Be brief.", "question": "Is ice warm?", "response": "No."}',
     also="system_prompt system",
     without=("prompt", "messages"),
 )
-def _orca(record: Record) -> Fields:
-    return _answered(record.value, record.value["question"], record.value["response"])
 
-
-@form(
+renamed(
     "ms-swift",
-    "query response",
+    "prompt=query response",
     '{"system": "Be brief.", "query": "Is ice warm?", "response": "No.", "history": []}',
     also="system history",
     without=("prompt", "messages"),
 )
-def _swift(record: Record) -> Fields:
-    return _answered(record.value, record.value["query"], record.value["response"])
 
-
-@form(
+renamed(
     "input and output",
-    "input output",
+    "prompt=input response=output",
     '{"input": "Translate into French: cheese", "output": "fromage"}',
     without=(*_ONLY_IN_OURS, "instruction", "question"),
 )
-def _input_output(record: Record) -> Fields:
-    return {"prompt": record.value["input"], "response": record.value["output"]}
 
-
-@form(
+renamed(
     "TRL prompt and completion",
-    "prompt completion",
+    "prompt response=completion",
     '{"prompt": "The sky is", "completion": " blue."}',
 )
-def _completion(record: Record) -> Fields:
-    return {"prompt": record.value["prompt"], "response": record.value["completion"]}
 
-
-@form(
+renamed(
     "OpenAI functions",
-    "messages functions",
+    "messages tools=functions",
     '{"messages": [{"role": "user", "content": "Is it warm?"}, {"role": "assistant", '
     '"content": "", "function_call": {"name": "f", "arguments": "{}"}}, {"role": "function", '
     '"name": "f", "content": "30"}, {"role": "assistant", "content": "Yes."}], "functions": '
     '[{"name": "f", "parameters": {"type": "object", "properties": {}}}]}',
 )
-def _functions(record: Record) -> Fields:
-    return {"messages": record.value["messages"], "tools": record.value["functions"]}
 
 
 # --- Pairs
@@ -535,28 +544,19 @@ def _alpaca_pair(record: Record) -> Fields:
     return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
 
 
-@form(
+renamed(
     "Orca pairs",
-    "question chosen rejected",
+    "prompt=question chosen rejected",
     '{"system": "Be brief.", "question": "Is ice warm?", "chosen": "No.", "rejected": "Yes."}',
     also="system system_prompt",
 )
-def _orca_pair(record: Record) -> Fields:
-    row = record.value
-    prompt = _opened(row, row["question"])
-    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
 
-
-@form(
+renamed(
     "ms-swift preferences",
-    "query response rejected_response",
+    "prompt=query chosen=response rejected=rejected_response",
     '{"query": "Is ice warm?", "response": "No.", "rejected_response": "Yes."}',
     also="system history",
 )
-def _swift_pair(record: Record) -> Fields:
-    row = record.value
-    prompt = _opened(row, row["query"])
-    return {"prompt": prompt, "chosen": row["response"], "rejected": row["rejected_response"]}
 
 
 @form(
@@ -570,25 +570,19 @@ def _swift_messages(record: Record) -> Fields:
     return {"prompt": before, "chosen": [chosen], "rejected": record.value["rejected_response"]}
 
 
-@form(
+renamed(
     "ms-swift conversations",
-    "messages rejected_messages",
+    "chosen=messages rejected=rejected_messages",
     '{"messages": [{"role": "user", "content": "Is ice warm?"}, {"role": "assistant", '
     '"content": "No."}], "rejected_messages": [{"role": "user", "content": "Is ice warm?"}, '
     '{"role": "assistant", "content": "Yes."}]}',
 )
-def _swift_conversations(record: Record) -> Fields:
-    return {"chosen": record.value["messages"], "rejected": record.value["rejected_messages"]}
 
-
-@form(
+renamed(
     "stack-exchange-paired",
-    "question response_j response_k",
+    "prompt=question chosen=response_j rejected=response_k",
     '{"qid": 1, "question": "Is ice warm?", "response_j": "No.", "response_k": "Yes."}',
 )
-def _stack_exchange(record: Record) -> Fields:
-    row = record.value
-    return {"prompt": row["question"], "chosen": row["response_j"], "rejected": row["response_k"]}
 
 
 @form(
@@ -764,14 +758,12 @@ def _samples(record: Record) -> Fields:
     return {"responses": samples} | ({"prompt": given[0]} if given else {})
 
 
-@form(
+renamed(
     "query and responses",
-    "query responses",
+    "prompt=query responses",
     '{"query": "Is ice warm?", "responses": ["Yes.", "No."], "best": 1}',
     without=("prompt",),
 )
-def _query(record: Record) -> Fields:
-    return {"prompt": record.value["query"], "responses": record.value["responses"]}
 
 
 @form(
@@ -944,24 +936,18 @@ def _single_messages(record: Record) -> Fields:
 
 # --- Feedback
 
-
-@form(
+renamed(
     "TRL unpaired preferences",
-    "prompt completion label",
+    "prompt response=completion desirable=label",
     '{"prompt": "Is ice warm?", "completion": "No.", "label": true}',
 )
-def _unpaired(record: Record) -> Fields:
-    return _completion(record) | {"desirable": record.value["label"]}
 
-
-@form(
+renamed(
     "messages with label",
-    "messages label",
+    "messages desirable=label",
     '{"messages": [{"role": "user", "content": "Is ice warm?"}, {"role": "assistant", '
     '"content": "No."}], "label": true}',
 )
-def _labelled(record: Record) -> Fields:
-    return {"messages": record.value["messages"], "desirable": record.value["label"]}
 
 
 @form(
@@ -998,26 +984,18 @@ def _tagged_instruction(record: Record) -> Fields:
     return {"prompt": prompt, "response": row["output"], "desirable": row["kto_tag"]}
 
 
-@form(
+renamed(
     "BeaverTails",
-    "prompt response is_safe",
+    "prompt response desirable=is_safe",
     '{"prompt": "Is ice warm?", "response": "No.", "is_safe": true}',
 )
-def _beavertails(record: Record) -> Fields:
-    row = record.value
-    return {"prompt": row["prompt"], "response": row["response"], "desirable": row["is_safe"]}
 
-
-@form(
+renamed(
     "ms-swift with label",
-    "query response label",
+    "prompt=query response desirable=label",
     '{"query": "Is ice warm?", "response": "No.", "label": true}',
     also="system history",
 )
-def _swift_labelled(record: Record) -> Fields:
-    row = record.value
-    prompt = _opened(row, row["query"])
-    return {"prompt": prompt, "response": row["response"], "desirable": row["label"]}
 
 
 @form(
@@ -1033,16 +1011,12 @@ def _stepwise(record: Record) -> Fields:
 
 # --- Tasks with a known answer, which is a column for the reward
 
-
-@form(
+renamed(
     "GSM8K",
-    "question answer",
+    "prompt=question response=answer answer",
     '{"question": "What is 1 + 2?", "answer": "One and two are 3.\\n#### 3"}',
     without=_ONLY_IN_OURS,
 )
-def _gsm8k(record: Record) -> Fields:
-    row = record.value
-    return {"prompt": row["question"], "response": row["answer"], "answer": row["answer"]}
 
 
 @form(
@@ -1058,14 +1032,12 @@ def _math(record: Record) -> Fields:
     return {"prompt": row["problem"], "response": row["solution"], "answer": answer}
 
 
-@form(
+renamed(
     "problems and answers",
-    "problem answer",
+    "prompt=problem answer",
     '{"problem": "What is $1 + 2$?", "answer": "3"}',
     without=(*_ONLY_IN_OURS, "solution"),
 )
-def _problem(record: Record) -> Fields:
-    return {"prompt": record.value["problem"], "answer": record.value["answer"]}
 
 
 @form(
