@@ -1,6 +1,7 @@
 """`data preview --for STAGE`: the ids and the learned part are those of the stage's own batches."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.cli import commands
 from rlhf_jax.config import RLStage, RunConfig, Text, data_source
-from rlhf_jax.data import check, preview
-from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.errors import UserError
+from rlhf_jax.data import check, formats, preview
+from rlhf_jax.data.tokenizers import characters, load_tokenizer
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training import preview as stages
+from rlhf_jax.training.common import initial
 
 CHATML = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -96,6 +98,29 @@ def test_scores_of_a_ranking_do_not_name_the_answers_of_its_pairs(folder, write,
     assert shown.index("  rejected: ") < shown.index("[[b<")
     assert "target" not in shown
     assert "  chosen:\n    | c\n  rejected:\n    | b" in check.preview(path, kind="pairs")
+
+
+def test_dialogues_of_hh_within_a_chat_template_are_a_warning(folder, write, caplog, monkeypatch):
+    dialogue = "\n\nHuman: a\n\nAssistant: "
+    path = write([{"chosen": f"{dialogue}b", "rejected": f"{dialogue}c"}])
+    tokenizer = load_tokenizer(folder)
+    warning = r"1 prompts begin with '\n\nHuman:' (data.jsonl, line 1), and the chat template"
+    assert f"  warning: {warning}" in check.check([path], tokenizer).text
+    assert "  warning: " not in check.check([path], TOKENIZER).text
+    [row] = formats.read("pairs", path).rows
+    monkeypatch.setattr(logger, "propagate", True)
+    initial.say_spelled([row], tokenizer, "{prompt}")
+    assert not caplog.messages
+    initial.say_spelled([row], tokenizer, "auto")
+    assert "; --text.template '{prompt}' reads them as they are" in caplog.text
+
+
+def test_the_turns_of_a_conversation_have_its_form(folder, write):
+    talk = [{"from": ("human", "gpt")[i % 2], "value": "abcd"[i]} for i in range(4)]
+    config = RunConfig(model=folder, data=(write([{"conversations": talk}]),))
+    config = replace(config, text=Text(template="{prompt}"))
+    shown = stages.rows("sft", data_source(config), config.rl, 9)
+    assert {row.form for row in shown.rows} == {"ShareGPT"}
 
 
 def test_feedback_and_prompts(previewed):

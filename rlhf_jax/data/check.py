@@ -196,9 +196,10 @@ def _describe(
         errors.append(error)
     warnings = _slips(file)
     unread = file.found.describe_unread(file.kind)
-    spelling = spelled(rows, tokenizer) if tokenizer else ""
-    if spelling:
-        warnings.append(f"  warning: {spelling}")
+    if tokenizer is not None:
+        is_chat = chat.frame(chat.AUTO, tokenizer) is None
+        notes = (spelled(rows, tokenizer), formats.framed(rows) if is_chat else "")
+        warnings += [f"  warning: {note}" for note in notes if note]
     lines = [
         f"{file.head}, {len(rows)} {file.kind} kept",
         *_forms(file.found),

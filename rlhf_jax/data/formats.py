@@ -311,6 +311,17 @@ def check_labels(read_rows: Rows) -> None:
         )
 
 
+def framed(read_rows: Rows) -> str:
+    """A sentence on dialogues as in hh-rlhf for a model with a chat template; "" without any."""
+    prompts = [(row.prompt, row.source) for row in read_rows if isinstance(row.prompt, str)]
+    sources = [source for prompt, source in prompts if prompt.startswith(HUMAN)]
+    if not sources:
+        return ""
+    which = f"{len(sources)} prompts begin with {HUMAN!r} ({rows.places(sources, 2)})"
+    how = "the chat template makes each of these dialogues one message of the user"
+    return f"{which}, and {how}; --text.template '{{prompt}}' reads them as they are"
+
+
 def form_of(value: Any) -> Form:
     """The form of a record, by its keys."""
     if isinstance(value, str):

@@ -61,7 +61,7 @@ def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previ
     def shown() -> Iterator[Preview]:
         for row in first:
             texts, notes = _texts(stage, text, settings, row, tokenizer, max_length, are_pieces)
-            form = found.forms.get(row.source, "text")
+            form = found.forms.get(row.source.partition(", turn ")[0], "text")
             yield Preview(row.source, form, row.columns, texts, notes)
 
     template = chat.describe(text.template, tokenizer, model.model)

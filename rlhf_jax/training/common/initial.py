@@ -354,9 +354,12 @@ def encode_prompts(
 
 
 def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: str) -> None:
-    """Prints which plain texts spell special tokens; a chat template refuses them."""
-    sentence = encoding.spelled(rows, tokenizer)
-    if sentence and chat.frame(template, tokenizer) is not None:
+    """Prints which plain texts spell special tokens, which a chat template refuses, or have a frame
+    that a chat template would put into its own.
+    """
+    is_chat = chat.frame(template, tokenizer) is None
+    sentence = formats.framed(rows) if is_chat else encoding.spelled(rows, tokenizer)
+    if sentence:
         logger.info(f"warning: {sentence}")
 
 
