@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.data import rows
 from rlhf_jax.data.rows import Fields, Message, Messages, Record, Tools, common_length
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -198,9 +199,9 @@ def _check_content(
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else None
             is_text = kind == "text" and isinstance(part.get("text"), str)
-            found = "another part"
-            if isinstance(kind, str):
-                found = f"a part of type {kind!r}"
+            found = f"a part of type {kind!r}" if isinstance(kind, str) else "another part"
+            if kind == "text":
+                found += f" with {rows.kind(part.get('text'))}"
             what = f"the content of {where} has {found}; only text parts are read"
             record.expect(is_text, what)
     else:

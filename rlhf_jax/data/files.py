@@ -37,7 +37,6 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # CSV columns whose cells are JSON, since CSV has no lists and numbers.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "margin")
 _INDEX = "Unnamed: 0"  # what pandas calls the index that it writes without a name
-_TO_UTF8 = "convert it to UTF-8: iconv -f {} -t UTF-8 {} > NEW_FILE"
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
 
@@ -198,17 +197,22 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def _decode(name: str, data: bytes) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
         width = 32 if b"\0\0" in data[:4] else 16
-        raise UserError(f"{name}: seems to be UTF-{width}; {_TO_UTF8.format(f'UTF-{width}', name)}")
+        raise UserError(f"{name}: seems to be UTF-{width}; {_to_utf8(f'UTF-{width}', name)}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]
-        advice = f"if it is Windows-1252, {_TO_UTF8.format('WINDOWS-1252', name)}"
+        advice = f"if it is Windows-1252, {_to_utf8('WINDOWS-1252', name)}"
         raise UserError(
             f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected; {advice}"
         ) from error
+
+
+def _to_utf8(encoding: str, name: str) -> str:
+    unpacked = name.removesuffix(".gz")
+    return f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 {unpacked} > NEW_FILE"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
