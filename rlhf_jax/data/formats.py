@@ -495,22 +495,18 @@ def _asked(record: Record) -> str | Messages:
     row = record.value
     if "messages" in row:
         return conversation.asked(record, "messages")
-    response = "chosen" if "chosen" in row else "response"
-    is_whole = response == "chosen" and "prompt" not in row
-    key = "chosen" if is_whole else "prompt"
-    if is_whole and conversation.is_chat(row, key):
-        return (
-            conversation.pair(record, PAIR)[0]
-            if "rejected" in row
-            else conversation.asked(record, key)
-        )
-    if conversation.is_chat(row, key):
-        return conversation.asked(record, key)
-    if is_whole or conversation.is_chat(row, response):
-        before, _ = _exchange(record, response)
-        return before
-    record.require(("prompt",))
-    return record.text("prompt")
+    answer = "chosen" if "chosen" in row else "response"
+    if "prompt" in row or answer == "response":
+        if conversation.is_chat(row, "prompt"):
+            return conversation.asked(record, "prompt")
+        if not conversation.is_chat(row, answer):
+            record.require(("prompt",))
+            return record.text("prompt")
+    elif conversation.is_chat(row, "chosen"):
+        if "rejected" in row:
+            return conversation.pair(record, PAIR)[0]
+        return conversation.asked(record, "chosen")
+    return _exchange(record, answer)[0]
 
 
 def _annotated(record: Record) -> Row:

@@ -88,6 +88,7 @@ class PublicForm:
 
 
 FORMS: list[PublicForm] = []
+_BEFORE = "system system_prompt history"  # keys of what stands before a question
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 OURS: dict[tuple[str, ...], Kind] = {
     ("responses",): "comparisons",
@@ -138,20 +139,39 @@ def renamed(
     *,
     also: str = "",
     without: Sequence[str] = (),
+    fits: Callable[[Fields], bool] = bool,
 ) -> None:
     """Puts a form into `FORMS` that has our keys, some of them under other names: ``prompt=question
     response``. A history and a system's message, which it may have, stand before the prompt.
     """
     pairs = [entry.partition("=") for entry in names.split()]
     theirs_of = {ours: theirs or ours for ours, _, theirs in pairs}
+    keys = " ".join(dict.fromkeys(theirs_of.values()))
 
-    @form(name, " ".join(dict.fromkeys(theirs_of.values())), example, also=also, without=without)
+    @form(name, keys, example, also=also, without=without, fits=fits)
     def read(record: Record) -> Fields:
         row = record.value
         values = {ours: row[theirs] for ours, theirs in theirs_of.items()}
-        if also and values.keys() == {"prompt", "response"}:
-            return _answered(row, **values)
-        return values | ({"prompt": _opened(row, values["prompt"])} if also else {})
+        if theirs_of.get("prompt") == "instruction":
+            texts = (row["instruction"], row.get("input") or row.get("context"))
+            values["prompt"] = "\n\n".join(filter(None, texts))
+        before = _opening({key: row.get(key) for key in also.split()})
+        if not before:
+            return values
+        asked = values["messages"] if "messages" in values else values.pop("prompt")
+        turns = [*before, *([_says("user", asked)] if isinstance(asked, str) else asked)]
+        if values.keys() == {"response"}:  # whose history is learned too
+            return {"messages": [*turns, _says("assistant", values["response"])]}
+        return values | {"messages" if "messages" in values else "prompt": turns}
+
+
+def _opening(row: Fields) -> list[Message]:
+    """The system's message and the turns of ``history``."""
+    system = row.get("system") or row.get("system_prompt")
+    messages = [_says("system", system)] if system else []
+    for question, answer in row.get("history") or []:
+        messages += [_says("user", question), _says("assistant", answer)]
+    return messages
 
 
 def converted(record: Record, given: Fields) -> list[Record]:
@@ -372,30 +392,8 @@ def _unpacked(record: Record, what: str, value: Any) -> Any:
         raise BadRow(record.source, f"{what} is not JSON: {value[:60]!r}") from error
 
 
-def _asked(row: Fields) -> str:
-    """An instruction and its input, with an empty line between them."""
-    return "\n\n".join(filter(None, (row["instruction"], row.get("input") or row.get("context"))))
-
-
-def _opened(row: Fields, prompt: str) -> str | list[Message]:
-    """The prompt, after the turns of ``history`` and under a system message if the row has one."""
-    system = row.get("system") or row.get("system_prompt")
-    messages = [_says("system", system)] if system else []
-    for question, answer in row.get("history") or []:
-        messages += [_says("user", question), _says("assistant", answer)]
-    return [*messages, _says("user", prompt)] if messages else prompt
-
-
 def _says(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
-
-
-def _answered(row: Fields, prompt: str, response: Any) -> Fields:
-    """A demonstration, as messages if the prompt has turns before it."""
-    before = _opened(row, prompt)
-    if isinstance(before, str):
-        return {"prompt": before, "response": response}
-    return {"messages": [*before, _says("assistant", response)]}
 
 
 def _preferred(record: Record, answers: Sequence[Any], winner: int | None) -> Fields:
@@ -408,21 +406,14 @@ def _preferred(record: Record, answers: Sequence[Any], winner: int | None) -> Fi
 
 # --- Demonstrations
 
-
-@form(
+renamed(
     "ShareGPT",
-    "conversations",
+    "messages=conversations",
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}, {"from": "gpt", "value": '
     '"No."}]}',
     also="system",
     fits=lambda row: not _are_texts(row["conversations"]),
 )
-def _sharegpt(record: Record) -> Fields:
-    row = record.value
-    turns = row["conversations"]
-    if row.get("system"):
-        turns = [_says("system", row["system"]), *turns]
-    return {"messages": turns}
 
 
 @form(
@@ -457,31 +448,25 @@ def _conversation(record: Record) -> Fields:
     return {"messages": [_says("system", system), *turns] if system else turns}
 
 
-@form(
+renamed(
     "Alpaca",
-    "instruction output",
+    "prompt=instruction response=output",
     '{"instruction": "Add the numbers.", "input": "1 2", "output": "3"}',
-    also="input system history text",
+    also=f"{_BEFORE} input text",
 )
-def _alpaca(record: Record) -> Fields:
-    return _answered(record.value, _asked(record.value), record.value["output"])
 
-
-@form(
+renamed(
     "Dolly",
-    "instruction response",
+    "prompt=instruction response",
     '{"instruction": "Name the colour.", "context": "The sky is blue.", "response": "Blue."}',
-    also="context input system history",
+    also=f"{_BEFORE} context input",
 )
-def _dolly(record: Record) -> Fields:
-    return _answered(record.value, _asked(record.value), record.value["response"])
-
 
 renamed(
     "OpenOrca",
     "prompt=question response",
     '{"system_prompt": "Be brief.", "question": "Is ice warm?", "response": "No."}',
-    also="system_prompt system",
+    also=_BEFORE,
     without=("prompt", "messages"),
 )
 
@@ -489,7 +474,7 @@ renamed(
     "ms-swift",
     "prompt=query response",
     '{"system": "Be brief.", "query": "Is ice warm?", "response": "No.", "history": []}',
-    also="system history",
+    also=_BEFORE,
     without=("prompt", "messages"),
 )
 
@@ -518,44 +503,33 @@ renamed(
 
 # --- Pairs
 
-
-@form(
+renamed(
     "ShareGPT preferences",
-    "conversations chosen rejected",
+    "prompt=conversations chosen rejected",
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}], "chosen": {"from": '
     '"gpt", "value": "No."}, "rejected": {"from": "gpt", "value": "Yes."}}',
     also="system",
 )
-def _sharegpt_pair(record: Record) -> Fields:
-    row = record.value
-    before = _sharegpt(record)["messages"]
-    return {"prompt": before, "chosen": row["chosen"], "rejected": row["rejected"]}
 
-
-@form(
+renamed(
     "Alpaca preferences",
-    "instruction chosen rejected",
+    "prompt=instruction chosen rejected",
     '{"instruction": "Add the numbers.", "input": "1 2", "chosen": "3", "rejected": "4"}',
-    also="input system history",
+    also=f"{_BEFORE} input",
 )
-def _alpaca_pair(record: Record) -> Fields:
-    row = record.value
-    prompt = _opened(row, _asked(row))
-    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
-
 
 renamed(
     "Orca pairs",
     "prompt=question chosen rejected",
     '{"system": "Be brief.", "question": "Is ice warm?", "chosen": "No.", "rejected": "Yes."}',
-    also="system system_prompt",
+    also=_BEFORE,
 )
 
 renamed(
     "ms-swift preferences",
     "prompt=query chosen=response rejected=rejected_response",
     '{"query": "Is ice warm?", "response": "No.", "rejected_response": "Yes."}',
-    also="system history",
+    also=_BEFORE,
 )
 
 
@@ -949,40 +923,28 @@ renamed(
     '"content": "No."}], "label": true}',
 )
 
-
-@form(
+renamed(
     "ShareGPT with label",
-    "conversations label",
+    "messages=conversations desirable=label",
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}, {"from": "gpt", "value": '
     '"No."}], "label": true}',
     also="system",
 )
-def _labelled_turns(record: Record) -> Fields:
-    return _sharegpt(record) | {"desirable": record.value["label"]}
 
-
-@form(
+renamed(
     "ShareGPT with kto_tag",
-    "conversations kto_tag",
+    "messages=conversations desirable=kto_tag",
     '{"conversations": [{"from": "human", "value": "Is ice warm?"}, {"from": "gpt", "value": '
     '"No."}], "kto_tag": true}',
     also="system",
 )
-def _tagged_turns(record: Record) -> Fields:
-    return _sharegpt(record) | {"desirable": record.value["kto_tag"]}
 
-
-@form(
+renamed(
     "Alpaca with kto_tag",
-    "instruction output kto_tag",
+    "prompt=instruction response=output desirable=kto_tag",
     '{"instruction": "Add the numbers.", "input": "1 2", "output": "3", "kto_tag": true}',
-    also="input system history",
+    also=f"{_BEFORE} input",
 )
-def _tagged_instruction(record: Record) -> Fields:
-    row = record.value
-    prompt = _opened(row, _asked(row))
-    return {"prompt": prompt, "response": row["output"], "desirable": row["kto_tag"]}
-
 
 renamed(
     "BeaverTails",
@@ -994,7 +956,7 @@ renamed(
     "ms-swift with label",
     "prompt=query response desirable=label",
     '{"query": "Is ice warm?", "response": "No.", "label": true}',
-    also="system history",
+    also=_BEFORE,
 )
 
 
