@@ -1,8 +1,9 @@
 """Public forms of records, as data sets are published, in ours: one table.
 
 A form has a name, the keys by which a record is known to have it, a function that gives the record
-in our keys, and an example. To add one is to write its function here, with the decorator `form`:
-the docs, the checks of data and the stages find it in `FORMS`.
+in our keys, and an example. To add one is to write its function here, with the decorator `form`, or
+a row of `renamed` if its keys alone differ from ours: the docs, the checks of data and the stages
+find it in `FORMS`.
 
 Our keys are ``messages`` (as OpenAI writes them) with ``tools``; ``prompt`` with ``response``, with
 ``chosen`` and ``rejected``, or with ``responses`` and one of ``best``, ``ranking``, ``ranks`` and
@@ -117,14 +118,9 @@ def form(
     """Puts the function below it into `FORMS`; ``keys`` and ``also`` are divided by spaces."""
 
     def register(read: R) -> R:
+        sometimes = tuple(also.split())
         known = PublicForm(
-            name,
-            tuple(keys.split()),
-            read,
-            example,
-            tuple(also.split()),
-            tuple(without),
-            fits,
+            name, tuple(keys.split()), read, example, sometimes, tuple(without), fits
         )
         FORMS.append(known)
         return read
@@ -189,8 +185,8 @@ def converted(record: Record, given: Fields) -> list[Record]:
     for key in filter(row.get, _MEDIA):
         what = f"has {key!r}, and no model here reads such input; remove the column or these rows"
         record.expect(False, what)
-    record = _with_dialogues(record)
-    row = record.value
+    row = _with_dialogues(record)
+    record = record._replace(value=row)
     found = _fitting(record, given)
     try:
         if found is None:
@@ -211,13 +207,13 @@ def converted(record: Record, given: Fields) -> list[Record]:
         raise
     except _BROKEN as error:
         fault = f"{type(error).__name__}: {error}"
-        form = f"{found.name} ({', '.join(found.keys)})" if found else "OpenAI's messages"
-        raise BadRow(record.source, f"not in the form of {form}: {fault}") from error
+        name = f"{found.name} ({', '.join(found.keys)})" if found else "OpenAI's messages"
+        raise BadRow(record.source, f"not in the form of {name}: {fault}") from error
 
 
-def _with_dialogues(record: Record) -> Record:
-    """The record with lists of messages in place of their JSON, as cells of CSV have it."""
-    row = record.value
+def _with_dialogues(record: Record) -> Fields:
+    """The row with lists of messages in place of their JSON, as cells of CSV have it."""
+    row: Fields = record.value
     for key in _DIALOGUES:
         text = row.get(key)
         # The answer to a plain prompt is a text, whatever it spells.
@@ -230,7 +226,7 @@ def _with_dialogues(record: Record) -> Record:
             turns = json.loads(text)
             if are_turns(turns):
                 row = row | {key: turns}
-    return record._replace(value=row)
+    return row
 
 
 def _fitting(record: Record, given: Fields) -> PublicForm | None:
