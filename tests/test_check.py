@@ -214,6 +214,12 @@ def test_usual_columns_of_prompts_are_no_slips(columns, write):
     assert check.check([write([{"prompt": "a"} | columns])]).text.endswith("no problems")
 
 
+def test_a_file_without_a_usable_row_is_reported_with_a_tokenizer_too(write):
+    for row in ({"prompt": ""}, {"prompt": "a", "chosen": "b", "rejected": "b"}, {"key": 1}):
+        report = check.check([write([row])], characters("ab"))
+        assert "1 rows, 0 " in report.text
+
+
 def test_a_long_column_is_cut_in_a_report(write):
     path = write([{"prompt": "a", "chosen": "b" * 999, "rejected": "c"}])
     text = check.check([path], kind="prompts").text

@@ -191,7 +191,7 @@ def _describe(
     lengths: dict[str, list[int]] = {}
     try:
         formats.check_labels(rows)
-        lengths = _lengths(rows, tokenizer)
+        lengths = _lengths(rows, tokenizer) if rows else {}
     except UserError as error:
         errors.append(error)
     warnings = _slips(file)
