@@ -1,10 +1,12 @@
 """Precedence of flag, file and default; every mistake named with file, line and key; YAML that
 reads back equal; the rules of the sections."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import types
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from rlhf_jax.config import (
     Safety,
     SFTStage,
     Tokenizer,
+    check_trusted,
     parse,
     to_yaml,
     yaml_files,
@@ -270,7 +273,7 @@ def project():
         ("c.yaml", "reward: ['score.py:score']", "", False),
         ("c.yaml", "reward: [length, 'lib/../score.py:score*0.5']", "", False),
         ("../c.yaml", "reward: ['score.py:score']", "", False),
-        ("runs/ppo/config.yaml", "reward: ['score.py:score']", "", False),
+        ("runs/ppo/config.yaml", "reward: ['score.py:score']", "", True),
         ("c.yaml", "reward: [length, '../theirs/run/score.py:score*2']", "", True),
         ("c.yaml", "rl: {judge: ['../theirs/run/score.py:score']}", "", True),
         ("c.yaml", "rl: {environment: '../theirs/run/score.py:score'}", "", True),
@@ -295,7 +298,7 @@ def test_a_config_that_runs_the_python_of_others_needs_trust(project, place, tex
     run, advice = str(caught.value).splitlines()
     assert run.startswith(f"{place}, line 1: ")
     assert re.search(r"score\S* runs the Python code of /.*/score\.py$", run)
-    assert advice.endswith("read it, then give --trust-config")
+    assert advice.endswith("you have read it, give --trust-config")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +320,124 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
         return
     with pytest.raises(UserError, match=r"reward http://their\.host/score gets the texts"):
         parse(RunConfig, argv)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "judge: {url: 'HTTP://h/v1', model: m}",
+        "rl: {engine: 'vllm:hTTp://h:1'}",
+        "distill: {divergence: sampled, teacher: 'openai:HTTPS://h'}",
+        "reward: [length, 'HTTPS://h/score*2']",
+        "processes: 'h:8000,2,1'",
+        "rounds: {host: 0.0.0.0}",
+        "track: [tensorboard, wandb]",
+        "reward: ['pairs:regex:score.py:score']",  # a file of this name
+        "rl: {environment: 'score.py/.:score'}",  # which pathlib calls score.py
+        "rounds: {gold: 'score.py:score'}",
+        "data: [demo, /dev/zero]",
+        "data: ['../theirs/data.json']",
+        "sft: {validation_data: [linked/data.json]}",
+        "model: /etc",
+        "tokenizer: {name: /etc}",
+        'model: "../a\\0b"',
+        "reward: ['uncertainty:.5:runs/rm,/etc']",
+        "reward: ['pairs:judge:/etc/rubric.yaml*.5']",
+        "rl: {engine: 'stored:/etc'}",
+        "engine: {weights: /etc}",
+        "ppo: {value: separate, value_from: /etc}",
+        "safety: {words: [/etc/passwd]}",
+        "output_dir: ..",
+        "resume: true",
+        "overwrite: true",
+        "allow_changed: [data]",
+    ],
+)
+def test_what_the_config_of_a_run_names_needs_trust(project, text):
+    Path("linked").symlink_to("../theirs/run")
+    file = Path("runs/ppo/config.yaml")
+    file.write_text(f"seed: 1\n{text}")
+    with pytest.raises(UserError, match=r"^runs/ppo/config\.yaml, line 2: .*\n.*--trust-config$"):
+        parse(RunConfig, ["--config", str(file)])
+    assert parse(RunConfig, ["--config", str(file), "--trust-config"])
+    file.rename("mine.yaml")  # in the current folder, and of no run
+    assert parse(RunConfig, ["--config", "mine.yaml"])
+
+
+def test_what_the_config_of_a_run_may_name(project):
+    """Its own texts, and files and folders below the current folder or in the run's own."""
+    here = Path.cwd()
+    Path("runs/ppo/config.yaml").write_text(
+        f"output_dir: {here}/runs/ppo\ndata: [demo, data/own.json]\nmodel: org/name\n"
+        "reward: [length, 'regex:/|http://', 'count:/', 'min:runs/a,runs/b', 'judge:r.yaml']\n"
+        "text: {template: 'http://{prompt}', template_options: {a: /b}}\n"
+        "rl: {stop: [/], engine: 'stored:runs/ppo/engine'}\nalerts: ['/a > 1: log']\n"
+        "safety: {patterns: ['/etc']}\ntrack: [tensorboard]\nprocesses: auto\n"
+    )
+    assert parse(RunConfig, ["--config", "runs/ppo/config.yaml"]).rl.engine
+
+
+def test_the_run_of_a_config_is_found_by_any_path(project):
+    run = Path("runs/ppo")
+    (run / "deep").mkdir()
+    Path("score.yaml").write_text("reward: ['score.py:score']")
+    for place in ("config.yaml", "deep/other.yaml"):
+        (run / place).write_text("reward: ['score.py:score']")
+    (run / "link.yaml").symlink_to(Path("score.yaml").absolute())
+    Path("out.yaml").symlink_to(run / "config.yaml")
+    Path("folder").symlink_to(run)
+    paths = [run / "config.yaml", run / "deep/other.yaml", run / "link.yaml"]
+    paths += [Path("out.yaml"), Path("folder/config.yaml"), run / "../ppo/config.yaml"]
+    (run / "checkpoints").mkdir()
+    for mark in ("manifest.json", "checkpoints/start.json"):  # what --resume needs
+        for path in paths:
+            with pytest.raises(UserError, match="--trust-config"):
+                parse(RunConfig, ["--config", str(path)])
+        (run / "manifest.json").rename(run / "checkpoints/start.json") if mark[0] == "m" else None
+    assert parse(RunConfig, ["--config", "score.yaml"]).reward
+    typed = ["--config", str(paths[0]), "--reward", "score.py:score"]
+    assert parse(RunConfig, typed).reward
+    with pytest.raises(UserError, match="--trust-config"):  # a value is no flag
+        parse(RunConfig, ["--config", str(paths[0]), "--output-dir", "reward"])
+
+
+# Settings that are texts, or numbers in words.
+TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
+TEXTS |= {"frozen", "teacher_model"}
+
+
+def test_every_setting_that_is_a_text_may_name_a_place_unless_it_is_known_not_to(project):
+    asked = set()
+    for key, kind in typed_keys(RunConfig):
+        kinds = {kind, *typing.get_args(kind)}
+        if not kinds & {str, tuple[str, ...]} or key == "allow_changed":
+            continue
+        name = key.rpartition(".")[2]
+        given = {key: (("/dev/zero",), "runs/ppo/config.yaml, line 3")}
+        with contextlib.suppress(UserError):
+            check_trusted(given)
+            assert name in TEXTS, key
+            continue
+        asked.add(name)
+    assert asked.isdisjoint(TEXTS)
+    assert {"data", "model", "reward", "classifier", "value_from", "weights"} <= asked
+
+
+def typed_keys(cls, prefix=""):
+    for name, kind in yaml_files.types_of(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from typed_keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def test_a_config_that_is_no_file_or_a_bomb_is_refused_at_once(tmp_path):
+    os.mkfifo("pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe\.yaml: is no file"):
+        parse(RunConfig, ["--config", "pipe.yaml"])
+    levels = "".join(f", l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
+    with pytest.raises(UserError, match=r"line 1: text\.template_options must be .* too large"):
+        parse(RunConfig, write(f"text: {{template_options: {{l0: &l0 [x]{levels}}}}}"))
 
 
 def test_configs_of_the_package_are_trusted(tmp_path, monkeypatch):
@@ -373,7 +494,7 @@ def test_an_algorithm_of_one_s_own_has_a_section(capsys):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(
-        UserError, match=r"none.yaml: cannot be read \(given by --config\): No such file"
+        UserError, match=r"none.yaml: cannot be read: No such file .* \(given by --config\)"
     ):
         parse(RunConfig, ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match="cannot be read"):

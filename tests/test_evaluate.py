@@ -741,6 +741,32 @@ def test_the_runs_own_reward_model_judges_by_default(
             evaluate._with_own_reward_model(policy, against)
 
 
+def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(folders, monkeypatch):
+    """Also where a folder that looks like a model has the name of a Python function."""
+    monkeypatch.chdir(folders)
+    model = folders / "rm" / "model"
+    trap = folders / "trap.py:score"
+    shutil.copytree(model, trap)
+    policy = bench.Policy("run", None, {}, None, "auto", 8, is_judge=False)
+    asked = evaluate.Config(prompts=("p",))
+    for reward, trusts, expected in [
+        (["trap.py:score"], True, None),
+        (["trap.py:score*2"], True, None),
+        ([str(model)], True, str(model)),
+        ([str(model)], False, UserError),
+        (["../rm"], False, None),  # there is none
+        (["pairs:judge:rm"], True, None),
+    ]:
+        monkeypatch.setattr(evaluate, "settings_of", lambda folder, given=reward: {"reward": given})
+        config = dataclasses.replace(asked, trust_config=trusts)
+        if expected is UserError:
+            with pytest.raises(UserError, match=r"run/config\.yaml: reward .*\n.*--trust-config"):
+                evaluate._with_own_reward_model(policy, config)
+        else:
+            assert evaluate._with_own_reward_model(policy, config).reward_model == expected
+    shutil.rmtree(trap)
+
+
 def test_a_model_of_no_run_has_the_same_slots_in_every_command(folders, tmp_path):
     shutil.copytree(folders / "run" / "model", tmp_path / "model")
     policy = bench.load(str(tmp_path / "model"), evaluate.Config(prompts=("p",)))

@@ -108,7 +108,7 @@ def test_a_run_of_two_threads_is_resumed_and_verified_on_one_core(tmp_path):
     one = tmp_path / "one"
     on_one_core(*RUN, "--output-dir", one)
     assert (one / "metrics.jsonl").read_bytes() != (two / "metrics.jsonl").read_bytes()
-    assert on_one_core("verify", two, "--all").endswith("the same bytes\n")
+    assert on_one_core("verify", two, "--all", "--trust-config").endswith("the same bytes\n")
 
     stopped = tmp_path / "stopped"
     shutil.copytree(two, stopped)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from builders import letters_run, letters_stage, run_stage
 
 from rlhf_jax import cli
@@ -77,7 +78,7 @@ def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name
     """
     folder = run_stage(letters_stage(tmp_path, name), name)
     for from_scratch in (False, True) if name in ("dpo", "ppo") else (False,):
-        audit = verify.verify(folder, from_scratch=from_scratch)
+        audit = verify.verify(folder, from_scratch=from_scratch, trust_config=True)
         assert audit[:3] == ([], [], [])
         assert ("from the seed to step" in audit.compared) == from_scratch
         assert audit.compared.endswith("model/")
@@ -85,7 +86,7 @@ def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name
 
 def test_a_run_repeats_and_nothing_is_written_into_its_folder(copied, capsys):
     before = contents(copied)
-    assert cli.run(["verify", str(copied)]) == 0
+    assert cli.run(["verify", str(copied), "--trust-config"]) == 0
     assert contents(copied) == before
     said = capsys.readouterr().out
     assert (
@@ -104,7 +105,7 @@ def test_the_first_value_that_differs_is_named_in_each_file(copied, capsys):
     flip(copied / "samples.jsonl", samples.rindex(b'"yes"') + 1)
     flip(copied / "model" / "model.safetensors", -1)
     flip_array(copied / "checkpoints" / "6")
-    assert cli.run(["verify", str(copied)]) == 1
+    assert cli.run(["verify", str(copied), "--trust-config"]) == 1
     lines = capsys.readouterr().out.splitlines()
     table = [line.split(None, 2) for line in lines[-4:]]
     assert [row[:2] for row in table] == [
@@ -129,7 +130,7 @@ def test_another_state_is_named_by_array_index_and_values(copied):
     *rows, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
     compact = json.dumps(json.loads(last), separators=(",", ":"))  # the same values
     (copied / "metrics.jsonl").write_text("".join([*rows, compact, "\n"]))
-    audit = verify.verify(copied)
+    audit = verify.verify(copied, trust_config=True)
     [row, (step, file, place, recorded, repeated)] = audit.differences
     assert row[:3] == (6, "metrics.jsonl", "the row")
     assert (step, file) == (6, "checkpoints/6")
@@ -143,11 +144,13 @@ def test_steps_between_are_those_that_are_compared(copied):
     rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
     rows[3] = rows[3].replace("0", "1", 1)
     (copied / "metrics.jsonl").write_text("".join(rows))
-    audit = verify.verify(copied, from_scratch=True, num_steps=2)
+    audit = verify.verify(copied, from_scratch=True, num_steps=2, trust_config=True)
     assert audit.differences == []
     assert audit.compared == "repeated from the seed to step 2 of 6: metrics.jsonl, samples.jsonl"
-    assert verify.verify(copied, start=4, num_steps=1).differences == []
-    [difference] = verify.verify(copied, from_scratch=True, num_steps=3).differences
+    assert verify.verify(copied, start=4, num_steps=1, trust_config=True).differences == []
+    [difference] = verify.verify(
+        copied, from_scratch=True, num_steps=3, trust_config=True
+    ).differences
     assert difference[:2] == (3, "metrics.jsonl")
 
 
@@ -187,7 +190,7 @@ def test_drawn_steps_begin_at_the_nearest_checkpoint(tmp_path):
 def test_a_challenge_prints_its_seed_and_finds_what_was_changed(copied, capsys, monkeypatch):
     """Both steps after the checkpoint of step 4; with --all a change before it is found too."""
     monkeypatch.setattr(verify.secrets, "randbelow", lambda limit: limit - 1)
-    assert cli.run(["verify", str(copied), "--random", "--steps", "2"]) == 0
+    assert cli.run(["verify", str(copied), "--trust-config", "--random", "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(
         "steps drawn at random by --seed 4294967295\ndrawn 5, 6: repeated from the "
@@ -197,7 +200,7 @@ def test_a_challenge_prints_its_seed_and_finds_what_was_changed(copied, capsys, 
     rows[5] = rows[5].replace("0", "1", 1)
     (copied / "metrics.jsonl").write_text("".join(rows))
     options = {"num_steps": 6, "from_scratch": True, "draw": 0}
-    audit = verify.verify(copied, **options)
+    audit = verify.verify(copied, trust_config=True, **options)
     assert [row[:2] for row in audit.differences] == [(1, "metrics.jsonl"), (5, "metrics.jsonl")]
     assert audit.compared.startswith("drawn 1, 2, 3, 4: repeated from the seed to step 4 of 6: ")
     assert "\ndrawn 5, 6: repeated from the checkpoint of step 4 to step 6" in audit.compared
@@ -256,7 +259,7 @@ def damage_manifest(copied):
 @pytest.mark.parametrize("damage", [damage_config, damage_start, damage_record, damage_manifest])
 def test_what_a_run_began_with_is_checked_before_anything_is_repeated(damage, copied):
     file, place, recorded, repeated = damage(copied)
-    audit = verify.verify(copied)
+    audit = verify.verify(copied, trust_config=True)
     [difference] = audit.differences
     assert difference[1:3] == (file, place)
     assert recorded in difference.recorded
@@ -271,7 +274,7 @@ def test_data_may_lie_elsewhere_but_must_be_the_same(whole, copied, tmp_path):
     data.rename(moved)
     try:
         with pytest.raises(UserError, match=r"pairs\.json: no such file"):
-            verify.verify(copied)
+            verify.verify(copied, trust_config=True)
         rows = (copied / "metrics.jsonl").read_bytes()
         loss = rows.index(b'loss": 0.', rows.index(b'"step": 5')) + len(b'loss": 0.')
         flip(copied / "metrics.jsonl", loss + 3)
@@ -309,7 +312,7 @@ def test_another_machine_is_described(copied):
     change(copied, versions=versions, cpu="riscv64", backend="gpu")
     settings = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(settings.replace("keep_last: 2", "keep_last: 3"))
-    audit = verify.verify(copied, num_steps=1)
+    audit = verify.verify(copied, num_steps=1, trust_config=True)
     assert audit.differences == []
     assert any("versions.jax was '0.1'" in sentence for sentence in audit.machine)
     assert any("cpu was 'riscv64'" in sentence for sentence in audit.machine)
@@ -317,13 +320,57 @@ def test_another_machine_is_described(copied):
 
 
 @pytest.mark.slow
+def set_in_config(copied, **values):
+    file = copied / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
+
+
+@pytest.mark.usefixtures("repeated")
+def test_who_started_a_run_and_whom_it_told_is_not_repeated(copied, monkeypatch):
+    """Nothing is asked of other processes, of services, or of other runs."""
+    monkeypatch.setattr("rlhf_jax.runs.processes.join", lambda place: pytest.fail(place))
+    monkeypatch.setattr("rlhf_jax.runs.trackers.check", lambda names: names and pytest.fail(names))
+    set_in_config(
+        copied, processes="their.host:80,2,1", track=["wandb"], overwrite=True, output_dir="/etc"
+    )
+    assert verify.verify(copied, trust_config=True).differences == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"reward": ["run/evil.py:score"]},
+        {"judge": {"url": "HTTP://their.host/v1", "model": "m"}},
+        {"rl": {"environment": "beside.py:f"}},
+        {"reward_model": {"data": ["/dev/zero"]}},
+    ],
+)
+def test_nothing_that_a_run_names_is_touched_without_trust(values, copied, monkeypatch):
+    for name in ("run/evil.py", "beside.py"):
+        (copied.parent / name).write_text("raise SystemExit('it ran')")
+    set_in_config(copied, **values)
+    monkeypatch.chdir(copied.parent)
+    reads = "rlhf_jax.cli.verify._inputs"
+    monkeypatch.setattr(reads, lambda config, stage: pytest.fail("read before it was asked"))
+    key = next(iter(values))
+    with pytest.raises(UserError, match=rf"config\.yaml.*: (data|{key}).*\n.*--trust-config"):
+        verify.verify(copied)
+
+
+@pytest.mark.parametrize("name", ["class", "two words", "__post_init__"])
+def test_what_can_be_no_setting_of_a_script_is_an_unknown_key(name, copied):
+    set_in_config(copied, **{name: 1})
+    with pytest.raises(UserError, match=f"unknown key {name}"):
+        verify.verify(copied, trust_config=True)
+
+
 def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
     config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=1))
     folder = run_stage(config, "vpg")
     flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))
-    audit = verify.verify(folder)
+    audit = verify.verify(folder, trust_config=True)
     assert "reward.py:same is Python code, which is not known to repeat" in audit.unsure[0]
     assert [row.place for row in audit.differences] == ["sha256"]
     elsewhere = tmp_path / "elsewhere"
@@ -357,7 +404,7 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_repeated_is_a_sentence(damage, options, message, copied):
     damage(copied)
     with pytest.raises(UserError, match=message):
-        verify.verify(copied, **options)
+        verify.verify(copied, trust_config=True, **options)
 
 
 def test_a_folder_of_several_runs_names_them(copied):

@@ -10,6 +10,7 @@ may come from somebody else, does not change.
 
 import contextlib
 import json
+import keyword
 import os
 import random
 import secrets
@@ -17,7 +18,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import make_dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,7 +28,7 @@ import tyro
 
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
-from rlhf_jax.config import RunConfig, parse, to_yaml
+from rlhf_jax.config import RunConfig, check_trusted, parse, to_yaml
 from rlhf_jax.data import formats
 from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger, read_file
 from rlhf_jax.runs import folder, manifest, reading
@@ -45,6 +46,10 @@ SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, 
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
+# In place of the run's: how it was started, and whom it told.
+STARTS: dict[str, Any] = {"output_dir": None, "resume": False, "overwrite": False}
+STARTS |= {"allow_changed": (), "processes": None, "track": ()}
+DATA = ("data", "validation_data")  # settings of a stage's section
 NUM_DRAWN = 3  # steps that --random draws without --steps
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
@@ -135,6 +140,10 @@ def verify(
     last_start = _last_start(recorded)
     config = _config(path, model, reward, trust_config)
     config = _with_data(config, stage, recorded["data"], data)
+    if not trust_config:
+        named = chain(*_data_names(config, stage).values())
+        left = tuple(name for name in named if name not in data)
+        check_trusted({"data": (left, str(path / "config.yaml"))})
     config = set_up(config, threads=last_start.get("threads"))  # before JAX begins
     unsure = _unsure(config, stage, last_start)
     here = _inputs(config, stage)
@@ -255,7 +264,9 @@ def _drawn_spans(
 
 
 def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
-    """The settings of config.yaml, those of the script that made the run among them."""
+    """The settings of config.yaml, those of the script that made the run among them, without what
+    says how the run was started and whom it told. Whether its data is trusted is asked later.
+    """
     file = path / "config.yaml"
     argv = ["--config", str(file)]
     if (path / "engine").is_dir():  # the samples that the run kept: no server is asked
@@ -267,7 +278,11 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     if trust_config:
         argv.append("--trust-config")
     kind = _settings_class(file)
-    config = parse(kind, argv, prog="rlhf-jax verify", sections=["lora", "rl.engine"])
+    of_stages = (f"{section}.{name}" for section in ("rl", *SPECS) for name in DATA)
+    replaced = [*STARTS, "data", *of_stages]
+    sections = ["lora", "rl.engine"]
+    config = parse(kind, argv, prog="rlhf-jax verify", sections=sections, replaced=replaced)
+    config = replace(config, **STARTS)
     if -1 in (config.mesh.fsdp, config.mesh.tensor):
         return config
     # As many groups as this machine has devices for.
@@ -276,10 +291,10 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
 
 def _settings_class(file: Path) -> type[RunConfig]:
     """RunConfig with a field for each setting of the script that made the run."""
-    known = {field.name for field in fields(RunConfig)}
     others = []
     for key, value in reading.read_yaml(file, reading.SETTINGS).items():
-        if key not in known and isinstance(value, bool | int | float | str):
+        is_name = key.isidentifier() and not keyword.iskeyword(key) and not hasattr(RunConfig, key)
+        if is_name and isinstance(value, bool | int | float | str):
             others.append((key, type(value), value))
     if others:
         names = ", ".join(key for key, _, _ in others)
@@ -455,7 +470,7 @@ def _repeat(
         recorded: the manifest, with this machine's names for the data.
     """
     resume = span.start is not None or (path / "judge").is_dir()
-    config = replace(config, output_dir=str(ours), resume=resume, track=(), processes=None)
+    config = replace(config, output_dir=str(ours), resume=resume)
     if resume:
         _copy(path, ours, span.start)
         # --resume compares the other facts with this machine.
@@ -669,7 +684,7 @@ def verify_run(
         data: where the run's data files are here, if not where they were.
         model: where its --model is here.
         reward: where its --reward is here.
-        trust_config: run the Python files that its config names.
+        trust_config: use the Python files, servers and places that its config names.
     """
     if seed is not None and not at_random:
         raise UserError("--seed is that of --random; the run's own seed is in its config")

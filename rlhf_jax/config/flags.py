@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import operator
+import os
 import re
 import types
 import typing
@@ -19,6 +20,8 @@ from rlhf_jax.config.sections import section_name, with_section
 from rlhf_jax.config.settings import ALGORITHMS, RunConfig
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
 from rlhf_jax.errors import UserError, logger
+from rlhf_jax.graders import spec
+from rlhf_jax.runs import keeping
 from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
@@ -27,8 +30,11 @@ R = TypeVar("R", bound=RunConfig)
 Words = Sequence[str]
 _ABOUT_FILES = (
     "--config FILE ...: YAML with values for these options; flags go before them. --trust-config: "
-    "run the Python files that such a FILE names, though they are not yours."
+    "use the Python files, servers and places that such a FILE names, though it may not be yours."
 )
+# Settings that are texts, and name nothing outside the program.
+_TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
+_TEXTS |= {"frozen", "teacher_model"}
 
 
 def parse(
@@ -39,6 +45,7 @@ def parse(
     description: str = "",
     sections: Words = (),
     algorithm: Algorithm | None = None,
+    replaced: Words = (),
 ) -> C:
     """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of
     this kind.
@@ -54,6 +61,7 @@ def parse(
         several stages share it.
       algorithm: your own one: its ``Config`` is a section under the module's name. The sections of
         this package's algorithms have no flags then and keep their defaults.
+      replaced: settings that the caller replaces afterwards: the files' values need no trust.
 
     Raises:
       UserError: a file is missing, broken or of another kind, a flag is unknown or its value of
@@ -71,11 +79,15 @@ def parse(
         unread = [name for name in ALGORITHMS if name != section_name(algorithm)]
         sections = sections or [name for name in typing.get_type_hints(kind) if name not in unread]
     given = _given(kind, options.config, unread)
+    words = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
+    typed = {word.removeprefix("--").replace("-", "_") for word in words}
+    if not options.trust_config:  # before anything that a file names is looked at
+        asked = given.keys() - typed - {*replaced}
+        check_trusted({key: given[key] for key in given if key in asked})
     config = _with_values(kind(), {key: value for key, (value, _) in given.items()})
     about = {"prog": prog, "description": f"{description}\n\n{_ABOUT_FILES}"}
     if flags:  # else there is nothing to wait for: tyro takes half a second
         config = _with_flags(config, flags, sections, about)
-    typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     if isinstance(config, RunConfig):
         _check_network(config, typed)
         config = _with_pretrained(config, typed | given.keys(), sections)
@@ -83,8 +95,6 @@ def parse(
     config = _checked(config, "", given, problems)
     if problems:
         raise UserError("\n".join(problems))
-    if not options.trust_config:
-        check_trusted({key: value for key, value in given.items() if key not in typed})
     return config
 
 
@@ -104,51 +114,73 @@ def _check_network(config: RunConfig, typed: Collection[str]) -> None:
 
 
 def check_trusted(given: Values) -> None:
-    """Refuses values of somebody else's file that would run Python code or send texts and keys to a
-    server.
+    """Refuses values of somebody else's file that would run Python code, send texts and keys to a
+    server, or read and write elsewhere on this machine.
 
     Configs of this package are trusted, and so are values whose YAML file and Python file are in
-    the current folder. A run's folder may be somebody else's wherever it is.
+    the current folder. A file in the folder of a run may be somebody else's wherever it is: what it
+    names is never trusted, except files and folders below the current folder or of that run.
 
     Raises:
-        UserError: a value names a Python file outside the current folder or in the run's folder
-            that the YAML file lies in, or any at all where that run's folder is outside the current
-            one; or a URL where the YAML file is in a run's folder or outside the current folder.
+        UserError: lists these values.
     """
     own = [path.resolve() for path in shipped().values()]
     problems = []
     for key, (value, place) in given.items():
-        config = Path(re.sub(r", line \d+$", "", place)).resolve()
-        if config in own:
+        config = Path(re.sub(r", line \d+$", "", place)).absolute()
+        if config.resolve() in own:
             continue
         for text in value if isinstance(value, tuple) else (value,):
-            harm = _harm(str(text), config)
+            harm = _harm(key, text, config)
             if harm:
                 problems.append(f"{place}: {key} {text} {harm}")
     if problems:
         listed = "\n".join(problems)
         raise UserError(
-            f"{listed}\nIt may be somebody else's, and runs with your rights: read it, then give "
+            f"{listed}\nThis acts with your rights, and the file may be somebody else's. What you "
+            "type as flags needs no trust; if the file is yours, or you have read it, give "
             "--trust-config"
         )
 
 
-def _harm(text: str, config: Path) -> str:
+def _harm(key: str, value: Any, config: Path) -> str:
     """What a value of a YAML file could do if the file is somebody else's; "" for nothing."""
+    if not value or not isinstance(value, str | bool) or key.rpartition(".")[2] in _TEXTS:
+        return ""
     here = Path.cwd().resolve()
-    folder = config.parent
-    is_here = config.is_relative_to(here)
-    is_run = (folder / "manifest.json").is_file()
-    code = re.match(r"(?:pairs:)?(.*\.py):", text, re.DOTALL)
-    if code is not None:
-        file = Path(code[1]).resolve()
-        is_own = file.is_relative_to(here)
-        if is_run:
-            is_own = is_own and is_here and not file.is_relative_to(folder)
-        return "" if is_own else f"runs the Python code of {file}"
-    if re.match(r"(\w+:)?https?://", text) and (is_run or not is_here):
+    run = _run_around(config)
+    if run and key in ("resume", "overwrite", "allow_changed"):
+        return "changes another run, and no run has it in its own config"
+    if isinstance(value, bool):
+        return ""
+    kind, names = spec.named(value)
+    if kind == "code":
+        file = Path(names[0]).resolve()
+        return f"runs the Python code of {file}" if run or not file.is_relative_to(here) else ""
+    harmless = {"judge.url": "", "processes": "auto", "rounds.host": "127.0.0.1"}
+    is_host = kind == "address" or value != harmless.get(key, value)
+    if is_host and (run or not config.resolve().is_relative_to(here)):
         return "gets the texts of the run, and your API key"
+    if run and key == "track" and value != "tensorboard":
+        return "gets the metrics and texts of the run"
+    if run is None:
+        return ""
+    for name in names:
+        path = Path(os.path.realpath(name.replace("\0", "")))  # which no name of a file has
+        is_below = path.is_relative_to(here) and not os.path.isabs(name)
+        if not is_below and not path.is_relative_to(run.resolve()):
+            return "is an absolute path, or leads out of the current folder"
     return ""
+
+
+def _run_around(file: Path) -> Path | None:
+    """The folder of the run in which a file lies, or lies behind a link; None outside of runs."""
+    for folder in (*file.parents, *file.resolve().parents):
+        # Either is enough for --resume.
+        for mark in (folder / "manifest.json", folder / keeping.START):
+            if os.path.lexists(mark):
+                return folder
+    return None
 
 
 def _given(kind: type, names: Words, unread: Words) -> Values:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_jax.config.settings import Json, Switch
-from rlhf_jax.errors import UserError
-from rlhf_jax.runs import objects
+from rlhf_jax.errors import UserError, read_file
+from rlhf_jax.runs import objects, reading
 
 _FEW = 12  # keys that an error lists
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
@@ -73,15 +73,15 @@ def read(config_class: type, file: Path) -> Values:
 
 def _compose(file: Path) -> yaml.Node | None:
     """The root of a YAML file; None if the file is empty."""
-    text = b""
     try:
-        text = file.read_bytes()
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
+        text = read_file(file)
+    except UserError as error:
         raise UserError(
-            f"{file}: cannot be read (given by --config): {error.strerror}; `rlhf-jax configs` "
-            "lists those that come with the package"
+            f"{error} (given by --config); `rlhf-jax configs` lists those that come with the "
+            "package"
         ) from None
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         place = f"{file}"
         reason = str(error)[:100]
@@ -140,6 +140,8 @@ def _json(node: yaml.Node, key: str) -> Json:
     """The value of a mapping that JSON can write."""
     try:
         value: Json = yaml.SafeLoader("").construct_document(node)
+        if not reading.is_plain(value):  # such as aliases of aliases, which JSON writes out
+            raise ValueError("it is nested too deeply or too large")
         json.dumps(value, allow_nan=False)
     except Exception as error:  # a date, an unknown tag, a list as a key
         what = f"{key} must be an object that JSON can write"

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from jax import Array
 
+from rlhf_jax.config import check_trusted
 from rlhf_jax.data import chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
@@ -32,7 +33,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest, writing
-from rlhf_jax.runs.reading import settings_of
+from rlhf_jax.runs.reading import settings_file, settings_of
 from rlhf_jax.training.common.setup import enable_compilation_cache
 from rlhf_jax.training.supervised import scoring
 
@@ -132,8 +133,13 @@ def _with_own_reward_model(policy: Policy, config: Config) -> Config:
     """
     entries = settings_of(policy.folder).get("reward", [])
     if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
-        models = map(Path, spec.model_names(entries[0]))
-        if all(spec.members(model) or (model / hf.CONFIG).is_file() for model in models):
+        kind, names = spec.named(entries[0])
+        models = map(Path, map(hf.model_folder, names))
+        are_models = all(spec.members(model) or (model / hf.CONFIG).is_file() for model in models)
+        if kind == "models" and are_models:
+            if not config.trust_config:
+                file = settings_file(policy.folder)
+                check_trusted({"reward": (entries[0], str(file))})
             logger.info(f"reward model: {entries[0]}, the run's own; --reward-model takes another")
             config = dataclasses.replace(config, reward_model=entries[0])
     if config.against is not None and config.reward_model is None:

@@ -38,7 +38,8 @@ class Config:
     categories: str | None = None
     """YAML file of categories of your own."""
     trust_config: bool = False
-    """Run the Python files that this YAML file names, though they are not in the current folder."""
+    """Use the Python files, servers and places that this YAML file, or the run's config, names,
+    though they may not be yours."""
     template: str | None = None
     """What the models read for a prompt; null: the run's text.template (auto for a model's folder).
     """

@@ -8,6 +8,7 @@ environment variables below, when a request is made; no message, reply or file h
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import json
 import logging
@@ -309,6 +310,17 @@ def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Request
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an http or https URL, in letters of any case."""
+    if ":" not in text:  # without the import
+        return False
+    import httpx
+
+    with contextlib.suppress(httpx.InvalidURL):
+        return httpx.URL(text).scheme in _SCHEMES
+    return False
 
 
 def check_url(name: str, url: str) -> None:

@@ -40,7 +40,7 @@ import runpy
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from jax.tree_util import Partial
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, file_errors, logger
 from rlhf_jax.graders import pairs, service, verifiable
-from rlhf_jax.graders.client import check_url
+from rlhf_jax.graders.client import check_url, is_url
 from rlhf_jax.graders.service import Services
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import (
@@ -244,28 +244,34 @@ def build_pair_judge(
     return reader.pair_judge(model_folder(entry), f"{flag} {entry}")
 
 
+def named(
+    entry: str,
+) -> tuple[Literal["code", "address", "models", "places", "nothing"], list[str]]:
+    """What an entry names outside this program, found without a look at the disk: a Python file, a
+    URL, the models whose scores it is, or other places.
+    """
+    match = _WEIGHTED.fullmatch(entry)
+    spec = match[1] if match else entry
+    of_pair = spec.removeprefix(_PAIRS)
+    kind, _, rest = of_pair.partition(":")
+    file, _, _ = of_pair.rpartition(":")
+    if Path(file).suffix == ".py":
+        return "code", [file]
+    if kind in ("count", "regex", "math", *_TERMS):
+        return "nothing", []
+    if is_url(of_pair) or is_url(rest):  # alone, or behind the KIND of an engine or a teacher
+        return "address", [of_pair]
+    if kind in ("judge", "stored"):
+        return "places", [rest]
+    return "models" if of_pair == spec else "places", _split_method(of_pair)[1]
+
+
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
-    spec, _ = _split_weight(entry)
-    kind, _, rest = spec.removeprefix(_PAIRS).partition(":")
-    spec = spec.removeprefix(_PAIRS)
-    if kind in ("count", "regex", "math", "http", "https", *_TERMS):
-        return {}
-    method, names = _split_method(spec)
-    if method:
-        return {name: Path(name) for name in names if Path(name).exists()}
-    file, _, _ = spec.rpartition(":")
-    path = Path(rest if kind == "judge" else file if file.endswith(".py") else spec)
-    return {entry: path} if path.exists() else {}
-
-
-def model_names(entry: str) -> list[str]:
-    """The folders of models that an entry names: one, or those of an ensemble; whether they exist
-    or are models, it does not say.
-    """
-    spec, _ = _split_weight(entry)
-    _, names = _split_method(spec)
-    return names
+    kind, names = named(entry)
+    paths = {name: Path(name) for name in map(model_folder, names) if kind != "address"}
+    is_ensemble = bool(_ENSEMBLE.match(entry.removeprefix(_PAIRS)))
+    return {name if is_ensemble else entry: path for name, path in paths.items() if path.exists()}
 
 
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
@@ -412,7 +418,7 @@ class _Reader(NamedTuple):
             return spec, verified
         if file.endswith(".py"):
             return function, load_function(where, Path(file), function, self.columns)
-        if kind in ("http", "https"):
+        if is_url(spec):
             check_url(where, spec)
             name, _, _ = rest.removeprefix("//").partition("?")
             return name, service.reward_service(spec, self.services.judge)
