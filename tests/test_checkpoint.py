@@ -565,3 +565,95 @@ def test_record_is_readable_json(tmp_path):
         "leaves": {"a": leaf},
         "files": {},
     }
+
+
+def rewrite_record(folder, change):
+    """Changes a record, and gives it the right checksum."""
+    file = folder / "record" / "metadata"
+    record = json.loads(json.loads(file.read_text())["record"])
+    change(record)
+    text = json.dumps(record)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({"record": text, "sha256": digest}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(7, {"a": jnp.ones((2, 3))}, {"step": 7}, {"metrics.jsonl": b"row"})
+    return folder
+
+
+def leaf_with(**values):
+    return lambda record: record["leaves"]["a"].update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["files"]["metrics.jsonl"].pop("bytes"),
+        lambda record: record["files"]["metrics.jsonl"].pop("sha256"),
+        lambda record: record["leaves"]["a"].pop("sha256"),
+        lambda record: record["leaves"]["a"].pop("dtype"),
+        lambda record: record.pop("meta"),
+        lambda record: record["meta"].update(step=8),
+        lambda record: record["meta"].update(metrics={"loss": "low"}),
+        leaf_with(parts={"x": "y"}),
+        leaf_with(parts={}),
+        leaf_with(parts={"[[0, 2], [0, 4]]": "y"}),
+        leaf_with(parts={"[[0, 2]]": "y"}),
+        leaf_with(parts={"[[null, 2], [0, 3]]": "y"}),
+        leaf_with(shape=[10**9, 10**3]),
+        leaf_with(shape=[-2, -3]),
+        leaf_with(shape=[6]),
+        leaf_with(shape=[10**18] * 9),
+        leaf_with(dtype="int32"),
+        leaf_with(dtype="V1000000000000"),
+    ],
+)
+def test_a_record_of_another_kind_is_a_sentence_though_its_checksum_is_right(
+    change, saved, tmp_path
+):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    rewrite_record(tmp_path / "7", change)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"holds something else|is damaged: "),
+    ):
+        checkpoints.arrays(7)
+
+
+@pytest.mark.parametrize("name", ["record/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+def test_a_pipe_in_a_checkpoint_stops_nobody(name, saved, tmp_path):
+    """Nor does a link to one; the others are still there."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "7", tmp_path / "kept")
+    place = tmp_path / "7" / name
+    place.unlink()
+    os.mkfifo(place)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match=f"{name}: is no file"):
+            checkpoints.restore({"a": jnp.ones((2, 3))}, 7)
+        place.rename(tmp_path / "pipe")
+        place.symlink_to(tmp_path / "pipe")
+        with pytest.raises(CheckpointError, match=f"{name} is a symbolic link"):
+            checkpoints.arrays(7)
+        place.unlink()
+        place.mkdir()
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoints.arrays(7)
+
+
+def test_an_array_that_is_stored_larger_than_recorded_is_not_read(saved, tmp_path):
+    """Reading it could take all memory."""
+    shutil.copytree(saved, tmp_path / "same")
+    with Checkpoints(tmp_path / "large") as checkpoints:
+        checkpoints.save(7, {"a": jnp.ones((2, 4))}, {"step": 7})
+    shutil.rmtree(tmp_path / "same" / "7" / "state")
+    (tmp_path / "large" / "7" / "state").rename(tmp_path / "same" / "7" / "state")
+    with (
+        Checkpoints(tmp_path / "same") as checkpoints,
+        pytest.raises(CheckpointError, match=r"a is stored as float32\(2, 4\)"),
+    ):
+        checkpoints.arrays(7)

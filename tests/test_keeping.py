@@ -2,10 +2,12 @@
 says what it restored from where. Two are a sentence.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from builders import Killed, run_loop
@@ -14,6 +16,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import keeping, manifest
 from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.folder import open_run
 
 SCORES = [float(n) for n in range(7)]
 STEPS = 6
@@ -160,3 +163,63 @@ def test_the_threads_of_a_run_are_known_without_its_manifest(copied):
     assert manifest.threads_of(copied) == threads > 0
     gone(copied / "checkpoints" / "start.json")
     assert manifest.threads_of(copied) is None
+
+
+def write_start(folder, files):
+    text = json.dumps(files, sort_keys=True)
+    content = {"files": files, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / keeping.START).write_text(json.dumps(content))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../.bashrc", "/etc/rlhf_jax", "metrics.jsonl", "model/config.json", "checkpoints", ".pid"],
+)
+def test_no_copy_is_restored_under_a_name_that_no_run_keeps(name, copied):
+    """Of the files of the start and of the rows, which have right checksums."""
+    files = keeping.kept_start(copied)
+    write_start(copied, files | {name: "written by somebody else"})
+    gone(copied / "manifest.json")
+    before = contents(copied.parent)
+    with pytest.raises(UserError, match=rf"start\.json: holds copies of {name}, "):
+        trains(copied, resume=True)
+    write_start(copied, files)
+    with open_run(copied, resume=True) as run:
+        keeping.restore_start(run)
+        record = {"files": {"../out": {"bytes": 1, "sha256": ""}, "config.yaml": {}}}
+        checkpoints = mock.Mock(record=lambda step: record)
+        with pytest.raises(UserError, match=r"4: holds copies of \.\./out, config\.yaml, "):
+            keeping.restore_rows(run, checkpoints, 4)
+    assert contents(copied.parent).keys() - before.keys() <= {
+        copied / "manifest.json",
+        copied / ".pid",
+    }
+
+
+@pytest.mark.parametrize(
+    "files", [{"manifest.json": 5}, {"config.yaml": "\ud800"}, {"config.yaml": [1]}, [], 5, None]
+)
+def test_copies_that_are_no_texts_count_as_damaged(files, copied, straight, capsys):
+    write_start(copied, files)
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+    assert "start.json is damaged; it is written anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"resumed": []}, {"threads": "2"}, {"resumed": [{"threads": [1]}]}, {"resumed": {}}],
+)
+def test_the_threads_of_an_odd_manifest_are_not_known(facts, copied):
+    (copied / keeping.START).unlink()
+    file = copied / "manifest.json"
+    recorded = json.loads(file.read_text())
+    file.write_text(json.dumps(recorded | facts))
+    known = recorded["threads"] if facts == {"resumed": []} else None
+    assert manifest.threads_of(copied) == known
+    write_start(copied, {"manifest.json": file.read_text()})
+    assert manifest.threads_of(copied) == known

@@ -1,7 +1,9 @@
 """``rlhf-jax verify``: a run that repeats, and every bit of a folder that somebody has changed."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +52,15 @@ def flip(path, at):
 def flip_array(checkpoint):
     [arrays] = (checkpoint / "state" / "d").iterdir()
     flip(arrays, arrays.stat().st_size // 2)
+
+
+def record_step(checkpoint, step):
+    file = checkpoint / "record" / "metadata"
+    record = json.loads(json.loads(file.read_text())["record"])
+    record["meta"]["step"] = step
+    text = json.dumps(record)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({"record": text, "sha256": digest}))
 
 
 def change(copied, **values):
@@ -127,6 +138,7 @@ def test_another_state_is_named_by_array_index_and_values(copied):
     """The checkpoint of another run is whole, but its numbers are not those of the steps."""
     shutil.rmtree(copied / "checkpoints" / "6")
     shutil.copytree(copied / "checkpoints" / "4", copied / "checkpoints" / "6")
+    record_step(copied / "checkpoints" / "6", 6)
     *rows, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
     compact = json.dumps(json.loads(last), separators=(",", ":"))  # the same values
     (copied / "metrics.jsonl").write_text("".join([*rows, compact, "\n"]))
@@ -326,6 +338,12 @@ def set_in_config(copied, **values):
 
 
 @pytest.mark.usefixtures("repeated")
+def test_a_run_that_says_it_was_resumed_never_is_compared(copied):
+    change(copied, resumed=[])
+    assert verify.verify(copied, trust_config=True).differences == []
+
+
+@pytest.mark.usefixtures("repeated")
 def test_who_started_a_run_and_whom_it_told_is_not_repeated(copied, monkeypatch):
     """Nothing is asked of other processes, of services, or of other runs."""
     monkeypatch.setattr("rlhf_jax.runs.processes.join", lambda place: pytest.fail(place))
@@ -386,6 +404,13 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
         (lambda run: (run / "manifest.json").unlink(), {}, "manifest.json: cannot be read"),
         (lambda run: change(run, stage="vapo"), {}, "stage vapo is not one of this package"),
         (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
+        (
+            lambda run: change(run, resumed=[{"changed": "x"}]),
+            {},
+            "changed is 'x', expected a list",
+        ),
+        (lambda run: change(run, threads="x"), {}, "threads is 'x', expected a number"),
+        (lambda run: os.mkfifo(run / "checkpoints/4/x"), {}, "checkpoints/4/x: is no file"),
         (lambda run: change(run, data="x"), {}, "data is 'x', expected a mapping"),
         (lambda run: (run / "metrics.jsonl").write_text(""), {}, "metrics.jsonl has no rows"),
         (read_more, {}, "reward gone: the run read it"),

@@ -57,7 +57,7 @@ EXCERPT = 24  # characters on either side of the first one that differs
 MACHINE = ("threads", "backend", "devices", "cpu", "xla_flags", "versions")
 
 Names = Sequence[str]
-Facts = Mapping[str, Any]  # of a manifest
+Facts = dict[str, Any]  # of a manifest
 Digests = Mapping[str, str]  # {name of what a run reads: sha256}
 Part = str | np.ndarray | None  # what is in one place of a file; None: nothing
 
@@ -137,7 +137,7 @@ def verify(
     else:
         spans = _drawn_spans(path, start, num_steps, from_scratch, draw)
     stage = recorded["stage"]
-    last_start = _last_start(recorded)
+    last_start = manifest.last_start(recorded)
     config = _config(path, model, reward, trust_config)
     config = _with_data(config, stage, recorded["data"], data)
     if not trust_config:
@@ -164,14 +164,8 @@ def verify(
             found, compared = _compare(path, ours, span)
         differences += found
         sentences.append(compared)
-    machine = manifest.differences(_machine(last_start), _machine(_last_start(written)))
+    machine = manifest.differences(_machine(last_start), _machine(manifest.last_start(written)))
     return Audit(differences, machine, unsure, "\n".join(sentences))
-
-
-def _last_start(recorded: Facts) -> Facts:
-    """The facts of a manifest about the last time that the run was started or resumed."""
-    starts: Sequence[Facts] = recorded.get("resumed", [recorded])
-    return starts[-1]
 
 
 def _machine(facts: Facts) -> Facts:

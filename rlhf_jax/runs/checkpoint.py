@@ -46,10 +46,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError, read_file
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import processes, reading
-from rlhf_jax.runs.folder import steps
+from rlhf_jax.runs.folder import check_ordinary, steps
 from rlhf_jax.runs.reading import Row
 
 T = TypeVar("T")
@@ -370,8 +370,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             else:
                 how[name] = ocp.RestoreArgs(restore_type=np.ndarray)
         args = ocp.args.PyTreeRestore(how, restore_args=how)
+        folder = self._directory / str(step) / "state"
         try:
-            stored = self._handler.restore(self._directory / str(step) / "state", args=args)
+            about = self._handler.metadata(folder).tree
+            for name in how:
+                leaf = leaves[name]
+                array = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+                # Read before it is known, it could take all memory.
+                if (about[name].shape, about[name].dtype) != (array.shape, array.dtype):
+                    raise ValueError(f"{name} is stored as {about[name].dtype}{about[name].shape}")
+            stored = self._handler.restore(folder, args=args)
         except MemoryError:  # too little memory is no damage
             raise
         except Exception as error:
@@ -390,18 +398,23 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           CheckpointError: it is damaged.
         """
         record = f"{self._name(step)} is damaged: its record"
+        path = self._directory / str(step)
         try:
-            path = self._directory / str(step) / "record" / "metadata"
-            item = json.loads(path.read_text("utf-8"))
-            content = json.loads(item["record"])
+            check_ordinary(path)  # Orbax would wait for the writer of a pipe
+            item = json.loads(read_file(path / "record" / "metadata", most=None))
             is_whole = digest_of(item["record"].encode()) == item["sha256"]
         except Exception as error:
             raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
         if not is_whole:
             raise CheckpointError(f"{record} does not match its checksum")
-        wrong = reading.misfit(content, reading.CHECKPOINT)
-        if wrong or content.keys() != reading.CHECKPOINT.keys():
-            raise CheckpointError(f"{record} holds something else ({wrong or 'other keys'})")
+        try:
+            content: Row = reading.parse_json(item["record"], reading.CHECKPOINT, "it")
+            for name, leaf in content["leaves"].items():
+                _check_parts(leaf, name)
+            if content["meta"].get("step", step) != step:
+                raise UserError(f"it is of step {content['meta']['step']}")
+        except UserError as error:
+            raise CheckpointError(f"{record} holds something else ({error})") from None
         return content
 
     def file(self, step: int, name: str) -> bytes:
@@ -433,7 +446,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 name: np.broadcast_to(np.zeros((), kind["dtype"]), kind["shape"])
                 for name, kind in self.record(step)["leaves"].items()
             }
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{self._name(step)} holds something else ({error})") from error
         return self._restore(target, step)[0]
 
@@ -463,6 +476,19 @@ def _leaves(state: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves have the path {name}")
         leaves[name] = leaf
     return leaves
+
+
+def _check_parts(leaf: Row, name: str) -> None:
+    """Raises UserError unless the shape of an array, and the places of its parts, can be such."""
+    sizes = leaf["shape"]
+    try:
+        of_parts = [json.loads(place) for place in leaf.get("parts", ())]
+        ends = [(*end, size) for place in of_parts for end, size in zip(place, sizes, strict=True)]
+        is_within = all(0 <= start <= stop <= size for start, stop, size in ends)
+    except (ValueError, TypeError, RecursionError):
+        is_within = False
+    if not is_within or min(sizes, default=0) < 0 or leaf.get("parts") == {}:
+        raise UserError(f"{name} has no shape {sizes} with parts {list(leaf.get('parts', {}))}")
 
 
 def _is_key(leaf: Any) -> bool:

@@ -31,6 +31,7 @@ FLAGS = {
 }
 MEMINFO = Path("/proc/meminfo")  # in KiB
 CGROUP = Path("/sys/fs/cgroup")  # of this container
+MOST_THREADS = 4096
 RESERVED = 1 / 32  # share of a CPU's available memory
 # On a GPU: sums in a fixed order, and kernels that are not chosen by timing.
 DETERMINISTIC = {"xla_gpu_deterministic_ops": "true", "xla_gpu_autotune_level": "0"}
@@ -77,6 +78,10 @@ def choose(
         raise UserError(
             "--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all "
             "on a Mac"
+        )
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(
+            f"{threads} threads, of manifest.json or compute.blocks: a run has 1 to {MOST_THREADS}"
         )
     # A backend that has started reads no flags, and a manifest must not list them.
     if not xla_bridge.backends_are_initialized():

@@ -156,11 +156,23 @@ def _holder(path: Path) -> str:
 
 
 def check_links(path: Path) -> None:
-    """Raises UserError if a symbolic link in the folder would make the run write elsewhere."""
+    """Raises UserError if a symbolic link in the folder would make the run write elsewhere, or a
+    pipe would make it wait.
+    """
     refuse_links(path / name for name in (*_FILES, *_FOLDERS))
     for folder in _FOLDERS:
-        for place, folders, files in os.walk(path / folder):
-            refuse_links(Path(place, name) for name in (*folders, *files))
+        check_ordinary(path / folder)
+
+
+def check_ordinary(folder: Path) -> None:
+    """Raises UserError if anything in the folder is neither a file nor a folder, such as a pipe, or
+    is a symbolic link.
+    """
+    for place, folders, files in os.walk(folder):
+        refuse_links(Path(place, name) for name in (*folders, *files))
+        for name in files:
+            if not Path(place, name).is_file():
+                raise UserError(f"{Path(place, name)}: is no file; delete it")
 
 
 def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:

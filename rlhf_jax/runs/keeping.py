@@ -8,9 +8,11 @@ when the run was started last. Each checkpoint has the rows up to its step.
 import contextlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, logger, read_file
+from rlhf_jax.runs import reading
 from rlhf_jax.runs.checkpoint import Checkpoints, digest_of
 from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.writing import write_atomically
@@ -33,12 +35,20 @@ def keep_start(run: Run) -> None:
 
 
 def kept_start(path: Path) -> dict[str, str]:
-    """{name: text} of the copies in a run's folder; empty if they are missing or damaged."""
-    with contextlib.suppress(UserError, ValueError, TypeError, KeyError, RecursionError):
-        content = json.loads(read_file(path / START))
-        if content["sha256"] == _hash(content["files"]):
-            return dict(content["files"])
-    return {}
+    """{name: text} of the copies in a run's folder; empty if they are missing or damaged.
+
+    Raises:
+      UserError: one is of a file of which no run keeps a copy.
+    """
+    try:
+        content = reading.read_json(path / START, reading.START)
+    except UserError:
+        return {}
+    texts: dict[str, str] = content["files"]
+    if content["sha256"] != _hash(texts):
+        return {}
+    _check_names(path / START, texts, FILES)
+    return texts
 
 
 def restore_start(run: Run) -> None:
@@ -71,8 +81,10 @@ def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
 
     Raises:
       CheckpointError: the copy is damaged too.
+      UserError: a file is none of the rows of a run.
     """
     recorded = checkpoints.record(step)["files"]
+    _check_names(run.checkpoints / str(step), recorded, ROWS)
     for name, about in recorded.items():
         path = run.path / name
         content = _content(path) or b""
@@ -83,6 +95,16 @@ def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
             _restore(path, copy, run.checkpoints / str(step))
         elif len(content) > len(up_to_step):
             write_atomically(path, up_to_step)
+
+
+def _check_names(source: Path, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UserError for another name, such as ../../.bashrc: a copy would be written to it."""
+    others = [name for name in names if name not in known]
+    if others:
+        raise UserError(
+            f"{source}: holds copies of {', '.join(others)}, which no run keeps there; somebody "
+            "has changed it. Nothing was restored"
+        )
 
 
 def _content(path: Path) -> bytes | None:

@@ -26,7 +26,7 @@ import yaml
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs import devices, keeping
 from rlhf_jax.runs.folder import Run
-from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, read_json, read_yaml
+from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, parse_json, read_json, read_yaml
 from rlhf_jax.runs.writing import write_atomically
 
 Keys = Sequence[str]
@@ -82,11 +82,11 @@ def write_manifest(
         manifest = read_json(run.manifest, MANIFEST)
         if changed:
             manifest |= facts
-        starts = manifest.setdefault("resumed", [])
-        last = starts[-1] if starts else manifest
+        last = last_start(manifest)
         recorded = {key: last[key] for key in machine if key in last}
         now = {key: machine[key] for key in recorded}
         _report_other_machine(recorded, now, moves=manifest.get("moves") == EXACT)
+        starts = manifest.setdefault("resumed", [])
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -111,16 +111,20 @@ def threads_of(path: Path) -> int | None:
     """XLA's threads at the last start of the run in a folder, as its manifest records them; None
     without a manifest that does.
     """
-    texts = keeping.kept_start(path)
+    file = path / "manifest.json"
     try:
-        if "manifest.json" in texts:
-            recorded = json.loads(texts["manifest.json"])
-        else:
-            recorded = read_json(path / "manifest.json", MANIFEST)
-    except (UserError, ValueError):  # who opens the run says what is wrong
+        kept = keeping.kept_start(path).get(file.name)
+        recorded = (
+            read_json(file, MANIFEST) if kept is None else parse_json(kept, MANIFEST, str(file))
+        )
+    except UserError:  # who opens the run says what is wrong
         return None
-    starts = recorded.get("resumed", [recorded])
-    return starts[-1].get("threads")
+    return last_start(recorded).get("threads")
+
+
+def last_start(recorded: Row) -> Row:
+    """The facts of a manifest about the last time that the run was started or resumed."""
+    return (recorded.get("resumed") or [recorded])[-1]
 
 
 def command_line() -> list[str]:

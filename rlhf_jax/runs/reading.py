@@ -26,20 +26,24 @@ Row = dict[str, Any]
 NUMBER = (int, float, bool)
 OPTIONAL_NUMBER = (*NUMBER, None)
 OPTIONAL_TEXT = (str, None)
-MANIFEST = {
+_START = {  # of a run, the first or a resumed one
     "command": str,
-    "stage": str,
-    "seed": OPTIONAL_NUMBER,
     "backend": OPTIONAL_TEXT,
     "versions": {str: str},
-    "devices": {"kind": str, "count": int},
+    "devices": {"kind": str, "count": int, str: int},
     "cpu": str,
     "threads": (int, None),
     "xla_flags": str,
     "git": ({"commit": str, "modified": bool}, None),
+    "changed": [str],
+}
+MANIFEST = {
+    **_START,
+    "stage": str,
+    "seed": OPTIONAL_NUMBER,
     "data": {str: str},
     "given": {str: object},
-    "resumed": [{"devices": {str: object}, "versions": {str: str}}],
+    "resumed": [_START],
 }
 SETTINGS = {
     "model": OPTIONAL_TEXT,
@@ -72,11 +76,14 @@ EVALUATION = {
     ]
 }
 TRACKER = {"id": str, "project": str, "name": str, "services": [str]}
-CHECKPOINT = {
-    "meta": {"step": int, "metrics": {str: object}},
-    "leaves": {str: {"dtype": str, "shape": [int], "sha256": str, "parts": {str: str}}},
-    "files": {str: {"bytes": int, "sha256": str}},
+_ARRAY = {...: "all", "dtype": str, "shape": [int]}
+CHECKPOINT: dict[Any, Any] = {
+    ...: "all",
+    "meta": {"step": int, "metrics": {str: NUMBER}},
+    "leaves": {str: ({**_ARRAY, "sha256": str}, {**_ARRAY, "parts": {str: str}})},
+    "files": {str: {...: "all", "bytes": int, "sha256": str}},
 }
+START = {...: "all", "files": {str: str}, "sha256": str}
 _ROWS: dict[str, Any] = {
     "metrics": {str: NUMBER},
     "timing": {str: NUMBER},
@@ -97,14 +104,17 @@ def misfit(value: Any, shape: Any, key: str = "it") -> str:
 
     Args:
       shape: ``object`` (anything), a type, None (null), a tuple of shapes of which one must fit,
-        [the shape of each item], or {key: shape} of a mapping, each of whose keys may be missing;
-        the key ``str`` stands for all others.
+        [the shape of each item], or {key: shape} of a mapping, each of whose keys may be missing
+        unless ``...`` is among them; the key ``str`` stands for all others.
     """
     if isinstance(shape, tuple):
         of_choices = [misfit(value, choice, key) for choice in shape]
         return "" if "" in of_choices else of_choices[0]
     if isinstance(shape, dict) and isinstance(value, dict):
         others = shape.get(str, object)
+        for name in shape if ... in shape else ():
+            if isinstance(name, str) and name not in value:
+                return f"{key.removeprefix('it.')} lacks the key {name}"
         misfits = (
             misfit(item, shape.get(name, others), f"{key}.{name}") for name, item in value.items()
         )
@@ -135,12 +145,16 @@ def read_json(path: Path, shape: Any, required: Sequence[str] = ()) -> Any:
     Raises:
       UserError: the file cannot be read, is no JSON, lacks a required key or has another shape.
     """
-    data = read_file(path)
+    return parse_json(read_file(path), shape, str(path), required)
+
+
+def parse_json(text: str | bytes, shape: Any, where: str, required: Sequence[str] = ()) -> Any:
+    """``read_json`` of a text; ``where`` names its source in messages."""
     try:
-        value = json.loads(data)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    return _checked(value, shape, required, str(path))
+        raise UserError(f"{where}: cannot be read as JSON: {error}") from None
+    return _checked(value, shape, required, where)
 
 
 def read_yaml(path: Path, shape: Any) -> Row:

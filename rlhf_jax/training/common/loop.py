@@ -25,7 +25,7 @@ from rlhf_jax.errors import (
 )
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, trackers
-from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.optimizer import Patience
@@ -184,6 +184,8 @@ class _Loop:
         target = memory.shapes(self.state)
         self.state = None  # the first state makes room for the restored one
         self.state, meta = self.checkpoints.restore(target)
+        if not {"step", "metrics"} <= meta.keys():
+            raise CheckpointError(f"{self.stage.run.checkpoints}: its newest one is of no run")
         self.done = meta["step"]
         self.row = meta["metrics"]
         processes.in_first(
