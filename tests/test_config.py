@@ -431,6 +431,13 @@ def typed_keys(cls, prefix=""):
             yield prefix + name, kind
 
 
+def test_every_setting_is_of_its_type_so_that_it_reads_back_as_it_was_written():
+    """Such as 0.0 for a float: a run compares its config.yaml with what is read from it."""
+    for value in (RunConfig(), parse(RunConfig, ["--config", str(ROOT / "configs/tiny.yaml")])):
+        written = to_yaml(value)
+        assert to_yaml(parse(RunConfig, write(written))) == written
+
+
 def test_a_config_that_is_no_file_or_a_bomb_is_refused_at_once(tmp_path):
     os.mkfifo("pipe.yaml")
     with pytest.raises(UserError, match=r"pipe\.yaml: is no file"):

@@ -1,5 +1,6 @@
 """How the loop of a stage saves, ends and goes on, on a state of one number."""
 
+import dataclasses
 import errno
 import random
 import signal
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from builders import Killed, metric_rows, run_loop, slow
+import yaml
+from builders import Killed, finished_run, metric_rows, run_loop, slow
 
 from rlhf_jax.config import (
     Optimizer,
@@ -25,8 +27,9 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.runs import checkpoint
-from rlhf_jax.training.common import loop, memory
+from rlhf_jax.runs import checkpoint, manifest
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.training.common import loop, memory, opening
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.training.common.saving import finish
@@ -344,6 +347,46 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     wider = replace(config.network, hidden_size=256)
     with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):
         run_loop(replace(longer, network=wider, allow_changed=("network",)))
+
+
+def test_the_restored_state_is_adopted_with_the_settings_that_it_was_saved_with(config):
+    run_loop(config, num_steps=2)
+    saved = []
+
+    def adopt(state, settings):
+        saved.append(settings["seed"])
+        return state
+
+    run_loop(replace(config, resume=True, seed=7, allow_changed=("seed",)), adopt=adopt)
+    assert saved == [config.seed]
+
+
+def test_every_setting_may_change_freely_or_with_permission_or_never(config, monkeypatch):
+    """The three kinds are all settings. What never may is refused by name."""
+    monkeypatch.setattr(manifest, "SETTINGS", {})  # each value is a text here
+    settings = manifest.dotted(dataclasses.asdict(config))
+    settings = {key: str(value) for key, value in settings.items()}
+    fixed = opening._fixed(config)
+    kinds = {"never": {}, "freely": {}, "with permission": {}}
+    for key in settings:
+        name = "freely" if manifest.within(key, opening.MAY_CHANGE) else "with permission"
+        kinds["never" if manifest.within(key, fixed) else name][key] = f"not {settings[key]}"
+    assert min(map(len, kinds.values())) > 10
+    finished_run(Path(config.output_dir))
+    with open_run(config.output_dir, resume=True) as run:
+        run.config.write_text(yaml.safe_dump(settings))
+        for name, changes in kinds.items():
+            allowed = [] if name == "freely" else [*changes]
+            how = {"may_change": opening.MAY_CHANGE, "allowed": allowed, "fixed": fixed}
+            text = yaml.safe_dump(settings | changes)
+            if name == "never":
+                with pytest.raises(UserError, match="cannot help with") as caught:
+                    manifest.check_unchanged(run, config=text, data={}, **how)
+                never = str(caught.value).rpartition("cannot help with ")[2].split(", ")
+                assert set(never) == changes.keys()
+                continue
+            said = manifest.check_unchanged(run, config=text, data={}, **how)
+            assert len(said) == (0 if name == "freely" else len(changes))
 
 
 @dataclass(frozen=True)

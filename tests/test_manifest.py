@@ -13,7 +13,7 @@ from builders import RUN_YAML, finished_run
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 from rlhf_jax.runs.folder import open_run
-from rlhf_jax.runs.manifest import check_unchanged, fingerprint, write_manifest
+from rlhf_jax.runs.manifest import check_unchanged, fingerprint, unequal, write_manifest
 
 
 def test_fingerprint(tmp_path):
@@ -206,3 +206,20 @@ def test_resume_without_the_run_s_own_files(tmp_path, name):
         pytest.raises(UserError, match=rf"{name}: cannot be read: No such file"),
     ):
         check_unchanged(run, config=RUN_YAML, data={})
+
+
+def test_an_int_is_the_float_of_its_value_and_no_other_value(tmp_path):
+    """YAML reads a float where a script gave an int; what differs is said as it stands."""
+    before = {"a": 0, "b": 2.0, "c": 1, "d": True, "e": "1", "f": None, "g": float("nan"), "h": [0]}
+    after = {"a": 0.0, "b": 2, "c": 1.5, "d": 1, "e": 1, "f": 0, "g": float("nan"), "h": [0]}
+    assert unequal(before, after) == {
+        "c": ("1", "1.5"),
+        "d": ("True", "1"),
+        "e": ("'1'", "1"),
+        "f": ("None", "0"),
+    }
+    assert unequal({"a": 1}, {"b": 0}) == {"a": ("1", "not set"), "b": ("not set", "0")}
+    finished_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("optimizer: {warmup_steps: 0}")
+    with open_run(tmp_path, resume=True) as run:
+        assert check_unchanged(run, config="optimizer: {warmup_steps: 0.0}", data={}) == []

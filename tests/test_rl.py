@@ -12,9 +12,9 @@ from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
-from rlhf_jax.iteration import NO_PENALTY
+from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import remat
+from rlhf_jax.training.common import loop, remat
 from rlhf_jax.training.rl import programs
 from rlhf_jax.training.rl.inputs import Inputs
 from rlhf_jax.training.rl.method import Method
@@ -103,3 +103,43 @@ def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():
         _, state = optimizer.update(params, state, params)
         rates.append(state.hyperparams["learning_rate"])
     np.testing.assert_allclose(rates, np.linspace(1.0, 0.0, 31), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_kl_coefficient_of_the_settings_counts_when_it_may_change(tmp_path):
+    """It begins anew at the changed value, and adapts again."""
+    config = with_rl(letters_run(tmp_path), num_iterations=1, kl_coef=0.05, kl_target=1.0)
+    config = replace(config, reward=("count:a",))
+    training.rl.run(config, vpg)
+    config = with_rl(config, num_iterations=3, kl_coef=0.5)
+    rows = training.rl.run(replace(config, resume=True, allow_changed=("rl",)), vpg).rows
+    before, changed, adapted = (row["kl/coef"] for row in rows[1:])
+    assert before == pytest.approx(0.05)
+    assert changed == 0.5
+    assert 0.4 < adapted < 0.5
+
+
+class Reached(Exception):
+    pass
+
+
+def test_a_coefficient_goes_on_only_if_it_adapts_and_began_at_the_same_value(tmp_path, monkeypatch):
+    jobs = []
+
+    def reach(stage, state, job):
+        jobs.append(job)
+        raise Reached
+
+    monkeypatch.setattr(loop, "train", reach)
+    config = replace(letters_run(tmp_path), reward=("length",))
+    for target in (1.0, None):
+        with pytest.raises(Reached):
+            training.rl.run(with_rl(config, kl_coef=0.25, kl_target=target), vpg)
+        config = replace(config, overwrite=True)
+    adapting, fixed = (job.adopt for job in jobs)
+    state = LoopState.create(None, 0.125)
+    assert adapting(state, {"rl": {"kl_coef": 0.25}}) is state
+    assert adapting(state, {}) is state  # of an older version
+    assert adapting(state, {"rl": {"kl_coef": 0.5}}).kl_coef == 0.25
+    assert adapting(state, {"rl": {"kl_coef": None}}).kl_coef == 0.25
+    assert fixed(state, {"rl": {"kl_coef": 0.25}}).kl_coef == 0.25

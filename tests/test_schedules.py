@@ -1,6 +1,6 @@
 """Learning-rate schedules and early stopping against numbers worked by hand, and in killed runs."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
@@ -223,3 +223,59 @@ def test_length_in_passes_over_the_prompts(capsys):
         assert method.lasting(stage, slow, prompts)
     with pytest.raises(UserError, match=r"ppo.value_warmup 100: of 94 iterations"):
         method.lasting(stage, slow, 500)
+
+
+PLAIN = {"learning_rate": 0.1, "eps": 1e-3}
+# {setting: (before, after)}, what is allowed to change when a run is resumed
+CHANGES = {
+    "learning_rate": ({}, {"learning_rate": 0.2}),
+    "schedule": ({}, {"schedule": "cosine"}),
+    "min_lr_ratio": ({"schedule": "linear"}, {"schedule": "linear", "min_lr_ratio": 0.5}),
+    "decay_factor": (
+        {"schedule": "step", "decay_every": 1},
+        {"schedule": "step", "decay_every": 1, "decay_factor": 0.5},
+    ),
+    "decay_every": (
+        {"schedule": "step", "decay_every": 1},
+        {"schedule": "step", "decay_every": 9},
+    ),
+    "warmup_steps": ({}, {"warmup_steps": 9.0}),
+    "weight_decay": ({}, {"weight_decay": 0.5}),
+    "max_grad_norm": ({}, {"max_grad_norm": 1e-3}),
+    "b1": ({}, {"b1": 0.1}),
+    "b2": ({}, {"b2": 0.1}),
+    "eps": ({}, {"eps": 1.0}),
+}
+OTHERWISE = {"decay_patience", "frozen"}  # of validations; never allowed
+
+
+def test_every_setting_of_the_optimizer_acts_on_the_state_of_another():
+    """Nothing in the state of a resumed run holds the value before."""
+    assert CHANGES.keys() | OTHERWISE == {field.name for field in fields(Optimizer)}
+    params = {"c_attn": {"kernel": jnp.array([[1.0, -2.0]])}}
+    grads = {"c_attn": {"kernel": jnp.array([[0.5, 0.1]])}}
+    for name, (before, after) in CHANGES.items():
+        old, new = (make_optimizer(Optimizer(**PLAIN | each), 10) for each in (before, after))
+        state = old.init(params)
+        for _ in range(2):
+            _, state = old.update(grads, state, params)
+        carried = jax.tree.unflatten(jax.tree.structure(new.init(params)), jax.tree.leaves(state))
+        same, _ = old.update(grads, state, params)
+        updates, _ = new.update(grads, carried, params)
+        moved = np.abs(updates["c_attn"]["kernel"] - same["c_attn"]["kernel"]).max()
+        assert moved > 1e-4, name
+
+
+@pytest.mark.parametrize("algorithm", [vpg, ppo, rloo, grpo, distill, sft, dpo, kto, reward_model])
+def test_a_state_holds_no_setting_that_would_win_over_a_changed_one(algorithm):
+    """Beside parameters and their moments: counters; the rate and the scale of a plateau, which are
+    computed anew; a mean of scores; the coefficient of the KL, see ``Job.adopt``.
+    """
+    optimizer = make_optimizer(Optimizer(schedule="plateau"), 10)
+    kind = getattr(algorithm, "State", TrainState)
+    train = kind.create({"c_fc": {"kernel": jnp.ones((2, 2))}}, optimizer=optimizer)
+    state = jax.tree.leaves_with_path(LoopState.create(train, 0.05))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in state]
+    scalars = {path.rpartition("/")[2] for path in paths if not path.endswith("c_fc/kernel")}
+    known = {"step", "count", "learning_rate", "plateau_scale", "kl_coef"}
+    assert scalars - known == ({"baseline"} if algorithm is vpg else set())

@@ -344,6 +344,18 @@ def test_a_run_that_says_it_was_resumed_never_is_compared(copied):
 
 
 @pytest.mark.usefixtures("repeated")
+def test_a_number_that_is_written_in_another_way_is_no_difference(copied):
+    file = copied / "config.yaml"
+    text = file.read_text()
+    assert "warmup_steps: 0.0" in text
+    file.write_text(text.replace("warmup_steps: 0.0", "warmup_steps: 0"))
+    assert verify.verify(copied, trust_config=True).differences == []
+    file.write_text(text.replace("warmup_steps: 0.0", "warmup_steps: 1", 1))
+    [difference, *_] = verify.verify(copied, trust_config=True).differences
+    assert difference[1:] == ("config.yaml", "sft.optimizer.warmup_steps", "0.0", "1")
+
+
+@pytest.mark.usefixtures("repeated")
 def test_who_started_a_run_and_whom_it_told_is_not_repeated(copied, monkeypatch):
     """Nothing is asked of other processes, of services, or of other runs."""
     monkeypatch.setattr("rlhf_jax.runs.processes.join", lambda place: pytest.fail(place))

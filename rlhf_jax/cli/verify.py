@@ -424,15 +424,12 @@ def _setting_differences(path: Path) -> list[Difference]:
         return [_damaged(step, error)]
     if not isinstance(recorded, dict):
         return []
-    old = _settings(recorded)
-    new = _settings(reading.read_yaml(path / "config.yaml", reading.SETTINGS))
-    return _differences(None, "config.yaml", old, new)
-
-
-def _settings(tree: Mapping[str, Any]) -> dict[str, str]:
-    """{dotted key: value} of the settings on which the bits of a run depend."""
-    values = manifest.dotted(dict(tree)).items()
-    return {key: str(value) for key, value in values if not manifest.within(key, MAY_CHANGE)}
+    settings = reading.read_yaml(path / "config.yaml", reading.SETTINGS)
+    return [
+        Difference(None, "config.yaml", key, old, new)
+        for key, (old, new) in manifest.unequal(recorded, settings).items()
+        if not manifest.within(key, MAY_CHANGE)
+    ]
 
 
 # --- The repetition

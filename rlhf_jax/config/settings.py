@@ -256,7 +256,7 @@ class Optimizer(Section):
     decay_patience: Count = 5
     """Validations without improvement that the schedule plateau waits for; the metric is that of
     keep_best, without it validation/score in RL and validation/loss elsewhere."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegative = 0.0
     """Optimizer steps of linear warm-up; below 1 a share of the run's steps, rounded up."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; biases, norms and the heads' gain and shift are never decayed."""

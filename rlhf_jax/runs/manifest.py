@@ -224,14 +224,22 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _differences(before: Row, after: Row) -> dict[str, str]:
     """{dotted key: sentence with both values} for the keys whose values differ."""
+    differ = unequal(before, after).items()
+    return {key: f"{key} was {old} and is now {new}" for key, (old, new) in differ}
+
+
+def unequal(before: Row, after: Row) -> dict[str, tuple[str, str]]:
+    """{dotted key: both values as texts} of two trees for the keys whose values differ. An int is
+    equal to the float of its value, since YAML reads a float where a script gave an int.
+    """
     texts = {}
-    before = dotted(before)
-    after = dotted(after)
+    before, after = dotted(before), dotted(after)
     for key in before | after:
         old = repr(before[key]) if key in before else "not set"
         new = repr(after[key]) if key in after else "not set"
-        if old != new:
-            texts[key] = f"{key} was {old} and is now {new}"
+        kinds = {type(before.get(key)), type(after.get(key))}
+        if old != new and not (kinds == {int, float} and before[key] == after[key]):
+            texts[key] = (old, new)
     return texts
 
 

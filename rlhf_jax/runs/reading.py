@@ -79,7 +79,7 @@ TRACKER = {"id": str, "project": str, "name": str, "services": [str]}
 _ARRAY = {...: "all", "dtype": str, "shape": [int]}
 CHECKPOINT: dict[Any, Any] = {
     ...: "all",
-    "meta": {"step": int, "metrics": {str: NUMBER}},
+    "meta": {"step": int, "metrics": {str: NUMBER}, "config": {"rl": {str: object}}},
     "leaves": {str: ({**_ARRAY, "sha256": str}, {**_ARRAY, "parts": {str: str}})},
     "files": {str: {...: "all", "bytes": int, "sha256": str}},
 }

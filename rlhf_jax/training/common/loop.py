@@ -65,6 +65,8 @@ class Job(NamedTuple):
     check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here
     on_step: OnStep | None = None
+    # (restored state, the settings with which it was saved) -> the state that the loop goes on from
+    adopt: Callable[[Any, Mapping[str, Any]], Any] = lambda state, settings: state
     # {last part of a metric's name: what an alert on it shows of the last step}
     examples: Callable[[], Mapping[str, str]] = dict
 
@@ -186,6 +188,7 @@ class _Loop:
         self.state, meta = self.checkpoints.restore(target)
         if not {"step", "metrics"} <= meta.keys():
             raise CheckpointError(f"{self.stage.run.checkpoints}: its newest one is of no run")
+        self.state = self.job.adopt(self.state, meta.get("config", {}))
         self.done = meta["step"]
         self.row = meta["metrics"]
         processes.in_first(

@@ -3,7 +3,8 @@
 """
 
 import collections
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -110,8 +111,23 @@ def build(
         monitor="max:validation/score",
         check_memory=check_memory,
         on_step=observe,
+        adopt=functools.partial(_with_coefficient, method),
         examples=lambda: collections.ChainMap(*map(dict, inputs.reward.examples)),
     )
+
+
+def _with_coefficient(
+    method: Method, state: iteration.LoopState, saved: Mapping[str, Any]
+) -> iteration.LoopState:
+    """A restored state with the KL coefficient of the settings, which may have changed; the one
+    that the state has adapted stays.
+    """
+    settings = method.settings
+    before = saved.get("rl", {}).get("kl_coef", settings.kl_coef)
+    if settings.kl_target is not None and before == settings.kl_coef:
+        return state
+    coef = jax.device_put(np.float32(method.penalty.init), state.kl_coef.sharding)
+    return replace(state, kl_coef=coef)
 
 
 def _validator(
