@@ -333,6 +333,10 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
         "rounds: {host: 0.0.0.0}",
         "track: [tensorboard, wandb]",
         "reward: ['pairs:regex:score.py:score']",  # a file of this name
+        "reward: ['loop.py:score']",
+        'reward: ["\\0.py:score"]',
+        "rl: {engine: 'stored:http://h'}",
+        "judge: {url: 'http://h ', model: m}",
         "rl: {environment: 'score.py/.:score'}",  # which pathlib calls score.py
         "rounds: {gold: 'score.py:score'}",
         "data: [demo, /dev/zero]",
@@ -355,6 +359,7 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
 )
 def test_what_the_config_of_a_run_names_needs_trust(project, text):
     Path("linked").symlink_to("../theirs/run")
+    Path("loop.py").symlink_to("loop.py")
     file = Path("runs/ppo/config.yaml")
     file.write_text(f"seed: 1\n{text}")
     with pytest.raises(UserError, match=r"^runs/ppo/config\.yaml, line 2: .*\n.*--trust-config$"):

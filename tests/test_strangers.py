@@ -229,6 +229,22 @@ def test_export_follows_no_link(name, finished, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("act", [lambda run, to: page.write([run], to / "page.html"), export])
+def test_report_and_export_use_nothing_that_a_config_names(act, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("runpy.run_path", lambda *given: pytest.fail("it ran"))
+    monkeypatch.setattr("rlhf_jax.graders.client.ask", lambda *given: pytest.fail("it was asked"))
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits
+    settings = {
+        "reward": ["evil.py:score", f"{tmp_path}/pipe"],
+        "model": f"{tmp_path}/pipe",
+        "data": [f"{tmp_path}/pipe"],
+        "judge": {"url": "HTTP://their.host"},
+    }
+    (finished / "config.yaml").write_text(json.dumps(settings))
+    (tmp_path / "to").mkdir()
+    act(finished, tmp_path / "to")
+
+
 # --- What a terminal is sent
 # ---------------------------------------------------------------------------------------------
 

@@ -124,11 +124,11 @@ def check_trusted(given: Values) -> None:
     Raises:
         UserError: lists these values.
     """
-    own = [path.resolve() for path in shipped().values()]
+    own = [_real(path) for path in shipped().values()]
     problems = []
     for key, (value, place) in given.items():
         config = Path(re.sub(r", line \d+$", "", place)).absolute()
-        if config.resolve() in own:
+        if _real(config) in own:
             continue
         for text in value if isinstance(value, tuple) else (value,):
             harm = _harm(key, text, config)
@@ -147,7 +147,7 @@ def _harm(key: str, value: Any, config: Path) -> str:
     """What a value of a YAML file could do if the file is somebody else's; "" for nothing."""
     if not value or not isinstance(value, str | bool) or key.rpartition(".")[2] in _TEXTS:
         return ""
-    here = Path.cwd().resolve()
+    here = _real(".")
     run = _run_around(config)
     if run and key in ("resume", "overwrite", "allow_changed"):
         return "changes another run, and no run has it in its own config"
@@ -155,27 +155,32 @@ def _harm(key: str, value: Any, config: Path) -> str:
         return ""
     kind, names = spec.named(value)
     if kind == "code":
-        file = Path(names[0]).resolve()
+        file = _real(names[0])
         return f"runs the Python code of {file}" if run or not file.is_relative_to(here) else ""
     harmless = {"judge.url": "", "processes": "auto", "rounds.host": "127.0.0.1"}
     is_host = kind == "address" or value != harmless.get(key, value)
-    if is_host and (run or not config.resolve().is_relative_to(here)):
+    if is_host and (run or not _real(config).is_relative_to(here)):
         return "gets the texts of the run, and your API key"
     if run and key == "track" and value != "tensorboard":
         return "gets the metrics and texts of the run"
     if run is None:
         return ""
     for name in names:
-        path = Path(os.path.realpath(name.replace("\0", "")))  # which no name of a file has
+        path = _real(name)
         is_below = path.is_relative_to(here) and not os.path.isabs(name)
-        if not is_below and not path.is_relative_to(run.resolve()):
+        if not is_below and not path.is_relative_to(_real(run)):
             return "is an absolute path, or leads out of the current folder"
     return ""
 
 
+def _real(path: str | Path) -> Path:
+    """The absolute path without links. Unlike ``Path.resolve`` it raises nothing."""
+    return Path(os.path.realpath(str(path).replace("\0", "")))
+
+
 def _run_around(file: Path) -> Path | None:
     """The folder of the run in which a file lies, or lies behind a link; None outside of runs."""
-    for folder in (*file.parents, *file.resolve().parents):
+    for folder in (*file.parents, *_real(file).parents):
         # Either is enough for --resume.
         for mark in (folder / "manifest.json", folder / keeping.START):
             if os.path.lexists(mark):

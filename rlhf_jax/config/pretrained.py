@@ -1,5 +1,6 @@
 """Defaults for runs that start from pretrained weights."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def is_pretrained(model: str) -> bool:
     while isinstance(above, str) and above not in seen:
         seen.append(above)
         folder = Path(above)
-        if not folder.is_dir():  # a Hugging Face name, or a run that has gone
+        if not os.path.isdir(folder):  # a Hugging Face name, or a run that has gone
             return True
         own = folder / "config.yaml"  # of a run's folder; else the folder is the run's model/
         try:
