@@ -2,6 +2,7 @@
 says what it restored from where. Two are a sentence.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -223,3 +224,21 @@ def test_the_threads_of_an_odd_manifest_are_not_known(facts, copied):
     assert manifest.threads_of(copied) == known
     write_start(copied, {"manifest.json": file.read_text()})
     assert manifest.threads_of(copied) == known
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "tracker.json", "alerts.jsonl"])
+def test_a_pipe_without_a_copy_keeps_nobody_waiting(name, copied):
+    """Nor where a run is overwritten, or the folder is in use."""
+    (copied / keeping.START).unlink()
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    with contextlib.suppress(UserError, TrainingFault):
+        trains(copied, resume=True)
+    if name == "manifest.json":
+        with pytest.raises(UserError, match="does not look like a run folder"):
+            open_run(copied, overwrite=True)
+    with open_run(copied, resume=True):
+        (copied / ".pid").unlink()
+        os.mkfifo(copied / ".pid")
+        with pytest.raises(UserError, match="in use by another process"):
+            open_run(copied, resume=True)

@@ -165,7 +165,7 @@ def verify(
         differences += found
         sentences.append(compared)
     machine = manifest.differences(_machine(last_start), _machine(manifest.last_start(written)))
-    return Audit(differences, machine, unsure, "\n".join(sentences))
+    return Audit(differences, [*machine.values()], unsure, "\n".join(sentences))
 
 
 def _machine(facts: Facts) -> Facts:

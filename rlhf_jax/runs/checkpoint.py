@@ -423,12 +423,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Raises:
           CheckpointError: it is missing or damaged.
         """
-        path = self._directory / str(step) / "record" / name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            content = _first_line(error).encode()
-        if digest_of(content) != self.record(step)["files"][name]["sha256"]:
+        digest = self.record(step)["files"][name]["sha256"]
+        content = b""
+        with contextlib.suppress(UserError):
+            content = read_file(self._directory / str(step) / "record" / name, most=None)
+        if digest_of(content) != digest:
             raise CheckpointError(
                 f"{name} of the run and its copy in {self._name(step)} are both damaged. Delete "
                 "this checkpoint to go on from an earlier one, or start again with --overwrite"

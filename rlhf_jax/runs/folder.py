@@ -30,7 +30,7 @@ from typing import Any
 
 import filelock
 
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, logger, read_file
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.writing import refuse_links, write_atomically
 
@@ -151,7 +151,7 @@ def _take(
 def _holder(path: Path) -> str:
     """The process that has the folder open, as far as it is known."""
     with contextlib.suppress(OSError, ValueError):
-        return f"the process with PID {int((path / '.pid').read_text('utf-8'))}"
+        return f"the process with PID {int(read_file(path / '.pid'))}"
     return "another process"
 
 
@@ -193,7 +193,7 @@ def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:
             "delete it, or choose another --output-dir"
         )
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        if "rlhf-jax" in json.loads((path / "manifest.json").read_text("utf-8"))["versions"]:
+        if "rlhf-jax" in json.loads(read_file(path / "manifest.json"))["versions"]:
             return
     raise UserError(
         f"--overwrite: {path} does not look like a run folder (it has no manifest.json of a run, "

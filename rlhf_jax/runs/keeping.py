@@ -24,11 +24,10 @@ START = Path("checkpoints", "start.json")
 
 def keep_start(run: Run) -> None:
     """Writes the copy of the files with which the run was started."""
-    texts = {}
-    for name in FILES:
-        path = run.path / name
-        if path.exists():
-            texts[name] = path.read_text("utf-8")
+    contents = {name: _content(run.path / name) for name in FILES}
+    texts = {
+        name: text.decode("utf-8", "replace") for name, text in contents.items() if text is not None
+    }
     run.checkpoints.mkdir(exist_ok=True)
     content = {"files": texts, "sha256": _hash(texts)}
     write_atomically(run.path / START, json.dumps(content, ensure_ascii=False) + "\n")
@@ -67,12 +66,8 @@ def restore_start(run: Run) -> None:
 
 def rows_of(run: Run) -> dict[str, bytes]:
     """{name: content} of the files of rows, for a checkpoint."""
-    contents = {}
-    for name in ROWS:
-        path = run.path / name
-        if path.exists():
-            contents[name] = path.read_bytes()
-    return contents
+    contents = {name: _content(run.path / name) for name in ROWS}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:

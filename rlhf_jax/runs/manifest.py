@@ -96,7 +96,7 @@ def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
 
     moves: whether the bits do not depend on the number of devices.
     """
-    changes = _differences(before, now)
+    changes = differences(before, now)
     moved = [changes.pop(key) for key in COUNTS if moves and key in changes]
     if moved:
         logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
@@ -172,7 +172,7 @@ def check_unchanged(
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    unequal = _differences(_recorded(run), after | _hashes(data))
+    unequal = differences(_recorded(run), after | _hashes(data))
     changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
@@ -217,14 +217,9 @@ def within(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A sentence for each value that differs between two trees of dicts."""
-    return list(_differences(dict(before), dict(now)).values())
-
-
-def _differences(before: Row, after: Row) -> dict[str, str]:
-    """{dotted key: sentence with both values} for the keys whose values differ."""
-    differ = unequal(before, after).items()
+def differences(before: Row, now: Row) -> dict[str, str]:
+    """{dotted key: sentence with both values} for each value that differs between two trees."""
+    differ = unequal(before, now).items()
     return {key: f"{key} was {old} and is now {new}" for key, (old, new) in differ}
 
 

@@ -305,4 +305,6 @@ def _begin(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> Non
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> Sequence[str]:
     parts = ("settings", "files")
-    return [text for part in parts for text in manifest.differences(before[part], now[part])]
+    return [
+        text for part in parts for text in manifest.differences(before[part], now[part]).values()
+    ]

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from jax.sharding import Mesh
 
 from rlhf_jax.config import RunConfig, model_source
-from rlhf_jax.errors import TrainingFault, disk_fault, logger
+from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.parallel import sharding
-from rlhf_jax.runs import folder, keeping, manifest, objects, processes, writing
+from rlhf_jax.runs import folder, keeping, manifest, objects, processes, reading, writing
 from rlhf_jax.training.common import initial, layout, memory
 from rlhf_jax.training.common.stage import Keeping, Stage, settings_text
 from rlhf_jax.types import AlgorithmConfig
@@ -155,12 +154,11 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
     """
     compute = config.compute
     if run.resumed:
-        try:
-            recorded = yaml.safe_load(run.config.read_bytes())["compute"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            recorded = {}  # check_unchanged reports what is wrong
+        recorded = {}
+        with contextlib.suppress(UserError):  # check_unchanged reports what is wrong
+            recorded = reading.read_yaml(run.config, reading.SETTINGS).get("compute", {})
         for key in ("scan_layers", "remat", "share_prompts"):
-            value = recorded.get(key) if isinstance(recorded, dict) else None
+            value = recorded.get(key)
             if getattr(compute, key) == "auto" and isinstance(value, bool):
                 changes: dict[str, Any] = {key: value}
                 compute = dataclasses.replace(compute, **changes)
