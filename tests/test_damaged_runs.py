@@ -3,6 +3,7 @@ soon.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -57,6 +58,7 @@ def damage(folder, draw):
     """One accident to one file; returns what happened."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name[0] != ".")
     texts = [file for file in files if file.suffix in (".json", ".jsonl", ".yaml")]
+    texts += [file for file in files if file.name == "metadata"]
     file = draw.choice(files if draw.random() < 0.3 else texts)
     content = file.read_bytes()
     kind = draw.choice(["odd"] * 9 * (file in texts) + ["hurt"] * 5 + ["gone", "folder", "whole"])
@@ -69,7 +71,12 @@ def damage(folder, draw):
         file.write_bytes(hurt(content, draw))
     elif kind == "odd":
         with contextlib.suppress(ValueError):
-            content = with_odd_value(content, file.name, draw)
+            if file.name == "metadata":  # somebody who changes it changes the checksum too
+                content = with_odd_value(json.loads(content)["record"].encode(), "record", draw)
+                digest = hashlib.sha256(content).hexdigest()
+                content = json.dumps({"record": content.decode(), "sha256": digest}).encode()
+            else:
+                content = with_odd_value(content, file.name, draw)
         file.write_bytes(content)
     return f"{file.relative_to(folder)}: {kind}"
 
