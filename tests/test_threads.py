@@ -74,7 +74,7 @@ def test_a_pipeline_that_is_resumed_asks_for_its_stages_threads(tmp_path, monkey
 def test_a_machine_that_differs_in_its_threads_is_named_by_them_first():
     before = {"backend": "cpu", "threads": 2, "versions": {"jax": "1"}}
     now = {"backend": "gpu", "threads": None, "versions": {"jax": "2"}}
-    [first, *_] = manifest.differences(verify._machine(before), verify._machine(now))
+    [first, *_] = manifest.differences(verify._machine(before), verify._machine(now)).values()
     assert first == "threads was 2 and is now None"
 
 
