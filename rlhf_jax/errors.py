@@ -6,6 +6,7 @@ such messages: ordinary files only, and no more of them than fits into memory.
 import contextlib
 import difflib
 import errno
+import itertools
 import logging
 import os
 import re
@@ -137,6 +138,27 @@ def is_there(path: Path) -> bool:
             "it, or put the file there"
         )
     return path.exists()
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuses a folder of somebody else that would pass on files from outside as its own. The links
+    of the hub's cache, from snapshots/NAME/ to blobs/, are followed.
+
+    Raises:
+        UserError: a symbolic link in the folder, or in a folder in it, leads out of it.
+    """
+    whole = Path(os.path.realpath(folder))
+    inside = [whole]
+    if whole.parent.name == "snapshots":
+        inside.append(whole.parent.parent / "blobs")
+    # Those of the folder first: the second pattern lists what its links name.
+    for path in itertools.chain(folder.glob("*"), folder.glob("*/*")):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
+            raise UserError(
+                f"{path} is a symbolic link to {os.readlink(path)}, out of its folder, and such "
+                "links are not followed; delete it, or replace it by a copy of what it names"
+            )
 
 
 def read_file(path: Path, most: int | None = MOST_BYTES) -> bytes:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rlhf_jax import grpo, iteration, models, ppo, training, vpg
 from rlhf_jax.cli import verify
@@ -685,6 +686,7 @@ def write_run(
     (folder / "model").mkdir(parents=True)
     if finished:
         (folder / "model" / "config.json").write_text("{}")
+        save_file({}, folder / "model" / "model.safetensors")
     manifest = {
         "command": COMMAND,
         "seed": seed,

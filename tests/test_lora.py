@@ -408,6 +408,26 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
         export.export(tmp_path / "adapter", tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("alpha", "factor"), [(1e300, 1.0), (-1e308, 1.0), (2.0, np.nan), (1e38, 1e3)]
+)
+def test_an_adapter_that_makes_weights_infinite_is_not_exported(alpha, factor, tmp_path):
+    model = models.build(LLAMA)
+    params = some_params(LLAMA)
+    models.save(tmp_path / "base", model, params)
+    grow = lambda x: x * factor if x.ndim else x  # not the scale
+    adapters = jax.tree.map(grow, grown(lora.init(KEY, params, 2)))
+    lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))
+    with pytest.raises(
+        UserError, match=r"adapter: merged into .*base, .* not finite; .*lora_alpha"
+    ):
+        export.export(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_a_merged_reward_model_says_where_its_score_stands(is_ours, tmp_path):
     """That of somebody else reads the whole text of its chat template."""

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import tracemalloc
 from dataclasses import replace
 
 import huggingface_hub
@@ -398,15 +399,16 @@ HARMLESS = {
         ({"reward_shift": "1"}, r"reward_shift is '1', expected a number"),
         # Sizes that the weights cannot have are refused before anything of such a size is made.
         (
-            {"n_layer": 10**9},
-            r"num_layers is 1000000000, but .*model\.safetensors has tensors for 28 at most",
+            {"n_layer": 29},
+            r"num_layers is 29, but .*model\.safetensors has tensors for 28 at most",
         ),
+        ({"n_layer": 10**9}, "num_layers must be below"),
         ({"n_embd": 10**9}, r"hidden_size is 1000000000, but .* has tensors for \d+ at most"),
         ({"vocab_size": 10**30}, r"vocab_size is 1000000000"),
         ({"n_positions": 10**9}, r"wpe\.weight has shape \[5, 4\], expected \[1000000000, 4\]"),
         ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon is 1000000000"),
         ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon is nan"),
-        ({"n_positions": 10**12}, r"max_length must be below 2\^31, got 1000000000000"),
+        ({"n_positions": 10**12}, r"max_length must be below 2147483648, got 1000000000000"),
     ],
 )
 def test_config_keys_that_do_not_fit_are_refused_by_name(folder, changes, message):
@@ -415,6 +417,35 @@ def test_config_keys_that_do_not_fit_are_refused_by_name(folder, changes, messag
         assert_same(models.load(folder)[1], tiny()[1])
     else:
         refuses(folder, r"(config\.json|model\.safetensors): .*" + message)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gpt_oss", {"num_hidden_layers": 10**9, "layer_types": ["full_attention"]}),
+        ("olmo3", {"num_hidden_layers": 10**8, "layer_types": ["sliding_attention"]}),
+        ("gemma2", {"num_hidden_layers": 2**31 - 1, "layer_types": ["full_attention"]}),
+        ("smollm3", {"num_hidden_layers": 10**9, "no_rope_layers": [1]}),
+        ("qwen3_moe", {"num_hidden_layers": 10**9, "mlp_only_layers": [3]}),
+        ("qwen3_moe", {"num_experts": 10**9}),
+        ("mixtral", {"num_local_experts": 10**8}),
+        ("gpt2", {"n_layer": 10**7}),
+    ],
+)
+def test_numbers_of_a_config_are_bounded_before_lists_of_their_length(family, keys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **keys}))
+    tracemalloc.start()
+    refuses(tmp_path, r"config\.json: num_(layers|experts) must be below")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**22
+
+
+def test_experts_without_tensors_of_their_own_are_refused(tmp_path):
+    model = models.build(MORE["mixtral"])
+    models.save(tmp_path, model, some_params(MORE["mixtral"]))
+    edit_config(tmp_path, num_local_experts=60000)
+    refuses(tmp_path, "num_experts is 60000, but .* has tensors for [0-9]+ at most")
 
 
 SCALED = {

@@ -5,6 +5,7 @@ that would fill the memory. Each is refused by name, at once.
 import json
 import os
 import re
+import shutil
 
 import pytest
 from builders import initial_params, write_run
@@ -66,11 +67,60 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def copied(saved, tmp_path):
     """The folder, whose files are links as in the hub's cache."""
-    path = tmp_path / "model"
-    path.mkdir()
+    path = tmp_path / "snapshots" / "0123"
+    path.mkdir(parents=True)
+    shutil.copytree(saved, tmp_path / "blobs")
     for file in saved.iterdir():
-        (path / file.name).symlink_to(file)
+        (path / file.name).symlink_to(f"../../blobs/{file.name}")
     return path
+
+
+def secret_file(folder, secret):
+    (folder / "merges.txt").symlink_to(secret / "key.jinja")
+
+
+def secret_folder(folder, secret):
+    (folder / "additional_chat_templates").symlink_to(secret)
+
+
+def secret_in_folder(folder, secret):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").symlink_to(secret / "key.jinja")
+
+
+def secret_behind_a_link(folder, secret):
+    (folder / "inner").mkdir()
+    (folder / "inner" / "more").symlink_to("../../secret")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to("inner/more/key.jinja")
+
+
+def secret_in_blobs(folder, secret):
+    """The hub's layout, unpacked from somebody's archive."""
+    (folder.parent.parent / "blobs" / "ab").symlink_to(secret / "key.jinja")
+    (folder / "merges.txt").symlink_to("../../blobs/ab")
+
+
+SECRETS = (secret_file, secret_folder, secret_in_folder, secret_behind_a_link, secret_in_blobs)
+
+
+@pytest.mark.parametrize("plant", SECRETS)
+def test_links_that_lead_out_of_a_folder_are_refused(plant, copied, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text("PRIVATE")
+    plant(copied, tmp_path / "secret")
+    base_model = {"peft_type": "LORA", "lora_alpha": 1, "base_model_name_or_path": str(copied)}
+    (copied / "adapter_config.json").write_text(json.dumps(base_model))
+    acts = (
+        lambda: models.load(copied),
+        lambda: tokenizers.load_tokenizer(copied),
+        lambda: export(copied, tmp_path / "new"),
+        lambda: models.lora.load(copied, {}),
+    )
+    for act in acts:
+        with pytest.raises(UserError, match=r"is a symbolic link to .*, out of its folder"):
+            act()
+    assert not (tmp_path / "new").exists()
 
 
 def put(kind, path):
@@ -109,8 +159,7 @@ def test_the_two_files_of_gpt2_are_read_like_others(name, copied):
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
 def test_export_of_a_run_with_a_pipe_does_not_wait(name, copied, tmp_path):
     run = write_run(tmp_path / "run")
-    (run / "model" / "config.json").unlink()
-    (run / "model").rmdir()
+    shutil.rmtree(run / "model")
     (run / "model").symlink_to(copied)
     put(pipe, copied / name)
     with pytest.raises(UserError):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
+from safetensors.numpy import save_file
 
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
@@ -563,6 +564,7 @@ def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
 def test_model_cards(member, shift, kind, tmp_path):
     run = write_run(tmp_path / "run", finished=False, settings={"rl": {"max_new_tokens": 7}})
     tokenizers.characters("ab").save(run / "model" / member)
+    save_file({}, run / "model" / member / "model.safetensors")
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export.export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"):

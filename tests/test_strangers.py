@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 from builders import finished_run, initial_params, write_run
+from safetensors.numpy import save_file
 
 from rlhf_jax import cli, models
 from rlhf_jax.config import RunConfig
@@ -192,7 +193,7 @@ def finished(tmp_path):
     run = write_run(tmp_path / "run")
     for name in ("", "member_1"):
         tokenizers.characters("ab").save(run / "model" / name)
-        (run / "model" / name / "model.safetensors").write_bytes(b"weights")
+        save_file({}, run / "model" / name / "model.safetensors")
     (run / "model" / "model-00001-of-00002.safetensors").write_bytes(b"weights")
     return run
 
@@ -201,7 +202,7 @@ def test_export_copies_what_a_run_writes_and_names_the_rest(finished, tmp_path, 
     for name in ("install.sh", "member_1/.env", "model.bin", "sub/config.json"):
         (finished / "model" / name).parent.mkdir(exist_ok=True)
         (finished / "model" / name).write_text("x")
-    (finished / "model" / "keys").symlink_to(tmp_path)
+    (finished / "model" / "keys").symlink_to("config.json")
     (finished / "model" / "generation_config.json").mkdir()
     with caplog.at_level("INFO", "rlhf_jax"):
         copy = export(finished, tmp_path / "copy")
@@ -243,6 +244,30 @@ def test_report_and_export_use_nothing_that_a_config_names(act, finished, tmp_pa
     (finished / "config.yaml").write_text(json.dumps(settings))
     (tmp_path / "to").mkdir()
     act(finished, tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [("model", None), ("model/member_1", None), ("model", b"cut"), ("model/member_1", b"")],
+)
+def test_export_of_a_run_without_its_weights_is_refused(place, content, finished, tmp_path):
+    file = finished / place / "model.safetensors"
+    file.unlink()
+    (finished / "model" / "model-00001-of-00002.safetensors").unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}: (no such file|cannot be read as safetensors)"):
+        export(finished, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_export_names_the_shard_that_is_missing(finished, tmp_path):
+    (finished / "model" / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002"}}
+    (finished / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="'model-00002-of-00002' is not the name of a file"):
+        export(finished, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 # --- What a terminal is sent

@@ -15,6 +15,9 @@ _SIZE_ENDINGS = ("_size", "_dim", "_window", "_length", "_every", "_scalar", "_p
 _POSITIVE_ENDINGS = ("_multiplier", "_scaling_factor", "_softcap", "_limit", "_theta")
 GATE_GAIN = 1.702  # of the gates of ``gate_limit``
 _LARGEST = 2**31  # sizes and positions are 32-bit numbers
+# Of these there is a list or a name each, before any weights are read. Published models have at
+# most some hundreds.
+_MOST = {"num_layers": 2**14, "num_experts": 2**16}
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ class TransformerConfig:
             is_size = name.startswith("num_") or name.endswith(_SIZE_ENDINGS)
             if is_size and value is not None and not (is_int(value) and value > 0):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-            if is_size and value is not None and value >= _LARGEST:
-                raise ValueError(f"{name} must be below 2^31, got {value!r}")
+            most = _MOST.get(name, _LARGEST)
+            if is_size and value is not None and value >= most:
+                raise ValueError(f"{name} must be below {most}, got {value!r}")
             is_positive = name.endswith(_POSITIVE_ENDINGS) and value is not None
             if is_positive and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -404,10 +408,11 @@ class DecoderConfig(TransformerConfig):
     @property
     def sparse_layers(self) -> list[bool]:
         """[L] whether a layer has experts."""
+        dense_layers = set(self.dense_layers)
         return [
             self.num_experts is not None
             and (i + 1) % self.sparse_every == 0
-            and i not in self.dense_layers
+            and i not in dense_layers
             for i in range(self.num_layers)
         ]
 

@@ -25,7 +25,7 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import UserError, is_there, read_file
+from rlhf_jax.errors import UserError, is_there, read_file, refuse_links_out
 from rlhf_jax.models import families, names
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import HEADS
@@ -288,10 +288,14 @@ def find_folder(
 ) -> Path:
     """A local folder of that name, or the files of these patterns from the Hugging Face hub: of the
     folder itself, and ``nested`` ones of folders in it.
+
+    Raises:
+        UserError: there is none, or a link in the local folder leads out of it.
     """
     path = Path(path_or_hf_name)
     name = os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises
+        refuse_links_out(path)
         return path
     if os.path.exists(path):
         raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
@@ -473,8 +477,11 @@ def _shards(folder: Path, single: str) -> list[Path]:
 
 def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
     """Refuses sizes that the weights cannot have, before anything of such a size is allocated."""
-    most = dict.fromkeys(_SIZES, sum(math.prod(reader.shape(name)) for name in reader.where))
-    most["num_layers"] = len(reader.where)
+    number = len(reader.where)
+    most = {"num_layers": number}
+    most |= dict.fromkeys(_SIZES, sum(math.prod(reader.shape(name)) for name in reader.where))
+    if families.family_of(config).experts_apart:
+        most["num_experts"] = number // max(sum(getattr(config, "sparse_layers", ())), 1)
     for name, limit in most.items():
         size = getattr(config, name, None) or 0
         if size > limit:

@@ -343,6 +343,6 @@ def _is_kind_of(default: Any, value: Any, name: str) -> bool:
     if isinstance(default, float):
         return is_number(value)
     # Several ids may end a text, and several layers may have no experts.
-    if name in ("eos_token_id", "mlp_only_layers") and isinstance(value, list):
+    if name in ("eos_token_id", "mlp_only_layers") and isinstance(value, list | tuple):
         return all(map(is_int, value))
     return is_int(value) and is_number(value)

@@ -4,7 +4,11 @@ base model with a PEFT adapter merged.
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from rlhf_jax import models
 from rlhf_jax.config import ALGORITHMS
@@ -65,6 +69,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
     _check_free(folder)
     check_writable(folder)
     files, unknown = _files(model)
+    for place in {config.parent, *(file.parent for file in files)}:
+        hf.Reader(place)  # complete weights lie there
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
@@ -85,10 +91,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     with file_errors(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as new:
-            for file in files:
-                copy = new / file.relative_to(model)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+            _copy(files, model, new)
             write_atomically(new / "README.md", card)
             _check_free(folder)  # from another process
     if unknown:
@@ -124,24 +127,36 @@ def export_merged(adapter: Path, folder: Path) -> Path:
     """
     _check_free(folder)
     check_writable(folder)
-    config = adapter / hf.ADAPTER_CONFIG
+    config = hf.find_folder(adapter) / hf.ADAPTER_CONFIG
     base = read_json(config).get("base_model_name_or_path")
     if not (isinstance(base, str) and base):
         raise UserError(f"{config}: base_model_name_or_path is {base!r}, and no model's name")
     model, params = models.load(base)
     merged = lora.merge(params, lora.load(adapter, params, model))
+    for path, leaf in flatten_dict(merged).items():
+        if not jnp.isfinite(leaf).all():
+            raise UserError(
+                f"{adapter}: merged into {base}, {'/'.join(path)} is not finite; look at "
+                f"lora_alpha in {hf.ADAPTER_CONFIG} and at the numbers of both folders"
+            )
     is_ours = hf.scores_turns(model.config) or peft.scores_turns(adapter)
     of_base = hf.find_folder(base)
     of_tokenizer = adapter if (adapter / "tokenizer.json").is_file() else of_base
     with file_errors(folder, "written"), replacing(folder) as new:
         models.save(new, model, merged, scores_turns=is_ours)
         found = [of_tokenizer / name for name in _OF_TOKENIZER]
-        for file in [*found, of_base / "generation_config.json"]:
-            if file.is_file():
-                shutil.copyfile(file, new / file.name)
-        if (of_tokenizer / MORE_TEMPLATES).is_dir():
-            shutil.copytree(of_tokenizer / MORE_TEMPLATES, new / MORE_TEMPLATES)
+        found += (of_tokenizer / MORE_TEMPLATES).glob("*.jinja")
+        _copy(found, of_tokenizer, new)
+        _copy([of_base / "generation_config.json"], of_base, new)
     return folder
+
+
+def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Copies those of the files that there are, at their places below ``source``."""
+    for file in filter(Path.is_file, files):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _check_free(folder: Path) -> None:
