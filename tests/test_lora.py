@@ -415,8 +415,8 @@ def test_an_adapter_that_makes_weights_infinite_is_not_exported(alpha, factor, t
     model = models.build(LLAMA)
     params = some_params(LLAMA)
     models.save(tmp_path / "base", model, params)
-    grow = lambda x: x * factor if x.ndim else x  # not the scale
-    adapters = jax.tree.map(grow, grown(lora.init(KEY, params, 2)))
+    adapters = grown(lora.init(KEY, params, 2))
+    adapters = jax.tree.map(lambda x: x * factor if x.ndim else x, adapters)  # not the scale
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))

@@ -5,11 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as hf
-from builders import FAST, TINY, initial_params, metric_rows, run_ppo, stages, stopped_goes_on_alike
-from numpy.testing import assert_allclose
+from builders import (
+    FAST,
+    TINY,
+    initial_params,
+    metric_rows,
+    run_ppo,
+    save_base,
+    stages,
+    stopped_goes_on_alike,
+)
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import Rollout, models, sharding, training
 from rlhf_jax.cli import quickstart
@@ -26,7 +36,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common import initial, layout, saving
 from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.supervised import entry
 
@@ -185,6 +195,49 @@ def test_float16_is_answered_by_bfloat16(config, capsys):
     made = initial.language_model(model_source(config), ["some text"], jax.random.key(0))
     assert made.model.config.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
+
+
+def test_full_training_writes_the_dtype_of_the_folder_that_it_started_from(
+    config, data, tmp_path, capsys
+):
+    """And trains the same weights whatever it writes."""
+    base = save_base(tmp_path / "base", data, dtype=jnp.bfloat16)
+    stage = replace(config.sft, max_steps=1, validation_fraction=0.0)
+    config = replace(config, model=base, tokenizer=Tokenizer(), sft=stage)
+    saved = {}
+    for kind in ("auto", "float32"):
+        own = replace(config, output_dir=str(tmp_path / kind), compute=Compute(save_dtype=kind))
+        saved[kind] = models.load(training.sft.run(own).model_folder)[1]
+        said = f"saved {own.output_dir}/model in bfloat16 (compute.save_dtype)"
+        assert (said in capsys.readouterr().out) == (kind == "auto")
+    assert {leaf.dtype for leaf in jax.tree.leaves(saved["float32"])} == {np.dtype("float32")}
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), saved["float32"])
+    jax.tree.map(assert_array_equal, saved["auto"], rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(saved["auto"])} == {np.dtype(jnp.bfloat16)}
+    keys = json.loads((tmp_path / "auto" / "model" / "config.json").read_text())
+    assert keys["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "model", "is_full", "expected"),
+    [
+        ("auto", "folder", True, ("float16", "bfloat16", "float32")),
+        ("auto", "folder", False, ("float32", "float32", "float32")),  # merged adapters
+        ("auto", None, True, ("float32", "float32", "float32")),
+        ("bfloat16", "folder", False, ("bfloat16", "bfloat16", "float32")),
+        ("bfloat16", None, True, ("bfloat16", "bfloat16", "float32")),
+        ("float32", "folder", True, ("float32", "float32", "float32")),
+    ],
+)
+def test_dtypes_of_what_a_run_writes(wanted, model, is_full, expected):
+    def params(*dtypes):
+        names = ("h_0", "ln_f", "score")
+        return {name: {"kernel": jnp.ones(2, x)} for name, x in zip(names, dtypes, strict=False)}
+
+    source = model_source(RunConfig(model=model, compute=Compute(save_dtype=wanted)))
+    loaded = params("float16", "bfloat16")
+    written = saving.in_dtype(source, loaded, params(*3 * ["float32"]), is_full)
+    assert tuple(leaf.dtype.name for leaf in jax.tree.leaves(written)) == expected
 
 
 def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):

@@ -95,6 +95,10 @@ class Compute(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters,
     log-probabilities and losses stay float32."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights in model/ at the end of a run; checkpoints are float32. auto: that of the
+    folder of --model if all weights are trained, float32 where adapters are merged and for random
+    weights. A change below a bfloat16's half step, 1/512 of a weight, is rounded away."""
     remat: Switch = "auto"
     """Gradient checkpointing: recompute each block in the backward pass instead of storing it.
     auto: in models of eight layers and more whose update does not fit without it."""

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlhf_jax import models
 from rlhf_jax.config import ModelSource
 from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
+from rlhf_jax.models.heads import HEADS
 from rlhf_jax.report import page, records, verdict
 from rlhf_jax.runs import allocator, folder, processes, writing
 from rlhf_jax.sampling import SamplingConfig
@@ -57,19 +59,36 @@ def finish(
     template = source.text.template
 
     def write() -> None:
-        saved = [run.model]
+        saved = [str(run.model)]
         with writing.replacing(run.model) as new:
             for name, part in trained.items():
-                done = begun._replace(params=start.merged(part))
+                merged = in_dtype(source, begun.params, start.merged(part), start.base is None)
+                done = begun._replace(params=merged)
                 save(done, new / name, template=template, config=how)
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(merged)}
+        if kinds != {"float32"}:
+            saved[0] += f" in {' and '.join(sorted(kinds))} (compute.save_dtype)"
         if start.base is not None:
-            saved.append(run.adapter)
+            saved.append(str(run.adapter))
             _save_adapters(run, source, begun, start.base, trained)
-        logger.info(f"saved {', '.join(map(str, saved))}")
+        logger.info(f"saved {', '.join(saved)}")
         _draw_page(run)
 
     processes.in_first(write)
     return RunResult(run.path, run.model, metrics, records.read_rows(run.metrics))
+
+
+def in_dtype(source: ModelSource, loaded: Params, params: Params, is_full: bool) -> Params:
+    """The parameters as ``compute.save_dtype`` says; heads stay as they are."""
+    wanted = source.compute.save_dtype
+    if wanted == "auto" and (source.model is None or not is_full):
+        return params
+    of_folder = flatten_dict(loaded)
+    leaves = flatten_dict(params)
+    for path, leaf in leaves.items():
+        if path[0] not in HEADS:
+            leaves[path] = leaf.astype(of_folder[path].dtype if wanted == "auto" else wanted)
+    return unflatten_dict(leaves)
 
 
 def _save_adapters(
