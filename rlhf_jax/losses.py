@@ -484,10 +484,19 @@ def row_weights(weight: Array | None, *, present: Array) -> Array:
 
 
 def weighted_mean(x: Array, weight: Array) -> Mean:
-    """``sum(weight * x) / sum(weight)``, of any shape; ``x`` may be NaN where the weight is 0."""
+    """``sum(weight * x) / sum(weight)``, of any shape and any sign of the weights; 0 if they add up
+    to 0. ``x`` may be NaN where the weight is 0.
+    """
     chex.assert_equal_shape([x, weight])
-    total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0))
+    total = jnp.sum(weight * readable(x, weight))
     return Mean(total, jnp.sum(weight, dtype=jnp.float32))
+
+
+def readable(x: Array, weight: Array) -> Array:
+    """``x`` with 0 in place of what is not finite where the weight is 0. What is finite stays, as
+    a loss has a gradient with respect to weights at 0.
+    """
+    return jnp.where((weight == 0) & ~jnp.isfinite(x), 0.0, x)
 
 
 def aggregate(

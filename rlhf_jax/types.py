@@ -46,7 +46,7 @@ class Mean:
     @property
     def value(self) -> Array:
         """``total / count``; 0 if the count is 0."""
-        counted = self.count > 0
+        counted = self.count != 0
         return jnp.where(counted, self.total / jnp.where(counted, self.count, 1.0), 0.0)
 
     def merge(self, other: "Mean") -> "Mean":

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose
 from tabular import assert_identical, numbers, score_fn
 
 from rlhf_jax import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.types import Comparisons, PolicyOutput
+from rlhf_jax.types import Comparisons, Feedback, PolicyOutput
 
 POISONED = {
     "log_probs",
@@ -172,6 +172,40 @@ def test_a_reward_model_also_learns_the_best_answers_by_hand():
     scored = batch.replace(best=None, targets=jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="sft_coef: target scores name no best answer"):
         reward_model.loss(params, scored, None, config=config, **functions)
+
+
+@pytest.mark.parametrize("algorithm", [dpo, kto, reward_model])
+def test_losses_have_gradients_with_respect_to_weights_of_any_sign(algorithm):
+    """The second row weighs nothing and has one all the same; equal to slopes of the loss."""
+    pairs = Comparisons(
+        tokens=jnp.array([[[9, 1, 2], [9, 3, 3]], [[9, 5, 1], [9, 4, 2]], [[9, 7, 3], [9, 6, 1]]]),
+        attention_mask=jnp.ones((3, 2, 3), int),
+        response_mask=jnp.ones((3, 2, 3), int).at[:, :, 0].set(0),
+        ref_log_probs=jnp.array([[-1.0, -2.0], [-3.0, 0.5], [-4.0, -1.0]]),
+    )
+    config = algorithm.Config(**({} if algorithm is kto else {"sft_coef": 0.5}))
+    functions = {"policy_fn": nats} | ({"score_fn": summed} if algorithm is reward_model else {})
+
+    def loss(weight):
+        batch = pairs.replace(weight=weight)
+        if algorithm is kto:
+            arrays = (pairs.tokens, pairs.attention_mask, pairs.response_mask)
+            one = [x[:, 0] for x in arrays]
+            how = {"weight": weight, "reference_point": jnp.full(3, 0.25)}
+            desirable = jnp.array([1, 0, 1])
+            batch = Feedback(*one, desirable, ref_log_probs=pairs.ref_log_probs[:, 0], **how)
+        params = {"nat": jnp.float32(0.3)}
+        value, _ = algorithm.loss(params, batch, None, config=config, **functions)
+        terms = value if isinstance(value, tuple) else (value,)
+        return sum(term.value for term in terms)
+
+    weight = jnp.array([2.0, 0.0, -0.5])
+    gradient = jax.grad(loss)(weight)
+    for row in range(3):
+        step = jnp.zeros(3).at[row].set(1e-2)
+        slope = (loss(weight + step) - loss(weight - step)) / 2e-2
+        assert abs(slope) > 1e-3
+        assert_allclose(gradient[row], slope, rtol=1e-2)
 
 
 def test_packed_best_answers_are_those_of_rows_apart():

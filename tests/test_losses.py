@@ -163,6 +163,30 @@ def test_weighted_mean_by_hand():
     assert losses.weighted_mean(x, 0 * weight).value == 0
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "expected"),
+    [
+        ((1, 2, 3), (1, -1, 1), 2.0),  # (1 - 2 + 3) / 1
+        ((1, 2, 3), (-1, -1, -2), 9 / 4),
+        ((4, 1), (0.5, -1.5), -0.5),  # (2 - 1.5) / -1
+        ((5, 7), (0, 2), 7.0),
+        ((), (), 0.0),
+    ],
+)
+def test_weights_of_any_sign_count_as_written(x, weight, expected):
+    """And the gradients are sum-normalised ones of x and of the weights, also at a weight of 0."""
+    x, weight = f32(*x), f32(*weight)
+
+    def value(x, weight):
+        return losses.weighted_mean(x, weight).value
+
+    assert value(x, weight) == pytest.approx(expected)
+    of_x, of_weight = jax.grad(value, argnums=(0, 1))(x, weight)
+    total = weight.sum()
+    assert_allclose(of_x, weight / total, rtol=1e-6)
+    assert_allclose(of_weight, (x - expected) / total, rtol=1e-6)
+
+
 ONES = jnp.ones((2, 3))
 BEST = jnp.zeros(1, int)
 

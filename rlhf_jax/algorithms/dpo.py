@@ -135,7 +135,7 @@ def loss(
     # What does not count must not reach the loss.
     present = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
     weight = losses.row_weights(comparisons.weight, present=present)
-    log_ratios = ops.masked(log_ratios, weight[..., None] > 0)
+    log_ratios = losses.readable(log_ratios, weight[..., None])
     best = jnp.zeros(weight.shape, jnp.int32)
     if comparisons.best is not None:
         best = jnp.asarray(comparisons.best)
@@ -160,7 +160,7 @@ def loss(
     }
     if not config.sft_coef:
         return loss, metrics
-    likelihood, _ = _in_order(ops.masked(log_probs, weight[..., None] > 0), order)
+    likelihood, _ = _in_order(log_probs, order)
     tokens, _ = _in_order(lengths, order)
     # A mean over the tokens of the chosen answers, not over answers.
     nll = losses.weighted_mean(-likelihood / jnp.maximum(tokens, 1), weight * tokens)

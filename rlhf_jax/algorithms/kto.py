@@ -157,7 +157,7 @@ def loss(
     desirable = jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs
     # What does not count must not reach the loss.
-    log_ratios = ops.masked(log_ratios, weight > 0)
+    log_ratios = losses.readable(log_ratios, weight)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
     per_row = lambdas * losses.kto(
         log_ratios, reference_point=point, desirable=desirable, beta=config.beta

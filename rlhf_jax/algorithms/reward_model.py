@@ -129,7 +129,7 @@ def loss(
         return mean, metrics
     [nll, tokens] = [_of_best(x, best) for x in (-likelihoods, lengths)]
     counts = weight * tokens  # a mean over the tokens of the best answers, not over answers
-    sft = losses.weighted_mean(ops.masked(nll / jnp.maximum(tokens, 1), counts), counts)
+    sft = losses.weighted_mean(nll / jnp.maximum(tokens, 1), counts)
     return (mean, config.sft_coef * sft), metrics | {"reward_model/sft_loss": sft}
 
 
