@@ -117,7 +117,7 @@ def respond(
         prompts.attention_mask,
         key,
         config=config,
-        row_ids=prompts.places,
+        places=prompts.places,
         mesh=mesh,
         used=prompts.used,
         group_size=group_size if prompts.used is None else 1,

@@ -109,6 +109,14 @@ def test_collect():
     assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
 
 
+def test_collected_answers_to_one_data_row_differ():
+    tokens, mask = (np.repeat(x[:1], ROWS, axis=0) for x in prompts())
+    rolled = run_collect(tokens, mask, row_ids=np.repeat(np.arange(ROWS // 2), 2))
+    assert rolled.row_ids.tolist() == np.repeat(np.arange(ROWS // 2), 2).tolist()
+    texts = [tuple(row) for row in rolled.tokens.tolist()]
+    assert all(texts[i] != texts[i + 1] for i in range(0, ROWS, 2))
+
+
 def test_rescore_masks_and_keeps():
     """By hand: zeros outside the response whatever stands there, no key, and nothing invented."""
     masks = jnp.asarray([[0, 0, 1, 1], [0, 0, 1, 0]])

@@ -309,6 +309,39 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert_same(subset, jax.tree.map(lambda x: x[row_ids], rollout))
 
 
+def test_answers_to_one_data_row_differ_and_are_those_of_their_places():
+    same = tuple(np.repeat(x[:1], 6, axis=0) for x in PROMPTS)
+    rollout = run(*same, row_ids=np.array([4, 4, 9, 4, 9, 0]))
+    assert rollout.row_ids.tolist() == [4, 4, 9, 4, 9, 0]
+    assert len({tuple(row) for row in rollout.tokens.tolist()}) > 3
+    # The first answer to a data row is that of the row alone, whatever rows there are.
+    for row, row_id in ((0, 4), (2, 9), (5, 0)):
+        alone = run(same[0][:1], same[1][:1], row_ids=np.array([row_id]))
+        assert_array_equal(rollout.tokens[row], alone.tokens[0])
+    placed = partial(generate, MODEL, PARAMS, *same, KEY, config=config())
+    moved = placed(row_ids=np.array([4] * 6), places=np.array([7, 8, 2, 3, 4, 5]))
+    assert moved.row_ids.tolist() == [4] * 6
+    assert_array_equal(moved.tokens, placed(row_ids=np.array([7, 8, 2, 3, 4, 5])).tokens)
+    assert_array_equal(moved.tokens[2:], placed().tokens[2:])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "record_support": True}])
+def test_the_caller_may_map_over_devices_whose_results_are_checked(options):
+    """``check_vma`` of ``jax.shard_map`` refuses a loop whose state differs on the devices only at
+    its end.
+    """
+
+    def sample(params, tokens, mask, key, places):
+        how = {"config": config(**options), "places": places}
+        return generate.__wrapped__(MODEL, params, tokens, mask, key, **how)
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    specs = {"in_specs": (whole, rows, rows, whole, rows), "out_specs": rows}
+    mapped = jax.jit(jax.shard_map(sample, mesh=data_mesh(4), check_vma=True, **specs))
+    sampled = mapped(PARAMS, *PROMPTS, KEY, np.arange(24, dtype=np.int32))
+    assert_same(sampled, run(**options))
+
+
 def test_a_row_does_not_depend_on_prompt_padding():
     wide = run(
         *(
@@ -496,6 +529,16 @@ def test_the_best_of_n_has_the_largest_reward():
     longest = np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
     assert_array_equal(dense.tokens, longest)
     assert_array_equal(dense.row_ids, ROW_IDS)
+
+
+def test_the_best_of_n_of_equal_prompts_are_different_samples():
+    twice = tuple(np.repeat(x[:1], 8, axis=0) for x in OF_FOUR)
+    options = {"config": config(), "n": 2, "row_ids": np.array([3] * 8)}
+    best_ones, _ = best_of_n(
+        MODEL, PARAMS, *twice, KEY, reward_fn=lambda samples: (jnp.zeros(16), {}), **options
+    )
+    assert best_ones.row_ids.tolist() == [3] * 8
+    assert len({tuple(row) for row in best_ones.tokens.tolist()}) > 3
 
 
 def test_ties_and_scores_that_are_not_numbers_in_the_best_of_n():

@@ -31,6 +31,23 @@ def test_make_mesh():
 
 
 @pytest.mark.parametrize(
+    "act",
+    [
+        sharding.rows,
+        sharding.replicated,
+        lambda mesh: sharding.by_path({"w": jnp.zeros(4)}, [("", P())], mesh),
+        lambda mesh: sharding.shard_rows(mesh, jnp.zeros(4)),
+    ],
+)
+def test_explicit_axes_are_refused_with_the_mesh_to_take(act):
+    with pytest.raises(
+        UserError, match=r"Explicit.*jax.sharding.AxisType.Auto,\) \* 1"
+    ):
+        act(jax.make_mesh((4,), ("data",)))
+    act(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)))
+
+
+@pytest.mark.parametrize(
     ("sizes", "shape"),
     [
         ((5,), "data 5 x fsdp 1 x tensor 1"),

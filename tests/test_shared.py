@@ -300,7 +300,7 @@ def test_a_prompt_is_decoded_and_cached_once():
             jax.random.key(0),
             max_new_tokens=R,
             pad_id=0,
-            row_ids=jnp.arange(4 * G),
+            places=jnp.arange(4 * G),
             used=jnp.zeros(4 * G, jnp.int32),
             group_size=G,
         )

@@ -226,7 +226,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
         key,
         config=settings,
         batch_size=config.batch_size,
-        row_ids=np.arange(len(numbers), dtype=np.int32),
+        places=np.arange(len(numbers), dtype=np.int32),
         stop=policy.stop,
         environment=bench.environment,
     )

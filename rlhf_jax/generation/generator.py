@@ -171,7 +171,7 @@ class LanguageModel(NamedTuple):
         *,
         config: SamplingConfig,
         batch_size: int = 64,
-        row_ids: Any = None,
+        places: Any = None,
         used: Any = None,
         group_size: int = 1,
     ) -> Rollout:
@@ -182,14 +182,13 @@ class LanguageModel(NamedTuple):
         rows (`batches.prompt_width`).
 
         Args:
-          row_ids, used: [N] as in ``sampling.generate``. Row i is sampled as row ``row_ids[i]`` (by
-            default i) whatever the batch size.
+          places, used: [N] as in ``sampling.generate``, whatever the batch size.
           group_size: adjacent rows with one prompt, which is run once if a batch holds so many.
         """
         size = group_size if group_size <= batch_size else 1
-        if row_ids is None:
-            row_ids = np.arange(len(tokens), dtype=np.int32)
-        by_row = {"row_ids": row_ids, "used": used}
+        if places is None:
+            places = np.arange(len(tokens), dtype=np.int32)
+        by_row = {"places": places, "used": used}
         columns = np.shape(tokens)[1]
         generate = _sampler(self.model.config.num_layers)
 
@@ -211,12 +210,12 @@ class LanguageModel(NamedTuple):
         *,
         config: SamplingConfig,
         batch_size: int,
-        row_ids: np.ndarray,
+        places: np.ndarray,
         stop: Sequence[str],
         environment: Environment | None,
     ) -> tuple[Rollout, dict[str, np.ndarray]]:
         """Samples [N] responses, or conversations with an environment. Row i answers the prompt
-        ``numbers[i]``; its randomness is that of row ``row_ids[i]``. Equally long runs of rows that
+        ``numbers[i]``; its randomness is that of ``places[i]``. Equally long runs of rows that
         answer one prompt compute it once.
 
         Returns:
@@ -226,7 +225,7 @@ class LanguageModel(NamedTuple):
         def until_eos(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            how: Any = {"row_ids": row_ids, "used": used, "batch_size": batch_size}
+            how: Any = {"places": places, "used": used, "batch_size": batch_size}
             if used is None:
                 how["group_size"] = batches.run_length(numbers)
             return self.sample(tokens, mask, key, config=config, **how)
@@ -537,7 +536,7 @@ class Generator:
             jax.random.key(seed),
             config=self.config,
             batch_size=self.batch_size,
-            row_ids=asked.streams.ravel(),
+            places=asked.streams.ravel(),
             stop=self.stop,
             environment=self._environment,
         )
@@ -583,7 +582,7 @@ class Generator:
             jax.random.key(seed),
             max_new_tokens=self.config.max_new_tokens,
             pad_id=self.config.pad_id,
-            row_ids=_streams([tuple(ids)]),
+            places=_streams([tuple(ids)]),
             used=np.zeros(1, np.int32),
         )
         for _ in range(self.config.max_new_tokens):

@@ -48,9 +48,20 @@ def make_mesh(
     return Mesh(np.array(devices[:used]).reshape(sizes), ("data", "fsdp", "tensor"))
 
 
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh; UserError for one of ``jax.make_mesh`` with Explicit axes, its default."""
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        raise UserError(
+            "mesh: its axes are Explicit, and the networks here leave shardings to XLA; take "
+            "rlhf_jax.sharding.make_mesh, or jax.make_mesh(sizes, names, "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+        )
+    return mesh
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that each device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(_automatic(mesh), PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -58,7 +69,7 @@ def rows(mesh: Mesh) -> NamedSharding:
     ``data`` and, if the mesh has it, ``fsdp``.
     """
     axes = ("data", "fsdp") if "fsdp" in mesh.axis_names else "data"
-    return NamedSharding(mesh, PartitionSpec(axes))
+    return NamedSharding(_automatic(mesh), PartitionSpec(axes))
 
 
 def num_parts(mesh: Mesh) -> int:
@@ -184,7 +195,7 @@ def by_path(
         spec = matching[0]
         if not isinstance(spec, PartitionSpec):
             spec = _of_last_axes(spec, leaf.shape, mesh)
-        result = NamedSharding(mesh, spec)
+        result = NamedSharding(_automatic(mesh), spec)
         try:
             result.check_compatible_aval(leaf.shape)
             result.shard_shape(leaf.shape)

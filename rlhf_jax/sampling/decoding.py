@@ -1,6 +1,6 @@
 """Sampling from a language model with a KV cache: one pure function that the caller jits.
 
-The randomness of a row is ``fold_in(fold_in(key, row_id), position)``; position counts response
+The randomness of a row is ``fold_in(fold_in(key, place), position)``; position counts response
 slots from 0. So the tokens of a row depend neither on its neighbours, nor on prompt padding, nor on
 the number of devices (up to ties within the rounding of the logits).
 
@@ -224,6 +224,7 @@ def generate(
     *,
     config: SamplingConfig,
     row_ids: Array | None = None,
+    places: Array | None = None,
     mesh: Mesh | None = None,
     used: Array | None = None,
     group_size: int = 1,
@@ -234,8 +235,12 @@ def generate(
         tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every
             row is a real token. A row whose mask is all zero is missing: it gets an empty response,
             and no other row waits for it.
-        row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
-            0..B-1.
+        row_ids: [B] int32, the data row of each prompt, which the rollout records; None means
+            ``places``.
+        places: [B] int32, all different: row i samples with the key folded with ``places[i]``,
+            whatever other rows there are. None: ``row_ids``, or 0..B-1; where a data row occurs
+            again, its further answers get keys of their own. Parts of a batch that are sampled
+            apart, as under the caller's ``shard_map``, need places of the whole batch.
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``); each part stops when
             its own rows have ended. Parameters that are sharded over "fsdp" are gathered once,
             before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
@@ -265,7 +270,9 @@ def generate(
     tokens = jnp.asarray(tokens, jnp.int32)
     attention_mask = jnp.asarray(attention_mask)
     _check_prompts(tokens, attention_mask, group_size)
-    row_ids = _row_ids(row_ids, tokens)
+    places = _places(row_ids, len(tokens)) if places is None else jnp.asarray(places, jnp.int32)
+    chex.assert_shape(places, (len(tokens),))
+    row_ids = places if row_ids is None else jnp.asarray(row_ids, jnp.int32)
     # With ``used``, the prompt has all slots of earlier responses too.
     length = tokens.shape[1] + (config.max_new_tokens if used is None else 0)
     max_length = getattr(getattr(model, "config", None), "max_length", length)
@@ -274,8 +281,8 @@ def generate(
             f"prompts of {length - config.max_new_tokens} tokens + max_new_tokens "
             f"{config.max_new_tokens} are more than the model's max_length {max_length}"
         )
-    used = jnp.zeros_like(row_ids) if used is None else used
-    prompts = (tokens, attention_mask, row_ids, used)
+    used = jnp.zeros_like(places) if used is None else used
+    prompts = (tokens, attention_mask, places, used)
     for_decoding = getattr(model, "for_decoding", lambda params: params)
     decoding = for_decoding(params)  # once, not for each token
     # The pass over the prompt reads the original ones, which compiles faster. Sharded ones are
@@ -283,16 +290,19 @@ def generate(
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = partial(_sample_rows, model, config, group_size)
     if mesh is None:
-        return blocks.map_rows(partial(sample_rows, weights, key), prompts)
-    if _fsdp_joins_tensor(model, decoding, mesh):
+        sampled = blocks.map_rows(partial(sample_rows, weights, key), prompts)
+    elif _fsdp_joins_tensor(model, decoding, mesh):
         rows = NamedSharding(mesh, PartitionSpec("data"))
         weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
         prompts = jax.lax.with_sharding_constraint(prompts, rows)
         sampled = _mapped(sample_rows, rows, {"data"})(weights, key, prompts)
         # In two steps: otherwise XLA shards the rows over "fsdp" inside the loop too.
         sampled = jax.lax.with_sharding_constraint(sampled, rows)
-        return jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
-    return _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))(weights, key, prompts)
+        sampled = jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
+    else:
+        mapped = _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))
+        sampled = mapped(weights, key, prompts)
+    return replace(sampled, row_ids=row_ids)
 
 
 def _mapped(
@@ -313,12 +323,18 @@ def _mapped(
     )
 
 
-def _row_ids(row_ids: Array | None, tokens: Array) -> Array:
-    """[B] int32; 0..B-1 if ``row_ids`` is None."""
-    num_rows = len(tokens)
-    row_ids = jnp.asarray(jnp.arange(num_rows) if row_ids is None else row_ids, jnp.int32)
+def _places(row_ids: Array | None, num_rows: int) -> Array:
+    """[B] int32, all different: the data rows, and -1 - i where row i has one that occurred before;
+    0..B-1 without data rows.
+    """
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    if row_ids is None:
+        return rows
+    row_ids = jnp.asarray(row_ids, jnp.int32)
     chex.assert_shape(row_ids, (num_rows,))
-    return row_ids
+    order = jnp.argsort(row_ids, stable=True)
+    again = jnp.diff(row_ids[order], prepend=row_ids[order][:1] - 1) == 0
+    return jnp.where(jnp.zeros(num_rows, bool).at[order].set(again), -1 - rows, row_ids)
 
 
 def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
@@ -408,7 +424,7 @@ def _sample_rows(
     key: Array,
     prompts: tuple[Array, Array, Array, Array],
 ) -> Rollout:
-    tokens, attention_mask, row_ids, used = prompts
+    tokens, attention_mask, places, used = prompts
     prompt_length = tokens.shape[1]
     rows, begun = start(
         model,
@@ -418,7 +434,7 @@ def _sample_rows(
         key,
         max_new_tokens=config.max_new_tokens,
         pad_id=config.pad_id,
-        row_ids=row_ids,
+        places=places,
         used=used,
         group_size=group_size,
     )
@@ -428,6 +444,7 @@ def _sample_rows(
         most = config.most_possible(logits.shape[-1])
         nothing = jnp.full((*begun.tokens.shape, most), -1, jnp.int32)
         begun = begun._replace(support=nothing)
+    begun = _as_varying(begun, (weights, key, prompts))
     end = jax.lax.while_loop(
         lambda state: ~jnp.all(state.ended),
         lambda state: step(model, weights[-1], rows, state, config=config),
@@ -441,12 +458,28 @@ def _sample_rows(
         attention_mask=prompt_mask + response_mask,
         response_mask=response_mask,
         log_probs=end.log_probs,
-        row_ids=row_ids,
         prompt_length=prompt_length,
         temperature=config.temperature,
         support=end.support,
         truncated=config.truncates,
     )
+
+
+def _as_varying(state: DecodeState, inputs: Any) -> DecodeState:
+    """The state as the loop leaves it under the caller's ``shard_map``: different on the devices of
+    all axes over which one of the inputs is.
+    """
+
+    def varying(x: Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(inputs)))
+
+    def cast(x: Array) -> Array:
+        missing = tuple(axes - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, state)
 
 
 def start(
@@ -458,7 +491,7 @@ def start(
     *,
     max_new_tokens: int,
     pad_id: int,
-    row_ids: Array,
+    places: Array,
     used: Array,
     group_size: int = 1,
 ) -> tuple[Rows, DecodeState]:
@@ -475,7 +508,7 @@ def start(
     # Slots after the end of a row may count as keys: only columns past the end see them, and those
     # are not used.
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
     size = group_size if _shares(model, num_rows, prompt_length, group_size) else 1
     of_prompts, cache = cache_of(
@@ -693,15 +726,14 @@ def best_of_n(
     """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of
     them.
 
-    Sample i of a prompt is generated as row ``row_id * n + i``; the other arguments are those of
+    Sample i of a prompt is generated at place ``row_id * n + i``; the other arguments are those of
     ``generate``. A dense reward [B, T] counts as its sum over the response. Among equal scores the
     first sample wins; NaN never wins against a number. The returned Rollout [B, T] has the best
     ``scores`` and the prompts' own ``row_ids``. Its divergence from the sampled policy is at most
     ``best_of_n_kl(n)`` nats.
     """
     ops.check_number("n", n, at_least=1)
-    row_ids = _row_ids(row_ids, tokens)
-    ids = row_ids[:, None] * n + jnp.arange(n)[None, :]
+    places = _places(row_ids, len(tokens))[:, None] * n + jnp.arange(n)[None, :]
     samples = generate(
         model,
         params,
@@ -709,19 +741,20 @@ def best_of_n(
         jnp.repeat(attention_mask, n, axis=0),
         key,
         config=config,
-        row_ids=ids.reshape(-1),
+        row_ids=jnp.repeat(jnp.arange(len(tokens)) if row_ids is None else row_ids, n),
+        places=places.reshape(-1),
         mesh=mesh,
         group_size=n,
     )
     rewards, _ = reward_fn(samples)
     if rewards.ndim == 2:
         rewards = jnp.sum(ops.masked(rewards, samples.response_mask), axis=1)
-    chex.assert_shape(rewards, (ids.size,))
-    scores = rewards.reshape(ids.shape)
+    chex.assert_shape(rewards, (places.size,))
+    scores = rewards.reshape(places.shape)
     best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=1)
     chosen = jnp.arange(len(scores)) * n + best  # [B] of B * n
     rollout: Rollout = jax.tree.map(lambda x: x[chosen], samples)
-    return replace(rollout, row_ids=row_ids, scores=rewards[chosen]), scores
+    return replace(rollout, scores=rewards[chosen]), scores
 
 
 def best_of_n_kl(n: int) -> float:

@@ -35,6 +35,7 @@ def collect(
     policy_fn: PolicyFn,
     ref_fn: BoundPolicyFn | None = None,
     row_ids: Array | None = None,
+    places: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Responses [B, T] to prompts [B, P] with log-probs, values and reference log-probs; no scores
@@ -49,9 +50,9 @@ def collect(
     """
     policy = policy_params(params)
     sampling = replace(sampling, record_support=sampling.truncates)
-    sampled = generate(
-        model, policy, tokens, attention_mask, key, config=sampling, row_ids=row_ids, mesh=mesh
-    )
+    prompts = (tokens, attention_mask, key)
+    how: Any = {"row_ids": row_ids, "places": places, "mesh": mesh}
+    sampled = generate(model, policy, *prompts, config=sampling, **how)
     return rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn)
 
 
