@@ -388,7 +388,8 @@ def with_settings(
     fn: Function, temperature: Any, prompt_length: int = 0, *, takes_response_mask: bool = False
 ) -> Function:
     """``fn``, a PolicyFn, which notes that it has these settings (``check_fits`` compares them)."""
-    settings = PolicySettings(temperature, prompt_length, takes_response_mask)
+    known = None if isinstance(temperature, jax.core.Tracer) else temperature
+    settings = PolicySettings(known, prompt_length, takes_response_mask)
     vars(fn)["policy_settings"] = settings
     return fn
 

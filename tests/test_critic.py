@@ -21,7 +21,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.optimizer import Patience, muon_dimensions
+from rlhf_jax.training.common.optimizer import Patience, learning_rates, muon_dimensions
 from rlhf_jax.training.rl import critic, entry, inputs
 from rlhf_jax.types import Rollout, TrainState
 
@@ -305,9 +305,11 @@ def test_the_schedule_plateau_lowers_both_learning_rates():
     optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS)
     state = optimizer.init(PARAMS)
     patience = Patience("min:x", None, adam)
-    assert patience.metrics(state) == {"plateau_scale": 1}
+    rates = {"lr": 1.0, "value/lr": pytest.approx(0.1)}
+    assert learning_rates(state) == {"plateau_scale": 1} | rates
     state = patience.lowered(state, [{"x": 1.0}, {"x": 1.0}])
-    assert patience.metrics(state) == {"plateau_scale": 0.5}
+    rates = {"lr": 0.5, "value/lr": pytest.approx(0.05)}
+    assert learning_rates(state) == {"plateau_scale": 0.5} | rates
     updates, _ = optimizer.update(PARAMS, state, PARAMS)
     assert updates["policy"]["h_0"]["bias"] == pytest.approx(-0.5, abs=1e-4)
     assert updates["value"]["h_0"]["bias"] == pytest.approx(-0.05, abs=1e-5)

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 from tabular import assert_close
 
-from rlhf_jax import models, ops, sharding, types
+from rlhf_jax import models, ops, sampling, sharding, types
 from rlhf_jax.algorithms import dpo, sft
 from rlhf_jax.models import heads, lora
 
@@ -64,6 +64,35 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
     assert_close(outputs, expected, atol=1e-5, rtol=1e-7)
     assert min(np.max(np.abs(output)) for output in outputs) > 1.0
     assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", heads.HEADS)
+def test_adapters_get_a_head_of_the_width_that_is_given(kind):
+    model, params = tiny()
+    adapters = lora.init(jax.random.key(0), params, 2)
+    for given in (adapters, adapters["h_0"], {}):
+        with pytest.raises(ValueError, match=r"adapters.*model\.config\.hidden_size"):
+            models.add_head(jax.random.key(0), given, kind)
+    trained = models.add_head(jax.random.key(0), adapters, kind, model.config.hidden_size)
+    whole = models.add_head(jax.random.key(0), params, kind)
+    jax.tree.map(assert_array_equal, trained[kind], whole[kind])
+
+
+def test_a_temperature_may_be_traced():
+    model, params = tiny()
+
+    def log_probs(temperature):
+        policy = models.policy_fn(model, temperature)
+        return policy(params, TOKENS, MASK, None).log_probs
+
+    temperatures = jnp.array([0.5, 2.0])
+    expected = [log_probs(0.5), log_probs(2.0)]
+    assert_allclose(jax.jit(jax.vmap(log_probs))(temperatures), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"temperature is traced.*models\.policy_fn"):
+        jax.eval_shape(
+            lambda t: sampling.SamplingConfig(max_new_tokens=1, temperature=t, eos_id=1, pad_id=0),
+            1.0,
+        )
 
 
 @pytest.mark.parametrize(("platform", "columns"), [("cpu", 32), ("gpu", 256)])

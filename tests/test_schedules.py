@@ -17,6 +17,7 @@ from rlhf_jax.training.common.opening import stage_of
 from rlhf_jax.training.common.optimizer import (
     Patience,
     check_frozen,
+    learning_rates,
     make_optimizer,
     times_exhausted,
 )
@@ -183,11 +184,37 @@ def test_a_lowered_state_takes_smaller_steps():
     rows = [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)]
     lowered = patience.lowered(state, rows)
     assert jax.tree.structure(lowered) == jax.tree.structure(state)
-    assert float(patience.metrics(lowered)["plateau_scale"]) == pytest.approx(0.01)
-    updates, _ = optimizer.update(
+    assert float(learning_rates(lowered)["plateau_scale"]) == pytest.approx(0.01)
+    updates, after = optimizer.update(
         {"w": jnp.float32(3.0)}, lowered.train.opt_state, lowered.train.params
     )
     assert float(updates["w"]) == pytest.approx(-0.01, rel=1e-4)
+    assert float(learning_rates(after)["lr"]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"schedule": "linear"}, (0.5, 0.375, 0.25, 0.125)),
+        ({"schedule": "constant", "warmup_steps": 2}, (0.0, 0.25, 0.5, 0.5)),
+        ({"schedule": "step", "decay_every": 1, "decay_factor": 0.5}, (0.5, 0.25, 0.125, 0.0625)),
+        ({"schedule": "constant", "frozen": "b"}, (0.5,) * 4),
+    ],
+)
+def test_the_recorded_rate_is_that_of_the_step(how, expected):
+    optimizer = make_optimizer(Optimizer(learning_rate=0.5, eps=0.0, **how), 4)
+    params = {"w": jnp.zeros(()), "b": jnp.zeros(())}
+    state = TrainState.create(params, optimizer)
+    for rate in expected:
+        updates, opt_state = optimizer.update(
+            {"w": jnp.float32(0.25), "b": jnp.float32(0.0)}, state.opt_state, params
+        )
+        state = state.replace(opt_state=opt_state)
+        found = learning_rates(LoopState.create(state, 0.1))
+        assert found.keys() == {"lr"}
+        assert float(found["lr"]) == pytest.approx(rate)
+        assert float(updates["w"]) == pytest.approx(-rate, rel=1e-3)
+    assert learning_rates(optax.adam(0.1).init(params)) == {}
 
 
 # --- The length of a run

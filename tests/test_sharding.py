@@ -40,9 +40,7 @@ def test_make_mesh():
     ],
 )
 def test_explicit_axes_are_refused_with_the_mesh_to_take(act):
-    with pytest.raises(
-        UserError, match=r"Explicit.*jax.sharding.AxisType.Auto,\) \* 1"
-    ):
+    with pytest.raises(UserError, match=r"Explicit.*jax.sharding.AxisType.Auto,\) \* 1"):
         act(jax.make_mesh((4,), ("data",)))
     act(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)))
 

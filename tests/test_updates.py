@@ -20,6 +20,7 @@ from cases import (
     PPO,
     UPDATES,
     answers,
+    pairs,
     samples,
 )
 from jax.sharding import PartitionSpec as P
@@ -35,7 +36,7 @@ from tabular import (
     score_fn,
 )
 
-from rlhf_jax import grpo, ppo, rloo, sharding, vpg
+from rlhf_jax import dpo, grpo, ppo, reward_model, rloo, sharding, vpg
 
 # One line of the table for each module; its other lines differ in settings alone.
 OF_MODULES = {case.module: name for name, case in reversed(UPDATES.items())}.values()
@@ -460,3 +461,50 @@ def test_ppo_needs_values_and_returns():
     without = lambda *args: policy_fn(*args)._replace(values=None)  # noqa: E731
     with pytest.raises(ValueError, match="values=None"):
         ppo.loss(policy_params(0), batch, KEY, policy_fn=without, config=PPO)
+
+
+# Settings that are traced
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_weight_of_an_update_may_be_traced(name):
+    """An argument of the caller's jit or vmap in place of a number."""
+    case = UPDATES[name]
+    unfit = ("gamma", "centering", "sft_coef")  # unless a case has them, refused with a sentence
+    fields = [
+        key
+        for key, value in vars(case.config).items()
+        if isinstance(value, float) and (value or key not in unfit)
+    ]
+    fields += [key for key in ("dual_clip", "value_clip") if getattr(case.config, key, None)]
+
+    def update(numbers, state, batch):
+        config = replace(case.config, **numbers)
+        return case.update(config)(state, batch, KEY)
+
+    given = {key: jnp.float32(getattr(case.config, key)) for key in fields}
+    jax.eval_shape(update, given, case.start, case.batch())
+    if hasattr(case.config, "sapo_temperatures"):
+        pair = {"sapo_temperatures": (jnp.float32(1.0), jnp.float32(2.0))}
+        jax.eval_shape(update, pair, case.start, case.batch())
+
+
+@pytest.mark.parametrize("module", [dpo, reward_model])
+def test_a_traced_sft_coef_weighs_the_term_and_0_takes_it_away(module):
+    [case] = [case for case in UPDATES.values() if case.module is module][:1]
+    more = {} if module is dpo else {"policy_fn": policy_fn}
+    batch = pairs()
+
+    def loss(coef, params):
+        config = module.Config(sft_coef=coef)
+        value, _ = module.loss(params, batch, None, config=config, **(case.model | more))
+        return sum(term.value for term in value) if isinstance(value, tuple) else value.value
+
+    params = case.start.params | policy_params(0)
+    weights = jnp.array([0.0, 0.5, 2.0])
+    traced = jax.jit(jax.vmap(loss, in_axes=(0, None)))(weights, params)
+    assert_allclose(traced, [loss(float(weight), params) for weight in weights], rtol=1e-5)
+    slope = jax.grad(loss)(0.5, params)
+    assert_allclose(slope, (traced[2] - traced[1]) / 1.5, rtol=1e-4)
+    with pytest.raises(ValueError, match="orpo has such a term"):
+        jax.eval_shape(lambda coef: dpo.Config(kind="orpo", sft_coef=coef), 0.5)

@@ -65,7 +65,7 @@ class Config:
         losses.check_dpo(self.kind, label_smoothing=self.label_smoothing, gamma=self.gamma)
         ops.check_numbers(self, "beta", above=0)
         ops.check_numbers(self, "sft_coef", at_least=0)
-        if self.sft_coef and self.kind == "orpo":
+        if self.kind == "orpo" and not ops.is_zero(self.sft_coef):
             raise ValueError("sft_coef: the kind orpo has such a term already; leave it out")
 
     @property
@@ -158,7 +158,7 @@ def loss(
         "dpo/chosen_log_ratio": mean(chosen),
         "dpo/rejected_log_ratio": mean(rejected),
     }
-    if not config.sft_coef:
+    if ops.is_zero(config.sft_coef):
         return loss, metrics
     likelihood, _ = _in_order(log_probs, order)
     tokens, _ = _in_order(lengths, order)

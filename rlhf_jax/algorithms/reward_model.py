@@ -102,7 +102,7 @@ def loss(
     scores = answer_scores(score_fn, params, comparisons, key)
     lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     likelihoods = None
-    if config.sft_coef:
+    if not ops.is_zero(config.sft_coef):
         likelihoods = _likelihoods(policy_fn, params, comparisons)
     fields = (comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin)
     parts = (scores, lengths, likelihoods, *fields)

@@ -53,14 +53,20 @@ def add_head(
         kind: "value", {"kernel" [D], "bias" []}: zeros; or "score", {"kernel" [D], "bias", "gain",
             "shift"}: weights normal with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020),
             bias 0, gain 1, shift 0.
-        width: D; None: the width of the parameters' ``ln_f``.
+        width: D; None: the width of the parameters' ``ln_f``. Adapters, and networks of your own,
+            have none.
 
     Returns:
         A new dict with the head under ``kind``.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, or without a width.
     """
+    if width is None and "ln_f" not in params:
+        raise ValueError(
+            "these parameters are adapters, or of a network without ln_f, and do not say how wide "
+            f'its states are: add_head(key, params, "{kind}", model.config.hidden_size)'
+        )
     if kind not in HEADS:
         raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
     zero = jnp.float32(0.0)
@@ -79,7 +85,7 @@ def policy_params(params: Params) -> Params:
 
 def policy_fn(
     model: Model,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     prompt_length: int = 0,
     value_model: Model | None = None,
     *,
@@ -92,7 +98,7 @@ def policy_fn(
 
     Args:
         model: the policy.
-        temperature: logits are divided by it, as in sampling; above 0.
+        temperature: logits are divided by it, as in sampling; above 0. It may be traced.
         prompt_length: columns before it are not computed and stay 0, as does column 0.
         value_model: a whole model for the values; params are then {"policy": ..., "value": ...},
             the latter with its own "value" head. Without it values come from the network's own
@@ -124,7 +130,7 @@ def policy_fn(
     """
     shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
     states = partial(_states, shared, one_text)
-    if not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
             "log-probabilities"
@@ -278,7 +284,7 @@ def _scalar(params: Params, kind: str, hidden: Array) -> Array:
 def _of_tokens(
     model: Model,
     params: Params,
-    temperature: float,
+    temperature: float | Array,
     compare: Callable[..., dict[str, Array]] | None,
     _: Array,
     targets: Array,
@@ -366,7 +372,7 @@ def _at(logits: Array, targets: Array) -> Array:
 def _compared(
     teacher: Teacher,
     params: Params,
-    temperature: float,
+    temperature: float | Array,
     logits: Array,
     targets: Array,
     support: Array | None,

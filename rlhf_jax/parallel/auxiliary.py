@@ -53,6 +53,6 @@ def with_terms(found: LossAndMetrics, terms: Terms, coefficient: float) -> LossA
     if LOSS not in terms:
         raise ValueError("router_aux_coef: this model has no experts; leave it out")
     loss, metrics = found
-    if coefficient > 0:
+    if not (isinstance(coefficient, int | float) and coefficient == 0):
         loss = (*(loss if isinstance(loss, tuple) else (loss,)), coefficient * terms[LOSS])
     return loss, {**metrics, **terms}

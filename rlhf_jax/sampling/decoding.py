@@ -79,6 +79,12 @@ class SamplingConfig:
     min_new_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, jax.core.Tracer):
+                raise ValueError(
+                    f"{name} is traced, and a SamplingConfig is a static argument of jit: give it "
+                    "numbers, one config for each; models.policy_fn takes a traced temperature"
+                )
         ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
         ops.check_numbers(self, "temperature", at_least=0, below=math.inf)
         ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)

@@ -28,7 +28,7 @@ from rlhf_jax.runs import alerts, allocator, keeping, objects, processes, tracke
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker, as_numbers
 from rlhf_jax.training.common import memory
-from rlhf_jax.training.common.optimizer import Patience
+from rlhf_jax.training.common.optimizer import Patience, learning_rates
 from rlhf_jax.training.common.signals import resume_command, stop_requests
 from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.types import Metrics
@@ -240,7 +240,7 @@ class _Loop:
         self._catch_up()
         self.examples = examples
         self.done += 1
-        self.pending = {**metrics, **self.patience.metrics(self.state)}
+        self.pending = {**metrics, **learning_rates(self.state)}
 
     def settle(self, received: int) -> None:
         """Waits for the step if its result is needed: by a validation, by an alert or a function of

@@ -231,6 +231,27 @@ def times_exhausted(values: Sequence[float], patience: int) -> int:
     return times
 
 
+def learning_rates(state: Any) -> dict[str, Array]:
+    """``lr``, the learning rate of the last optimizer step that led to this state, ``value/lr``,
+    that of a value function with an optimizer of its own, and under the schedule ``plateau`` its
+    factor ``plateau_scale``. Nothing is known of an optimizer that hides its rate.
+    """
+    found: dict[str, Array] = {}
+    for hidden, name in (("learning_rate", "lr"), (PLATEAU_SCALE, PLATEAU_SCALE)):
+        numbers = optax.tree_utils.tree_get_all_with_path(
+            state, hidden, filtering=lambda path, x: hasattr(x, "dtype")
+        )
+        for path, number in numbers:
+            is_value = any(getattr(entry, "key", None) == "value" for entry in path)
+            found["value/" * is_value + name] = jnp.max(number)  # all members of an ensemble agree
+    scale = found.pop(f"value/{PLATEAU_SCALE}", None)
+    scale = found.get(PLATEAU_SCALE, scale)
+    if scale is None:
+        return found
+    rates = {name: rate * scale for name, rate in found.items() if name != PLATEAU_SCALE}
+    return rates | {PLATEAU_SCALE: scale}
+
+
 class Patience(NamedTuple):
     """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
 
@@ -269,16 +290,6 @@ class Patience(NamedTuple):
         # All groups of parameters have one scale, which stays on its devices.
         changed = {PLATEAU_SCALE: 0.0 * before + scale}
         return optax.tree_utils.tree_set(state, **changed)
-
-    def metrics(self, state: Any) -> dict[str, Array]:
-        """Under the schedule ``plateau``, the factor that the learning rate had in the step that
-        led to this state.
-        """
-        scales = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)
-        if not scales:
-            return {}
-        [(_, scale), *_] = scales
-        return {"plateau_scale": jnp.max(scale)}
 
     def _times(self, rows: Rows, patience: int) -> int:
         sign = -1 if self.monitor.startswith("max:") else 1
