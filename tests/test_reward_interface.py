@@ -401,6 +401,22 @@ def test_only_an_algorithm_that_needs_components_gets_them():
     assert (grpo.Config().needs_components, Watched.Config().needs_components) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("needs", "components", "is_checked"),
+    [(True, None, False), (True, {"a": np.zeros(1)}, True), (False, None, True)],
+)
+def test_memory_is_checked_for_components_whose_names_are_known(
+    needs, components, is_checked, monkeypatch
+):
+    """Those of the user's Python are known when it has scored, which the check does not ask for."""
+    checked = []
+    monkeypatch.setattr(steps.memory, "check", lambda phase, *_: checked.append(phase))
+    rollout = Rollout(*[np.zeros((1, 2))] * 4, components=components)
+    more = (SimpleNamespace(functions=str), SimpleNamespace(widest=tuple), None, needs)
+    steps.checking(lambda state, batch: (rollout, {}), None, *more)(None)
+    assert checked == ["learn"] * is_checked
+
+
 @pytest.mark.slow
 def test_a_run_gives_its_algorithm_the_components(tmp_path, no_pages):
     config = letters_run(tmp_path)

@@ -392,6 +392,8 @@ def checking(
         rollout, _ = draw(state, schedule.widest())
         if not needs_components:
             rollout = replace(rollout, components=None)
+        elif rollout.components is None:
+            return  # their names are not known before the user's Python has scored
         functions = networks.functions(rollout.tokens.shape[1])
         memory.check("learn", program, state, rollout, key, functions)
 
