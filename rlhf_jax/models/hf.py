@@ -503,7 +503,7 @@ def _read_body(
         if is_classifier:  # it does not use its output table, and transformers stores none
             shapes.pop(_OUTPUT_TABLE, None)
     elif _OUTPUT_TABLE not in shapes:
-        _read_tied_tables(reader, family, shapes["wte", "embedding"])
+        read_tied_tables(reader, family, shapes["wte", "embedding"])
     tensors = {path: family.tensors(path, shape) for path, shape in shapes.items()}
     missing = {name for of_leaf in tensors.values() for name in of_leaf if name not in reader}
     if missing:
@@ -656,7 +656,7 @@ def _token_table(family: families.Family) -> str:
     return name
 
 
-def _read_tied_tables(reader: Reader, family: families.Family, shape: families.Shape) -> None:
+def read_tied_tables(reader: Reader, family: families.Family, shape: families.Shape) -> None:
     """Reads a table stored under two names once. Two different tables would be another model."""
     token_table = _token_table(family)
     _, stored = output_table = reader.find(family.output_table)

@@ -24,9 +24,10 @@ from rlhf_jax.models.hf import (
     read_json,
     read_leaf,
     read_score,
+    read_tied_tables,
     write_tensors,
 )
-from rlhf_jax.models.model import Model
+from rlhf_jax.models.model import Model, resize_vocabulary
 from rlhf_jax.types import Params
 
 CONFIG = ADAPTER_CONFIG
@@ -43,6 +44,9 @@ _OTHER_KINDS = (
     "lora_bias",
     "bias",
     "trainable_token_indices",
+)
+_MERGE = (
+    "let PEFT merge the adapter, model.merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
 )
 # Starts of A and B that leave the base model's weights as they are. For the others (PiSSA, OLoRA,
 # EVA, CorDA, LoftQ, ...) PEFT changes these weights each time it loads the adapter.
@@ -84,7 +88,8 @@ def read_adapter(
     if reader.unread and model is not None:
         whole = _read_whole_modules(reader, model, params)
         adapters = unflatten_dict(flatten_dict(adapters) | whole)
-    reader.check_all_read()
+    if reader.unread:
+        raise UserError(f"{reader.source}: unexpected tensors: {listed(reader.unread)}; {_MERGE}")
     if not adapters:
         raise UserError(f"{folder / WEIGHTS}: no adapter of a kernel of this model")
     return adapters
@@ -98,13 +103,38 @@ def _read_whole_modules(reader: Reader, model: Model, params: Params) -> dict[Le
         tensors = family.tensors(path, leaf.shape) if path[0] not in HEADS else []
         if not any(name in reader for name in tensors):
             continue
-        if path[-1] == "embedding" and model.config.tie_embeddings:
-            raise UserError(
-                f"{reader.source}: {tensors[0]} is saved whole, but the model's input and output "
-                "tables are one: such adapters are not supported"
-            )
+        if path[-1] == "embedding":
+            [table] = tensors
+            rows = reader.shape(table)[0]
+            if rows > len(leaf):
+                raise UserError(
+                    f"{reader.source}: {table} has {rows} rows, and the model {len(leaf)}: the "
+                    "adapter was trained after tokens were added. First, model, params = "
+                    f"models.resize_vocabulary(model, params, {rows}); `rlhf-jax export` does so"
+                )
+            if model.config.tie_embeddings:
+                if family.output_table not in reader:
+                    raise UserError(
+                        f"{reader.source}: {table} is saved whole and {family.output_table} is "
+                        f"not, but the model's input and output tables are one; {_MERGE}"
+                    )
+                read_tied_tables(reader, family, leaf.shape)
         leaves[path] = read_leaf(reader, family, path, leaf.shape)
     return leaves
+
+
+def with_tokens_of(
+    path: str | os.PathLike[str], model: Model, params: Params
+) -> tuple[Model, Params]:
+    """The model with as many tokens as the token table of an adapter's folder, if it has one: PEFT
+    stores it whole where tokens were added.
+    """
+    reader = Reader(find_folder(path), PREFIX, WEIGHTS)
+    [table] = families.family_of(model.config).tensors(("wte", "embedding"), ())
+    rows = reader.shape(table)[0] if table in reader else 0
+    if rows <= model.config.vocab_size:
+        return model, params
+    return resize_vocabulary(model, params, rows)
 
 
 def split_shape(path: LeafPath, shape: Shape) -> tuple[Shape, int, Shape]:
@@ -179,8 +209,9 @@ def _read_config(file: Path) -> dict[str, Any]:
             "such adapters; merge them there (merge_and_unload), or save them there with "
             "path_initial_model_for_weight_conversion"
         )
-    if not names.is_number(config.get("lora_alpha")):
-        raise UserError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
+    alpha = config.get("lora_alpha")
+    if not (names.is_number(alpha) and abs(alpha) < 1e38):  # of float32
+        raise UserError(f"{file}: lora_alpha is {alpha!r}, expected a number below 1e38")
     return config
 
 

@@ -131,7 +131,7 @@ def export_merged(adapter: Path, folder: Path) -> Path:
     base = read_json(config).get("base_model_name_or_path")
     if not (isinstance(base, str) and base):
         raise UserError(f"{config}: base_model_name_or_path is {base!r}, and no model's name")
-    model, params = models.load(base)
+    model, params = peft.with_tokens_of(adapter, *models.load(base))
     merged = lora.merge(params, lora.load(adapter, params, model))
     for path, leaf in flatten_dict(merged).items():
         if not jnp.isfinite(leaf).all():
