@@ -6,6 +6,7 @@ answers of a comparison are scored as rows of one batch [B * K, T].
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import chex
@@ -20,7 +21,6 @@ from rlhf_jax.types import (
     DropoutKey,
     LossAndMetrics,
     LossMetrics,
-    Mean,
     Params,
     PolicyFn,
     ScoreFn,
@@ -103,7 +103,13 @@ def loss(
     lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     likelihoods = None
     if not ops.is_zero(config.sft_coef):
-        likelihoods = _likelihoods(policy_fn, params, comparisons)
+        if policy_fn is None:
+            raise ValueError(
+                "sft_coef needs a policy_fn, the log-probabilities of the same parameters"
+            )
+        if comparisons.targets is not None:
+            raise ValueError("sft_coef: target scores name no best answer; leave it out")
+        likelihoods = ops.response_log_probs(policy_fn, params, comparisons)
     fields = (comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin)
     parts = (scores, lengths, likelihoods, *fields)
     if comparisons.documents is not None:
@@ -124,51 +130,26 @@ def loss(
     best = jnp.zeros(num_rows, jnp.int32) if best is None else jnp.asarray(best)
     entered = jnp.where(present, scores, -jnp.inf)
     per_row = losses.comparison(entered, best, margin, config.centering)
-    mean, metrics = _with_metrics(per_row, entered, best, weight)
-    if likelihoods is None:
-        return mean, metrics
-    [nll, tokens] = [_of_best(x, best) for x in (-likelihoods, lengths)]
-    counts = weight * tokens  # a mean over the tokens of the best answers, not over answers
-    sft = losses.weighted_mean(nll / jnp.maximum(tokens, 1), counts)
-    return (mean, config.sft_coef * sft), metrics | {"reward_model/sft_loss": sft}
-
-
-def _likelihoods(policy_fn: PolicyFn | None, params: Params, comparisons: Comparisons) -> Array:
-    """The log-probabilities of all answers, as ``ops.response_log_probs``."""
-    if policy_fn is None:
-        raise ValueError("sft_coef needs a policy_fn, the log-probabilities of the same parameters")
-    if comparisons.targets is not None:
-        raise ValueError("sft_coef: target scores name no best answer; leave it out")
-    return ops.response_log_probs(policy_fn, params, comparisons)
-
-
-def _of_best(values: Array, best: Array) -> Array:
-    """[B] those of the best answers, of [B, K]."""
-    return jnp.take_along_axis(values, best[:, None], axis=1)[:, 0]
-
-
-def _with_metrics(
-    per_row: Array,
-    scores: Array,
-    best: Array,
-    weight: Array,
-) -> tuple[Mean, LossMetrics]:
-    """The mean loss and its metrics, of comparisons with scores [B, K], -inf where an answer is
-    missing.
-    """
-    is_best = jnp.arange(scores.shape[1])[None, :] == best[:, None]
-    chosen = jnp.max(jnp.where(is_best, scores, -jnp.inf), axis=1)
-    other = jnp.max(jnp.where(is_best, -jnp.inf, scores), axis=1)
+    is_best = jnp.arange(num_answers)[None, :] == best[:, None]
+    chosen = jnp.max(jnp.where(is_best, entered, -jnp.inf), axis=1)
+    other = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
     usable = chosen != -jnp.inf
     mean = losses.weighted_mean(per_row, ops.masked(weight, usable))
     compared = ops.masked(weight, usable & (other != -jnp.inf))
     margin = ops.frozen(ops.masked(chosen - other, compared))
     right = 0.5 * (1.0 + jnp.sign(margin))
-    return mean, {
+    metrics: LossMetrics = {
         "reward_model/loss": mean,
         "reward_model/accuracy": losses.weighted_mean(right, compared),
         "reward_model/margin": losses.weighted_mean(margin, compared),
     }
+    if likelihoods is None:
+        return mean, metrics
+    of_best = partial(jnp.take_along_axis, indices=best[:, None], axis=1)
+    nll, tokens = of_best(-likelihoods)[:, 0], of_best(lengths)[:, 0]
+    counts = weight * tokens  # a mean over the tokens of the best answers, not over answers
+    sft = losses.weighted_mean(nll / jnp.maximum(tokens, 1), counts)
+    return (mean, config.sft_coef * sft), metrics | {"reward_model/sft_loss": sft}
 
 
 update = batch_updater(loss)

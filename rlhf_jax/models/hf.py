@@ -177,7 +177,12 @@ def save(
             write_tensors(written / VALUE_HEAD, value_head, {"format": "pt"})
         text = json.dumps(keys, indent=2, sort_keys=True)
         (written / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        _replace_model(folder, written)
+        present = {file.name for file in written.iterdir()}
+        for name in present:
+            os.replace(written / name, folder / name)
+    for file in folder.iterdir():
+        if _WEIGHT_FILES.fullmatch(file.name) and file.name not in present:
+            file.unlink()
 
 
 def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"]) -> dict[str, Any]:
@@ -219,16 +224,6 @@ def _write_weights(folder: Path, tensors: dict[str, "_Tensor"], file_bytes: int)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _replace_model(folder: Path, written: Path) -> None:
-    """Moves the files that were ``written`` into the folder, and deletes its other weights."""
-    present = {file.name for file in written.iterdir()}
-    for name in present:
-        os.replace(written / name, folder / name)
-    for file in folder.iterdir():
-        if _WEIGHT_FILES.fullmatch(file.name) and file.name not in present:
-            file.unlink()
 
 
 def write_tensors(

@@ -243,8 +243,19 @@ def write_adapter(
     others = ["/".join(path) for path in leaves if not path[-1].startswith("lora_")]
     if others:
         raise ValueError(f"cannot save {listed(others)} as adapters")
-    rank, scale = _rank_and_scale(leaves)
+    kinds = set()
+    for (*module, name), leaf in leaves.items():
+        if name == "lora_a":
+            scales = leaves[(*module, "lora_scale")].ravel()
+            kinds |= {(leaf.shape[-1], float(scale)) for scale in scales}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {sorted(kinds)}"
+        )
+    [(rank, scale)] = kinds
     tensors, modules = _stored(params, leaves)
+    layers = {module.split(".", 3)[2] for module in modules}
+    short = {module.split(".", 3)[3] for module in modules}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -256,7 +267,8 @@ def write_adapter(
         "fan_in_fan_out": "wpe" in params,  # only GPT-2's kernels are stored as [in, out]
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": _target_modules(modules),
+        # The names within a layer if every adapted layer has them all, else the full names.
+        "target_modules": sorted(short if len(modules) == len(short) * len(layers) else modules),
     }
     metadata = {"format": "pt"}
     if "score" in adapters:
@@ -269,19 +281,6 @@ def write_adapter(
     write_tensors(folder / WEIGHTS, tensors, metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-
-
-def _rank_and_scale(leaves: dict[LeafPath, np.ndarray]) -> tuple[int, float]:
-    kinds = set()
-    for (*module, name), leaf in leaves.items():
-        if name == "lora_a":
-            scales = leaves[(*module, "lora_scale")].ravel()
-            kinds |= {(leaf.shape[-1], float(scale)) for scale in scales}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {sorted(kinds)}"
-        )
-    return kinds.pop()
 
 
 def _stored(
@@ -303,13 +302,6 @@ def _stored(
             tensors[tensor] = np.ascontiguousarray(transposed)
         adapted.update(modules)
     return tensors, adapted
-
-
-def _target_modules(modules: set[str]) -> list[str]:
-    """The names within a layer if every adapted layer has them all, else the full names."""
-    layers = {module.split(".", 3)[2] for module in modules}
-    short = {module.split(".", 3)[3] for module in modules}
-    return sorted(short if len(modules) == len(short) * len(layers) else modules)
 
 
 def _modules(params: Params, path: LeafPath, shape: Shape) -> list[str]:

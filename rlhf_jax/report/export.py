@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from rlhf_jax import models
 from rlhf_jax.config import ALGORITHMS
 from rlhf_jax.data import chat
-from rlhf_jax.data.tokenizers import MORE_TEMPLATES, Tokenizer, load_tokenizer
+from rlhf_jax.data.tokenizers import MORE_TEMPLATES, load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
@@ -74,7 +74,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
-    end = _end_of_turn(tokenizer, template)
+    end = chat.template_of(tokenizer).end_of_turn if template is None else None
     if template is not None:
         template = tokenizer.spelled(tokenizer.beginning) + template
     card = page.fill(
@@ -83,7 +83,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
         name=folder.name,
         base_model=record.settings.get("model"),
         prompt_template=template,
-        end_of_turn=end,
+        end_of_turn=tokenizer.spelled([tokenizer.eos_id if end is None else end]),
         ensemble=config.parent.name == "member_0",
         reward_model="reward_shift" in read_json(config),
         settings=own_settings(record.config, record.stage),
@@ -113,12 +113,6 @@ def own_settings(config: str, stage: str) -> str:
         elif name in read or name not in OF_STAGES:
             kept.append(block)
     return "".join(kept)
-
-
-def _end_of_turn(tokenizer: Tokenizer, template: str | None) -> str:
-    """The token behind a response, as it is spelled."""
-    end = chat.template_of(tokenizer).end_of_turn if template is None else None
-    return tokenizer.spelled([tokenizer.eos_id if end is None else end])
 
 
 def export_merged(adapter: Path, folder: Path) -> Path:
