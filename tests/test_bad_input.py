@@ -271,7 +271,7 @@ MISTAKES = [
         "Latin-1 template",
         model(put("chat_template.jinja", b"caf\xe9")),
         MODEL,
-        "is not UTF-8, which is exp",
+        "chat_template.jinja: cannot be read: 'utf-8' codec",
     ),
 ]
 

@@ -132,7 +132,7 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
             {"name": "default", "template": source},
         ]
     }
-    config["bos_token"] = {"content": "<|endoftext|>"}
+    config["bos_token"] = "<|endoftext|>"
     tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, config)
     template = chat.template_of(tokenizer)
     path = write([{"messages": [USER, ANSWER]}])
@@ -248,15 +248,6 @@ def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, messa
             write([{"messages": [USER, ANSWER]}]),
             template=chat.ChatTemplate(source),
         )
-
-
-@pytest.mark.parametrize("entry", ["x", {"template": "x"}, {"name": "default", "template": 3}])
-def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
-    base = characters("ab")
-    tokenizer = Tokenizer(
-        base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}}
-    )
-    assert chat.template_of(tokenizer).source == chat.PLAIN
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]

@@ -1,12 +1,16 @@
 """Tokenizers: ids, round trips, the saved folder as transformers reads it, and what is refused."""
 
+import functools
 import hashlib
 import json
 import os
 
 import pytest
+import tokenizer_folders
+import transformers
 
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import chat, encoding, formats, tokenizers
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 
 # The spelling of a special token in a text is text.
@@ -64,7 +68,11 @@ def test_a_pad_is_added_where_there_is_none_or_where_it_is_eos(tmp_path, pad):
     # The pad of `train_bpe` gets another name, so that "<|pad|>" is free again.
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace("<|pad|>", "<|other|>"))
-    config = {"eos_token": {"content": tokenizers.EOS}, "chat_template": "kept", **pad}
+    config = {
+        "eos_token": {"__type": "AddedToken", "content": tokenizers.EOS},
+        "chat_template": "kept",
+        **pad,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").unlink()
     loaded = tokenizers.load_tokenizer(tmp_path)
@@ -126,12 +134,20 @@ REFUSALS = [
         files(**UNNAMED),
         "has no end-of-text token .it names None.; set eos_token in its tokenizer_config",
     ),
-    (files(tokenizer="{"), "not a tokenizer file"),
+    (files(tokenizer="{"), "transformers cannot read this tokenizer: Expecting property name"),
     (files(tokenizer=GAPS), "the ids of the vocabulary have gaps"),
     (
-        files(tokenizer_config='{"eos_token": "</s>"}'),
-        "has no end-of-text token .it names '</s>'.",
+        files(tokenizer_config='{"chat_template": [{"template": "x"}]}'),
+        "transformers cannot read this tokenizer: 'name'",
     ),
+    (files(tokenizer_config='{"chat_template": {"default": 3}}'), "a chat template is no text"),
+    (files(tokenizer_config='{"fast_tokenizer_files": ["../tokenizer.4.json"]}'), "is not read"),
+    (files(tokenizer_config='{"split_special_tokens": true}'), "has split_special_tokens"),
+    (
+        files(tokenizer_config='{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
+        "is Python code of the folder's author, which is never run",
+    ),
+    (files(tokenizer_config='{"tokenizer_class": "CTRLTokenizer"}'), "cannot read|is Python"),
 ]
 
 
@@ -157,7 +173,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     assert tokenizers.load_tokenizer("org/name").fingerprint == local.fingerprint
     assert asked == [  # not the weights
         ({"additional_chat_templates/*.jinja"}, []),
-        ({"*.json", "*.jinja", "merges.txt"}, ["*/*"]),
+        (set(tokenizers.FILES), ["*/*"]),
     ]
     with pytest.raises(
         UserError,
@@ -174,3 +190,117 @@ def test_gpt2():
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
     assert tokenizer.decode(tokenizer.encode("naïve 🙂\n\n")) == "naïve 🙂\n\n"
+
+
+ASKED = [{"role": "user", "content": "the capital is"}]
+TURNS = [*ASKED, {"role": "assistant", "content": "Paris"}, *ASKED]
+TURNS += [{"role": "assistant", "content": "world"}]
+TEXTS_OF_FOLDERS = [
+    "hello world",
+    "  the  capital\n\nis Paris",
+    "naïve 日本 🙂",
+    "a <b>c</b> <think>",
+]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Each folder is written and read once."""
+    place = tmp_path_factory.mktemp("folders")
+
+    @functools.cache
+    def read(name):
+        folder = tokenizer_folders.write(place / name.replace("/", " "), name)
+        return tokenizers.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(
+            folder if name != "a billion layers" else _without_config(folder)
+        )
+
+    return read
+
+
+def _without_config(folder):
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    return folder
+
+
+@pytest.mark.parametrize("name", tokenizer_folders.FOLDERS)
+def test_a_folder_means_what_transformers_reads(name, folders, write, tmp_path):
+    ours, theirs = folders(name)
+    ours.save(tmp_path)
+    again = tokenizers.load_tokenizer(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.fingerprint == ours.fingerprint
+    assert (again.pad_id, again.eos_id) == (ours.pad_id, ours.eos_id)
+    theirs.backend_tokenizer.no_truncation()
+    if hasattr(theirs.backend_tokenizer.model, "dropout"):
+        theirs.backend_tokenizer.model.dropout = None
+    if theirs.eos_token_id is not None:
+        assert ours.eos_id == theirs.eos_token_id
+    how = {"add_special_tokens": False}
+    for text in TEXTS_OF_FOLDERS:
+        expected = theirs(text, **how)["input_ids"]
+        for tokenizer in (ours, again):
+            assert tokenizer.encode(text) == expected
+        assert saved(text, **how)["input_ids"] == expected
+        prompt = theirs(text)["input_ids"]
+        [ids] = encoding.prompt_ids([Row(text, (), "")], ours, "{prompt}")
+        assert ids == (prompt[:-1] if name == "vocab.txt" else prompt)
+    if not theirs.chat_template:
+        assert chat.template_of(ours).tokenizer is None
+        return
+    end = chat.template_of(ours).end_of_turn
+    for tokenizer in (ours, again):
+        template = chat.template_of(tokenizer, "auto")
+        how = {"add_generation_prompt": True, "return_dict": False}
+        assert list(template.prompt(TURNS[:3], "")) == theirs.apply_chat_template(TURNS[:3], **how)
+        assert saved.apply_chat_template(TURNS[:3], **how) == [*template.prompt(TURNS[:3], "")]
+        path = write([{"messages": TURNS}])
+        [row] = formats.read("demonstrations", path, template=template).rows
+        [[ids]] = encoding.encode_texts([row], tokenizer, template="auto").tokens
+        assert ids.tolist() == theirs.apply_chat_template(TURNS, return_dict=False)
+        learned = [i for i, said in zip(row.responses[0], row.learned[0], strict=True) if said]
+        assert learned.count(end) == 2
+        assert end not in tokenizer.encode(tokenizer.spelled([end]))  # in a text it is text
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tiktoken.model", "spiece.model"])
+def test_a_missing_package_is_named(file, tmp_path, monkeypatch):
+    (tmp_path / file).write_bytes(b"\x00 no vocabulary")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match=f"{tmp_path}: .*transformers"):
+        tokenizers.load_tokenizer(tmp_path)
+    monkeypatch.setattr("importlib.metadata.distributions", list)
+    names = "protobuf, sentencepiece, tiktoken .pip install 'rlhf-jax.tokenizers.'"
+    with pytest.raises(UserError, match=names):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_a_class_that_finds_no_vocabulary_is_refused(tmp_path):
+    """transformers gives it one of three tokens."""
+    tokenizers.train_bpe(TEXTS, 280).backend.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match="LlamaTokenizer finds no vocabulary"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_what_a_folder_holds_is_neither_run_nor_sent(tmp_path, monkeypatch):
+    """A vocabulary of more than 100,000 entries makes transformers ask whether it is Mistral's."""
+    words = {f"w{i}": i for i in range(100_001)} | {"<unk>": 100_001, "</s>": 100_002}
+    parts = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    space = {"type": "Whitespace"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": [], "model": parts, "pre_tokenizer": space})
+    )
+    named = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    named |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "own.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "auto_map": {}}')
+
+    def refuse(*_, **__):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    assert tokenizer.encode("w5 w100000 x") == [5, 100_000, 100_001]

@@ -31,7 +31,7 @@ import tokenizers
 
 from rlhf_jax.data.conversation import is_answered, text_of
 from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Text, Tools, common_length
-from rlhf_jax.data.tokenizers import Tokenizer, named_templates, named_tokens, stored_templates
+from rlhf_jax.data.tokenizers import Tokenizer, named_templates, stored_templates
 from rlhf_jax.errors import UserError
 
 AUTO = "auto"
@@ -493,7 +493,12 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
     if is_plain or not named or not (is_own or template == AUTO):
         return ChatTemplate()
     for_tools = named.get("tool_use", "")
-    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config), for_tools, tuple(named))
+    named_tokens = {
+        key: token
+        for key, token in tokenizer.config.items()
+        if key.endswith("_token") and isinstance(token, str)
+    }
+    return ChatTemplate(source, tokenizer, named_tokens, for_tools, tuple(named))
 
 
 def _beginning(tokenizer: Tokenizer) -> str:

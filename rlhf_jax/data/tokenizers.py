@@ -8,9 +8,12 @@ it is encoded as ordinary characters, so that data cannot end a response or hide
 
 import contextlib
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from rlhf_jax.errors import UserError, is_there, read_file
+from rlhf_jax.errors import UserError, file_errors, is_there, read_file
 from rlhf_jax.models.hf import find_folder, read_json, refuse_adapter
 
 PAD = "<|pad|>"
@@ -28,6 +31,17 @@ EOS = "<|endoftext|>"
 _NEW = {"eos_token": EOS, "pad_token": PAD}
 MORE_TEMPLATES = "additional_chat_templates"
 """The folder of a tokenizer's further chat templates, such as tool_use.jinja."""
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+FILES = (
+    *_VOCABULARIES,
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+    *("*.jinja", "config.json"),
+)
+"""The files of a folder that its tokenizer may be read from."""
+# Keys of tokenizer_config.json by which a class of transformers would open other files.
+_LEADS_TO_FILES = re.compile(r".*_file|vocab|merges|init_inputs")
+_CHOOSES_CLASS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
+_PACKAGES = {"sentencepiece", "tiktoken", "protobuf"}  # for files other than tokenizer.json
 _NO_CHARACTER = "\ufffd"  # the text of bytes that are no character, or not yet one
 _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
 
@@ -261,7 +275,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     lines = list(texts)
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
-    backend = _byte_level(models.BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
@@ -290,72 +306,138 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
-    """A local folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt, or a name on
-    the hub.
+    """The tokenizer that transformers' ``AutoTokenizer`` reads from a local folder or a name on the
+    hub, with its chat templates. No code of the folder is run, and a folder needs no network.
 
     A tokenizer without a pad token, or whose pad is its end-of-text, pads with its unknown token,
     ``unk_token``: masks, not ids, distinguish pads. If it has no unknown token either, it gets
     ``<|pad|>`` as a new last id: ``vocab_size`` grows by one and the caller resizes the model.
 
     Raises:
-      UserError: the tokenizer cannot be found or read, or names no end-of-text token.
+      UserError: the tokenizer cannot be found or read, needs a package that is not installed, or
+        names no end-of-text token.
     """
     if os.path.isfile(path_or_name):  # tokenizer.json itself
         folder = Path(path_or_name).parent
     else:
-        patterns = ("*.json", "*.jinja", "merges.txt")
-        folder = find_folder(path_or_name, patterns, [f"{MORE_TEMPLATES}/*.jinja"])
+        folder = find_folder(path_or_name, FILES, [f"{MORE_TEMPLATES}/*.jinja"])
     of_model = _read_if_present(folder / "config.json")
+    config = _read_if_present(folder / "tokenizer_config.json")
+    if "fast_tokenizer_files" in config:
+        raise UserError(f"{folder}: fast_tokenizer_files is not read; keep tokenizer.json alone")
+    config = {key: value for key, value in config.items() if not _LEADS_TO_FILES.fullmatch(key)}
+    theirs = _read_by_transformers(folder, of_model, config)
     named: dict[str, Any] = {}
     for key in ("eos_token", "pad_token"):
         id_of_model = of_model.get(f"{key}_id")
         if type(id_of_model) is int and 0 <= id_of_model < 1 << 32:  # some models write -1 for none
             named[key] = id_of_model
-    special = named_tokens(_read_if_present(folder / "special_tokens_map.json"))
-    config = _read_if_present(folder / "tokenizer_config.json")
-    named |= special | named_tokens(config)
-    config = special | config  # a chat template may write each of them
-    templates = _template_files(folder)
+    special: dict[str, str] = theirs.special_tokens_map
+    templates = theirs.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    templates = dict(sorted(templates.items()))
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise UserError(f"{folder}: a chat template is no text")
+    config |= special  # a chat template may write each of them
+    for key in ("added_tokens_decoder", "auto_map", "chat_template"):
+        config.pop(key, None)  # the saved tokenizer.json has all tokens
     if templates:
         config["chat_template"] = stored_templates(templates)
-    single = folder / "tokenizer.json"
-    vocab = folder / "vocab.json"
-    merges = folder / "merges.txt"
-    is_single = is_there(single)
-    if not is_single and not (is_there(vocab) and is_there(merges)):
+    backend = theirs.backend_tokenizer
+    if not backend.num_special_tokens_to_add(False) and isinstance(
+        backend.post_processor, processors.TemplateProcessing
+    ):
+        backend.post_processor = (
+            None  # as it stood in the file: transformers put an empty one there
+        )
+    _make_special(backend, _markup(backend, "".join(templates.values())))
+    return _tokenizer(backend, named | special, config, str(folder))
+
+
+def _read_by_transformers(
+    folder: Path, of_model: Mapping[str, Any], config: Mapping[str, Any]
+) -> Any:
+    """transformers' tokenizer of copies of the folder's files, since it opens whatever it finds:
+    pipes, endless devices, links.
+    """
+    files = [file for file in folder.iterdir() if any(map(file.match, FILES))]
+    names = {file.name for file in files}
+    if not any(file.match(name) for name in _VOCABULARIES for file in files):
         refuse_adapter(folder)
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
-    with _broken(single if is_single else vocab):
-        if is_single:
-            backend = tokenizers.Tokenizer.from_buffer(read_file(single))
-        else:
-            backend = _byte_level(_bpe(vocab, merges))
-            named.setdefault("eos_token", EOS)
-        return _tokenizer(backend, named, config, str(folder))
+    if is_there(folder / MORE_TEMPLATES):
+        files += (folder / MORE_TEMPLATES).glob("*.jinja")
+    # Only what chooses the class: sizes of a model can ask for any amount of memory.
+    chooses = {key: of_model[key] for key in _CHOOSES_CLASS if key in of_model}
+    if names.isdisjoint(("tokenizer.json", "tokenizer_config.json")) and "vocab.json" in names:
+        chooses.setdefault("model_type", "gpt2")
+    # Without PyTorch it says that no models are available, and none is wanted here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        (copy / MORE_TEMPLATES).mkdir()
+        for file in files:
+            content = read_file(file)
+            if file.suffix in (".json", ".jinja", ".txt"):
+                with file_errors(file):
+                    content.decode()
+            (copy / file.relative_to(folder)).write_bytes(content)
+        (copy / "config.json").write_text(json.dumps(chooses))
+        (copy / "tokenizer_config.json").write_text(json.dumps(config))
+        try:
+            theirs = AutoTokenizer.from_pretrained(
+                place, trust_remote_code=False, local_files_only=True
+            )
+        except BaseException as error:
+            _raise_unless_its_own(error)
+            why = " ".join(str(error).split())
+            what = f"transformers cannot read this tokenizer: {why:.300}"
+            missing = _PACKAGES - {one.name for one in importlib.metadata.distributions()}
+            if "trust_remote_code" in what:
+                what = "the tokenizer is Python code of the folder's author, which is never run"
+            elif missing and any(name.endswith((".model", ".tiktoken")) for name in names):
+                needed = f"{', '.join(sorted(missing))} (pip install 'rlhf-jax[tokenizers]')"
+                what = f"this tokenizer may need {needed}; {what}"
+            raise UserError(f"{folder}: {what}".replace(place, str(folder))) from error
+    backend = getattr(theirs, "backend_tokenizer", None)
+    if backend is None or theirs.split_special_tokens:
+        why = "it has split_special_tokens" if backend else f"{type(theirs).__name__} is Python"
+        raise UserError(
+            f"{folder}: no tokenizer of the tokenizers package that reads markup: {why}"
+        )
+    if len(backend.get_vocab()) <= len(backend.get_added_tokens_decoder()):
+        kind = type(theirs).__name__
+        what = f"transformers' {kind} finds no vocabulary in {', '.join(sorted(names))}"
+        raise UserError(f"{folder}: {what}; name its tokenizer_class in tokenizer_config.json")
+    return theirs
 
 
-def _template_files(folder: Path) -> dict[str, str]:
-    """The chat templates that newer folders keep in files of their own, by name. As in transformers
-    they replace those of tokenizer_config.json.
+def _markup(backend: tokenizers.Tokenizer, templates: str) -> list[str]:
+    """The added tokens that frame turns and that no text may spell, although the folder does not
+    call them special: those in angular brackets and the like that a chat template writes. Tags with
+    an end, such as ``<think>`` and ``</think>``, are part of messages.
     """
-    found = {}
-    if is_there(folder / "chat_template.jinja"):
-        found["default"] = _text(folder / "chat_template.jinja")
-    more = folder / MORE_TEMPLATES
-    if is_there(more):
-        for file in sorted(more.glob("*.jinja")):
-            found[file.stem] = _text(file)
-    return found
+    framing = []
+    for token in backend.get_added_tokens_decoder().values():
+        text = token.content
+        tag = text.replace("/", "", 1)
+        has_end = "/" in text or backend.token_to_id(f"{tag[:1]}/{tag[1:]}") is not None
+        if text in templates and not (text[:1].isalnum() or text.isspace() or has_end):
+            framing.append(text)
+    return framing
 
 
-@contextlib.contextmanager
-def _broken(file: Path) -> Iterator[None]:
-    """Says as a UserError that the ``tokenizers`` package cannot use a file."""
-    try:
-        yield
-    except BaseException as error:
-        _raise_unless_its_own(error)
-        raise UserError(f"{file}: not a tokenizer file: {error!s:.300}") from error
+def _make_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Makes tokens special; how they are matched in texts stays as it is."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in texts:
+        token = added.get(text) or AddedToken(text, normalized=False)
+        if not token.special:
+            token.special = True
+            backend.add_special_tokens([token])
 
 
 def _raise_unless_its_own(error: BaseException) -> None:
@@ -367,29 +449,8 @@ def _raise_unless_its_own(error: BaseException) -> None:
         raise error
 
 
-def _bpe(vocab: Path, merges: Path) -> models.BPE:
-    """The model in GPT-2's two files."""
-    for file in (vocab, merges):
-        read_file(file)  # the package would wait for a pipe, or read without an end
-    return models.BPE.from_file(str(vocab), str(merges))
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_file(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8, which is expected: {error}") from error
-
-
 def _read_if_present(file: Path) -> dict[str, Any]:
     return read_json(file) if is_there(file) else {}
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _tokenizer(
@@ -414,9 +475,7 @@ def _tokenizer(
         )
     usable = [token for token in fillers if token != eos and token in vocab]
     pad = usable[0] if usable else PAD
-    # This changes nothing if they are special tokens already.
-    special = [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]
-    backend.add_special_tokens(special)
+    _make_special(backend, (eos, pad))
     backend.no_truncation()  # a setting in tokenizer.json would silently shorten texts
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -429,31 +488,12 @@ def _tokenizer(
     return Tokenizer(backend, ids[pad], ids[eos], config or {})
 
 
-def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens, ``eos_token`` and the like, that a tokenizer_config.json or
-    special_tokens_map.json names.
-    """
-    named = {}
-    for key, token in config.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if key.endswith("_token") and isinstance(text, str):
-            named[key] = text
-    return named
-
-
 def named_templates(config: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates of a tokenizer_config.json by name; a single one is the ``default``."""
-    found = config.get("chat_template")
+    found = config.get("chat_template") or []
     if isinstance(found, str):
-        return {"default": found} if found else {}
-    named = {}
-    for entry in found if isinstance(found, list) else []:
-        parts = entry if isinstance(entry, dict) else {}
-        name = parts.get("name")
-        source = parts.get("template")
-        if isinstance(name, str) and isinstance(source, str):
-            named[name] = source
-    return named
+        return {"default": found}
+    return {entry["name"]: entry["template"] for entry in found}
 
 
 def stored_templates(named: Mapping[str, str]) -> Any:
