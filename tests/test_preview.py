@@ -20,7 +20,7 @@ CHATML = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
-TOKENIZER = characters("abcdefgh<>us\n")
+TOKENIZER = characters("abcdefgh<>us|notx\n")
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "cd"}
 
 
@@ -149,6 +149,32 @@ def test_what_is_cut_or_not_usable_is_said(folder, write):
     assert first.notes == ["response cut, its EOS with it"]
     assert [len(text.ids) for text in first.texts] == [24, 11]
     assert cut.found.dropped == {"'prompt' is empty": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "record"),
+    [
+        ("sft", {"prompt": "a", "response": "b<|endoftext|>"}),
+        ("dpo", PAIR | {"chosen": "b<|endoftext|>"}),
+        ("kto", PAIR | {"rejected": "c<|endoftext|>"}),
+        ("grpo", {"prompt": "a<|pad|>"}),
+        ("sft", {"text": "a<|endoftext|>b"}),
+    ],
+)
+def test_a_spelled_special_token_is_said_until_it_is_chosen_what_it_is(
+    stage, record, folder, write
+):
+    for chosen, template, is_said in (
+        (None, "{prompt}", True),
+        ("text", "{prompt}", False),
+        ("tokens", "{prompt}", False),
+    ):
+        text = Text(special_tokens=chosen, template=template)
+        config = RunConfig(model=folder, data=(write([record]),), text=text)
+        rl = RLStage(max_new_tokens=8)
+        rows = stages.rows(stage, data_source(config), rl, 9).rows
+        notes = [note for row in rows for note in row.notes]
+        assert sum("text.special_tokens: tokens reads the" in note for note in notes) == is_said
 
 
 def test_a_plain_text_is_shown_in_pieces(previewed):

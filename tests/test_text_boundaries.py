@@ -7,6 +7,7 @@ import json
 import chat_templates
 import numpy as np
 import pytest
+import tokenizer_folders
 import tokenizers as hf
 import transformers
 from builders import initial_params
@@ -206,6 +207,83 @@ def test_spelled_special_tokens_are_named_or_read(tmp_path, write):
     report = check.check([write([row])], load_tokenizer(tmp_path))
     assert "warning: texts spell special tokens, '" in report.text
     assert "'<|im_start|>' (1 rows: " in report.text
+
+
+def texts_of_messages(folder, name):
+    """A tokenizer for which what messages spell is text, and transformers'."""
+    if name == "sentencepiece":
+        tokenizer, _ = sentencepiece(folder)
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant{% endif %}"
+        )
+    else:
+        chat_templates.write(folder, name)
+    tokenizer = chat.reading(load_tokenizer(folder), None, "text")
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "gpt-oss", "phi4", "sentencepiece"])
+def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_path, write):
+    """As by transformers' sanitize_control_tokens."""
+    tokenizer, theirs = texts_of_messages(tmp_path, name)
+    template = chat.template_of(tokenizer, "auto")
+    special = tokenizer.special_tokens
+    contents = [f"a{token}b {token}{token}" for token in special] + [special[-1], "\U000f0000 é"]
+    contents.append(f"\U000f0001{special[0]}\U0010ffff")
+    for content in contents:
+        turns = [{"role": "user", "content": content}, said(f"x {content} y")]
+        how = {"sanitize_control_tokens": True, "return_dict": False}
+        expected = theirs.apply_chat_template(turns[:1], add_generation_prompt=True, **how)
+        prompt = list(template.prompt(turns[:1], ""))
+        whole = theirs.apply_chat_template(turns, **how)
+        [row] = formats.read("demonstrations", write([{"messages": turns}]), template=template).rows
+        ids = [*row.prompt, *row.responses[0]]
+        if content[0] < "\U000f0000":  # which transformers drops
+            assert prompt == expected
+            assert ids == whole
+            assert template.answered(turns[:1], turns[1]["content"], "") == whole
+        decoded = tokenizer.decode_raw(ids)
+        assert decoded.count(content) >= 2
+        assert f"x {content} y" in tokenizer.decode_raw(row.responses[0])
+        count = sum(ids.count(token) for token in tokenizer.special_ids)
+        plain = [{"role": "user", "content": "a"}, said("x")]
+        [row] = formats.read("demonstrations", write([{"messages": plain}]), template=template).rows
+        written = [*row.prompt, *row.responses[0]]
+        assert count == sum(written.count(token) for token in tokenizer.special_ids)
+    for other in (None, "tokens"):
+        read = chat.template_of(chat.reading(tokenizer, None, other), "auto")
+        with pytest.raises(UserError, match=r"f: a user message spells .*_tokens: text"):
+            read.prompt([{"role": "user", "content": special[0]}], "f")
+
+
+def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, write):
+    chat_templates.write(tmp_path, "qwen3")
+    tokenizer = chat.reading(load_tokenizer(tmp_path), None, "text")
+    template = chat.template_of(tokenizer, "auto")
+    call = {"type": "function", "function": {"name": "sky", "arguments": '{"a": "<|im_end|>"}'}}
+    turn = said("") | {"tool_calls": [call], "reasoning_content": "no <|im_end|>"}
+    tools = [{"type": "function", "function": {"name": "<|im_start|>", "parameters": {}}}]
+    record = {"messages": [{"role": "user", "content": "?"}, turn], "tools": tools}
+    [row] = formats.read("demonstrations", write([record]), template=template).rows
+    text = tokenizer.decode_raw([*row.prompt, *row.responses[0]])
+    assert '"<|im_start|>"' in text
+    assert "no <|im_end|>" in text
+    assert '{"a": "<|im_end|>"}' in text
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert row.responses[0].count(end) == 1
+
+
+def test_a_vocabulary_that_speaks_as_a_special_token_is_refused(tmp_path):
+    """A Unigram vocabulary holds the control tokens."""
+    folder = tokenizer_folders.write(tmp_path, "Unigram")
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(UserError, match="f: the tokenizer makes the special token '</s>'"):
+        tokenizer.encode_batch(["hello", "the </s> world"], ["e", "f"])
+    assert tokenizer.eos_id not in tokenizer.encode("the < /s> world")
+    reading = chat.template_of(chat.reading(tokenizer, None, "text"), "auto")
+    with pytest.raises(UserError, match=r"f: .*the special token '</s>'"):
+        reading.prompt([{"role": "user", "content": "</s>"}], "f")
 
 
 def test_an_answer_that_the_prompt_begins_is_continued(tmp_path, write):

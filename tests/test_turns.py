@@ -2,9 +2,12 @@
 a message has.
 """
 
+import json
+
 import chat_templates
 import numpy as np
 import pytest
+import transformers
 from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
 
 from rlhf_jax import kto
@@ -270,3 +273,113 @@ def test_keys_of_messages_that_the_template_does_not_write_are_named(chatml, wri
     path = write([{"messages": [HI, turn]}])
     found = formats.read("demonstrations", path, template=chat.template_of(chatml))
     assert found.unwritten == {"mask": 1, "id": 1, "r.le": 1}
+
+
+def with_template(folder, source):
+    """Our tokenizer of ChatML's tokens with this template, and transformers'."""
+    chat_templates.write(folder, "chatml")
+    (folder / "chat_template.jinja").write_text(source)
+    return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# Generation prompts that go on behind the opening of a turn, and the end of a turn.
+OPENINGS = {
+    "r1": ("<|im_start|>", "<think>\n", END),
+    "no token opens a turn": ("Assistant: ", "<think>\n", END),
+    "a word": ("<|im_start|>assistant\n", "Answer: ", END),
+    "no token at all": ("\n### A:\n", "<think>\n\n</think>", "\n"),
+}
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+@pytest.mark.parametrize("form", OPENINGS)
+def test_an_answer_is_learned_from_its_first_character(form, is_marked, tmp_path, write):
+    opening, goes_on, end = OPENINGS[form]
+    said = "{{ m.content.split('</think>')[-1] }}" + end
+    if is_marked:
+        said = "{% generation %}" + said + "{% endgeneration %}"
+    source = "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}{% else %}"
+    source += f"{opening}{said}{{% endif %}}{{% endfor %}}"
+    source += f"{{% if add_generation_prompt %}}{opening}{goes_on}{{% endif %}}"
+    tokenizer, _ = with_template(tmp_path, source)
+    last = "<|endoftext|>" if end == "\n" and not is_marked else end
+    for text in ("<answer>4</answer>", "And 4", "<thought>4", "4"):
+        turn = {"role": "assistant", "content": text}
+        assert learned(tokenizer, write, {"messages": [HI, turn]}) == [[text + last]]
+        record = {
+            "prompt": [HI],
+            "chosen": [turn],
+            "rejected": [turn | {"content": text[:1] + "z"}],
+        }
+        template = chat.template_of(tokenizer, "auto")
+        [row] = formats.read("pairs", write([record]), template=template).rows
+        data = encoding.encode_texts([row], tokenizer, template="auto")
+        batch = batches.comparison_batch(data, np.array([0]), 1)
+        for answer, content in enumerate((text, text[:1] + "z")):
+            shown = spans(tokenizer, batch.tokens[0, answer], batch.response_mask[0, answer])
+            assert shown == [content + last]
+
+
+@pytest.mark.parametrize(("tag", "end"), [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_reasoning_that_a_template_cuts_out_of_an_answer_is_named(tag, end, tmp_path, write):
+    source = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content.split('END')[-1] }}"
+    source += "<|im_end|>{% endfor %}"
+    said = f"{tag}two twos{end}4"
+    rows = [
+        {"messages": [HI, HELLO | {"content": said}]},
+        {"prompt": [HI], "response": said},
+        {"prompt": "hi", "response": said},
+        {"messages": [HI | {"content": said}, HELLO]},
+        {"messages": [HI, HELLO | {"content": "<b>4</b>"}]},
+    ]
+    path = write(rows)
+    for cuts, expected in ((end, {"reasoning in content": 3}), ("none", {})):
+        tokenizer, _ = with_template(tmp_path, source.replace("END", cuts))
+        template = chat.template_of(tokenizer, "auto")
+        found = formats.read("demonstrations", path, template=template)
+        assert found.unwritten == expected
+        assert ("leaves out: reasoning in content" in found.describe_unread("")) == bool(expected)
+    tokenizer, _ = with_template(tmp_path, source.replace("END", end))
+    framed = chat.template_of(tokenizer, "Q: {prompt}")
+    read = formats.read("demonstrations", path, template=framed)
+    assert read.unwritten == {"reasoning in content": 2}  # of messages, not of the framed prompt
+    pair = [{"prompt": "hi", "chosen": said, "rejected": "5"}]
+    read = formats.read("pairs", write(pair), template=chat.template_of(tokenizer, "auto"))
+    assert read.unwritten == {"reasoning in content": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ('{"city": "Paris", "n": 1}', {"city": "Paris", "n": 1}),
+        ("{}", {}),
+        ({"city": "Paris"}, {"city": "Paris"}),
+        ("Paris", "Paris"),
+        ("[1]", "[1]"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_arguments_of_a_call_as_json_text_are_an_object(given, written, nested, tmp_path, write):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% for c in m.tool_calls"
+    )
+    source += (
+        " or [] %}{{ (c.function or c).arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    tokenizer, _ = with_template(tmp_path, source)
+    call = {"name": "sky", "arguments": given}
+    call = {"type": "function", "function": call} if nested else call
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    [[text]] = learned(tokenizer, write, {"messages": [HI, turn]})
+    assert text.removesuffix(END).endswith(json.dumps(written))
+    assert call == ({"type": "function", "function": call["function"]} if nested else call)
+
+
+@pytest.mark.parametrize("count", [6_000, 20_000])
+def test_a_conversation_of_too_many_turns_is_refused_before_it_is_rendered(chatml, write, count):
+    talk = {"messages": [HI, HELLO] * (count // 2)}
+    for tokenizer in (chatml, None):
+        template = chat.template_of(tokenizer, "auto")
+        message = f"line 1: {count // 2} turns of {count} messages would be learned"
+        with pytest.raises(UserError, match=message):
+            formats.read("demonstrations", write([talk]), template=template)

@@ -218,9 +218,10 @@ class Text(Section):
     template_options: Json | None = None
     """Variables of the chat template as a JSON object, such as {"enable_thinking": false};
     chat_template_kwargs of other programs. They are the template's defaults in the saved folder."""
-    special_tokens: Literal["text", "tokens"] = "text"
-    """What the spelling of a special token in a plain prompt or response is: text, or that token,
-    for data that carry their markup. In messages it is refused."""
+    special_tokens: Literal["text", "tokens"] | None = None
+    """What the spelling of a special token in data is: text, or in plain prompts and responses that
+    token, for data that carry their markup. null: text there, with a warning, and refused in
+    messages, as tokens are."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.

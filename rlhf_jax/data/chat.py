@@ -9,7 +9,9 @@ time nor the memory that they take.
 
 What a model learns of a conversation is what it has to write in the learned turns of the
 assistant: from behind the opening of a turn (``add_generation_prompt``) to the special token that
-ends the turn. A template with ``{% generation %}`` says so itself. If a template writes a turn
+ends the turn. A special token that a message spells is refused, or read as text
+(``text.special_tokens: text``): while the template is rendered a character of private use stands
+for it. A template with ``{% generation %}`` says so itself. If a template writes a turn
 otherwise once another follows (Qwen3 leaves out the reasoning of earlier turns), no single text is
 right, and each learned turn gets its own text, as the model sees it then.
 """
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2.sandbox
 import numpy as np
@@ -59,6 +61,8 @@ _NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside
 # Keys of a message that are no text, or that few templates need.
 _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
+_PRIVATE = re.compile("([\U000f0000-\U0010ffff])")  # Unicode's planes 15 and 16
+_CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
 
 Span = tuple[int, int]
 """The characters [start, end) of a text."""
@@ -87,6 +91,8 @@ class ChatTemplate:
     names: tuple[str, ...] = ()
     """Of all templates of the folder. Without a ``default`` the source is empty, and conversations
     without tools are refused."""
+    reads_plain: bool = False
+    """Whether a plain prompt is a user's message of this template."""
 
     def prompt(
         self,
@@ -105,7 +111,7 @@ class ChatTemplate:
         Raises:
           BadRow: at ``where``, for a template that fails or messages that spell a special token.
         """
-        self._check(messages, tools, where)
+        messages, tools = self._prepared(messages, tools, where)
         with _template_errors(where):
             rendered = self._opening(messages, tools)
             if after:
@@ -132,8 +138,8 @@ class ChatTemplate:
         Raises:
           BadRow: as `prompt`, and if the template writes nothing of the learned turns.
         """
-        messages = [*before, *answer]
-        self._check(messages, tools, where)
+        messages, tools = self._prepared([*before, *answer], tools, where)
+        before, answer = messages[: len(before)], messages[len(before) :]
         with _template_errors(where):
             turns = [self._turn(before, answer, number, tools) for number in learns]
             whole = turns[-1][0]
@@ -155,7 +161,7 @@ class ChatTemplate:
         tools: Tools = None,
     ) -> tuple[str, str]:
         """The texts of a conversation up to the assistant's turn and of that turn, by `PLAIN`."""
-        self._check([*before, *answer], tools, where)
+        self._prepared([*before, *answer], tools, where)
         with _template_errors(where):
             return self._opening(before, None), text_of(answer[-1])
 
@@ -175,32 +181,36 @@ class ChatTemplate:
         Raises:
           BadRow: as `prompt`.
         """
-        assert self.tokenizer is not None
-        self._check(messages, None, where)
-        turn = {"role": "assistant", "content": response}
+        messages, _ = self._prepared(messages, None, where)
+        content = self._hidden(response)
+        turn = {"role": "assistant", "content": content}
         with _template_errors(where):
             rendered, _ = self._rendered(_joined(messages, [turn]), None)
-            content = response.strip()  # as some templates do
-            start = rendered.rindex(content)
-            end = start + len(content)
+            content = content.strip()  # as some templates do
+            end = rendered.rindex(content) + len(content)
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
-            if not self.tokenizer.spelled_in(response):
-                return self._encode(rendered).ids
-            before = self._encode(rendered[:start]).ids
-            after = self._encode(rendered[end:]).ids
-            return [*before, *self.tokenizer.encode(content), *after]
+            return self._encode(rendered).ids
 
     def unwritten(self, row: Row) -> set[str]:
-        """What a row of messages has and the template never names, and so leaves out."""
+        """What a row has and the template leaves out: keys that it never names, and what stands in
+        tags of an answer, such as ``<think>``.
+        """
+        contents = [text_of(turn) for answer in row.answers for turn in answer]
         if not row.messages:
-            return set()
+            if not self.reads_plain:
+                return set()
+            contents = [response for response in row.responses if isinstance(response, str)]
         turns = [*row.messages, *itertools.chain.from_iterable(row.answers)]
         has = {key for turn in turns for key, value in turn.items() if value} - _KNOWN
         if row.tools:
             has.add("tools")
         source = self._source_for(row.tools)
-        return {key for key in has if not re.search(rf"\b{re.escape(key)}\b", source)}
+        left_out = {key for key in has if not re.search(rf"\b{re.escape(key)}\b", source)}
+        tags = {tag for content in contents for tag in _CLOSING.findall(content)}
+        if any(_is_cut(self, tag) for tag in tags):
+            left_out.add("reasoning in content")
+        return left_out
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -273,6 +283,11 @@ class ChatTemplate:
                 end = self._end_in(turn) or len(turn)
                 return opening + turn, [(len(opening), len(opening) + end)]
         start = common_length(opening, text)
+        if start < len(opening) and not is_begun:  # it opens an answer as this one does not begin
+            other: Message = {"role": "assistant", "content": _PROBE}
+            probe, _ = self._rendered([*messages[:number], other], tools)
+            if _PROBE in probe:
+                start = min(start, probe.rindex(_PROBE))
         if _GENERATION.search(self._source_for(tools)):
             least = start if is_begun else 0
             return text, [(max(least, first), end) for first, end in spans if end > start]
@@ -323,7 +338,7 @@ class ChatTemplate:
         marks = not how and _GENERATION.search(source) is not None
         options: Any = {how: True} if how else {}
         rendered, spans = _renderer()(
-            [[self._given(message) for message in messages]],
+            [[*messages]],
             tools=tools,
             chat_template=(_TODAY if "strftime_now" in source else "") + source,
             return_assistant_tokens_mask=marks,
@@ -335,15 +350,6 @@ class ChatTemplate:
     def _source_for(self, tools: Tools) -> str:
         is_for_tools = self.tools_source and (tools or not self.source)
         return self.tools_source if is_for_tools else self.source
-
-    def _given(self, message: Message) -> Message:
-        """A message as ``apply_chat_template`` gives it to the template, without keys of null. A
-        template that cannot read text parts gets their text.
-        """
-        given = {key: value for key, value in message.items() if value is not None}
-        if isinstance(given.get("content"), list) and not self._reads_parts:
-            given["content"] = text_of(message)
-        return given
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -369,30 +375,53 @@ class ChatTemplate:
         """The ids of a text, and which of them overlap a span. A token without characters, such as
         the space that SentencePiece puts first, is learned if it stands in a span.
         """
-        found = self._encoder.encode(rendered, add_special_tokens=False)
+        assert self.tokenizer is not None
+        ids: list[int] = []
+        offsets: list[Span] = []
+        place = 0
+        for number, piece in enumerate(_PRIVATE.split(rendered)):
+            is_hidden = number % 2 == 1
+            backend = self.tokenizer.backend if is_hidden else self._encoder
+            text = self._texts.get(piece, piece) if is_hidden else piece
+            # SentencePiece would put a space before it.
+            before = "\n" if number and self.tokenizer.begins_with_space else ""
+            lead = backend.encode(before, add_special_tokens=False).ids
+            found = backend.encode(before + text, add_special_tokens=False)
+            if is_hidden:
+                self.tokenizer.check_text(text, found.ids)
+            ids += found.ids[len(lead) :]
+            for first, end in found.offsets[len(lead) :]:
+                inside = (0, 1) if is_hidden else (first - len(before), end - len(before))
+                offsets.append((place + inside[0], place + inside[1]))
+            place += len(piece)
         if not spans:
-            return Encoded(found.ids, [False] * len(found.ids))
-        starts, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
-        learned = np.zeros(len(found.ids), bool)
+            return Encoded(ids, [False] * len(ids))
+        starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        learned = np.zeros(len(ids), bool)
         for first, end in spans:
             is_inside = (ends > first) | (starts == first)
             learned |= is_inside & (starts < end)
-        return Encoded(found.ids, learned.tolist())
+        return Encoded(ids, learned.tolist())
 
-    def _check(
+    def _prepared(
         self,
         messages: Messages,
         tools: Tools,
         where: str,
-    ) -> None:
-        """Raises `BadRow` for a conversation that no template is for, for what `PLAIN` would leave
-        out, and for a message that spells a special token of the tokenizer.
+    ) -> tuple[list[Message], Tools]:
+        """The messages and tools as the template gets them: without keys of null, calls with their
+        arguments as objects, the text of parts for a template that cannot read them, and what
+        spells a special token hidden.
+
+        Raises `BadRow` for a conversation that no template is for, for what `PLAIN` would leave
+        out, and for a spelled special token, unless it is to be text.
         """
         if not (self.source or (tools and self.tools_source)):
             which = f"the model's folder has the chat templates {', '.join(self.names)}"
             what = f"{which}, and none named default for a conversation without tools"
             raise BadRow(where, f"{what}; save the one that you mean as its chat_template.jinja")
         parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
+        prepared = []
         for message in messages:
             others = [key for key in _NOT_CONTENT if message.get(key)]
             values = [text_of(message), *(message[key] for key in others)]
@@ -401,13 +430,52 @@ class ChatTemplate:
             parts += [(f"{article} {role} message", value) for value in values]
             for key in others:
                 self._check_written(key, where)
+            given = {key: value for key, value in message.items() if value is not None}
+            if isinstance(given.get("content"), list) and not self._reads_parts:
+                given["content"] = text_of(message)
+            if isinstance(given.get("tool_calls"), list):
+                given["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
+            prepared.append(given)
         if tools:
             self._check_written("tools", where)
-        for name, part in parts:
-            text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
-            for token in self.tokenizer.spelled_in(text) if self.tokenizer else ():
-                what = f"{name} spells the special token {token!r}"
-                raise BadRow(where, f"{what}; remove it, only the chat template may write it")
+        if self.tokenizer is None:
+            return prepared, tools
+        if self.tokenizer.spelled_as != "text":
+            for name, part in parts:
+                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+                for token in self.tokenizer.spelled_in(text):
+                    what = f"{name} spells the special token {token!r}"
+                    how = "remove it, or read it as ordinary characters: text.special_tokens: text"
+                    raise BadRow(where, f"{what}; {how}")
+        return self._hidden(prepared), self._hidden(tools)
+
+    def _hidden(self, value: Any) -> Any:
+        """The value with each special token that its texts spell, and each character of private
+        use, as one such character, which `_encode` reads as that text.
+        """
+        if isinstance(value, dict):
+            return {key: self._hidden(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._hidden(inner) for inner in value]
+        if isinstance(value, str) and self._to_hide.search(value):
+            return self._to_hide.sub(lambda found: self._hide(found[0]), value)
+        return value
+
+    def _hide(self, text: str) -> str:
+        known = {text: character for character, text in self._texts.items()}
+        character = known.get(text) or chr(0xF0000 + len(known))
+        self._texts[character] = text
+        return character
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        """What each character of private use stands for."""
+        return {}
+
+    @cached_property
+    def _to_hide(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, longest_first), _PRIVATE.pattern]))
 
     def _check_written(self, key: str, where: str) -> None:
         """Raises `BadRow` for what `PLAIN` leaves out."""
@@ -455,6 +523,30 @@ def _joined(before: Messages, answer: Messages) -> list[Message]:
     return [*before[:-1], whole, *answer[1:]]
 
 
+@lru_cache(maxsize=256)
+def _is_cut(template: ChatTemplate, closing: str) -> bool:
+    """Whether a template leaves out what stands before this tag in a last assistant's message."""
+    content = template._hidden(f"{closing.replace('/', '', 1)}{_PROBE}{closing}.")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    with contextlib.suppress(Exception):  # a template can fail like any expression
+        return _PROBE not in template._rendered(turns, None)[0]
+    return False
+
+
+def _with_object(call: Any) -> Any:
+    """A call of a tool, its arguments an object if they are the JSON text of one, as in OpenAI's
+    form: templates write JSON themselves.
+    """
+    if not isinstance(call, dict):
+        return call
+    call = call | ({"function": _with_object(call["function"])} if "function" in call else {})
+    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+        arguments = json.loads(call["arguments"])
+        if isinstance(arguments, dict):
+            return call | {"arguments": arguments}
+    return call
+
+
 @lru_cache(maxsize=64)
 def _check_source(source: str) -> None:
     """Raises SecurityError for a template with the operator ``**``, before anything computes it."""
@@ -498,7 +590,8 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
         for key, token in tokenizer.config.items()
         if key.endswith("_token") and isinstance(token, str)
     }
-    return ChatTemplate(source, tokenizer, named_tokens, for_tools, tuple(named))
+    reads_plain = frame(template, tokenizer) is None
+    return ChatTemplate(source, tokenizer, named_tokens, for_tools, tuple(named), reads_plain)
 
 
 def _beginning(tokenizer: Tokenizer) -> str:
@@ -589,10 +682,10 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
 def reading(
     tokenizer: Tokenizer,
     options: Mapping[str, Any] | None,
-    special_tokens: str,
+    special_tokens: Literal["text", "tokens"] | None,
 ) -> Tokenizer:
     """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads."""
-    return replace(with_options(tokenizer, options), reads_spelled=special_tokens == "tokens")
+    return replace(with_options(tokenizer, options), spelled_as=special_tokens)
 
 
 def with_options(

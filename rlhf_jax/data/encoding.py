@@ -6,13 +6,14 @@ text ends with EOS, or in a chat template with the token that ends a turn. Token
 used as they are.
 """
 
+import bisect
 import itertools
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -350,14 +351,17 @@ def _shortened(
     roles = [message["role"] for message in row.messages]
     of_system = [message for message in row.messages if message["role"] in ("system", "developer")]
     of_chat = chat.template_of(tokenizer, template)
-    for start in range(1, len(roles)):
-        if roles[start] == "user":
-            rest: list[Message] = [*of_system, *row.messages[start:]]
-            text = of_chat.prompt(rest, row.source, tools=row.tools)
-            [ids] = prompt_ids([replace(row, prompt=text)], tokenizer, template)
-            if len(ids) <= width:
-                return PROMPT_TURNS_CUT, ids
-    return None
+
+    @cache
+    def kept(start: int) -> Ids:
+        rest: list[Message] = [*of_system, *row.messages[start:]]
+        text = of_chat.prompt(rest, row.source, tools=row.tools)
+        [ids] = prompt_ids([replace(row, prompt=text)], tokenizer, template)
+        return ids
+
+    starts = [start for start, role in enumerate(roles) if role == "user" and start]
+    place = bisect.bisect_left(starts, True, key=lambda start: len(kept(start)) <= width)
+    return (PROMPT_TURNS_CUT, kept(starts[place])) if place < len(starts) else None
 
 
 def left_padded(
@@ -406,13 +410,16 @@ def prompt_ids(
 def _begins(ids: Ids, tokenizer: Tokenizer) -> bool:
     """Whether a text spells its beginning itself, and the spelling counts."""
     begun = tokenizer.beginning
-    return tokenizer.reads_spelled and ids[: len(begun)] == begun
+    return tokenizer.spelled_as == "tokens" and ids[: len(begun)] == begun
 
 
-def spelled(rows: Rows, tokenizer: Tokenizer) -> str:
+def spelled(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -> str:
     """A sentence on the rows whose texts spell a special token of the tokenizer, and how they are
-    read; "" if none does.
+    read; "" if none does, if ``text.special_tokens`` says it, or under a chat template, which
+    refuses them.
     """
+    if tokenizer.spelled_as is not None or chat.frame(template, tokenizer) is None:
+        return ""
     sources: dict[str, list[str]] = {}
     for row in rows:
         texts = [text for text in row.texts if isinstance(text, str)]
@@ -422,9 +429,8 @@ def spelled(rows: Rows, tokenizer: Tokenizer) -> str:
     if not sources:
         return ""
     found = [f"{token!r} ({len(of)} rows: {places(of, 2)})" for token, of in sources.items()]
-    how = "as ordinary characters; text.special_tokens: tokens reads the tokens themselves"
-    if tokenizer.reads_spelled:
-        how = "as these tokens"
+    how = "as ordinary characters; text.special_tokens: tokens reads the tokens themselves, text "
+    how += "keeps this and says no more"
     return f"texts spell special tokens, {', '.join(found)}; they are read {how}"
 
 
@@ -536,7 +542,7 @@ def response_ids(
     if tokenizer.begins_with_space:
         encoded = _continued(rows, tokenizer, template, texts, encoded)
     for text, ids in zip(texts, encoded, strict=True):
-        is_ended = tokenizer.reads_spelled and ids[-1:] == [tokenizer.eos_id]
+        is_ended = tokenizer.spelled_as == "tokens" and ids[-1:] == [tokenizer.eos_id]
         if isinstance(text, str) and not is_ended:
             ids.append(tokenizer.eos_id)
     rest = iter(encoded)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -60,8 +60,9 @@ class Tokenizer:
     eos_id: int
     config: Mapping[str, Any] = field(default_factory=dict)
     other_eos_ids: tuple[int, ...] = ()
-    reads_spelled: bool = False
-    """Whether the spelling of a special token in a text is that token; else it is a text."""
+    spelled_as: Literal["text", "tokens"] | None = None
+    """What the spelling of a special token in a text is: that token, or text. None: text, and in
+    messages an error."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json of the model's author."""
 
@@ -77,7 +78,7 @@ class Tokenizer:
 
         Raises:
           UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown
-            token.
+            token; or a special token that the vocabulary makes of its spelling.
         """
         return self.encode_batch([text])[0]
 
@@ -86,7 +87,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            backend = self.with_special_tokens if self.reads_spelled else self.backend
+            backend = self.with_special_tokens if self.spelled_as == "tokens" else self.backend
             encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         except BaseException as error:  # the package raises a bare one for an unknown character
             _raise_unless_its_own(error)
@@ -99,7 +100,20 @@ class Tokenizer:
                     what = f"the tokenizer's alphabet lacks {letter}, found in {text[:40]!r}"
                     raise UserError(where + what) from error
             raise UserError(f"the tokenizer cannot encode a text: {error!s:.300}") from error
-        return [encoding.ids for encoding in encodings]
+        ids = [encoding.ids for encoding in encodings]
+        if self.spelled_as != "tokens":
+            for i, text in enumerate(texts):
+                self.check_text(text, ids[i], f"{sources[i]}: " if sources else "")
+        return ids
+
+    def check_text(self, text: str, ids: Sequence[int], where: str = "") -> None:
+        """Raises `UserError` if the text spells a special token that is among its ids: a Unigram
+        vocabulary holds the control tokens too.
+        """
+        for token in self.spelled_in(text):
+            if token != self.config.get("unk_token") and self.backend.token_to_id(token) in ids:
+                what = f"the tokenizer makes the special token {token!r} of a text that spells it"
+                raise UserError(f"{where}{what}; remove it")
 
     def continue_batch(
         self,

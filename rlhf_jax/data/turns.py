@@ -18,6 +18,9 @@ _SEVERAL = (
     "that has one"
 )
 
+_MOST = 10**9  # characters that are rendered for one row; some seconds
+_OF_A_MESSAGE = 200  # characters that take as long as a message does, whatever it says
+
 
 def rendered(
     row: Row,
@@ -43,6 +46,7 @@ def rendered(
     answers = row.answers or [
         [{"role": "assistant", "content": response}] for response in row.responses
     ]
+    row = replace(row, answers=tuple(answers))
     learns = [_learned(row, answer, last) for answer in answers]
     may_part = len(answers) == 1 and (row.targets is None or is_feedback)
     if template.tokenizer is None:
@@ -71,6 +75,11 @@ def _learned(
     learned = conversation.learned_turns(whole, len(row.messages), last)
     if not learned:
         raise BadRow(row.source, "no turn of the assistant is learned: each is empty or weighs 0")
+    size = sum(_OF_A_MESSAGE + len(conversation.text_of(message)) for message in whole)
+    if len(learned) * size > _MOST:
+        what = f"{len(learned)} turns of {len(whole)} messages would be learned"
+        how = "split the conversation, or learn its last turn alone (sft.turns: last)"
+        raise BadRow(row.source, f"{what}, and each is rendered with all before it; {how}")
     return learned
 
 

@@ -69,7 +69,7 @@ def load(folder: str, config: Config) -> Policy:
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
     loaded = initial.load_language_model(member, compute)
-    spelling = trained.get("text.special_tokens", "text")
+    spelling = trained.get("text.special_tokens")
     model, params, tokenizer = loaded.reading(config.template_options, spelling)
     template = config.template or trained.get("text.template", chat.AUTO)
     slots = trained.get("rl.max_new_tokens", generator.default_slots(model.config.max_length))

@@ -134,7 +134,9 @@ class LanguageModel(NamedTuple):
             model = models.build(replace(model.config, pad_token_id=tokenizer.pad_id))
         return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
-    def reading(self, options: Mapping[str, Any] | None, special_tokens: str) -> "LanguageModel":
+    def reading(
+        self, options: Mapping[str, Any] | None, special_tokens: Literal["text", "tokens"] | None
+    ) -> "LanguageModel":
         """The model with ``text.template_options`` and ``text.special_tokens``."""
         return self._replace(tokenizer=chat.reading(self.tokenizer, options, special_tokens))
 
@@ -384,7 +386,7 @@ class Generator:
         top_k, top_p, min_p, repetition_penalty: as in ``sampling.SamplingConfig``.
         template: how a prompt is formatted, as ``text.template``; None is ``auto``.
         template_options: variables of the chat template, as ``text.template_options``.
-        special_tokens: what their spelling in a plain prompt is, as ``text.special_tokens``.
+        special_tokens: what their spelling in a prompt is, as ``text.special_tokens``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``generation.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
@@ -413,7 +415,7 @@ class Generator:
         repetition_penalty: float = 1.0,
         template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
-        special_tokens: Literal["text", "tokens"] = "text",
+        special_tokens: Literal["text", "tokens"] | None = None,
         environment: Source = None,
         max_turns: int | None = None,
         batch_size: int = 64,

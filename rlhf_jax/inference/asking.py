@@ -112,7 +112,7 @@ def open_policy(
         **sampling,
         template=settings.template or trained.get("text.template"),
         template_options=settings.template_options,
-        special_tokens=trained.get("text.special_tokens", "text"),
+        special_tokens=trained.get("text.special_tokens"),
         batch_size=batch_size,
         stop=settings.stop or tuple(trained.get("rl.stop", ())),
         max_length=min([network.max_length, *map(bench.judge_positions, reward)]),

@@ -54,13 +54,15 @@ def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previ
     kind = SPECS[stage].kind if stage in SPECS else "prompts"
     found = initial.read_rows(source, kind, source.data, "drop")
     first = found.rows[:count]
+    spelled = [encoding.spelled([row], tokenizer, text.template) for row in first]
     are_pieces = first[0].is_plain_text
     if are_pieces:
         first = encoding.pieces(first[:1], tokenizer, max_length)[:count]
 
     def shown() -> Iterator[Preview]:
-        for row in first:
+        for number, row in enumerate(first):
             texts, notes = _texts(stage, text, settings, row, tokenizer, max_length, are_pieces)
+            notes += filter(None, [spelled[0 if are_pieces else number]])
             form = found.forms.get(row.source.partition(", turn ")[0], "text")
             yield Preview(row.source, form, row.columns, texts, notes)
 

@@ -358,7 +358,7 @@ def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: 
     that a chat template would put into its own.
     """
     is_chat = chat.frame(template, tokenizer) is None
-    sentence = formats.framed(rows) if is_chat else encoding.spelled(rows, tokenizer)
+    sentence = formats.framed(rows) if is_chat else encoding.spelled(rows, tokenizer, template)
     if sentence:
         logger.info(f"warning: {sentence}")
 

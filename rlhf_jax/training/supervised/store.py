@@ -189,7 +189,7 @@ def key(
     """A sha256 of all that decides the ids."""
     digest = hashlib.sha256(_code())
     config = dict(tokenizer.config)
-    special = (tokenizer.pad_id, *tokenizer.eos_ids, tokenizer.reads_spelled)
+    special = (tokenizer.pad_id, *tokenizer.eos_ids, tokenizer.spelled_as)
     for value in (tokenizer.fingerprint, config, special, sorted(settings.items())):
         digest.update(f"{value!r}\n".encode())
     for row in rows:
