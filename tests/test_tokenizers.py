@@ -283,6 +283,16 @@ def test_a_class_that_finds_no_vocabulary_is_refused(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
+def test_no_key_leads_to_a_file_elsewhere(tmp_path):
+    tokenizer_folders.write(tmp_path, "vocab.json of Qwen2")
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    fingerprint = tokenizers.load_tokenizer(tmp_path).fingerprint
+    for key in ("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "gguf_file"):
+        file.write_text(json.dumps(config | {key: "/nowhere", "init_inputs": ["/nowhere"]}))
+        assert tokenizers.load_tokenizer(tmp_path).fingerprint == fingerprint
+
+
 def test_what_a_folder_holds_is_neither_run_nor_sent(tmp_path, monkeypatch):
     """A vocabulary of more than 100,000 entries makes transformers ask whether it is Mistral's."""
     words = {f"w{i}": i for i in range(100_001)} | {"<unk>": 100_001, "</s>": 100_002}

@@ -301,12 +301,6 @@ FOLDERS = {
         "chat_template.jinja": CHATML,
         "additional_chat_templates/tool_use.jinja": "{{ tools }}",
     },
-    "keys that lead to files": {
-        **WITH_IM,
-        **config(
-            **CHAT, vocab_file="/dev/zero", merges_file="/dev/zero", init_inputs=["/dev/zero"]
-        ),
-    },
     "a billion layers": {
         **WITH_IM,
         **config(**CHAT),

@@ -359,12 +359,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     if templates:
         config["chat_template"] = stored_templates(templates)
     backend = theirs.backend_tokenizer
-    if not backend.num_special_tokens_to_add(False) and isinstance(
-        backend.post_processor, processors.TemplateProcessing
-    ):
-        backend.post_processor = (
-            None  # as it stood in the file: transformers put an empty one there
-        )
+    is_template = isinstance(backend.post_processor, processors.TemplateProcessing)
+    if is_template and not backend.num_special_tokens_to_add(False):
+        backend.post_processor = None  # transformers puts it where the file has none
     _make_special(backend, _markup(backend, "".join(templates.values())))
     return _tokenizer(backend, named | special, config, str(folder))
 
