@@ -270,8 +270,9 @@ def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, w
     assert '"<|im_start|>"' in text
     assert "no <|im_end|>" in text
     assert '{"a": "<|im_end|>"}' in text
-    end = tokenizer.backend.token_to_id("<|im_end|>")
+    start, end = map(tokenizer.backend.token_to_id, ("<|im_start|>", "<|im_end|>"))
     assert row.responses[0].count(end) == 1
+    assert row.prompt.count(start) == 3  # system, user, assistant
 
 
 def test_a_vocabulary_that_speaks_as_a_special_token_is_refused(tmp_path):

@@ -343,6 +343,11 @@ def test_reasoning_that_a_template_cuts_out_of_an_answer_is_named(tag, end, tmp_
     framed = chat.template_of(tokenizer, "Q: {prompt}")
     read = formats.read("demonstrations", path, template=framed)
     assert read.unwritten == {"reasoning in content": 2}  # of messages, not of the framed prompt
+    ranked = [{"prompt": [HI], "responses": [said, "5"], "best": 1}]
+    read = formats.read("comparisons", write(ranked), template=template)
+    assert read.unwritten == {}
+    read = formats.read("comparisons", write(ranked), template=framed)
+    assert read.unwritten == {"reasoning in content": 1}
     pair = [{"prompt": "hi", "chosen": said, "rejected": "5"}]
     read = formats.read("pairs", write(pair), template=chat.template_of(tokenizer, "auto"))
     assert read.unwritten == {"reasoning in content": 1}
