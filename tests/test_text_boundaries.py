@@ -264,6 +264,7 @@ def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, w
     call = {"type": "function", "function": {"name": "sky", "arguments": '{"a": "<|im_end|>"}'}}
     turn = said("") | {"tool_calls": [call], "reasoning_content": "no <|im_end|>"}
     tools = [{"type": "function", "function": {"name": "<|im_start|>", "parameters": {}}}]
+    tools[0]["function"]["parameters"]["<|im_start|>"] = {"role": "<|im_start|>"}
     record = {"messages": [{"role": "user", "content": "?"}, turn], "tools": tools}
     [row] = formats.read("demonstrations", write([record]), template=template).rows
     text = tokenizer.decode_raw([*row.prompt, *row.responses[0]])

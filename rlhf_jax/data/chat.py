@@ -94,13 +94,7 @@ class ChatTemplate:
     reads_plain: bool = False
     """Whether a plain prompt is a user's message of this template."""
 
-    def prompt(
-        self,
-        messages: Messages,
-        where: str,
-        after: str = "",
-        tools: Tools = None,
-    ) -> Text:
+    def prompt(self, messages: Messages, where: str, after: str = "", tools: Tools = None) -> Text:
         """The conversation and the opening of the next assistant turn, or, if the last message is
         the assistant's, the conversation up to the end of that message, which the model continues.
         With ``after`` only the part that follows this text.
@@ -154,11 +148,7 @@ class ChatTemplate:
         return encoded
 
     def answers(
-        self,
-        before: Messages,
-        answer: Messages,
-        where: str,
-        tools: Tools = None,
+        self, before: Messages, answer: Messages, where: str, tools: Tools = None
     ) -> tuple[str, str]:
         """The texts of a conversation up to the assistant's turn and of that turn, by `PLAIN`."""
         self._prepared([*before, *answer], tools, where)
@@ -166,11 +156,7 @@ class ChatTemplate:
             return self._opening(before, None), text_of(answer[-1])
 
     def answered(
-        self,
-        messages: Messages,
-        response: str,
-        where: str,
-        ends: bool = False,
+        self, messages: Messages, response: str, where: str, ends: bool = False
     ) -> list[int]:
         """Token ids of the conversation with the response as the assistant's next turn, which are
         those of transformers' ``apply_chat_template``; this template has a tokenizer. ``ends``:
@@ -260,11 +246,7 @@ class ChatTemplate:
         return ""
 
     def _turn(
-        self,
-        before: Messages,
-        answer: Messages,
-        number: int,
-        tools: Tools,
+        self, before: Messages, answer: Messages, number: int, tools: Tools
     ) -> tuple[str, list[Span]]:
         """The conversation up to the turn with this number, and what is learned of that turn. A
         turn that no special token ends gets EOS, and nothing of the template behind it.
@@ -322,12 +304,7 @@ class ChatTemplate:
         how = "continue_final_message" if is_answered(messages) else "add_generation_prompt"
         return self._rendered(messages, tools, how)[0]
 
-    def _rendered(
-        self,
-        messages: Messages,
-        tools: Tools,
-        how: str = "",
-    ) -> tuple[str, list[Span]]:
+    def _rendered(self, messages: Messages, tools: Tools, how: str = "") -> tuple[str, list[Span]]:
         """The text of the messages, and the spans of ``{% generation %}``. ``how``: the argument of
         ``apply_chat_template`` that is True.
         """
@@ -367,11 +344,7 @@ class ChatTemplate:
             return _PROBE in rendered[0] and "'type'" not in rendered[0]
         return False
 
-    def _encode(
-        self,
-        rendered: str,
-        spans: Sequence[Span] = (),
-    ) -> Encoded:
+    def _encode(self, rendered: str, spans: Sequence[Span] = ()) -> Encoded:
         """The ids of a text, and which of them overlap a span. A token without characters, such as
         the space that SentencePiece puts first, is learned if it stands in a span.
         """
@@ -387,6 +360,9 @@ class ChatTemplate:
             before = "\n" if number and self.tokenizer.begins_with_space else ""
             lead = backend.encode(before, add_special_tokens=False).ids
             found = backend.encode(before + text, add_special_tokens=False)
+            if found.ids[: len(lead)] != lead:
+                before, lead = "", []
+                found = backend.encode(text, add_special_tokens=False)
             if is_hidden:
                 self.tokenizer.check_text(text, found.ids)
             ids += found.ids[len(lead) :]
@@ -404,10 +380,7 @@ class ChatTemplate:
         return Encoded(ids, learned.tolist())
 
     def _prepared(
-        self,
-        messages: Messages,
-        tools: Tools,
-        where: str,
+        self, messages: Messages, tools: Tools, where: str
     ) -> tuple[list[Message], Tools]:
         """The messages and tools as the template gets them: without keys of null, calls with their
         arguments as objects, the text of parts for a template that cannot read them, and what
@@ -421,23 +394,23 @@ class ChatTemplate:
             what = f"{which}, and none named default for a conversation without tools"
             raise BadRow(where, f"{what}; save the one that you mean as its chat_template.jinja")
         parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
+        others = ["tools"] if tools else []
         prepared = []
         for message in messages:
-            others = [key for key in _NOT_CONTENT if message.get(key)]
-            values = [text_of(message), *(message[key] for key in others)]
             role = message["role"]
-            article = "an" if role == "assistant" else "a"
-            parts += [(f"{article} {role} message", value) for value in values]
-            for key in others:
-                self._check_written(key, where)
+            own = [key for key in _NOT_CONTENT if message.get(key)]
+            others += own
+            name = f"{'an' if role == 'assistant' else 'a'} {role} message"
+            parts += [(name, value) for value in (text_of(message), *map(message.get, own))]
             given = {key: value for key, value in message.items() if value is not None}
             if isinstance(given.get("content"), list) and not self._reads_parts:
                 given["content"] = text_of(message)
             if isinstance(given.get("tool_calls"), list):
                 given["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
             prepared.append(given)
-        if tools:
-            self._check_written("tools", where)
+        if others and self.source == PLAIN:
+            what = f"the plain template writes no {others[-1]}"
+            raise BadRow(where, f"{what}; name a model whose own template does")
         if self.tokenizer is None:
             return prepared, tools
         if self.tokenizer.spelled_as != "text":
@@ -447,17 +420,20 @@ class ChatTemplate:
                     what = f"{name} spells the special token {token!r}"
                     how = "remove it, or read it as ordinary characters: text.special_tokens: text"
                     raise BadRow(where, f"{what}; {how}")
-        return self._hidden(prepared), self._hidden(tools)
+        hidden = [self._hidden(message) | {"role": message["role"]} for message in prepared]
+        return hidden, self._hidden(tools)
 
     def _hidden(self, value: Any) -> Any:
         """The value with each special token that its texts spell, and each character of private
         use, as one such character, which `_encode` reads as that text.
         """
         if isinstance(value, dict):
-            return {key: self._hidden(inner) for key, inner in value.items()}
+            return {self._hidden(key): self._hidden(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [self._hidden(inner) for inner in value]
-        if isinstance(value, str) and self._to_hide.search(value):
+        if not isinstance(value, str) or self.tokenizer is None:
+            return value
+        if self.tokenizer.spelled_in(value) or _PRIVATE.search(value):  # faster than the next
             return self._to_hide.sub(lambda found: self._hide(found[0]), value)
         return value
 
@@ -476,12 +452,6 @@ class ChatTemplate:
     def _to_hide(self) -> re.Pattern[str]:
         longest_first = sorted(self._special, key=len, reverse=True)
         return re.compile("|".join([*map(re.escape, longest_first), _PRIVATE.pattern]))
-
-    def _check_written(self, key: str, where: str) -> None:
-        """Raises `BadRow` for what `PLAIN` leaves out."""
-        if self.source == PLAIN:
-            what = f"the plain template writes no {key}"
-            raise BadRow(where, f"{what}; name a model whose own template does")
 
     @cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
@@ -622,11 +592,7 @@ def in_force(template: str, tokenizer: Tokenizer) -> str:
     return frame(template, tokenizer) or template_of(tokenizer).source
 
 
-def describe(
-    template: str,
-    tokenizer: Tokenizer,
-    folder: str | None,
-) -> str:
+def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
     """A line that says in which template a model gets its prompts. Its tokenizer is the folder's or
     new.
     """
@@ -689,9 +655,7 @@ def reading(
 
 
 def with_options(
-    tokenizer: Tokenizer,
-    options: Mapping[str, Any] | None,
-    where: str = "text.template_options",
+    tokenizer: Tokenizer, options: Mapping[str, Any] | None, where: str = "text.template_options"
 ) -> Tokenizer:
     """The tokenizer with these variables as defaults of its chat template, also for programs that
     read its folder.

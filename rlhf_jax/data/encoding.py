@@ -164,12 +164,7 @@ def encode_texts(
     learned: dict[tuple[int, int], np.ndarray] = {}
     for number, row in enumerate(read):
         cut = _cut(
-            row,
-            ids_of_prompts[number],
-            ids_of_responses[number],
-            max_length,
-            too_long,
-            counts,
+            row, ids_of_prompts[number], ids_of_responses[number], max_length, too_long, counts
         )
         if cut is not None:
             for k, mask in enumerate(row.learned):
@@ -254,11 +249,7 @@ def _whole_turns(ids: Ids, learned: Sequence[bool]) -> Ids:
     return ids[: len(ids) - is_last[::-1].index(True)] if True in is_last else ids
 
 
-def pieces(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    max_length: int,
-) -> list[Row]:
+def pieces(rows: Rows, tokenizer: Tokenizer, max_length: int) -> list[Row]:
     """Plain texts, with EOS at their end, cut into rows of token ids. A piece has as many tokens as
     the model can read, and at most `LONGEST_PIECE`.
 
@@ -336,11 +327,7 @@ def encode_prompts(
 
 
 def _shortened(
-    row: Row,
-    prompt: Ids,
-    tokenizer: Tokenizer,
-    template: str,
-    width: int,
+    row: Row, prompt: Ids, tokenizer: Tokenizer, template: str, width: int
 ) -> tuple[str, Ids] | None:
     """How a long prompt is cut, and its ids; None if its last turn does not fit."""
     [row] = as_read([row], tokenizer, template)
@@ -365,10 +352,7 @@ def _shortened(
 
 
 def left_padded(
-    ids: Sequence[Sequence[int]],
-    *,
-    width: int,
-    pad_id: int,
+    ids: Sequence[Sequence[int]], *, width: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and attention_mask [N, width] int32 of N prompts."""
     lengths = np.array([len(prompt) for prompt in ids])
@@ -378,11 +362,7 @@ def left_padded(
     return tokens, is_real.astype(np.int32)
 
 
-def prompt_ids(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    template: str,
-) -> list[Ids]:
+def prompt_ids(rows: Rows, tokenizer: Tokenizer, template: str) -> list[Ids]:
     """Ids of each prompt as the model reads it under the template, a ``text.template``.
 
     A text is put into `chat.frame`, or becomes a user's message of the tokenizer's chat template.
@@ -434,11 +414,7 @@ def spelled(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -> str
     return f"texts spell special tokens, {', '.join(found)}; they are read {how}"
 
 
-def as_read(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    template: str,
-) -> list[Row]:
+def as_read(rows: Rows, tokenizer: Tokenizer, template: str) -> list[Row]:
     """The rows with plain prompts as messages of the tokenizer's chat template, where the template
     in force is that one (`chat.frame`); all other rows as they are.
     """
@@ -464,12 +440,7 @@ def group(row: Row) -> Hashable:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _framed(
-    row: Row,
-    template: str,
-    frame: str | None,
-    tokenizer: Tokenizer,
-) -> Text:
+def _framed(row: Row, template: str, frame: str | None, tokenizer: Tokenizer) -> Text:
     """A text in its frame or as a user's message; token ids in a template other than ``auto``."""
     if isinstance(row.prompt, str):
         if frame is not None:
@@ -485,22 +456,14 @@ def _framed(
     return tuple(ids)
 
 
-def _shown(
-    row: Row,
-    frame: str,
-    tokenizer: Tokenizer,
-) -> str:
+def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
     """A row's prompt for people to read, in its frame if the prompt is a text."""
     text = chat.shown(row, tokenizer)
     return frame.replace("{prompt}", text) if isinstance(row.prompt, str) else text
 
 
 def answered_ids(
-    messages: Messages,
-    response: str,
-    tokenizer: Tokenizer,
-    where: str,
-    ends: bool = False,
+    messages: Messages, response: str, tokenizer: Tokenizer, where: str, ends: bool = False
 ) -> Ids:
     """Ids of a conversation and its response, both texts, for a model of another tokenizer: in the
     chat template of its folder.
@@ -528,11 +491,7 @@ def answered_ids(
     return [*tokenizer.beginning, *before, *after, tokenizer.eos_id]
 
 
-def response_ids(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    template: str = "{prompt}",
-) -> list[list[Ids]]:
+def response_ids(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -> list[list[Ids]]:
     """Ids of the responses of each row behind its prompt in the template, with EOS after responses
     that are texts. Raises as `prompt_ids`.
     """
@@ -550,11 +509,7 @@ def response_ids(
 
 
 def _continued(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    template: str,
-    texts: Sequence[Text],
-    encoded: Sequence[Ids],
+    rows: Rows, tokenizer: Tokenizer, template: str, texts: Sequence[Text], encoded: Sequence[Ids]
 ) -> list[Ids]:
     """The ids of responses, those that are texts as they continue their prompt."""
     frame = chat.frame(template, tokenizer) or "{prompt}"
@@ -571,11 +526,7 @@ def _continued(
     ]
 
 
-def _ids(
-    texts: Sequence[Text],
-    tokenizer: Tokenizer,
-    sources: Sequence[str],
-) -> list[Ids]:
+def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[Ids]:
     strings = [text if isinstance(text, str) else "" for text in texts]
     encoded = tokenizer.encode_batch(strings, sources)
     last = tokenizer.vocab_size - 1
@@ -613,11 +564,7 @@ def _total_weights(rows: Rows) -> dict[str, float]:
     return totals
 
 
-def _check_some_left(
-    kept: Rows,
-    rows: Rows,
-    limit: int | None,
-) -> None:
+def _check_some_left(kept: Rows, rows: Rows, limit: int | None) -> None:
     if not kept:
         what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
         raise NothingLeft(f"{what}; raise the limit")

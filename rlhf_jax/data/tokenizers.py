@@ -116,10 +116,7 @@ class Tokenizer:
                 raise UserError(f"{where}{what}; remove it")
 
     def continue_batch(
-        self,
-        befores: Sequence[str],
-        texts: Sequence[str],
-        sources: Sequence[str],
+        self, befores: Sequence[str], texts: Sequence[str], sources: Sequence[str]
     ) -> list[list[int]]:
         """Ids of each text behind another one, so that the ids of both decode to their join.
 

@@ -23,10 +23,7 @@ _OF_A_MESSAGE = 200  # characters that take as long as a message does, whatever 
 
 
 def rendered(
-    row: Row,
-    template: ChatTemplate,
-    last: bool = False,
-    is_feedback: bool = False,
+    row: Row, template: ChatTemplate, last: bool = False, is_feedback: bool = False
 ) -> list[Row]:
     """The row with its messages as texts or token ids: one row, or one for each learned turn if a
     demonstration or feedback has no single text.
@@ -66,11 +63,7 @@ def rendered(
     return [_split(row, [text for [text] in sides])]
 
 
-def _learned(
-    row: Row,
-    answer: Messages,
-    last: bool,
-) -> list[int]:
+def _learned(row: Row, answer: Messages, last: bool) -> list[int]:
     whole = [*row.messages, *answer]
     learned = conversation.learned_turns(whole, len(row.messages), last)
     if not learned:
@@ -106,12 +99,7 @@ def _as_texts(
     return [replace(row, prompt=texts[0][0], responses=tuple(text for _, text in texts))]
 
 
-def _of_turns(
-    row: Row,
-    answer: Messages,
-    learned: list[int],
-    texts: list[Encoded],
-) -> list[Row]:
+def _of_turns(row: Row, answer: Messages, learned: list[int], texts: list[Encoded]) -> list[Row]:
     """The row of a demonstration or feedback, or one for each turn if each has its own text."""
     if len(texts) == 1:
         return [_split(row, texts)]
