@@ -18,8 +18,8 @@ _SEVERAL = (
     "that has one"
 )
 
-_MOST = 10**9  # characters that are rendered for one row; some seconds
-_OF_A_MESSAGE = 200  # characters that take as long as a message does, whatever it says
+_MOST = 2 * 10**9  # characters that are rendered for one row; about ten seconds
+_OF_A_MESSAGE = 2500  # characters that take as long as a message itself
 
 
 def rendered(
