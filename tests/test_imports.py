@@ -160,7 +160,8 @@ def test_the_science_does_not_touch_the_world():
 
 def test_the_package_imports_neither_nnx_nor_torch_nor_what_is_slow():
     code = (
-        "import sys; from rlhf_jax import *; "
+        "import sys; from rlhf_jax import *; from rlhf_jax.data import encoding; "
+        "from rlhf_jax.data.tokenizers import train_bpe; train_bpe(['a'], 300).encode('a'); "
         "print([m for m in ('flax.nnx', 'torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
