@@ -363,19 +363,27 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     return _tokenizer(backend, named | special, config, str(folder))
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder that its tokenizer is read from; none without a vocabulary."""
+    files = [file for file in folder.iterdir() if any(map(file.match, FILES))]
+    if not any(file.match(name) for name in _VOCABULARIES for file in files):
+        return []
+    if is_there(folder / MORE_TEMPLATES):
+        files += (folder / MORE_TEMPLATES).glob("*.jinja")
+    return files
+
+
 def _read_by_transformers(
     folder: Path, of_model: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Any:
     """transformers' tokenizer of copies of the folder's files, since it opens whatever it finds:
     pipes, endless devices, links.
     """
-    files = [file for file in folder.iterdir() if any(map(file.match, FILES))]
+    files = files_of(folder)
     names = {file.name for file in files}
-    if not any(file.match(name) for name in _VOCABULARIES for file in files):
+    if not files:
         refuse_adapter(folder)
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
-    if is_there(folder / MORE_TEMPLATES):
-        files += (folder / MORE_TEMPLATES).glob("*.jinja")
     # Only what chooses the class: sizes of a model can ask for any amount of memory.
     chooses = {key: of_model[key] for key in _CHOOSES_CLASS if key in of_model}
     if names.isdisjoint(("tokenizer.json", "tokenizer_config.json")) and "vocab.json" in names:

@@ -12,8 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from rlhf_jax import models
 from rlhf_jax.config import ALGORITHMS
-from rlhf_jax.data import chat
-from rlhf_jax.data.tokenizers import MORE_TEMPLATES, load_tokenizer
+from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
@@ -32,7 +31,6 @@ KNOWN = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-_OF_TOKENIZER = (*KNOWN[5:], "vocab.json", "merges.txt", "added_tokens.json")
 SUPERVISED = ("sft", "reward_model", "dpo", "kto")
 OF_RL = ("rl", "safety", "judge", "engine")  # sections that all stages of RL read
 OF_STAGES = (*SUPERVISED, *OF_RL, *ALGORITHMS)
@@ -72,7 +70,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     for place in {config.parent, *(file.parent for file in files)}:
         hf.Reader(place)  # complete weights lie there
     [record] = records.find([run])
-    tokenizer = load_tokenizer(config.parent)
+    tokenizer = tokenizers.load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
     end = chat.template_of(tokenizer).end_of_turn if template is None else None
     if template is not None:
@@ -135,12 +133,11 @@ def export_merged(adapter: Path, folder: Path) -> Path:
             )
     is_ours = hf.scores_turns(model.config) or peft.scores_turns(adapter)
     of_base = hf.find_folder(base)
-    of_tokenizer = adapter if (adapter / "tokenizer.json").is_file() else of_base
+    of_tokenizer = adapter if tokenizers.files_of(adapter) else of_base
     with file_errors(folder, "written"), replacing(folder) as new:
         models.save(new, model, merged, scores_turns=is_ours)
-        found = [of_tokenizer / name for name in _OF_TOKENIZER]
-        found += (of_tokenizer / MORE_TEMPLATES).glob("*.jinja")
-        _copy(found, of_tokenizer, new)
+        files = tokenizers.files_of(of_tokenizer)
+        _copy((file for file in files if file.name != hf.CONFIG), of_tokenizer, new)
         _copy([of_base / "generation_config.json"], of_base, new)
     return folder
 
