@@ -4,6 +4,7 @@ answers are equal. Every verdict below was worked out by hand.
 
 import dataclasses
 import importlib.util
+import re
 import time
 from pathlib import Path
 
@@ -174,6 +175,11 @@ HUGE = {
     "product": "$\\prod_{n=1}^{10^9} n$",
     "expansion": "$(x+1)^{1000}$",
     "expansion that loops in one call": "$(x+1)^{10^9}$",
+    "power of a sum": "$(a+b+c+d+e)^{99}$",
+    "power of a power of a sum": "$((a+b+c)^{9}+d)^{20}$",
+    "power of a sum in a fraction": "$\\frac{x}{(a+b+c+d)^{-200}}$",
+    "power of a sum of roots": "$(\\sqrt{2}+\\sqrt{3}+\\sqrt{5}+\\pi)^{99}$",
+    "power of a sum in a function": "$\\sin(e^{(a+b+c+d+e)^{60}})$",
     "nested roots": "$" + r"\sqrt{" * 50 + "2" + "}" * 50 + "$",
     "nested brackets": "$" + "(" * 300 + "1" + ")" * 300 + "$",
     "many terms": "$" + "+".join(map(str, range(3_000))) + "$",
@@ -190,7 +196,7 @@ def test_an_answer_that_would_take_long_is_not_equal_at_once():
         started = time.perf_counter()
         assert status("\\sqrt{2}", f"\\boxed{{{text}}}") != "right"
         assert status("7", f"\\boxed{{{text}}}") != "right"
-        if time.perf_counter() - started > verifiable.SECONDS:
+        if time.perf_counter() - started > verifiable.SECONDS / 2:
             slow[what] = time.perf_counter() - started
     assert slow == {}
 
@@ -206,10 +212,10 @@ def hanging(tmp_path, monkeypatch):
     monkeypatch.setattr(verifiable, "PATTERN_SECONDS", 0.2)
 
 
-def test_a_comparison_that_hangs_is_an_error_and_no_verdict(hanging):
+def test_a_comparison_that_hangs_is_wrong_and_the_run_goes_on(hanging, caplog):
     started = time.perf_counter()
-    with pytest.raises(TrainingFault, match=r"after 0.2 s, at the answer '2\+x' and .* in 'x\+3'"):
-        status("2+x", "x+3")
+    assert status("2+x", "x+3") == "wrong"
+    assert re.search(r"after 0.2 s.* wrong.* '2\+x', .* in 'x\+3'", caplog.text)
     with pytest.raises(TrainingFault, match=r"regex:\(a\+\)\+\$: no result after 0.2 s .* '.*aab'"):
         verifiable.regex("(a+)+$")([""], ["a" * 40 + "b"])
     assert time.perf_counter() - started < 50  # the programs would sleep a minute

@@ -24,13 +24,16 @@ from math_verify.errors import TimeoutException
 from sympy.core.cache import clear_cache
 from sympy.core.function import DefinedFunction
 from sympy.functions.elementary import complexes, exponential, integers, trigonometric
+from sympy.ntheory import multinomial
+from sympy.polys import rings
 
 MOST_CHARACTERS = 4_000  # of a text
 MOST_IN_EXPRESSION = 400  # characters
 MOST_NESTED = 12  # brackets within brackets
 MOST_BITS = 20_000  # of a number, about 6,000 digits
 MOST_ARGUMENT = 2_000  # of factorials and other functions that grow or loop with their argument
-MOST_EXPONENT = 10_000  # of expressions that are no number, such as x + 1
+MOST_EXPONENT = 2_500  # of expressions that are no number, such as x + 1
+MOST_TERMS = 2_000  # of an expanded power of a sum
 MOST_CALLS = 2_000_000  # and returns of functions, in one comparison
 
 _ELEMENTARY = (
@@ -76,11 +79,15 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool | None:
     def count(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls > MOST_CALLS:
+        # Raised inside of the hook, it would be ignored and end the counting.
+        if calls > MOST_CALLS and frame.f_code is not count_again.__code__:
             raise TimeoutException  # math-verify takes it for the timeout of its own clock
 
-    # An exception that Python ignores, in the end of a generator, has ended the counting too.
-    sys.unraisablehook = lambda ignored: sys.setprofile(count)
+    def count_again(ignored: Any) -> None:
+        """An exception that Python ignores, in the end of a generator, has ended the counting."""
+        sys.setprofile(count)
+
+    sys.unraisablehook = count_again
     sys.setprofile(count)
     try:
         is_equal = bool(math_verify.verify(gold, answer, timeout_seconds=None))
@@ -167,9 +174,10 @@ def _check_latex(latex: str) -> None:
 
 
 def _bound_sympy() -> None:
-    """Every power, function and parsed expression is checked before it is made."""
+    """Every power, expansion, function and parsed expression is checked before it is made."""
     make_power = sympy.Pow.__new__
     make_function = DefinedFunction.__new__
+    expand_power = multinomial.multinomial_coefficients
     parse_latex = parser.latex2sympy
     parse_expression = parser.parse_expr
 
@@ -181,6 +189,12 @@ def _bound_sympy() -> None:
     ) -> Any:
         _check_power(base, exponent)
         return make_power(cls, base, exponent, evaluate)
+
+    def coefficients(summands: int, exponent: int) -> Any:
+        # The loop makes no calls that could be counted.
+        if math.comb(summands + exponent - 1, exponent) > MOST_TERMS:
+            raise TooLarge
+        return expand_power(summands, exponent)
 
     def function(cls: type, *arguments: Any, **options: Any) -> Any:
         _check_function(cls, arguments)
@@ -195,6 +209,7 @@ def _bound_sympy() -> None:
         return parse_checked
 
     sympy.Pow.__new__ = power
+    multinomial.multinomial_coefficients = rings.multinomial_coefficients = coefficients
     DefinedFunction.__new__ = function
     parser.latex2sympy = checked(parse_latex)
     parser.parse_expr = checked(parse_expression)
