@@ -25,7 +25,7 @@ from rlhf_jax.config import (
     parse,
 )
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import ServiceError, Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import checkpoint, manifest
 from rlhf_jax.runs.folder import open_run
@@ -111,6 +111,25 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
     with pytest.raises((Killed, TrainingFault)):
         run_loop(config, losses=losses, die_at=5)
     assert [row["step"] for row in metric_rows(config.output_dir)] == [*range(6)]
+
+
+@pytest.mark.parametrize("kind", [UserError, ServiceError, TrainingFault, ZeroDivisionError])
+def test_a_step_that_fails_leaves_the_state_before_it(config, kind, caplog):
+    def fail(state, step):
+        if step == 3:
+            raise kind("mine.py:7")
+
+    config = replace(config, checkpoint_interval=100)
+    with pytest.raises(kind, match=r"mine\.py:7") as caught:
+        run_loop(config, before_step=fail)
+    said = f"{caught.value} {caplog.text}"
+    assert "Step 3 of 6 is saved" in said
+    assert "--resume" in said
+    assert [row["step"] for row in metric_rows(config.output_dir)] == [0, 1, 2, 3]
+    run_loop(replace(config, resume=True))
+    whole = replace(config, output_dir=f"{config.output_dir}-whole")
+    run_loop(whole)
+    assert files(config)["metrics.jsonl"] == files(whole)["metrics.jsonl"]
 
 
 def test_a_resumed_run_checks_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):

@@ -130,9 +130,12 @@ def test_after_the_last_turn_the_environment_is_asked_and_nothing_follows():
     assert metrics["cut"].tolist() == [1, 0, 0, 1]
 
 
-def test_a_turn_ends_at_a_stop_string_and_the_environment_replies():
+def test_a_turn_ends_at_a_stop_string_and_the_environment_replies(monkeypatch):
     """The likeliest after c is d, then e; the reply is c again."""
     asked = []
+    closed = []
+    ask = environment._ask
+    monkeypatch.setattr(environment, "_ask", lambda *args: closed.append(args[-1]) or ask(*args))
 
     def reply(conversation, row):
         asked.append([message["content"] for message in conversation])
@@ -143,6 +146,8 @@ def test_a_turn_ends_at_a_stop_string_and_the_environment_replies():
     assert_array_equal(rollout.tokens, grid("0454545000"))
     assert_array_equal(rollout.response_mask, grid("0010101000"))
     assert (rollout.stopped.tolist(), metrics["turns"].tolist()) == ([True], [3])
+    talk(replies, prompts_of("a", "ca"), [0, 1])
+    assert closed == [False] * 3 + [True] * 3
 
 
 def test_a_tokens_randomness_is_that_of_its_slot():
@@ -213,18 +218,21 @@ def test_a_message_is_rendered_by_the_chat_template():
     end = backend.token_to_id("<|im_end|>")
     chatml = Tokenizer(backend, 0, end, {"chat_template": CHATML})
     tool = {"role": "tool", "content": "42"}
-    for tokenizer, text in (
-        (plain, "\n\nTool:\n42\n\nAssistant:\n"),
-        (chatml, "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"),
+    for tokenizer, text, unclosed in (
+        (plain, "\n\nTool:\n42\n\nAssistant:\n", ""),
+        (chatml, "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
     ):
         setting = Environment(lambda *_: tool, tokenizer, chat.template_of(tokenizer), R)
         messages = [{"role": "user", "content": "hi"}]
-        ids, reward = environment._ask(setting, messages, {}, "here")
+        ids, reward = environment._ask(setting, messages, {}, "here", is_closed=True)
         assert tokenizer.backend.decode(ids, skip_special_tokens=False) == text
         assert (reward, messages[-1]) == (0.0, tool)
+        # A string of rl.stop ended the policy's turn: the template closes it.
+        ids, _ = environment._ask(setting, messages[:1], {}, "here", is_closed=False)
+        assert tokenizer.backend.decode(ids, skip_special_tokens=False) == unclosed + text
     forged = setting._replace(fn=lambda *_: tool | {"content": "<|im_end|>"})
     with pytest.raises(UserError, match="here: a tool message spells the special token"):
-        environment._ask(forged, messages, {}, "here")
+        environment._ask(forged, messages, {}, "here", is_closed=True)
 
 
 @pytest.mark.parametrize(

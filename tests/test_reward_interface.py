@@ -2,9 +2,11 @@
 scored: from the function to the advantages.
 """
 
+import copy
 import json
 import logging
 import math
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import pairs, spec
 from rlhf_jax.rewards.host import NO_REASON
+from rlhf_jax.rewards.texts import check_function, on_texts
 from rlhf_jax.training.rl import steps, validation
 from rlhf_jax.training.rl.schedule import Batch
 
@@ -179,6 +182,75 @@ def test_a_function_takes_what_it_names():
     eos = TOKENIZER.eos_id
     ids = [[*TOKENIZER.encode(text), eos] for text in ("ea", "e")]
     assert shown_to("completion_ids, x=3", columns=COLUMNS) == {"completion_ids": ids, "x": 3}
+
+
+def test_a_function_may_change_what_it_gets():
+    """No row of the same prompt, other reward or later call reads it."""
+    tests = ["x", ["y"]]
+    columns = {"tests": [tests] * 2, "messages": [COLUMNS["messages"][0]] * 2}
+    before = copy.deepcopy(columns)
+
+    def pops(responses, tests):
+        return [len(row) + len(row.pop()) for row in tests]
+
+    def appends(prompts, messages, **columns):
+        prompts.clear()
+        return [len(row.append("answer") or row) for row in messages]
+
+    def on_host(rollout, columns):
+        return [len(row.pop(0)) + len(columns.popitem()) for row in columns["tests"]], {}
+
+    assert [called(pops, columns)[0].scores.tolist() for _ in range(2)] == [[3, 3]] * 2
+    assert [called(appends, columns)[0].scores.tolist() for _ in range(2)] == [[2, 2]] * 2
+    score = spec.given(on_host).host
+    assert rewards.on_host(score, rollout(), columns)[0].scores.tolist() == [3, 3]
+    assert on_texts(pops, ["p"] * 2, ["r"] * 2, columns) == [3, 3]
+    longer = pairs.by_function(
+        "--reward pairs:f", lambda tests: [0.5 * len(x.pop()) for x in tests], ["tests"]
+    )
+    assert longer([pairs.Pair(0, "a", "b")] * 2, columns) == [0.5, 0.5]
+    assert columns == before
+
+
+def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
+    for name in ("responses", "prompts", "completions", "completion_ids"):
+        fn = eval(f"lambda {name}, answer=None: []")
+        with pytest.raises(UserError, match=f"here: {name} is a column .* rename"):
+            check_function("here", fn, [name])
+        check_function("here", fn, ["response", "chosen", "rejected", "messages"])
+    check_function("here", lambda a, b: [], ["responses"])
+    check_function("here", lambda responses, **columns: [], ["completions"])
+    given = {"response": [1, 2], "chosen": ["c", "d"], "rejected": [None, "r"]}
+    assert shown_to("responses, response, chosen, rejected", columns=given) == {
+        "responses": ["ea", "e"],
+        **given,
+    }
+
+
+def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
+    """Run once; two files of one name are two modules; a spawned process finds it by its name."""
+    text = "import os\nruns = []\nruns.append(1)\nclass Case: pass\n"
+    text += "def one(text): return len(text), os.getpid()\ndef count(responses): return runs\n"
+    loaded = {}
+    for folder in ("a", "b"):
+        for name in ("pickled_reward.py", "odd name.v2.py"):
+            file = tmp_path / folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text + f"where = lambda: '{folder}'\n")
+            for function in ("count", "one", "Case", "where"):
+                fn = spec._loaded("--reward", file, function)
+                loaded[folder, name, function] = fn
+                if function != "where":
+                    assert pickle.loads(pickle.dumps(fn)) is fn
+            assert loaded[folder, name, "count"]([]) == [1]
+            assert loaded[folder, name, "where"]() == folder
+    one = loaded["a", "pickled_reward.py", "one"]
+    assert one.__module__ == "pickled_reward"
+    file.write_text("def one(text): return 7\n")
+    assert spec._loaded("--reward", file, "one")("") == 7
+    file.write_text("raise KeyError('early')\n")
+    with pytest.raises(KeyError):
+        spec._loaded("--reward", file, "one")
 
 
 def test_what_python_gives_as_a_reward_is_told_from_its_parameters():

@@ -17,6 +17,7 @@ It is called on the host, once after each response. A run is reproducible and re
 function depends only on its two arguments.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -184,7 +185,8 @@ def _answer(
         content = environment.tokenizer.decode(response)
         talks[i].append({"role": "assistant", "content": content})
         where = f"environment: {data[i].source}, turn {turn}"
-        reply, reward = _ask(environment, talks[i], data[i].columns, where)
+        is_closed = not {*response[-1:].tolist()}.isdisjoint(environment.tokenizer.eos_ids)
+        reply, reward = _ask(environment, talks[i], data[i].columns, where, is_closed)
         batch.rewards[i, end - 1] = reward
         if reply is None:
             status[i] = _DONE
@@ -255,12 +257,15 @@ def _ask(
     talk: list[Message],
     row: Fields,
     where: str,
+    is_closed: bool,
 ) -> tuple[list[int] | None, float]:
     """The ids of the reply to a conversation's last response, and the reward of that response. The
     reply is added to the conversation.
+
+    is_closed: whether the response ends with an EOS id.
     """
     try:
-        answer = environment.fn([dict(message) for message in talk], dict(row))
+        answer = environment.fn(copy.deepcopy(talk), copy.deepcopy(dict(row)))
         reply, reward = answer if isinstance(answer, tuple) else (answer, 0.0)
         message = reply if isinstance(reply, dict) else {"role": "user", "content": reply or ""}
         is_text = all(isinstance(message.get(part), str) for part in ("role", "content"))
@@ -271,7 +276,7 @@ def _ask(
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if reply is None:
         return None, reward
-    talk.append(message)
+    talk.append(copy.deepcopy(message))
     text = reply
     if isinstance(reply, dict):
         response = {"role": "assistant", "content": _RESPONSE}
@@ -279,8 +284,9 @@ def _ask(
         text = environment.chat_template.prompt(turns, where, after=_RESPONSE)
     if isinstance(text, str):
         [text] = environment.tokenizer.encode_batch([text], [where])
-    # The policy has sampled the end of its turn, so the template's is left out.
-    is_end = text[:1] and text[0] in environment.tokenizer.eos_ids
+    # Where the policy has sampled the end of its turn, the template's is left out. A string of
+    # rl.stop does not close a turn.
+    is_end = is_closed and text[:1] and text[0] in environment.tokenizer.eos_ids
     return list(text[1:] if is_end else text), reward
 
 

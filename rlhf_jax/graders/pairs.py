@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders.service import ChatJudge, Rubric, Services
-from rlhf_jax.rewards.host import Unscored, got, number
+from rlhf_jax.rewards.host import Unscored, copied, got, number
 from rlhf_jax.rewards.texts import TextScorer
 
 ALONE = Unscored("no other response to compare with: pairs need several responses to a prompt")
@@ -139,7 +139,8 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
         )
 
     def judge(pairs: Pairs, shown: Shown) -> Shares:
-        given = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}
+        of_pairs = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}
+        given = copied(of_pairs)
         given["first"] = [pair.first for pair in pairs]
         given["second"] = [pair.second for pair in pairs]
         wanted = given if takes_all else [name for name in names if name in given]

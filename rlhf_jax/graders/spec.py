@@ -32,14 +32,15 @@ A folder with the name of one of these is given as ``./length``.
 """
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import itertools
 import re
-import runpy
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -47,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rlhf_jax.errors import UserError, check_pattern, did_you_mean, file_errors, logger
+from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger, read_file
 from rlhf_jax.graders import pairs, service, verifiable
 from rlhf_jax.graders.client import check_url, is_url
 from rlhf_jax.graders.service import Services
@@ -92,6 +93,7 @@ _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER})
 
 # Rewards that a number of tokens may follow, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
+_sources: dict[str, bytes] = {}  # {name of a user's module: what was run}
 _WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge", "pairs")
 
 
@@ -513,8 +515,7 @@ class _Reader(NamedTuple):
 
 def _functions_of(file: Path) -> str:
     """What to write for a Python file that is given without a function."""
-    with file_errors(file):
-        text = file.read_text("utf-8")
+    text = read_file(file).decode("utf-8", "replace")
     names = re.findall(r"^def ([a-zA-Z]\w*)\(", text, re.MULTILINE)
     known = f"; it defines {', '.join(names)}" if names else ""
     return f"name the function of the file too: {file}:{names[0] if names else 'FUNCTION'}{known}"
@@ -566,17 +567,46 @@ def load_function(
 def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
-    # As for a script, so that it can import what lies beside it; last, so that a file there does
-    # not take the place of a module of the same name.
-    folder = str(file.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
     try:
-        module = runpy.run_path(str(file))
+        module = _module(file.resolve())
     except (SyntaxError, SystemExit, ImportError) as error:
         raise UserError(f"{where}: {file} cannot be run: {type(error).__name__}: {error}") from None
-    functions = {key: value for key, value in module.items() if callable(value)}
+    functions = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
         raise UserError(f"{where}: {file} has no function {name}{did_you_mean(name, functions)}")
     fn: Callable[..., Any] = functions[name]
     return fn
+
+
+def _module(file: Path) -> ModuleType:
+    """The user's file as an imported module, read once, so that its functions and classes can be
+    pickled. It has the file's own name if no other module has: spawned processes find it by that.
+    """
+    # So that it can import what lies beside it; last, so that a file there does not take the place
+    # of a module of the same name.
+    folder = str(file.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    name = file.stem
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin or Path(found.origin).resolve() != file:
+        place = hashlib.sha256(str(file).encode()).hexdigest()
+        name = f"{re.sub('[^a-zA-Z0-9]', '_', name)}_{place[:8]}"
+        found = importlib.util.spec_from_file_location(name, file)
+        assert found is not None
+    source = read_file(file)
+    if name in sys.modules and _sources.setdefault(name, source) == source:
+        return sys.modules[name]
+    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    _sources[name] = source  # a notebook may change the file before its next run
+    try:
+        # Not by the loader: it may take bytecode for new that was written in the same second.
+        exec(compile(source, str(file), "exec"), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -5,6 +5,7 @@ A row is scored or `Unscored`, which has a reason and is never a number. Scores,
 reasons of a row stay together until ``on_host`` makes arrays of them.
 """
 
+import copy
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -147,7 +148,7 @@ def row_scores(
     labels = [f"row {i}" for i in range(len(host.tokens))]
     if host.row_ids is not None:
         labels = [f"row {i} (data row {row_id})" for i, row_id in enumerate(host.row_ids)]
-    result = called(name, reward, host, columns)
+    result = called(name, reward, host, copied(columns))
     if not has_components(result):
         raise UserError(f"{name}: expected a pair, (scores, {{component: scores}}), {got(result)}")
     width = host.tokens.shape[1]
@@ -164,6 +165,13 @@ def row_scores(
     present = host.present.tolist()
     scores, components = checked(name, result, labels, present, place)
     return RowScores(host.row_ids, scores, components)
+
+
+def copied(columns: Columns) -> dict[str, list[Any]]:
+    """The columns for one function, which may change what it gets: no other reward, row of the same
+    prompt or later step reads it.
+    """
+    return {name: list(map(copy.deepcopy, column)) for name, column in columns.items()}
 
 
 def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:

@@ -79,11 +79,11 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
         if not rows:
             return [MISSING] * len(rollout.tokens), {}
         shown = _shown(rollout, columns, rows, tokenizer, spell or tokenizer.decode)
+        labels = _labels(rows, shown)  # first: the function may change what it gets
         args, named = _binding(name, fn, shown.keys()).of(shown)
         result = _result(name, fn, args, named)
         if not host.has_components(result):
             result = (result, {})
-        labels = _labels(rows, shown)
         place = functools.partial(_place, rollout, rows, labels, tokenizer, name)
         present = [True] * len(rows)
         try:
@@ -119,9 +119,14 @@ def _labels(rows: Sequence[int], shown: Texts) -> list[str]:
 
 def check_function(where: str, fn: Function, columns: Collection[str]) -> None:
     """Raises UserError, beginning with ``where``, if the function has a parameter that nothing
-    fills.
+    fills, or one that both a text of the run and a column could.
     """
-    _binding(where, fn, [*TEXTS, *columns])
+    binding = _binding(where, fn, [*TEXTS, *columns])
+    for name in {*binding.named} & {*TEXTS} & {*columns} - {"messages"}:
+        raise UserError(
+            f"{where}: {name} is a column of the prompts and what the run gives the function by "
+            f"that name; rename the column in the data{_line_of(fn)}"
+        )
 
 
 def on_texts(fn: Function, prompts: list[str], responses: list[str], columns: Columns) -> Any:
@@ -132,7 +137,7 @@ def on_texts(fn: Function, prompts: list[str], responses: list[str], columns: Co
     """
     number = len(prompts)
     shown: Texts = {name: [None] * number for name in ("messages", "opponents")}
-    shown |= {name: list(column) for name, column in columns.items()}
+    shown |= host.copied(columns)
     shown |= {"prompts": prompts, "responses": responses, "completions": responses}
     shown["completion_ids"] = [[] for _ in responses]
     name = f"the reward function {getattr(fn, '__name__', type(fn).__name__)}"

@@ -90,8 +90,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
             is resumed.
         TrainingFault: an update was not finite; the last checkpoint holds the state before it. Or a
             checkpoint could not be written.
-        UserError: ``keep_best`` names no metric of the validations.
-        ServiceError: a server that the reward asks failed; the step before it is saved.
+        UserError: ``keep_best`` names no metric of the validations; or a reward or environment
+            failed, a server that it asks for example (ServiceError); the step before it is saved.
     """
     kept = stage.keeping
     best = kept.keep_best
@@ -114,8 +114,14 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
                 loop.step()
                 received = processes.stop_signal(stops)
                 loop.settle(received)
-            except ServiceError as error:
-                raise loop.left_by(error) from error
+            except Exception as error:
+                advice = loop.left_by(error)
+                if not advice:
+                    raise
+                if not isinstance(error, UserError | TrainingFault):
+                    logger.error(advice)  # a traceback follows
+                    raise
+                raise type(error)(f"{error}\n{advice}") from error
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
@@ -266,10 +272,14 @@ class _Loop:
         self.clock = time.perf_counter()
         self.obey_alerts()
 
-    def left_by(self, error: ServiceError) -> ServiceError:
-        """The error of a service with advice how to continue. It first saves the state before the
-        failed step; after a failed validation the last checkpoint is already this state.
+    def left_by(self, error: Exception) -> str:
+        """Saves the state before the step that failed, by a reward for example. Returns advice how
+        to continue; "" where the error has its own. A failed validation saves nothing.
         """
+        # Processes save together, and only these errors are raised in all of them.
+        is_shared = isinstance(error, UserError | TrainingFault) or jax.process_count() == 1
+        if not isinstance(error, UserError) and not (self.is_advancing and is_shared):
+            return ""
         leaves = jax.tree.leaves(self.state)
         is_whole = not any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
         if self.is_advancing and is_whole:
@@ -277,9 +287,10 @@ class _Loop:
             if self.checkpoints.latest() != self.done:
                 self._save()
         self.checkpoints.wait()
-        return ServiceError(
-            f"{error}\nStep {self.checkpoints.latest()} of {self.job.num_steps} is saved. When the "
-            f"service is there again, go on with:\n    {resume_command()}"
+        when = "the service is there again" if isinstance(error, ServiceError) else "that is mended"
+        return (
+            f"Step {self.checkpoints.latest()} of {self.job.num_steps} is saved. When {when}, go "
+            f"on with:\n    {resume_command()}"
         )
 
     def _judge_history(self) -> None:
