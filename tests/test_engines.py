@@ -608,3 +608,14 @@ def test_somebody_elses_config_does_not_name_a_server(tmp_path, monkeypatch):
     given = {"rl.engine": ("vllm:http://their.host", f"{tmp_path}/config.yaml, line 3")}
     with pytest.raises(UserError, match=r"rl.engine vllm:http://their.host gets the texts"):
         check_trusted(given)
+
+
+KEPT = ["5", "[1]", '{"a": 1}', "[[1, 2]]", '[[[1], [0.5], "yes"]]', '[[["1"], [0.5], true]]', "[["]
+
+
+def test_kept_samples_of_another_form_are_a_sentence():
+    sample = engines.Sample([1, 2], [-0.5, 0], True, "v")
+    assert engines.decoded(engines.encoded([sample]), "v") == [sample]
+    for text in KEPT:
+        with pytest.raises(UserError, match=r"engine/: .* weights v is no sample: .*; delete"):
+            engines.decoded(text, "v")

@@ -186,6 +186,7 @@ FAULTS = [
     (lambda conversation, row: "é", r"the tokenizer's alphabet lacks 'é'"),
     (lambda conversation, row: {"role": "tool", "content": "é"}, r"the tokenizer's alphabet"),
     (lambda conversation, row: row["missing"], "KeyError: 'missing'"),
+    (lambda conversation, row: sys.exit(0), r"called sys\.exit\(0\)"),
 ]
 
 
@@ -196,7 +197,7 @@ def test_what_an_environment_does_wrong_names_row_and_turn(fn, message):
             return None
         return "c" if len(conversation) == 2 else fn(conversation, row)
 
-    where = rf"^environment: prompts\.json, row 2, turn 2: {message}"
+    where = rf"^environment: prompts\.json, row 2, turn 2:? {message}"
     with pytest.raises(UserError, match=where):
         talk(after_one_turn, prompts_of("a", "ca"), [0, 1, -1, -1])
 

@@ -6,8 +6,11 @@ import copy
 import json
 import logging
 import math
+import os
 import pickle
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -210,6 +213,34 @@ def test_a_function_may_change_what_it_gets():
     )
     assert longer([pairs.Pair(0, "a", "b")] * 2, columns) == [0.5, 0.5]
     assert columns == before
+
+
+def test_a_function_may_not_move_or_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "moves.py").write_text("import os\nos.chdir('below')\nf = os.getcwd\n")
+    assert spec._loaded("--reward", Path("moves.py"), "f")() == str(tmp_path)
+
+    async def later(responses):
+        return moves(responses)
+
+    def moves(responses):
+        os.chdir("below")
+        return [1, 1]
+
+    def on_host(rollout, columns):
+        return moves([]), {}
+
+    async def ends(responses):
+        sys.exit(0)
+
+    for fn in (later, moves):
+        assert called(fn)[0].scores.tolist() == [1, 1]
+        assert Path.cwd() == tmp_path
+    rewards.on_host(on_host, rollout(), {})
+    assert Path.cwd() == tmp_path
+    with pytest.raises(UserError, match=r"ends called sys\.exit\(0\)"):
+        called(ends)
 
 
 def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():

@@ -4,6 +4,7 @@ misbehave.
 
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -20,6 +21,7 @@ from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.graders import client, service, spec
+from rlhf_jax.graders.replies import Replies
 from rlhf_jax.graders.service import RubricJudge, Services
 from rlhf_jax.rewards import Unscored
 from rlhf_jax.runs import processes
@@ -202,6 +204,44 @@ def test_replies_before_a_failure_are_kept(serve, tmp_path):
         judge(["p"] * 3, ["a", "bb", "ccc"])
     server.stop()
     assert rubric_judge(server, tmp_path)(["p"] * 2, ["a", "bb"]) == [1, 2]
+
+
+OTHER_FORMS = [b"5", b"[]", b'{"a":1}', b'{"sha256": 1, "reply": "x"}', b'{"sha256": "a"}', b"null"]
+OTHER_FORMS += [b"\xff\x00", b'{"sha256": "a", "rep', b"[" * 5_000, b""]
+
+
+def test_kept_replies_of_another_form_are_left_out_with_a_line(tmp_path, caplog):
+    kept = Replies(tmp_path)
+    kept.add("q", "r")
+    file = tmp_path / "replies_0.jsonl"
+    for number, line in enumerate(OTHER_FORMS):
+        file.with_name(f"replies_{number + 1}.jsonl").write_bytes(line + b"\n" + file.read_bytes())
+        caplog.clear()
+        assert Replies(tmp_path)["q"] == "r"
+        assert f"replies_{number + 1}.jsonl: 1 lines are no replies" in caplog.text
+    os.mkfifo(tmp_path / "replies_99.jsonl")
+    with pytest.raises(UserError, match=r"replies_99\.jsonl: is no file"):
+        Replies(tmp_path)
+
+
+REPLIES = {
+    "[]": "it must be an object",
+    "5": "it must be an object",
+    '{"choices": []}': "no choice",
+    '{"choices": [5]}': "must be an object",
+    '{"choices": [{"message": {"content": [1]}}]}': "content must be",
+    '{"choices": [{"message": null}]}': "message must be an object",
+}
+
+
+def test_replies_of_another_form_are_a_sentence(serve, tmp_path):
+    for reply, message in REPLIES.items():
+        server = serve(lambda number, body, reply=reply: (200, reply.encode()))
+        with pytest.raises(ServiceError, match=message):
+            rubric_judge(server, tmp_path, retries=0)(["p"], ["a"])
+    server = serve(lambda number, body: (200, b'{"choices": [{"message": {"content": null}}]}'))
+    [score] = rubric_judge(server, tmp_path, retries=0)(["p"], ["a"])
+    assert isinstance(score, Unscored)
 
 
 RUBRICS = ["", "criteria: a\nscales: [1, 2]", "scale: [1, 2]", "criteria: ' '"]

@@ -130,9 +130,20 @@ def decoded(text: str, version: str) -> list[Sample]:
     """The samples that ``encoded`` wrote.
 
     Raises:
-        ValueError: the text is not JSON of samples.
+        UserError: the text is not JSON of samples.
     """
-    return [
-        Sample(tokens, log_probs, finished, version)
-        for tokens, log_probs, finished in json.loads(text)
-    ]
+    samples = []
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        for kept in json.loads(text):
+            match kept:
+                case [[*tokens], [*log_probs], bool(finished)] if all(
+                    type(token) is int for token in tokens
+                ) and all(type(value) in (int, float) for value in log_probs):
+                    samples.append(Sample(tokens, log_probs, finished, version))
+                case _:
+                    raise ValueError
+        return samples
+    raise UserError(
+        f"engine/: what was kept of the weights {version} is no sample: {text[:80]!r}; delete "
+        "these files, so that the engine is asked again"
+    )

@@ -33,6 +33,7 @@ from rlhf_jax.data.rows import Fields, Message, Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders import spec
+from rlhf_jax.rewards.host import called
 from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
 
@@ -265,13 +266,15 @@ def _ask(
     is_closed: whether the response ends with an EOS id.
     """
     try:
-        answer = environment.fn(copy.deepcopy(talk), copy.deepcopy(dict(row)))
+        answer = called(where, environment.fn, copy.deepcopy(talk), copy.deepcopy(dict(row)))
         reply, reward = answer if isinstance(answer, tuple) else (answer, 0.0)
         message = reply if isinstance(reply, dict) else {"role": "user", "content": reply or ""}
         is_text = all(isinstance(message.get(part), str) for part in ("role", "content"))
         if not is_text or not np.isfinite(reward):
             expected = "None, a text or a message, or (one of these, a number)"
             raise TypeError(f"expected {expected}, got {answer!r:.80}")
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if reply is None:

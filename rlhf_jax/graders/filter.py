@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, logger, read_file
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.host import Columns, HostReward, on_host
@@ -81,7 +81,8 @@ def _word_pattern(word: str) -> str:
 def read_words(path: str | Path) -> list[str]:
     """The words and phrases of a UTF-8 file with one on each line. Empty lines are skipped."""
     with file_errors(path):
-        lines = Path(path).read_text("utf-8-sig").split("\n")
+        text = read_file(Path(path)).decode("utf-8-sig")
+    lines = text.replace("\r\n", "\n").split("\n")
     words = [line for line in lines if line.strip()]
     for number, line in enumerate(lines, 1):
         if line.strip() and not normalized(line).strip():

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import jax
 
+from rlhf_jax.errors import logger, read_file
+
 
 class Replies:
     """Replies to questions, kept in a folder by the sha256 of the question: a JSON line each, in a
-    file for each process. A line that a kill cut off is ignored.
+    file for each process. A line that a kill cut off, or that is none of them, is left out with a
+    warning.
 
     Args:
       folder: None keeps nothing.
       name: what the names of the files begin with.
+
+    Raises:
+      UserError: a file cannot be read.
     """
 
     def __init__(self, folder: Path | None, name: str = "replies"):
@@ -25,12 +31,20 @@ class Replies:
         if folder is None:
             return
         for file in sorted(folder.glob(f"{name}_*.jsonl")):
-            for line in file.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):  # a line that was cut off
+            left_out = 0
+            for line in read_file(file, most=None).splitlines():
+                kept = None
+                with contextlib.suppress(ValueError, RecursionError):
                     kept = json.loads(line)
-                    self._known[kept["sha256"]] = kept["reply"]
+                match kept:
+                    case {"sha256": str(key), "reply": str(reply)}:
+                        self._known[key] = reply
+                    case _:
+                        left_out += 1
+            if left_out:
+                logger.warning(f"{file}: {left_out} lines are no replies and are left out")
         self._file = folder / f"{name}_{jax.process_index()}.jsonl"
-        if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
+        if self._file.exists() and not read_file(self._file, most=None).endswith(b"\n"):
             self._append("")  # ends the line that was cut off
 
     def __contains__(self, question: str) -> bool:

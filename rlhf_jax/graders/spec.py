@@ -31,6 +31,7 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 A folder with the name of one of these is given as ``./length``.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -568,7 +569,8 @@ def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
-        module = _module(file.resolve())
+        with contextlib.chdir("."):  # the run has relative paths
+            module = _module(file.resolve())
     except (SyntaxError, SystemExit, ImportError) as error:
         raise UserError(f"{where}: {file} cannot be run: {type(error).__name__}: {error}") from None
     functions = {key: value for key, value in vars(module).items() if callable(value)}

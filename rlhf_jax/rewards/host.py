@@ -5,8 +5,10 @@ A row is scored or `Unscored`, which has a reason and is never a number. Scores,
 reasons of a row stay together until ``on_host`` makes arrays of them.
 """
 
+import contextlib
 import copy
 import math
+import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
@@ -175,13 +177,16 @@ def copied(columns: Columns) -> dict[str, list[Any]]:
 
 
 def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
-    """The result of the function. A ``SystemExit`` would end the run as if it were complete."""
+    """The result of the function. A ``SystemExit`` would end the run as if it were complete, and
+    from another working folder the run would not find its relative paths.
+    """
     try:
-        return fn(*args, **columns)
+        with contextlib.chdir(os.curdir):
+            return fn(*args, **columns)
     except SystemExit as error:
         raise UserError(
-            f"{name} called sys.exit({error.code!r}); a reward may not end the run: return None "
-            "for a row that cannot be scored, or raise an exception"
+            f"{name} called sys.exit({error.code!r}); it may not end the run: return None for a "
+            "row that cannot be scored, or raise an exception"
         ) from error
 
 

@@ -244,7 +244,7 @@ def _result(name: str, fn: Function, args: list[Any], named: Texts) -> Any:
             return result
         # In a thread of its own: a notebook has a running loop in this one.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, _awaited(result)).result()
+            return host.called(name, thread.submit(asyncio.run, _awaited(result)).result)
     except (UserError, TrainingFault, FloatingPointError):
         raise
     except Exception as error:
