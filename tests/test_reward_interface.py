@@ -10,6 +10,8 @@ import os
 import pickle
 import sys
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +258,14 @@ def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
         "responses": ["ea", "e"],
         **given,
     }
+
+
+def test_numbers_of_other_kinds_are_scores():
+    for one, two in ((Decimal("0.5"), Fraction(1, 2)), (np.float16(0.5), np.bool_(True))):
+        assert called(lambda responses, given=(one, two): list(given))[0].scores[0] == 0.5
+    for bad in (Decimal("NaN"), Decimal("1e400"), -(10**400), 1e39, float("nan")):
+        with pytest.raises(FloatingPointError, match=r"row 0, prompt 'ab', .*: (nan|inf|-inf)"):
+            called(lambda responses, bad=bad: [bad, 1])
 
 
 def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):

@@ -271,9 +271,11 @@ def number(entry: Any, where: str) -> float | None:
     is_number = isinstance(entry, Number) and not isinstance(entry, complex)
     if not is_number:
         raise UserError(f"{where}: expected a number or None, {got(entry)}")
-    if abs(entry) > _LARGEST:  # such as an int that is no float
-        return math.inf if entry > 0 else -math.inf
-    return float(entry)
+    try:
+        value = float(entry)
+    except OverflowError:  # an int that is no float
+        value = math.inf if entry > 0 else -math.inf
+    return math.copysign(math.inf, value) if abs(value) > _LARGEST else value
 
 
 def plain(values: Any) -> Any:
