@@ -252,6 +252,7 @@ def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
             check_function("here", fn, [name])
         check_function("here", fn, ["response", "chosen", "rejected", "messages"])
     check_function("here", lambda a, b: [], ["responses"])
+    check_function("here", lambda responses, messages: [], ["messages"])
     check_function("here", lambda responses, **columns: [], ["completions"])
     given = {"response": [1, 2], "chosen": ["c", "d"], "rejected": [None, "r"]}
     assert shown_to("responses, response, chosen, rejected", columns=given) == {
@@ -285,10 +286,14 @@ def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
                     assert pickle.loads(pickle.dumps(fn)) is fn
             assert loaded[folder, name, "count"]([]) == [1]
             assert loaded[folder, name, "where"]() == folder
+    for (_, _, function), fn in loaded.items():
+        assert function == "where" or pickle.loads(pickle.dumps(fn)) is fn
     one = loaded["a", "pickled_reward.py", "one"]
     assert one.__module__ == "pickled_reward"
     file.write_text("def one(text): return 7\n")
-    assert spec._loaded("--reward", file, "one")("") == 7
+    changed = spec._loaded("--reward", file, "one")
+    assert changed("") == 7
+    assert spec._loaded("--reward", file, "one") is changed
     file.write_text("raise KeyError('early')\n")
     with pytest.raises(KeyError):
         spec._loaded("--reward", file, "one")

@@ -207,7 +207,13 @@ def test_replies_before_a_failure_are_kept(serve, tmp_path):
 
 
 OTHER_FORMS = [b"5", b"[]", b'{"a":1}', b'{"sha256": 1, "reply": "x"}', b'{"sha256": "a"}', b"null"]
-OTHER_FORMS += [b"\xff\x00", b'{"sha256": "a", "rep', b"[" * 5_000, b""]
+OTHER_FORMS += [
+    b'{"sha256": "a", "reply": 5}',
+    b"\xff\x00",
+    b'{"sha256": "a", "rep',
+    b"[" * 5_000,
+    b"",
+]
 
 
 def test_kept_replies_of_another_form_are_left_out_with_a_line(tmp_path, caplog):
