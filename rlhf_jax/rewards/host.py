@@ -8,7 +8,6 @@ reasons of a row stay together until ``on_host`` makes arrays of them.
 import contextlib
 import copy
 import math
-import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
@@ -181,7 +180,7 @@ def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any
     from another working folder the run would not find its relative paths.
     """
     try:
-        with contextlib.chdir(os.curdir):
+        with contextlib.chdir("."):
             return fn(*args, **columns)
     except SystemExit as error:
         raise UserError(
