@@ -1,6 +1,7 @@
 """The page's server: what it answers, what it refuses, many people at once, kills, two servers."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,13 +14,14 @@ import time
 
 import httpx
 import pytest
+import uvicorn
 from builders import json_lines
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
 from rlhf_jax.inference.label import store_file
-from rlhf_jax.inference.labelling import serve, server, store
+from rlhf_jax.inference.labelling import connections, serve, server, store
 from rlhf_jax.inference.labelling.settings import Config
 
 ATTACK = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
@@ -106,11 +108,14 @@ def test_a_person_labels(site):
     assert second.json()["kept"]
     assert second.json()["progress"]["own"] == 1
     assert second.json()["undo"] == state["pair"]["id"]
-    undone, again = asked.ask(
+    undone, replayed = asked.ask(
         ("POST", f"{ANA}/undo", {"id": state["pair"]["id"]}),
         judgement(state["pair"]["id"], "bad"),
     )
-    assert undone.json()["pair"] == state["pair"]
+    number = undone.json()["pair"]["id"]
+    assert undone.json()["pair"] == state["pair"] | {"id": number}
+    assert not replayed.json()["kept"]
+    (again,) = asked.ask(judgement(number, "bad"))
     assert again.json()["progress"]["given"] == 1
 
 
@@ -233,6 +238,127 @@ def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
     scope = {"type": "http", "method": "POST", "path": f"{ANA}/undo", "headers": headers}
     asyncio.run(asked.app(scope, receive, send))
     assert sent[0]["status"] == 408
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("", {}, 400),  # GET ?x
+        ("x", {}, 400),
+        ("*", {}, 400),
+        ("http://localhost/x", {}, 400),
+        (f"{ANA}/undo", {"origin": "http://["}, 400),
+        (f"{ANA}/undo", {"origin": "http://[::1"}, 400),
+        (f"{ANA}/undo", {"origin": "//]"}, 400),
+        (ANA, {"host": "localhost?x"}, 403),  # of another origin than its host
+        ("/x", {"host": "localhost#x", "origin": "//localhost%23x"}, 403),
+    ],
+)
+def test_what_is_no_address_is_refused(site, path, headers, status):
+    """As the server reads it from a socket."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = {"host": "localhost", "origin": "http://localhost", **headers}
+    given = [(name.encode(), value.encode("utf-8")) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": given}
+    asyncio.run(site().app(scope, None, send))
+    assert sent[0]["status"] == status
+
+
+@contextlib.asynccontextmanager
+async def listening(app):
+    """``open(bytes)``: the reader and the writer of a connection on which they were sent."""
+    how = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+    how.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    listener = await loop.create_server(
+        lambda: connections.Connection(how, state, {}), "127.0.0.1", 0
+    )
+    writers = []
+
+    async def open_(sent):
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        writers.append(writer)
+        writer.write(sent)
+        return reader, writer
+
+    yield open_
+    for writer in writers:
+        writer.close()
+    listener.close()
+    await asyncio.sleep(0)
+
+
+async def until_closed(reader):
+    """What was replied before the connection was closed."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while got := await reader.read(1 << 16):
+            said += got
+    return said
+
+
+GET = f"GET {ANA} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+def test_a_request_that_does_not_come_is_given_up(site, monkeypatch):
+    """Nothing, half a request, half of a second one, a body that nobody reads, and drops."""
+    monkeypatch.setattr(server, "MAX_WAIT", 0.2)
+    asked = site()
+    body = b"PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n"
+
+    async def drop(writer):
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"a")
+                await asyncio.sleep(0.02)
+                await writer.drain()
+
+    async def talk():
+        replies = []
+        async with listening(asked.app) as open_:
+            for sent in (b"", b"GET /x HTTP/1.1\r\nHost: lo", GET + b"GET /x HTTP/1.1\r\n", body):
+                reader, writer = await open_(sent)
+                dropping = asyncio.create_task(drop(writer)) if sent else None
+                replies.append(await asyncio.wait_for(until_closed(reader), 10))
+                if dropping:
+                    dropping.cancel()
+        return replies
+
+    nothing, half, second, unread = asyncio.run(talk())
+    assert nothing == half == b""
+    assert second.startswith(b"HTTP/1.1 200 OK")
+    assert second.count(b"HTTP/1.1") == 1
+    assert unread.startswith(b"HTTP/1.1 403 ")
+
+
+def test_connections_that_say_nothing_keep_nobody_out(site, monkeypatch):
+    """The oldest are closed; one whose request is being read is not."""
+    monkeypatch.setattr(connections, "MOST_WAITING", 5)
+    asked = site()
+    head = f"POST {ANA}/undo HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+
+    async def talk():
+        async with listening(asked.app) as open_:
+            slow, writer = await open_(head.encode())
+            await asyncio.sleep(0.05)
+            silent = [(await open_(b"GET /x HT"))[0] for _ in range(20)]
+            ours, _ = await open_(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            said = await until_closed(ours)
+            closed = [reader.at_eof() or reader.exception() is not None for reader in silent]
+            writer.write(b'{"id": 1}')
+            return said, closed, await slow.readline()
+
+    said, closed, slow = asyncio.run(talk())
+    assert said.startswith(b"HTTP/1.1 200 OK")
+    assert sum(closed) in (15, 16)
+    assert closed == sorted(closed, reverse=True)
+    assert slow.startswith(b"HTTP/1.1 200 OK")
 
 
 def test_the_rate_of_an_address_is_limited(site):
@@ -395,6 +521,56 @@ def test_what_was_begun_otherwise_is_refused(tmp_path, serving):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="was not begun on the page"):
         serve.run(None, other)
+
+
+def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(tmp_path, serving):
+    """Emptied, deleted, of before, or without what was still in its -wal file."""
+    how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
+    addresses, end = serving(how)
+    out = tmp_path / "prefs.jsonl"
+    file = store_file(out)
+    for choice in ("a", "skip"):
+        task = wait_for_pair(addresses["ana"])
+        post(addresses["ana"], "judgement", {"id": task["id"], "choice": choice, "seconds": 0})
+    before = file.read_bytes()  # without the -wal file
+    end()
+    whole = file.read_bytes()
+    kept = [out.read_bytes(), label.session_file(out).read_bytes()]
+    for content, said in (
+        (b"", "is missing or empty"),
+        (None, "is missing or empty"),
+        (before, "lacks judgements that prefs.jsonl.session.json has"),
+    ):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            serve.run(None, how)
+        assert [out.read_bytes(), label.session_file(out).read_bytes()] == kept
+        if content is None:
+            assert not file.exists()
+            file.touch()
+    file.write_bytes(whole)
+    _, end = serving(how)
+    assert "judgements: 1 of 1 pairs" in end()
+    assert out.read_bytes() == kept[0]
+
+
+def test_an_undo_is_no_lost_judgement(site, tmp_path):
+    asked = site()
+    out = tmp_path / "prefs.jsonl"
+    how = config(tmp_path)
+    asked.store.begin({})
+    tasks = []
+    for _ in range(2):
+        tasks.append(asked.store.next("ana", is_complete=True).id)
+        asked.store.judge("ana", tasks[-1], "a", seconds=0)
+    serve.write(asked.store, out)
+    asked.store.undo("ana", tasks[-1])  # and a kill before the next writing
+    source = serve.pairs.Source({}, 2, None)
+    asked.store.begin(source.settings | {"again": 0.0, "per_pair": 1, "annotators": PEOPLE})
+    serve._begin(asked.store, source, how)
+    assert len(asked.store.judgements()) == 1
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """Labels of several people: statistics by hand, rows that stages read, which pairs, the store."""
 
+import html
 import json
 import math
+import os
+import re
 import sqlite3
 import stat
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -191,7 +195,8 @@ def test_nothing_of_a_text_is_a_tag():
     )
     code = "See:\n\n```python\nif a < b:\n\n    **x**\n```\nend"
     assert markup.render(code) == (
-        '<p>See:</p><pre tabindex="0"><code>if a &lt; b:\n\n    **x**</code></pre><p>end</p>'
+        '<p>See:</p><pre tabindex="0"><code>python\nif a &lt; b:\n\n    **x**</code></pre>'
+        "<p>end</p>"
     )
     assert markup.render("a\r\nb\n\n```\n<x>") == (
         '<p>a<br>b</p><pre tabindex="0"><code>&lt;x&gt;</code></pre>'
@@ -199,6 +204,40 @@ def test_nothing_of_a_text_is_a_tag():
     assert markup.render("\x1b\u202e") == "<p>\u241b⟨U+202E⟩</p>"
     shown = markup.conversation([{"role": "<user>", "content": "<hi>"}])
     assert shown == '<div class="turn"><h3>&lt;user&gt;</h3><p>&lt;hi&gt;</p></div>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```hidden",
+        "a\n   ```not hidden",
+        "```\nx\n```hidden",
+        "```the answer\nis 4\n```",
+        "``` 4\n```",
+    ],
+)
+def test_nothing_of_an_answer_is_hidden(text):
+    shown = html.unescape(re.sub(r"<[^>]*>", "", markup.render(text)))
+    assert re.findall(r"\w", shown) == re.findall(r"\w", text)
+
+
+def test_powers_are_not_bold():
+    assert markup.render("x**2 + y**2, f(a)**2 * b**(-1), 2**3**2") == (
+        "<p>x**2 + y**2, f(a)**2 * b**(-1), 2**3**2</p>"
+    )
+    assert markup.render("(**a b**): **c**") == (
+        "<p>(<strong>a b</strong>): <strong>c</strong></p>"
+    )
+
+
+@pytest.mark.parametrize(
+    "opening", ["**x ", "** x", "**x**", "**`x", "`x\n", "```x\n", "\n ", "***"]
+)
+def test_the_time_of_a_text_is_linear(opening):
+    """Many openings of each kind, of which a quadratic pattern takes minutes."""
+    start = time.process_time()
+    markup.render(opening * 50_000 + "x")
+    assert time.process_time() - start < 5
 
 
 def test_each_pair_goes_to_as_many_as_asked(opened):
@@ -327,13 +366,30 @@ def test_undo_takes_the_last_one_back(opened):
     assert kept.last("ana") == second.id
     assert kept.undo("ana", second.id)
     assert not kept.undo("ana", second.id)  # pressed twice
-    assert kept.next("ana", is_complete=True) == second
+    asked = kept.next("ana", is_complete=True)
+    assert asked == second._replace(id=asked.id)
     assert [(given.annotator, given.choice) for given in kept.judgements()] == [
         ("ana", "a"),
         ("ben", "a"),
     ]
-    assert kept.judge("ana", second.id, "tie", seconds=0)
+    assert kept.judge("ana", asked.id, "tie", seconds=0)
     assert kept.judgements()[-1].strength is None
+
+
+def test_what_was_sent_before_an_undo_counts_no_more(opened):
+    """A number is used once, also after it was taken back, again and again, or by somebody else."""
+    kept = opened(1, annotators=("ana,ben",))
+    used = []
+    for _ in range(3):
+        used.append(judge(kept, "ana", "a").id)
+        assert kept.undo("ana", used[-1])
+        for number in used:
+            assert not kept.judge("ana", number, "b", seconds=0)
+            assert not kept.undo("ana", number)
+    used.append(kept.next("ana", is_complete=True).id)
+    assert kept.judge("ana", used[-1], "skip", seconds=0)
+    assert judge(kept, "ben", "a").id not in used
+    assert len(set(used)) == 4
 
 
 def test_equal_and_empty_answers_are_never_shown(opened):
@@ -375,14 +431,45 @@ def test_what_was_kept_is_there_without_a_close(opened):
 def test_a_file_that_is_no_store_is_named(tmp_path):
     file = store_file(tmp_path / "prefs.jsonl")
     file.write_text("no database at all, but a text" * 50)
-    with pytest.raises(UserError, match=r"prefs.jsonl.session.sqlite: cannot be used"):
-        store.Store(file, config(tmp_path))
-    with pytest.raises(UserError, match=r"cannot be read"):
-        store.read(file)
+    for use in (lambda: store.Store(file, config(tmp_path)), lambda: store.read(file)):
+        with pytest.raises(UserError, match=r"session.sqlite: cannot be read: file is not a datab"):
+            use()
     with sqlite3.connect(tmp_path / "other") as db:
         db.execute("CREATE TABLE t (x)")
-    with pytest.raises(UserError, match="no such table"):
+    with pytest.raises(UserError, match="other tables"):
         store.read(tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="is no file"):
+            store.read(place)
+        with pytest.raises(UserError, match="is no file"):
+            store.Store(place, config(tmp_path))
+
+
+def test_a_damaged_store_is_refused_and_stays(opened, tmp_path):
+    """A flipped bit of an answer, a choice, a setting, an index or the schema; cut, and empty."""
+    kept = opened(3)
+    kept.begin({"annotators": ["ana"]})
+    for choice in ("a", "bad", "tie"):
+        judge(kept, "ana", choice, reason="because")
+    kept.close()
+    whole = kept.path.read_bytes()
+    damaged = [whole[: len(whole) // 2], whole[:5000], whole[:4096] + bytes(len(whole) - 4096), b""]
+    for text in (b"prompt 1", b'["yes", "no"]', b"tie", b"because", b"annotators", b"CREATE INDEX"):
+        for found in re.finditer(re.escape(text), whole):
+            place = found.start()
+            damaged.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert len(damaged) > 12
+    for content in damaged:
+        kept.path.write_bytes(content)
+        with pytest.raises(UserError, match=r"session.sqlite: cannot be read: .*nothing was writ"):
+            store.read(kept.path)
+        if content:
+            with pytest.raises(UserError, match=r"Put a copy of it back, or choose another --out"):
+                store.Store(kept.path, config(tmp_path))
+        assert kept.path.read_bytes() == content
+    kept.path.write_bytes(whole)
+    assert [given.choice for given in store.read(kept.path)] == ["a", "bad", "tie"]
 
 
 def test_tokens_are_long_secret_and_stay(tmp_path):
@@ -399,10 +486,20 @@ def test_tokens_are_long_secret_and_stay(tmp_path):
     file.chmod(0o644)
     with pytest.raises(UserError, match="chmod 600"):
         serve.tokens(out, ["ana"])
-    file.write_text('{"ana": "short"}')
     file.chmod(0o600)
-    with pytest.raises(UserError, match="is no file of tokens"):
-        serve.tokens(out, ["ana"])
+    for text in ('{"ana": "short"}', "[" * 100_000, "\xff", "[]"):
+        file.write_text(text, "latin-1")
+        with pytest.raises(UserError, match="is no file of tokens"):
+            serve.tokens(out, ["ana"])
+    for make, said in (
+        (lambda: os.mkfifo(file, 0o600), "is no file"),
+        (lambda: file.symlink_to(tmp_path / "nowhere"), "cannot be followed"),
+        (lambda: file.mkdir(0o700), "Is a directory"),
+    ):
+        file.unlink()
+        make()
+        with pytest.raises(UserError, match=said):
+            serve.tokens(out, ["ana"])
 
 
 def test_which_pairs_are_chosen(tmp_path):

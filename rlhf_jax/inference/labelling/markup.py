@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from rlhf_jax.data.conversation import text_of
 from rlhf_jax.report.page import PICTURES
 
-_FENCE = re.compile(r"^ {0,3}```[^`\n]*$", re.MULTILINE)
+# What stands behind a fence, as the name of a language, stays: nothing of an answer is hidden.
+_FENCE = re.compile(r"^ {0,3}```(?=[^`\n]*$)", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*\n\s*")
 _CODE = re.compile(r"`([^`\n]+)`")
-_BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
+# Not across another **, or the time would be quadratic; not powers, as in x**2 + y**2.
+_BOLD = re.compile(r"(?<![\w)\]])\*\*(?=\S)((?:(?!\*\*).)+)(?<=\S)\*\*(?!\w)", re.ASCII)
 
 
 def render(text: str) -> str:

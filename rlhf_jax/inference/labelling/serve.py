@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import uvicorn
 
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file
 from rlhf_jax.inference import asking, label
 from rlhf_jax.inference.labelling import pairs, rows, server, summary
+from rlhf_jax.inference.labelling.connections import Connection
 from rlhf_jax.inference.labelling.settings import Config
-from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.labelling.store import Store, is_new
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 
 _WRITE_EVERY = 2.0  # seconds
@@ -42,7 +43,8 @@ def run(folder: str | None, config: Config, job: Job = ALONE) -> str:
     """
     out = Path(config.out)
     of_tokens = _beside(job.tokens_of or out, "tokens.json")
-    refuse_links([of_tokens, _beside(out, "sqlite"), _beside(out, "json")])
+    kinds = ("json", "sqlite", "sqlite-wal", "sqlite-shm", "sqlite-journal")
+    refuse_links([of_tokens, *(_beside(out, kind) for kind in kinds)])
     with one_writer(out):
         source = pairs.open_source(folder, config)
         store = _open_store(out, config)
@@ -60,26 +62,35 @@ def _beside(out: Path, kind: str) -> Path:
 
 def _open_store(out: Path, config: Config) -> Store:
     path = label.store_file(out)
-    is_new = not path.exists()
-    if is_new and (out.exists() or label.session_file(out).exists()):
+    if is_new(path) and (out.exists() or label.session_file(out).exists()):
         raise UserError(
-            f"{out}: exists already, and was not begun on the page; choose another --out"
+            f"{out}: exists already, and {path.name} is missing or empty: it was not begun on the "
+            "page, or its store was lost. Put the store back, or choose another --out"
         )
     return Store(path, config)
 
 
 def _begin(store: Store, source: pairs.Source, config: Config) -> None:
-    """Checks that the store was begun with these settings, or begins it."""
-    out = config.out
+    """Checks that the store was begun with these settings and is whole, or begins it."""
+    out = Path(config.out)
     now = source.settings | {"again": config.again, "per_pair": config.per_pair}
     now |= {"annotators": config.people}
+    num_given = len(store.judgements())
+    beside = label.session_file(out)
+    if beside.exists():
+        written = asking.read_beside(out, beside, label.SESSION | {"shown": int})
+        if (store.num_shown(), num_given) < (written["shown"], len(written["judgements"])):
+            raise UserError(
+                f"{store.path}: lacks judgements that {beside.name} has. Put the whole store "
+                "back, with its -wal file, or choose another --out"
+            )
     before = store.settings()
     if before is not None:
-        asking.check_unchanged(Path(out), before, now | {"annotators": before["annotators"]})
+        asking.check_unchanged(out, before, now | {"annotators": before["annotators"]})
         missing = [name for name in before["annotators"] if name not in config.people]
         if missing:
             raise UserError(f"{out}: --annotators lacks {', '.join(missing)}, who began to label")
-        logger.info(f"{out}: {len(store.judgements())} judgements so far; it continues")
+        logger.info(f"{out}: {num_given} judgements so far; it continues")
     store.begin(now)
 
 
@@ -91,11 +102,10 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
     """
     path = _beside(out, "tokens.json")
     known: dict[str, str] = {}
-    with file_errors(path):
-        if path.exists():
-            if stat.S_IMODE(path.stat().st_mode) & 0o077:
-                raise UserError(f"{path}: others may read these secrets; run chmod 600 {path}")
-            known = _read_tokens(path)
+    if is_there(path):
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise UserError(f"{path}: others may read these secrets; run chmod 600 {path}")
+        known = _read_tokens(path)
     if any(name not in known for name in people):
         known |= {name: secrets.token_urlsafe(32) for name in people if name not in known}
         before = os.umask(0o077)  # nobody else may read the file at any moment
@@ -108,9 +118,10 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
 
 
 def _read_tokens(path: Path) -> dict[str, str]:
+    content = read_file(path)
     try:
-        known = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        known = json.loads(content)
+    except (ValueError, RecursionError):
         known = None
     is_right = isinstance(known, dict) and all(
         isinstance(token, str) and len(token) >= 32 for token in known.values()
@@ -150,6 +161,7 @@ def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            http=Connection,
             ws="none",
             limit_concurrency=1000,
             timeout_graceful_shutdown=5,
@@ -232,9 +244,11 @@ async def _write_often(
 
 def write(store: Store, out: Path) -> None:
     """Writes OUT and OUT.session.json, which hold what the store holds."""
+    num_shown = store.num_shown()  # first: it grows when a judgement is taken back meanwhile
     judgements = store.judgements()
     content = {
         "settings": store.settings(),
+        "shown": num_shown,
         "judgements": [given._asdict() for given in judgements],
     }
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows(judgements)]

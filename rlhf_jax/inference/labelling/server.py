@@ -28,7 +28,7 @@ from rlhf_jax.inference.labelling import markup
 from rlhf_jax.inference.labelling.store import Store, Task
 
 MAX_BODY = 16_384
-MAX_WAIT = 10.0  # seconds for a body
+MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
 MAX_REASON = 2_000
 RATE = 10.0
 """Requests a second of one address, after a burst of ``BURST``; wrong addresses share one rate."""
@@ -258,9 +258,14 @@ class Guard:
         if not self._is_ours(host):
             return HTTPException(421, "this page is not served under that name; see --names")
         if request.method not in ("GET", "HEAD"):
-            origin = URL(request.headers.get("origin", "")).netloc
+            try:
+                origin = URL(request.headers.get("origin", "")).netloc
+            except ValueError:
+                return HTTPException(400, "the Origin is no address")
             if origin.lower() != host.lower():
                 return HTTPException(403, "from another page")
+        if not request.scope["path"].startswith("/"):
+            return HTTPException(400, "a path begins with /")
         if not self._is_allowed(request):
             return HTTPException(429, "too many requests; wait a second")
         return None
@@ -283,7 +288,7 @@ class Guard:
 
     def _is_allowed(self, request: Request) -> bool:
         """Takes one from the rate of the request's address."""
-        first = request.url.path.split("/")[1]
+        first = request.scope["path"].split("/")[1]
         if first in _TYPES:
             return True
         key = digest(first)

@@ -1,5 +1,7 @@
 """The pairs and the judgements of the page, in SQLite: one commit a judgement, in WAL, synced to
 the disk. A kill at any moment loses no judgement that the page has confirmed.
+
+SQLite keeps no checksums: a flipped bit in a row would be another answer. So each row has one.
 """
 
 import contextlib
@@ -15,22 +17,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, is_there
 from rlhf_jax.inference import label
 from rlhf_jax.inference.labelling.settings import Config
 
 LEASE = 900.0
 """Seconds after which a pair that was shown and not judged may be shown to somebody else."""
+# AUTOINCREMENT: the id of a judgement that was taken back is never given again.
 _TABLES = """
-CREATE TABLE IF NOT EXISTS settings (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT);
-CREATE TABLE IF NOT EXISTS pairs (
-    number INTEGER PRIMARY KEY, prompt TEXT, answers TEXT, chosen_by TEXT, useless INTEGER);
-CREATE TABLE IF NOT EXISTS judgements (
+CREATE TABLE settings (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT, checksum INTEGER);
+CREATE TABLE pairs (
+    number INTEGER PRIMARY KEY, prompt TEXT, answers TEXT, chosen_by TEXT, useless INTEGER,
+    checksum INTEGER);
+CREATE TABLE judgements (
     id INTEGER PRIMARY KEY AUTOINCREMENT, pair INTEGER, annotator TEXT, again INTEGER,
     first INTEGER, shown_at REAL, choice TEXT, seconds REAL, strength TEXT, reason TEXT,
-    place INTEGER, UNIQUE (annotator, pair, again));
-CREATE INDEX IF NOT EXISTS judgements_by_pair ON judgements (pair);
+    place INTEGER, checksum INTEGER, UNIQUE (annotator, pair, again));
+CREATE INDEX judgements_by_pair ON judgements (pair);
 """
+_CHECKED = {
+    "settings": "one, content",
+    "pairs": "number, prompt, answers, chosen_by, useless",
+    "judgements": "id, pair, annotator, again, first, shown_at, choice, seconds, strength, reason, "
+    "place",
+}
+for _table, _columns in _CHECKED.items():
+    for _event in ("INSERT", f"UPDATE OF {_columns}"):
+        _TABLES += f"""
+CREATE TRIGGER {_table}_{_event[:6]} AFTER {_event} ON {_table} BEGIN
+    UPDATE {_table} SET checksum = checksum({_columns}) WHERE rowid = NEW.rowid;
+END;"""
 # The first pair that somebody has not seen, and that not enough others have judged or look at.
 _FREE = """
 SELECT number FROM pairs WHERE NOT useless
@@ -79,20 +95,26 @@ class Store:
     """The file of pairs and judgements. One process has it open; its threads may share it.
 
     Raises:
-        UserError: the file is no store, was begun with other settings, or cannot be written (as on
-            a full disk). A judgement that raised is not kept; those before it are.
+        UserError: the file is no store, is damaged, or cannot be written (as on a full disk). A
+            judgement that raised is not kept; those before it are.
     """
 
     def __init__(self, path: Path, config: Config):
         self.path = path
         self.config = config
         self._lock = threading.Lock()
+        begins = is_new(path)
+        if not begins:
+            with _undamaged(path):
+                pass
         with self._errors():
             self._db = sqlite3.connect(path, check_same_thread=False)
+            self._db.create_function("checksum", -1, _checksum)
             os.chmod(path, 0o600)
+            if begins:
+                self._db.executescript(f"BEGIN; {_TABLES} COMMIT;")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_TABLES)
 
     def close(self) -> None:
         """Closes the file; WAL is written back into it."""
@@ -122,7 +144,8 @@ class Store:
     def begin(self, settings: dict[str, Any]) -> None:
         """Keeps the settings of a new store, or the later annotators of an old one."""
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO settings VALUES (1, ?)", [json.dumps(settings)])
+            into = "INSERT OR REPLACE INTO settings (one, content) VALUES (1, ?)"
+            db.execute(into, [json.dumps(settings)])
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """Adds pairs, or none of them. Those whose answers are equal or empty are never shown."""
@@ -137,7 +160,8 @@ class Store:
             for pair in pairs
         ]
         with self._transaction() as db:
-            db.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", rows)
+            into = "INSERT INTO pairs (number, prompt, answers, chosen_by, useless)"
+            db.executemany(f"{into} VALUES (?, ?, ?, ?, ?)", rows)
 
     def num_pairs(self) -> int:
         """The pairs that were added."""
@@ -233,17 +257,18 @@ class Store:
             return _last(db, annotator)
 
     def undo(self, annotator: str, number: int) -> bool:
-        """Takes the annotator's last judgement back; its pair is the next one. False if the number
-        is another's.
+        """Takes the annotator's last judgement back; its pair is the next one, under another
+        number. False if the number is another's.
         """
         with self._transaction() as db:
             if number != _last(db, annotator):
                 return False
             unseen = "DELETE FROM judgements WHERE annotator = ? AND choice IS NULL"
             db.execute(unseen, [annotator])
-            emptied = "choice = NULL, seconds = NULL, strength = NULL, reason = NULL, place = NULL"
-            again = f"UPDATE judgements SET {emptied}, shown_at = ? WHERE id = ?"
-            db.execute(again, (time.time(), number))
+            # In place of the old row, with a new number: what was sent for the old one is late.
+            into = "INSERT OR REPLACE INTO judgements (pair, annotator, again, first, shown_at)"
+            emptied = "SELECT pair, annotator, again, first, ? FROM judgements WHERE id = ?"
+            db.execute(f"{into} {emptied}", (time.time(), number))
             return True
 
     def progress(self, annotator: str, num_pairs: int = 0) -> Progress:
@@ -276,20 +301,60 @@ class Store:
         with self._transaction() as db:
             return _judgements(db)
 
+    def num_shown(self) -> int:
+        """The pairs that were shown so far, also those whose judgements were taken back."""
+        with self._transaction() as db:
+            found = db.execute("SELECT seq FROM sqlite_sequence").fetchone()
+        return 0 if found is None else found[0]
+
+
+def is_new(path: Path) -> bool:
+    """Whether nothing was kept in a store's file yet."""
+    return not is_there(path) or (path.is_file() and not path.stat().st_size)
+
 
 def read(path: Path) -> list[label.Judgement]:
     """The judgements of a store, also while a page is open.
 
     Raises:
-        UserError: the file is no store.
+        UserError: the file is no store, or is damaged.
     """
+    with _undamaged(path) as db:
+        return _judgements(db)
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[sqlite3.Connection]:
+    """A store, open to be read, after SQLite's structures and the rows' checksums were compared."""
+    if not path.is_file():
+        raise UserError(f"{path}: is no file")
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        ) as db:
-            return _judgements(db)
-    except sqlite3.Error as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        db.create_function("checksum", -1, _checksum)
+        with contextlib.closing(sqlite3.connect(":memory:")) as new:
+            new.executescript(_TABLES)
+            schema = "SELECT name, sql FROM sqlite_master ORDER BY name"
+            if db.execute(schema).fetchall() != new.execute(schema).fetchall():
+                raise sqlite3.DatabaseError("it has other tables than a store of this version")
+        (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found.splitlines()[-1])
+        for table, columns in _CHECKED.items():
+            wrong = f"SELECT rowid FROM {table} WHERE checksum IS NOT checksum({columns})"
+            if (row := db.execute(wrong).fetchone()) is not None:
+                raise sqlite3.DatabaseError(f"row {row[0]} of {table} is not as it was written")
+        yield db
+    except (sqlite3.Error, UnicodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read: {error}. It is damaged, or no store; nothing was written. "
+            "Put a copy of it back, or choose another --out"
+        ) from None
+    finally:
+        db.close()
+
+
+def _checksum(*values: object) -> int:
+    return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))
 
 
 def _last(db: sqlite3.Connection, annotator: str) -> int | None:
