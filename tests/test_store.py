@@ -1,6 +1,9 @@
 """Many rows as ids: parts give what the whole gives, and the cache gives what was encoded."""
 
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError, logger
+from rlhf_jax.training.common import setup
 from rlhf_jax.training.supervised import store
 
 TOKENIZER = characters("abcdefgh ")
@@ -157,18 +161,69 @@ def test_another_row_tokenizer_template_or_setting_is_encoded_anew(encoded_with)
     encoded_with(rows, dataclasses.replace(TOKENIZER, eos_id=3))
 
 
-def test_a_damaged_entry_is_encoded_anew(cache, encoded_with):
+def flip(file, place):
+    """Other bytes in a file: one bit of one of them."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_entry_is_encoded_anew(cache, encoded_with, monkeypatch, caplog):
+    """Flipped bits in any file and at any place; files that are cut, gone, pipes or links."""
     rows = pairs(8)
     expected = encoded_with(rows)
     [entry] = cache.iterdir()
-    file = entry / "tokens 0"
-    data = bytearray(file.read_bytes())
-    data[-2] ^= 1
-    file.write_bytes(data)
-    assert_same(encoded_with(rows), expected)
-    assert_same(encoded_with(rows, anew=False), expected)
-    (entry / "values.json").write_text("{")
-    assert_same(encoded_with(rows), expected)
+    names = [file.name for file in entry.iterdir() if file.stat().st_size]
+    assert len(names) > 4
+    text = (entry / "values.json").read_bytes()
+    places = [0, 63, 64, 65, *range(70, len(text), 97), text.index(b"int32"), -1]
+    damages = [lambda place=place: flip(entry / "values.json", place) for place in places]
+    damages += [lambda name=name: flip(entry / name, -1) for name in names]
+    damages += [lambda name=name: (entry / name).unlink() for name in names]
+    for content in (b"", b"[]", b"{}", text[:-1], text.partition(b"\n")[2]):
+        damages.append(lambda content=content: (entry / "values.json").write_bytes(content))
+    for name in ("values.json", "tokens 0"):
+        damages.append(lambda name=name: ((entry / name).unlink(), os.mkfifo(entry / name)))
+    damages.append(lambda: ((entry / name).unlink(), (entry / name).symlink_to("/dev/zero")))
+    damages.append(lambda: (shutil.rmtree(entry), os.mkfifo(entry)))
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(store, "LONG", 1e9)  # what was kept is kept again, however fast it is
+    for damage in damages:
+        caplog.clear()
+        damage()
+        with caplog.at_level("INFO"):
+            assert_same(encoded_with(rows), expected)
+        assert f"{entry}: is damaged; the token ids are made anew" in caplog.text
+        assert_same(encoded_with(rows, anew=False), expected)
+
+
+@pytest.mark.parametrize("kind", ["no home", "no folder", "a link in a circle"])
+def test_rows_are_encoded_and_programs_compiled_without_a_cache(
+    tmp_path, encoded_with, monkeypatch, caplog, kind
+):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if kind == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        place = {"no folder": "file/x", "a link in a circle": "circle"}[kind]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+    set_to = {}
+    monkeypatch.setattr(setup.jax.config, "update", set_to.__setitem__)
+    monkeypatch.setattr(logger, "propagate", True)
+    setup._say_once.cache_clear()
+    with caplog.at_level("INFO"):
+        setup.enable_compilation_cache()
+        for _ in range(2):
+            encoded_with(pairs(8))
+    assert "jax_compilation_cache_dir" not in set_to
+    [line] = set(caplog.messages)
+    assert line.startswith("no cache folder, so nothing is kept for later runs: ")
 
 
 def test_the_cache_keeps_the_newest_entries(cache, encoded_with):

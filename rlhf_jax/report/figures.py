@@ -12,6 +12,7 @@ import functools
 import html
 import io
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -235,6 +236,8 @@ def _draw(
     """The file, empty if nothing is drawn, and matplotlib's axes."""
     if not plot.shown:
         return b"", None
+    # Without a home folder it would say twice that it keeps its fonts elsewhere.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -96,7 +96,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 path.rename(former)
             new.rename(path)
     finally:
-        shutil.rmtree(former, ignore_errors=True)
+        _delete(former)
 
 
 def check_writable(folder: Path) -> None:

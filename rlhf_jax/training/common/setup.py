@@ -80,11 +80,21 @@ def choose_devices(config: RunConfig, folders: Iterable[Path], threads: int | No
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache
-    folder.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "rlhf_jax" / "xla"))
+    """Keeps compiled programs between runs: in JAX_COMPILATION_CACHE_DIR, or ``cache_folder``."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()):
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_folder() -> Path | None:
+    """This package's part of the user's cache folder. None, which is said once, if it cannot be
+    made: a user may be a bare number in a container, without a home.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        _say_once(f"no cache folder, so nothing is kept for later runs: {error}")
+        return None
+    return folder

@@ -25,8 +25,9 @@ from rlhf_jax import data
 from rlhf_jax.data.encoding import EncodedTexts, NothingLeft, encode_texts
 from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, logger, read_file
 from rlhf_jax.runs.writing import replacing
+from rlhf_jax.training.common.setup import cache_folder
 
 ROWS_AT_ONCE = 2048
 LONG = 20.0  # seconds; what takes longer is kept
@@ -48,14 +49,18 @@ def encode(
     """
     if len(rows) <= ROWS_AT_ONCE:
         return encode_texts(rows, tokenizer, **settings)
-    entry = folder() / key(rows, tokenizer, settings)
-    kept = load(entry)
-    if kept is not None:
-        logger.info(f"{len(rows):,} rows: token ids of an earlier run, from {entry}")
-        return kept
+    base = cache_folder()
+    entry = None if base is None else base / "rows" / key(rows, tokenizer, settings)
+    is_kept = entry is not None and os.path.lexists(entry)
+    if entry is not None and is_kept:
+        kept = load(entry)
+        if kept is not None:
+            logger.info(f"{len(rows):,} rows: token ids of an earlier run, from {entry}")
+            return kept
+        logger.info(f"{entry}: is damaged; the token ids are made anew")
     start = time.monotonic()
     encoded = in_parts(rows, tokenizer, **settings)
-    if time.monotonic() - start > LONG:
+    if entry is not None and (is_kept or time.monotonic() - start > LONG):
         _keep(encoded, entry)
     return encoded
 
@@ -175,12 +180,6 @@ def _join_arrays(
 # --- The cache
 
 
-def folder() -> Path:
-    """Where encoded rows are kept: in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "rlhf_jax" / "rows"
-
-
 def key(
     rows: Rows,
     tokenizer: Tokenizer,
@@ -212,7 +211,8 @@ def _keep(encoded: EncodedTexts, entry: Path) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with replacing(entry) as new:
             save(encoded, new)
-        entries = sorted(entry.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        entries = [path for path in entry.parent.iterdir() if path.is_dir()]
+        entries.sort(key=lambda path: path.stat().st_mtime)
         for old in entries[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, UserError) as error:
@@ -222,7 +222,9 @@ def _keep(encoded: EncodedTexts, entry: Path) -> None:
 
 
 def save(encoded: EncodedTexts, new: Path) -> None:
-    """Writes the rows as arrays, and as JSON what is none, with a checksum of each file."""
+    """Writes the rows as arrays, and as JSON what is none, with the checksums of the arrays; its
+    first line is the checksum of the rest.
+    """
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for field in dataclasses.fields(encoded):
@@ -241,9 +243,13 @@ def save(encoded: EncodedTexts, new: Path) -> None:
     for name, array in arrays.items():
         content = array.tobytes()
         (new / name).write_bytes(content)
-        written[name] = (array.dtype.name, array.shape, hashlib.sha256(content).hexdigest())
-    text = json.dumps({"values": values, "arrays": written})
-    (new / _VALUES).write_text(text, encoding="utf-8")
+        written[name] = (array.dtype.name, array.shape, _sum(content).decode())
+    content = json.dumps({"values": values, "arrays": written}).encode()
+    (new / _VALUES).write_bytes(_sum(content) + b"\n" + content)
+
+
+def _sum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _flat(name: str, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -255,18 +261,21 @@ def _flat(name: str, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def load(entry: Path, kind: type[EncodedTexts] = EncodedTexts) -> EncodedTexts | None:
-    """What `save` wrote of this class; None if it is not there, or is damaged."""
+    """What `save` wrote of this class; None if it is damaged."""
     try:
-        written = json.loads((entry / _VALUES).read_text("utf-8"))
+        checksum, _, content = read_file(entry / _VALUES, most=None).partition(b"\n")
+        if _sum(content) != checksum:
+            return None
+        written = json.loads(content)
         arrays = {}
         for name, (dtype, shape, checksum) in written["arrays"].items():
-            content = (entry / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != checksum:
+            content = read_file(entry / name, most=None)
+            if _sum(content).decode() != checksum:
                 return None
             arrays[name] = np.frombuffer(content, dtype).reshape(shape)
-        return kind(**_restored(written["values"], arrays))
-    except (OSError, ValueError, KeyError):
+    except UserError:
         return None
+    return kind(**_restored(written["values"], arrays))
 
 
 def _restored(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
