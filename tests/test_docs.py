@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import types
+from pathlib import Path
 
 import forks
 import pytest
@@ -22,11 +23,12 @@ from fifteen_minutes import FIRST, PAGE, ends_as_shown
 from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
-from rlhf_jax import config, training
+from rlhf_jax import cli, config, training
 from rlhf_jax.cli import stages
 from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.rewards import texts
 from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.training.supervised.entry import helping_sizes
@@ -56,10 +58,6 @@ NOT_RUN = {
     "pytest": "is what runs this test",
 }
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
-MINE = (
-    "def score(prompts, responses):\n    return [float(len(response) > 10) for response in "
-    "responses]\n"
-)
 
 
 def name(path):
@@ -206,6 +204,24 @@ def test_commands_that_train_gpt2_say_at_which_rate():
     )
 
 
+def test_the_pages_give_the_exit_code_of_a_reward_that_raises():
+    def broken(prompts, responses):
+        return [1 / 0]
+
+    with pytest.raises(UserError) as caught:
+        texts._result("broken", broken, [["p"], ["r"]], {})
+    code = caught.value.exit_code
+    for page, pattern in (
+        ("rewards", r"An exception, any[^;]*? exit code (\d);"),
+        ("troubleshooting", r"an exception inside your own [^;]*?exit code (\d) "),
+        ("runs", r"\n\| (\d) \|[^\n]* your reward function raised an exception"),
+    ):
+        text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+        assert re.findall(pattern, text) == [str(code)], page
+        said = re.findall(r"NaN or infinity[^.]*?\sexit\scode (\d)", text)
+        assert said == [str(TrainingFault.exit_code)] * (page != "runs"), page
+
+
 def test_troubleshooting_turns_settings_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     flags = all_flags()
@@ -265,11 +281,6 @@ def page_folder(path, folder):
     """
     for part in ("experiments", "configs"):
         (folder / part).symlink_to(ROOT / part)
-    if path == README:
-        demo.write(
-            folder, sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96}
-        )
-        (folder / "mine.py").write_text(MINE, "utf-8")
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
@@ -288,10 +299,13 @@ rlhf_jax.report.page.write = lambda runs, path: None
 """
 
 
-def run_command(words, typed, folder, with_page):
+def run_command(command, typed, folder, with_page):
+    words = shlex.split(command, comments=True)
     program, *rest = words
     if program not in ("python", "rlhf-jax"):
-        return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, shell=True
+        )
     drawn = with_page or rest[0] not in stages.STAGES
     return forks.run(words, folder, typed, SMALL if drawn else SMALL + NO_PAGE)
 
@@ -306,14 +320,36 @@ def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
     lines = typed(path)
     for command in to_run(path):
-        words = shlex.split(command, comments=True)
-        done = run_command(words, lines.get(command, ""), tmp_path, path == README)
+        done = run_command(command, lines.get(command, ""), tmp_path, path == README)
         check_end(done, f"{name(path)}: {command}")
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration
         rows = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text("utf-8").splitlines()
         assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [
             True
         ] * 3
+
+
+def test_readmes_commands_make_the_files_that_they_read(tmp_path, monkeypatch):
+    """On a fresh checkout: what no command before has made would be a file of the reader's."""
+    monkeypatch.chdir(tmp_path)
+    for name, (_, rows) in demo.FILES.items():
+        monkeypatch.setitem(demo.FILES, name, (64, rows))
+    monkeypatch.setattr("rlhf_jax.cli.data.show", lambda text: None)
+    made = {"demo", "runs"}  # what comes with the package, and what its commands write
+    for command in commands(README):
+        program, *words = shlex.split(command.partition(" #")[0])
+        if program == "echo":
+            assert words[-2] == ">"
+            (tmp_path / words[-1]).write_text(" ".join(words[:-2]) + "\n")
+        elif words[0] == "data":
+            assert cli.run(words) in (None, 0)
+        elif words[0] in stages.STAGES:
+            sources = re.findall(r"--data (\S+)", command) + re.findall(r"'(\S+\.py):", command)
+            for source in sources:
+                assert Path(source).is_file() or source.partition("/")[0] in made, source
+    text = Path("mine.py").read_text()
+    exec(compile(text, "mine.py", "exec"), mine := {})
+    assert mine["score"](["p"], ["12345"], other=[1]) == [0.05]
 
 
 def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
