@@ -129,7 +129,7 @@ def by_mouse(browser, address):
     page, errors = opened(browser, address, DESKTOP)
     check_access(page)
     picture(page, "label_desktop.png")
-    assert page.locator("pre code").inner_text() == "print(sorted([3, 1, 2]))"
+    assert page.locator("pre code").inner_text() == "python\nprint(sorted([3, 1, 2]))"
     boxes = [page.locator(f"#answer-{name}").bounding_box() for name in "ab"]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] < boxes[1]["x"]

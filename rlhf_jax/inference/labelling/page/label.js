@@ -78,6 +78,7 @@ async function request(path, body) {
     const content = isJson ? await response.json() : { error: await response.text() };
     if (response.ok) show(content);
     else failed(`Not saved (${response.status}): ${content.error} Please try again.`);
+    if (content.kept === false) say("Not kept: it was judged or taken back before, as in another window.");
   } catch {
     failed("Not saved: the server does not reply. Please try again.");
   }
