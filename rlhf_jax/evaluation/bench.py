@@ -100,12 +100,6 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
                 f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
-    key = stream(config.seed, "evaluate", "eval")
-    return Bench(policy, config, key, reward, positions, _environment(policy, config))
-
-
-def _environment(policy: Policy, config: Config) -> Environment | None:
-    """The environment of ``--environment``; logs if the run had one and the evaluation has none."""
     trained = dotted(settings_of(policy.folder))
     turns = config.max_turns
     if config.environment and turns is None:
@@ -116,7 +110,9 @@ def _environment(policy: Policy, config: Config) -> Environment | None:
             "evaluation has no --environment"
         )
     fn = function_of(config.environment, "--environment")
-    return load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
+    environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
+    key = stream(config.seed, "evaluate", "eval")
+    return Bench(policy, config, key, reward, positions, environment)
 
 
 def judge_positions(entry: str) -> int:
@@ -213,7 +209,15 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     """
     config = bench.config
     tokenizer = policy.tokenizer
-    encoded = _encode_prompts(bench, policy, prompts)
+    encoded = encoding.encode_prompts(
+        prompts,
+        tokenizer,
+        template=policy.template,
+        too_long=config.too_long,
+        # With the response it fits into the reward model too.
+        max_positions=min(bench.positions, policy.model.config.max_length),
+        max_new_tokens=policy.max_new_tokens,
+    )
     settings = initial.sampling_config(RLStage(max_new_tokens=policy.max_new_tokens), tokenizer)
     settings = dataclasses.replace(settings, temperature=config.temperature)  # which may be 0
     shape = (len(encoded), config.num_samples)
@@ -321,20 +325,6 @@ def against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
         )
     other = other._replace(max_new_tokens=policy.max_new_tokens)
     return sample(bench, other, "prompts", prompts)
-
-
-def _encode_prompts(
-    bench: Bench, policy: Policy, prompts: Sequence[rows.Row]
-) -> encoding.EncodedPrompts:
-    """The prompts as the policy reads them; with the response they fit into the reward model."""
-    return encoding.encode_prompts(
-        prompts,
-        policy.tokenizer,
-        template=policy.template,
-        too_long=bench.config.too_long,
-        max_positions=min(bench.positions, policy.model.config.max_length),
-        max_new_tokens=policy.max_new_tokens,
-    )
 
 
 def encode_pairs(bench: Bench, pairs: Sequence[rows.Row]) -> encoding.EncodedTexts:

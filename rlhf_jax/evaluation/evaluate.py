@@ -86,7 +86,10 @@ def run(folder: str | Path, config: Config) -> Result:
     config = _with_own_reward_model(policy, config)
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
     sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
-    opened = bench.open_bench(policy, config, _columns(sets))
+    # Those that each set has. Rows of given answers, which are scored too, have none.
+    columns = [{name for row in read.rows for name in row.columns} for read in sets.values()]
+    shared = set.intersection(*columns) if columns else set()
+    opened = bench.open_bench(policy, config, shared)
     pairs = {}
     answers = {}
     for name, read in sets.items():
@@ -96,32 +99,38 @@ def run(folder: str | Path, config: Config) -> Result:
             answers[name] = bench.sample(opened, policy, name, read.rows)
     left_out = _left_out(sets, {**answers, **pairs})
     if config.against is not None:
-        answers["prompts, against"] = _against(opened, config.against, sets, answers)
+        theirs = bench.against(opened, config.against, sets["prompts"].rows)
+        if theirs.rows != answers["prompts"].rows:
+            raise UserError(
+                f"--against {config.against}: it leaves out other prompts that are too long; "
+                "shorten them"
+            )
+        answers["prompts, against"] = theirs
     figures = [*_figures(opened, sets, categories, answers, pairs), *_not_run(policy, config)]
-    figures.sort(key=_place)
+    places = {name: place for place, name in enumerate(ORDER)}  # the user's own come after these
+    figures.sort(key=lambda figure: places.get(figure.category.partition(":")[0], len(ORDER)))
+    settings = {"run": policy.folder, **dataclasses.asdict(config)}
+    del settings["output"], settings["device"]
+    settings["template"] = policy.template
+    settings["max_new_tokens"] = policy.max_new_tokens
+    settings["stop"] = list(policy.stop)
     content = {
-        "settings": _settings(policy, config),
+        "settings": settings,
         "fingerprints": _fingerprints(folder, config, sets, categories),
         "left_out": left_out,
         "rows": [figure._asdict() for figure in figures],
     }
     path = output / records.EVALUATION
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    samples = "".join(_sample_lines(answers, policy.tokenizer))
+    samples = [
+        json.dumps(sample, ensure_ascii=False) + "\n"
+        for name, own in answers.items()
+        for sample in _samples(name, own, policy.tokenizer)
+    ]
     with file_errors(path, "written"):
         output.mkdir(parents=True, exist_ok=True)
-        writing.write_together({output / SAMPLES: samples, path: f"{text}\n"})
+        writing.write_together({output / SAMPLES: "".join(samples), path: f"{text}\n"})
     return Result(figures, path)
-
-
-def _against(opened: Bench, folder: str, sets: Sets, answers: Mapping[str, Answers]) -> Answers:
-    """The responses of the run of ``--against``."""
-    theirs = bench.against(opened, folder, sets["prompts"].rows)
-    if theirs.rows != answers["prompts"].rows:
-        raise UserError(
-            f"--against {folder}: it leaves out other prompts that are too long; shorten them"
-        )
-    return theirs
 
 
 def _with_own_reward_model(policy: Policy, config: Config) -> Config:
@@ -181,16 +190,6 @@ def _left_out(
     return left_out
 
 
-def _settings(policy: Policy, config: Config) -> dict[str, Any]:
-    """The settings as evaluation.json has them."""
-    settings = {"run": policy.folder, **dataclasses.asdict(config)}
-    del settings["output"], settings["device"]
-    settings["template"] = policy.template
-    settings["max_new_tokens"] = policy.max_new_tokens
-    settings["stop"] = list(policy.stop)
-    return settings
-
-
 def _check_flags(policy: Policy, config: Config) -> None:
     """Refuses flags that ask a reward model for texts."""
     others = ("prompts", "safety", "categories", "against", "reward_model", "environment")
@@ -225,7 +224,10 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     results = {
         name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
     }
-    _check_columns(config, results)
+    for entry in config.columns:
+        sentences = [result.unused_columns.get(entry) for result in results.values()]
+        if sentences and all(sentences):
+            raise UserError(str(sentences[0]))
     for name, category in categories.items():
         place = f"{config.categories}: {name}"
         prompts = [
@@ -241,20 +243,6 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories
-
-
-def _columns(sets: Sets) -> set[str]:
-    """The columns that each set has. Rows of given answers, which are scored too, have none."""
-    names = [{name for row in read.rows for name in row.columns} for read in sets.values()]
-    return set.intersection(*names) if names else set()
-
-
-def _check_columns(config: Config, results: Sets) -> None:
-    """Raises UserError for a column that no file has."""
-    for entry in config.columns:
-        sentences = [result.unused_columns.get(entry) for result in results.values()]
-        if sentences and all(sentences):
-            raise UserError(str(sentences[0]))
 
 
 def _fingerprints(
@@ -276,12 +264,6 @@ def _fingerprints(
 
 
 # --- Figures
-
-
-def _place(figure: measures.Figure) -> int:
-    """Where the figure's category stands: in ``ORDER``, and the user's own after these."""
-    category = figure.category.partition(":")[0]
-    return ORDER.index(category) if category in ORDER else len(ORDER)
 
 
 def _figures(
@@ -346,13 +328,7 @@ def _category_figure(
     scores = None
     if category.score is not None:
         flag = f"{config.categories}: {name}.score"
-        judge = bench.reward_of(
-            category.score,
-            opened.policy,
-            own.columns,
-            flag,
-            config,
-        )
+        judge = bench.reward_of(category.score, opened.policy, own.columns, flag, config)
         by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
         scores = by_row.reshape(own.responses.lengths.shape)
     return measures.custom(name, category, own.responses._replace(scores=scores), opened.key)
@@ -374,15 +350,8 @@ def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
 # --- Samples
 
 
-def _sample_lines(answers: Mapping[str, Answers], tokenizer: Tokenizer) -> Iterator[str]:
-    """The lines of evaluation_samples.jsonl."""
-    for name, own in answers.items():
-        for sample in _samples(name, own, tokenizer):
-            yield json.dumps(sample, ensure_ascii=False) + "\n"
-
-
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """For each response the set, the prompt, the response, and the judgements by word patterns."""
+    """A row of evaluation_samples.jsonl for each response, with judgements by word patterns."""
     responses = answers.responses
     shown = generator.responses(answers.rollout, tokenizer, with_replies=True)
     places = np.ndindex(responses.lengths.shape)

@@ -61,12 +61,7 @@ def run(folder: str, config: Config) -> int:
 
 def _complete(folder: str, config: Config, out: Path) -> int:
     asking.start(config)
-    policy = asking.open_policy(
-        folder,
-        config,
-        reward=config.reward,
-        batch_size=config.batch_size,
-    )
+    policy = asking.open_policy(folder, config, reward=config.reward, batch_size=config.batch_size)
     data = asking.read(policy, config, config.seed)
     logger.info(f"prompts: {data.describe()}")
     columns = {name for row in data.rows for name in row.columns}
@@ -76,7 +71,12 @@ def _complete(folder: str, config: Config, out: Path) -> int:
     asked = policy.ask(data.rows, config.n)
     total = asked.streams.size
     part_file = out.with_name(f"{out.name}.part")
-    settings = asking.described(folder, policy, config, data) | _own_settings(config)
+    settings = asking.described(folder, policy, config, data)
+    settings |= {"n": config.n, "log_probs": config.log_probs}
+    settings["reward"] = {
+        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
+        for entry in config.reward
+    }
     num_done = _take(out, part_file, settings)
     if num_done:
         logger.info(f"{out}: {num_done} of {total} responses are there")
@@ -94,15 +94,6 @@ def _complete(folder: str, config: Config, out: Path) -> int:
         os.fsync(file.fileno())
         part_file.replace(out)
     return total
-
-
-def _own_settings(config: Config) -> dict[str, Any]:
-    """What determines the rows beside the responses."""
-    reward = {
-        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
-        for entry in config.reward
-    }
-    return {"n": config.n, "log_probs": config.log_probs, "reward": reward}
 
 
 def _lines(

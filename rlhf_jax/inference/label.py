@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,14 +118,7 @@ class Session(NamedTuple):
         done = len(self.judgements)
         if done < len(self.prompts):
             order = np.random.default_rng([self.config.seed, done]).permutation(2).tolist()
-            return Judgement(
-                done,
-                self.prompts[done],
-                self.answers(done),
-                order,
-                "",
-                False,
-            )
+            return Judgement(done, self.prompts[done], self.answers(done), order, "", False)
         repeated = self._repeated()
         num_repeated = done - len(self.prompts)
         if num_repeated == len(repeated):
@@ -145,18 +138,25 @@ class Session(NamedTuple):
         return [firsts[i] for i in drawn]
 
     def save(self) -> None:
-        """Writes both files; a kill in between loses no judgement."""
-        content = {
-            "settings": self.settings,
-            "judgements": [given._asdict() for given in self.judgements],
-        }
+        """Writes both files."""
         rows = [given.row for given in self.given(again=False)]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        with file_errors(self.out, "written"):
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            # The rows follow from the session, and are written again when it goes on.
-            write_atomically(session_file(self.out), text)
-            write_atomically(self.out, "".join(lines))
+        write(self.out, {"settings": self.settings}, self.judgements, rows)
+
+
+def write(
+    out: Path,
+    settings: dict[str, Any],
+    judgements: Sequence[Judgement],
+    rows: Iterable[dict[str, Any]],
+) -> None:
+    """Writes OUT.session.json, and OUT with the rows; a kill in between loses no judgement."""
+    content = settings | {"judgements": [given._asdict() for given in judgements]}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    with file_errors(out, "written"):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # The rows follow from the session, and are written again when it goes on.
+        write_atomically(session_file(out), text)
+        write_atomically(out, "".join(lines))
 
 
 def num_repeated(share: float, num_given: int) -> int:
@@ -180,12 +180,7 @@ def store_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.session.sqlite")
 
 
-def run(
-    folder: str,
-    config: Config,
-    lines: Iterator[str],
-    console: Console,
-) -> str:
+def run(folder: str, config: Config, lines: Iterator[str], console: Console) -> str:
     """Asks until all pairs are judged, the lines end or a line is quit; returns a summary.
 
     Raises:
@@ -193,34 +188,25 @@ def run(
             file or a row is wrong; a line is no choice, unless it comes from a terminal.
     """
     with one_writer(Path(config.out)):
-        return _judge(folder, config, lines, console)
-
-
-def _judge(
-    folder: str,
-    config: Config,
-    lines: Iterator[str],
-    console: Console,
-) -> str:
-    session = _open(folder, config)
-    session.save()
-    if session.judgements:
-        logger.info(f"{session.out}: {len(session.judgements)} judgements so far; it continues")
-    while (pair := session.next()) is not None:
-        if is_useless(pair.answers):
-            session.judgements.append(pair._replace(choice="useless"))
-            continue
-        console.say(_shown(pair, session))
-        choice = _choice(lines, console)
-        if choice == "quit":
-            break
-        if choice == "undo":
-            _undo(session.judgements, console)
-        else:
-            session.judgements.append(pair._replace(choice=choice))
+        session = _open(folder, config)
         session.save()
-    session.save()
-    return _summary(folder, session)
+        if session.judgements:
+            logger.info(f"{session.out}: {len(session.judgements)} judgements so far; it continues")
+        while (pair := session.next()) is not None:
+            if is_useless(pair.answers):
+                session.judgements.append(pair._replace(choice="useless"))
+                continue
+            console.say(_shown(pair, session))
+            choice = _choice(lines, console)
+            if choice == "quit":
+                break
+            if choice == "undo":
+                _undo(session.judgements, console)
+            else:
+                session.judgements.append(pair._replace(choice=choice))
+            session.save()
+        session.save()
+        return _summary(folder, session)
 
 
 def _open(folder: str, config: Config) -> Session:

@@ -101,11 +101,21 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
         UserError: the file is broken, or others may read it.
     """
     path = _beside(out, "tokens.json")
-    known: dict[str, str] = {}
+    known: Any = {}
     if is_there(path):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise UserError(f"{path}: others may read these secrets; run chmod 600 {path}")
-        known = _read_tokens(path)
+        content = read_file(path)
+        try:
+            known = json.loads(content)
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict) or not all(
+            isinstance(token, str) and len(token) >= 32 for token in known.values()
+        ):
+            raise UserError(
+                f"{path}: is no file of tokens; delete it, and each annotator gets another"
+            )
     if any(name not in known for name in people):
         known |= {name: secrets.token_urlsafe(32) for name in people if name not in known}
         before = os.umask(0o077)  # nobody else may read the file at any moment
@@ -115,20 +125,6 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
         finally:
             os.umask(before)
     return {name: known[name] for name in people}
-
-
-def _read_tokens(path: Path) -> dict[str, str]:
-    content = read_file(path)
-    try:
-        known = json.loads(content)
-    except (ValueError, RecursionError):
-        known = None
-    is_right = isinstance(known, dict) and all(
-        isinstance(token, str) and len(token) >= 32 for token in known.values()
-    )
-    if not is_right:
-        raise UserError(f"{path}: is no file of tokens; delete it, and each annotator gets another")
-    return known
 
 
 def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None:
@@ -143,7 +139,8 @@ def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None
         names=(*config.names, config.host),
         reasons=config.reasons,
         is_complete=lambda: feeder.is_complete,
-        num_pairs=_num_pairs(source, config),
+        # That will be shown, as far as it is known before they are sampled.
+        num_pairs=min(config.count or source.num_pairs, source.num_pairs),
     )
 
     def end_if_done() -> None:
@@ -194,11 +191,6 @@ def _stop(web: uvicorn.Server) -> None:
     web.should_exit = True
 
 
-def _num_pairs(source: pairs.Source, config: Config) -> int:
-    """The pairs that will be shown, as far as it is known before they are sampled."""
-    return min(config.count or source.num_pairs, source.num_pairs)
-
-
 def _keeping(
     store: Store, feeder: pairs.Feeder, out: Path, on_writing: Callable[[], None]
 ) -> Callable[[Any], Any]:
@@ -246,13 +238,5 @@ def write(store: Store, out: Path) -> None:
     """Writes OUT and OUT.session.json, which hold what the store holds."""
     num_shown = store.num_shown()  # first: it grows when a judgement is taken back meanwhile
     judgements = store.judgements()
-    content = {
-        "settings": store.settings(),
-        "shown": num_shown,
-        "judgements": [given._asdict() for given in judgements],
-    }
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows(judgements)]
-    with file_errors(out, "written"):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(label.session_file(out), text)
-        write_atomically(out, "".join(lines))
+    settings = {"settings": store.settings(), "shown": num_shown}
+    label.write(out, settings, judgements, rows.rows(judgements))

@@ -371,6 +371,7 @@ def _task(db: sqlite3.Connection, number: int) -> Task:
     return Task(number, json.loads(prompt), [texts[first], texts[1 - first]], bool(again))
 
 
+# In the order of `label.Judgement`.
 _COLUMNS = """
 pair, prompt, answers, first, choice, again, annotator, seconds, strength, reason, chosen_by
 """
@@ -379,19 +380,9 @@ pair, prompt, answers, first, choice, again, annotator, seconds, strength, reaso
 def _judgements(db: sqlite3.Connection) -> list[label.Judgement]:
     joined = "judgements JOIN pairs ON pair = pairs.number WHERE choice IS NOT NULL ORDER BY place"
     found = []
-    for row in db.execute(f"SELECT {_COLUMNS} FROM {joined}"):
-        pair, prompt, answers, first, choice, again, *others = row
-        order = [first, 1 - first]
-        texts = json.loads(answers)
-        given = label.Judgement(pair, json.loads(prompt), texts, order, choice, bool(again))
-        annotator, seconds, strength, reason, chosen_by = others
-        found.append(
-            given._replace(
-                annotator=annotator,
-                seconds=seconds,
-                strength=strength,
-                reason=reason,
-                chosen_by=chosen_by,
-            )
-        )
+    for pair, prompt, answers, first, choice, again, *others in db.execute(
+        f"SELECT {_COLUMNS} FROM {joined}"
+    ):
+        shown = json.loads(prompt), json.loads(answers), [first, 1 - first]
+        found.append(label.Judgement(pair, *shown, choice, bool(again), *others))
     return found
