@@ -254,7 +254,7 @@ def ask(folder: str, config: Config) -> Asked:
 def _answers(
     policies: list[Generator], rows: list[Row], config: Config
 ) -> Callable[[int], list[str]]:
-    """The two answers to a prompt, by its number. A batch is sampled when it is first needed."""
+    """The two answers to a prompt, by its number."""
     num_samples = 2 if len(policies) == 1 else 1
     asked = [policy.ask(_as_read(policy, rows), num_samples) for policy in policies]
 

@@ -44,21 +44,13 @@ def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
     make them agree, or without units.
     """
     num = len(pairs)
-    firsts: collections.Counter[Hashable] = collections.Counter()
-    seconds: collections.Counter[Hashable] = collections.Counter()
-    same = 0
-    for first, second in pairs:
-        firsts[first] += 1
-        seconds[second] += 1
-        same += first == second
-    by_chance = 0
-    for name, count in firsts.items():
-        by_chance += count * seconds[name]
+    firsts = collections.Counter(first for first, _ in pairs)
+    seconds = collections.Counter(second for _, second in pairs)
+    same = sum(first == second for first, second in pairs)
+    by_chance = sum(count * seconds[name] for name, count in firsts.items())
     if num**2 == by_chance:
         return math.nan
-    gained = same * num - by_chance
-    possible = num**2 - by_chance
-    return gained / possible
+    return (same * num - by_chance) / (num**2 - by_chance)
 
 
 class Agreement(NamedTuple):
@@ -70,20 +62,13 @@ class Agreement(NamedTuple):
     @property
     def share(self) -> float:
         """The share; nan without any."""
-        if not self.num:
-            return math.nan
-        return self.same / self.num
+        return self.same / self.num if self.num else math.nan
 
 
 def agreement(units: Sequence[Labels]) -> Agreement:
     """Over all pairs of labels of the same unit."""
-    same = 0
-    num = 0
-    for labels in units:
-        for first, second in itertools.combinations(labels, 2):
-            same += first == second
-            num += 1
-    return Agreement(same, num)
+    both = [pair for labels in units for pair in itertools.combinations(labels, 2)]
+    return Agreement(sum(first == second for first, second in both), len(both))
 
 
 def best_accuracy(share: float) -> tuple[float, float]:

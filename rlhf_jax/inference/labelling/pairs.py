@@ -200,8 +200,7 @@ def chosen_by_margins(
     kept = [(i, "random") for i in at_random]
     kept += [(i, config.choose) for i in rest[: count - num_random]]
     order = rng.permutation(len(kept)).tolist()
-    drawn_order = (kept[place] for place in order)
-    return [pairs[i]._replace(chosen_by=why) for i, why in drawn_order]
+    return [pairs[i]._replace(chosen_by=why) for i, why in (kept[place] for place in order)]
 
 
 def preference_spread(margins: np.ndarray) -> np.ndarray:
@@ -217,13 +216,12 @@ def _margins(folder: str, pairs: Sequence[Pair]) -> np.ndarray:
     judge = LanguageModel.load(hf.model_folder(folder))
     if "score" not in judge.params:
         raise UserError(f"{folder}: this model has no score head; give a reward model's folder")
-    asked = [_messages(pair.prompt) for pair in pairs]
+    asked: list[list[Message]] = [
+        pair.prompt if isinstance(pair.prompt, list) else [{"role": "user", "content": pair.prompt}]
+        for pair in pairs
+    ]
     columns = [
         judge.score_texts(asked, [pair.answers[place] for pair in pairs]) for place in range(2)
     ]
     difference: np.ndarray = columns[0] - columns[1]
     return difference
-
-
-def _messages(prompt: str | list[Message]) -> list[Message]:
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]

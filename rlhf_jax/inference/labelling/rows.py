@@ -22,10 +22,7 @@ def rows(judgements: Iterable[Judgement]) -> Iterator[dict[str, Any]]:
             by_pair[given.pair].append(given)
     for pair in sorted(by_pair):
         of_pair = by_pair[pair]
-        if len(of_pair) == 1:
-            yield _single(of_pair[0])
-        else:
-            yield _votes(of_pair)
+        yield _single(of_pair[0]) if len(of_pair) == 1 else _votes(of_pair)
 
 
 def _single(given: Judgement) -> dict[str, Any]:
@@ -53,8 +50,8 @@ def _votes(of_pair: list[Judgement]) -> dict[str, Any]:
         "response1": first.answers[0],
         "response2": first.answers[1],
     }
-    for number, given in enumerate(of_pair, 1):
-        row[f"annotator{number}"] = _vote(given)
+    for number, given in enumerate(of_pair, 1):  # 1 or 2, or 0 for a tie
+        row[f"annotator{number}"] = given.verdict + 1 if isinstance(given.verdict, int) else 0
     row["annotators"] = [given.annotator for given in of_pair]
     row["seconds"] = [given.seconds for given in of_pair]
     row["order"] = [given.order for given in of_pair]
@@ -67,9 +64,3 @@ def _votes(of_pair: list[Judgement]) -> dict[str, Any]:
         row["both_bad"] = are_bad
     row["chosen_by"] = first.chosen_by
     return row
-
-
-def _vote(given: Judgement) -> int:
-    """1 or 2, or 0 for a tie."""
-    verdict = given.verdict
-    return verdict + 1 if isinstance(verdict, int) else 0

@@ -222,18 +222,15 @@ def text(judgements: Sequence[Judgement]) -> str:
 def parts(judgements: Sequence[Judgement]) -> list[Part]:
     """The summary as parts of a page of the report's kind."""
     summary = summarize(judgements)
-    people = []
-    for person in summary.people:
-        people.append([value(person) for value in _COLUMNS.values()])
+    people = [[value(person) for value in _COLUMNS.values()] for person in summary.people]
     drawn: list[Part] = [
         page.Facts("Agreement", _facts(summary)),
         page.Table("Annotators", [*_COLUMNS], people),
     ]
-    rows = []
-    for both in summary.pairwise:
-        kappa = _number(both.kappa, ".2f")
-        same = f"{both.agreed.same} of {both.agreed.num}"
-        rows.append([*both.names, kappa, same])
+    rows = [
+        [*both.names, _number(both.kappa, ".2f"), f"{both.agreed.same} of {both.agreed.num}"]
+        for both in summary.pairwise
+    ]
     if rows:
         columns = ["annotator", "and", "kappa", "the same"]
         drawn.append(page.Table("Pairs of annotators", columns, rows))

@@ -36,11 +36,7 @@ _SAID_EVERY = 10.0  # seconds
 _VALUES = "values.json"
 
 
-def encode(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    **settings: Any,
-) -> EncodedTexts:
+def encode(rows: Rows, tokenizer: Tokenizer, **settings: Any) -> EncodedTexts:
     """`encode_texts` of the rows with these settings, from the cache if an earlier run left them
     there. Prints how far it is.
 
@@ -65,11 +61,7 @@ def encode(
     return encoded
 
 
-def in_parts(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    **settings: Any,
-) -> EncodedTexts:
+def in_parts(rows: Rows, tokenizer: Tokenizer, **settings: Any) -> EncodedTexts:
     """`encode_texts` of `ROWS_AT_ONCE` rows at a time."""
     start = time.monotonic()
     said = start
@@ -142,9 +134,7 @@ def join(parts: Sequence[EncodedTexts]) -> EncodedTexts:
 
 
 def _join_tokens(
-    values: Sequence[list[list[np.ndarray]]],
-    num_answers: int,
-    parts: Sequence[EncodedTexts],
+    values: Sequence[list[list[np.ndarray]]], num_answers: int, parts: Sequence[EncodedTexts]
 ) -> list[list[np.ndarray]]:
     """[K][N] arrays; answers that a part does not have are missing."""
     missing = np.zeros(0, np.int32)
@@ -159,9 +149,7 @@ def _join_tokens(
 
 
 def _join_arrays(
-    values: Sequence[np.ndarray | None],
-    num_answers: int,
-    parts: Sequence[EncodedTexts],
+    values: Sequence[np.ndarray | None], num_answers: int, parts: Sequence[EncodedTexts]
 ) -> np.ndarray:
     """[N] or [N, K]. A part without the array has zeros."""
     known = next(value for value in values if value is not None)
@@ -180,11 +168,7 @@ def _join_arrays(
 # --- The cache
 
 
-def key(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-) -> str:
+def key(rows: Rows, tokenizer: Tokenizer, settings: dict[str, Any]) -> str:
     """A sha256 of all that decides the ids."""
     digest = hashlib.sha256(_code())
     config = dict(tokenizer.config)
