@@ -75,9 +75,7 @@ def helpfulness(responses: Responses, key: Array, category: str = "helpfulness")
 
 
 def uncertainty(
-    responses: Responses,
-    answerable: Sequence[bool | None],
-    key: Array,
+    responses: Responses, answerable: Sequence[bool | None], key: Array
 ) -> list[Figure]:
     """Share of responses that express uncertainty, and the same for prompts that can be answered
     and for prompts that cannot, if the data has this label.
@@ -113,15 +111,7 @@ def diversity(responses: Responses, key: Array) -> list[Figure]:
     figures = []
     for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
         value = texts.distinct_n(first, n)
-        figures.append(
-            Figure(
-                "diversity",
-                f"distinct_{n}",
-                value,
-                n=len(first),
-                unit="texts",
-            )
-        )
+        figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
     if len(first) > 1:
         figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
     else:
@@ -136,10 +126,7 @@ def diversity(responses: Responses, key: Array) -> list[Figure]:
 
 
 def preferences(
-    margins: Margins,
-    pairs: metrics.Pairs,
-    parts: Sequence[str],
-    key: Array,
+    margins: Margins, pairs: metrics.Pairs, parts: Sequence[str], key: Array
 ) -> Iterator[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
@@ -166,11 +153,7 @@ def preferences(
 
 
 def _accuracies(
-    category: str,
-    judge: str,
-    margin: np.ndarray,
-    pairs: metrics.Pairs,
-    key: Array,
+    category: str, judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: Array
 ) -> list[Figure]:
     """The share of rows whose best answer scores above all others; if rows have several pairs, the
     share of right pairs too.
@@ -190,10 +173,7 @@ def _accuracies(
 
 
 def _calibration(
-    judge: str,
-    margin: np.ndarray,
-    pairs: metrics.Pairs,
-    key: Array,
+    judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: Array
 ) -> Iterator[Figure]:
     category = "preferences" if judge == "reward_model" else "honesty"
     unit = "rows" if pairs.is_single else "pairs"
@@ -203,11 +183,7 @@ def _calibration(
         statistic = functools.partial(measure, margin)
         own_key = _stream(key, category, metric)
         low, high = metrics.bootstrap_interval(
-            statistic,
-            own_key,
-            weights=pairs.weights,
-            groups=pairs.groups,
-            centered=name == "ece",
+            statistic, own_key, weights=pairs.weights, groups=pairs.groups, centered=name == "ece"
         )
         ends = (np.maximum(low, 0), high)
         value = statistic(pairs.weights)
@@ -267,13 +243,7 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Fi
     return figures
 
 
-def win_rate(
-    scores: np.ndarray,
-    *,
-    against: np.ndarray,
-    key: Array,
-    name: str,
-) -> list[Figure]:
+def win_rate(scores: np.ndarray, *, against: np.ndarray, key: Array, name: str) -> list[Figure]:
     """Share of pairs of responses to one prompt, one from each run, in which the first run's scores
     higher.
 
@@ -288,12 +258,7 @@ def win_rate(
     ]
 
 
-def custom(
-    name: str,
-    category: CustomCategory,
-    responses: Responses,
-    key: Array,
-) -> Figure:
+def custom(name: str, category: CustomCategory, responses: Responses, key: Array) -> Figure:
     """Share of the responses in which the category's pattern is found, or their mean score."""
     if responses.scores is not None:
         return mean(name, "score", responses.scores, key, note=category.score or "")
@@ -303,12 +268,7 @@ def custom(
 
 
 def mean(
-    category: str,
-    metric: str,
-    values: Any,
-    key: Array,
-    unit: str = "prompts",
-    note: str = "",
+    category: str, metric: str, values: Any, key: Array, unit: str = "prompts", note: str = ""
 ) -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; NaN is a missing
     value and does not count. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
@@ -321,22 +281,11 @@ def mean(
     means = np.nanmean(kept, axis=1)
     interval = metrics.mean_interval if array.dtype == bool else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
-    return _figure(
-        category,
-        metric,
-        means.mean(),
-        ends,
-        len(kept),
-        unit,
-        note,
-    )
+    return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
 
 
 def _kappa(
-    metric: str,
-    judges: Sequence[tuple[np.ndarray, np.ndarray]],
-    key: Array,
-    note: str,
+    metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: Array, note: str
 ) -> Figure:
     """The mean kappa of pairs of judges."""
     count = len(judges[0][0])
@@ -356,13 +305,7 @@ def _kappa(
 
 
 def _figure(
-    category: str,
-    metric: str,
-    value: float,
-    ends: Sequence,
-    n: int,
-    unit: str,
-    note: str = "",
+    category: str, metric: str, value: float, ends: Sequence, n: int, unit: str, note: str = ""
 ) -> Figure:
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return Figure(category, metric, float(value), low, high, n, unit, note)

@@ -78,10 +78,7 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     return scores
 
 
-def _log_precisions(
-    texts: Sequence[Tokens],
-    order: int,
-) -> list[float | None]:
+def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
     """For each text the log of the share of its n-grams that another text has. It is None for a
     text that has no n-gram.
     """
@@ -102,9 +99,7 @@ def _log_precisions(
     return logs
 
 
-def _two_highest_counts(
-    counted: Sequence[Counter[Ngram]],
-) -> dict[Ngram, list[int]]:
+def _two_highest_counts(counted: Sequence[Counter[Ngram]]) -> dict[Ngram, list[int]]:
     """{n-gram: the second highest and the highest of its counts in the texts}."""
     highest: dict[Ngram, list[int]] = {}
     for own in counted:

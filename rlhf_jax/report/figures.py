@@ -118,15 +118,7 @@ def histogram(
         if counts.any():
             top = np.r_[0, counts, 0]
             bottom = np.zeros_like(top)
-            series[name] = Series(
-                x,
-                top,
-                bottom,
-                top,
-                color=number,
-                style=number,
-                kind="steps",
-            )
+            series[name] = Series(x, top, bottom, top, color=number, style=number, kind="steps")
     return Plot(title, x_label, y_label, series, note=" ".join(outside))
 
 
@@ -228,11 +220,7 @@ def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
     return {"x": plot.x_label, "ends": ends, "series": series}
 
 
-def _draw(
-    plot: Plot,
-    kind: Literal["svg", "png"],
-    salt: str,
-) -> tuple[bytes, Any]:
+def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, Any]:
     """The file, empty if nothing is drawn, and matplotlib's axes."""
     if not plot.shown:
         return b"", None
@@ -277,12 +265,7 @@ def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> Any:
     rows = math.ceil(len(handles) / columns)
     width, height = SIZE
     figure.set_size_inches(width, height + 0.22 * (rows - 1))
-    return figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="upper left",
-        ncols=columns,
-    )
+    return figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=columns)
 
 
 def _place(axes: Any, legend: Any, renderer: Any) -> None:
@@ -312,12 +295,7 @@ def _place(axes: Any, legend: Any, renderer: Any) -> None:
     bottom = along + frame.y0 - labels.y0
     top += frame.y1 - labels.y1
     axes.set_position(
-        (
-            left / width,
-            bottom / height,
-            (right - left) / width,
-            (top - bottom) / height,
-        )
+        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
     )
 
 
@@ -346,12 +324,7 @@ def _draw_one(axes: Any, series: Series) -> Any:
     finite = np.isfinite(x)
     look = _look(series, np.sum(finite))
     width = _window(series)
-    (artist,) = axes.plot(
-        x,
-        y,
-        alpha=0.35 if width > 1 else 1.0,
-        **look,
-    )
+    (artist,) = axes.plot(x, y, alpha=0.35 if width > 1 else 1.0, **look)
     if width > 1:
         before = width // 2
         after = width - 1 - before
@@ -401,12 +374,6 @@ def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
         handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
     if plot.diagonal:
         left, _ = axes.get_xlim()
-        line = axes.axline(
-            (left, left),
-            slope=1,
-            color="#777777",
-            linewidth=1,
-            linestyle=":",
-        )
+        line = axes.axline((left, left), slope=1, color="#777777", linewidth=1, linestyle=":")
         handles[plot.diagonal] = line
     return handles

@@ -72,24 +72,14 @@ def _of_scores(record: RunRecord) -> Change | None:
     return Change(len(prompts), "prompts", interval)
 
 
-def of_shares(
-    before: float,
-    after: float,
-    num: int,
-) -> Interval:
+def of_shares(before: float, after: float, num: int) -> Interval:
     """The difference of two shares of ``num`` rows each (Newcombe 1998, method 10, of Wilson's
     intervals). It takes them for independent, and is too wide for the same rows.
     """
     first = _wilson(before, num)
     last = _wilson(after, num)
-    below = math.hypot(
-        last.value - last.low,
-        first.high - first.value,
-    )
-    above = math.hypot(
-        last.high - last.value,
-        first.value - first.low,
-    )
+    below = math.hypot(last.value - last.low, first.high - first.value)
+    above = math.hypot(last.high - last.value, first.value - first.low)
     gain = after - before
     return Interval(gain - below, gain, gain + above)
 
@@ -104,11 +94,7 @@ def of_pairs(before: np.ndarray, after: np.ndarray) -> Interval:
     spread = float(differences.std(ddof=1))
     are_shares = np.isin([before, after], (0, 1)).all()
     if spread == 0 and are_shares:
-        return of_shares(
-            float(before.mean()),
-            float(after.mean()),
-            num,
-        )
+        return of_shares(float(before.mean()), float(after.mean()), num)
     quantile = scipy.special.stdtrit(num - 1, _LEVEL)
     far = float(quantile) * spread / math.sqrt(num)
     return Interval(gain - far, gain, gain + far)

@@ -113,23 +113,14 @@ def curves(groups: Groups) -> tuple[list[Plot], dict[str, float]]:
     return plots, constant
 
 
-def _metric_plot(
-    groups: Groups,
-    base: str,
-    members: Members,
-) -> Plot:
+def _metric_plot(groups: Groups, base: str, members: Members) -> Plot:
     """The curves of a metric, with its alerts and its horizontal line."""
     records = [record for group in groups for record in group.records]
     drawn = _metric_series(groups, members)
     alerts = [mark for record in records for mark in _alerts(record, members)]
     if alerts:
         steps, values = zip(*alerts, strict=True)
-        drawn["alert"] = Series(
-            steps,
-            values,
-            kind="points",
-            color=len(groups) + 1,
-        )
+        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
     title = members[0]
     y_label = base.rpartition("/")[2]
     lines: dict[str, float] = {}
@@ -140,14 +131,7 @@ def _metric_plot(
     if base == "objective/kl" and first is not None and not others:
         lines = {"target": first}
     x_label = unit(records[0])
-    return Plot(
-        title,
-        x_label,
-        y_label,
-        drawn,
-        lines=lines,
-        note=meaning(members[0]),
-    )
+    return Plot(title, x_label, y_label, drawn, lines=lines, note=meaning(members[0]))
 
 
 def _metric_series(groups: Groups, members: Members) -> dict[str, Series]:
@@ -278,12 +262,7 @@ def _histograms(groups: Groups, key: str) -> list[Plot]:
     return plots
 
 
-def _calibration(
-    group: Group,
-    name: str,
-    steps: str,
-    margins: Sequence[float],
-) -> Plot:
+def _calibration(group: Group, name: str, steps: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = metrics.reliability(finite)
@@ -298,9 +277,4 @@ def _calibration(
     labels = [f"{count:.0f}" for count in counts]
     points = {"pairs": Series(confidence, accuracy, labels=labels)}
     axes = _axes("calibration", name)
-    return Plot(
-        *axes,
-        points,
-        diagonal="perfectly calibrated",
-        note=note,
-    )
+    return Plot(*axes, points, diagonal="perfectly calibrated", note=note)

@@ -51,13 +51,7 @@ def _wrong(record: RunRecord, is_one: bool) -> Table:
     if not is_one:
         title = f"Pairs that {record.name} gets wrong"
     note = f"{len(wrong)} of {len(pairs)} in samples.jsonl of step {step}; the worst margins first."
-    return Table(
-        title,
-        [*PAIR, "margin"],
-        rows,
-        {"margin": ".3g"},
-        note,
-    )
+    return Table(title, [*PAIR, "margin"], rows, {"margin": ".3g"}, note)
 
 
 def _before_and_after(record: RunRecord, is_one: bool) -> Table:
@@ -86,13 +80,7 @@ def _before_and_after(record: RunRecord, is_one: bool) -> Table:
         title += f": {record.name}"
     formats = {name: ".3g" for name in columns if name.startswith(NUMBERS)}
     note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
-    return Table(
-        title,
-        columns,
-        rows,
-        formats,
-        note,
-    )
+    return Table(title, columns, rows, formats, note)
 
 
 def _prompt(row: Row) -> str:
@@ -104,10 +92,7 @@ def _with_line_ends(text: Any) -> Any:
     return text.replace("\n", "↵\n") if isinstance(text, str) else text
 
 
-def _numbered(
-    rows: Sequence[Row],
-    fixed: Sequence[str],
-) -> dict[tuple[str, int], Row]:
+def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> dict[tuple[str, int], Row]:
     """{(the values that stay the same, how often they came before): row}."""
     numbered: dict[tuple[str, int], Row] = {}
     count = Counter[str]()

@@ -156,10 +156,7 @@ def by_judge(
     tokenizer = prompts.tokenizer
     in_chat = chat.frame(prompts.template, tokenizer) is None
     load = functools.partial(
-        initial.load_reward_model,
-        compute=compute,
-        policy=tokenizer.fingerprint,
-        in_chat=in_chat,
+        initial.load_reward_model, compute=compute, policy=tokenizer.fingerprint, in_chat=in_chat
     )
     name, compares = spec.build_pair_judge(
         judge,
