@@ -523,7 +523,9 @@ def test_what_was_begun_otherwise_is_refused(tmp_path, serving):
         serve.run(None, other)
 
 
-def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(tmp_path, serving):
+def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(
+    tmp_path, serving, monkeypatch
+):
     """Emptied, deleted, of before, or without what was still in its -wal file."""
     how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
     addresses, end = serving(how)
@@ -544,7 +546,8 @@ def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(tmp_path
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(UserError, match=said):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setattr(serve, "_serve", lambda *_: pytest.fail("it begins"))
             serve.run(None, how)
         assert [out.read_bytes(), label.session_file(out).read_bytes()] == kept
         if content is None:

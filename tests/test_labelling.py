@@ -236,8 +236,8 @@ def test_powers_are_not_bold():
 def test_the_time_of_a_text_is_linear(opening):
     """Many openings of each kind, of which a quadratic pattern takes minutes."""
     start = time.process_time()
-    markup.render(opening * 50_000 + "x")
-    assert time.process_time() - start < 5
+    markup.render(opening * 20_000 + "x")
+    assert time.process_time() - start < 3
 
 
 def test_each_pair_goes_to_as_many_as_asked(opened):
@@ -492,11 +492,11 @@ def test_tokens_are_long_secret_and_stay(tmp_path):
         with pytest.raises(UserError, match="is no file of tokens"):
             serve.tokens(out, ["ana"])
     for make, said in (
-        (lambda: os.mkfifo(file, 0o600), "is no file"),
-        (lambda: file.symlink_to(tmp_path / "nowhere"), "cannot be followed"),
         (lambda: file.mkdir(0o700), "Is a directory"),
+        (lambda: os.mkfifo(file, 0o600), "is no file$"),
+        (lambda: file.symlink_to(tmp_path / "nowhere"), "cannot be followed"),
     ):
-        file.unlink()
+        file.rmdir() if file.is_dir() else file.unlink()
         make()
         with pytest.raises(UserError, match=said):
             serve.tokens(out, ["ana"])
