@@ -546,9 +546,10 @@ def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        with monkeypatch.context() as patch:
             patch.setattr(serve, "_serve", lambda *_: pytest.fail("it begins"))
-            serve.run(None, how)
+            with pytest.raises(UserError, match=said):
+                serve.run(None, how)
         assert [out.read_bytes(), label.session_file(out).read_bytes()] == kept
         if content is None:
             assert not file.exists()
