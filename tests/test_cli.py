@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 from builders import COMMAND, ROOT, initial_params, write_run
@@ -22,7 +23,7 @@ from source import Function, parse
 
 import rlhf_jax
 from rlhf_jax import cli, config, models, training
-from rlhf_jax.cli.benchmark import doctor
+from rlhf_jax.cli import doctor
 from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.cli.console import print_table
 from rlhf_jax.cli.stages import STAGES
@@ -272,28 +273,36 @@ def test_doctor_runs_every_phase_and_passes_here(capsys):
     assert "FAIL" not in said
 
 
-def test_doctor_names_each_check_before_it_runs(capsys):
+def test_doctor_names_each_check_before_it_runs(capsys, monkeypatch):
     said = []
 
-    def work(name):
-        said.append(name)
-        raise RuntimeError("broken")
+    def step():
+        said.append(capsys.readouterr().out.splitlines()[-1].strip())
+        return {"loss": 1.0}
 
-    checks = doctor.self_test(work, lambda name: said.append(f"trying {name}"))
-    assert [check.passed for check in checks] == [False] * len(doctor.STEPS) + [True]
-    assert said[:4] == ["trying sft", "sft", "trying reward", "reward"]
-    assert said[-1] == "trying checkpoint"
+    monkeypatch.setattr(doctor, "STEPS", dict.fromkeys(["one", "two"], step))
+    assert cli.run(["doctor"]) == 0
+    assert said[0] == "one"
+    assert said[1].endswith("two")
 
 
-def test_doctor_reports_what_is_broken(monkeypatch, capsys):
-    monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
-    monkeypatch.setattr(
-        doctor, "self_test", lambda work, began: [doctor.timed("sft", lambda: 1 / 0)]
-    )
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [(lambda: 1 / 0, "ZeroDivisionError"), (lambda: {"a": 1.0, "b": np.nan}, "not finite: b")],
+)
+def test_doctor_reports_what_is_broken(metrics, words, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "STEPS", {"sft": metrics})
     assert cli.run(["doctor"]) == 1
-    said = capsys.readouterr().out
-    assert "This machine has a GPU." in said
-    assert "ZeroDivisionError" in said
+    assert re.search(f"^sft +FAIL +{words}", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(doctor, "STEPS", {})
+    assert cli.run(["doctor"]) == 0
+    monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
+    assert cli.run(["doctor"]) == 1
+    assert "FAIL  This machine has a GPU." in capsys.readouterr().out
+
+
+def test_doctor_saves_and_restores_a_checkpoint():
+    assert doctor.timed("checkpoint", doctor.STEPS["checkpoint"]).passed
 
 
 def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):

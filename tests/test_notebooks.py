@@ -24,10 +24,10 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Left out here, since each takes longer than these runs and has tests of its own: doctor's step of
 # every phase, and a page for each run.
 SHORTER = """
-import rlhf_jax.cli.benchmark.doctor
+import rlhf_jax.cli.doctor
 import rlhf_jax.report.page
 
-rlhf_jax.cli.benchmark.doctor.self_test = lambda work, began: []
+rlhf_jax.cli.doctor.STEPS = {}
 rlhf_jax.report.page.write = lambda runs, path: None
 """
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))

@@ -40,7 +40,7 @@ COMMANDS = {
     "configs": Command("lists:list_configs", "settings that come along: --config NAME"),
     "plan": Command("planning.plan:main", "memory that a run will need on each device"),
     "bench": Command("benchmark.measure:main", "the time of a step on this machine"),
-    "doctor": Command("benchmark.doctor:examine", "versions, devices, one step of every phase"),
+    "doctor": Command("doctor:examine", "versions, devices, one step of every phase"),
 }
 # The lines of each group: commands, and what they do where the commands' own words do not say it.
 # With a line for each command they would not fit on a screen of 24 lines.
