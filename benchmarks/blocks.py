@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from rlhf_jax.cli.benchmark.steps import PRESETS, Preset
+from steps import PRESETS, Preset
 
 CHARACTERS = string.ascii_letters + string.digits + " "  # 63, and two special tokens
 SKIPPED = 2  # steps: the first one compiles

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+COMMAND = ("-m", "rlhf_jax")
+BENCH = str(Path(__file__).with_name("bench.py"))
 SECONDS = 450.0  # of all parts
 LEAST = 15.0  # seconds in which a part can still say something
 LONG = 600.0  # seconds of a rehearsed part: it is no measurement
@@ -113,7 +115,8 @@ REHEARSED = [
 
 def peaks() -> Values:
     """TFLOP/s of a large product in bfloat16 and GB/s of a large copy."""
-    from rlhf_jax.cli.benchmark import figures
+    import figures
+
     from rlhf_jax.runs import devices
 
     devices.choose(None)
@@ -147,9 +150,9 @@ def _numbers(preset: str, dtype: str, columns: int, device: Any) -> dict[str, An
     """Logits, greedy tokens, weights after a step, and its loss, on a device."""
     import jax
     import optax
+    import steps
 
     from rlhf_jax import Demonstrations, TrainState, models, sampling, sft
-    from rlhf_jax.cli.benchmark import steps
 
     config = steps.PRESETS[preset].model
     model = models.build(replace(config, max_length=columns, compute_dtype=dtype))
@@ -208,7 +211,7 @@ def again(flags: list[str]) -> Values:
             run = Path(folder, name)
             words = ["ppo", "--config", "tiny", "--deterministic", "--output-dir", str(run)]
             started = time.perf_counter()
-            done = _command(*words, *flags)
+            done = _python(*COMMAND, *words, *flags)
             seconds.append(time.perf_counter() - started)
             if done.returncode:
                 raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
@@ -220,15 +223,15 @@ def again(flags: list[str]) -> Values:
 def doctor() -> Values:
     """The exit code of ``rlhf-jax doctor`` and its seconds."""
     started = time.perf_counter()
-    done = _command("doctor")
+    done = _python(*COMMAND, "doctor")
     if done.returncode:
         sys.stderr.write(done.stdout + done.stderr)
     return {"exit_code": float(done.returncode), "doctor_s": time.perf_counter() - started}
 
 
 def bench(words: list[str]) -> Values:
-    """Figures of the line that ``rlhf-jax bench`` prints."""
-    done = _command("bench", *words)
+    """Figures of the line that ``bench.py`` prints."""
+    done = _python(BENCH, *words)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:  # a line with exit code 1: other programs used the machine too
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
@@ -238,9 +241,8 @@ def bench(words: list[str]) -> Values:
     return {name: line[name] for name in FIGURES if line.get(name) is not None}
 
 
-def _command(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlhf_jax", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
 
 
 # --- The table

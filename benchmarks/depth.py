@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 from families import CONFIGS
+from steps import PRESETS, work
 
-from rlhf_jax.cli.benchmark.steps import PRESETS, work
 from rlhf_jax.models.config import ModelConfig
 
 LAYERS = (2, 12, 24)

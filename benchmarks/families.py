@@ -14,11 +14,11 @@ import statistics
 from typing import Any
 
 import jax
+from bench import compile_seconds, measured
+from figures import matmul_flops
+from steps import Preset, work
 
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.figures import matmul_flops
-from rlhf_jax.cli.benchmark.measure import compile_seconds, measured
-from rlhf_jax.cli.benchmark.steps import Preset, work
 from rlhf_jax.models.config import ModelConfig
 
 CALLS = 5  # timed ones in a round

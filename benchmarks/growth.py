@@ -15,9 +15,8 @@ import statistics
 from typing import Any
 
 import numpy as np
-
-from rlhf_jax.cli.benchmark.measure import measured
-from rlhf_jax.cli.benchmark.steps import PRESETS, Preset, work
+from bench import measured
+from steps import PRESETS, Preset, work
 
 # {size: its values}; the preset's own are batch 64, response 48, width 128, depth 4, vocabulary 65.
 SIZES = {

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from steps import PRESETS
 
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.steps import PRESETS
 from rlhf_jax.cli.planning import phases, shapes
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.training.common.opening import stage_of

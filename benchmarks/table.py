@@ -11,7 +11,9 @@ of the machine is said to be refused: run its command again.
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+BENCH = Path(__file__).with_name("bench.py")
 # (command, the ratio that is wanted, the least that is accepted)
 ROWS = [
     ("rollout --against transformers", 2.5, 2.1),
@@ -33,7 +35,7 @@ ROWS = [
 
 def row(command: str, wanted: float | None, least: float | None) -> str:
     """A row of the table, from the line of JSON that the command prints."""
-    words = [sys.executable, "-m", "rlhf_jax", "bench", *command.split()]
+    words = [sys.executable, str(BENCH), *command.split()]
     output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False).stdout
     lines = [text for text in output.splitlines() if text.startswith("{")]
     if not lines:
@@ -59,7 +61,7 @@ def row(command: str, wanted: float | None, least: float | None) -> str:
 
 def main() -> None:
     print(
-        "| `rlhf-jax bench` | here | other | ratio | wanted | at least | of peak "
+        "| `bench.py` | here | other | ratio | wanted | at least | of peak "
         "|\n|---|---|---|---|---|---|---|"
     )
     for given in ROWS:

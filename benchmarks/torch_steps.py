@@ -1,4 +1,4 @@
-"""The work of ``rlhf-jax bench`` in PyTorch, one process that takes its turns over standard input.
+"""The work of ``bench.py`` in PyTorch, one process that takes its turns over standard input.
 
 Two kinds of model: ``hand`` is a GPT-2 or Llama written out with fused attention and a KV cache, as
 a good PyTorch programmer would write this job; ``transformers`` is the library's own model with its

@@ -1,4 +1,4 @@
-"""The work of ``rlhf-jax bench`` by TRL's trainers, one process that takes its turns over standard
+"""The work of ``bench.py`` by TRL's trainers, one process that takes its turns over standard
 input.
 
 TRL 1.12.0, the last one with PPO: ``trl.experimental.ppo``, which knows a value model of its own

@@ -1,4 +1,4 @@
-"""``rlhf-jax bench``: what it counts, and that both programs compute the same."""
+"""``benchmarks/bench.py``: what it counts, and that both programs compute the same."""
 
 import json
 import subprocess
@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import pytest
 from builders import script, slow, soak
 
-from rlhf_jax import cli, models
-from rlhf_jax.cli.benchmark import figures, measure, opponent, steps
+from rlhf_jax import models
 from rlhf_jax.errors import UserError
+
+bench, figures, opponent, steps = (
+    script(f"benchmarks/{name}.py") for name in ("bench", "figures", "opponent", "steps")
+)
 
 KEYS = (
     "median_s",
@@ -107,14 +110,14 @@ def test_sizes_replace_those_of_the_preset():
     preset = steps.PRESETS["gpt2-tiny"]
 
     def sized(name, microbatches=1, **given):
-        return measure.sized(name, preset, "bfloat16", given, microbatches)
+        return bench.sized(name, preset, "bfloat16", given, microbatches)
 
     longer = sized("sft", 2, batch=6, prompt=1, response=1500)
     assert longer[1:] == (6, 1, 1500, 2)
     assert longer.model == replace(preset.model, compute_dtype="bfloat16", max_length=1501)
     assert sized("rollout", batch=3, prompt=None, response=2)[1:] == (3, 8, 2, 1)
     whole = steps.PRESETS["gpt2"]
-    assert measure.sized("rollout", whole, "float32", {}, 1) == whole
+    assert bench.sized("rollout", whole, "float32", {}, 1) == whole
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_sizes_replace_those_of_the_preset():
 )
 def test_sizes_that_do_not_fit_are_a_sentence(name, flags, message):
     with pytest.raises(UserError, match=message):
-        cli.run(["bench", name, "--preset", "gpt2-tiny", *flags.split()])
+        bench.main([name, "--preset", "gpt2-tiny", *flags.split()])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_an_opponent_is_on_the_same_device(backend, kind, message, monkeypatch):
     ("name", "tokens", "share"), [("reward", 32, "flops_share"), ("rollout", 16, "bandwidth_share")]
 )
 def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
-    cli.run(["bench", name, "--preset", "char-nano"])
+    bench.main([name, "--preset", "char-nano"])
     line = json.loads(capsys.readouterr().out)
     assert all(line[key] >= 0 for key in KEYS)
     assert line["min_s"] <= line["median_s"] <= line["max_s"]
@@ -168,7 +171,7 @@ def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
 )
 def test_wrong_flags_are_named(argv, message):
     with pytest.raises(UserError, match=message):
-        cli.run(["bench", "sft", *argv])
+        bench.main(["sft", *argv])
 
 
 WORK = [("hand", name, "shared") for name in ("sft", "reward", "dpo", "grpo", "vpg", "rollout")]
@@ -288,8 +291,8 @@ def test_a_separate_value_model_is_timed_as_a_run_trains_it():
 @pytest.mark.parametrize(("others", "code"), [(0.02, 0), (None, 0), (0.375, 1)])
 def test_an_exit_code_of_1_says_why(others, code, capsys, monkeypatch):
     line = {"others_cpu": others}
-    monkeypatch.setattr(measure.command_line, "bound", lambda *given: lambda: line)
-    assert measure.main(["sft"]) == code
+    monkeypatch.setattr(bench.tyro, "cli", lambda function, args: line)
+    assert bench.main(["sft"]) == code
     said = capsys.readouterr()
     assert json.loads(said.out) == line
     assert ("other programs used 38% of the machine" in said.err) == bool(code)

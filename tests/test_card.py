@@ -8,14 +8,12 @@ import pytest
 import tyro
 from builders import script
 
-from rlhf_jax.cli.benchmark import measure, steps
-
-card = script("benchmarks/card.py")
+bench, card, steps = (script(f"benchmarks/{name}.py") for name in ("bench", "card", "steps"))
 PARTS = {part.name: part for part in (*card.PARTS, *card.REHEARSED)}
 BENCHES = [part for part in PARTS.values() if part.arguments[0] == "bench"]
 
 
-@functools.wraps(measure.run)
+@functools.wraps(bench.run)
 def flags(**given):
     return given
 
@@ -25,7 +23,7 @@ def test_what_is_timed_is_work_that_bench_has(part):
     given = tyro.cli(flags, args=part.arguments[1:])
     sizes = {key: given[key] for key in ("prompt", "response")} | {"batch": given["rows"]}
     preset = steps.PRESETS[given["preset"]]
-    found = measure.sized(given["name"], preset, given["dtype"], sizes, given["microbatches"])
+    found = bench.sized(given["name"], preset, given["dtype"], sizes, given["microbatches"])
     assert found[1:4] == tuple(sizes[key] for key in ("batch", "prompt", "response"))
     assert given["dtype"] == "bfloat16"
     assert given["against"] != "trl"

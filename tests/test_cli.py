@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -48,6 +49,7 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
     [
         ("nil", None),
         ("--nil", None),
+        ("bench", None),
         ("docter", "doctor"),
         ("reward_model", "reward-model"),
         ("data demos", "data demo"),
@@ -90,7 +92,6 @@ def test_the_help_of_data_lists_its_own_commands(capsys):
         ("data check a --on-bad-row b", "--on-bad-row: expected one of 'error', 'drop', got 'b'"),
         ("data demo a --seed b", "--seed: expected an int, got 'b'"),
         ("data demo a --seed", "--seed: its value is missing"),
-        ("bench nothing", "name: expected one of 'rollout', "),
         ("plan", "rlhf-jax plan: the following arguments are required: stage"),
         ("sft --sft.max-steps b", "--sft.max-steps: expected an int or null, got 'b'"),
         ("sft --sft.batch-size b", "--sft.batch-size: expected an int, got 'b'"),
@@ -269,7 +270,7 @@ def test_doctor_runs_every_phase_and_passes_here(capsys):
     """On four devices; on one it is among README's commands, which test_docs.py runs."""
     assert cli.run(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert all(phase in said for phase in ("versions", "device 3", *doctor.STEPS, "checkpoint"))
+    assert all(phase in said for phase in ("versions", "device 3", *doctor.STEPS))
     assert "FAIL" not in said
 
 
@@ -299,6 +300,23 @@ def test_doctor_reports_what_is_broken(metrics, words, monkeypatch, capsys):
     monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
     assert cli.run(["doctor"]) == 1
     assert "FAIL  This machine has a GPU." in capsys.readouterr().out
+
+
+OF_PHASES = {
+    "sft": "sft/loss",
+    "reward-model": "reward_model/loss",
+    "dpo": "dpo/loss",
+    "vpg": "policy/loss",
+    "grpo": "policy/kl_loss",
+    "ppo": "value/loss",
+}
+
+
+@pytest.mark.parametrize(("phase", "metric"), OF_PHASES.items())
+def test_doctor_takes_a_step_of_each_phase(phase, metric):
+    """Its shapes alone."""
+    assert {"loss", "nonfinite", metric} <= jax.eval_shape(doctor.STEPS[phase]).keys()
+    assert [*doctor.STEPS] == [*OF_PHASES, "checkpoint"]
 
 
 def test_doctor_saves_and_restores_a_checkpoint():

@@ -458,7 +458,7 @@ def test_no_code_asks_for_a_family_outside_the_table():
     classes -= {"GPT2Config"}  # another network
     for path in (ROOT / "rlhf_jax").rglob("*.py"):
         is_table = path.name in ("config.py", "families.py", "__init__.py")
-        if is_table or "cli" in path.parts:  # benchmarks and plans build networks of chosen shapes
+        if is_table or "cli" in path.parts:  # doctor and plans build networks of chosen shapes
             continue
         used = {
             getattr(node, "id", getattr(node, "attr", ""))

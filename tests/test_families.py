@@ -32,13 +32,12 @@ from programs import mesh_of, whole_on_a_device
 
 from rlhf_jax import models, sharding
 from rlhf_jax.cli import commands
-from rlhf_jax.cli.benchmark import figures
 from rlhf_jax.cli.planning import shapes
 from rlhf_jax.config import Mesh, RunConfig, SFTStage
 from rlhf_jax.models.families import FAMILIES, differences
 from rlhf_jax.training.common import memory
 
-families = script("benchmarks/families.py")
+families, figures = (script(f"benchmarks/{name}.py") for name in ("families", "figures"))
 TINY = {
     "GPT-2": CONFIG,
     "Llama": LLAMA,

@@ -29,7 +29,7 @@ COMMANDS = {
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),
-    "export": Command("export:export_run", "a Hugging Face folder with a model card"),
+    "export": Command("report:export_run", "a Hugging Face folder with a model card"),
     "report": Command("report:report_runs", "one HTML page: curves, samples, settings"),
     "evaluate": Command("evaluate:evaluate_run", "judge a model by data"),
     "verify": Command("verify:verify_run", "repeat a part of a run, compare byte by byte"),
@@ -39,7 +39,6 @@ COMMANDS = {
     "models": Command("lists:list_models", "families of models that load"),
     "configs": Command("lists:list_configs", "settings that come along: --config NAME"),
     "plan": Command("planning.plan:main", "memory that a run will need on each device"),
-    "bench": Command("benchmark.measure:main", "the time of a step on this machine"),
     "doctor": Command("doctor:examine", "versions, devices, one step of every phase"),
 }
 # The lines of each group: commands, and what they do where the commands' own words do not say it.
@@ -59,7 +58,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Use": {"chat": "", "generate": "", "label": "", "export": ""},
     "Look": {"report": "", "evaluate": "", "verify": ""},
     "Data": {"data": "data check, data preview, data demo: your files"},
-    "Machine": {"models": "", "configs": "", "plan": "", "bench": "", "doctor": ""},
+    "Machine": {"models": "", "configs": "", "plan": "", "doctor": ""},
 }
 
 

@@ -1,11 +1,11 @@
-"""``rlhf-jax report``: what runs did, as one page."""
+"""``rlhf-jax report`` and ``rlhf-jax export``: a page of what runs did, and a folder of a model."""
 
 from collections.abc import Sequence
 
 import tyro
 
 from rlhf_jax.cli.console import show
-from rlhf_jax.report import page
+from rlhf_jax.report import export, page
 from rlhf_jax.report.parts import Part
 
 
@@ -39,3 +39,14 @@ def _of_labels(files: Sequence[str]) -> list[Part]:
     from rlhf_jax.inference.labelling import summary  # it needs JAX
 
     return summary.parts(summary.read_all(files))
+
+
+def export_run(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[str]) -> None:
+    """Copy a run's model to a Hugging Face folder with its tokenizer and a model card; or merge a
+    PEFT adapter into the base model that it names.
+
+    Args:
+        run: the folder of a finished run, or of an adapter.
+        folder: the new folder.
+    """
+    show(f"wrote {export.export(run, folder)}")

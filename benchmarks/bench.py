@@ -1,4 +1,7 @@
-"""``rlhf-jax bench``: how long a step of each kind takes on this machine, as one line of JSON.
+"""How long a step of each kind takes on this machine, as one line of JSON.
+
+    python benchmarks/bench.py sft
+    python benchmarks/bench.py rollout --preset char-small --against hand
 
 The work is ``steps.py``'s, on random tokens. A call is timed until its result is there
 (``jax.block_until_ready``). ``startup`` times whole processes instead: from their start to the end
@@ -20,15 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import figures
 import jax
+import opponent
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
+from steps import GROUP, PRESETS, Preset, Work, work
 
-from rlhf_jax import models
-from rlhf_jax.cli.benchmark import figures, opponent
-from rlhf_jax.cli.benchmark.steps import GROUP, PRESETS, Preset, Work, work
-from rlhf_jax.cli.console import show
-from rlhf_jax.config import command_line
+from rlhf_jax import cli, models
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
@@ -39,16 +41,16 @@ AS_TINY = Preset(
 )  # the shapes of that command
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the line of ``run``, whose arguments are the flags; 1 if other programs used more than
     MAX_OTHERS.
     """
-    line = command_line.bound(run, argv, "rlhf-jax bench")()
-    show(json.dumps(line))
+    line = tyro.cli(run, args=argv)
+    print(json.dumps(line))
     others = line["others_cpu"] or 0.0
     if others <= MAX_OTHERS:
         return 0
-    show(
+    print(
         f"exit code 1: other programs used {others:.0%} of the machine while it was measured, more "
         f"than {MAX_OTHERS:.0%}; end them and measure again, or take the times as upper bounds",
         file=sys.stderr,
@@ -90,8 +92,8 @@ def run(
         microbatches: of sft and grpo.
         calls: timed calls, after one that warms up; at least five.
         against: PyTorch's version of the same work on the same device, in turn with ours, after a
-            check that both compute the same; needs a checkout and torch, trl for the last. The line
-            gets its median and the ratio.
+            check that both compute the same; needs torch, trl for the last. The line gets its
+            median and the ratio.
         check: compare what both compute before they are timed.
 
     Raises:
@@ -179,8 +181,6 @@ def _figures(
 
 
 # --- One call
-#
-# ------------------------------------------------------------------------------------------
 
 
 def measured(compiled: Any, carry: Any, data: Any) -> tuple[Any, dict[str, float]]:
@@ -233,8 +233,7 @@ def _own() -> float:
     return sum(os.times()[:4])
 
 
-# --- Compilation and peaks
-# ------------------------------------------------------------------------------------------
+# --- Compilation and the machine
 
 
 def compile_seconds(work: Work) -> tuple[Any, float, float]:
@@ -278,7 +277,6 @@ def machine() -> dict[str, Any]:
 
 
 # --- From the start of a process
-# --------------------------------------------------------------------------------------
 
 
 def startup(calls: int, against: opponent.Kind | None = None) -> dict[str, Any]:
@@ -336,7 +334,9 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
     process.stdout.close()
     _, _, usage = os.wait4(process.pid, 0)
     if not reached:
-        raise UserError(
-            "bench startup: the run ended before its first iteration; see its message above"
-        )
+        raise UserError("startup: the run ended before its first iteration; see its message above")
     return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime} | others(busy, own, seconds)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,5 +1,4 @@
-"""One step of each kind on random tokens, for ``rlhf-jax bench`` (``measure.py``) and ``rlhf-jax
-doctor``.
+"""One step of each kind on random tokens, which ``bench.py`` times.
 
 Models have random weights, and no response ends early: the time depends on shapes alone.
 """
@@ -90,9 +89,6 @@ PRESETS |= {f"{name}-tiny": PRESETS[name].reduced() for name in ("gpt2", "llama-
 PRESETS["qwen2.5-0.5b-tiny"] = PRESETS["qwen2.5-0.5b"].reduced()
 
 
-TINY = Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)  # of the doctor
-
-
 class Work(NamedTuple):
     """One timed call: ``carry, metrics = step(carry, data)``, under jit with the carry donated."""
 
@@ -113,7 +109,7 @@ class Work(NamedTuple):
 
 
 def work(name: Name, preset: Preset, value: Value = "shared", temperature: float = 1.0) -> Work:
-    """What ``bench`` times.
+    """What ``bench.py`` times.
 
     Args:
         name: ``rollout`` samples; ``iteration`` is one of PPO, 4 epochs of 1 minibatch, with bodies
@@ -187,8 +183,7 @@ def _rl_work(
     group |= {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
-    columns: Any = {"prompt_length": preset.prompt}
-    policy_fn = jax.tree_util.Partial(models.policy_fn(model, value_model=own, **columns))
+    policy_fn = models.policy_fn(model, value_model=own, prompt_length=preset.prompt)
     with_value = models.add_head(keys[3], params, "value")
     if separate:
         with_value = critic.beside(Trainable(params), with_value).params
@@ -206,7 +201,12 @@ def _rl_work(
     loop = iteration.LoopState.create(train, 0.05)
     prompt = batch.tokens[:, : preset.prompt]
     prompts = iteration.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
-    functions = _functions(model, params, keys[3], policy_fn, **columns)
+    # The first parameters are the reference too, and a reward model stands on the same body.
+    functions = iteration.Functions(
+        jax.tree_util.Partial(policy_fn),
+        rewards.from_model(models.score_fn(model), models.add_head(keys[3], params, "score")),
+        jax.tree_util.Partial(models.policy_fn(model, prompt_length=preset.prompt), params),
+    )
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:
         policy, prompts = data
@@ -229,29 +229,14 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        data = _in_dtype(preset, iteration.sampling_params(loop, functions.base)), prompts
+        policy = iteration.sampling_params(loop, functions.base)
+        policy = jax.tree.map(lambda leaf: leaf.astype(preset.model.compute_dtype), policy)
+        data = (policy, prompts)
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
     collected = _scored(batch, prompts.row_ids, loop.train.params, functions)
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)
-
-
-def _in_dtype(preset: Preset, params: Params) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(preset.model.compute_dtype), params)
-
-
-def _functions(
-    model: models.Model, params: Any, key: Any, policy_fn: Any, *, prompt_length: int
-) -> iteration.Functions:
-    """With the first parameters as the reference, and a reward model on the same body."""
-    scored = models.add_head(key, params, "score")
-    reference = models.policy_fn(model, prompt_length=prompt_length)
-    return iteration.Functions(
-        policy_fn,
-        rewards.from_model(models.score_fn(model), scored),
-        jax.tree_util.Partial(reference, params),
-    )
 
 
 def _scored(batch: Any, row_ids: jax.Array, params: Any, functions: iteration.Functions) -> Rollout:

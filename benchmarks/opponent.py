@@ -13,15 +13,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from steps import Name, Preset, Value, work
 
-import rlhf_jax
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.steps import Name, Preset, Value, work
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import GPT2Config
 
 Kind = Literal["hand", "transformers", "trl"]
-SCRIPTS = Path(rlhf_jax.__file__).parents[1] / "benchmarks"  # of a checkout
 OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
 # Parameters of a network whose weights both sides share; of a larger one each draws its own, and
 # a reduced one is compared.
@@ -77,19 +75,12 @@ class Opponent:
     uses one.
 
     Raises:
-        UserError: the script is not there, as without a checkout, the work is not one that it does,
-            or the process ended.
+        UserError: the work is not one that it does, or the process ended.
     """
 
     def __init__(self, kind: Kind, name: Name, preset: Preset, value: Value) -> None:
-        script = SCRIPTS / OPPONENTS[kind]
-        if not script.is_file():
-            raise UserError(
-                "--against: benchmarks/ is part of a checkout, not of the installed package"
-            )
         check_kind(kind, preset)
         device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
-        model = preset.model
         self.name = name
         self.preset = preset
         self.value = value
@@ -102,22 +93,15 @@ class Opponent:
             jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
         )
         shared = Path(self.folder.name, "shared.npz")
-        settings = dataclasses.asdict(model) | {"family": type(model).__name__, "device": device}
+        settings = dataclasses.asdict(preset.model)
+        settings |= {"family": type(preset.model).__name__, "device": device}
         settings["microbatches"] = preset.num_microbatches
         config = json.dumps(settings, default=str)
         arrays: dict[str, Any] = shared_weights(preset)
         np.savez(shared, config=config, prompt=preset.prompt, tokens=tokens, **arrays)
-        command = [
-            sys.executable,
-            str(script),
-            str(shared),
-            "--bench",
-            name,
-            "--kind",
-            kind,
-            "--value",
-            value,
-        ]
+        script = str(Path(__file__).with_name(OPPONENTS[kind]))
+        command = [sys.executable, script, str(shared)]
+        command += ["--bench", name, "--kind", kind, "--value", value]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

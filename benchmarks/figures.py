@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
+from steps import Name, Preset
 
 from rlhf_jax import models
-from rlhf_jax.cli.benchmark.steps import Name, Preset
 from rlhf_jax.cli.planning import targets
 from rlhf_jax.training.common import memory
 

@@ -1,1 +1,0 @@
-"""``rlhf-jax bench``: steps of every kind, timed on random tokens."""
