@@ -1,13 +1,18 @@
 """``benchmarks/bench.py``: what it counts, and that both programs compute the same."""
 
+import contextlib
 import json
+import runpy
 import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from builders import script, slow, soak
+from builders import ROOT, script, slow, soak
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
@@ -150,6 +155,32 @@ def test_an_opponent_is_on_the_same_device(backend, kind, message, monkeypatch):
         opponent.check_kind(kind, SMALL)
 
 
+def test_an_opponent_is_given_the_same_tokens(monkeypatch):
+    started = []
+
+    def start(command, **options):
+        started.extend(command)
+        return SimpleNamespace(communicate=lambda: None)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with contextlib.closing(opponent.Opponent("trl", "reward", SMALL, "shared")):
+        _, file, shared, *words = started
+        given = np.load(shared)
+        np.testing.assert_array_equal(
+            given["tokens"].reshape(2, 2, 7), steps.work("reward", SMALL).data.tokens
+        )
+        assert json.loads(str(given["config"]))["family"] == "GPT2Config"
+    assert file == str(ROOT / "benchmarks" / "trl_steps.py")
+    assert Path(file).is_file()
+    assert words == ["--bench", "reward", "--kind", "trl", "--value", "shared"]
+
+
+@pytest.mark.parametrize("name", ["blocks", "depth", "programs"])
+def test_a_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert "main" in runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tokens", "share"), [("reward", 32, "flops_share"), ("rollout", 16, "bandwidth_share")]
@@ -267,13 +298,20 @@ def test_a_row_of_the_table(monkeypatch):
         "flops_share": 0.4,
     }
 
+    ran = []
+
     def said(**changed):
         done = subprocess.CompletedProcess([], 0, f"a warning\n{json.dumps(line | changed)}\n")
-        monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+        monkeypatch.setattr(
+            subprocess, "run", lambda command, **options: ran.append(command) or done
+        )
         return table.row("sft --against trl", 2.0, 1.4)
 
     assert said() == "| `sft --against trl` | 0.500 s | 0.750 s | **1.50** | 2.0 | 1.4 | 40% |"
     assert "| refused, 0.500 s |" in said(others_cpu=0.03)
+    _, file, *words = ran[0]
+    assert file == str(ROOT / "benchmarks" / "bench.py")
+    assert words == ["sft", "--against", "trl"]
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 
 import functools
 import json
+import subprocess
 
 import numpy as np
 import pytest
 import tyro
-from builders import script
+from builders import ROOT, script
 
 bench, card, steps = (script(f"benchmarks/{name}.py") for name in ("bench", "card", "steps"))
 PARTS = {part.name: part for part in (*card.PARTS, *card.REHEARSED)}
@@ -38,6 +39,19 @@ def test_the_limits_leave_each_kind_its_turn():
     checked = [part.arguments for part in card.PARTS if "--no-check" not in part.arguments]
     against = {words[words.index("--against") + 1] for words in checked if "--against" in words}
     assert against == {"hand", "transformers"}
+
+
+def test_figures_of_the_line_that_bench_prints(monkeypatch):
+    line = {"median_s": 0.5, "mfu": None, "others_cpu": 0.9, "ratio": 2.0, "left_out": {}}
+    done = subprocess.CompletedProcess([], 1, f"a warning\n{json.dumps(line)}\n", "")
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command) or done)
+    assert card.answer(["bench", "sft", "--rows", "4"]) == {"median_s": 0.5, "ratio": 2.0}
+    _, file, *words = ran[0]
+    assert file == str(ROOT / "benchmarks" / "bench.py")
+    assert words == ["sft", "--rows", "4"]
+    assert card.answer(["doctor"])["exit_code"] == 1
+    assert ran[1][1:] == ["-m", "rlhf_jax", "doctor"]
 
 
 def test_gaps_by_hand():

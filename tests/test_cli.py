@@ -281,6 +281,7 @@ def test_doctor_names_each_check_before_it_runs(capsys, monkeypatch):
         said.append(capsys.readouterr().out.splitlines()[-1].strip())
         return {"loss": 1.0}
 
+    monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: None)
     monkeypatch.setattr(doctor, "STEPS", dict.fromkeys(["one", "two"], step))
     assert cli.run(["doctor"]) == 0
     assert said[0] == "one"
@@ -292,6 +293,7 @@ def test_doctor_names_each_check_before_it_runs(capsys, monkeypatch):
     [(lambda: 1 / 0, "ZeroDivisionError"), (lambda: {"a": 1.0, "b": np.nan}, "not finite: b")],
 )
 def test_doctor_reports_what_is_broken(metrics, words, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: None)
     monkeypatch.setattr(doctor, "STEPS", {"sft": metrics})
     assert cli.run(["doctor"]) == 1
     assert re.search(f"^sft +FAIL +{words}", capsys.readouterr().out, re.MULTILINE)
