@@ -219,7 +219,7 @@ MISTAKES = [
         CONFIG,
         "bad.yaml, line 1: model must",
     ),
-    ("missing YAML", write(), CONFIG, "bad.yaml: cannot be read (given by --config)"),
+    ("missing YAML", write(), CONFIG, "bad.yaml: cannot be read: "),
     ("misspelt flag", write(), ("ppo", "--ppo.clip-lo", "0.1"), "--ppo.clip-low"),
     ("value of a flag", write(), ("ppo", "--ppo.clip-low", "much"), "--ppo.clip-low"),
     ("batch", ONE_ROW, BATCH, "sft.batch_size 30 does not divide by 4 devices; use 24 or 36"),

@@ -95,7 +95,7 @@ TABLE = [
     ),
     Mistake(
         "sft --config nothing.yaml",
-        "nothing.yaml: cannot be read (given by --config): No such file",
+        "nothing.yaml: cannot be read: No such file",
     ),
     # Keys of rows
     checked(

@@ -145,7 +145,7 @@ REFUSALS = [
     (files(tokenizer_config='{"split_special_tokens": true}'), "has split_special_tokens"),
     (
         files(tokenizer_config='{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
-        "is Python code of the folder's author, which is never run",
+        "names Python code of the folder's author",
     ),
     (files(tokenizer_config='{"tokenizer_class": "CTRLTokenizer"}'), "cannot read|is Python"),
 ]

@@ -412,8 +412,8 @@ def _read_by_transformers(
             why = " ".join(str(error).split())
             what = f"transformers cannot read this tokenizer: {why:.300}"
             missing = _PACKAGES - {one.name for one in importlib.metadata.distributions()}
-            if "trust_remote_code" in what:
-                what = "the tokenizer is Python code of the folder's author, which is never run"
+            if "auto_map" in config:
+                what += "; its auto_map names Python code of the folder's author, never run here"
             elif missing and any(name.endswith((".model", ".tiktoken")) for name in names):
                 needed = f"{', '.join(sorted(missing))} (pip install 'rlhf-jax[tokenizers]')"
                 what = f"this tokenizer may need {needed}; {what}"

@@ -34,6 +34,7 @@ A folder with the name of one of these is given as ``./length``.
 import contextlib
 import difflib
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import itertools
@@ -41,7 +42,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -580,6 +581,13 @@ def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
     return fn
 
 
+class _Source(importlib.machinery.SourceFileLoader):
+    """Compiles the file each time: bytecode of the same second may be that of another text."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _module(file: Path) -> ModuleType:
     """The user's file as an imported module, read once, so that its functions and classes can be
     pickled. It has the file's own name if no other module has: spawned processes find it by that.
@@ -598,16 +606,16 @@ def _module(file: Path) -> ModuleType:
     if found is None or not found.origin or Path(found.origin).resolve() != file:
         place = hashlib.sha256(str(file).encode()).hexdigest()
         name = f"{re.sub('[^a-zA-Z0-9]', '_', name)}_{place[:8]}"
-        found = importlib.util.spec_from_file_location(name, file)
-        assert found is not None
     source = read_file(file)
     if name in sys.modules and _sources.setdefault(name, source) == source:
         return sys.modules[name]
-    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    loader = _Source(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    assert spec is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     _sources[name] = source  # a notebook may change the file before its next run
     try:
-        # Not by the loader: it may take bytecode for new that was written in the same second.
-        exec(compile(source, str(file), "exec"), vars(module))
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
