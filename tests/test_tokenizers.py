@@ -263,6 +263,24 @@ def test_a_folder_means_what_transformers_reads(name, folders, write, tmp_path):
         assert end not in tokenizer.encode(tokenizer.spelled([end]))  # in a text it is text
 
 
+@pytest.mark.parametrize("token", ["<｜tool▁sep｜>", "<|tool_call_begin|>", "<think>"])
+def test_a_message_may_write_the_tokens_of_calls_but_not_those_of_turns(token, tmp_path):
+    source = tokenizer_folders.CHATML + "{% if tools %}" + token + "</think>{% endif %}"
+    added = tokenizer_folders.adding(*tokenizer_folders.IM, token, "</think>", special=False)
+    config = tokenizer_folders.config(chat_template=source)
+    for name, content in {**tokenizer_folders.token_json(added), **config}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    turns = [{"role": "user", "content": "Paris"}, {"role": "assistant", "content": f"a{token}b"}]
+    turns.append(turns[0])
+    template = chat.template_of(tokenizers.load_tokenizer(tmp_path), "auto")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert theirs.convert_tokens_to_ids(token) in expected
+    assert list(template.prompt(turns, "")) == expected
+    with pytest.raises(UserError, match=r"spells the special token '<\|im_end\|>'"):
+        template.prompt([{"role": "user", "content": "a<|im_end|>"}], "")
+
+
 @pytest.mark.parametrize("file", ["tokenizer.model", "tiktoken.model", "spiece.model"])
 def test_a_missing_package_is_named(file, tmp_path, monkeypatch):
     (tmp_path / file).write_bytes(b"\x00 no vocabulary")

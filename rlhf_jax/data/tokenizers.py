@@ -434,14 +434,15 @@ def _read_by_transformers(
 def _markup(backend: tokenizers.Tokenizer, templates: str) -> list[str]:
     """The added tokens that frame turns and that no text may spell, although the folder does not
     call them special: those in angular brackets and the like that a chat template writes. Tags with
-    an end, such as ``<think>`` and ``</think>``, are part of messages.
+    an end, such as ``<think>`` and ``</think>``, and those of tools are part of messages.
     """
     framing = []
     for token in backend.get_added_tokens_decoder().values():
         text = token.content
         tag = text.replace("/", "", 1)
         has_end = "/" in text or backend.token_to_id(f"{tag[:1]}/{tag[1:]}") is not None
-        if text in templates and not (text[:1].isalnum() or text.isspace() or has_end):
+        is_part = has_end or "tool" in text.lower()
+        if text in templates and not (text[:1].isalnum() or text.isspace() or is_part):
             framing.append(text)
     return framing
 
