@@ -236,6 +236,8 @@ def test_a_list_of_messages_is_a_row(talk, write):
     # Rows that have a column "role" stay rows.
     roles = [{"prompt": "a", "response": "b", "role": "teacher"}] * 2
     assert read(json.dumps(roles), "data.json") == [("a", "b")] * 2
+    roles = [row | {"content": "c"} for row in roles]
+    assert read(json.dumps(roles), "data.json") == [("a", "b")] * 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

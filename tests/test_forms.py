@@ -3,6 +3,7 @@
 The examples are the table's own; what they must become is written out here.
 """
 
+import itertools
 import json
 import math
 import re
@@ -280,6 +281,11 @@ def test_messages_in_a_text_are_messages(key):
     # The answer to a plain prompt may be any text.
     given = {"prompt": "Write messages.", "response": spelled}
     assert converted(**given) == given
+    # So may its columns, and a prompt that goes on behind a list.
+    for key, text in itertools.product(("context", "query", "conversation"), (spelled, python)):
+        given = {"prompt": "a", key: text}
+        assert converted(**given) == given
+    assert converted(prompt=f"{python} How is it sorted?")["prompt"].endswith("sorted?")
     with pytest.raises(UserError, match="'conversations' holds messages as Python"):
         converted(conversations=repr([HUMAN]))
     assert converted(conversations=json.dumps([HUMAN]), system="s")["messages"][1] == TALK[0]

@@ -35,7 +35,8 @@ def are_turns(value: Any) -> bool:
 
 def _is_turn(value: Any) -> bool:
     has = value.keys() if isinstance(value, dict) else set()
-    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"})
+    is_row = "prompt" in has  # with columns of these names
+    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"} and not is_row)
 
 
 def is_answered(messages: Any) -> bool:

@@ -54,7 +54,7 @@ _DIALOGUES = (
     *("prompt_messages", "chosen_messages", "rejected_messages"),
 )
 _SPELLED = re.compile(r"\s*\[\s*\{")
-_IN_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
+_IN_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:.*\}\s*\]\s*", re.DOTALL)
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _ONLY_IN_OURS = ("prompt", "messages", "response", "responses", "chosen", "text")
 _BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
@@ -216,12 +216,13 @@ def _with_dialogues(record: Record) -> Fields:
     row: Fields = record.value
     for key in _DIALOGUES:
         text = row.get(key)
-        # The answer to a plain prompt is a text, whatever it spells.
-        is_answer = key in ("response", "completion") and isinstance(row.get("prompt"), str)
-        if is_answer or not isinstance(text, str) or not _SPELLED.match(text):
+        # Beside a plain prompt, its answer and mere columns are texts, whatever they spell.
+        may_be = key.endswith("messages") or key in ("prompt", "conversations", *PAIR)
+        is_text = isinstance(row.get("prompt"), str) and not may_be
+        if is_text or not isinstance(text, str) or not _SPELLED.match(text):
             continue
         what = f"{key!r} holds messages as Python writes them; write them as JSON, by json.dumps"
-        record.expect(not _IN_PYTHON.match(text), what)
+        record.expect(not _IN_PYTHON.fullmatch(text), what)
         with contextlib.suppress(ValueError, RecursionError):
             turns = json.loads(text)
             if are_turns(turns):
