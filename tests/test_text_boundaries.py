@@ -229,8 +229,8 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
     tokenizer, theirs = texts_of_messages(tmp_path, name)
     template = chat.template_of(tokenizer, "auto")
     special = tokenizer.special_tokens
-    contents = [f"a{token}b {token}{token}" for token in special] + [special[-1], "\U000f0000 é"]
-    contents.append(f"\U000f0001{special[0]}\U0010ffff")
+    contents = [f"a{token}b {token}{token}" for token in special] + [special[-1], "\U00108000 é"]
+    contents.append(f"\U00108001{special[0]}\U0010ffff")
     for content in contents:
         turns = [{"role": "user", "content": content}, said(f"x {content} y")]
         how = {"sanitize_control_tokens": True, "return_dict": False}
@@ -239,7 +239,7 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
         whole = theirs.apply_chat_template(turns, **how)
         [row] = formats.read("demonstrations", write([{"messages": turns}]), template=template).rows
         ids = [*row.prompt, *row.responses[0]]
-        if content[0] < "\U000f0000":  # which transformers drops
+        if content[0] < "\U00108000":  # which transformers drops
             assert prompt == expected
             assert ids == whole
             assert template.answered(turns[:1], turns[1]["content"], "") == whole
@@ -255,6 +255,17 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
         read = chat.template_of(chat.reading(tokenizer, None, other), "auto")
         with pytest.raises(UserError, match=r"f: a user message spells .*_tokens: text"):
             read.prompt([{"role": "user", "content": special[0]}], "f")
+
+
+@pytest.mark.parametrize("text", ["a\U000f1234's", "\ue0a0's \U00100185'll"])
+def test_icons_are_encoded_with_their_neighbours(text, tmp_path):
+    vocabulary = train_bpe([f"{text} {text[:-2]} 's"] * 4, 400).backend
+    source = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    ours, theirs = save(tmp_path, vocabulary, eos_token="<|endoftext|>", chat_template=source)
+    turns = [{"role": "user", "content": text}]
+    template = chat.template_of(ours, "auto")
+    expected = theirs.apply_chat_template(turns, return_dict=False)
+    assert list(template.prompt(turns, "")) == expected
 
 
 def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, write):

@@ -371,6 +371,8 @@ def test_arguments_of_a_call_as_json_text_are_an_object(given, written, nested, 
     source += (
         " or [] %}{{ (c.function or c).arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
     )
+    if nested:  # a template that a short conversation cannot try
+        source += "{% if messages[0].content != 'Hi' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer, _ = with_template(tmp_path, source)
     call = {"name": "sky", "arguments": given}
     call = {"type": "function", "function": call} if nested else call
@@ -378,6 +380,22 @@ def test_arguments_of_a_call_as_json_text_are_an_object(given, written, nested, 
     [[text]] = learned(tokenizer, write, {"messages": [HI, turn]})
     assert text.removesuffix(END).endswith(json.dumps(written))
     assert call == ({"type": "function", "function": call["function"]} if nested else call)
+
+
+@pytest.mark.parametrize("text", ['{"city":"Paris"}', '{"n": 1.50}', "{}"])
+def test_arguments_stay_text_for_a_template_that_joins_them_to_text(text, tmp_path, write):
+    """As that of DeepSeek-V3 and R1."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role + m.content }}{% for c in m.tool_calls"
+    source += " or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>"
+    tokenizer, theirs = with_template(tmp_path, source + "{% endfor %}")
+    call = {"type": "function", "function": {"name": "sky", "arguments": text}}
+    turns = [HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    [[learns]] = learned(tokenizer, write, {"messages": turns})
+    assert learns.endswith(f"sky{text}{END}")
+    template = chat.template_of(tokenizer, "auto")
+    expected = theirs.apply_chat_template([*turns, MORE], return_dict=False)
+    assert list(template.prompt([*turns, MORE], "")) == expected
+    assert template.ends == [tokenizer.backend.token_to_id(END)]
 
 
 @pytest.mark.parametrize("count", [6_000, 20_000])

@@ -61,7 +61,8 @@ _NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside
 # Keys of a message that are no text, or that few templates need.
 _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
-_PRIVATE = re.compile("([\U000f0000-\U0010ffff])")  # Unicode's planes 15 and 16
+# For private use, and in no font of icons, whose characters shall be encoded with their neighbours.
+_PRIVATE = re.compile("([\U00108000-\U0010ffff])")
 _CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
 
 Span = tuple[int, int]
@@ -221,16 +222,26 @@ class ChatTemplate:
     def ends(self) -> list[int]:
         """The ids that end a turn of the assistant: an answer, and a call of a tool."""
         ids = self.closing[:1]
-        call = {"name": _PROBE, "arguments": {}}
+        called = self._with_call({} if self._reads_objects else "{}")
+        _, name, after = called.rpartition(_PROBE)
+        end = self._end_in(after)
+        if name and end:
+            ids += self._encode(self._last_special(after[:end])).ids
+        return list(dict.fromkeys(ids))
+
+    @cached_property
+    def _reads_objects(self) -> bool:
+        """Whether arguments of a call may be an object. DeepSeek's template joins their text."""
+        return bool(self._with_call({}) or not self._with_call("{}"))
+
+    def _with_call(self, arguments: Any) -> str:
+        """A conversation that ends with a call of a tool; "" if the template fails."""
+        call = {"name": _PROBE, "arguments": arguments}
         turn: Message = {"role": "assistant", "content": ""}
         turn["tool_calls"] = [{"id": "call00001", "type": "function", "function": call}]
         with contextlib.suppress(Exception):  # a template can fail like any expression
-            found = self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
-            _, name, after = found.rpartition(_PROBE)
-            end = self._end_in(after)
-            if name and end:
-                ids += self._encode(self._last_special(after[:end])).ids
-        return list(dict.fromkeys(ids))
+            return self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
+        return ""
 
     def _last_special(self, text: str) -> str:
         """The special token that ends a text."""
@@ -405,7 +416,7 @@ class ChatTemplate:
             given = {key: value for key, value in message.items() if value is not None}
             if isinstance(given.get("content"), list) and not self._reads_parts:
                 given["content"] = text_of(message)
-            if isinstance(given.get("tool_calls"), list):
+            if isinstance(given.get("tool_calls"), list) and self._reads_objects:
                 given["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
             prepared.append(given)
         if others and self.source == PLAIN:
@@ -439,7 +450,7 @@ class ChatTemplate:
 
     def _hide(self, text: str) -> str:
         known = {text: character for character, text in self._texts.items()}
-        character = known.get(text) or chr(0xF0000 + len(known))
+        character = known.get(text) or chr(0x108000 + len(known))
         self._texts[character] = text
         return character
 
