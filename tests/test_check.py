@@ -206,7 +206,13 @@ SLIPS = [
         "'helpfullness' is not read; did you mean 'helpfulness'?",
     ),
 ]
-USUAL = [{"answer": "b"}, {"labels": [1]}, {"turn": 1, "sample": 2}, {"question": "b", "score": 1}]
+USUAL = [
+    {"answer": "b"},
+    {"labels": [1]},
+    {"turn": 1, "sample": 2},
+    {"question": "b", "score": 1},
+    {"question_id": 1},
+]
 
 
 @pytest.mark.parametrize("columns", USUAL)
