@@ -61,8 +61,7 @@ _NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside
 # Keys of a message that are no text, or that few templates need.
 _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
-# For private use, and in no font of icons, whose characters shall be encoded with their neighbours.
-_PRIVATE = re.compile("([\U00108000-\U0010ffff])")
+_PRIVATE = re.compile("([\U00108000-\U0010ffff])")  # for private use, but no icons of fonts
 _CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
 
 Span = tuple[int, int]
@@ -222,8 +221,7 @@ class ChatTemplate:
     def ends(self) -> list[int]:
         """The ids that end a turn of the assistant: an answer, and a call of a tool."""
         ids = self.closing[:1]
-        called = self._with_call({} if self._reads_objects else "{}")
-        _, name, after = called.rpartition(_PROBE)
+        _, name, after = self._with_call({} if self._reads_objects else "{}").rpartition(_PROBE)
         end = self._end_in(after)
         if name and end:
             ids += self._encode(self._last_special(after[:end])).ids

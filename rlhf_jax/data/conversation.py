@@ -34,9 +34,9 @@ def are_turns(value: Any) -> bool:
 
 
 def _is_turn(value: Any) -> bool:
-    has = value.keys() if isinstance(value, dict) else set()
-    is_row = "prompt" in has  # with columns of these names
-    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"} and not is_row)
+    is_message = isinstance(value, dict) and "prompt" not in value  # else it is a row
+    has = value.keys() if is_message else set()
+    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"})
 
 
 def is_answered(messages: Any) -> bool:

@@ -439,9 +439,8 @@ def _markup(backend: tokenizers.Tokenizer, templates: str) -> list[str]:
     framing = []
     for token in backend.get_added_tokens_decoder().values():
         text = token.content
-        tag = text.replace("/", "", 1)
-        has_end = "/" in text or backend.token_to_id(f"{tag[:1]}/{tag[1:]}") is not None
-        is_part = has_end or "tool" in text.lower()
+        is_part = "/" in text or "tool" in text.lower()
+        is_part = is_part or backend.token_to_id(f"{text[:1]}/{text[1:]}") is not None
         if text in templates and not (text[:1].isalnum() or text.isspace() or is_part):
             framing.append(text)
     return framing

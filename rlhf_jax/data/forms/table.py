@@ -283,8 +283,9 @@ def meant(key: str, keys: tuple[str, ...]) -> list[str]:
     for known in FORMS:
         missing = set(known.keys).difference(keys)
         if len(missing) == 1 and (len(known.keys) > 1 or not is_ours):
-            names = missing.difference(*OURS)
-            candidates += [name for name in names if not key.startswith(f"{name}_")]  # question_id
+            candidates += [
+                own for own in missing.difference(*OURS) if not key.startswith(f"{own}_")
+            ]
     return difflib.get_close_matches(key.strip().lower(), candidates, n=1, cutoff=0.8)
 
 
