@@ -235,8 +235,8 @@ class ChatTemplate:
     def _with_call(self, arguments: Any) -> str:
         """A conversation that ends with a call of a tool; "" if the template fails."""
         call = {"name": _PROBE, "arguments": arguments}
-        turn: Message = {"role": "assistant", "content": ""}
-        turn["tool_calls"] = [{"id": "call00001", "type": "function", "function": call}]
+        calls = [{"id": "call00001", "type": "function", "function": call}]
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": calls}
         with contextlib.suppress(Exception):  # a template can fail like any expression
             return self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
         return ""

@@ -34,8 +34,7 @@ def are_turns(value: Any) -> bool:
 
 
 def _is_turn(value: Any) -> bool:
-    is_message = isinstance(value, dict) and "prompt" not in value  # else it is a row
-    has = value.keys() if is_message else set()
+    has = value.keys() if isinstance(value, dict) and "prompt" not in value else set()
     return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"})
 
 

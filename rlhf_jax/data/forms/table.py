@@ -283,9 +283,7 @@ def meant(key: str, keys: tuple[str, ...]) -> list[str]:
     for known in FORMS:
         missing = set(known.keys).difference(keys)
         if len(missing) == 1 and (len(known.keys) > 1 or not is_ours):
-            candidates += [
-                own for own in missing.difference(*OURS) if not key.startswith(f"{own}_")
-            ]
+            candidates += missing.difference(*OURS, (key.rpartition("_")[0],))  # question_id
     return difflib.get_close_matches(key.strip().lower(), candidates, n=1, cutoff=0.8)
 
 
