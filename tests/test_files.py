@@ -212,8 +212,9 @@ def test_rows_of_arrow_are_those_of_json_lines(write, tmp_path, monkeypatch):
     # A null that somebody wrote into JSON lines is a value; a column of Arrow stays.
     given = called(city=None) | {"extra": None}
     assert files.read_source(write([given])).records[0].value == given
-    parquet.write_table(pyarrow.table({"prompt": ["a"], "extra": [None]}), "data.parquet")
-    assert files.read_source("data.parquet").records[0].value == {"prompt": "a", "extra": None}
+    row = {"prompt": "a", "extra": None, "info": {"x": None, "y": 1}}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), "data.parquet")
+    assert files.read_source("data.parquet").records[0].value == row
 
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -330,9 +330,14 @@ def _parquet(data: bytes, name: str) -> list[Record]:
 
 def _of_arrow(rows: Iterable[Fields], name: str) -> list[Record]:
     """The records of rows of Arrow, which gives each object of a column the keys of all of them,
-    with null: such keys are left out, as in TRL. A row itself has all of its columns.
+    with null: such keys are left out of messages and tools, as in TRL. What else a reward reads
+    stays as it is.
     """
-    values = [{key: _without_nulls(value) for key, value in row.items()} for row in rows]
+
+    def read(key: str, value: Any) -> Any:
+        return _without_nulls(value) if key == "tools" or are_turns(value) else value
+
+    values = [{key: read(key, value) for key, value in row.items()} for row in rows]
     return _numbered(values, name)
 
 
