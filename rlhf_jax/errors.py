@@ -149,8 +149,9 @@ def refuse_links_out(folder: Path) -> None:
     """
     whole = Path(os.path.realpath(folder))
     inside = [whole]
-    if whole.parent.name == "snapshots":
-        inside.append(whole.parent.parent / "blobs")
+    for place in whole.parents:
+        if place.name == "snapshots":  # the folder may be one in snapshots/NAME/
+            inside.append(place.parent / "blobs")
     # Those of the folder first: the second pattern lists what its links name.
     for path in itertools.chain(folder.glob("*"), folder.glob("*/*")):
         target = Path(os.path.realpath(path))

@@ -347,6 +347,9 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
         "data: [demo, /dev/zero]",
         "data: ['../theirs/data.json']",
         "sft: {validation_data: [linked/data.json]}",
+        "data: ['count:/../../theirs']",  # a reward's form: no path there, but one of data
+        "data: ['own*1']",
+        "model: 'math:/../..'",
         "model: /etc",
         "tokenizer: {name: /etc}",
         'model: "../a\\0b"',
@@ -363,7 +366,8 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
     ],
 )
 def test_what_the_config_of_a_run_names_needs_trust(project, text):
-    Path("linked").symlink_to("../theirs/run")
+    for name in ("linked", "own*1"):
+        Path(name).symlink_to("../theirs/run")
     Path("loop.py").symlink_to("loop.py")
     file = Path("runs/ppo/config.yaml")
     file.write_text(f"seed: 1\n{text}")

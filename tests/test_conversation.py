@@ -133,7 +133,11 @@ def test_a_score_is_the_reward_models_of_the_last_answer(runs, talk, policy):
 
 
 @pytest.mark.parametrize("reward", ["theirs.py:score", "http://their.host/score"])
-def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path, talk, reward):
+def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(
+    runs, tmp_path, talk, reward, monkeypatch
+):
+    """Also in the current folder, and without the manifest by which other files know a run."""
+    monkeypatch.chdir(tmp_path)
     theirs = tmp_path / "theirs"
     shutil.copytree(runs / "policy", theirs)
     ran = tmp_path / "ran"
@@ -142,7 +146,8 @@ def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path,
     named = reward if "://" in reward else f"{theirs}/{reward}"
     settings = yaml.safe_load((theirs / "config.yaml").read_text("utf-8"))
     (theirs / "config.yaml").write_text(yaml.safe_dump(settings | {"reward": [named]}))
-    (theirs / "manifest.json").write_text("{}")
+    for mark in ("manifest.json", "checkpoints/start.json"):
+        (theirs / mark).unlink(missing_ok=True)
 
     with pytest.raises(UserError, match="the run names no reward; give --reward"):
         talk("who", "/score", folder=str(theirs))

@@ -754,6 +754,7 @@ def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(fol
         (["trap.py:score*2"], True, None),
         ([str(model)], True, str(model)),
         ([str(model)], False, UserError),
+        (["rm"], False, "rm"),
         (["../rm"], False, None),  # there is none
         (["pairs:judge:rm"], True, None),
     ]:

@@ -124,6 +124,18 @@ def test_links_that_lead_out_of_a_folder_are_refused(plant, copied, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_within_a_snapshot_of_the_hub_is_followed_too(copied):
+    inner = copied / "checkpoint-2"
+    inner.mkdir()
+    for file in list(copied.iterdir()):
+        if file.is_symlink():
+            (inner / file.name).symlink_to(f"../../../blobs/{file.name}")
+    assert tokenizers.load_tokenizer(inner).vocab_size == 4
+    (inner / "merges.txt").symlink_to("../../../secret")
+    with pytest.raises(UserError, match="out of its folder"):
+        tokenizers.load_tokenizer(inner)
+
+
 def put(kind, path):
     path.unlink(missing_ok=True)
     kind(path)

@@ -35,6 +35,7 @@ _ABOUT_FILES = (
 # Settings that are texts, and name nothing outside the program.
 _TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
 _TEXTS |= {"frozen", "teacher_model"}
+_REWARDS = {"reward", "judge", "classifier", "gold", "score"}  # a path is a part of the text
 
 
 def parse(
@@ -113,13 +114,16 @@ def _check_network(config: RunConfig, typed: Collection[str]) -> None:
     )
 
 
-def check_trusted(given: Values) -> None:
+def check_trusted(given: Values, run: Path | None = None) -> None:
     """Refuses values of somebody else's file that would run Python code, send texts and keys to a
     server, or read and write elsewhere on this machine.
 
     Configs of this package are trusted, and so are values whose YAML file and Python file are in
     the current folder. A file in the folder of a run may be somebody else's wherever it is: what it
     names is never trusted, except files and folders below the current folder or of that run.
+
+    Args:
+        run: the folder that the files belong to, if it was given as that of a run.
 
     Raises:
         UserError: lists these values.
@@ -131,7 +135,7 @@ def check_trusted(given: Values) -> None:
         if _real(config) in own:
             continue
         for text in value if isinstance(value, tuple) else (value,):
-            harm = _harm(key, text, config)
+            harm = _harm(key, text, config, run or _run_around(config))
             if harm:
                 problems.append(f"{place}: {key} {text} {harm}")
     if problems:
@@ -143,12 +147,12 @@ def check_trusted(given: Values) -> None:
         )
 
 
-def _harm(key: str, value: Any, config: Path) -> str:
-    """What a value of a YAML file could do if the file is somebody else's; "" for nothing."""
-    if not value or not isinstance(value, str | bool) or key.rpartition(".")[2] in _TEXTS:
+def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:
+    """What a value of somebody else's YAML file, of this run, could do; "" for nothing."""
+    name = key.rpartition(".")[2]
+    if not value or not isinstance(value, str | bool) or name in _TEXTS:
         return ""
     here = _real(".")
-    run = _run_around(config)
     if run and key in ("resume", "overwrite", "allow_changed"):
         return "changes another run, and no run has it in its own config"
     if isinstance(value, bool):
@@ -165,9 +169,9 @@ def _harm(key: str, value: Any, config: Path) -> str:
         return "gets the metrics and texts of the run"
     if run is None:
         return ""
-    for name in names:
-        path = _real(name)
-        is_below = path.is_relative_to(here) and not os.path.isabs(name)
+    for place in names if name in _REWARDS else (value, *names):
+        path = _real(place)
+        is_below = path.is_relative_to(here) and not os.path.isabs(place)
         if not is_below and not path.is_relative_to(_real(run)):
             return "is an absolute path, or leads out of the current folder"
     return ""

@@ -148,7 +148,7 @@ def _with_own_reward_model(policy: Policy, config: Config) -> Config:
         if kind == "models" and are_models:
             if not config.trust_config:
                 file = settings_file(policy.folder)
-                check_trusted({"reward": (entries[0], str(file))})
+                check_trusted({"reward": (entries[0], str(file))}, file.parent)
             logger.info(f"reward model: {entries[0]}, the run's own; --reward-model takes another")
             config = dataclasses.replace(config, reward_model=entries[0])
     if config.against is not None and config.reward_model is None:

@@ -174,8 +174,9 @@ def _own_reward(folder: str, console: Console) -> tuple[str, ...]:
     which only ``--reward`` may.
     """
     entries = tuple(settings_of(folder).get("reward", ()))
+    file = settings_file(folder)
     try:
-        check_trusted({"reward": (entries, str(settings_file(folder)))})
+        check_trusted({"reward": (entries, str(file))}, file.parent)
     except UserError as error:
         named, *_ = str(error).splitlines()
         console.note(f"{named}; it may be somebody else's: /score needs --reward")
