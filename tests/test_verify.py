@@ -403,6 +403,11 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     audit = verify.verify(folder, trust_config=True)
     assert "reward.py:same is Python code, which is not known to repeat" in audit.unsure[0]
     assert [row.place for row in audit.differences] == ["sha256"]
+    with pytest.raises(UserError, match="runs the Python code"):
+        verify.verify(folder)
+    # What is typed needs no trust.
+    typed = verify.verify(folder, reward=config.reward, data=("prompts.json",))
+    assert [row.place for row in typed.differences] == ["sha256"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

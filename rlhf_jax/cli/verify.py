@@ -274,7 +274,7 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     kind = _settings_class(file)
     of_stages = (f"{section}.{name}" for section in ("rl", *SPECS) for name in DATA)
     replaced = [*STARTS, "data", *of_stages]
-    sections = ["lora", "rl.engine"]
+    sections = ["lora", "rl.engine", "reward"]
     config = parse(kind, argv, prog="rlhf-jax verify", sections=sections, replaced=replaced)
     config = replace(config, **STARTS)
     if -1 in (config.mesh.fsdp, config.mesh.tensor):
