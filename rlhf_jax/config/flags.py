@@ -135,9 +135,11 @@ def check_trusted(given: Values, run: Path | None = None) -> None:
         if _real(config) in own:
             continue
         for text in value if isinstance(value, tuple) else (value,):
-            harm = _harm(key, text, config, run or _run_around(config))
+            around = run or _run_around(config)
+            harm = _harm(key, text, config, around)
             if harm:
-                problems.append(f"{place}: {key} {text} {harm}")
+                of_run = f" (a config of the run {around})" if around else ""
+                problems.append(f"{place}: {key} {text} {harm}{of_run}")
     if problems:
         listed = "\n".join(problems)
         raise UserError(
