@@ -24,6 +24,7 @@ from rlhf_jax.config import (
     model_source,
     parse,
 )
+from rlhf_jax.data.rows import BadRow
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
@@ -113,14 +114,23 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
     assert [row["step"] for row in metric_rows(config.output_dir)] == [*range(6)]
 
 
-@pytest.mark.parametrize("kind", [UserError, ServiceError, TrainingFault, ZeroDivisionError])
-def test_a_step_that_fails_leaves_the_state_before_it(config, kind, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("mine.py:7"),
+        ServiceError("mine.py:7"),
+        TrainingFault("mine.py:7"),
+        ZeroDivisionError("mine.py:7"),
+        BadRow("mine.py:7", "the chat template failed"),  # a reply of an environment
+    ],
+)
+def test_a_step_that_fails_leaves_the_state_before_it(config, error, caplog):
     def fail(state, step):
         if step == 3:
-            raise kind("mine.py:7")
+            raise error
 
     config = replace(config, checkpoint_interval=100)
-    with pytest.raises(kind, match=r"mine\.py:7") as caught:
+    with pytest.raises(type(error), match=r"mine\.py:7") as caught:
         run_loop(config, before_step=fail)
     said = f"{caught.value} {caplog.text}"
     assert "Step 3 of 6 is saved" in said

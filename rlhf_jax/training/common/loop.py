@@ -118,10 +118,11 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, Row]:
                 advice = loop.left_by(error)
                 if not advice:
                     raise
-                if not isinstance(error, UserError | TrainingFault):
+                if isinstance(error, UserError | TrainingFault):
+                    error.args = (f"{error}\n{advice}",)
+                else:
                     logger.error(advice)  # a traceback follows
-                    raise
-                raise type(error)(f"{error}\n{advice}") from error
+                raise
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
