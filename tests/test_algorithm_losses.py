@@ -154,8 +154,8 @@ def summed(params, tokens, attention_mask, key):
 def test_a_reward_model_also_learns_the_best_answers_by_hand():
     """Row 0's best answer has tokens 1 and 2, row 1's has 4, the last row's best one is missing:
     (1 + 2 + 4) / 3 nats per token, beside the loss of ranking."""
-    tokens = jnp.array([[[9, 1, 2], [9, 3, 3]], [[9, 5, 0], [9, 4, 0]], [[9, 7, 0], [9, 6, 0]]])
-    response = jnp.array([[[0, 1, 1], [0, 1, 1]], [[0, 1, 0], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]]])
+    tokens = jnp.array([[[9, 1, 2], [9, 3, 0]], [[9, 5, 5], [9, 4, 0]], [[9, 7, 0], [9, 6, 0]]])
+    response = jnp.array([[[0, 1, 1], [0, 1, 0]], [[0, 1, 1], [0, 1, 0]], [[0, 0, 0], [0, 1, 0]]])
     mask = response.at[:, :, 0].set(1)
     batch = Comparisons(tokens, mask, response, best=jnp.array([0, 1, 0]))
     params = {"nat": jnp.float32(1.0)}

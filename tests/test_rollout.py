@@ -53,13 +53,13 @@ REF_PARAMS = make_params(1)
 ROW_IDS = np.arange(ROWS, dtype=np.int32)
 
 
-def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS):
+def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS, places=None):
     options = {
         "sampling": sampling,
         "policy_fn": POLICY,
         "ref_fn": jax.tree_util.Partial(POLICY, REF_PARAMS),
     }
-    return collect(MODEL, PARAMS, tokens, mask, KEY, row_ids=row_ids, **options)
+    return collect(MODEL, PARAMS, tokens, mask, KEY, row_ids=row_ids, places=places, **options)
 
 
 @pytest.mark.slow
@@ -115,6 +115,12 @@ def test_collected_answers_to_one_data_row_differ():
     assert rolled.row_ids.tolist() == np.repeat(np.arange(ROWS // 2), 2).tolist()
     texts = [tuple(row) for row in rolled.tokens.tolist()]
     assert all(texts[i] != texts[i + 1] for i in range(0, ROWS, 2))
+    # A part of the batch at its places has the same answers.
+    rows, places = rolled.row_ids[2:4], jnp.array([2, 3])
+    whole = run_collect(tokens, mask, row_ids=rolled.row_ids, places=jnp.arange(ROWS))
+    part = run_collect(tokens[2:4], mask[2:4], row_ids=rows, places=places)
+    assert part.row_ids.tolist() == rows.tolist()
+    assert part.tokens.tolist() == whole.tokens[2:4].tolist()
 
 
 def test_rescore_masks_and_keeps():
