@@ -156,6 +156,8 @@ def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
     loss = Mean(jnp.float32(3.0), jnp.float32(2.0))
     terms = {auxiliary.LOSS: Mean(jnp.float32(8.0), jnp.float32(4.0))}
     assert auxiliary.with_terms((loss, {"a": loss}), terms, 0.0) == (loss, {"a": loss, **terms})
+    traced = jax.eval_shape(lambda coef: auxiliary.with_terms((loss, {}), terms, coef)[0], 0.5)
+    assert len(traced) == 2  # its value is not known, which may not drop the term
     (first, second), _ = auxiliary.with_terms((loss, {}), terms, 0.5)
     assert first is loss
     assert second.value == 1.0
