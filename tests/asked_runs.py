@@ -32,7 +32,7 @@ def write(root, template="{prompt}:"):
     settings = {
         "text": {"template": template},
         "rl": {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9, "top_p": None},
-        "reward": [str(root / "reward")],
+        "reward": ["reward"],  # from the folder of both
     }
     (root / "policy" / "config.yaml").write_text(yaml.safe_dump(settings))
     return root

@@ -37,10 +37,11 @@ def policy(runs):
 
 
 @pytest.fixture
-def talk(runs):
-    """Has a conversation; what was shown, and the notes about it."""
+def talk(runs, monkeypatch):
+    """Has a conversation; what was shown, and the notes about it. It is started beside the runs."""
 
     def talk(*lines, folder="policy", is_terminal=False, **config):
+        monkeypatch.chdir((runs / folder).parent)
         said = []
         notes = []
         console = chat.Console(said.append, notes.append, is_terminal)
