@@ -302,7 +302,9 @@ def test_a_config_that_runs_the_python_of_others_needs_trust(project, place, tex
         parse(RunConfig, argv)
     run, advice = str(caught.value).splitlines()
     assert run.startswith(f"{place}, line 1: ")
-    assert re.search(r"score\S* runs the Python code of /.*/score\.py($| \(a config of the run /)", run)
+    assert re.search(
+        r"score\S* runs the Python code of /.*/score\.py($| \(a config of the run /)", run
+    )
     assert advice.endswith("you have read it, give --trust-config")
 
 

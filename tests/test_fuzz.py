@@ -25,6 +25,7 @@ from accidents import ODD, hurt
 from builders import ROOT, initial_params, slow, soak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer  # noqa: F401  its import is not the memory of a file
 
 from rlhf_jax import config, models
 from rlhf_jax.config import RunConfig

@@ -141,6 +141,7 @@ REFUSALS = [
         "transformers cannot read this tokenizer: 'name'",
     ),
     (files(tokenizer_config='{"chat_template": {"default": 3}}'), "a chat template is no text"),
+    (files(tokenizer_config='{"chat_template": true}'), "a chat template is no text"),
     (files(tokenizer_config='{"fast_tokenizer_files": ["../tokenizer.4.json"]}'), "is not read"),
     (files(tokenizer_config='{"split_special_tokens": true}'), "has split_special_tokens"),
     (

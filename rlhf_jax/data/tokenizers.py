@@ -347,9 +347,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     templates = theirs.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
-    templates = dict(sorted(templates.items()))
-    if not all(isinstance(template, str) for template in templates.values()):
+    if not (isinstance(templates, dict) and all(isinstance(x, str) for x in templates.values())):
         raise UserError(f"{folder}: a chat template is no text")
+    templates = dict(sorted(templates.items()))
     config |= special  # a chat template may write each of them
     for key in ("added_tokens_decoder", "auto_map", "chat_template"):
         config.pop(key, None)  # the saved tokenizer.json has all tokens
