@@ -39,6 +39,7 @@ import pytest
 from rlhf_jax import cli
 from rlhf_jax.data import demo
 from rlhf_jax.runs import devices
+from rlhf_jax.training.common import saving
 
 # As every run sets them, before the first program: they are part of its key in the cache. A program
 # that is not cut into parts for several cores compiles in a sixth less, where other tests take
@@ -101,12 +102,15 @@ def config(data, tmp_path):
     return builders.tiny_run(data, tmp_path / "run")
 
 
+# Runs draw no page at their end, which takes longer than the training of many a test.
+draw_page = saving._draw_page
+saving._draw_page = lambda run: None
+
+
 @pytest.fixture
-def no_pages(monkeypatch):
-    """Runs draw no page at their end, which takes longer than the training of many a test; others
-    look at the pages.
-    """
-    monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
+def pages(monkeypatch):
+    """Runs draw their pages, for a test that looks at them."""
+    monkeypatch.setattr(saving, "_draw_page", draw_page)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Commands in processes of their own, forked from one that has imported what takes seconds.
 
 A test asks ``run`` for a command; the process that forks is this file, started at the first call.
-JAX is imported there, with the settings of its environment, and has started no backend.
+JAX is imported there, with the settings of its environment, and has started no backend. Runs draw
+their pages where the environment has ``PAGES``.
 """
 
 import functools
@@ -16,7 +17,12 @@ import tempfile
 from pathlib import Path
 
 # What a run imports, where it does not import it at once.
-IMPORTED = ("rlhf_jax.cli.commands", "rlhf_jax.training", "matplotlib.figure")
+IMPORTED = (
+    "rlhf_jax.cli.commands",
+    "rlhf_jax.training",
+    "rlhf_jax.training.common.saving",
+    "matplotlib.figure",
+)
 
 
 @functools.cache
@@ -70,6 +76,8 @@ def become(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if "PAGES" not in environment:
+        sys.modules["rlhf_jax.training.common.saving"]._draw_page = lambda run: None
     exec(before, {})
     program, *rest = words
     if program == "python" and rest[0] == "-m":

@@ -21,8 +21,6 @@ from rlhf_jax.training.common import layout
 from rlhf_jax.training.rl.ahead import Ahead
 from rlhf_jax.types import TrainState
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 @pytest.fixture
 def short(config):

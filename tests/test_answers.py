@@ -21,8 +21,6 @@ from rlhf_jax.training.common.references import Followed
 from rlhf_jax.training.supervised import samples
 from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 TOKENIZER = tokenizers.characters("abcdefgh? ")
 MOST = Answering(validation_prompts=9, max_new_tokens=3)
 

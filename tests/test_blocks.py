@@ -270,9 +270,7 @@ def test_a_run_has_as_many_threads_as_blocks(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stage", ["sft", slow("dpo")])
-def test_a_stage_has_the_same_bytes_on_one_device_and_four(
-    stage, config, monkeypatch, no_pages, capsys
-):
+def test_a_stage_has_the_same_bytes_on_one_device_and_four(stage, config, monkeypatch, capsys):
     """With validations, verified from its seed; other stages in the slow test below."""
     config = replace(config, compute=Compute(blocks=8))
     settings = replace(getattr(config, stage), num_epochs=1)

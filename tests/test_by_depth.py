@@ -131,7 +131,6 @@ def test_a_deep_model_has_few_widths(layers, longest, steps, given, multiple):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_batches_of_a_deep_model_are_of_few_widths(tmp_path, monkeypatch):
     """What a stage trains on, and what a reward model validates on, is padded alike."""
     rows = [{"prompt": "a" * n, "chosen": "bc", "rejected": "b"} for n in range(1, 99)]

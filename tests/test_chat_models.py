@@ -26,8 +26,6 @@ from rlhf_jax.report import export
 from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 TURNS = ([USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER])
 DATE = {"date_string": "26 Jul 2024"}  # ours, whatever the day
 SAMPLING = sampling.SamplingConfig(5, eos_id=1, pad_id=0)

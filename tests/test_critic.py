@@ -27,8 +27,6 @@ from rlhf_jax.types import Rollout, TrainState
 
 KEY = jax.random.key(0)
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 MODEL = models.build(
     models.GPT2Config(vocab_size=12, max_length=16, hidden_size=8, num_layers=1, num_heads=1)
 )

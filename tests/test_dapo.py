@@ -22,8 +22,6 @@ from rlhf_jax.training.rl.schedule import Schedule
 from rlhf_jax.training.rl.steps import replace_uninformative
 from rlhf_jax.types import Rollout, TrainState
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 EOS = 1
 LENGTH = 4
 NAN = float("nan")

@@ -30,8 +30,6 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.rl import teacher
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 def save_teacher(folder, data, **changes):
     """A folder with the tokenizer of ``save_base`` and weights that say something."""

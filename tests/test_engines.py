@@ -43,7 +43,6 @@ from rlhf_jax.training.rl.ahead import Ahead
 from rlhf_jax.training.rl.engine import Client, _checksum, _requests
 from rlhf_jax.types import TrainState
 
-pytestmark = pytest.mark.usefixtures("no_pages")
 TOKENIZER = characters("abcdefgh say")
 FAST = Optimizer(learning_rate=0.05, schedule="constant")
 GROUPS = grpo.Config(group_size=4)

@@ -205,9 +205,7 @@ def ensemble(data, tmp_path_factory):
     own |= {"sft_coef": 0.1}
     given = {"model": base, "tokenizer": Tokenizer(), "lora": LoRA(rank=2)}
     config = replace(config, reward_model=replace(config.reward_model, **own), **given)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
-        return config, training.reward_model.run(config), models.load(base)[1]
+    return config, training.reward_model.run(config), models.load(base)[1]
 
 
 def members_of(folder):
@@ -216,7 +214,6 @@ def members_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_the_run_of_an_ensemble_goes_on_bit_for_bit(ensemble, capsys):
     config, straight, _ = ensemble
     goes_on_alike(training.reward_model.run, config, straight, members_of)
@@ -249,7 +246,6 @@ def test_members_share_the_base_of_their_adapters_and_are_exported(ensemble, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_ppo_on_the_least_score_of_an_ensemble(ensemble, tmp_path, capsys):
     config, straight, _ = ensemble
     reward = f"min:{straight.model_folder}"

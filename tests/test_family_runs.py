@@ -85,7 +85,7 @@ def run_grpo(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
-def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
+def test_each_stage_trains_and_its_model_loads(family, tmp_path):
     """SFT, a reward model from it, DPO, and GRPO with LoRA on that reward model."""
     model, params = base_folder(family, tmp_path)
     base = settings(tmp_path)
@@ -114,7 +114,7 @@ def test_each_stage_trains_and_its_model_loads(family, tmp_path, no_pages):
 
 
 @pytest.mark.slow
-def test_experts_train_on_a_mesh_of_2_2(tmp_path, no_pages):
+def test_experts_train_on_a_mesh_of_2_2(tmp_path):
     """SFT with the loss that balances them is the same as with rows cut over 4 devices alone; GRPO
     trains adapters of experts beside a base of 4 bits, which its saved model holds.
     """

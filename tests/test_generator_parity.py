@@ -8,7 +8,7 @@ from rlhf_jax import ppo, training
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.generation import generator
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("no_pages")]
+pytestmark = pytest.mark.parity
 
 PROMPTS = [
     "What is a cat?",

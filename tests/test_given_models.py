@@ -172,7 +172,6 @@ def test_what_is_held_out_and_what_is_said_of_it(prompts, fraction, sizes, says,
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_a_pipeline_of_one_row_each_runs(config, tmp_path):
     """The files of the original's README."""
     files = {

@@ -39,8 +39,6 @@ from rlhf_jax.training.common import own
 from rlhf_jax.training.common.optimizer import make_optimizer, muon_dimensions
 from rlhf_jax.types import TrainState
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 ADAM = Optimizer(learning_rate=0.01, schedule="linear")
 
 

@@ -39,8 +39,6 @@ from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.training.supervised.entry import helping_sizes
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 

@@ -17,7 +17,6 @@ from rlhf_jax.cli import verify
 from rlhf_jax.data import batches
 from rlhf_jax.training.common import layout, loop
 
-pytestmark = pytest.mark.usefixtures("no_pages")
 PRNG = inspect.getmodule(type(jax.random.key(0).dtype))  # private, elsewhere in each version
 SLOW = ("reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
 DROPPING = ("sft", "reward_model")  # the losses of DPO and KTO draw nothing

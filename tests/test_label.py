@@ -263,7 +263,7 @@ def test_the_summary_of_a_terminals_session(ask, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_train_on_the_rows(tmp_path, monkeypatch, no_pages):
+def test_stages_train_on_the_rows(tmp_path, monkeypatch):
     """As a person does it: lines into the command, its file into the next ones."""
     monkeypatch.chdir(tmp_path)
     assert not cli.run(["data", "demo", "data"])

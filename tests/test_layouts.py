@@ -578,7 +578,7 @@ def collectives_by_loop(text):
 @pytest.mark.parametrize(
     ("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(), 1e-6), (Mesh(1, 4, 1), 1e-6)]
 )
-def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, capsys, no_pages):
+def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, capsys):
     """Bit for bit in its own; the run says which layout it had. ``tensor`` does not divide the
     vocabulary.
     """

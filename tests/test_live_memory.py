@@ -142,7 +142,6 @@ def test_a_plan_counts_what_a_stage_holds(case, world):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("case", [soak(c) if c in FURTHER else c for c in CASES], ids=str)
 def test_a_stage_keeps_no_second_copy_of_the_weights(
     case, world, tmp_path, after_steps, world_metrics

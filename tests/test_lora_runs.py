@@ -18,8 +18,6 @@ from rlhf_jax.models import lora
 from rlhf_jax.report import export
 from rlhf_jax.training.common import references
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 @pytest.fixture
 def lora_config(config, data, tmp_path):

@@ -93,7 +93,6 @@ def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_reall
         jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("run", [slow(training.sft.run), training.rl.run], ids=["sft", "ppo"])
 def test_a_model_that_cannot_be_placed_is_the_same_sentence(run, tmp_path):
     """JAX's own error, for 200 TB of random weights."""
@@ -120,7 +119,6 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", ["sft", slow("kto"), "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
     """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
@@ -215,7 +213,6 @@ def a_run(name, tmp_path, **options):
     return training.rl.run(config, ppo)
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", ["sft", *(slow(name) for name in ("kto", "ppo", "environment"))])
 def test_a_run_compiles_what_it_checks_once(name, tmp_path):
     """Its first step finds the programs that were compiled for the check."""
@@ -236,7 +233,6 @@ def test_a_run_compiles_what_it_checks_once(name, tmp_path):
     assert {program: compiled.count(program) for program in programs} == dict.fromkeys(programs, 1)
 
 
-@pytest.mark.usefixtures("no_pages")
 def test_what_was_freed_is_given_back_before_the_first_step_and_before_saving(
     tmp_path, monkeypatch
 ):
@@ -253,7 +249,6 @@ def test_what_was_freed_is_given_back_before_the_first_step_and_before_saving(
     assert events == ["given back", *["step"] * 3, "given back", "saved"]
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
     ("name", "phase"), [slow("sft", "learn"), ("kto", "learn"), ("ppo", "respond")]
 )

@@ -413,7 +413,6 @@ def conversing(tmp_path_factory):
     )
     held = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
         patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
         return config, run_grpo(config), held
 
@@ -441,7 +440,7 @@ def test_a_run_with_an_environment(conversing):
 
 
 @pytest.mark.slow
-def test_a_run_with_an_environment_goes_on_bit_for_bit(conversing, no_pages):
+def test_a_run_with_an_environment_goes_on_bit_for_bit(conversing):
     config, result, _ = conversing
     resumed = goes_on_alike(run_grpo, config, result)
     env = Path(config.rl.environment.rpartition(":")[0])

@@ -62,7 +62,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_default_of_another_algorithm_leaks_in(config, no_pages):
+def test_no_default_of_another_algorithm_leaks_in(config):
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
     settings = replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
     folder = training.rl.run(replace(config, rl=settings, ppo=PPOStage()), gspo()).folder

@@ -23,8 +23,6 @@ from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.supervised import batching, ensembles
 from rlhf_jax.types import PolicyOutput
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 KEY = jax.random.key(7)
 TOKENIZER = characters("abcdefgh")  # ids: a..h are 2..9
 TEXTS = ("ab cd", "a b", "abc defgh", "h gf", "bb a", "c d")  # 5, 3, 9, 4, 4, 3 tokens with EOS

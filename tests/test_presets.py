@@ -157,7 +157,6 @@ def flags(name, section, folder):
     return [*argv, *many, "--rl.batch-size", "64" if name == "dapo" else "16"]
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", [slow(x) if x in STARTED else soak(x) for x in PRESETS])
 def test_a_preset_starts(name, data, monkeypatch):
     """One step on a tiny model. Methods without a reference neither copy one nor run it."""
@@ -224,7 +223,6 @@ def test_the_format_reward_of_gsm8k(response, matches):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_the_gsm8k_recipe_starts(tmp_path, monkeypatch):
     """One iteration with a tiny random model in place of Qwen2.5-0.5B, and the same rewards and
     template; rows of GSM8K where they are, else made up."""
@@ -250,7 +248,6 @@ def test_the_gsm8k_recipe_starts(tmp_path, monkeypatch):
 
 # The other recipes have tests of their own: calculator, gsm8k, quickstart, shakespeare, tiny.
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
     "name",
     ["arithmetic", "assistant", "gpt2_hh", soak("pipeline"), "preferences", "sentiment"],

@@ -19,8 +19,6 @@ from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 DATA = os.environ.get("RLHF_JAX_DATA")
 real = pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 SOAK = [real.mark, pytest.mark.soak]

@@ -22,8 +22,6 @@ from rlhf_jax.training import dpo, kto
 from rlhf_jax.training.common import references
 from rlhf_jax.training.supervised import entry
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 RNG = np.random.default_rng(0)
 POLICIES = RNG.normal(size=(8, 3)).astype(np.float32)
 """The weights of a policy before each step, and after the last one."""

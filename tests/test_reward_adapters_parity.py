@@ -14,7 +14,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.supervised import reward_model
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("no_pages")]
+pytestmark = pytest.mark.parity
 
 
 def test_the_plain_loading_fails_loudly_and_the_card_s_gives_the_score(tmp_path, write):

@@ -24,8 +24,6 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 TOKENIZER = tokenizers.characters("abcdefghij ")
 FUNCTIONS = """
 def letters(prompts, responses, **columns):

@@ -18,8 +18,6 @@ from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 REWARDS = """
 def judge(prompts, responses):
     letters = [len(set(text) & set("abcdefgh")) / 8 for text in responses]

@@ -536,7 +536,7 @@ def test_memory_is_checked_for_components_whose_names_are_known(
 
 
 @pytest.mark.slow
-def test_a_run_gives_its_algorithm_the_components(tmp_path, no_pages):
+def test_a_run_gives_its_algorithm_the_components(tmp_path):
     config = letters_run(tmp_path)
     config = with_rl(config, num_iterations=1, validation_interval=9)
     config = replace(config, reward=("count:e", "length*-0.1"))
@@ -623,7 +623,7 @@ def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path, no_pages):
+def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def longer(first, second):\n"
         "    return [float(a.count('e') > b.count('e')) for a, b in zip(first, second)]\n"

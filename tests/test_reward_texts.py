@@ -26,8 +26,6 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 POLICY = characters("abcdefghijklmnopqrstuvwxyz <|_>")
 SAID = ["hello", "no", "a longer answer than the others"]
 ASKED = [[USER], [SYSTEM, USER], [USER, ANSWER, USER]]

@@ -53,7 +53,7 @@ def test_a_check_of_memory_has_silent_parts():
 
 
 @pytest.mark.slow
-def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path, no_pages):
+def test_the_check_of_memory_asks_neither_reward_nor_environment(tmp_path):
     """In one step without a validation each is called once for the batch of four rows."""
     asked = []
 

@@ -24,8 +24,6 @@ from rlhf_jax.training.rl.entry import sources_of
 from rlhf_jax.training.rl.inputs import files
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 PROMPTS = [
     {"prompt": f"say {word}", "topic": word} for word in ("ape", "bee", "cat", "dog", "eel", "fox")
 ]

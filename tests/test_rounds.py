@@ -596,7 +596,6 @@ def test_real_rounds_and_one_that_stopped_in_the_middle_of_rl(tmp_path, monkeypa
     assert not cli.run(how)
     assert not cli.run(["report", str(whole)])
     assert (whole / "stages.html").is_file()
-    monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)  # takes long
     how += ["--output-dir", str(tmp_path / "stopped"), "--rounds.number", "1"]
 
     def stop(*_):

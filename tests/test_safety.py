@@ -17,8 +17,6 @@ from rlhf_jax.graders.filter import Filter, Guard, read_words, rule_files, sente
 from rlhf_jax.training import rl
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 TOKENIZER = characters("abcdefghij ")
 # The texts, and what the list finds in them.
 WORDS = {

@@ -35,7 +35,7 @@ without_gpu = pytest.mark.skipif(
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    done = run_script(script, *WITH_TINY, "--output-dir", folder, JAX_LOG_COMPILES="1")
+    done = run_script(script, *WITH_TINY, "--output-dir", folder, JAX_LOG_COMPILES="1", PAGES="1")
     said = done.stdout
     assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
     assert said.count("compiling") == 1

@@ -27,8 +27,6 @@ from rlhf_jax.rewards import Unscored
 from rlhf_jax.runs import processes
 from rlhf_jax.training import rl
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 KEY = "sk-secret-4711"
 TOKENIZER = characters("abcdefghij ")
 ASKED = {"prompts": ["a", "b"], "responses": ["yes", "no"], "columns": {"topic": [1, 2]}}

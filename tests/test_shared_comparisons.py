@@ -285,7 +285,6 @@ def of(run, share, folder, **changes):
     return replace(run, compute=compute, output_dir=str(folder), **changes)
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "pack"), [("dpo", False), ("reward_model", True)])
 def test_a_run_that_shares_learns_the_same(stage, pack, config, tmp_path):
@@ -303,7 +302,6 @@ def test_a_run_that_shares_learns_the_same(stage, pack, config, tmp_path):
                 assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", [pytest.param("dpo", marks=pytest.mark.soak), slow("grpo")])
 def test_a_run_that_shares_has_the_same_bytes_on_one_device_and_four(
     name, config, tmp_path, monkeypatch

@@ -168,7 +168,7 @@ def of(run, share, **changes):
 
 
 @pytest.mark.slow
-def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch, no_pages):
+def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch):
     """A validation has one answer to each prompt, and shares none."""
     sizes = []
 
@@ -193,7 +193,7 @@ def test_a_run_that_shares_learns_the_same(config, tmp_path, monkeypatch, no_pag
 
 
 @pytest.mark.slow
-def test_a_resumed_run_shares_as_it_began(config, tmp_path, no_pages):
+def test_a_resumed_run_shares_as_it_began(config, tmp_path):
     run = run_grpo(of(config, True)).folder
     longer = with_rl(of(config, "auto"), num_iterations=3)
     run_grpo(replace(longer, resume=True, allow_changed=("rl.num_iterations",)))
@@ -202,7 +202,7 @@ def test_a_resumed_run_shares_as_it_began(config, tmp_path, no_pages):
 
 
 @pytest.mark.slow
-def test_rloo_keeps_its_groups_too(config, no_pages):
+def test_rloo_keeps_its_groups_too(config):
     folder = training.rl.run(replace(config, rloo=rloo.Config(group_size=2)), rloo).folder
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["compute"]["share_prompts"] is True

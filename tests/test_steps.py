@@ -89,7 +89,7 @@ def test_the_judge_scores_without_the_rewards_of_the_environment(batch, sampled)
 
 
 @pytest.mark.slow
-def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path, no_pages):
+def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path):
     """All groups have equal scores, so that all reserves are drawn."""
     config = replace(letters_run(tmp_path), reward=("length*0",))
     config = with_rl(config, num_iterations=1, dynamic_sampling=2, validation_interval=9)

@@ -124,9 +124,7 @@ def stopped_run(tmp_path_factory):
     ):
         learned.append(jax.device_get(rollout))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
-        result = rl.run(config, vpg, on_step=keep)
+    result = rl.run(config, vpg, on_step=keep)
     tokenizer = tokenizers.load_tokenizer(str(result.folder / "model"))
 
     return config, learned, tokenizer, result.folder

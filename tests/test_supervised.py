@@ -28,8 +28,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.supervised import entry, tasks
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 STAGES = ("sft", "reward_model", "dpo", "kto")
 
 

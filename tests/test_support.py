@@ -370,7 +370,7 @@ def test_the_turns_of_a_conversation_keep_their_support():
 
 
 @pytest.mark.parametrize("blocks", [slow(None), soak(4)])
-def test_a_run_learns_and_goes_on_bit_for_bit(blocks, tmp_path, no_pages):
+def test_a_run_learns_and_goes_on_bit_for_bit(blocks, tmp_path):
     """The first step of each iteration has the ratio 1, with shared prompts and microbatches."""
     size = {"batch_size": 8, "num_iterations": 3, "validation_interval": 3}
     config = with_rl(letters_run(tmp_path), **size, max_new_tokens=4, top_p=0.8, kl_coef=0.1)

@@ -40,8 +40,6 @@ from rlhf_jax.training.common import initial, layout, saving
 from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.supervised import entry
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 @stages("sft")
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):

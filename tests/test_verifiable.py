@@ -472,7 +472,6 @@ def test_a_run_tries_the_answers_first(write, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
 def test_a_run_records_what_the_answers_are(config, write):
     settings = dataclasses.replace(config.rl, data=(write(ROWS * 4),), validation_fraction=0.0)
     config = dataclasses.replace(config, rl=settings, reward=("math", "regex:z*0.5"))

@@ -16,16 +16,12 @@ from rlhf_jax import cli
 from rlhf_jax.cli import verify
 from rlhf_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A reward model's run of six steps, with checkpoints of the steps 4 and 6, and its data."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
-        run_stage(letters_stage(folder, "reward_model"), "reward_model")
+    run_stage(letters_stage(folder, "reward_model"), "reward_model")
     return folder
 
 

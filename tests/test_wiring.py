@@ -29,8 +29,6 @@ from rlhf_jax.training import rl
 from rlhf_jax.training.common import memory, stage
 from rlhf_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("no_pages")
-
 
 def untouched(state):
     """What an update returns that leaves the state as it is."""
@@ -95,7 +93,7 @@ SUPERVISED = [training.sft.run, slow(training.reward_model.run), slow(training.d
 
 @pytest.mark.parametrize("run", SUPERVISED)
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
-    run, config, tmp_path, monkeypatch, capsys
+    run, config, tmp_path, monkeypatch, capsys, pages
 ):
     """Its page, which is drawn when the model is there, may fail."""
     drawn = []
