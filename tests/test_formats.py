@@ -85,9 +85,7 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     result = formats.read("pairs", write([PAIR, *[equal] * 9]))
     places = "data.jsonl, line 2, line 3, line 4, line 5, line 6 and 4 more"
     assert result.describe() == f"1 rows, 9 dropped (chosen and rejected are identical: {places})"
-    with pytest.raises(
-        UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical"
-    ):
+    with pytest.raises(UserError, match=r"no usable row: .* 2 dropped \(chosen"):
         formats.read("pairs", write([equal, equal]))
 
 
@@ -239,9 +237,7 @@ def test_a_text_for_a_language_model_is_one_row(write, name, content):
     [row] = formats.read("demonstrations", path).rows
     assert row.texts == ("", "a\n\nb")
     assert row.is_plain_text
-    with pytest.raises(
-        UserError, match=r"is plain text but r.jsonl, line 1 has a prompt; train on one"
-    ):
+    with pytest.raises(UserError, match=r"plain text .* r.jsonl, line 1 "):
         formats.read(
             "demonstrations", [path, write([{"prompt": "p", "response": "r"}] * 2, "r.jsonl")]
         )
@@ -282,9 +278,7 @@ def test_message_trees_are_rankings(write):
     path = write(
         [{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR]
     )
-    with pytest.raises(
-        UserError, match=r"line 3: not in the form of Open Assistant trees .*TypeError"
-    ):
+    with pytest.raises(UserError, match=r"line 3: .* Open Assistant .*TypeError"):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
     p = "User:\np\n\nAssistant:\n"
@@ -321,9 +315,9 @@ def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
     assert_array_equal(batch.response_mask, [grid("0011", "0010")])
     framed = encoding.encode_prompts([Row((3,), (), "f")], tokenizer, template="a{prompt}bc")
     assert_array_equal(framed.tokens, grid("2334"))
-    with pytest.raises(UserError, match=r"line 1: holds the token id 6, but .* ids up to 5 only"):
+    with pytest.raises(UserError, match=r"line 1: .* id 6, .* up to 5"):
         encoding.encode_texts([pair], characters("abcd"))
-    with pytest.raises(UserError, match=r"line 1: holds token ids, so no tokenizer can be trained"):
+    with pytest.raises(UserError, match=r"line 1: holds token ids"):
         list(rows.texts([pair]))
 
 
@@ -342,9 +336,7 @@ def test_targets_of_each_answer(write):
         batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]]
     )
     assert batch.best is None
-    with pytest.raises(
-        UserError, match=r"line 2: has no targets but .* line 1 has; train on one kind"
-    ):
+    with pytest.raises(UserError, match=r"line 2: has no targets .* line 1"):
         formats.read("comparisons", write([scored[0], CHOICE]))
     with pytest.raises(UserError, match="line 1: holds targets, which are no preference"):
         formats.read("pairs", write(scored))
@@ -352,7 +344,7 @@ def test_targets_of_each_answer(write):
 
 def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
     demo.write(tmp_path, seed=3)
-    for kind, file in formats.FILES.items():
+    for file, kind in {file: kind for kind, file in formats.FILES.items()}.items():
         [written] = formats.fingerprints(kind, tmp_path).values()
         assert formats.fingerprints(kind, "demo", seed=3) == {f"demo/{file}": written}
     result = formats.read("prompts", "demo", seed=4)

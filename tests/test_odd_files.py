@@ -192,7 +192,7 @@ def test_a_runs_file_that_is_none_is_refused(name, kind, tmp_path):
 @pytest.mark.parametrize("ends", ["x", ["x"], 1.5, True, {"a": 1}])
 def test_an_end_of_text_that_is_no_token_is_refused(ends, copied):
     (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*expected"):
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id "):
         LanguageModel.load(copied)
 
 
@@ -208,7 +208,7 @@ def test_a_panic_of_the_tokenizers_package_is_an_error_that_names_the_file(copie
     with pytest.raises(UserError, match="cannot encode a text: index out of bounds"):
         tokenizers.Tokenizer(backend, 0, 1).encode_batch([""])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panics)
-    with pytest.raises(UserError, match=f"{copied}: transformers cannot .*: index out of bounds"):
+    with pytest.raises(UserError, match=f"{copied}: .*: index out of bounds"):
         tokenizers.load_tokenizer(copied)
 
 
