@@ -353,10 +353,10 @@ def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path
         LanguageModel.load(left).save(tmp_path / "again", template="auto", config=SAMPLING)
         assert load_tokenizer(tmp_path / "again").config == tokenizer.config
     asked = Generator(tmp_path / "framed", max_new_tokens=5, temperature=0)
-    said = asked(["hi", [USER], [SYSTEM, USER]])
-    again = asked(["be kind\n\nhi", "hi", "hi"])
-    assert [said.texts[2], said.texts[0], said.texts[1]] == again.texts
-    assert said.log_probs[[2, 0, 1]].tolist() == again.log_probs.tolist()
+    given = ["hi", [USER], "be kind\n\nhi", [SYSTEM, USER]]
+    rows = [asked._row(prompt, "", {}) for prompt in given]
+    plain, user, framed, system = asked.ask(rows).ids
+    assert (plain, framed) == (user, system)
     assert chat.describe("Q{prompt}", tokenizer, "here") == "text.template: 'Q{prompt}'"
 
 

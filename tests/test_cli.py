@@ -313,9 +313,9 @@ def test_doctor_reports_what_is_broken(metrics, words, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("phase", "metric"),
     [
-        ("ppo", "value/loss"),
+        ("reward-model", "reward_model/loss"),
         slow("sft", "sft/loss"),
-        slow("reward-model", "reward_model/loss"),
+        slow("ppo", "value/loss"),
         slow("dpo", "dpo/loss"),
         slow("vpg", "policy/loss"),
         slow("grpo", "policy/kl_loss"),

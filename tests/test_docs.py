@@ -389,6 +389,7 @@ def test_the_python_of_a_page_runs(path, tmp_path):
 COMING = ROOT / "docs" / "coming-from-trl.md"
 
 
+@pytest.mark.slow
 def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
     """Each example has their command and ours; ours reads every flag that it has."""
     monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})

@@ -38,7 +38,7 @@ PAIRS = [
     {
         "prompt": "say tea",
         "chosen": "tea",
-        "rejected": "why should I say that?",
+        "rejected": "why should I?",
         "category": "honest",
     },
     {"prompt": "say salt", "chosen": "salt", "rejected": "tea", "category": "honest"},
@@ -440,7 +440,7 @@ def config(folders, **more):
         "preferences": (str(folders / "pairs.jsonl"),),
     }
     return evaluate.Config(
-        **(given | {"reward_model": str(folders / "rm"), "batch_size": 2} | more)
+        **(given | {"reward_model": str(folders / "rm"), "batch_size": 2, "num_samples": 2} | more)
     )
 
 
@@ -546,7 +546,7 @@ def against_itself(folders, tmp_path_factory):
     """The figures of a run that is compared with itself."""
     more = {"against": str(folders / "run"), "annotated": str(folders / "annotated.json")}
     output = str(tmp_path_factory.mktemp("itself"))
-    given = config(folders, **more, num_samples=2, output=output)
+    given = config(folders, **more, output=output)
     return evaluate.run(str(folders / "run"), given).rows
 
 
@@ -600,7 +600,7 @@ def test_a_reward_model_alone_is_judged(folders, against_itself, ensemble, tmp_p
 def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
     words = ("tea", "milk", "salt")
     (tmp_path / "mine.yaml").write_text("custom: [say tea, say milk, say salt]\n")
-    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path), "num_samples": 2}
+    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path)}
     figures = evaluate.run(folders / "run", config(folders, prompts=(), preferences=(), **own)).rows
     found = {row.metric: row for row in figures if row.category == "custom"}
     lines = json_lines(tmp_path / evaluate.SAMPLES)

@@ -156,7 +156,7 @@ def read_yaml(name, content):
 
 @pytest.mark.parametrize("opening", [b"{a: ", b"- ", slow(b"[")])
 def test_yaml_that_is_nested_too_deep(opening):
-    read_yaml("tiny.yaml", opening * 400)
+    read_yaml("tiny.yaml", opening * 300)
 
 
 def read_model(name, content):
@@ -189,19 +189,19 @@ WEIGHTS = ("config.json", "model.safetensors", "adapter_config.json", "adapter_m
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Which files are drawn, what reads them, and how many examples the fast and the slow tier take.
 TARGETS = {
-    "data": (lambda: DATA, read_data, 12, 400),
+    "data": (lambda: DATA, read_data, 12, 300),
     "yaml": (
         lambda: {"tiny.yaml": (ROOT / "configs" / "tiny.yaml").read_bytes()},
         read_yaml,
         12,
         20,
     ),
-    "weights": (lambda: {name: model_files()[0][name] for name in WEIGHTS}, read_model, 12, 120),
+    "weights": (lambda: {name: model_files()[0][name] for name in WEIGHTS}, read_model, 8, 100),
     "tokenizer": (
         lambda: {name: model_files()[0][name] for name in TOKENIZERS},
         read_model,
-        12,
-        120,
+        6,
+        80,
     ),
 }
 

@@ -1,16 +1,19 @@
-"""rlhf-jax label: blind order, what is written, going on, undoing, and that stages train on it."""
+"""rlhf-jax label: blind order, what is written, going on, undoing.
+
+tests/fifteen_minutes.py trains on the rows.
+"""
 
 import io
 import json
 import re
-import subprocess
+import shutil
 import sys
 
 import asked_runs
 import jax
 import numpy as np
 import pytest
-from builders import json_lines, save_base
+from builders import json_lines
 
 from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
@@ -35,7 +38,8 @@ def runs(tmp_path_factory):
     how = sampling.SamplingConfig(6, eos_id=1, pad_id=0)
     reversed_params = jax.tree.map(lambda leaf: -np.asarray(leaf), params)
     other = LanguageModel(model, reversed_params, tokenizer)
-    other.save(root / "other", template="{prompt}:", config=how)
+    other.save(root / "other" / "model", template="{prompt}:", config=how)
+    shutil.copy(root / "policy" / "config.yaml", root / "other")  # which samples alike
     return root
 
 
@@ -238,11 +242,11 @@ def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, 
 def test_the_page_shows_what_the_terminal_shows(runs, answers, tmp_path):
     """The run's answers; and of all of them those on which reward models disagree."""
     files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
-    how = {**files, "serve": True, "annotators": ("ana",), "count": 6}
+    how = {**files, "serve": True, "annotators": ("ana",)}
     source = pairs.open_source(str(runs / "policy"), settings.Config(**how))
-    assert [source.pair(i).answers for i in range(6)] == answers[:6]
-    assert source.num_pairs == source.settings["count"] == 6
-    how |= {"choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
+    assert [source.pair(i).answers for i in range(NUM_PAIRS)] == answers
+    assert source.num_pairs == source.settings["count"] == NUM_PAIRS
+    how |= {"count": 6, "choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
     config = settings.Config(**how)
     source = pairs.open_source(str(runs / "policy"), config)
     assert (source.num_pairs, source.settings["count"]) == (NUM_PAIRS, 6)
@@ -265,21 +269,3 @@ def test_the_summary_of_a_terminals_session(ask, tmp_path):
     assert text[1] == "an annotator prefers the same answer again: 3 of 3"
     assert text[2] == "best accuracy of a reward model on such judgements: 1.00 to 1.00"
     assert text[3].startswith("you: judgements 12, ties, both bad 0, skipped 0")
-
-
-@pytest.mark.slow
-def test_stages_train_on_the_rows(tmp_path, monkeypatch):
-    """As a person does it: lines into the command, its file into the next ones."""
-    monkeypatch.chdir(tmp_path)
-    assert not cli.run(["data", "demo", "data"])
-    save_base(tmp_path / "base", tmp_path / "data")
-    asked = ["--prompts", "data/prompts.json", "--out", "mine.jsonl", "--count", "12"]
-    command = [sys.executable, "-m", "rlhf_jax", "label", "base", *asked, "--max-new-tokens", "8"]
-    typed = {"input": "a\nb\n" * 10, "text": True}
-    done = subprocess.run(command, capture_output=True, check=True, **typed)
-    assert "12 rows for reward-model, dpo and kto" in done.stdout
-    tiny = ["--config", "tiny", "--model", "base", "--data", "mine.jsonl"]
-    for stage in ("reward-model", "dpo"):
-        flags = ["--output-dir", f"runs/{stage}", f"--{stage}.batch-size", "4"]
-        assert not cli.run([stage, *tiny, *flags])
-        assert (tmp_path / "runs" / stage / "model" / "config.json").is_file()

@@ -2,6 +2,7 @@
 that would fill the memory. Each is refused by name, at once.
 """
 
+import itertools
 import json
 import os
 import re
@@ -151,8 +152,13 @@ def test_a_tokenizers_file_that_is_none_is_refused(name, kind, copied):
         tokenizers.load_tokenizer(copied)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", OF_MODEL)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("config.json", kind) for kind in KINDS),
+        *itertools.product(OF_MODEL[1:], (pipe, nowhere)),
+    ],
+)
 def test_a_models_file_that_is_none_is_refused(name, kind, copied):
     where = put(kind, copied / name)
     with pytest.raises(UserError, match=where):

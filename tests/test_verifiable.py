@@ -103,6 +103,7 @@ EXPRESSIONS = [
     ),
     ("xy", ["\\boxed{xy}"], ["x", "\\boxed{x+y}"]),
     ("2xy", ["\\boxed{2yx}"], ["2", "\\boxed{xy}"]),
+    ("\\frac{\\sqrt{2}}{1000}", ["0.00141421356", "\\boxed{\\sqrt2/1000}"], ["0.001414", "0.001"]),
 ]
 MORE_EXPRESSIONS = [  # for which SymPy takes longer
     ("3\\sqrt{13}", ["\\boxed{3\\sqrt{13}}", "It is $3\\sqrt{13}$.", "3 sqrt(13)"], ["3", "13"]),
@@ -111,7 +112,6 @@ MORE_EXPRESSIONS = [  # for which SymPy takes longer
     ("y = 2x + 3", ["\\boxed{y = 2x + 3}", "\\boxed{2x+3}"], ["3", "y = 2x", "\\boxed{y=3x+2}"]),
     ("$x^2 + 2x + 1$", ["\\boxed{(x+1)^2}", "x^2+2x+1"], ["\\boxed{x^2+2x}", "1", "(x-1)^2"]),
     ("\\sqrt{2}", ["\\boxed{\\sqrt2}", "1.41421356"], ["1.41", "2", "\\boxed{2\\sqrt{2}}"]),
-    ("\\frac{\\sqrt{2}}{1000}", ["0.00141421356", "\\boxed{\\sqrt2/1000}"], ["0.001414", "0.001"]),
     ("x \\le 3", ["\\boxed{x\\le3}", "\\boxed{(-\\infty,3]}"], ["3", "\\boxed{x<3}"]),
     ("x=1, y=2", ["\\boxed{y=2, x=1}"], ["\\boxed{x=2, y=1}", "2", "\\boxed{x=1}"]),
     ("so $a$ is\n\\boxed{\\frac{\\pi}{4}}", ["\\boxed{\\pi/4}"], ["\\boxed{\\pi}", "4"]),
