@@ -223,7 +223,7 @@ def quick_disk(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=3, alerts=(RULE,))
+    return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=9, alerts=(RULE,))
 
 
 def test_an_alert_on_a_part_of_a_reward_shows_an_example(config):
@@ -250,7 +250,7 @@ def raised(config):
 
 
 def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
-    config = dataclasses.replace(config, alerts=(RULE, MEANS))
+    config = dataclasses.replace(config, alerts=(RULE, MEANS), checkpoint_interval=3)
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     assert run(straight) == 9
     assert raised(straight) == [(4, RULE), (5, MEANS), (7, RULE)]

@@ -192,8 +192,8 @@ STAGES["dpo"] = STAGES["reward_model"]
 
 
 @pytest.mark.parametrize(
-    "stage", ["sft", "reward_model", "rl", slow("kto"), slow("dpo")]
-)  # the slow two encode as the first two
+    "stage", ["sft", "rl", slow("reward_model"), slow("kto"), slow("dpo")]
+)  # the slow ones encode as the first
 def test_stages_read_a_prompt_as_transformers_does(
     stage,
     folder,

@@ -122,6 +122,12 @@ def test_nothing_of_a_stop_string_is_shown(pieces):
     assert list(stops.until(["a\n", "b"], ["\n\nHuman:"])) == ["a", "\nb"]
 
 
+def test_a_system_message_stands_first(talk, policy):
+    shown, _ = talk("who", system="be kind")
+    system = {"role": "system", "content": "be kind"}
+    assert shown == policy([[system, *messages("who")]], seed=0).texts[0] + "\n"
+
+
 def test_an_answer_ends_at_a_stop_string(talk, policy):
     whole = policy([messages("who")], seed=0).texts[0]
     assert talk("who", stop=(whole[2:4],))[0] == whole[: whole.find(whole[2:4])] + "\n"

@@ -196,12 +196,12 @@ TARGETS = {
         12,
         20,
     ),
-    "weights": (lambda: {name: model_files()[0][name] for name in WEIGHTS}, read_model, 8, 100),
+    "weights": (lambda: {name: model_files()[0][name] for name in WEIGHTS}, read_model, 8, 80),
     "tokenizer": (
         lambda: {name: model_files()[0][name] for name in TOKENIZERS},
         read_model,
         6,
-        80,
+        50,
     ),
 }
 

@@ -239,8 +239,11 @@ def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, 
     assert ["chosen" in row for row in json_lines(out)] == [True, True, False]
 
 
-def test_the_page_shows_what_the_terminal_shows(runs, answers, tmp_path):
+def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
     """The run's answers; and of all of them those on which reward models disagree."""
+    ask(later, name="terminal.jsonl")
+    session = json.loads((tmp_path / "terminal.jsonl.session.json").read_text())
+    answers = [given["answers"] for given in session["judgements"][:NUM_PAIRS]]
     files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
     how = {**files, "serve": True, "annotators": ("ana",)}
     source = pairs.open_source(str(runs / "policy"), settings.Config(**how))
