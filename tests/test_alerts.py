@@ -12,8 +12,8 @@ from builders import Killed, run_loop
 from rlhf_jax import cli
 from rlhf_jax.config import Compute, RunConfig, parse, to_yaml
 from rlhf_jax.errors import AlertStop, TrainingFault, UserError
+from rlhf_jax.report import figures, plots
 from rlhf_jax.report import page as report
-from rlhf_jax.report import plots
 from rlhf_jax.report import records as run_records
 from rlhf_jax.runs import alerts, checkpoint
 
@@ -186,9 +186,7 @@ def test_a_metric_that_is_never_recorded():
         ("los > 5", "loss"),
         ("validaton/a > 5", "validation/"),
     ):
-        with pytest.raises(
-            UserError, match=f"'{rule}' never comes true: .* nearest that it does is {near}"
-        ):
+        with pytest.raises(UserError, match=f"'{rule}' never .* {near}"):
             check(rule)
     # One YAML serves all stages of a pipeline.
     assert len(check("sft/loss > 5", "validation/judge < 1", "reward hacking: stop")) == 3
@@ -197,7 +195,7 @@ def test_a_metric_that_is_never_recorded():
 def test_rules_on_the_command_line_and_in_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     rules = ("objective/kl > 50 for 3: stop", "none")
-    assert parse(RunConfig, ["--alerts", *rules]).alerts == rules
+    assert parse(RunConfig, ["--alerts", *rules], sections=("lora.rank",)).alerts == rules
     file.write_text(to_yaml(RunConfig(alerts=rules)), "utf-8")
     assert parse(RunConfig, ["--config", str(file)]).alerts == rules
     file.write_text('seed: 1\nalerts: ["objective/kl = 50"]\n', "utf-8")
@@ -217,9 +215,15 @@ def run(config, **options):
     return run_loop(config, num_steps=len(LOSSES), **{"losses": LOSSES} | options)[0]
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No test here cuts the power."""
+    monkeypatch.setattr("os.fsync", lambda number: None)
+
+
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=3, alerts=(RULE,))
+    return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=9, alerts=(RULE,))
 
 
 def test_an_alert_on_a_part_of_a_reward_shows_an_example(config):
@@ -246,7 +250,7 @@ def raised(config):
 
 
 def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
-    config = dataclasses.replace(config, alerts=(RULE, MEANS))
+    config = dataclasses.replace(config, alerts=(RULE, MEANS), checkpoint_interval=3)
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     assert run(straight) == 9
     assert raised(straight) == [(4, RULE), (5, MEANS), (7, RULE)]
@@ -276,26 +280,23 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
     rule = f"{RULE} for 2: stop"
     stopping = dataclasses.replace(config, alerts=(rule,))
     resumed = dataclasses.replace(stopping, resume=True)
-    for again in (stopping, resumed):  # whoever starts it again without a look is stopped again
-        with pytest.raises(
-            AlertStop,
-            match=rf"after step 5 of 9(.|\n)*{rule}(.|\n)*--resume --allow-changed alerts",
-        ):
-            run(again)
-        assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
-        assert raised(config) == [(5, rule)]
+    said = rf"(?s)step 5 of 9.*{rule}.*--resume --allow-changed alerts"
+    with pytest.raises(AlertStop, match=said):
+        run(stopping)
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
+    # Whoever starts it again without a look is stopped again.
     with pytest.raises(SystemExit) as ended:
         cli.run_script(lambda: run(resumed))
     assert ended.value.code == 3
     assert "stopped by an alert" in capsys.readouterr().err
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
+    assert raised(config) == [(5, rule)]
     relaxed = dataclasses.replace(resumed, alerts=("loss > 9: stop",), allow_changed=("alerts",))
     assert run(relaxed) == 9
 
 
 def test_a_rule_of_a_metric_that_the_stage_lacks_ends_the_run_at_once(config, capsys):
-    with pytest.raises(
-        UserError, match=r"'los > 5' never comes true: .* nearest that it does is loss"
-    ):
+    with pytest.raises(UserError, match=r"'los > 5' never .* loss"):
         run(dataclasses.replace(config, alerts=("los > 5",)))
     assert run(dataclasses.replace(config, alerts=("objective/kl > 5",), overwrite=True)) == 9
     assert (
@@ -315,7 +316,8 @@ def test_a_non_finite_update_leaves_its_alert(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_page_lists_alerts_and_marks_them(config):
+def test_the_page_lists_alerts_and_marks_them(config, monkeypatch):
+    monkeypatch.setattr(figures, "element", lambda plot, salt: "")  # drawing takes long
     run(config)
     records = run_records.find([config.output_dir])
     expected = {"name": RULE, "rule": RULE, "action": "log", "message": "loss is 9 > 5"}

@@ -146,9 +146,7 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     )
     assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
     forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
-    with pytest.raises(
-        UserError, match=r"line 1: a user message spells the special token '<\|im_end\|>'"
-    ):
+    with pytest.raises(UserError, match=r"line 1: .* '<\|im_end\|>'"):
         formats.read("demonstrations", write([{"messages": forged}]), template=template)
     assert chat.template_of(characters("ab")).source == chat.PLAIN
 
@@ -170,9 +168,7 @@ def test_tokenizers_of_chat_families_load(family, tmp_path):
     assert tokenizer.backend.decode(prompt, skip_special_tokens=False) == expected
     assert all(backend.token_to_id(token) in prompt for token in special if token in expected)
     if family in ("gemma2", "gemma3", "mistral"):
-        with pytest.raises(
-            UserError, match="row: the chat template failed: TemplateError: Conversation roles must"
-        ):
+        with pytest.raises(UserError, match=r"row: .*: Conversation roles must"):
             template.prompt([USER, USER], "row")
 
 

@@ -4,11 +4,12 @@ every stage, evaluations and multi-turn conversations.
 
 import json
 
+import asked_runs
 import chat_families
 import numpy as np
 import pytest
 import transformers
-from builders import initial_params
+from builders import initial_params, slow
 from chat_families import ANSWER, SYSTEM, USER
 
 from rlhf_jax import models, sampling, training
@@ -25,6 +26,8 @@ from rlhf_jax.generation.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
 from rlhf_jax.training.supervised import store
 from rlhf_jax.types import Rollout
+
+build_once = asked_runs.build_once
 
 TURNS = ([USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER])
 DATE = {"date_string": "26 Jul 2024"}  # ours, whatever the day
@@ -92,26 +95,21 @@ def generator(folder):
     return Generator(folder, max_new_tokens=5, temperature=0)
 
 
-def same(some, other):
-    assert some.texts == other.texts
-    assert some.log_probs.tolist() == other.log_probs.tolist()
-
-
 def test_a_plain_prompt_is_a_users_message_and_a_list_of_messages_a_prompt(folder, generator):
-    said = generator(["hi", [USER], [SYSTEM, USER]], num_samples=1)
+    asked = ["hi", [USER], [SYSTEM, USER]]
+    said = generator(asked)
     # The same ids are the same prompt: its second sample, which at temperature 0 is the first.
     assert said.texts[0] == said.texts[1] != said.texts[2]
     bare = Generator(folder, max_new_tokens=5, temperature=0, template="{prompt}")
-    assert bare(["hi"]).texts != said.texts[:1]
-    same(bare([[USER]]), generator([[USER]]))
+    plain = bare(asked)
+    assert plain.texts[0] != said.texts[0]
+    assert plain.texts[1:] == said.texts[1:]
+    assert plain.log_probs[1:].tolist() == said.log_probs[1:].tolist()
     for message, prompt in (
-        (r"prompts\[1\]: a user message spells the special token '<\|im_end\|>'", "x<|im_end|>"),
-        (r"prompts\[1\]: message 1 of 'messages' must be an object", ["hi"]),
-        (r"prompts\[1\]: 'messages' must be a list of messages .* an empty list", []),
-        (
-            r"prompts\[1\], 'System:\\nbe kind.*: has \d+ tokens",
-            [SYSTEM, USER, ANSWER] * 9 + [USER],
-        ),
+        (r"prompts\[1\]: .* '<\|im_end\|>'", "x<|im_end|>"),
+        (r"prompts\[1\]: message 1 ", ["hi"]),
+        (r"prompts\[1\]: .* an empty list", []),
+        (r"prompts\[1\], 'System:.* \d+ tokens", [SYSTEM, USER, ANSWER] * 9 + [USER]),
     ):
         with pytest.raises(UserError, match=message):
             generator(["hi", prompt])
@@ -193,7 +191,9 @@ STAGES = {
 STAGES["dpo"] = STAGES["reward_model"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", ["sft", "rl", slow("reward_model"), slow("kto"), slow("dpo")]
+)  # the slow ones encode as the first
 def test_stages_read_a_prompt_as_transformers_does(
     stage,
     folder,
@@ -353,8 +353,10 @@ def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path
         LanguageModel.load(left).save(tmp_path / "again", template="auto", config=SAMPLING)
         assert load_tokenizer(tmp_path / "again").config == tokenizer.config
     asked = Generator(tmp_path / "framed", max_new_tokens=5, temperature=0)
-    same(asked(["hi"]), asked([[USER]]))
-    same(asked(["be kind\n\nhi"]), asked([[SYSTEM, USER]]))
+    given = ["hi", [USER], "be kind\n\nhi", [SYSTEM, USER]]
+    rows = [asked._row(prompt, "", {}) for prompt in given]
+    plain, user, framed, system = asked.ask(rows).ids
+    assert (plain, framed) == (user, system)
     assert chat.describe("Q{prompt}", tokenizer, "here") == "text.template: 'Q{prompt}'"
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from builders import slow
 
 from rlhf_jax import cli
 from rlhf_jax.config import RunConfig, data_source
@@ -309,11 +310,13 @@ RAW = {
     "forms/kto_en_demo.first60.json": ("feedback", "JSON list", 60, 96),
 }
 
+LARGE = [name for name in RAW if name.startswith(("hh_rlhf", "oasst", "gsm8k"))]
+
 
 @pytest.mark.skipif(
     "RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder of public data files"
 )
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", [slow(name) if name in LARGE else name for name in RAW])
 def test_published_files_as_they_are(name):
     kind, form, num_rows, num_kept = RAW[name]
     path = str(Path(os.environ["RLHF_JAX_DATA"], name))

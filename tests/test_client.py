@@ -3,8 +3,11 @@ the key.
 """
 
 import contextlib
+import itertools
 import json
 import logging
+import math
+import random
 import re
 import socket
 import threading
@@ -12,8 +15,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rlhf_jax import rewards
 from rlhf_jax.config import Judge
@@ -22,7 +23,7 @@ from rlhf_jax.graders import client, service
 from rlhf_jax.graders.service import RubricJudge, Services
 
 KEY = "sk-secret/4711"
-SECONDS = 0.5
+SECONDS = 0.25
 HANGS = 60  # seconds: even a loaded machine needs only a part of them
 
 
@@ -144,12 +145,9 @@ def echo(connection, body):
 DEEP = b"[" * 5_000 + b"]" * 5_000
 BAD = {
     "an endless body": (endless, "more than 16777216 bytes"),
-    "a byte at a time": (
-        dripping(ENDLESS),
-        r"no whole reply within 0\.5 seconds \(judge.timeout\)",
-    ),
+    "a byte at a time": (dripping(ENDLESS), r"no whole reply .* 0\.25 seconds .*judge.timeout"),
     "a head without end": (dripping(b"HTTP/1.1 200 OK\r\nA: "), "no whole reply within"),
-    "silence": (silent, r"no whole reply within 0.5 seconds \(judge\.timeout\) \(attempt 1\)"),
+    "silence": (silent, r"no whole reply .* 0\.25 seconds .*attempt 1"),
     "a long length": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000000\r\n\r\n{}", "closed"),
     "the key": (echo, r"HTTP 401 wrong key \*\*\*: key \*\*\* or \"\*\*\*\" \(attempt 1\)"),
     "the key in a reply": (reply(f'{{"rewards": "{KEY}"}}'.encode()), r'got {"rewards": "\*\*\*"}'),
@@ -194,45 +192,41 @@ PIECES = [b"HTTP/1.1 ", b"200 OK", b"\r\n", b"Content-Length: ", b"Transfer-Enco
 PIECES += [b'{"rewards": ', b"[1, 2]", b"}", KEY.encode(), b"\\ud83d", b"NaN", b"1e999", b"\x00"]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.one_of(st.sampled_from(WAYS + PIECES), st.binary(max_size=20)), max_size=8))
-def test_any_bytes_give_a_score_or_a_sentence(pieces):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REWARD_API_KEY", KEY)
-        server = Hostile(lambda connection, body: connection.sendall(b"".join(pieces)))
+def test_any_bytes_give_a_score_or_a_sentence(hostile):
+    for seed in range(30):
+        draw = random.Random(seed)
+        pieces = draw.choices([*WAYS, *PIECES, draw.randbytes(20)], k=draw.randrange(9))
         said = "a score"
         try:
-            assert ask(server) == [1, 2]
+            assert ask(hostile(b"".join(pieces))) == [1, 2], seed
         except ServiceError as error:
             said = str(error)
-        finally:
-            server.socket.close()
-        assert KEY not in said
-        assert said.isprintable()
+        assert KEY not in said, seed
+        assert said.isprintable(), seed
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["choices", "message", "content", "rewards", "data", "id", "logprobs"]),
-            inner,
-            max_size=3,
-        )
-    ),
-    max_leaves=12,
-)
+LEAVES = [None, True, False, 0, -1, 2**70, 0.5, math.inf, math.nan, "", "a", "é\ud83d"]
+NAMES = ["choices", "message", "content", "rewards", "data", "id", "logprobs"]
+
+
+def some_json(draw, depth=4):
+    kind = draw.choice(["leaf", "list", "object"] if depth else ["leaf"])
+    if kind == "leaf":
+        return draw.choice(LEAVES)
+    inner = [some_json(draw, depth - 1) for _ in range(draw.randrange(4))]
+    return (
+        inner if kind == "list" else dict(zip(draw.sample(NAMES, len(inner)), inner, strict=True))
+    )
+
+
 FORMS = [client.REWARDS, client.JUDGEMENT, client.MODELS, client.COMPLETIONS]
 FORMS += [client.GENERATIONS, client.LOG_PROBS]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(JSON)
-def test_any_json_fits_a_form_or_gets_a_sentence_about_a_place(value):
-    for form in FORMS:
-        wrong = client.misfit(value, form)
-        assert wrong == "" or re.match(r"it[\w.\[\]]* must be an? ", wrong)
+def test_any_json_fits_a_form_or_gets_a_sentence_about_a_place():
+    for seed, form in itertools.product(range(500), FORMS):
+        wrong = client.misfit(some_json(random.Random(seed)), form)
+        assert wrong == "" or re.match(r"it[\w.\[\]]* must be an? ", wrong), seed
 
 
 def test_a_key_that_no_header_can_hold_is_refused_without_it(hostile, monkeypatch):
@@ -269,7 +263,7 @@ def test_waiting_is_said_with_url_seconds_and_attempt(hostile, monkeypatch, capl
     monkeypatch.setattr(client, "_PATIENCE", 0.1)
     server = hostile(silent)
     with caplog.at_level(logging.INFO, logger=logger.name), pytest.raises(ServiceError):
-        ask(server, retries=1, timeout=SECONDS)
+        ask(server, retries=1, timeout=2 * SECONDS)
     lines = [record.getMessage() for record in caplog.records]
     expected = [
         f"{server.url}: no reply for {seconds} seconds (attempt {attempt} of 2)"

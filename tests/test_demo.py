@@ -88,5 +88,5 @@ def test_pairs_follow_the_rubric_but_for_the_noise(corpus, tmp_path):
 
 
 def test_more_prompts_than_there_are(tmp_path):
-    with pytest.raises(UserError, match="has 720 distinct prompts of this kind, 721 asked for"):
+    with pytest.raises(UserError, match=r"720 .* 721"):
         demo.write(tmp_path, sizes={"prompts.json": 721})

@@ -38,11 +38,19 @@ PAIRS = [
     {
         "prompt": "say tea",
         "chosen": "tea",
-        "rejected": "why should I say that?",
+        "rejected": "why should I?",
         "category": "honest",
     },
     {"prompt": "say salt", "chosen": "salt", "rejected": "tea", "category": "honest"},
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """Of intervals, whose ends are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "DRAWS", 100)
+        yield
 
 
 def values(rows):
@@ -358,7 +366,7 @@ def test_a_column_that_no_set_has_is_an_error(tmp_path):
     config = evaluate.Config(**sets, columns=("prompt=question",))
     assert len(evaluate._read(config, chat.ChatTemplate())[0]) == 2
     config = dataclasses.replace(config, safety=(), columns=("prompt=question",))
-    with pytest.raises(UserError, match="--columns prompt=question: no row has 'question'"):
+    with pytest.raises(UserError, match="--columns prompt=question"):
         evaluate._read(config, chat.ChatTemplate())
 
 
@@ -432,7 +440,7 @@ def config(folders, **more):
         "preferences": (str(folders / "pairs.jsonl"),),
     }
     return evaluate.Config(
-        **(given | {"reward_model": str(folders / "rm"), "batch_size": 2} | more)
+        **(given | {"reward_model": str(folders / "rm"), "batch_size": 2, "num_samples": 2} | more)
     )
 
 
@@ -533,10 +541,17 @@ def judging(folders):
     return judged
 
 
-def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
+@pytest.fixture(scope="module")
+def against_itself(folders, tmp_path_factory):
+    """The figures of a run that is compared with itself."""
+    output = str(tmp_path_factory.mktemp("itself"))
+    given = config(folders, against=str(folders / "run"), output=output)
+    return evaluate.run(str(folders / "run"), given).rows
+
+
+def test_log_probabilities_and_scores_are_the_models_own(folders, against_itself):
     """Against the whole softmax of each text by itself. Against itself a run wins half."""
-    given = config(folders, against=str(folders / "run"), output=str(tmp_path))
-    figures = evaluate.run(str(folders / "run"), given).rows
+    figures = against_itself
     found = values(figures)
     assert found["win rate", "win_rate"] == 0.5
     assert found["win rate", "score_difference"] == 0
@@ -558,7 +573,7 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
 
 
 @pytest.mark.parametrize("ensemble", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
+def test_a_reward_model_alone_is_judged(folders, against_itself, ensemble, tmp_path):
     """By the scores that it gives as the judge of a policy; an ensemble by the mean of its members,
     here equal ones.
     """
@@ -567,24 +582,21 @@ def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
         folder = tmp_path / "ensemble"
         for member in ("member_0", "member_1"):
             shutil.copytree(folders / "rm" / "model", folder / member)
-    annotated = str(folders / "annotated.json")
-    given = config(
-        folders, prompts=(), reward_model=None, annotated=annotated, template="H: {prompt}\n"
-    )
-    given = dataclasses.replace(given, output=str(tmp_path))
-    found = evaluate.run(folder, given).rows
-    judged = evaluate.run(
-        folders / "run", dataclasses.replace(given, reward_model=str(folders / "rm"))
-    ).rows
-    expected = [row for row in judged if row.value is not None and "log_prob" not in row.metric]
-    assert found == expected
-    assert ("preferences", "accuracy_reward_model") in values(found)
+    given = config(folders, prompts=(), reward_model=None, template="H: {prompt}\n")
+    found = evaluate.run(folder, dataclasses.replace(given, output=str(tmp_path))).rows
+    expected = [
+        row
+        for row in against_itself
+        if row.category.startswith("preferences") and "log_prob" not in row.metric
+    ]
+    assert [row for row in found if row.value is not None] == expected
+    assert ("preferences", "accuracy_reward_model") in values(expected)
 
 
 def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
     words = ("tea", "milk", "salt")
     (tmp_path / "mine.yaml").write_text("custom: [say tea, say milk, say salt]\n")
-    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path), "num_samples": 2}
+    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path)}
     figures = evaluate.run(folders / "run", config(folders, prompts=(), preferences=(), **own)).rows
     found = {row.metric: row for row in figures if row.category == "custom"}
     lines = json_lines(tmp_path / evaluate.SAMPLES)
@@ -658,18 +670,21 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
     ("given", "message"),
     [
         ({"prompts": (), "preferences": ()}, "nothing to evaluate by"),
-        ({"num_samples": 0}, "--num-samples must be at least 1, got 0"),
-        ({"template": "x"}, "--template must be auto or contain {prompt}, got 'x'"),
+        ({"num_samples": 0}, "--num-samples .* got 0"),
+        ({"template": "x"}, "--template .*{prompt}, got 'x'"),
         ({"against": "x", "reward_model": None}, "--against: a win rate needs --reward-model"),
         ({"reward_model": "run"}, "run/model: this model has no score head"),
-        ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
-        ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
+        ({"max_new_tokens": 60}, "12 tokens, more than the 4"),
+        (
+            {"categories": "broken.yaml", "preferences": ()},
+            "broken.yaml: tea.score mine.py:none: no such file",
+        ),
         ({"against": "x", "prompts": ()}, "--against: a win rate needs --prompts"),
         (
             {"run": "rm"},
             "this is a reward model, which writes no text: .* not by --prompts, --reward-model",
         ),
-        ({"against": "rm"}, "--against .*rm: this is a reward model"),
+        ({"against": "rm", "preferences": ()}, "--against .*rm: this is a reward model"),
         ({"run": "nowhere", "output": None}, "no such folder"),
         ({"run": "framed"}, "was trained with the template"),
     ],

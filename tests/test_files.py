@@ -108,7 +108,7 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(write):
     column = pyarrow.array(["a"])
     table = pyarrow.Table.from_arrays([column, column, column], ["prompt", "response", "prompt"])
     parquet.write_table(table, "data.parquet")
-    with pytest.raises(UserError, match=r"data\.parquet: has two columns 'prompt'; rename one"):
+    with pytest.raises(UserError, match=r"data\.parquet: .* 'prompt'; rename"):
         formats.read("prompts", "data.parquet")
 
 
@@ -128,7 +128,7 @@ def test_a_small_parquet_file_that_holds_much_is_refused(write, monkeypatch):
         formats.read("prompts", "data.parquet")
     monkeypatch.setattr(files, "_MAY_UNPACK", 1 << 20)
     save(pyarrow.array(["x" * (1 << 16)] * 300))  # the file holds this text once
-    with pytest.raises(UserError, match=r"data\.parquet: unpacks to more than 100 times its size"):
+    with pytest.raises(UserError, match=r"data\.parquet: .* more than 100 times"):
         formats.read("prompts", "data.parquet")
     save(pyarrow.array([f"{number}" for number in range(2000)]))
     assert len(formats.read("prompts", "data.parquet").rows) == 2000
@@ -158,10 +158,10 @@ def test_folders_of_save_to_disk(tmp_path, monkeypatch):
     assert files.read_source("saved/train").format == "saved dataset"
     save("saved/test", [second])
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(UserError, match="saved: holds the splits test, train; name one as saved/"):
+    with pytest.raises(UserError, match=r"saved: .* test, train; .* saved/"):
         read_demonstrations("saved")
     (tmp_path / "saved" / "test" / "data-0.arrow").write_bytes(b"no")
-    with pytest.raises(UserError, match="saved/test: cannot be read as a saved dataset: Arrow"):
+    with pytest.raises(UserError, match=r"saved/test: .* Arrow"):
         read_demonstrations("saved/test")
 
 
@@ -295,9 +295,7 @@ def test_hugging_face_datasets(monkeypatch):
     assert rows[1].source == "Some-Org/some_data:test[:2], row 2"
     [row] = formats.read("prompts", "openai/gsm8k/main:test").rows
     assert (row.prompt, row.source) == ("main of openai/gsm8k", "openai/gsm8k/main:test, row 1")
-    with pytest.raises(
-        UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"
-    ):
+    with pytest.raises(UserError, match=r"no such file.*ConnectionError: offline"):
         formats.read("pairs", "nobody/nothing")
 
 
@@ -388,7 +386,7 @@ def test_names(write, tmp_path):
         files.read_source(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"no data: give --data FILE with pairs, a folder that holds preference_data",
+        match=r"give --data FILE .* preference_data",
     ):
         formats.read("pairs", [])
     with pytest.raises(UserError, match=r"/preference_data\.json: no such file"):
@@ -402,9 +400,7 @@ def test_names(write, tmp_path):
 def test_a_gzip_bomb_stops_early(write, monkeypatch):
     monkeypatch.setattr(files, "_MAY_UNPACK", 1 << 21)
     plain = b"[" + b" " * (1 << 24) + ROW.encode() + b"]"
-    with pytest.raises(
-        UserError, match=r"bomb\.json: unpacks to more than 100 times its size; .* gunzip"
-    ):
+    with pytest.raises(UserError, match=r"bomb\.json: .* more than 100 times .* gunzip"):
         read_demonstrations(write(gzip.compress(plain), "bomb.json"))
     assert len(read_demonstrations(write(plain, "plain.json"))) == 1
     two_members = gzip.compress(f"[{ROW},\n".encode()) + gzip.compress(f"{ROW}]".encode())

@@ -85,9 +85,7 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     result = formats.read("pairs", write([PAIR, *[equal] * 9]))
     places = "data.jsonl, line 2, line 3, line 4, line 5, line 6 and 4 more"
     assert result.describe() == f"1 rows, 9 dropped (chosen and rejected are identical: {places})"
-    with pytest.raises(
-        UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical"
-    ):
+    with pytest.raises(UserError, match=r"no usable row: .* 2 dropped \(chosen"):
         formats.read("pairs", write([equal, equal]))
 
 
@@ -239,9 +237,7 @@ def test_a_text_for_a_language_model_is_one_row(write, name, content):
     [row] = formats.read("demonstrations", path).rows
     assert row.texts == ("", "a\n\nb")
     assert row.is_plain_text
-    with pytest.raises(
-        UserError, match=r"is plain text but r.jsonl, line 1 has a prompt; train on one"
-    ):
+    with pytest.raises(UserError, match=r"plain text .* r.jsonl, line 1 "):
         formats.read(
             "demonstrations", [path, write([{"prompt": "p", "response": "r"}] * 2, "r.jsonl")]
         )
@@ -282,9 +278,7 @@ def test_message_trees_are_rankings(write):
     path = write(
         [{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR]
     )
-    with pytest.raises(
-        UserError, match=r"line 3: not in the form of Open Assistant trees .*TypeError"
-    ):
+    with pytest.raises(UserError, match=r"line 3: .* Open Assistant .*TypeError"):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
     p = "User:\np\n\nAssistant:\n"
@@ -321,9 +315,9 @@ def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
     assert_array_equal(batch.response_mask, [grid("0011", "0010")])
     framed = encoding.encode_prompts([Row((3,), (), "f")], tokenizer, template="a{prompt}bc")
     assert_array_equal(framed.tokens, grid("2334"))
-    with pytest.raises(UserError, match=r"line 1: holds the token id 6, but .* ids up to 5 only"):
+    with pytest.raises(UserError, match=r"line 1: .* id 6, .* up to 5"):
         encoding.encode_texts([pair], characters("abcd"))
-    with pytest.raises(UserError, match=r"line 1: holds token ids, so no tokenizer can be trained"):
+    with pytest.raises(UserError, match=r"line 1: holds token ids"):
         list(rows.texts([pair]))
 
 
@@ -342,9 +336,7 @@ def test_targets_of_each_answer(write):
         batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]]
     )
     assert batch.best is None
-    with pytest.raises(
-        UserError, match=r"line 2: has no targets but .* line 1 has; train on one kind"
-    ):
+    with pytest.raises(UserError, match=r"line 2: has no targets .* line 1"):
         formats.read("comparisons", write([scored[0], CHOICE]))
     with pytest.raises(UserError, match="line 1: holds targets, which are no preference"):
         formats.read("pairs", write(scored))
@@ -352,7 +344,7 @@ def test_targets_of_each_answer(write):
 
 def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
     demo.write(tmp_path, seed=3)
-    for kind, file in formats.FILES.items():
+    for file, kind in {file: kind for kind, file in formats.FILES.items()}.items():
         [written] = formats.fingerprints(kind, tmp_path).values()
         assert formats.fingerprints(kind, "demo", seed=3) == {f"demo/{file}": written}
     result = formats.read("prompts", "demo", seed=4)
@@ -367,53 +359,53 @@ FAULTS = [
         {"prompt": "a", "respnse": "b"},
         "found prompt, respnse; did you mean 'response' by 'respnse",
     ),
-    ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
+    ("demonstrations", ["a"], "prompt, response, found a list"),
     (
         "demonstrations",
         {"prompt": "a", "response": 3},
-        "'response' must be a string, found the number 3",
+        "'response' .* number 3",
     ),
     ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty"),
     (
         "demonstrations",
         {"prompt": "a", "response": "b\ud83d"},
-        "'response' holds half of a surrogate pair",
+        "'response' holds half",
     ),
     (
         "demonstrations",
         {"chosen": "a", "rejected": "b"},
-        "line 2: 'chosen' must be a dialogue .* in a row without a",
+        "'chosen' .* dialogue",
     ),
-    ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "did you mean 'prompt' by 'promt'"),
+    ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "'prompt' by 'promt'"),
     (
         "pairs",
         DIALOGUES | {"rejected": HUMAN + (" no\n\nHuman: why?")},
-        "'rejected' ends with a human turn, not with",
+        "'rejected' ends with a human turn",
     ),
     (
         "pairs",
         PAIR | RANKED | {"chosen": "x", "best": 1},
-        "'chosen' is not the response that the row's label",
+        "'chosen' is not the response",
     ),
-    ("pairs", PAIR | {"best": 1}, "'chosen' is not the response that the row's label"),
+    ("pairs", PAIR | {"best": 1}, "'chosen' is not the response"),
     (
         "pairs",
         {"prompt": "a", "response": "b"},
-        "expected keys prompt, chosen, rejected, found prompt, response",
+        "prompt, chosen, rejected, found prompt, response",
     ),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
     (
         "prompts",
         {"promt": "a"},
-        "expected keys prompt, found promt; did you mean 'prompt' by 'promt'",
+        "found promt; .* 'prompt'",
     ),
-    ("prompts", 3, "expected an object with keys prompt, or a string, found the number 3"),
+    ("prompts", 3, "prompt, or a string, found the number 3"),
     (
         "comparisons",
         CHOICE | {"best": 4},
-        "'best' must be the number of a response, 0 to 3, found the number 4",
+        "'best' .* 0 to 3, found the number 4",
     ),
-    ("comparisons", CHOICE | {"best": True}, "'best' must be .* found true or false"),
+    ("comparisons", CHOICE | {"best": True}, "'best' .* true or false"),
     (
         "comparisons",
         {"query": "q", "sample0": "a", "sample1": "b"},
@@ -422,44 +414,44 @@ FAULTS = [
     (
         "comparisons",
         {"quary": "q", "sample0": "a", "sample1": "b", "best": 0},
-        "expected keys prompt; lm-human-preferences has quary",
+        "prompt; .* quary",
     ),
     ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": [50259]}, "response 1 is empty"),
-    ("comparisons", CHOICE | {"sample1": ["a"]}, "response 1 must hold token ids, found a string"),
+    ("comparisons", CHOICE | {"sample1": ["a"]}, "response 1 .* token ids, found a string"),
     (
         "comparisons",
         CHOICE | {"sample1": None},
-        "response 1 must be a string or a list of token ids, found null",
+        "response 1 .* found null",
     ),
     (
         "comparisons",
         RANKED | {"responses": ["a"], "best": 0},
-        "needs at least 2 responses, found 1",
+        "at least 2 responses",
     ),
-    ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "each response number from 0 to 2 once"),
+    ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "from 0 to 2 once"),
     (
         "comparisons",
         RANKED | {"ranks": [1]},
-        "list of 3 numbers, one for each response, found a list",
+        "list of 3 numbers",
     ),
-    ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
-    ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
+    ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' .* numbers, found a string"),
+    ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "'targets' .* nan"),
     (
         "comparisons",
         RANKED | {"targets": [1, 2, 10**400]},
-        "hold numbers, found a number that is too large",
+        "'targets' .* too large",
     ),
     (
         "annotated",
         VOTED | {"annotator2": 3},
-        "'annotator2' must be 1, 2 or 0 for a tie, found the number 3",
+        "'annotator2' .* 1, 2 or 0 .* number 3",
     ),
-    ("annotated", VOTED | {"input": 3}, "'input' must be a string, found the number 3"),
+    ("annotated", VOTED | {"input": 3}, "'input' .* number 3"),
     (
         "comparisons",
         RANKED | {"best": 0, "ranks": [0, 1, 2]},
-        "expected one of .*, found best, ranks",
+        "found best, ranks",
     ),
 ]
 

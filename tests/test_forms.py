@@ -3,6 +3,7 @@
 The examples are the table's own; what they must become is written out here.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 
 import chat_templates
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -204,9 +206,9 @@ def test_every_speaker_of_sharegpt_with_tools_and_weights():
     }
     with pytest.raises(UserError, match="line 1: a tool call is not JSON: 'f"):
         converted(conversations=[HUMAN, {"from": "function_call", "value": "f(1)"}])
-    with pytest.raises(UserError, match=r"'weight' of a message must be 0 or 1, .* found 0\.5"):
+    with pytest.raises(UserError, match=r"'weight' .* found 0\.5"):
         converted(conversations=[HUMAN, {"from": "gpt", "value": "b", "weight": 0.5}])
-    with pytest.raises(UserError, match="'tools' must be a list or the JSON of one, found an obj"):
+    with pytest.raises(UserError, match="'tools' must be a list"):
         converted(conversations=[HUMAN], tools={"name": "f"})
     assert converted(prompt="p", tools="hammer") == {"prompt": "p", "tools": "hammer"}
 
@@ -533,7 +535,8 @@ def test_margins_reach_the_loss_of_a_reward_model():
     ]
     whole = batches.comparison_batch(encoded, np.arange(3), bucket_multiple=1)
     config = reward_model.Config()
-    mean, _ = reward_model.loss(None, whole, None, score_fn=no_scores, config=config)
+    loss = jax.jit(functools.partial(reward_model.loss, score_fn=no_scores, config=config))
+    mean, _ = loss(None, whole, None)
     expected = [math.log(1 + math.exp(margin)) for margin in (2, 0.5, 0)]
     assert float(mean.value) == pytest.approx(sum(expected) / 3, rel=1e-6)
     plain = parsed("comparisons", pair).rows

@@ -1,16 +1,19 @@
-"""rlhf-jax label: blind order, what is written, going on, undoing, and that stages train on it."""
+"""rlhf-jax label: blind order, what is written, going on, undoing.
+
+tests/fifteen_minutes.py trains on the rows.
+"""
 
 import io
 import json
 import re
-import subprocess
+import shutil
 import sys
 
 import asked_runs
 import jax
 import numpy as np
 import pytest
-from builders import json_lines, save_base
+from builders import json_lines
 
 from rlhf_jax import cli, sampling
 from rlhf_jax.data import formats
@@ -33,9 +36,10 @@ def runs(tmp_path_factory):
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     model, params, tokenizer = LanguageModel.load(root / "policy" / "model")
     how = sampling.SamplingConfig(6, eos_id=1, pad_id=0)
-    reversed_params = jax.tree.map(lambda leaf: -leaf, params)
+    reversed_params = jax.tree.map(lambda leaf: -np.asarray(leaf), params)
     other = LanguageModel(model, reversed_params, tokenizer)
-    other.save(root / "other", template="{prompt}:", config=how)
+    other.save(root / "other" / "model", template="{prompt}:", config=how)
+    shutil.copy(root / "policy" / "config.yaml", root / "other")  # which samples alike
     return root
 
 
@@ -47,6 +51,12 @@ def answers(runs):
     )
     texts = policy(PROMPTS, num_samples=2).texts
     return [texts[2 * i : 2 * i + 2] for i in range(NUM_PAIRS)]
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No test here cuts the power."""
+    monkeypatch.setattr("os.fsync", lambda number: None)
 
 
 @pytest.fixture
@@ -118,7 +128,6 @@ def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
     _, _, summary = ask(lambda a, b: "a", name="first.jsonl")
     assert "chosen 12 times of 12" in summary
     assert "asked again, you said the same 0 times of 1" in summary
-    assert len(ask(later, name="never.jsonl", again=0.0)[0]) == NUM_PAIRS
 
 
 def test_ties_skips_undo_and_going_on(ask, tmp_path):
@@ -152,13 +161,13 @@ def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
         later,
         against=str(other),
         temperature=0.5,
-        count=5,
+        count=6,
     )
     how = {"max_new_tokens": 6, "temperature": 0.5, "top_k": 9, "template": "{prompt}:"}
-    texts = Generator(other, **how)(PROMPTS[:5]).texts
+    texts = Generator(other, **how)(PROMPTS[:6]).texts
     assert len(shown) == 0  # the same model says the same to the same seed: nothing to choose
     assert summary.startswith(
-        "5 of 5 pairs: 0 preferences, 0 ties, 0 skipped, 5 with equal or empty"
+        "6 of 6 pairs: 0 preferences, 0 ties, 0 skipped, 6 with equal or empty"
     )
     assert f"{runs}/policy was preferred 0 times of 0" in summary
     session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
@@ -166,7 +175,7 @@ def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
 
 
 def test_the_summary_counts_whose_answer_was_preferred(runs, ask, tmp_path):
-    flags = {"max_new_tokens": 3, "count": 6}
+    flags = {"temperature": 0.5, "count": 6}  # as above
     _, _, summary = ask(["a"] * 9, against=str(runs / "other"), **flags)
     session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
     of_run = [given["order"][0] == 0 for given in session["judgements"] if given["choice"] == "a"]
@@ -179,20 +188,20 @@ def test_what_was_begun_otherwise_is_refused(ask, tmp_path):
     ask(["a"])
     before = (tmp_path / "out.jsonl").read_bytes()
     for config, said in (
-        ({"seed": 1}, "begun with seed 0, and now it is 1"),
-        ({"count": 3}, "begun with count 12, and now it is 3"),
-        ({"temperature": 0.1}, "begun with temperature 0.7"),
-        ({"again": 0.5}, r"begun with again 0.1, and now it is 0.5"),
+        ({"seed": 1}, "seed 0, .* 1"),
+        ({"count": 3}, "count 12, .* 3"),
+        ({"temperature": 0.1}, "temperature 0.7"),
+        ({"again": 0.5}, r"again 0.1, .* 0.5"),
     ):
         with pytest.raises(UserError, match=said):
             ask(["a"], **config)
     assert (tmp_path / "out.jsonl").read_bytes() == before
     (tmp_path / "mine.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"mine.jsonl: exists already, and no mine.jsonl.session"):
+    with pytest.raises(UserError, match=r"mine.jsonl: exists already"):
         ask(["a"], name="mine.jsonl")
     for config, said in (
-        ({"again": 1.5}, "--again must be from 0 to 1, got 1.5"),
-        ({"count": 0}, "--count must be at least 1, got 0"),
+        ({"again": 1.5}, "--again .* got 1.5"),
+        ({"count": 0}, "--count .* got 0"),
     ):
         with pytest.raises(UserError, match=said):
             label.Config(prompts=("a",), out="b", **config)
@@ -230,14 +239,17 @@ def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, 
     assert ["chosen" in row for row in json_lines(out)] == [True, True, False]
 
 
-def test_the_page_shows_what_the_terminal_shows(runs, answers, tmp_path):
+def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
     """The run's answers; and of all of them those on which reward models disagree."""
+    ask(later, name="terminal.jsonl")
+    session = json.loads((tmp_path / "terminal.jsonl.session.json").read_text())
+    answers = [given["answers"] for given in session["judgements"][:NUM_PAIRS]]
     files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
-    how = {**files, "serve": True, "annotators": ("ana",), "count": 6}
+    how = {**files, "serve": True, "annotators": ("ana",)}
     source = pairs.open_source(str(runs / "policy"), settings.Config(**how))
-    assert [source.pair(i).answers for i in range(6)] == answers[:6]
-    assert source.num_pairs == source.settings["count"] == 6
-    how |= {"choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
+    assert [source.pair(i).answers for i in range(NUM_PAIRS)] == answers
+    assert source.num_pairs == source.settings["count"] == NUM_PAIRS
+    how |= {"count": 6, "choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
     config = settings.Config(**how)
     source = pairs.open_source(str(runs / "policy"), config)
     assert (source.num_pairs, source.settings["count"]) == (NUM_PAIRS, 6)
@@ -260,21 +272,3 @@ def test_the_summary_of_a_terminals_session(ask, tmp_path):
     assert text[1] == "an annotator prefers the same answer again: 3 of 3"
     assert text[2] == "best accuracy of a reward model on such judgements: 1.00 to 1.00"
     assert text[3].startswith("you: judgements 12, ties, both bad 0, skipped 0")
-
-
-@pytest.mark.slow
-def test_stages_train_on_the_rows(tmp_path, monkeypatch):
-    """As a person does it: lines into the command, its file into the next ones."""
-    monkeypatch.chdir(tmp_path)
-    assert not cli.run(["data", "demo", "data"])
-    save_base(tmp_path / "base", tmp_path / "data")
-    asked = ["--prompts", "data/prompts.json", "--out", "mine.jsonl", "--count", "12"]
-    command = [sys.executable, "-m", "rlhf_jax", "label", "base", *asked, "--max-new-tokens", "8"]
-    typed = {"input": "a\nb\n" * 10, "text": True}
-    done = subprocess.run(command, capture_output=True, check=True, **typed)
-    assert "12 rows for reward-model, dpo and kto" in done.stdout
-    tiny = ["--config", "tiny", "--model", "base", "--data", "mine.jsonl"]
-    for stage in ("reward-model", "dpo"):
-        flags = ["--output-dir", f"runs/{stage}", f"--{stage}.batch-size", "4"]
-        assert not cli.run([stage, *tiny, *flags])
-        assert (tmp_path / "runs" / stage / "model" / "config.json").is_file()

@@ -406,7 +406,7 @@ def test_a_full_disk_loses_nothing(opened, tmp_path):
     task = kept.next("ana", is_complete=True)
     pages = kept._db.execute("PRAGMA page_count").fetchone()[0]
     kept._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(UserError, match=r"sqlite: cannot be used: database or disk is full"):
+    with pytest.raises(UserError, match=r"sqlite: .* is full"):
         kept.judge("ana", task.id, "b", seconds=0, reason="x" * 100_000)
     assert [given.choice for given in store.read(kept.path)] == ["a"]
     assert kept.judge("ana", task.id, "b", seconds=0)  # as soon as there is room
@@ -432,7 +432,7 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
     file = store_file(tmp_path / "prefs.jsonl")
     file.write_text("no database at all, but a text" * 50)
     for use in (lambda: store.Store(file, config(tmp_path)), lambda: store.read(file)):
-        with pytest.raises(UserError, match=r"session.sqlite: cannot be read: file is not a datab"):
+        with pytest.raises(UserError, match=r"session.sqlite: cannot be read"):
             use()
     with sqlite3.connect(tmp_path / "other") as db:
         db.execute("CREATE TABLE t (x)")
@@ -462,7 +462,7 @@ def test_a_damaged_store_is_refused_and_stays(opened, tmp_path):
     assert len(damaged) > 12
     for content in damaged:
         kept.path.write_bytes(content)
-        with pytest.raises(UserError, match=r"session.sqlite: cannot be read: .*nothing was writ"):
+        with pytest.raises(UserError, match=r"session.sqlite: cannot be read.*nothing"):
             store.read(kept.path)
         if content:
             with pytest.raises(UserError, match=r"Put a copy of it back, or choose another --out"):

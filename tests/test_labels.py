@@ -135,9 +135,7 @@ def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content
 def test_what_is_not_the_set_is_deleted(few, server, content, tmp_path, change, message):
     changed = change(json.loads(content))
     server.content = (changed if isinstance(changed, str) else json.dumps(changed)).encode()
-    with pytest.raises(
-        UserError, match=f"is not the label set sentiment, and was deleted: .*{message}"
-    ):
+    with pytest.raises(UserError, match=f"sentiment, and was deleted: .*{message}"):
         labels.fetch_labels("sentiment", tmp_path, server.url)
     assert list(tmp_path.iterdir()) == []
 
@@ -145,9 +143,7 @@ def test_what_is_not_the_set_is_deleted(few, server, content, tmp_path, change, 
 def test_a_broken_connection_and_none_are_sentences(few, server, tmp_path):
     url = server.url
     server.breaks_after = 1000
-    with pytest.raises(
-        UserError, match=r"could not be fetched: IncompleteRead.* Run the command again"
-    ):
+    with pytest.raises(UserError, match=r"IncompleteRead.* Run the command again"):
         labels.fetch_labels("sentiment", tmp_path, url)
     assert list(tmp_path.iterdir()) == []
     server.shutdown()
@@ -195,7 +191,5 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert row.responses == tuple(decoded[0][f"sample{i}"] for i in range(4))
     with pytest.raises(UserError, match="exists already"):
         labels.decode_labels(file, output, tokenizer)
-    with pytest.raises(
-        UserError, match=r"labels\.json, row 1: holds the token id \d+, .* has ids up to 3"
-    ):
+    with pytest.raises(UserError, match=r"labels\.json, row 1: .* id \d+, .* up to 3"):
         labels.decode_labels(file, tmp_path / "other", tokenizers.characters("ab"))

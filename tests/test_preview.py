@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
+from builders import initial_params
 
 from rlhf_jax import models
 from rlhf_jax.cli import commands
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
         eos_token_id=TOKENIZER.eos_id,
     )
     model = models.build(config)
-    models.save(path, model, model.init(jax.random.key(0)))
+    models.save(path, model, initial_params(model))
     TOKENIZER.save(path)
     file = path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": CHATML}))

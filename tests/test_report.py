@@ -17,14 +17,14 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.report import chapters, export, figures, page, plots, records
 from rlhf_jax.runs import manifest
 
-NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
+NO_STEP = "metrics.jsonl, line 2: .* step"
 BROKEN_FOLDERS = [
-    ("manifest.json", None, "this folder holds no run: it has no manifest.json"),
-    ("manifest.json", "[]", r"run/manifest.json: expected a mapping of keys, found \[\]"),
-    ("manifest.json", "{}", "run/manifest.json: lacks the key command"),
-    ("config.yaml", None, "run/config.yaml: cannot be read: No such file"),
-    ("config.yaml", "a: [", "run/config.yaml: cannot be read as YAML: expected the node"),
-    ("evaluation.json", "{}", "run/evaluation.json: lacks the key rows"),
+    ("manifest.json", None, "no manifest.json"),
+    ("manifest.json", "[]", r"run/manifest.json: .* found \[\]"),
+    ("manifest.json", "{}", "run/manifest.json: .* command"),
+    ("config.yaml", None, "run/config.yaml: .*No such file"),
+    ("config.yaml", "a: [", "run/config.yaml: .* YAML"),
+    ("evaluation.json", "{}", "run/evaluation.json: .* rows"),
     *(
         ("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP)
         for line in ("[1]", "{}", "step", '{"step": null}', "")
@@ -64,6 +64,12 @@ def after(texts, word, count):
     return texts[at : at + count]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without the insides of their figures, which take long to draw."""
+    monkeypatch.setattr(figures, "element", lambda plot, salt: "")
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The page of one run, and the run."""
@@ -98,8 +104,8 @@ def test_the_page_of_one_run(one):
     assert expected.items() <= facts.items()
 
 
-def test_the_figures_and_samples_of_one_run(one, tmp_path):
-    read, run = one
+def test_the_figures_and_samples_of_one_run(one):
+    read, _ = one
     titles = ["Score: objective/score", "KL from the reference: objective/kl", "Reward against KL"]
     assert read.texts("h3") == [*titles, "Scores", "Response lengths"]
     labels = {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"}
@@ -118,12 +124,16 @@ def test_the_figures_and_samples_of_one_run(one, tmp_path):
     assert read.texts("td")[:15] == [*itertools.chain(*rows)]
     meaning = "Mean score of the responses, before any penalty."
     assert after(read.texts("td"), "objective/score", 3) == ["1", "4", meaning]
-    page.write([run], tmp_path / "again.html")
-    assert (tmp_path / "again.html").read_bytes() == (run.parent / "out.html").read_bytes()
 
 
-def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "element", lambda plot, salt: "")  # drawing takes long
+def test_the_same_run_gives_the_same_bytes(tmp_path, undrawn):
+    run = write_run(tmp_path / "run")
+    for i in range(2):
+        page.write([run], tmp_path / f"{i}.html")
+    assert (tmp_path / "0.html").read_bytes() == (tmp_path / "1.html").read_bytes()
+
+
+def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path, undrawn):
     metrics = {name: [1.0, 2.0] for name in "abcdef"}
     rows = [{"prompt": f"\np{i}\n", "response": "r"} for i in range(20)]
     samples = {0: rows, 2: rows[:1], 3: rows}
@@ -262,7 +272,7 @@ def test_a_reward_is_in_the_title_and_what_python_gave_is_not_in_the_command(tmp
     assert chapter["commands"] == [COMMAND]
 
 
-def test_alerts_and_an_evaluation_are_listed(tmp_path):
+def test_alerts_and_an_evaluation_are_listed(tmp_path, undrawn):
     run = write_run(tmp_path / "run")
     alert = FAR | {"step": 2, "action": "log"}
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
@@ -350,7 +360,7 @@ def test_long_curves_stay_small_and_long_paths_are_means_over_stretches(tmp_path
 # --- Several runs
 
 
-def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
+def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path, undrawn):
     scores = {0: [1.0, 2.0, 4.0], 1: [3.0, 2.5]}
     runs = [
         write_run(tmp_path / f"ppo-seed{seed}", seed=seed, metrics={"objective/score": values})
@@ -421,7 +431,7 @@ def test_groups_are_compared_by_what_differs(tmp_path):
     assert first.title == "Samples before and after: a"
 
 
-def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
+def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path, undrawn):
     for stage in ("ppo", "sft", "reward_model"):
         write_run(
             tmp_path / "pipeline" / stage,
@@ -458,7 +468,7 @@ def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
 # --- Reward models
 
 
-def test_a_reward_models_page(tmp_path):
+def test_a_reward_models_page(tmp_path, undrawn):
     def pairs(*margins):
         texts = {"chosen": "c", "rejected": "r", "score_rejected": 1.0}
         return [
@@ -577,7 +587,7 @@ def test_a_run_twice_and_no_place_for_the_page(tmp_path):
     run = write_run(tmp_path / "run", metrics={}, samples={})
     with pytest.raises(UserError, match="given twice"):
         page.write([run, tmp_path / "run" / ".." / "run"], tmp_path / "out.html")
-    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+    with pytest.raises(UserError, match=r"out\.html: .*No such file"):
         page.write([run], tmp_path / "no" / "out.html")
 
 
@@ -591,7 +601,7 @@ def test_rows_and_series_of_a_run(tmp_path):
     assert records.series(rows, "validation/score") == ([0, 2], [0.5, 0.75])
     np.testing.assert_array_equal(records.series(rows, "loss"), [[1, 2], [math.nan, -math.inf]])
     assert (rows[1]["prompt"], rows[1]["note"], len(rows)) == ("NaN", "a\u2028b", 3)
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         records.read_rows(tmp_path / "other.jsonl")
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from builders import json_lines, save_base, slow
+from builders import json_lines, save_base
 
 from rlhf_jax import cli, config
 from rlhf_jax.config import RewardModelStage, RLStage, Rounds, RunConfig, Text
@@ -126,6 +126,12 @@ class Stands:
 
 
 write_rows = compare.write_rows
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No test here cuts the power."""
+    monkeypatch.setattr("os.fsync", lambda number: None)
 
 
 @pytest.fixture
@@ -245,8 +251,7 @@ def test_an_ensemble_rewards_by_its_mean_and_chooses(stand, given, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [(2, 9), slow(range(1, 12))], ids=["two", "each"])
-def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(parts, stand, given, tmp_path):
+def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(stand, given, tmp_path):
     def files(folder):
         return {
             path.relative_to(folder): path.read_bytes().replace(bytes(folder), b"")
@@ -259,7 +264,7 @@ def test_a_job_that_stops_after_any_part_ends_with_the_same_bytes(parts, stand, 
     rounds.run(how)
     expected = files(tmp_path / "whole")
     assert whole.num_done == 11  # pairs, rows, two runs and an evaluation each, and the first one's
-    for part in parts:
+    for part in range(1, 12):
         stopped = tmp_path / f"stopped-{part:02}"
         how = replace(how, output_dir=str(stopped))
         stand(stop_after=part)
@@ -285,7 +290,7 @@ def test_more_rounds_follow_and_other_settings_are_refused(stand, given, tmp_pat
     again, second = (call[1] for call in stands.named("rl"))
     assert (again.output_dir, again.resume) == (str(first), True)
     assert not second.resume
-    with pytest.raises(UserError, match=r"rounds\.pairs was 4 and is now 5"):
+    with pytest.raises(UserError, match=r"rounds\.pairs was 4 "):
         rounds.run(replace(longer, rounds=replace(how.rounds, pairs=5)))
     for name, said in (("judge.py", "pairs:"), ("base/made.txt", "model"), ("prompts.jsonl", "")):
         before = (tmp_path / name).read_bytes()
@@ -389,7 +394,7 @@ def test_pairs_that_somebody_changed_are_refused(tmp_path):
     prompts = compare.Prompts([None] * 2, None, "auto")
     file = tmp_path / "pairs.jsonl"
     for row, said in (
-        (compared(("a", "b"))[0] | {"row": 2}, "line 1: 'row' must be the number of a prompt"),
+        (compared(("a", "b"))[0] | {"row": 2}, "line 1: 'row' "),
         ({"prompt": "p"}, "expected keys prompt, responses, chosen_by, row"),
     ):
         write_rows(file, [row])

@@ -389,11 +389,11 @@ def test_prompts_that_differ_by_case_spaces_or_unicode_form_are_one_group():
 @pytest.mark.parametrize("flag", ['{"enable_thinking": false}', "null"])
 def test_options_of_the_template(flag, tmp_path):
     chat_templates.write(tmp_path, "qwen3")
-    options = config.parse(RunConfig, ["--text.template-options", flag], prog="x")
-    options = options.text.template_options
+    flags = ["--text.template-options", flag]
+    options = config.parse(RunConfig, flags, sections=("text",)).text.template_options
     given = tmp_path / "given.yaml"
     given.write_text(f"text: {{template_options: {flag}}}")
-    read = config.parse(RunConfig, ["--config", str(given)], prog="x")
+    read = config.parse(RunConfig, ["--config", str(given)])
     assert read.text.template_options == options
     tokenizer = chat.with_options(load_tokenizer(tmp_path), options)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -423,6 +423,6 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
 
 
 def test_flags_of_json_are_objects():
-    with pytest.raises(UserError, match=r"^--text.template-options: expected a JSON object, got"):
-        config.parse(RunConfig, ["--text.template-options", "[1]"], prog="x")
+    with pytest.raises(UserError, match=r"^--text.template-options: .* JSON object"):
+        config.parse(RunConfig, ["--text.template-options", "[1]"], sections=("text",))
     np.testing.assert_equal(RunConfig().text.template_options, None)

@@ -132,13 +132,13 @@ REFUSALS = [
     (tokenizers.load_tokenizer, r"holds neither tokenizer\.json nor vocab\.json"),
     (
         files(**UNNAMED),
-        "has no end-of-text token .it names None.; set eos_token in its tokenizer_config",
+        "no end-of-text token .* set eos_token",
     ),
-    (files(tokenizer="{"), "transformers cannot read this tokenizer: Expecting property name"),
+    (files(tokenizer="{"), "cannot read .*: Expecting property name"),
     (files(tokenizer=GAPS), "the ids of the vocabulary have gaps"),
     (
         files(tokenizer_config='{"chat_template": [{"template": "x"}]}'),
-        "transformers cannot read this tokenizer: 'name'",
+        "cannot read .*: 'name'",
     ),
     (files(tokenizer_config='{"chat_template": {"default": 3}}'), "a chat template is no text"),
     (files(tokenizer_config='{"chat_template": true}'), "a chat template is no text"),
@@ -146,7 +146,7 @@ REFUSALS = [
     (files(tokenizer_config='{"split_special_tokens": true}'), "has split_special_tokens"),
     (
         files(tokenizer_config='{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
-        "names Python code of the folder's author",
+        "names Python code",
     ),
     (files(tokenizer_config='{"tokenizer_class": "CTRLTokenizer"}'), "cannot read|is Python"),
 ]
@@ -178,7 +178,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     ]
     with pytest.raises(
         UserError,
-        match="org/other: no such folder here, and the Hugging Face hub did not give it: off",
+        match=r"org/other: no such folder .*: off",
     ):
         tokenizers.load_tokenizer("org/other")
 

@@ -5,9 +5,11 @@ a message has.
 import json
 
 import chat_templates
+import jax
 import numpy as np
 import pytest
 import transformers
+from builders import slow
 from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
 
 from rlhf_jax import kto
@@ -139,7 +141,7 @@ def test_a_mismatched_row_keeps_the_holes_of_the_answer(chatml, write):
     template = chat.template_of(chatml, "auto")
     rows = formats.read("feedback", write([talk, other]), template=template).rows
     data = encoding.encode_texts(rows, chatml, template="auto")
-    mixed = kto.mismatched(batches.feedback_batch(data, np.arange(2), 1))
+    mixed = jax.jit(kto.mismatched)(batches.feedback_batch(data, np.arange(2), 1))
     shown = [spans(chatml, mixed.tokens[i], mixed.response_mask[i]) for i in (0, 1)]
     assert shown == [[f"No.{END}"], [f"Hello!{END}", f"Yes.{END}"]]
     real = np.asarray(mixed.attention_mask[1] == 1)
@@ -162,11 +164,11 @@ def test_a_score_stands_at_the_end_of_the_turn_whatever_is_learned_behind_it(tmp
 
 def test_preferences_without_a_single_text_are_refused(qwen3, write):
     record = {"chosen": [HI, HELLO, MORE, YES], "rejected": [HI, NO, MORE, NO]}
-    with pytest.raises(UserError, match="line 1: the chat template writes earlier turns otherwise"):
+    with pytest.raises(UserError, match="line 1: the chat template"):
         formats.read("pairs", write([record]), template=chat.template_of(qwen3, "auto"))
-    with pytest.raises(UserError, match="line 1: answers of several turns need a chat template"):
+    with pytest.raises(UserError, match=r"line 1: answers .* need a chat template"):
         formats.read("pairs", write([record]))
-    with pytest.raises(UserError, match="line 1: dialogues differ before the last response"):
+    with pytest.raises(UserError, match="line 1: dialogues differ"):
         formats.read("pairs", write([{"chosen": [HI, HELLO], "rejected": [MORE, YES]}]))
 
 
@@ -264,7 +266,7 @@ def test_a_turn_that_its_data_says_is_not_learned(flag, chatml, write):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"} | flag]
     turns += [turns[0], {"from": "gpt", "value": "b", key: None}]
     assert learned(chatml, write, {"conversations": turns}) == [[f"b{END}"]]
-    with pytest.raises(UserError, match=f"line 1: '{key}' of a message must be 0 or 1, or true or"):
+    with pytest.raises(UserError, match=f"line 1: '{key}' of a message"):
         learned(chatml, write, {"messages": [HI, HELLO | {key: "false"}]})
 
 
@@ -398,7 +400,7 @@ def test_arguments_stay_text_for_a_template_that_joins_them_to_text(text, tmp_pa
     assert template.ends == [tokenizer.backend.token_to_id(END)]
 
 
-@pytest.mark.parametrize("count", [6_000, 20_000])
+@pytest.mark.parametrize("count", [6_000, slow(20_000)])
 def test_a_conversation_of_too_many_turns_is_refused_before_it_is_rendered(chatml, write, count):
     talk = {"messages": [HI, HELLO] * (count // 2)}
     for tokenizer in (chatml, None):

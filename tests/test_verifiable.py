@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from builders import slow
 
 from rlhf_jax import vpg
 from rlhf_jax.config import RunConfig, data_source
@@ -77,40 +78,42 @@ TEXTS = [
     (["7", "seven"], ["7", "seven", "\\boxed{7}", "Seven."], ["8", "eight"]),
 ]
 EXPRESSIONS = [
-    ("3\\sqrt{13}", ["\\boxed{3\\sqrt{13}}", "It is $3\\sqrt{13}$.", "3 sqrt(13)"], ["3", "13"]),
     (
         "144\\pi \\text{ cubic inches}",
         ["\\boxed{144\\pi}", "\\boxed{144\\pi\\text{ in}^3}"],
         ["144"],
     ),
     ("2+3i", ["\\boxed{2+3i}", "\\boxed{3i + 2}"], ["2", "\\boxed{2-3i}", "3"]),
-    ("\\frac{3}{4}\\pi", ["\\boxed{\\frac{3\\pi}{4}}", "3*pi/4"], ["\\boxed{\\frac34}", "0.75"]),
     ("1 \\pm \\sqrt{19}", ["\\boxed{1\\pm\\sqrt{19}}"], ["\\boxed{1+\\sqrt{19}}", "19", "1"]),
-    ("4x - 2", ["\\boxed{4x-2}", "The answer is 4x - 2.", "\\boxed{2(2x-1)}"], ["2", "4x", "4x+2"]),
-    ("y = 2x + 3", ["\\boxed{y = 2x + 3}", "\\boxed{2x+3}"], ["3", "y = 2x", "\\boxed{y=3x+2}"]),
     ("3, 5, 7", ["\\boxed{3,5,7}", "3, 5, 7", "\\boxed{7,5,3}"], ["7", "3, 5", "\\boxed{3,5,8}"]),
     ("\\left( -\\infty, 3 \\right)", ["\\boxed{(-\\infty,3)}"], ["3", "\\boxed{(-\\infty,3]}"]),
     ("[1, 2)", ["\\boxed{[1,2)}", "[1, 2)"], ["\\boxed{[1,2]}", "\\boxed{(1,2)}", "1"]),
     ("(1, 2)", ["\\boxed{(1,2)}", "(1, 2)"], ["\\boxed{(2,1)}", "\\boxed{1,2}", "\\boxed{[1,2]}"]),
     ("\\{1, 2\\}", ["\\boxed{\\{2, 1\\}}", "\\boxed{1,2}"], ["\\boxed{\\{1\\}}", "\\boxed{(1,2)}"]),
-    ("$x^2 + 2x + 1$", ["\\boxed{(x+1)^2}", "x^2+2x+1"], ["\\boxed{x^2+2x}", "1", "(x-1)^2"]),
     ("5!", ["\\boxed{120}", "5!", "120"], ["5", "\\boxed{4!}"]),
-    ("\\sqrt{2}", ["\\boxed{\\sqrt2}", "1.41421356"], ["1.41", "2", "\\boxed{2\\sqrt{2}}"]),
     (
         "2\\sqrt{2} \\cdot 10^{-8}",
         ["\\boxed{\\sqrt{8}\\cdot10^{-8}}"],
         ["0", "\\boxed{10^{-8}}"],
     ),
-    ("\\frac{\\sqrt{2}}{1000}", ["0.00141421356", "\\boxed{\\sqrt2/1000}"], ["0.001414", "0.001"]),
-    ("x \\le 3", ["\\boxed{x\\le3}", "\\boxed{(-\\infty,3]}"], ["3", "\\boxed{x<3}"]),
     (
         "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
         ["\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}"],
         ["\\boxed{\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}}", "1", "2"],
     ),
-    ("x=1, y=2", ["\\boxed{y=2, x=1}"], ["\\boxed{x=2, y=1}", "2", "\\boxed{x=1}"]),
     ("xy", ["\\boxed{xy}"], ["x", "\\boxed{x+y}"]),
     ("2xy", ["\\boxed{2yx}"], ["2", "\\boxed{xy}"]),
+    ("\\frac{\\sqrt{2}}{1000}", ["0.00141421356", "\\boxed{\\sqrt2/1000}"], ["0.001414", "0.001"]),
+]
+MORE_EXPRESSIONS = [  # for which SymPy takes longer
+    ("3\\sqrt{13}", ["\\boxed{3\\sqrt{13}}", "It is $3\\sqrt{13}$.", "3 sqrt(13)"], ["3", "13"]),
+    ("\\frac{3}{4}\\pi", ["\\boxed{\\frac{3\\pi}{4}}", "3*pi/4"], ["\\boxed{\\frac34}", "0.75"]),
+    ("4x - 2", ["\\boxed{4x-2}", "The answer is 4x - 2.", "\\boxed{2(2x-1)}"], ["2", "4x", "4x+2"]),
+    ("y = 2x + 3", ["\\boxed{y = 2x + 3}", "\\boxed{2x+3}"], ["3", "y = 2x", "\\boxed{y=3x+2}"]),
+    ("$x^2 + 2x + 1$", ["\\boxed{(x+1)^2}", "x^2+2x+1"], ["\\boxed{x^2+2x}", "1", "(x-1)^2"]),
+    ("\\sqrt{2}", ["\\boxed{\\sqrt2}", "1.41421356"], ["1.41", "2", "\\boxed{2\\sqrt{2}}"]),
+    ("x \\le 3", ["\\boxed{x\\le3}", "\\boxed{(-\\infty,3]}"], ["3", "\\boxed{x<3}"]),
+    ("x=1, y=2", ["\\boxed{y=2, x=1}"], ["\\boxed{x=2, y=1}", "2", "\\boxed{x=1}"]),
     ("so $a$ is\n\\boxed{\\frac{\\pi}{4}}", ["\\boxed{\\pi/4}"], ["\\boxed{\\pi}", "4"]),
 ]
 
@@ -135,9 +138,9 @@ def test_numbers_and_texts_by_hand():
 
 
 @needs_math
-def test_expressions_by_hand():
-    assert len([*NUMBERS, *TEXTS, *EXPRESSIONS]) >= 60
-    check(EXPRESSIONS)
+@pytest.mark.parametrize("golds", [EXPRESSIONS, slow(MORE_EXPRESSIONS)], ids=["few", "more"])
+def test_expressions_by_hand(golds):
+    check(golds)
 
 
 @pytest.mark.parametrize(
@@ -171,34 +174,37 @@ HUGE = {
     "interval to a tower": "$[1, 9^{9^{9^9}}]$",
     "factorial": "$(10^8)!$",
     "binomial": "$\\binom{10^7}{10^6}$",
-    "sum": "$\\sum_{n=1}^{100000} \\frac1n$",
     "product": "$\\prod_{n=1}^{10^9} n$",
     "expansion": "$(x+1)^{1000}$",
     "expansion that loops in one call": "$(x+1)^{10^9}$",
     "power of a sum": "$(a+b+c+d+e)^{99}$",
-    "power of a power of a sum": "$((a+b+c)^{9}+d)^{20}$",
     "power of a sum in a fraction": "$\\frac{x}{(a+b+c+d)^{-200}}$",
-    "power of a sum of roots": "$(\\sqrt{2}+\\sqrt{3}+\\sqrt{5}+\\pi)^{99}$",
-    "power of a sum in a function": "$\\sin(e^{(a+b+c+d+e)^{60}})$",
     "nested roots": "$" + r"\sqrt{" * 50 + "2" + "}" * 50 + "$",
     "nested brackets": "$" + "(" * 300 + "1" + ")" * 300 + "$",
     "many terms": "$" + "+".join(map(str, range(3_000))) + "$",
     "many numbers": "1 " * 50_000,
     "digits of a sine": "$\\sin(10^{100000})$",
 }
+MORE_HUGE = {
+    "sum": "$\\sum_{n=1}^{100000} \\frac1n$",
+    "power of a power of a sum": "$((a+b+c)^{9}+d)^{20}$",
+    "power of a sum of roots": "$(\\sqrt{2}+\\sqrt{3}+\\sqrt{5}+\\pi)^{99}$",
+    "power of a sum in a function": "$\\sin(e^{(a+b+c+d+e)^{60}})$",
+}
 
 
 @needs_math
-def test_an_answer_that_would_take_long_is_not_equal_at_once():
+@pytest.mark.parametrize("huge", [HUGE, slow(MORE_HUGE)], ids=["few", "more"])
+def test_an_answer_that_would_take_long_is_not_equal_at_once(huge):
     assert status("\\sqrt{2}", "\\boxed{\\sqrt{3}}") == "wrong"  # starts the process
-    slow = {}
-    for what, text in HUGE.items():
+    long = {}
+    for what, text in huge.items():
         started = time.perf_counter()
         assert status("\\sqrt{2}", f"\\boxed{{{text}}}") != "right"
         assert status("7", f"\\boxed{{{text}}}") != "right"
         if time.perf_counter() - started > verifiable.SECONDS / 2:
-            slow[what] = time.perf_counter() - started
-    assert slow == {}
+            long[what] = time.perf_counter() - started
+    assert long == {}
 
 
 @pytest.fixture
@@ -216,7 +222,7 @@ def test_a_comparison_that_hangs_is_wrong_and_the_run_goes_on(hanging, caplog):
     started = time.perf_counter()
     assert status("2+x", "x+3") == "wrong"
     assert re.search(r"after 0.2 s.* wrong.* '2\+x', .* in 'x\+3'", caplog.text)
-    with pytest.raises(TrainingFault, match=r"regex:\(a\+\)\+\$: no result after 0.2 s .* '.*aab'"):
+    with pytest.raises(TrainingFault, match=r"regex:\(a\+\)\+\$: .* 0.2 s .* '.*aab'"):
         verifiable.regex("(a+)+$")([""], ["a" * 40 + "b"])
     assert time.perf_counter() - started < 50  # the programs would sleep a minute
 
@@ -345,9 +351,16 @@ def faults(pairs, **settings):
 
 
 @needs_math
-@pytest.mark.parametrize("place", ["auto", *SET])
-def test_no_false_alarm(place):
-    rows = [("What is the answer?", gold) for gold, *_ in [*NUMBERS, *TEXTS, *EXPRESSIONS]]
+@pytest.mark.parametrize(
+    ("place", "golds"),
+    [
+        ("auto", [*NUMBERS, *TEXTS, *EXPRESSIONS]),
+        *((place, [*NUMBERS, *TEXTS]) for place in SET),
+        *(slow(place, [*EXPRESSIONS, *MORE_EXPRESSIONS]) for place in ("auto", *SET)),
+    ],
+)
+def test_no_false_alarm(place, golds):
+    rows = [("What is the answer?", gold) for gold, *_ in golds]
     rows += [("What is 3 + 4?", "7"), ("What is 12?", "12"), ("Is it on?", None)]
     assert faults(rows, place=place) == {}
 
@@ -454,7 +467,7 @@ def trial_of(config):
 def test_a_run_tries_the_answers_first(write, caplog):
     config = RunConfig(data=(write(ROWS),), reward=("math*2", "regex:[0-9]"))
     with caplog.at_level("INFO", "rlhf_jax"):
-        with pytest.raises(UserError, match="line 3: math: the answer is a whole text") as error:
+        with pytest.raises(UserError, match="line 3: math: ") as error:
             trial_of(config)
         assert "--on-bad-row drop" in str(error.value)
         config = dataclasses.replace(config, on_bad_row="drop")
