@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
+from recorded import grpo_run, with_state
 
 from rlhf_jax import gradient_step, models, ppo, rloo
 from rlhf_jax.config import (
@@ -186,29 +187,20 @@ def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
         rl.run(replace(again, resume=True), rloo, optimizer=other)
 
 
-def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
-    """Also with a function of texts as the reward: how many letters a response has."""
-    seen = []
-
-    def letters(prompts, responses):
-        return [len(response) for response in responses]
-
-    def on_step(step, state, metrics, rollout):
-        seen.append((step, int(state.train.step), dict(metrics), rollout))
-        return step == 2 or None
-
-    result = rl.run(config, rloo, reward=letters, on_step=on_step)
-    rows = metric_rows(result.folder)
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert [step for step, *_ in seen] == [1, 2]
-    assert [count for _, count, *_ in seen] == [1, 2]
-    for (step, _, metrics, rollout), row in zip(seen, rows[1:], strict=True):
-        assert {"step": step, **metrics} == row
-        assert np.mean(rollout.scores) == pytest.approx(metrics["objective/score"])
-        assert set(np.asarray(rollout.scores)) <= {0.0, 1.0, 2.0}
-    assert (result.folder / "checkpoints" / "2").is_dir()
-    assert result.model_folder.is_dir()
-    assert "ended early, after step 2 of 3: on_step asked for it\n" in capsys.readouterr().out
+def test_on_step_sees_each_step_and_may_end_the_run():
+    """Also with a function of texts as the reward: 1 and 1.5 in turn."""
+    run = grpo_run()
+    rows = metric_rows(run.result.folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [step for step, *_ in run.steps] == [1, 2, 3, 4]
+    assert [int(state.train.step) for _, state, *_ in run.steps] == [1, 2, 3, 4]
+    for (_, _, metrics, rollout), row in zip(run.steps, rows[1:], strict=True):
+        assert metrics.items() <= row.items()
+        assert metrics["objective/score"] == np.mean(rollout.scores)
+        assert rollout.scores.tolist() == [1.0, 1.5, 1.0, 1.5]
+    assert (run.result.folder / "checkpoints" / "4").is_dir()
+    assert run.result.model_folder.is_dir()
+    assert "ended early, after step 4 of 9: on_step asked for it" in run.said
 
 
 class Counts(nn.Module):
@@ -403,34 +395,16 @@ def test_parameters_that_could_not_be_saved_are_refused_first(params, message, w
         rl.run(with_own_policy, rloo, policy=policy)
 
 
-def with_state(create):
-    """RLOO as a module of one's own, whose state makes ``create(params)`` of the parameters."""
-    algorithm = types.ModuleType("tempered")
-    vars(algorithm).update({name: part for name, part in vars(rloo).items() if name[:2] != "__"})
-
-    class State(TrainState):
-        @classmethod
-        def create(cls, params, optimizer):
-            return TrainState.create(create(params), optimizer)
-
-    algorithm.State = State
-    algorithm.__doc__ = "RLOO."
-    return algorithm
-
-
-def test_an_algorithm_with_parameters_of_its_own_and_all_rows_of_its_result(config):
+def test_an_algorithm_with_parameters_of_its_own_and_all_rows_of_its_result():
     """The parameters are in the checkpoints and not in the model."""
-    algorithm = with_state(lambda params: params | {"log_temperature": jnp.zeros(())})
-    settings = replace(config.rl, validation_fraction=0.25, validation_interval=2)
-    result = rl.run(replace(config, rl=settings), algorithm, rloo.Config())
+    result = grpo_run().result
     assert "log_temperature" not in weights(result)
     with Checkpoints(result.folder / "checkpoints") as checkpoints:
-        assert "train/params/log_temperature" in checkpoints.arrays(3)
+        assert "train/params/log_temperature" in checkpoints.arrays(4)
     assert result.rows == metric_rows(result.folder)
-    assert [row["step"] for row in result.rows] == [0, 1, 2, 3]
     validated = [row["step"] for row in result.rows if "validation/score" in row]
-    assert validated == [0, 2, 3]
-    assert result.rows[-1] == {"step": 3, **result.metrics}
+    assert validated == [0, 2, 4]
+    assert result.rows[-1] == {"step": 4, **result.metrics}
 
 
 @dataclass(frozen=True)
@@ -463,16 +437,26 @@ def update(state, rollout, key, *, policy_fn, optimizer, config, **sharded):
     return after.replace(values=state.values.at[rollout.row_ids].set(seen)), metrics
 
 
-def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own_policy):
-    """A value model, which starts as the policy's network with its head, learns first. The head is
-    a constant: each value is 0.25 at the start.
-    """
+def headed():
+    """An actor-critic of one's own, and a network whose head is a constant: its values are 0.25."""
     algorithm = types.SimpleNamespace(
         __name__="mine", Config=Settings, State=Memory, needs_values=True, update=update
     )
     policy = counts_by_state(values=lambda params, states: states[..., 0] * 0 + params["critic"])
     start = policy.init
-    policy = policy._replace(init=lambda key: {**start(key), "critic": jnp.float32(0.25)})
+    return algorithm, policy._replace(init=lambda key: {**start(key), "critic": jnp.float32(0.25)})
+
+
+def test_a_value_head_of_ones_own_is_a_value_model_of_its_own(with_own_policy):
+    algorithm, policy = headed()
+    with pytest.raises(UserError, match="the policy's network has a value head of its own"):
+        rl.run(with_own_policy, algorithm, Settings(value="shared"), policy=policy)
+
+
+@pytest.mark.slow
+def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own_policy):
+    """A value model, which starts as the policy's network with its head, learns first."""
+    algorithm, policy = headed()
     seen = []
 
     def on_step(step, state, metrics, rollout):
@@ -488,12 +472,12 @@ def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own
     assert values.shape == (8, rollout.tokens.shape[1])
     assert first["value"]["critic"] != 0.25  # it learned alone
     assert np.any(first["policy"]["out"]["kernel"] != second["policy"]["out"]["kernel"])
-    with pytest.raises(UserError, match="the policy's network has a value head of its own"):
-        rl.run(elsewhere(config, "b"), algorithm, Settings(value="shared"), policy=policy)
 
 
 def test_an_algorithm_that_changes_the_policys_parameters_is_refused_before_it_trains(config):
-    algorithm = with_state(lambda params: params | {"ln_f": params["ln_f"] | {"x": jnp.zeros(())}})
+    algorithm = with_state(
+        rloo, lambda params: params | {"ln_f": params["ln_f"] | {"x": jnp.zeros(())}}
+    )
     steps = []
     with pytest.raises(UserError, match="has other parameters of the policy than it was given"):
         rl.run(config, algorithm, rloo.Config(), on_step=lambda step, *_: steps.append(step))
