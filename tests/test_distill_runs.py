@@ -106,6 +106,7 @@ def test_a_stopped_run_goes_on_alike_and_is_repeated(short):
     assert audit.differences == []
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_its_teacher_learns_nothing(short):
     config = with_rl(replace(short, model=short.distill.teacher), num_iterations=1)
     result = run(config)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import goes_on_alike, metric_rows, save_base, slow, soak, with_rl
+from builders import goes_on_alike, letters_run, metric_rows, save_base, slow, soak, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -19,7 +19,7 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.config import DPOStage, KTOStage, LoRA, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import dpo, kto
-from rlhf_jax.training.common import references
+from rlhf_jax.training.common import memory, references, stage
 from rlhf_jax.training.supervised import entry
 
 RNG = np.random.default_rng(0)
@@ -142,6 +142,27 @@ def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
     assert all(reference is not None for _, reference in states)
 
 
+def test_a_stage_moves_its_reference_before_a_step(monkeypatch, tmp_path):
+    """Each update adds 1 to the weights; after every two of them they become the reference."""
+    apart = []
+
+    def jit_update(self, update, num_blocks):
+        def add(state, *inputs, **functions):
+            bias = (state.params["ln_f"]["bias"], state.reference["ln_f"]["bias"])
+            apart.append(float(np.mean(bias[0] - bias[1])))
+            params = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
+            return replace(state, params=params), {"nonfinite": 0.0}
+
+        return add
+
+    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    monkeypatch.setattr(memory, "check", lambda *args: None)
+    config = with_stage(letters_run(tmp_path), "dpo", reference_refresh=2)
+    dpo.run(config)
+    assert apart == [0.0, 1.0] * 3
+
+
+@pytest.mark.slow
 def test_every_second_step_the_policy_becomes_the_reference(short):
     """The loss of DPO is then log 2: it compares a policy with itself."""
     result, states = supervised_run(short, dpo.SPEC, reference_refresh=2)
