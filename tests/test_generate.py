@@ -159,7 +159,7 @@ def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(write, tmp_
         "    both = zip(want, messages, strict=True)\n"
         "    return [None if n is None else n / 2 + len(talk) for n, talk in both]\n"
     )
-    rows = write("--reward", f"{file}:wanted", "--batch-size", "1", "--n", "2")
+    rows = write("--reward", f"{file}:wanted", "--n", "2")
     assert [row["score"] for row in rows[::2]] == [1, 1.5, 2, 2.5, 3, 3.5, 4, None]
     assert [row["score"] for row in rows[1::2]] == [row["score"] for row in rows[::2]]
 

@@ -30,15 +30,20 @@ build_once = asked_runs.build_once
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy and a reward model with random weights that are large enough for texts to differ."""
+    """A policy and a reward model with random weights that are large enough for texts to differ;
+    the second has those of the first and a head.
+    """
     root = tmp_path_factory.mktemp("models")
     tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyz :")
-    for seed, (name, max_length) in enumerate({"policy": 48, "reward": 40}.items()):
+    for name, max_length in {"policy": 48, "reward": 40}.items():
         model = models.build(
             models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5)
         )
-        params = model.init(jax.random.key(seed))
-        if name == "reward":
+        if name == "policy":
+            params = model.init(jax.random.key(0))
+        else:
+            places = params["wpe"]["embedding"][:max_length]
+            params = params | {"wpe": {"embedding": places}}
             params = models.add_head(jax.random.key(2), params, "score")
         how = sampling.SamplingConfig(
             NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id

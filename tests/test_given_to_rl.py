@@ -106,7 +106,7 @@ def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(co
 def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
     plateau = Optimizer(schedule="plateau", decay_patience=1)
     wrong = replace(config, rl=replace(config.rl, optimizer=plateau))
-    with pytest.raises(UserError, match="plateau cannot lower the rate of an optimizer that Pyth"):
+    with pytest.raises(UserError, match=r"plateau .* optimizer that Python"):
         rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
 
 
@@ -123,7 +123,7 @@ def test_a_function_of_texts_that_asks_for_a_missing_column_is_refused(config):
     def reward(prompts, responses, gold):
         return [0.0] * len(prompts)
 
-    with pytest.raises(UserError, match="reward: missing a required argument: 'gold'; the prompts"):
+    with pytest.raises(UserError, match=r"reward: .* argument: 'gold'"):
         rl.run(config, rloo, reward=reward)
 
 
@@ -291,7 +291,7 @@ def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_p
     assert manifest["given"].keys() == {"policy"}
     [record] = records.find([result.folder])
     assert record.finished
-    with pytest.raises(UserError, match="one that Python gave, no Hugging Face model"):
+    with pytest.raises(UserError, match="one that Python gave"):
         export.export(result.folder, result.folder.parent / "exported")
     with pytest.raises(UserError, match=r"read them by rlhf_jax\.training\.common\.own\.load"):
         models.load(result.model_folder)
@@ -437,26 +437,17 @@ def update(state, rollout, key, *, policy_fn, optimizer, config, **sharded):
     return after.replace(values=state.values.at[rollout.row_ids].set(seen)), metrics
 
 
-def headed():
-    """An actor-critic of one's own, and a network whose head is a constant: its values are 0.25."""
+@pytest.mark.slow
+def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own_policy):
+    """A value model, which starts as the policy's network with its head, learns first. The head is
+    a constant: each value is 0.25 at the start.
+    """
     algorithm = types.SimpleNamespace(
         __name__="mine", Config=Settings, State=Memory, needs_values=True, update=update
     )
     policy = counts_by_state(values=lambda params, states: states[..., 0] * 0 + params["critic"])
     start = policy.init
-    return algorithm, policy._replace(init=lambda key: {**start(key), "critic": jnp.float32(0.25)})
-
-
-def test_a_value_head_of_ones_own_is_a_value_model_of_its_own(with_own_policy):
-    algorithm, policy = headed()
-    with pytest.raises(UserError, match="the policy's network has a value head of its own"):
-        rl.run(with_own_policy, algorithm, Settings(value="shared"), policy=policy)
-
-
-@pytest.mark.slow
-def test_an_actor_critic_of_ones_own_with_the_value_head_of_its_network(with_own_policy):
-    """A value model, which starts as the policy's network with its head, learns first."""
-    algorithm, policy = headed()
+    policy = policy._replace(init=lambda key: {**start(key), "critic": jnp.float32(0.25)})
     seen = []
 
     def on_step(step, state, metrics, rollout):
@@ -479,6 +470,6 @@ def test_an_algorithm_that_changes_the_policys_parameters_is_refused_before_it_t
         rloo, lambda params: params | {"ln_f": params["ln_f"] | {"x": jnp.zeros(())}}
     )
     steps = []
-    with pytest.raises(UserError, match="has other parameters of the policy than it was given"):
+    with pytest.raises(UserError, match="other parameters of the policy"):
         rl.run(config, algorithm, rloo.Config(), on_step=lambda step, *_: steps.append(step))
     assert not steps

@@ -79,14 +79,14 @@ def test_a_share_is_between_0_and_1(share):
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
 def test_a_loss_without_a_reference_has_none_that_moves(kind):
     for name, value in {"reference_ema": 0.5, "reference_refresh": 2}.items():
-        with pytest.raises(ValueError, match=f"the kind {kind} has no reference"):
+        with pytest.raises(ValueError, match=f"{kind} has no reference"):
             DPOStage(kind=kind, **{name: value})
 
 
 def test_it_stays_on_the_devices_and_needs_a_kl(config):
     moving = replace(config, dpo=replace(config.dpo, reference_ema=0.5))
     offloading = replace(moving, compute=replace(config.compute, offload=("reference",)))
-    with pytest.raises(UserError, match="a reference that moves stays on the devices"):
+    with pytest.raises(UserError, match=r"compute\.offload: a reference that moves"):
         dpo.run(offloading)
     rl = with_rl(config, reference_ema=0.5, kl_coef=0.0, kl_target=None)
     with pytest.raises(UserError, match=r"rl\.reference_ema: no KL is used here"):
@@ -145,13 +145,15 @@ def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
 def test_a_stage_moves_its_reference_before_a_step(monkeypatch, tmp_path):
     """Each update adds 1 to the weights; after every two of them they become the reference."""
     apart = []
+    more = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1.0, params))
 
     def jit_update(self, update, num_blocks):
         def add(state, *inputs, **functions):
-            bias = (state.params["ln_f"]["bias"], state.reference["ln_f"]["bias"])
-            apart.append(float(np.mean(bias[0] - bias[1])))
-            params = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
-            return replace(state, params=params), {"nonfinite": 0.0}
+            ours, theirs = (
+                np.asarray(of["ln_f"]["bias"]) for of in (state.params, state.reference)
+            )
+            apart.append(np.mean(ours - theirs))
+            return replace(state, params=more(state.params)), {"nonfinite": 0.0}
 
         return add
 

@@ -198,14 +198,12 @@ def test_answers_that_a_rule_verifies(monkeypatch):
     assert parts == {"regex:^.a$": [1, 0], "regex:e": [1, 1]}
     with monkeypatch.context() as missing:
         missing.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(
-            UserError, match="--reward math: the package math-verify is not installed; pip install"
-        ):
+        with pytest.raises(UserError, match=r"--reward math: .* math-verify .* pip install"):
             build("math", columns=("answer",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(
         UserError,
-        match="math: missing a required argument: 'answer'; the prompts' columns are topic",
+        match=r"math: .* 'answer'; .* columns are topic",
     ):
         build("math", columns=("topic",))
     assert build("math", columns=("answer",)).host is not None
