@@ -76,7 +76,6 @@ def of_steps(result, name):
     "settings",
     [
         {"divergence": "reverse_kl"},
-        slow({"divergence": "forward_kl"}),
         slow({"divergence": "jsd", "num_minibatches": 2}),
         slow({"divergence": "sampled", "clip_high": 5.0, "num_microbatches": 2}),
     ],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import initial_params, metric_rows, slow, with_rl
+from builders import initial_params, metric_rows, with_rl
 from numpy.testing import assert_array_equal
 from servers import VLLM
 
@@ -98,9 +98,8 @@ def config(policy, server, tmp_path):
     )
 
 
-def run(config, algorithm=grpo, **given):
-    settings = {ppo: ppo.Config(num_epochs=1), grpo: GROUPS}[algorithm]
-    return rl.run(config, algorithm, settings, **given).folder
+def run(config):
+    return rl.run(config, grpo, GROUPS).folder
 
 
 def kinds(server):
@@ -146,11 +145,10 @@ def test_a_run_with_lora_samples_with_the_adapters_of_each_step(config, server, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["shared", slow("separate")])
-def test_full_weights_are_read_again_and_have_a_version(config, server, value):
+def test_full_weights_are_read_again_and_have_a_version(config, server):
     """Of PPO, whose value function stays here."""
     full = replace(with_rl(config, num_iterations=2), lora=LoRA())
-    settings = PPOStage(value=value, num_epochs=1)
+    settings = PPOStage(num_epochs=1)
     folder = rl.run(full, ppo, settings).folder
     for row in metric_rows(folder)[1:]:
         assert row["policy/sampler_gap"] < 1e-4
@@ -189,13 +187,12 @@ def with_turns(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["grpo", slow("ppo"), slow("turns")])
+@pytest.mark.parametrize("kind", ["grpo", "turns"])
 def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tmp_path, kind):
-    algorithm = ppo if kind == "ppo" else grpo
     if kind == "turns":
         config = with_turns(config, tmp_path)
     fixed = with_rl(config, engine=f"openai:{server.url}/v1", engine_cap=1.5)
-    folder = run(fixed, algorithm)
+    folder = run(fixed)
     rows = metric_rows(folder)[1:]
     assert rows[0]["policy/sampler_gap"] < 1e-4
     assert rows[-1]["policy/sampler_gap"] > 0.01
@@ -204,13 +201,13 @@ def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tm
     assert {body["model"] for body in asked(server)} == {server.name}
     count = len(server.asked)
     stored = with_rl(fixed, engine=f"stored:{folder / 'engine'}")
-    again = run(replace(stored, output_dir=f"{config.output_dir}_again"), algorithm)
+    again = run(replace(stored, output_dir=f"{config.output_dir}_again"))
     assert rows_of(again) == rows_of(folder)
     assert len(server.asked) == count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["off", "token_mask", "sequence_truncate"])
+@pytest.mark.parametrize("how", ["off", "sequence_truncate"])
 def test_the_kinds_of_correction(config, server, how):
     fixed = with_rl(config, engine=f"openai:{server.url}", engine_cap=1.01, engine_importance=how)
     row = metric_rows(run(fixed))[-1]

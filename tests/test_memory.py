@@ -119,7 +119,7 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", slow("kto"), "ppo"])
+@pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
     """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
     texts = [
