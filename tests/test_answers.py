@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import initial_params, json_lines, save_base
+from builders import initial_params, json_lines, perturbed, save_base
 
 from rlhf_jax import models, training
 from rlhf_jax.config import Answering, LoRA, Optimizer
@@ -132,11 +132,8 @@ def network():
     special = {"pad_token_id": TOKENIZER.pad_id, "eos_token_id": TOKENIZER.eos_id}
     sizes = {"max_length": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
     model = models.build(models.GPT2Config(12, **sizes, **special))
-    key = jax.random.key(5)
-    base = jax.tree.map(lambda leaf: 9 * leaf, initial_params(model))
-    drawn = models.lora.init(key, base, 2)
-    adapters = jax.tree.map(lambda leaf: leaf + 0.5 * jax.random.normal(key, leaf.shape), drawn)
-    return model, base, adapters
+    base = jax.tree.map(lambda leaf: 9 * np.asarray(leaf), initial_params(model))
+    return model, base, perturbed(models.lora.init(jax.random.key(5), base, 2))
 
 
 def test_the_answers_are_greedy_and_compared_with_the_reference():

@@ -85,10 +85,10 @@ def test_the_rows_are_what_the_generator_says(runs, write, capsys):
 def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
     other = {"max_new_tokens": 4, "temperature": 0, "template": "a{prompt}"}
     flags = ("--max-new-tokens", "4", "--temperature", "0", "--template", "a{prompt}")
-    expected = Generator(runs / "policy" / "model", **other)(PROMPTS, seed=0)
-    assert [row["response"] for row in write(*flags)][:7] == expected.texts
-    inner = write(name="inner.jsonl", policy="policy/model")
-    assert inner == write(name="outer.jsonl")
+    expected = Generator(runs / "policy" / "model", **other)([*PROMPTS, MESSAGES], seed=0)
+    assert [row["response"] for row in write(*flags)] == expected.texts
+    inner = write("--n", "2", name="inner.jsonl", policy="policy/model")
+    assert inner == write("--n", "2", name="outer.jsonl")
 
 
 @pytest.mark.slow
@@ -159,17 +159,17 @@ def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(write, tmp_
         "    both = zip(want, messages, strict=True)\n"
         "    return [None if n is None else n / 2 + len(talk) for n, talk in both]\n"
     )
-    rows = write("--reward", f"{file}:wanted", "--batch-size", "1", "--n", "2")
+    rows = write("--reward", f"{file}:wanted", "--n", "2")
     assert [row["score"] for row in rows[::2]] == [1, 1.5, 2, 2.5, 3, 3.5, 4, None]
     assert [row["score"] for row in rows[1::2]] == [row["score"] for row in rows[::2]]
 
 
 def test_the_rows_are_demonstrations(write, tmp_path):
-    rows = write()
+    rows = write("--n", "2")
     read = formats.read("demonstrations", tmp_path / "out.jsonl").rows
     assert [row.responses[0] for row in read] == [row["response"] for row in rows]
-    assert [row.prompt for row in read][:7] == PROMPTS
-    assert read[7].messages == MESSAGES
+    assert [row.prompt for row in read[::2]][:7] == PROMPTS
+    assert read[14].messages == MESSAGES
 
 
 def test_prompt_and_response_fit_into_the_reward_model_too(runs, write, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 from rlhf_jax import models, sampling
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation import generator as module
 from rlhf_jax.generation.generator import Generator, LanguageModel
@@ -21,6 +22,7 @@ from rlhf_jax.training.common import initial
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6
+WIDEST = 16  # columns of the first prompts with their responses
 
 
 build_once = asked_runs.build_once
@@ -28,15 +30,20 @@ build_once = asked_runs.build_once
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy and a reward model with random weights that are large enough for texts to differ."""
+    """A policy and a reward model with random weights that are large enough for texts to differ;
+    the second has those of the first and a head.
+    """
     root = tmp_path_factory.mktemp("models")
     tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyz :")
-    for seed, (name, max_length) in enumerate({"policy": 48, "reward": 40}.items()):
+    for name, max_length in {"policy": 48, "reward": 40}.items():
         model = models.build(
             models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5)
         )
-        params = model.init(jax.random.key(seed))
-        if name == "reward":
+        if name == "policy":
+            params = model.init(jax.random.key(0))
+        else:
+            places = params["wpe"]["embedding"][:max_length]
+            params = params | {"wpe": {"embedding": places}}
             params = models.add_head(jax.random.key(2), params, "score")
         how = sampling.SamplingConfig(
             NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
@@ -131,8 +138,9 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
         prompt = tokenizer.encode(PROMPTS[i // 2] + ":")
         answer = tokenizer.encode(generations.texts[i])
         answer += [tokenizer.eos_id] * bool(generations.finished[i])
-        tokens = np.array([prompt + answer])
-        mask = np.ones_like(tokens)
+        length = len(prompt) + len(answer)
+        tokens = np.array([prompt + answer + [tokenizer.pad_id] * (WIDEST - length)])
+        mask = (np.arange(WIDEST) < length)[None]
         log_probs = jax.nn.log_softmax(apply(params, tokens, mask))[0, len(prompt) - 1 :]
         expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
@@ -194,7 +202,8 @@ def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(
 ):
     assert generations.texts[0] != generations.texts[1]
     assert generator(PROMPTS, seed=4, num_samples=2).texts != generations.texts
-    assert_alike(generator(["abc", "d", "abc"], seed=3), generations, [0, 2, 1])
+    again = [PROMPTS[i] for i in (0, 1, 0, 1, 3, 3, 2, 2, 4, 4)]  # as many rows
+    assert_alike(generator(again, seed=3), generations, [0, 2, 1, 3, 6, 7, 4, 5, 8, 9])
 
 
 def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(folders):
@@ -217,7 +226,7 @@ def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(f
 
 def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
     room = 40 - NEW - len(":")  # of the reward model, the shorter one
-    assert len(generator(["a" * room]).texts) == 1
+    assert len(generator.ask([Row("a" * room, (), "")]).ids[0]) == generator.room
     with pytest.raises(
         UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} are"
     ):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from builders import initial_params, soak
+from builders import initial_params, slow, soak
 
 from rlhf_jax import models, training
 from rlhf_jax.algorithms import grpo, ppo
@@ -135,7 +135,7 @@ def planned_bytes(case, folder):
     return sum(memory.on_device(tree) for tree in stays)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [slow(c) if c in FURTHER else c for c in CASES], ids=str)
 def test_a_plan_counts_what_a_stage_holds(case, world):
     folder, size = world
     assert planned_bytes(case, folder) / size == pytest.approx(CASES[case][1], abs=0.02)

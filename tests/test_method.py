@@ -13,7 +13,7 @@ import pytest
 from jax import Array
 
 from rlhf_jax import TrainState, iteration, ppo, rloo, vpg
-from rlhf_jax.config import Optimizer, RLStage, RunConfig, for_algorithm, parse
+from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, for_algorithm, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.rl import critic
 from rlhf_jax.training.rl.method import completed
@@ -151,7 +151,7 @@ def test_parts_that_a_run_cannot_use_are_a_sentence(parts, says):
 def test_counts_of_a_config_are_whole_numbers(changes, says):
     with pytest.raises(UserError, match=says):
         for_algorithm(RunConfig(), MINE, Plain(**changes))
-    with pytest.raises(ValueError, match="group_size must be a number, got '2'"):
+    with pytest.raises(ValueError, match=r"group_size must be .* '2'"):
         rloo.Config(group_size="2")
 
 
@@ -187,6 +187,14 @@ def test_what_a_value_function_cannot_be(changes, needs_values, says):
     config = types.SimpleNamespace(**{**vars(AlgorithmConfig), **vars(config), **changes})
     with pytest.raises(UserError, match=says):
         critic.check("mine", config, needs_values)
+
+
+def test_a_value_head_in_the_policys_network_learns_with_it():
+    for config in (PPOStage(value_warmup=1), PPOStage(value_learning_rate=0.1)):
+        with pytest.raises(UserError, match="give value: separate"):
+            critic.check_own_head(config)
+        critic.check_own_head(dataclasses.replace(config, value="separate"))
+    critic.check_own_head(PPOStage())
 
 
 def test_an_algorithm_without_values_has_no_settings_of_them():

@@ -3,9 +3,9 @@
 import importlib.util
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,17 @@ import pytest
 from builders import initial_params
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import models, rewards, vpg
-from rlhf_jax.config import Compute
+from rlhf_jax import models, rewards
+from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.graders import spec
-from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
+from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.types import Rollout
 
 TOKENIZER = tokenizers.characters("abcdefghij ")
@@ -150,9 +153,8 @@ def test_what_entries_mean(pair):
 
 
 def test_the_parts_of_several_entries_have_their_names(pair):
-    total, parts = build(
-        "length", "runs/rm5/model", f"min:x/5,{pair}", f"uncertainty:0.5:{pair}*2"
-    ).fn(rollout())
+    reward = build("length", "runs/rm5/model", f"min:x/5,{pair}", f"uncertainty:0.5:{pair}*2")
+    total, parts = jax.jit(lambda rollout: reward.fn(rollout))(rollout())
     ensembles = {"min:5,pair", "uncertainty:0.5:pair"}
     assert parts.keys() == {
         "length",
@@ -196,14 +198,12 @@ def test_answers_that_a_rule_verifies(monkeypatch):
     assert parts == {"regex:^.a$": [1, 0], "regex:e": [1, 1]}
     with monkeypatch.context() as missing:
         missing.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(
-            UserError, match="--reward math: the package math-verify is not installed; pip install"
-        ):
+        with pytest.raises(UserError, match=r"--reward math: .* math-verify .* pip install"):
             build("math", columns=("answer",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(
         UserError,
-        match="math: missing a required argument: 'answer'; the prompts' columns are topic",
+        match=r"math: .* 'answer'; .* columns are topic",
     ):
         build("math", columns=("topic",))
     assert build("math", columns=("answer",)).host is not None
@@ -305,10 +305,12 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):
-    config = replace(config, reward=(f"{functions}:nan",))
+def test_a_nan_reward_stops_the_run_and_names_its_prompt(functions):
+    stage = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
+    prompts = EncodedPrompts(None, None, [Row("ab", (), "")], (), {})
+    score = steps.on_host(stage, build(f"{functions}:nan"), steps.unguarded)
     with pytest.raises(TrainingFault, match="row 0, prompt"):
-        rl.run(config, vpg)
+        score(rollout(), Batch(prompts, np.array([0, 0]), None))
 
 
 def test_an_evaluation_reads_scores_by_the_same_rules(functions):

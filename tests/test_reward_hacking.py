@@ -147,6 +147,7 @@ def test_a_constant_reward_teaches_nothing(algorithm, tmp_path):
     assert "reward/equal_share is 1" in alerts[0]["message"]
 
 
+@pytest.mark.slow
 def test_a_judge_that_does_not_exist_is_named(tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\ncd\n", "utf-8")
     rl = replace(CONFIG.rl, judge=("mine.py:judge",))

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import chat_families
@@ -58,12 +58,18 @@ def as_of_others(folder):
 
 
 def judge_alone(folder, messages, response):
-    """The score of one text, without padding."""
+    """The score of one text, without padding on its left."""
     judge = LanguageModel.load(folder)
     ids = encoding.answered_ids(messages, response, judge.tokenizer, "", ends=True)
-    tokens = np.array([ids])
-    score = jax.jit(models.score_fn(judge.model))
-    return float(score(judge.params, tokens, np.ones_like(tokens), None)[0])
+    tokens = np.full((1, 96), judge.tokenizer.pad_id)
+    tokens[0, : len(ids)] = ids
+    score = scorer(models.build(judge.model.config))
+    return float(score(judge.params, tokens, np.arange(96)[None] < len(ids), None)[0])
+
+
+@cache
+def scorer(model):
+    return jax.jit(models.score_fn(model))
 
 
 def sampled(prompts, said):

@@ -1,21 +1,23 @@
 """The composition of an RL run: what its check of memory calls, and what decides its remat."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import letters_run, with_rl
 
-from rlhf_jax import ppo, training, vpg
+from rlhf_jax import iteration, ppo, training, vpg
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import loop, remat
-from rlhf_jax.training.rl import programs
+from rlhf_jax.training.common import remat
+from rlhf_jax.training.rl import composition, programs
 from rlhf_jax.training.rl.inputs import Inputs
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.types import Rollout
@@ -98,9 +100,10 @@ def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():
     params = {"kernel": jnp.zeros(1)}
     optimizer = programs._optimizer(method, params)
     state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
     rates = []
     for _ in range(31):
-        _, state = optimizer.update(params, state, params)
+        _, state = update(params, state, params)
         rates.append(state.hyperparams["learning_rate"])
     np.testing.assert_allclose(rates, np.linspace(1.0, 0.0, 31), atol=1e-6)
 
@@ -119,24 +122,15 @@ def test_the_kl_coefficient_of_the_settings_counts_when_it_may_change(tmp_path):
     assert 0.4 < adapted < 0.5
 
 
-class Reached(Exception):
-    pass
-
-
-def test_a_coefficient_goes_on_only_if_it_adapts_and_began_at_the_same_value(tmp_path, monkeypatch):
-    jobs = []
-
-    def reach(stage, state, job):
-        jobs.append(job)
-        raise Reached
-
-    monkeypatch.setattr(loop, "train", reach)
-    config = replace(letters_run(tmp_path), reward=("length",))
-    for target in (1.0, None):
-        with pytest.raises(Reached):
-            training.rl.run(with_rl(config, kl_coef=0.25, kl_target=target), vpg)
-        config = replace(config, overwrite=True)
-    adapting, fixed = (job.adopt for job in jobs)
+def test_a_coefficient_goes_on_only_if_it_adapts_and_began_at_the_same_value():
+    adapting, fixed = (
+        partial(
+            composition._with_coefficient,
+            Method(vpg, vpg.Config(), RLStage(kl_coef=0.25, kl_target=target), penalty, None),
+        )
+        for target in (1.0, None)
+        for penalty in [iteration.kl_penalty(0.25, target=target, horizon=10)]
+    )
     state = LoopState.create(None, 0.125)
     assert adapting(state, {"rl": {"kl_coef": 0.25}}) is state
     assert adapting(state, {}) is state  # of an older version

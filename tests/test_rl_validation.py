@@ -78,20 +78,33 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
     assert shown == [row["prompt"] for row in OTHERS[:2]] * 2
 
 
-def test_greedy_validations_of_a_run_as_long_as_a_pass(config, tmp_path, capsys):
+@pytest.fixture
+def validated(config, monkeypatch):
+    """The first validation of a run with other settings of ``rl``, which ends behind it."""
+
+    def train(stage, state, job):
+        raise Killed(job.validate(state))
+
+    def run(**settings):
+        with pytest.raises(Killed) as killed:
+            training.rl.run(replace(config, rl=replace(config.rl, **settings)), vpg)
+        return killed.value.args[0]
+
+    monkeypatch.setattr(loop, "train", train)
+    return run
+
+
+def test_greedy_validations_of_a_run_as_long_as_a_pass(config, validated, tmp_path, capsys):
     """Nine prompts are a pass of two batches of eight. The likeliest answer to a prompt is one,
     wherever it stands; samples differ."""
     write(tmp_path / "prompts.json", [{"prompt": f"say {c}", "topic": c} for c in "abcdefghi"])
     twice = write(tmp_path / "others.json", [{"prompt": "x", "topic": c} for c in "ab"])
-    settings = {"validation_data": twice, "num_epochs": 1, "validation_temperature": 0.0}
-    path = training.rl.run(replace(config, rl=replace(config.rl, **settings)), vpg).folder
+    found = validated(validation_data=twice, num_epochs=1, validation_temperature=0.0)
     said = "2 iterations of 8 prompts x 1 answers: 1.78 passes over 9 prompts\n"
     assert said in capsys.readouterr().out
-    samples = [row["response"] for row in json_lines(path / "samples.jsonl")]
-    assert len(samples) == 4  # two before and two after
-    assert samples[0] == samples[1]
-    assert samples[2] == samples[3]
-    assert "num_epochs: 1" in (path / "config.yaml").read_text()
+    first, second = (row["response"] for row in found.samples)
+    assert first == second
+    assert "num_epochs: 1" in (tmp_path / "run" / "config.yaml").read_text()
     own = replace(config.rl, temperature=0.5)
     characters = tokenizers.characters(["ab"])
     assert initial.validation_config(own, characters).temperature == 0.5
@@ -99,24 +112,16 @@ def test_greedy_validations_of_a_run_as_long_as_a_pass(config, tmp_path, capsys)
     assert initial.sampling_config(own, characters).temperature == 0.5
 
 
-def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, monkeypatch):
+def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, validated):
     """Three prompts x 4 samples are two batches of eight; the metric is the mean of all twelve."""
-    settings = replace(config.rl, validation_samples=4, show_examples=0)
-
-    def train(stage, state, job):
-        raise Killed(job.validate(state))
-
-    monkeypatch.setattr(loop, "train", train)
-    with pytest.raises(Killed) as killed:
-        training.rl.run(replace(config, rl=settings), vpg)
-    [found] = killed.value.args
+    found = validated(validation_samples=4, show_examples=0)
     rows = found.samples
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS for _ in range(4)]
     assert len({row["response"] for row in rows[:4]}) > 1
     mean = np.mean([row["score"] for row in rows])
     assert found.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
     with pytest.raises(ValueError, match="validation_samples: with validation_temperature 0"):
-        replace(settings, validation_temperature=0.0)
+        replace(config.rl, validation_samples=4, validation_temperature=0.0)
 
 
 def test_the_interval_of_a_win_rate_is_one_over_prompts():

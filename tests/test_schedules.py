@@ -65,7 +65,7 @@ def test_the_rate_of_each_step(settings, rates):
 
 
 def test_a_floor_needs_a_schedule_that_ends():
-    with pytest.raises(ValueError, match="min_lr_ratio: the schedule constant has no end"):
+    with pytest.raises(ValueError, match=r"min_lr_ratio: .* constant"):
         Optimizer(min_lr_ratio=0.1)
 
 
