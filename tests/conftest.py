@@ -73,6 +73,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+# What tests write need not outlive a power cut, and a run syncs each of its files, which takes longer
+# than to write them. Tests of writing look at the calls.
+os.fsync = lambda file: None
+
 cli.attach_console()  # as scripts do: capsys sees what a run reports
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

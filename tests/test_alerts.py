@@ -215,12 +215,6 @@ def run(config, **options):
     return run_loop(config, num_steps=len(LOSSES), **{"losses": LOSSES} | options)[0]
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """No test here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
-
-
 @pytest.fixture
 def config(tmp_path):
     return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=9, alerts=(RULE,))

@@ -292,22 +292,15 @@ from rlhf_jax.data import demo
 for name in ("sft_data.json", "preference_data.json"):
     demo.FILES[name] = (256, demo.FILES[name][1])
 """
-# A run draws its page on README, and where ``rlhf-jax report`` stands: it takes long.
-NO_PAGE = """
-import rlhf_jax.report.page
-rlhf_jax.report.page.write = lambda runs, path: None
-"""
 
 
-def run_command(command, typed, folder, with_page):
+def run_command(command, typed, folder, **environment):
     words = shlex.split(command, comments=True)
-    program, *rest = words
-    if program not in ("python", "rlhf-jax"):
+    if words[0] not in ("python", "rlhf-jax"):
         return subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=False, shell=True
         )
-    drawn = with_page or rest[0] not in stages.STAGES
-    return forks.run(words, folder, typed, SMALL if drawn else SMALL + NO_PAGE)
+    return forks.run(words, folder, typed, SMALL, **environment)
 
 
 @pytest.mark.slow
@@ -319,8 +312,9 @@ def run_command(command, typed, folder, with_page):
 def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
     lines = typed(path)
+    pages = {"PAGES": "1"} if path == README else {}
     for command in to_run(path):
-        done = run_command(command, lines.get(command, ""), tmp_path, path == README)
+        done = run_command(command, lines.get(command, ""), tmp_path, **pages)
         check_end(done, f"{name(path)}: {command}")
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration
         rows = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text("utf-8").splitlines()

@@ -53,12 +53,6 @@ def answers(runs):
     return [texts[2 * i : 2 * i + 2] for i in range(NUM_PAIRS)]
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """No test here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
-
-
 @pytest.fixture
 def ask(runs, tmp_path):
     """Judges pairs: ``judge`` is the typed lines, or a function of the two answers as shown."""

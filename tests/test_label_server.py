@@ -66,12 +66,6 @@ class Site:
         return asyncio.run(all_of_them())
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """No test here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
-
-
 @pytest.fixture
 def site(tmp_path):
     sites = []

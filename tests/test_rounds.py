@@ -128,12 +128,6 @@ class Stands:
 write_rows = compare.write_rows
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """No test here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
-
-
 @pytest.fixture
 def stand(monkeypatch):
     """Puts stand-ins in the place of what computes."""
