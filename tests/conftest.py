@@ -73,7 +73,7 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# What tests write need not outlive a power cut, and a run syncs each of its files, which takes longer
+# What tests write need not outlive a power cut; a run syncs each of its files, which takes longer
 # than to write them. Tests of writing look at the calls.
 os.fsync = lambda file: None
 

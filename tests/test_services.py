@@ -386,7 +386,6 @@ def test_a_service_that_fails_in_one_process_fails_as_such_in_all(monkeypatch):
     assert issubclass(ServiceError, UserError)
 
 
-@pytest.mark.slow
 def test_an_evaluation_asks_a_judge(serve, data, tmp_path):
     server = serve(judged_letters)
     (tmp_path / "kind.yaml").write_text(RUBRIC)
