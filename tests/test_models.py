@@ -279,7 +279,7 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     """Not a token later than the query is seen: its logits are there before that token is
     written. Stacked layers decode one by one.
     """
-    config = replace(config, num_layers=3 if scan_layers else 2)
+    config = replace(config, num_layers=3 if scan_layers else 1)
     model, params = tiny(config, scan_layers=scan_layers, remat=scan_layers)
     expected = np.asarray(model.apply(params, TOKENS, MASK))
     positions = np.asarray(jax.jit(attention.positions)(MASK))
@@ -618,31 +618,28 @@ DEEPER = [replace(config, num_layers=3) for config in (CONFIG, LLAMA, GEMMA)]
         *(slow(config, {"scan_layers": True}) for config in DEEPER[1:]),
     ],
 )
-def test_columns_that_are_read_are_those_of_all(config, changes):
-    """The states, and the gradient of their weighted sum."""
+@pytest.mark.parametrize("columns", [slow(slice(2, 5)), jnp.array([[4, 2], [0, 5], [3, 3]])])
+def test_columns_that_are_read_are_those_of_all(columns, config, changes):
+    """The states, and the gradient of their weighted sum. test_heads.py reads slices."""
     model, params = tiny(config, **changes)
     hidden = models.build(model.config).hidden
     weights = np.random.default_rng(1).normal(size=(3, 8, 8)).astype(np.float32)
-    numbers = np.array([[4, 2], [0, 5], [3, 3]])
+    rows = slice(None) if isinstance(columns, slice) else np.arange(3)[:, None]
 
-    @functools.partial(jax.jit, static_argnames=("first", "last"))
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def read(params, weights, columns=None, first=None, last=None):
-        columns = columns if first is None else slice(first, last)
-        states = hidden(params, TOKENS, MASK, None, columns)
-        return jnp.sum(weights * states), states
+    def read(weights, columns):
+        def loss(params):
+            states = hidden(params, TOKENS, MASK, None, columns)
+            return jnp.sum(weights * states), states
 
-    for columns, chosen in (
-        ({"first": 2, "last": 5}, (slice(None), slice(2, 5))),
-        ({"columns": numbers}, (np.arange(3)[:, None], numbers)),
-    ):
-        of_columns = weights[chosen]
-        (_, states), gradient = read(params, of_columns, **columns)
-        everywhere = np.zeros_like(weights)
-        np.add.at(everywhere, chosen, of_columns)
-        (_, whole), expected = read(params, everywhere)
-        assert_allclose(states, whole[chosen], atol=ATOL)
-        assert_close(gradient, expected, atol=2e-4, rtol=1e-4)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    of_columns = weights[rows, columns]
+    (_, states), gradient = read(of_columns, columns)
+    everywhere = np.zeros_like(weights)
+    np.add.at(everywhere, (rows, columns), of_columns)
+    (_, whole), expected = read(everywhere, None)
+    assert_allclose(states, whole[rows, columns], atol=ATOL)
+    assert_close(gradient, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
