@@ -146,6 +146,11 @@ def test_prompt_columns_are_not_computed():
 READ = np.array([[0] * 9, [0, 0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 0, 0, 0, 0, 0]])
 
 
+def embedded(params, tokens, mask, key, columns):
+    """The hidden states of a network without layers."""
+    return params["wte"]["embedding"][tokens][:, columns]
+
+
 def chunks_of(monkeypatch, columns, model):
     """The model with chunks of so many columns, and the list of chunks whose logits are computed
     when its functions run.
@@ -162,7 +167,7 @@ def chunks_of(monkeypatch, columns, model):
 
 def test_logits_are_computed_for_the_columns_of_responses(monkeypatch):
     model, params = tiny()
-    model, computed = chunks_of(monkeypatch, 2, model)
+    model, computed = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     policy = models.policy_fn(model)
 
     def loss(params, **read):
@@ -202,7 +207,7 @@ def test_losses_say_which_columns_they_read(monkeypatch):
 def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
     """Two microbatches over two devices under ``shard_map``, of chunks that are left out."""
     model, params = tiny()
-    model, _ = chunks_of(monkeypatch, 2, model)
+    model, _ = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     rows = types.Demonstrations(*(np.concatenate([x, x[:1]]) for x in (TOKENS, MASK, READ)))
     state = types.TrainState.create(params, optax.sgd(0.1))
     how = {
@@ -219,11 +224,7 @@ def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
 
 def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
     model, params = tiny()
-
-    def hidden(params, tokens, mask, key, columns):
-        return params["wte"]["embedding"][tokens][:, columns]
-
-    model, _ = chunks_of(monkeypatch, 2, model._replace(hidden=hidden))
+    model, _ = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     policy = models.policy_fn(model)
     rows = types.Demonstrations(TOKENS, MASK, READ)
 
