@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from builders import initial_params
 from numpy.testing import assert_allclose
 from tabular import assert_close
 
@@ -43,7 +44,7 @@ def test_nan_from_fully_padded_rows(model):
             sft.update, policy_fn=models.policy_fn(model), optimizer=optimizer, config=sft.Config()
         )
     )
-    state = TrainState.create(jax.jit(model.init)(KEY), optimizer)
+    state = TrainState.create(initial_params(model), optimizer)
     tokens = np.random.default_rng(0).integers(0, 13, (4, 6))
     mask = np.where(
         np.array([1, 0, 1, 0])[:, None],

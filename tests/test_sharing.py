@@ -148,10 +148,14 @@ def test_rows_that_are_scored_at_once_are_whole_groups():
 
 def test_long_rows_are_sorted_by_groups():
     lengths = np.array([9, 1, 2, 2, 1, 1, 3, 4])  # of four groups of two rows
-    mask = jnp.asarray(np.arange(130)[None] < lengths[:, None], jnp.int32)
-    rollout = Rollout(jnp.arange(8)[:, None].repeat(130, 1), mask, mask, mask, prompt_length=0)
-    ordered = by_length(rollout).order(rollout, 2, 2)
-    parts = ops.split_rows(ordered.tokens[:, 0], 2, group_size=2)
+    mask = (np.arange(130)[None] < lengths[:, None]).astype(np.int32)
+    rollout = Rollout(np.arange(8)[:, None].repeat(130, 1), mask, mask, mask, prompt_length=0)
+
+    @jax.jit
+    def ordered(rollout):
+        return ops.split_rows(by_length(rollout).order(rollout, 2, 2).tokens, 2, group_size=2)
+
+    parts = np.asarray(ordered(rollout))[:, :, 0]
     assert sorted(parts[0].tolist()) == [2, 3, 4, 5]  # those of the shortest rows
     assert sorted(parts[1].tolist()) == [0, 1, 6, 7]
 
