@@ -118,8 +118,7 @@ def decoded(model, params):
     [
         ("gpt2", "gpu"),
         *(slow("gemma", platform) for platform in ("gpu", "tpu")),
-        slow("gpt2", "tpu"),
-        *(slow("llama", platform) for platform in ("gpu", "tpu")),
+        slow("llama", "gpu"),
     ],
 )
 def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, monkeypatch, cudnn):

@@ -14,7 +14,6 @@ from builders import (
     CONFIG,
     LLAMA,
     initial_params,
-    slow,
     some_params,
     some_tokens,
     stack_layers,
@@ -165,7 +164,9 @@ def test_a_base_of_8_bits_has_a_scale_for_each_output_column():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapted", [LLAMA], indirect=True)
 def test_a_model_computes_what_its_base_of_8_bits_holds(adapted):
+    """Stacked layers and experts are in test_quantization.py."""
     model, params, adapters = adapted
     adapters = grown(adapters)
     held = lora.quantized(params)
@@ -489,10 +490,9 @@ def test_adapters_that_are_no_folder_are_refused(tmp_path):
             lora.save(tmp_path, params, adapters)
 
 
-@pytest.mark.parametrize("config", [CONFIG, slow(LLAMA)])
-def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(config, tmp_path):
+def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(tmp_path):
     """Of the model and of its adapters."""
-    config = replace(config, num_layers=3)
+    config = replace(CONFIG, num_layers=3)
     base = some_params(config)
     adapters = grown(lora.init(jax.random.key(1), base, 2))
     written = []

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, slow, some_params, stack_layers
+from builders import CONFIG, GEMMA, LLAMA, MISTRAL, slow, some_params, stack_layers
 from jax.sharding import Mesh
 
 from rlhf_jax import models, rewards, sampling
@@ -85,14 +85,8 @@ SLIDING = replace(MISTRAL, num_layers=1)
     "config",
     [
         slow(LONGEST),
-        slow(LLAMA),
-        slow(QWEN2),
-        slow(QWEN3),
-        slow(MISTRAL),
-        slow(GEMMA),
         slow(replace(GEMMA, scan_layers=True, remat=True, num_layers=4)),
         replace(LLAMA, scan_layers=True, remat=True),
-        slow(replace(LLAMA, attention="blockwise")),
         replace(SLIDING, attention="blockwise"),
     ],
 )
@@ -101,9 +95,7 @@ def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
     assert_close(weighted(config, G), of_single_rows(replace(config, attention="auto")))
 
 
-@pytest.mark.parametrize(
-    "config", [SLIDING, slow(LLAMA), slow(replace(GEMMA, scan_layers=True, num_layers=4))]
-)
+@pytest.mark.parametrize("config", [SLIDING, slow(replace(GEMMA, scan_layers=True, num_layers=4))])
 def test_cudnn_is_asked_for_the_same_values_and_gradients(config, monkeypatch):
     """Of the responses to their prompts and themselves in one call, with even numbers of columns;
     the call alone is replaced, as cuDNN needs a GPU.
@@ -185,9 +177,7 @@ def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "columns", [slow(None), slow(slice(P - 1, P + R - 1)), slice(P + 1, P + R), slow(slice(1, 7))]
-)
+@pytest.mark.parametrize("columns", [slow(None), slice(P + 1, P + R), slow(slice(1, 7))])
 def test_all_columns_that_are_asked_for(columns):
     config = replace(GEMMA, num_layers=1)
     model = models.build(config)
@@ -302,7 +292,7 @@ def sampled(config, **how):
     return jax.jit(functools.partial(generate, **how))(*inputs)
 
 
-@pytest.mark.parametrize("config", [slow(LONGEST), slow(LLAMA), MISTRAL, slow(GEMMA)])
+@pytest.mark.parametrize("config", [MISTRAL, slow(GEMMA)])
 def test_samples_of_groups_are_those_of_single_rows(config):
     found = sampled(config, group_size=G)
     expected = sampled(config)
