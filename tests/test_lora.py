@@ -241,7 +241,7 @@ def test_dropout_of_an_adapter_drops_its_inputs_and_scales_the_others():
 
 
 def test_adapters_drop_their_inputs_with_a_key():
-    model = models.build(replace(CONFIG, num_layers=3, scan_layers=True, lora_dropout=0.5))
+    model = models.build(replace(CONFIG, num_layers=1, lora_dropout=0.5))
     base = initial_params(model)
     params = lora.attach(base, grown(lora.init(jax.random.key(1), base, 2)))
     hidden = jax.jit(model.hidden)

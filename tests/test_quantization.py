@@ -137,7 +137,11 @@ def test_fewer_bits_change_the_distribution_more():
     model = models.build(WIDE)
     params = initial_params(model, seed=2)
     tokens = some_tokens(64, 8)
-    log_probs = jax.jit(lambda params: jax.nn.log_softmax(model.apply(params, tokens)))
+
+    @jax.jit
+    def log_probs(params):
+        return jax.nn.log_softmax(model.apply(params, tokens))
+
     whole = np.asarray(log_probs(params))
 
     @partial(jax.jit, static_argnums=0)

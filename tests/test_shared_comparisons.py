@@ -39,6 +39,7 @@ from rlhf_jax.models.kernels import shared
 from rlhf_jax.training.common import layout
 from rlhf_jax.training.supervised import batching, scoring
 from rlhf_jax.training.supervised.batching import Batching
+from rlhf_jax.types import Mean
 
 TOKENIZER = characters("abcdefgh")  # ids: a..h are 2..9; 1 ends a response
 PAIRS = encoding.encode_texts(
@@ -137,7 +138,7 @@ def found(config, algorithm, texts, rows, rank=0, pack=False):
     if pack:
         batch = batches.packed_comparisons(texts, rows, width=24)
     own = {"policy_fn": models.policy_fn(model, num_answers=answers)}
-    settings = algorithm.Config(sft_coef=0.5)
+    settings = algorithm.Config(sft_coef=0.0 if rank else 0.5)
     if algorithm is reward_model:
         own["score_fn"] = fn
     reference = params
@@ -153,6 +154,7 @@ def found(config, algorithm, texts, rows, rank=0, pack=False):
             moved = jax.tree.map(lambda x: 0.9 * x, reference)
             batch = dpo.with_reference(batch, Partial(ops.by_rows(fn, None), moved))
         terms, metrics = algorithm.loss(params, batch, None, config=settings, **own)
+        terms = [terms] if isinstance(terms, Mean) else terms
         return sum(term.value for term in terms), {
             name: metric.value for name, metric in metrics.items()
         }
