@@ -409,7 +409,8 @@ def states_and_gradient(config, columns, **changes):
     """
     model, params = tiny(config, **changes)
     hidden = models.build(model.config).hidden
-    columns = NUMBERS if columns == "numbers" else columns
+    if columns is not None:
+        columns = NUMBERS if columns == "numbers" else slice(*columns)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -429,18 +430,19 @@ BOTH = {"scan_layers": True, "remat": True}
     ("config", "changes", "columns"),
     [
         (INVERSE, BOTH, "numbers"),
-        slow(CONFIG, {"remat": True}, slice(2, 5)),
-        slow(replace(LLAMA, num_layers=3), BOTH, slice(2, 5)),
+        slow(CONFIG, {"remat": True}, (2, 5)),
+        slow(replace(LLAMA, num_layers=3), BOTH, (2, 5)),
         slow(GEMMA, {}, "numbers"),
-        slow(GEMMA, {}, slice(2, 5)),
+        slow(GEMMA, {}, (2, 5)),
     ],
 )
 def test_columns_that_are_read_are_those_of_all(config, changes, columns):
     """The states, and the gradient of their weighted sum. test_heads.py reads slices."""
     weights = np.random.default_rng(1).normal(size=(3, 8, 8)).astype(np.float32)
-    chosen = (slice(None), columns)
     if columns == "numbers":
         chosen = (np.arange(3)[:, None], NUMBERS)
+    else:
+        chosen = (slice(None), slice(*columns))
     of_columns = weights[chosen]
     (_, states), gradient = states_and_gradient(config, columns, **changes)(of_columns)
     everywhere = np.zeros_like(weights)
