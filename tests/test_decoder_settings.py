@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import LLAMA, MORE, ROOT, YARN, some_params, some_tokens, tiny
+from builders import LLAMA, MORE, ROOT, YARN, slow, some_params, some_tokens, tiny
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -113,7 +113,7 @@ def test_only_the_first_columns_are_turned():
     x = np.arange(24.0, dtype=np.float32).reshape(1, 1, 3, 8)
     angles = np.array([0.0, 0.5, 1.0])[:, None]
     rotation = jnp.float32(np.stack([np.cos(angles), np.sin(angles)])[:, None, None])
-    turned = stack.rotate(x, rotation)
+    turned = np.asarray(jax.jit(stack.rotate)(x, rotation))
     assert_array_equal(turned[..., 2:], x[..., 2:])
     first, second = x[0, 0, 1, :2]
     by_hand = [
@@ -124,7 +124,7 @@ def test_only_the_first_columns_are_turned():
 
 
 def test_queries_grow_with_their_position():
-    config = MORE["ministral3"]
+    config = replace(MORE["ministral3"], num_layers=1)
     plain = replace(config, rope_scaling=replace(YARN, query_beta=None))
     differs = np.abs(logits(config) - logits(plain, some_params(config)))
     assert not differs[:, :4].any()  # the original length is 4
@@ -138,18 +138,21 @@ def test_a_sink_takes_weight_and_a_cap_bounds_scores():
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, 2, *shape)) for shape in ((2, 5, 4), (5, 4), (5, 4)))
     sinks = rng.normal(size=(2, 2))
-    seen = attention.seen_in_text(jnp.ones((1, 5), int), None)
     scores = 1.5 * np.tanh(np.einsum("bhgtd,bhsd->bhgts", query, key) / 1.5)
     scores = np.where(np.tril(np.ones((5, 5))), scores, -np.inf)
     weights = np.exp(scores)
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks)[None, :, :, None, None]
     expected = np.einsum("bhgts,bhsd->bhgtd", weights / total, value)
     softmax = attention.Softmax(1.5, jnp.float32(sinks))
-    arrays = [jnp.float32(x) for x in (query, key, value)]
-    found = attention.attention(*arrays, seen, softmax=softmax)
-    assert_allclose(found, expected, atol=1e-5)
-    in_blocks = attention.blockwise(*arrays, seen, softmax=softmax)
-    assert_allclose(in_blocks, expected, atol=1e-5)
+
+    @jax.jit
+    def both(*arrays):
+        seen = attention.seen_in_text(jnp.ones((1, 5), int))
+        computed = (attention.attention, attention.blockwise)
+        return [compute(*arrays, seen, softmax=softmax) for compute in computed]
+
+    for found in both(query, key, value):
+        assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_two_halves_of_a_long_text_have_caps_and_sinks_too():
@@ -202,7 +205,7 @@ def test_a_parallel_residual_adds_what_the_mlp_makes_of_the_same_input():
     def mlp_of(x):
         up = normed(x, layer["ln_2"]) @ layer["mlp"]["up_proj"]["kernel"]
         up += layer["mlp"]["up_proj"]["bias"]
-        inner = np.asarray(jax.nn.gelu(up, approximate=False))
+        inner = up * (1 + np.vectorize(math.erf)(up / 2**0.5)) / 2
         down = layer["mlp"]["down_proj"]
         return inner @ down["kernel"] + down["bias"]
 
@@ -223,31 +226,31 @@ def test_olmo_norms_what_is_added_and_nothing_before():
 
 
 def test_multipliers_and_caps_of_logits():
-    config = MORE["granite"]
-    assert models.model.Decoder(config).scales() == [0.4, 0.4]
-    found = logits(config)
-    divided = logits(replace(config, logits_divisor=4.0), some_params(config))
-    assert_allclose(divided, found / 2, rtol=1e-6)
-    capped = MORE["gemma2"]
-    free = logits(replace(capped, logit_softcap=None), some_params(capped))
-    assert_allclose(logits(capped), 2 * np.tanh(free / 2), atol=1e-5)
-    # Twice the embedding and half the multiplier are the same input.
+    states = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    for name in ("granite", "gemma2"):
+        params = weights(MORE[name])
+        table = params["lm_head" if "lm_head" in params else "wte"]["embedding"]
+        expected = states @ table.T / 2
+        found = jax.jit(models.build(MORE[name]).unembed)(params, states)
+        by_hand = expected if name == "granite" else 2 * np.tanh(expected)
+        assert_allclose(found, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_multipliers_of_the_embedding_and_of_what_layers_add():
+    """Where nothing is added, the logits are those of the embedding."""
+    config = replace(MORE["granite"], residual_multiplier=1e-9, num_layers=1)
+    assert models.model.Decoder(config).scales() == [0.4]
     params = weights(config)
-    doubled = params | {"wte": {"embedding": 2 * params["wte"]["embedding"]}}
-    halved = replace(config, embedding_multiplier=1.5)
-    assert_allclose(logits(halved, doubled), found, atol=1e-5)
-    # Without what the layers add, the residual multiplier is 0 in the limit.
-    tiny_steps = replace(config, residual_multiplier=1e-9, num_layers=2)
     row = params["wte"]["embedding"][TOKENS] * 3.0
     normed = row / np.sqrt((row**2).mean(axis=-1, keepdims=True) + 1e-6) * params["ln_f"]["scale"]
     expected = normed @ params["lm_head"]["embedding"].T / 2
-    assert_allclose(logits(tiny_steps, params), expected, atol=1e-4)
+    assert_allclose(logits(config, params), expected, atol=1e-4)
 
 
 # --- Experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", [slow("mixtral"), "qwen3_moe", "gpt_oss"])
 def test_experts_are_the_weighted_mlps_that_the_router_chooses(name):
     config = MORE[name]
     params = weights(config)["h_0"]["mlp"]
@@ -261,7 +264,7 @@ def by_hand(config, params, x):
     """The mixture token by token, expert by expert."""
     router = params["router"]
     scores = x @ router["kernel"] + router.get("bias", 0.0)
-    shares = np.asarray(jax.nn.softmax(scores, axis=-1))
+    shares = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     out = np.zeros_like(x)
     for place in np.ndindex(x.shape[:2]):
         chosen = np.argsort(-shares[place])[: config.experts_per_token]
@@ -279,29 +282,27 @@ def expert(config, experts, number, token):
         return x @ own["kernel"][number] + (own["bias"][number] if "bias" in own else 0.0)
 
     if config.gate_limit is None:
-        inner = jax.nn.silu(layer("gate_proj", token)) * layer("up_proj", token)
-        return layer("down_proj", inner)
+        gate = layer("gate_proj", token)
+        return layer("down_proj", gate / (1 + np.exp(-gate)) * layer("up_proj", token))
     both = layer("gate_up_proj", token)
     gate = np.minimum(both[::2], config.gate_limit)
     up = np.clip(both[1::2], -config.gate_limit, config.gate_limit)
     return layer("down_proj", gate / (1 + np.exp(-1.702 * gate)) * (up + 1))
 
 
-def test_only_chosen_experts_get_a_gradient_and_rows_choose_alone():
+def test_only_chosen_experts_get_a_gradient():
     config = replace(MORE["mixtral"], num_layers=1)
     params = some_params(config)["h_0"]["mlp"]
     module = mlp.MixtureOfExperts(config)
-    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, 1, 8)).astype(np.float32)
 
     @jax.jit
-    def total(params):
-        return module.apply({"params": params}, x[:1, :1]).sum()
+    @jax.grad
+    def gradient(params):
+        return module.apply({"params": params}, x).sum()
 
-    grads = jax.grad(total)(params)["experts"]["down_proj"]["kernel"]
-    touched = np.asarray(jnp.abs(grads).sum(axis=(1, 2)) > 0)
-    assert touched.sum() == config.experts_per_token
-    both, alone = (jax.jit(module.apply)({"params": params}, x[:count]) for count in (2, 1))
-    assert_allclose(both[:1], alone, atol=1e-5)
+    kernels = np.asarray(gradient(params)["experts"]["down_proj"]["kernel"])
+    assert np.any(kernels, axis=(1, 2)).sum() == config.experts_per_token
 
 
 def test_routing_is_float32_whatever_the_rest_is():
@@ -309,9 +310,10 @@ def test_routing_is_float32_whatever_the_rest_is():
     apart.
     """
     config = replace(MORE["mixtral"], compute_dtype="bfloat16", experts_per_token=1)
-    kernel = jnp.zeros((8, 5)).at[0].set(jnp.array([1.0, 1.0 + 2**-10, 0.0, 0.0, 0.0]))
-    router = mlp.Router(config)
-    weights, chosen = router.apply({"params": {"kernel": kernel}}, jnp.ones((1, 8), jnp.bfloat16))
+    kernel = np.zeros((8, 5), np.float32)
+    kernel[0, :2] = 1.0, 1.0 + 2**-10
+    router = jax.jit(mlp.Router(config).apply)
+    weights, chosen = router({"params": {"kernel": kernel}}, np.ones((1, 8), jnp.bfloat16))
     assert chosen.tolist() == [[1]]
     assert weights.dtype == jnp.float32
 
@@ -332,7 +334,7 @@ def test_layers_of_two_kinds_are_not_stacked():
 
 
 def test_experts_cut_over_a_mesh_give_the_same_logits():
-    config = MORE["gpt_oss"]
+    config = replace(MORE["gpt_oss"], num_layers=1)
     params = some_params(config)
     whole = jax.jit(models.build(config).apply)(params, TOKENS)
     mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
@@ -460,8 +462,10 @@ def test_no_code_asks_for_a_family_outside_the_table():
         is_table = path.name in ("config.py", "families.py", "__init__.py")
         if is_table or "cli" in path.parts:  # doctor and plans build networks of chosen shapes
             continue
+        text = path.read_text("utf-8")
+        if not any(name in text for name in classes):
+            continue
         used = {
-            getattr(node, "id", getattr(node, "attr", ""))
-            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(ast.parse(text))
         }
         assert not used & classes, path

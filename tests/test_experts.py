@@ -2,6 +2,7 @@
 adapters of experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import LLAMA, MORE, some_params
+from builders import LLAMA, MORE, slow, some_params
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import mesh_of
@@ -21,7 +22,6 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora, mlp
-from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.kernels import grouped
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
@@ -29,6 +29,7 @@ from rlhf_jax.training.rl import critic, programs
 from rlhf_jax.types import Demonstrations, Mean, Rollout, TrainState
 
 CONFIG = replace(MORE["mixtral"], scan_layers=True)  # one layer is in a stack, one by itself
+SINGLE = replace(MORE["mixtral"], num_layers=1)
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2)
 TOKENS = np.array([[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 9, 10], [2, 2, 4, 4, 0, 0], [9, 7, 5, 3, 1, 2]])
 BATCH = Demonstrations(*map(jnp.asarray, (TOKENS, MASK, MASK)))
@@ -38,9 +39,9 @@ SGD = optax.sgd(0.1)
 def test_balance_is_that_of_the_chosen_experts_and_their_shares():
     """Two layers, three tokens of which the last is a pad; one expert of two for each token."""
     config = replace(CONFIG, num_experts=2, experts_per_token=1)
-    shares = jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]], [[0.7, 0.3], [0.2, 0.8], [0.0, 1.0]]])
+    shares = np.array([[[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]], [[0.7, 0.3], [0.2, 0.8], [0.0, 1.0]]])
     routed = {"h": {"shares": (shares,), "chosen": (shares.argmax(-1, keepdims=True),)}}
-    found = balance(config, routed, jnp.array([[1, 1, 0]]))
+    found = jax.jit(partial(balance, config))(routed, np.array([[1, 1, 0]]))
     # f = (3/4, 1/4), P = (0.6, 0.4)
     assert_allclose(found["router/aux_loss"].value, 2 * (0.75 * 0.6 + 0.25 * 0.4), rtol=1e-6)
     assert_allclose(found["router/max_load"].value, 2 * 0.75, rtol=1e-6)
@@ -49,13 +50,12 @@ def test_balance_is_that_of_the_chosen_experts_and_their_shares():
 
 def test_blocks_hold_the_tokens_of_one_expert_each():
     """Four tokens of two of four experts, who have 2, 1, 4 and 1 tokens: blocks of two rows."""
-    chosen = jnp.array([[[0, 2], [2, 1], [2, 0], [2, 3]]])
-    blocks = jax.jit(grouped.blocks_of, static_argnums=1)(chosen, 4)
+    blocks_of = jax.jit(grouped.blocks_of, static_argnums=1)
+    blocks = blocks_of(np.array([[[0, 2], [2, 1], [2, 0], [2, 3]]]), 4)
     assert_array_equal(blocks.experts, [[0, 1, 2, 2, 3, 3, 3, 3]])
     assert_array_equal(blocks.places, [[0, 4, 5, 2, 6, 1, 7, 8]])
     assert_array_equal(blocks.sources[:, :10], [[0, 2, 1, 0, 0, 1, 2, 3, 3, 0]])
-    one_expert = jnp.zeros((1, 4, 2), int)
-    assert_array_equal(grouped.blocks_of(one_expert, 4).experts[0, :4], 0)
+    assert_array_equal(blocks_of(np.zeros((1, 4, 2), int), 4).experts[0, :4], 0)
 
 
 def dense(params, x):
@@ -73,13 +73,14 @@ def dense(params, x):
 GATED = ("gate", "up")
 
 
-def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_rows():
+@pytest.mark.parametrize("sizes", [(1, 2, 2), slow((4, 1, 1))])
+def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_rows(sizes):
     """Outputs and gradients are those of all experts, masked; on four devices each computes a
-    quarter of the products, in every layout.
+    quarter of the products.
     """
     config = replace(CONFIG, num_experts=16, num_layers=1)
     mixture = mlp.MixtureOfExperts(config)
-    x = jax.random.normal(jax.random.key(0), (4, 40, 8))
+    x = np.random.default_rng(0).normal(size=(4, 40, 8)).astype(np.float32)
     params = some_params(config)["h_0"]["mlp"]
 
     def with_gradient(fn):
@@ -96,24 +97,21 @@ def test_a_mixture_computes_the_chosen_experts_alone_and_each_device_its_own_row
     flops = compiled.cost_analysis()["flops"]
     of_all = 160 * 16 * 3 * 3 * 2 * 8 * 12  # each token with each expert: three products, gradients
     assert flops < 0.35 * of_all  # 36 blocks of 16 rows are 0.23 of it
-    for sizes in ((4, 1, 1), (1, 4, 1), (1, 2, 2)):
-        mesh = mesh_of(*sizes)
-        cut = jax.device_put(
-            params, sharding.by_path({"mlp": params}, models.SHARDING, mesh)["mlp"]
-        )
-        rows = jax.device_put(x, sharding.rows(mesh))
-        with jax.set_mesh(mesh):
-            own = blocks.lower(cut, rows).compile()
-        found = own(cut, rows)
-        jax.tree.map(partial(assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
-        assert own.cost_analysis()["flops"] < 0.35 * flops, sizes
+    mesh = mesh_of(*sizes)
+    cut = jax.device_put(params, sharding.by_path({"mlp": params}, models.SHARDING, mesh)["mlp"])
+    rows = jax.device_put(x, sharding.rows(mesh))
+    with jax.set_mesh(mesh):
+        own = blocks.lower(cut, rows).compile()
+    found = own(cut, rows)
+    jax.tree.map(partial(assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+    assert own.cost_analysis()["flops"] < 0.35 * flops
 
 
-@jax.jit
-def losses_of(params, batch):
+@partial(jax.jit, static_argnames="config")
+def losses_of(params, batch, config=CONFIG):
     """The algorithm's loss, and the terms of the network, of a batch as a whole."""
     with auxiliary.collected() as terms:
-        policy_fn = models.policy_fn(models.build(CONFIG))
+        policy_fn = models.policy_fn(models.build(config))
         loss, _ = sft.loss(params, batch, None, policy_fn=policy_fn, config=sft.Config())
     return loss.value, terms
 
@@ -150,8 +148,8 @@ def test_the_term_is_added_to_an_algorithm_that_does_not_know_it():
 
 
 def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
-    _, without = updated(CONFIG, run=jax.eval_shape)
-    _, metrics = updated(CONFIG, run=jax.eval_shape, router_aux_coef=0.0)
+    _, without = updated(SINGLE, run=jax.eval_shape)
+    _, metrics = updated(SINGLE, run=jax.eval_shape, router_aux_coef=0.0)
     assert metrics.keys() - without.keys() == {"router/aux_loss", "router/max_load"}
     loss = Mean(jnp.float32(3.0), jnp.float32(2.0))
     terms = {auxiliary.LOSS: Mean(jnp.float32(8.0), jnp.float32(4.0))}
@@ -163,6 +161,7 @@ def test_a_weight_of_0_gives_the_metric_alone_and_none_gives_nothing():
     assert second.value == 1.0
 
 
+@pytest.mark.slow
 def test_rows_on_several_devices_balance_together():
     mesh = sharding.make_mesh(2, fsdp=1, tensor=1)
     batch = jax.device_put(BATCH, sharding.rows(mesh))
@@ -174,8 +173,9 @@ def test_rows_on_several_devices_balance_together():
 
 def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
     """Its last layer computes one column of each answer otherwise."""
-    model = models.build(CONFIG)
-    params = models.add_head(jax.random.key(0), some_params(CONFIG), "score")
+    model = models.build(SINGLE)
+    head = {name: np.float32(number) for name, number in (("gain", 1), ("shift", 0), ("bias", 0))}
+    params = some_params(SINGLE) | {"score": head | {"kernel": np.linspace(-1, 1, 8, dtype="f4")}}
 
     @jax.jit
     def scored(params):
@@ -184,7 +184,7 @@ def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
         return scores, terms
 
     scores, terms = scored(params)
-    _, expected = losses_of(params, BATCH)
+    _, expected = losses_of(params, BATCH, SINGLE)
     assert_allclose(terms[auxiliary.LOSS].value, expected[auxiliary.LOSS].value, rtol=1e-5)
     plain = jax.jit(models.score_fn(model))(params, TOKENS, MASK)
     assert_allclose(scores, plain, rtol=1e-4, atol=1e-5)
@@ -192,21 +192,23 @@ def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
 
 def test_a_model_without_experts_has_no_such_term():
     with pytest.raises(ValueError, match="router_aux_coef: this model has no experts"):
-        updated(MORE["olmo2"], run=jax.eval_shape, router_aux_coef=0.1)
+        updated(replace(LLAMA, num_layers=1), run=jax.eval_shape, router_aux_coef=0.1)
     with pytest.raises(ValueError, match="router_aux_coef must be at least 0"):
         sft.Config(router_aux_coef=-1.0)
 
 
 def test_answers_that_share_a_prompt_see_it_while_experts_are_balanced():
-    model = models.build(CONFIG)
-    params = some_params(CONFIG)
+    params = some_params(SINGLE)
     tokens = np.array([[5, 6, 7, 8, 9, 10, 2, 3, 4, 1]])
     numbers = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])  # a prompt and two answers
-    policy = models.policy_fn(model, num_answers=2)
-    expected = policy(params, tokens, numbers).log_probs
-    with auxiliary.collected():
-        found = policy(params, tokens, numbers).log_probs
-    assert_allclose(found, expected, atol=1e-6)
+    policy = models.policy_fn(models.build(SINGLE), num_answers=2)
+
+    @partial(jax.jit, static_argnums=0)
+    def log_probs(collects):
+        with auxiliary.collected() if collects else nullcontext():
+            return policy(params, tokens, numbers).log_probs
+
+    assert_allclose(log_probs(True), log_probs(False), atol=1e-6)
 
 
 def test_nothing_is_collected_outside_of_an_update():
@@ -220,67 +222,37 @@ def test_rl_leaves_routers_as_they_are_unless_asked(trained):
     """Weight decay too, and a value head with an optimizer of its own."""
     adam = Optimizer(weight_decay=0.1, learning_rate=0.1)
     settings = RLStage(optimizer=adam, train_routers=trained)
-    params = {
-        "h": {"mlp": {"router": {"kernel": jnp.ones(2)}, "experts": {"kernel": jnp.ones(2)}}},
-        "value": {"kernel": jnp.ones(2)},
-    }
+    ones = {"kernel": np.ones(2, np.float32)}
+    params = {"h": {"mlp": {"router": ones, "experts": ones}}, "value": ones}
     optimizer = critic.make_optimizer(settings, PPOStage(value_learning_rate=0.1), 1, params)
-    updates, _ = optimizer.update(params, optimizer.init(params), params, value=jnp.float32(1.0))
-    moved = jax.tree.map(lambda update: bool((update != 0).all()), updates)
+
+    @jax.jit
+    def updated(params):
+        return optimizer.update(params, optimizer.init(params), params, value=1.0)[0]
+
+    moved = jax.tree.map(lambda update: bool(np.all(update)), updated(params))
     assert moved["h"]["mlp"] == {"router": {"kernel": trained}, "experts": {"kernel": True}}
     assert moved["value"]["kernel"]
-
-
-def test_decoding_chooses_the_experts_of_the_full_forward():
-    """A prompt of three tokens at once, then one token at a time; with routers that were moved in
-    between, other experts.
-    """
-    config = replace(CONFIG, scan_layers=False)
-    params = some_params(config)
-    network = Decoder(config)
-    run = jax.jit(network.apply, static_argnames=("method", "mutable"))
-    tokens = jnp.asarray(TOKENS)
-
-    def chosen(params, *inputs, method):
-        _, found = out = run({"params": params}, *inputs, method=method, mutable=("router",))
-        layers = [found["router"][f"h_{i}"]["mlp"]["router"]["chosen"][0] for i in range(2)]
-        return out[0], np.sort(np.stack(layers).reshape(2, 4, -1, 2))  # layers, rows, tokens, k
-
-    def decoded(params):
-        cache = models.build(config).init_cache(4, 6)
-        parts = []
-        for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
-            places = jnp.broadcast_to(jnp.arange(start, end), (4, end - start))
-            inputs = (tokens[:, start:end], places, jnp.ones((4, 6), int), cache, jnp.int32(start))
-            (_, cache), part = chosen(params, *inputs, method="decode")
-            parts.append(part)
-        return np.concatenate(parts, axis=2)
-
-    _, whole = chosen(params, tokens, jnp.ones_like(tokens), method="hidden")
-    assert_array_equal(decoded(params), whole)
-    moved = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: -leaf if "router" in str(path) else leaf, params
-    )
-    assert np.mean((decoded(moved) != whole).any(-1)) > 0.5
 
 
 def test_the_gap_of_experts_is_the_share_of_layers_and_response_tokens_that_differ():
     """Two layers of five experts, two of each token: with a router's kernel negated they are two
     others. Tokens 3 to 5 of the rows are responses, some of them pads.
     """
-    model = models.build(CONFIG)
+    config = replace(CONFIG, scan_layers=False)
+    model = models.build(config)
     responses = MASK * (np.arange(6) >= 3)
-    sampled = Rollout(*map(jnp.asarray, (TOKENS, MASK, responses)), None, prompt_length=3)
+    sampled = Rollout(TOKENS, MASK, responses, None, prompt_length=3)
 
     @jax.jit
     def gap(params, decoding):
         decoder = model._replace(for_decoding=lambda _: decoding)
         return sampling.expert_gap(decoder, params, sampled, rows=2)
 
-    params = some_params(CONFIG)
-    decoding = model.for_decoding(params)
+    params = some_params(config)
+    decoding = jax.jit(model.for_decoding)(params)
     assert gap(params, decoding) == 0
-    negated = {"router": {"kernel": -decoding["h_1"]["mlp"]["router"]["kernel"]}}
+    negated = {"router": {"kernel": -np.asarray(decoding["h_1"]["mlp"]["router"]["kernel"])}}
     layer = decoding["h_1"] | {"mlp": decoding["h_1"]["mlp"] | negated}
     assert gap(params, decoding | {"h_1": layer}) == 0.5
 
@@ -296,13 +268,13 @@ def test_the_gap_of_experts_needs_experts_and_the_run_s_own_sampler():
         programs.expert_gap_of(replace(asked, engine="stored:runs/one"), mixture, None)
 
 
-def adapted_experts(config):
-    """A model's parameters and adapters of attention and experts that change something."""
+def adapted_experts(config, match="attn|experts"):
+    """A model's parameters and adapters that change something."""
     params = some_params(config)
-    adapters = lora.init(jax.random.key(0), params, 2, "attn|experts", alpha=3)
+    adapters = lora.init(jax.random.key(0), params, 2, match, alpha=3)
     noise = np.random.default_rng(0)
     leaves = {
-        path: leaf if path[-1] == "lora_scale" else jnp.asarray(noise.normal(size=leaf.shape) / 4)
+        path: leaf if path[-1] == "lora_scale" else noise.normal(size=leaf.shape) / 4
         for path, leaf in flatten_dict(adapters).items()
     }
     return params, unflatten_dict({path: leaf.astype("float32") for path, leaf in leaves.items()})
@@ -334,7 +306,7 @@ def test_adapters_of_experts_are_each_expert_s_own():
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_adapters_of_experts_are_written_by_the_names_of_their_tensors(name, tmp_path):
-    params, adapters = adapted_experts(MORE[name])
+    params, adapters = adapted_experts(MORE[name], "experts")
     lora.save(tmp_path, params, adapters)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     module = {"mixtral": "block_sparse_moe.experts.4.w2", "olmoe": "mlp.experts.4.down_proj"}[name]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from builders import run_ppo, save_base, slow
@@ -34,7 +35,9 @@ RUNS = {"sft": training.sft.run, "dpo": training.dpo.run, "ppo": run_ppo}
 def test_a_reward_model_is_no_policy(name, config, data, tmp_path):
     base = save_base(tmp_path / "base", data)
     model, params = models.load(base)
-    models.save(tmp_path / "rm", model, models.add_head(jax.random.key(0), params, "score"))
+    head = {name: np.float32(number) for name, number in (("bias", 0), ("gain", 1), ("shift", 0))}
+    scored = params | {"score": head | {"kernel": np.ones(16, np.float32)}}
+    models.save(tmp_path / "rm", model, scored)
     load_tokenizer(base).save(tmp_path / "rm")
     given = replace(config, model=str(tmp_path / "rm"))
     with pytest.raises(UserError, match="rm: this is a reward model, which writes no text"):

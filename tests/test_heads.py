@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import CONFIG, slow, tiny
+from builders import CONFIG, slow
+from builders import tiny as built
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
@@ -28,12 +29,26 @@ MASK[0, :2] = 0
 MASK[2, [0, 6, 7, 8]] = 0
 
 
+tiny = partial(built, replace(CONFIG, num_layers=1))
+
+
+@functools.cache
+def of_all_logits(temperature=1.0):
+    """Log-probabilities and entropies of the tokens, in NumPy; 0 in the first column."""
+    model, params = tiny()
+    logits = np.asarray(model.apply(params, TOKENS, MASK)) / temperature
+    every = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    chosen = np.take_along_axis(every[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
+    entropies = -(np.exp(every) * every).sum(axis=-1)[:, :-1]
+    return tuple(np.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropies))
+
+
 def with_value(params, scale=1.0):
     return {**params, "value": {"kernel": jnp.linspace(-scale, scale, 8), "bias": jnp.float32(0.5)}}
 
 
 @pytest.mark.parametrize(
-    ("columns_per_chunk", "prompt_length"), [slow(None, 0), slow(3, 0), (2, 4), slow(1, 1)]
+    ("columns_per_chunk", "prompt_length"), [slow(None, 0), (2, 4), slow(1, 1)]
 )
 def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     if columns_per_chunk is not None:
@@ -85,9 +100,10 @@ def test_a_temperature_may_be_traced():
         policy = models.policy_fn(model, temperature)
         return policy(params, TOKENS, MASK, None).log_probs
 
-    temperatures = jnp.array([0.5, 2.0])
-    expected = [log_probs(0.5), log_probs(2.0)]
-    assert_allclose(jax.jit(jax.vmap(log_probs))(temperatures), expected, rtol=1e-5, atol=1e-5)
+    found = jax.jit(log_probs)
+    for temperature in (0.5, 2.0):
+        expected, _ = of_all_logits(temperature)
+        assert_allclose(found(temperature), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"temperature is traced.*models\.policy_fn"):
         jax.eval_shape(
             lambda t: sampling.SamplingConfig(max_new_tokens=1, temperature=t, eos_id=1, pad_id=0),
@@ -100,7 +116,7 @@ def test_no_array_of_all_logits_is_built(platform, columns, monkeypatch):
     monkeypatch.setattr(heads.fused, "platform", lambda: platform)
     vocab = 2**15
     length = 4 * columns
-    model = models.build(replace(CONFIG, vocab_size=vocab, max_length=length))
+    model = models.build(replace(CONFIG, vocab_size=vocab, max_length=length, num_layers=1))
     policy = models.policy_fn(model)
 
     def loss(params, tokens, mask):
@@ -130,6 +146,11 @@ def test_prompt_columns_are_not_computed():
 READ = np.array([[0] * 9, [0, 0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 0, 0, 0, 0, 0]])
 
 
+def embedded(params, tokens, mask, key, columns):
+    """The hidden states of a network without layers."""
+    return params["wte"]["embedding"][tokens][:, columns]
+
+
 def chunks_of(monkeypatch, columns, model):
     """The model with chunks of so many columns, and the list of chunks whose logits are computed
     when its functions run.
@@ -146,7 +167,7 @@ def chunks_of(monkeypatch, columns, model):
 
 def test_logits_are_computed_for_the_columns_of_responses(monkeypatch):
     model, params = tiny()
-    model, computed = chunks_of(monkeypatch, 2, model)
+    model, computed = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     policy = models.policy_fn(model)
 
     def loss(params, **read):
@@ -154,13 +175,9 @@ def test_logits_are_computed_for_the_columns_of_responses(monkeypatch):
         return jnp.sum(READ * (output.log_probs + 0.3 * output.entropy)), output.log_probs
 
     read = partial(loss, response_mask=READ)
-    numbers = []
-    for function in (loss, read):
-        computed.clear()
-        jax.jit(function)(params)
-        jax.effects_barrier()
-        numbers.append(len(computed))
-    assert numbers == [4, 2]  # the responses' columns fit into two of four chunks
+    jax.jit(read)(params)
+    jax.effects_barrier()
+    assert len(computed) == 2  # the responses' columns fit into two of four chunks
     (_, whole), of_whole = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     (_, some), of_some = jax.jit(jax.value_and_grad(read, has_aux=True))(params)
     assert_allclose(READ * some, READ * whole, rtol=1e-6)
@@ -176,9 +193,8 @@ def test_losses_say_which_columns_they_read(monkeypatch):
     made = jax.jit(dpo.with_reference)(comparisons, Partial(reference, adapters))
     jax.effects_barrier()
     assert len(computed) == 2
-    full = models.policy_fn(model)(params, TOKENS, MASK, None).log_probs
+    full, _ = of_all_logits()
     assert_allclose(made.ref_log_probs[0], np.sum(READ * full, axis=1)[1:], rtol=1e-5)
-    jax.effects_barrier()
     computed.clear()
     rows = types.Demonstrations(TOKENS, MASK, READ)
     options = {"policy_fn": models.policy_fn(model), "config": sft.Config()}
@@ -191,7 +207,7 @@ def test_losses_say_which_columns_they_read(monkeypatch):
 def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
     """Two microbatches over two devices under ``shard_map``, of chunks that are left out."""
     model, params = tiny()
-    model, _ = chunks_of(monkeypatch, 2, model)
+    model, _ = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     rows = types.Demonstrations(*(np.concatenate([x, x[:1]]) for x in (TOKENS, MASK, READ)))
     state = types.TrainState.create(params, optax.sgd(0.1))
     how = {
@@ -208,10 +224,9 @@ def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
 
 def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
     model, params = tiny()
-    model, computed = chunks_of(monkeypatch, 2, model)
+    model, _ = chunks_of(monkeypatch, 2, model._replace(hidden=embedded))
     policy = models.policy_fn(model)
     rows = types.Demonstrations(TOKENS, MASK, READ)
-    expected = READ * policy(params, TOKENS, MASK, None).log_probs
 
     def mine(inner, *arguments):
         return inner(*arguments)
@@ -224,15 +239,11 @@ def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
     adapters = lora.init(KEY, params, rank=1)
     need_not = [partial(mine, policy), wrapped, ops.by_rows(partial(mine, policy), None)]
     lets_through = [jax.jit(policy), Partial(Partial(policy)), ops.by_rows(policy, None)]
-    cases = [(fn, params, 4) for fn in need_not] + [(fn, params, 2) for fn in lets_through]
-    cases += [(bound, adapters, 4), (lora.bind(policy, params), adapters, 2)]
-    for fn, trained, chunks in cases:
-        jax.effects_barrier()
-        computed.clear()
-        found = jax.jit(partial(ops.evaluate, fn))(trained, rows).log_probs
-        jax.effects_barrier()
-        assert len(computed) == chunks
-        assert_allclose(READ * found, expected, atol=1e-6)
+    cases = [(fn, params, False) for fn in need_not] + [(fn, params, True) for fn in lets_through]
+    cases += [(bound, adapters, False), (lora.bind(policy, params), adapters, True)]
+    for fn, trained, is_told in cases:
+        program = str(jax.make_jaxpr(partial(ops.evaluate, fn))(trained, rows))
+        assert ("argsort" in program) == is_told  # the columns that are read come first
 
 
 def test_on_accelerators_all_columns_are_computed(monkeypatch):
@@ -243,55 +254,52 @@ def test_on_accelerators_all_columns_are_computed(monkeypatch):
         monkeypatch.setattr(heads.fused, "platform", lambda name=platform: name)
         policy = partial(models.policy_fn(model), response_mask=READ)
         program = str(jax.make_jaxpr(policy)(params, TOKENS, MASK, None))
-        # The columns that are read come first.
         assert ("argsort" in program) == (platform == "cpu")
 
 
 def test_values_are_the_head_one_column_earlier():
     model, params = tiny()
-    out = jax.jit(models.policy_fn(model, prompt_length=4))(with_value(params), TOKENS, MASK, None)
+    policy = jax.jit(models.policy_fn(model, prompt_length=4))
+    out = policy(with_value(params), TOKENS, MASK, None)
     expected = np.asarray(model.hidden(params, TOKENS, MASK)) @ np.linspace(-1, 1, 8) + 0.5
     assert_allclose(out.values, np.pad(expected[:, 3:-1], ((0, 0), (4, 0))), atol=1e-5)
     assert jax.eval_shape(models.policy_fn(model), params, TOKENS, MASK, None).values is None
     fresh = models.add_head(KEY, params, "value")
-    out = jax.jit(models.policy_fn(model))(fresh, TOKENS, MASK, None)
-    assert_array_equal(out.values, np.zeros((3, 9)))
+    assert_array_equal(policy(fresh, TOKENS, MASK, None).values, np.zeros((3, 9)))
 
 
 def test_a_network_has_a_value_head_of_its_own():
     """It reads the states before each token, and takes the place of params["value"]."""
-    model, params = tiny(CONFIG)
-    tokens = np.arange(10).reshape(2, 5)
+    model, params = tiny()
     own = model._replace(values=lambda params, states: states.sum(axis=-1))
-    policy_fn = models.policy_fn(own, prompt_length=2)
-    values = policy_fn(with_value(params), tokens, np.ones_like(tokens), None).values
-    expected = model.hidden(params, tokens).sum(axis=-1)[:, 1:4]
+    policy_fn = jax.jit(models.policy_fn(own, prompt_length=2))
+    values = policy_fn(with_value(params), TOKENS, MASK, None).values
+    expected = np.asarray(model.hidden(params, TOKENS, MASK)).sum(axis=-1)[:, 1:8]
     assert_allclose(values[:, 2:], expected, atol=1e-4)
     assert not np.any(values[:, :2])
 
 
 def test_whole_value_model():
     model, params = tiny()
-    value_model, _ = tiny(num_layers=1)
-    value_params = with_value(params, scale=2.0)
-    joint = models.policy_fn(model, 0.7, 3, value_model)(
-        {"policy": params, "value": value_params}, TOKENS, MASK, None
-    )
-    alone = models.policy_fn(model, 0.7, 3)(params, TOKENS, MASK, None)
-    values = models.policy_fn(value_model, 0.7, 3)(value_params, TOKENS, MASK, None).values
-    assert_array_equal(joint.log_probs, alone.log_probs)
-    assert_array_equal(joint.values, values)
+    value_model, _ = tiny(activation="relu")
+    both = {"policy": params, "value": with_value(params, scale=2.0)}
+    joint = jax.jit(models.policy_fn(model, 0.7, 3, value_model))(both, TOKENS, MASK, None)
+    log_probs, _ = of_all_logits(0.7)
+    assert_allclose(joint.log_probs[:, 3:], log_probs[:, 3:], atol=1e-5)
+    states = np.asarray(value_model.hidden(params, TOKENS, MASK))
+    values = states @ np.linspace(-2, 2, 8) + 0.5
+    assert_allclose(joint.values[:, 3:], values[:, 2:-1], atol=1e-5)
     assert np.max(np.abs(values)) > 0.1
 
 
 def test_dropout_needs_a_key():
-    plain, params = tiny()
-    model, _ = tiny(residual_dropout=0.5)
+    model, params = tiny(residual_dropout=0.5)
+    policy = jax.jit(models.policy_fn(model))
     still, first, again, other = (
-        models.policy_fn(model)(params, TOKENS, MASK, key).log_probs
+        np.asarray(policy(params, TOKENS, MASK, key).log_probs)
         for key in (None, *map(jax.random.key, (0, 0, 1)))
     )
-    assert_allclose(still, models.policy_fn(plain)(params, TOKENS, MASK, None).log_probs, atol=1e-5)
+    assert_allclose(still, of_all_logits()[0], atol=1e-5)
     assert_array_equal(first, again)
     assert min(np.max(np.abs(first - still)), np.max(np.abs(first - other))) > 1e-2
 
@@ -299,25 +307,18 @@ def test_dropout_needs_a_key():
 def test_what_no_model_can_do_is_refused():
     model, params = tiny()
     whole = models.policy_fn(model, value_model=model)
+    both = {"policy": params, "value": params}
+    too_long = models.policy_fn(model, prompt_length=10)
     for message, refused in (
-        ("the model has no score head", lambda: models.score_fn(model)(params, TOKENS, MASK, None)),
-        (
-            "the model has no value head",
-            lambda: whole({"policy": params, "value": params}, TOKENS, MASK, None),
-        ),
-        ("temperature must be positive, got 0", lambda: models.policy_fn(model, 0)),
-        ("temperature must be positive, got nan", lambda: models.policy_fn(model, float("nan"))),
-        (
-            "10 is longer than the 9",
-            lambda: models.policy_fn(model, prompt_length=10)(params, TOKENS, MASK, None),
-        ),
-        (
-            "unknown head 'reward'; choose from value",
-            lambda: models.add_head(KEY, params, "reward"),
-        ),
+        ("no score head", lambda: models.score_fn(model)(params, TOKENS, MASK)),
+        ("no value head", lambda: whole(both, TOKENS, MASK)),
+        ("must be positive, got 0", lambda: models.policy_fn(model, 0)),
+        ("must be positive, got nan", lambda: models.policy_fn(model, float("nan"))),
+        ("10 is longer than the 9", lambda: too_long(params, TOKENS, MASK)),
+        ("'reward'; choose from value", lambda: models.add_head(KEY, params, "reward")),
     ):
         with pytest.raises(ValueError, match=message):
-            refused()
+            jax.eval_shape(refused)
     everything_is_prompt = jax.jit(models.policy_fn(model, prompt_length=9))(
         params, TOKENS, MASK, None
     )
@@ -326,12 +327,11 @@ def test_what_no_model_can_do_is_refused():
 
 def test_masked_columns_stay_finite_for_pad_ids_outside_the_vocabulary():
     model, params = tiny()
-    out, expected = (
-        models.policy_fn(model)(params, tokens, MASK, None).log_probs
-        for tokens in (np.where(MASK, TOKENS, 50256), TOKENS)
-    )
+    tokens = np.where(MASK, TOKENS, 50256)
+    out = np.asarray(jax.jit(models.policy_fn(model))(params, tokens, MASK, None).log_probs)
     assert np.all(np.isfinite(out))
-    assert_array_equal(out[MASK == 1], expected[MASK == 1])
+    expected, _ = of_all_logits()
+    assert_allclose(out[MASK == 1], expected[MASK == 1], atol=1e-5)
 
 
 def test_scores_by_hand():
@@ -339,14 +339,13 @@ def test_scores_by_hand():
     kernel = np.linspace(-1, 1, 8, dtype=np.float32)
     head = {"kernel": kernel, "bias": 0.25, "gain": 3.0, "shift": -2.0}
     params = {**params, "score": jax.tree.map(jnp.float32, head)}
-    tokens = np.concatenate([TOKENS, TOKENS[:1]])
-    mask = np.concatenate([MASK, np.zeros((1, 9), int)])
-    scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
-    hidden = np.asarray(model.hidden(params, tokens, mask))
+    scores = jax.jit(models.score_fn(model))
+    hidden = np.asarray(model.hidden(params, TOKENS, MASK))
     expected = [
-        3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in ((0, 8), (1, 8), (2, 5))
+        3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in enumerate((8, 8, 5))
     ]
-    assert_allclose(scores, [*expected, 0.0], atol=1e-5)
+    assert_allclose(scores(params, TOKENS, MASK, None), expected, atol=1e-5)
+    assert_array_equal(scores(params, TOKENS, 0 * MASK, None), np.zeros(3))
 
 
 def test_score_gradient_spares_gain_and_shift_and_empty_rows():

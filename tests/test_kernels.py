@@ -56,12 +56,12 @@ def test_the_values_of_one_query(platform, rows):
     text = lowered(kernels.weighted_sum, shapes, platform)
     assert re.findall(r"dot_general.*-> tensor<([\dx]+)xf32>", text) == [f"3x2x{rows}x4"]
     weights, value = (np.random.default_rng(0).normal(size=shape) for shape in shapes)
-    found = kernels.weighted_sum(jnp.float32(weights), jnp.float32(value))
+    found = jax.jit(kernels.weighted_sum)(np.float32(weights), np.float32(value))
     assert_allclose(found, weights @ value, rtol=1e-4, atol=1e-6)
 
 
 FAMILIES = {
-    "gpt2": models.GPT2Config(40, 64, 64, 2, 4, compute_dtype="bfloat16"),
+    "gpt2": models.GPT2Config(40, 64, 64, 1, 4, compute_dtype="bfloat16"),
     "llama": models.LlamaConfig(
         40, 64, 64, 3, 4, num_kv_heads=2, intermediate_size=32, scan_layers=True
     ),
@@ -97,16 +97,16 @@ def cudnn(monkeypatch):
 
 
 def decoded(model, params):
-    """Logits of three tokens, one by one, after a prompt of nine that is padded on the left in the
+    """Logits of two tokens, one by one, after a prompt of nine that is padded on the left in the
     second row; and the cache.
     """
-    tokens = jnp.arange(24).reshape(2, 12) % 40
-    key_mask = jnp.ones((2, 32), jnp.int32).at[1, :4].set(0)
-    positions = jnp.stack([jnp.arange(12), jnp.maximum(jnp.arange(12) - 4, 0)])
+    tokens = np.arange(22).reshape(2, 11)
+    key_mask = (np.arange(64) // 4 != 8).reshape(2, 32).astype(np.int32)
+    positions = np.maximum(np.stack([np.arange(11), np.arange(11) - 4]), 0)
     held = model.init_cache(2, 32)
     _, held = model.decode(params, tokens[:, :9], positions[:, :9], key_mask, held, 0)
     outputs = []
-    for i in range(9, 12):
+    for i in range(9, 11):
         token = tokens[:, i : i + 1], positions[:, i : i + 1]
         logits, held = model.decode(params, *token, key_mask, held, jnp.int32(i))
         outputs.append(logits)
@@ -118,8 +118,7 @@ def decoded(model, params):
     [
         ("gpt2", "gpu"),
         *(slow("gemma", platform) for platform in ("gpu", "tpu")),
-        slow("gpt2", "tpu"),
-        *(slow("llama", platform) for platform in ("gpu", "tpu")),
+        slow("llama", "gpu"),
     ],
 )
 def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, monkeypatch, cudnn):
@@ -127,13 +126,12 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, mon
     cache: in bfloat16, with windows too."""
     config = FAMILIES[family]
     model = models.build(config)
-    params = initial_params(model)
-    params = jax.tree.map(lambda x: 3 * x, params)
+    params = jax.tree.map(lambda x: 3 * np.asarray(x), initial_params(model))
     expected, _ = jax.jit(lambda: decoded(model, params))()
     monkeypatch.setattr(fused, "platform", lambda: platform)
     found, held = jax.jit(lambda: decoded(model, params))()
     tolerance = 0.05 if config.compute_dtype == "bfloat16" else 1e-4
-    assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
+    assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
     assert {x.ndim for x in jax.tree.leaves(held)} == {3 if platform == "tpu" else 4}
     slots = {keys[1] for _, keys in cudnn}
     assert slots == (
@@ -162,18 +160,19 @@ def test_cudnn_reads_the_slots_of_each_row(sizes, own, monkeypatch, cudnn):
     """Those of a window's cache need not be neighbours."""
     monkeypatch.setattr(fused, "platform", lambda: "gpu")
     draw = np.random.default_rng(0)
-    query, key, value = (
-        jnp.asarray(draw.normal(size=shape), jnp.bfloat16)
-        for shape in ((2, 2, 2, 1, 16), (2, 2, 96, 16), (2, 2, 96, 16))
-    )
+    shapes = (2, 2, 2, 1, 16), (2, 2, 96, 16), (2, 2, 96, 16)
+    query, key, value = (draw.normal(size=shape).astype(jnp.bfloat16) for shape in shapes)
     slots = np.arange(96)
     mask = np.array([slots < 70, (slots >= 5) & (slots < 33) & (slots % 4 != 1)])[:, None, None]
-    held = cache.held(key, value)
-    assert [x.shape for x in held] == [(2, 96, 2, 16)] * 2
-    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes))
-    with mesh:
-        attend = jax.jit(cache.attention)
-        found = attend(query, held, jnp.asarray(mask))
+
+    @jax.jit
+    def attend(query, key, value, mask):
+        held = cache.held(key, value)
+        assert [x.shape for x in held] == [(2, 96, 2, 16)] * 2
+        return cache.attention(query, held, mask)
+
+    with contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes)):
+        found = attend(query, key, value, mask)
     expected = plainly(*map(np.float32, (query, key, value)), mask)
     assert_allclose(np.float32(found), expected, atol=0.05)
     assert cudnn == [((own[0], 1, 2 * own[2], 16), own)]
@@ -208,11 +207,13 @@ def test_the_length_of_a_row_ends_with_its_last_slot(monkeypatch):
 def test_where_the_plain_formula_reads_the_cache(platform, sizes, dtype, width, monkeypatch):
     """On GPUs in float32 and for heads that cuDNN refuses, and heads that a mesh of TPUs cuts."""
     monkeypatch.setattr(fused, "platform", lambda: platform)
-    query, key = (jnp.ones((2, 2, *shape, width), dtype) for shape in ((1, 1), (32,)))
-    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes))
-    with mesh:
-        held = cache.held(key, key)
-        assert cache.attention(query, held, jnp.ones((2, 1, 1, 32), bool)) is None
+    query, key = (np.ones((2, 2, *shape, width), dtype) for shape in ((1, 1), (32,)))
+
+    def attend(query, key):
+        return cache.attention(query, cache.held(key, key), jnp.ones((2, 1, 1, 32), bool))
+
+    with contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh_of(*sizes)):
+        assert jax.eval_shape(attend, query, key) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import optax
-import pytest
+from builders import initial_params
 from numpy.testing import assert_allclose
 from tabular import assert_close
 
@@ -21,15 +21,10 @@ from rlhf_jax.types import Demonstrations, TrainState
 
 KEY = jax.random.key(0)
 SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
-GPT2 = models.build(models.GPT2Config(**SIZES))
 LLAMA = models.build(models.LlamaConfig(**SIZES, num_kv_heads=1, intermediate_size=24))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")],
-)
-def test_nan_from_fully_padded_rows(model):
+def test_nan_from_fully_padded_rows():
     """pytorch/pytorch#40932, #41508: attention over a row that is all padding is a softmax of
     nothing but -inf, whose NaN reached every parameter; unslothai/unsloth-zoo#1262: a mean over no
     tokens was 0 / 0.
@@ -40,10 +35,10 @@ def test_nan_from_fully_padded_rows(model):
     optimizer = optax.sgd(0.1)
     update = jax.jit(
         partial(
-            sft.update, policy_fn=models.policy_fn(model), optimizer=optimizer, config=sft.Config()
+            sft.update, policy_fn=models.policy_fn(LLAMA), optimizer=optimizer, config=sft.Config()
         )
     )
-    state = TrainState.create(jax.jit(model.init)(KEY), optimizer)
+    state = TrainState.create(initial_params(LLAMA), optimizer)
     tokens = np.random.default_rng(0).integers(0, 13, (4, 6))
     mask = np.where(
         np.array([1, 0, 1, 0])[:, None],

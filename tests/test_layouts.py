@@ -224,7 +224,7 @@ EVERY = ["sft", "reward_model", "ensemble", "dpo", "ppo", "grpo", "ppo with LoRA
 
 
 # The rest takes minutes.
-SLOW = {("fsdp 2 x tensor 2 x data 2", name) for name in ("sft", "ppo", "ppo with LoRA")}
+SLOW = {("fsdp 2 x tensor 2 x data 2", name) for name in ("sft", "ppo with LoRA")}
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def cut_shapes(model, mesh):
 
 @pytest.mark.parametrize(
     ("sizes", "in_loop", "before"),
-    [((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
+    [slow((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
 )
 def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before):
     """Nine are cut. Under ``tensor`` each token needs two sums a block, one of the embedding, three
@@ -411,8 +411,6 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
 @pytest.mark.parametrize(
     ("sizes", "kv_heads", "in_loop", "gathered"),
     [
-        slow((1, 4, 1), 4, {"all-reduce": 6}, 2),
-        slow((2, 2, 1), 4, {"all-reduce": 6}, 2),
         ((1, 2, 2), 4, {"all-reduce": 6}, 2),
         ((1, 4, 1), 2, {}, 9),
     ],
@@ -459,7 +457,7 @@ def test_hidden_states_are_never_sent_under_fsdp():
     """Rows stay on their devices through the blocks and back: weights are sent, and sums of
     gradients.
     """
-    config = replace(SMALL, num_layers=2)
+    config = replace(SMALL, num_layers=1)
 
     def gradient(model, *args):
         return jax.grad(lambda *args: (model.hidden(*args) ** 2).mean())(*args)
@@ -471,7 +469,7 @@ def test_hidden_states_are_never_sent_under_fsdp():
     ("config", "sent"),
     [
         (models.LlamaConfig(40, 16, 16, 1, 4, intermediate_size=32), {"all-reduce": 3}),
-        (models.GPT2Config(40, 16, 16, 1, 4), {"all-reduce": 3}),
+        slow(models.GPT2Config(40, 16, 16, 1, 4), {"all-reduce": 3}),
     ],
 )
 def test_what_a_block_sends_under_tensor(config, sent):
@@ -524,8 +522,8 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     } == {(41, 4)}
 
     def loss(params, tokens):
-        found = models.policy_fn(model)(params, tokens, np.ones((8, 16), np.int32))
-        return found.entropy.sum() - found.log_probs.sum(), model.apply(params, tokens)
+        logits = model.apply(params, tokens)
+        return (jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]).sum(), logits
 
     function = jax.value_and_grad(loss, has_aux=True)
     with jax.set_mesh(mesh):
@@ -575,9 +573,7 @@ def collectives_by_loop(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(), 1e-6), (Mesh(1, 4, 1), 1e-6)]
-)
+@pytest.mark.parametrize(("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(1, 4, 1), 1e-6)])
 def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, capsys):
     """Bit for bit in its own; the run says which layout it had. ``tensor`` does not divide the
     vocabulary.
@@ -602,12 +598,10 @@ def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, c
     assert ("no longer bit for bit" in capsys.readouterr().out) == bool(tolerance)
 
 
-@pytest.mark.parametrize("command", STAGES)
-def test_every_command_takes_a_mesh(command):
-    settings = parse(
-        RunConfig, ["--mesh.data", "1", "--mesh.fsdp", "-1"], sections=STAGES[command].reads
-    )
-    assert settings.mesh == Mesh(1, -1, 1)
+def test_every_command_takes_a_mesh():
+    assert all("mesh" in command.reads for command in STAGES.values())
+    argv = ["--mesh.data", "1", "--mesh.fsdp", "-1"]
+    assert parse(RunConfig, argv, sections=STAGES["ppo"].reads).mesh == Mesh(1, -1, 1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ folders.
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from builders import (
     CONFIG,
     LLAMA,
     initial_params,
-    slow,
     some_params,
     some_tokens,
     stack_layers,
@@ -40,6 +40,9 @@ CONFIGS = {
     "llama": LLAMA,
 }
 TOKENS = some_tokens(2, 8)
+
+
+merge = jax.jit(lora.merge)
 
 
 def grown(adapters):
@@ -73,12 +76,15 @@ def test_the_layer_adds_the_factored_term():
         "lora_scale": jnp.float32(0.5),
     }
 
-    def layer(params):
-        return Dense(CONFIG, (2,)).apply({"params": params}, jnp.array([[1.0, 2.0]]))
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_and_output(params):
+        out = Dense(CONFIG, (2,)).apply({"params": params}, np.array([[1.0, 2.0]], np.float32))
+        return out[0, 0], out
 
+    gradient, out = gradient_and_output(params)
     # x W + b = (11, 22); x A = 7; 0.5 * 7 * (5, 7) = (17.5, 24.5)
-    assert_array_equal(layer(params), [[28.5, 46.5]])
-    gradient = jax.grad(lambda params: layer(params)[0, 0])(params)
+    assert_array_equal(out, [[28.5, 46.5]])
     assert_array_equal(gradient["lora_a"], [[2.5], [5.0]])  # 0.5 * x * 5
     assert_array_equal(gradient["lora_b"], [[3.5, 0.0]])
     assert gradient["lora_scale"] == 0
@@ -96,9 +102,10 @@ def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
         shape = flatten_dict(params)[(*module, "kernel")].shape
         first = 1 + (module[0] == "h")
         *layers, size_in = shape[:first]
-        a, b, scale = (leaves[(*module, name)] for name in ("lora_a", "lora_b", "lora_scale"))
+        names = ("lora_a", "lora_b", "lora_scale")
+        a, b, scale = (np.asarray(leaves[(*module, name)]) for name in names)
         assert a.shape == (*layers, size_in, 3)
-        assert 0.5 / size_in**0.5 < jnp.abs(a).max() <= 1 / size_in**0.5
+        assert 0.5 / size_in**0.5 < np.abs(a).max() <= 1 / size_in**0.5
         assert_array_equal(b, np.zeros((*layers, 3, *shape[first:])))
         assert_array_equal(scale, np.full(layers, 2.0))
 
@@ -109,17 +116,12 @@ def test_match_chooses_layers():
     places = {"/".join(path[:-1]) for path in flatten_dict(adapters)}
     assert places == {"h_0/mlp/c_fc", "h_1/attn/c_attn", "h_1/mlp/c_fc"}
     first, second = (adapters[layer]["mlp"]["c_fc"]["lora_a"] for layer in ("h_0", "h_1"))
-    assert (first != second).all()  # each layer draws its own
+    assert (np.asarray(first) != np.asarray(second)).all()  # each layer draws its own
+    of_no_layer = {"h_2": {"attn": adapters["h_1"]["attn"]}}
     for message, refused in (
-        (
-            r"'q_proj'; the layers hold attn/c_attn, attn/c_proj",
-            lambda: lora.init(None, params, 2, "q_proj"),
-        ),
-        (r"rank must be at least 1", lambda: lora.init(None, params, 0)),
-        (
-            r"h_2/attn/c_attn/lora_a belongs",
-            lambda: lora.attach(params, {"h_2": {"attn": adapters["h_1"]["attn"]}}),
-        ),
+        ("'q_proj'; .* attn/c_attn, attn/c_proj", lambda: lora.init(None, params, 2, "q_proj")),
+        ("rank must be at least 1", lambda: lora.init(None, params, 0)),
+        ("h_2/attn/c_attn/lora_a belongs", lambda: lora.attach(params, of_no_layer)),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
@@ -129,36 +131,42 @@ def test_merging_gives_the_same_function_and_not_the_base(adapted):
     model, params, adapters = adapted
     adapters = grown(adapters)
     attached = lora.attach(params, adapters)
-    merged = lora.merge(params, adapters)
+    merged = merge(params, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
-    logits = model.apply(attached, TOKENS)
+    logits = np.asarray(model.apply(attached, TOKENS))
     assert_allclose(model.apply(merged, TOKENS), logits, atol=2e-6)
-    assert jnp.abs(logits - model.apply(params, TOKENS)).max() > 0.05
-    # The sampler decodes through the adapters too.
-    positions = jnp.broadcast_to(jnp.arange(8), TOKENS.shape)
-    decoded, _ = jax.jit(model.decode)(
-        attached, TOKENS, positions, jnp.ones_like(TOKENS), model.init_cache(2, 8), 0
-    )
-    assert_allclose(decoded, logits, atol=2e-6)
+    assert np.abs(logits - model.apply(params, TOKENS)).max() > 0.05
+
+
+@pytest.mark.parametrize("adapted", [CONFIGS["gpt2 scanned"]], indirect=True)
+def test_the_sampler_decodes_through_adapters(adapted):
+    model, params, adapters = adapted
+    attached = lora.attach(params, grown(adapters))
+    positions = np.tile(np.arange(8), (2, 1))
+    inputs = (TOKENS, positions, np.ones_like(TOKENS), model.init_cache(2, 8), 0)
+    decoded, _ = jax.jit(model.decode)(attached, *inputs)
+    assert_allclose(decoded, model.apply(attached, TOKENS), atol=2e-6)
 
 
 def test_a_base_of_8_bits_has_a_scale_for_each_output_column():
     kernel = jnp.array([[254.0, 0.0], [3.5, 0.0], [100.9, 0.0]], jnp.bfloat16)
     table = jnp.ones(2, jnp.bfloat16)
     base = {"h_0": {"mlp": {"up_proj": {"kernel": kernel}}}, "wte": {"embedding": table}}
-    held = lora.quantized(base)
+    held = jax.jit(lora.quantized)(base)
     layer = held["h_0"]["mlp"]["up_proj"]
     assert layer["kernel"].dtype == jnp.int8
     assert_array_equal(layer["kernel"], [[127, 0], [2, 0], [50, 0]])  # 100.9 is 101 in bfloat16
     assert_array_equal(layer["kernel_scale"], [2.0, 1.0])
-    assert held["wte"]["embedding"] is table
-    merged = lora.merge(held, {})["h_0"]["mlp"]["up_proj"]
+    assert lora.quantized({"wte": base["wte"]})["wte"]["embedding"] is table
+    merged = merge(held, {})["h_0"]["mlp"]["up_proj"]
     assert_array_equal(merged["kernel"], [[254, 0], [4, 0], [100, 0]])
     assert merged.keys() == {"kernel"}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapted", [LLAMA], indirect=True)
 def test_a_model_computes_what_its_base_of_8_bits_holds(adapted):
+    """Stacked layers and experts are in test_quantization.py."""
     model, params, adapters = adapted
     adapters = grown(adapters)
     held = lora.quantized(params)
@@ -174,8 +182,9 @@ def test_a_model_computes_what_its_base_of_8_bits_holds(adapted):
 def test_a_base_of_8_bits_is_decoded_as_it_is():
     """Its scales keep float32, where other leaves of a layer become bfloat16."""
     config = replace(LLAMA, compute_dtype="bfloat16")
-    held = lora.quantized(initial_params(models.build(config)))
-    layer = models.build(config).for_decoding(held)["h_0"]["mlp"]["up_proj"]
+    model = models.build(config)
+    held = jax.eval_shape(lora.quantized, initial_params(model))
+    layer = jax.eval_shape(model.for_decoding, held)["h_0"]["mlp"]["up_proj"]
     assert layer["kernel"].dtype == jnp.int8
     assert layer["kernel_scale"].dtype == jnp.float32
     with pytest.raises(ValueError, match="base int8: all weights are trained"):
@@ -189,12 +198,13 @@ def test_a_small_change_survives_merging_into_bfloat16_weights():
         }
     }
     adapters = lora.init(jax.random.key(1), base, 2)
-    adapters["h_0"]["attn"]["lora_b"] += 1e-3
-    merged = lora.merge(base, adapters)["h_0"]["attn"]
+    adapters["h_0"]["attn"]["lora_b"] = np.full((2, 4), 1e-3, np.float32)
+    merged = merge(base, adapters)["h_0"]["attn"]
     assert merged["kernel"].dtype == jnp.float32
     assert merged["bias"].dtype == jnp.bfloat16
-    assert (merged["kernel"] != 1).all()
-    assert (merged["kernel"].astype(jnp.bfloat16) == 1).all()  # what rounding would have lost
+    kernel = np.asarray(merged["kernel"])
+    assert (kernel != 1).all()
+    assert (kernel.astype(jnp.bfloat16) == 1).all()  # what rounding would have lost
 
 
 def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
@@ -203,9 +213,8 @@ def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
 
     def largest(apply):
         gradient = jax.grad(lambda adapters: jnp.sum(apply(adapters) ** 2))
-        return max(
-            array_sizes(jax.make_jaxpr(gradient)(lora.init(jax.random.key(1), base, 2)).jaxpr)
-        )
+        adapters = jax.eval_shape(lambda key: lora.init(key, base, 2), KEY)
+        return max(array_sizes(jax.make_jaxpr(gradient)(adapters).jaxpr))
 
     kernel = 64 * 4 * 64
     tokens = TOKENS % 7
@@ -231,22 +240,17 @@ def test_dropout_of_an_adapter_drops_its_inputs_and_scales_the_others():
     assert_array_equal(layer.apply(plain, x, rngs={"dropout": jax.random.key(0)}), x)
 
 
-def test_adapters_of_each_layer_drop_their_own_inputs_and_only_with_a_key():
-    """Two equal layers without residuals of their own would drop alike with one mask."""
-    model = models.build(replace(CONFIG, num_layers=3, scan_layers=True, lora_dropout=0.5))
+def test_adapters_drop_their_inputs_with_a_key():
+    model = models.build(replace(CONFIG, num_layers=1, lora_dropout=0.5))
     base = initial_params(model)
     params = lora.attach(base, grown(lora.init(jax.random.key(1), base, 2)))
     hidden = jax.jit(model.hidden)
     first, again, other = (
-        hidden(params, TOKENS, None, key) for key in map(jax.random.key, (1, 1, 2))
+        np.asarray(hidden(params, TOKENS, None, key)) for key in map(jax.random.key, (1, 1, 2))
     )
     assert_array_equal(first, again)
-    assert jnp.abs(first - other).max() > 1e-3
-    assert jnp.abs(first - hidden(params, TOKENS)).max() > 1e-3
-    whole = models.build(replace(model.config, lora_dropout=0.0))
-    assert_array_equal(hidden(params, TOKENS), jax.jit(whole.hidden)(params, TOKENS))
-    # The base alone has nothing to drop.
-    assert_array_equal(hidden(base, TOKENS, None, jax.random.key(1)), hidden(base, TOKENS))
+    for different in (other, hidden(params, TOKENS)):
+        assert np.abs(first - different).max() > 1e-3
 
 
 def test_peft_folders_round_trip(adapted, tmp_path):
@@ -274,7 +278,7 @@ def test_peft_folders_round_trip(adapted, tmp_path):
 
 
 @pytest.fixture
-def partial(tmp_path):
+def some_layers(tmp_path):
     """(parameters, function that saves adapters of the layers that match and returns their
     keys).
     """
@@ -287,8 +291,8 @@ def partial(tmp_path):
     return params, save
 
 
-def test_folders_name_the_layers_that_are_adapted(partial, tmp_path):
-    params, save = partial
+def test_folders_name_the_layers_that_are_adapted(some_layers, tmp_path):
+    params, save = some_layers
 
     places = [
         "transformer.h.0.attn.c_attn",
@@ -301,8 +305,8 @@ def test_folders_name_the_layers_that_are_adapted(partial, tmp_path):
     assert jax.tree.structure(lora.load(tmp_path, params)) == jax.tree.structure(expected)
 
 
-def test_strange_folders_are_refused(partial, tmp_path):
-    params, save = partial
+def test_strange_folders_are_refused(some_layers, tmp_path):
+    params, save = some_layers
     config = save("h_1/attn")
     file = tmp_path / "adapter_config.json"
     weights = tmp_path / "adapter_model.safetensors"
@@ -315,12 +319,12 @@ def test_strange_folders_are_refused(partial, tmp_path):
     incomplete = {name: value for name, value in tensors.items() if "c_proj.lora_B" not in name}
     score = {"base_model.model.score.weight": one}
     for changes, held, message in (
-        ({"peft_type": "IA3"}, tensors, "peft_type is 'IA3', and only LORA is read"),
-        ({"use_dora": True}, tensors, "use_dora is True: such adapters are not supported"),
+        ({"peft_type": "IA3"}, tensors, "peft_type is 'IA3'.*LORA"),
+        ({"use_dora": True}, tensors, "use_dora is True"),
         ({"bias": "all"}, tensors, "bias is 'all'"),
-        ({"lora_alpha": None}, tensors, "lora_alpha is None, expected a number"),
+        ({"lora_alpha": None}, tensors, "lora_alpha is None"),
         *(
-            ({"init_lora_weights": start}, tensors, f"init_lora_weights is '{start}': PEFT changes")
+            ({"init_lora_weights": start}, tensors, f"init_lora_weights is '{start}'")
             for start in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq")
         ),
         (
@@ -329,7 +333,7 @@ def test_strange_folders_are_refused(partial, tmp_path):
             "unexpected tensors: lm_head.lora_A.weight",
         ),
         ({}, incomplete, "missing tensors: transformer.h.1.attn.c_proj.lora_B.weight"),
-        ({}, score, "reward_shift in its metadata is no number"),
+        ({}, score, "reward_shift .* is no number"),
         ({}, {}, "no adapter of a kernel of this model"),
     ):
         file.write_text(json.dumps(config | changes), encoding="utf-8")
@@ -363,7 +367,7 @@ def test_whole_modules_of_a_folder_replace_those_of_the_base(tmp_path):
         added[f"base_model.model.{name}"] = np.ascontiguousarray(stored)
     save_file(load_file(file) | added, file)
     found = lora.load(tmp_path, params, model)
-    for tree in (lora.attach(params, found), lora.merge(params, found)):
+    for tree in (lora.attach(params, found), merge(params, found)):
         tree = flatten_dict(tree)
         for path, leaf in leaves.items():
             expected = leaf + 1 if path in whole else leaf
@@ -386,7 +390,7 @@ def test_an_adapter_trained_after_tokens_were_added_is_exported_with_them(is_tie
     config = replace(LLAMA, tie_embeddings=is_tied)
     model, params = models.build(config), some_params(config)
     models.save(tmp_path / "base", model, params)
-    adapters = grown(lora.init(KEY, params, 2))
+    adapters = grown(lora.init(KEY, params, 2, "q_proj"))
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     size = config.vocab_size + 3
@@ -405,14 +409,14 @@ def test_an_adapter_trained_after_tokens_were_added_is_exported_with_them(is_tie
     if not is_tied:
         assert_array_equal(merged["lm_head"]["embedding"], tables["lm_head.weight"])
     kernel = merged["h_0"]["attn"]["q_proj"]["kernel"]
-    assert_array_equal(kernel, lora.merge(params, adapters)["h_0"]["attn"]["q_proj"]["kernel"])
+    assert_allclose(kernel, merge(params, adapters)["h_0"]["attn"]["q_proj"]["kernel"], rtol=1e-6)
 
 
 def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     model = models.build(LLAMA)
     params = some_params(LLAMA)
     models.save(tmp_path / "base", model, params)
-    adapters = grown(lora.init(KEY, params, 2))
+    adapters = grown(lora.init(KEY, params, 2, "q_proj|down_proj"))
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
     more = tmp_path / "base" / "additional_chat_templates"
@@ -430,7 +434,8 @@ def test_an_adapter_s_folder_is_no_model_until_it_is_exported(tmp_path):
     assert again.config == model.config
     assert_array_equal(merged["ln_f"]["scale"], norm)
     merged["ln_f"] = params["ln_f"]
-    jax.tree.map(assert_array_equal, merged, lora.merge(params, adapters))
+    same = partial(assert_allclose, rtol=1e-6)
+    jax.tree.map(same, merged, merge(params, adapters))
     assert (tmp_path / "merged" / "tokenizer.json").read_text("utf-8") == "{}"
     assert (tmp_path / "merged" / more.name / "tool_use.jinja").read_text() == "tools"
     with pytest.raises(UserError, match="is in use"):
@@ -447,8 +452,8 @@ def test_an_adapter_that_makes_weights_infinite_is_not_exported(alpha, factor, t
     model = models.build(LLAMA)
     params = some_params(LLAMA)
     models.save(tmp_path / "base", model, params)
-    adapters = grown(lora.init(KEY, params, 2))
-    adapters = jax.tree.map(lambda x: x * factor if x.ndim else x, adapters)  # not the scale
+    adapters = grown(lora.init(KEY, params, 2, "q_proj"))
+    adapters = jax.tree.map(lambda x: np.asarray(x) * factor if x.ndim else x, adapters)
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))
@@ -464,7 +469,7 @@ def test_a_merged_reward_model_says_where_its_score_stands(is_ours, tmp_path):
     model = models.build(LLAMA)
     params = some_params(LLAMA)
     models.save(tmp_path / "base", model, params)
-    adapters = models.add_head(KEY, grown(lora.init(KEY, params, 2)), "score", 8)
+    adapters = models.add_head(KEY, grown(lora.init(KEY, params, 2, "q_proj")), "score", 8)
     lora.save(tmp_path / "adapter", params, adapters, base_model=str(tmp_path / "base"))
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     if not is_ours:
@@ -474,24 +479,20 @@ def test_a_merged_reward_model_says_where_its_score_stands(is_ours, tmp_path):
     assert ("score_position" in config) == is_ours
 
 
-def test_adapters_that_are_no_folder_are_refused(partial, tmp_path):
-    params, _ = partial
-    two_ranks = [
-        lora.init(jax.random.key(1), params, rank, match)
-        for rank, match in ((1, "h_0"), (2, "h_1"))
-    ]
+def test_adapters_that_are_no_folder_are_refused(tmp_path):
+    params = initial_params(models.build(CONFIG))
+    first, second = (lora.init(KEY, params, rank, f"h_{rank - 1}/attn/c_proj") for rank in (1, 2))
     for adapters, message in (
-        (two_ranks[0] | two_ranks[1], "one rank and scale"),
-        ({"value": {"kernel": jnp.zeros(8)}}, "cannot save value/kernel as adapters"),
+        (first | second, "one rank and scale"),
+        ({"value": {"kernel": np.zeros(8)}}, "value/kernel"),
     ):
         with pytest.raises(ValueError, match=message):
             lora.save(tmp_path, params, adapters)
 
 
-@pytest.mark.parametrize("config", [CONFIG, slow(LLAMA)])
-def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(config, tmp_path):
+def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(tmp_path):
     """Of the model and of its adapters."""
-    config = replace(config, num_layers=3)
+    config = replace(CONFIG, num_layers=3)
     base = some_params(config)
     adapters = grown(lora.init(jax.random.key(1), base, 2))
     written = []
@@ -499,7 +500,7 @@ def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(conf
         model, params = tiny(config, scan_layers=scanned)
         trained = stack_layers(adapters) if scanned else adapters
         folder = tmp_path / str(scanned)
-        models.save(folder / "model", model, lora.merge(params, trained))
+        models.save(folder / "model", model, merge(params, trained))
         lora.save(folder / "adapter", params, trained)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         written.append({path.relative_to(folder): path.read_bytes() for path in files})

@@ -3,6 +3,7 @@ folders.
 """
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,6 @@ CLASSIFIERS = [
     "Mixtral windows",
     "GptOss yarn",
 ]
-MIXED = "Qwen3Moe dense between"  # layers with and without experts cannot be stacked
 each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -65,13 +65,10 @@ def test_logits_equal_transformers(tmp_path, name):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     tokens, mask = left_padded()
     expected = torch_forward(reference, tokens, mask)
-    for scan_layers in (False, True):
-        if scan_layers and name == MIXED:
-            continue
-        model, params = models.load(tmp_path, scan_layers=scan_layers)
-        logits = jax.jit(model.apply)(params, tokens, mask)
-        assert np.std(expected[mask == 1]) > 0.9
-        assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
+    model, params = models.load(tmp_path)
+    logits = jax.jit(model.apply)(params, tokens, mask)
+    assert np.std(expected[mask == 1]) > 0.9
+    assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
 
 
 each_family = pytest.mark.parametrize(
@@ -101,13 +98,13 @@ each_family = pytest.mark.parametrize(
 
 
 @each_family
-@pytest.mark.parametrize("compute", ["xla", "blockwise"])
-def test_packed_documents_equal_transformers_on_each_alone(tmp_path, name, compute):
+def test_packed_documents_equal_transformers_on_each_alone(tmp_path, name):
+    """By stacked layers, whose attention is computed in blocks."""
     reference = torch_model(name)
     reference.save_pretrained(tmp_path)
     tokens = left_padded(1, 16)[0]
     mask = np.array([[0, 0, *[1] * 7, *[2] * 5, 3, 3]])
-    model, params = models.load(tmp_path, attention=compute, scan_layers=compute == "blockwise")
+    model, params = models.load(tmp_path, attention="blockwise", scan_layers=True)
     logits = np.asarray(jax.jit(model.apply)(params, tokens, mask))
     for number in (1, 2, 3):
         alone = tokens[mask == number][None]
@@ -127,9 +124,8 @@ def test_greedy_equals_transformers_generate(tmp_path, name):
     ).numpy()
     model, params = models.load(tmp_path)
     config = sampling.SamplingConfig(max_new_tokens=16, temperature=0.0, eos_id=1, pad_id=0)
-    result = sampling.generate(
-        model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config=config
-    )
+    generate = jax.jit(partial(sampling.generate, model, config=config))
+    result = generate(params, tokens, mask, jax.random.key(0))
     assert_array_equal(np.asarray(result.tokens)[:, : expected.shape[1]], expected)
     assert not np.asarray(result.tokens)[:, expected.shape[1] :].any()
 
@@ -140,23 +136,15 @@ def test_scores_equal_transformers_classifier(tmp_path, name):
     reference.save_pretrained(tmp_path)
     model, params = models.load(tmp_path)
     tokens, mask = left_padded()
-    scores = models.score_fn(model)(params, tokens, mask, None)
+    scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
     assert_allclose(scores, torch_forward(reference, tokens, mask)[:, 0], atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "scan_layers"),
-    [
-        pytest.param(name, scan_layers, id=f"{name}-{'scanned' if scan_layers else 'unrolled'}")
-        for name in CONFIGS
-        for scan_layers in (False, True)
-        if not (scan_layers and name == MIXED)  # layers of two kinds are not stacked
-    ],
-)
-def test_saved_folder_loads_bit_equal_in_transformers(tmp_path, name, scan_layers):
+@each_config
+def test_saved_folder_loads_bit_equal_in_transformers(tmp_path, name):
     reference = torch_model(name)
     reference.save_pretrained(tmp_path / "theirs")
-    models.save(tmp_path / "ours", *models.load(tmp_path / "theirs", scan_layers=scan_layers))
+    models.save(tmp_path / "ours", *models.load(tmp_path / "theirs"))
     again = loaded("AutoModelForCausalLM", tmp_path / "ours")
     assert_same_tensors(torch_tensors(again), torch_tensors(reference))
     assert_same_tensors(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
@@ -213,7 +201,8 @@ def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name)
     assert shift == reference.config.reward_shift
     tokens, mask = left_padded()
     expected = torch_forward(reference, tokens, mask)[:, 0] + shift
-    assert_allclose(models.score_fn(model)(params, tokens, mask, None), expected, atol=2e-4)
+    scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
+    assert_allclose(scores, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
@@ -246,7 +235,7 @@ def test_bfloat16_compute_is_close(tmp_path):
     model, params = models.load(tmp_path, compute_dtype="bfloat16")
     tokens, mask = left_padded()
     expected = torch_forward(reference, tokens, mask)[mask == 1]
-    logits = model.apply(params, tokens, mask)
+    logits = jax.jit(model.apply)(params, tokens, mask)
     assert logits.dtype == jnp.float32
     error = np.abs(np.asarray(logits)[mask == 1] - expected)
     assert 1e-4 < np.mean(error) < 0.05 * np.std(expected)
