@@ -56,12 +56,14 @@ def constant_rollout(score):
     column = np.arange(COLUMNS)
     mask = np.broadcast_to(column >= 2, (ROWS, COLUMNS)).copy()
     mask[::3, 7] = False
-    zeros = jnp.zeros(mask.shape)
-    tokens = jnp.asarray(mask * (column % 5), jnp.int32)
-    batch = Rollout(tokens, jnp.ones_like(tokens), jnp.asarray(mask), zeros, values=zeros)
-    return batch.replace(rewards=rewards.kl_shaped(batch.replace(scores=jnp.full(32, score)), 0.0))
+    zeros = np.zeros(mask.shape, np.float32)
+    tokens = (mask * (column % 5)).astype(np.int32)
+    batch = Rollout(tokens, np.ones_like(tokens), mask, zeros, values=zeros)
+    scored = batch.replace(scores=np.full(ROWS, score, np.float32))
+    return batch.replace(rewards=shaped_at_end(scored))
 
 
+shaped_at_end = jax.jit(partial(rewards.kl_shaped, kl_coef=0.0))
 GLOBAL = rloo.Config(baseline="global", group_size=1)
 WHITENED = {
     "ppo": partial(ppo.prepare, config=ppo.Config(gae_lambda=1.0)),
@@ -73,7 +75,7 @@ WHITENED = {
 
 @pytest.mark.parametrize("name", WHITENED)
 def test_equal_rewards_have_advantage_zero(name):
-    """On one device, on several, and in blocks."""
+    """On one device, on several, and in blocks; advantages of other rewards are the same there."""
     mesh = sharding.make_mesh(4)
     prepare = WHITENED[name]
     mapped = jax.shard_map(
@@ -83,6 +85,12 @@ def test_equal_rewards_have_advantage_zero(name):
     for score in (10.1, 100.1, 1.1):
         for way in ways:
             assert_array_equal(way(constant_rollout(score)).advantages, 0.0)
+    draw = np.random.default_rng(1).normal(size=(2, ROWS, COLUMNS)).astype(np.float32)
+    other = constant_rollout(1.0).replace(rewards=draw[0], values=draw[1])
+    one, *others = (way(other).advantages for way in ways)
+    assert np.abs(one).max() > 1
+    for found in others:
+        assert_allclose(found, one, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_rewards_move_nothing():
