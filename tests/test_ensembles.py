@@ -56,7 +56,7 @@ def updates():
     settings = {
         "score_fn": noisy,
         "optimizer": ADAM,
-        "config": reward_model.Config(num_microbatches=2),
+        "config": reward_model.Config(),
     }
     return [
         jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update_members)

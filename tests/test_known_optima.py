@@ -364,7 +364,7 @@ def trainer(module, num_steps, learning_rate, **kwargs):
     return train
 
 
-def fit(module, params, batch, num_steps=200, learning_rate=0.1, **kwargs):
+def fit(module, params, batch, num_steps=140, learning_rate=0.1, **kwargs):
     return trainer(module, num_steps, learning_rate, **kwargs)(params, batch)
 
 

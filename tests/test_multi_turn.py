@@ -21,11 +21,9 @@ from builders import (
     metric_rows,
     run_grpo,
 )
-from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
-from tabular import assert_identical
 
-from rlhf_jax import models, ops, sampling, sharding
+from rlhf_jax import models, ops, sampling
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.config import Network, RLStage, RunConfig, to_yaml
 from rlhf_jax.config import Tokenizer as Tokens
@@ -57,7 +55,7 @@ def bigrams(params, tokens, attention_mask, key):
 
 
 TABLE_MODEL = sampling.uncached(bigrams)
-generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
+generate = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
 def table():
@@ -76,14 +74,13 @@ def prompts_of(*texts, **columns):
     return encoding.encode_prompts(rows, ALPHABET, length=P)
 
 
-def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None, stop=()):
+def talk(fn, encoded, rows, max_turns=None, config=None, params=None, stop=()):
     """``converse`` with the table policy, the likeliest tokens by default."""
     config = config or sampling.SamplingConfig(R, temperature=0.0, eos_id=EOS, pad_id=PAD)
     params = table() if params is None else params
 
-    def respond(*inputs):
-        tokens, mask, _, used = inputs if mesh is None else sharding.shard_rows(mesh, inputs)
-        return generate(TABLE_MODEL, params, tokens, mask, KEY, config=config, used=used, mesh=mesh)
+    def respond(tokens, mask, _, used):
+        return generate(TABLE_MODEL, params, tokens, mask, KEY, config=config, used=used)
 
     setting = Environment(fn, ALPHABET, chat.template_of(ALPHABET), R, max_turns)
     until = stops.stopping(respond, ALPHABET, stop)
@@ -162,16 +159,11 @@ def test_a_tokens_randomness_is_that_of_its_slot():
         TABLE_MODEL, params, encoded.tokens, encoded.attention_mask, KEY, config=endless
     )
     ending = sampling.SamplingConfig(R, eos_id=(EOS, A, B, C), pad_id=PAD)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    one, spread = (
-        talk(lambda *_: "d", encoded, np.arange(4), config=ending, params=params, mesh=place)[0]
-        for place in (None, mesh)
-    )
+    one, _ = talk(lambda *_: "d", encoded, np.arange(4), config=ending, params=params)
     said = one.response_mask == 1
     assert said.sum(axis=1).min() > 2  # several turns
     assert (~said & (one.attention_mask == 1))[:, P:].sum() > 3
     assert_array_equal(one.tokens[said], np.asarray(whole.tokens)[said])
-    assert_identical(one, spread)
 
 
 FAULTS = [
@@ -303,8 +295,6 @@ def test_a_generator_with_an_environment(talker):
         # A reply that was the last thing to fit may follow.
         assert said.transcripts[i].startswith("".join(texts))
         assert len(said.token_log_probs[i]) >= len(said.texts[i])  # pads can be said too
-    alone = Generator(talker / "model", **own, batch_size=1)(["cab"], columns=rows[2:], seed=1)
-    assert alone.transcripts == said.transcripts[2:]
     for given in ({"max_turns": 2}, {"max_turns": 0, "environment": source}):
         with pytest.raises(UserError, match=r"max_turns \d: conversations have an environment"):
             Generator(talker / "model", **given)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import models, rollout, sampling
+from rlhf_jax import models, rollout
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout
 
@@ -26,7 +26,6 @@ CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PA
 POLICY = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT)
 KEY = jax.random.key(0)
 
-generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
 collect = jax.jit(rollout.collect, static_argnames=("model", "sampling", "policy_fn", "mesh"))
 policy = jax.jit(POLICY)
 init = jax.jit(MODEL.init)
@@ -81,10 +80,7 @@ def test_collect():
     mask[3] = 0  # an absent row, whose attention sees nothing
     row_ids = ROW_IDS + 40
     rolled = run_collect(tokens, mask, row_ids=row_ids)
-    given = {"config": CONFIG, "row_ids": row_ids, "places": ROW_IDS}
-    sampled = jax.tree.map(np.asarray, generate(MODEL, PARAMS, tokens, mask, KEY, **given))
-    for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
-        assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
+    assert_array_equal(rolled.row_ids, row_ids)
     assert rolled.scores is rolled.rewards is None
 
     response = rolled.mask
@@ -98,7 +94,6 @@ def test_collect():
         assert_allclose(got, np.where(response, forward, 0.0), rtol=1e-4, atol=1e-5)
         assert np.ptp(got[response]) > 0.1
     assert np.abs(rolled.log_probs - rolled.ref_log_probs).max() > 0.1
-    assert np.abs(sampled.log_probs - rolled.log_probs)[response].max() < 1e-5
 
 
 def test_collected_answers_to_one_data_row_differ_by_their_places():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import initial_params
+from builders import initial_params, slow
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
@@ -71,9 +71,10 @@ WHITENED = {
     "reinforce++ baseline": partial(rloo.prepare, config=rloo.Config(baseline="both")),
     "distill": partial(distill.prepare, config=distill.Config()),
 }
+SLOW = ("reinforce++", "distill")  # whitened as the others are
 
 
-@pytest.mark.parametrize("name", WHITENED)
+@pytest.mark.parametrize("name", ["ppo", "reinforce++ baseline", *map(slow, SLOW)])
 def test_equal_rewards_have_advantage_zero(name):
     """On one device, on several, and in blocks; advantages of other rewards are the same there."""
     mesh = sharding.make_mesh(4)

@@ -99,7 +99,7 @@ def by_hand(case, params, batch, key):
 
 
 @pytest.mark.parametrize(
-    ("name", "check_vma"), [("vpg", [True]), *(slow(name, [True, False]) for name in SUMS)]
+    ("name", "check_vma"), [("sft", [True]), *(slow(name, [True, False]) for name in SUMS)]
 )
 def test_steps_by_hand_and_over_devices(name, check_vma):
     case = UPDATES[name]
