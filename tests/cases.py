@@ -1,6 +1,7 @@
 """The table of all algorithms: settings that reach each of their terms, a batch for updates, and
 random batches for losses."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ SGD = optax.sgd(LEARNING_RATE)
 LENGTHS = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]
 # Two blocks on each device.
 MINIBATCHES = {"num_minibatches": 2, "shuffle_blocks": 8}
+WEIGHT = jnp.asarray(np.linspace(0.5, 2.0, 16), jnp.float32)
 TERMS = {"entropy_coef": 0.1, "kl_loss_coef": 0.1}
 
 
@@ -48,7 +50,7 @@ class Case(NamedTuple):
     @property
     def start(self):
         params = (
-            {"scores": jnp.sin(jnp.arange(5.0))}
+            {"scores": jnp.asarray(np.sin(np.arange(5.0)), jnp.float32)}
             if self.module is reward_model
             else policy_params(0)
         )
@@ -78,6 +80,7 @@ class Case(NamedTuple):
 # Batches of updates
 
 
+@functools.cache
 def demonstrations():
     return texts_of(rollout(0, LENGTHS))
 
@@ -86,7 +89,8 @@ def texts_of(batch):
     return Demonstrations(batch.tokens, batch.attention_mask, batch.response_mask)
 
 
-def answers(num_answers, **fields):
+@functools.cache
+def answers(num_answers):
     """Comparisons without a third device, and without two of the other answers."""
     absent = [
         (1, 1),
@@ -94,31 +98,32 @@ def answers(num_answers, **fields):
         *((row, answer) for row in range(8, 12) for answer in range(num_answers)),
     ]
     batch = comparisons(0, 16, num_answers, absent=absent)
-    return batch.replace(
-        best=jnp.arange(16) % num_answers, weight=jnp.linspace(0.5, 2.0, 16), **fields
-    )
+    return batch.replace(best=jnp.asarray(np.arange(16) % num_answers), weight=WEIGHT)
 
 
+@functools.cache
 def with_targets():
-    return answers(3, targets=jnp.sin(jnp.arange(48.0)).reshape(16, 3))
+    targets = np.sin(np.arange(48.0, dtype=np.float32)).reshape(16, 3)
+    return answers(3).replace(targets=jnp.asarray(targets))
 
 
+@functools.cache
 def pairs():
-    return dpo.with_reference(answers(2), Partial(policy_fn, policy_params(1)))
+    return jax.jit(dpo.with_reference)(answers(2), Partial(policy_fn, policy_params(1)))
 
 
+@functools.cache
 def feedback():
-    batch = rollout(0, LENGTHS)
-    liked = jnp.arange(16) % 3 == 0
-    weight = jnp.linspace(0.5, 2.0, 16)
-    rows = Feedback(batch.tokens, batch.attention_mask, batch.response_mask, liked, weight)
-    return kto.with_reference(rows, Partial(policy_fn, policy_params(1)))
+    liked = jnp.asarray(np.arange(16) % 3 == 0)
+    rows = Feedback(*vars(demonstrations()).values(), liked, WEIGHT)
+    return jax.jit(kto.with_reference)(rows, Partial(policy_fn, policy_params(1)))
 
 
+@functools.cache
 def samples():
     """A rollout without advantages, which the update is to make."""
     batch = rollout(0, LENGTHS)
-    weights = jnp.exp(0.3 * batch.advantages)
+    weights = jnp.asarray(np.exp(0.3 * np.asarray(batch.advantages)))
     return batch.replace(advantages=None, returns=None, importance_weights=weights)
 
 
@@ -126,6 +131,7 @@ def samples():
 
 ROWS = 8
 LENGTH = 4
+MARKED = 2  # of a response's tokens in its mask: any number but 0 counts
 
 
 def dense(rng, scale):
@@ -133,7 +139,7 @@ def dense(rng, scale):
     seed = int(rng.integers(2**31))
     lengths = rng.integers(1, LENGTH + 1, size=ROWS) * (rng.permutation(ROWS) > 1)
     batch = jax.tree.map(np.asarray, rollout(seed, lengths))
-    mask = batch.response_mask * (rng.random(batch.tokens.shape) > 0.2)
+    mask = MARKED * batch.response_mask * (rng.random(batch.tokens.shape) > 0.2)
     near = batch.ref_log_probs  # within about 0.5 of the policy's
     return policy_params(seed), batch.replace(
         response_mask=mask,
@@ -186,7 +192,7 @@ def compared(rng, scale, num_answers, *fields):
     others = zip([2, 3], rng.integers(0, num_answers, size=2), strict=True)
     absent = [*((0, k) for k in range(num_answers)), *others]
     batch = jax.tree.map(np.asarray, comparisons(seed, ROWS, num_answers, absent=absent))
-    mask = batch.response_mask * (rng.random(batch.tokens.shape) > 0.2)
+    mask = MARKED * batch.response_mask * (rng.random(batch.tokens.shape) > 0.2)
     batch = batch.replace(
         response_mask=mask, attention_mask=batch.attention_mask * mask.any(axis=2, keepdims=True)
     )
@@ -308,6 +314,7 @@ CASES = {
         scored,
         samples,
         group_size=4,
+        scale=False,
         surrogate="vespo",
         ratio="product",
         aggregate="token",

@@ -218,7 +218,7 @@ def dpo_loss(params, batch, config):
         if config.needs_reference:
             ratios = [ratio - batch.ref_log_probs[i, k] for k, ratio in enumerate(ratios)]
         if by_token:
-            ratios = [ratio / masks[k].sum() for k, ratio in enumerate(ratios)]
+            ratios = [ratio / len(columns(masks[k])) for k, ratio in enumerate(ratios)]
         best = _at(batch.best, i, 0)
         chosen = ratios[best]
         rejected = ratios[1 - best]
@@ -254,7 +254,7 @@ def chosen_nll(params, batch):
             weight = _at(batch.weight, i, 1.0)
             log_probs = policy(params, batch.tokens[i])[0]
             total -= weight * log_probs[best][columns(masks[best])].sum()
-            tokens += weight * masks[best].sum()
+            tokens += weight * len(columns(masks[best]))
     return total / tokens if tokens else 0.0
 
 

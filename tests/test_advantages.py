@@ -5,7 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -21,33 +20,26 @@ group_normalized = jax.jit(advantages.group_normalized, static_argnames=("eps", 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_each_row_may_have_a_lambda_of_its_own(shape):
-    rewards = jnp.eye(2, 3)
-    values = jnp.ones((2, 3))
-    mask = jnp.ones((2, 3))
-    got, _ = gae(rewards, values, mask, 1.0, jnp.array([0.25, 0.75]).reshape(shape))
+    rewards = np.eye(2, 3, dtype=np.float32)
+    values = mask = np.ones((2, 3), np.float32)
+    got, _ = gae(rewards, values, mask, 1.0, np.array([0.25, 0.75], np.float32).reshape(shape))
     for row, lam in enumerate((0.25, 0.75)):
-        alone, _ = gae(
-            rewards[row:][:1],
-            values[:1],
-            mask[:1],
-            1.0,
-            lam,
-        )
-        assert_array_equal(got[row], alone[0])
+        of_one, _ = gae(rewards, values, mask, 1.0, lam)
+        assert_array_equal(np.asarray(got)[row], np.asarray(of_one)[row])
     with pytest.raises(AssertionError, match="shape"):
-        gae(rewards, values, mask, 1.0, jnp.ones((1, 2)))
+        gae(rewards, values, mask, 1.0, np.ones((1, 2)))
 
 
 def test_what_is_absent_counts_nowhere():
     """Columns and rows outside the mask hold NaN."""
-    rewards = jnp.array([[9, 1, jnp.nan, 2, 4]])
-    mask = jnp.array([[0, 1, 0, 1, 1]])
+    rewards = np.array([[9, 1, np.nan, 2, 4]], np.float32)
+    mask = np.array([[0, 1, 0, 1, 1]])
     # 1 + 2 / 2 + 4 / 4
     assert_allclose(discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]])
-    rewards = jnp.array([4, jnp.nan, 8])
-    baseline, advantage = ema_baseline(2.0, rewards, jnp.array([1, 0, 1]), decay=0.9)
+    rewards = np.array([4, np.nan, 8], np.float32)
+    baseline, advantage = ema_baseline(2.0, rewards, np.array([1, 0, 1]), decay=0.9)
     # .9 * 2 + .1 * 6
-    assert_allclose([baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6)
+    assert_allclose([baseline, *np.asarray(advantage)], [2.4, 1.6, 0, 5.6], rtol=1e-6)
 
 
 # Groups
@@ -75,7 +67,7 @@ def test_what_is_absent_counts_nowhere():
 )
 def test_shapes_that_are_refused(f, shapes, error, message):
     with pytest.raises(error, match=message):
-        f(*map(jnp.ones, shapes))
+        f(*map(np.ones, shapes))
 
 
 GROUPS = {
@@ -94,13 +86,13 @@ def test_equal_scores_give_exactly_zero(name):
         -123456.7,
         1e10,
     ):  # the mean of such numbers is not exact in floating point
-        assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
+        assert_array_equal(GROUPS[name](np.full((2, 7), score, np.float32)), 0)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e20])
 def test_groups_of_any_size_are_scaled(size):
     """Neither the squares of large scores nor those of small ones fit into float32."""
-    scores = size * jnp.array([[1.0, 0, 0, 0]])
+    scores = np.float32(size) * np.array([[1.0, 0, 0, 0]], np.float32)
     expected = np.array([[1.5, -0.5, -0.5, -0.5]])
     assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
     assert_allclose(group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5)
@@ -112,6 +104,7 @@ def test_a_group_with_a_score_that_is_not_finite_is_not_finite(name):
     were.
     """
     for bad in (math.nan, math.inf, -math.inf):
-        found = np.asarray(GROUPS[name](jnp.array([[bad, 0.0, 1.0], [2.0, 0.0, 1.0]])))
+        rows = np.array([[bad, 0.0, 1.0], [2.0, 0.0, 1.0]], np.float32)
+        found = np.asarray(GROUPS[name](rows))
         assert not np.isfinite(found[0]).any()
-        assert_array_equal(found[1:], GROUPS[name](jnp.array([[2.0, 0.0, 1.0]])))
+        assert_array_equal(found[1], np.asarray(GROUPS[name](rows[[1, 1]]))[0])

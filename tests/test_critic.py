@@ -38,10 +38,11 @@ def moved(before, after):
 
 
 def samples():
-    tokens = jax.random.randint(jax.random.key(1), (4, 6), 2, 12)
-    said = jnp.ones_like(tokens).at[:, :2].set(0)
-    zeros = jnp.zeros(tokens.shape)
-    return Rollout(tokens, jnp.ones_like(tokens), said, zeros, values=zeros, rewards=1.0 * said)
+    tokens = np.random.default_rng(1).integers(2, 12, (4, 6))
+    said = np.ones_like(tokens) * (np.arange(6) > 1)
+    zeros = np.zeros(tokens.shape, np.float32)
+    ones = said.astype(np.float32)
+    return Rollout(tokens, np.ones_like(tokens), said, zeros, values=zeros, rewards=ones)
 
 
 @pytest.mark.slow
@@ -74,7 +75,7 @@ def test_the_value_loss_has_no_gradient_in_the_policy():
     whole = {"policy": params, "value": models.add_head(KEY, params, "value")}
     whole["value"]["value"]["kernel"] = jnp.arange(8.0)  # at 0 the body would get no gradient yet
     policy_fn = models.policy_fn(MODEL, value_model=MODEL)
-    batch = ppo.prepare(samples(), config=ppo.Config())
+    batch = samples().replace(advantages=samples().rewards, returns=samples().rewards)
 
     def value_loss(params):
         return ppo.loss(params, batch, None, policy_fn=policy_fn, config=ppo.Config())[1][
@@ -82,8 +83,9 @@ def test_the_value_loss_has_no_gradient_in_the_policy():
         ].value
 
     gradient = jax.jit(jax.grad(value_loss))(whole)
-    assert moved(gradient["policy"], jax.tree.map(jnp.zeros_like, gradient["policy"])) == 0.0
-    assert float(jnp.max(jnp.abs(gradient["value"]["h_0"]["mlp"]["c_fc"]["kernel"]))) > 1e-6
+    gradient = jax.tree.map(np.asarray, gradient)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient["policy"]))
+    assert np.abs(gradient["value"]["h_0"]["mlp"]["c_fc"]["kernel"]).max() > 1e-6
 
 
 BODY = {"h_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
@@ -91,8 +93,8 @@ PARAMS = {"policy": BODY, "value": {**BODY, "value": {"kernel": jnp.ones(2)}}}
 
 
 def first_update(optimizer, gradient):
-    updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
-    return jax.tree.map(lambda leaf: round(float(leaf.ravel()[0]), 6), updates)
+    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(PARAMS), PARAMS)
+    return jax.tree.map(lambda leaf: round(float(np.ravel(leaf)[0]), 6), updates)
 
 
 def test_a_large_gradient_of_the_policy_does_not_clip_that_of_the_value_function():
@@ -118,7 +120,8 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
     update = jax.jit(optimizer.update)
     for _ in range(6):
         updates, state = update(PARAMS, state, PARAMS)
-        rates.append([-float(updates[part]["h_0"]["bias"][0]) for part in ("policy", "value")])
+        biases = (updates[part]["h_0"]["bias"] for part in ("policy", "value"))
+        rates.append([-float(np.asarray(bias)[0]) for bias in biases])
     expected = [
         [0, 0, 0.4, 0.3, 0.2, 0.1],
         [0.4 * (1 - step / 6) for step in range(6)],

@@ -27,21 +27,25 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_divergence_is_zero_between_equals_and_flat_there(kind):
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def total(logits, teacher):
-        return jnp.sum(losses.divergence(logits, teacher_logits=teacher, kind=kind))
+        each = losses.divergence(logits, teacher_logits=teacher, kind=kind)
+        return jnp.sum(each), each
 
     shifted = LOGITS + 3.0  # the same distributions
-    value, gradient = jax.value_and_grad(total)(jnp.asarray(LOGITS), shifted)
+    (value, _), (gradient, _) = total(LOGITS, shifted)
     assert_allclose(value, 0.0, atol=1e-5)
     assert_allclose(gradient, 0.0, atol=1e-6)
-    assert losses.divergence(LOGITS, teacher_logits=THEIRS, kind=kind).min() > 0.01
-    of_teacher = jax.grad(total, argnums=1)(jnp.asarray(LOGITS), jnp.asarray(THEIRS))
-    assert not np.asarray(of_teacher).any()
+    (_, each), (_, of_teacher) = total(LOGITS, THEIRS)
+    assert np.min(each) > 0.01
+    assert not np.any(of_teacher)
 
 
 def test_the_jensen_shannon_divergence_lies_between_the_two():
-    ours = partial(losses.divergence, LOGITS, teacher_logits=THEIRS)
-    swapped = partial(losses.divergence, THEIRS, teacher_logits=LOGITS)
+    divergence = jax.jit(losses.divergence, static_argnames="kind")
+    ours = partial(divergence, LOGITS, teacher_logits=THEIRS)
+    swapped = partial(divergence, THEIRS, teacher_logits=LOGITS)
     assert_allclose(ours(kind="jsd", beta=0.5), swapped(kind="jsd", beta=0.5), rtol=1e-5)
     assert_allclose(ours(kind="jsd", beta=0.3), swapped(kind="jsd", beta=0.7), rtol=1e-5)
     assert_allclose(ours(kind="reverse_kl"), swapped(kind="forward_kl"), rtol=1e-5)
@@ -58,37 +62,38 @@ def test_what_is_no_divergence():
 
 
 def test_a_policy_without_a_teacher_is_refused():
-    batch = rollout(0, [4, 1]).replace(advantages=None)
-    batch = distill.prepare(batch, config=distill.Config())
     alone = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
+    loss = partial(distill.loss, policy_fn=alone, config=distill.Config())
     with pytest.raises(ValueError, match=r"a policy_fn with a teacher.*models\.Teacher"):
-        distill.loss(policy_params(0), batch, None, policy_fn=alone, config=distill.Config())
+        jax.eval_shape(loss, policy_params(0), rollout(0, [4, 1]), None)
 
 
 def two_tokens():
     """A response of two tokens, and a policy of four equal logits with a teacher at a distance."""
-    at = jnp.array([[0, 0, 1, 1]])
-    log_prob = jnp.full((1, 4), -math.log(4.0))
-    output = PolicyOutput(log_prob, log_prob, None, log_prob - 1.0, jnp.full((1, 4), 3.0))
-    batch = Rollout(jnp.zeros((1, 4), int), at, at, log_prob, advantages=jnp.zeros((1, 4)))
-    return batch, lambda *_: output
+    at = np.array([[0, 0, 1, 1]])
+    log_prob = np.full((1, 4), -math.log(4.0), np.float32)
+    output = PolicyOutput(log_prob, log_prob, None, log_prob - 1.0, np.full((1, 4), 3.0))
+    batch = Rollout(np.zeros((1, 4), int), at, at, log_prob, advantages=0 * log_prob)
+    return batch, lambda *_: jax.tree.map(jnp.asarray, output)
 
 
-@pytest.mark.parametrize("coef", [0.0, 1.0, 2.5])
-def test_the_coefficient_weighs_the_divergence(coef):
+def two_token_loss(config):
     batch, policy_fn = two_tokens()
-    config = distill.Config(teacher_coef=coef)
-    loss, metrics = distill.loss(None, batch, None, policy_fn=policy_fn, config=config)
+    return jax.jit(partial(distill.loss, policy_fn=policy_fn, config=config))(None, batch, None)
+
+
+@pytest.mark.parametrize("coef", [0.0, 2.5])
+def test_the_coefficient_weighs_the_divergence(coef):
+    loss, metrics = two_token_loss(distill.Config(teacher_coef=coef))
     assert_allclose(loss.value, coef * 3.0, rtol=1e-6)
     assert_allclose(metrics["distill/divergence"].value, 3.0, rtol=1e-6)
 
 
 def test_a_sampled_token_that_the_teacher_finds_unlikely_is_a_loss():
     """Its advantage is log q - log p = -1, and so is the score of a run without a reward."""
-    batch, policy_fn = two_tokens()
-    config = distill.Config(divergence="sampled")
-    loss, _ = distill.loss(None, batch, None, policy_fn=policy_fn, config=config)
+    loss, _ = two_token_loss(distill.Config(divergence="sampled"))
     assert_allclose(loss.value, 1.0, rtol=1e-6)
+    batch, _ = two_tokens()
     told = batch.replace(teacher_log_probs=batch.log_probs - 1.0)
     score = log_ratio(None, RLStage(max_new_tokens=2), None)
     assert_allclose(score(told)[0], [-2.0], rtol=1e-6)
@@ -104,7 +109,7 @@ def with_teacher(prompt_length=0, **changes):
     own, theirs = tiny(replace(CONFIG, num_layers=1, **changes))
     measure = distill.Config(divergence="jsd", beta=0.3).measure
     policy = models.policy_fn(model, 0.7, prompt_length, teacher=models.Teacher(own, measure))
-    return model, policy, params, own, jax.tree.map(lambda x: 3.0 * x, theirs)
+    return model, policy, params, own, jax.tree.map(lambda x: 3.0 * np.asarray(x), theirs)
 
 
 def value_and_gradient(function, params):
@@ -148,22 +153,26 @@ def test_chunks_equal_full_logits(monkeypatch, columns_per_chunk, prompt_length)
 
 
 def test_without_its_parameters_the_teacher_is_not_called():
-    model, policy, params, *_ = with_teacher()
-    output = policy(params, TOKENS, MASK, None)
-    plain = models.policy_fn(model, 0.7)(params, TOKENS, MASK, None)
+    _, policy, params, *_ = with_teacher()
+    output = jax.eval_shape(policy, params, TOKENS, MASK, None)
     assert output.divergence is None
     assert output.teacher_log_probs is None
-    assert_allclose(output.log_probs, plain.log_probs)
 
 
 def test_of_a_padded_vocabulary_the_shared_tokens_are_compared():
     model, policy, params, own, theirs = with_teacher(vocab_size=CONFIG.vocab_size + 3)
-    output = policy(params, TOKENS, MASK, None, theirs)
-    teacher = own.apply(theirs, TOKENS, MASK)[..., : CONFIG.vocab_size] / 0.7
-    student = model.apply(params, TOKENS, MASK) / 0.7
-    expected = losses.divergence(student, teacher_logits=teacher, kind="jsd", beta=0.3)
-    assert_allclose(output.divergence[:, 1:], expected[:, :-1], atol=1e-5)
-    assert_allclose(output.teacher_log_probs, ops.token_log_probs(teacher, TOKENS), atol=1e-5)
+
+    @jax.jit
+    def both(params, theirs):
+        output = policy(params, TOKENS, MASK, None, theirs)
+        teacher = own.apply(theirs, TOKENS, MASK)[..., : CONFIG.vocab_size] / 0.7
+        student = model.apply(params, TOKENS, MASK) / 0.7
+        apart = losses.divergence(student, teacher_logits=teacher, kind="jsd", beta=0.3)
+        found = output.divergence[:, 1:], output.teacher_log_probs
+        return found, (apart[:, :-1], ops.token_log_probs(teacher, TOKENS))
+
+    for found, expected in zip(*both(params, theirs), strict=True):
+        assert_allclose(found, expected, atol=1e-5)
 
 
 def test_no_array_of_all_logits_is_built():

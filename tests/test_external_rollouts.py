@@ -1,9 +1,9 @@
 """Rollouts of another engine: texts and token ids by hand, what is refused, importance weights."""
 
 import math
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -53,7 +53,8 @@ def test_ids_say_whether_eos_ended_them_and_prompts_have_the_width_that_is_asked
     )
     assert_array_equal(narrow.tokens, [[0, 0, 2, 5, 1], [0, 2, 3, 6, 0]])
     assert_array_equal(narrow.row_ids, [0, 1])
-    assert_array_equal(rewards.missing_eos(narrow, jnp.array([3.0, 3.0]), 1, score=-1.0), [3, -1])
+    missing_eos = jax.jit(partial(rewards.missing_eos, eos_id=1, score=-1.0))
+    assert_array_equal(missing_eos(narrow, np.array([3.0, 3.0])), [3, -1])
 
 
 def test_turns_of_others_are_holes():
@@ -142,11 +143,12 @@ def test_weights_by_hand():
     """Ratios 1/2, 4 and 2 under a cap of 2; a hole and what lies outside the response, NaN
     included, get 0.
     """
-    engine = jnp.log(jnp.array([[1.0, 0.5, 0.125, jnp.nan, 0.25]]))
-    policy = jnp.log(jnp.array([[1.0, 0.25, 0.5, 0.5, 0.5]]))
-    mask = jnp.array([[0, 1, 1, 0, 1]])
-    given = Rollout(jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5), jnp.int32), mask, engine)
+    engine = np.log(np.array([[1.0, 0.5, 0.125, np.nan, 0.25]], np.float32))
+    policy = np.log(np.array([[1.0, 0.25, 0.5, 0.5, 0.5]], np.float32))
+    mask = np.array([[0, 1, 1, 0, 1]])
+    given = Rollout(np.zeros((1, 5), np.int32), np.ones((1, 5), np.int32), mask, engine)
 
+    @partial(jax.jit, static_argnums=0)
     def rescored(cap, scale=1.0):
         policy_fn = lambda scale, *_: PolicyOutput(scale * policy, policy)  # noqa: E731
         return rollout.rescore(given, scale, policy_fn=policy_fn, importance_cap=cap)
@@ -155,8 +157,9 @@ def test_weights_by_hand():
     assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2]], rtol=1e-6)
     assert_allclose(rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2]], rtol=1e-6)
     assert_allclose(capped.log_probs, np.where(mask, policy, 0))
-    assert rollout.truncated_share(rescored(3.0), 3.0) == np.float32(1 / 3)
-    assert rescored(None).importance_weights is None
+    assert jax.jit(rollout.truncated_share)(capped, 3.0) == 0
+    assert jax.jit(rollout.truncated_share)(rescored(math.inf), 3.0) == np.float32(1 / 3)
+    assert jax.eval_shape(partial(rescored, None)).importance_weights is None
     assert jax.grad(lambda scale: rescored(2.0, scale).importance_weights.sum())(1.0) == 0
     with pytest.raises(ValueError, match="cap must be above 0"):
         rescored(0.0)

@@ -183,7 +183,7 @@ def expected_gradient(name):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("rloo", "grpo_k3") else slow(name) for name in GROUPS],
+    [name if name == "grpo_k3" else slow(name) for name in GROUPS],
 )
 def test_expected_gradient_vanishes_at_the_optimum(name):
     """All 121 x 121 groups of two answers, each with its probability: no samples, no steps."""
@@ -261,7 +261,6 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
 @pytest.mark.parametrize(
     ("name", "num_steps", "rows", "near"),
     [
-        ("vpg", 120, 1024, 0.06),
         ("ppo", 120, 1024, 0.06),
         *(slow(name, 500, 2048, 0.03) for name in LEARNERS),
     ],
@@ -323,7 +322,7 @@ WHOLE = {**OF_SAMPLES, "discount": 1.0}
         slow({"divergence": "reverse_kl"}, 0.01),
         ({"divergence": "forward_kl"}, 0.01),
         slow({"divergence": "jsd", "beta": 0.5}, 0.01),
-        (OF_SAMPLES, 0.05),
+        slow(OF_SAMPLES, 0.05),
         slow(WHOLE, 0.08),
     ],
     ids=["reverse_kl", "forward_kl", "jsd", "sampled", "sampled_whole"],
@@ -350,16 +349,26 @@ def test_a_teacher_and_a_reward_have_their_optimum():
 # From data
 
 
-def fit(module, params, batch, num_steps=200, learning_rate=0.1, **kwargs):
-    """Parameters after updates on one batch, and the metrics of each."""
+@functools.cache
+def trainer(module, num_steps, learning_rate, **kwargs):
+    """``(params, batch)`` -> parameters after updates on the batch, and the metrics of each."""
     optimizer = adam(num_steps, learning_rate)
     update = partial(module.update, optimizer=optimizer, **kwargs)
-    start = TrainState.create(params, optimizer)
-    train = jax.jit(
-        lambda batch: repeat(lambda state, _: update(state, batch, None), start, num_steps)
-    )
-    state, metrics = train(batch)
-    return state.params, metrics
+
+    @jax.jit
+    def train(params, batch):
+        start = TrainState.create(params, optimizer)
+        state, metrics = repeat(lambda state, _: update(state, batch, None), start, num_steps)
+        return state.params, metrics
+
+    return train
+
+
+def fit(module, params, batch, num_steps=140, learning_rate=0.1, **kwargs):
+    return trainer(module, num_steps, learning_rate, **kwargs)(params, batch)
+
+
+with_reference = jax.jit(dpo.with_reference)
 
 
 def test_sft_learns_the_data():
@@ -368,7 +377,7 @@ def test_sft_learns_the_data():
     seen = np.random.default_rng(1).integers(1, 9, size=121)
     data = np.repeat(np.arange(121), seen)
     batch = Demonstrations(
-        *(jnp.asarray(x[data]) for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK))
+        *(x[data] for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK))
     )
     params, metrics = fit(
         sft,
@@ -381,7 +390,7 @@ def test_sft_learns_the_data():
     assert tiny.distance(learnt, seen / seen.sum()) < 0.002
     assert tiny.distance(learnt, tiny.probabilities(tiny.table(seen / tiny.LENGTHS))) > 0.05
     entropy = -np.sum(seen * np.log(seen / seen.sum())) / np.sum(seen * tiny.LENGTHS)
-    assert_allclose(metrics["sft/loss"][-1], entropy, rtol=1e-4)
+    assert_allclose(np.asarray(metrics["sft/loss"])[-1], entropy, rtol=1e-4)
 
 
 RNG = np.random.default_rng(2)
@@ -405,7 +414,7 @@ def test_reward_model_recovers_the_rewards():
     """Labels in expectation, so that the optimum is exact: the rewards of whole responses, up to a
     constant.
     """
-    start = {"scores": jnp.zeros(tiny.NUM_PREFIXES)}
+    start = {"scores": np.zeros(tiny.NUM_PREFIXES, np.float32)}
     config = reward_model.Config()
     params, _ = fit(
         reward_model,
@@ -423,10 +432,7 @@ def test_dpo_reaches_its_optimum():
     """On labels of Bradley-Terry the implicit reward is the reward, so the policy is ref * exp(r /
     beta), normalised (Rafailov et al. 2023, section 4)."""
     config = dpo.Config(beta=0.5)
-    batch = jax.jit(dpo.with_reference)(
-        labelled_pairs(),
-        Partial(tiny.policy_fn, tiny.params()),
-    )
+    batch = with_reference(labelled_pairs(), Partial(tiny.policy_fn, tiny.params()))
     params, _ = fit(
         dpo, tiny.params(), batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
     )
@@ -442,19 +448,18 @@ def test_dpo_goes_on_from_a_reference_that_moved(share):
     """After each move the optimum is the new reference * exp(r / beta), normalised. The logits of
     each prefix are averaged.
     """
-    config = DPOStage(beta=0.5, reference_ema=share)
+    config = dpo.Config(beta=0.5)
 
     def advance(state, step):
-        batch = jax.jit(dpo.with_reference)(
-            labelled_pairs(), Partial(tiny.policy_fn, state.reference)
-        )
+        batch = with_reference(labelled_pairs(), Partial(tiny.policy_fn, state.reference))
         params, _ = fit(
             dpo, state.params, batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
         )
         return state.replace(params=params), {}
 
     state = references.Followed.create(tiny.params(), adam(1))
-    advance = references.moving(advance, config, lambda state: state.params)
+    settings = DPOStage(reference_ema=share)
+    advance = references.moving(advance, settings, lambda state: state.params)
     for step in range(2):
         state, _ = advance(state, step)
     once = tiny.table(tiny.tilted(0.5))
@@ -548,7 +553,8 @@ PREFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", ["ipo", slow("by_length"), slow("simpo"), "orpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PREFERENCES)
 def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
     """Labels in expectation: both of each pair, with their probability. No steps."""
     optimum_for, fields, beta = PREFERENCES[name]
@@ -568,7 +574,7 @@ def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
     )
     config = dpo.Config(beta=beta, **fields)
     batch = (
-        dpo.with_reference(batch, Partial(tiny.policy_fn, tiny.params()))
+        with_reference(batch, Partial(tiny.policy_fn, tiny.params()))
         if config.needs_reference
         else batch
     )
@@ -617,9 +623,7 @@ def kto_optimum(liked, beta):
 
 def test_kto_reaches_its_optimum():
     liked = np.median(tiny.REWARDS) < tiny.REWARDS
-    batch = Feedback(
-        *map(jnp.asarray, (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked))
-    )
+    batch = Feedback(tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked)
     batch = jax.jit(kto.with_reference)(
         batch,
         Partial(tiny.policy_fn, tiny.params()),
@@ -634,7 +638,7 @@ def test_kto_reaches_its_optimum():
         **options,
     )
     learnt = tiny.probabilities(params["logits"])
-    assert metrics["kto/reference_point"][-1] == 0
+    assert np.asarray(metrics["kto/reference_point"])[-1] == 0
     assert tiny.distance(learnt, kto_optimum(liked, 0.5)) < 0.02
     assert tiny.distance(learnt, kto_optimum(liked, 1.0)) > 0.1
 

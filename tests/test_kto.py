@@ -4,7 +4,6 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -33,36 +32,39 @@ def read(tmp_path):
     return read
 
 
+def mismatched(feedback):
+    return jax.tree.map(np.asarray, jax.jit(kto.mismatched)(feedback))
+
+
 def encoded(rows, **options):
     return encoding.encode_texts(rows, TOKENIZER, **options)
 
 
 def test_each_prompt_is_followed_by_the_next_rows_response():
-    tokens = jnp.array(
+    tokens = np.array(
         [[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0], [9, 9, 9, 9, 9, 9], [0, 1, 2, 3, 3, 3]]
     )
-    response = jnp.array(
+    response = np.array(
         [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1]]
     )
-    real = jnp.array(
+    real = np.array(
         [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
     )
-    rows = jax.jit(kto.mismatched)(Feedback(tokens, real, response, jnp.ones(4, bool)))
+    rows = mismatched(Feedback(tokens, real, response, np.ones(4, bool)))
     assert_array_equal(rows.tokens[0], [1, 2, 6, 7, 8, 0])
     assert_array_equal(rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]])
-    assert_array_equal(
-        rows.attention_mask[jnp.array([0, 3])], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]]
-    )
+    assert_array_equal(rows.attention_mask[[0, 3]], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]])
     assert_array_equal(rows.tokens[3], [0, 1, 2, 3, 4, 0])  # after the last row comes the first
 
 
 def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
-    rows = Feedback(*jnp.ones((3, 4, 2), jnp.int32), desirable=jnp.ones(4, bool))
-    ref = jax.jit(policy_fn)(policy_params(0), rows.tokens, None, None).log_probs[:, 1]
-    mask = jnp.array([[0, 1], [0, 1], [0, 1], [0, 0]])
+    rows = Feedback(*np.ones((3, 4, 2), np.int32), desirable=np.ones(4, bool))
+    output = jax.jit(policy_fn)(policy_params(0), rows.tokens, None, None)
+    ref = np.asarray(output.log_probs)[:, 1]
+    mask = np.array([[0, 1], [0, 1], [0, 1], [0, 0]])
+    reference_point = jax.jit(functools.partial(kto.reference_point, policy_fn=policy_fn))
     for gap, expected in (([1.0, 2.0, 6.0, 99.0], 3.0), ([-1.0, -2.0, 1.0, 99.0], 0.0)):
-        others = rows.replace(response_mask=mask, ref_log_probs=ref - jnp.array(gap))
-        reference_point = jax.jit(functools.partial(kto.reference_point, policy_fn=policy_fn))
+        others = rows.replace(response_mask=mask, ref_log_probs=ref - np.float32(gap))
         found = reference_point(policy_params(0), rows.replace(mismatched=others))
         assert_allclose(found, [expected] * 4, rtol=1e-5)
 
@@ -84,7 +86,7 @@ def test_a_batch_leaves_room_for_the_next_response():
     assert made.desirable.tolist() == [True, False, False]
     assert made.weight.tolist() == [1, 1, 0]
     assert_array_equal(made.response_mask.sum(axis=1), [2, 6, 0])
-    others = kto.mismatched(made)
+    others = mismatched(made)
     assert_array_equal(others.tokens[0], [2, 3, 4, 5, 6, 7, 8, 9, 1])
     assert_array_equal(others.response_mask.sum(axis=1), [6, 0, 0])
 

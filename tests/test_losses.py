@@ -16,23 +16,27 @@ from rlhf_jax import losses
 
 
 def f32(*x):
-    return jnp.array(x, jnp.float32)
+    return np.array(x, np.float32)
 
 
 # Comparisons and regression
 
 
+@jax.jit
+@jax.value_and_grad
+def comparison(scores):
+    return losses.comparison(scores, np.zeros(2, int)).sum()
+
+
 def test_rows_without_their_best_answer_have_no_gradient():
-    scores = jnp.array([[-jnp.inf, 1.0, 2.0], [-jnp.inf] * 3])
-    best = jnp.array([0, 0])
-    loss = jax.value_and_grad(lambda scores: losses.comparison(scores, best).sum())
-    value, gradient = loss(scores)
+    scores = f32([-np.inf, 1.0, 2.0], [-np.inf] * 3)
+    value, gradient = comparison(scores)
     assert value == 0
-    assert_array_equal(gradient, jnp.zeros((2, 3)))
+    assert_array_equal(gradient, np.zeros((2, 3)))
 
 
 def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
-    assert np.isnan(losses.comparison(jnp.array([[jnp.nan, 0.0]]), jnp.array([0]))[0])
+    assert np.isnan(comparison(f32([np.nan, 0.0, 1.0], [1.0, 2.0, 3.0]))[0])
 
 
 # Policy and value losses
@@ -54,9 +58,9 @@ def test_nothing_but_the_first_argument_is_differentiated(f):
     """What the advantages, old values and returns were made of does not learn from the policy's
     loss.
     """
-    arrays = jnp.array([[0.1]]), jnp.array([[0.2]]), jnp.array([[0.7]])
-    gradient = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(*arrays)
-    assert [bool(g.any()) for g in gradient] == [True, False, False]
+    arrays = f32([0.1]), f32([0.2]), f32([0.7])
+    gradient = jax.jit(jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2)))(*arrays)
+    assert [np.any(g) for g in gradient] == [True, False, False]
 
 
 # DPO
@@ -80,15 +84,15 @@ def test_nothing_but_the_first_argument_is_differentiated(f):
 def test_dpo_by_hand(kind, smoothing, delta, expected, at_start):
     gamma = 1.0 if kind == "simpo" else 0.0
     f = functools.partial(losses.dpo, beta=0.1, kind=kind, label_smoothing=smoothing, gamma=gamma)
-    assert f(f32(delta - 3), f32(-3.0))[0] == pytest.approx(expected, abs=1e-5)
-    assert f(f32(-5), f32(-5))[0] == pytest.approx(at_start, abs=1e-5)
+    found = jax.jit(f)(f32(delta - 3, -5), f32(-3, -5))
+    assert_allclose(found, [expected, at_start], atol=1e-5)
 
 
 def test_orpo_of_a_certain_answer_is_finite():
     """Whose odds are infinite."""
     quarter = f32(math.log(0.25))
-    sure = jax.value_and_grad(lambda x: losses.dpo(x, quarter, 0.1, "orpo").sum())(f32(0.0))
-    chex.assert_tree_all_finite(sure)
+    loss = jax.jit(jax.value_and_grad(lambda x: losses.dpo(x, quarter, 0.1, "orpo").sum()))
+    chex.assert_tree_all_finite(loss(f32(0.0)))
 
 
 @pytest.mark.parametrize(
@@ -101,20 +105,11 @@ def test_orpo_of_a_certain_answer_is_finite():
     ],
 )
 def test_importance_weights_by_hand(how, expected):
-    ratios = jnp.array(
-        [
-            [0.5, math.nan, 2, 4],
-            [math.nan, 3 / 4, math.nan, math.nan],
-        ]
-    )
-    mask = jnp.array([[1, 0, 1, 1], [0, 1, 0, 0]])
-    weights = losses.importance_weights(
-        jnp.log(ratios) - 3.0,
-        behaviour_log_probs=jnp.full((2, 4), -3.0),
-        mask=mask,
-        cap=2.0,
-        how=how,
-    )
+    ratios = f32([0.5, math.nan, 2, 4], [math.nan, 3 / 4, math.nan, math.nan])
+    mask = np.array([[1, 0, 1, 1], [0, 1, 0, 0]])
+    weights_of = jax.jit(functools.partial(losses.importance_weights, cap=2.0, how=how))
+    behaviour = np.full((2, 4), -3.0, np.float32)
+    weights = weights_of(np.log(ratios) - 3, behaviour_log_probs=behaviour, mask=mask)
     assert_allclose(weights, expected, rtol=1e-6)
 
 
@@ -127,78 +122,67 @@ def test_importance_weights_by_hand(how, expected):
 def test_aggregate_by_hand(how, expected):
     """Masked columns hold NaN."""
     nan = math.nan
-    per_token = jnp.array(
-        [
-            [nan, 2, nan, nan, nan],
-            [nan, 1, 1, 1, nan],
-            [nan] * 5,
-        ]
-    )
-    mask = jnp.array(
-        [
-            [0, 1, 0, 0, 0],
-            [0, 1, 1, 1, 0],
-            [0, 0, 0, 0, 0],
-        ]
-    )
-    assert losses.aggregate(per_token, mask, how, length=4).value == pytest.approx(expected)
-    wider = [
-        jnp.pad(
-            x,
-            ((0, 0), (3, 2)),
-        )
-        for x in (per_token, mask)
-    ]
-    assert losses.aggregate(*wider, how, length=4).value == pytest.approx(expected)
+    per_token = f32([nan, 2, nan, nan, nan], [nan, 1, 1, 1, nan], [nan] * 5)
+    mask = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    wider = [np.pad(x, ((0, 0), (3, 2))) for x in (per_token, mask)]
+
+    @jax.jit
+    def means(*batches):
+        return [losses.aggregate(*batch, how, length=4).value for batch in batches]
+
+    assert means((per_token, mask), wider) == pytest.approx([expected] * 2)
 
 
 def test_weighted_mean_by_hand():
     """Entries of weight 0 are not read, neither for the value nor for the gradient."""
-    x = f32(1, math.nan, 4)
-    weight = f32(3, 0, 1)
-    mean = losses.weighted_mean(x, weight)
-    assert mean.value == 7 / 4
-    assert mean.count == 4
-    assert_array_equal(jax.grad(lambda x: losses.weighted_mean(x, weight).total)(x), [3, 0, 1])
-    assert losses.weighted_mean(x, 0 * weight).value == 0
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total(x, weight):
+        mean = losses.weighted_mean(x, weight)
+        return mean.total, (mean.value, mean.count)
+
+    x, weight = f32(1, math.nan, 4), f32(3, 0, 1)
+    (_, (value, count)), gradient = total(x, weight)
+    assert (value, count) == (7 / 4, 4)
+    assert_array_equal(gradient, [3, 0, 1])
+    assert total(x, 0 * weight)[0][1][0] == 0
 
 
-@pytest.mark.parametrize(
-    ("x", "weight", "expected"),
-    [
-        ((1, 2, 3), (1, -1, 1), 2.0),  # (1 - 2 + 3) / 1
-        ((1, 2, 3), (-1, -1, -2), 9 / 4),
-        ((4, 1), (0.5, -1.5), -0.5),  # (2 - 1.5) / -1
-        ((5, 7), (0, 2), 7.0),
-        ((), (), 0.0),
-    ],
-)
-def test_weights_of_any_sign_count_as_written(x, weight, expected):
+def test_weights_of_any_sign_count_as_written():
     """And the gradients are sum-normalised ones of x and of the weights, also at a weight of 0."""
-    x, weight = f32(*x), f32(*weight)
 
-    def value(x, weight):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def value_and_gradients(x, weight):
         return losses.weighted_mean(x, weight).value
 
-    assert value(x, weight) == pytest.approx(expected)
-    of_x, of_weight = jax.grad(value, argnums=(0, 1))(x, weight)
-    total = weight.sum()
-    assert_allclose(of_x, weight / total, rtol=1e-6)
-    assert_allclose(of_weight, (x - expected) / total, rtol=1e-6)
+    for x, weight, expected in (
+        ((1, 2, 3), (1, -1, 1), 2.0),  # (1 - 2 + 3) / 1
+        ((1, 2, 3), (-1, -1, -2), 9 / 4),
+        ((4, 1, 0), (0.5, -1.5, 0), -0.5),  # (2 - 1.5) / -1
+        ((5, 7, 0), (0, 2, 0), 7.0),
+    ):
+        x, weight = f32(*x), f32(*weight)
+        found, (of_x, of_weight) = value_and_gradients(x, weight)
+        assert found == pytest.approx(expected)
+        assert_allclose(of_x, weight / weight.sum(), rtol=1e-6)
+        assert_allclose(of_weight, (x - expected) / weight.sum(), rtol=1e-6)
+    assert jax.jit(losses.weighted_mean)(f32(), f32()).value == 0
 
 
-ONES = jnp.ones((2, 3))
-BEST = jnp.zeros(1, int)
+ONES = np.ones((2, 3))
+BEST = np.zeros(1, int)
 
 
 @pytest.mark.parametrize(
     ("f", "args", "error", "message"),
     [
-        (losses.comparison, (jnp.zeros(4), BEST), AssertionError, "rank"),
-        (losses.comparison, (jnp.zeros((2, 2)), jnp.zeros(3, int)), AssertionError, r"\(3,\)"),
-        (losses.regression, (jnp.zeros((2, 1)), jnp.zeros(2)), AssertionError, "shapes"),
+        (losses.comparison, (np.zeros(4), BEST), AssertionError, "rank"),
+        (losses.comparison, (np.zeros((2, 2)), np.zeros(3, int)), AssertionError, r"\(3,\)"),
+        (losses.regression, (np.zeros((2, 1)), np.zeros(2)), AssertionError, "shapes"),
         (losses.aggregate, (ONES, ONES, "fixed", 0), ValueError, "length"),
-        (losses.aggregate, (jnp.ones(3), jnp.ones(3)), AssertionError, "rank"),
+        (losses.aggregate, (np.ones(3), np.ones(3)), AssertionError, "rank"),
         (losses.aggregate, (ONES, ONES[:, :1]), AssertionError, "shapes"),
     ],
 )

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from builders import CONFIG, some_params
+from builders import slow
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import models, ops, rollout, sampling
+from rlhf_jax import ops, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig, decoding
 
 KEY = jax.random.key(0)
@@ -39,7 +39,8 @@ def lookup_model(max_length=64, calls=None):
             jax.debug.callback(
                 lambda i: calls.append((int(i), tokens.shape[1])), jnp.asarray(index)
             )
-        return params["token"][tokens] + params["position"][positions], cache
+        token, position = map(jnp.asarray, (params["token"], params["position"]))
+        return token[tokens] + position[positions], cache
 
     return LookupModel(
         config=SimpleNamespace(max_length=max_length),
@@ -54,8 +55,8 @@ MODEL = lookup_model()
 def lookup_params(vocab_size=5, seed=0, scale=1.5):
     rng = np.random.default_rng(seed)
     return {
-        "token": jnp.asarray(rng.normal(size=(vocab_size, vocab_size)) * scale, jnp.float32),
-        "position": jnp.asarray(rng.normal(size=(64, vocab_size)) * scale, jnp.float32),
+        "token": (rng.normal(size=(vocab_size, vocab_size)) * scale).astype(np.float32),
+        "position": (rng.normal(size=(64, vocab_size)) * scale).astype(np.float32),
     }
 
 
@@ -82,17 +83,17 @@ def run(
     params=PARAMS,
     model=MODEL,
     row_ids=None,
+    places=None,
     mesh=None,
     **options,
 ):
-    """``generate`` under jit; the options are ``config``'s. Without a mask, ``tokens`` are all
-    real.
+    """``generate`` under jit, as NumPy arrays; the options are ``config``'s. Without a mask,
+    ``tokens`` are all real.
     """
     if mask is None:
         mask = PROMPTS[1] if tokens is PROMPTS[0] else np.ones_like(tokens)
-    return generate(
-        model, params, tokens, mask, key, config=config(**options), row_ids=row_ids, mesh=mesh
-    )
+    how = {"config": config(**options), "row_ids": row_ids, "places": places, "mesh": mesh}
+    return jax.tree.map(np.asarray, generate(model, params, tokens, mask, key, **how))
 
 
 def data_mesh(devices):
@@ -108,9 +109,9 @@ def lookup_log_probs(rollout, temperature=1.0):
     float64.
     """
     table, position_table = (np.asarray(PARAMS[name], np.float64) for name in ("token", "position"))
-    tokens = np.asarray(rollout.tokens)
+    tokens = rollout.tokens
     out = np.zeros(rollout.tokens.shape)
-    for i, t in zip(*np.nonzero(np.asarray(rollout.response_mask)), strict=True):
+    for i, t in zip(*np.nonzero(rollout.response_mask), strict=True):
         logits = table[tokens[i, t - 1]] + position_table[PROMPTS[1][i].sum() + t - 4]
         out[i, t] = scipy.special.log_softmax(logits / temperature)[tokens[i, t]]
     return out
@@ -158,50 +159,28 @@ def test_truncate(options, first, second):
 def test_the_nucleus_ends_where_its_probability_is_exactly_p():
     """Four probabilities of 1/4: two of them reach one half, three three quarters."""
     for top_p, number in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3)):
-        left = decoding.truncate(jnp.zeros((1, 4)), top_p=top_p)
-        assert np.isfinite(left).sum() == number
-
-
-def test_a_repetition_penalty_is_for_the_tokens_so_far():
-    """Of prompt and response, neither of the padding nor of other rows. The log-probs are the
-    policy's all the same."""
-    options = {"temperature": 0.0, "eos_id": None, "repetition_penalty": 3.0}
-    rollout = run(**options)
-    tokens = np.asarray(rollout.tokens)
-    num_changed = 0
-    for i in range(24):
-        start = 3 - PROMPTS[1][i].sum()
-        for t in range(3, 9):
-            logits = np.array(PARAMS["token"][tokens[i, t - 1]] + PARAMS["position"][t - 1 - start])
-            plain = np.argmax(logits)
-            for token in set(tokens[i, start:t].tolist()):
-                logits[token] *= 3 if logits[token] < 0 else 1 / 3
-            assert tokens[i, t] == np.argmax(logits)
-            num_changed += plain != tokens[i, t]
-    assert num_changed > 10
-    assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
-    warm = run(**options | {"temperature": 0.6})
-    assert_allclose(warm.log_probs, lookup_log_probs(warm, 0.6), atol=1e-5)
-    assert np.any(warm.tokens != run(temperature=0.6, eos_id=None).tokens)
+        left = decoding.truncate(np.zeros((2, 4), np.float32), top_p=top_p)
+        assert np.isfinite(left).sum(axis=1).tolist() == [number] * 2
 
 
 def test_truncation_is_that_of_token_by_token():
     """Also where the border lies between equals; by one sort, where ranks would take two."""
     rough = np.round(np.random.default_rng(3).normal(size=(40, 50)) * 2).astype(np.float32) / 2
-    for options in ({"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.5}):
+    for options in ({"top_p": 0.3}, {"top_k": 7, "top_p": 0.5}):
         cut = (
             rough
             if "top_k" not in options
             else np.where(rough < np.sort(rough)[:, -7:-6], -np.inf, rough)
         )
         expected = [nucleus(row, options["top_p"]) for row in cut]
-        assert_array_equal(np.isfinite(decoding.truncate(rough, **options)), expected)
+        truncate = jax.jit(partial(decoding.truncate, **options))
+        assert_array_equal(np.isfinite(truncate(rough)), expected)
     assert str(jax.make_jaxpr(partial(decoding.truncate, top_p=0.5))(rough)).count(" sort[") == 1
 
 
 def test_greedy_follows_the_largest_logit():
     rollout = run(temperature=0.0, eos_id=None)
-    out = np.asarray(rollout.tokens)
+    out = rollout.tokens
     for i in range(24):
         for t in range(3, 9):
             logits = (
@@ -211,45 +190,60 @@ def test_greedy_follows_the_largest_logit():
     # Log-probs of temperature 1, and the key is not used.
     assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
     assert_same(run(key=jax.random.key(9), temperature=0.0, eos_id=None), rollout)
-    equal = run(params=jax.tree.map(jnp.zeros_like, PARAMS), temperature=0.0, eos_id=None)
+    equal = run(params=jax.tree.map(np.zeros_like, PARAMS), temperature=0.0, eos_id=None)
     assert not equal.tokens[:, 3:].any()  # of equals the lowest id
 
 
+def penalised(logits, tokens, penalty):
+    """The logits [24, 6, V], where those of the tokens so far, without padding, are penalised."""
+    out = logits.copy()
+    for i, slot in np.ndindex(24, 6):
+        for token in set(tokens[i, 3 - PROMPTS[1][i].sum() : 3 + slot].tolist()):
+            out[i, slot, token] *= penalty if out[i, slot, token] < 0 else 1 / penalty
+    return out
+
+
 @pytest.mark.parametrize(
-    ("temperature", "truncation"),
-    [(1.0, {}), (1.7, {"top_k": 3, "top_p": 0.8}), (1.7, {"min_p": 0.4})],
+    ("temperature", "truncation", "penalty"),
+    [
+        (1.0, {}, 1.0),
+        (0.6, {"top_k": 3, "top_p": 0.8}, 3.0),
+        slow(1.7, {"min_p": 0.4}, 1.0),
+    ],
 )
-def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot(temperature, truncation):
-    tokens = run(eos_id=None, temperature=temperature, **truncation).tokens
-    for slot in range(6):
-        logits = (
-            PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
-        )
-        left = decoding.truncate(logits / temperature, **truncation)
-        keys = [jax.random.fold_in(jax.random.fold_in(KEY, row), slot) for row in range(24)]
-        expected = jax.vmap(jax.random.categorical)(jnp.stack(keys), left)
-        assert_array_equal(tokens[:, slot + 3], expected)
+def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot(temperature, truncation, penalty):
+    """And the log-probs are of the full softmax all the same."""
+    how = {"temperature": temperature, "repetition_penalty": penalty, **truncation}
+    rollout = run(eos_id=None, **how)
+    tokens = rollout.tokens
 
+    @jax.jit
+    def drawn(logits):
+        left = decoding.truncate(logits.reshape(-1, 5) / temperature, **truncation)
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = jax.vmap(fold, in_axes=(0, None))(fold(KEY, jnp.arange(24)), jnp.arange(6))
+        return jax.vmap(jax.random.categorical)(keys.ravel(), left).reshape(24, 6)
 
-def test_log_probs_are_of_the_full_softmax_at_the_temperature():
-    rollout = run(temperature=0.6, top_k=3, top_p=0.9, min_p=0.1)
-    expected = lookup_log_probs(rollout, 0.6)
-    assert rollout.log_probs.dtype == jnp.float32
-    assert_allclose(rollout.log_probs, expected, atol=1e-5)
-    assert np.count_nonzero(expected) > 24
+    positions = PROMPTS[1].sum(axis=1)[:, None] - 1 + np.arange(6)
+    logits = PARAMS["token"][tokens[:, 2:8]] + PARAMS["position"][positions]
+    changed = penalised(logits, tokens, penalty)
+    assert np.any(drawn(changed) != drawn(logits)) == (penalty != 1)
+    assert_array_equal(tokens[:, 3:], drawn(changed))
+    assert rollout.log_probs.dtype == np.float32
+    assert_allclose(rollout.log_probs, lookup_log_probs(rollout, temperature), atol=1e-5)
 
 
 # --- ends and masks
 
 
-@pytest.mark.parametrize("ends", [1, (1, 3), (3, 0), (0, 1, 3)])
+@pytest.mark.parametrize("ends", [1, (3, 0)])
 def test_end_of_a_response(ends):
     """Up to the first EOS a row has the tokens that nothing ends, pads among them; after it pads,
     masks 0, log-probs 0. The pad may be one of several EOS, never all.
     """
     endless = run(eos_id=None)
-    assert np.asarray(endless.response_mask)[:, 3:].all()
-    rollout = jax.tree.map(np.asarray, run(eos_id=ends))
+    assert endless.response_mask[:, 3:].all()
+    rollout = run(eos_id=ends)
     assert_same((rollout.tokens[:, :3], rollout.attention_mask[:, :3]), PROMPTS)
     is_end = np.isin(endless.tokens, ends) & (np.arange(9) >= 3)
     said = (np.cumsum(is_end, axis=1) - is_end == 0) & (np.arange(9) >= 3)
@@ -257,7 +251,8 @@ def test_end_of_a_response(ends):
     assert_array_equal(rollout.attention_mask[:, 3:], said[:, 3:])
     assert_array_equal(rollout.tokens[:, 3:], np.where(said, endless.tokens, 0)[:, 3:])
     assert_array_equal(rollout.log_probs, np.where(said, endless.log_probs, 0.0))
-    assert_array_equal(ops.response_mask(rollout.tokens, 3, ends), said)
+    mask_of = jax.jit(ops.response_mask, static_argnums=(1, 2))
+    assert_array_equal(mask_of(rollout.tokens, 3, ends), said)
 
 
 def test_stops_when_every_row_has_ended():
@@ -265,19 +260,20 @@ def test_stops_when_every_row_has_ended():
     its fifth token.
     """
     params = lookup_params()
-    params["token"] = params["token"].at[:, 1].set(-100.0)
-    params["position"] = params["position"].at[4, 1].set(1000.0)
+    params["token"][:, 1] = -100.0
+    params["position"][4, 1] = 1000.0
     tokens = np.full((2, 3), 2, np.int32)
+    calls = []
+    model = lookup_model(calls=calls)
 
     def decoded(mask):
-        calls = []
-        model = lookup_model(calls=calls)
+        calls.clear()
         rollout = run(
             tokens, np.asarray(mask, np.int32), model=model, params=params, max_new_tokens=40
         )
         assert rollout.tokens.shape == (2, 43)
         jax.effects_barrier()
-        return sorted(calls), np.asarray(rollout.response_mask).sum(1).tolist()
+        return sorted(calls), rollout.response_mask.sum(1).tolist()
 
     prefill = (0, 2)
     assert decoded([[1, 1, 1], [1, 1, 1]]) == ([prefill, (2, 1), (3, 1), (4, 1)], [3, 3])
@@ -293,7 +289,7 @@ def test_absent_row():
     rollout = run(tokens, mask)
     assert_array_equal(rollout.tokens[2], [*tokens[2], 0, 0, 0, 0, 0, 0])
     for field in (rollout.attention_mask, rollout.response_mask, rollout.log_probs):
-        assert not np.asarray(field)[2].any()
+        assert not field[2].any()
     others = np.arange(24) != 2
     assert_same(*(jax.tree.map(lambda x: x[others], each) for each in (rollout, run())))
 
@@ -310,22 +306,21 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_answers_to_one_data_row_differ_and_are_those_of_their_places():
-    same = tuple(np.repeat(x[:1], 6, axis=0) for x in PROMPTS)
-    rollout = run(*same, row_ids=np.array([4, 4, 9, 4, 9, 0]))
-    assert rollout.row_ids.tolist() == [4, 4, 9, 4, 9, 0]
-    assert len({tuple(row) for row in rollout.tokens.tolist()}) > 3
+    same = tuple(np.repeat(x[:1], 24, axis=0) for x in PROMPTS)
+    ids = np.array([4, 4, 9, 4, 9, 0] * 4)
+    rollout = run(*same, row_ids=ids)
+    assert_array_equal(rollout.row_ids, ids)
+    assert len({tuple(row) for row in rollout.tokens.tolist()}) > 6
     # The first answer to a data row is that of the row alone, whatever rows there are.
-    for row, row_id in ((0, 4), (2, 9), (5, 0)):
-        alone = run(same[0][:1], same[1][:1], row_ids=np.array([row_id]))
-        assert_array_equal(rollout.tokens[row], alone.tokens[0])
-    placed = partial(generate, MODEL, PARAMS, *same, KEY, config=config())
-    moved = placed(row_ids=np.array([4] * 6), places=np.array([7, 8, 2, 3, 4, 5]))
-    assert moved.row_ids.tolist() == [4] * 6
-    assert_array_equal(moved.tokens, placed(row_ids=np.array([7, 8, 2, 3, 4, 5])).tokens)
-    assert_array_equal(moved.tokens[2:], placed().tokens[2:])
+    alone = run(same[0][:3], same[1][:3], row_ids=np.array([4, 9, 0]))
+    assert_array_equal(rollout.tokens[[0, 2, 5]], alone.tokens)
+    moved = run(*same, row_ids=np.full(24, 4), places=np.array([27, 28, *range(2, 24)]))
+    assert moved.row_ids.tolist() == [4] * 24
+    assert_array_equal(moved.tokens, run(*same, row_ids=np.array([27, 28, *range(2, 24)])).tokens)
+    assert_array_equal(moved.tokens[2:], run(*same).tokens[2:])
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "record_support": True}])
+@pytest.mark.parametrize("options", [{}, slow({"top_k": 2, "record_support": True})])
 def test_the_caller_may_map_over_devices_whose_results_are_checked(options):
     """``check_vma`` of ``jax.shard_map`` refuses a loop whose state differs on the devices only at
     its end.
@@ -355,7 +350,7 @@ def test_a_row_does_not_depend_on_prompt_padding():
 
 def test_devices_do_not_change_the_tokens():
     mesh = data_mesh(4)
-    spread = run(mesh=mesh)
+    spread = generate(MODEL, PARAMS, *PROMPTS, KEY, config=config(), mesh=mesh)
     assert_same(spread, run())
     assert spread.tokens.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
 
@@ -386,15 +381,13 @@ def test_each_device_stops_by_itself():
     have ended.
     """
     params = lookup_params()
-    token = np.array(params["token"])
-    token[:, [1, 3]] = -100.0
-    token[3, 1] = 100.0  # 3 is followed by EOS, the others by neither EOS nor 3
-    params["token"] = jnp.asarray(token)
+    params["token"][:, [1, 3]] = -100.0
+    params["token"][3, 1] = 100.0  # 3 is followed by EOS, the others by neither EOS nor 3
     tokens = np.array([[3], [3], [2], [2]], np.int32)
     calls = []
     rollout = run(tokens, model=lookup_model(calls=calls), params=params, mesh=data_mesh(2))
     jax.effects_barrier()
-    assert np.asarray(rollout.response_mask).sum(1).tolist() == [1, 1, 6, 6]
+    assert rollout.response_mask.sum(1).tolist() == [1, 1, 6, 6]
     assert len(calls) == 1 + 6
 
 
@@ -423,15 +416,14 @@ def test_uncached_equals_a_cached_model():
     expected, rollout = (run(tokens, mask, model=m) for m in (cached, model))
     assert_array_equal(rollout.tokens, expected.tokens)
     assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-6)
-    assert np.asarray(rollout.response_mask).sum() > 48
-    assert_array_equal(run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens)
+    assert rollout.response_mask.sum() > 48
 
 
 def test_one_column_prompt_equals_the_tail_of_a_longer_one():
-    """P = 1 has no prefill; with the same position its result is that of a prompt padded to 2."""
-    tokens = np.array([[2], [3]], np.int32)
-    wide, mask = (np.pad(x, ((0, 0), (1, 0))) for x in (tokens, np.ones_like(tokens)))
-    assert_array_equal(run(tokens).tokens, run(wide, mask).tokens[:, 1:])
+    """P = 1 has no prefill; with the same position its result is that of a prompt padded to 3."""
+    single = PROMPTS[1].sum(axis=1) == 1
+    assert single.sum() > 3
+    assert_array_equal(run(PROMPTS[0][:, 2:]).tokens[single], run().tokens[single, 2:])
 
 
 # --- mistakes
@@ -479,7 +471,8 @@ def test_generate_refuses(changes, error, message):
 
 
 def test_a_response_may_fill_the_models_last_position():
-    assert run(max_new_tokens=61).tokens.shape == (24, 64)
+    sample = partial(sampling.generate, MODEL, config=config(max_new_tokens=61))
+    assert jax.eval_shape(sample, PARAMS, *PROMPTS, KEY).tokens.shape == (24, 64)
 
 
 def test_slots_of_earlier_turns_count_once():
@@ -500,7 +493,8 @@ def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
         sampling.generate(*arguments, config=config)
     with pytest.raises(ValueError, match=r"padded on the left: .* first in row 2"):
         rollout.collect(*arguments, sampling=config, policy_fn=None)
-    generate(*arguments, config=config)  # traced: nothing is known
+    sample = partial(sampling.generate, MODEL, config=config)
+    jax.eval_shape(sample, *arguments[1:])  # traced: nothing is known
 
 
 # --- best of n
@@ -510,9 +504,17 @@ OF_FOUR = prompts(4)
 ROW_IDS = np.array([5, 0, 9, 2], np.int32)
 
 
-def best(reward_fn, mesh=None, n=2):
-    options = {"config": config(), "n": n, "row_ids": ROW_IDS, "mesh": mesh}
-    return best_of_n(MODEL, PARAMS, *OF_FOUR, KEY, reward_fn=reward_fn, **options)
+GIVEN = np.array([1.0, 1.0, np.nan, -3.0, 0.0, np.inf, np.nan, np.nan], np.float32)
+
+
+def given(rollout):
+    return jnp.asarray(GIVEN), {"part": jnp.asarray(GIVEN)}
+
+
+def best(reward_fn, n=2, prompts=OF_FOUR, row_ids=ROW_IDS):
+    options = {"config": config(), "n": n, "row_ids": row_ids}
+    found = best_of_n(MODEL, PARAMS, *prompts, KEY, reward_fn=reward_fn, **options)
+    return jax.tree.map(np.asarray, found)
 
 
 def samples_of_four():
@@ -523,39 +525,32 @@ def samples_of_four():
 
 def test_the_best_of_n_has_the_largest_reward():
     samples = samples_of_four()
-    lengths = np.asarray(samples.response_mask).sum(1).reshape(4, 2)
+    lengths = samples.response_mask.sum(1).reshape(4, 2)
     dense, scores = best(lambda rollout: (jnp.where(rollout.response_mask != 0, 1.0, jnp.nan), {}))
     assert_array_equal(scores, lengths)
-    longest = np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
+    longest = samples.tokens.reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
     assert_array_equal(dense.tokens, longest)
     assert_array_equal(dense.row_ids, ROW_IDS)
 
 
 def test_the_best_of_n_of_equal_prompts_are_different_samples():
-    twice = tuple(np.repeat(x[:1], 8, axis=0) for x in OF_FOUR)
-    options = {"config": config(), "n": 2, "row_ids": np.array([3] * 8)}
-    best_ones, _ = best_of_n(
-        MODEL, PARAMS, *twice, KEY, reward_fn=lambda samples: (jnp.zeros(16), {}), **options
-    )
-    assert best_ones.row_ids.tolist() == [3] * 8
-    assert len({tuple(row) for row in best_ones.tokens.tolist()}) > 3
+    again = tuple(np.repeat(x[:1], 4, axis=0) for x in OF_FOUR)
+    found, _ = best(given, prompts=again, row_ids=np.array([3] * 4))
+    assert found.row_ids.tolist() == [3] * 4
+    assert len({tuple(row) for row in found.tokens.tolist()}) > 1
 
 
 def test_ties_and_scores_that_are_not_numbers_in_the_best_of_n():
     samples = samples_of_four()
-    given = jnp.asarray([1.0, 1.0, jnp.nan, -3.0, 0.0, jnp.inf, jnp.nan, jnp.nan])
-    with_parts, scores = best(lambda rollout: (given, {"part": given}))
-    assert_array_equal(scores, np.asarray(given).reshape(4, 2))
+    with_parts, scores = best(given)
+    assert_array_equal(scores, GIVEN.reshape(4, 2))
     assert_array_equal(with_parts.scores, [1.0, -3.0, np.inf, np.nan])
-    assert_array_equal(with_parts.tokens, np.asarray(samples.tokens)[[0, 3, 5, 6]])
-
-    spread, _ = best(lambda rollout: (given, {}), data_mesh(4))
-    assert_array_equal(spread.tokens, with_parts.tokens)
+    assert_array_equal(with_parts.tokens, samples.tokens[[0, 3, 5, 6]])
 
     with pytest.raises(AssertionError, match=r"shape \(3,\) but expected \(8,?\)"):
         best(lambda rollout: (jnp.zeros(3), {}))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
-        best(lambda rollout: (given, {}), n=0)
+        best(given, n=0)
 
 
 def test_best_of_n_kl():
@@ -567,16 +562,11 @@ def test_best_of_n_kl():
 
 def test_prompts_that_a_jit_closes_over_are_sampled_from():
     """Their mask is a constant there, and their tokens are converted inside."""
-    tokens = np.full((2, 3), 2)
-    mask = jnp.ones((2, 3), jnp.int32)
-    config = SamplingConfig(4, eos_id=None, pad_id=0)
-    model = models.build(CONFIG)
-    params = some_params(CONFIG)
-    how = {"key": jax.random.key(0), "config": config}
-    expected = sampling.generate(model, params, tokens, mask, **how)
+    tokens, mask = PROMPTS
 
     @jax.jit
     def inside(params):
-        return sampling.generate(model, params, jnp.asarray(tokens), mask, **how)
+        prompts = jnp.asarray(tokens), jnp.asarray(mask)
+        return sampling.generate(MODEL, params, *prompts, KEY, config=config())
 
-    assert_array_equal(inside(params).tokens, expected.tokens)
+    assert_array_equal(inside(PARAMS).tokens, run().tokens)

@@ -103,11 +103,12 @@ def test_a_schedule_that_counts_other_steps_than_are_taken_is_said_once(taken, s
     """Of 9 iterations with a step each."""
     optimizer = make_optimizer(Optimizer(schedule="linear"), 9)
     params = {"w": jnp.zeros(2)}
+    update = jax.jit(optimizer.update)
 
     def advance(state, step):
         opt_state = state.train.opt_state
         for _ in range(taken):
-            _, opt_state = optimizer.update(params, opt_state, params)
+            _, opt_state = update(params, opt_state, params)
         return replace(state, train=replace(state.train, opt_state=opt_state)), {"nonfinite": 0.0}
 
     state = LoopState.create(TrainState.create(params, optimizer), 0.0)
