@@ -8,23 +8,23 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import slow
+from builders import UNASKED, initial_params
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import training, vpg
+from rlhf_jax import models, training, vpg
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
-    Network,
     Optimizer,
     RewardModelStage,
     RLStage,
     RunConfig,
     SFTStage,
     Text,
-    Tokenizer,
 )
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import loop
 from rlhf_jax.training.supervised import entry, tasks
 
@@ -46,8 +46,23 @@ def write(path, *pairs):
     return (str(path),)
 
 
+LETTERS = "abcdfghijklmpqrt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of characters with random weights: to load it takes less than to draw it."""
+    tokenizer = tokenizers.characters([LETTERS, "yes no\n"])
+    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 8, 1, 1, **ids))
+    path = tmp_path_factory.mktemp("model")
+    begun = LanguageModel(model, initial_params(model), tokenizer)
+    begun.save(path, template="{prompt}", config=None)
+    return str(path)
+
+
 @pytest.fixture
-def config(tmp_path):
+def config(folder, tmp_path):
     """A network that fits in a moment; 16 prompts with two rows each."""
     stage = {
         "batch_size": 8,
@@ -57,18 +72,17 @@ def config(tmp_path):
         "validation_interval": 100,
     }
     answers = (("yes", "no"), ("yes yes", "no"))
-    pairs = [(letter, *answer) for letter in "abcdfghijklmpqrt" for answer in answers]
+    pairs = [(letter, *answer) for letter in LETTERS for answer in answers]
     return RunConfig(
         data=write(tmp_path / "rows.json", *pairs),
         output_dir=str(tmp_path / "run"),
         checkpoint_interval=1000,
-        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
-        tokenizer=Tokenizer(kind="characters"),
+        model=folder,
         text=Text(bucket_multiple=16),
-        sft=SFTStage(**stage),
-        reward_model=RewardModelStage(**stage),
-        dpo=DPOStage(**stage),
-        kto=KTOStage(**stage),
+        sft=SFTStage(**stage, **UNASKED),
+        reward_model=RewardModelStage(**stage, normalize_samples=0),
+        dpo=DPOStage(**stage, **UNASKED),
+        kto=KTOStage(**stage, **UNASKED),
     )
 
 
@@ -80,15 +94,15 @@ def with_validation_data(config, stage, tmp_path, *pairs):
     return changed(config, stage, validation_data=write(tmp_path / "validation.json", *pairs))
 
 
-def setting_of(config, stage):
-    """What a run of the stage would make its task from."""
-    spec = replace(getattr(training, stage).SPEC, make_task=stop)
+def setting_of(config, stage, make_task=stop):
+    """What a run of the stage would make its task from, or what ``make_task`` stops with."""
+    spec = replace(getattr(training, stage).SPEC, make_task=make_task)
     with pytest.raises(Seen) as seen:
         entry.run(config, spec)
     return seen.value.args[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_rows_with_equal_prompts_stay_together(stage, config, capsys):
     setting = setting_of(config, stage)
     prompt_of = {row.source: row.prompt for row in setting.rows}
@@ -101,7 +115,7 @@ def test_rows_with_equal_prompts_stay_together(stage, config, capsys):
     assert f"{kind}: {len(held_out)} rows of 4 prompts held out\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "kto"])
 def test_validation_data_validates_and_all_other_rows_train(stage, config, tmp_path, capsys):
     config = with_validation_data(config, stage, tmp_path, ("a", "s", "o"), ("e", "s", "o"))
     setting = setting_of(config, stage)
@@ -114,23 +128,22 @@ def test_validation_data_validates_and_all_other_rows_train(stage, config, tmp_p
     assert "rows of 2 prompts held out, 1 of which are trained on too\n" in said
 
 
-@pytest.mark.parametrize(("stage", "kept"), [("sft", 16), ("kto", 48)])
-def test_too_long_acts_at_the_longest_text(stage, kept, config, capsys):
+def test_too_long_acts_at_the_longest_text(config, capsys):
     """A prompt of one character, an answer of 7, 3 or 2 and EOS: 16 of the texts have 9 tokens."""
     config = replace(config, overwrite=True)
-    with pytest.raises(UserError, match=r"are more than max_length 6; shorten it"):
-        setting_of(replace(config, text=Text(max_length=6)), stage)
-    setting = setting_of(replace(config, text=Text(max_length=6, too_long="drop")), stage)
-    assert len(setting.encoded) == kept
+    with pytest.raises(UserError, match=r"max_length 6; shorten"):
+        setting_of(replace(config, text=Text(max_length=6)), "kto")
+    setting = setting_of(replace(config, text=Text(max_length=6, too_long="drop")), "kto")
+    assert len(setting.encoded) == 48
     assert set(setting.encoded.lengths.max(axis=1)) <= {4, 5}
     assert setting.batch(setting.rows_of(0)).tokens.shape[-1] == 6  # not the bucket's 16
     assert "0 bad, 16 too long" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"text\.max_length 17: the model reads 16 tokens at most"):
-        setting_of(replace(config, text=Text(max_length=17)), stage)
+    with pytest.raises(UserError, match=r"text\.max_length 17: the model reads 16 tokens"):
+        setting_of(replace(config, text=Text(max_length=17)), "kto")
 
 
-@pytest.mark.parametrize("stage", ["sft", "kto"])
-def test_a_sample_of_the_rows_and_a_length_in_steps(stage, config, monkeypatch, capsys):
+def test_a_sample_of_the_rows_and_a_length_in_steps(config, monkeypatch, capsys):
+    stage = "kto"
     config = replace(config, overwrite=True)
     limited = changed(config, stage, max_rows=20, max_steps=7, batch_size=4)
     counted = []
@@ -168,28 +181,27 @@ def texts_of(arrays, masks):
     return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
 
 
-@pytest.mark.parametrize("stage", [slow("sft"), slow("reward_model"), slow("dpo"), "kto"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_an_epoch_trains_on_every_training_row_once(stage, config):
     """What the update gets: neither one batch again and again, nor a row that validates."""
-    batches = []
 
     def make_task(setting):
-        batches.append(setting)
-        task = getattr(training, stage).SPEC.make_task(setting)
+        steps = []
 
         def update(state, batch, key):
-            batches.append(batch)
-            return state, {"nonfinite": jnp.float32(0)}
+            steps.append(batch)
+            return state, {}
 
-        return task._replace(update=update)
+        task = tasks.Task(setting, None, None, update, None)
+        job = entry._job(getattr(training, stage).SPEC, task, None)
+        for step in range(job.num_steps):
+            rows = setting.rows_of(step)
+            assert job.sources(step) == [setting.encoded.sources[row] for row in rows]
+            job.advance(None, step)
+        stop((setting, steps))
 
     apart = replace(config, compute=replace(config.compute, share_prompts=False))
-    config = changed(apart, stage, num_epochs=2)
-    spec = replace(getattr(training, stage).SPEC, make_task=make_task)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_jax.training.common.memory.check", lambda *args: None)
-        entry.run(config, spec)
-    setting, *steps = batches
+    setting, steps = setting_of(changed(apart, stage, num_epochs=2), stage, make_task)
     answers = [texts[row] for texts in setting.encoded.tokens for row in setting.train_rows]
     wanted = sorted(map(tuple, answers))
     half = len(steps) // 2
@@ -200,13 +212,14 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
     assert first[:half] != first[half:]
 
 
-@pytest.mark.parametrize("stage", ["dpo", slow("kto"), "reward_model"])
-def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
-    """Rows that prefer the other answer: what is right on the training rows is wrong on them. A
-    policy measured against itself has log-ratios of 0 whatever it has learned.
-    """
-    opposite = [(letter, "no", "yes") for letter in "abcdfghi"]
-    config = with_validation_data(config, stage, tmp_path, *opposite)
+# Rows that prefer the other answer: what is right on the training rows is wrong on them.
+OPPOSITE = [(letter, "no", "yes") for letter in "abcdfghi"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "kto", "reward_model"])
+def test_validations_of_a_run_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
+    config = with_validation_data(config, stage, tmp_path, *OPPOSITE)
     last = getattr(training, stage).run(config).metrics
     assert last[f"{stage}/accuracy"] > 0.9
     assert last["validation/accuracy"] < 0.1
@@ -221,23 +234,45 @@ def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
         assert of_opposite < -1.0
 
 
-@pytest.mark.parametrize("aggregate", ["token", "sum"])
-def test_sft_is_validated_in_nats_per_token_whatever_it_learns_from(aggregate, config):
+def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(config, tmp_path):
+    """By a state that has come to say no, which is right on these rows alone. A policy measured
+    against itself has log-ratios of 0 whatever it has learned.
+    """
+
+    def validated(setting):
+        task = training.dpo.SPEC.make_task(setting)
+        state = entry.first_state(task)
+        params = state.params
+        row_of = setting.initial.tokenizer.encode
+        embedding = np.asarray(params["wte"]["embedding"])
+        to_no = embedding[row_of("no")].sum(axis=0) - embedding[row_of("yes")].sum(axis=0)
+        said = params["ln_f"] | {"bias": jnp.asarray(20 * to_no / (to_no @ to_no))}
+        stop(task.validate(state.replace(params=params | {"ln_f": said})).metrics)
+
+    config = with_validation_data(config, "dpo", tmp_path, *OPPOSITE)
+    found = setting_of(config, "dpo", validated)
+    assert found["validation/accuracy"] == 1.0
+    assert found["validation/rows"] == len(OPPOSITE)
+    assert found["validation/length_accuracy"] < 0.5  # "no" is shorter
+    assert found["validation/chosen_log_ratio"] - found["validation/rejected_log_ratio"] > 1.0
+
+
+def test_sft_is_validated_in_nats_per_token_where_it_learns_from_sums(config):
     """A network with random weights finds all of its 20 or so characters about equally likely."""
 
     def validated(setting):
-        task = training.sft._task(setting)
-        raise Seen(task.validate(entry.first_state(task)).metrics)
+        task = training.sft.SPEC.make_task(setting)
+        found = task.validate(entry.first_state(task)).metrics
+        stop((found["validation/loss"], setting.initial.tokenizer.vocab_size))
 
-    config = changed(config, "sft", aggregate=aggregate)
-    with pytest.raises(Seen) as seen:
-        entry.run(config, replace(training.sft.SPEC, make_task=validated))
-    size = len(set("abcdfghijklmpqrt") | set("yes no")) + 3
-    assert seen.value.args[0]["validation/loss"] == pytest.approx(np.log(size), rel=0.1)
+    loss, size = setting_of(changed(config, "sft", aggregate="sum"), "sft", validated)
+    assert loss == pytest.approx(np.log(size), rel=0.1)
 
 
-def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
-    """Three members, two answers: their mean is over the members."""
+def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config, tmp_path):
+    """Three members, two answers: their mean is over the members. The rows that are held out have
+    the shorter answer as the better one.
+    """
 
     def make_task(setting):
         task = training.reward_model.SPEC.make_task(setting)
@@ -245,17 +280,17 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config):
         state = setting.stage.take(create, task.start.params)
         stop((setting, task.setting.encoded.weight, task.validate(state)))
 
+    config = with_validation_data(config, "reward_model", tmp_path, *OPPOSITE)
     config = changed(config, "reward_model", ensemble_size=3)
-    spec = replace(training.reward_model.SPEC, make_task=make_task)
-    with pytest.raises(Seen) as seen:
-        entry.run(config, spec)
-    setting, weight, validation = seen.value.args[0]
+    setting, weight, validation = setting_of(config, "reward_model", make_task)
     assert setting.encoded.weight.shape == (len(setting.encoded),)
     assert weight.shape == (len(setting.encoded), 3)
     assert_array_equal(weight[setting.train_rows].sum(axis=0), len(setting.train_rows))
     assert_array_equal(weight[setting.held_out], 0)
     assert validation.metrics["validation/uncertainty"] > 0
-    assert len(validation.samples) == len(setting.held_out)
+    texts = [(row["chosen"], row["rejected"]) for row in validation.samples]
+    assert texts == [("no", "yes")] * len(OPPOSITE)
+    assert validation.metrics["validation/length_accuracy"] < 0.5
 
 
 def test_a_text_file_is_cut_into_pieces_that_are_not_framed(config, tmp_path, capsys):
@@ -288,21 +323,16 @@ def test_rl_holds_out_whole_prompts_too(config, tmp_path, capsys, monkeypatch):
 
 
 def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tmp_path, capsys):
+    config = replace(config, data=(str(tmp_path / "feedback.json"),), overwrite=True)
+
     def warned(liked):
         rows = [
             {"prompt": letter, "response": "yes", "desirable": letter in liked}
             for letter in "abcdfghi"
         ]
         (tmp_path / "feedback.json").write_text(json.dumps(rows))
-        stop_at_once = replace(training.kto.SPEC, make_task=judged)
-        data = (str(tmp_path / "feedback.json"),)
-        with pytest.raises(Seen):
-            entry.run(replace(config, data=data, overwrite=True), stop_at_once)
+        setting_of(config, "kto")
         return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
-
-    def judged(setting):
-        training.kto._task(setting)
-        raise Seen
 
     assert "are desirable; " in " ".join(warned("abcdfghi"))
     assert "are undesirable; " in " ".join(warned(""))
