@@ -195,7 +195,6 @@ def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
         ("max:score", [1, 5, 6], 1),
         ("min:score", [2, 5, 6], 2),
         ("max:other", [5, 6], None),
-        (None, [5, 6], None),
     ],
 )
 def test_the_best_step_is_kept_beside_the_newest(tmp_path, keep_best, kept, best):

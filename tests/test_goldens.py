@@ -93,7 +93,8 @@ ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
 
 
 @pytest.mark.parametrize(
-    "name", ["sft", "reward_model", "dpo", slow("vpg"), "ppo", slow("rloo"), slow("grpo")]
+    "name",
+    ["sft", slow("reward_model"), "dpo", slow("vpg"), "ppo", slow("rloo"), slow("grpo")],
 )
 def test_one_update(name):
     case = CASES[name]
@@ -146,7 +147,8 @@ def tiny_flags(stage):
     return (small + special[stage]).split()
 
 
-@pytest.mark.parametrize("stage", ["sft", *map(slow, ALGORITHMS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ALGORITHMS)
 def test_a_run_of_every_stage(stage, data, tmp_path):
     config = parse(
         CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage)

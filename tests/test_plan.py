@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -132,11 +133,10 @@ def test_an_offloaded_reference_is_held_in_the_first_phase_alone(folder, monkeyp
     monkeypatch.setattr(memory, "needed", lambda phase: 0)
     rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
     config = RunConfig(model=folder, reward=("length",), rl=rl)
-    held = phases.plan(config, "vpg")
     offload = dataclasses.replace(config.compute, offload=("reference",))
     moved = phases.plan(dataclasses.replace(config, compute=offload), "vpg")
     assert "reference" not in moved.held
-    assert moved.phases[shapes.SAMPLING] == held.held["reference"]
+    assert moved.phases[shapes.SAMPLING] == 2 * COUNT
     assert {moved.phases["reward"], moved.phases["learn"]} == {0}
 
 
@@ -303,15 +303,18 @@ def test_the_answers_at_validations_are_a_phase(folder):
     """Six prompts on four devices are eight rows, which the model's 16 tokens leave 12 columns."""
     asked = DPOStage(batch_size=4, validation_prompts=6, max_new_tokens=4)
 
-    def programs(section):
-        return shapes.shapes_of(RunConfig(model=folder, dpo=section), "dpo").programs
+    def planned(section):
+        return case.Case(RunConfig(model=folder, dpo=section), "dpo", None)
 
-    answer, *arguments = programs(asked)[shapes.ANSWERING]
+    made = shapes.shapes_of(planned(asked).config, "dpo").programs
+    answer, *arguments = made[shapes.ANSWERING]
     rollout, log_ratios = jax.eval_shape(answer, *arguments)
     assert rollout.tokens.shape == (8, 12 + 4)
     assert log_ratios.shape == (8,)
+    policy = SimpleNamespace(begun=planned(asked).policy())
     for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
-        assert [*programs(dataclasses.replace(asked, **other))] == ["learn"]
+        none = planned(dataclasses.replace(asked, **other))
+        assert shapes._answering(none, policy, 16, None, None) == {}
 
 
 def test_the_reference_of_kto_is_counted(folder):

@@ -11,11 +11,11 @@ import pytest
 import tokenizers as hf
 from builders import (
     FAST,
+    goes_on_alike,
     initial_params,
     metric_rows,
     run_ppo,
     stages,
-    stopped_goes_on_alike,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -23,12 +23,11 @@ from rlhf_jax import Rollout, models, sharding, training
 from rlhf_jax.cli import quickstart
 from rlhf_jax.config import (
     Compute,
-    Network,
     Optimizer,
     RewardModelStage,
     RunConfig,
     Text,
-    Tokenizer,
+    data_source,
     model_source,
 )
 from rlhf_jax.data.tokenizers import characters
@@ -39,14 +38,13 @@ from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import open_stage
 from rlhf_jax.training.common.saving import finish
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.supervised import entry
+from rlhf_jax.training.supervised import reading
 
 
 @stages()
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):
-    straight = run(config)
-    stopped = stopped_goes_on_alike(run, config, straight, 6)
-    assert "resumed from step 4 of" in capsys.readouterr().out
+    stopped = goes_on_alike(run, config, run(config))
+    assert "resumed from step " in capsys.readouterr().out
     steps = [row["step"] for row in metric_rows(stopped.folder)]
     assert steps == list(range(len(steps)))
     assert steps[-1] >= 7
@@ -87,10 +85,6 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
         training.sft.run(replace(config, sft=exploding))
 
 
-class Seen(Exception):
-    """Ends a run when its task is made, and has the task's setting."""
-
-
 def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_much(tmp_path, capsys):
     """Of every second ranking two of three pairs go with its long answer; of one all answers are
     equal.
@@ -101,33 +95,24 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         for i, texts in enumerate([*answers, ["x"] * 3])
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
-    config = RunConfig(
-        data=(str(tmp_path / "data.jsonl"),),
-        output_dir=str(tmp_path / "run"),
-        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
-        tokenizer=Tokenizer(kind="characters"),
-        text=Text(too_long="drop"),
-        reward_model=RewardModelStage(validation_fraction=0.3),
-    )
-
-    def stop(setting):
-        raise Seen(setting)
-
-    with pytest.raises(Seen) as seen:
-        entry.run(config, replace(training.reward_model.SPEC, make_task=stop))
-    setting = seen.value.args[0]
-    train, held_out = (
-        {setting.encoded.sources[row] for row in part}
-        for part in (setting.train_rows, setting.held_out)
-    )
+    config = RunConfig(data=(str(tmp_path / "data.jsonl"),), text=Text(too_long="drop"))
+    settings = RewardModelStage(validation_fraction=0.3)
+    spec = training.reward_model.SPEC
+    data, none = reading.read(data_source(config), spec, settings)
+    model = models.build(models.GPT2Config(99, 16, 8, 1, 1))
+    begun = LanguageModel(model, {}, characters("abcdefghijklmnopqrstuvwxyz"))
+    key = jax.random.key(0)
+    source = model_source(config)
+    encoded, *parts = reading.encoded_rows(source, spec, settings, begun, data, none, key)
+    train, held_out = ({encoded.sources[row] for row in part} for part in parts)
     assert (len(train | held_out), train & held_out) == (12, set())
     weights = dict.fromkeys(train | held_out, 0.0)
-    for source, weight in zip(setting.encoded.sources, setting.encoded.weight, strict=True):
-        weights[source] += weight
+    for place, weight in zip(encoded.sources, encoded.weight, strict=True):
+        weights[place] += weight
     assert_allclose(list(weights.values()), 1.0, rtol=1e-6)
     said = capsys.readouterr().out
     assert "12 pairs: dropped, too long\n" in said
-    counts = f"{len(setting.train_rows)} train, {len(setting.held_out)} held out\n"
+    counts = "{} train, {} held out\n".format(*map(len, parts))
     assert f"37 pairs in, 1 bad, 12 too long, {counts}" in said
 
 
@@ -180,9 +165,15 @@ def test_float16_is_answered_by_bfloat16(config, capsys):
     config = replace(config, compute=Compute(dtype="float16"))
     set_up(config)
     assert "bfloat16 in place of float16" in capsys.readouterr().out
-    made = initial.language_model(model_source(config), ["some text"], jax.random.key(0))
-    assert made.model.config.compute_dtype == "bfloat16"
-    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
+    made = []
+
+    def params(key):
+        made.append(initial.language_model(model_source(config), ["some text"], key))
+        return made[0].params
+
+    shapes = jax.eval_shape(params, jax.random.key(0))
+    assert made[0].model.config.compute_dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
 
 
 def test_full_training_writes_the_dtype_of_the_folder_that_it_started_from(tmp_path, capsys):

@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
-from builders import Killed, letters_run, letters_stage, run_stage
+from builders import letters_run, letters_stage, run_stage
 
 from rlhf_jax import cli
 from rlhf_jax.cli import verify
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.opening import open_stage
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def contents(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*verify.SPECS, "vpg", "ppo", "rloo", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "ppo", "grpo"])
 def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name, tmp_path):
     """From the seed two stages: what a start draws is the same in all that are supervised, and in
     all of RL.
@@ -396,15 +395,11 @@ def test_what_can_be_no_setting_of_a_script_is_an_unknown_key(name, copied):
 
 
 def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
-    """Of a run that ended when its first step was about to begin."""
+    """Of a run that ended before its first step."""
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
-    with (
-        mock.patch.object(loop, "train", side_effect=Killed),
-        pytest.raises(Killed),
-    ):
-        run_stage(config, "vpg")
-    folder = Path("run")
+    with open_stage(config, "vpg", verify._inputs(config, "vpg")) as stage:
+        folder = stage.run.path
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))
     audit = verify.verify(folder, trust_config=True)
