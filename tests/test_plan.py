@@ -5,14 +5,13 @@ programs compile.
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import jax
 import pytest
-from builders import initial_params
+from builders import ROOT, initial_params
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo
@@ -137,6 +136,7 @@ def test_an_offloaded_reference_is_held_in_the_first_phase_alone(folder, monkeyp
     moved = phases.plan(dataclasses.replace(config, compute=offload), "vpg")
     assert "reference" not in moved.held
     assert moved.phases[shapes.SAMPLING] == 2 * COUNT
+    assert moved.peak == sum(moved.held.values()) + 2 * COUNT
     assert {moved.phases["reward"], moved.phases["learn"]} == {0}
 
 
@@ -325,10 +325,7 @@ def test_the_reference_of_kto_is_counted(folder):
 
 def command(*flags):
     """The output of the command in a process of its own: it sets the number of devices itself."""
-    start = "from rlhf_jax import cli; cli.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", start, "plan", *flags], capture_output=True, text=True, check=False
-    )
+    done = forks.run(["python", "-m", "rlhf_jax", "plan", *flags], ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return mebibytes(done.stdout)
 

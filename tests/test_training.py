@@ -1,4 +1,6 @@
-"""Runs in this process, on four devices: exact resume, repetition, other device counts, faults."""
+"""Runs of ``rlhf_jax.training`` on four devices: exact resume, other device counts, what is refused
+and what they save.
+"""
 
 import json
 from dataclasses import replace
@@ -11,11 +13,11 @@ import pytest
 import tokenizers as hf
 from builders import (
     FAST,
-    goes_on_alike,
     initial_params,
     metric_rows,
     run_ppo,
     stages,
+    stopped_goes_on_alike,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -43,8 +45,8 @@ from rlhf_jax.training.supervised import reading
 
 @stages()
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):
-    stopped = goes_on_alike(run, config, run(config))
-    assert "resumed from step " in capsys.readouterr().out
+    stopped = stopped_goes_on_alike(run, config, run(config), 6)
+    assert "resumed from step 4 of" in capsys.readouterr().out
     steps = [row["step"] for row in metric_rows(stopped.folder)]
     assert steps == list(range(len(steps)))
     assert steps[-1] >= 7
