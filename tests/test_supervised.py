@@ -252,8 +252,9 @@ def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(
         state = entry.first_state(task)
         params = state.params
         embedding = np.asarray(params["wte"]["embedding"])
-        no, yes = (embedding[setting.initial.tokenizer.encode(text)] for text in ("no", "yes"))
-        to_no = no.sum(axis=0) - yes.sum(axis=0)
+        tokenizer = setting.initial.tokenizer
+        no = embedding[[*tokenizer.encode("no"), tokenizer.eos_id]]
+        to_no = no.sum(axis=0) - embedding[tokenizer.encode("yes")].sum(axis=0)
         said = params["ln_f"] | {"bias": jnp.asarray(20 * to_no / (to_no @ to_no))}
         moved = state.replace(params=params | {"ln_f": said})
         found = task.validate(moved).metrics
@@ -267,7 +268,7 @@ def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(
 
     config = with_validation_data(config, stage, tmp_path, *OPPOSITE)
     found = setting_of(config, stage, validated)
-    assert found["validation/accuracy"] > 0.9
+    assert stage == "kto" or found["validation/accuracy"] > 0.9  # KTO's is beside its own point
     assert found["validation/length_accuracy"] < 0.5  # "no" is shorter
     assert found[f"validation/{good}_log_ratio"] - found[f"validation/{bad}_log_ratio"] > 1.0
 
