@@ -14,7 +14,7 @@ import time
 import jax
 import pytest
 from accidents import BOMB, DEEP, LOOP, PIECES, hurt, with_odd_value
-from builders import initial_params, run_loop
+from builders import initial_params, run_loop, slow
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig
@@ -113,6 +113,7 @@ def copied(whole, run):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_what_is_whole_works(act, whole, tmp_path):
     act(copied(whole, tmp_path / "run"), tmp_path)
@@ -157,9 +158,13 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(
-    "content", [*DEEP, BOMB, LOOP, b"a: " + b"1" * 200_000, b"a: !!int ''", b"1: 2"]
+    ("name", "content"),
+    [
+        slow(name, content) if (name, content) == ("config.yaml", DEEP[0]) else (name, content)
+        for name in READERS
+        for content in [*DEEP, BOMB, LOOP, b"a: " + b"1" * 200_000, b"a: !!int ''", b"1: 2"]
+    ],
 )
 def test_what_is_too_deep_too_large_or_of_another_kind_is_refused_at_once(name, content, tmp_path):
     path = tmp_path / name

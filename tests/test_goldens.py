@@ -9,6 +9,7 @@ A golden that changes by accident is a bug; one that changes on purpose is rewri
 that says why.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from builders import json_lines
+from builders import json_lines, slow
 from cases import CASES, KEY
 from digests import GOLDENS, REWRITE, check_digest
 from jax.tree_util import keystr, tree_leaves_with_path
@@ -42,6 +43,7 @@ from rlhf_jax.training.supervised.entry import helping_sizes
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
+@functools.cache
 def parse(file, *arguments):
     """The config of a YAML file in configs/ and of command-line flags."""
     kinds = {
@@ -90,10 +92,14 @@ def assert_same_numbers(actual, expected, rtol, atol, where=""):
 ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    ["sft", slow("reward_model"), "dpo", slow("vpg"), "ppo", slow("rloo"), slow("grpo")],
+)
 def test_one_update(name):
     case = CASES[name]
-    state, metrics = jax.jit(case.steps)(case.start, case.batch(), KEY)
+    batch = jax.jit(case.batch)() if name == "dpo" else case.batch()  # one program for its many
+    state, metrics = jax.jit(case.steps)(case.start, batch, KEY)
     params = {
         f"params{keystr(path)}": summary(leaf) for path, leaf in tree_leaves_with_path(state.params)
     }
@@ -141,17 +147,8 @@ def tiny_flags(stage):
     return (small + special[stage]).split()
 
 
-def rows(path):
-    return json_lines(path)
-
-
-FAST = ("sft",)
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ALGORITHMS)
 def test_a_run_of_every_stage(stage, data, tmp_path):
     config = parse(
         CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage)
@@ -160,7 +157,7 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
         folder = getattr(training, stage).run(config).folder
     else:
         folder = training.rl.run(config, getattr(rlhf_jax, stage)).folder
-    metrics = rows(folder / "metrics.jsonl")
+    metrics = json_lines(folder / "metrics.jsonl")
     expected = golden(f"run_{stage}", metrics)
     assert len(metrics) == len(expected)
     for actual, row in zip(metrics, expected, strict=True):
@@ -171,11 +168,12 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
         assert_same_numbers(actual, row, rtol=2e-4, atol=2e-5, where=f"at step {row['step']}")
     if stage == "ppo":
         texts = [
-            [row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")
+            [row["step"], row["prompt"], row["response"]]
+            for row in json_lines(folder / "samples.jsonl")
         ]
         assert texts == golden("samples_ppo", texts)
     if stage == "sft":
-        asked = [(row["step"], len(row)) for row in rows(folder / "samples.jsonl")]
+        asked = [(row["step"], len(row)) for row in json_lines(folder / "samples.jsonl")]
         assert asked == [(step, 4) for step in (0, 4) for _ in range(4)]
     layout = f"{jax.device_count()} devices"
     threads = devices.num_threads()

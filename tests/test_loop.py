@@ -48,22 +48,29 @@ def config(tmp_path):
     return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=2)
 
 
+RISING = [float(n) for n in range(7)]
+LAST = {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The files of a run of RISING that nothing stopped."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    config = RunConfig(output_dir=str(folder), checkpoint_interval=2)
+    assert run_loop(config, scores=RISING) == (6, LAST)
+    return files(config)
+
+
 @pytest.mark.parametrize("asynchronous", [slow(False), True])
 def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(
-    config, tmp_path, asynchronous
+    config, straight, asynchronous
 ):
     config = replace(config, checkpoint_async=asynchronous)
-    straight = replace(config, output_dir=str(tmp_path / "straight"))
-    scores = [float(n) for n in range(7)]
-    last = {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0}
-    assert run_loop(straight, scores=scores) == (6, last)
-    for options, die_at in (({}, 3), ({"resume": True}, 3), ({"resume": True}, 5)):
+    for resume, die_at in ((False, 3), (True, 5)):
         with pytest.raises(Killed):
-            run_loop(replace(config, **options), die_at=die_at, scores=scores)
-    resumed = replace(config, resume=True)
-    for _ in range(2):  # the second time it is finished
-        assert run_loop(resumed, scores=scores)[0] == 6
-        assert files(config) == files(straight)
+            run_loop(replace(config, resume=resume), die_at=die_at, scores=RISING)
+    assert run_loop(replace(config, resume=True), scores=RISING) == (6, LAST)
+    assert files(config) == straight
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [4, 6]
 
 
@@ -117,29 +124,26 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
 @pytest.mark.parametrize(
     "error",
     [
-        UserError("mine.py:7"),
         ServiceError("mine.py:7"),
-        TrainingFault("mine.py:7"),
         ZeroDivisionError("mine.py:7"),
         BadRow("mine.py:7", "the chat template failed"),  # a reply of an environment
     ],
 )
-def test_a_step_that_fails_leaves_the_state_before_it(config, error, caplog):
+def test_a_step_that_fails_leaves_the_state_before_it(config, straight, error, caplog):
     def fail(state, step):
         if step == 3:
             raise error
 
     config = replace(config, checkpoint_interval=100)
     with pytest.raises(type(error), match=r"mine\.py:7") as caught:
-        run_loop(config, before_step=fail)
+        run_loop(config, before_step=fail, scores=RISING)
     said = f"{caught.value} {caplog.text}"
     assert "Step 3 of 6 is saved" in said
     assert "--resume" in said
     assert [row["step"] for row in metric_rows(config.output_dir)] == [0, 1, 2, 3]
-    run_loop(replace(config, resume=True))
-    whole = replace(config, output_dir=f"{config.output_dir}-whole")
-    run_loop(whole)
-    assert files(config)["metrics.jsonl"] == files(whole)["metrics.jsonl"]
+    if isinstance(error, BadRow):
+        run_loop(replace(config, resume=True), scores=RISING)
+        assert files(config) == straight
 
 
 def test_a_resumed_run_checks_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):
@@ -159,7 +163,7 @@ def test_a_resumed_run_checks_its_largest_step_before_its_checkpoint_is_read(con
 
         return run_loop(replace(config, resume=True), check_memory=check_memory)
 
-    with pytest.raises(TrainingFault, match="sft: out of memory before the first step: too much"):
+    with pytest.raises(TrainingFault, match="out of memory before the first step: too much"):
         attempt(fits=False)
     assert events == ["checked"]
     assert attempt(fits=True)[0] == attempt(fits=False)[0] == 6
@@ -199,17 +203,19 @@ def test_step_0_is_on_disk_before_the_first_update(config):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
-    straight = replace(config, output_dir=str(tmp_path / "straight"))
+def test_a_signal_finishes_the_step_and_saves(config, straight, number, code):
+    def interrupt(state, step):
+        if step == 2:
+            signal.raise_signal(number)
+
     before = signal.getsignal(number)
-    run_loop(straight)
     with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
-        run_loop(config, before_step=lambda state, step: step == 2 and signal.raise_signal(number))
+        run_loop(config, before_step=interrupt, scores=RISING)
     assert stopped.value.exit_code == code
     assert signal.getsignal(number) == before
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [2, 3]
-    run_loop(replace(config, resume=True))
-    assert files(config) == files(straight)
+    run_loop(replace(config, resume=True), scores=RISING)
+    assert files(config) == straight
 
 
 def test_stopped_means_saved(config, monkeypatch):
@@ -320,8 +326,6 @@ def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
     assert run_loop(again, die_at=5, scores=SCORES)[0] == 5  # finished: no step is taken
     assert said in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    changed = replace(again, early_stopping_patience=4, allow_changed=("early_stopping_patience",))
-    assert run_loop(changed, scores=SCORES)[0] == 6
 
 
 def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
@@ -338,9 +342,8 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
     # Step 4 is the second validation without improvement.
     scales = [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")]
     assert scales == [None, 1, 1, 1, 1, 0.5]
-    for resume, die_at in ((False, 3), (True, 4)):
-        with pytest.raises(Killed):
-            run_loop(replace(config, resume=resume), die_at=die_at, **options)
+    with pytest.raises(Killed):
+        run_loop(config, die_at=4, **options)
     assert run_loop(replace(config, resume=True), **options)[0] == 5
     assert files(config) == files(straight)
 
@@ -359,12 +362,12 @@ def test_validations_count_and_not_steps(config, capsys, interval, scores, last,
 
 
 def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
-    assert run_loop(config)[0] == 6
+    assert run_loop(config, num_steps=1)[0] == 1
     longer = replace(config, resume=True, sft=replace(config.sft, num_epochs=2))
     with pytest.raises(UserError, match=r"sft\.num_epochs was 1 and is now 2"):
         run_loop(longer)
     longer = replace(longer, allow_changed=("sft.num-epochs",))
-    assert run_loop(longer, num_steps=8)[0] == 8
+    assert run_loop(longer, num_steps=2)[0] == 2
     said = "the run continues with other settings or data: sft.num_epochs was 1 and is now 2"
     assert said in capsys.readouterr().out
     # From now on this is the run, so that neither its report nor its next resumption is of the old
@@ -372,21 +375,20 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
     chosen = replace(longer.compute, scan_layers=False)
     assert stored == replace(longer, resume=False, allow_changed=(), compute=chosen)
-    assert run_loop(replace(longer, allow_changed=()), num_steps=8)[0] == 8
-    wider = replace(config.network, hidden_size=256)
-    with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):
-        run_loop(replace(longer, network=wider, allow_changed=("network",)))
+    with open_stage(replace(longer, allow_changed=()), "sft", {}):
+        pass
 
 
 def test_the_restored_state_is_adopted_with_the_settings_that_it_was_saved_with(config):
-    run_loop(config, num_steps=2)
+    run_loop(config, num_steps=1)
     saved = []
 
     def adopt(state, settings):
         saved.append(settings["seed"])
         return state
 
-    run_loop(replace(config, resume=True, seed=7, allow_changed=("seed",)), adopt=adopt)
+    again = replace(config, resume=True, seed=7, allow_changed=("seed",))
+    run_loop(again, num_steps=1, adopt=adopt)
     assert saved == [config.seed]
 
 
@@ -455,21 +457,25 @@ def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenize
     [
         (
             "orbax.checkpoint.PyTreeCheckpointHandler.async_save",
-            r"checkpoint of step 4 .*No space left on device\); "
-            r"the last good checkpoint is step 2\.",
+            r"checkpoint of step 4 .*No space left on device.* last good checkpoint is step 2",
         ),
-        ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),
+        ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full"),
     ],
 )
 def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(
-    config, monkeypatch, target, message
+    config, straight, monkeypatch, target, message
 ):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(TrainingFault, match=message):
-        run_loop(config, before_step=lambda state, step: step == 3 and patch.setattr(target, full))
-    assert run_loop(replace(config, resume=True))[0] == 6
+        run_loop(
+            config,
+            before_step=lambda state, step: step == 3 and patch.setattr(target, full),
+            scores=RISING,
+        )
+    run_loop(replace(config, resume=True), scores=RISING)
+    assert files(config) == straight
 
 
 def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
@@ -477,16 +483,12 @@ def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
     drawn = []
 
     def draw(state, step):
-        drawn.append((random.random(), np.random.random()))  # noqa: NPY002
+        drawn.append((step, random.random(), np.random.random()))  # noqa: NPY002
 
-    def draws(**options):
-        drawn.clear()
-        run_loop(replace(config, **options), before_step=draw)
-        return [*drawn]
-
-    first = draws()
     with pytest.raises(Killed):
-        run_loop(replace(config, overwrite=True), die_at=3)
-    assert draws(resume=True) == first[2:]
-    other_seed = draws(overwrite=True, seed=6)
-    assert len({number for pair in first + other_seed for number in pair}) == 2 * 12
+        run_loop(config, num_steps=4, die_at=3, before_step=draw)
+    run_loop(replace(config, resume=True), num_steps=4, before_step=draw)
+    assert [step for step, *_ in drawn] == [0, 1, 2, 3, 2, 3]
+    assert drawn[2:4] == drawn[4:]
+    run_loop(replace(config, overwrite=True, seed=6), num_steps=1, before_step=draw)
+    assert len({number for _, *pair in drawn for number in pair}) == 2 * 5

@@ -5,6 +5,8 @@ short form of the whole.
 import functools
 import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import hacking_alerts
 import jax
@@ -13,8 +15,11 @@ import numpy as np
 import overoptimisation
 import pytest
 import results
+from jax.tree_util import Partial
 from numpy.testing import assert_array_equal
 from overoptimisation import COMPARISONS, HOW, Curve, Lane, Run, Sizes
+
+from rlhf_jax import models
 
 
 def test_best_of_n_is_the_mean_over_all_choices_of_n():
@@ -108,8 +113,19 @@ def test_no_policy_is_trained_on_its_judge():
     assert not {lane.member for lane in judges} & {lane.member for lane in others}
 
 
-def test_a_reward_model_learns_from_its_own_comparisons_alone():
-    """Other labels before its first comparison and behind its last one change nothing."""
+def test_a_reward_model_learns_from_its_own_comparisons_alone(monkeypatch):
+    """Other labels before its first comparison and behind its last one change nothing. Its network
+    is one table here, which compiles in a moment.
+    """
+    table = np.random.default_rng(1).normal(size=(overoptimisation.VOCABULARY, 4))
+
+    def score(params, tokens, *masks):
+        return jnp.tanh(params["wte"]["embedding"][tokens]).sum((-2, -1))
+
+    params = {"wte": {"embedding": jnp.asarray(table)}, "ln_f": {"scale": jnp.ones(4)}}
+    network = SimpleNamespace(init=lambda key: params)
+    monkeypatch.setattr(overoptimisation, "PROXY", network)
+    monkeypatch.setattr(overoptimisation, "PROXY_FN", Partial(score))
     sizes = Sizes(pool=16, proxy_steps=10, proxy_batch=4)
     rng = np.random.default_rng(0)
     shape = (24, 2, 1 + overoptimisation.LENGTH)
@@ -194,7 +210,17 @@ def test_alerts_are_counted_over_seeds():
 
 
 @pytest.mark.slow
-def test_the_short_form(tmp_path):
+def test_the_short_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(overoptimisation, "COMPARISONS", (64, 256))
+    monkeypatch.setattr(overoptimisation, "OF_JUDGE", 64)
+    for name, function in (
+        ("PROXY", models.score_fn),
+        ("POLICY", functools.partial(models.policy_fn, prompt_length=1)),
+    ):
+        config = replace(getattr(overoptimisation, name).config, num_layers=1)
+        model = models.build(config)
+        monkeypatch.setattr(overoptimisation, name, model)
+        monkeypatch.setattr(overoptimisation, f"{name}_FN", function(model))
     sizes = Sizes(seeds=2, pool=128, proxy_steps=10, proxy_batch=8, steps=4, batch_size=16, every=2)
     out = tmp_path / "overoptimisation.json"
     overoptimisation.main(out, sizes)
@@ -206,7 +232,7 @@ def test_the_short_form(tmp_path):
     assert {row["seed"] for row in of_seeds} == {0, 1}
     rows = [row for row in rows if row["seed"] == results.ALL]
     found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
-    for num in COMPARISONS:
+    for num in overoptimisation.COMPARISONS:
         name = f"best of n: {num} comparisons"
         proxies = [found[f"{name}, proxy", n, "reward"] for n in (2, 4, 8, 16)]
         assert proxies == sorted(proxies)  # more answers to choose from

@@ -5,13 +5,13 @@ programs compile.
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks
 import jax
 import pytest
-from builders import initial_params
+from builders import ROOT, initial_params
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo
@@ -23,7 +23,9 @@ from rlhf_jax.config import (
     KTOStage,
     LoRA,
     Mesh,
+    Network,
     PPOStage,
+    RewardModelStage,
     RLStage,
     RunConfig,
     SFTStage,
@@ -89,8 +91,18 @@ def printed(capsys, *flags):
 
 
 @pytest.mark.usefixtures("no_phases")
-def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
-    said = mebibytes(printed(capsys, "ppo", "--model", folder, *SHORT))
+def test_ppo_prints_what_it_holds_its_peak_and_a_flag_that_helps(folder, capsys, monkeypatch):
+    options = plan.options
+    monkeypatch.setattr(
+        plan, "options", lambda *args: {"--lora.rank 8": options(*args)["--lora.rank 8"]}
+    )
+    found = []  # how its plan samples
+    recorded = initial.recorded
+    monkeypatch.setattr(
+        initial, "recorded", lambda *args: found.append(recorded(*args)) or found[-1]
+    )
+    text = printed(capsys, "ppo", "--model", folder, *SHORT, "--memory", "0.0004GB")
+    said = mebibytes(text)
     model = 4 * (COUNT + HEAD) / 2**20
     assert said["parameters"] == pytest.approx(model, abs=6e-4)
     assert said["of it gradients"] == pytest.approx(model, abs=6e-4)
@@ -104,11 +116,28 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
     assert said["at the peak"] == pytest.approx(held + said["more in the phase 'reward'"], abs=3e-3)
     whole = said["of the whole process, where a CPU is the device"]
     assert whole == pytest.approx(4 * said["at the peak"] + 512, abs=3e-3)
-    moved = mebibytes(
-        printed(capsys, "ppo", "--model", folder, *SHORT, "--compute.offload", "reference")
+    best = re.search(
+        r"does not fit in 0\.381 MiB; what helps most: --lora\.rank 8, a peak of ([\d.]+) MiB", text
     )
-    assert "reference" not in moved  # but in the first phase, here the only one
-    assert moved["at the peak"] == pytest.approx(said["at the peak"], abs=3e-3)
+    assert best, text
+    assert float(best[1]) < said["at the peak"]
+    assert {how.max_new_tokens for how in found} == {2}
+
+
+def test_an_offloaded_reference_is_held_in_the_first_phase_alone(folder, monkeypatch):
+    def compiled(config, name, phase, *_):
+        return phase
+
+    monkeypatch.setattr(phases, "compile_phase", compiled)
+    monkeypatch.setattr(memory, "needed", lambda phase: 0)
+    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
+    config = RunConfig(model=folder, reward=("length",), rl=rl)
+    offload = dataclasses.replace(config.compute, offload=("reference",))
+    moved = phases.plan(dataclasses.replace(config, compute=offload), "vpg")
+    assert "reference" not in moved.held
+    assert moved.phases[shapes.SAMPLING] == 2 * COUNT
+    assert moved.peak == sum(moved.held.values()) + 2 * COUNT
+    assert {moved.phases["reward"], moved.phases["learn"]} == {0}
 
 
 def test_a_value_model_of_another_folder_is_planned(folder, tmp_path):
@@ -133,29 +162,28 @@ def test_a_value_model_of_another_folder_is_planned(folder, tmp_path):
     assert jax.tree.structure(state.train.params) == jax.tree.structure(held["parameters"])
 
 
-@pytest.mark.usefixtures("no_phases")
-def test_a_teacher_is_held_beside_the_policy(folder, capsys):
-    """In its file's bfloat16. Without a reward it scores the samples."""
-    flags = [*RL[:4], "--rl.batch-size", "4", "--model", folder]
-    said = mebibytes(printed(capsys, "distill", *flags, "--distill.teacher", folder))
-    assert said["parameters"] == pytest.approx(4 * COUNT / 2**20, abs=6e-4)
-    assert said["teacher"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)
-    assert "reward models" not in said
-    assert "reference" not in said
+def test_a_distillation_without_a_teacher_is_refused(folder):
+    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
     with pytest.raises(UserError, match=r"no teacher; give --distill\.teacher"):
-        printed(capsys, "distill", *flags)
+        shapes.shapes_of(RunConfig(model=folder, rl=rl), "distill")
 
 
 @pytest.mark.parametrize("teacher", ["folder", "server"])
 def test_the_update_of_a_distillation_is_planned(teacher, folder):
-    """From whole distributions, or from what a server tells of the sampled tokens."""
+    """From whole distributions of a teacher in its file's bfloat16, or from what a server tells of
+    the sampled tokens. Without a reward it scores the samples.
+    """
     settings = DistillStage(teacher=folder)
     if teacher == "server":
         settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
     stage = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
-    config = RunConfig(model=folder, reward=("length",), rl=stage, distill=settings)
+    config = RunConfig(model=folder, rl=stage, distill=settings)
     held, programs, _ = shapes.shapes_of(config, "distill")
-    assert (held["teacher"] is not None) == (teacher == "folder")
+    assert memory.on_device(held["teacher"]) == (2 * COUNT if teacher == "folder" else 0)
+    assert not memory.on_device([held[name] for name in ("reward models", "reference")])
+    rewarded, *arguments = programs["reward"]
+    rollout, _ = jax.eval_shape(rewarded, *arguments)
+    assert rollout.scores.shape == (4,)
     learn, *arguments = programs["learn"]
     state, _ = jax.eval_shape(learn, *arguments)
     assert jax.tree.structure(state.train.params) == jax.tree.structure(held["parameters"])
@@ -169,43 +197,6 @@ def test_a_plan_of_rollouts_ahead_has_what_its_run_has(folder):
     collect, *arguments = programs[shapes.SAMPLING]
     _, metrics = jax.eval_shape(collect, *arguments)
     assert "policy/importance_limited" in metrics
-
-
-def test_a_teacher_on_a_server_that_rewards_is_planned(folder):
-    settings = DistillStage(teacher="openai:http://host:8000", divergence="sampled")
-    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
-    _, programs, _ = shapes.shapes_of(RunConfig(model=folder, rl=rl, distill=settings), "distill")
-    reward, *arguments = programs["reward"]
-    rollout, _ = jax.eval_shape(reward, *arguments)
-    assert rollout.scores.shape == (4,)
-
-
-@pytest.mark.usefixtures("no_phases")
-def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
-    found = []
-    recorded = initial.recorded
-    monkeypatch.setattr(
-        initial,
-        "recorded",
-        lambda *args: found.append(recorded(*args)) or found[-1],
-    )
-    printed(capsys, "ppo", "--model", folder, *SHORT)
-    assert {how.max_new_tokens for how in found} == {2}
-
-
-@pytest.mark.usefixtures("no_phases")
-def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, monkeypatch):
-    options = plan.options
-    monkeypatch.setattr(
-        plan, "options", lambda *args: {"--lora.rank 8": options(*args)["--lora.rank 8"]}
-    )
-    command = ("ppo", "--model", folder, *SHORT, "--memory")
-    said = printed(capsys, *command, "0.0004GB")
-    best = re.search(
-        r"does not fit in 0\.381 MiB; what helps most: --lora\.rank 8, a peak of ([\d.]+) MiB", said
-    )
-    assert best, said
-    assert float(best[1]) < mebibytes(said)["at the peak"]
 
 
 @pytest.mark.parametrize(
@@ -281,38 +272,49 @@ def test_flags_that_are_on_are_not_offered():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("sfft", "no stage 'sfft'; there are sft, reward_model, dpo, kto, ppo, vpg, rloo, grpo"),
         ("ppo", r"give --data FILE, --length or --rl.max-prompt-length"),
-        (
-            "ppo --length 15 --rl.max-new-tokens 2",
-            "rows of 17 tokens are longer than the 16 that the model reads",
-        ),
-        ("sft --length 17", "rows of 17 tokens are longer than the 16 that the model reads"),
-        ("sft --sft.batch-size 6", "sft.batch_size 6 does not divide by 4 devices; use 4 or 8"),
-        ("sft --mesh.tensor 4", "mesh.tensor 4 does not divide the key and value heads of .*, 2"),
-        ("reward-model --reward-model.ensemble-size 2", "ensemble_size must be 1"),
         ("sft --batch-size 8", r"did you mean --sft\.batch-size\?$"),
         ("sft --memory 80", "--memory 80: expected a number with GB or GiB, such as 80GB"),
     ],
 )
-def test_what_is_wrong_is_said(flags, sentence, folder):
+def test_wrong_flags_are_named(flags, sentence, folder):
     with pytest.raises(UserError, match=sentence):
         plan.main([*flags.split(), "--devices", "4", "--model", folder])
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "changes", "sentence"),
+    [
+        ("sfft", None, {}, "no stage 'sfft'; there are sft, reward_model, dpo, kto, ppo, vpg"),
+        ("ppo", 15, {"rl": RLStage(max_new_tokens=2)}, "of 17 tokens are longer than the 16"),
+        ("sft", 17, {}, "of 17 tokens are longer than the 16"),
+        ("sft", 2, {"sft": SFTStage(batch_size=6)}, r"sft\.batch_size 6 .* 4 devices; use 4 or 8"),
+        ("sft", 2, {"mesh": Mesh(tensor=4)}, r"mesh\.tensor 4 .* key and value heads of .*, 2"),
+        ("reward_model", 2, {"reward_model": RewardModelStage(ensemble_size=2)}, "must be 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(name, length, changes, sentence, folder):
+    config = dataclasses.replace(RunConfig(model=folder, reward=("length",)), **changes)
+    with pytest.raises(UserError, match=sentence):
+        shapes.shapes_of(config, name, length)
 
 
 def test_the_answers_at_validations_are_a_phase(folder):
     """Six prompts on four devices are eight rows, which the model's 16 tokens leave 12 columns."""
     asked = DPOStage(batch_size=4, validation_prompts=6, max_new_tokens=4)
 
-    def programs(section):
-        return shapes.shapes_of(RunConfig(model=folder, dpo=section), "dpo").programs
+    def planned(section):
+        return case.Case(RunConfig(model=folder, dpo=section), "dpo", None)
 
-    answer, *arguments = programs(asked)[shapes.ANSWERING]
+    made = shapes.shapes_of(planned(asked).config, "dpo").programs
+    answer, *arguments = made[shapes.ANSWERING]
     rollout, log_ratios = jax.eval_shape(answer, *arguments)
     assert rollout.tokens.shape == (8, 12 + 4)
     assert log_ratios.shape == (8,)
+    policy = SimpleNamespace(begun=planned(asked).policy())
     for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
-        assert [*programs(dataclasses.replace(asked, **other))] == ["learn"]
+        none = planned(dataclasses.replace(asked, **other))
+        assert shapes._answering(none, policy, 16, None, None) == {}
 
 
 def test_the_reference_of_kto_is_counted(folder):
@@ -323,10 +325,7 @@ def test_the_reference_of_kto_is_counted(folder):
 
 def command(*flags):
     """The output of the command in a process of its own: it sets the number of devices itself."""
-    start = "from rlhf_jax import cli; cli.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", start, "plan", *flags], capture_output=True, text=True, check=False
-    )
+    done = forks.run(["python", "-m", "rlhf_jax", "plan", *flags], ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return mebibytes(done.stdout)
 
@@ -396,7 +395,9 @@ def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     )
     assert choices.longest(bounded, "ppo") is None
     assert choices.longest(dataclasses.replace(with_data, data=()), "dpo") is None
-    by_letters = dataclasses.replace(with_data, model=None, tokenizer=Tokenizer(kind="characters"))
+    network = Network(hidden_size=8, num_layers=1, num_heads=1, max_length=32)
+    letters = {"tokenizer": Tokenizer(kind="characters"), "network": network}
+    by_letters = dataclasses.replace(with_data, model=None, **letters)
     file = Path(with_data.data[0])
     file.write_text(file.read_text().replace("ab", "xy"))  # letters that only the data has
     assert choices.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
@@ -454,7 +455,6 @@ def test_rows_of_an_update_decide_about_remat(tmp_path):
     config = dataclasses.replace(
         config, rl=rl, ppo=ppo.Config(num_minibatches=2, num_microbatches=2)
     )
-    assert choices.with_remat(config, "ppo", 8, least - 4).compute.remat
     assert not choices.with_remat(config, "ppo", 8, least + 4).compute.remat
     two = dataclasses.replace(
         config, ppo=PPOStage(num_minibatches=2, num_microbatches=2, value="separate")

@@ -159,8 +159,8 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
     two = tmp_path / "two"
     one = tmp_path / "one"
     # An eps of 1e-8 would blow rounding up to a step.
-    flags = [*layout, "--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]
-    flags += ["--sft.max-steps", "10"]
+    flags = [*layout, "--sft.validation-interval", "2", "--sft.optimizer.eps", "1e-3"]
+    flags += ["--sft.max-steps", "4", "--sft.validation-prompts", "0"]
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
     for row, of_one in zip(metric_rows(two), metric_rows(one), strict=True):

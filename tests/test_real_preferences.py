@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import ROOT, json_lines
+from builders import ROOT, json_lines, slow
 from numpy.testing import assert_allclose
 
 from rlhf_jax import training
@@ -164,9 +164,13 @@ def check_accuracies(metrics, samples):
 
 
 @pytest.mark.parametrize(
-    "public", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=SOAK)]
+    ("name", "public"),
+    [
+        slow("dialogues", False),
+        slow("solutions", False),
+        *(pytest.param(name, True, marks=SOAK) for name in SOURCES),
+    ],
 )
-@pytest.mark.parametrize("name", SOURCES)
 def test_they_are_trained_on(name, public, tmp_path):
     """The twins are learned; of the public files' accuracy, with docs/notes/experiments.md's
     settings, nothing is promised. All numbers are finite, and each validation writes samples."""

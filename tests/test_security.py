@@ -53,21 +53,34 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
     assert secret not in "".join(capsys.readouterr())
 
 
+# A word of each line that is banned: files without it need no closer look.
+WORDS = {
+    "the environment": "environ|getenv",
+    "what runs data": r"\b(eval|exec|compile|__import__|unsafe_load|load)\b",
+    "remote code": "trust_remote_code|AutoTokenizer",
+    "modules": r"\b(pickle|marshal|shelve|dill|joblib|requests|socket|urllib|http)\b",
+}
+
+
 @functools.cache
 def plain_lines(path):
     """The lines of a file without comments, each statement on one line."""
     return ast.unparse(parse(path.read_text("utf-8"))).splitlines()
 
 
+def files_with(word):
+    return [path for path in PACKAGE.rglob("*.py") if re.search(word, path.read_text("utf-8"))]
+
+
 @pytest.mark.parametrize("what", BANNED)
 def test_the_package_reads_named_variables_alone_and_calls_nothing_that_runs_data(what):
-    for path in PACKAGE.rglob("*.py"):
+    for path in files_with(WORDS[what]):
         for line in plain_lines(path):
             assert not re.search(BANNED[what], line), f"{path}: {line}"
 
 
 def test_one_file_opens_connections_and_reads_their_keys():
-    for path in PACKAGE.rglob("*.py"):
+    for path in files_with("httpx|environ"):
         text = "\n".join(plain_lines(path))
         if path != PACKAGE / "graders" / "client.py":
             assert not re.search(rf"import httpx|{KEYS}", text), path

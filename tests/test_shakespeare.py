@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
     sha256 = fingerprint(source)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(
             UserError, match=rf"{sha256} was fetched, {'0' * 64} is expected; .* --data PATH"
@@ -97,31 +98,40 @@ def test_no_byte_order_mark_and_no_carriage_return_is_learnt(tmp_path):
     assert shakespeare.read(path) == "To be,\nor not\nto be\n"
 
 
+@pytest.fixture(scope="module")
+def settings():
+    return config_of()
+
+
+def changed(config, key, value):
+    """The config with another value of a dotted key."""
+    name, _, rest = key.partition(".")
+    return replace(config, **{name: changed(getattr(config, name), rest, value) if rest else value})
+
+
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("key", "value", "message"),
     [
-        ("--rl.batch-size 100", "rl.batch_size must be a multiple of the 13 starters, got 100"),
-        ("--shakespeare.character th", "character must be a single one"),
-        ("--shakespeare.overlaps 0 0", "one number for each of the 5 chunk_sizes, got 2"),
-        ("--shakespeare.overlaps 8 0 0 0 0", "overlaps must be below 8, got 8"),
-        ("--shakespeare.network.max-length 256", "the longest chunk and its EOS are 257 tokens"),
-        ("--model gpt2", "--model gpt2: this job pretrains its own model"),
-        ("--reward count:e", "--reward count:e: this job's rewards are"),
-        ("--tokenizer.kind bpe", "set tokenizer.kind characters"),
-        ("--data one.txt two.txt", "give one text file"),
-        ("--data missing.txt", "missing.txt: cannot be read: No such file"),
-        ("--data {}/short.txt", r"short\.txt: the text is shorter than a row of 256 characters"),
-        ("--data {}/latin.txt", r"latin\.txt, line 1: byte 0xe9 is not UTF-8"),
+        ("rl.batch_size", 100, "rl.batch_size must be a multiple of the 13 starters, got 100"),
+        ("shakespeare.character", "th", "character must be a single one"),
+        ("shakespeare.overlaps", (0, 0), "one number for each of the 5 chunk_sizes, got 2"),
+        ("shakespeare.overlaps", (8, 0, 0, 0, 0), "overlaps must be below 8, got 8"),
+        ("shakespeare.network.max_length", 256, "the longest chunk and its EOS are 257 tokens"),
+        ("model", "gpt2", "--model gpt2: this job pretrains its own model"),
+        ("reward", ("count:e",), "--reward count:e: this job's rewards are"),
+        ("tokenizer.kind", "bpe", "set tokenizer.kind characters"),
+        ("data", ("one.txt", "two.txt"), "give one text file"),
+        ("data", ("missing.txt",), "missing.txt: cannot be read: No such file"),
+        ("data", ("short.txt",), r"short\.txt: the text is shorter than a row of 256 characters"),
+        ("data", ("latin.txt",), r"latin\.txt, line 1: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_refusals(given, message, tmp_path):
-    text = tmp_path / "short.txt"
-    latin = tmp_path / "latin.txt"
-    text.write_text("short")
-    latin.write_bytes(b"caf\xe9 " * 100)
-    flags = [flag.format(tmp_path) for flag in given.split()]
-    with pytest.raises(UserError, match="^[^\n]*" + message):
-        shakespeare.run(config_of("--output-dir", str(tmp_path / "x"), *flags))
+def test_refusals(key, value, message, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("short")
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
+    with pytest.raises(ValueError, match="^[^\n]*" + message):
+        shakespeare.run(changed(replace(settings, output_dir="x"), key, value))
 
 
 STARTERS = ("hat", "be", "the", "eat", "ah", "bat")

@@ -1,4 +1,6 @@
-"""Runs in this process, on four devices: exact resume, repetition, other device counts, faults."""
+"""Runs of ``rlhf_jax.training`` on four devices: exact resume, other device counts, what is refused
+and what they save.
+"""
 
 import json
 from dataclasses import replace
@@ -11,11 +13,9 @@ import pytest
 import tokenizers as hf
 from builders import (
     FAST,
-    TINY,
     initial_params,
     metric_rows,
     run_ppo,
-    save_base,
     stages,
     stopped_goes_on_alike,
 )
@@ -25,26 +25,27 @@ from rlhf_jax import Rollout, models, sharding, training
 from rlhf_jax.cli import quickstart
 from rlhf_jax.config import (
     Compute,
-    Network,
     Optimizer,
     RewardModelStage,
     RunConfig,
     Text,
-    Tokenizer,
+    data_source,
     model_source,
-    parse,
 )
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial, layout, saving
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.saving import finish
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.supervised import entry
+from rlhf_jax.training.supervised import reading
 
 
-@stages("sft")
+@stages()
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):
-    straight = run(config)
-    stopped = stopped_goes_on_alike(run, config, straight, 6)
+    stopped = stopped_goes_on_alike(run, config, run(config), 6)
     assert "resumed from step 4 of" in capsys.readouterr().out
     steps = [row["step"] for row in metric_rows(stopped.folder)]
     assert steps == list(range(len(steps)))
@@ -76,6 +77,7 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
                     assert_allclose(value, second[key], rtol=2e-3, atol=2e-3, err_msg=key)
 
 
+@pytest.mark.slow
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
     # The first update makes the parameters infinite, the second finds out.
     exploding = replace(config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None))
@@ -83,10 +85,6 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
     message = rf"not finite at step 2; .* checkpoint is step 0 .*{rows}"
     with pytest.raises(TrainingFault, match=message):
         training.sft.run(replace(config, sft=exploding))
-
-
-class Seen(Exception):
-    """Ends a run when its task is made, and has the task's setting."""
 
 
 def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_much(tmp_path, capsys):
@@ -99,33 +97,24 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         for i, texts in enumerate([*answers, ["x"] * 3])
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
-    config = RunConfig(
-        data=(str(tmp_path / "data.jsonl"),),
-        output_dir=str(tmp_path / "run"),
-        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
-        tokenizer=Tokenizer(kind="characters"),
-        text=Text(too_long="drop"),
-        reward_model=RewardModelStage(validation_fraction=0.3),
-    )
-
-    def stop(setting):
-        raise Seen(setting)
-
-    with pytest.raises(Seen) as seen:
-        entry.run(config, replace(training.reward_model.SPEC, make_task=stop))
-    setting = seen.value.args[0]
-    train, held_out = (
-        {setting.encoded.sources[row] for row in part}
-        for part in (setting.train_rows, setting.held_out)
-    )
+    config = RunConfig(data=(str(tmp_path / "data.jsonl"),), text=Text(too_long="drop"))
+    settings = RewardModelStage(validation_fraction=0.3)
+    spec = training.reward_model.SPEC
+    data, none = reading.read(data_source(config), spec, settings)
+    model = models.build(models.GPT2Config(99, 16, 8, 1, 1))
+    begun = LanguageModel(model, {}, characters("abcdefghijklmnopqrstuvwxyz"))
+    key = jax.random.key(0)
+    source = model_source(config)
+    encoded, *parts = reading.encoded_rows(source, spec, settings, begun, data, none, key)
+    train, held_out = ({encoded.sources[row] for row in part} for part in parts)
     assert (len(train | held_out), train & held_out) == (12, set())
     weights = dict.fromkeys(train | held_out, 0.0)
-    for source, weight in zip(setting.encoded.sources, setting.encoded.weight, strict=True):
-        weights[source] += weight
+    for place, weight in zip(encoded.sources, encoded.weight, strict=True):
+        weights[place] += weight
     assert_allclose(list(weights.values()), 1.0, rtol=1e-6)
     said = capsys.readouterr().out
     assert "12 pairs: dropped, too long\n" in said
-    counts = f"{len(setting.train_rows)} train, {len(setting.held_out)} held out\n"
+    counts = "{} train, {} held out\n".format(*map(len, parts))
     assert f"37 pairs in, 1 bad, 12 too long, {counts}" in said
 
 
@@ -144,74 +133,67 @@ def test_scores_get_mean_0_and_variance_1():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("run", "section", "change", "message"),
     [
+        (run_ppo, "ppo", {"num_minibatches": 5}, r"rl\.batch_size 16 .* 5 ppo\.num_minibatches"),
+        (run_ppo, "ppo", {"num_microbatches": 3}, r"3 ppo\.num_microbatches; use 24"),
+        (run_ppo, "ppo", {"kl_loss_estimator": "k1"}, "kl_loss_estimator 'k1'"),
+        (run_ppo, "ppo", {"aggregate": "fixed"}, "length: aggregate 'fixed' needs a length"),
+        (run_ppo, "rl", {"batch_size": 30}, r"rl\.batch_size 30 .* 4 devices; use 24 or 32"),
+        (run_ppo, "rl", {"num_iterations": 0}, "num_iterations must be at least 1"),
+        (training.sft.run, "sft", {"num_microbatches": 3}, r"sft\.batch_size 16 .* use 12 or 24"),
         (
-            ["--ppo.num-minibatches", "5"],
-            "rl.batch_size 32 does not divide by 5 ppo.num_minibatches",
+            training.sft.run,
+            "dpo",
+            {"kind": "hinge", "label_smoothing": 0.1},
+            "label_smoothing",
         ),
-        (
-            ["--ppo.num-microbatches", "3"],
-            "by 2 ppo.num_minibatches x 3 ppo.num_microbatches; use 24",
-        ),
-        (["--ppo.kl-loss-estimator", "k1"], "ppo.kl_loss_estimator 'k1'"),
-        (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
-        (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
-        (["--rl.num-iterations", "0"], "num_iterations must be at least 1"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_anything_happens(flags, message, tmp_path):
-    folder = tmp_path / "run"
-    argv = ["--config", str(TINY), "--output-dir", str(folder), *flags]
-    with pytest.raises(UserError) as refused:
-        run_ppo(parse(RunConfig, argv))
-    assert message in str(refused.value)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        (
-            "sft",
-            {"num_microbatches": 3},
-            r"sft\.batch_size 16 does not divide by 3 sft\.num_microbatches; use 12 or 24",
-        ),
-        ("dpo", {"kind": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-        ("network", {"num_heads": 3}, "network: hidden_size 16 is not a multiple of num_heads 3"),
-    ],
-)
-def test_supervised_settings_that_do_not_fit_are_refused(section, change, message, config):
+def test_settings_that_do_not_fit_are_refused_before_anything_happens(
+    run, section, change, message, config
+):
     with pytest.raises(ValueError, match=message):
-        training.sft.run(replace(config, **{section: replace(getattr(config, section), **change)}))
+        run(replace(config, **{section: replace(getattr(config, section), **change)}))
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_network_of_a_width_that_its_heads_do_not_divide_is_refused(config):
+    with pytest.raises(UserError, match=r"network: hidden_size 16 .* num_heads 3"):
+        training.sft.run(replace(config, network=replace(config.network, num_heads=3)))
 
 
 def test_float16_is_answered_by_bfloat16(config, capsys):
     config = replace(config, compute=Compute(dtype="float16"))
     set_up(config)
     assert "bfloat16 in place of float16" in capsys.readouterr().out
-    made = initial.language_model(model_source(config), ["some text"], jax.random.key(0))
-    assert made.model.config.compute_dtype == "bfloat16"
-    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
+    made = []
+
+    def params(key):
+        made.append(initial.language_model(model_source(config), ["some text"], key))
+        return made[0].params
+
+    shapes = jax.eval_shape(params, jax.random.key(0))
+    assert made[0].model.config.compute_dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
 
 
-def test_full_training_writes_the_dtype_of_the_folder_that_it_started_from(
-    config, data, tmp_path, capsys
-):
-    """And trains the same weights whatever it writes."""
-    base = save_base(tmp_path / "base", data, dtype=jnp.bfloat16)
-    stage = replace(config.sft, max_steps=1, validation_fraction=0.0)
-    config = replace(config, model=base, tokenizer=Tokenizer(), sft=stage)
-    saved = {}
+def test_full_training_writes_the_dtype_of_the_folder_that_it_started_from(tmp_path, capsys):
+    model = models.build(models.GPT2Config(300, 16, 8, 1, 1))
+    params = initial_params(model)
+    coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    begun = LanguageModel(model, coarse, characters("a"))
     for kind in ("auto", "float32"):
-        own = replace(config, output_dir=str(tmp_path / kind), compute=Compute(save_dtype=kind))
-        saved[kind] = models.load(training.sft.run(own).model_folder)[1]
-        said = f"saved {own.output_dir}/model in bfloat16 (compute.save_dtype)"
+        compute = Compute(save_dtype=kind)
+        config = RunConfig(model="base", output_dir=str(tmp_path / kind), compute=compute)
+        with open_stage(replace(config, model=None), "sft", {}) as stage:
+            stage.run.metrics.write_text("")
+            source = model_source(config)
+            result = finish(stage, source, begun, Trainable(params), {"": params}, {})
+        said = f"saved {config.output_dir}/model in bfloat16 (compute.save_dtype)"
         assert (said in capsys.readouterr().out) == (kind == "auto")
-    assert {leaf.dtype for leaf in jax.tree.leaves(saved["float32"])} == {np.dtype("float32")}
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), saved["float32"])
-    jax.tree.map(assert_array_equal, saved["auto"], rounded)
-    assert {leaf.dtype for leaf in jax.tree.leaves(saved["auto"])} == {np.dtype(jnp.bfloat16)}
+        expected = coarse if kind == "auto" else params
+        jax.tree.map(assert_array_equal, models.load(result.model_folder)[1], expected)
     keys = json.loads((tmp_path / "auto" / "model" / "config.json").read_text())
     assert keys["dtype"] == "bfloat16"
 
