@@ -262,7 +262,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     ("name", "num_steps", "rows", "near"),
     [
         ("ppo", 120, 1024, 0.06),
-        *(slow(name, 500, 2048, 0.03) for name in LEARNERS),
+        *(slow(name, 240, 1024, 0.05) for name in LEARNERS),
     ],
 )
 def test_learning_from_samples_reaches_the_optimum(name, num_steps, rows, near):
