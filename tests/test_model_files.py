@@ -18,6 +18,8 @@ from builders import (
     LLAMA3,
     MISTRAL,
     MORE,
+    QWEN2,
+    QWEN3,
     YARN,
     some_params,
 )
@@ -126,10 +128,14 @@ RELATIVES = {
     "llama, tied and scanned": replace(LLAMA, num_layers=3, tie_embeddings=True, scan_layers=True),
     "llama, everything": replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
     "llama, linear": replace(LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
     "mistral, whole": replace(MISTRAL, sliding_window=None),
     "gemma3_text": replace(
         GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0
     ),
+    **MORE,
     "llama, yarn": replace(LLAMA, rope_scaling=replace(YARN, mscale=1.0, truncate=False)),
     "llama, dynamic": replace(LLAMA, rope_scaling=models.RopeScaling("dynamic", 2.0)),
     "gpt_oss, unscaled and stacked": replace(
@@ -144,7 +150,6 @@ RELATIVES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), RELATIVES.items(), ids=RELATIVES)
 def test_llama_and_its_relatives_come_back_bit_equal(name, config, tmp_path):
-    """Each family's own folders are compared in test_models_parity.py."""
     model, params = tiny(config)
     models.save(tmp_path, model, params)
     again, loaded = models.load(tmp_path, scan_layers=model.config.scan_layers)

@@ -132,6 +132,7 @@ def test_decoding_keeps_a_base_of_4_bits():
 WIDE = replace(LLAMA, hidden_size=128, intermediate_size=128, num_layers=1, initializer_range=0.1)
 
 
+@pytest.mark.slow
 def test_fewer_bits_change_the_distribution_more():
     """KL of the next token from the original model's, in nats a token."""
     model = models.build(WIDE)
