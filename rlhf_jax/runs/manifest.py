@@ -21,12 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs import devices, keeping
 from rlhf_jax.runs.folder import Run
-from rlhf_jax.runs.reading import MANIFEST, SETTINGS, Row, parse_json, read_json, read_yaml
+from rlhf_jax.runs.reading import (
+    MANIFEST,
+    SETTINGS,
+    Row,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_yaml,
+)
 from rlhf_jax.runs.writing import write_atomically
 
 Keys = Sequence[str]
@@ -161,7 +168,7 @@ def check_unchanged(
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
         no setting.
     """
-    after = dotted(yaml.safe_load(config)) | dotted(dict(given))
+    after = dotted(parse_yaml(config, SETTINGS, "config.yaml")) | dotted(dict(given))
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(within(setting, [key]) for setting in after):
