@@ -80,7 +80,18 @@ class Case(NamedTuple):
 # Batches of updates
 
 
-@functools.cache
+def made_once(make):
+    """What the first call returns: numbers, also where that call is part of a trace."""
+
+    @functools.cache
+    def numbers(*args):
+        with jax.ensure_compile_time_eval():
+            return make(*args)
+
+    return numbers
+
+
+@made_once
 def demonstrations():
     return texts_of(rollout(0, LENGTHS))
 
@@ -89,7 +100,7 @@ def texts_of(batch):
     return Demonstrations(batch.tokens, batch.attention_mask, batch.response_mask)
 
 
-@functools.cache
+@made_once
 def answers(num_answers):
     """Comparisons without a third device, and without two of the other answers."""
     absent = [
@@ -101,25 +112,25 @@ def answers(num_answers):
     return batch.replace(best=jnp.asarray(np.arange(16) % num_answers), weight=WEIGHT)
 
 
-@functools.cache
+@made_once
 def with_targets():
     targets = np.sin(np.arange(48.0, dtype=np.float32)).reshape(16, 3)
     return answers(3).replace(targets=jnp.asarray(targets))
 
 
-@functools.cache
+@made_once
 def pairs():
     return jax.jit(dpo.with_reference)(answers(2), Partial(policy_fn, policy_params(1)))
 
 
-@functools.cache
+@made_once
 def feedback():
     liked = jnp.asarray(np.arange(16) % 3 == 0)
     rows = Feedback(*vars(demonstrations()).values(), liked, WEIGHT)
     return jax.jit(kto.with_reference)(rows, Partial(policy_fn, policy_params(1)))
 
 
-@functools.cache
+@made_once
 def samples():
     """A rollout without advantages, which the update is to make."""
     batch = rollout(0, LENGTHS)

@@ -15,6 +15,7 @@ from tabular import gpt2
 from rlhf_jax import iteration, models, rewards, sampling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

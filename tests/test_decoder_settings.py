@@ -333,6 +333,7 @@ def test_layers_of_two_kinds_are_not_stacked():
         replace(config, scan_layers=True)
 
 
+@pytest.mark.slow
 def test_experts_cut_over_a_mesh_give_the_same_logits():
     config = replace(MORE["gpt_oss"], num_layers=1)
     params = some_params(config)

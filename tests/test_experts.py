@@ -171,6 +171,7 @@ def test_rows_on_several_devices_balance_together():
     assert terms[auxiliary.LOSS].count == 20
 
 
+@pytest.mark.slow
 def test_a_reward_model_balances_all_tokens_in_its_last_layer_too():
     """Its last layer computes one column of each answer otherwise."""
     model = models.build(SINGLE)

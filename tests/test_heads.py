@@ -204,6 +204,7 @@ def test_losses_say_which_columns_they_read(monkeypatch):
     assert_allclose(value.total / value.count, -np.sum(READ * full) / 5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_update_over_devices_reads_the_same_columns(monkeypatch):
     """Two microbatches over two devices under ``shard_map``, of chunks that are left out."""
     model, params = tiny()

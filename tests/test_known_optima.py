@@ -258,6 +258,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     return tiny.probabilities(state.params["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_steps", "rows", "near"),
     [
@@ -316,6 +317,7 @@ OF_SAMPLES = {"divergence": "sampled", "clip_high": 10.0}
 WHOLE = {**OF_SAMPLES, "discount": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "near"),
     [
@@ -333,6 +335,7 @@ def test_a_student_reaches_its_teacher(fields, near):
     assert tiny.distance(learnt, tiny.REF) > 0.3
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_reward_have_their_optimum():
     """The log-ratios of whole responses and a reward: teacher * exp(r / coef), normalised."""
     learnt = distilled(distill.Config(**WHOLE, teacher_coef=0.5, aggregate="sum"))
@@ -428,6 +431,7 @@ def test_reward_model_recovers_the_rewards():
     assert_allclose(scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02)
 
 
+@pytest.mark.slow
 def test_dpo_reaches_its_optimum():
     """On labels of Bradley-Terry the implicit reward is the reward, so the policy is ref * exp(r /
     beta), normalised (Rafailov et al. 2023, section 4)."""
@@ -621,6 +625,7 @@ def kto_optimum(liked, beta):
     return shares(low) / shares(low).sum()
 
 
+@pytest.mark.slow
 def test_kto_reaches_its_optimum():
     liked = np.median(tiny.REWARDS) < tiny.REWARDS
     batch = Feedback(tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked)

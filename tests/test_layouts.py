@@ -387,6 +387,7 @@ def cut_shapes(model, mesh):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "in_loop", "before"),
     [slow((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
@@ -506,6 +507,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
         assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_is_padded():
     """41 rows on 2 devices: halves of the width are held, 21 rows multiplied; nothing else differs
     from one device.

@@ -557,6 +557,7 @@ def test_a_seed_drops_what_it_always_dropped():
     assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [slow(CONFIG), ALL_LOCAL])
 def test_layers_of_one_kind_are_traced_once(config):
     """Of four layers the last is traced by itself; Gemma's layers are of two kinds."""

@@ -300,6 +300,7 @@ def test_a_generator_with_an_environment(talker):
             Generator(talker / "model", **given)
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
     (talker / "env.jsonl").unlink(missing_ok=True)
     given = {"prompts": (str(talker / "prompts.json"),), "num_samples": 2, "output": str(tmp_path)}

@@ -113,6 +113,7 @@ def test_no_policy_is_trained_on_its_judge():
     assert not {lane.member for lane in judges} & {lane.member for lane in others}
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_from_its_own_comparisons_alone(monkeypatch):
     """Other labels before its first comparison and behind its last one change nothing. Its network
     is one table here, which compiles in a moment.

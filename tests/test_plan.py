@@ -140,6 +140,7 @@ def test_an_offloaded_reference_is_held_in_the_first_phase_alone(folder, monkeyp
     assert {moved.phases["reward"], moved.phases["learn"]} == {0}
 
 
+@pytest.mark.slow
 def test_a_value_model_of_another_folder_is_planned(folder, tmp_path):
     """It has two layers where the policy has one. Under LoRA its frozen body is held too."""
     rank = 2

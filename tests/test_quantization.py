@@ -157,6 +157,7 @@ def test_fewer_bits_change_the_distribution_more():
     assert found["nf4"] < found["int4"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_base_of_4_bits_is_cut_over_a_mesh():
     """Kernels of 128 x 128, of two blocks, on 2 x 2 devices: no device has whole kernels or scales,
     and the logits are the same.

@@ -189,6 +189,7 @@ def test_all_columns_that_are_asked_for(columns):
     np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_a_teacher_and_a_whole_value_model():
     config = replace(LLAMA, num_layers=1)
     model = models.build(config)
