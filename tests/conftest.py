@@ -54,16 +54,28 @@ gc.disable()
 
 LONG = {
     *("real_model", "quickstart", "docs", "processes", "kills", "sentiment", "shakespeare"),
-    *("scripts", "notebooks", "layouts", "arithmetic", "blocks", "multi_turn", "threads"),
+    *("scripts", "notebooks", "layouts", "arithmetic", "blocks", "multi_turn", "cpu_threads"),
     *("card_parity", "label_page", "calculator", "rounds", "writing", "plan"),
+}
+# Files whose tests are whole runs for the most part.
+RUNS = {
+    *("chat_command", "distill_runs", "engines", "evaluate", "generate", "generator", "goldens"),
+    *("keeping", "label", "live_memory", "moving_references", "out_of_memory", "plan"),
+    *("reward_interface", "rl_from_python", "rl_validation", "rounds", "stage_loop"),
+    *("stop_strings", "supervised", "trackers", "training", "validation_answers", "verify"),
+    *("wiring",),
 }
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Files with the longest tests come first: one that began last would leave the other workers
     idle.
     """
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    for item in items:
+        if item.path.stem.removeprefix("test_") in RUNS:
+            item.add_marker("runs")
 
 
 def pytest_collection_finish():

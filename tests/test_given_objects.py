@@ -224,7 +224,9 @@ def test_a_reward_of_the_other_sign_is_another_run(begin):
     begin(vpg, reward=reward(1.0), resume=True)
     with pytest.raises(UserError, match=r"reward\.host\.sign was 1\.0 and is now -1\.0\. Undo"):
         begin(vpg, reward=reward(-1.0), resume=True)
-    with pytest.raises(UserError, match=r"reward\.host\.def was 'test_objects.signed' and is now"):
+    with pytest.raises(
+        UserError, match=r"reward\.host\.def was 'test_given_objects.signed' and is now"
+    ):
         begin(vpg, reward=spec.Reward(host=times(1.0)), resume=True)
     with pytest.raises(UserError, match=r"reward\.host\.sign was 1\.0 and is now not set"):
         begin(vpg, config=RunConfig(reward=("length",)), resume=True)
@@ -244,14 +246,14 @@ def test_what_cannot_be_compared_is_named_on_the_console(begin, capsys):
 def test_an_algorithm_from_outside_is_recorded_with_its_settings(begin):
     recorded, manifest = begin(outside(), OwnConfig(alpha=0.25), reward=reward(1.0))
     assert recorded["vapo"]["alpha"] == 0.25
-    assert recorded["vapo"]["rule"]["def"] == "test_objects.inner"
+    assert recorded["vapo"]["rule"]["def"] == "test_given_objects.inner"
     assert manifest["given"]["algorithm"]["import"] == "vapo"
     for module, config, said in [
         (outside(), OwnConfig(alpha=0.5), r"vapo\.alpha was 0\.25 and is now 0\.5"),
         (
             outside(),
             OwnConfig(alpha=0.25, rule=signed),
-            r"vapo\.rule\.def was 'test_objects\.inner'",
+            r"vapo\.rule\.def was 'test_given_objects\.inner'",
         ),
     ]:
         with pytest.raises(UserError, match=said):

@@ -22,9 +22,9 @@ PROVED_BY = {
         "test_sampling.py::test_a_token_is_jax_random_categorical_s_of_its_row_and_slot"
     ),
     "schedules": "test_schedules.py::test_the_rate_of_each_step",
-    "early_stopping": "test_loop.py::test_early_stopping_ends_a_run_and_says_so",
+    "early_stopping": "test_stage_loop.py::test_early_stopping_ends_a_run_and_says_so",
     "checkpoints_at_an_interval": (
-        "test_loop.py::test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing"
+        "test_stage_loop.py::test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing"
     ),
     "samples_at_validations": (
         "test_rl_validation.py::test_every_prompt_is_sampled_scored_and_shown"
@@ -41,9 +41,9 @@ PROVED_BY = {
         "test_trackers.py::test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice"
     ),
     # LM Human Preferences
-    "four_way_labels": "test_labels.py::test_token_ids_become_texts",
-    "published_labels_are_verified": "test_labels.py::test_what_is_not_the_set_is_deleted",
-    "published_labels_are_decoded": "test_labels.py::test_token_ids_become_texts",
+    "four_way_labels": "test_given_labels.py::test_token_ids_become_texts",
+    "published_labels_are_verified": "test_given_labels.py::test_what_is_not_the_set_is_deleted",
+    "published_labels_are_decoded": "test_given_labels.py::test_token_ids_become_texts",
     "ppo": "test_known_optima.py::test_learning_from_samples_reaches_the_optimum",
     "one_command_for_all_stages": (
         "test_scripts.py::test_pipeline_hands_each_folder_on_and_passes_over_finished_stages"
@@ -56,7 +56,7 @@ PROVED_BY = {
         "test_schedules.py::test_length_in_passes_over_the_prompts"
     ),
     "log": "test_tracking.py::test_tracker_writes_the_three_files",
-    "out_of_memory": "test_memory.py::test_out_of_memory_names_what_is_held_and_what_helps",
+    "out_of_memory": "test_out_of_memory.py::test_out_of_memory_names_what_is_held_and_what_helps",
     "supervised_fine_tuning": "test_scripts.py::test_tiny_config_serves_every_script_alone",
     "inference": (
         "test_generator.py::test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass"
