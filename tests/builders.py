@@ -135,7 +135,7 @@ def perturbed(params, key=7):
 
     def moved(leaf):
         draw = noise.standard_normal(leaf.shape)
-        return jnp.asarray(leaf + 0.3 * draw.astype(np.float32))
+        return jnp.asarray(np.asarray(leaf) + 0.3 * draw.astype(np.float32))
 
     return jax.tree.map(moved, params)
 
@@ -148,9 +148,9 @@ def initial_params(model, seed=0):
     def draw(path, leaf):
         name = path[-1].key
         if name == "scale":
-            return jnp.full(leaf.shape, 1.0 - getattr(config, "norm_offset", 0.0))
+            return jnp.asarray(np.full(leaf.shape, 1.0 - getattr(config, "norm_offset", 0.0), "f4"))
         if name == "bias":
-            return jnp.zeros(leaf.shape)
+            return jnp.asarray(np.zeros(leaf.shape, "f4"))
         weights = config.initializer_range * random.standard_normal(leaf.shape)
         return jnp.asarray(weights, jnp.float32)
 
@@ -202,7 +202,7 @@ def stack_layers(params):
     *layers, _ = sorted(name for name in params if name.startswith("h_"))
     rest = {name: leaf for name, leaf in params.items() if name not in layers}
     return rest | {
-        "h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in layers))
+        "h": jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *map(params.get, layers))
     }
 
 
