@@ -30,6 +30,16 @@ def test_each_row_may_have_a_lambda_of_its_own(shape):
         gae(rewards, values, mask, 1.0, np.ones((1, 2)))
 
 
+def test_the_next_token_is_the_next_of_the_response():
+    """Behind a hole too, which holds NaN; gamma and lambda are 1/2."""
+    rewards = np.array([[1, np.nan, 4, 8]], np.float32)
+    values = np.array([[3, np.nan, 2, 6]], np.float32)
+    got, returns = gae(rewards, values, np.array([[1, 0, 1, 1]]), 0.5, 0.5)
+    # 8 - 6; 4 + 6 / 2 - 2 + 2 / 4; 1 + 2 / 2 - 3 + 5.5 / 4
+    assert_allclose(got, [[0.375, 0, 5.5, 2]])
+    assert_allclose(returns, [[3.375, 0, 7.5, 8]])
+
+
 def test_what_is_absent_counts_nowhere():
     """Columns and rows outside the mask hold NaN."""
     rewards = np.array([[9, 1, np.nan, 2, 4]], np.float32)
