@@ -14,6 +14,7 @@ import gc
 import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.progress import Progress
 
 MIB = 2**20
 ROWS = 32
@@ -76,25 +77,30 @@ def config_of(stage: str, folder: Path, num_microbatches: int) -> RunConfig:
 def measured(config: RunConfig, stage: str) -> int:
     """The most bytes during a step of a run, after the one that is attempted before step 0."""
     peaks = []
-    step = loop._Loop.step
+    before = 0.0
+    steps, record = Progress.steps, Progress.record
 
-    def watched(self: Any) -> None:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        held = {
-            x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted()
-        }
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # the peak starts anew
-        step(self)
+    def begun(self: Progress) -> Iterator[int]:
+        nonlocal before
+        for step in steps(self):
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            arrays = (x for x in jax.live_arrays() if not x.is_deleted())
+            held = {x.unsafe_buffer_pointer(): x.nbytes for x in arrays}
+            before = resident("VmRSS") - sum(held.values())
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")  # the peak starts anew
+            yield step
+
+    def ended(self: Progress, *step: Any, **more: Any) -> None:
+        record(self, *step, **more)
         jax.block_until_ready(self.state)
-        peaks.append(sum(held.values()) + resident("VmHWM") - before)
+        peaks.append(resident("VmHWM") - before)
 
-    loop._Loop.step = watched  # type: ignore[method-assign]
+    Progress.steps, Progress.record = begun, ended  # type: ignore[method-assign]
     try:
         training.rl.run(config, ppo) if stage == "ppo" else getattr(training, stage).run(config)
     finally:
-        loop._Loop.step = step  # type: ignore[method-assign]
+        Progress.steps, Progress.record = steps, record  # type: ignore[method-assign]
     return max(peaks)
 
 

@@ -25,7 +25,7 @@ from steps import PRESETS
 from rlhf_jax import models
 from rlhf_jax.cli.planning import phases, shapes
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.training.common.opening import stage_of
+from rlhf_jax.training.common.layout import layout_of
 
 OPTIONS: dict[str, Any] = dict(phases.OPTIONS)
 
@@ -65,8 +65,7 @@ def compiled(
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its
     compilation.
     """
-    run: Any = None
-    jitted: Any = stage_of(config, "ppo", run).jit_update(fn, 1) if updates else jax.jit(fn)
+    jitted: Any = layout_of(config).jit_update(fn, 1) if updates else jax.jit(fn)
     lowered = jitted.lower(*arguments)
     started = time.process_time()
     used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()

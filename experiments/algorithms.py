@@ -123,8 +123,6 @@ METHODS: dict[str, tuple[Any, Any]] = {
             aggregate="token",
             surrogate="vespo",
             ratio="product",
-            vespo_powers=(2.0, 3.0),
-            vespo_decays=(3.0, 2.0),
         ),
     ),
 }

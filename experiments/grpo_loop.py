@@ -73,16 +73,17 @@ def read_prompts(file, tokenizer):
 
 def main(settings):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks say what is text
     model, base = models.load(settings.model)
     rows, tokens, mask = read_prompts(settings.prompts, tokenizer)
 
     key = jax.random.key(settings.seed)
     policy_fn = models.policy_fn(model, settings.temperature, prompt_length=tokens.shape[1])
-    pad = tokenizer.pad_token_id
-    if pad == tokenizer.eos_token_id:  # then no token is a pad: a response ends where its mask does
-        pad = len(tokenizer)
     sampler = sampling.SamplingConfig(
-        settings.max_new_tokens, settings.temperature, eos_id=tokenizer.eos_token_id, pad_id=pad
+        settings.max_new_tokens,
+        settings.temperature,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
     )
     config = grpo.Config(group_size=settings.group_size, aggregate="token", kl_loss_coef=0.0)
     optimizer = optax.chain(

@@ -6,9 +6,10 @@
         --prompts runs/quickstart/data/prompts.json --out runs/ppo_loop
 
 The same command goes on from the last checkpoint, with the bits of a run that was never stopped:
-whatever is random comes from one key and the number of the step. `rlhf-jax ppo` calls the same
-functions. It is not equal to the bit, because it draws prompts in epochs, pads each batch to its
-own longest prompt and compiles sampling, scoring and the update apart, so that a reward may be
+whatever is random comes from one key and the number of the step. `rlhf-jax ppo` is the same loop
+(`rlhf_jax/training/rl/run.py`) with the same functions. Given the same keys and rows it gives the
+same numbers; by itself it draws prompts in epochs, names its keys by their use, pads each batch to
+its own longest prompt, and compiles sampling, scoring and the update apart, so that a reward may be
 Python.
 """
 
@@ -73,11 +74,13 @@ def read_prompts(file, tokenizer):
 
 def main(settings):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks say what is text
     model, reference = models.load(settings.model)
     reward_model, reward_params = models.load(settings.reward_model)
     tokens, mask = read_prompts(settings.prompts, tokenizer)
 
-    key = jax.random.key(settings.seed)
+    keys = jax.random.split(jax.random.key(settings.seed), 4)
+    init_key, order_key, sample_key, update_key = keys
     policy_fn = models.policy_fn(model, settings.temperature, prompt_length=tokens.shape[1])
     score_fn = models.score_fn(reward_model)
     sampler = sampling.SamplingConfig(
@@ -92,14 +95,13 @@ def main(settings):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def step(state, tokens, mask, key, reference, reward_params):
-        sample_key, update_key = jax.random.split(key)
+    def step(state, tokens, mask, number, reference, reward_params):
         batch = rollout.collect(
             model,
             state.params,
             tokens,
             mask,
-            sample_key,
+            jax.random.fold_in(sample_key, number),
             sampling=sampler,
             policy_fn=policy_fn,  # log-probs and values by the update's own forward pass
             ref_fn=Partial(policy_fn, reference),
@@ -107,41 +109,36 @@ def main(settings):
         scores = score_fn(reward_params, batch.tokens, batch.attention_mask, None)  # [B]
         batch = batch.replace(scores=scores)
         batch = batch.replace(rewards=rewards.kl_shaped(batch, settings.kl_coef))  # [B, T]
+        key = jax.random.fold_in(update_key, number)
         state, metrics = ppo.update(
-            state,
-            batch,
-            update_key,
-            policy_fn=policy_fn,
-            optimizer=optimizer,
-            config=config,
+            state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=config
         )
         kl = ops.kl(batch.log_probs, batch.ref_log_probs)  # [B, T]
         metrics["objective/kl"] = ops.masked_mean(ops.response_sums(kl, batch), batch.present)
         metrics["objective/score"] = ops.masked_mean(scores, batch.present)
         return state, metrics, batch
 
-    params = models.add_head(jax.random.fold_in(key, 0), reference, "value")
+    params = models.add_head(init_key, reference, "value")
     state = TrainState.create(jax.tree.map(np.copy, params), optimizer)
     checkpoints = ocp.CheckpointManager(settings.out.absolute())
     done = checkpoints.latest_step() or 0
     if done:
         state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-    for number in range(done + 1, settings.steps + 1):
-        step_key = jax.random.fold_in(key, number)
-        order_key, step_key = jax.random.split(step_key)
-        rows = np.asarray(jax.random.choice(order_key, len(tokens), (settings.batch_size,)))
+    for number in range(done, settings.steps):
+        row_key = jax.random.fold_in(order_key, number)
+        rows = np.asarray(jax.random.choice(row_key, len(tokens), (settings.batch_size,)))
         state, metrics, batch = step(
-            state, tokens[rows], mask[rows], step_key, reference, reward_params
+            state, tokens[rows], mask[rows], number, reference, reward_params
         )
         said = np.asarray(batch.tokens[0])[np.asarray(batch.mask[0])]
         print(
-            f"{number}/{settings.steps} score {metrics['objective/score']:.3f} "
+            f"{number + 1}/{settings.steps} score {metrics['objective/score']:.3f} "
             f"kl {metrics['objective/kl']:.2f} loss {metrics['policy/loss']:.4f} "
             f"{tokenizer.decode(said)!r}",
             flush=True,
         )
-        if number % settings.save_every == 0 or number == settings.steps:
-            checkpoints.save(number, args=ocp.args.StandardSave(state))
+        if (number + 1) % settings.save_every == 0 or number + 1 == settings.steps:
+            checkpoints.save(number + 1, args=ocp.args.StandardSave(state))
     checkpoints.wait_until_finished()
     return state
 

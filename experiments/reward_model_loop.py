@@ -82,6 +82,7 @@ def read_pairs(file, tokenizer):
 
 def main(settings):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks say what is text
     model, body = models.load(settings.model)
     pairs = read_pairs(settings.pairs, tokenizer)
     num_train = len(pairs.tokens) - settings.held_out

@@ -163,12 +163,11 @@ def own_accuracy(own: rounds.Round, held_out: Path, seed: int) -> dict[str, floa
     policy = asking.open_policy(str(own.rl), asking.Settings())
     data = asking.read(policy, asking.Prompts(prompts=(str(held_out),)), seed)
     asked = policy.ask(data.rows, SAMPLES)
-    rollout = policy.sample(asked, seed)
+    texts, rollout = policy.sample(asked, seed)
     of_samples = [row for row in asked.rows for _ in range(SAMPLES)]
     messages = {"messages": [row.conversation for row in of_samples]}
     reward = asking.reward_of((f"mean:{own.reward_model / 'model'}",), policy, ())
     learned = bench.score(reward, rollout, messages, policy.batch_size)
-    texts = policy.texts_of(rollout)
     true = []
     for row, text in zip(of_samples, texts, strict=True):
         true.append(rubric.score(row.columns, text))

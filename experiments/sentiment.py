@@ -45,8 +45,8 @@ from rlhf_jax.report import figures, page
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import dpo, pipeline, rl
 from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.opening import stream_key
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.common.stage import stream
 from rlhf_jax.types import Params, Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
@@ -384,7 +384,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         prompts.tokens[: own.num_heldout],
         prompts.attention_mask[: own.num_heldout],
         initial.sampling_config(config.rl, tokenizer),
-        stream(config.seed, "sentiment", "eval"),
+        stream_key(config.seed, "sentiment", "eval"),
         lambda responses: np.asarray(rewards.on_host(host, responses, {})[0].scores),
         own.samples,
     )
@@ -451,13 +451,16 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
         )
     wanted = own.num_prompts + own.num_heldout
     count = 4 * wanted
-    alone = np.full((count, 1), bos, np.int32)
     sampling_config = sampling.SamplingConfig(
         own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
-    key = stream(config.seed, "sentiment", "init")
-    written = base.sample(
-        alone, np.ones_like(alone), key, config=sampling_config, batch_size=BATCH_SIZE
+    key = stream_key(config.seed, "sentiment", "init")
+    written, _ = base.respond(
+        encoding.encode_prompts([Row((bos,), (), "the start")], tokenizer),
+        key,
+        config=sampling_config,
+        numbers=np.zeros(count, int),
+        batch_size=BATCH_SIZE,
     )
     lengths = jax.random.randint(
         jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1
@@ -487,11 +490,13 @@ def write_data(
     heldout.jsonl.
     """
     own = config.sentiment
-    repeated = (
-        np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask)
+    answers, _ = bench.base.respond(
+        prompts,
+        stream_key(config.seed, "sentiment", "data"),
+        config=bench.sampling_config,
+        numbers=np.repeat(np.arange(len(prompts)), own.samples),
+        batch_size=BATCH_SIZE,
     )
-    key = stream(config.seed, "sentiment", "data")
-    answers = bench.base.sample(*repeated, key, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
     responses = [row[response != 0].tolist() for row, response in pairs]
     ranks = (-bench.score(answers)).tolist()  # the lowest is best

@@ -14,15 +14,9 @@ from jax import Array
 from rlhf_jax import ops
 from rlhf_jax.types import AxisName
 
-Next = tuple[Array, Array]  # advantage and value of the next response token
-
 
 def gae(
-    rewards: Array,
-    values: Array,
-    mask: Array,
-    gamma: float = 1.0,
-    lam: float | Array = 0.95,
+    rewards: Array, values: Array, mask: Array, gamma: float = 1.0, lam: float | Array = 0.95
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token
     backwards.
@@ -48,10 +42,9 @@ def gae(
     values = ops.masked(values, present)
 
     def backwards(
-        carry: Next,
-        column: tuple[Array, Array, Array],
-    ) -> tuple[Next, Array]:
-        next_advantage, next_value = carry
+        carry: tuple[Array, Array], column: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
+        next_advantage, next_value = carry  # of the next response token
         reward, value, here = column
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
         next_advantage = jnp.where(here, advantage, next_advantage)
@@ -65,11 +58,7 @@ def gae(
     return advantages, advantages + values
 
 
-def discounted_returns(
-    rewards: Array,
-    mask: Array,
-    gamma: float = 1.0,
-) -> Array:
+def discounted_returns(rewards: Array, mask: Array, gamma: float = 1.0) -> Array:
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32,
     0 where masked.
     """
@@ -77,10 +66,7 @@ def discounted_returns(
     return returns
 
 
-def leave_one_out(
-    scores: Array,
-    mask: Array | None = None,
-) -> Array:
+def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
     """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) *
     (r - mean)``.
 
@@ -99,11 +85,7 @@ def leave_one_out(
 
 
 def group_normalized(
-    scores: Array,
-    mask: Array | None = None,
-    *,
-    eps: float = 1e-4,
-    scale: bool = True,
+    scores: Array, mask: Array | None = None, *, eps: float = 1e-4, scale: bool = True
 ) -> Array:
     """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std
     with n - 1.

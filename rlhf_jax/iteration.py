@@ -19,9 +19,8 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 
-from rlhf_jax import losses, models, ops, rewards, sampling
+from rlhf_jax import losses, models, ops, policies, rewards, sampling
 from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
@@ -146,7 +145,7 @@ def rescored(
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
-        ref_fn = Partial(ref_fn, loop.reference)
+        ref_fn = policies.as_policy(ref_fn).bind(loop.reference)
     policy_fn = ops.by_rows(functions.policy_fn, score_rows, group_size=sampled.group_size)
     weights: Any = {}
     if importance is not None:

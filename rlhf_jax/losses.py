@@ -8,8 +8,9 @@ Masked columns: ``policy_gradient`` and ``cross_entropy`` take the mask. ``clipp
 exponential nor its gradient ever sees a masked column.
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import chex
 import jax
@@ -27,10 +28,7 @@ ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate"
 
 
 def comparison(
-    scores: Array,
-    best: Array,
-    margin: Array | None = None,
-    centering: float = 0.0,
+    scores: Array, best: Array, margin: Array | None = None, centering: float = 0.0
 ) -> Array:
     """Negative log-likelihood of the human's choice among K answers:
     ``-log_softmax(scores)[best]``.
@@ -111,13 +109,9 @@ def clipped_surrogate(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Array:
-    """PPO's policy loss per token: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 +
-    clip_high))``.
+    """PPO's policy loss per token, the loss of ``clip``.
 
-    Schulman et al. 2017, eq. 7; asymmetric clipping as in DAPO (Yu et al. 2025). ``dual_clip`` = c
-    bounds the loss of A < 0 by ``-c * A`` (Ye et al. 2020, "Mastering Complex Control in MOBA
-    Games", eq. 5). The ratio is ``ops.ratio``: a log-ratio above 40 is continued linearly. There is
-    no mask: pass ``jnp.where(mask, new, old)`` as ``log_probs``.
+    There is no mask: pass ``jnp.where(mask, new, old)`` as ``log_probs``.
 
     Args:
       log_probs, old_log_probs, advantages: the same shape, such as [B, T]. Only ``log_probs`` is
@@ -127,97 +121,126 @@ def clipped_surrogate(
       The same shape, float32.
     """
     chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    log_ratio = ops.float32(log_probs) - ops.frozen(old_log_probs)
+    loss, _ = clip(
+        log_ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    return loss
+
+
+def clip(
+    log_ratio: Array,
+    advantages: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> tuple[Array, Array]:
+    """PPO's surrogate: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))``.
+
+    Schulman et al. 2017, eq. 7; asymmetric clipping as in DAPO (Yu et al. 2025). ``dual_clip`` = c
+    bounds the loss of A < 0 by ``-c * A`` (Ye et al. 2020, "Mastering Complex Control in MOBA
+    Games", eq. 5). The ratio is ``ops.bounded_exp`` of its logarithm.
+
+    Args:
+      log_ratio: such as [B, T], of tokens, or that of their row (GSPO); it alone is differentiated.
+      advantages: the same shape.
+
+    Returns:
+      The loss of each token, float32, and bool: where the clipped term is the larger.
+    """
+    chex.assert_equal_shape([log_ratio, advantages])
     advantages = ops.frozen(advantages)
-    ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
-    if dual_clip is None:
-        return loss
-    return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+    ratio = ops.bounded_exp(log_ratio)
+    free = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = jnp.maximum(free, clipped)
+    if dual_clip is not None:
+        loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+    return loss, clipped > free
 
 
 def cispo(
-    log_probs: Array,
-    old_log_probs: Array,
+    log_ratio: Array,
     advantages: Array,
     *,
+    log_probs: Array,
     clip_low: float = 1.0,
     clip_high: float = 4.0,
-) -> Array:
-    """CISPO's policy loss per token: ``-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log_prob``,
-    where the clipped ratio is a constant weight, so that no token loses its gradient.
+) -> tuple[Array, Array]:
+    """CISPO's surrogate: ``-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log_prob``, where the
+    clipped ratio is a constant weight, so that no token loses its gradient.
 
-    MiniMax-M1 (MiniMax 2025, arXiv 2506.13585), eqs. 4 and 5.
+    MiniMax-M1 (MiniMax 2025, arXiv 2506.13585), eqs. 4 and 5; its runs have no bound from below,
+    ``clip_low`` 1.
 
     Args:
-      log_probs, old_log_probs, advantages: as in ``clipped_surrogate``.
-      clip_low: 1 for no bound from below, as in the paper's runs.
+      log_ratio, advantages: as in ``clip``; neither is differentiated.
+      log_probs: of the tokens, the same shape.
 
     Returns:
-      The same shape, float32.
+      The loss of each token, float32, and bool: where the weight is clipped.
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
-    ratio = ops.ratio(log_probs, old_log_probs)
-    return _weighted(log_probs, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high), advantages)
-
-
-def _weighted(log_probs: Array, weight: Array, advantages: Array) -> Array:
-    """``-weight * A * log_prob``, of which only ``log_probs`` is differentiated."""
-    return -ops.frozen(weight * advantages) * ops.float32(log_probs)
+    ratio = ops.frozen(ops.bounded_exp(log_ratio))
+    weight = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    return _weigh(log_probs, weight, advantages), weight != ratio
 
 
 def sapo(
-    log_probs: Array,
-    old_log_probs: Array,
-    advantages: Array,
-    *,
-    temperatures: Sequence[float] = (1.0, 1.05),
-) -> Array:
-    """SAPO's policy loss per token: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient
-    fades as the ratio leaves 1, where it is that of ``-A * ratio``.
+    log_ratio: Array, advantages: Array, *, temperatures: Sequence[float] = (1.0, 1.05)
+) -> tuple[Array, Array]:
+    """SAPO's surrogate: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient fades as the
+    ratio leaves 1, where it is that of ``-A * ratio``.
 
     Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv 2511.20347.
 
     Args:
-      log_probs, old_log_probs, advantages: as in ``clipped_surrogate``.
+      log_ratio, advantages: as in ``clip``.
       temperatures: tau of tokens with A > 0 and of all others; a larger one fades sooner.
 
     Returns:
-      The same shape, float32.
+      The loss of each token, float32, and bool: where less than half of its gradient is left.
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    chex.assert_equal_shape([log_ratio, advantages])
     advantages = ops.frozen(advantages)
-    ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
     tau = jnp.where(advantages > 0, temperatures[0], temperatures[1])
-    return -advantages * jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    gate = jax.nn.sigmoid(tau * (ops.bounded_exp(log_ratio) - 1.0))
+    return -advantages * gate * 4.0 / tau, 4.0 * gate * (1.0 - gate) < 0.5
 
 
-def vespo_weight(
+def vespo(
     log_ratio: Array,
     advantages: Array,
     *,
+    log_probs: Array,
     powers: Sequence[float] = (2.0, 3.0),
     decays: Sequence[float] = (3.0, 2.0),
-) -> Array:
-    """VESPO's weight of a response, ``w^k * exp(c * (1 - w))`` of its ratio w: 1 at w = 1 and near
-    0 far from it. It is a constant factor of ``policy_gradient``'s advantages.
+) -> tuple[Array, Array]:
+    """VESPO's surrogate: ``-w^k * exp(c * (1 - w)) * A * log_prob`` with the ratio w of the whole
+    response. The factor is a constant weight, 1 at w = 1 and near 0 far from it.
 
     "VESPO: Variational Sequence-Level Soft Policy Optimization", 2026, arXiv 2602.10693.
 
     Args:
-      log_ratio: log w, the sum of the log-ratios of the response's tokens, such as [B, T] with the
-        same number in each column of a row.
-      advantages: the same shape.
+      log_ratio: log w, the sum of the log-ratios of the response's tokens, in each of its columns;
+        not differentiated.
+      log_probs, advantages: as in ``cispo``.
       powers, decays: k and c where A >= 0, and where A < 0.
 
     Returns:
-      The same shape, float32; no gradient flows through it.
+      The loss of each token, float32, and bool: where the weight is below a half.
     """
-    chex.assert_equal_shape([log_ratio, advantages])
-    ratio = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
     power = jnp.where(advantages >= 0, powers[0], powers[1])
     decay = jnp.where(advantages >= 0, decays[0], decays[1])
-    return ops.frozen(jnp.exp(power * log_ratio + decay * (1.0 - ratio)))
+    fall = decay * (1.0 - ops.bounded_exp(log_ratio))
+    weight = ops.frozen(jnp.exp(power * log_ratio + fall))
+    return _weigh(log_probs, weight, advantages), weight < 0.5
+
+
+def _weigh(log_probs: Array, weight: Array, advantages: Array) -> Array:
+    """``-weight * A * log_prob``, of which only ``log_probs`` is differentiated."""
+    chex.assert_equal_shape([log_probs, weight, advantages])
+    return -ops.frozen(weight * advantages) * ops.float32(log_probs)
 
 
 def surrogate(
@@ -229,38 +252,23 @@ def surrogate(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    sapo_temperatures: Sequence[float] = (1.0, 1.05),
-    vespo_powers: Sequence[float] = (2.0, 3.0),
-    vespo_decays: Sequence[float] = (3.0, 2.0),
 ) -> tuple[Array, Array]:
-    """The policy loss of each token by one of the surrogates, and which tokens are clipped. Only
-    here does a ratio become a weight.
-
-    With ``clip`` a token is clipped if the clipped term is the larger, with ``cispo`` if its weight
-    is clipped, with ``sapo`` and ``vespo`` if less than half of its weight is left.
+    """The policy loss of each token by the surrogate of this name, and which tokens are clipped.
 
     Args:
-      log_probs, advantages, log_ratio: [B, T], 0 outside the response. ``log_ratio`` is that of the
-        token or of its whole row, and is differentiated with ``log_probs``.
+      log_probs, advantages, log_ratio: [B, T], 0 outside the response.
 
     Returns:
       [B, T] float32, and [B, T] bool.
     """
-    zeros = jnp.zeros_like(log_ratio)
-    ratio = ops.frozen(ops.ratio(log_ratio, zeros))
-    if kind == "sapo":
-        loss = sapo(log_ratio, zeros, advantages, temperatures=sapo_temperatures)
-        tau = jnp.where(advantages > 0, sapo_temperatures[0], sapo_temperatures[1])
-        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
-        return loss, 4.0 * gate * (1.0 - gate) < 0.5
-    if kind == "vespo":
-        weight = vespo_weight(log_ratio, advantages, powers=vespo_powers, decays=vespo_decays)
-        return policy_gradient(log_probs, weight * advantages, jnp.ones_like(zeros)), weight < 0.5
-    clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    if kind == "cispo":
-        return _weighted(log_probs, clipped_ratio, advantages), clipped_ratio != ratio
-    loss = clipped_surrogate(log_ratio, zeros, advantages, clip_low, clip_high, dual_clip)
-    return loss, -advantages * clipped_ratio > -advantages * ratio
+    ops.check_choice("kind", kind, Surrogate)
+    surrogates: dict[Surrogate, Callable[..., tuple[Array, Array]]] = {
+        "clip": partial(clip, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
+        "cispo": partial(cispo, log_probs=log_probs, clip_low=clip_low, clip_high=clip_high),
+        "sapo": sapo,
+        "vespo": partial(vespo, log_probs=log_probs),
+    }
+    return surrogates[kind](log_ratio, advantages)
 
 
 def importance_weights(
@@ -290,12 +298,12 @@ def importance_weights(
       [B, T] float32, 0 outside the response; no gradient flows through it.
     """
     ops.check_number("cap", cap, above=0)
-    ops.check_choice("how", how, get_args(ImportanceSampling))
+    ops.check_choice("how", how, ImportanceSampling)
     chex.assert_equal_shape([log_probs, behaviour_log_probs, mask])
     log_ratio = ops.masked(log_probs, mask) - ops.masked(behaviour_log_probs, mask)
     if how.startswith("sequence"):
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
-    weight = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
+    weight = ops.bounded_exp(log_ratio)
     if how.endswith("truncate"):
         weight = jnp.minimum(weight, cap)
     else:
@@ -303,12 +311,7 @@ def importance_weights(
     return ops.frozen(ops.masked(weight, mask))
 
 
-def clipped_value(
-    values: Array,
-    old_values: Array,
-    returns: Array,
-    clip: float = 0.2,
-) -> Array:
+def clipped_value(values: Array, old_values: Array, returns: Array, clip: float = 0.2) -> Array:
     """PPO's value loss: ``0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)``, as
     in lm-human-preferences.
 
@@ -391,7 +394,7 @@ def check_dpo(kind: DPOKind, *, label_smoothing: float, gamma: float = 0.0) -> N
     """Raises ValueError for an unknown kind, a label smoothing outside [0, 0.5) or with a kind that
     has none, and a gamma without simpo.
     """
-    ops.check_choice("kind", kind, get_args(DPOKind))
+    ops.check_choice("kind", kind, DPOKind)
     ops.check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
     if not ops.is_zero(label_smoothing) and kind in ("hinge", "ipo", "orpo"):
         raise ValueError(
@@ -401,13 +404,7 @@ def check_dpo(kind: DPOKind, *, label_smoothing: float, gamma: float = 0.0) -> N
         raise ValueError(f"gamma is the target margin of 'simpo'; {kind!r} has no margin, so use 0")
 
 
-def kto(
-    log_ratio: Array,
-    *,
-    reference_point: Array,
-    desirable: Array,
-    beta: float,
-) -> Array:
+def kto(log_ratio: Array, *, reference_point: Array, desirable: Array, beta: float) -> Array:
     """KTO's loss: ``1 - sigmoid(beta (l - z))`` for a desirable answer and ``1 - sigmoid(beta (z -
     l))`` for an undesirable one.
 
@@ -429,11 +426,7 @@ def kto(
 
 
 def divergence(
-    logits: Array,
-    *,
-    teacher_logits: Array,
-    kind: Divergence = "reverse_kl",
-    beta: float = 0.5,
+    logits: Array, *, teacher_logits: Array, kind: Divergence = "reverse_kl", beta: float = 0.5
 ) -> Array:
     """How far a student's next-token distribution p is from a teacher's q, in nats, over the whole
     vocabulary: 0 where they are equal.
@@ -452,7 +445,7 @@ def divergence(
       [...] float32.
     """
     chex.assert_equal_shape([logits, teacher_logits])
-    ops.check_choice("kind", kind, get_args(Divergence))
+    ops.check_choice("kind", kind, Divergence)
     student = jax.nn.log_softmax(ops.float32(logits))
     teacher = jax.nn.log_softmax(ops.frozen(teacher_logits))
     if kind == "reverse_kl":
@@ -500,10 +493,7 @@ def readable(x: Array, weight: Array) -> Array:
 
 
 def aggregate(
-    per_token: Array,
-    mask: Array,
-    how: Aggregation = "token",
-    length: int | None = None,
+    per_token: Array, mask: Array, how: Aggregation = "token", length: int | None = None
 ) -> Mean:
     """One number from losses of tokens; rows with an empty mask do not count, and a mean over no
     tokens is 0.
@@ -539,7 +529,7 @@ def aggregate(
 
 def check_aggregation(how: Aggregation, length: int | None) -> None:
     """Raises ValueError for an unknown choice, and for ``fixed`` without a positive length."""
-    ops.check_choice("aggregate", how, get_args(Aggregation))
+    ops.check_choice("aggregate", how, Aggregation)
     ops.check_number("length", length, at_least=1)
     if how == "fixed" and length is None:
         raise ValueError(

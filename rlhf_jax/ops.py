@@ -9,19 +9,19 @@ NaN or 1e4 there reaches neither value nor gradient.
 split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
-import functools
-import inspect
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from rlhf_jax.parallel import blocks
+from rlhf_jax.policies import Policy
+from rlhf_jax.policies import by_rows as by_rows
+from rlhf_jax.policies import evaluate as evaluate
+from rlhf_jax.policies import split_rows as split_rows
 from rlhf_jax.types import (
     AxisName,
     Comparisons,
@@ -31,10 +31,8 @@ from rlhf_jax.types import (
     Params,
     PolicyFn,
     PolicyOutput,
-    Rollout,
 )
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -44,8 +42,9 @@ _MAX_LOG_RATIO = 40.0
 _IMPOSSIBLE = -1e30
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises ValueError, listing the choices, unless ``value`` is one of them."""
+def check_choice(name: str, value: object, literal: Any) -> None:
+    """Raises ValueError, listing the choices, unless ``value`` is one of those of a Literal."""
+    choices = get_args(literal)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -79,12 +78,6 @@ def check_numbers(settings: Any, *names: str, **bounds: float) -> None:
     """``check_number`` of each of these fields of the settings."""
     for name in names:
         check_number(name, getattr(settings, name), **bounds)
-
-
-def check_choices(settings: Any, **literals: Any) -> None:
-    """``check_choice`` of fields of the settings, each given with its Literal type."""
-    for name, literal in literals.items():
-        check_choice(name, getattr(settings, name), get_args(literal))
 
 
 def is_zero(coefficient: Array | float) -> bool:
@@ -133,12 +126,7 @@ def at_end(scores: Array, mask: Array) -> Array:
 
 
 def masked_mean(
-    x: Array,
-    mask: Array,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-    *,
-    keepdims: bool = False,
+    x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = None, *, keepdims: bool = False
 ) -> Array:
     """Mean of ``x`` where ``mask`` is non-zero; a mean over nothing is 0.
 
@@ -155,10 +143,7 @@ def masked_mean(
 
 
 def centred(
-    x: Array,
-    mask: Array,
-    axis: Axis = None,
-    axis_name: AxisName = None,
+    x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = None
 ) -> tuple[Array, Array]:
     """``x`` minus its mean over the masked entries, 0 elsewhere; and the mean, whose reduced
     dimensions have size 1. Arguments as ``masked_mean``.
@@ -184,12 +169,7 @@ def centred(
     return jnp.where(present, above - mean_above, 0.0), least + mean_above
 
 
-def masked_var(
-    x: Array,
-    mask: Array,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-) -> Array:
+def masked_var(x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = None) -> Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing, and
     exactly 0 of equal numbers. Arguments as ``masked_mean``.
     """
@@ -197,12 +177,7 @@ def masked_var(
     return masked_mean(jnp.square(differences), mask, axis, axis_name)
 
 
-def whiten(
-    x: Array,
-    mask: Array,
-    shift_mean: bool = True,
-    axis_name: AxisName = None,
-) -> Array:
+def whiten(x: Array, mask: Array, shift_mean: bool = True, axis_name: AxisName = None) -> Array:
     """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
     elsewhere. Equal numbers give exactly 0.
 
@@ -240,10 +215,7 @@ def _predicted(support: Array | None) -> Array | None:
 
 
 def token_log_probs(
-    logits: Array,
-    tokens: Array,
-    temperature: float | Array = 1.0,
-    support: Array | None = None,
+    logits: Array, tokens: Array, temperature: float | Array = 1.0, support: Array | None = None
 ) -> Array:
     """Log-probability, in nats, of each token under the temperature-scaled softmax of the column
     before it.
@@ -268,11 +240,7 @@ def token_log_probs(
     return _align(jnp.where(inside, chosen - normalizer, 0.0))
 
 
-def entropy(
-    logits: Array,
-    temperature: float | Array = 1.0,
-    support: Array | None = None,
-) -> Array:
+def entropy(logits: Array, temperature: float | Array = 1.0, support: Array | None = None) -> Array:
     """Entropy, in nats, of the temperature-scaled softmax from which each token was drawn.
 
     Args:
@@ -309,19 +277,19 @@ def among(logits: Array, support: Array | None) -> Array:
     return jnp.where((support >= 0) | (places == 0), chosen, _IMPOSSIBLE)
 
 
-def with_support(support: Array | None) -> dict[str, Array]:
-    """The keyword that a PolicyFn gets of a rollout's support; none if that is None."""
-    return {} if support is None else {"support": support}
-
-
 def ratio(log_probs: Array, old_log_probs: Array) -> Array:
-    """``exp(log_probs - old_log_probs)``, same shape, float32.
+    """``exp(log_probs - old_log_probs)`` by ``bounded_exp``, same shape, float32."""
+    chex.assert_equal_shape([log_probs, old_log_probs])
+    return bounded_exp(float32(log_probs) - float32(old_log_probs))
+
+
+def bounded_exp(log_ratio: Array) -> Array:
+    """``exp(log_ratio)``, same shape, float32.
 
     Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios
     overflow neither in value nor in gradient, and the gradient keeps its direction.
     """
-    chex.assert_equal_shape([log_probs, old_log_probs])
-    log_ratio = float32(log_probs) - float32(old_log_probs)
+    log_ratio = float32(log_ratio)
     return jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) + _tangent(log_ratio)
 
 
@@ -337,7 +305,7 @@ def kl(log_probs: Array, ref_log_probs: Array, estimator: KLEstimator = "k1") ->
     and k3 are unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy ||
     reference) of that one token, k3 that of its KL(reference || policy), and k1 has expected
     gradient 0. None has the effect of a token on the KL of later tokens (Tang and Munos 2025, arXiv
-    2506.09477). The exponential of k3 is continued as in ``ratio``.
+    2506.09477). The exponential of k3 is continued as in ``bounded_exp``.
 
     Args:
       log_probs, ref_log_probs: the same shape; put equal numbers in masked columns first.
@@ -345,7 +313,7 @@ def kl(log_probs: Array, ref_log_probs: Array, estimator: KLEstimator = "k1") ->
     Returns:
       The same shape, float32.
     """
-    check_choice("estimator", estimator, get_args(KLEstimator))
+    check_choice("estimator", estimator, KLEstimator)
     chex.assert_equal_shape([log_probs, ref_log_probs])
     d = float32(log_probs) - float32(ref_log_probs)
     if estimator == "k1":
@@ -374,94 +342,8 @@ def response_mask(tokens: Array, prompt_length: int, eos_id: EosId) -> Array:
     return (in_response & (eos_before == 0)).astype(jnp.int32)
 
 
-class PolicySettings(NamedTuple):
-    """What a policy function computes, so that it can be compared with what was sampled, and what
-    more it can be told.
-    """
-
-    temperature: Any = None  # by which it divides logits; None: unknown
-    prompt_length: int = 0  # its log-probabilities of columns before this one are 0
-    takes_response_mask: bool = False  # as a keyword: the columns that are read
-
-
-def with_settings(
-    fn: Function, temperature: Any, prompt_length: int = 0, *, takes_response_mask: bool = False
-) -> Function:
-    """``fn``, a PolicyFn, which notes that it has these settings (``check_fits`` compares them)."""
-    known = None if isinstance(temperature, jax.core.Tracer) else temperature
-    settings = PolicySettings(known, prompt_length, takes_response_mask)
-    vars(fn)["policy_settings"] = settings
-    return fn
-
-
-def noted(fn: Function, like: Any) -> Function:
-    """``fn``, a PolicyFn that calls another one, ``like``, and notes that it has its settings."""
-    takes_mask = _takes_response_mask(like)
-    settings = settings_of(like)._replace(takes_response_mask=takes_mask)
-    vars(fn)["policy_settings"] = settings
-    return fn
-
-
-def settings_of(fn: Any) -> PolicySettings:
-    """The settings of a PolicyFn of ``policy_fn`` or ``models.policy_fn``, also if it is jitted or
-    bound to its parameters (``functools.partial``, ``Partial``, ``lora.bind``); of others unknown.
-    """
-    found = getattr(fn, "policy_settings", None)
-    if isinstance(found, PolicySettings):
-        return found
-    inner: tuple[Any, ...] = (fn.func, *fn.args) if isinstance(fn, functools.partial) else ()
-    if hasattr(fn, "fun"):  # in which JAX hides a Partial inside a Partial
-        inner = (fn.fun,)
-    for part in filter(callable, inner):
-        settings = settings_of(part)
-        if settings != PolicySettings():
-            return settings
-    return PolicySettings()
-
-
-def check_fits(fn: Any, rollout: Any, name: str = "policy_fn") -> None:
-    """Raises ValueError if a PolicyFn was made for another temperature than the rollout's, or for
-    longer prompts, whose columns it does not compute. What one of the two does not know is not
-    compared, and neither is the temperature of greedy responses. Raises it too for samples of a
-    truncated distribution that do not say among which ids they were drawn.
-    """
-    if getattr(rollout, "truncated", False) and rollout.support is None:
-        raise ValueError(
-            "the responses do not come from the whole softmax (top_k, top_p, min_p or "
-            "repetition_penalty), and the rollout does not say among which tokens they were drawn: "
-            "sample with SamplingConfig(record_support=True), as rollout.collect does"
-        )
-    settings = settings_of(fn)
-    temperature = getattr(rollout, "temperature", None)
-    is_known = temperature and isinstance(settings.temperature, int | float)
-    if is_known and settings.temperature != temperature:
-        raise ValueError(
-            f"{name} has temperature {settings.temperature}, but the responses were sampled at "
-            f"{temperature}: give both the same"
-        )
-    first = settings.prompt_length
-    mask = rollout.response_mask
-    prompt_length = getattr(rollout, "prompt_length", None)
-    is_left_out = prompt_length is not None and first > prompt_length
-    is_known_mask = not isinstance(mask, jax.core.Tracer) and _is_here(mask)
-    if prompt_length is None and first and is_known_mask:
-        # By NumPy: inside a jit jax.numpy would trace it, also where the mask is a constant.
-        is_left_out = bool(np.any(np.asarray(mask)[..., :first] != 0))
-    if is_left_out:
-        where = "" if prompt_length is None else f", which follow prompts of {prompt_length} slots"
-        raise ValueError(
-            f"{name} has prompt_length {first}, so it computes no log-probability of the first "
-            f"response tokens{where}: give it the prompts' own number of slots, or 0"
-        )
-
-
-def _is_here(x: Any) -> bool:
-    """Whether this process has all of an array."""
-    return bool(getattr(x, "is_fully_addressable", True))
-
-
-def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) -> PolicyFn:
-    """Makes a PolicyFn of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T,
+def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) -> Policy:
+    """Makes a policy of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T,
     V]``.
 
     Values are None. The whole [B, T, V] array exists at once: right for small vocabularies, lookup
@@ -480,108 +362,8 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
         log_probs = token_log_probs(logits, tokens, temperature, support)
         return PolicyOutput(log_probs, entropy(logits, temperature, support))
 
-    return with_settings(apply_policy, temperature)
-
-
-def _takes_response_mask(fn: Any) -> bool:
-    """Whether a PolicyFn uses a ``response_mask`` and gets it through what is wrapped around it."""
-    if hasattr(fn, "fun"):  # see settings_of
-        return _takes_response_mask(fn.fun)
-    if isinstance(fn, functools.partial):
-        inner = (part for part in (fn.func, *fn.args) if settings_of(part) != PolicySettings())
-        return _lets_through(fn.func) and any(_takes_response_mask(part) for part in inner)
-    return settings_of(fn).takes_response_mask and _lets_through(fn)
-
-
-def _lets_through(fn: Any) -> bool:
-    """Whether a function takes ``response_mask``; of what JAX or a partial wraps, True."""
-    if hasattr(fn, "fun") or isinstance(fn, functools.partial):
-        return True
-    parameters = inspect.signature(fn, follow_wrapped=False).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return takes_all or "response_mask" in parameters
-
-
-def evaluate(
-    policy_fn: PolicyFn,
-    params: Params,
-    batch: Rollout | Demonstrations,
-    key: DropoutKey = None,
-    *,
-    name: str = "policy_fn",
-) -> PolicyOutput:
-    """The policy's output on the rows of a batch, of use where the ``response_mask`` is not 0: a
-    policy of ``models.policy_fn`` may leave out other columns, which are 0 then. Raises
-    AssertionError unless its shape is that of the tokens, [B, T], and ValueError, with the ``name``
-    of the function, if the policy's settings do not fit (``check_fits``).
-    """
-    chex.assert_rank(batch.tokens, 2)
-    check_fits(policy_fn, batch, name)
-    more = with_support(getattr(batch, "support", None))
-    if _takes_response_mask(policy_fn):
-        more["response_mask"] = batch.response_mask
-    output = policy_fn(params, batch.tokens, batch.attention_mask, key, **more)
-    chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
-    return output
-
-
-def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) -> Callable[..., Any]:
-    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
-    gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
-    B. With ``rows`` None it is applied to all rows at once. Further arrays [B, ...] go to ``fn``
-    too, also those with a keyword, such as ``support``.
-
-    The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
-    groups of ``group_size`` adjacent rows.
-    """
-
-    def in_parts(
-        params: Params,
-        tokens: Array,
-        attention_mask: Array,
-        key: None = None,
-        *further: Array,
-        **of_rows: Array,
-    ) -> Any:
-        at_once = rows and max(rows // max(blocks.number(), 1), 1)
-
-        def apply(part: Any) -> Any:
-            (tokens, mask, *others), keywords = part
-            return fn(params, tokens, mask, key, *others, **keywords)
-
-        def apply_in_parts(batch: Any) -> Any:
-            num_rows = len(batch[0][0])
-            num_groups = num_rows // group_size
-            groups_at_once = max((at_once or num_rows) // group_size, 1)
-            parts = -(-num_groups // groups_at_once)
-            while num_groups % parts:
-                parts += 1
-            if parts == 1:
-                return apply(batch)
-            results = jax.lax.map(apply, split_rows(batch, parts, group_size=group_size))
-
-            def in_order(x: Array) -> Array:
-                """The inverse of ``split_rows``."""
-                of_groups = x.reshape(parts, -1, group_size, *x.shape[2:])
-                return of_groups.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-            return jax.tree.map(in_order, results)
-
-        return blocks.map_rows(apply_in_parts, ((tokens, attention_mask, *further), of_rows))
-
-    return noted(in_parts, fn)
-
-
-def split_rows(batch: Any, parts: int, *, group_size: int = 1) -> Any:
-    """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Group i of ``group_size`` adjacent
-    rows is in part ``i % parts``, so that each device of a sharded batch has rows in every part.
-    """
-
-    def split(x: Array) -> Array:
-        by_group = x.reshape(-1, parts, group_size, *x.shape[1:]).swapaxes(0, 1)
-        return by_group.reshape(parts, -1, *x.shape[1:])
-
-    return jax.tree.map(split, batch)
+    known = temperature if isinstance(temperature, int | float) else None
+    return Policy(apply_policy, temperature=known)
 
 
 def response_log_probs(

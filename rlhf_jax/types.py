@@ -276,12 +276,12 @@ PolicyFn = Callable[..., PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
 ``key=None`` turns dropout off, as RL, DPO and all scoring do. Of a rollout with ``support`` it gets
 that too, as a keyword: log-probs and entropies are then those of the distribution among these ids.
-That of ``models.policy_fn`` also gets the ``response_mask``, the columns that the loss reads.
-``ops.evaluate`` calls it so."""
+A ``policies.Policy`` carries settings, which ``ops.evaluate`` compares with the rollout's; of a
+plain function nothing is checked."""
 
 BoundPolicyFn = Callable[..., PolicyOutput]
-"""A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the
-reference: a function of (tokens, attention_mask, key)."""
+"""A policy that carries its parameters (``policy.bind(params)``, or ``jax.tree_util.Partial(
+policy_fn, params)``), such as the reference: a function of (tokens, attention_mask, key)."""
 
 ScoreFn = Callable[[Params, Array, Array, DropoutKey], Array]
 """Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B].

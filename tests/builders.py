@@ -41,14 +41,16 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.data.tokenizers import train_bpe
+from rlhf_jax.runs import folder as folders
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import write_manifest
 from rlhf_jax.runs.writing import write_atomically
-from rlhf_jax.training.common import loop
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
 from rlhf_jax.training.common.optimizer import make_optimizer
+from rlhf_jax.training.common.progress import Progress, Validation
+from rlhf_jax.training.supervised import run as supervised
+from rlhf_jax.training.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -363,7 +365,7 @@ def letters_stage(folder, name):
             batch_size=4, num_epochs=2, validation_fraction=0.25, data=(str(folder / "pairs.json"),)
         ),
     )
-    if name in verify.SPECS:
+    if name in TASKS:
         return replace(config, reward=())
     changes = {"reward": ("count:a",)}
     if name in ("rloo", "grpo"):
@@ -408,8 +410,8 @@ def script(path):
 
 
 def run_stage(config, name):
-    if name in verify.SPECS:
-        return training.supervised.entry.run(config, verify.SPECS[name]).folder
+    if name in TASKS:
+        return supervised.run(config, TASKS[name]).folder
     return training.rl.run(config, verify.METHODS[name]).folder
 
 
@@ -501,6 +503,8 @@ def run_loop(
     scores=None,
     before_step=lambda state, step: None,
     metrics=None,
+    validation_interval=1,
+    optimizer=None,
     **options,
 ):
     """A stage whose state counts its steps; ``validation/score`` after k steps is ``scores[k]``."""
@@ -516,26 +520,49 @@ def run_loop(
 
     def validate(state):
         step = int(state["n"])
-        return loop.Validation(
+        return Validation(
             {"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}]
         )
 
-    with open_stage(config, "sft", {}) as stage:
-        optimizer = (
-            make_optimizer(options["optimizer"], num_steps).init({})
-            if "optimizer" in options
-            else None
-        )
-        start = stage.copy({"n": jnp.float32(0), "optimizer": optimizer})
-        job = loop.Job(
-            advance,
-            num_steps,
-            validate if scores else None,
+    with open_run(config, "sft", {}) as run:
+        schedule = None if optimizer is None else make_optimizer(optimizer, num_steps).init({})
+        start = run.layout.copy({"n": jnp.float32(0), "optimizer": schedule})
+        progress = Progress(
+            run,
+            start,
+            num_steps=num_steps,
+            validate=validate if scores else None,
+            validation_interval=validation_interval,
+            optimizer=optimizer,
             monitor="max:validation/score",
-            **options,
         )
-        state, row = loop.train(stage, start, job)
+        state, row = go_on(progress, advance, **options)
     return int(state["n"]), row
+
+
+def go_on(
+    progress,
+    advance,
+    *,
+    check_memory=lambda state: None,
+    adopt=lambda state, saved: state,
+    sources=lambda step: (),
+    examples=dict,
+    on_step=None,
+):
+    """The last state and row of a run. Its step number k is ``advance(state, k - 1)``, and
+    ``sources(k - 1)`` are the rows of that step.
+    """
+    with progress:
+        if progress.has_steps:
+            check_memory(progress.state)
+        progress.begin(adopt)
+        for step in progress.steps():
+            state, metrics = advance(progress.state, step - 1)
+            rows = functools.partial(sources, step - 1)
+            progress.record(state, metrics, sources=rows, examples=examples())
+            progress.settle(on_step)
+        return progress.result()
 
 
 # --- Runs in processes of their own
@@ -606,7 +633,7 @@ RUN_YAML = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  wei
 
 
 def finished_run(path: Path, data: dict[str, str] | None = None) -> None:
-    with open_run(path) as run:
+    with folders.open_run(path) as run:
         write_atomically(run.config, RUN_YAML)
         write_manifest(run, {"seed": 3, "data": data or {}}, {})
         with Checkpoints(run.checkpoints) as checkpoints:

@@ -318,7 +318,6 @@ CASES = {
         samples,
         group_size=4,
         surrogate="sapo",
-        sapo_temperatures=(0.5, 2.0),
     ),
     "vespo": policy(
         grpo,
@@ -329,7 +328,6 @@ CASES = {
         surrogate="vespo",
         ratio="product",
         aggregate="token",
-        vespo_powers=(2.0, 2.5),
     ),
     "luspo": policy(grpo, scored, ratio="sequence", aggregate="sum", group_size=4),
     "reinforce++": policy(rloo, batch=samples, baseline="global", group_size=1, **TERMS),

@@ -1,5 +1,6 @@
 """Three small runs, each made once in a process, that several test files look at: what their
-programs were called with, what each step left behind, what was said, and their files.
+programs were called with, what each step left behind, what was said, and their files. And a job of
+an RL run, of the parts that a test gives it.
 """
 
 import functools
@@ -9,6 +10,7 @@ import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +21,55 @@ from builders import letters_run, with_rl
 
 from rlhf_jax import grpo, iteration, training, vpg
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.config import Optimizer, PPOStage, RunConfig
+from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig
 from rlhf_jax.errors import logger
+from rlhf_jax.graders import spec
 from rlhf_jax.runs import devices
-from rlhf_jax.training import rl
 from rlhf_jax.training.common.saving import RunResult
+from rlhf_jax.training.rl import job
+from rlhf_jax.training.rl.inputs import Inputs
+from rlhf_jax.training.rl.method import Given, Method
 from rlhf_jax.types import TrainState
 
 STOP = ("ya", "s", "oo")  # that end responses of the first two runs
+
+
+def rl_job(*, settings=None, own=None, inputs=None, programs=None, folder=None, **fields):
+    """What the functions of a step read of a ``Job``, with these parts: on one device, without
+    models, filter, judge, environment or engine.
+
+    folder: of the run.
+    """
+    return SimpleNamespace(
+        **{
+            "run": SimpleNamespace(
+                layout=SimpleNamespace(
+                    shard=lambda batch: batch, copy=lambda tree: tree, sampling_mesh=None
+                ),
+                folder=SimpleNamespace(samples=folder and folder / "samples.jsonl"),
+                key=lambda name: jax.random.key(7),
+                config=RunConfig(),
+            ),
+            "method": Method(
+                vpg, own or vpg.Config(), settings or RLStage(), iteration.NO_PENALTY, None
+            ),
+            "given": Given(),
+            "inputs": rl_inputs(**inputs or {}),
+            "programs": SimpleNamespace(**programs or {}),
+            "networks": SimpleNamespace(functions=None),
+            "sampling_base": None,
+            "client": None,
+            "ahead": None,
+            "told": set(),
+            "opponents": [],
+        }
+        | fields
+    )
+
+
+def rl_inputs(**given):
+    """The inputs of an RL run of which only these are there."""
+    return Inputs(**dict.fromkeys(Inputs._fields) | {"reward": spec.Reward()} | given)
 
 
 class Step(NamedTuple):
@@ -72,7 +115,7 @@ class Recording:
 def record(place, config, algorithm, algorithm_config=None, *, ends_at=None, **given):
     """The run, which ends after the step ``ends_at``."""
     calls, programs, steps, blocks, said = [], [], [], {}, []
-    compiled, sampling_params, jit = rl.entry.compiled, iteration.sampling_params, jax.jit
+    compiled, sampling_params, jit = job.compiled, iteration.sampling_params, jax.jit
 
     def recording(*how):
         programs.append(compiled(*how))
@@ -95,7 +138,7 @@ def record(place, config, algorithm, algorithm_config=None, *, ends_at=None, **g
     logger.addHandler(handler)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rl.entry, "compiled", recording)
+            patch.setattr(job, "compiled", recording)
             patch.setattr(
                 iteration, "sampling_params", Recording("sampling_params", sampling_params, calls)
             )

@@ -314,13 +314,12 @@ def _of_token(log_prob, d, still, advantage, config):
     if config.surrogate == "cispo":
         return -held * advantage * log_prob, now, held != now
     if config.surrogate == "sapo":
-        tau = config.sapo_temperatures[0 if advantage > 0 else 1]
+        tau = 1.0 if advantage > 0 else 1.05
         gate, frozen = (1 / (1 + math.exp(-tau * (ratio(x) - 1))) for x in (d, still))
         return -advantage * 4 / tau * gate, now, 4 * frozen * (1 - frozen) < 0.5
     if config.surrogate == "vespo":
-        side = 0 if advantage >= 0 else 1
-        power = config.vespo_powers[side]
-        weight = math.exp(power * still + config.vespo_decays[side] * (1 - now))
+        power, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        weight = math.exp(power * still + decay * (1 - now))
         return -weight * advantage * log_prob, now, weight < 0.5
     bounds = config.clip_low, config.clip_high, config.dual_clip
     surrogate = clipped_surrogate(d, advantage, *bounds)

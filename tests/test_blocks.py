@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import calculator
 import jax
@@ -40,8 +39,7 @@ from rlhf_jax.parallel import blocks
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs import folder as folders
 from rlhf_jax.training.common import layout
-from rlhf_jax.training.common.setup import shares_of
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 VALUES = np.random.default_rng(0).standard_normal(8).astype(np.float32) * 10.0 ** np.arange(8)
@@ -107,9 +105,9 @@ def test_rows_are_mapped_block_by_block_and_stay_in_order():
 
 def test_the_programs_of_a_stage_run_in_blocks():
     for count, expected in ((8, 8), (None, 0)):
-        stage = SimpleNamespace(compute=Compute(blocks=count), mesh=sharding.make_mesh())
         seen = []
-        program = Stage.jit(stage, lambda x, seen=seen: seen.append(blocks.number()) or x)
+        on = Layout(sharding.make_mesh(), count)
+        program = on.jit(lambda x, seen=seen: seen.append(blocks.number()) or x)
         program.lower(np.ones(3))
         assert set(seen) == {expected}
 
@@ -210,8 +208,8 @@ def test_responses_are_sampled_block_by_block():
 
 def test_rows_of_a_step_divide_by_blocks_and_microbatches():
     config = RunConfig(compute=Compute(blocks=8))
-    assert [layout.row_parts(shares_of(config), number) for number in (1, 4, 16)] == [8, 8, 16]
-    assert [layout.row_parts(shares_of(RunConfig()), number) for number in (1, 4)] == [4, 16]
+    assert [layout.row_parts(layout_of(config), number) for number in (1, 4, 16)] == [8, 8, 16]
+    assert [layout.row_parts(layout_of(RunConfig()), number) for number in (1, 4)] == [4, 16]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def streamed(policy, *texts):
 def test_a_stream_is_the_first_sample_token_by_token(policy, prompt):
     for seed in range(4):
         asked = policy.ask([policy._row(prompt, "prompt", {})])
-        rollout = policy.sample(asked, seed)
+        _, rollout = policy.sample(asked, seed)
         stream = list(policy.stream(asked.ids[0], seed))
         np.testing.assert_array_equal(stream, rollout.tokens[0, rollout.mask[0]])
         assert (

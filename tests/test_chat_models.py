@@ -150,7 +150,9 @@ def encoded(monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(store, "encode_texts", stopped(encoding.encode_texts))
+    encode_texts = stopped(encoding.encode_texts)
+    monkeypatch.setattr(store, "encode_texts", encode_texts)
+    monkeypatch.setattr(encoding, "encode_texts", encode_texts)
     monkeypatch.setattr(encoding, "encode_prompts", stopped(encoding.encode_prompts))
 
     def call(run, *args):

@@ -59,6 +59,7 @@ class Hostile:
 @pytest.fixture
 def hostile(monkeypatch):
     monkeypatch.setattr(client, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_ATTEMPTS", 1)
     monkeypatch.setenv("REWARD_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     servers = []
@@ -84,7 +85,7 @@ def reply(body, status="200 OK", *headers):
 
 
 def ask(server, **how):
-    how = {"timeout": 2.0 * HANGS, "retries": 0} | how
+    how = {"timeout": 2.0 * HANGS} | how
     return service.reward_service(server.url, Judge(**how))(["p", "q"], ["a", "b"])
 
 
@@ -261,9 +262,10 @@ def test_what_is_no_url_is_refused_with_its_setting(url):
 
 def test_waiting_is_said_with_url_seconds_and_attempt(hostile, monkeypatch, caplog):
     monkeypatch.setattr(client, "_PATIENCE", 0.1)
+    monkeypatch.setattr(client, "_ATTEMPTS", 2)
     server = hostile(silent)
     with caplog.at_level(logging.INFO, logger=logger.name), pytest.raises(ServiceError):
-        ask(server, retries=1, timeout=2 * SECONDS)
+        ask(server, timeout=2 * SECONDS)
     lines = [record.getMessage() for record in caplog.records]
     expected = [
         f"{server.url}: no reply for {seconds} seconds (attempt {attempt} of 2)"
@@ -288,16 +290,18 @@ def test_what_may_pass_is_tried_again(hostile, monkeypatch):
     monkeypatch.setattr(client, "_LONGEST_WAIT", 0.01)
     replies = [*(content for content, _ in PASSING.values()), WAYS[0]]
     server = hostile(lambda connection, body: connection.sendall(replies[len(server.requests) - 1]))
-    assert ask(server, retries=len(PASSING)) == [1, 2]
+    monkeypatch.setattr(client, "_ATTEMPTS", len(replies))
+    assert ask(server) == [1, 2]
     assert waits == [0.001, 0.002, 0.004, 0.008, 0.01]
+    monkeypatch.setattr(client, "_ATTEMPTS", 2)
     for content, message in PASSING.values():
         server = hostile(content)
-        assert re.search(rf"{message}.* \(attempt 2\)$", refused(server, retries=1))
+        assert re.search(rf"{message}.* \(attempt 2\)$", refused(server))
         assert len(server.requests) == 2
     # A closed socket that a thread still waits on takes one more connection: this port had none.
     with socket.create_server(("127.0.0.1", 0)) as free:
         gone = SimpleNamespace(url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
-    assert re.search(r"ConnectError.*\(attempt 1\)$", refused(gone))
+    assert re.search(r"ConnectError.*\(attempt 2\)$", refused(gone))
 
 
 # --- A judge

@@ -3,7 +3,9 @@ reads back equal; the rules of the sections."""
 
 import contextlib
 import dataclasses
+import logging
 import math
+import operator
 import os
 import random
 import re
@@ -17,6 +19,7 @@ from builders import ROOT
 
 import rlhf_jax
 from rlhf_jax import config
+from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import (
     Compute,
     LoRA,
@@ -32,6 +35,7 @@ from rlhf_jax.config import (
     to_yaml,
     yaml_files,
 )
+from rlhf_jax.config.settings import RIVALS
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.common.optimizer import make_optimizer
 
@@ -69,7 +73,7 @@ def test_a_config_that_comes_with_the_package_is_called_by_its_name(tmp_path, mo
     here = parse(RunConfig, ["--config", str(ROOT / "configs" / "tiny.yaml")])
     assert parse(RunConfig, ["--config", "tiny"]) == here
     monkeypatch.setattr(
-        config.flags, "__file__", str(tmp_path / "config" / "flags.py")
+        config.trust, "__file__", str(tmp_path / "config" / "trust.py")
     )  # as a wheel has it
     Path("configs").mkdir()
     Path("configs/tiny.yaml").write_text("b1: 0.5")
@@ -171,6 +175,23 @@ def test_all_mistakes_of_the_files_are_named_at_once():
     ]
     lines = str(caught.value).splitlines()
     assert all(re.match(start, line) for start, line in zip(starts, lines, strict=True))
+
+
+def test_all_unknown_keys_and_flags_are_named_at_once_each_with_one_that_the_command_reads():
+    file = write("batch_sise: 8\nrl: {temprature: 1}\nsft: {num_epoch: 1}\nclip_lo: 1")
+    typed = "--batch-sise 8 --rl.lerning-rate=1 --ppo.no-whiten-advantage --seed 1 --sft.batch-size"
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, [*file, *typed.split()], sections=(*STAGES["ppo"].reads, "ppo"))
+    assert str(caught.value).splitlines() == [
+        "c.yaml, line 1: unknown key batch_sise; did you mean rl.batch_size?",
+        "c.yaml, line 2: unknown key rl.temprature; did you mean rl.temperature?",
+        "c.yaml, line 3: unknown key sft.num_epoch; did you mean sft.num_epochs?",
+        "c.yaml, line 4: unknown key clip_lo; did you mean ppo.clip_low?",
+        "unknown flag --batch-sise; did you mean --rl.batch-size?",
+        "unknown flag --rl.lerning-rate; did you mean --rl.optimizer.learning-rate?",
+        "unknown flag --ppo.no-whiten-advantage; did you mean --ppo.whiten-advantages?",
+        "--sft.batch-size is a setting that this command does not read",
+    ]
 
 
 # A file of another library, and what each of its keys is told.
@@ -452,7 +473,7 @@ def test_configs_of_the_package_are_trusted(tmp_path, monkeypatch):
     (tmp_path / "configs" / "own.yaml").write_text(f"reward: ['{tmp_path.parent}/score.py:score']")
     with pytest.raises(UserError, match="--trust-config"):
         parse(RunConfig, ["--config", "configs/own.yaml"])
-    monkeypatch.setattr(config.flags, "__file__", str(tmp_path / "config" / "flags.py"))
+    monkeypatch.setattr(config.trust, "__file__", str(tmp_path / "config" / "trust.py"))
     assert parse(RunConfig, ["--config", "own"]).reward
 
 
@@ -474,10 +495,13 @@ OWN = types.SimpleNamespace(__name__="mine.vapo", Config=OwnConfig)
 
 def test_an_algorithm_of_one_s_own_has_a_section(capsys):
     file = write("vapo: {alpha: 0.25}\nppo: {value: separate}\nrl: {top_k: null}")
-    assert parse(RunConfig, file, algorithm=OWN).vapo == OwnConfig(0.25)
+    assert parse(RunConfig, file, algorithm=OWN).own == {"vapo": OwnConfig(0.25)}
     own = parse(RunConfig, [*file, "--vapo.alpha", "0.1"], algorithm=OWN, sections=("vapo",))
-    assert own.vapo == OwnConfig(0.1)
-    assert isinstance(own, RunConfig)
+    assert own.own == {"vapo": OwnConfig(0.1)}
+    assert type(own) is RunConfig
+    assert to_yaml(replace(own, own={"vapo": OwnConfig(0.1, rule=3)})) == (
+        to_yaml(RunConfig()) + "vapo:\n  alpha: 0.1\n  rule: 3\n"
+    )
     assert own.ppo == RunConfig().ppo  # of a file that stages share
     assert parse(RunConfig, [], algorithm=rlhf_jax.ppo) == RunConfig()
     for wrong, said in [
@@ -492,7 +516,7 @@ def test_an_algorithm_of_one_s_own_has_a_section(capsys):
             parse(RunConfig, argv, algorithm=OWN, sections=("vapo",))
     with pytest.raises(SystemExit, match="0"):
         parse(RunConfig, ["--help-verbose"], algorithm=OWN)
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = words(capsys.readouterr().out)
     assert "Weight of the second term. (default: 0.5)" in shown
     assert "--ppo" not in shown
     with pytest.raises(UserError, match=r"the algorithm mine\.rl: rl is a setting"):
@@ -518,10 +542,28 @@ def test_checks_run_on_the_final_values():
         parse(RunConfig, [*file, "--lora.alpha", "-4"], sections=("lora.alpha",))
 
 
-@pytest.mark.parametrize("argv", [["--b1", "x"], ["--schedule", "hinge"], ["--config"]])
-def test_wrong_values_of_flags_are_named(argv):
-    with pytest.raises(UserError, match=argv[0]):
+def words(text):
+    """What tyro prints, without its boxes and line breaks."""
+    return " ".join(re.sub("[│─╭╮╰╯]", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--b1", "x"], "Error parsing --b1: .* 'x'"),
+        (["--schedule", "hinge"], "invalid choice 'hinge' for argument '--schedule'"),
+        (["--b1"], "Missing value for argument '--b1'"),
+        (["--b1", "0.5", "True"], "Unrecognized options: True"),
+    ],
+)
+def test_wrong_values_of_flags_are_named(argv, said, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse(Optimizer, argv)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(said, words(shown.err))
+    with pytest.raises(UserError, match="--config: name a file"):
+        parse(Optimizer, ["--config", *argv])
 
 
 SECTIONS = ("ppo", "sft.optimizer.b1", "rl.top_k")
@@ -536,14 +578,20 @@ SECTIONS = ("ppo", "sft.optimizer.b1", "rl.top_k")
         ("--lora.zzz", "--lora.zzz; .* rank, alpha, dropout, match"),
         ("--data.train", "--data.train; .* --data"),
         ("--zzz.yyy", "--zzz.yyy; .* --help"),
-        ("--checkpoint-async True", "'True'; .* --text.pack, or "),
         ("--sft.num-epochs 1", "--sft.num-epochs .* does not read"),
+        ("--kto.desirable-wieght 1", "--kto.desirable-wieght; .* --help"),
         ("--reward length", "--reward .* does not read"),
     ],
 )
 def test_an_unknown_flag_is_answered_by_those_there_are(argv, said):
-    with pytest.raises(UserError, match=f"^(unknown flag |unexpected |){said}"):
+    with pytest.raises(UserError, match=f"^(unknown flag |){said}"):
         parse(RunConfig, argv.split(), sections=SECTIONS)
+
+
+def test_a_name_like_no_other_is_answered_by_all_if_they_are_few():
+    said = "^unknown flag --zzz; the keys are rank, alpha, dropout, match, base$"
+    with pytest.raises(UserError, match=said):
+        parse(LoRA, ["--zzz", "1"])
 
 
 def test_a_command_has_the_flags_of_its_sections_alone(capsys):
@@ -570,15 +618,110 @@ def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
         "--help": [
             "Trains things.",
             "--b1 FLOAT (default: 0.31)",
-            "--decay-every {null}|INT",
-            "--help-verbose says",
+            "--max-grad-norm {null}|FLOAT (default: 1.0)",
+            "--config [STR [STR ...]]",
+            "--trust-config",
+            "--help-verbose show verbose help",
         ],
-        "--help-verbose": ["Adam's decay of the first moment. (default: 0.31)", "--config FILE"],
+        "--help-verbose": [
+            "Adam's decay of the first moment. (default: 0.31)",
+            "YAML files with values for these options",
+        ],
     }.items():
         with pytest.raises(SystemExit, match="0"):
             parse(Optimizer, [*write("b1: 0.31\n"), flag], description="Trains things.")
-        text = " ".join(capsys.readouterr().out.split())
+        text = words(capsys.readouterr().out)
         assert all(part in text for part in parts)
+
+
+def nested(key, value):
+    """A value as the YAML text of its dotted key."""
+    *path, name = key.split(".")
+    opening = "".join(f"{part}: {{" for part in path)
+    return f"{opening}{name}: {value}{'}' * len(path)}"
+
+
+RIVAL_VALUES = {
+    "resume": "true",
+    "overwrite": "true",
+    "model": "m",
+    "tokenizer.name": "t",
+    "tokenizer.kind": "characters",
+    "tokenizer.vocab_size": "300",
+    "data": "[a.json]",
+    "rl.num_iterations": "3",
+    "rl.num_epochs": "2",
+    "rl.missing_eos_penalty": "1.5",
+    "rl.missing_eos_score": "0.5",
+    "rl.mask_truncated": "true",
+    "rounds.judge": "rm",
+    "rounds.annotators": "[ana, ben]",
+    **{f"{stage}.data": "[b.json]" for stage in ("sft", "reward_model", "dpo", "kto", "rl")},
+    **{f"{stage}.validation_data": "[v.json]" for stage in ("sft", "reward_model", "dpo")},
+    "kto.validation_data": "[v.json]",
+    "rl.validation_data": "[v.json]",
+    **{f"{stage}.validation_fraction": "0.0" for stage in ("sft", "reward_model", "dpo")},
+    "kto.validation_fraction": "0.0",
+    "rl.validation_fraction": "0.0",
+    **{f"{stage}.num_epochs": "2" for stage in ("sft", "reward_model", "dpo", "kto")},
+    **{f"{stage}.max_steps": "5" for stage in ("sft", "reward_model", "dpo", "kto")},
+}
+PAIRS = [(key, rival) for key, rivals in RIVALS.items() for rival in rivals]
+
+
+def test_every_setting_that_has_a_rival_is_tried():
+    assert {*RIVAL_VALUES} == {key for pair in PAIRS for key in pair}
+    assert {*RIVAL_VALUES} <= {*yaml_files.dotted_keys(RunConfig)}
+
+
+@pytest.mark.parametrize(("key", "rival"), PAIRS)
+def test_what_is_given_later_goes_before_what_says_the_same_thing_earlier(key, rival, caplog):
+    """A flag before a file, a later file before an earlier one; in one file both stay."""
+    caplog.set_level(logging.INFO)
+    value = RIVAL_VALUES[key]
+    earlier = write(nested(rival, RIVAL_VALUES[rival]))
+    words = [] if value == "true" else re.findall(r"[\w.]+", value)
+    default, rival_of = (operator.attrgetter(key)(RunConfig()), operator.attrgetter(rival))
+    Path("later.yaml").write_text(nested(key, value))
+    for argv in ([*earlier, "--" + key.replace("_", "-"), *words], [*earlier, "later.yaml"]):
+        caplog.clear()
+        config = parse(RunConfig, argv, sections=(key, rival))
+        assert rival_of(config) == rival_of(RunConfig())
+        assert operator.attrgetter(key)(config) != default
+        assert f"c.yaml, line 1: {rival} " in caplog.text
+        assert f" is not used, since {key} " in caplog.text
+    if default in (None, False, ()):
+        off = {None: "null", False: "false", (): "[]"}[default]
+        Path("later.yaml").write_text(nested(key, off))
+        assert rival_of(parse(RunConfig, [*earlier, "later.yaml"])) != rival_of(RunConfig())
+
+
+def test_two_settings_that_say_one_thing_stay_where_both_are_given_at_once(caplog):
+    caplog.set_level(logging.INFO)
+    file = write("rl: {num_iterations: 5, num_epochs: 2}")
+    typed = ["--rl.num-iterations", "7", "--rl.num-epochs", "3"]
+    for argv, epochs in ((file, 2), (typed, 3), ([*file, *typed], 3)):
+        assert (
+            parse(RunConfig, argv, sections=("rl.num_iterations", "rl.num_epochs")).rl.num_epochs
+            == epochs
+        )
+    assert "is not used" not in caplog.text
+    both = ["--rl.missing-eos-score", "0", "--rl.missing-eos-penalty", "1"]
+    with pytest.raises(UserError, match="give one"):
+        parse(RunConfig, both, sections=("rl.missing_eos_score", "rl.missing_eos_penalty"))
+
+
+def test_iterations_that_are_typed_are_the_length_of_a_run_by_the_defaults_of_trl():
+    flags = ["--config", "tiny", "trl", "--rl.num-iterations", "3"]
+    given = parse(RunConfig, flags, sections=(*STAGES["grpo"].reads, "grpo")).rl
+    assert (given.num_iterations, given.num_epochs) == (3, None)
+    assert given.lasting(prompts=640, group_size=4).num_iterations == 3
+
+
+def test_a_file_keeps_what_the_command_does_not_read():
+    """Such as the data of SFT, where PPO's is typed."""
+    flags = [*write("sft: {data: [a.json]}"), "--data", "b.json"]
+    assert parse(RunConfig, flags, sections=("rl", "ppo")).sft.data == ("a.json",)
 
 
 SIGNS = "aé0 \n\t:#'\"{}[]-?!&*%@`|>~,.\x00\x1f\x7f\x85\xa0\u2028\ufeff\ufffe😀"
@@ -607,7 +750,9 @@ def test_yaml_reads_back_equal():
 
 def test_yaml_holds_every_field_in_order():
     lines = to_yaml(RunConfig(data=("a", "b"), lora=LoRA(2), model="m")).splitlines()
-    assert [line.partition(":")[0] for line in lines if line[0] != " "] == list(vars(RunConfig()))
+    assert [line.partition(":")[0] for line in lines if line[0] != " "] == [
+        name for name in vars(RunConfig()) if name != "own"
+    ]
     assert {"data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0"} <= set(lines)
     assert (
         "lora:/  rank: 2/  alpha: null/  dropout: 0.0/  match: attn|mlp/  base: null/tokenizer:"
@@ -628,9 +773,7 @@ def test_yaml_holds_every_field_in_order():
             "learning_rate=-1 warmup_steps=-1 weight_decay=-1 max_grad_norm=-1 eps=-1",
             "at least 0",
         ),
-        (Optimizer, "decay_every=0 decay_patience=0", "at least 1"),
-        (Optimizer, "decay_factor=0", "above 0"),
-        (Optimizer, "decay_factor=1 b1=1 b2=1", "below 1"),
+        (Optimizer, "b1=1 b2=1", "below 1"),
         (Optimizer, "b1=-1 b2=-1", "at least 0"),
         (
             SFTStage,
@@ -687,8 +830,6 @@ TRUNCATED = "engine: a server does not say among which tokens top_k, top_p and m
         ),
         (config.Text, {"template": "x"}, "template must be auto or contain {prompt}"),
         (LoRA, {"match": "("}, "match is no regular expression"),
-        (Optimizer, {"decay_every": 3}, "schedule: the schedule step needs decay_every"),
-        (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),
         (RLStage, {"top_k": 5, "engine": "openai:http://x"}, TRUNCATED),
         (RLStage, {"top_p": 0.5, "engine": "openai:http://x"}, TRUNCATED),
         (RLStage, {"min_p": 0.1, "engine": "openai:http://x"}, TRUNCATED),
@@ -719,8 +860,10 @@ def test_rules_between_settings(cls, values, message):
 
 def test_sizes_of_a_network_are_refused_beside_a_model():
     flags = ["--model", "gpt2", "--network.max-length", "64"]
-    with pytest.raises(UserError, match=r"^--network.max-length: .* gpt2 has its own sizes"):
-        parse(RunConfig, flags, sections=("network",))
+    for wrong in (flags, ["--model", "gpt2", "--tokenizer.vocab_size=300"]):
+        said = rf"^{wrong[2].partition('=')[0]}: .* gpt2 has its own sizes and tokenizer"
+        with pytest.raises(UserError, match=said):
+            parse(RunConfig, wrong, sections=("network", "tokenizer"))
     shared = parse(RunConfig, write("model: gpt2\nnetwork: {max_length: 64}"))
     assert shared.network.max_length == 64
     flags[2:] = ["--network.dropout", "0.0"]

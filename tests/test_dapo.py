@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from builders import goes_on_alike, run_grpo
 from numpy.testing import assert_allclose, assert_array_equal
+from recorded import rl_job
 
 from rlhf_jax import grpo, iteration, ppo
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.common.setup import shares_of
+from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
+from rlhf_jax.training.rl.dynamic import replace_uninformative
 from rlhf_jax.training.rl.schedule import Schedule
-from rlhf_jax.training.rl.steps import replace_uninformative
 from rlhf_jax.types import Rollout, TrainState
 
 EOS = 1
@@ -104,12 +105,13 @@ def step(rounds, number, *scores):
     """A step whose draws have these scores: rollout, metrics, and the batches that it drew."""
     drawn = []
 
-    def draw(state, batch):
+    def draw(batch):
         drawn.append(batch)
-        return answers(scores[len(drawn) - 1], 100 * len(drawn)), {}
+        return answers(scores[len(drawn) - 1], 100 * len(drawn))
 
-    draw_rounds = replace_uninformative(draw, 4, NUM_EQUAL, REFILL)
-    return *draw_rounds(None, schedule(rounds).batches(number)), drawn
+    job = rl_job(programs={"num_equal": NUM_EQUAL, "refill": REFILL}, schedule=schedule(rounds))
+    rollouts = map(draw, job.schedule.batches(number))
+    return *replace_uninformative(job, next(rollouts), rollouts), drawn
 
 
 def bits(key):
@@ -202,7 +204,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
-        method.check_settings("ppo", RLStage(**settings), ppo.Config(), shares_of(RunConfig()))
+        method.check_settings("ppo", RLStage(**settings), ppo.Config(), layout_of(RunConfig()))
 
 
 REWARD = """

@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import jax
 import pytest
-import yaml
 
 from rlhf_jax import models
-from rlhf_jax.config import Compute, RunConfig
+from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
 from rlhf_jax.training.common.setup import set_up
 
 
@@ -101,26 +100,16 @@ def test_deterministic_gives_a_gpu_its_flags_or_says_that_it_is_too_late(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "chosen", "recorded", "compiled"),
-    [
-        (False, None, None, "DEFAULT"),
-        (True, None, "highest", "HIGHEST"),
-        (True, "high", "high", "HIGH"),
-    ],
+    ("deterministic", "of_jax", "compiled"),
+    [(False, None, "DEFAULT"), (False, "high", "HIGH"), (True, "high", "HIGHEST")],
 )
-def test_matrix_products_of_a_run_have_the_precision_of_its_settings(
-    deterministic, chosen, recorded, compiled, tmp_path
+def test_a_deterministic_run_has_full_precision_and_another_that_of_jax(
+    deterministic, of_jax, compiled, tmp_path
 ):
-    config = RunConfig(
-        output_dir=str(tmp_path / "run"),
-        deterministic=deterministic,
-        compute=Compute(matmul_precision=chosen),
-    )
-    with open_stage(config, "sft", {}) as opened:
+    config = RunConfig(output_dir=str(tmp_path / "run"), deterministic=deterministic)
+    with jax.default_matmul_precision(of_jax), open_run(config, "sft", {}):
         x = jax.numpy.ones((2, 2))
         text = jax.jit(jax.numpy.dot).lower(x, x).as_text()
-        settings = yaml.safe_load(opened.run.config.read_text("utf-8"))
-    assert settings["compute"]["matmul_precision"] == recorded
     assert re.findall(r"precision = \[(\w+)", text) == [compiled]
 
 

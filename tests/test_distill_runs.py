@@ -168,6 +168,7 @@ def test_an_environment_pays_and_needs_a_reward_beside_it(short, tmp_path):
 def server(short, monkeypatch):
     """The teacher of ``short``."""
     monkeypatch.setattr(client, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_ATTEMPTS", 2)
     started = VLLM(short.distill.teacher)
     yield started
     started.stop()
@@ -178,7 +179,7 @@ def asking(short, server):
     """Two iterations that ask the server, at the temperature that it has."""
     config = with_rl(short, num_iterations=2, validation_interval=2, temperature=1.0)
     config = replace(config, checkpoint_interval=1)
-    config = replace(config, engine=EngineServer(retries=1, timeout=120.0))
+    config = replace(config, engine=EngineServer(timeout=120.0))
     return with_distill(config, divergence="sampled", teacher=f"openai:{server.url}")
 
 
@@ -267,7 +268,7 @@ OTHERWISE = [
 
 def test_a_server_that_answers_otherwise_teaches_nothing(server, tmp_path):
     tokenizer = server.policy.tokenizer
-    asked = teacher.Server(server.url, EngineServer(retries=0), tokenizer, tmp_path)
+    asked = teacher.Server(server.url, EngineServer(), tokenizer, tmp_path)
     ids = np.array([tokenizer.encode("What is ice?")[:4]] * 2)
     real = np.array([[1, 1, 1, 1], [0, 0, 0, 0]])
     rollout = Rollout(ids, real, real, np.zeros(ids.shape))

@@ -29,9 +29,9 @@ from rlhf_jax.config import yaml_files
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import texts
-from rlhf_jax.training.common.setup import shares_of
+from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
-from rlhf_jax.training.supervised.entry import helping_sizes
+from rlhf_jax.training.supervised.run import check_sizes
 
 README = ROOT / "README.md"
 LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
@@ -414,10 +414,10 @@ def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
         kind = name.replace("-", "_")
         given = config.parse(config.RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
         if name in config.ALGORITHMS:
-            method.check_settings(name, given.rl, getattr(given, name), shares_of(given))
+            method.check_settings(name, given.rl, getattr(given, name), layout_of(given))
         else:
-            helping_sizes(
-                getattr(training, kind).SPEC, getattr(given, kind), given.text, shares_of(given)
+            check_sizes(
+                getattr(training, kind).TASK, getattr(given, kind), given.text, layout_of(given)
             )
 
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ from rlhf_jax.iteration import LoopState
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.rl import steps
+from rlhf_jax.training.rl import ahead as ahead_module
+from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.ahead import Ahead
 from rlhf_jax.training.rl.engine import Client, _checksum, _requests
 from rlhf_jax.types import TrainState
@@ -66,6 +68,7 @@ def policy(tmp_path_factory):
 @pytest.fixture
 def server(policy, monkeypatch):
     monkeypatch.setattr(client, "_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_ATTEMPTS", 2)
     started = VLLM(policy)
     yield started
     started.stop()
@@ -94,7 +97,7 @@ def config(policy, server, tmp_path):
         reward=("count:a",),
         lora=LORA,
         rl=stage,
-        engine=EngineServer(retries=1, timeout=120.0),
+        engine=EngineServer(timeout=120.0),
     )
 
 
@@ -186,6 +189,17 @@ def with_turns(config, tmp_path):
     return with_rl(config, environment=f"{tmp_path / 'talk.py'}:reply", max_new_tokens=8)
 
 
+def test_what_samples_ahead_elsewhere_has_a_thread(config, server):
+    ahead = with_rl(config, rollouts_ahead=1)
+    with job.open_job(ahead, grpo, GROUPS) as opened:
+        assert opened.client.engine.follows
+        assert opened.ahead._thread is not None
+    alone = replace(with_rl(ahead, engine=None), output_dir=f"{config.output_dir}_alone")
+    with job.open_job(alone, grpo, GROUPS) as opened:
+        assert opened.client is None
+        assert opened.ahead._thread is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "turns"])
 def test_fixed_weights_are_corrected_and_their_samples_stored(config, server, tmp_path, kind):
@@ -222,16 +236,14 @@ def test_the_kinds_of_correction(config, server, how):
 def test_a_server_of_other_weights_is_refused(config, server, tmp_path):
     """By the mean distance over the response's tokens, unless nothing is compared."""
     with asking(config, server, tmp_path) as (client, state, prompts):
-        sampled = client.responder(HOW)(state)(prompts, jax.random.key(0))
-        apart = {"by": 0.01}
-        rescore = client.watched(lambda state, sampled: (moved(sampled, apart["by"]), {}))
-        _, metrics = rescore(state, sampled)
+        sampled = client.responder(state, "respond")(prompts, jax.random.key(0))
+        metrics = client.compare(state, sampled, moved(sampled, 0.01))
         assert metrics["policy/sampler_gap_mean"] == pytest.approx(0.01, rel=1e-3)
-        apart["by"] = 0.3
         with pytest.raises(ServiceError, match=r"differ from the policy's by 0\.3 .* after 0\.01 "):
-            rescore(state, sampled)
-        client.compares = False
-        assert rescore(state, sampled)[1]["policy/sampler_gap_mean"] > 0.2
+            client.compare(state, sampled, moved(sampled, 0.3))
+        client.settings = replace(client.settings, engine_check=False)
+        metrics = client.compare(state, sampled, moved(sampled, 0.3))
+        assert metrics["policy/sampler_gap_mean"] > 0.2
 
 
 def moved(sampled, by):
@@ -328,10 +340,10 @@ def test_an_engine_samples_the_next_rollout_while_the_devices_learn(config, serv
     of_a_rollout = ahead.rl.batch_size // GROUPS.group_size
     versions = []
 
-    def learner(*args):
-        learn = make_learner(*args)
+    def compiled(*args):
+        programs = make_programs(*args)
 
-        def learn_later(state, rollout, key):
+        def learn_later(state, *inputs):
             number = len(versions) + 1
             versions.append(int(state.behind.step))
             expected = min(number + 1, ahead.rl.num_iterations) * of_a_rollout
@@ -339,12 +351,13 @@ def test_an_engine_samples_the_next_rollout_while_the_devices_learn(config, serv
             while len(rollouts_asked(server)) < expected:
                 assert time.monotonic() < deadline, f"step {number}: nothing is sampled meanwhile"
                 time.sleep(0.005)
-            return learn(state, rollout, key)
+            return programs.learn(state, *inputs)
 
-        return learn_later
+        learn_later.lower = programs.learn.lower  # its memory is checked
+        return programs._replace(learn=learn_later)
 
-    make_learner = steps.learner
-    monkeypatch.setattr(steps, "learner", learner)
+    make_programs = job.compiled
+    monkeypatch.setattr(job, "compiled", compiled)
     folder = run(ahead)
     assert versions == [0, 0, 1, 2]
     models_asked = [body["model"] for body in rollouts_asked(server)][::of_a_rollout]
@@ -374,7 +387,7 @@ def test_a_rollout_does_not_depend_on_when_it_was_sampled(
     straight = run(ahead)
     again = replace(ahead, output_dir=f"{config.output_dir}_again")
     with monkeypatch.context() as patch:
-        patch.setattr(rl.composition, "Ahead", lambda sample, thread: Ahead(sample, None))
+        patch.setattr(ahead_module, "Ahead", lambda thread: Ahead(None))
         assert rows_of(run(again)) == rows_of(straight)
     shutil.rmtree(straight / "checkpoints" / "4")
     shutil.rmtree(straight / "checkpoints" / "3")
@@ -450,9 +463,6 @@ WRONG = {
 }
 
 
-HOW = SamplingConfig(6, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
-
-
 @contextlib.contextmanager
 def asking(config, server, folder):
     """The client of a run, the state before its first step, and what it asks then: two responses to
@@ -466,13 +476,13 @@ def asking(config, server, folder):
     prompts = iteration.Prompts(tokens, is_real, rows, places=rows)
     state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:
-        how_asked = (config.engine, config.rl.engine_check, folder / "engine")
-        yield Client(engine, *how_asked, begun, start, config.model), state, prompts
+        opened = SimpleNamespace(config=config, folder=SimpleNamespace(engine=folder / "engine"))
+        yield Client(engine, opened, config.rl, begun, start), state, prompts
 
 
 def ask(config, server, folder):
     with asking(config, server, folder) as (client, state, prompts):
-        return client.responder(HOW)(state)(prompts, jax.random.key(0))
+        return client.responder(state, "respond")(prompts, jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -33,6 +33,7 @@ from rlhf_jax.report.export import export
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.supervised import ensembles
+from rlhf_jax.training.supervised.reward_model import start_of_member
 from rlhf_jax.training.supervised.scoring import disagreement
 from rlhf_jax.types import TrainState
 
@@ -130,9 +131,9 @@ def test_a_rows_own_weight_counts_in_every_draw_of_it():
     ]
     encoded = encoding.encode_texts(pairs, LETTERS)
     counts = np.array([[2, 0], [1, 3]])
-    weighted = ensembles.with_counts(encoded, np.array([2, 0]), counts)
+    weighted = ensembles.weigh(encoded, np.array([2, 0]), counts)
     assert_array_equal(weighted.weight, [[0.5, 1.5], [0, 0], [0.5, 0]])
-    plain = ensembles.with_counts(
+    plain = ensembles.weigh(
         replace(encoded, weight=np.ones(3, np.float32)), np.array([0, 2]), counts
     )
     assert_array_equal(plain.weight, [[2, 0], [0, 0], [1, 3]])
@@ -177,7 +178,7 @@ def test_members_start_apart(config):
     def starts(params=body, model_name=None, **settings):
         number = RewardModelStage(**settings).ensemble_size
         source = model_source(replace(config, model=model_name))
-        made = ensembles.starts(number, source, model, params, KEY)
+        made = [start_of_member(source, model, i, params, KEY) for i in range(number)]
         return [start.params for start in made]
 
     (single,) = starts()

@@ -1,18 +1,25 @@
 """The loops of experiments/: short, made of the science alone, and exact after a stop."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import jax
+import numpy as np
+import optax
 import pytest
 from builders import ROOT, save_base
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import models
+from rlhf_jax import models, ppo, sharding, training
+from rlhf_jax.config import RLStage, RunConfig, Text
 from rlhf_jax.data import demo
+from rlhf_jax.training.common import layout, opening
+from rlhf_jax.training.rl.schedule import Schedule
 
 LOOPS = ("ppo_loop", "grpo_loop", "reward_model_loop", "dpo_loop")
 APPLICATION = ("cli", "config", "data", "runs", "graders", "generation", "training", "report")
@@ -64,6 +71,95 @@ def test_a_loop_goes_on_from_its_checkpoint_with_the_same_bits(name, folders, tm
         kl = re.findall(r"kl (-?[0-9.]+)", "\n".join(said))
         assert abs(float(kl[0])) == 0
         assert len(set(kl)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_learns_the_same_whatever_pads(name, folders, tmp_path, capsys):
+    """The tokenizer's pad may be its EOS, or it has none."""
+    loop, settings = settings_of(name, folders, tmp_path / "own")
+    settings = replace(settings, steps=2)
+    own = jax.device_get(loop.main(settings))
+    said = capsys.readouterr().out
+    file = folders / "model" / "tokenizer_config.json"
+    written = json.loads(file.read_text())
+    without = {key: value for key, value in written.items() if key != "pad_token"}
+    for number, changed in enumerate((without, without | {"pad_token": written["eos_token"]})):
+        shutil.copytree(folders / "model", tmp_path / str(number))
+        (tmp_path / str(number) / file.name).write_text(json.dumps(changed))
+        others = replace(settings, model=str(tmp_path / str(number)), out=tmp_path / f"out{number}")
+        jax.tree.map(assert_array_equal, jax.device_get(loop.main(others)), own)
+        assert capsys.readouterr().out == said
+
+
+@pytest.mark.slow
+def test_ppo_in_one_file_is_the_command(folders, tmp_path, monkeypatch):
+    """Given the same rows and keys, the two loops sample the same tokens and come to the same bits,
+    although they compile other programs.
+    """
+    loop, settings = settings_of("ppo_loop", folders, tmp_path / "loop")
+    settings = dataclasses.replace(settings, steps=2)
+    keys = jax.random.split(jax.random.key(settings.seed), 4)
+    init, order, rollout, update = keys
+    streams = {"rollout": rollout, "update": update, "init": init, "data": order, "eval": order}
+    add_head = models.add_head
+    monkeypatch.setattr(models, "add_head", lambda key, *given: add_head(init, *given))
+    monkeypatch.setattr(opening, "stream_key", lambda seed, name, stream: streams[stream])
+
+    def rows(schedule, step):
+        key = jax.random.fold_in(order, step)
+        return np.asarray(jax.random.choice(key, len(PROMPTS), (1, settings.batch_size)))
+
+    monkeypatch.setattr(Schedule, "rows", rows)
+    monkeypatch.setattr(layout, "mesh_of", lambda sizes: sharding.make_mesh(1))
+    updates = settings.steps * settings.num_epochs * settings.num_minibatches
+    schedule = optax.linear_schedule(settings.learning_rate, 0.0, updates)
+    config = RunConfig(
+        output_dir=str(tmp_path / "command"),
+        model=settings.model,
+        reward=(settings.reward_model,),
+        data=(str(settings.prompts),),
+        text=Text(template="{prompt}", bucket_multiple=1),
+        rl=RLStage(
+            num_iterations=settings.steps,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            kl_coef=settings.kl_coef,
+            validation_fraction=0.0,
+        ),
+    )
+    rollouts = []
+    states = []
+
+    def on_step(step, state, row, batch):
+        rollouts.append(jax.device_get(batch))
+        states.append(jax.device_get(state.train))
+
+    training.rl.run(
+        config,
+        ppo,
+        ppo.Config(num_epochs=settings.num_epochs, num_minibatches=settings.num_minibatches),
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5)),
+        on_step=on_step,
+    )
+    collect = loop.rollout.collect
+    collected = []
+
+    def collecting(*inputs, **how):
+        batch = collect(*inputs, **how)
+        jax.debug.callback(lambda tokens: collected.append(np.asarray(tokens)), batch.tokens)
+        return batch
+
+    monkeypatch.setattr(loop.rollout, "collect", collecting)
+    state = jax.device_get(loop.main(settings))
+    jax.effects_barrier()
+    assert len(collected) == len(rollouts) == settings.steps
+    for tokens, batch in zip(collected, rollouts, strict=True):
+        assert_array_equal(tokens, batch.tokens)
+    jax.tree.map(assert_array_equal, state, states[-1])
+    kernels = [state.params["h_0"]["attn"]["c_attn"]["kernel"] for state in states]
+    assert not np.array_equal(kernels[0], kernels[-1])
 
 
 @pytest.mark.slow

@@ -17,15 +17,17 @@ from numpy.testing import assert_allclose, assert_array_equal
 from programs import mesh_of
 from safetensors.numpy import load_file
 
-from rlhf_jax import models, sampling, sharding
+from rlhf_jax import models, ppo, sampling, sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Optimizer, PPOStage, RLStage
 from rlhf_jax.errors import UserError
+from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.models import lora, mlp
 from rlhf_jax.models.kernels import grouped
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
-from rlhf_jax.training.rl import critic, programs
+from rlhf_jax.training.rl import programs
+from rlhf_jax.training.rl.method import Method
 from rlhf_jax.types import Demonstrations, Mean, Rollout, TrainState
 
 CONFIG = replace(MORE["mixtral"], scan_layers=True)  # one layer is in a stack, one by itself
@@ -225,7 +227,8 @@ def test_rl_leaves_routers_as_they_are_unless_asked(trained):
     settings = RLStage(optimizer=adam, train_routers=trained)
     ones = {"kernel": np.ones(2, np.float32)}
     params = {"h": {"mlp": {"router": ones, "experts": ones}}, "value": ones}
-    optimizer = critic.make_optimizer(settings, PPOStage(value_learning_rate=0.1), 1, params)
+    own = PPOStage(value_learning_rate=0.1)
+    optimizer = programs.make_optimizer(Method(ppo, own, settings, NO_PENALTY, None), params)
 
     @jax.jit
     def updated(params):

@@ -18,6 +18,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation import generator as module
 from rlhf_jax.generation.generator import Generator, LanguageModel
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import initial
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
@@ -171,7 +172,7 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
 
     def watched(num_layers):
         return lambda *args, **how: (
-            widths.append(args[2].shape),
+            widths.append((*args[2].shape, how["group_size"])),
             sampler(num_layers)(*args, **how),
         )[1]
 
@@ -184,7 +185,24 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
     monkeypatch.setattr(generator, "batch_size", 4)
     assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
     # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses, of 38.
-    assert widths == [(4, 16), (4, 16), (4, 32), (4, 16), (4, 16), (4, 38)]
+    # Two samples of a prompt compute it once.
+    assert widths == [(4, 16, 2), (4, 16, 2), (4, 32, 2), (4, 16), (4, 16), (4, 38)]
+
+
+def test_several_devices_share_the_rows_of_a_batch(folders):
+    """Three rows on two devices: a fourth one is missing."""
+    policy = LanguageModel.load(folders / "policy")
+    ids = policy.tokenizer.encode_batch(["ab", "how are you", "x"], ["here"] * 3)
+    prompts = module.pad_prompts(ids, 16, policy.tokenizer.pad_id)
+    how = sampling.SamplingConfig(NEW, eos_id=policy.tokenizer.eos_id, pad_id=0)
+    meshes = (None, sharding.make_mesh(data=2))
+    one, two = (
+        policy.respond(prompts, jax.random.key(1), config=how, batch_size=3, mesh=mesh)[0]
+        for mesh in meshes
+    )
+    assert (two.tokens.shape, two.prompt_length) == ((3, 16 + NEW), 16)
+    np.testing.assert_array_equal(two.tokens, one.tokens)
+    np.testing.assert_allclose(two.log_probs, one.log_probs, atol=1e-5)
 
 
 def test_its_sampler_is_compiled_as_a_runs_is(generator, monkeypatch):

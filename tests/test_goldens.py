@@ -36,9 +36,9 @@ from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
 from rlhf_jax.runs import devices
-from rlhf_jax.training.common.setup import shares_of
+from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
-from rlhf_jax.training.supervised.entry import helping_sizes
+from rlhf_jax.training.supervised.run import check_sizes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -199,11 +199,11 @@ def test_every_config(file):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse(file)
-    shares = shares_of(config)
-    helping_sizes(training.sft.SPEC, config.sft, config.text, shares)
-    helping_sizes(training.reward_model.SPEC, config.reward_model, config.text, shares)
+    layout = layout_of(config)
+    check_sizes(training.sft.TASK, config.sft, config.text, layout)
+    check_sizes(training.reward_model.TASK, config.reward_model, config.text, layout)
     for name in ("vpg", "ppo", "rloo", "grpo"):
-        method.check_settings(name, config.rl, getattr(config, name), shares)
+        method.check_settings(name, config.rl, getattr(config, name), layout)
 
 
 if __name__ == "__main__":

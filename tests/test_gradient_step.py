@@ -17,7 +17,6 @@ from tabular import assert_close, assert_identical, every_way
 
 from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
 from rlhf_jax.algorithms import lengths
-from rlhf_jax.algorithms.lengths import by_length
 from rlhf_jax.types import Max, Mean, PolicyOutput, Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -134,7 +133,7 @@ def of_cubes(rollout):
 )
 def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout, parts, columns):
     state = TrainState.create({"w": jnp.array(0.5)}, SGD)
-    how = {"num_microbatches": parts, "microbatching": by_length(rollout)}
+    how = {"num_microbatches": parts, "by_length": lengths.can_cut(rollout)}
     found, metrics = jax.jit(partial(gradient_step, cubes, optimizer=SGD, **how))(
         state, batch=rollout
     )
@@ -149,7 +148,7 @@ def test_rows_of_like_length_stay_on_their_device():
     rows = sharding.rows(sharding.make_mesh(4))
 
     def update(state, batch, key, **options):
-        options |= {"batch": batch, "num_microbatches": 4, "microbatching": by_length(batch)}
+        options |= {"batch": batch, "num_microbatches": 4, "by_length": lengths.can_cut(batch)}
         state, metrics = gradient_step(cubes, state, SGD, **options)
         return state, metrics["columns"]
 

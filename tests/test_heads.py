@@ -190,7 +190,7 @@ def test_losses_say_which_columns_they_read(monkeypatch):
     reference = lora.bind(ops.by_rows(models.policy_fn(model), None), params)
     adapters = lora.init(KEY, params, rank=1)
     comparisons = types.Comparisons(*(x[None, 1:] for x in (TOKENS, MASK, READ)))
-    made = jax.jit(dpo.with_reference)(comparisons, Partial(reference, adapters))
+    made = jax.jit(dpo.with_reference)(comparisons, reference.bind(adapters))
     jax.effects_barrier()
     assert len(computed) == 2
     full, _ = of_all_logits()
@@ -239,7 +239,7 @@ def test_what_is_wrapped_around_a_policy_need_not_take_the_mask(monkeypatch):
     bound = lora.bind(partial(mine, policy), params)
     adapters = lora.init(KEY, params, rank=1)
     need_not = [partial(mine, policy), wrapped, ops.by_rows(partial(mine, policy), None)]
-    lets_through = [jax.jit(policy), Partial(Partial(policy)), ops.by_rows(policy, None)]
+    lets_through = [jax.jit(policy), Partial(policy), policy.bind(), ops.by_rows(policy, None)]
     cases = [(fn, params, False) for fn in need_not] + [(fn, params, True) for fn in lets_through]
     cases += [(bound, adapters, False), (lora.bind(policy, params), adapters, True)]
     for fn, trained, is_told in cases:

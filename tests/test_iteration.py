@@ -14,15 +14,19 @@ import optax
 import pytest
 from builders import initial_params
 from numpy.testing import assert_allclose, assert_array_equal
+from recorded import rl_job
 from tabular import policy_fn, policy_params
 from tabular import rollout as tabular_rollout
 
 from rlhf_jax import iteration, models, rewards, sampling, sharding
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import RLStage
-from rlhf_jax.training.rl import steps
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.graders import spec
 from rlhf_jax.training.rl.programs import rules
-from rlhf_jax.types import Rollout
+from rlhf_jax.training.rl.run import collect
+from rlhf_jax.training.rl.schedule import Batch
+from rlhf_jax.types import PolicyOutput, Rollout
 
 scored = jax.jit(iteration.scored)
 PROMPT_LENGTH = 4
@@ -140,19 +144,27 @@ def test_the_greedy_response_is_the_baseline():
     likeliest = replace(SAMPLING, temperature=0.0)
     rule = iteration.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
 
-    def sampling_by(config):
-        return lambda loop, batch: (responding(config)(loop.train.params, *batch), {})
-
-    reward = jax.jit(functools.partial(iteration.reward, functions=functions()))
-
-    def score(rollout, batch):
-        return steps.Scored(*reward(rollout))
-
-    draw = steps.drawn(sampling_by(SAMPLING), lambda loop, sampled: (sampled, {}), score)
     join = jax.jit(functools.partial(iteration.with_greedy, shape=rule))
-    draw = steps.greedy_baseline(draw, sampling_by(likeliest), score, join)
+    given = prompts()
+    encoded = EncodedPrompts(given.tokens, given.attention_mask, [], [], {})
+    batch = Batch(encoded, given.places, jax.random.key(5))
+    job = rl_job(
+        own=vpg.Config(baseline="greedy"),
+        settings=RLStage(batch_size=ROWS),
+        inputs={
+            "initial": SimpleNamespace(tokenizer=None),
+            "reward": spec.Reward(fn=functions().reward_fn),
+        },
+        programs={
+            "respond": responding(),
+            "respond_greedily": responding(likeliest),
+            "rescored": lambda loop, sampled, functions: (sampled, {}),
+            "reward": jax.jit(iteration.reward),
+            "with_greedy": join,
+        },
+    )
     loop = start()
-    rollout, metrics = draw(loop, (prompts(), jax.random.key(5)))
+    rollout, metrics = collect(job, loop, batch)
     greedy = responding(likeliest)(loop.train.params, prompts(), jax.random.key(6))
     greedy = jax.tree.map(np.asarray, greedy)
     said = np.where(greedy.response_mask, greedy.tokens, 0)
@@ -216,6 +228,39 @@ def test_a_score_is_added_to_the_rewards_of_an_environment(dense):
     assert_array_equal(np.asarray(rollout.rewards)[:, 2:], np.array(expected)[:, 2:])
     assert_array_equal(rollout.scores, [1.5, 2.25])
     assert float(metrics["objective/score"]) == 1.875
+
+
+def test_lengths_are_those_of_responses_and_weights_of_the_kind_that_is_given():
+    """The shorter text has the longer response; the ratios of its tokens are 1/2 and 3."""
+    mask = np.array([[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]])
+    attention_mask = mask | np.array([[1, 1, 1, 0, 0], [0, 0, 1, 0, 0]])
+    policy = np.log(np.array([[1, 1, 1, 0.5, 1], [1, 1, 1, 0.25, 0.75]], np.float32))
+    engine = np.log(np.array([[1, 1, 1, 0.5, 1], [1, 1, 1, 0.5, 0.25]], np.float32))
+    sampled = Rollout(np.arange(10).reshape(2, 5), attention_mask, mask, engine)
+    policy_fn = jax.tree_util.Partial(lambda *_: PolicyOutput(policy, policy))
+    made, metrics = iteration.rescored(
+        iteration.LoopState.create(vpg.State.create({}, OPTIMIZER), 0.0),
+        sampled,
+        iteration.Functions(policy_fn),
+        eos_ids=(9,),
+        importance=(2.0, "sequence_truncate"),
+    )
+    assert float(metrics["response/length"]) == 1.5
+    assert_allclose(made.importance_weights[:, 3:], [[1, 0], [1.5, 1.5]], rtol=1e-6)
+    _, metrics = scored(made, f32(1.0, 2.0), {})
+    assert_allclose(metrics["reward/length_correlation"], 1.0, rtol=1e-6)
+
+
+def test_without_a_penalty_the_rewards_are_the_dense_ones_or_the_scores_at_the_end():
+    coef = jnp.float32(0.1)
+    rewarded, _ = scored(made_rollout(), f32([9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]), {})
+    for rollout, expected in [
+        (rewarded, f32([0, 0, 1, 2], [0, 0, 3, 4])),
+        (made_rollout(scores=f32(1.0, 2.0)), f32([0, 0, 0, 1], [0, 0, 0, 2])),
+    ]:
+        found = iteration.NO_PENALTY.apply(coef, rollout)
+        assert_array_equal(found[0], expected)
+        assert found[1:] == (coef, {})
 
 
 def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():

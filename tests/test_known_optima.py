@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
 
-from rlhf_jax import iteration, ops, rewards, rollout
+from rlhf_jax import iteration, losses, ops, rewards, rollout
 from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import DPOStage
 from rlhf_jax.training.common import references
@@ -79,6 +79,14 @@ def gspo(coef, counts=by_row, **fields):
     )
 
 
+LATE = {"powers": (1.1, 1.3), "decays": (0.2, 0.1)}  # VESPO fades late, so that coef tells
+
+
+@pytest.fixture(autouse=True)
+def late(monkeypatch):
+    monkeypatch.setattr(losses, "vespo", functools.partial(losses.vespo, **LATE))
+
+
 def vespo(coef):
     """VESPO on samples of the reference: of a response's ratio w = pi / ref, which the KL has, its
     advantage has phi(w), by the sign of each pair's advantage."""
@@ -87,13 +95,12 @@ def vespo(coef):
         ratio = probs / tiny.REF
         rise, fall = (
             ratio ** (power - 1.0) * np.exp(decay * (1.0 - ratio))
-            for power, decay in ((1.1, 0.2), (1.3, 0.1))
+            for power, decay in zip(*LATE.values(), strict=True)
         )
         of_pairs = tiny.REWARDS[:, None] - tiny.REWARDS[None, :]
         return np.where(of_pairs >= 0, rise[:, None], fall[:, None]) * of_pairs @ tiny.REF
 
-    fades = {"vespo_powers": (1.1, 1.3), "vespo_decays": (0.2, 0.1)}  # late, so that coef tells
-    return with_kl_in_loss(rloo, advantage, "k2", coef, surrogate="vespo", ratio="product", **fades)
+    return with_kl_in_loss(rloo, advantage, "k2", coef, surrogate="vespo", ratio="product")
 
 
 OFF_POLICY = ("gspo", "luspo", "vespo")  # on samples of the policy at the start
@@ -454,18 +461,17 @@ def test_dpo_goes_on_from_a_reference_that_moved(share):
     """
     config = dpo.Config(beta=0.5)
 
-    def advance(state, step):
+    state = references.Followed.create(tiny.params(), adam(1))
+    settings = DPOStage(reference_ema=share)
+    move = references.mover(settings)
+    for step in (1, 2):
+        if references.is_due(settings, step):
+            state = state.replace(reference=move(state.reference, state.params))
         batch = with_reference(labelled_pairs(), Partial(tiny.policy_fn, state.reference))
         params, _ = fit(
             dpo, state.params, batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
         )
-        return state.replace(params=params), {}
-
-    state = references.Followed.create(tiny.params(), adam(1))
-    settings = DPOStage(reference_ema=share)
-    advance = references.moving(advance, settings, lambda state: state.params)
-    for step in range(2):
-        state, _ = advance(state, step)
+        state = state.replace(params=params)
     once = tiny.table(tiny.tilted(0.5))
     reference = tiny.probabilities(share * once + (1.0 - share) * tiny.REF_LOGITS)
     twice = reference * np.exp(tiny.REWARDS / 0.5)

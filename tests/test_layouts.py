@@ -44,10 +44,11 @@ from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page
-from rlhf_jax.sampling import decoding
-from rlhf_jax.training.common import initial, loop, stage
+from rlhf_jax.sampling import sharded
+from rlhf_jax.training.common import initial
 from rlhf_jax.training.common import layout as device_layout
-from rlhf_jax.training.common.opening import stage_of
+from rlhf_jax.training.common.layout import Layout
+from rlhf_jax.training.common.progress import Progress
 
 LAYOUTS = {
     "one": Mesh(),
@@ -149,25 +150,25 @@ class Probe:
         self.whole = []
         self.collectives = {}
         self.laid_out = 0
-        lay_out = stage.Stage.lay_out
-        train = loop.train
+        put = Layout.put
+        result = Progress.result
 
-        def laid_out(run_stage, tree):
-            self.whole += whole_on_a_device(done := lay_out(run_stage, tree))
+        def laid_out(on, tree):
+            self.whole += whole_on_a_device(done := put(on, tree))
             self.laid_out += 1
             return done
 
-        def trained(run_stage, state, job):
-            state, row = train(run_stage, state, job)
+        def trained(progress):
+            state, row = result(progress)
             self.whole += whole_on_a_device(state)
             return state, row
 
-        patch.setattr(stage.Stage, "lay_out", laid_out)
-        patch.setattr(loop, "train", trained)
-        jit_update = stage.Stage.jit_update
+        patch.setattr(Layout, "put", laid_out)
+        patch.setattr(Progress, "result", trained)
+        jit_update = Layout.jit_update
 
-        def jitted(run_stage, *how):
-            lazy = jit_update(run_stage, *how)
+        def jitted(on, *how):
+            lazy = jit_update(on, *how)
             compiled = {}
 
             def call(*args, **options):
@@ -179,7 +180,7 @@ class Probe:
             call.lower = lazy.lower  # for the check of memory
             return call
 
-        patch.setattr(stage.Stage, "jit_update", jitted)
+        patch.setattr(Layout, "jit_update", jitted)
 
 
 def count_collectives(text):
@@ -422,7 +423,7 @@ def test_large_layers_are_cut_by_heads_while_they_are_sampled(
     """Before the first token prompts and their mask are gathered, and weights only where the mesh
     does not divide the heads.
     """
-    monkeypatch.setattr(decoding, "LARGE_LAYER", 1)
+    monkeypatch.setattr(sharded, "LARGE_LAYER", 1)
     model = models.build(replace(SMALL, num_kv_heads=kv_heads))
     params = perturbed(initial_params(model))
     prompts = np.random.default_rng(0).integers(3, 40, (8, 6), dtype=np.int32)
@@ -545,7 +546,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
 def test_an_updated_state_lies_where_it_was():
     """Whatever the update made of it."""
     mesh = sharding.make_mesh(1, fsdp=2, tensor=2)
-    own = stage_of(RunConfig(), "sft", None, mesh)
+    own = Layout(mesh)
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
     update = own.jit_update(
         lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}), 1

@@ -21,8 +21,9 @@ from rlhf_jax.config import Compute, DPOStage, LoRA, RewardModelStage, RLStage, 
 from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training.common import initial, loop, memory
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common.opening import open_run
+from rlhf_jax.training.common.progress import Progress
 from rlhf_jax.types import TrainState
 
 RL = RLStage(num_iterations=2, batch_size=8, max_new_tokens=4, validation_fraction=0.0)
@@ -47,13 +48,13 @@ def after_steps(monkeypatch):
     """The most bytes on any device after each step, beyond those before the run."""
     before = {device: live_bytes(device) for device in jax.devices()}
     seen = []
-    step = loop._Loop.step
+    record = Progress.record
 
-    def counted(self):
-        step(self)
+    def counted(self, *given, **more):
+        record(self, *given, **more)
         seen.append(max(live_bytes(device) - before[device] for device in jax.devices()))
 
-    monkeypatch.setattr(loop._Loop, "step", counted)
+    monkeypatch.setattr(Progress, "record", counted)
     return seen
 
 
@@ -172,22 +173,23 @@ def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were
         "ln_f": {"scale": jnp.ones(2)},
     }
     params = models.add_head(jax.random.key(0), body, "value")
-    with open_stage(config, "ppo", {}) as stage:
-        start = stage.place(initial.trainable(config.lora, params, jax.random.key(1)))
-        reference = stage.reference(start, lambda params: params["h_0"]["attn"]["kernel"].dtype)
+    with open_run(config, "ppo", {}) as run:
+        start = initial.trainable(config.lora, params, jax.random.key(1)).put(run.layout)
+        reference = initial.reference_of(
+            run.layout, config.compute, start, lambda params: params["h_0"]["attn"]["kernel"].dtype
+        )
         assert reference() == jnp.bfloat16
         with jax.log_compiles():
-            state = stage.take(
+            state = run.layout.create(
                 functools.partial(TrainState.create, optimizer=optax.adam(0.1)), start.params
             ).params
         assert re.findall(r"XLA compilation of (\S+)", caplog.text) == [
             "jit(create)"
         ]  # not one for each operation
-        assert {"trained parameters", "optimizer state", "gradients"} <= stage.held.keys()
         moved = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
         assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
         assert all(
             leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4
             for leaf in jax.tree.leaves(moved)
         )
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, reference.args)))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, reference.bound)))

@@ -102,8 +102,11 @@ def test_a_stage_with_a_reference_says_that_adapters_do_not_drop(lora_config, ca
     config = replace(lora_config, lora=LoRA(rank=2, dropout=0.5))
     references.check(model_source(config), config.sft)
     assert "lora.dropout" not in caplog.text
-    references.check(model_source(config), config.dpo)
-    assert "lora.dropout 0.5 is not used" in caplog.text
+    for stage in (training.dpo, training.kto):
+        caplog.clear()
+        with pytest.raises(UserError, match=r"nowhere\.json"):
+            stage.run(replace(config, data=("nowhere.json",)))
+        assert "lora.dropout 0.5 is not used" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,17 @@ def policy_gradient(log_probs, advantages, _):
     return losses.policy_gradient(log_probs, advantages, jnp.ones((1, 1)))
 
 
+def weighted(surrogate, log_probs, old_log_probs, advantages):
+    return surrogate(log_probs - old_log_probs, advantages, log_probs=log_probs)[0]
+
+
+cispo = functools.partial(weighted, losses.cispo)
+vespo = functools.partial(weighted, losses.vespo)
+
+
 @pytest.mark.parametrize(
     "f",
-    [policy_gradient, losses.clipped_surrogate, losses.clipped_value, losses.cispo, kto],
+    [policy_gradient, losses.clipped_surrogate, losses.clipped_value, cispo, vespo, kto],
 )
 def test_nothing_but_the_first_argument_is_differentiated(f):
     """What the advantages, old values and returns were made of does not learn from the policy's
@@ -61,6 +69,18 @@ def test_nothing_but_the_first_argument_is_differentiated(f):
     arrays = f32([0.1]), f32([0.2]), f32([0.7])
     gradient = jax.jit(jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2)))(*arrays)
     assert [np.any(g) for g in gradient] == [True, False, False]
+
+
+def test_sapo_and_vespo_with_constants_of_ones_own():
+    """By hand, at a ratio of 2."""
+    log_ratio, advantages, log_probs = f32([math.log(2)] * 2), f32([3.0, -4.0]), f32([-1.0, -2.0])
+    loss, clipped = losses.sapo(log_ratio, advantages, temperatures=(0.5, 2.0))
+    assert_allclose(loss, [[-24 / (1 + math.exp(-0.5)), 8 / (1 + math.exp(-2))]], rtol=1e-6)
+    assert clipped.tolist() == [[False, True]]
+    fades = {"powers": (1.0, 2.0), "decays": (0.5, 3.0)}
+    loss, clipped = losses.vespo(log_ratio, advantages, log_probs=log_probs, **fades)
+    assert_allclose(loss, [[6 * math.exp(-0.5), -32 * math.exp(-3)]], rtol=1e-6)
+    assert clipped.tolist() == [[False, True]]
 
 
 # DPO

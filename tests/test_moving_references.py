@@ -1,6 +1,4 @@
-"""References that move after the policy: the weights by hand, and runs of DPO, KTO and RL with
-them.
-"""
+"""References that move after the policy: the weights by hand, and runs of DPO and RL with them."""
 
 import itertools
 from dataclasses import replace
@@ -8,19 +6,18 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from builders import goes_on_alike, letters_run, metric_rows, save_base, slow, soak, with_rl
+from builders import goes_on_alike, letters_run, metric_rows, save_base, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
 from rlhf_jax import training
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.config import DPOStage, KTOStage, LoRA, RLStage, RunConfig, Tokenizer
+from rlhf_jax.config import DPOStage, LoRA, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import dpo, kto
-from rlhf_jax.training.common import memory, references, stage
-from rlhf_jax.training.supervised import entry
+from rlhf_jax.training import dpo
+from rlhf_jax.training.common import layout, memory, references
+from rlhf_jax.training.supervised import run as supervised
 
 RNG = np.random.default_rng(0)
 POLICIES = RNG.normal(size=(8, 3)).astype(np.float32)
@@ -31,14 +28,12 @@ def followed(settings, num_steps=7):
     """[num_steps, 3] the weights of the reference in each step of such a policy."""
     seen = []
 
-    def advance(state, step):
-        seen.append(np.array(state.reference["w"]))
-        return replace(state, params={"w": jnp.asarray(POLICIES[step + 1])}), {}
-
-    advance = references.moving(advance, settings, lambda state: state.params)
-    state = references.Followed.create({"w": jnp.asarray(POLICIES[0])}, optax.sgd(1.0))
-    for step in range(num_steps):
-        state, _ = advance(state, step)
+    move = references.mover(settings)
+    reference = {"w": jnp.asarray(POLICIES[0])}
+    for step in range(1, num_steps + 1):
+        if references.moves(settings) and references.is_due(settings, step):
+            reference = move(reference, {"w": jnp.asarray(POLICIES[step - 1])})
+        seen.append(np.array(reference["w"]))
     return np.stack(seen)
 
 
@@ -53,7 +48,7 @@ def by_hand(share, every, num_steps=7):
     return np.stack(seen)
 
 
-@pytest.mark.parametrize("stage", [RLStage, DPOStage, KTOStage])
+@pytest.mark.parametrize("stage", [RLStage, DPOStage])
 @pytest.mark.parametrize(
     ("settings", "share", "every"),
     [
@@ -71,7 +66,7 @@ def test_the_weights_of_a_reference_by_hand(stage, settings, share, every):
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_is_between_0_and_1(share):
     with pytest.raises(ValueError, match="reference_ema must be at"):
-        KTOStage(reference_ema=share)
+        DPOStage(reference_ema=share)
     with pytest.raises(ValueError, match="reference_ema must be at"):
         RLStage(reference_ema=share)
 
@@ -103,20 +98,19 @@ def letters(prompts, responses):
 
 @pytest.fixture
 def short(config, tmp_path):
-    """Some steps of DPO or KTO, six iterations of GRPO with a KL in the loss."""
+    """Some steps of DPO, six iterations of GRPO with a KL in the loss."""
     stage = replace(config.dpo, batch_size=20, beta=1.0, num_epochs=2)
     rl = replace(config.rl, num_iterations=6, kl_target=None)
     (tmp_path / "reward.py").write_text(LETTERS)
-    fields = {name: getattr(stage, name) for name in ("batch_size", "optimizer", "num_epochs")}
     reward = (f"{tmp_path}/reward.py:letters",)
-    return replace(config, dpo=stage, kto=KTOStage(**fields), rl=rl, reward=reward)
+    return replace(config, dpo=stage, rl=rl, reward=reward)
 
 
 def with_stage(config, name, **changes):
     return replace(config, **{name: replace(getattr(config, name), **changes)})
 
 
-def supervised_run(config, spec, **settings):
+def dpo_run(config, **settings):
     """The result of a run, and (policy, reference or None) after each of its steps."""
     states = []
 
@@ -124,19 +118,19 @@ def supervised_run(config, spec, **settings):
         reference = getattr(state, "reference", None)
         states.append(jax.tree.map(np.array, (state.params, reference)))
 
-    config = with_stage(config, spec.section, **settings)
-    folder = f"{config.output_dir}-{spec.section}-{'-'.join(map(str, settings.values()))}"
-    return entry.run(replace(config, output_dir=folder), spec, keep), states
+    config = with_stage(config, "dpo", **settings)
+    folder = f"{config.output_dir}-dpo-{'-'.join(map(str, settings.values()))}"
+    return supervised.run(replace(config, output_dir=folder), dpo.TASK, keep), states
 
 
 def of_steps(result, name):
     return [row[name] for row in metric_rows(result.folder) if name in row]
 
 
-@pytest.mark.parametrize("spec", [soak(dpo.SPEC), slow(kto.SPEC)])
-def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(spec, short):
-    fixed, _ = supervised_run(short, spec)
-    still, states = supervised_run(short, spec, reference_ema=0.0)
+@pytest.mark.slow
+def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(short):
+    fixed, _ = dpo_run(short)
+    still, states = dpo_run(short, reference_ema=0.0)
     for name in ("model/model.safetensors", "metrics.jsonl"):
         assert (fixed.folder / name).read_bytes() == (still.folder / name).read_bytes()
     assert all(reference is not None for _, reference in states)
@@ -157,7 +151,7 @@ def test_a_stage_moves_its_reference_before_a_step(monkeypatch, tmp_path):
 
         return add
 
-    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    monkeypatch.setattr(layout.Layout, "jit_update", jit_update)
     monkeypatch.setattr(memory, "check", lambda *args: None)
     config = with_stage(letters_run(tmp_path), "dpo", reference_refresh=2)
     dpo.run(config)
@@ -170,9 +164,9 @@ def moved(tree, other):
     )
 
 
-@pytest.mark.parametrize("spec", [slow(dpo.SPEC), soak(kto.SPEC)])
-def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_with_it(spec, short):
-    result, states = supervised_run(short, spec, reference_ema=0.3, reference_refresh=2)
+@pytest.mark.slow
+def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_with_it(short):
+    result, states = dpo_run(short, reference_ema=0.3, reference_refresh=2)
     every_second = 0
     for step in range(1, len(states)):
         policy, reference = states[step - 1]
@@ -181,8 +175,8 @@ def test_the_reference_of_a_run_follows_its_policy_and_a_stopped_run_goes_on_wit
         jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-7), states[step][1], expected)
         every_second += moved(states[step][1], reference) > 1e-4
     assert every_second == (len(states) - 1) // 2 > 1
-    config = with_stage(short, spec.section, reference_ema=0.3, reference_refresh=2)
-    goes_on_alike(lambda config: entry.run(config, spec), config, result)
+    config = with_stage(short, "dpo", reference_ema=0.3, reference_refresh=2)
+    goes_on_alike(dpo.run, config, result)
 
 
 def rl_run(config, **settings):
@@ -213,7 +207,7 @@ def test_the_reference_of_rl_follows_its_policy_and_a_stopped_run_goes_on_with_i
 def test_under_lora_the_adapters_of_the_reference_move(short, data, tmp_path):
     model = save_base(tmp_path / "base", data)
     config = replace(short, model=model, tokenizer=Tokenizer(), lora=LoRA(rank=2, alpha=4.0))
-    result, states = supervised_run(config, dpo.SPEC, reference_ema=1.0)
+    result, states = dpo_run(config, reference_ema=1.0)
     assert_allclose(of_steps(result, "dpo/loss"), np.log(2.0), rtol=1e-5)
     names = {path[-1] for path in flatten_dict(states[-1][1])}
     assert names == {"lora_a", "lora_b", "lora_scale"}
@@ -222,8 +216,9 @@ def test_under_lora_the_adapters_of_the_reference_move(short, data, tmp_path):
 
 def test_a_config_has_it_in_each_section():
     config = RunConfig()
-    for section in (config.rl, config.dpo, config.kto):
+    for section in (config.rl, config.dpo):
         assert not references.moves(section)
         assert references.moves(replace(section, reference_ema=0.5))
         assert references.moves(replace(section, reference_refresh=5))
     assert not references.moves(config.sft)
+    assert not references.moves(config.kto)

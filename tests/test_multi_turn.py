@@ -36,7 +36,7 @@ from rlhf_jax.generation import environment, stops
 from rlhf_jax.generation.environment import Environment, converse
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.sampling.rollout import rescore
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.opening import OpenRun
 
 KEY = jax.random.key(7)
 
@@ -405,7 +405,7 @@ def conversing(tmp_path_factory):
     )
     held = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
+        patch.setattr(OpenRun, "hold", lambda run, trees: held.update(trees))
         return config, run_grpo(config), held
 
 

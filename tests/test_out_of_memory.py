@@ -27,17 +27,18 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import allocator, devices, writing
-from rlhf_jax.training.common import loop, memory
+from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
+from rlhf_jax.training.common.progress import Progress
 
 SIZES = {"ppo.num_microbatches": 1, "rl.batch_size": 64}
 
 
 def run_out(config, error, **held):
     def fail():
-        with open_stage(config, "ppo", {}, SIZES) as stage:
-            stage.held.update(held)
+        with open_run(config, "ppo", {}, SIZES) as run:
+            run.held.update(held)
             raise error
 
     with pytest.raises(TrainingFault) as fault:
@@ -89,7 +90,7 @@ def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_reall
     placing = run_out(RunConfig(output_dir=str(tmp_path / "a")), error)
     assert placing.startswith("ppo: out of memory. What helps most: more --ppo.num-microbatches")
     config = RunConfig(output_dir=str(tmp_path / "b"))
-    with pytest.raises(TrainingFault, match="of memory"), open_stage(config, "ppo", {}):
+    with pytest.raises(TrainingFault, match="of memory"), open_run(config, "ppo", {}):
         jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
 
 
@@ -235,13 +236,13 @@ def test_memory_is_checked_and_given_back_before_the_first_step_and_before_savin
 
     def before(event, module, name):
         called = getattr(module, name)
-        noted = lambda *args: events.append(event) or called(*args)  # noqa: E731
+        noted = lambda *args, **more: events.append(event) or called(*args, **more)  # noqa: E731
         monkeypatch.setattr(module, name, noted)
 
     monkeypatch.setattr(devices, "free_memory", lambda: 0)
     monkeypatch.setattr(allocator, "give_back", lambda: events.append("given back"))
     before("saved", writing, "replacing")
-    before("step", loop._Loop, "step")
+    before("step", Progress, "record")
     before("checked", memory, "check")
     a_run("sft", tmp_path)
     assert sorted(events[:2]) == ["checked", "given back"]
@@ -280,7 +281,7 @@ def test_a_run_that_needs_more_than_is_free_ends_before_its_first_step(
     "error", [jax.errors.JaxRuntimeError("INTERNAL"), ValueError("x"), KeyError("y")]
 )
 def test_other_errors_pass_through(tmp_path, error):
-    with pytest.raises(type(error)), open_stage(RunConfig(output_dir=str(tmp_path)), "ppo", {}):
+    with pytest.raises(type(error)), open_run(RunConfig(output_dir=str(tmp_path)), "ppo", {}):
         raise error
 
 
@@ -325,12 +326,14 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
     def fn(params, tokens):
         return params["table"][tokens] * 2
 
-    with open_stage(config, "ppo", {}) as stage:
-        other = stage.frozen("reward", jax.tree_util.Partial(fn, {"table": jnp.zeros(8)}))
+    with open_run(config, "ppo", {}) as run:
+        of_run = (run.layout, config.compute)
+        other = jax.tree_util.Partial(fn, {"table": jnp.zeros(8)})
+        other = initial.frozen(run.layout, other, is_offloaded=False)
         assert memory.on_device(other) == 32
-        reference = stage.reference(Trainable({}, None, loaded), fn)
+        reference = initial.reference_of(*of_run, Trainable({}, None, loaded), fn)
         with pytest.raises(UserError, match="under LoRA the reference is the frozen weights"):
-            stage.reference(Trainable({}, {"table": tokens}), fn)
+            initial.reference_of(*of_run, Trainable({}, {"table": tokens}), fn)
     assert loaded["table"].is_deleted()
     assert memory.on_device(reference) == 0
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)} == {memory.HOST}

@@ -15,7 +15,7 @@ from jax import Array
 from rlhf_jax import TrainState, iteration, ppo, rloo, vpg
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, for_algorithm, parse
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.rl import critic
+from rlhf_jax.training.rl import critic, method
 from rlhf_jax.training.rl.method import completed
 from rlhf_jax.training.rl.programs import Sizes
 from rlhf_jax.types import AlgorithmConfig, Rollout
@@ -75,16 +75,17 @@ MINE = bare(Config=Plain, update=rloo.update)
 
 def test_a_config_of_ones_own_has_the_defaults_of_what_it_leaves_out():
     _, section = for_algorithm(RunConfig(), MINE, Plain(weight=0.25))
-    assert isinstance(section, Plain)
+    assert type(section) is Plain
     assert (section.weight, section.group_size, section.value) == (0.25, 2, "separate")
     defaults = AlgorithmConfig()
-    for name in (*vars(AlgorithmConfig)["__annotations__"], "kl_in_loss", "teacher_server"):
-        if not hasattr(Plain, name):
-            assert getattr(section, name) == getattr(defaults, name)
-    fields = [field.name for field in dataclasses.fields(section)]
-    assert fields == [field.name for field in dataclasses.fields(Plain)]  # what config.yaml has
+    own = {field.name for field in dataclasses.fields(Plain)}  # what config.yaml has
+    assert own == {"weight", "group_size", "value", "value_warmup", "value_learning_rate"}
+    names = {*vars(AlgorithmConfig)["__annotations__"], "kl_in_loss", "teacher_server"}
+    assert {name: getattr(section, name) for name in names - own} == {
+        name: getattr(defaults, name) for name in names - own
+    }
     _, again = for_algorithm(RunConfig(), MINE, Plain(weight=0.25))
-    assert again == section  # of one class: programs are compiled once
+    assert again == section  # programs are compiled once
     assert hash(again) == hash(section)
 
 
@@ -102,7 +103,7 @@ def test_a_config_file_of_several_stages_is_read_for_an_algorithm_of_ones_own(ca
     """tiny.yaml has sections of PPO and RLOO."""
     flags = ["--config", "tiny", "--mine.weight", "0.75"]
     config, section = for_algorithm(parse(RunConfig, flags, algorithm=MINE), MINE)
-    assert section.weight == config.mine.weight == 0.75
+    assert section.weight == config.own["mine"].weight == 0.75
     assert config.network.hidden_size == 32
     assert "does not read" not in capsys.readouterr().out
     _, section = for_algorithm(parse(RunConfig, ["--config", "tiny"]), MINE)
@@ -165,7 +166,7 @@ def test_the_value_function_of_ones_own_warms_up_at_a_rate_of_its_own():
     _, config = for_algorithm(RunConfig(), MINE, Plain(value_learning_rate=0.2))
     adam = Optimizer(learning_rate=0.1, schedule="constant", max_grad_norm=None)
     settings = RLStage(num_iterations=3, optimizer=adam)
-    optimizer = critic.make_optimizer(settings, config, 1, PARAMS)
+    optimizer = critic.make_optimizer(settings, config, 1, PARAMS, None)
     state = optimizer.init(PARAMS)
     for policy in (0.0, -0.1):
         updates, state = optimizer.update(PARAMS, state, PARAMS)
@@ -186,20 +187,20 @@ def test_what_a_value_function_cannot_be(changes, needs_values, says):
     _, config = for_algorithm(RunConfig(), MINE)
     config = types.SimpleNamespace(**{**vars(AlgorithmConfig), **vars(config), **changes})
     with pytest.raises(UserError, match=says):
-        critic.check("mine", config, needs_values)
+        method.check_value_settings("mine", config, needs_values)
 
 
 def test_a_value_head_in_the_policys_network_learns_with_it():
     for config in (PPOStage(value_warmup=1), PPOStage(value_learning_rate=0.1)):
         with pytest.raises(UserError, match="give value: separate"):
-            critic.check_own_head(config)
-        critic.check_own_head(dataclasses.replace(config, value="separate"))
-    critic.check_own_head(PPOStage())
+            method.check_own_head(config)
+        method.check_own_head(dataclasses.replace(config, value="separate"))
+    method.check_own_head(PPOStage())
 
 
 def test_an_algorithm_without_values_has_no_settings_of_them():
-    critic.check("rloo", rloo.Config(), needs_values=False)
-    critic.check("ppo", ppo.Config(), needs_values=True)
+    method.check_value_settings("rloo", rloo.Config(), needs_values=False)
+    method.check_value_settings("ppo", ppo.Config(), needs_values=True)
 
 
 # --- Its state

@@ -19,7 +19,7 @@ from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.common.setup import shares_of
+from rlhf_jax.training.common.layout import layout_of, row_parts
 from rlhf_jax.training.supervised import batching, ensembles
 from rlhf_jax.types import PolicyOutput
 
@@ -269,9 +269,11 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert batches.packing(short, np.arange(6), plan, 1)[1] == 10  # no text is longer
 
 
-def batching_of(config, spec, encoded, **how):
-    settings = getattr(config, spec.section)
-    return batching._batching(shares_of(config), spec, settings, config.text, encoded, **how)
+def batching_of(config, task, encoded, **how):
+    settings = getattr(config, task.section)
+    parts = row_parts(layout_of(config), settings.num_microbatches)
+    how |= {"task": task, "settings": settings, "text": config.text, "num_parts": parts}
+    return batching.form_batches(encoded, **how)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -279,7 +281,7 @@ def test_the_columns_of_an_epoch_are_those_of_its_batches(pack, config):
     own = replace(config.dpo, batch_size=4)
     config = replace(config, text=Text(pack=pack, bucket_multiple=4), dpo=own)
     train = np.arange(1, 5)
-    made = batching_of(config, training.dpo.SPEC, PAIRS, rows=train, key=KEY, layers=1)
+    made = batching_of(config, training.dpo.TASK, PAIRS, rows=train, key=KEY, layers=1)
     batch = made.collate(PAIRS, train[made.plan.rows(0)])
     assert made.columns == batch.tokens.size
 
@@ -292,9 +294,9 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config):
     own = replace(getattr(config, stage), batch_size=4)
     config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
-    spec = getattr(training, stage).SPEC
+    task = getattr(training, stage).TASK
     plan, again = (
-        batching_of(config, spec, PAIRS, rows=train, key=KEY, layers=1) for _ in range(2)
+        batching_of(config, task, PAIRS, rows=train, key=KEY, layers=1) for _ in range(2)
     )
     # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest
     # pair's 10 columns.

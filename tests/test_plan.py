@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import forks
 import jax
@@ -37,7 +36,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common import initial, memory
-from rlhf_jax.training.rl.entry import method_of
+from rlhf_jax.training.rl.method import method_of
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -308,14 +307,15 @@ def test_the_answers_at_validations_are_a_phase(folder):
         return case.Case(RunConfig(model=folder, dpo=section), "dpo", None)
 
     made = shapes.shapes_of(planned(asked).config, "dpo").programs
-    answer, *arguments = made[shapes.ANSWERING]
-    rollout, log_ratios = jax.eval_shape(answer, *arguments)
+    rollout = jax.eval_shape(*made[shapes.ANSWERING])
     assert rollout.tokens.shape == (8, 12 + 4)
-    assert log_ratios.shape == (8,)
-    policy = SimpleNamespace(begun=planned(asked).policy())
+    compare, state, text, functions = made[shapes.COMPARING]
+    assert [array.shape for array in text] == [(8, 12 + 4)] * 3
+    assert jax.eval_shape(compare, state, text, functions).shape == (8,)
+    job = shapes._job(planned(asked))
     for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
         none = planned(dataclasses.replace(asked, **other))
-        assert shapes._answering(none, policy, 16, None, None) == {}
+        assert shapes._answering(none, job, None, 16, None, None) == {}
 
 
 def test_the_reference_of_kto_is_counted(folder):

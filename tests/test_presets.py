@@ -27,9 +27,10 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import verifiable
-from rlhf_jax.training.common.opening import stage_of
-from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.supervised import entry, tasks
+from rlhf_jax.training.common import initial as start
+from rlhf_jax.training.common.layout import Layout
+from rlhf_jax.training.common.opening import OpenRun
+from rlhf_jax.training.supervised.job import Job
 
 TINY_RUN = parse(RunConfig, ["--config", "tiny"])
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
@@ -111,30 +112,30 @@ def test_the_optimizers_of_the_authors():
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "simpo", None])
-def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
+def test_a_run_scores_a_reference_where_the_loss_reads_one(kind):
     model = models.build(
         models.GPT2Config(vocab_size=3, max_length=4, hidden_size=2, num_layers=1, num_heads=1)
     )
     config = RunConfig(dpo=DPOStage(kind=kind or "sigmoid"))
-    stage = stage_of(config, "dpo", None, sharding.make_mesh(1))
-    initial = LanguageModel(model, initial_params(model), None)
-    setting = tasks.Setting(
-        stage,
-        config.dpo if kind else config.sft,
-        model_source(config),
-        config.rl,
-        initial,
-        [],
-        encoding.encode_texts([Row("a", ("b", ""), "file")], characters("ab")),
-        *np.zeros((2, 0), int),
-        batches.Plan(np.ones(4), 4, None),
-        None,
-        16,
-        optax.sgd(1.0),
+    run = OpenRun("dpo", None, config, Layout(sharding.make_mesh(1)))
+    none = np.zeros(0, int)
+    job = Job(
+        run=run,
+        settings=config.dpo if kind else config.sft,
+        source=model_source(config),
+        language_model=LanguageModel(model, initial_params(model), None),
+        rows=[],
+        encoded=encoding.encode_texts([Row("a", ("b", ""), "file")], characters("ab")),
+        train_rows=none,
+        held_out=none,
+        plan=batches.Plan(np.ones(4), 4, None),
+        collate=None,
+        bucket_multiple=16,
+        num_steps=1,
+        optimizer=optax.sgd(1.0),
     )
-    monkeypatch.setattr(entry, "run", lambda config, spec: spec.make_task(setting))
-    task = training.dpo.run(config) if kind else training.sft.run(config)
-    assert (task.reference is None) == (kind != "sigmoid")
+    task = training.dpo.TASK if kind else training.sft.TASK
+    assert (task.prepare(job).reference is None) == (kind != "sigmoid")
 
 
 def flags(name, section, folder):
@@ -163,9 +164,9 @@ def test_a_preset_starts(name, data, monkeypatch):
     """One step on a tiny model. Methods without a reference neither copy one nor run it."""
     section = SAYS[name].split()[0]
     copies = []
-    reference = Stage.reference
+    reference_of = start.reference_of
     monkeypatch.setattr(
-        Stage, "reference", lambda *args: copies.append(reference(*args)) or copies[-1]
+        start, "reference_of", lambda *args: copies.append(reference_of(*args)) or copies[-1]
     )
     config = parse(RunConfig, [*flags(name, section, data), "--overwrite"])
     module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section)

@@ -15,7 +15,8 @@ from builders import letters_stage, run_stage, soak
 from rlhf_jax import sharding
 from rlhf_jax.cli import verify
 from rlhf_jax.data import batches
-from rlhf_jax.training.common import layout, loop
+from rlhf_jax.training.common import layout
+from rlhf_jax.training.common.progress import Progress
 
 PRNG = inspect.getmodule(type(jax.random.key(0).dtype))  # private, elsewhere in each version
 SLOW = ("reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
@@ -30,7 +31,7 @@ def recorded(monkeypatch):
     keys = collections.defaultdict(list)
     phases = ["training"]
     draw = PRNG.random_bits
-    train_stage = loop.train
+    create = Progress.__init__
     order = batches._permutation
 
     def note(data):
@@ -48,19 +49,19 @@ def recorded(monkeypatch):
         phases.pop()
         return result
 
-    def tracked(stage, state, job):
+    def tracked(progress, *inputs, validate, **options):
         numbers = itertools.count()
 
-        def validate(state):
-            return during(next(numbers), job.validate, state)
+        def validate_noted(state):
+            return during(next(numbers), validate, state)
 
-        # The check of memory draws by the first step's keys; what it draws is thrown away.
-        quick = job._replace(check_memory=lambda state: None)
-        return train_stage(stage, state, quick._replace(validate=validate))
+        create(progress, *inputs, validate=validate_noted, **options)
 
     jax.clear_caches()
     monkeypatch.setattr(PRNG, "random_bits", noted)
-    monkeypatch.setattr(loop, "train", tracked)
+    monkeypatch.setattr(Progress, "__init__", tracked)
+    # The check of memory draws by the first step's keys; what it draws is thrown away.
+    monkeypatch.setattr(Progress, "has_steps", False)
     # The order of an epoch is drawn again by each step that needs it: the same draw.
     monkeypatch.setattr(batches, "_permutation", lambda *args: during("order", order, *args))
     monkeypatch.setattr(layout, "mesh_of", lambda config: sharding.make_mesh(1))

@@ -5,7 +5,6 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,19 @@ import numpy as np
 import pytest
 from builders import initial_params
 from numpy.testing import assert_allclose, assert_array_equal
+from recorded import rl_job
 
 from rlhf_jax import models, rewards
-from rlhf_jax.config import Compute, RunConfig
+from rlhf_jax.config import Compute
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.graders import spec
-from rlhf_jax.training.common import initial
-from rlhf_jax.training.rl import steps
+from rlhf_jax.training.common import reward_models
 from rlhf_jax.training.rl.schedule import Batch
+from rlhf_jax.training.rl.score import score as score_rollout
 from rlhf_jax.types import Rollout
 
 TOKENIZER = tokenizers.characters("abcdefghij ")
@@ -290,7 +290,7 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     sizes = {"vocab_size": 20, "max_length": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(**sizes))
     params = initial_params(model)
-    load = partial(initial.load_reward_model, compute=Compute())
+    load = partial(reward_models.load_reward_model, compute=Compute())
     TOKENIZER.save(tmp_path)
     models.save(tmp_path, model, params)
     with pytest.raises(UserError, match=f"{tmp_path}: this model has no score head"):
@@ -306,11 +306,10 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
 
 
 def test_a_nan_reward_stops_the_run_and_names_its_prompt(functions):
-    stage = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
     prompts = EncodedPrompts(None, None, [Row("ab", (), "")], (), {})
-    score = steps.on_host(stage, build(f"{functions}:nan"), steps.unguarded)
+    job = rl_job(inputs={"reward": build(f"{functions}:nan")})
     with pytest.raises(TrainingFault, match="row 0, prompt"):
-        score(rollout(), Batch(prompts, np.array([0, 0]), None))
+        score_rollout(job, rollout(), Batch(prompts, np.array([0, 0]), None))
 
 
 def test_an_evaluation_reads_scores_by_the_same_rules(functions):

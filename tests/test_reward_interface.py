@@ -4,6 +4,7 @@ scored: from the function to the advantages.
 
 import copy
 import functools
+import importlib
 import json
 import logging
 import math
@@ -23,20 +24,24 @@ import pytest
 from builders import letters_run, metric_rows, with_rl
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
+from recorded import rl_job
 
-from rlhf_jax import Rollout, grpo, rewards, rloo, training, vpg
-from rlhf_jax.config import RunConfig
+from rlhf_jax import Rollout, TrainState, grpo, rewards, rloo, training, vpg
+from rlhf_jax.config import RLStage
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import pairs, spec
+from rlhf_jax.iteration import LoopState
 from rlhf_jax.rewards.host import NO_REASON
 from rlhf_jax.rewards.texts import check_function, on_texts
-from rlhf_jax.training.rl import steps, validation
 from rlhf_jax.training.rl.schedule import Batch
+from rlhf_jax.training.rl.score import score
+from rlhf_jax.training.rl.validation import _samples, validate
 
+loop = importlib.import_module("rlhf_jax.training.rl.run")  # ``rl.run`` is its function
 TOKENIZER = characters("abcdefghij ")
 
 
@@ -80,7 +85,6 @@ def code(prompts, responses, task):
 """
 
 
-STAGE = SimpleNamespace(config=RunConfig(), shard=lambda batch: batch)
 POLICY = SimpleNamespace(tokenizer=TOKENIZER)
 
 
@@ -92,17 +96,16 @@ def batch_of(rows, numbers, *columns):
 
 @pytest.fixture
 def of_tasks(tmp_path):
-    """Three sampled rows of two tasks and of none, and the scorer of two rewards."""
+    """Three sampled rows of two tasks and of none, and the job of two rewards."""
     reward = build(tmp_path, TASKS, "maths", "code")
     rows = [Row("ab", (), "", columns={"task": task}) for task in ("math", "code", "other")]
     sampled = jax.tree.map(jnp.asarray, rollout(texts=("e", "e", "e")))
-    score = steps.on_host(STAGE, reward, steps.unguarded)
-    return sampled, batch_of(rows, range(3), "task"), score
+    return sampled, batch_of(rows, range(3), "task"), rl_job(inputs={"reward": reward})
 
 
 def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
-    sampled, batch, score = of_tasks
-    scored = score(sampled, batch)
+    sampled, batch, job = of_tasks
+    scored = score(job, sampled, batch)
     assert scored.rollout.scores.tolist() == [2, 3, 0]
     assert scored.rollout.present.tolist() == [True, True, False]
     assert_array_equal(scored.rollout.components["maths"], [2, math.nan, math.nan])
@@ -114,14 +117,14 @@ def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
 
 
 def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, caplog):
-    sampled, batch, score = of_tasks
+    sampled, batch, job = of_tasks
     with caplog.at_level(logging.INFO, logger=logger.name):
-        scored = score(sampled, batch)
-        score(sampled, batch)
+        scored = score(job, sampled, batch)
+        score(job, sampled, batch)
     assert list(scored.reasons) == [None, None, f"no maths; {NO_REASON.reason}"]
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"reward: no score for 1 of 3 responses: {scored.reasons[2]} (said once)"]
-    samples = validation._samples(POLICY, sampled, scored, batch)
+    samples = _samples(POLICY, sampled, scored, batch)
     assert [row["score"] for row in samples] == [2, 3, None]
     assert [row["reward/code"] for row in samples] == [None, 3, None]
     assert samples[2]["unscored"] == scored.reasons[2]
@@ -522,11 +525,10 @@ class Watched:
 
 
 def test_only_an_algorithm_that_needs_components_gets_them():
-    networks = SimpleNamespace(functions=lambda width: None)
-    for needs, expected in ((False, None), (True, {"a": 1})):
+    for own, expected in ((grpo.Config(), None), (Watched.Config(), {"a": 1})):
         rollout = Rollout(*[np.zeros((1, 2))] * 4, components={"a": 1})
-        learn = steps.learner(lambda state, rollout, *more: rollout, networks, needs)
-        assert learn(None, rollout, None).components == expected
+        read, key, _ = loop._update_arguments(rl_job(own=own), rollout, "key")
+        assert (read.components, key) == (expected, "key")
     assert (grpo.Config().needs_components, Watched.Config().needs_components) == (False, True)
 
 
@@ -539,10 +541,13 @@ def test_memory_is_checked_for_components_whose_names_are_known(
 ):
     """Those of the user's Python are known when it has scored, which the check does not ask for."""
     checked = []
-    monkeypatch.setattr(steps.memory, "check", lambda phase, *_: checked.append(phase))
+    monkeypatch.setattr(loop.memory, "check", lambda phase, *_: checked.append(phase))
     rollout = Rollout(*[np.zeros((1, 2))] * 4, components=components)
-    more = (SimpleNamespace(functions=str), SimpleNamespace(widest=tuple), None, needs)
-    steps.checking(lambda state, batch: (rollout, {}), None, *more)(None)
+    monkeypatch.setattr(loop, "collect", lambda job, state, batch: (rollout, {}))
+    own = Watched.Config() if needs else grpo.Config()
+    schedule = SimpleNamespace(widest=tuple)
+    job = rl_job(own=own, schedule=schedule, programs={"learn": None}, rehearsal=lambda: None)
+    loop.check_memory(job, None)
     assert checked == ["learn"] * is_checked
 
 
@@ -604,19 +609,29 @@ def later_letter(first, second):
 
 
 def pairs_validator(folder):
-    """A validator whose states are the two responses; the third row is missing."""
+    """Validates two responses; the third row is missing."""
     batch = batch_of([Row("ab", (), ""), Row("ba", (), "")], [1, 0, -1])
-    stage = SimpleNamespace(**vars(STAGE), run=SimpleNamespace(samples=folder / "samples.jsonl"))
     shares = pairs.win_shares(pairs.by_function("x", later_letter, ()))
     reward = spec.Reward(host=rewards.from_text(shares, TOKENIZER), is_pairs=True)
 
-    def sample(state, batch):
-        made = rollout(texts=(*state, "j"))
+    def respond(policy, prompts, key):
+        made = rollout(texts=(*policy, "j"))
         made.response_mask[2] = 0
-        return jax.tree.map(jnp.asarray, made), {}
+        return jax.tree.map(jnp.asarray, made)
 
-    score = steps.on_host(stage, reward, steps.unguarded)
-    return validation.validator(stage, POLICY, batch, sample, score, None, "reward")
+    job = rl_job(
+        settings=RLStage(batch_size=3),
+        inputs={"initial": POLICY, "reward": reward},
+        programs={"respond_to_each": respond},
+        folder=folder,
+        held_out=batch,
+    )
+
+    def of_texts(texts):
+        state = LoopState.create(TrainState(0, texts, ()), 0.0)
+        return validate(job, state)
+
+    return of_texts
 
 
 def test_a_validation_compares_with_the_first_one_also_after_a_resume(tmp_path):

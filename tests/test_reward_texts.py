@@ -23,7 +23,7 @@ from rlhf_jax.evaluation import bench, evaluate
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import initial
+from rlhf_jax.training.common import reward_models
 from rlhf_jax.types import Rollout
 
 POLICY = characters("abcdefghijklmnopqrstuvwxyz <|_>")
@@ -80,7 +80,7 @@ def sampled(prompts, said):
     return jax.tree.map(np.array, made)
 
 
-load = partial(initial.load_reward_model, compute=Compute(), policy=POLICY.fingerprint)
+load = partial(reward_models.load_reward_model, compute=Compute(), policy=POLICY.fingerprint)
 
 
 def build(*entries):
@@ -187,9 +187,9 @@ def assert_traced(folder, tokenizer, expected, at_end, is_ours):
     tokens, mask = (np.roll(array, -4, axis=1) for array in padded)  # pads on both sides
     made = Rollout(tokens, mask, mask, mask)
     own = {"compute": Compute(), "policy": tokenizer.fingerprint, "in_chat": True}
-    reward = initial.load_reward_model(folder, **own)
+    reward = reward_models.load_reward_model(folder, **own)
     assert_allclose(rewards.from_model(*reward[:2])(made)[0], expected, atol=1e-5)
-    plain = initial.load_reward_model(folder, **own | {"in_chat": False})
+    plain = reward_models.load_reward_model(folder, **own | {"in_chat": False})
     unended = slice(0 if is_ours else 1, None)
     scores = rewards.from_model(*plain[:2])(made)[0]
     assert_allclose(scores[unended], at_end[unended], atol=1e-5)

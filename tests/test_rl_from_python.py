@@ -38,6 +38,7 @@ from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import own
 from rlhf_jax.training.common.optimizer import make_optimizer, muon_dimensions
+from rlhf_jax.training.rl import job
 from rlhf_jax.types import TrainState
 
 ADAM = Optimizer(learning_rate=0.01, schedule="linear")
@@ -103,8 +104,18 @@ def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(co
     assert losses[0] != losses[1]
 
 
+def test_a_given_reward_takes_the_place_of_the_settings(config, tmp_path):
+    """Which are not read, and not recorded."""
+    unread = replace(config, reward=("no such reward",))
+    with job.open_job(
+        unread, rloo, None, reward=lambda rollout: (rollout.mask * 1.0, {})
+    ) as opened:
+        assert opened.run.config.reward == opened.sources.reward == ()
+        assert opened.inputs.reward.fn is not None
+
+
 def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
-    plateau = Optimizer(schedule="plateau", decay_patience=1)
+    plateau = Optimizer(schedule="plateau")
     wrong = replace(config, rl=replace(config.rl, optimizer=plateau))
     with pytest.raises(UserError, match=r"plateau .* optimizer that Python"):
         rl.run(wrong, rloo, optimizer=optax.sgd(0.1))

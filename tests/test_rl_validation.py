@@ -17,11 +17,12 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import mean_interval
 from rlhf_jax.runs import folder
-from rlhf_jax.training.common import initial, loop
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.opening import open_run
+from rlhf_jax.training.common.progress import Progress
 from rlhf_jax.training.rl import validation
-from rlhf_jax.training.rl.entry import sources_of
 from rlhf_jax.training.rl.inputs import files
+from rlhf_jax.training.rl.job import sources_of
 from rlhf_jax.types import Rollout
 
 PROMPTS = [
@@ -82,15 +83,16 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
 def validated(config, monkeypatch):
     """The first validation of a run with other settings of ``rl``, which ends behind it."""
 
-    def train(stage, state, job):
-        raise Killed(job.validate(state))
+    def begin(progress, adopt):
+        raise Killed(progress.validate(progress.state))
 
     def run(**settings):
         with pytest.raises(Killed) as killed:
             training.rl.run(replace(config, rl=replace(config.rl, **settings)), vpg)
         return killed.value.args[0]
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(Progress, "begin", begin)
+    monkeypatch.setattr(Progress, "has_steps", False)  # whose memory would be checked
     return run
 
 
@@ -147,17 +149,21 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     assert folder.is_unused(tmp_path / "run")
 
 
+def ends_before_its_first_step(monkeypatch):
+    def begin(progress, adopt):
+        raise Killed
+
+    monkeypatch.setattr(Progress, "begin", begin)
+    monkeypatch.setattr(Progress, "has_steps", False)  # whose memory would be checked
+
+
 def test_prompts_are_validated_without_the_answers_of_training(config, tmp_path, monkeypatch):
     """Which rewards and judges may read. The run is built, and ends before its first step."""
     pairs = [row | {"chosen": "c", "rejected": "r"} for row in PROMPTS]
     write(tmp_path / "prompts.json", [*pairs, {"prompt": "x", "topic": "fox", "response": "y"}])
     (tmp_path / "mine.py").write_text("def score(prompts, responses, chosen, response): pass")
     spec = (f"{tmp_path / 'mine.py'}:score",)
-
-    def train(stage, state, job):
-        raise Killed
-
-    monkeypatch.setattr(loop, "train", train)
+    ends_before_its_first_step(monkeypatch)
     judged = replace(config, reward=spec, rl=replace(config.rl, judge=spec))
     with pytest.raises(Killed):
         training.rl.run(judged, vpg)
@@ -168,11 +174,7 @@ def test_the_judge_may_read_a_column_that_only_validation_has(config, tmp_path, 
     write(tmp_path / "others.json", [{"prompt": "x", "topic": "fox", "answer": "y"}])
     (tmp_path / "judge.py").write_text("def judge(prompts, responses, answer): return [0.0]")
     judged = replace(config.rl, judge=(f"{tmp_path / 'judge.py'}:judge",))
-
-    def train(stage, state, job):
-        raise Killed
-
-    monkeypatch.setattr(loop, "train", train)
+    ends_before_its_first_step(monkeypatch)
     with pytest.raises(Killed):
         training.rl.run(replace(config, rl=judged), vpg)
 
@@ -182,8 +184,8 @@ def test_another_reward_file_is_another_run(config, tmp_path):
     file.write_text("score = len")
     config = replace(config, reward=(f"{file}:score",))
     read = files(sources_of(config), config.rl, config.vpg)
-    with open_stage(config, "vpg", {}, files=read) as stage:
-        (stage.run.checkpoints / "0").mkdir(parents=True)
+    with open_run(config, "vpg", {}, files=read) as run:
+        (run.folder.checkpoints / "0").mkdir(parents=True)
     file.write_text("score = max")
     with pytest.raises(UserError, match=r"sha256 of reward \S+ was '\w{12}' and is now '\w{12}'"):
         training.rl.run(replace(config, resume=True), vpg)

@@ -11,14 +11,17 @@ import optax
 import pytest
 from builders import goes_on_alike, metric_rows, save_base, slow, soak, with_rl
 from numpy.testing import assert_array_equal
+from recorded import rl_job
 
-from rlhf_jax import ppo, vpg
+from rlhf_jax import ppo, sharding, vpg
 from rlhf_jax.config import Compute, LoRA, Mesh, RLStage
 from rlhf_jax.errors import UserError
-from rlhf_jax.iteration import LoopState
+from rlhf_jax.iteration import LoopState, Prompts
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import layout
+from rlhf_jax.training.rl import ahead as ahead_module
 from rlhf_jax.training.rl.ahead import Ahead
+from rlhf_jax.training.rl.sample import _responder
 from rlhf_jax.types import TrainState
 
 
@@ -60,29 +63,50 @@ class AtOnce:
 
 
 @pytest.mark.parametrize("thread", [None, AtOnce()])
-def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thread):
+def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thread, monkeypatch):
     """The update adds 1 to the policy, which is 0; of the state it changes nothing else."""
     drawn = []
 
-    def sample(state, batch):
+    def sample(job, state, batch):
+        assert state.behind is None
+        # A thread has the policy on the host, so that it starts no program on devices that learn.
+        is_on_host = isinstance(state.train.params["w"], np.ndarray)
+        assert is_on_host == (thread is not None and batch != "prompts 0")
         drawn.append((batch, float(state.train.params["w"])))
         return batch, {}
 
-    def advance(state, step):
-        rollout, _ = ahead.sample(state, f"prompts {step}")
-        assert rollout == f"prompts {step}"
-        params = {"w": state.train.params["w"] + 1.0}
-        return replace(state, train=replace(state.train, params=params)), {}
-
-    ahead = Ahead(sample, thread)
+    monkeypatch.setattr(ahead_module, "sample", sample)
+    ahead = Ahead(thread)
     prompts = SimpleNamespace(batches=lambda step: [f"prompts {step}", "reserve"])
-    advance_ahead = ahead.advancing(advance, prompts, 4, lambda tree: tree)
+    job = rl_job(settings=RLStage(num_iterations=4), schedule=prompts)
+    job.run.layout.copy = lambda tree: jax.tree.map(jnp.copy, tree)
     first = TrainState(jnp.int32(0), {"w": jnp.float32(0.0)}, ())
     state = LoopState.create(first, 0.0, behind=first)
     for step in range(4):
-        state, _ = advance_ahead(state, step)
+        behind = ahead.start(job, state, step + 1)
+        assert behind.params["w"] is not state.train.params["w"]  # which the update gives up
+        rollout, _ = ahead.sample(job, state, f"prompts {step}")
+        assert rollout == f"prompts {step}"
+        params = {"w": state.train.params["w"] + 1.0}
+        state = replace(state, train=replace(state.train, params=params), behind=behind)
     assert drawn == [("prompts 0", 0.0), ("prompts 1", 0.0), ("prompts 2", 1.0), ("prompts 3", 2.0)]
     assert float(state.behind.params["w"]) == 3.0
+
+
+def test_what_samples_elsewhere_does_so_for_one_at_a_time():
+    """An engine, or devices of their own, whose samples are on the host."""
+    state = LoopState.create(TrainState(jnp.int32(0), {"w": jnp.float32(1.0)}, ()), 0.0)
+    prompts = Prompts(*[np.ones((4, 1), np.int32)] * 2, np.arange(4), places=np.arange(4))
+    key = jax.random.key(0)
+    here = {"ahead": SimpleNamespace(alone=lambda respond: lambda *given: [respond(*given)])}
+    client = SimpleNamespace(responder=lambda state, kind: lambda prompts, key: kind)
+    assert _responder(rl_job(client=client, **here), state, "respond")(prompts, key) == ["respond"]
+    programs = {"respond_to_each": lambda policy, prompts, key: policy["w"] + prompts.row_ids}
+    apart = rl_job(programs=programs, **here)
+    apart.run.layout.sampling_mesh = sharding.make_mesh(4)
+    [sampled] = _responder(apart, state, "respond_to_each")(prompts, key)
+    assert isinstance(sampled, np.ndarray)
+    assert_array_equal(sampled, [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("lora", [slow(LoRA()), soak(LoRA(rank=2))])
@@ -119,7 +143,8 @@ def test_devices_of_their_own_sample_the_next_rollout(short, data, tmp_path):
 
     whole = run(replace(config, output_dir=f"{config.output_dir}-whole"))
     apart = replace(config, mesh=Mesh(sampling=2))
-    meshes = (layout.mesh_of(apart.mesh), layout.sampling_mesh(apart.mesh))
+    on = layout.layout_of(apart)
+    meshes = (on.mesh, on.sampling_mesh)
     devices = [device for mesh in meshes for device in mesh.devices.flat]
     assert devices == jax.devices()
     result = run(apart)

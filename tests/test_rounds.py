@@ -75,13 +75,9 @@ class Stands:
 
         def sample(asked, seed):
             names = [f"{seed} {row.prompt} {i}".encode() for row in asked.rows for i in range(2)]
-            return [digest(made, name)[: 4 + len(name) % 3] for name in names]
+            return [digest(made, name)[: 4 + len(name) % 3] for name in names], None
 
-        return SimpleNamespace(
-            ask=lambda rows, number: SimpleNamespace(rows=rows),
-            sample=sample,
-            texts_of=lambda rollout: rollout,
-        )
+        return SimpleNamespace(ask=lambda rows, number: SimpleNamespace(rows=rows), sample=sample)
 
     def trained(self, kind, given, data):
         self.calls.append((kind, given, data))
@@ -400,8 +396,7 @@ def test_answers_that_are_all_equal_are_nothing_to_compare(stand, given, monkeyp
     stand()
     same = SimpleNamespace(
         ask=lambda rows, number: SimpleNamespace(rows=rows),
-        sample=lambda asked, seed: ["same"] * 2 * len(asked.rows),
-        texts_of=lambda rollout: rollout,
+        sample=lambda asked, seed: (["same"] * 2 * len(asked.rows), None),
     )
     monkeypatch.setattr(compare.asking, "open_policy", lambda *args, **more: same)
     with pytest.raises(UserError, match="nothing to compare"):

@@ -23,8 +23,8 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import devices
-from rlhf_jax.training.common import initial, memory, opening, remat, stage
-from rlhf_jax.training.common.opening import stage_of
+from rlhf_jax.training.common import initial, layout, memory, opening, remat
+from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.supervised import scoring
 
 
@@ -88,12 +88,13 @@ def test_remat_by_depth_and_memory_is_recorded(
     monkeypatch.setattr(devices, "free_memory", lambda: share * stored)
     monkeypatch.setattr(memory, "temporaries", lambda *inputs: stored)
     config = of_depth(layers, remat=given, scan_layers=True)
-    own = stage_of(config, "sft", a_run(tmp_path))
-    own, begun = remat.choose(own, begun, 4 * own.num_parts, 32)
-    assert own.compute.remat is chosen
+    own = opening.OpenRun("sft", a_run(tmp_path), config, layout_of(config))
+    own, begun = remat.choose(own, begun, 4 * own.layout.num_parts, 32)
+    compute = own.config.compute
+    assert compute.remat is chosen
     assert begun.model.config.remat is chosen
     recorded = (tmp_path / "config.yaml").read_text()
-    assert recorded == (to_yaml(replace(config, compute=own.compute)) if given == "auto" else "")
+    assert recorded == (to_yaml(replace(config, compute=compute)) if given == "auto" else "")
     lines = [line for line in capsys.readouterr().out.splitlines() if "remat" in line]
     is_said = given == "auto" and layers == 8
     assert [line.partition(" (")[0] for line in lines] == is_said * [
@@ -107,9 +108,9 @@ def test_the_memory_of_a_device_decides_nothing_with_blocks(tmp_path, monkeypatc
     begun = LanguageModel(models.build(network), {}, None)
     monkeypatch.setattr(devices, "free_memory", lambda: 1)
     config = of_depth(8, blocks=8)
-    own = stage_of(config, "sft", a_run(tmp_path))
+    own = opening.OpenRun("sft", a_run(tmp_path), config, layout_of(config))
     own, _ = remat.choose(own, begun, 32, 32)
-    assert own.compute.remat is False
+    assert own.config.compute.remat is False
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_batches_of_a_deep_model_are_of_few_widths(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scoring, "score_rows", score_rows)
     monkeypatch.setattr(memory, "check", lambda *args: None)
-    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    monkeypatch.setattr(layout.Layout, "jit_update", jit_update)
     config = RunConfig(
         data=(str(tmp_path / "rows.json"),),
         output_dir=str(tmp_path / "run"),

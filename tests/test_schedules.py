@@ -13,7 +13,8 @@ from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.iteration import NO_PENALTY, LoopState
-from rlhf_jax.training.common.opening import stage_of
+from rlhf_jax.training.common.layout import layout_of
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import (
     Patience,
     check_frozen,
@@ -21,7 +22,6 @@ from rlhf_jax.training.common.optimizer import (
     make_optimizer,
     times_exhausted,
 )
-from rlhf_jax.training.common.setup import shares_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import TrainState
 
@@ -32,14 +32,6 @@ from rlhf_jax.types import TrainState
         ({"schedule": "constant"}, [0.8] * 6),
         ({"schedule": "linear"}, [0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),
         ({"schedule": "cosine"}, [0.8, 0.4 * (1 + 0.5**0.5), 0.4, 0.4 * (1 - 0.5**0.5), 0.0, 0.0]),
-        (
-            {"schedule": "step", "decay_every": 2, "decay_factor": 0.5},
-            [0.8, 0.8, 0.4, 0.4, 0.2, 0.2],
-        ),
-        (
-            {"schedule": "step", "decay_every": 1, "warmup_steps": 2, "decay_factor": 0.25},
-            [0, 0.4, 0.8, 0.2, 0.05],
-        ),
         ({"schedule": "linear", "warmup_steps": 2}, [0, 0.4, 0.8, 0.4, 0.0]),
         ({"schedule": "plateau", "warmup_steps": 1}, [0, 0.8, 0.8]),
         ({"schedule": "linear", "warmup_steps": 0.3}, [0, 0.4, 0.8, 0.4, 0.0]),
@@ -174,14 +166,13 @@ def test_times_exhausted(values, patience, times):
 
 
 def test_a_lowered_state_takes_smaller_steps():
-    settings = Optimizer(
-        learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1
-    )
+    settings = Optimizer(learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau")
     patience = Patience("max:validation/score", None, settings)
     optimizer = make_optimizer(settings, 4)
     assert patience.used
     state = LoopState.create(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
-    rows = [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)]
+    # twice five without improvement, and four
+    rows = [{"validation/score": score} for score in (1.0, 2.0, *[2.0, 1.5] * 7)]
     lowered = patience.lowered(state, rows)
     assert jax.tree.structure(lowered) == jax.tree.structure(state)
     assert float(learning_rates(lowered)["plateau_scale"]) == pytest.approx(0.01)
@@ -197,7 +188,6 @@ def test_a_lowered_state_takes_smaller_steps():
     [
         ({"schedule": "linear"}, (0.5, 0.375, 0.25, 0.125)),
         ({"schedule": "constant", "warmup_steps": 2}, (0.0, 0.25, 0.5, 0.5)),
-        ({"schedule": "step", "decay_every": 1, "decay_factor": 0.5}, (0.5, 0.25, 0.125, 0.0625)),
         ({"schedule": "constant", "frozen": "b"}, (0.5,) * 4),
     ],
 )
@@ -226,18 +216,23 @@ def test_a_length_in_episodes_is_told_the_two_that_there_are():
         parse(RunConfig, ["--rl.num-episodes", "9"])
 
 
+def open_run(name, settings):
+    config = RunConfig(rl=settings)
+    return OpenRun(name, None, config, layout_of(config))
+
+
 def test_length_in_passes_over_the_prompts(capsys):
     """500 prompts with 8 answers are 4000 rows, 31.25 batches of 128."""
     settings = RLStage(num_epochs=3, batch_size=128)
     how = method.Method(grpo, grpo.Config(group_size=8), settings, NO_PENALTY, None)
-    stage, lasting = method.lasting(stage_of(RunConfig(rl=settings), "grpo", None), how, 500)
-    assert lasting.settings.num_iterations == 94  # 93.75
-    assert stage.settings["rl"]["num_iterations"] == 94
+    run, counted = method.count_iterations(open_run("grpo", settings), how, 500)
+    assert counted.settings.num_iterations == 94  # 93.75
+    assert run.config.rl.num_iterations == 94
     assert capsys.readouterr().out == (
         "94 iterations of 16 prompts x 8 answers: 3.01 passes over 500 prompts\n"
     )
     fixed = how._replace(settings=RLStage(batch_size=128))
-    assert method.lasting(stage, fixed, 500)[1].settings.num_iterations == 100
+    assert method.count_iterations(run, fixed, 500)[1].settings.num_iterations == 100
     assert capsys.readouterr().out == (
         "100 iterations of 16 prompts x 8 answers: 3.2 passes over 500 prompts\n"
     )
@@ -245,11 +240,11 @@ def test_length_in_passes_over_the_prompts(capsys):
     for warmup, prompts in ((93, 500), (100, 600)):
         warmed = RLStage(num_epochs=24, batch_size=128)
         slow = method.Method(ppo, PPOStage(value_warmup=warmup), warmed, NO_PENALTY, None)
-        method.check_settings("ppo", warmed, slow.config, shares_of(RunConfig()))
-        stage = stage_of(RunConfig(rl=warmed), "ppo", None)
-        assert method.lasting(stage, slow, prompts)
+        method.check_settings("ppo", warmed, slow.algorithm_config, layout_of(RunConfig()))
+        run = open_run("ppo", warmed)
+        assert method.count_iterations(run, slow, prompts)
     with pytest.raises(UserError, match=r"ppo.value_warmup 100: of 94 iterations"):
-        method.lasting(stage, slow, 500)
+        method.count_iterations(run, slow, 500)
 
 
 PLAIN = {"learning_rate": 0.1, "eps": 1e-3}
@@ -258,14 +253,6 @@ CHANGES = {
     "learning_rate": ({}, {"learning_rate": 0.2}),
     "schedule": ({}, {"schedule": "cosine"}),
     "min_lr_ratio": ({"schedule": "linear"}, {"schedule": "linear", "min_lr_ratio": 0.5}),
-    "decay_factor": (
-        {"schedule": "step", "decay_every": 1},
-        {"schedule": "step", "decay_every": 1, "decay_factor": 0.5},
-    ),
-    "decay_every": (
-        {"schedule": "step", "decay_every": 1},
-        {"schedule": "step", "decay_every": 9},
-    ),
     "warmup_steps": ({}, {"warmup_steps": 9.0}),
     "weight_decay": ({}, {"weight_decay": 0.5}),
     "max_grad_norm": ({}, {"max_grad_norm": 1e-3}),
@@ -273,7 +260,7 @@ CHANGES = {
     "b2": ({}, {"b2": 0.1}),
     "eps": ({}, {"eps": 1.0}),
 }
-OTHERWISE = {"decay_patience", "frozen"}  # of validations; never allowed
+OTHERWISE = {"frozen"}  # never allowed
 
 
 def test_every_setting_of_the_optimizer_acts_on_the_state_of_another():

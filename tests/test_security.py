@@ -13,7 +13,7 @@ import pytest
 from source import parse
 
 from rlhf_jax.config import RunConfig
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 # Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run
@@ -42,9 +42,9 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
         monkeypatch.setenv(name, secret)
     monkeypatch.setattr(sys, "argv", ["rlhf-jax", "sft", "--data", "demo"])
     config = RunConfig(output_dir=str(tmp_path / "run"))
-    with open_stage(config, "sft", {"data.json": "0"}) as opened:
+    with open_run(config, "sft", {"data.json": "0"}) as run:
         assert (
-            json.loads(opened.run.manifest.read_text("utf-8"))["command"]
+            json.loads(run.folder.manifest.read_text("utf-8"))["command"]
             == "rlhf-jax sft --data demo"
         )
     written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]

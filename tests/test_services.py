@@ -62,6 +62,15 @@ def test_a_reward_service_is_sent_texts_and_columns(serve, monkeypatch):
     assert server.keys == [None, f"Bearer {KEY}"]
 
 
+def test_a_busy_service_is_asked_five_times(serve):
+    def busy(times):
+        return serve(lambda number, body: (503, b"busy") if number < times else {"rewards": [1, 2]})
+
+    assert ask(busy(4)) == [1, 2]
+    with pytest.raises(ServiceError, match=r"\(attempt 5\)"):
+        ask(busy(5))
+
+
 def test_rewards_with_ids_find_their_responses(serve):
     assert ask(serve(lambda number, body: {"rewards": [5, 6], "ids": [1, 0]})) == [6, 5]
     for ids in ([0, 0], [0, 2]):
@@ -242,9 +251,9 @@ def test_replies_of_another_form_are_a_sentence(serve, tmp_path):
     for reply, message in REPLIES.items():
         server = serve(lambda number, body, reply=reply: (200, reply.encode()))
         with pytest.raises(ServiceError, match=message):
-            rubric_judge(server, tmp_path, retries=0)(["p"], ["a"])
+            rubric_judge(server, tmp_path)(["p"], ["a"])
     server = serve(lambda number, body: (200, b'{"choices": [{"message": {"content": null}}]}'))
-    [score] = rubric_judge(server, tmp_path, retries=0)(["p"], ["a"])
+    [score] = rubric_judge(server, tmp_path)(["p"], ["a"])
     assert isinstance(score, Unscored)
 
 
@@ -315,7 +324,8 @@ def rows_of(config):
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path):
+def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "_ATTEMPTS", 1)
     failing = set()
 
     def dying(number, body):
@@ -323,7 +333,7 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path):
 
     server = serve(dying)
     config = with_rl(config, num_iterations=4, validation_interval=10)
-    config = replace(config, checkpoint_interval=10, judge=Judge(retries=0))
+    config = replace(config, checkpoint_interval=10)
     config = replace(config, reward=(f"{server.url}*2",))
     whole = replace(config, output_dir=str(tmp_path / "whole"))
     rl.run(whole, vpg)

@@ -14,10 +14,10 @@ from builders import letters_run, metric_rows, run_grpo, with_rl
 
 from rlhf_jax import grpo, iteration, minibatch_epochs, ops, ppo, rloo
 from rlhf_jax.algorithms import step
-from rlhf_jax.algorithms.lengths import by_length
+from rlhf_jax.algorithms.lengths import sort_rows
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.common.layout import Shares
+from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.sharing import Answers, decided, saved
 from rlhf_jax.types import Rollout, TrainState
 
@@ -25,7 +25,7 @@ from rlhf_jax.types import Rollout, TrainState
 def answers(own, name="grpo", prompt=8, takes_groups=True, devices=1, share="auto"):
     mesh = SimpleNamespace(size=devices, shape={"data": devices, "fsdp": 1})
     settings = RLStage(batch_size=32, max_new_tokens=8)
-    return Answers(name, own, settings, share, prompt, takes_groups, Shares(mesh))
+    return Answers(name, own, settings, share, prompt, takes_groups, Layout(mesh))
 
 
 def test_the_saved_share_by_hand():
@@ -154,7 +154,7 @@ def test_long_rows_are_sorted_by_groups():
 
     @jax.jit
     def ordered(rollout):
-        return ops.split_rows(by_length(rollout).order(rollout, 2, 2).tokens, 2, group_size=2)
+        return ops.split_rows(sort_rows(rollout, 2, group_size=2).tokens, 2, group_size=2)
 
     parts = np.asarray(ordered(rollout))[:, :, 0]
     assert sorted(parts[0].tolist()) == [2, 3, 4, 5]  # those of the shortest rows

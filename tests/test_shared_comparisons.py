@@ -228,7 +228,7 @@ def test_who_shares(wanted, alone, together, shares, capsys):
     def batched(texts):
         return columns(together if texts.shares_prompts else alone, texts)
 
-    chosen = batching.decided(wanted, PAIRS, batched)
+    chosen = batching.choose_form(wanted, PAIRS, batched)
     assert chosen.encoded.shares_prompts is shares
     said = capsys.readouterr().out
     assert (f"share_prompts {shares}".lower() in said) == (wanted is not False)
@@ -238,11 +238,11 @@ def test_who_shares(wanted, alone, together, shares, capsys):
 def test_answers_without_a_prompt_share_nothing():
     texts = replace(PAIRS, starts=np.where(np.arange(4)[:, None] == 1, 0, PAIRS.starts))
     batched = partial(columns, 100)
-    assert not batching.decided("auto", texts, batched).encoded.shares_prompts
+    assert not batching.choose_form("auto", texts, batched).encoded.shares_prompts
     with pytest.raises(UserError, match=r"share_prompts.*prompt without a token"):
-        batching.decided(True, texts, batched)
+        batching.choose_form(True, texts, batched)
     one = encoding.encode_texts([Row("a", ("b",), "f")], TOKENIZER)
-    alone = batching.decided(True, one, batched)
+    alone = batching.choose_form(True, one, batched)
     assert not alone.encoded.shares_prompts
 
 

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.data import batches
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Row
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models.kernels import shared
 from rlhf_jax.models.kernels.shared import Groups
-from rlhf_jax.training.common import initial
+from rlhf_jax.training.common import reward_models
 from rlhf_jax.types import Rollout
 
 P = 6
@@ -171,7 +173,7 @@ def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
     found, _ = program.lower().compile()(rollout)
     _, expected = scores(LONGEST, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    by_rows = initial.scorer_of_groups(model, score_rows=G, prompt_length=P, group_size=G)
+    by_rows = reward_models.scorer_of_groups(model, score_rows=G, prompt_length=P, group_size=G)
     found = jax.jit(by_rows)(params, tokens, mask, None)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -333,8 +335,10 @@ def test_groups_that_devices_divide_are_run_row_by_row():
 
 def test_a_language_model_keeps_groups_whole_in_its_batches():
     policy = LanguageModel(models.build(SLIDING), params_of(SLIDING), None)
-    inputs = (*prompts_of(), jax.random.key(4))
-    found = policy.sample(*inputs, config=SAMPLING, batch_size=7, group_size=G)  # 6 rows at once
+    tokens, mask = prompts_of()
+    prompts = EncodedPrompts(tokens[::G], mask[::G], [Row("", (), "")] * (len(tokens) // G), (), {})
+    how = {"numbers": np.repeat(np.arange(len(prompts)), G), "batch_size": 7}  # 6 rows at once
+    found, _ = policy.respond(prompts, jax.random.key(4), config=SAMPLING, **how)
     np.testing.assert_array_equal(found.tokens, sampled(SLIDING).tokens)
 
 

@@ -35,11 +35,11 @@ from rlhf_jax import (
     sampling,
     vpg,
 )
-from rlhf_jax.algorithms.lengths import by_length
+from rlhf_jax.algorithms.lengths import can_cut
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.rewards import functions
-from rlhf_jax.training.supervised import reward_model
+from rlhf_jax.training.supervised import normalization
 from rlhf_jax.types import PER_TOKEN, Feedback, Max, Mean, Rollout, TrainState
 
 KEY = jax.random.key(0)
@@ -158,7 +158,7 @@ def test_equal_scores_are_not_normalised(capsys):
     texts = Rollout(tokens, tokens, tokens, tokens)
     scores = np.full((49, 1), 0.1)
     assert scores.std() > 0
-    assert reward_model._normalized(lambda params, batch: scores, params, texts) is params
+    assert normalization.normalize(lambda params, batch: scores, params, texts) is params
     assert "all 49 samples" in capsys.readouterr().out
 
 
@@ -203,7 +203,7 @@ def test_only_columns_of_tokens_are_cut(undeclared):
 
     state = TrainState.create({"w": jnp.float32(0.5)}, SGD)
     batch = own_rollout(undeclared)
-    how = {"optimizer": SGD, "num_microbatches": 4, "microbatching": by_length(batch)}
+    how = {"optimizer": SGD, "num_microbatches": 4, "by_length": can_cut(batch)}
     cut, found = jax.jit(partial(gradient_step, loss, **how))(state, batch=batch)
     mean = squares(batch, np).mean()
     assert_allclose(found["loss"], 0.25 * mean, rtol=1e-5)
@@ -372,31 +372,56 @@ def test_scores_are_followed_by_their_mask():
         advantages.ema_baseline(0.0, scores[0], 0.9)
 
 
-def test_policy_losses_take_log_probs_old_log_probs_advantages():
-    """At equal log-probs each has the gradient -A."""
+def test_surrogates_take_log_ratios_and_advantages():
+    """At equal log-probs each has the gradient -A, and nothing is clipped."""
     old = np.array([[-1.0, -2.0]], np.float32)
     advantage = np.array([[3.0, -4.0]], np.float32)
+    surrogates = {
+        "clip": lambda now, ratio, advantage: losses.clip(ratio, advantage),
+        "cispo": lambda now, ratio, advantage: losses.cispo(
+            ratio, advantage, log_probs=now, clip_low=0.2, clip_high=0.2
+        ),
+        "sapo": lambda now, ratio, advantage: losses.sapo(ratio, advantage),
+        "vespo": lambda now, ratio, advantage: losses.vespo(ratio, advantage, log_probs=now),
+    }
 
     @jax.jit
-    def values_and_slopes(now, old, advantage):
-        arrays = (now, old, advantage)
-        slopes = [
-            jax.grad(lambda *x, loss=loss: jnp.sum(loss(*x)), argnums=(0, 1))(*arrays)
-            for loss in (losses.cispo, losses.sapo, losses.clipped_surrogate)
-        ]
-        return slopes, losses.cispo(*arrays), losses.cispo(*arrays, clip_high=0.5)
+    def found(now, old, advantage):
+        """By each: the loss, by itself and chosen by its name, what is clipped, and the slope."""
+        each = {}
+        for kind, of_ratio in surrogates.items():
+            loss, clipped = of_ratio(now, now - old, advantage)
+            slope = jax.grad(lambda now, of=of_ratio: of(now, now - old, advantage)[0].sum())(now)
+            chosen, also = losses.surrogate(kind, now, advantage, log_ratio=now - old)
+            each[kind] = (loss, clipped), (chosen, also), slope
+        return each, losses.clipped_surrogate(now, old, advantage)
 
-    for slope, moved in values_and_slopes(old, old, advantage)[0]:
+    each, _ = found(old, old, advantage)
+    for (_, clipped), _, slope in each.values():
         assert_allclose(slope, -advantage, rtol=1e-6)
-        assert_array_equal(moved, 0.0)
-    _, doubled, kept = values_and_slopes(old, old - np.log(np.float32(2.0)), advantage)
-    assert_allclose(doubled, -2.0 * advantage * old, rtol=1e-6)
-    assert_allclose(kept, -1.5 * advantage * old, rtol=1e-6)
+        assert not np.any(clipped)
+    each, clipped_surrogate = found(old, old - np.log(np.float32(2.0)), advantage)
+    # sapo: sigmoid(1) leaves 0.79 of the gradient. vespo: 2^2 exp(-3) = 0.2 of the first token's,
+    # 2^3 exp(-2) = 1.1 of the second's.
+    half = [[True, False]]
+    expected = {"clip": half, "cispo": [[True, True]], "sapo": [[False, False]], "vespo": half}
+    for kind, ((loss, clipped), (chosen, also), _) in each.items():
+        assert_allclose(chosen, loss, rtol=1e-6)
+        assert_array_equal(also, clipped)
+        assert_array_equal(clipped, expected[kind])
+    assert_allclose(clipped_surrogate, each["clip"][0][0], rtol=1e-6)
+    cispo = jax.jit(losses.cispo)
+    ratio = np.full_like(old, np.log(2.0))
+    assert_allclose(cispo(ratio, advantage, log_probs=old)[0], -2.0 * advantage * old, rtol=1e-6)
+    bounded, clipped = cispo(ratio, advantage, log_probs=old, clip_high=0.5)
+    assert_allclose(bounded, -1.5 * advantage * old, rtol=1e-6)
+    assert np.all(clipped)
     for call in (
-        lambda: losses.cispo(old, old, advantage, 0.2),
-        lambda: losses.sapo(old, old, advantage, (1.0, 1.0)),
+        lambda: losses.clip(old, advantage, 0.2),
+        lambda: losses.cispo(old, old, advantage),
+        lambda: losses.sapo(old, advantage, (1.0, 1.0)),
         lambda: losses.surrogate("clip", old, old, advantage),
-        lambda: losses.vespo_weight(old, advantage, (1.0, 1.0)),
+        lambda: losses.vespo(old, old, advantage),
     ):
         with pytest.raises(TypeError):
             call()

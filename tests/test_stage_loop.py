@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import random
 import signal
 from contextlib import nullcontext
@@ -14,11 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from builders import Killed, finished_run, metric_rows, run_loop, slow
+from builders import Killed, finished_run, go_on, metric_rows, run_loop, slow
 
 from rlhf_jax.config import (
     Optimizer,
     RunConfig,
+    Text,
     Tokenizer,
     for_algorithm,
     model_source,
@@ -28,11 +30,11 @@ from rlhf_jax.data.rows import BadRow
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, Stopped, TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.runs import checkpoint, manifest
-from rlhf_jax.runs.folder import open_run
-from rlhf_jax.training.common import loop, memory, opening
+from rlhf_jax.runs import checkpoint, folder, keeping, manifest
+from rlhf_jax.training.common import memory, opening, optimizer
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
+from rlhf_jax.training.common.progress import Progress
 from rlhf_jax.training.common.saving import finish
 
 
@@ -102,9 +104,9 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
 
     def order(**changes):
         events.clear()
-        with open_stage(replace(config, **changes), "sft", {}) as stage:
-            state = stage.copy({"n": jnp.float32(0)})
-            loop.train(stage, state, loop.Job(advance, 8, validation_interval=3))
+        with open_run(replace(config, **changes), "sft", {}) as run:
+            state = run.layout.copy({"n": jnp.float32(0)})
+            go_on(Progress(run, state, num_steps=8, validation_interval=3), advance)
         return [f"{what[0]}{step}" for what, step in events]
 
     ahead = "s1 s2 r1 s3 r2 s4 r3 r4 s5 s6 r5 s7 r6 s8 r7 r8"
@@ -185,13 +187,13 @@ def test_a_save_that_fails_leaves_the_former_model(config):
         assert former.exists()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with open_stage(config, "sft", {}) as stage:
-        former = stage.run.model / "former.txt"
+    with open_run(config, "sft", {}) as run:
+        former = run.folder.model / "former.txt"
         former.parent.mkdir()
         former.write_text("")
         begun = LanguageModel(None, {}, characters("a"))
         with pytest.raises(OSError, match="No space left"):
-            finish(stage, model_source(config), begun, Trainable({}), {"": {}}, {}, save=full)
+            finish(run, model_source(config), begun, Trainable({}), {"": {}}, {}, save=full)
     assert former.exists()
 
 
@@ -328,20 +330,18 @@ def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
+def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path, monkeypatch):
     """Killed between a checkpoint and the validation that ends the run: what was counted before is
     not forgotten.
     """
-    options = {
-        "scores": SCORES,
-        "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5),
-    }
+    monkeypatch.setattr(optimizer, "PLATEAU_PATIENCE", 2)
+    options = {"scores": SCORES, "optimizer": Optimizer(schedule="plateau")}
     config = replace(config, early_stopping_patience=3)
     straight = replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5
     # Step 4 is the second validation without improvement.
     scales = [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")]
-    assert scales == [None, 1, 1, 1, 1, 0.5]
+    assert scales == [None, 1, 1, 1, 1, pytest.approx(0.1)]
     with pytest.raises(Killed):
         run_loop(config, die_at=4, **options)
     assert run_loop(replace(config, resume=True), **options)[0] == 5
@@ -375,8 +375,47 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
     chosen = replace(longer.compute, scan_layers=False)
     assert stored == replace(longer, resume=False, allow_changed=(), compute=chosen)
-    with open_stage(replace(longer, allow_changed=()), "sft", {}):
+    with open_run(replace(longer, allow_changed=()), "sft", {}):
         pass
+
+
+BARE = {"modified": False}
+COMMIT = {"commit": "c0ffee" * 6, **BARE}
+
+
+def test_a_run_of_an_older_version_is_refused_with_its_revision(config):
+    options = Text(template_options={"thinking": True})
+    run_loop(replace(config, text=options), num_steps=1)
+    folder = Path(config.output_dir)
+    file, record = folder / "config.yaml", folder / "manifest.json"
+    text = file.read_text("utf-8")
+    for place, more in (
+        ("  offload:", "  matmul_precision: null\n"),
+        ("  pack:", "  of: {rows: 2}\n"),
+        ("sft:", "lessons: 3\n"),  # a setting of a script
+    ):
+        assert text.count(f"\n{place}") == 1
+        text = text.replace(f"\n{place}", f"\n{more}{place}")
+    file.write_text(text, "utf-8")
+    facts = json.loads(record.read_text("utf-8"))
+    record.write_text(json.dumps(facts | {"git": COMMIT}), "utf-8")
+    (folder / keeping.START).unlink()
+    with pytest.raises(UserError) as caught, open_run(replace(config, resume=True), "sft", {}):
+        pass
+    assert str(caught.value) == (
+        f"--resume: {folder} is a run of revision {COMMIT['commit']}, with settings that are none "
+        "here: compute.matmul_precision, text.of.rows. Go on with that version, or start a new run "
+        "with another --output-dir"
+    )
+    wheel = "rlhf-jax 0.0.7"
+    for git, version in ((COMMIT, f"revision {COMMIT['commit']}"), (None, wheel), (BARE, wheel)):
+        record.write_text(json.dumps({"git": git, "versions": {"rlhf-jax": "0.0.7"}}), "utf-8")
+        with pytest.raises(UserError) as caught:
+            parse(RunConfig, ["--config", str(file)])
+        *keys, last = str(caught.value).splitlines()
+        assert "unknown key compute.matmul_precision; here it is deterministic" in keys[0]
+        assert len(keys) == 3
+        assert last == f"{file} is of a run of {version}, which reads it"
 
 
 def test_the_restored_state_is_adopted_with_the_settings_that_it_was_saved_with(config):
@@ -404,7 +443,7 @@ def test_every_setting_may_change_freely_or_with_permission_or_never(config, mon
         kinds["never" if manifest.within(key, fixed) else name][key] = f"not {settings[key]}"
     assert min(map(len, kinds.values())) > 10
     finished_run(Path(config.output_dir))
-    with open_run(config.output_dir, resume=True) as run:
+    with folder.open_run(config.output_dir, resume=True) as run:
         run.config.write_text(yaml.safe_dump(settings))
         for name, changes in kinds.items():
             allowed = [] if name == "freely" else [*changes]
@@ -430,12 +469,12 @@ class Critic:
 def test_the_values_of_an_algorithm_of_ones_own_cannot_change(tmp_path, changed):
     own = SimpleNamespace(__name__="own", Config=Critic)
     config, _ = for_algorithm(RunConfig(output_dir=str(tmp_path)), own)
-    with open_stage(config, "own", {}) as stage:
-        (stage.run.checkpoints / "0").mkdir(parents=True)
+    with open_run(config, "own", {}) as run:
+        (run.folder.checkpoints / "0").mkdir(parents=True)
     again, _ = for_algorithm(replace(config, resume=True, allow_changed=("own",)), own, changed)
     with (
         pytest.raises(UserError, match=r"cannot help with own\.value"),
-        open_stage(again, "own", {}),
+        open_run(again, "own", {}),
     ):
         pass
 
@@ -444,11 +483,11 @@ def test_the_values_of_an_algorithm_of_ones_own_cannot_change(tmp_path, changed)
 def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenizer):
     """A tokenizer that was trained on the data would be another one."""
     config = RunConfig(output_dir=str(tmp_path), tokenizer=Tokenizer(name=tokenizer))
-    with open_stage(config, "sft", {"a.json": "1"}) as stage:
-        (stage.run.checkpoints / "0").mkdir(parents=True)
+    with open_run(config, "sft", {"a.json": "1"}) as run:
+        (run.folder.checkpoints / "0").mkdir(parents=True)
     again = replace(config, resume=True, allow_changed=("data",))
     refused = pytest.raises(UserError, match="cannot help with data")
-    with nullcontext() if tokenizer else refused, open_stage(again, "sft", {"a.json": "2"}):
+    with nullcontext() if tokenizer else refused, open_run(again, "sft", {"a.json": "2"}):
         pass
 
 

@@ -1,6 +1,7 @@
 """``rl.stop``: a response ends where its text has a stop string, for all that reads it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import asked_runs
 import jax.numpy as jnp
@@ -9,17 +10,20 @@ import pytest
 import yaml
 from builders import json_lines
 from numpy.testing import assert_array_equal
-from recorded import STOP, ppo_run, vpg_run
+from recorded import STOP, ppo_run, rl_job, vpg_run
 
 from rlhf_jax import iteration, rewards
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.generation import stops
+from rlhf_jax.generation import generator, stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.inference import asking
-from rlhf_jax.training.rl import composition
-from rlhf_jax.types import Rollout
+from rlhf_jax.iteration import LoopState
+from rlhf_jax.training.rl.sample import sample
+from rlhf_jax.training.rl.schedule import Batch
+from rlhf_jax.types import Rollout, TrainState
 
 ALPHABET = tokenizers.characters("abcde")
 PAD, EOS, A, B, C, D, E = range(7)
@@ -59,11 +63,33 @@ def test_the_cut_by_hand():
         assert_array_equal(getattr(cut, name), np.where(kept, getattr(rollout, name), padding))
 
 
-def test_a_run_looks_for_stop_texts_behind_the_tokens_that_it_is_told(monkeypatch):
-    monkeypatch.setattr(composition, "converse", lambda environment, until: until())
-    settings = RLStage(stop=("ab",), stop_after=2)
-    talk = composition._talk(settings, None, ALPHABET)
-    cut = talk(lambda: a_rollout([A, B, C, D, E], [C, D, A, B, E]))
+def test_a_response_ends_where_its_mask_does():
+    """Whatever stands in other columns: the pad may be EOS."""
+    rollout = a_rollout([A, EOS], [A, B, C], [])
+    for other in (PAD, EOS):
+        said = np.where(rollout.response_mask, rollout.tokens, other)
+        padded = rollout.replace(tokens=said)
+        assert generator.responses(padded, ALPHABET) == ["a", "abc", ""]
+        assert_array_equal(generator.ended(padded, (EOS,)), [True, False, False])
+        scores = rewards.missing_eos(padded, jnp.ones(3), EOS, score=-1.0)
+        assert_array_equal(scores, [1, -1, 1])
+        whole = iteration.mask_truncated(EOS)(padded).response_mask
+        assert_array_equal(whole.sum(axis=1), [2, 0, 0])
+        cut = stops.cut(padded, ("b",), ALPHABET)
+        assert_array_equal(cut.response_mask.sum(axis=1), [2, 2, 0])
+        assert_array_equal(generator.ended(cut, (EOS,)), [True, True, False])
+
+
+def test_a_run_looks_for_stop_texts_behind_the_tokens_that_it_is_told():
+    settings = RLStage(stop=("ab",), stop_after=2, batch_size=2)
+    ones = np.ones((2, 1), np.int32)
+    batch = Batch(EncodedPrompts(ones, ones, (), (), {}), np.arange(2), None)
+    job = rl_job(
+        settings=settings,
+        inputs={"initial": SimpleNamespace(tokenizer=ALPHABET)},
+        programs={"respond": lambda *prompts: a_rollout([A, B, C, D, E], [C, D, A, B, E])},
+    )
+    cut, _ = sample(job, LoopState.create(TrainState(0, {}, ()), 0.0), batch)
     assert_array_equal(cut.response_mask.sum(axis=1), [5, 4])
     with pytest.raises(ValueError, match="stop_after: there is no text"):
         replace(settings, stop=())

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from rlhf_jax.config import Text
 from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import setup
-from rlhf_jax.training.supervised import store
+from rlhf_jax.training.supervised import reading, store
 
 TOKENIZER = characters("abcdefgh ")
 
@@ -85,28 +86,27 @@ def test_the_pairs_of_a_ranking_share_their_weight_across_parts():
     np.testing.assert_allclose(found.weight, [1, 1, 0.5, 0.5], rtol=1e-6)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WithMasks(encoding.EncodedTexts):
-    """With an array for some of the texts, by their places."""
-
-    masks: dict[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict)
-
-
 def test_arrays_of_some_texts_keep_their_places(tmp_path):
-    def part(rows, masks):
-        whole = encoding.encode_texts(rows, TOKENIZER)
-        fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
-        return WithMasks(**fields, masks=masks)
+    def part(rows, learned):
+        return dataclasses.replace(encoding.encode_texts(rows, TOKENIZER), learned=learned)
 
     first = part(pairs(2), {(0, 1): np.array([True, False])})
     second = part(choices(3), {(1, 0): np.array([True]), (3, 2): np.zeros(2, bool)})
     whole = store.join([first, second])
     expected = {(0, 1): [True, False], (1, 2): [True], (3, 4): [False, False]}
-    assert {place: mask.tolist() for place, mask in whole.masks.items()} == expected
+    assert {place: mask.tolist() for place, mask in whole.learned.items()} == expected
     store.save(whole, tmp_path)
-    kept = store.load(tmp_path, WithMasks)
-    assert {place: mask.tolist() for place, mask in kept.masks.items()} == expected
-    assert kept.masks[0, 1].dtype == bool
+    kept = store.load(tmp_path)
+    assert {place: mask.tolist() for place, mask in kept.learned.items()} == expected
+    assert kept.learned[0, 1].dtype == bool
+
+
+def test_parts_have_the_fields_that_are_joined():
+    """Another field of encoded rows would be the first part's: ``join`` has to learn of it."""
+    joined = {"tokens", "starts", "prompts", "sources", "counts", "best", "weight", "targets"}
+    joined |= {"margin", "learned"}
+    settings = {"pad_id", "max_length", "shares_prompts"}
+    assert {field.name for field in dataclasses.fields(encoding.EncodedTexts)} == joined | settings
 
 
 def test_parts_of_which_nothing_is_left():
@@ -169,22 +169,19 @@ def flip(file, place):
 
 
 def test_a_damaged_entry_is_encoded_anew(cache, encoded_with, monkeypatch, caplog):
-    """Flipped bits in any file and at any place; files that are cut, gone, pipes or links."""
+    """Flipped bits at any place; a file that is cut, gone, a pipe or a link."""
     rows = pairs(8)
     expected = encoded_with(rows)
     [entry] = cache.iterdir()
-    names = [file.name for file in entry.iterdir() if file.stat().st_size]
-    assert len(names) > 4
-    text = (entry / "values.json").read_bytes()
-    places = [0, 63, 64, 65, *range(70, len(text), 97), text.index(b"int32"), -1]
-    damages = [lambda place=place: flip(entry / "values.json", place) for place in places]
-    damages += [lambda name=name: flip(entry / name, -1) for name in names]
-    damages += [lambda name=name: (entry / name).unlink() for name in names]
-    for content in (b"", b"[]", b"{}", text[:-1], text.partition(b"\n")[2]):
-        damages.append(lambda content=content: (entry / "values.json").write_bytes(content))
-    for name in ("values.json", "tokens 0"):
-        damages.append(lambda name=name: ((entry / name).unlink(), os.mkfifo(entry / name)))
-    damages.append(lambda: ((entry / name).unlink(), (entry / name).symlink_to("/dev/zero")))
+    file = entry / store.FILE
+    content = file.read_bytes()
+    places = [0, 31, 32, 33, *range(40, len(content), len(content) // 16), -1]
+    damages = [lambda place=place: flip(file, place) for place in places]
+    for other in (b"", b"x", content[:31], content[:32], content[32:], content[:-1]):
+        damages.append(lambda other=other: file.write_bytes(other))
+    damages.append(file.unlink)
+    damages.append(lambda: (file.unlink(), os.mkfifo(file)))
+    damages.append(lambda: (file.unlink(), file.symlink_to("/dev/zero")))
     damages.append(lambda: (shutil.rmtree(entry), os.mkfifo(entry)))
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(store, "LONG", 1e9)  # what was kept is kept again, however fast it is
@@ -234,8 +231,12 @@ def test_the_cache_keeps_the_newest_entries(cache, encoded_with):
 
 
 def test_few_rows_and_a_folder_that_cannot_be_written(cache, encoded_with, monkeypatch, caplog):
-    encoded_with(pairs(2)[:2])
-    assert not cache.exists()
+    monkeypatch.setattr(reading, "MANY", 2)
+    for count in (2, 3):
+        assert not cache.exists()
+        found = reading.encode(Text(), scored(count), TOKENIZER, None, are_pieces=True)
+        assert_same(found, encoding.encode_texts(scored(count), TOKENIZER))
+    shutil.rmtree(cache.parent)
     cache.parent.mkdir(parents=True)
     cache.write_text("no folder")
     monkeypatch.setattr(logger, "propagate", True)

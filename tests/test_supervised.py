@@ -3,17 +3,17 @@ they are judged."""
 
 import json
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import UNASKED, initial_params, slow
+from builders import UNASKED, initial_params, metric_rows, slow
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import dpo, kto, models, training, vpg
+from rlhf_jax import TrainState, dpo, kto, models, training, vpg
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
@@ -27,20 +27,28 @@ from rlhf_jax.config import (
     model_source,
 )
 from rlhf_jax.data import tokenizers
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.rows import places
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.training.common import loop
-from rlhf_jax.training.supervised import entry, reading, tasks
+from rlhf_jax.runs import folder as folders
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.training.common import memory
+from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.opening import stream_key
+from rlhf_jax.training.common.progress import PAUSE, Progress, Validation
+from rlhf_jax.training.supervised import ensembles, reading
+from rlhf_jax.training.supervised import run as supervised
+from rlhf_jax.training.supervised.job import Learner
 
 STAGES = ("sft", "reward_model", "dpo", "kto")
 
 
 class Seen(Exception):
-    """Ends a run when its task is made, and has the task's setting."""
+    """Ends a run, and has what a test looks at, such as its job."""
 
 
-def stop(setting):
-    raise Seen(setting)
+def stop(*seen):
+    raise Seen(*seen)
 
 
 def write(path, *pairs):
@@ -98,23 +106,23 @@ def with_validation_data(config, stage, tmp_path, *pairs):
     return changed(config, stage, validation_data=write(tmp_path / "validation.json", *pairs))
 
 
-def setting_of(config, stage, make_task=stop):
-    """What a run of the stage would make its task from, or what ``make_task`` stops with."""
-    spec = replace(getattr(training, stage).SPEC, make_task=make_task)
+def job_of(config, stage, prepare=stop):
+    """What a run of the stage would prepare its task from, or what ``prepare`` stops with."""
+    task = replace(getattr(training, stage).TASK, prepare=prepare)
     with pytest.raises(Seen) as seen:
-        entry.run(config, spec)
+        supervised.run(config, task)
     return seen.value.args[0]
 
 
 def read(config, stage):
     """The rows of a run: as they were read, as token ids, and the numbers of two parts of them."""
     begun = LanguageModel.load(config.model)
-    spec = getattr(training, stage).SPEC
+    task = getattr(training, stage).TASK
     settings = getattr(config, stage)
-    data, to_validate = reading.read(data_source(config), spec, settings)
+    data, to_validate = reading.read(data_source(config), task, settings)
     source = model_source(config)
     encoded, train_rows, held_out = reading.encoded_rows(
-        source, spec, settings, begun, data, to_validate, jax.random.key(1)
+        source, task, settings, begun, data, to_validate, jax.random.key(1)
     )
     parts = {"train_rows": train_rows, "held_out": held_out}
     return SimpleNamespace(rows=data.rows, encoded=encoded, **parts)
@@ -129,7 +137,7 @@ def test_rows_with_equal_prompts_stay_together(stage, config, capsys):
     held_out = [prompts[row] for row in found.held_out]
     assert not set(train) & set(held_out)
     assert (len(set(train)), len(set(held_out))) == (12, 4)
-    kind = getattr(training, stage).SPEC.kind
+    kind = getattr(training, stage).TASK.kind
     assert f"{kind}: {len(held_out)} rows of 4 prompts held out\n" in capsys.readouterr().out
 
 
@@ -150,10 +158,10 @@ def test_too_long_acts_at_the_longest_text(config, capsys):
     """A prompt of one character, an answer of 7, 3 or 2 and EOS: 16 of the texts have 9 tokens."""
     with pytest.raises(UserError, match=r"max_length 6; shorten"):
         read(replace(config, text=Text(max_length=6)), "kto")
-    setting = setting_of(replace(config, text=Text(max_length=6, too_long="drop")), "kto")
-    assert len(setting.encoded) == 48
-    assert set(setting.encoded.lengths.max(axis=1)) <= {4, 5}
-    assert setting.batch(setting.rows_of(0)).tokens.shape[-1] == 6  # not the bucket's 16
+    job = job_of(replace(config, text=Text(max_length=6, too_long="drop")), "kto")
+    assert len(job.encoded) == 48
+    assert set(job.encoded.lengths.max(axis=1)) <= {4, 5}
+    assert job.batch(job.step_rows(1)).tokens.shape[-1] == 6  # not the bucket's 16
     assert "0 bad, 16 too long" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"text\.max_length 17: the model reads 16 tokens"):
         read(replace(config, text=Text(max_length=17)), "kto")
@@ -163,12 +171,12 @@ def test_a_sample_of_the_rows_and_a_length_in_steps(config, monkeypatch, capsys)
     stage = "kto"
     limited = changed(config, stage, max_rows=20, max_steps=7, batch_size=4)
     counted = []
-    monkeypatch.setattr(entry, "make_optimizer", lambda _, num_steps: counted.append(num_steps))
-    setting = setting_of(limited, stage)
-    assert counted == [7]
-    task = tasks.Task(setting, *[lambda *_: None] * 4)
-    assert entry._job(getattr(training, stage).SPEC, task, None).num_steps == 7
-    places = [row.source for row in setting.rows]
+    monkeypatch.setattr(
+        supervised, "make_optimizer", lambda _, num_steps: counted.append(num_steps)
+    )
+    job = job_of(limited, stage)
+    assert counted == [job.num_steps] == [7]
+    places = [row.source for row in job.rows]
     assert len(set(places)) == 20  # KTO's two answers of a pair stay together
     every = [row.source for row in read(config, stage).rows]
     assert places == [source for source in every if source in places]  # in the file's order
@@ -196,35 +204,113 @@ def texts_of(arrays, masks):
     return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
-def test_an_epoch_trains_on_every_training_row_once(stage, config):
-    """What the update gets: neither one batch again and again, nor a row that validates."""
+@pytest.fixture
+def counted(monkeypatch):
+    """A run of a stage whose weight counts its updates: its job, (weight before, batch, key) of
+    each update, and the batch for which its memory was checked. Update number ``bad`` is not
+    finite.
+    """
 
-    def make_task(setting):
-        steps = []
+    def run(config, stage, *, bad=None, on_step=None):
+        jobs, updates, checked = [], [], []
 
         def update(state, batch, key):
-            steps.append(batch)
-            return state, {}
+            updates.append((int(state.params["n"]), batch, key))
+            params = {"n": state.params["n"] + 1}
+            return state.replace(params=params), {"nonfinite": float(params["n"]) == bad}
 
-        task = tasks.Task(setting, None, None, update, None)
-        job = entry._job(getattr(training, stage).SPEC, task, None)
-        for step in range(job.num_steps):
-            rows = setting.rows_of(step)
-            assert job.sources(step) == [setting.encoded.sources[row] for row in rows]
-            job.advance(None, step)
-        stop((setting, steps))
+        def prepare(job):
+            jobs.append(job)
+            start = Trainable({"n": jnp.float32(0)})
+            return Learner(start, TrainState.create, update, stop, stop)
 
+        def validate(job, learner, state):
+            return Validation({"validation/n": float(state.params["n"])})
+
+        def finish(job, learner, state):
+            raise Seen(int(state.params["n"]))
+
+        task = getattr(training, stage).TASK
+        task = replace(task, prepare=prepare, validate=validate, finish=finish)
+        monkeypatch.setattr(memory, "check", lambda phase, update, *given: checked.append(given[1]))
+        with pytest.raises((Seen, TrainingFault)) as ended:
+            supervised.run(config, task, on_step)
+        return SimpleNamespace(job=jobs[0], updates=updates, checked=checked, end=ended.value)
+
+    return run
+
+
+def tokens_of(batch):
+    return np.asarray(batch.tokens)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+def test_an_epoch_trains_on_every_training_row_once(stage, config, counted):
+    """What the update gets: neither one batch again and again, nor a row that validates."""
     apart = replace(config, compute=replace(config.compute, share_prompts=False))
-    setting, steps = setting_of(changed(apart, stage, num_epochs=2), stage, make_task)
-    answers = [texts[row] for texts in setting.encoded.tokens for row in setting.train_rows]
+    apart = replace(apart, text=Text(bucket_multiple=1))  # batches of several widths
+    found = counted(changed(apart, stage, num_epochs=2), stage)
+    job = found.job
+    answers = [texts[row] for texts in job.encoded.tokens for row in job.train_rows]
     wanted = sorted(map(tuple, answers))
+    assert not {*job.train_rows} & {*job.held_out}
+    steps = [batch for _, batch, _ in found.updates]
     half = len(steps) // 2
     for epoch in (steps[:half], steps[half:]):
         seen = [text for batch in epoch for text in texts_of(batch.tokens, batch.attention_mask)]
         assert sorted(seen) == wanted
-    first = [np.asarray(batch.tokens).tobytes() for batch in steps]
+    first = [tokens_of(batch).tobytes() for batch in steps]
     assert first[:half] != first[half:]
+    [largest] = found.checked
+    sizes = [batch.tokens.size for batch in steps]
+    assert largest.tokens.size == max(sizes) > min(sizes)
+
+
+def test_a_step_takes_the_state_its_key_and_its_row(config, counted):
+    """The weight counts the updates: its row of metrics, its validation and its checkpoint are of
+    the state after a step, and so is what ``on_step`` gets.
+    """
+    asked = []
+    config = changed(config, "sft", num_epochs=2, validation_interval=2)
+    found = counted(
+        config, "sft", on_step=lambda step, state, row: asked.append((step, int(state.params["n"])))
+    )
+    steps = range(1, found.job.num_steps + 1)
+    assert [number for number, _, _ in found.updates] == [step - 1 for step in steps]
+    key = stream_key(config.seed, "sft", "update")
+    for step, (_, _, used) in zip(steps, found.updates, strict=True):
+        assert used == jax.random.fold_in(key, step - 1)
+    assert asked == [(step, step) for step in steps]
+    assert found.end.args == (len(steps),)
+    assert {"trained parameters", "optimizer state", "gradients"} <= found.job.run.held.keys()
+    rows = metric_rows(config.output_dir)
+    assert [row["step"] for row in rows] == [0, *steps]
+    validated = {row["step"]: row["validation/n"] for row in rows if "validation/n" in row}
+    assert validated == {step: step for step in {0, *steps} if step % 2 == 0 or step == len(steps)}
+    path = Path(config.output_dir) / "checkpoints"
+    with Checkpoints(path) as checkpoints:
+        saved = {step: checkpoints.arrays(step)["params/n"] for step in folders.steps(path)}
+    assert saved == {0: 0.0, len(steps): len(steps)}
+
+
+def test_a_stopped_run_goes_on_with_the_batches_and_keys_that_are_left(config, counted):
+    whole = counted(changed(config, "dpo", num_epochs=2), "dpo")
+    part = replace(changed(config, "dpo", num_epochs=2), overwrite=True)
+    first = counted(part, "dpo", on_step=lambda step, state, row: PAUSE if step == 2 else None)
+    rest = counted(replace(part, overwrite=False, resume=True), "dpo")
+    assert [number for number, _, _ in rest.updates] == [*range(2, whole.job.num_steps)]
+    for one, other in zip(whole.updates, first.updates + rest.updates, strict=True):
+        assert_array_equal(tokens_of(one[1]), tokens_of(other[1]))
+        assert one[2] == other[2]
+
+
+def test_an_update_that_is_not_finite_names_the_rows_of_its_batch(config, counted):
+    """Although the next batch is drawn before the host looks at the update."""
+    found = counted(changed(config, "kto", num_epochs=2), "kto", bad=3)
+    rows = sorted({*found.job.sources(found.job.step_rows(3))})
+    assert "at step 3; the update was not applied" in str(found.end)
+    assert str(found.end).endswith(f"rows of this batch: {places(rows, most=len(rows))}")
+    assert places(rows, most=9) != places(sorted(found.job.sources(found.job.step_rows(4))), most=9)
 
 
 # Rows that prefer the other answer: what is right on the training rows is wrong on them.
@@ -247,27 +333,28 @@ def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(
 
     monkeypatch.setattr({"dpo": dpo, "kto": kto}[stage], "update", update)
 
-    def validated(setting):
-        task = getattr(training, stage).SPEC.make_task(setting)
-        state = entry.first_state(task)
+    def validated(job):
+        task = getattr(training, stage).TASK
+        learner = task.prepare(job)
+        state = supervised.first_state(job, learner)
         params = state.params
         embedding = np.asarray(params["wte"]["embedding"])
-        tokenizer = setting.initial.tokenizer
+        tokenizer = job.language_model.tokenizer
         no = embedding[[*tokenizer.encode("no"), tokenizer.eos_id]]
         to_no = no.sum(axis=0) - embedding[tokenizer.encode("yes")].sum(axis=0)
         said = params["ln_f"] | {"bias": jnp.asarray(20 * to_no / (to_no @ to_no))}
         moved = state.replace(params=params | {"ln_f": said})
-        found = task.validate(moved).metrics
-        batch = setting.stage.shard(setting.batch(setting.rows_of(0)))
+        found = task.validate(job, learner, moved).metrics
+        batch = job.run.layout.shard(job.batch(job.step_rows(1)))
         references = [
-            task.update(jax.tree.map(jnp.copy, begun), batch, jax.random.key(0))[1]["reference"]
+            learner.update(jax.tree.map(jnp.copy, begun), batch, jax.random.key(0))[1]["reference"]
             for begun in (state, moved)
         ]
         assert_array_equal(*references)
         stop(found)
 
     config = with_validation_data(config, stage, tmp_path, *OPPOSITE)
-    found = setting_of(config, stage, validated)
+    found = job_of(config, stage, validated)
     assert stage == "kto" or found["validation/accuracy"] > 0.9  # KTO's is beside its own point
     assert found["validation/length_accuracy"] < 0.5  # "no" is shorter
     assert found[f"validation/{good}_log_ratio"] - found[f"validation/{bad}_log_ratio"] > 1.0
@@ -276,12 +363,13 @@ def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(
 def test_sft_is_validated_in_nats_per_token_where_it_learns_from_sums(config):
     """A network with random weights finds all of its 20 or so characters about equally likely."""
 
-    def validated(setting):
-        task = training.sft.SPEC.make_task(setting)
-        found = task.validate(entry.first_state(task)).metrics
-        stop((found["validation/loss"], setting.initial.tokenizer.vocab_size))
+    def validated(job):
+        learner = training.sft.TASK.prepare(job)
+        state = supervised.first_state(job, learner)
+        found = training.sft.TASK.validate(job, learner, state).metrics
+        stop((found["validation/loss"], job.language_model.tokenizer.vocab_size))
 
-    loss, size = setting_of(changed(config, "sft", aggregate="sum"), "sft", validated)
+    loss, size = job_of(changed(config, "sft", aggregate="sum"), "sft", validated)
     assert loss == pytest.approx(np.log(size), rel=0.1)
 
 
@@ -290,23 +378,32 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config, tmp_p
     the shorter answer as the better one.
     """
 
-    def make_task(setting):
-        task = training.reward_model.SPEC.make_task(setting)
-        create = partial(task.create, optimizer=setting.optimizer)
-        state = setting.stage.take(create, task.start.params)
-        stop((setting, task.setting.encoded.weight, task.validate(state)))
+    def prepared(job):
+        learner = training.reward_model.TASK.prepare(job)
+        state = supervised.first_state(job, learner)
+        validation = training.reward_model.TASK.validate(job, learner, state)
+        stop((job, ensembles.draw(job).encoded.weight, validation))
 
     config = with_validation_data(config, "reward_model", tmp_path, *OPPOSITE)
     config = changed(config, "reward_model", ensemble_size=3)
-    setting, weight, validation = setting_of(config, "reward_model", make_task)
-    assert setting.encoded.weight.shape == (len(setting.encoded),)
-    assert weight.shape == (len(setting.encoded), 3)
-    assert_array_equal(weight[setting.train_rows].sum(axis=0), len(setting.train_rows))
-    assert_array_equal(weight[setting.held_out], 0)
+    job, weight, validation = job_of(config, "reward_model", prepared)
+    assert job.encoded.weight.shape == (len(job.encoded),)
+    assert weight.shape == (len(job.encoded), 3)
+    assert_array_equal(weight[job.train_rows].sum(axis=0), len(job.train_rows))
+    assert_array_equal(weight[job.held_out], 0)
     assert validation.metrics["validation/uncertainty"] > 0
     texts = [(row["chosen"], row["rejected"]) for row in validation.samples]
     assert texts == [("no", "yes")] * len(OPPOSITE)
     assert validation.metrics["validation/length_accuracy"] < 0.5
+
+
+def test_the_batches_of_an_ensemble_have_the_draws_of_its_members(config, counted):
+    config = changed(config, "reward_model", ensemble_size=3, num_epochs=1)
+    found = counted(config, "reward_model")
+    drawn = ensembles.draw(found.job)
+    for step, (_, batch, _) in enumerate(found.updates, start=1):
+        assert_array_equal(batch.weight, drawn.batch(found.job.step_rows(step)).weight)
+        assert batch.weight.shape[-1] == 3
 
 
 def test_a_text_file_is_cut_into_pieces_that_are_not_framed(config, tmp_path, capsys):
@@ -332,7 +429,7 @@ def test_rl_holds_out_whole_prompts_too(config, tmp_path, capsys, monkeypatch):
         reward=("count:a",),
         rl=RLStage(batch_size=8, max_new_tokens=2, validation_fraction=0.25),
     )
-    monkeypatch.setattr(loop, "train", lambda *_: stop(None))
+    monkeypatch.setattr(Progress, "__init__", lambda *_, **__: stop())
     with pytest.raises(Seen):
         training.rl.run(config, vpg)
     assert "prompts: 4 rows of 2 prompts held out\n" in capsys.readouterr().out
@@ -347,7 +444,7 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
             for letter in "abcdfghi"
         ]
         (tmp_path / "feedback.json").write_text(json.dumps(rows))
-        training.kto.SPEC.say(read(config, "kto"))
+        training.kto.warn_of_one_kind(read(config, "kto"))
         return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
 
     assert "are desirable; " in " ".join(warned("abcdfghi"))
@@ -360,4 +457,4 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
 def test_experts_that_a_model_has_not_cannot_be_balanced(config):
     config = changed(config, "sft", router_aux_coef=0.1)
     with pytest.raises(UserError, match=r"sft\.router_aux_coef: the model has no experts"):
-        setting_of(config, "sft")
+        job_of(config, "sft")

@@ -37,10 +37,10 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial, layout, saving
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
 from rlhf_jax.training.common.saving import finish
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.supervised import reading
+from rlhf_jax.training.supervised import normalization, reading
 
 
 @stages()
@@ -99,7 +99,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
     config = RunConfig(data=(str(tmp_path / "data.jsonl"),), text=Text(too_long="drop"))
     settings = RewardModelStage(validation_fraction=0.3)
-    spec = training.reward_model.SPEC
+    spec = training.reward_model.TASK
     data, none = reading.read(data_source(config), spec, settings)
     model = models.build(models.GPT2Config(99, 16, 8, 1, 1))
     begun = LanguageModel(model, {}, characters("abcdefghijklmnopqrstuvwxyz"))
@@ -127,7 +127,7 @@ def test_scores_get_mean_0_and_variance_1():
 
     params = {"score": {"gain": jax.numpy.float32(2.0), "shift": jax.numpy.float32(5.0)}}
     samples = Rollout(*[np.ones((3, 2))] * 4)
-    normalised = training.reward_model._normalized(score, params, samples)
+    normalised = normalization.normalize(score, params, samples)
     expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
     assert_allclose(score(normalised, None), expected, rtol=1e-6)
 
@@ -186,10 +186,10 @@ def test_full_training_writes_the_dtype_of_the_folder_that_it_started_from(tmp_p
     for kind in ("auto", "float32"):
         compute = Compute(save_dtype=kind)
         config = RunConfig(model="base", output_dir=str(tmp_path / kind), compute=compute)
-        with open_stage(replace(config, model=None), "sft", {}) as stage:
-            stage.run.metrics.write_text("")
+        with open_run(replace(config, model=None), "sft", {}) as run:
+            run.folder.metrics.write_text("")
             source = model_source(config)
-            result = finish(stage, source, begun, Trainable(params), {"": params}, {})
+            result = finish(run, source, begun, Trainable(params), {"": params}, {})
         said = f"saved {config.output_dir}/model in bfloat16 (compute.save_dtype)"
         assert (said in capsys.readouterr().out) == (kind == "auto")
         expected = coarse if kind == "auto" else params

@@ -445,18 +445,15 @@ def test_the_weights_of_a_reference_that_moves():
     policies = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     model, target = (torch.nn.Linear(3, 1, bias=False) for _ in range(2))
     target.weight.data = torch.tensor(policies[:1])
-    ours = []
-
-    def advance(state, step):
-        ours.append(np.array(state.reference["w"]))
-        return replace(state, params={"w": jnp.asarray(policies[step + 1])}), {}
-
     settings = DPOStage(reference_ema=0.6)
-    advance = references.moving(advance, settings, lambda state: state.params)
+    move = references.mover(settings)
     state = references.Followed.create({"w": jnp.asarray(policies[0])}, optax.sgd(1.0))
-    for step in range(7):
-        if step:
-            model.weight.data = torch.tensor(policies[step][None])
+    for step in range(1, 8):
+        if step > 1:
+            model.weight.data = torch.tensor(policies[step - 1][None])
             SyncRefModelCallback._sync_target_model(model, target, 0.6)
-        state, _ = advance(state, step)
-        assert_allclose(ours[step], target.weight.data.numpy()[0], rtol=1e-6, atol=1e-7)
+        if references.is_due(settings, step):
+            state = replace(state, reference=move(state.reference, state.params))
+        expected = target.weight.data.numpy()[0]
+        assert_allclose(state.reference["w"], expected, rtol=1e-6, atol=1e-7)
+        state = replace(state, params={"w": jnp.asarray(policies[step])})

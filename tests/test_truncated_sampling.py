@@ -329,9 +329,9 @@ def test_what_cannot_be_known_is_refused():
     assert not initial.recorded(how(), 5000).records
     assert not how(temperature=0.0, top_k=5, record_support=True).truncates
     served = SimpleNamespace(needs_teacher=True, teacher_server="http://x", teacher="x")
-    method = SimpleNamespace(config=served, settings=RLStage(top_p=0.9))
+    method = SimpleNamespace(algorithm_config=served, settings=RLStage(top_p=0.9))
     with pytest.raises(UserError, match=r"whole vocabulary; leave rl\.top_k"):
-        teacher.connect(None, method, None, None)
+        teacher.connect(None, method, None)
 
 
 def test_the_turns_of_a_conversation_keep_their_support():

@@ -298,8 +298,6 @@ CLIPPED = [
         {"surrogate": "vespo", "dual_clip": None},
         "ratio: the surrogate 'vespo' weighs whole rows, by 'product'",
     ),
-    ({"sapo_temperatures": (1.0,)}, "sapo_temperatures must be two numbers"),
-    ({"vespo_decays": (1.0, 0.0)}, "vespo_decays must be above 0"),
     ({"dual_clip": 0.5}, "dual_clip must be above 1"),
     ({"clip_low": -0.1}, "clip_low must be at least 0"),
     ({"clip_high": -0.1}, "clip_high must be at least 0"),
@@ -474,8 +472,6 @@ def test_every_weight_of_an_update_may_be_traced(name):
         return case.update(config)(state, batch, KEY)
 
     given = {key: jnp.float32(getattr(case.config, key)) for key in fields}
-    if hasattr(case.config, "sapo_temperatures"):
-        given["sapo_temperatures"] = (jnp.float32(1.0), jnp.float32(2.0))
     jax.eval_shape(update, given, case.start, case.batch())
 
 

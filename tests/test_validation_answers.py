@@ -15,11 +15,12 @@ from rlhf_jax.data import encoding, tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.references import Followed
 from rlhf_jax.training.supervised import samples
-from rlhf_jax.types import PolicyOutput, Rollout, TrainState
+from rlhf_jax.types import PolicyOutput, TrainState
 
 TOKENIZER = tokenizers.characters("abcdefgh? ")
 MOST = Answering(validation_prompts=9, max_new_tokens=3)
@@ -89,42 +90,34 @@ def test_the_log_ratio_by_hand():
     """
     mask = np.array([[0, 1, 0, 0], [0, 0, 1, 1]])  # the response of a row, and its prompt:
     attended = np.array([[1, 1, 0, 0], [1, 1, 1, 1]])
-    rollout = Rollout(mask, attended, mask, log_probs=None, row_ids=None)
+    begun = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_layers=1)))
 
     def policy_fn(params, tokens, attention_mask, key):
         return PolicyOutput(params["w"] * attention_mask, None)
 
-    def ratios(state, ref_fn, shares_prompts):
-        given = {"base": None, "policy_fn": policy_fn, "ref_fn": ref_fn}
-        sampled = samples._answered(
-            lambda params, *prompts: rollout,
-            state,
-            (None, None),
-            None,
-            **given,
-            shares_prompts=shares_prompts,
-        )
-        return None if sampled[1] is None else sampled[1].tolist()
+    def ratios(state, reference, num_answers):
+        policy = samples.Policy(begun, Trainable(state.params), policy_fn, reference, num_answers)
+        return samples.compile_log_ratios(LAYOUT, policy)(state, (mask, attended, mask)).tolist()
 
-    def fixed(*text):
-        return policy_fn({"w": 1.0}, *text)
-
+    fixed = jax.tree_util.Partial(policy_fn, {"w": 1.0})
     state = TrainState(jnp.int32(0), {"w": 3.0}, ())
-    assert ratios(state, fixed, False) == [2.0, 4.0]
-    assert ratios(state, fixed, True) == [4.0, 8.0]  # a response is its prompt's second document
-    assert ratios(state, None, True) is None
+    assert ratios(state, fixed, 0) == [2.0, 4.0]
+    assert ratios(state, fixed, 2) == [4.0, 8.0]  # a response is its prompt's second document
     followed = Followed(jnp.int32(0), {"w": 3.0}, (), {"w": 2.5})
-    assert ratios(followed, jax.tree_util.Partial(policy_fn), False) == [0.5, 1.0]
+    assert ratios(followed, jax.tree_util.Partial(policy_fn), 0) == [0.5, 1.0]
+    nothing = samples.Policy(begun, Trainable(state.params), policy_fn, None, num_answers=2)
+    assert samples.compile_log_ratios(LAYOUT, nothing) is None
 
 
 ASKED = ("ab", "cd", "ef")
-STAGE = SimpleNamespace(
+PAIRS = sharding.make_mesh(data=2)
+LAYOUT = SimpleNamespace(
     num_parts=2,  # three rows do not divide: a fourth one is missing
-    shard=lambda rows: jax.tree.map(jnp.asarray, rows),
+    shard=lambda rows: sharding.shard_rows(PAIRS, rows),
     jit=jax.jit,
     row_mesh=None,
-    key=lambda name: jax.random.key(0),
 )
+RUN = SimpleNamespace(layout=LAYOUT, key=lambda stream: jax.random.key(0))
 
 
 def network():
@@ -146,7 +139,7 @@ def test_the_answers_are_greedy_and_compared_with_the_reference():
     begun = LanguageModel(model, base, TOKENIZER)
     policy = samples.Policy(begun, Trainable(adapters, base), policy_fn, reference, num_answers=0)
     asked = [samples.Question(TOKENIZER.encode(text), {"prompt": text}) for text in ASKED]
-    rows = samples.answerer(STAGE, MOST, asked, policy)(TrainState(jnp.int32(0), adapters, ()))
+    rows = samples.answerer(RUN, MOST, asked, policy)(TrainState(jnp.int32(0), adapters, ()))
     assert [row["prompt"] for row in rows] == list(ASKED)
     said = [TOKENIZER.encode(row["response"]) for row in rows]
     ids = jnp.array([question.ids + own for question, own in zip(asked, said, strict=True)])
@@ -169,7 +162,8 @@ def greedy(policy, texts):
     encoded = encoding.encode_prompts(prompts, policy.tokenizer, template="{prompt}")
     ends = {"eos_id": policy.tokenizer.eos_ids, "pad_id": policy.tokenizer.pad_id}
     how = SamplingConfig(max_new_tokens=4, temperature=0.0, **ends)
-    return policy.sample(encoded.tokens, encoded.attention_mask, jax.random.key(0), config=how)
+    rollout, _ = policy.respond(encoded, jax.random.key(0), config=how)
+    return rollout
 
 
 @pytest.mark.slow

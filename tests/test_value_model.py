@@ -2,8 +2,10 @@
 resume, export.
 """
 
+import importlib
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,19 @@ from rlhf_jax.config import Compute, LoRA, Optimizer, PPOStage, RLStage, RunConf
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import rl
-from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.initial import Trainable, trainable
+from rlhf_jax.training.common.layout import layout_of
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import Patience, learning_rates, muon_dimensions
-from rlhf_jax.training.rl import critic, entry, inputs
+from rlhf_jax.training.rl import critic, inputs
+from rlhf_jax.training.rl.job import sources_of
+from rlhf_jax.training.rl.method import Method
+from rlhf_jax.training.rl.programs import networks_of
 from rlhf_jax.types import Rollout, TrainState
 
+loop = importlib.import_module("rlhf_jax.training.rl.run")  # ``rl.run`` is its function
 KEY = jax.random.key(0)
 
 MODEL = models.build(
@@ -53,7 +61,7 @@ def test_only_the_value_model_learns_while_it_warms_up():
     assert start.keys() == {"policy", "value"}
     settings = RLStage(num_iterations=3, optimizer=Optimizer(learning_rate=1e-2, schedule="linear"))
     how = PPOStage(value="separate", value_learning_rate=1e-1, value_warmup=1)
-    optimizer = critic.make_optimizer(settings, how, 2, start)
+    optimizer = critic.make_optimizer(settings, how, 2, start, None)
     options = {"policy_fn": models.policy_fn(MODEL, value_model=MODEL), "optimizer": optimizer}
     config = ppo.Config(num_epochs=1)
     step = jax.jit(partial(ppo.update, rollout=samples(), key=KEY, config=config, **options))
@@ -114,7 +122,9 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
     """
     adam = Optimizer(learning_rate=0.4, schedule="linear", max_grad_norm=None)
     how = PPOStage(value="separate", value_warmup=1)
-    optimizer = critic.make_optimizer(RLStage(num_iterations=3, optimizer=adam), how, 2, PARAMS)
+    optimizer = critic.make_optimizer(
+        RLStage(num_iterations=3, optimizer=adam), how, 2, PARAMS, None
+    )
     state = optimizer.init(PARAMS)
     rates = []
     update = jax.jit(optimizer.update)
@@ -133,7 +143,7 @@ def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
     settings = RLStage(
         optimizer=Optimizer(learning_rate=1.0, weight_decay=0.5, schedule="constant")
     )
-    optimizer = critic.make_optimizer(settings, PPOStage(value="separate"), 1, PARAMS)
+    optimizer = critic.make_optimizer(settings, PPOStage(value="separate"), 1, PARAMS, None)
     here = {"h_0": {"kernel": -0.5, "bias": 0.0}}
     decays = {"policy": here, "value": {**here, "value": {"kernel": 0.0}}}
     assert first_update(optimizer, jax.tree.map(jnp.zeros_like, PARAMS)) == decays
@@ -165,7 +175,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
         base = save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16)
         separate = replace(separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank))
     held = {}
-    monkeypatch.setattr(rl.entry, "first_state", keep(rl.entry.first_state, held))
+    monkeypatch.setattr(loop, "first_state", keep(loop.first_state, held))
     straight = run_ppo(separate)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()
@@ -179,29 +189,27 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
 
 
 def keep(first_state, held):
-    def wrapped(stage, *how):
-        state = first_state(stage, *how)
-        held.update(stage.held)
+    def wrapped(run, *how):
+        state = first_state(run, *how)
+        held.update(run.held)
         return state
 
     return wrapped
 
 
-class Here:
-    """What ``critic.start`` reads of a stage."""
-
-    def __init__(self, lora):
-        self.lora = lora
-
-    def key(self, name):
-        return jax.random.key(7)
-
-    def place(self, start):
-        return start
+def started(lora, params, source=None):
+    """A policy of these parameters, and both with a value model."""
+    run = SimpleNamespace(
+        config=SimpleNamespace(lora=lora),
+        key=lambda name: jax.random.key(7),
+        layout=SimpleNamespace(put=lambda tree: tree),
+    )
+    policy = trainable(lora, params, jax.random.key(8))
+    return policy, critic.start(run, policy, params, source=source)
 
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
-    policy, whole = critic.start(Here(LoRA(rank=2)), initial_params(MODEL), "separate")
+    policy, whole = started(LoRA(rank=2), initial_params(MODEL))
     assert whole.base["policy"] is whole.base["value"] is policy.base
     adapters = [
         whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")
@@ -214,11 +222,15 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_a_network_with_a_value_head_of_its_own_gets_no_other(value):
-    params = {"body": jnp.ones(2)}
-    policy, whole = critic.start(Here(LoRA()), params, value, has_head=True)
-    assert policy.params.keys() == {"body"}
-    trained = whole.params if value == "shared" else whole.params["value"]
-    assert trained.keys() == {"body"}
+    model = MODEL._replace(values=lambda params, states: states[..., 0])
+    config = RunConfig()
+    run = OpenRun("ppo", None, config, layout_of(config))
+    method = Method(ppo, PPOStage(value=value), config.rl, NO_PENALTY, None)
+    policy = LanguageModel(model, {"body": jnp.ones(2)}, None)
+    start, trained, *_ = networks_of(run, policy, method)
+    assert start.params.keys() == {"body"}
+    parts = trained.params if value == "shared" else trained.params["value"]
+    assert parts.keys() == {"body"}
 
 
 def folders(data, tmp_path):
@@ -250,7 +262,7 @@ def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path
     folder = critic.source_of((f"{tmp_path / 'judge'}*0.5",), how)
     source = critic.load(folder, Compute(), policy)
     assert "score" not in source.params
-    _, whole = critic.start(Here(LoRA(rank=rank)), policy.params, "separate", source=source.params)
+    _, whole = started(LoRA(rank=rank), policy.params, source.params)
     tokens = jax.random.randint(jax.random.key(3), (2, 5), 2, 200)
     policy_fn = whole.bind(models.policy_fn(policy.model, value_model=source.model))
     values = policy_fn(whole.params, tokens, jnp.ones_like(tokens)).values
@@ -271,14 +283,14 @@ def test_what_a_value_model_cannot_start_from(data, tmp_path):
     plain = replace(separate, value_from=str(tmp_path / "policy"))
     folder = critic.source_of((), plain)
     source = critic.load(folder, Compute(), policy)
-    _, whole = critic.start(Here(LoRA()), policy.params, "separate", source=source.params)
+    _, whole = started(LoRA(), policy.params, source.params)
     assert not np.any(whole.params["value"]["value"]["kernel"])  # a head of zeros
     other = policy._replace(tokenizer=characters(["abc"]))
     with pytest.raises(UserError, match="its tokenizer is not the policy's"):
         critic.load(folder, Compute(), other)
     with pytest.raises(ValueError, match="value_from reward: a shared value function has"):
         PPOStage(value_from="reward")
-    found = inputs.files(entry.sources_of(RunConfig()), RLStage(), plain)
+    found = inputs.files(sources_of(RunConfig()), RLStage(), plain)
     assert found == {"value": tmp_path / "policy"}
 
 
@@ -295,22 +307,16 @@ def test_settings_that_do_not_fit(changes, message, separate):
 
 
 def test_the_schedule_plateau_lowers_both_learning_rates():
-    adam = Optimizer(
-        learning_rate=1.0,
-        schedule="plateau",
-        decay_factor=0.5,
-        decay_patience=1,
-        max_grad_norm=None,
-    )
+    adam = Optimizer(learning_rate=1.0, schedule="plateau", max_grad_norm=None)
     how = PPOStage(value="separate", value_learning_rate=0.1)
-    optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS)
+    optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS, None)
     state = optimizer.init(PARAMS)
     patience = Patience("min:x", None, adam)
     rates = {"lr": 1.0, "value/lr": pytest.approx(0.1)}
     assert learning_rates(state) == {"plateau_scale": 1} | rates
-    state = patience.lowered(state, [{"x": 1.0}, {"x": 1.0}])
-    rates = {"lr": 0.5, "value/lr": pytest.approx(0.05)}
-    assert learning_rates(state) == {"plateau_scale": 0.5} | rates
+    state = patience.lowered(state, [{"x": 1.0}] * 6)
+    rates = {"lr": pytest.approx(0.1), "value/lr": pytest.approx(0.01)}
+    assert learning_rates(state) == {"plateau_scale": pytest.approx(0.1)} | rates
     updates, _ = optimizer.update(PARAMS, state, PARAMS)
-    assert updates["policy"]["h_0"]["bias"] == pytest.approx(-0.5, abs=1e-4)
-    assert updates["value"]["h_0"]["bias"] == pytest.approx(-0.05, abs=1e-5)
+    assert updates["policy"]["h_0"]["bias"] == pytest.approx(-0.1, abs=1e-4)
+    assert updates["value"]["h_0"]["bias"] == pytest.approx(-0.01, abs=1e-5)

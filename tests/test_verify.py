@@ -15,7 +15,7 @@ from builders import letters_run, letters_stage, run_stage
 from rlhf_jax import cli
 from rlhf_jax.cli import verify
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common.opening import open_run
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +398,8 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     """Of a run that ended before its first step."""
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
-    with open_stage(config, "vpg", verify._inputs(config, "vpg")) as stage:
-        folder = stage.run.path
+    with open_run(config, "vpg", verify._inputs(config, "vpg")) as run:
+        folder = run.folder.path
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))
     audit = verify.verify(folder, trust_config=True)

@@ -26,9 +26,10 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf import VALUE_HEAD
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
-from rlhf_jax.training import rl
-from rlhf_jax.training.common import memory, stage
-from rlhf_jax.training.common.opening import open_stage
+from rlhf_jax.training.common import memory, reward_models
+from rlhf_jax.training.common.layout import Layout, layout_of
+from rlhf_jax.training.common.opening import Stream, stream_key
+from rlhf_jax.training.rl import job
 from rlhf_jax.types import Rollout
 
 
@@ -53,7 +54,7 @@ def config(tmp_path):
 def replacing(monkeypatch, others):
     """Puts ``others(programs)``, a dict of programs, in place of the programs of RL runs."""
     unchecked(monkeypatch)
-    compiled = rl.entry.compiled
+    compiled = job.compiled
 
     def replaced(*how):
         programs = compiled(*how)
@@ -62,7 +63,7 @@ def replacing(monkeypatch, others):
             chosen = {"respond_to_each": chosen["respond"]} | chosen
         return programs._replace(**chosen)
 
-    monkeypatch.setattr(rl.entry, "compiled", replaced)
+    monkeypatch.setattr(job, "compiled", replaced)
 
 
 def unscored(state, sampled, functions):
@@ -79,9 +80,9 @@ def again(config, tmp_path):
 
 
 def test_streams_are_apart():
-    names = typing.get_args(stage.Stream)
+    names = typing.get_args(Stream)
     keys = {
-        bits(stage.stream(seed, run, name))
+        bits(stream_key(seed, run, name))
         for seed in (0, 1)
         for run in ("sft", "ppo")
         for name in names
@@ -112,14 +113,14 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
         return record
 
     unchecked(monkeypatch)
-    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    monkeypatch.setattr(Layout, "jit_update", jit_update)
     monkeypatch.setattr("rlhf_jax.report.page.write", write_page)
     folder = getattr(training, name).run(config).folder
     there = folder / "model" / "config.json"
     failure = f"report.html could not be drawn: UserError: there is {there}\n"
     assert failure in capsys.readouterr().out
     batches, keys = zip(*drawn, strict=True)
-    stream = stage.stream(config.seed, name, "update")
+    stream = stream_key(config.seed, name, "update")
     assert list(keys) == [bits(jax.random.fold_in(stream, step)) for step in range(6)]
     assert len(set(batches)) == len(set(keys)) == 6
 
@@ -131,7 +132,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration():
     drawn = run.called("respond")
     first, last = run.called("respond_to_each")
     assert_array_equal(first[1].row_ids, last[1].row_ids)
-    assert bits(first[2]) == bits(last[2]) == bits(stage.stream(seed, "vpg", "eval"))
+    assert bits(first[2]) == bits(last[2]) == bits(stream_key(seed, "vpg", "eval"))
     train_rows = np.concatenate([prompts.row_ids for _, prompts, _ in drawn])
     assert sorted((*train_rows, *first[1].row_ids)) == list(range(16))
     learned = run.called("learn")
@@ -141,7 +142,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration():
         ("rollout", [key for _, _, key in drawn]),
         ("update", [key for _, _, key, _ in learned]),
     ):
-        stream = stage.stream(seed, "vpg", name)
+        stream = stream_key(seed, "vpg", name)
         expected = [bits(jax.random.fold_in(stream, step)) for step in range(3)]
         assert list(map(bits, keys)) == expected
         assert len(set(expected)) == 3
@@ -208,9 +209,9 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     policy_fn = models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
-    def policy_of(model, temperature, *, prompt_length, **more):
-        made.add(prompt_length)
-        return policy_fn(model, temperature, prompt_length, **more)
+    def policy_of(model, temperature, *, response_length, **more):
+        made.add(response_length)
+        return policy_fn(model, temperature, response_length=response_length, **more)
 
     fakes = {
         "respond": functools.partial(one_token_each, seen),
@@ -225,7 +226,8 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     checked, validation, *steps, last = [(width - slots, longest) for width, longest in seen]
     assert checked[0] == 12  # the widest, whether the first batch needs it or not
     assert validation == last
-    assert {width for width, _ in steps} == made == {narrow, 12}
+    assert {width for width, _ in steps} == {narrow, 12}
+    assert made == {config.rl.max_new_tokens}  # of logits
     assert all(width == (12 if longest == 12 else narrow) for width, longest in (*steps, last))
 
 
@@ -304,12 +306,11 @@ def test_what_decodes_is_compiled_for_all_layers_and_what_is_scanned_for_one(
     assert compiled == {"respond": [{"xla_of": 4}] * 2}
 
 
-def test_an_update_is_compiled_with_the_options_of_its_blocks(tmp_path, monkeypatch):
+def test_an_update_is_compiled_with_the_options_of_its_blocks(monkeypatch):
     monkeypatch.setattr(devices, "compiler_options", lambda count: {f"xla_of_{count}": True})
-    with open_stage(RunConfig(output_dir=str(tmp_path)), "sft", {}) as opened:
-        update = opened.jit_update(lambda state: (state, {}), 4)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_4'"):
-            update({})
+    update = layout_of(RunConfig()).jit_update(lambda state: (state, {}), 4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_4'"):
+        update({})
 
 
 TALK = """
@@ -453,7 +454,7 @@ def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
     def load(source, compute, place, score_rows, length, policy, in_chat):
         raise UserError(f"{source} {length}")
 
-    monkeypatch.setattr(rl.entry.initial, "load_reward_model", load)
+    monkeypatch.setattr(reward_models, "load_reward_model", load)
     with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
         training.rl.run(replace(config, reward=("rm",)), vpg)
 

@@ -260,13 +260,13 @@ def test_a_run_that_cannot_write_its_settings_ends_in_a_sentence(tmp_path, monke
     monkeypatch.setattr(writing, "write_atomically", read_only)
     config = opening.RunConfig(output_dir=str(tmp_path / "run"))
     message = r"the disk cannot be used; .* --resume \(.*config\.yaml: Read-only file system\)"
-    with pytest.raises(TrainingFault, match=message), opening.open_stage(config, "sft", {}):
+    with pytest.raises(TrainingFault, match=message), opening.open_run(config, "sft", {}):
         pass
 
 
 def test_too_little_memory_of_the_host_is_a_sentence(tmp_path):
     config = opening.RunConfig(output_dir=str(tmp_path / "run"))
-    opened = opening.open_stage(config, "sft", {}, {"sft.batch_size": 9})
+    opened = opening.open_run(config, "sft", {}, {"sft.batch_size": 9})
     with pytest.raises(TrainingFault, match=r"out of memory.*sft\.batch-size"), opened:
         raise MemoryError
 

@@ -68,7 +68,7 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choices(self, divergence=Divergence)
+        ops.check_choice("divergence", self.divergence, Divergence)
         ops.check_numbers(self, "beta", above=0, below=1)
         ops.check_numbers(self, "discount", at_least=0, at_most=1)
         ops.check_numbers(self, "teacher_coef", at_least=0)
@@ -104,12 +104,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 
 
 def loss(
-    params: Params,
-    rollout: Rollout,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """``policy.loss`` of a prepared rollout + ``teacher_coef`` * divergence. With ``sampled`` no
     divergence is added: the teacher's part is in the advantages.

@@ -15,7 +15,7 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax import losses, ops
+from rlhf_jax import losses, ops, policies
 from rlhf_jax.algorithms.step import batch_updater
 from rlhf_jax.types import (
     BoundPolicyFn,
@@ -82,13 +82,13 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
       batch: comparisons [B, K, T], any K, or packed ones, [B, C, K] results; or feedback [B, T].
       ref_fn: carries its parameters, ``jax.tree_util.Partial(policy_fn, ref_params)``.
     """
-
-    def policy_fn(_: None, *inputs: Any, **more: Any) -> PolicyOutput:
-        return ref_fn(*inputs, **more)
-
-    noted = ops.noted(policy_fn, ref_fn)
-    ref_log_probs = ops.response_log_probs(noted, None, batch, name="ref_fn")
+    of_no_params = policies.wrap(_without_params, ref_fn)
+    ref_log_probs = ops.response_log_probs(of_no_params, None, batch, name="ref_fn")
     return replace(batch, ref_log_probs=ref_log_probs)
+
+
+def _without_params(ref_fn: BoundPolicyFn, _: None, *inputs: Any, **more: Any) -> PolicyOutput:
+    return ref_fn(*inputs, **more)
 
 
 def loss(

@@ -103,11 +103,7 @@ def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
 
 
 def reference_point(
-    params: Params,
-    feedback: Feedback,
-    *,
-    policy_fn: PolicyFn,
-    axis_name: AxisName = None,
+    params: Params, feedback: Feedback, *, policy_fn: PolicyFn, axis_name: AxisName = None
 ) -> Array:
     """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
     rows of all devices, at least 0. It is not differentiated.
@@ -124,12 +120,7 @@ def reference_point(
 
 
 def loss(
-    params: Params,
-    feedback: Feedback,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, feedback: Feedback, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """The weighted mean of ``lambda_y * losses.kto`` over the present rows.
 
@@ -177,12 +168,7 @@ _step = batch_updater(loss)
 
 
 def update(
-    state: TrainState,
-    feedback: Feedback,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    **options: Any,
+    state: TrainState, feedback: Feedback, key: DropoutKey, *, policy_fn: PolicyFn, **options: Any
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on feedback [B, T] as ``with_reference`` makes it; see
     ``step.batch_updater``.

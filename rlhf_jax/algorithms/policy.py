@@ -18,7 +18,7 @@ from jax import Array
 
 from rlhf_jax import advantages as estimators
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.lengths import by_length
+from rlhf_jax.algorithms.lengths import can_cut
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import (
     AlgorithmConfig,
@@ -110,24 +110,14 @@ class Config(Batching):
     """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its
     tokens (GSPO); product: their product.
     """
-    sapo_temperatures: tuple[float, ...] = (1.0, 1.05)
-    """With the surrogate sapo: how soon the gradient fades for positive and for other advantages.
-    """
-    vespo_powers: tuple[float, ...] = (2.0, 3.0)
-    """With the surrogate vespo: k for advantages of at least 0, and below."""
-    vespo_decays: tuple[float, ...] = (3.0, 2.0)
-    """With the surrogate vespo: c for advantages of at least 0, and below."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_numbers(self, "clip_low", "clip_high", at_least=0)
         ops.check_numbers(self, "dual_clip", above=1)
-        ops.check_choices(
-            self,
-            surrogate=losses.Surrogate,
-            ratio=Ratio,
-            kl_loss_estimator=ops.KLEstimator,
-        )
+        ops.check_choice("surrogate", self.surrogate, losses.Surrogate)
+        ops.check_choice("ratio", self.ratio, Ratio)
+        ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, ops.KLEstimator)
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(
                 f"dual_clip: only for the surrogate 'clip', not {self.surrogate!r}; use null"
@@ -136,12 +126,6 @@ class Config(Batching):
             raise ValueError(
                 f"ratio: the surrogate 'vespo' weighs whole rows, by 'product', not {self.ratio!r}"
             )
-        for name in ("sapo_temperatures", "vespo_powers", "vespo_decays"):
-            values = getattr(self, name)
-            if len(values) != 2:
-                raise ValueError(f"{name} must be two numbers, got {values}")
-            for value in values:
-                ops.check_number(name, value, above=0)
         if self.kl_loss_estimator == "k1":
             raise ValueError(
                 "kl_loss_estimator 'k1' has expected gradient 0: use it in the reward, or 'k2' or "
@@ -205,9 +189,7 @@ def rewards_to_go(rollout: Rollout) -> tuple[Array, Array]:
 
 
 def with_group_advantages(
-    rollout: Rollout,
-    group_size: int,
-    estimate: Callable[..., Array],
+    rollout: Rollout, group_size: int, estimate: Callable[..., Array]
 ) -> Rollout:
     """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0
     elsewhere.
@@ -242,10 +224,7 @@ def with_group_advantages(
 
 
 def with_entropy(
-    policy_loss: Array,
-    output: PolicyOutput,
-    rollout: Rollout,
-    config: Batching,
+    policy_loss: Array, output: PolicyOutput, rollout: Rollout, config: Batching
 ) -> tuple[Array, LossMetrics]:
     """Token losses [B, T] of a policy times ``rollout.importance_weights``, if there are any, minus
     ``entropy_coef`` * entropy.
@@ -266,19 +245,6 @@ def with_entropy(
     if ops.is_zero(config.entropy_coef):
         return policy_loss, metrics
     return policy_loss - config.entropy_coef * output.entropy, metrics
-
-
-def of_rows(log_ratio: Array, mask: Array, ratio: Ratio) -> Array:
-    """The log-ratios [B, T] of tokens, or of their rows in each column of the response; 0 outside
-    it.
-    """
-    if ratio == "token":
-        return log_ratio
-    if ratio == "sequence":
-        of_row = ops.masked_mean(log_ratio, mask, axis=1)
-    else:
-        of_row = jnp.sum(ops.masked(log_ratio, mask), axis=1)
-    return jnp.where(mask, of_row[:, None], 0.0)
 
 
 def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, LossMetrics]:
@@ -309,8 +275,12 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     log_probs = ops.masked(output.log_probs, mask)
     advantages = ops.masked(field(rollout, "advantages", "call prepare first"), mask)
     of_token = log_probs - old_log_probs
-    log_ratio = of_rows(of_token, mask, config.ratio)
-    ratio = ops.frozen(ops.ratio(log_ratio, jnp.zeros_like(log_ratio)))
+    log_ratio = of_token
+    if config.ratio == "sequence":
+        log_ratio = jnp.where(mask, ops.masked_mean(of_token, mask, axis=1, keepdims=True), 0.0)
+    elif config.ratio == "product":
+        log_ratio = jnp.where(mask, jnp.sum(of_token, axis=1, keepdims=True), 0.0)
+    ratio = ops.frozen(ops.bounded_exp(log_ratio))
     per_token, is_clipped = losses.surrogate(
         config.surrogate,
         log_probs,
@@ -319,9 +289,6 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        sapo_temperatures=config.sapo_temperatures,
-        vespo_powers=config.vespo_powers,
-        vespo_decays=config.vespo_decays,
     )
     per_token, metrics = with_entropy(per_token, output, rollout, config)
     metrics |= {
@@ -337,12 +304,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     return config.mean(per_token, mask), metrics
 
 
-def _kl_term(
-    log_probs: Array,
-    ratio: Array,
-    rollout: Rollout,
-    estimator: ops.KLEstimator,
-) -> Array:
+def _kl_term(log_probs: Array, ratio: Array, rollout: Rollout, estimator: ops.KLEstimator) -> Array:
     """The KL term [B, T] of the policy's own tokens; ``ratio`` is that of the surrogate."""
     hint = "give rollout.collect a ref_fn, or set kl_loss_coef=0"
     ref_log_probs = ops.masked(field(rollout, "ref_log_probs", hint), rollout.mask)
@@ -386,8 +348,6 @@ def updater(
         ``loss``; see ``policy.updater``."""
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
-        sharded: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
-        sharded["group_size"] = rollout.group_size
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
@@ -397,8 +357,10 @@ def updater(
                 batch=minibatch,
                 key=key,
                 num_microbatches=config.num_microbatches,
-                microbatching=by_length(minibatch),
-                **sharded,
+                by_length=can_cut(minibatch),
+                axis_name=axis_name,
+                minibatch_sharding=minibatch_sharding,
+                group_size=rollout.group_size,
             )
 
         state, metrics = minibatch_epochs(
@@ -409,7 +371,9 @@ def updater(
             num_epochs=config.num_epochs,
             num_minibatches=config.num_minibatches,
             shuffle_blocks=config.shuffle_blocks,
-            **sharded,
+            axis_name=axis_name,
+            minibatch_sharding=minibatch_sharding,
+            group_size=rollout.group_size,
         )
         return state, {**metrics, **rollout_metrics(prepared, axis_name)}
 

@@ -77,12 +77,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 
 
 def loss(
-    params: Params,
-    rollout: Rollout,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
     ``value/loss``.

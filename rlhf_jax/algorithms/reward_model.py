@@ -50,10 +50,7 @@ class Config:
 
 
 def answer_scores(
-    score_fn: Any,
-    params: Params,
-    comparisons: Comparisons,
-    key: DropoutKey = None,
+    score_fn: Any, params: Params, comparisons: Comparisons, key: DropoutKey = None
 ) -> Array:
     """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
     ``documents`` too.

@@ -47,7 +47,7 @@ class Config(policy.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choices(self, baseline=Baseline)
+        ops.check_choice("baseline", self.baseline, Baseline)
         if self.baseline != "global":
             ops.check_numbers(self, "group_size", at_least=2)
 
@@ -85,12 +85,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 
 
 def loss(
-    params: Params,
-    rollout: Rollout,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """``policy.loss`` of a prepared rollout. ``key`` is unused: dropout is off in RL."""
     return policy.loss(ops.evaluate(policy_fn, params, rollout), rollout, config)

@@ -43,12 +43,7 @@ class Config:
 
 
 def loss(
-    params: Params,
-    batch: Demonstrations,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, batch: Demonstrations, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """The loss in nats, and the metric ``sft/loss``.
 

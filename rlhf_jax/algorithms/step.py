@@ -8,9 +8,9 @@ result does not depend on how the batch was cut. Under ``shard_map`` this works 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import ops
+from rlhf_jax.algorithms import lengths
 from rlhf_jax.parallel import auxiliary, blocks
 from rlhf_jax.types import (
     AxisName,
@@ -36,28 +37,9 @@ from rlhf_jax.types import (
 )
 
 State = TypeVar("State", bound=TrainState)
-Terms = tuple[Mean, ...]  # of a loss
-Results = tuple[Terms, LossMetrics]
-PartGradient = tuple[Params, Results]
-Forward = Callable[[Params, Array | int, Any], Results]
-Gradient = tuple[Array, StepMetrics, Params]  # loss, metrics and gradient of a whole batch
-
-
-class Microbatching(NamedTuple):
-    """How a batch becomes microbatches: `lengths.by_length` is another way than `IN_ROW_ORDER`."""
-
-    order: Callable[[Any, int, int], Any]
-    """``(batch, num_microbatches, group_size)``: the batch with its rows in another order, which
-    ``ops.split_rows`` then divides.
-    """
-    narrow: Callable[[Callable[[Any], PartGradient]], Callable[[Any], PartGradient]]
-    """The gradient of a microbatch, given the function that computes it."""
-
-
-IN_ROW_ORDER = Microbatching(
-    order=lambda batch, num_microbatches, group_size: batch,
-    narrow=lambda of_part: of_part,
-)
+Results = tuple[tuple[Mean, ...], LossMetrics]  # the terms of a loss, and its metrics
+PartGradient = Callable[[Array, Any], tuple[Params, Results]]  # (number, microbatch)
+BatchGradient = Callable[..., tuple[Array, StepMetrics, Params]]  # (params, batch, key)
 
 
 def gradient_step(
@@ -71,7 +53,7 @@ def gradient_step(
     axis_name: AxisName = None,
     minibatch_sharding: Any = None,
     group_size: int = 1,
-    microbatching: Microbatching = IN_ROW_ORDER,
+    by_length: bool = False,
 ) -> tuple[State, StepMetrics]:
     """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is
     not finite.
@@ -96,7 +78,8 @@ def gradient_step(
         devices in each microbatch.
       group_size: adjacent rows that stay together in a microbatch, such as the answers to a prompt
         that is computed once (``models.policy_fn``).
-      microbatching: an order of the rows before they are divided, and how a part is computed.
+      by_length: the batch is a Rollout: rows of similar length share a microbatch, and its columns
+        end behind the longest of them, see ``lengths``.
 
     Returns:
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
@@ -108,19 +91,19 @@ def gradient_step(
       ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
       TypeError: ``loss_fn`` returns anything but Means.
     """
-    gradient: Callable[..., Gradient] = partial(
-        _global_gradient,
+    gradient: BatchGradient = partial(
+        _gradient,
         loss_fn,
         num_microbatches=num_microbatches,
         group_size=group_size,
-        microbatching=microbatching,
+        by_length=by_length,
         axis_name=axis_name,
     )
     if num_microbatches > 1 and isinstance(minibatch_sharding, NamedSharding):
         part_groups = _num_rows(batch) // group_size // num_microbatches
-        gradient = _reduced_once(gradient, minibatch_sharding, part_groups)
+        gradient = _sum_once(gradient, minibatch_sharding, part_groups)
     loss, metrics, grads = gradient(state.params, batch, key)
-    grad_norm = optax.tree.norm(jax.tree.map(_widened, grads))
+    grad_norm = optax.tree.norm(jax.tree.map(_widen, grads))
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
@@ -186,18 +169,18 @@ def minibatch_epochs(
         # The keys of the steps start where those of the shuffles end: no key is used twice.
         step_key = jax.random.fold_in(key, num_epochs + epoch)
         if num_minibatches == 1:
-            whole = _constrained(batch, minibatch_sharding)
+            whole = _constrain(batch, minibatch_sharding)
             return step(state, whole, jax.random.fold_in(step_key, 0))
 
         def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, StepMetrics]:
             index, order = inputs
             minibatch = jax.tree.map(partial(_take, order, group_size), batch)
-            minibatch = _constrained(minibatch, minibatch_sharding)
+            minibatch = _constrain(minibatch, minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
         epoch_key = jax.random.fold_in(key, epoch)
         numbers = jnp.arange(num_minibatches)
-        orders = _orders(
+        orders = _shuffle(
             epoch_key, _num_rows(batch), num_minibatches, shuffle_blocks, axis_name, group_size
         )
         state, metrics = jax.lax.scan(run_minibatch, state, (numbers, orders))
@@ -249,7 +232,7 @@ def batch_updater(
                 found = loss(params, part, part_key, config=config, **model)
             return auxiliary.with_terms(found, terms, coefficient)
 
-        batch = _constrained(batch, minibatch_sharding)
+        batch = _constrain(batch, minibatch_sharding)
         state, metrics = gradient_step(
             loss_fn,
             state,
@@ -265,18 +248,14 @@ def batch_updater(
     return update_on_batch
 
 
-def _constrained(batch: Any, sharding: Any) -> Any:
+def _constrain(batch: Any, sharding: Any) -> Any:
     """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; unchanged if
     that is None.
     """
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _reduced_once(
-    gradient: Callable[..., Gradient],
-    sharding: NamedSharding,
-    part_groups: int,
-) -> Callable[..., Gradient]:
+def _sum_once(gradient: BatchGradient, sharding: NamedSharding, part_groups: int) -> BatchGradient:
     """``gradient`` under ``shard_map``, which sums over the devices after the last microbatch.
 
     Unchanged if the rows' first axis is not the whole mesh, or if the ``part_groups`` of a
@@ -293,7 +272,7 @@ def _reduced_once(
     return jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=replicated)
 
 
-def _global_gradient(
+def _gradient(
     loss_fn: LossFn,
     params: Params,
     batch: Any,
@@ -301,158 +280,122 @@ def _global_gradient(
     *,
     num_microbatches: int,
     group_size: int,
-    microbatching: Microbatching,
+    by_length: bool,
     axis_name: AxisName,
-) -> Gradient:
-    """Loss, metrics and gradient over all microbatches and devices."""
+) -> tuple[Array, StepMetrics, Params]:
+    """Loss, metrics and gradient of a batch, over all microbatches and devices."""
     # Each device differentiates its own copy of the parameters: before the sum over devices its
     # gradient is that of its own rows.
     local = params if axis_name is None else jax.lax.pcast(params, axis_name, to="varying")
-    forward = partial(_forward, loss_fn, key, axis_name)
-    num_parts = num_microbatches
-    if batch is not None:
-        num_parts = max(num_parts, blocks.number())
+
+    def forward(params: Params, number: Array | int, part: Any) -> Results:
+        """Of microbatch ``number``."""
+        arguments = [] if part is None else [part]
+        if key is not None:
+            part_key = jax.random.fold_in(key, number)
+            if axis_name is not None:
+                part_key = jax.random.fold_in(part_key, jax.lax.axis_index(axis_name))
+            arguments.append(part_key)
+        loss, metrics = loss_fn(params, *arguments)
+        terms = loss if isinstance(loss, tuple) else (loss,)
+        for term in (*terms, *metrics.values()):
+            if not is_mergeable(term):
+                raise TypeError(
+                    "a loss and its metrics are Means, such as losses.aggregate gives, got "
+                    f"{type(term)}"
+                )
+        return jax.tree.map(_widen, terms), metrics
+
+    def count(terms: tuple[Mean, ...]) -> list[Array]:
+        return ops.psum([term.count for term in terms], axis_name)
+
+    def backward(
+        number: Array | int, part: Any, counts: list[Array] | None = None
+    ) -> tuple[Params, Results]:
+        """The gradient of the terms' totals divided by the ``counts`` of the whole batch on all
+        devices; None: the part is the whole batch of this device.
+        """
+
+        def divided(params: Params) -> tuple[Array, Results]:
+            terms, metrics = forward(params, number, part)
+            whole = count(terms) if counts is None else counts
+            shares = [Mean(term.total, n) for term, n in zip(terms, whole, strict=True)]
+            return _add(shares), (terms, metrics)
+
+        return jax.grad(divided, has_aux=True)(local)
+
+    num_parts = num_microbatches if batch is None else max(num_microbatches, blocks.number())
     if num_parts == 1:
-        grads, results = _backward(forward, axis_name, None, local, 0, batch)
+        grads, results = backward(0, batch)
     else:
-        whole = (batch, num_parts, group_size, microbatching)
-        grads, results = _over_microbatches(forward, axis_name, local, *whole)
+        num_rows = _num_rows(batch)
+        if num_parts < 1 or num_rows % (num_parts * group_size):
+            groups = "" if group_size == 1 else f" in groups of {group_size}"
+            raise ValueError(
+                f"num_microbatches={num_parts} does not divide the {num_rows} rows of the "
+                f"batch{groups}"
+            )
+        if by_length:
+            batch = lengths.sort_rows(batch, num_parts, group_size=group_size)
+        parts = (jnp.arange(num_parts), ops.split_rows(batch, num_parts, group_size=group_size))
+        # The counts do not depend on the parameters: XLA leaves this forward pass out.
+        terms = jax.lax.map(lambda part: forward(local, *part)[0], parts)
+        of_part: PartGradient = partial(backward, counts=count(_merge(terms)))
+        if by_length:
+            of_part = lengths.cut_columns(of_part)
+        grads, results = _accumulate(of_part, local, parts)
     grads = ops.psum(grads, axis_name)
     if axis_name is not None:
-        results = _map_parts(lambda part: part.over(axis_name), results)
-    terms, parts = results
-    metrics = {name: x if isinstance(x, Max) else x.value for name, x in parts.items()}
-    return sum((term.value for term in terms), jnp.zeros(())), metrics, grads
+        results = jax.tree.map(lambda x: x.over(axis_name), results, is_leaf=is_mergeable)
+    terms, found = results
+    metrics = {name: x if isinstance(x, Max) else x.value for name, x in found.items()}
+    return _add(terms), metrics, grads
 
 
-def _forward(
-    loss_fn: LossFn,
-    key: DropoutKey,
-    axis_name: AxisName,
-    params: Params,
-    number: Array | int,
-    part: Any,
-) -> Results:
-    """The terms of the loss of microbatch ``number``, and its metrics."""
-    arguments = [] if part is None else [part]
-    if key is not None:
-        part_key = jax.random.fold_in(key, number)
-        if axis_name is not None:
-            part_key = jax.random.fold_in(part_key, jax.lax.axis_index(axis_name))
-        arguments.append(part_key)
-    loss, metrics = loss_fn(params, *arguments)
-    terms = loss if isinstance(loss, tuple) else (loss,)
-    for term in (*terms, *metrics.values()):
-        if not is_mergeable(term):
-            raise TypeError(
-                "a loss and its metrics are Means, such as losses.aggregate gives, got "
-                f"{type(term)}"
-            )
-    return jax.tree.map(_widened, terms), metrics
+def _accumulate(
+    gradient: PartGradient, params: Params, parts: tuple[Array, Any]
+) -> tuple[Params, Results]:
+    """The sum of the gradients of all parts, and their merged results."""
 
-
-def _backward(
-    forward: Forward,
-    axis_name: AxisName,
-    counts: list[Array] | None,
-    params: Params,
-    number: Array | int,
-    part: Any,
-) -> PartGradient:
-    """The gradient of the terms' totals divided by ``counts``, those of the whole batch on all
-    devices; None: the part is the whole batch of this device.
-    """
-
-    def divided(params: Params) -> tuple[Array, Results]:
-        terms, metrics = forward(params, number, part)
-        whole = _counts(terms, axis_name) if counts is None else counts
-        shares = [Mean(term.total, count) for term, count in zip(terms, whole, strict=True)]
-        return sum((share.value for share in shares), jnp.zeros(())), (terms, metrics)
-
-    return jax.grad(divided, has_aux=True)(params)
-
-
-def _counts(terms: Terms, axis_name: AxisName) -> list[Array]:
-    """The count of each term on all devices."""
-    return ops.psum([term.count for term in terms], axis_name)
-
-
-def _over_microbatches(
-    forward: Forward,
-    axis_name: AxisName,
-    params: Params,
-    batch: Any,
-    num_microbatches: int,
-    group_size: int,
-    microbatching: Microbatching,
-) -> PartGradient:
-    """The sum of the microbatches' gradients, and their terms and metrics added up."""
-    num_rows = _num_rows(batch)
-    if num_microbatches < 1 or num_rows % (num_microbatches * group_size):
-        groups = "" if group_size == 1 else f" in groups of {group_size}"
-        raise ValueError(
-            f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the "
-            f"batch{groups}"
-        )
-    batch = microbatching.order(batch, num_microbatches, group_size)
-    split = ops.split_rows(batch, num_microbatches, group_size=group_size)
-    parts = (jnp.arange(num_microbatches), split)
-
-    # The counts do not depend on the parameters: XLA leaves the forward pass out.
-    terms = jax.lax.map(lambda part: forward(params, *part)[0], parts)
-    counts = _counts(_merged(terms), axis_name)
-    backward = partial(_backward, forward, axis_name, counts, params)
-
-    def of_part(numbered: tuple[Array, Any]) -> PartGradient:
-        number, part = numbered
-        grads, results = microbatching.narrow(partial(backward, number))(part)
-        return jax.tree.map(_widened, grads), results
+    def of_part(part: Any) -> tuple[Params, Results]:
+        grads, results = gradient(*part)
+        return jax.tree.map(_widen, grads), results
 
     if blocks.number():
 
-        def at(number: Array) -> PartGradient:
+        def at(number: Array) -> tuple[Params, Results]:
             return of_part(jax.tree.map(lambda x: x[number], parts))
 
-        grads, results = blocks.tree_sum(at, num_microbatches)
+        grads, results = blocks.tree_sum(at, len(parts[0]))
     else:
-        grads, results = _in_order(of_part, params, parts)
+
+        def add(total: Params, part: Any) -> tuple[Params, Results]:
+            grads, results = of_part(part)
+            return jax.tree.map(jnp.add, total, grads), results
+
+        zeros = jax.tree.map(lambda p: _widen(jnp.zeros_like(p)), params)
+        grads, stacked = jax.lax.scan(add, zeros, parts)
+        results = _merge(stacked)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), results
 
 
-def _in_order(
-    of_part: Callable[[Any], PartGradient],
-    params: Params,
-    parts: Any,
-) -> PartGradient:
-    """The sum over the parts, one after the other."""
-
-    def add(total: Params, part: Any) -> PartGradient:
-        grads, results = of_part(part)
-        return jax.tree.map(jnp.add, total, grads), results
-
-    zeros = jax.tree.map(lambda p: _widened(jnp.zeros_like(p)), params)
-    grads, stacked = jax.lax.scan(add, zeros, parts)
-    return grads, _merged(stacked)
-
-
-def _widened(gradient: Array) -> Array:
+def _widen(gradient: Array) -> Array:
     """In float32 at least: sums of low-precision gradients would lose the small ones."""
     return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
-def _map_parts(fn: Callable[[Any], Any], results: Any) -> Any:
-    """``fn`` of each Mean and Max."""
-    return jax.tree.map(fn, results, is_leaf=is_mergeable)
+def _add(terms: Iterable[Mean]) -> Array:
+    """The loss: each term is divided by its own count."""
+    return sum((term.value for term in terms), jnp.zeros(()))
 
 
-def _merged(stacked: Any) -> Any:
+def _merge(stacked: Any) -> Any:
     """One Mean or Max from those of all microbatches, stacked on axis 0."""
 
-    def merge(part: Mean | Max) -> Mean | Max:
-        reduce = jnp.sum if isinstance(part, Mean) else jnp.max
-        return jax.tree.map(partial(reduce, axis=0), part)
+    def merge(x: Mean | Max) -> Mean | Max:
+        return jax.tree.map(partial(jnp.sum if isinstance(x, Mean) else jnp.max, axis=0), x)
 
-    return _map_parts(merge, stacked)
+    return jax.tree.map(merge, stacked, is_leaf=is_mergeable)
 
 
 def _average(metrics: StepMetrics) -> StepMetrics:
@@ -468,7 +411,7 @@ def _average(metrics: StepMetrics) -> StepMetrics:
     return averages
 
 
-def _orders(
+def _shuffle(
     key: Array,
     num_rows: int,
     num_minibatches: int,

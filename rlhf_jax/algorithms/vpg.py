@@ -47,7 +47,7 @@ class Config(policy.Batching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choices(self, baseline=Baseline)
+        ops.check_choice("baseline", self.baseline, Baseline)
         ops.check_numbers(self, "baseline_decay", at_least=0, at_most=1)
 
 
@@ -59,11 +59,7 @@ class State(TrainState):
 
 
 def prepare(
-    rollout: Rollout,
-    *,
-    config: Config,
-    axis_name: AxisName = None,
-    baseline: Array | float = 0.0,
+    rollout: Rollout, *, config: Config, axis_name: AxisName = None, baseline: Array | float = 0.0
 ) -> Rollout:
     """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has
     advantages.
@@ -81,11 +77,7 @@ def prepare(
     advantage = policy.row_rewards(rollout)
     if config.baseline == "ema":
         _, advantage = advantages.ema_baseline(
-            baseline,
-            advantage,
-            rollout.present,
-            decay=config.baseline_decay,
-            axis_name=axis_name,
+            baseline, advantage, rollout.present, decay=config.baseline_decay, axis_name=axis_name
         )
     elif config.baseline == "greedy":
         hint = "iteration.with_greedy makes them"
@@ -102,12 +94,7 @@ def prepare(
 
 
 def loss(
-    params: Params,
-    rollout: Rollout,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
+    params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and
     ``objective/entropy`` (nats per row).

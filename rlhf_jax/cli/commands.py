@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int | None:
             code = command(rest)
             return code
         command_line = importlib.import_module("rlhf_jax.config.command_line")
-        code = command_line.bound(command, rest, prog)()
+        code = command_line.call(command, rest, prog)
         return code
     last_word = [*argv, "--help"][words - 1]
     if last_word not in ("-h", "--help"):

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if any(word.partition("=")[0] == "--for" for word in argv):
         preview_stage(argv)
     else:
-        command_line.bound(preview_data, argv, PROGRAM)()
+        command_line.call(preview_data, argv, PROGRAM)
 
 
 def preview_data(

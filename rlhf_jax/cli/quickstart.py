@@ -37,8 +37,8 @@ from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.writing import write_atomically
 from rlhf_jax.training import pipeline
 from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.opening import stream_key
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.common.stage import stream
 from rlhf_jax.training.supervised.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Params, Rollout
 
@@ -134,9 +134,9 @@ def answer(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    key = stream(config.seed, "quickstart", "eval")
+    key = stream_key(config.seed, "quickstart", "eval")
     policy = generator.LanguageModel(model, params, tokenizer)
-    rollout = policy.sample(encoded.tokens, encoded.attention_mask, key, config=greedy)
+    rollout, _ = policy.respond(encoded, key, config=greedy)
     texts = generator.responses(rollout, tokenizer)
     scores = [rubric.score(row.columns, text) for row, text in zip(prompts, texts, strict=True)]
     return Answers(texts, np.array(scores), rollout)

@@ -48,7 +48,6 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     default).
     """
     from rlhf_jax import config, training
-    from rlhf_jax.report import verdict
 
     stage = STAGES[name]
     kind = name.replace("-", "_")
@@ -68,6 +67,8 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     if name == "pipeline":
         kind = "policy"
         result = result.ppo
+    from rlhf_jax.report import verdict
+
     commands = verdict.next_commands(kind, result.folder)
     logger.info("\n    ".join(["Next, for example:", *commands]))
 

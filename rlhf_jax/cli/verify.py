@@ -34,15 +34,15 @@ from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger,
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
-from rlhf_jax.training.common import loop
 from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
+from rlhf_jax.training.common.progress import PAUSE
 from rlhf_jax.training.common.setup import set_up
 from rlhf_jax.training.rl import inputs
-from rlhf_jax.training.rl.entry import sources_of
-from rlhf_jax.training.supervised import dpo, entry, kto, reward_model, sft
+from rlhf_jax.training.rl.job import sources_of
+from rlhf_jax.training.supervised import run as supervised
+from rlhf_jax.training.tasks import TASKS
 from rlhf_jax.types import Algorithm
 
-SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
 METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
@@ -185,7 +185,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     recorded: dict[str, Any] = reading.read_json(file, reading.MANIFEST, needed)
     stage = recorded["stage"]
     why = ""
-    if stage not in SPECS | METHODS:
+    if stage not in TASKS | METHODS:
         why = f"its stage {stage} is not one of this package"
     elif recorded.get("given"):
         why = f"Python gave it {', '.join(recorded['given'])}"
@@ -272,7 +272,7 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     if trust_config:
         argv.append("--trust-config")
     kind = _settings_class(file)
-    of_stages = (f"{section}.{name}" for section in ("rl", *SPECS) for name in DATA)
+    of_stages = (f"{section}.{name}" for section in ("rl", *TASKS) for name in DATA)
     replaced = [*STARTS, "data", *of_stages]
     sections = ["lora", "rl.engine", "reward"]
     config = parse(kind, argv, prog="rlhf-jax verify", sections=sections, replaced=replaced)
@@ -334,7 +334,7 @@ def _section(stage: str) -> str:
 
 def _kind(stage: str) -> Any:
     """Of the rows of its data."""
-    return "prompts" if stage in METHODS else SPECS[stage].kind
+    return "prompts" if stage in METHODS else TASKS[stage].kind
 
 
 def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
@@ -470,12 +470,12 @@ def _repeat(
         (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
 
     def is_over(step: int, *of_step: Any) -> object:
-        return loop.PAUSE if step >= span.stop else None
+        return PAUSE if step >= span.stop else None
 
     stage = recorded["stage"]
     with _stopped_alike(path):
-        if stage in SPECS:
-            entry.run(config, SPECS[stage], is_over)
+        if stage in TASKS:
+            supervised.run(config, TASKS[stage], is_over)
         else:
             rl.run(config, METHODS[stage], on_step=is_over)
 

@@ -6,9 +6,9 @@ flags by ``parse``.
 ``configs/`` holds examples.
 """
 
-from rlhf_jax.config.flags import check_trusted, parse, shipped
+from rlhf_jax.config.flags import parse
 from rlhf_jax.config.pretrained import PRETRAINED, is_pretrained
-from rlhf_jax.config.sections import for_algorithm, section_name, with_section
+from rlhf_jax.config.sections import for_algorithm, section_name
 from rlhf_jax.config.settings import (
     ALGORITHMS,
     Answering,
@@ -34,7 +34,8 @@ from rlhf_jax.config.settings import (
     Tokenizer,
 )
 from rlhf_jax.config.sources import DataSource, ModelSource, data_source, model_source
-from rlhf_jax.config.yaml_files import read, to_yaml
+from rlhf_jax.config.trust import check_trusted, shipped
+from rlhf_jax.config.yaml_files import read, to_dict, to_yaml
 from rlhf_jax.graders.service import Judge
 
 __all__ = [
@@ -73,6 +74,6 @@ __all__ = [
     "read",
     "section_name",
     "shipped",
+    "to_dict",
     "to_yaml",
-    "with_section",
 ]

@@ -4,38 +4,41 @@ import copy
 import dataclasses
 import functools
 import operator
-import os
 import re
 import types
-import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from rlhf_jax.config import command_line
 from rlhf_jax.config.pretrained import pretrained_defaults
-from rlhf_jax.config.sections import section_name, with_section
-from rlhf_jax.config.settings import ALGORITHMS, RunConfig
-from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
+from rlhf_jax.config.sections import own_section, section_name
+from rlhf_jax.config.settings import ALGORITHMS, RIVALS, RunConfig
+from rlhf_jax.config.trust import check_trusted, shipped
+from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections, types_of
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.graders import spec
-from rlhf_jax.runs import keeping
 from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
 R = TypeVar("R", bound=RunConfig)
 Words = Sequence[str]
-_ABOUT_FILES = (
-    "--config FILE ...: YAML with values for these options; flags go before them. --trust-config: "
-    "use the Python files, servers and places that such a FILE names, though it may not be yours."
-)
-# Settings that are texts, and name nothing outside the program.
-_TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
-_TEXTS |= {"frozen", "teacher_model"}
-_REWARDS = {"reward", "judge", "classifier", "gold", "score"}  # a path is a part of the text
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that hold settings."""
+
+    config: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """YAML files with values for these options, or names that `rlhf-jax configs` lists. A later
+    file goes before an earlier one, and flags go before all."""
+    trust_config: bool = False
+    """Use the Python files, servers and places that such a file names, though it may not be yours.
+    """
 
 
 def parse(
@@ -52,160 +55,143 @@ def parse(
     this kind.
 
     A flag overrides the files, a later file an earlier one, and the files the defaults of the
-    class. ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too.
-    Rules are checked once, on the final values. A file that names somebody else's Python files
-    needs ``--trust-config``, see ``check_trusted``.
+    class; also where they say the same thing by another setting, see ``RIVALS``. ``--help`` shows
+    the values in force, ``--help-verbose`` the text of each setting too. Rules are checked once, on
+    the final values. A file that names somebody else's Python files needs ``--trust-config``, see
+    ``check_trusted``.
 
     Args:
       sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside
         the settings at the top; empty: all. A file may hold keys of other sections too, since
         several stages share it.
-      algorithm: your own one: its ``Config`` is a section under the module's name. The sections of
-        this package's algorithms have no flags then and keep their defaults.
+      algorithm: your own one: its ``Config`` is a section under the module's name, in ``own``. The
+        sections of this package's algorithms have no flags then and keep their defaults.
       replaced: settings that the caller replaces afterwards: the files' values need no trust.
 
     Raises:
-      UserError: a file is missing, broken or of another kind, a flag is unknown or its value of
-        another type, or a value breaks a rule. All mistakes of the files, or of the values, are in
-        one message, a line each.
-      SystemExit: code 0 after ``--help``.
+      UserError: a file is missing, broken or of another kind, a key or a flag is unknown, or a
+        value breaks a rule. All unknown ones, and all mistakes of the files, are in one message, a
+        line each; so are all values that break rules.
+      SystemExit: code 0 after ``--help``, 2 after an error that tyro printed: a flag without a
+        value, or with one of another type.
     """
-    finder = command_line.Parser(prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", metavar="FILE", nargs="+", action="extend", default=[])
-    finder.add_argument("--trust-config", action="store_true")
-    options, flags = finder.parse_known_args(argv)
-    unread: Words = ()
-    if algorithm is not None:
-        kind = with_section(kind, algorithm)
-        unread = [name for name in ALGORITHMS if name != section_name(algorithm)]
-        sections = sections or [name for name in typing.get_type_hints(kind) if name not in unread]
-    given = _given(kind, options.config, unread)
-    words = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
-    typed = {word.removeprefix("--").replace("-", "_") for word in words}
-    if not options.trust_config:  # before anything that a file names is looked at
+    files, flags = tyro.cli(Files, args=argv, prog=prog, add_help=False, return_unknown_args=True)
+    own = {} if algorithm is None else own_section(algorithm)
+    unread = [] if algorithm is None else [n for n in ALGORITHMS if n != section_name(algorithm)]
+    keys = dotted_keys(kind)
+    keys += [key for name in own for key in (name, *dotted_keys(own[name], f"{name}."))]
+    reads = _keys_read(kind, keys, own, sections, unread)
+    typed = {_key(word, keys): word for word in flags if word.startswith("--")}
+    given, problems = _read_files(kind, own, files.config, keys, reads)
+    problems += _unknown_flags(typed, keys, reads)
+    if problems:
+        raise UserError("\n".join(problems))
+    given = {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
+    if not files.trust_config:  # before anything that a file names is looked at
         asked = given.keys() - typed - {*replaced}
         check_trusted({key: given[key] for key in given if key in asked})
-    config = _with_values(kind(), {key: value for key, (value, _) in given.items()})
-    about = {"prog": prog, "description": f"{description}\n\n{_ABOUT_FILES}"}
+
+    config = kind()
+    vars(config).update({name: section() for name, section in own.items()})  # until it is checked
+    config = _with_values(config, {key: value for key, (value, _) in given.items()})
     if flags:  # else there is nothing to wait for: tyro takes half a second
-        config = _with_flags(config, flags, sections, about)
+        config = _with_flags(config, own, flags, reads, prog, description)
+    values = {key: operator.attrgetter(key)(config) for key in typed}
+    left = _without_rivals(given, values, reads)
+    defaults = kind()
+    lost = {key: operator.attrgetter(key)(defaults) for key in given if key not in left}
+    config = _with_values(config, lost)
     if isinstance(config, RunConfig):
-        _check_network(config, typed)
-        config = _with_pretrained(config, typed | given.keys(), sections)
-    problems: list[str] = []
-    config = _checked(config, "", given, problems)
+        _check_unread(config, typed)
+        config = _with_pretrained(config, typed.keys() | left.keys(), reads)
+    if own:
+        vars(config)["own"] = {
+            name: _checked(vars(config).pop(name), f"{name}.", left, problems) for name in own
+        }
+    config = _checked(config, "", left, problems)
     if problems:
         raise UserError("\n".join(problems))
     return config
 
 
-def _check_network(config: RunConfig, typed: Collection[str]) -> None:
-    """Refuses sizes of a network that are typed beside a model. In a file they stay for the stages
-    that start from random weights.
+def _keys_read(
+    kind: type, keys: Words, own: Mapping[str, type], sections: Words, unread: Words
+) -> list[str]:
+    """The settings and sections that a command has flags for, among all ``keys``: those at the top,
+    except the reward, those of ``own``, and what ``sections`` names; if it is empty, all but the
+    sections ``unread``.
     """
-    unread = [key for key in typed if key.startswith("network.") and key != "network.dropout"]
-    if config.model is None or not unread:
-        return
-    flags = ", ".join("--" + key.replace("_", "-") for key in sorted(unread))
-    raise UserError(
-        f"{flags}: the model {config.model} has its own sizes, so this would change nothing; leave "
-        "it out. Texts are limited by --text.max-length, --rl.max-prompt-length and "
-        "--rl.max-new-tokens"
-    )
+    if not sections:
+        return [key for key in keys if key.partition(".")[0] not in unread]
+    at_top = {*types_of(kind)} - {*subsections(kind), "reward"}
+    parts = [f"{part}." for part in (*sections, *own)]
+    return [
+        key
+        for key in keys
+        if key in at_top
+        or any(f"{key}.".startswith(part) or part.startswith(f"{key}.") for part in parts)
+    ]
 
 
-def check_trusted(given: Values, run: Path | None = None) -> None:
-    """Refuses values of somebody else's file that would run Python code, send texts and keys to a
-    server, or read and write elsewhere on this machine.
+def _key(word: str, keys: Words) -> str:
+    """The setting of a flag such as ``--text.no-pack`` or ``--rl.batch-size=8``."""
+    key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    section, dot, name = key.rpartition(".")
+    turned_off = f"{section}{dot}{name.removeprefix('no_')}"
+    return turned_off if turned_off in keys else key
 
-    Configs of this package are trusted, and so are values whose YAML file and Python file are in
-    the current folder. A file in the folder of a run may be somebody else's wherever it is: what it
-    names is never trusted, except files and folders below the current folder or of that run.
 
-    Args:
-        run: the folder that the files belong to, if it was given as that of a run.
-
-    Raises:
-        UserError: lists these values.
-    """
-    own = [_real(path) for path in shipped().values()]
+def _unknown_flags(typed: Mapping[str, str], keys: Words, reads: Words) -> list[str]:
+    """A sentence for each flag that the command does not have."""
     problems = []
-    for key, (value, place) in given.items():
-        config = Path(re.sub(r", line \d+$", "", place)).absolute()
-        if _real(config) in own:
+    for key, word in typed.items():
+        flag = word.partition("=")[0]
+        if key in (*reads, "help", "help_verbose"):
             continue
-        for text in value if isinstance(value, tuple) else (value,):
-            around = run or _run_around(config)
-            harm = _harm(key, text, config, around)
-            if harm:
-                of_run = f" (a config of the run {around})" if around else ""
-                problems.append(f"{place}: {key} {text} {harm}{of_run}")
-    if problems:
-        listed = "\n".join(problems)
-        raise UserError(
-            f"{listed}\nThis acts with your rights, and the file may be somebody else's. What you "
-            "type as flags needs no trust; if the file is yours, or you have read it, give "
-            "--trust-config"
-        )
+        if key in keys:
+            problems.append(f"{flag} is a setting that this command does not read")
+        else:
+            problems.append(f"unknown flag {flag}; {hint(key, keys, reads, flags=True)}")
+    return problems
 
 
-def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:
-    """What a value of somebody else's YAML file, of this run, could do; "" for nothing."""
-    name = key.rpartition(".")[2]
-    if not value or not isinstance(value, str | bool) or name in _TEXTS:
-        return ""
-    here = _real(".")
-    if run and key in ("resume", "overwrite", "allow_changed"):
-        return "changes another run, and no run has it in its own config"
-    if isinstance(value, bool):
-        return ""
-    kind, names = spec.named(value)
-    if kind == "code":
-        file = _real(names[0])
-        return f"runs the Python code of {file}" if run or not file.is_relative_to(here) else ""
-    harmless = {"judge.url": "", "processes": "auto", "rounds.host": "127.0.0.1"}
-    is_host = kind == "address" or value != harmless.get(key, value)
-    if is_host and (run or not _real(config).is_relative_to(here)):
-        return "gets the texts of the run, and your API key"
-    if run and key == "track" and value != "tensorboard":
-        return "gets the metrics and texts of the run"
-    if run is None:
-        return ""
-    for place in names if name in _REWARDS else (value, *names):
-        path = _real(place)
-        is_below = path.is_relative_to(here) and not os.path.isabs(place)
-        if not is_below and not path.is_relative_to(_real(run)):
-            return "is an absolute path, or leads out of the current folder"
-    return ""
-
-
-def _real(path: str | Path) -> Path:
-    """The absolute path without links. Unlike ``Path.resolve`` it raises nothing."""
-    return Path(os.path.realpath(str(path).replace("\0", "")))
-
-
-def _run_around(file: Path) -> Path | None:
-    """The folder of the run in which a file lies, or lies behind a link; None outside of runs."""
-    for folder in (*file.parents, *_real(file).parents):
-        # Either is enough for --resume.
-        for mark in (folder / "manifest.json", folder / keeping.START):
-            if os.path.lexists(mark):
-                return folder
-    return None
-
-
-def _given(kind: type, names: Words, unread: Words) -> Values:
-    """The values of all files; a later file overrides an earlier one."""
+def _read_files(
+    kind: type, own: Mapping[str, type], groups: Sequence[Words], keys: Words, reads: Words
+) -> tuple[Values, list[str]]:
+    """The values of all files, a later one before an earlier one, and a sentence for each mistake
+    in them.
+    """
     given: Values = {}
-    problems = []
-    for name in names:
+    problems = [] if all(groups) else ["--config: name a file"]
+    suggest = functools.partial(hint, keys=keys, reads=reads)
+    for name in (name for group in groups for name in group):
         try:
-            given |= read(kind, shipped().get(name, Path(name)))
+            later = read(kind, shipped().get(name, Path(name)), own, suggest)
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
+            continue
+        values = {key: value for key, (value, _) in later.items()}
+        given = _without_rivals(given, values, reads) | later
+    return given, problems
+
+
+def _without_rivals(given: Values, later: Row, reads: Words) -> Values:
+    """``given`` without the settings that ``RIVALS`` replaces by those that come ``later``, with a
+    line for each.
+    """
+    left = dict(given)
+    for key, value in later.items():
+        for rival in RIVALS.get(key, ()):
+            if rival not in left or rival not in reads or rival in later or _is_off(value):
+                continue
+            old, place = left.pop(rival)
+            if not _is_off(old):
+                logger.info(f"{place}: {rival} {old} is not used, since {key} {value} is given")
+    return left
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value == ()
 
 
 def _with_values(config: C, values: Row) -> C:
@@ -222,64 +208,39 @@ def _with_values(config: C, values: Row) -> C:
     return config
 
 
-def _with_flags(config: C, flags: Words, sections: Words, about: Row) -> C:
-    """The config with the values of these flags, not checked yet.
-
-    about: what ``--help`` says of the program.
-    """
-    kind = type(config)
-    parsed: tuple[C, list[str]] = command_line.read(
-        kind,
-        flags,
-        default=config,
-        return_unknown_args=True,
+def _with_flags(
+    config: C,
+    own: Mapping[str, type],
+    flags: Words,
+    reads: Words,
+    prog: str | None,
+    description: str,
+) -> C:
+    """The config with the values of these flags, not checked yet."""
+    kinds = {"": type(config), **own}
+    sections = [Annotated[kind, tyro.conf.arg(name=name)] for name, kind in kinds.items()]
+    files = Annotated[Files, tyro.conf.arg(name="")]  # for --help
+    everything: Any = types.GenericAlias(tuple, (files, *sections))
+    _, config, *parsed = tyro.cli(
+        everything,
+        args=flags,
+        default=(Files(), config, *(vars(config)[name] for name in own)),
+        prog=prog,
+        description=description,
         compact_help=True,
-        registry=_flags_of(kind, sections),
-        **about,
+        registry=_unchecked(kinds, reads),
     )
-    values, unknown = parsed
-    if unknown:
-        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind, sections))
-    return values
+    return _with_values(config, dict(zip(own, parsed, strict=True)))
 
 
-def _with_pretrained(config: R, chosen: Collection[str], sections: Words) -> R:
-    """The config with the defaults for pretrained weights, if its model has such. What was
-    ``chosen``, by a flag or a file, stays. Prints those that the command reads.
-    """
-    filled = pretrained_defaults(config, chosen)
-    listed = [f"{key} {filled[key]}" for key in filled if _is_read(key, type(config), sections)]
-    if listed:
-        logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
-    return _with_values(config, filled)
-
-
-def _unknown_flag(flag: str, root: type, sections: Words) -> str:
-    key = flag.lstrip("-").replace("-", "_")
-    if not flag.startswith("--"):
-        switch = "a switch takes no value: --text.pack, or --text.no-pack to turn it off"
-        return f"unexpected {flag!r}; flags begin with --; {switch}"
-    if key in dotted_keys(root):
-        return f"{flag} is a setting that this command does not read"
-    read_here = functools.partial(_is_read, root=root, sections=sections)
-    return f"unknown flag {flag}; {hint(key, root, flags=True, is_read=read_here)}"
-
-
-def shipped() -> dict[str, Path]:
-    """The configs that come with the package, such as ``tiny`` and ``dapo``, by their names."""
-    paths: dict[str, Path] = {}
-    for place in Path(__file__).parents[1:3]:  # of a wheel, of a checkout
-        paths |= {path.stem: path for path in (place / "configs").rglob("*.yaml")}
-    return dict(sorted(paths.items()))
-
-
-def _flags_of(root: type, sections: Words) -> ConstructorRegistry:
-    """How tyro reads a config: of each dataclass it sees the fields that ``sections`` leaves, and
-    puts their values into a copy of the default, so that no rule is checked before all values are
-    known.
+def _unchecked(kinds: Mapping[str, type], reads: Words) -> ConstructorRegistry:
+    """How tyro reads dataclasses of settings, {section: kind}: those that ``reads`` names have
+    flags, and their values are put into a copy of the default, so that no rule is checked before
+    all values are known.
     """
     registry = command_line.registry()
-    prefixes = {kind: f"{name}." for name, kind in subsections(root).items()} | {root: ""}
+    prefixes = {kind: f"{name}." for name, kind in subsections(kinds[""]).items()}
+    prefixes |= {kind: f"{name}.".removeprefix(".") for name, kind in kinds.items()}
     inside = False
 
     @registry.struct_rule
@@ -295,23 +256,40 @@ def _flags_of(root: type, sections: Words) -> ConstructorRegistry:
             return _with_values(info.default, values)
 
         prefix = prefixes.get(info.type)
-        fields = [
-            field
-            for field in spec.fields
-            if prefix is None or _is_read(prefix + field.name, root, sections)
-        ]
-        return dataclasses.replace(spec, instantiate=with_flags, fields=tuple(fields))
+        shown = [field for field in spec.fields if prefix is None or prefix + field.name in reads]
+        return dataclasses.replace(spec, instantiate=with_flags, fields=tuple(shown))
 
     return registry
 
 
-def _is_read(key: str, root: type, sections: Words) -> bool:
-    """Whether a command with these sections has flags for ``key``, a setting or a section. Settings
-    at the top always have, except the reward.
+def _check_unread(config: RunConfig, typed: Mapping[str, str]) -> None:
+    """Refuses sizes of a network and kinds of a tokenizer that are typed beside a model. In a file
+    they stay for the stages that start from random weights.
     """
-    if not sections or ("." not in key and key not in subsections(root) and key != "reward"):
-        return True
-    return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
+    read_with_model = ("network.dropout", "tokenizer.name")  # the second has a rule of its own
+    unread = [
+        word.partition("=")[0]
+        for key, word in typed.items()
+        if key.startswith(("network.", "tokenizer.")) and key not in read_with_model
+    ]
+    if config.model is None or not unread:
+        return
+    raise UserError(
+        f"{', '.join(sorted(unread))}: the model {config.model} has its own sizes and tokenizer, "
+        "so this would change nothing; leave it out. Texts are limited by --text.max-length, "
+        "--rl.max-prompt-length and --rl.max-new-tokens"
+    )
+
+
+def _with_pretrained(config: R, chosen: Collection[str], reads: Words) -> R:
+    """The config with the defaults for pretrained weights, if its model has such. What was
+    ``chosen``, by a flag or a file, stays. Prints those that the command reads.
+    """
+    filled = pretrained_defaults(config, chosen)
+    listed = [f"{key} {filled[key]}" for key in filled if key in reads]
+    if listed:
+        logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
+    return _with_values(config, filled)
 
 
 def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:

@@ -1,45 +1,37 @@
 """The section of an algorithm in the settings of a run, also of the user's own algorithm."""
 
-import dataclasses
-import functools
-import typing
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from rlhf_jax.config.settings import ALGORITHMS, RunConfig
+from rlhf_jax.config.yaml_files import to_dict, types_of
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import manifest
 from rlhf_jax.types import Algorithm, AlgorithmConfig
 
-C = TypeVar("C")
 
-
-def with_section(kind: type[C], algorithm: Algorithm) -> type[C]:
-    """The settings ``kind``, with a section for the user's own algorithm: the ``Config`` of its
-    module, under the module's name.
+def own_section(algorithm: Algorithm) -> dict[str, type]:
+    """{name: class} of the section of the user's own algorithm, the ``Config`` of its module; empty
+    for an algorithm of this package.
 
     Raises:
       UserError: the module has the name of another setting.
     """
     name = section_name(algorithm)
-    section = typing.get_type_hints(kind).get(name)
+    section = types_of(RunConfig).get(name)
     if section is None:
-        return _extended(kind, name, algorithm.Config)
+        return {name: algorithm.Config}
     if not (isinstance(section, type) and issubclass(section, algorithm.Config)):
         raise UserError(
             f"the algorithm {algorithm.__name__}: {name} is a setting of every run; give its "
             "module another name"
         )
-    return kind
+    return {}
 
 
 def section_name(algorithm: Algorithm) -> str:
     """The name of an algorithm's section and run: the name of its module."""
     return algorithm.__name__.rpartition(".")[2]
-
-
-def _extended(kind: type[C], name: str, section: type) -> type[C]:
-    field = (name, section, dataclasses.field(default_factory=section))
-    return dataclasses.make_dataclass(kind.__name__, [field], bases=(kind,), frozen=True)
 
 
 def for_algorithm(
@@ -59,21 +51,22 @@ def for_algorithm(
       UserError: the section is no frozen dataclass.
     """
     name = section_name(algorithm)
-    kind = with_section(type(config), algorithm)
-    if name not in ALGORITHMS:
+    is_own = bool(own_section(algorithm))
+    if is_own:
         _say_unread(config, name)
-    if section is None:
-        section = vars(config).get(name) or algorithm.Config()
-    elif name in ALGORITHMS:
+        section = section or config.own.get(name) or algorithm.Config()
+    elif section is None:
+        section = vars(config)[name]
+    else:
         _say_unused(name, vars(config)[name], section)
-    section = _with_defaults(section, name)
+    _complete(section, name)
     _check_counts(section, name)
-    usual = typing.get_type_hints(kind)[name]
+    if is_own:
+        return replace(config, own={**config.own, name: section}), section
+    usual = type(vars(config)[name])
     if issubclass(usual, type(section)):
         section = usual(**vars(section))
-    else:
-        kind = _extended(kind, name, type(section))
-    return kind(**vars(config) | {name: section}), section
+    return replace(config, **{name: section}), section
 
 
 def _say_unused(name: str, own: Any, given: Any) -> None:
@@ -94,8 +87,8 @@ def _say_unread(config: RunConfig, name: str) -> None:
     """Names the values of this package's algorithms that differ from their defaults, which your own
     algorithm of that name does not read. A file that several stages share may have them.
     """
-    before = manifest.dotted(dataclasses.asdict(type(config)()))
-    values = manifest.dotted(dataclasses.asdict(config))
+    before = manifest.dotted(to_dict(type(config)()))
+    values = manifest.dotted(to_dict(config))
     unread = [
         f"{key} {value}"
         for key, value in values.items()
@@ -105,22 +98,21 @@ def _say_unread(config: RunConfig, name: str) -> None:
         logger.info(f"the algorithm {name} does not read: {', '.join(unread)}")
 
 
-def _with_defaults(section: Any, name: str) -> AlgorithmConfig:
-    """The section with what a run reads of it and it does not have.
+def _complete(section: Any, name: str) -> None:
+    """Gives the section's class what a run reads of it and it does not have.
 
     Raises:
       UserError: it is no frozen dataclass.
     """
-    if isinstance(section, AlgorithmConfig):
-        return section
-    kind: type = type(section)
+    kind = type(section)
     settings = getattr(kind, "__dataclass_params__", None)
     if settings is None or not settings.frozen:
         raise UserError(
             f"the algorithm {name}: its Config must be a frozen dataclass, @dataclass(frozen=True)"
         )
-    completed: AlgorithmConfig = _completed(kind)(**vars(section))
-    return completed
+    for key, value in vars(AlgorithmConfig).items():
+        if not key.startswith("_") and not hasattr(kind, key):
+            setattr(kind, key, value)
 
 
 def _check_counts(section: AlgorithmConfig, name: str) -> None:
@@ -135,12 +127,3 @@ def _check_counts(section: AlgorithmConfig, name: str) -> None:
             raise UserError(
                 f"{name}.{key} must be a whole number of at least {least}, got {value!r}"
             )
-
-
-@functools.cache
-def _completed(kind: type) -> type[Any]:
-    """The dataclass with the names of ``AlgorithmConfig`` that it lacks. One class for each, since
-    programs are compiled once for equal settings.
-    """
-    bases = (kind, AlgorithmConfig)
-    return dataclasses.make_dataclass(kind.__name__, [], bases=bases, frozen=True)

@@ -9,7 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -40,7 +40,6 @@ NonNegative = Annotated[float, partial(check_number, at_least=0)]
 Share = Annotated[float, partial(check_number, at_least=0, at_most=1)]
 ShareBelow1 = Annotated[float, partial(check_number, at_least=0, below=1)]
 ShareAbove0 = Annotated[float, partial(check_number, above=0, at_most=1)]
-OpenShare = Annotated[float, partial(check_number, above=0, below=1)]
 
 
 def _bounds(section: type) -> dict[str, Callable[[str, Any], None]]:
@@ -115,11 +114,6 @@ class Compute(Section):
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
     """Frozen models that are kept in the host's memory while they do not score: reference, reward.
-    """
-    matmul_precision: Literal["default", "high", "highest"] | None = None
-    """Precision of float32 matrix products. default: TF32 on an NVIDIA GPU, one pass of bfloat16 on
-    a TPU; high: TF32, three passes; highest: float32, six passes. A CPU computes in float32. null:
-    highest with deterministic, else default.
     """
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "auto"
     """How attention is computed. xla holds all scores of a text; blockwise those of a block of
@@ -248,19 +242,12 @@ class Optimizer(Section):
 
     learning_rate: NonNegative = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine", "step", "plateau"] = "constant"
-    """After the warm-up: linear and cosine decay from the peak to 0 over the run; step multiplies
-    by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
-    row without improvement."""
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    """After the warm-up: linear and cosine decay from the peak to 0 over the run; plateau divides
+    the rate by ten after 5 validations in a row without improvement of keep_best's metric, without
+    it of validation/score in RL and validation/loss elsewhere."""
     min_lr_ratio: ShareBelow1 = 0.0
     """Where linear and cosine end, as a share of the peak, in place of 0."""
-    decay_factor: OpenShare = 0.1
-    """What the schedules step and plateau multiply the learning rate by."""
-    decay_every: Count | None = None
-    """Optimizer steps between the decays of the schedule step."""
-    decay_patience: Count = 5
-    """Validations without improvement that the schedule plateau waits for; the metric is that of
-    keep_best, without it validation/score in RL and validation/loss elsewhere."""
     warmup_steps: NonNegative = 0.0
     """Optimizer steps of linear warm-up; below 1 a share of the run's steps, rounded up."""
     weight_decay: NonNegative = 0.0
@@ -287,10 +274,6 @@ class Optimizer(Section):
         super().__post_init__()
         if self.frozen is not None:
             check_pattern("frozen", self.frozen)
-        if (self.schedule == "step") != (self.decay_every is not None):
-            raise ValueError(
-                "schedule: the schedule step needs decay_every, and decay_every the schedule step"
-            )
         if self.min_lr_ratio and self.schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"min_lr_ratio: the schedule {self.schedule} has no end; only linear and cosine do"
@@ -366,8 +349,8 @@ class Reference(Section):
     """How the reference policy changes; by default it stays --model."""
 
     reference_refresh: Count | None = None
-    """The policy becomes the reference every so many iterations, or optimizer steps of DPO and KTO;
-    null: never."""
+    """The policy becomes the reference every so many iterations, or optimizer steps of DPO; null:
+    never."""
     reference_ema: Share | None = None
     """The reference becomes ema * policy + (1 - ema) * reference instead, after each step or every
     reference_refresh steps; null: no average is taken."""
@@ -396,7 +379,7 @@ class DPOStage(Answering, Reference, dpo.Config):
 
 
 @dataclass(frozen=True)
-class KTOStage(Answering, Reference, kto.Config):
+class KTOStage(Answering, kto.Config):
     """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from
     {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
     one is not."""
@@ -863,6 +846,8 @@ class RunConfig(Section):
     grpo: GRPOConfig = GRPOConfig()
     distill: DistillStage = DistillStage()
     rounds: Rounds = Rounds()
+    own: dict[str, Any] = field(default_factory=dict, hash=False, metadata={"sections": True})
+    """{name: section} of algorithms of the user's own; in YAML each is a section beside these."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -886,3 +871,27 @@ class RunConfig(Section):
                 f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own "
                 "tokenizer"
             )
+
+
+_SUPERVISED = ("sft", "reward_model", "dpo", "kto")
+RIVALS: dict[str, tuple[str, ...]] = {
+    "resume": ("overwrite",),
+    "overwrite": ("resume",),
+    "model": ("tokenizer.name",),
+    "tokenizer.kind": ("tokenizer.name",),
+    "tokenizer.vocab_size": ("tokenizer.name",),
+    "data": tuple(f"{stage}.data" for stage in (*_SUPERVISED, "rl")),
+    "rl.num_iterations": ("rl.num_epochs",),
+    "rl.missing_eos_penalty": ("rl.missing_eos_score", "rl.mask_truncated"),
+    "rl.missing_eos_score": ("rl.missing_eos_penalty", "rl.mask_truncated"),
+    "rl.mask_truncated": ("rl.missing_eos_penalty", "rl.missing_eos_score"),
+    "rounds.judge": ("rounds.annotators",),
+    "rounds.annotators": ("rounds.judge",),
+    **{f"{stage}.num_epochs": (f"{stage}.max_steps",) for stage in _SUPERVISED},
+    **{
+        f"{stage}.validation_fraction": (f"{stage}.validation_data",)
+        for stage in (*_SUPERVISED, "rl")
+    },
+}
+"""{setting: those that say the same thing in another way, and would go before it}. A flag, or a
+later file, turns off those of an earlier file."""

@@ -20,13 +20,22 @@ _FEW = 12  # keys that an error lists
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
 
 
-def read(config_class: type, file: Path) -> Values:
+def read(
+    config_class: type,
+    file: Path,
+    own: Mapping[str, type] = {},
+    suggest: Callable[[str], str] | None = None,
+) -> Values:
     """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
     line N")}.
 
     A field's type is bool, int, float, str, Json, a Literal of strings, a tuple of any of these,
     one of these or None, or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is
     read as a number, and ``None`` as null.
+
+    Args:
+      own: {name: class} of sections beside those of ``config_class``.
+      suggest: what to say of an unknown key; None: which one of ``config_class`` may be meant.
 
     Raises:
       UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a
@@ -35,10 +44,13 @@ def read(config_class: type, file: Path) -> Values:
     node = _compose(file)
     if node is None:
         raise UserError(f"{file}: is empty; expected a mapping of keys to values")
+    if suggest is None:
+        keys = dotted_keys(config_class)
+        suggest = functools.partial(hint, keys=keys, reads=keys)
     values: Values = {}
     problems: list[str] = []
 
-    def collect(node: yaml.Node, cls: type, prefix: str) -> None:
+    def collect(node: yaml.Node, kinds: Mapping[str, Any], prefix: str) -> None:
         """Puts every value below ``node`` into ``values``, and mistakes into ``problems``."""
         if not isinstance(node, yaml.MappingNode):
             name = prefix[:-1] or "the file"
@@ -46,18 +58,17 @@ def read(config_class: type, file: Path) -> Values:
                 f"{_line(node)}: {name} must be a mapping of keys, found {_text_of(node)}"
             )
             return
-        kinds = types_of(cls)
         lines: dict[str, str] = {}
         for key_node, value_node in node.value:
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _text_of(key_node)
             key = prefix + name
             line = _line(key_node)
             if name not in kinds:
-                problems.append(f"{line}: unknown key {key}; {hint(key, config_class)}")
+                problems.append(f"{line}: unknown key {key}; {suggest(key)}")
             elif name in lines:
                 problems.append(f"{line}: key {key} is given twice, first on {lines[name]}")
             elif dataclasses.is_dataclass(kinds[name]):
-                collect(value_node, kinds[name], f"{key}.")
+                collect(value_node, types_of(kinds[name]), f"{key}.")
             else:
                 try:
                     values[key] = (_value(value_node, kinds[name], key), f"{file}, {line}")
@@ -65,9 +76,12 @@ def read(config_class: type, file: Path) -> Values:
                     problems.append(str(error))
             lines.setdefault(name, line)
 
-    collect(node, config_class, "")
+    collect(node, {**types_of(config_class), **own}, "")
     if problems:
-        raise UserError("\n".join(f"{file}, {problem}" for problem in problems))
+        lines = [f"{file}, {problem}" for problem in problems]
+        with contextlib.suppress(UserError):  # no manifest: the file is of no run
+            lines.append(f"{file} is of a run of {reading.revision(file.parent)}, which reads it")
+        raise UserError("\n".join(lines))
     return values
 
 
@@ -164,44 +178,42 @@ def _text_of(node: yaml.Node) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def hint(
-    key: str,
-    root: type,
-    flags: bool = False,
-    is_read: Callable[[str], bool] = lambda key: True,
-) -> str:
-    """The keys that may have been meant: ours for a key of another library, those like it in its
-    section, those of its name in other sections, or else all of its section, if they are few.
+def hint(key: str, keys: Sequence[str], reads: Sequence[str], flags: bool = False) -> str:
+    """The keys that may have been meant: ours for a key of another library, those of its name or of
+    the nearest one, or else all of its section, if they are few.
 
-    is_read: whether the command reads a key; others are proposed only if it reads none there.
+    keys: all keys. reads: those that the command reads, which are named first; others are no flags.
     """
-    section, _, name = key.rpartition(".")
-    prefix = f"{section}." if section else ""
-    keys = dotted_keys(root)
-    read = [known for known in keys if is_read(known)]
-    inside = _names_in(section, read) or _names_in(section, keys)
-    same = [known for known in read if known.rpartition(".")[2] == name]
-    elsewhere = same or [known for known in keys if known.rpartition(".")[2] == name]
-    theirs = other_keys().get(name.replace("-", "_"))
-    if theirs:
-        return _ours(theirs, flags, read)
-    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
-    close = close or [k for k in inside if k.startswith(name[:4])]
-    meant = [prefix + k for k in close] or elsewhere[:3]
-    if flags:
-        meant = ["--" + k.replace("_", "-") for k in meant]
+    section, _, name = key.replace("-", "_").rpartition(".")
+    if name in other_keys():
+        return _ours(other_keys()[name], flags, reads)
+    choice = reads if flags else keys  # a file may have sections of other stages
+    inside = [one for one in choice if section and one.startswith(f"{section}.")]
+    meant = _nearest(name, inside, reads) or _nearest(name, inside, choice)
     if meant:
-        return f"did you mean {' or '.join(meant)}?"
-    if not inside:  # the section is unknown or has no keys
-        return hint(section, root, flags, is_read)
-    place = f"of {section} " if section else ""
-    if len(inside) > _FEW:
+        return f"did you mean {' or '.join(_flag(key) if flags else key for key in meant)}?"
+    names = [one.rpartition(".")[2] for one in keys if one.rpartition(".")[0] == section]
+    if not names:
+        return hint(section, keys, reads, flags)
+    if len(names) > _FEW:
         return "`rlhf-jax STAGE --help` shows the keys"
-    return f"the keys {place}are {', '.join(inside)}"
+    return f"the keys {f'of {section} ' if section else ''}are {', '.join(names)}"
 
 
-def _names_in(section: str, keys: Sequence[str]) -> list[str]:
-    return [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
+def _nearest(name: str, inside: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """At most three keys with this name, or else with the nearest one; those ``inside`` the section
+    first.
+    """
+    for among, cutoff in ((inside, 1.0), (keys, 1.0), (inside, 0.6), (keys, 0.75)):
+        names = {key: key.rpartition(".")[2] for key in among}
+        near = difflib.get_close_matches(name, list(names.values()), n=1, cutoff=cutoff)
+        if near:
+            return [key for key in among if names[key] == near[0]][:3]
+    return [key for key in inside if key.rpartition(".")[2].startswith(name[:4])]
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 @functools.cache
@@ -228,14 +240,15 @@ def _ours(entry: str, flags: bool, read: Sequence[str]) -> str:
     if here and (of_any or key not in read):
         key = here[0]
     shown = key.replace("SECTION", "sft")
-    shown = "--" + shown.replace("_", "-") if flags else shown
-    return f"here it is {shown}{others}{about}"
+    return f"here it is {_flag(shown) if flags else shown}{others}{about}"
 
 
+@functools.cache
 def types_of(cls: type) -> dict[str, Any]:
-    """{field: its type} of a class of settings."""
+    """{field: its type} of a class of settings, without ``own``, which is not written as one."""
     kinds = typing.get_type_hints(cls)
-    return {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
+    fields = [field.name for field in dataclasses.fields(cls) if "sections" not in field.metadata]
+    return {name: kinds[name] for name in fields}
 
 
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
@@ -259,7 +272,14 @@ def to_yaml(config: Any) -> str:
     """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to
     an equal value.
     """
-    return dumped(dataclasses.asdict(config))
+    return dumped(to_dict(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """All fields of ``config`` as plain values; those of ``own`` stand at the top."""
+    values = dataclasses.asdict(config)
+    own = values.pop("own", {})
+    return {**values, **own}
 
 
 def dumped(values: Mapping[str, Any]) -> str:

@@ -28,8 +28,8 @@ from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training.common import initial
-from rlhf_jax.training.common.stage import stream
+from rlhf_jax.training.common import initial, reward_models
+from rlhf_jax.training.common.opening import stream_key
 from rlhf_jax.training.supervised import scoring
 from rlhf_jax.types import Comparisons, Params, Rollout
 
@@ -111,7 +111,7 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
         )
     fn = function_of(config.environment, "--environment")
     environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
-    key = stream(config.seed, "evaluate", "eval")
+    key = stream_key(config.seed, "evaluate", "eval")
     return Bench(policy, config, key, reward, positions, environment)
 
 
@@ -158,7 +158,7 @@ def reward_of(
         (entry,),
         tokenizer=policy.tokenizer,
         load=functools.partial(
-            initial.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
+            reward_models.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
         ),
         columns=columns,
         flag=flag,
@@ -226,11 +226,10 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     model = generator.LanguageModel(policy.model, policy.params, tokenizer)
     rollout, talks = model.respond(
         encoded,
-        numbers,
         key,
         config=settings,
+        numbers=numbers,
         batch_size=config.batch_size,
-        places=np.arange(len(numbers), dtype=np.int32),
         stop=policy.stop,
         environment=bench.environment,
     )

@@ -29,10 +29,9 @@ import numpy as np
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.rows import Fields, Message, Row, Rows
+from rlhf_jax.data.rows import Fields, Message, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.graders import spec
 from rlhf_jax.rewards.host import called
 from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
@@ -65,15 +64,14 @@ def function_of(source: Source, setting: str) -> Reply:
     """
     if not isinstance(source, str):
         return source
+    from rlhf_jax.graders import spec
+
     file, _, function = source.rpartition(":")
     return spec.load_function(f"{setting} {source}", Path(file), function, ())
 
 
 def load_environment(
-    fn: Reply,
-    tokenizer: Tokenizer,
-    slots: int,
-    max_turns: int | None,
+    fn: Reply, tokenizer: Tokenizer, slots: int, max_turns: int | None
 ) -> Environment | None:
     """The environment of a function; None if there is no function. UserError for ``max_turns``
     below 1 or without an environment.
@@ -124,9 +122,13 @@ def converse(
     if environment is None:
         inputs: Any = (tokens, attention_mask, rows.astype(np.int32))
         return respond(*inputs), {}
-    batch = _with_slots(environment, tokens, attention_mask, rows)
+    batch = _add_slots(environment, tokens, attention_mask, rows)
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
-    talks = [_first_messages(row, environment.tokenizer) for row in own_data]
+    # A text is one message by the user.
+    talks = [
+        list(row.messages or [{"role": "user", "content": chat.shown(row, environment.tokenizer)}])
+        for row in own_data
+    ]
     turns = np.zeros(len(rows), int)
     status = np.where(rows < 0, _DONE, _OPEN)
 
@@ -135,24 +137,13 @@ def converse(
         turns += is_open
         sampled = processes.fetch(respond(*_as_prompts(batch, is_open, environment.slots)))
         own = processes.own_rows((batch, sampled, status))
-        answer = partial(
-            _answer,
-            environment,
-            talks,
-            own_data,
-            turns.max(),
-            *own,
-        )
+        answer = partial(_answer, environment, talks, own_data, turns.max(), *own)
         batch, status = processes.gather_rows(processes.agree(answer))
         is_open = status == _OPEN
     return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
 
 
-def _as_prompts(
-    batch: Any,
-    is_open: np.ndarray,
-    slots: int,
-) -> tuple[Any, ...]:
+def _as_prompts(batch: Any, is_open: np.ndarray, slots: int) -> tuple[Any, ...]:
     """The open conversations of a batch as prompts [B, P + R], padded on the left: token ids,
     attention mask, data rows and used slots. The others are missing rows.
     """
@@ -178,7 +169,7 @@ def _answer(
     talks, data: of these rows; each message is added to its talk.
     """
     # Copies, because the arrays of several processes are read-only.
-    batch, status = jax.tree.map(np.array, (_with_support(batch, sampled), status))
+    batch, status = jax.tree.map(np.array, (_add_support(batch, sampled), status))
     for i in np.flatnonzero(status == _OPEN).tolist():
         response, end = _append_response(batch, sampled, i, environment.slots)
         if sampled.stopped is not None:
@@ -201,29 +192,26 @@ def _answer(
     return batch, status
 
 
-def _with_slots(
-    environment: Environment,
-    tokens: np.ndarray,
-    attention_mask: np.ndarray,
-    rows: np.ndarray,
+def _add_slots(
+    environment: Environment, tokens: np.ndarray, attention_mask: np.ndarray, rows: np.ndarray
 ) -> Any:
     """A Rollout of NumPy arrays: the prompts, and R empty slots after them."""
     columns = ((0, 0), (0, environment.slots))
     tokens = np.pad(tokens, columns, constant_values=environment.tokenizer.pad_id)
     attention_mask = np.pad(attention_mask, columns)
-    numbers = np.zeros(tokens.shape, np.float32)
-    arrays: Any = {
-        "tokens": tokens,
-        "attention_mask": attention_mask,
-        "response_mask": np.zeros_like(attention_mask),
-        "log_probs": numbers,
-        "rewards": np.zeros_like(numbers),
-        "stopped": np.zeros(len(rows), bool),
-    }
-    return Rollout(**arrays, row_ids=jnp.int32(rows))
+    make: Any = Rollout  # of NumPy arrays
+    return make(
+        tokens,
+        attention_mask,
+        response_mask=np.zeros_like(attention_mask),
+        log_probs=np.zeros(tokens.shape, np.float32),
+        rewards=np.zeros(tokens.shape, np.float32),
+        stopped=np.zeros(len(rows), bool),
+        row_ids=jnp.int32(rows),
+    )
 
 
-def _with_support(batch: Any, sampled: Rollout) -> Any:
+def _add_support(batch: Any, sampled: Rollout) -> Any:
     """The batch with room for the ``support`` of its responses, if what was sampled has one."""
     batch = batch.replace(truncated=sampled.truncated)
     if sampled.support is None or batch.support is not None:
@@ -232,12 +220,7 @@ def _with_support(batch: Any, sampled: Rollout) -> Any:
     return batch.replace(support=np.full(shape, -1, np.int32))
 
 
-def _append_response(
-    batch: Any,
-    sampled: Rollout,
-    i: Any,
-    slots: int,
-) -> tuple[np.ndarray, Any]:
+def _append_response(batch: Any, sampled: Rollout, i: Any, slots: int) -> tuple[np.ndarray, Any]:
     """Puts row i's sampled response after its conversation in the batch; its ids, and the column
     after it.
     """
@@ -254,11 +237,7 @@ def _append_response(
 
 
 def _ask(
-    environment: Environment,
-    talk: list[Message],
-    row: Fields,
-    where: str,
-    is_closed: bool,
+    environment: Environment, talk: list[Message], row: Fields, where: str, is_closed: bool
 ) -> tuple[list[int] | None, float]:
     """The ids of the reply to a conversation's last response, and the reward of that response. The
     reply is added to the conversation.
@@ -291,8 +270,3 @@ def _ask(
     # rl.stop does not close a turn.
     is_end = is_closed and text[:1] and text[0] in environment.tokenizer.eos_ids
     return list(text[1:] if is_end else text), reward
-
-
-def _first_messages(row: Row, tokenizer: Tokenizer) -> list[Message]:
-    """The messages of a prompt; a text is one message by the user."""
-    return list(row.messages or [{"role": "user", "content": chat.shown(row, tokenizer)}])

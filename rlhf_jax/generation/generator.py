@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from rlhf_jax import models, ops, rewards, sampling
 from rlhf_jax.data import batches, chat, conversation, encoding, tokenizers
@@ -29,8 +30,9 @@ from rlhf_jax.generation.environment import (
     load_environment,
 )
 from rlhf_jax.models import hf
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.texts import SINGLE_TURN
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import devices, processes
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.types import Params, Rollout
 
@@ -41,7 +43,7 @@ _BUCKET = 16  # tokens: widths of prompts are multiples of it, so that few shape
 def _sampler(num_layers: int) -> Any:
     """``sampling.generate``, compiled once for each model, config and shape."""
     options = devices.compiler_options(num_layers)
-    static = ("model", "config", "group_size")
+    static = ("model", "config", "mesh", "group_size")
     return jax.jit(sampling.generate, static_argnames=static, compiler_options=options)
 
 
@@ -56,32 +58,26 @@ def _scorer(model: models.Model, closing: tuple[int, ...] = (), ends: tuple[int,
     )
 
 
-class _Stream(NamedTuple):
-    """The programs that sample one token at a time."""
-
-    decoding: Any  # model.for_decoding
-    start: Any
-    step: Any  # (the state after a token, that token); the state before is overwritten
-
-
 @functools.cache
-def _streamer(model: models.Model) -> _Stream:
-    """Compiled once for each width of the prompt, ``step`` for each config too."""
+def _stepper(num_layers: int) -> tuple[Any, Any]:
+    """The two parts of ``sampling.generate``, compiled like it: what reads a prompt, which returns
+    the weights for decoding too, and what samples a token into a state, which it overwrites.
+    """
 
-    def stepped(
-        params: Params, rows: decoding.Rows, state: decoding.DecodeState, config: SamplingConfig
-    ) -> tuple[decoding.DecodeState, Array]:
-        after = decoding.step(model, params, rows, state, config=config)
-        return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
+    def begin(model: models.Model, params: Params, *prompt: Any, **how: Any) -> tuple[Any, ...]:
+        return model.for_decoding(params), *decoding.start(model, params, *prompt, **how)
 
-    options = devices.compiler_options(model.config.num_layers)
-    start = jax.jit(
-        functools.partial(decoding.start, model),
-        static_argnames=("max_new_tokens", "pad_id"),
-        compiler_options=options,
+    def step(
+        model: models.Model, weights: Params, rows: Any, state: Any, config: SamplingConfig
+    ) -> tuple[Any, Array]:
+        state = decoding.step(model, weights, rows, state, config=config)
+        return state, jax.lax.dynamic_slice_in_dim(state.tokens, state.column, 1, axis=1)
+
+    jit = functools.partial(jax.jit, compiler_options=devices.compiler_options(num_layers))
+    return (
+        jit(begin, static_argnames=("model", "max_new_tokens", "pad_id")),
+        jit(step, static_argnames=("model", "config"), donate_argnames="state"),
     )
-    step = jax.jit(stepped, static_argnames="config", donate_argnums=2, compiler_options=options)
-    return _Stream(jax.jit(model.for_decoding), start, step)
 
 
 class LanguageModel(NamedTuple):
@@ -165,75 +161,73 @@ class LanguageModel(NamedTuple):
         """Writes the tokenizer with the chat template that tells chat clients of ``template``."""
         chat.with_text_template(self.tokenizer, template).save(folder)
 
-    def sample(
-        self,
-        tokens: Any,
-        mask: Any,
-        key: Array,
-        *,
-        config: SamplingConfig,
-        batch_size: int = 64,
-        places: Any = None,
-        used: Any = None,
-        group_size: int = 1,
-    ) -> Rollout:
-        """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a
-        NumPy Rollout.
-
-        Prompts of similar length form a batch, without the columns that are padding in all of its
-        rows (`batches.prompt_width`).
-
-        Args:
-          places, used: [N] as in ``sampling.generate``, whatever the batch size.
-          group_size: adjacent rows with one prompt, which is run once if a batch holds so many.
-        """
-        size = group_size if group_size <= batch_size else 1
-        if places is None:
-            places = np.arange(len(tokens), dtype=np.int32)
-        by_row = {"places": places, "used": used}
-        columns = np.shape(tokens)[1]
-        generate = _sampler(self.model.config.num_layers)
-
-        def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-            inputs = (self.model, self.params, tokens, mask, key)
-            sampled = generate(*inputs, config=config, group_size=size, **by_row)
-            return replace(sampled, prompt_length=columns)
-
-        sampled = _by_length(sample, batch_size, tokens, mask, by_row, multiple=size)
-        # The prompts with all their columns: a batch omits some of them.
-        whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
-        return replace(sampled, tokens=whole)
-
     def respond(
         self,
-        encoded: encoding.EncodedPrompts,
-        numbers: np.ndarray,
+        prompts: encoding.EncodedPrompts,
         key: Array,
         *,
         config: SamplingConfig,
-        batch_size: int,
-        places: np.ndarray,
-        stop: Sequence[str],
-        environment: Environment | None,
+        numbers: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+        batch_size: int = 64,
+        stop: Sequence[str] = (),
+        environment: Environment | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[Rollout, dict[str, np.ndarray]]:
-        """Samples [N] responses, or conversations with an environment. Row i answers the prompt
-        ``numbers[i]``; its randomness is that of ``places[i]``. Equally long runs of rows that
-        answer one prompt compute it once.
+        """Samples [N] responses, or conversations with an environment, for whatever shows or
+        compares texts (`responses`).
+
+        Prompts of similar length form a batch, without the columns that are padding in all of its
+        rows (`batches.prompt_width`). Equally long runs of rows that answer one prompt compute it
+        once.
+
+        Args:
+          numbers: [N] the prompt that each row answers; None: all, one after the other.
+          places: [N] int32, which decide the randomness of each row whatever its batch is, as in
+            ``sampling.generate``; None: 0 .. N-1.
+          batch_size: the largest number of rows at once.
+          stop: texts that end a response, which keeps them (``generation.stops``).
+          mesh: over which the parameters are sharded, and the rows of a batch will be.
 
         Returns:
-            As `converse`: the Rollout, and what is known of each conversation.
+          As `converse`: a Rollout of NumPy arrays, and what is known of each conversation.
         """
+        numbers = np.arange(len(prompts.tokens)) if numbers is None else numbers
+        places = np.arange(len(numbers), dtype=np.int32) if places is None else places
+        run_length = 1 if environment is not None else batches.run_length(numbers)
+        size = run_length if run_length <= batch_size else 1
+        multiple = size * (1 if mesh is None else sharding.num_parts(mesh))
+        generate = _sampler(self.model.config.num_layers)
 
-        def until_eos(
+        def sample_batch(
+            tokens: np.ndarray, mask: np.ndarray, places: np.ndarray, used: np.ndarray | None
+        ) -> Rollout:
+            sampled: Rollout = generate(
+                self.model,
+                self.params,
+                tokens,
+                mask,
+                key,
+                config=config,
+                places=places,
+                mesh=mesh,
+                used=used,
+                group_size=size,
+            )
+            return replace(sampled, prompt_length=None)  # which batches need not have in common
+
+        def sample(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            how: Any = {"places": places, "used": used, "batch_size": batch_size}
-            if used is None:
-                how["group_size"] = batches.run_length(numbers)
-            return self.sample(tokens, mask, key, config=config, **how)
+            rows = (tokens, mask, places, used)
+            sampled = _by_length(sample_batch, batch_size, *rows, multiple=multiple)
+            # The prompts with all their columns: a batch omits some of them.
+            columns = tokens.shape[1]
+            whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
+            return replace(sampled, tokens=whole, prompt_length=columns)
 
-        until_stop = stops.stopping(until_eos, self.tokenizer, stop)
-        return converse(environment, until_stop, encoded, numbers)
+        until_stop = stops.stopping(sample, self.tokenizer, stop)
+        return converse(environment, until_stop, prompts, numbers)
 
     def closing(self, in_chat: bool) -> tuple[int, ...]:
         """What a reward model has to read behind an answer in its chat template: the end of the
@@ -303,6 +297,16 @@ def _generation(tokenizer: tokenizers.Tokenizer, config: SamplingConfig | None) 
     if config.repetition_penalty != 1:
         keys["repetition_penalty"] = config.repetition_penalty
     return keys
+
+
+def pad_prompts(
+    ids: Sequence[Sequence[int]], limit: int, pad_id: int, rows: Sequence[Row] = ()
+) -> encoding.EncodedPrompts:
+    """Prompts for ``LanguageModel.respond``, of at most ``limit`` columns. ``rows``: those that an
+    environment reads.
+    """
+    arrays = encoding.left_padded(ids, width=_width(ids, limit), pad_id=pad_id)
+    return encoding.EncodedPrompts(*arrays, list(rows), (), {})
 
 
 def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
@@ -501,8 +505,7 @@ class Generator:
         asked = self.ask(rows, num_samples)
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
-        rollout: Any = self.sample(asked, seed)
-        texts = self.texts_of(rollout)
+        texts, rollout = self.sample(asked, seed)
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         of_samples = [row for row in rows for _ in range(num_samples)]
         return Generations(
@@ -527,29 +530,25 @@ class Generator:
         streams = _streams([tuple(prompt) for prompt in ids for _ in range(num_samples)])
         return Asked(list(rows), ids, streams.reshape(len(rows), num_samples))
 
-    def sample(self, asked: "Asked", seed: int) -> Rollout:
-        """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
-        width = _width(asked.ids, self.room)
-        padded = encoding.left_padded(asked.ids, width=width, pad_id=self.tokenizer.pad_id)
+    def sample(self, asked: "Asked", seed: int) -> tuple[list[str], Any]:
+        """The texts of the samples of each prompt, one after the other, without stop strings, which
+        only an environment gets to read; and a Rollout of NumPy arrays with their tokens.
+        """
         num_rows, num_samples = asked.streams.shape
         rollout, _ = self._policy.respond(
-            encoding.EncodedPrompts(*padded, asked.rows, (), {}),
-            np.repeat(np.arange(num_rows), num_samples),
+            pad_prompts(asked.ids, self.room, self.tokenizer.pad_id, asked.rows),
             jax.random.key(seed),
             config=self.config,
-            batch_size=self.batch_size,
+            numbers=np.repeat(np.arange(num_rows), num_samples),
             places=asked.streams.ravel(),
+            batch_size=self.batch_size,
             stop=self.stop,
             environment=self._environment,
         )
-        return rollout
-
-    def texts_of(self, rollout: Rollout) -> list[str]:
-        """[N] the responses without stop strings, which only an environment gets to read."""
         texts = responses(rollout, self.tokenizer)
-        if self._environment is not None:
-            return texts
-        return [stops.before(text, self.stop) for text in texts]
+        if self._environment is None:
+            texts = [stops.before(text, self.stop) for text in texts]
+        return texts, rollout
 
     def _rewards(
         self, rollout: Rollout, rows: Sequence[Row], texts: Sequence[str]
@@ -566,19 +565,14 @@ class Generator:
         score = functools.partial(scorer, self._judge.params)
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
-    @functools.cached_property
-    def _decoding(self) -> Params:
-        """The weights as a stream reads them."""
-        weights: Params = _streamer(self.model).decoding(self._policy.params)
-        return weights
-
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
         """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
-        programs = _streamer(self.model)
+        begin, step = _stepper(self.model.config.num_layers)
         num_buckets = -(-len(ids) // _BUCKET)
         width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
         prompt = encoding.left_padded([ids], width=width, pad_id=self.tokenizer.pad_id)
-        rows, state = programs.start(
+        weights, rows, state = begin(
+            self.model,
             self._policy.params,
             *prompt,
             jax.random.key(seed),
@@ -588,7 +582,7 @@ class Generator:
             used=np.zeros(1, np.int32),
         )
         for _ in range(self.config.max_new_tokens):
-            state, sampled = programs.step(self._decoding, rows, state, config=self.config)
+            state, sampled = step(self.model, weights, rows, state, config=self.config)
             token = int(sampled[0, 0])
             yield token
             if token in self.config.eos_ids:
@@ -623,12 +617,7 @@ def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
 
 
 def _by_length(
-    fn: Callable[..., Any],
-    batch_size: int,
-    tokens: Any,
-    mask: Any,
-    *trees: Any,
-    multiple: int = 1,
+    fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any, multiple: int = 1
 ) -> Any:
     """`in_batches` for left-padded rows [N, T], sorted by length. Each batch omits the columns that
     are padding in all its rows; the results of ``fn`` are zero there. Its rows are a ``multiple``.
@@ -670,7 +659,7 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any, multiple: i
     parts = []
     for start in range(0, num_rows, size):
         part = operator.itemgetter(slice(start, start + size))
-        parts.append(jax.device_get(fn(*jax.tree.map(part, padded))))
+        parts.append(processes.fetch(fn(*jax.tree.map(part, padded))))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
@@ -691,8 +680,6 @@ def responses(
 
 def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
     """[N] bool, whether EOS or a stop string ended the last response of each row."""
-    tokens = np.asarray(rollout.tokens)
-    num_rows, num_columns = tokens.shape
-    last = np.max(np.where(rollout.mask, np.arange(num_columns), 0), axis=1)
-    is_ended = np.isin(tokens[np.arange(num_rows), last], eos_ids)
+    is_end = np.isin(rollout.tokens, eos_ids) & np.asarray(ops.is_last(rollout.mask))
+    is_ended = is_end.any(axis=1)
     return is_ended if rollout.stopped is None else is_ended | np.asarray(rollout.stopped)

@@ -18,10 +18,7 @@ from rlhf_jax.types import Rollout
 
 
 def stopping(
-    respond: Callable[..., Rollout],
-    tokenizer: Tokenizer,
-    stop: Sequence[str],
-    after: int = 0,
+    respond: Callable[..., Rollout], tokenizer: Tokenizer, stop: Sequence[str], after: int = 0
 ) -> Callable[..., Rollout]:
     """``respond`` with responses that are ``cut`` after sampling. Environments, rewards and updates
     get the cut responses. Every process cuts all rows.
@@ -35,12 +32,7 @@ def stopping(
     return respond_until
 
 
-def cut(
-    rollout: Rollout,
-    stop: Sequence[str],
-    tokenizer: Tokenizer,
-    after: int = 0,
-) -> Rollout:
+def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer, after: int = 0) -> Rollout:
     """A Rollout of NumPy arrays whose responses end with the token that completes a stop string
     behind the text of their first ``after`` tokens; what follows is padding, as after EOS.
     ``stopped`` says which rows have one.
@@ -62,10 +54,7 @@ def cut(
 
 
 def _length(
-    ids: Sequence[int],
-    stop: Sequence[str],
-    tokenizer: Tokenizer,
-    after: int,
+    ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer, after: int
 ) -> int | None:
     """The number of ids whose text is the shortest with a stop string behind the text of the first
     ``after`` ids; None without one.

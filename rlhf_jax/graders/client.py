@@ -33,6 +33,7 @@ ENGINE_KEY = "ENGINE_API_KEY"
 TEACHER_KEY = "TEACHER_API_KEY"
 MOST_LEVELS = 32  # of lists and objects in a reply
 SHOWN = 200  # characters of a reply in an error
+_ATTEMPTS = 5
 _SECONDS = 1.0  # before the second attempt; each later one waits twice as long
 _LONGEST_WAIT = 30.0
 _PATIENCE = 10.0  # seconds after which waiting is said; then after twice as many, and so on
@@ -49,8 +50,6 @@ class Requests:
     """Requests that are sent at once."""
     timeout: float = 120.0
     """Seconds from the connection to the last byte after which a request counts as failed."""
-    retries: int = 4
-    """Times that a failed request is sent again, after 1, 2, 4, ... seconds."""
 
     section = "judge"  # of the settings, for messages
     most_bytes = 1 << 24  # of a reply
@@ -58,7 +57,6 @@ class Requests:
     def __post_init__(self) -> None:
         check_number("concurrency", self.concurrency, at_least=1)
         check_number("timeout", self.timeout, above=0)
-        check_number("retries", self.retries, at_least=0)
 
 
 # --- The forms of replies
@@ -152,10 +150,10 @@ def ask(url: str, question: Any, settings: Requests, variable: str, form: Any = 
     """
     key = _key(variable)
     body = None if question is None else json.dumps(question).encode("utf-8")
-    for attempt in range(settings.retries + 1):
+    for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(min(_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT))
-        waiting = f"attempt {attempt + 1} of {settings.retries + 1}"
+        waiting = f"attempt {attempt + 1} of {_ATTEMPTS}"
         try:
             content = _waited(_exchange(url, body, settings, key), f"{url}: no reply", waiting)
             return None if form is None else _read(content, form, key)

@@ -20,7 +20,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.runs import devices, manifest, reading
 from rlhf_jax.runs.manifest import dotted
 from rlhf_jax.runs.reading import settings_of
-from rlhf_jax.training.common import initial
+from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.setup import enable_compilation_cache
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -100,16 +100,21 @@ def open_policy(
     trained = dotted(settings_of(folder))
     source = hf.model_folder(folder)
     network = hf.read_config(hf.find_folder(source))
-    slots = default_slots(network.max_length)
-    sampling: dict[str, Any] = {"max_new_tokens": slots, "temperature": 1.0}
-    for name in SAMPLING:
-        for given in (trained.get(f"rl.{name}"), getattr(settings, name)):
-            if given is not None:
-                sampling[name] = given
     dtype = settings.dtype or trained.get("compute.dtype", "float32")
+
+    def chosen(name: str, default: Any = None) -> Any:
+        """What was asked for, or else the run's."""
+        given = (getattr(settings, name), trained.get(f"rl.{name}"), default)
+        return next((value for value in given if value is not None), None)
+
     return Generator(
         source,
-        **sampling,
+        max_new_tokens=chosen("max_new_tokens", default_slots(network.max_length)),
+        temperature=chosen("temperature", 1.0),
+        top_k=chosen("top_k"),
+        top_p=chosen("top_p"),
+        min_p=chosen("min_p"),
+        repetition_penalty=chosen("repetition_penalty", 1.0),
         template=settings.template or trained.get("text.template"),
         template_options=settings.template_options,
         special_tokens=trained.get("text.special_tokens"),
@@ -140,7 +145,7 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
 def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
     in_chat = chat.frame(policy.template, policy.tokenizer) is None
-    load = functools.partial(initial.load_reward_model, compute=Compute(), in_chat=in_chat)
+    load = functools.partial(reward_models.load_reward_model, compute=Compute(), in_chat=in_chat)
     return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 

@@ -104,7 +104,7 @@ def _lines(
     columns: Iterable[str],
 ) -> Iterator[str]:
     """Samples responses; yields the line of each. ``columns``: those that a reward reads."""
-    rollout: Any = policy.sample(asked, config.seed)
+    texts, rollout = policy.sample(asked, config.seed)
     samples = [row for row in asked.rows for _ in range(config.n)]
     written = {"log_prob": rollout.log_probs.sum(axis=1)} if config.log_probs else {}
     if reward is not None:
@@ -113,7 +113,6 @@ def _lines(
         }
         of_samples["messages"] = [row.conversation for row in samples]
         written["score"] = bench.score(reward, rollout, of_samples, config.batch_size)
-    texts = policy.texts_of(rollout)
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
         prompt = asking.as_given(sample, policy.tokenizer)
         row: dict[str, Any] = {"prompt": prompt, "response": text}

@@ -264,7 +264,7 @@ def _answers(
         columns: list[list[str]] = []
         for policy, prompts in zip(policies, asked, strict=True):
             part = prompts.part(start, start + config.batch_size)
-            texts = policy.texts_of(policy.sample(part, config.seed))
+            texts, _ = policy.sample(part, config.seed)
             columns += [texts[i::num_samples] for i in range(num_samples)]
         return [list(pair) for pair in zip(*columns, strict=True)]
 

@@ -20,7 +20,8 @@ from rlhf_jax.models.attention import Columns, by_blocks
 from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.shared import Groups, answers
 from rlhf_jax.models.model import Model
-from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
+from rlhf_jax.policies import Policy
+from rlhf_jax.types import Params, PolicyOutput, ScoreFn
 
 # Logits of one row in memory at once (columns x V). Rows do not count, so that a shard has the same
 # chunks as the whole batch.
@@ -90,11 +91,12 @@ def policy_fn(
     value_model: Model | None = None,
     *,
     teacher: Teacher | None = None,
+    response_length: int | None = None,
     group_size: int = 1,
     num_answers: int = 0,
     one_text: bool = False,
-) -> PolicyFn:
-    """Turns a language model into a PolicyFn.
+) -> Policy:
+    """Turns a language model into a policy.
 
     Args:
         model: the policy.
@@ -106,10 +108,11 @@ def policy_fn(
         teacher: a model of the same tokens, whose parameters are a fifth argument of the result;
             without that argument it is not called. Of vocabularies of different sizes (padded ones)
             the first tokens are compared, as many as both have.
-        group_size: G adjacent rows have the same first ``prompt_length`` columns, tokens and mask,
-            which all models compute once (``models.kernels.shared``); the number of rows is a
-            multiple of G. The results are the same up to rounding. With dropout each row is
-            computed by itself.
+        response_length: the last columns alone are computed, in rows of any width; in place of
+            ``prompt_length``.
+        group_size: G adjacent rows have the same columns before these, tokens and mask, which all
+            models compute once (``models.kernels.shared``); the number of rows is a multiple of G.
+            The results are the same up to rounding. With dropout each row is computed by itself.
         num_answers: K: ``attention_mask`` numbers prompts and the K answers to each, as in batches
             of comparisons that compute a prompt once (``types.Comparisons``); 0: it numbers packed
             documents.
@@ -128,14 +131,13 @@ def policy_fn(
     Raises:
         ValueError: if ``temperature`` is not positive, or rows share no column.
     """
-    shared = shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
-    states = partial(_states, shared, one_text)
+    if response_length is None:
+        shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
             "log-probabilities"
         )
-    first = max(prompt_length, 1)
 
     def policy(
         params: Params,
@@ -147,13 +149,19 @@ def policy_fn(
         support: Array | None = None,
         response_mask: Array | None = None,
     ) -> PolicyOutput:
-        if first > tokens.shape[1]:
-            longer = f"longer than the {tokens.shape[1]} columns"
-            raise ValueError(f"prompt_length {prompt_length} is {longer}")
+        width = tokens.shape[1]
+        prompt = prompt_length if response_length is None else width - response_length
+        first = max(prompt, 1)
+        if first > width:
+            raise ValueError(f"prompt_length {prompt} is longer than the {width} columns")
+        if prompt < 0:
+            raise ValueError(f"response_length {response_length} is more than {width} columns")
+        shared = shared_by(group_size=group_size, prompt_length=prompt, num_answers=num_answers)
+        states = partial(_states, shared, one_text)
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
         # The states before columns first, ..., T - 1: [B, T - first, D].
-        before: Columns = slice(first - 1, tokens.shape[1] - 1)
+        before: Columns = slice(first - 1, width - 1)
         if num_answers:
             before = answers(attention_mask, num_answers).previous[:, first:]
         rows = (tokens, attention_mask)
@@ -178,7 +186,14 @@ def policy_fn(
             output = output._replace(values=_values(value_model or model, critic, hidden))
         return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
-    return ops.with_settings(policy, temperature, prompt_length, takes_response_mask=True)
+    known = temperature if isinstance(temperature, int | float) else None
+    return Policy(
+        policy,
+        temperature=known,
+        prompt_length=prompt_length,
+        response_length=response_length,
+        takes_response_mask=True,
+    )
 
 
 def shared_by(*, group_size: int, prompt_length: int, num_answers: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from jax.tree_util import Partial
 
+from rlhf_jax import policies
 from rlhf_jax.models.families import LeafPath, takes_adapters
 from rlhf_jax.models.heads import HEADS
 from rlhf_jax.models.kernels import quantization
@@ -174,14 +174,14 @@ def merge(params: Params, adapters: Params) -> Params:
     return unflatten_dict(merged)
 
 
-def bind(fn: Any, params: Params) -> Partial:
+def bind(fn: Any, params: Params) -> Any:
     """``fn(params, ...)``, a PolicyFn or ScoreFn, as a function of adapters: ``bind(fn,
-    base)(adapters, ...)``.
+    base)(adapters, ...)``; a policy stays one.
 
     The result carries the base's arrays and travels through ``jit`` as an argument; closed over,
     they would become constants of the program.
     """
-    return Partial(_with_adapters, Partial(fn), params)
+    return policies.wrap(_with_adapters, fn, params)
 
 
 def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any, **more: Any) -> Any:

@@ -9,7 +9,7 @@ is empty, has no meaning.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import chex
 import jax.numpy as jnp
@@ -49,12 +49,7 @@ def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) ->
     return Partial(_token_count, token_id, cap, include_prompt)
 
 
-def _token_count(
-    token_id: int,
-    cap: float,
-    include_prompt: bool,
-    rollout: Rollout,
-) -> Scores:
+def _token_count(token_id: int, cap: float, include_prompt: bool, rollout: Rollout) -> Scores:
     mask = jnp.where(include_prompt, rollout.attention_mask, rollout.response_mask)
     is_counted = (rollout.tokens == token_id) & (mask != 0)
     counts = jnp.sum(is_counted, axis=1, dtype=jnp.float32)
@@ -70,14 +65,11 @@ def length(target: int = 0) -> Partial:
 
 def _length(target: int, rollout: Rollout) -> Scores:
     num_tokens = jnp.sum(rollout.mask, axis=1, dtype=jnp.float32)
-    excess = num_tokens - target
-    return jnp.maximum(excess, 0.0), {}
+    return jnp.maximum(num_tokens - target, 0.0), {}
 
 
 def from_model(
-    score_fn: ScoreFn,
-    params: Params,
-    in_groups: Callable[..., ScoreFn] | None = None,
+    score_fn: ScoreFn, params: Params, in_groups: Callable[..., ScoreFn] | None = None
 ) -> Partial:
     """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and
     response.
@@ -88,16 +80,11 @@ def from_model(
       in_groups: ``(*, prompt_length, group_size)`` -> the ScoreFn that computes a prompt once for
         the rows of its group, where a rollout has groups; None: each row by itself.
     """
-    of_groups = None if in_groups is None else Partial(in_groups)
-    return Partial(_model_score, _as_pytree(score_fn), of_groups, params)
+    in_groups = None if in_groups is None else Partial(in_groups)
+    return Partial(_model_score, _as_pytree(score_fn), in_groups, params)
 
 
-def behind_turns(
-    score_fn: ScoreFn,
-    *,
-    closing: Sequence[int],
-    ends: Sequence[int],
-) -> ScoreFn:
+def behind_turns(score_fn: ScoreFn, *, closing: Sequence[int], ends: Sequence[int]) -> ScoreFn:
     """The ScoreFn of texts with what a chat template writes at their end: for models that were
     trained on whole conversations.
 
@@ -108,10 +95,7 @@ def behind_turns(
     ids = jnp.asarray(closing, jnp.int32)
 
     def score(
-        params: Params,
-        tokens: Array,
-        attention_mask: Array,
-        key: DropoutKey = None,
+        params: Params, tokens: Array, attention_mask: Array, key: DropoutKey = None
     ) -> Array:
         chex.assert_rank([tokens, attention_mask], 2)
         wider = ((0, 0), (0, len(closing)))
@@ -156,21 +140,18 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     Returns:
       RewardFn with the part ``uncertainty``, the standard deviation over members [B].
     """
-    ops.check_choice("how", how, get_args(EnsembleMethod))
+    ops.check_choice("how", how, EnsembleMethod)
     if not fns:
         raise ValueError("fns: an ensemble needs at least one reward function")
     # The method decides what is computed, so that it cannot be an argument of jit.
-    of_members = functools.partial(_ensemble, how)
-    return Partial(of_members, coef, [_as_pytree(fn) for fn in fns])
+    return Partial(functools.partial(_ensemble, how), coef, [_as_pytree(fn) for fn in fns])
 
 
 def _ensemble(
-    how: EnsembleMethod,
-    coef: float,
-    fns: Sequence[RewardFn],
-    rollout: Rollout,
+    how: EnsembleMethod, coef: float, fns: Sequence[RewardFn], rollout: Rollout
 ) -> Scores:
-    of_members = [_row_scores(fn, rollout)[0] for fn in fns]
+    of_members = [ops.float32(fn(rollout)[0]) for fn in fns]
+    chex.assert_shape(of_members, rollout.tokens.shape[:1])
     scores = jnp.stack(of_members)
     return combined(how, scores, coef), {"uncertainty": deviation(scores)}
 
@@ -210,12 +191,6 @@ def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Sco
     for scores in given:
         total = total + scores
     return total, components
-
-
-def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:
-    scores, parts = fn(rollout)
-    chex.assert_shape(scores, jnp.shape(rollout.tokens)[:1])
-    return jnp.asarray(scores, jnp.float32), parts
 
 
 def _as_pytree(fn: Callable[..., Any]) -> Partial:

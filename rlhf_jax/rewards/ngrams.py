@@ -25,8 +25,7 @@ def repetition(ngram: int = 3) -> Partial:
     """
     ops.check_number("ngram", ngram, at_least=1)
     # The number decides shapes, so that it cannot be an argument of jit.
-    score = functools.partial(_repetition, ngram)
-    return Partial(score)
+    return Partial(functools.partial(_repetition, ngram))
 
 
 def diversity(ngram: int = 2) -> Partial:
@@ -38,41 +37,31 @@ def diversity(ngram: int = 2) -> Partial:
     all its n-grams, 1 for a response that shares none. Missing rows get 0 and share no n-grams.
     """
     ops.check_number("ngram", ngram, at_least=1)
-    score = functools.partial(_diversity, ngram)
-    return Partial(score)
+    return Partial(functools.partial(_diversity, ngram))
 
 
 def _repetition(ngram: int, rollout: Rollout) -> Scores:
     keys, is_new = _distinct_ngrams(rollout, ngram)
     is_missing, *_ = keys
-    total = _count(is_missing == 0)
-    repeated = total - _count(is_new)
+    total = jnp.sum(is_missing == 0, axis=1, dtype=jnp.float32)
+    repeated = total - jnp.sum(is_new, axis=1, dtype=jnp.float32)
     return repeated / jnp.maximum(total, 1.0), {}
 
 
 def _diversity(ngram: int, rollout: Rollout) -> Scores:
     (_, *tokens), is_new = _distinct_ngrams(rollout, ngram)
     num_rows = len(is_new)
-    numbers = jnp.arange(num_rows)[:, None]
-    rows = jnp.broadcast_to(numbers, is_new.shape)
-    is_missing = jnp.where(is_new, 0, 1)
+    rows = jnp.broadcast_to(jnp.arange(num_rows)[:, None], is_new.shape)
     # The n-grams of all rows in sorted order, each row's at most once: [1, B T].
-    of_each_row = (is_missing, *tokens, rows)
-    of_all_rows = [x.reshape(1, -1) for x in of_each_row]
-    *keys, rows = lax.sort(
-        of_all_rows,
-        dimension=1,
-        num_keys=ngram + 1,
-    )
+    of_all_rows = [x.reshape(1, -1) for x in (jnp.where(is_new, 0, 1), *tokens, rows)]
+    *keys, rows = lax.sort(of_all_rows, dimension=1, num_keys=ngram + 1)
     is_missing, *_ = keys
-
     # An n-gram that differs from both its neighbours is in one row only.
     is_first = _differs(keys)
     is_last = jnp.roll(is_first, -1, axis=1)
     is_alone = (is_missing == 0) & is_first & is_last
-    counts = jnp.zeros(num_rows)
-    num_alone = counts.at[rows].add(is_alone).reshape(-1)
-    num_different = _count(is_new)
+    num_alone = jnp.zeros(num_rows).at[rows].add(is_alone).reshape(-1)
+    num_different = jnp.sum(is_new, axis=1, dtype=jnp.float32)
     return num_alone / jnp.maximum(num_different, 1.0), {}
 
 
@@ -85,37 +74,16 @@ def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[Array], Arr
     """
     in_response = jnp.asarray(rollout.mask)
     response_first = jnp.argsort(~in_response, axis=1, stable=True)
-    tokens = jnp.asarray(rollout.tokens)
-    tokens = jnp.take_along_axis(tokens, response_first, axis=1)
+    tokens = jnp.take_along_axis(jnp.asarray(rollout.tokens), response_first, axis=1)
     following = [jnp.roll(tokens, -k, axis=1) for k in range(ngram)]
-    ends = jnp.arange(ngram, ngram + tokens.shape[1])
-    counts = jnp.sum(
-        in_response,
-        axis=1,
-        keepdims=True,
-        dtype=jnp.int32,
-    )
-    is_missing = ends[None, :] > counts
+    counts = jnp.sum(in_response, axis=1, keepdims=True, dtype=jnp.int32)
+    is_missing = jnp.arange(ngram, ngram + tokens.shape[1])[None, :] > counts
     operands = [is_missing.astype(jnp.int32), *following]
-    keys = lax.sort(
-        operands,
-        dimension=1,
-        num_keys=ngram + 1,
-    )
-    is_new = (keys[0] == 0) & _differs(keys)
-    return keys, is_new
-
-
-def _count(where: Array) -> Array:
-    """[B, T] bool -> [B] float32."""
-    return jnp.sum(where, axis=1, dtype=jnp.float32)
+    keys = lax.sort(operands, dimension=1, num_keys=ngram + 1)
+    return keys, (keys[0] == 0) & _differs(keys)
 
 
 def _differs(keys: Sequence[Array]) -> Array:
     """Where a column of keys [N, L] differs from the column before it; the first column does."""
-    differs = []
-    for key in keys:
-        before = key[:, :-1]
-        differs.append(key[:, 1:] != before)
-    after_first = jnp.any(jnp.stack(differs), axis=0)
+    after_first = jnp.any(jnp.stack([key[:, 1:] != key[:, :-1] for key in keys]), axis=0)
     return jnp.pad(after_first, ((0, 0), (1, 0)), constant_values=True)

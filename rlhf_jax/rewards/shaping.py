@@ -93,13 +93,7 @@ def missing_eos(
     return jnp.where(unfinished, changed, scores)
 
 
-def length_penalty(
-    rollout: Rollout,
-    scores: Array,
-    coef: float,
-    *,
-    target: int = 0,
-) -> Array:
+def length_penalty(rollout: Rollout, scores: Array, coef: float, *, target: int = 0) -> Array:
     """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs
     ``coef``.
     """
@@ -109,12 +103,7 @@ def length_penalty(
 
 
 def overlong_penalty(
-    rollout: Rollout,
-    scores: Array,
-    *,
-    max_length: int,
-    buffer: int,
-    penalty: float,
+    rollout: Rollout, scores: Array, *, max_length: int, buffer: int, penalty: float
 ) -> Array:
     """Scores [B] less a soft punishment of length (Yu et al. 2025, DAPO, eq. 13, times
     ``penalty``): nothing up to ``max_length - buffer`` response tokens, then evenly more up to
@@ -132,14 +121,7 @@ def overlong_penalty(
     return jnp.asarray(scores, jnp.float32) - penalty * jnp.minimum(excess / buffer, 1.0)
 
 
-def adaptive_kl(
-    kl_coef: Scalar,
-    kl: Scalar,
-    *,
-    target: float,
-    horizon: Scalar,
-    n: Scalar,
-) -> Array:
+def adaptive_kl(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: Scalar, n: Scalar) -> Array:
     """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019,
     section 2.2).
 

@@ -171,6 +171,14 @@ def read_yaml(path: Path, shape: Any) -> Row:
     return parse_yaml(data, shape, str(path))
 
 
+def revision(folder: Path) -> str:
+    """What a message calls the version of this package that began the run in a folder."""
+    manifest = read_json(folder / "manifest.json", MANIFEST)
+    git = manifest.get("git") or {}
+    version = manifest.get("versions", {}).get("rlhf-jax", "another version")
+    return f"revision {git['commit']}" if "commit" in git else f"rlhf-jax {version}"
+
+
 def settings_file(folder: str) -> Path:
     """The path of config.yaml of a run, given the run or its ``model/``. Other models have no such
     file.

@@ -19,22 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rlhf_jax import models, ops
 from rlhf_jax.models.kernels.shared import Prompts
-from rlhf_jax.parallel import blocks, sharding
+from rlhf_jax.parallel import blocks
+from rlhf_jax.sampling import sharded
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
 
-# From this many bytes of weights in a layer on, heads and mlp are sharded over "fsdp" while a batch
-# is sampled: an H200 reads so many in 14 microseconds, about the time of the two sums over devices
-# that the sharding needs.
-LARGE_LAYER = 2**26
 # Most ids of a recorded support: 4 KiB a token.
 MOST_RECORDED = 1024
-# Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
-# fewer rounds.
-_IN_COLUMNS: Any = {"axis": 1, "allow_negative_indices": False}
 
 
 @dataclass(frozen=True)
@@ -54,9 +48,8 @@ class SamplingConfig:
             tokens of the prompt and of the response so far (Keskar et al. 2019); 1 changes nothing.
         eos_id: the token that ends a response, or several any of which ends it; None lets every
             response run to ``max_new_tokens``.
-        pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
-            ``eos_id``. It may be one of several EOS ids (Qwen's is): a response ends where its
-            mask does.
+        pad_id: fills the columns after the end; may lie outside the vocabulary, and may be an EOS:
+            a response ends where its mask does.
         min_new_tokens: no EOS is sampled in so many first slots of a response; it then has at least
             so many tokens, none of them an EOS.
         record_support: whether rollouts say among which ids each token was drawn
@@ -94,8 +87,6 @@ class SamplingConfig:
         ops.check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
         for eos_id in self.eos_ids:
             ops.check_number("eos_id", eos_id, at_least=0)
-        if set(self.eos_ids) == {self.pad_id}:
-            raise ValueError(f"pad_id must be different from eos_id, got {self.pad_id}")
         if self.record_support and self.repetition_penalty != 1:
             raise ValueError(
                 f"repetition_penalty {self.repetition_penalty} changes probabilities inside the "
@@ -247,11 +238,8 @@ def generate(
             whatever other rows there are. None: ``row_ids``, or 0..B-1; where a data row occurs
             again, its further answers get keys of their own. Parts of a batch that are sampled
             apart, as under the caller's ``shard_map``, need places of the whole batch.
-        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``); each part stops when
-            its own rows have ended. Parameters that are sharded over "fsdp" are gathered once,
-            before the first token; those of large layers (``LARGE_LAYER``) are sharded by heads
-            instead, and the rows over "data" only. What is sharded over "tensor" stays so. The
-            tokens are the same as on one device.
+        mesh: splits the rows over its "data" and "fsdp" axes (``sharded.map_rows``); each part
+            stops when its own rows have ended. The tokens are the same as on one device.
         used: [B] for conversations of several turns, whose earlier responses stand at the end of
             the prompt: how many of a row's ``max_new_tokens`` slots they take.
             The row gets at most the others, and the randomness of a token is that of its slot. P
@@ -291,42 +279,14 @@ def generate(
     prompts = (tokens, attention_mask, places, used)
     for_decoding = getattr(model, "for_decoding", lambda params: params)
     decoding = for_decoding(params)  # once, not for each token
-    # The pass over the prompt reads the original ones, which compiles faster. Sharded ones are
-    # gathered once, so that the pass reads those for decoding too.
-    weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
+    # The pass over the prompt reads the original ones, which compiles faster.
+    weights = (params, decoding)
     sample_rows = partial(_sample_rows, model, config, group_size)
     if mesh is None:
         sampled = blocks.map_rows(partial(sample_rows, weights, key), prompts)
-    elif _fsdp_joins_tensor(model, decoding, mesh):
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
-        prompts = jax.lax.with_sharding_constraint(prompts, rows)
-        sampled = _mapped(sample_rows, rows, {"data"})(weights, key, prompts)
-        # In two steps: otherwise XLA shards the rows over "fsdp" inside the loop too.
-        sampled = jax.lax.with_sharding_constraint(sampled, rows)
-        sampled = jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
     else:
-        mapped = _mapped(sample_rows, sharding.rows(mesh), _mapped_axes(mesh))
-        sampled = mapped(weights, key, prompts)
+        sampled = sharded.map_rows(sample_rows, model, weights, key, prompts, mesh)
     return replace(sampled, row_ids=row_ids)
-
-
-def _mapped(
-    sample_rows: Callable[..., Rollout],
-    rows: NamedSharding,
-    axes: set[str],
-) -> Callable[..., Rollout]:
-    """``sample_rows(weights, key, prompts)`` with its rows mapped over axes of the mesh."""
-    whole = PartitionSpec()
-    # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
-    return jax.shard_map(
-        sample_rows,
-        mesh=rows.mesh,
-        in_specs=(whole, whole, rows.spec),
-        out_specs=rows.spec,
-        axis_names=axes,
-        check_vma=False,
-    )
 
 
 def _places(row_ids: Array | None, num_rows: int) -> Array:
@@ -343,39 +303,6 @@ def _places(row_ids: Array | None, num_rows: int) -> Array:
     return jnp.where(jnp.zeros(num_rows, bool).at[order].set(again), -1 - rows, row_ids)
 
 
-def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
-    """Whether heads and mlps are sharded over "fsdp" too while a batch is sampled, as over "tensor"
-    (``sharding.tensor_axes``), because a layer is large.
-
-    Otherwise weights that are sharded over "fsdp" are gathered before the first token, and each
-    device reads all of them for each token.
-    """
-    if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
-        return False
-    layer = jax.tree.leaves(weights["h_0"])
-    size = sum(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in layer) // 8
-    config = model.config
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    return size >= LARGE_LAYER and math.gcd(config.kv_heads, width) % parts == 0
-
-
-def _over_tensor(weights: Params, mesh: Mesh) -> Any:
-    """The shardings of weights over "fsdp" and "tensor" together, wherever they are sharded over
-    "tensor".
-    """
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    alone = sharding.make_mesh(
-        mesh.shape["data"], fsdp=1, tensor=parts, devices=list(mesh.devices.flat)
-    )
-
-    def joined(place: NamedSharding) -> NamedSharding:
-        axes = [("fsdp", "tensor") if "tensor" in (axis or ()) else None for axis in place.spec]
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree.map(joined, sharding.by_path(weights, models.SHARDING, alone))
-
-
 def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> None:
     """Raises AssertionError for other shapes than [B, P], and ValueError for a prompt that does not
     end in the last column, and for groups of different prompts; under ``jit``, where no values are
@@ -387,7 +314,11 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
     ops.check_number("group_size", group_size, at_least=1)
     if len(tokens) % group_size:
         raise ValueError(f"{len(tokens)} prompts do not divide by group_size {group_size}")
-    if not _is_known(attention_mask):
+    is_known, has_known_mask = (
+        not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+        for x in (tokens, attention_mask)
+    )
+    if not has_known_mask:
         return
     mask = np.asarray(attention_mask) != 0
     wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
@@ -396,7 +327,7 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
             "prompts must be padded on the left: attention_mask is 0 in the last column of "
             f"{len(wrong)} rows, first in row {wrong[0]}"
         )
-    if group_size == 1 or not _is_known(tokens):
+    if group_size == 1 or not is_known:
         return
     read = np.stack([np.where(mask, tokens, 0), mask], axis=1)
     by_group = read.reshape(-1, group_size, *read.shape[1:])
@@ -406,20 +337,6 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
             f"the {group_size} prompts of each group must be equal; those from row "
             f"{unlike[0] * group_size} on are not"
         )
-
-
-def _is_known(x: Array) -> bool:
-    """Whether this process knows all values of an array: in ``jit``, those of constants alone."""
-    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-
-
-def _mapped_axes(mesh: Mesh) -> set[str]:
-    """The axes that ``generate`` is mapped over by hand: "tensor" only if it has one device.
-
-    XLA:GPU cannot partition cuDNN's attention where one axis is mapped by hand and another is left
-    to the compiler, even if that has one device.
-    """
-    return {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
 
 
 def _sample_rows(
@@ -447,10 +364,9 @@ def _sample_rows(
     if config.records:
         next_logits = partial(_next_logits, model, prompt_length=prompt_length)
         logits, _ = jax.eval_shape(next_logits, weights[-1], rows, begun)
-        most = config.most_possible(logits.shape[-1])
-        nothing = jnp.full((*begun.tokens.shape, most), -1, jnp.int32)
-        begun = begun._replace(support=nothing)
-    begun = _as_varying(begun, (weights, key, prompts))
+        shape = (*begun.tokens.shape, config.most_possible(logits.shape[-1]))
+        begun = begun._replace(support=jnp.full(shape, -1, jnp.int32))
+    begun = sharded.vary(begun, (weights, key, prompts))
     end = jax.lax.while_loop(
         lambda state: ~jnp.all(state.ended),
         lambda state: step(model, weights[-1], rows, state, config=config),
@@ -469,23 +385,6 @@ def _sample_rows(
         support=end.support,
         truncated=config.truncates,
     )
-
-
-def _as_varying(state: DecodeState, inputs: Any) -> DecodeState:
-    """The state as the loop leaves it under the caller's ``shard_map``: different on the devices of
-    all axes over which one of the inputs is.
-    """
-
-    def varying(x: Array) -> frozenset[str]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves(inputs)))
-
-    def cast(x: Array) -> Array:
-        missing = tuple(axes - varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, state)
 
 
 def start(
@@ -516,23 +415,24 @@ def start(
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
-    size = group_size if _shares(model, num_rows, prompt_length, group_size) else 1
+    is_shared = group_size > 1 and num_rows % group_size == 0 and prompt_length > 1
+    is_shared = is_shared and isinstance(model, models.Model) and model.takes_groups
     of_prompts, cache = cache_of(
         model,
         num_rows=num_rows,
         prompt_length=prompt_length,
         num_slots=max_new_tokens,
-        group_size=size,
+        group_size=group_size if is_shared else 1,
     )
     prompts = None
     # The last prompt column is left to the loop, whose first step needs its logits. These are never
     # read, so the compiler drops the projection to the vocabulary.
     before = slice(prompt_length - 1)
     inputs = (tokens[:, before], (counts - prompt_mask)[:, before])
-    if of_prompts is not None:
-        of_groups = (inputs[0][::size], inputs[1][::size])
-        mask = prompt_mask[::size, before]
-        _, of_prompts = model.decode(params, *of_groups, mask, of_prompts, 0)
+    if is_shared:
+        each = slice(None, None, group_size)
+        mask = prompt_mask[each, before]
+        _, of_prompts = model.decode(params, inputs[0][each], inputs[1][each], mask, of_prompts, 0)
         prompts = Prompts(of_prompts, mask)
     elif prompt_length > 1:
         _, cache = model.decode(params, *inputs, key_mask, cache, 0)
@@ -559,19 +459,15 @@ def cache_of(
     return of_prompts, model.init_cache(num_rows, 1 + num_slots)
 
 
-def _shares(model: CachedModel, num_rows: int, prompt_length: int, group_size: int) -> bool:
-    """Whether groups of rows share the cache of their prompt."""
-    has_groups = group_size > 1 and num_rows % group_size == 0 and prompt_length > 1
-    return has_groups and isinstance(model, models.Model) and model.takes_groups
-
-
 def step(
     model: CachedModel, params: Params, rows: Rows, state: DecodeState, *, config: SamplingConfig
 ) -> DecodeState:
     """The state after one more token in each row that has not ended; ``params`` may be those of
     ``model.for_decoding``.
     """
-    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, **_IN_COLUMNS)
+    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
+    # fewer rounds.
+    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False)
     column = state.column
     prompt_length = state.tokens.shape[1] - config.max_new_tokens
     logits, cache = _next_logits(model, params, rows, state, prompt_length)
@@ -601,26 +497,23 @@ def _next_logits(
 ) -> tuple[Array, Any]:
     """Logits [B, 1, V] of the next token of each row, and the cache with the last one."""
     column = state.column
-    last = jax.lax.dynamic_slice_in_dim(state.tokens, column, 1, **_IN_COLUMNS)  # [B, 1]
+    last = jax.lax.dynamic_slice_in_dim(  # [B, 1]
+        state.tokens, column, 1, axis=1, allow_negative_indices=False
+    )
     # A missing row has no real token; its position is kept inside the table.
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
     inputs = (params, last, positions)
     if rows.prompts is None:
         return model.decode(*inputs, rows.key_mask, state.cache, column)
     num_shared = rows.prompts.mask.shape[1]
-    own_mask = rows.key_mask[:, num_shared:]
-    place = column + -num_shared
+    own = (rows.key_mask[:, num_shared:], state.cache, column + -num_shared)
     grouped: Any = model
-    logits, cache = grouped.decode(*inputs, own_mask, state.cache, place, rows.prompts)
+    logits, cache = grouped.decode(*inputs, *own, rows.prompts)
     return logits, cache
 
 
 def _sample(
-    logits: Array,
-    row_keys: Array,
-    positions: Array,
-    seen: tuple[Array, Array],
-    config: SamplingConfig,
+    logits: Array, row_keys: Array, slots: Array, seen: tuple[Array, Array], config: SamplingConfig
 ) -> tuple[Array, Array, Array | None]:
     """One token for each row of logits [B, V]: ids [B] int32, log-probs [B] float32, of the whole
     softmax or among the support, and that [B, K], if the config records it. ``seen``: the tokens
@@ -635,16 +528,15 @@ def _sample(
     noisy = logits
     if config.min_new_tokens:
         is_eos = np.isin(np.arange(vocab_size), config.eos_ids)
-        is_early = positions < config.min_new_tokens
+        is_early = slots < config.min_new_tokens
         noisy = jnp.where(is_early[:, None] & is_eos[None], -jnp.inf, logits)
     if config.repetition_penalty != 1:
         tokens, counts = seen
-        penalty = config.repetition_penalty
-        noisy = penalised(noisy, tokens, counts=counts, penalty=penalty)
+        noisy = penalised(noisy, tokens, counts=counts, penalty=config.repetition_penalty)
     if config.temperature > 0:
         logits = logits / config.temperature
         noisy = noisy / config.temperature
-        keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
+        keys = jax.vmap(jax.random.fold_in)(row_keys, slots)
         # As jax.random.categorical does.
         noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
         if config.records:

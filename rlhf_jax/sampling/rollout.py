@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from rlhf_jax import losses, ops
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import policy_params
+from rlhf_jax.policies import as_policy
 from rlhf_jax.sampling import CachedModel, SamplingConfig, generate
 from rlhf_jax.types import BoundPolicyFn, Params, PolicyFn, Rollout
 
@@ -50,9 +51,17 @@ def collect(
     """
     policy = policy_params(params)
     sampling = replace(sampling, record_support=sampling.truncates)
-    prompts = (tokens, attention_mask, key)
-    how: Any = {"row_ids": row_ids, "places": places, "mesh": mesh}
-    sampled = generate(model, policy, *prompts, config=sampling, **how)
+    sampled = generate(
+        model,
+        policy,
+        tokens,
+        attention_mask,
+        key,
+        config=sampling,
+        row_ids=row_ids,
+        places=places,
+        mesh=mesh,
+    )
     return rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn)
 
 
@@ -77,11 +86,8 @@ def rescore(
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
     per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
     """
-    ops.check_fits(policy_fn, rollout)
     mask = rollout.mask
-    inputs = (rollout.tokens, rollout.attention_mask, None)
-    support = ops.with_support(rollout.support)
-    output = policy_fn(params, *inputs, **support)
+    output = ops.evaluate(policy_fn, params, rollout)
     log_probs = ops.masked(output.log_probs, mask)
     values = None if output.values is None else ops.masked(output.values, mask)
     scored = replace(rollout, log_probs=log_probs, values=values)
@@ -95,9 +101,8 @@ def rescore(
         )
         scored = replace(scored, importance_weights=weights)
     if ref_fn is not None:
-        ops.check_fits(ref_fn, rollout, "ref_fn")
-        ref_log_probs = ops.masked(ref_fn(*inputs, **support).log_probs, mask)
-        scored = replace(scored, ref_log_probs=ref_log_probs)
+        reference = as_policy(ref_fn).evaluate(rollout, name="ref_fn")
+        scored = replace(scored, ref_log_probs=ops.masked(reference.log_probs, mask))
     return scored
 
 
@@ -280,11 +285,7 @@ def _read_row(
 
 
 def _with_eos(
-    where: str,
-    ids: np.ndarray,
-    tokenizer: Encoder,
-    finished: bool | None,
-    mask: Ids | None,
+    where: str, ids: np.ndarray, tokenizer: Encoder, finished: bool | None, mask: Ids | None
 ) -> np.ndarray:
     """The ids of a response, with EOS at the end if the row is finished."""
     # The last token may be the EOS of another speaker's turn, which did not end the row.

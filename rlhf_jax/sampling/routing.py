@@ -42,10 +42,9 @@ def expert_gap(
     """
     if not has_experts(model):
         raise ValueError("this model has no experts")
-    of_rows = partial(_differing, model, rollout.prompt_length or 0)
-    in_parts = ops.by_rows(of_rows, rows)
-    differing = in_parts(params, rollout.tokens, rollout.attention_mask)
-    return ops.masked_mean(differing, rollout.response_mask)
+    differing = ops.by_rows(partial(_differing, model, rollout.prompt_length or 0), rows)
+    shares = differing(params, rollout.tokens, rollout.attention_mask)
+    return ops.masked_mean(shares, rollout.response_mask)
 
 
 def _differing(
@@ -58,45 +57,29 @@ def _differing(
 ) -> Array:
     """[B, T]: the share of layers whose experts of a token's input differ; 0 in prompts."""
     config: Any = model.config
-    shape = tokens.shape
     routed: Any = {"mutable": [ROUTER]}
-    whole = {"params": params}
-    _, found = Decoder(config).apply(whole, tokens, attention_mask, method="hidden", **routed)
+    inputs = ({"params": params}, tokens, attention_mask)
+    _, found = Decoder(config).apply(*inputs, method="hidden", **routed)
     first = max(prompt_length, 1) - 1  # the column of the first input that is decoded
-    last = shape[1] - 1
-    inputs = slice(first, last)
-    chosen = _chosen(found, shape)
-    of_inputs = chosen[:, :, inputs]
-    expected = jnp.moveaxis(of_inputs, 2, 0)
+    last = tokens.shape[1] - 1
+    expected = jnp.moveaxis(_chosen(found, tokens.shape)[:, :, first:last], 2, 0)
     places = positions(attention_mask)
-    for_decoding = model.for_decoding(params)
-    decoding = {"params": for_decoding}
-    cache = model.init_cache(*shape)
+    cache = model.init_cache(*tokens.shape)
     if first:
         prompt = (tokens[:, :first], places[:, :first])
         _, cache = model.decode(params, *prompt, attention_mask, cache, 0)
-    unrolled = dataclasses.replace(
-        config,
-        scan_layers=False,
-        remat=False,
-    )
-    one_by_one = Decoder(unrolled)
+    decoder = Decoder(dataclasses.replace(config, scan_layers=False, remat=False))
+    weights = {"params": model.for_decoding(params)}
 
     def step(cache: Any, of_column: tuple[Array, Array, Array, Array]) -> tuple[Any, Array]:
         column, token, place, expected = of_column
-        token = token[:, None]
-        place = place[:, None]
-        arrays = (token, place, attention_mask, cache, column)
-        (_, cache), found = one_by_one.apply(decoding, *arrays, method="decode_hidden", **routed)
-        chosen = _chosen(found, token.shape)
-        differs = jnp.any(chosen[:, :, 0] != expected, axis=-1)
+        arrays = (token[:, None], place[:, None], attention_mask, cache, column)
+        (_, cache), found = decoder.apply(weights, *arrays, method="decode_hidden", **routed)
+        differs = jnp.any(_chosen(found, (len(token), 1))[:, :, 0] != expected, axis=-1)
         return cache, jnp.mean(differs, axis=0)
 
-    columns = jnp.arange(first, last)
-    read = tokens[:, inputs]
-    read_at = places[:, inputs]
-    of_columns = (columns, read.T, read_at.T, expected)
-    _, differing = jax.lax.scan(step, cache, of_columns)
+    columns = (jnp.arange(first, last), tokens[:, first:last].T, places[:, first:last].T, expected)
+    _, differing = jax.lax.scan(step, cache, columns)
     return jnp.pad(differing.T, ((0, 0), (first + 1, 0)))
 
 
@@ -107,8 +90,5 @@ def _chosen(found: Params, shape: tuple[int, ...]) -> Array:
     layers: dict[int, Array] = {}  # by their numbers; the stacked ones are the first
     for (layer, *_, name), (leaf,) in flatten_dict(found[ROUTER]).items():
         if name == "chosen":
-            number = int(layer[2:] or 0)
-            k = leaf.shape[-1]
-            layers[number] = leaf.reshape(-1, *shape, k)
-    in_order = [layers[number] for number in sorted(layers)]
-    return jnp.sort(jnp.concatenate(in_order), axis=-1)
+            layers[int(layer[2:] or 0)] = leaf.reshape(-1, *shape, leaf.shape[-1])
+    return jnp.sort(jnp.concatenate([layers[number] for number in sorted(layers)]), axis=-1)

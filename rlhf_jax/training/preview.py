@@ -14,9 +14,8 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.supervised import dpo, kto, reading, reward_model, sft
-
-SPECS = {spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)}
+from rlhf_jax.training.supervised import reading
+from rlhf_jax.training.tasks import TASKS
 
 
 class Previews(NamedTuple):
@@ -40,8 +39,8 @@ def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previ
     Raises:
         UserError: a wrong stage, no model, or a file that cannot be read.
     """
-    if stage not in (*SPECS, *ALGORITHMS):
-        known = ", ".join((*SPECS, *ALGORITHMS))
+    if stage not in (*TASKS, *ALGORITHMS):
+        known = ", ".join((*TASKS, *ALGORITHMS))
         raise UserError(f"--for {stage}: there is no such stage; give one of {known}")
     model = source.read_by
     text = model.text
@@ -49,9 +48,9 @@ def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previ
     if model.model is None or tokenizer is None:
         raise UserError("--for shows the ids of a model: give --model FOLDER too")
     max_length = hf.read_config(hf.find_folder(model.model)).max_length
-    if stage in SPECS:
+    if stage in TASKS:
         max_length = reading.longest_text(text, max_length)
-    kind = SPECS[stage].kind if stage in SPECS else "prompts"
+    kind = TASKS[stage].kind if stage in TASKS else "prompts"
     found = initial.read_rows(source, kind, source.data, "drop")
     first = found.rows[:count]
     spelled = [encoding.spelled([row], tokenizer, text.template) for row in first]
@@ -83,9 +82,9 @@ def _texts(
     cut or why a run would not use them.
     """
     try:
-        if stage in SPECS:
+        if stage in TASKS:
             encoded: Any = reading.encode(text, [row], tokenizer, max_length, is_piece)
-            batch = SPECS[stage].collate(encoded, np.zeros(1, np.int64), bucket_multiple=1)
+            batch = TASKS[stage].collate(encoded, np.zeros(1, np.int64), bucket_multiple=1)
             return preview.texts_of(row, batch), [*encoded.counts]
         encoded = initial.encode_prompts(text, settings, [row], tokenizer, max_length)
     except UserError as error:

@@ -19,28 +19,22 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
-from rlhf_jax.training.common import initial, layout
-from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import stage_of
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.common.layout import Layout, laid_out_shapes, mesh_of
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.rl.method import completed
 from rlhf_jax.training.rl.sharing import Answers
-from rlhf_jax.training.supervised import dpo, kto, reward_model, sft
-from rlhf_jax.training.supervised.tasks import TaskSpec
 from rlhf_jax.types import Params
 
 RL = {"ppo": completed(ppo), "vpg": completed(vpg), "rloo": completed(rloo)}
 RL |= {"grpo": completed(grpo), "distill": completed(distill)}
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of files of weights
 PAIRS = ("reward_model", "dpo")  # two answers in each row
-SUPERVISED: dict[str, TaskSpec] = {
-    spec.section: spec for spec in (sft.SPEC, reward_model.SPEC, dpo.SPEC, kto.SPEC)
-}
 
 
-class PlannedStage(Stage):
-    """A stage whose parameters are shapes, with their shardings. Its programs are not jitted, so
-    that a plan can compile them for another machine.
+class ShapesLayout(Layout):
+    """A layout that makes shapes, with their shardings, in place of parameters. Its programs are
+    not jitted, so that a plan can compile them for another machine.
     """
 
     def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -50,25 +44,17 @@ class PlannedStage(Stage):
         # A function of its own, whose arguments are not mixed with those that ``update`` binds.
         return lambda *args, **options: update(*args, **options)
 
-    def made(self, make: Callable[..., Any], *trees: Any) -> Any:
-        return self.lay_out(jax.eval_shape(make, *trees))
-
-    def take(self, create: Callable[[Params], Any], params: Params) -> Any:
-        state = self.made(create, params)
-        self.hold_state(state)
-        return state
-
-    def lay_out(self, tree: Any) -> Any:
-        return self.shapes(jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree))
+    def put(self, tree: Any) -> Any:
+        return laid_out_shapes(self.mesh, tree)
 
     def copy(self, tree: Any) -> Any:
         return tree
 
-    def place(self, start: Trainable) -> Trainable:
-        return start
+    def make(self, make: Callable[..., Any], *trees: Any) -> Any:
+        return self.put(jax.eval_shape(make, *trees))
 
-    def frozen(self, name: str, fn: Any) -> Any:
-        return self.lay_out(fn)
+    def create(self, create: Callable[..., Any], params: Params) -> Any:
+        return self.make(create, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +79,7 @@ class Case:
     def mesh(self) -> Mesh:
         """The mesh of the run, on the target's devices if there is one."""
         if self.target is None:
-            return layout.mesh_of(self.config.mesh)
+            return mesh_of(self.config.mesh)
         return sharding.make_mesh(**self.config.mesh.axes, devices=self.target.devices)
 
     @property
@@ -110,19 +96,22 @@ class Case:
         """How many rows of an RL run compute their prompt of so many tokens once."""
         settings = self.config.rl
         wanted = self.config.compute.share_prompts
-        shares = self.stage.shares
+        shares = self.layout
         return Answers(self.name, self.own, settings, wanted, prompt, True, shares).group_size()
 
     @property
-    def stage(self) -> Stage:
-        """The stage, without a folder."""
-        run: Any = None
-        return stage_of(self.config, self.name, run, self.mesh)
+    def layout(self) -> Layout:
+        """That of a run."""
+        return Layout(self.mesh)
 
     @functools.cached_property
-    def planned(self) -> "PlannedStage":
-        """The stage that makes shapes in place of arrays."""
-        return PlannedStage(**vars(self.stage))
+    def planned(self) -> OpenRun:
+        """The run that makes shapes in place of arrays, without a folder."""
+        folder: Any = None
+        # What lies in the host's memory is counted by ``phases``.
+        compute = dataclasses.replace(self.config.compute, offload=())
+        config = dataclasses.replace(self.config, compute=compute)
+        return OpenRun(self.name, folder, config, ShapesLayout(self.mesh))
 
     def in_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Sets the mesh, by which networks know what platform they are for."""
@@ -140,7 +129,7 @@ class Case:
 
     def laid_out(self, tree: Any) -> Any:
         """The shapes of parameters, or of a state with them, on the devices as the mesh says."""
-        return self.planned.lay_out(tree)
+        return laid_out_shapes(self.mesh, tree)
 
     def policy(self) -> LanguageModel:
         """The model that is trained, the shapes of its parameters as ``lora.base`` says."""

@@ -1,13 +1,14 @@
 """What a run chooses by its data and its memory: the length of rows, shared prompts, remat."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import numpy as np
 
 from rlhf_jax.cli.planning import targets
-from rlhf_jax.cli.planning.case import PAIRS, RL, SUPERVISED, Case
+from rlhf_jax.cli.planning.case import PAIRS, RL, Case
 from rlhf_jax.cli.planning.shapes import fitting
 from rlhf_jax.config import RunConfig, data_source, model_source
 from rlhf_jax.data import batches
@@ -16,9 +17,11 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial, memory, shared_prompts
+from rlhf_jax.training.common.layout import row_parts
 from rlhf_jax.training.common.remat import needed
 from rlhf_jax.training.rl.sharing import saved
 from rlhf_jax.training.supervised import batching, reading
+from rlhf_jax.training.tasks import TASKS
 
 
 def longest(config: RunConfig, name: str) -> int | None:
@@ -37,7 +40,7 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     and ``longest``.
     """
     bounded = name in RL and config.rl.max_prompt_length is not None
-    if bounded or name not in (*SUPERVISED, *RL):
+    if bounded or name not in (*TASKS, *RL):
         return config, None
     if config.model is not None:
         config = dataclasses.replace(config, model=hf.model_folder(config.model))
@@ -45,7 +48,7 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
     settings = case.settings
     if not (settings.data or config.data):
         return config, None
-    kind: Kind = "prompts" if name in RL else SUPERVISED[name].kind
+    kind: Kind = "prompts" if name in RL else TASKS[name].kind
     source = model_source(config)
     rows = data_source(config)
     read = initial.stage_rows(rows, kind, settings.data).rows
@@ -65,22 +68,22 @@ def with_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
         return config, int(prompts.tokens.shape[1])
     most = reading.longest_text(config.text, model.config.max_length)
     encoded = reading.encode(config.text, read, tokenizer, most, are_pieces=False)
-    made = batching.batched(
-        case.stage.shares,
-        config.compute.share_prompts,
-        SUPERVISED[name],
-        settings,
-        config.text,
-        encoded,
-        np.arange(len(encoded)),
-        jax.random.key(0),
-        model.config.num_layers,
+    every = np.arange(len(encoded))
+    form = functools.partial(
+        batching.form_batches,
+        task=TASKS[name],
+        settings=settings,
+        text=config.text,
+        num_parts=row_parts(case.layout, settings.num_microbatches),
+        rows=every,
+        key=jax.random.key(0),
+        layers=model.config.num_layers,
     )
+    made = batching.choose_form(config.compute.share_prompts, encoded, form)
     if encoded.num_answers > 1:
         compute = shared_prompts.recorded(config.compute, made.encoded.shares_prompts)
         config = dataclasses.replace(config, compute=compute)
-    columns = batches.width_of(made.encoded, np.arange(len(encoded)), bucket_multiple=made.multiple)
-    return config, columns
+    return config, batches.width_of(made.encoded, every, bucket_multiple=made.bucket_multiple)
 
 
 def with_remat(
@@ -96,7 +99,7 @@ def with_remat(
         length: as in ``plan``.
         limit: bytes of a device; 0: nobody knows.
     """
-    if config.compute.remat != "auto" or name not in (*SUPERVISED, *RL):
+    if config.compute.remat != "auto" or name not in (*TASKS, *RL):
         return config
     case = Case(config, name, target)
     model, params = case.model(config.model)
@@ -119,6 +122,6 @@ def with_remat(
     params = case.laid_out(params)
     networks = 1 + (name in RL and case.own.value == "separate")
     free = max(limit - memory.on_device(params), 1) if limit else 0
-    need = needed(case.stage, network, params, rows_at_once, columns, networks, free)
+    need = needed(case.layout, config.lora, network, params, rows_at_once, columns, networks, free)
     remat = is_deep and need.wants_remat(lambda: need.stored)
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))

@@ -7,7 +7,7 @@ import jax
 
 from rlhf_jax.cli.planning import hlo, targets
 from rlhf_jax.cli.planning.case import Case
-from rlhf_jax.cli.planning.shapes import ANSWERING, SAMPLING, shapes_of
+from rlhf_jax.cli.planning.shapes import ANSWERING, COMPARING, SAMPLING, shapes_of
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.training.common import memory
@@ -81,7 +81,7 @@ def plan(
     first = next(iter(used))
     if "reference" in config.compute.offload:
         size = held.pop("reference", 0)
-        for phase in used.keys() & {first, ANSWERING}:
+        for phase in used.keys() & {first, COMPARING}:
             used[phase] += size
     if "reward" in config.compute.offload and "reward models" in held:
         used["reward"] += held.pop("reward models")
@@ -104,7 +104,7 @@ def compile_phase(
     """
     fn, *arguments = program
     case = Case(config, name, target)
-    jitted: Any = case.stage.jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
+    jitted: Any = case.layout.jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
     if target is None:
         options = OPTIONS
     else:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax import iteration, models, ops
+from rlhf_jax import iteration, models, ops, sampling
 from rlhf_jax.cli.planning import targets
-from rlhf_jax.cli.planning.case import PAIRS, RL, SUPERVISED, Case
+from rlhf_jax.cli.planning.case import PAIRS, RL, Case
 from rlhf_jax.config import RLStage, RunConfig, model_source
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
@@ -22,23 +22,23 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
-from rlhf_jax.sampling import decoding
-from rlhf_jax.training.common import initial, layout
+from rlhf_jax.training.common import layout, reward_models
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import make_optimizer
-from rlhf_jax.training.common.stage import Stage
 from rlhf_jax.training.rl import teacher as teachers
-from rlhf_jax.training.rl.entry import method_of
-from rlhf_jax.training.rl.method import Method
+from rlhf_jax.training.rl.method import Method, method_of
 from rlhf_jax.training.rl.programs import Programs, Sizes, compiled, networks_of
 from rlhf_jax.training.rl.programs import first_state as first_state_of_rl
 from rlhf_jax.training.supervised import samples
-from rlhf_jax.training.supervised.entry import first_state
-from rlhf_jax.training.supervised.tasks import Setting
+from rlhf_jax.training.supervised.job import Job, Learner
+from rlhf_jax.training.supervised.run import first_state
+from rlhf_jax.training.tasks import TASKS
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, Params, TrainState
 
 # The phases with a loop over tokens.
 SAMPLING = "sample and score"
 ANSWERING = "answer at validations"
+COMPARING = "compare answers"  # the phase of their log-ratios
 ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 Program = tuple[Any, ...]  # a function, its arguments
 
@@ -58,7 +58,7 @@ def shapes_of(
     target: targets.Target | None = None,
 ) -> Shapes:
     """The arrays on the devices and the programs of a stage; see ``plan``."""
-    stages = (*SUPERVISED, *RL)
+    stages = (*TASKS, *RL)
     if name not in stages:
         raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join(stages)}")
     if name == "reward_model" and config.reward_model.ensemble_size > 1:
@@ -95,71 +95,87 @@ def fitting(model: models.Model, length: int | None, texts: int = 1) -> int:
 
 
 def _supervised(case: Case, length: int | None) -> Shapes:
-    stage = case.planned
-    task = SUPERVISED[case.name].make_task(_setting(case))
-    state = first_state(task)
-    update: Any = task.update  # with the functions of the model bound
+    job = _job(case)
+    learner = TASKS[case.name].prepare(job)
+    state = first_state(job, learner)
+    update = learner.update  # with the functions of the model bound
 
     def learn(state: Any, batch: Any, key: Array, functions: dict[str, Any]) -> Any:
         return update.func(state, batch, key, **functions)
 
-    model = task.setting.initial.model
-    columns = fitting(model, length, case.texts_of_row)
+    columns = fitting(job.language_model.model, length, case.texts_of_row)
     key = jax.eval_shape(jax.random.key, 0)
     batch = case.spread(_batch(case, columns))
     programs: dict[str, Program] = {"learn": (learn, state, batch, key, update.keywords)}
-    if task.policy is not None:
-        programs |= _answering(case, task.policy, columns, state, key)
-    return Shapes(_held(stage, state), programs, {})
+    if TASKS[case.name].is_policy:
+        programs |= _answering(case, job, learner, columns, state, key)
+    return Shapes(_held(case.planned, state), programs, {})
 
 
 def _answering(
-    case: Case, policy: samples.Policy, columns: int, state: TrainState, key: Array
+    case: Case, job: Job, learner: Learner, columns: int, state: TrainState, key: Array
 ) -> dict[str, Program]:
-    """The program of the answers at validations, if there are any. A prompt may be as long as a
+    """The programs of the answers at validations, if there are any. A prompt may be as long as a
     row, or as the model leaves room for.
     """
     settings = case.own
-    width = min(columns, policy.begun.model.config.max_length - settings.max_new_tokens)
+    width = min(columns, job.language_model.model.config.max_length - settings.max_new_tokens)
     validates = settings.validation_fraction > 0 or settings.validation_data
     if not (validates and settings.validation_prompts and width > 0):
         return {}
-    program = samples.answering(case.planned, settings, policy)
+    policy = samples.Policy(
+        job.language_model, learner.start, learner.fn, learner.reference, job.num_answers
+    )
+    program: Any = samples.compile_log_ratios(job.run.layout, policy)
+    config = samples.greedy_config(settings, policy.begun.tokenizer)
 
-    def answer(state: Any, prompts: Any, key: Array, functions: dict[str, Any]) -> Any:
-        return program.func(state, prompts, key, **functions)
+    def answer(state: Any, prompts: Any, key: Array, base: Any) -> Any:
+        inputs = (samples.sampling_params(state, base), *prompts, key)
+        return sampling.generate(policy.begun.model, *inputs, config=config, mesh=case.mesh)
+
+    def compare(state: Any, text: Any, functions: dict[str, Any]) -> Any:
+        return program.func(state, text, **functions)
 
     parts = sharding.num_parts(case.mesh)
     rows = -(-settings.validation_prompts // parts) * parts
-    tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    prompts = case.spread((tokens, tokens))
-    return {ANSWERING: (answer, state, prompts, key, program.keywords)}
+
+    def arrays(columns: int, count: int) -> Any:
+        return case.spread((jax.ShapeDtypeStruct((rows, columns), jnp.int32),) * count)
+
+    programs: dict[str, Program] = {
+        ANSWERING: (answer, state, arrays(width, 2), key, policy.start.base)
+    }
+    if program is not None:
+        text = arrays(width + settings.max_new_tokens, 3)
+        programs[COMPARING] = (compare, state, text, program.keywords)
+    return programs
 
 
-def _setting(case: Case) -> Setting:
-    """The setting of a task, whose data has no rows yet."""
+def _job(case: Case) -> Job:
+    """The job of a run whose data has no rows yet."""
     settings = case.own
     none = np.zeros(0, np.int64)
     answers = 2 if case.name in PAIRS else 1
     starts = np.zeros((0, answers), np.int64)
     texts: list[list[np.ndarray]] = [[] for _ in range(answers)]
     is_shared = case.num_answers > 0
-    encoded = EncodedTexts(texts, starts, [], [], 0, None, {}, none, none, shares_prompts=is_shared)
-    rows = batches.Plan(np.ones(settings.batch_size), settings.batch_size, jax.random.key(0))
-    return Setting(
-        case.planned,
-        settings,
-        model_source(case.config),
-        case.config.rl,
-        case.policy(),
-        [],
-        encoded,
-        none,
-        none,
-        rows,
-        lambda encoded, numbers: None,
-        1,
-        make_optimizer(settings.optimizer, 1),
+    encoded = EncodedTexts(
+        texts, starts, [], [], 0, None, {}, none, none, targets=starts, shares_prompts=is_shared
+    )
+    return Job(
+        run=case.planned,
+        settings=settings,
+        source=model_source(case.config),
+        language_model=case.policy(),
+        rows=[],
+        encoded=encoded,
+        train_rows=none,
+        held_out=none,
+        plan=batches.Plan(np.ones(1), settings.batch_size, jax.random.key(0)),
+        collate=lambda encoded, rows: None,
+        bucket_multiple=1,
+        num_steps=1,
+        optimizer=make_optimizer(settings.optimizer, 1),
     )
 
 
@@ -194,7 +210,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     networks = networks_of(stage, begun, method, source, teacher)
     state = first_state_of_rl(stage, method, networks, Sizes(settings.batch_size, columns, 0))
     run = compiled(stage, begun, method, networks.optimizer)
-    functions = networks.functions(columns)
+    functions = networks.functions
     inputs = (state, _prompts(case, prompt), jax.eval_shape(jax.random.key, 0))
     base = networks.start.base
     collect = functools.partial(_collected, run, method.shared_by)
@@ -221,7 +237,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         "num_slots": settings.max_new_tokens,
         "group_size": method.shared_by,
     }
-    cache = jax.eval_shape(lambda: decoding.cache_of(begun.model, **sizes))
+    cache = jax.eval_shape(lambda: sampling.decoding.cache_of(begun.model, **sizes))
     return Shapes(held, programs, {"cache": case.spread(cache)})
 
 
@@ -240,9 +256,9 @@ def _collected(
     return run.rescored(state, sampled, functions)
 
 
-def _held(stage: Stage, state: TrainState) -> dict[str, Any]:
+def _held(run: OpenRun, state: TrainState) -> dict[str, Any]:
     """What the models and the optimizer hold."""
-    held = stage.held
+    held = run.held
     return {
         "parameters": state.params,
         "optimizer": state.opt_state,
@@ -268,7 +284,7 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
     def load(source: str) -> spec.RewardModel:
         model, params = case.model(source)
         score_fn = ops.by_rows(models.score_fn(model, one_text=True), rows)
-        in_groups = functools.partial(initial.scorer_of_groups, model, score_rows=rows)
+        in_groups = functools.partial(reward_models.scorer_of_groups, model, score_rows=rows)
         shapes = jax.eval_shape(with_score, params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 

@@ -22,7 +22,7 @@ from rlhf_jax.inference.label import Judgement
 from rlhf_jax.inference.labelling import pairs, rows, settings, store
 from rlhf_jax.inference.labelling.store import Pair
 from rlhf_jax.runs.writing import write_atomically
-from rlhf_jax.training.common import initial, signals
+from rlhf_jax.training.common import reward_models, signals
 
 
 class Prompts(NamedTuple):
@@ -76,7 +76,7 @@ def sample(
     """
     generator = asking.open_policy(policy, asked.sampling, batch_size=asked.batch_size)
     questions = generator.ask([prompts.rows[number] for number in numbers], 2)
-    texts = generator.texts_of(generator.sample(questions, asked.seed))
+    texts, _ = generator.sample(questions, asked.seed)
     pool = [
         Pair(place, asking.as_given(row, prompts.tokenizer), texts[2 * place : 2 * place + 2])
         for place, row in enumerate(questions.rows)
@@ -156,7 +156,10 @@ def by_judge(
     tokenizer = prompts.tokenizer
     in_chat = chat.frame(prompts.template, tokenizer) is None
     load = functools.partial(
-        initial.load_reward_model, compute=compute, policy=tokenizer.fingerprint, in_chat=in_chat
+        reward_models.load_reward_model,
+        compute=compute,
+        policy=tokenizer.fingerprint,
+        in_chat=in_chat,
     )
     name, compares = spec.build_pair_judge(
         judge,

@@ -9,13 +9,13 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import Rounds, RunConfig
+from rlhf_jax.config import Rounds, RunConfig, to_dict
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
@@ -284,7 +284,7 @@ def _read_prompts(config: RunConfig) -> tuple[compare.Prompts, dict[str, str]]:
 
 def _begin(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> None:
     """Keeps the settings of a new job, or checks that one that goes on has them still."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    settings: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
     dotted = manifest.dotted(settings)
     kept = {key: value for key, value in dotted.items() if not manifest.within(key, _FREE)}
     now = {"settings": kept, "files": fingerprints}

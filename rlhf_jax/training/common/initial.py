@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.tree_util import Partial
 
-from rlhf_jax import models, ops, rewards, sampling
+from rlhf_jax import models, sampling
 from rlhf_jax.config import (
     Compute,
     DataSource,
@@ -29,12 +29,11 @@ from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import spec
 from rlhf_jax.models import hf, lora
-from rlhf_jax.training.common import layout, own
-from rlhf_jax.types import EosId, Params, ScoreFn
+from rlhf_jax.policies import Policy, as_policy
+from rlhf_jax.training.common import layout, memory
+from rlhf_jax.types import EosId, Params, PolicyFn
 
-TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
 DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
 FEWEST_WIDTHS = 4  # a deep model gets programs for at least so many row widths
 
@@ -82,15 +81,56 @@ class Trainable(NamedTuple):
     loaded: Params | None = None
     """The parameters as they were loaded, in their file's dtype, if all are trained."""
 
-    def bind(self, fn: Any) -> Partial:
+    def bind(self, fn: Any) -> Any:
         """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
         an argument.
         """
-        return Partial(fn) if self.base is None else lora.bind(fn, self.base)
+        if self.base is not None:
+            return lora.bind(fn, self.base)
+        return fn if isinstance(fn, Policy) else Partial(fn)
 
     def merged(self, trained: Params) -> Params:
         """The parameters of a plain model, to be saved."""
         return trained if self.base is None else lora.merge(self.base, trained)
+
+    def put(self, on: layout.Layout) -> "Trainable":
+        """With its frozen part on the devices, not copied: no update donates it."""
+        return self if self.base is None else self._replace(base=on.put(self.base))
+
+
+def reference_of(
+    on: layout.Layout, compute: Compute, start: Trainable, policy_fn: PolicyFn, moves: bool = False
+) -> Any:
+    """The policy before training, with its parameters as they were loaded, in their file's dtype:
+    no copy. If it ``moves``, a function of the trained part, which is in the state.
+
+    Raises:
+        UserError: ``compute.offload`` names it, and under LoRA it is the frozen weights.
+    """
+    if moves:
+        memory.free(start.loaded)
+        return start.bind(policy_fn)
+    if start.base is None:
+        fn = as_policy(policy_fn).bind(start.loaded)
+        return frozen(on, fn, is_offloaded="reference" in compute.offload)
+    if "reference" in compute.offload:
+        raise UserError(
+            "compute.offload: under LoRA the reference is the frozen weights, which stay; leave it "
+            "out"
+        )
+    return as_policy(policy_fn).bind(start.base)
+
+
+def frozen(on: layout.Layout, fn: Any, *, is_offloaded: bool) -> Any:
+    """The arrays of a model that is not trained, on the devices, or in the host's memory while it
+    is not called.
+    """
+    placed = on.put(fn)
+    if not is_offloaded:
+        return placed
+    on_host = memory.offloaded(placed)
+    memory.free((fn, placed))
+    return on_host
 
 
 def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
@@ -280,6 +320,8 @@ def _language_model(
         return loaded.reading(source.text.template_options, source.text.special_tokens)
     tokenizer = new_tokenizer(source, texts)
     if policy is not None:
+        from rlhf_jax.training.common import own
+
         return own.start(policy, tokenizer, key)
     network = dataclasses.asdict(source.network)
     rate = network.pop("dropout") or 0.0
@@ -421,64 +463,6 @@ def load_language_model(source: str, compute: Compute, place: layout.Place = Non
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
     return LanguageModel.load(source, **compute_options(compute, layers), shardings=place)
-
-
-def load_reward_model(
-    source: str,
-    compute: Compute,
-    place: layout.Place = None,
-    *,
-    score_rows: int | None = None,
-    length: int = 0,
-    policy: str | None = None,
-    in_chat: bool = False,
-) -> spec.RewardModel:
-    """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
-    ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
-
-    ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
-    the first device of each process; its own length is checked with each text. ``in_chat``: the
-    policy's prompts are in a chat template (``LanguageModel.closing``).
-
-    Raises:
-        UserError: the folder cannot be read, or the model has no score head or fewer positions than
-            ``length``.
-    """
-    layers = hf.read_config(hf.find_folder(source)).num_layers
-    options = compute_options(compute, layers)
-    own = tokenizers.load_tokenizer(source).fingerprint
-    reads_texts = policy is not None and own != policy
-    loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
-    model, params, tokenizer = loaded
-    if "score" not in params:
-        raise UserError(
-            f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
-        )
-    closing = loaded.closing(in_chat)
-    reads = model.config.max_length - len(closing)
-    if reads < length and not reads_texts:
-        raise UserError(
-            f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
-            f"{length}"
-        )
-    score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
-    score_fn = models.score_fn(model, one_text=True)
-    in_groups = None
-    if closing:
-        # What is put in the place of a last token could change the prompt of one row alone.
-        score_fn = rewards.behind_turns(score_fn, closing=closing, ends=tokenizer.eos_ids)
-    else:
-        in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
-    score_fn = ops.by_rows(score_fn, score_rows)
-    return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
-
-
-def scorer_of_groups(
-    model: models.Model, *, score_rows: int | None, prompt_length: int, group_size: int
-) -> ScoreFn:
-    """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
-    score_fn = models.score_fn(model, prompt_length=prompt_length, group_size=group_size)
-    return ops.by_rows(score_fn, score_rows, group_size=group_size)
 
 
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:

@@ -1,29 +1,127 @@
-"""The device mesh of a run, its checks, and how parameters and batches are sharded over it."""
+"""The devices of a run: the mesh and its checks, how parameters and batches lie on it, and how
+programs run on it.
+"""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax import config, models
 from rlhf_jax.config import ModelSource
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
-from rlhf_jax.parallel import sharding
+from rlhf_jax.parallel import blocks, sharding
+from rlhf_jax.runs import devices
+from rlhf_jax.training.common import memory
+from rlhf_jax.types import Params, TrainState
 
 Place = Callable[[Any], Any] | None
 """Shapes of parameters -> their shardings; None if every device holds all parameters."""
+Tree = TypeVar("Tree")
+State = TypeVar("State", bound=TrainState)
+Made = TypeVar("Made")
 
 
-class Shares(NamedTuple):
-    """What the rows of a batch are divided over."""
+@dataclass(frozen=True)
+class Layout:
+    """The devices of a run, and how arrays lie on them."""
 
     mesh: Mesh  # of the devices that learn
     blocks: int | None = None  # ``compute.blocks``
-    sampling: int = 0  # devices that only sample, ``mesh.sampling``
+    sampling_mesh: Mesh | None = None  # of the devices that only sample, ``mesh.sampling``
+
+    @property
+    def num_parts(self) -> int:
+        """The number of parts of a batch's rows: blocks, or devices."""
+        return self.blocks or sharding.num_parts(self.mesh)
+
+    @property
+    def row_mesh(self) -> Mesh | None:
+        """The mesh over which programs shard rows; None with ``compute.blocks``, see ``jit``."""
+        return None if self.blocks else self.mesh
+
+    @property
+    def rows(self) -> NamedSharding | None:
+        """The sharding of rows inside programs, over ``row_mesh``."""
+        return None if self.row_mesh is None else sharding.rows(self.row_mesh)
+
+    @property
+    def placement(self) -> Place:
+        """``shardings`` for ``models.load``; None if every device holds all parameters."""
+        return functools.partial(shardings, self.mesh) if sharding.is_cut(self.mesh) else None
+
+    def shard(self, batch: Tree) -> Tree:
+        """The batch with its rows sharded over the devices; with ``compute.blocks``, replicated."""
+        if self.blocks:
+            return sharding.replicate(self.mesh, batch)
+        return sharding.shard_rows(self.mesh, batch)
+
+    def put(self, tree: Tree) -> Tree:
+        """Parameters, or a state with them, sharded over the mesh."""
+        return jax.tree.map(sharding.place, tree, shardings(self.mesh, tree))
+
+    def copy(self, tree: Tree) -> Tree:
+        """A copy, sharded over the mesh. It never shares buffers, since updates donate theirs."""
+        return self.put(jax.tree.map(functools.partial(jnp.array, copy=True), tree))
+
+    def make(self, make: Callable[..., Made], *trees: Any) -> Made:
+        """``make(*trees)``: parameters of others."""
+        return make(*trees)
+
+    def create(self, create: Callable[[Params], State], params: Params) -> State:
+        """``create(params)`` in new arrays, sharded over the mesh. The arrays of ``params`` are
+        freed.
+
+        It is one program, which compiles faster than a program for each operation.
+        """
+        placed = self.put(params)
+        where = shardings(self.mesh, jax.eval_shape(create, placed))
+        state = jax.jit(create, out_shardings=where)(placed)
+        memory.free((params, placed))
+        return state
+
+    def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """``jax.jit(program)``; with ``compute.blocks`` each device runs it on whole arrays, and
+        the passes of networks in it block by block (``blocks.replicated``).
+        """
+        if self.blocks:
+            program = blocks.replicated(program, self.mesh, self.blocks)
+        return jax.jit(program, **options)
+
+    def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
+        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated, and the new one
+        has its sharding.
+
+        num_blocks: as in ``devices.compiler_options``.
+        """
+
+        def update_in_place(state: Any, *args: Any, **options: Any) -> Any:
+            state, metrics = update(state, *args, **options)
+            if self.blocks:
+                return state, metrics
+            state = jax.lax.with_sharding_constraint(state, shardings(self.mesh, state))
+            return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
+
+        return self.jit(
+            update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks)
+        )
+
+
+def layout_of(settings: config.RunConfig) -> Layout:
+    """The devices of a run.
+
+    Raises:
+        UserError: as ``mesh_of``.
+    """
+    number = settings.mesh.sampling
+    apart = sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
+    return Layout(mesh_of(settings.mesh), settings.compute.blocks, apart)
 
 
 def mesh_of(sizes: config.Mesh) -> Mesh:
@@ -40,12 +138,6 @@ def mesh_of(sizes: config.Mesh) -> Mesh:
             f"mesh: {layout} uses {mesh.size} of {number} devices; set one of the sizes to -1"
         )
     return mesh
-
-
-def sampling_mesh(sizes: config.Mesh) -> Mesh | None:
-    """The mesh of the devices that only sample (``mesh.sampling``); None if there are none."""
-    number = sizes.sampling
-    return sharding.make_mesh(devices=jax.devices()[-number:]) if number else None
 
 
 def check(source: ModelSource, mesh: Mesh) -> None:
@@ -87,7 +179,7 @@ def check(source: ModelSource, mesh: Mesh) -> None:
                 )
 
 
-def sharers(shares: Shares, microbatches: Mapping[str, int]) -> dict[str, int]:
+def sharers(layout: Layout, microbatches: Mapping[str, int]) -> dict[str, int]:
     """What a batch is divided over equally: {"compute.blocks": number}, or {"devices": number}.
 
     Args:
@@ -96,9 +188,9 @@ def sharers(shares: Shares, microbatches: Mapping[str, int]) -> dict[str, int]:
     Raises:
         UserError: a number of microbatches that ``compute.blocks`` cannot form.
     """
-    blocks = shares.blocks
+    blocks = layout.blocks
     if not blocks:
-        return {"devices": sharding.num_parts(shares.mesh)}
+        return {"devices": sharding.num_parts(layout.mesh)}
     for key, count in microbatches.items():
         if count > blocks and count & (count - 1):
             raise UserError(
@@ -125,13 +217,13 @@ def check_divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
             raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
 
 
-def row_parts(shares: Shares, num_microbatches: int) -> int:
+def row_parts(layout: Layout, num_microbatches: int) -> int:
     """The number of equal parts of an optimizer step's rows: devices times microbatches, or
     ``compute.blocks``.
     """
-    if shares.blocks:
-        return max(shares.blocks, num_microbatches)
-    return sharding.num_parts(shares.mesh) * num_microbatches
+    if layout.blocks:
+        return max(layout.blocks, num_microbatches)
+    return sharding.num_parts(layout.mesh) * num_microbatches
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -141,6 +233,11 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return sharding.by_path(tree, models.SHARDING, mesh)
 
 
-def placement(mesh: Mesh) -> Place:
-    """``shardings`` of a mesh, for ``models.load``; None if every device holds all parameters."""
-    return functools.partial(shardings, mesh) if sharding.is_cut(mesh) else None
+def laid_out_shapes(mesh: Mesh, tree: Tree) -> Tree:
+    """The shapes of parameters, or of a state with them, with their shardings over the mesh."""
+    arrays = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        arrays,
+        shardings(mesh, arrays),
+    )

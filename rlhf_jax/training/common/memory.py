@@ -12,6 +12,7 @@ import numpy as np
 from jax.stages import Compiled
 from jax.tree_util import Partial
 
+from rlhf_jax import policies
 from rlhf_jax.config import Compute
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.parallel import sharding
@@ -122,6 +123,16 @@ def rehearsed(phase: str, program: Program) -> Program:
     return rehearse
 
 
+def unchecked(program: Program) -> Program:
+    """``program`` as a check calls it that runs on other devices: it returns such zeros too."""
+
+    def zeros(*args: Any) -> Any:
+        shapes = jax.eval_shape(program, *args)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+    return zeros
+
+
 def score_rows(compute: Compute, num_rows: int, config: Any) -> int | None:
     """How many of the rows of a batch are scored at once (see ``ops.by_rows``), by what cuts the
     batch for an update: ``num_minibatches``, if ``config`` has them, and ``num_microbatches``."""
@@ -229,7 +240,7 @@ def more_microbatches(room: Room, stored: float, rows: int) -> int | None:
     return None
 
 
-def offloaded(fn: Partial) -> Partial:
+def offloaded(fn: Any) -> Any:
     """A function with its arrays in the host's memory. They are on the devices only while a program
     calls it.
 
@@ -241,7 +252,7 @@ def offloaded(fn: Partial) -> Partial:
             f"compute.offload: {jax.default_backend()} devices have no {HOST} memory; leave it out"
         )
     on_host = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), fn)
-    return Partial(_on_device, on_host)
+    return policies.wrap(_on_device, on_host)
 
 
 def _on_device(fn: Partial, *args: Any, **more: Any) -> Any:
@@ -269,6 +280,13 @@ def shapes(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
+
+
+def state_parts(state: Any) -> dict[str, Any]:
+    """{name: pytree} of a TrainState and of its gradients."""
+    parts = state.params if "policy" in state.params else {"parameters": state.params}
+    trained = {f"trained {part}": tree for part, tree in parts.items()}
+    return trained | {"optimizer state": state.opt_state, "gradients": state.params}
 
 
 def on_device(tree: Any) -> int:

@@ -1,24 +1,28 @@
-"""The folder of a stage: taken, its settings and manifest written or compared with those of the run
+"""The folder of a run: taken, its settings and manifest written or compared with those of the run
 to resume.
 """
 
 import contextlib
 import dataclasses
 import errno
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
+from jax import Array
 
-from rlhf_jax.config import RunConfig, model_source
+from rlhf_jax.config import Compute, RunConfig, model_source, to_dict
+from rlhf_jax.config.yaml_files import dotted_keys, dumped
 from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import folder, keeping, manifest, objects, processes, reading, writing
-from rlhf_jax.training.common import initial, layout, memory
-from rlhf_jax.training.common.stage import Keeping, Stage, settings_text
+from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import AlgorithmConfig
+
+Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # A resumed run may change these settings and stays the same run.
 MAY_CHANGE = (
@@ -48,72 +52,93 @@ FIXED = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder is open."""
+
+    name: str  # of its stage or algorithm
+    folder: folder.Run
+    config: RunConfig  # its settings, as they are recorded
+    layout: Layout
+    held: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """{name: pytree of shapes} of the arrays on the devices, for the message when memory runs out;
+    see ``hold``.
+    """
+
+    def key(self, stream: Stream) -> Array:
+        """The key of one of the run's random streams."""
+        return stream_key(self.config.seed, self.name, stream)
+
+    def hold(self, trees: Mapping[str, Any]) -> None:
+        """Records the shapes of arrays on the devices, by name."""
+        self.held.update({name: memory.shapes(tree) for name, tree in trees.items()})
+
+    def change(self, **sections: Any) -> "OpenRun":
+        """The run with these sections of its settings."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
+
+    def decide(self, compute: Compute) -> "OpenRun":
+        """The run with settings that were auto, which it writes to config.yaml."""
+        run = self.change(compute=compute)
+        processes.in_first(lambda: _write_settings(run))
+        return run
+
+
+def stream_key(seed: int, name: str, stream: Stream) -> Array:
+    """The key of a random stream: the root key, folded with the names of the run and the stream."""
+    root = jax.jit(jax.random.key, static_argnums=0)(seed)
+    of_run = jax.random.fold_in(root, zlib.crc32(name.encode()))
+    return jax.random.fold_in(of_run, zlib.crc32(stream.encode()))
+
+
 def run_folder(config: RunConfig, name: str) -> Path:
-    """The folder of a stage's run."""
+    """The folder of a run."""
     return Path(config.output_dir or f"runs/{name}")
 
 
 @contextlib.contextmanager
-def open_stage(
+def open_run(
     config: RunConfig,
     name: str,
     fingerprints: Mapping[str, str],
     sizes: Mapping[str, int] = {},
     files: Mapping[str, Path] = {},
     given: Mapping[str, Any] = {},
-) -> Iterator[Stage]:
+) -> Iterator[OpenRun]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
 
     Args:
         fingerprints: of the data.
         sizes: {dotted setting: value} of the settings that help when memory runs out, such as
             {"sft.batch_size": 32}.
-        files: {name: path} of the other files that the stage reads, beside ``config.model`` and the
+        files: {name: path} of the other files that the run reads, beside ``config.model`` and the
             tokenizer.
-        given: {name: function, object or module} that Python gives to the stage, such as "reward"
+        given: {name: function, object or module} that Python gives to the run, such as "reward"
             and "optimizer", or None. See ``runs.objects``.
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
-        TrainingFault: the disk or the device's memory is full, now or at any time while the stage
+        TrainingFault: the disk or the device's memory is full, now or at any time while the run
             is open.
     """
     path = run_folder(config, name)
-    with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
-        if run.resumed:
-            processes.in_first(lambda: keeping.restore_start(run))
-        config = _decided(config, run)
-        stage = stage_of(config, name, run)
-        with _explained(stage, sizes):
-            processes.in_first(lambda: _describe(config, stage, fingerprints, files, given))
-        is_set = sharding.is_set(stage.mesh)
-        mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
-        precision = stage.compute.matmul_precision
-        precise = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
-        with _explained(stage, sizes), mesh, precise:
-            yield stage
-
-
-def stage_of(config: RunConfig, name: str, run: folder.Run, mesh: Mesh | None = None) -> Stage:
-    """The stage of a folder that is open.
-
-    mesh: of the devices; None: of all that there are, as the settings say.
-    """
-    kept = {key: getattr(config, key) for key in Keeping._fields}
-    return Stage(
-        name,
-        run,
-        mesh or layout.mesh_of(config.mesh),
-        config.compute,
-        config.lora,
-        Keeping(**kept),
-        layout.sampling_mesh(config.mesh),
-        dataclasses.asdict(config),
-    )
+    with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
+        if opened.resumed:
+            processes.in_first(lambda: keeping.restore_start(opened))
+        config = _decided(config, opened)
+        run = OpenRun(name, opened, config, layout_of(config))
+        with _explained(run, sizes):
+            processes.in_first(lambda: _describe(run, fingerprints, files, given))
+        mesh = run.layout.mesh
+        in_mesh = jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext()
+        full = jax.default_matmul_precision("highest")
+        precise = full if config.deterministic else contextlib.nullcontext()
+        with _explained(run, sizes), in_mesh, precise:
+            yield run
 
 
 @contextlib.contextmanager
-def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
+def _explained(run: OpenRun, sizes: Mapping[str, int]) -> Iterator[None]:
     """Turns errors of a full disk, of full memory and of a lost process into TrainingFaults."""
     try:
         yield
@@ -126,12 +151,12 @@ def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
             "the disk is full; make room" if is_full else "the disk cannot be used; repair this"
         )
         raise TrainingFault(
-            f"{stage.run.path}: {advice}, then go on with --resume ({fault})"
+            f"{run.folder.path}: {advice}, then go on with --resume ({fault})"
         ) from error
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError, memory.TooLarge) as error:
         if processes.is_lost(error):
             raise TrainingFault(
-                f"{stage.name}: another process has gone; start all of them again, --resume"
+                f"{run.name}: another process has gone; start all of them again, --resume"
             ) from error
         # XLA raises a ValueError if memory runs out while arrays are placed on a GPU.
         is_full = isinstance(error, MemoryError | memory.TooLarge)
@@ -139,18 +164,16 @@ def _explained(stage: Stage, sizes: Mapping[str, int]) -> Iterator[None]:
         if not is_full:
             raise
         switches = {
-            "lora.rank": stage.lora.rank,
-            "compute.remat": int(stage.compute.remat is True),
+            "lora.rank": run.config.lora.rank,
+            "compute.remat": int(run.config.compute.remat is True),
         }
         off = {setting: value for setting, value in switches.items() if not value}
-        raise memory.fault(stage.name, stage.held, {**sizes, **off}, error) from error
+        raise memory.fault(run.name, run.held, {**sizes, **off}, error) from error
 
 
 def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
     """The settings without auto. A resumed run gets the recorded values, so that it continues in
-    the same way on any machine; a new run gets ``compute.scan_layers`` by depth. The matrix
-    products of a deterministic run are in full precision unless ``compute.matmul_precision`` is
-    set.
+    the same way on any machine; a new run gets ``compute.scan_layers`` by depth.
     """
     compute = config.compute
     if run.resumed:
@@ -164,8 +187,6 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
                 compute = dataclasses.replace(compute, **changes)
     if compute.scan_layers == "auto":
         compute = initial.by_depth(compute, initial.num_layers(model_source(config)))
-    if config.deterministic and compute.matmul_precision is None:
-        compute = dataclasses.replace(compute, matmul_precision="highest")
     return dataclasses.replace(config, compute=compute)
 
 
@@ -180,8 +201,7 @@ def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, s
 
 
 def _describe(
-    config: RunConfig,
-    stage: Stage,
+    run: OpenRun,
     fingerprints: Mapping[str, str],
     files: Mapping[str, Path],
     given: Mapping[str, Any],
@@ -189,13 +209,15 @@ def _describe(
     """Writes the run's settings, files and given objects, or compares them with those of the run to
     resume.
     """
-    run = stage.run
-    text = settings_text(stage.settings)
+    config = run.config
+    if run.folder.resumed:
+        _check_version(run)
+    text = _settings_text(config)
     data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}
     _report_unknown(python)
     changed = manifest.check_unchanged(
-        run,
+        run.folder,
         config=text,
         data=data,
         given=python,
@@ -203,15 +225,45 @@ def _describe(
         allowed=config.allow_changed,
         fixed=_fixed(config),
     )
-    facts = {"seed": config.seed, "data": data, "stage": stage.name}
+    facts = {"seed": config.seed, "data": data, "stage": run.name}
     if config.compute.blocks:
         facts["moves"] = manifest.EXACT
     if python:
         facts["given"] = python
-    manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
-    if changed or not run.resumed:
-        writing.write_atomically(run.config, text)
-    keeping.keep_start(run)
+    mesh = dict(run.layout.mesh.shape)
+    manifest.write_manifest(run.folder, facts, changed=changed, mesh=mesh)
+    if changed or not run.folder.resumed:
+        writing.write_atomically(run.folder.config, text)
+    keeping.keep_start(run.folder)
+
+
+def _check_version(run: OpenRun) -> None:
+    """Refuses to resume a run with settings that are none here."""
+    known = dotted_keys(type(run.config))
+    fields = set(known) - {key.rpartition(".")[0] for key in known}
+    recorded = manifest.dotted(reading.read_yaml(run.folder.config, reading.SETTINGS))
+    # Other keys at the top are those of a script, or sections of algorithms of one's own.
+    ours = [key for key in recorded if key.partition(".")[0] in known]
+    gone = [key for key in ours if not manifest.within(key, fields)]
+    if gone:
+        names = ", ".join(gone[:3]) + " and others" * (len(gone) > 3)
+        path = run.folder.path
+        raise UserError(
+            f"--resume: {path} is a run of {reading.revision(path)}, with settings that are none "
+            f"here: {names}. Go on with that version, or start a new run with another --output-dir"
+        )
+
+
+def _write_settings(run: OpenRun) -> None:
+    """Writes config.yaml."""
+    writing.write_atomically(run.folder.config, _settings_text(run.config))
+    keeping.keep_start(run.folder)
+
+
+def _settings_text(config: RunConfig) -> str:
+    """The text of config.yaml: the settings of a run, without what says how it was started."""
+    started = {"resume": False, "overwrite": False, "allow_changed": (), "processes": None}
+    return dumped({**to_dict(config), **started})
 
 
 def _fixed(config: RunConfig) -> list[str]:
@@ -219,8 +271,8 @@ def _fixed(config: RunConfig) -> list[str]:
     fixed = [*FIXED]
     if config.model is None and config.tokenizer.name is None:
         fixed.append("data")  # the run's tokenizer was trained on it
-    for name, section in vars(config).items():
-        if isinstance(section, AlgorithmConfig):
+    for name, section in {**vars(config), **config.own}.items():
+        if name in config.own or isinstance(section, AlgorithmConfig):
             fixed += [f"{name}.value", f"{name}.value_from"]
     return fixed
 

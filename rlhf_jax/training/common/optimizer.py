@@ -29,6 +29,8 @@ Rows = Iterable[Mapping[str, Any]]  # of metrics.jsonl
 Path = tuple[Any, ...]  # of a leaf in nested dicts
 # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
 PLATEAU_SCALE = "plateau_scale"
+PLATEAU_FACTOR = 0.1
+PLATEAU_PATIENCE = 5  # validations
 
 
 def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransformation:
@@ -54,9 +56,6 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
         "plateau": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, floor * peak, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=floor),
-        "step": optax.exponential_decay(
-            peak, settings.decay_every or 1, settings.decay_factor, staircase=True
-        ),
     }
     schedule = decays[settings.schedule]
     if warmup_steps:
@@ -285,7 +284,7 @@ class Patience(NamedTuple):
         """
         if not self.lowers:
             return state
-        scale = self.settings.decay_factor ** self._times(rows, self.settings.decay_patience)
+        scale = PLATEAU_FACTOR ** self._times(rows, PLATEAU_PATIENCE)
         [(_, before), *_] = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)
         # All groups of parameters have one scale, which stays on its devices.
         changed = {PLATEAU_SCALE: 0.0 * before + scale}

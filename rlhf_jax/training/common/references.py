@@ -1,13 +1,11 @@
 """References that move after the policy (Gorbatovski et al. 2024, "Learn Your Reference Model for
-Real Good Alignment", arXiv 2404.09656): of the KL penalty in RL, and of DPO and KTO.
+Real Good Alignment", arXiv 2404.09656): of the KL penalty in RL, and of DPO.
 
 After every ``reference_refresh`` steps the weights of the reference become ``ema * policy + (1 -
 ema) * reference``. With LoRA these are the adapters' matrices A and B, each averaged on its own.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self
 
 import flax.struct
@@ -16,17 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rlhf_jax.config import ModelSource, Reference
+from rlhf_jax.config import KTOStage, ModelSource, Reference
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.types import Metrics, Params, TrainState
-
-Advance = Callable[[Any, int], tuple[Any, Metrics]]
-"""The step of a loop: (state, number of the step) -> (state, metrics)."""
+from rlhf_jax.types import Params, TrainState
 
 
 @flax.struct.dataclass
 class Followed(TrainState):
-    """The state of DPO or KTO with a reference that moves."""
+    """The state of DPO with a reference that moves."""
 
     reference: Params
 
@@ -53,7 +48,8 @@ def check(source: ModelSource, settings: Any) -> None:
     Raises:
         UserError: the reference moves and should lie in the host's memory.
     """
-    if isinstance(settings, Reference) and source.lora.rank and source.lora.dropout:
+    has_reference = isinstance(settings, Reference | KTOStage)
+    if has_reference and source.lora.rank and source.lora.dropout:
         logger.info(
             f"lora.dropout {source.lora.dropout:g} is not used: DPO, KTO and RL compare with "
             "log-probabilities without dropout"
@@ -64,29 +60,20 @@ def check(source: ModelSource, settings: Any) -> None:
         )
 
 
-def moving(advance: Advance, settings: Any, policy_of: Callable[[Any], Params]) -> Advance:
-    """``advance``, before which the ``reference`` of the state moves if enough steps were taken;
-    unchanged if the reference is fixed.
+def is_due(settings: Reference, step: int) -> bool:
+    """Whether a reference that moves does so before step number ``step``; the first is 1."""
+    return step > 1 and (step - 1) % (settings.reference_refresh or 1) == 0
 
-    Args:
-        policy_of: the policy's parameters in a state.
-    """
-    if not moves(settings):
-        return advance
-    every = settings.reference_refresh or 1
+
+def mover(settings: Reference) -> Callable[[Params, Params], Params]:
+    """The program ``(reference, policy) -> the next reference``; the first's arrays are donated."""
     share = 1.0 if settings.reference_ema is None else settings.reference_ema
 
     def toward(policy: Array, reference: Array) -> Array:
         # Exact for a share of 1, and for two equal weights.
         return policy if share == 1.0 else reference + share * (policy - reference)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def moved(reference: Params, policy: Params) -> Params:
+    def move(reference: Params, policy: Params) -> Params:
         return jax.tree.map(toward, jax.tree.map(jnp.copy, policy), reference)
 
-    def advance_moved(state: Any, step: int) -> tuple[Any, Metrics]:
-        if step and step % every == 0:
-            state = replace(state, reference=moved(state.reference, policy_of(state)))
-        return advance(state, step)
-
-    return advance_moved
+    return jax.jit(move, donate_argnums=0)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlhf_jax import models
+from rlhf_jax.config import LoRA
 from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
 from rlhf_jax.training.common import initial, memory
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.layout import Layout, laid_out_shapes
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.types import Params
 
 
@@ -28,7 +30,14 @@ class Need(NamedTuple):
 
 
 def needed(
-    stage: Stage, config: Any, params: Params, rows: int, length: int, networks: int, free: float
+    on: Layout,
+    lora: LoRA,
+    config: Any,
+    params: Params,
+    rows: int,
+    length: int,
+    networks: int,
+    free: float,
 ) -> Need:
     """What an update needs.
 
@@ -37,17 +46,17 @@ def needed(
         rows, length, networks: as in ``choose``.
         free: bytes of a device beside the parameters; 0: nobody knows.
     """
-    own_rows = -(-rows // stage.num_parts)
-    trained = initial.trained_shapes(stage.lora, params)
-    to_come = networks * memory.COPIES * memory.on_device(stage.shapes(trained))
+    own_rows = -(-rows // on.num_parts)
+    trained = laid_out_shapes(on.mesh, initial.trained_shapes(lora, params))
+    to_come = networks * memory.COPIES * memory.on_device(trained)
     stored = memory.stored(config, own_rows, length)
     return Need(memory.Room(free, to_come), stored, own_rows)
 
 
 def choose(
-    stage: Stage, language_model: LanguageModel, rows: int, length: int, networks: int = 1
-) -> tuple[Stage, LanguageModel]:
-    """The stage and the model with ``compute.remat`` true or false where it was auto; depth and
+    run: OpenRun, language_model: LanguageModel, rows: int, length: int, networks: int = 1
+) -> tuple[OpenRun, LanguageModel]:
+    """The run and the model with ``compute.remat`` true or false where it was auto; depth and
     memory decide, and the choice is printed and recorded.
 
     Args:
@@ -55,26 +64,28 @@ def choose(
         length: the most columns of a row.
         networks: of this size that are trained.
     """
-    compute = stage.compute
+    compute = run.config.compute
+    on = run.layout
     model = language_model.model
     if compute.remat != "auto":
-        return stage, language_model
+        return run, language_model
     remat = False
     # A user's own network has no remat. With blocks the bits must not depend on the memory.
     is_open = hasattr(model.config, "remat") and not compute.blocks
     if is_open and model.config.num_layers >= initial.DEEP:
-        params = stage.shapes(language_model.params)
+        params = laid_out_shapes(on.mesh, language_model.params)
         free = devices.free_memory()
-        need = needed(stage, model.config, params, rows, length, networks, free)
-        shape = (need.rows * stage.num_parts, length)
+        lora = run.config.lora
+        need = needed(on, lora, model.config, params, rows, length, networks, free)
+        shape = (need.rows * on.num_parts, length)
         compiled = functools.partial(
-            memory.temporaries, model, params, *shape, sharding.rows(stage.mesh)
+            memory.temporaries, model, params, *shape, sharding.rows(on.mesh)
         )
         remat = need.wants_remat(compiled)
         line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
         logger.info(f"{line} ({memory.reason(need.room, need.stored, need.rows, remat)})")
     compute = dataclasses.replace(compute, remat=remat)
-    stage = stage.decided(compute)
+    run = run.decide(compute)
     if remat:
         model = models.build(dataclasses.replace(model.config, remat=True))
-    return stage, language_model._replace(model=model)
+    return run, language_model._replace(model=model)

@@ -13,11 +13,10 @@ from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.models.heads import HEADS
-from rlhf_jax.report import page, records, verdict
-from rlhf_jax.runs import allocator, folder, processes, writing
+from rlhf_jax.runs import allocator, folder, processes, reading, writing
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.types import Params
 
 
@@ -31,7 +30,7 @@ class RunResult(NamedTuple):
 
 
 def finish(
-    stage: Stage,
+    run: OpenRun,
     source: ModelSource,
     begun: LanguageModel,
     start: Trainable,
@@ -55,12 +54,12 @@ def finish(
     if jax.process_count() > 1:  # only the first process computes from here on
         base, trained = processes.fetch((start.base, trained))
         start = start._replace(base=base)
-    run = stage.run
+    opened = run.folder
     template = source.text.template
 
     def write() -> None:
-        saved = [str(run.model)]
-        with writing.replacing(run.model) as new:
+        saved = [str(opened.model)]
+        with writing.replacing(opened.model) as new:
             for name, part in trained.items():
                 merged = in_dtype(source, begun.params, start.merged(part), start.base is None)
                 done = begun._replace(params=merged)
@@ -69,13 +68,13 @@ def finish(
         if kinds != {"float32"}:
             saved[0] += f" in {' and '.join(sorted(kinds))} (compute.save_dtype)"
         if start.base is not None:
-            saved.append(str(run.adapter))
-            _save_adapters(run, source, begun, start.base, trained)
+            saved.append(str(opened.adapter))
+            _save_adapters(opened, source, begun, start.base, trained)
         logger.info(f"saved {', '.join(saved)}")
-        _draw_page(run)
+        _draw_page(opened)
 
     processes.in_first(write)
-    return RunResult(run.path, run.model, metrics, records.read_rows(run.metrics))
+    return RunResult(opened.path, opened.model, metrics, reading.read_rows(opened.metrics))
 
 
 def in_dtype(source: ModelSource, loaded: Params, params: Params, is_full: bool) -> Params:
@@ -137,6 +136,8 @@ The folder `model/` beside this one has the adapters merged and needs none of th
 
 def _draw_page(run: folder.Run) -> None:
     """Draws ``report.html`` and prints a sentence about the result, or why it cannot."""
+    from rlhf_jax.report import page, records, verdict  # a run needs them at its end alone
+
     try:
         page.write([run.path], run.report)
         logger.info(f"saved {run.report}")

@@ -54,11 +54,6 @@ def set_up(
 _say_once = functools.cache(logger.info)
 
 
-def shares_of(config: RunConfig) -> layout.Shares:
-    """What the batches of a run are divided over."""
-    return layout.Shares(layout.mesh_of(config.mesh), config.compute.blocks, config.mesh.sampling)
-
-
 def choose_devices(config: RunConfig, folders: Iterable[Path], threads: int | None = None) -> None:
     """``devices.choose`` by the settings. A run that is resumed gets as many threads as it had, on
     any number of cores, since its bits depend on them; with ``compute.blocks`` there are as many as

@@ -7,9 +7,8 @@ checkpoint, or is repeated, reads them there and asks only for what is missing.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops
-from rlhf_jax.config import EngineServer
+from rlhf_jax.config import RLStage
 from rlhf_jax.engines import Engine, Request, Sample, Writer, decoded, encoded, question
 from rlhf_jax.errors import ServiceError
 from rlhf_jax.generation.generator import LanguageModel
@@ -27,8 +26,9 @@ from rlhf_jax.graders.replies import Replies
 from rlhf_jax.iteration import LoopState, Prompts
 from rlhf_jax.runs import processes
 from rlhf_jax.sampling import SamplingConfig, rollout
-from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.rl.steps import Rescorer, Respond, Responder
+from rlhf_jax.training.common.initial import Trainable, sampling_config, validation_config
+from rlhf_jax.training.common.opening import OpenRun
+from rlhf_jax.training.rl.sample import Kind, Respond
 from rlhf_jax.types import Metrics, Params, Rollout
 
 MOST_APART = 0.2
@@ -46,12 +46,10 @@ class Client:
     """What a run asks of its engine; the first process asks, and all get the samples."""
 
     engine: Engine
-    asked: EngineServer  # how it is asked
-    compares: bool  # whether its log-probs must be the policy's (``rl.engine_check``)
-    folder: Path  # where samples are kept
+    run: OpenRun
+    settings: RLStage
     policy: LanguageModel  # the policy before training
     start: Trainable  # and its parts
-    source: str | None  # and the folder, or the Hugging Face name, that it comes from
 
     _kept: Replies = field(default_factory=lambda: Replies(None))
     _version: str = ""  # of the samples in _kept
@@ -59,45 +57,41 @@ class Client:
     _name: str = ""  # and how the engine names it
     _first_gap: float | None = None  # the mean over the first rollout
 
-    def responder(self, how: SamplingConfig) -> Responder:
-        """Responses of the engine, as ``steps.on_devices`` has them of the run's own sampler."""
+    def responder(self, state: LoopState, kind: Kind) -> Respond:
+        """Responses of the engine by the policy of a state."""
+        how = sampling_config(self.settings, self.policy.tokenizer)
+        if kind == "respond_to_each":
+            how = validation_config(self.settings, self.policy.tokenizer)
+        elif kind == "respond_greedily":
+            how = replace(how, temperature=0.0)
+        policy = models.policy_params(state.train.params)
+        version = f"{int(state.train.step)}-{int(_checksum(policy)):08x}"
 
-        def at(state: LoopState) -> Respond:
-            policy = models.policy_params(state.train.params)
-            version = f"{int(state.train.step)}-{int(_checksum(policy)):08x}"
+        def respond(prompts: Prompts, key: Array) -> Rollout:
+            groups, requests = _requests(prompts, version, how, key)
+            samples = self._ask(policy, requests)
+            num_rows, width = prompts.tokens.shape
+            made = _as_rollout(self.policy, requests, samples, width, how.max_new_tokens)
+            spread = functools.partial(_spread, np.concatenate(groups), num_rows)
+            return replace(jax.tree.map(spread, made), row_ids=np.asarray(prompts.row_ids))
 
-            def respond(prompts: Prompts, key: Array) -> Rollout:
-                groups, requests = _requests(prompts, version, how, key)
-                samples = self._ask(policy, requests)
-                num_rows, width = prompts.tokens.shape
-                made = _as_rollout(self.policy, requests, samples, width, how.max_new_tokens)
-                spread = functools.partial(_spread, np.concatenate(groups), num_rows)
-                return replace(jax.tree.map(spread, made), row_ids=np.asarray(prompts.row_ids))
+        return respond
 
-            return respond
-
-        return at
-
-    def watched(self, rescore: Rescorer) -> Rescorer:
-        """The rescorer, which also compares the log-probs of engine and policy.
+    def compare(self, state: LoopState, sampled: Rollout, rescored: Rollout) -> Metrics:
+        """The mean difference of the log-probs of engine and policy.
 
         Raises:
             ServiceError: they are further apart than rounding explains, where the engine should
                 have the policy's weights.
         """
-
-        def rescore_watched(state: LoopState, sampled: Rollout) -> tuple[Rollout, Metrics]:
-            rescored, metrics = rescore(state, sampled)
-            gaps = jnp.abs(sampled.log_probs - rescored.log_probs)
-            gap = ops.masked_mean(gaps, sampled.response_mask)
-            # Later, an update lies between the policy and the one that sampled ahead.
-            is_current = self.engine.follows and state.behind is None
-            has_weights = is_current or int(state.train.step) == 0
-            if self.compares and has_weights:
-                self._check_gap(float(gap))
-            return rescored, metrics | {"policy/sampler_gap_mean": gap}
-
-        return rescore_watched
+        gaps = jnp.abs(sampled.log_probs - rescored.log_probs)
+        gap = ops.masked_mean(gaps, sampled.response_mask)
+        # Later, an update lies between the policy and the one that sampled ahead.
+        is_current = self.engine.follows and state.behind is None
+        has_weights = is_current or int(state.train.step) == 0
+        if self.settings.engine_check and has_weights:
+            self._check_gap(float(gap))
+        return {"policy/sampler_gap_mean": gap}
 
     def _check_gap(self, gap: float) -> None:
         """Raises ServiceError if engine and policy differ by more than rounding explains."""
@@ -133,10 +127,10 @@ class Client:
         version = requests[0].version
         if version != self._version:
             steps, _, _ = version.partition("-")
-            for file in self.folder.glob(f"{steps}-*.jsonl"):
+            for file in self.run.folder.engine.glob(f"{steps}-*.jsonl"):
                 if not file.name.startswith(f"{version}_"):
                     file.unlink()
-            self._kept = Replies(self.folder, version)
+            self._kept = Replies(self.run.folder.engine, version)
             self._version = version
         return any(question(request) not in self._kept for request in requests)
 
@@ -145,7 +139,7 @@ class Client:
         if write is not None:
             self._name = self.engine.load(requests[0].version, write)
         missing = [request for request in requests if question(request) not in self._kept]
-        ask_each(self._sample, missing, self.asked)
+        ask_each(self._sample, missing, self.run.config.engine)
         return [self._kept[question(request)] for request in requests]
 
     def _writer(self, policy: Params) -> Writer:
@@ -154,7 +148,7 @@ class Client:
         base = self.start.base
         if base is not None:
             base, adapters = processes.fetch((base, trained))
-            name = self.source
+            name = self.run.config.model
             return lambda folder: models.lora.save(folder, base, adapters, base_model=name)
         params = processes.fetch(trained) if self.engine.follows else trained
         model = self.policy.model
@@ -271,13 +265,3 @@ def _requests(
         requests.append(Request(version, ids, len(rows), room, seeds[rows[0]], how))
         groups.append(rows)
     return groups, requests
-
-
-def silent(program: Callable[..., Rollout]) -> Callable[..., Rollout]:
-    """``program`` as a check of memory calls it: zeros of the shapes that it would return."""
-
-    def zeros(*args: Any) -> Rollout:
-        shapes = jax.eval_shape(program, *args)
-        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-
-    return zeros

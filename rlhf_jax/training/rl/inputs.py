@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import DataSource, EngineServer, Judge, ModelSource, RLStage, Safety, Text
+from rlhf_jax.config import DataSource, Judge, ModelSource, RLStage, Safety, Text
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.forms.table import PAIR
@@ -20,15 +20,21 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.texts import check_function
-from rlhf_jax.training.common import initial
-from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import critic, steps, teacher, validation
+from rlhf_jax.training.common import initial, reward_models
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.rl.method import Given, Method
-from rlhf_jax.types import AlgorithmConfig, Rollout
+from rlhf_jax.types import AlgorithmConfig, Metrics, Rollout
+
+if TYPE_CHECKING:
+    from rlhf_jax.graders.filter import Verdict
+
+Guarded = Callable[..., tuple[Rollout, Metrics, "list[Verdict] | None"]]
+"""``(rollout, *, scored, columns)`` -> the scored rollout after the filter, metrics, verdicts."""
+Pairs = Literal["reward", "judge"] | None
+"""Which scorer of a validation compares pairs of responses."""
 
 
 class Sources(NamedTuple):
@@ -49,13 +55,13 @@ class Inputs(NamedTuple):
     to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
     reward: spec.Reward
     judge: spec.Reward | None
-    guard: steps.Guarded | None  # the filter of responses, which follows a reward on the host
+    guard: Guarded | None  # the filter of responses, which follows a reward on the host
     environment: Environment | None
     teacher: LanguageModel | None
     ask_teacher: Callable[[Rollout], np.ndarray] | None  # log-probs of a teacher on a server
 
     @property
-    def pairs(self) -> validation.Pairs:
+    def pairs(self) -> Pairs:
         """Which of judge and reward compares pairs of responses, the judge first."""
         if self.judge is not None and self.judge.is_pairs:
             return "judge"
@@ -69,7 +75,9 @@ class Inputs(NamedTuple):
         reward = self.reward
         if reward.host is not None:
             reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
-        ask_teacher = self.ask_teacher and teacher.unasked
+        ask_teacher = None
+        if self.ask_teacher is not None:
+            ask_teacher = lambda rollout: np.zeros(rollout.tokens.shape, np.float32)  # noqa: E731
         return self._replace(
             environment=environment, reward=reward, guard=None, ask_teacher=ask_teacher
         )
@@ -89,12 +97,19 @@ def files(sources: Sources, settings: RLStage, section: AlgorithmConfig) -> dict
 
     section: the settings of the algorithm.
     """
-    files = filters.rule_files(sources.safety)
+    files = {}
+    if sources.safety.on:
+        from rlhf_jax.graders import filter as filters
+
+        files = filters.rule_files(sources.safety)
     if section.needs_teacher and section.teacher and Path(section.teacher).is_dir():
         files["teacher"] = Path(section.teacher)
-    value = critic.source_of(sources.reward, section)
-    if value is not None and Path(value).is_dir():
-        files["value"] = Path(value)
+    if section.value_from != "policy":
+        from rlhf_jax.training.rl import critic
+
+        value = critic.source_of(sources.reward, section)
+        if value is not None and Path(value).is_dir():
+            files["value"] = Path(value)
     for entry in (*sources.reward, *settings.judge):
         files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
     if settings.environment:
@@ -103,30 +118,34 @@ def files(sources: Sources, settings: RLStage, section: AlgorithmConfig) -> dict
 
 
 def load(
-    stage: Stage,
+    run: OpenRun,
     method: Method,
     sources: Sources,
     given: Given,
     data: Sequence[Sequence[Row]],
     reply: Reply,
-    asked: EngineServer,
 ) -> Inputs:
     """Loads the models, encodes the prompts and builds the rewards.
 
     Args:
         data: the rows of ``read_prompts``.
         reply: the environment's function.
-        asked: how the server of a teacher is asked.
 
     Raises:
         UserError: a folder, a prompt, a reward or a rule is wrong.
     """
     settings = method.settings
     source = sources.model
-    guard = filters.Guard.create(sources.safety)
+    layout = run.layout
+    compute = run.config.compute
+    guard = None
+    if sources.safety.on:
+        from rlhf_jax.graders import filter as filters
+
+        guard = filters.Guard.create(sources.safety)
     rows = [row for part in data for row in part]
     policy = initial.language_model(
-        source, texts_of(rows), stage.key("init"), policy=given.policy, place=stage.placement
+        source, texts_of(rows), run.key("init"), policy=given.policy, place=layout.placement
     )
     tokenizer = policy.tokenizer
     initial.say_template(source, tokenizer)
@@ -134,63 +153,75 @@ def load(
     longest_prompt = max(prompts.tokens.shape[1], to_validate.tokens.shape[1])
     length = longest_prompt + settings.max_new_tokens
 
-    taught_by = teacher.load(stage, method.config, policy, length)
-    server = teacher.connect(stage, method, policy, asked)
-    load_reward_model = functools.partial(
-        initial.load_reward_model,
-        compute=stage.compute,
-        place=stage.placement,
-        score_rows=method.score_rows,
-        length=length,
-        policy=tokenizer.fingerprint,
-        in_chat=chat.frame(source.text.template, tokenizer) is None,
+    taught_by = None
+    ask_teacher = None
+    if method.algorithm_config.needs_teacher:
+        from rlhf_jax.training.rl import teacher
+
+        taught_by = teacher.load(run, method.algorithm_config, policy, length)
+        server = teacher.connect(run, method, policy)
+        ask_teacher = None if server is None else server.log_probs
+    build = functools.partial(
+        spec.build_reward,
+        tokenizer=tokenizer,
+        load=functools.partial(
+            reward_models.load_reward_model,
+            compute=compute,
+            place=layout.placement,
+            score_rows=method.score_rows,
+            length=length,
+            policy=tokenizer.fingerprint,
+            in_chat=chat.frame(source.text.template, tokenizer) is None,
+        ),
+        services=Services(sources.judge, run.folder.judge),
     )
-    services = Services(sources.judge, stage.run.judge)
-    how: Any = {"tokenizer": tokenizer, "load": load_reward_model, "services": services}
-    verified: Any = {"mathematics": sources.math}
     judge = None
     if settings.judge:
-        judge_flag = "--rl.judge"
-        judge = spec.build_reward(
-            settings.judge, columns=to_validate.columns, flag=judge_flag, **how, **verified
+        judge = build(
+            settings.judge,
+            columns=to_validate.columns,
+            flag="--rl.judge",
+            mathematics=sources.math,
         )
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
-    reward = _given_reward(given, tokenizer, prompts.columns)
     if not method.is_rewarded:
-        log_ratio = teacher.log_ratio(taught_by, settings, method.score_rows)
-        reward = spec.Reward(fn=log_ratio)
-    if reward is None:
-        reward = spec.build_reward(sources.reward, columns=prompts.columns, **how, **verified)
+        reward = spec.Reward(fn=teacher.log_ratio(taught_by, settings, method.score_rows))
+    elif given.reward is not None:
+        reward = _given_reward(given.reward, tokenizer, prompts.columns)
+    else:
+        reward = build(sources.reward, columns=prompts.columns, mathematics=sources.math)
     enforce = None
-    if sources.safety.on:
+    if guard is not None:
         reward = reward._replace(fn=None, host=spec.as_host(reward))
-        enforce = guard.for_responses(columns=prompts.columns, **how).enforce
+        services: Any = build.keywords
+        enforce = guard.for_responses(columns=prompts.columns, **services).enforce
     if reward.fn is not None and method.is_rewarded:
         on_devices = jax.tree.map(jnp.asarray, reward.fn)
-        reward = spec.Reward(fn=stage.frozen("reward", on_devices))
-    ask_teacher = None if server is None else server.log_probs
+        is_offloaded = "reward" in compute.offload
+        fn = initial.frozen(layout, on_devices, is_offloaded=is_offloaded)
+        reward = spec.Reward(fn=fn)
     return Inputs(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
 
 
-def _given_reward(given: Given, tokenizer: Tokenizer, columns: Sequence[str]) -> spec.Reward | None:
-    """The reward from Python; None if there is none.
+def _given_reward(reward: Any, tokenizer: Tokenizer, columns: Sequence[str]) -> spec.Reward:
+    """The reward from Python.
 
     Raises:
         UserError: a function of texts asks for another column.
     """
-    if given.reward is None or isinstance(given.reward, spec.Reward):
-        return given.reward
-    check_function("reward", given.reward, columns)
-    return spec.of_texts(given.reward, tokenizer)
+    if isinstance(reward, spec.Reward):
+        return reward
+    check_function("reward", reward, columns)
+    return spec.of_texts(reward, tokenizer)
 
 
 def _encoded(
     text: Text,
     settings: RLStage,
     policy: LanguageModel,
-    guard: filters.Guard,
+    guard: Any,  # ``filter.Guard``; None: there are no rules
     data: Sequence[Sequence[Row]],
 ) -> tuple[EncodedPrompts, EncodedPrompts]:
     """The prompts to train on and those to validate on, after the filter, as token ids.
@@ -200,7 +231,7 @@ def _encoded(
     """
     encoded = []
     for part, note in zip(data, ("", " (for validation)"), strict=False):
-        safe = guard.prompts(part, policy.tokenizer)
+        safe = part if guard is None else guard.prompts(part, policy.tokenizer)
         encoded.append(initial.prompts_for(text, settings, policy, safe, note))
     prompts = encoded[0]
     to_validate = encoded[-1]

@@ -9,13 +9,13 @@ import jax
 import optax
 
 from rlhf_jax import iteration, models
-from rlhf_jax.config import ModelSource, RLStage
+from rlhf_jax.config import ModelSource, RLStage, RunConfig, model_source
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
-from rlhf_jax.training.common import layout, references
-from rlhf_jax.training.common.layout import Shares
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common import layout, memory, references
+from rlhf_jax.training.common.layout import Layout
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, TrainState
 
 
@@ -100,7 +100,7 @@ class Method(NamedTuple):
     """How the policy learns."""
 
     algorithm: CompleteAlgorithm
-    config: AlgorithmConfig
+    algorithm_config: AlgorithmConfig  # the algorithm's own section
     settings: RLStage
     penalty: Penalty
     score_rows: int | None  # rows that policy, reference and reward model score at once; None: all
@@ -109,9 +109,91 @@ class Method(NamedTuple):
     value_source: str | None = None  # that a separate value model starts from; None: the policy
     shared_by: int = 1  # adjacent rows that compute their prompt once; see ``training.rl.sharing``
 
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of an iteration."""
+        return int(self.algorithm_config.num_epochs * self.algorithm_config.num_minibatches)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the learning rate depends on how many optimizer steps there will be."""
+        return self.optimizer is None and self.settings.optimizer.counts_steps
+
+
+_VALUE_SETTINGS = ("value", "value_from", "value_learning_rate", "value_warmup")
+
+
+def check_value_settings(name: str, config: AlgorithmConfig, needs_values: bool) -> None:
+    """Checks what an algorithm's settings say of its value function.
+
+    Raises:
+        UserError: of settings that contradict each other, or that an algorithm without values has.
+    """
+    defaults = AlgorithmConfig()
+    given = [key for key in _VALUE_SETTINGS if getattr(config, key) != getattr(defaults, key)]
+    if given and not needs_values:
+        raise UserError(
+            f"{name}.{given[0]}: the algorithm reads no values; give its module needs_values = "
+            "True, or leave this out"
+        )
+    if config.value not in ("shared", "separate"):
+        raise UserError(f"{name}.value must be shared or separate, got {config.value!r}")
+    rate = config.value_learning_rate
+    if rate is not None and not (isinstance(rate, int | float) and rate >= 0):
+        raise UserError(f"{name}.value_learning_rate must be a number from 0 on, got {rate!r}")
+    if config.value_from != "policy" and config.value != "separate":
+        raise UserError(
+            f"{name}.value_from {config.value_from}: a shared value function has the policy's "
+            "body; give value: separate too"
+        )
+
+
+def has_own_schedule(config: AlgorithmConfig) -> bool:
+    """Whether the value function has a learning rate or a warm-up of its own."""
+    return config.value_learning_rate is not None or config.value_warmup > 0
+
+
+def check_own_head(config: AlgorithmConfig) -> None:
+    """Raises UserError if a value head inside the policy's network should have its own optimizer,
+    which does not know its parameters.
+    """
+    if config.value == "shared" and has_own_schedule(config):
+        raise UserError(
+            "value_learning_rate, value_warmup: the policy's network has a value head of its own, "
+            "which learns with it; leave them out, or give value: separate"
+        )
+
+
+def method_of(
+    config: RunConfig,
+    algorithm: CompleteAlgorithm,
+    own: AlgorithmConfig,
+    given: Given = NOTHING,
+) -> Method:
+    """How the policy of a run learns.
+
+    own: the algorithm's own settings.
+    """
+    settings = config.rl
+    value_source = None
+    if algorithm.needs_values and own.value_from != "policy":
+        from rlhf_jax.training.rl import critic
+
+        value_source = critic.source_of(config.reward, own)
+    return Method(
+        algorithm,
+        own,
+        settings,
+        penalty=penalty_of(model_source(config), settings, algorithm, own),
+        score_rows=memory.score_rows(config.compute, settings.batch_size, own),
+        optimizer=given.optimizer,
+        is_rewarded=is_rewarded(config.reward, settings, own, given),
+        value_source=value_source,
+    )
+
 
 def check_settings(
-    name: str, settings: RLStage, config: AlgorithmConfig, shares: Shares
+    name: str, settings: RLStage, config: AlgorithmConfig, on: Layout
 ) -> dict[str, int]:
     """Checks the settings of a run against each other and the devices. Returns the sizes that help
     when memory runs out, {dotted setting: value}.
@@ -133,25 +215,25 @@ def check_settings(
         check_warmup(name, settings, config)
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
     groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
-    parts = divisors(name, config, shares)
+    parts = divisors(name, config, on)
     layout.check_divides("rl.batch_size", settings.batch_size, groups, *parts)
     return microbatches | {"rl.batch_size": settings.batch_size}
 
 
-def divisors(name: str, config: AlgorithmConfig, shares: Shares) -> list[dict[str, int]]:
+def divisors(name: str, config: AlgorithmConfig, on: Layout) -> list[dict[str, int]]:
     """What the rows of a batch are divided by, {dotted setting: number} each: devices or blocks,
     minibatches, microbatches.
     """
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
-    sharers = layout.sharers(shares, microbatches)
+    sharers = layout.sharers(on, microbatches)
     shuffle_blocks = config.shuffle_blocks if config.num_minibatches > 1 else 1
     return [
-        {"mesh.sampling": shares.sampling or 1},
+        {"mesh.sampling": 1 if on.sampling_mesh is None else on.sampling_mesh.size},
         sharers,
         minibatches | {f"{name}.shuffle_blocks": shuffle_blocks},
         minibatches | microbatches,
-        minibatches | (sharers if shares.blocks else {}),
+        minibatches | (sharers if on.blocks else {}),
     ]
 
 
@@ -165,8 +247,8 @@ def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
         )
 
 
-def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
-    """Stage and method with the number of iterations, where ``rl.num_epochs`` is the length. Prints
+def count_iterations(run: OpenRun, method: Method, prompts: int) -> tuple[OpenRun, Method]:
+    """Run and method with the number of iterations, where ``rl.num_epochs`` is the length. Prints
     how long the run is.
 
     Args:
@@ -175,9 +257,9 @@ def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
     Raises:
         UserError: the value function alone learns in all iterations.
     """
-    group_size = method.config.group_size
+    group_size = method.algorithm_config.group_size
     settings = method.settings.lasting(prompts=prompts, group_size=group_size)
-    check_warmup(stage.name, settings, method.config)
+    check_warmup(run.name, settings, method.algorithm_config)
     number = settings.batch_size // group_size
     iterations = settings.num_iterations
     passes = iterations * number / prompts
@@ -185,7 +267,7 @@ def lasting(stage: Stage, method: Method, prompts: int) -> tuple[Stage, Method]:
         f"{iterations} iterations of {number} prompts x {group_size} answers: {passes:.3g} passes "
         f"over {prompts} prompts"
     )
-    return stage.noted(rl=settings), method._replace(settings=settings)
+    return run.change(rl=settings), method._replace(settings=settings)
 
 
 def penalty_of(
@@ -218,3 +300,29 @@ def is_rewarded(
             "rl.environment pays, so its run has a reward: give --reward, such as length*0"
         )
     return False
+
+
+def optimizer_steps(state: iteration.LoopState) -> int:
+    """The steps that the optimizer's schedules have counted so far."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.train.opt_state, "count")
+    return max((int(count) for _, count in counts), default=0)
+
+
+def check_optimizer_steps(
+    method: Method, state: iteration.LoopState, before: int, metrics: Metrics
+) -> None:
+    """Prints a line if the first iteration took other than ``num_updates`` optimizer steps, those
+    that a schedule of the learning rate counts with.
+
+    Args:
+        before: ``optimizer_steps`` before it.
+    """
+    taken = optimizer_steps(state) - before
+    updates = method.num_updates
+    if taken != updates and not float(metrics["nonfinite"]) > 0:
+        logger.info(
+            f"warning: an iteration took {taken} optimizer steps, and the schedule of "
+            f"rl.optimizer counts with {updates}, the algorithm's num_epochs * num_minibatches:"
+            f" it ends too {'early' if taken > updates else 'late'}. Give the config these "
+            "attributes, or choose the schedule constant"
+        )

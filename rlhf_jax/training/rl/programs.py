@@ -4,30 +4,29 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import optax
 from jax import Array
 
-from rlhf_jax import iteration, losses, models, ops, sampling
+from rlhf_jax import iteration, losses, models, policies, sampling
 from rlhf_jax.config import RLStage
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import Functions, LoopState, Rule
+from rlhf_jax.policies import Policy
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.sampling.routing import has_experts
-from rlhf_jax.training.common import initial, memory, own
+from rlhf_jax.training.common import initial, memory, optimizer
 from rlhf_jax.training.common.initial import Trainable
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import check_frozen
-from rlhf_jax.training.common.stage import Stage
-from rlhf_jax.training.rl import critic
-from rlhf_jax.training.rl.method import Method
+from rlhf_jax.training.rl.method import Method, check_own_head, has_own_schedule
 from rlhf_jax.types import (
     Metrics,
     Params,
-    PolicyFn,
-    PolicyOutput,
     Rollout,
     TrainState,
 )
@@ -39,7 +38,7 @@ class Networks(NamedTuple):
     start: Trainable  # the policy before training
     trained: Trainable  # ``start``, or with a separate value model {"policy", "value"}
     optimizer: optax.GradientTransformation
-    functions: Callable[[int], Functions]  # (columns of a rollout) -> the functions of its steps
+    functions: Functions  # of the steps
 
 
 class Sizes(NamedTuple):
@@ -58,19 +57,19 @@ class Sizes(NamedTuple):
 class Programs(NamedTuple):
     """Functions of ``iteration`` with their settings bound; the first call compiles each."""
 
-    respond: Callable[..., Rollout]
-    respond_to_each: Callable[..., Rollout]  # to the prompts of a validation, one response each
-    respond_greedily: Callable[..., Rollout]
-    rescored: Callable[..., tuple[Rollout, Metrics]]
-    reward: Callable[..., tuple[Rollout, Metrics]]
-    with_greedy: Callable[..., Rollout]
-    num_equal: Callable[..., Array]
-    refill: Callable[..., Rollout]
-    learn: Callable[..., tuple[LoopState, Metrics]]
+    respond: Callable[..., Rollout]  # iteration.respond
+    respond_to_each: Callable[..., Rollout]  # the same for validations: one response to a prompt
+    respond_greedily: Callable[..., Rollout]  # the same for the greedy baseline
+    rescored: Callable[..., tuple[Rollout, Metrics]]  # iteration.rescored
+    reward: Callable[..., tuple[Rollout, Metrics]]  # iteration.reward
+    with_greedy: Callable[..., Rollout]  # iteration.with_greedy
+    num_equal: Callable[..., Array]  # iteration.num_equal
+    refill: Callable[..., Rollout]  # iteration.refill
+    learn: Callable[..., tuple[LoopState, Metrics]]  # iteration.learn
 
 
 def networks_of(
-    stage: Stage,
+    run: OpenRun,
     policy: LanguageModel,
     method: Method,
     source: LanguageModel | None = None,
@@ -81,102 +80,160 @@ def networks_of(
     source: what a separate value model starts from; None: the policy.
     """
     settings = method.settings
-    value = method.config.value if method.algorithm.needs_values else None
+    layout = run.layout
+    key = run.key("init")
+    value = method.algorithm_config.value if method.algorithm.needs_values else None
     model = policy.model if value else policy.model._replace(values=None)
     has_head = model.values is not None
     if has_head:
-        critic.check_own_head(method.config)
-    width = own.width(policy)
+        check_own_head(method.algorithm_config)
+    width = getattr(model.config, "hidden_size", None)
+    if width is None:  # a network of the user's own
+        from rlhf_jax.training.common import own
+
+        width = own.width(policy)
 
     def begin(params: Params, source: Params | None) -> tuple[Trainable, Trainable]:
-        return critic.start(stage, params, value, width, source, has_head=has_head)
+        if value == "shared" and not has_head:
+            params = models.add_head(jax.random.fold_in(key, 1), params, "value", width)
+        policy_key = jax.random.fold_in(key, 2)
+        start = initial.trainable(run.config.lora, params, policy_key).put(layout)
+        if value != "separate":
+            return start, start
+        from rlhf_jax.training.rl import critic
 
-    start, trained = stage.made(begin, policy.params, None if source is None else source.params)
+        return start, critic.start(run, start, params, width, source, has_head=has_head)
+
+    start, trained = layout.make(begin, policy.params, None if source is None else source.params)
     taught_by = None
     if teacher is not None:
-        taught_by = models.Teacher(teacher.model, method.config.measure)
+        taught_by = models.Teacher(teacher.model, method.algorithm_config.measure)
     teacher_params = None if teacher is None else teacher.params
-    stage.hold({"teacher": teacher_params})
+    run.hold({"teacher": teacher_params})
 
-    def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
-        """Computes logits only for the last ``max_new_tokens`` columns: none for the prompt."""
+    def policy_fn(value_model: models.Model | None = None) -> Policy:
+        """Computes logits only for responses."""
         return models.policy_fn(
             model,
             settings.temperature,
-            prompt_length=columns - settings.max_new_tokens,
+            response_length=settings.max_new_tokens,
             value_model=value_model,
             teacher=taught_by,
             group_size=method.shared_by,
         )
 
-    def scored(params: Params, tokens: Array, *more: Any, **support: Array) -> PolicyOutput:
-        return policy_fn(tokens.shape[1])(params, tokens, *more, **support)
-
-    has_reference = method.penalty is not iteration.NO_PENALTY
     reference = None
-    if has_reference:
-        ref_fn = ops.by_rows(scored, method.score_rows, group_size=method.shared_by)
-        reference = stage.reference(start, ref_fn, settings.reference_moves)
+    if method.penalty is not iteration.NO_PENALTY:
+        ref_fn = policies.by_rows(policy_fn(), method.score_rows, group_size=method.shared_by)
+        reference = initial.reference_of(
+            layout, run.config.compute, start, ref_fn, settings.reference_moves
+        )
     else:
         memory.free(start.loaded)
     frozen = start.base if source is None else trained.base
-    stage.hold({"frozen weights": frozen, "reference": None if start.base else reference})
-    value_model = (source or policy).model if value == "separate" else None
-
-    @functools.cache
-    def functions(columns: int) -> Functions:
-        learner = trained.bind(policy_fn(columns, value_model))
-        base = start.base if settings.expert_gap else None  # no other step reads it
-        return Functions(learner, ref_fn=reference, base=base, teacher=teacher_params)
-
-    optimizer = _optimizer(method, trained.params)
-    return Networks(start, trained, optimizer, functions)
+    run.hold({"frozen weights": frozen, "reference": None if start.base else reference})
+    learner = policy_fn((source or policy).model if value == "separate" else None)
+    base = start.base if settings.expert_gap else None  # no other step reads it
+    functions = Functions(
+        trained.bind(learner), ref_fn=reference, base=base, teacher=teacher_params
+    )
+    return Networks(start, trained, make_optimizer(method, trained.params), functions)
 
 
-def _optimizer(method: Method, params: Params) -> optax.GradientTransformation:
-    """The optimizer of all trained parameters. Prints whether ``rl.optimizer`` is still used."""
+def make_optimizer(method: Method, params: Params) -> optax.GradientTransformation:
+    """The optimizer of all trained parameters: ``rl.optimizer``, or the one that Python gives. A
+    value model, or a value head with a rate or a warm-up of its own, has its own. Routers are left
+    alone unless ``rl.train_routers``.
+    """
     settings = method.settings
-    if method.optimizer is not None:
-        has_critic = critic.has_own_optimizer(method.config, params)
+    given = method.optimizer
+    has_critic = "policy" in params or has_own_schedule(method.algorithm_config)
+    if given is None:
+        check_frozen("rl", settings.optimizer, params)
+    else:
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
+    if has_critic:
+        from rlhf_jax.training.rl import critic
+
+        made = critic.make_optimizer(
+            settings, method.algorithm_config, method.num_updates, params, given
+        )
     else:
-        check_frozen("rl", settings.optimizer, params)
-    updates = method.config.num_epochs * method.config.num_minibatches
-    return critic.make_optimizer(settings, method.config, updates, params, method.optimizer)
+        num_steps = settings.num_iterations * method.num_updates
+        made = given or optimizer.make_optimizer(settings.optimizer, num_steps)
+    return made if settings.train_routers else optimizer.without_routers(made)
 
 
-def first_state(stage: Stage, method: Method, networks: Networks, sizes: Sizes) -> LoopState:
+def first_state(run: OpenRun, method: Method, networks: Networks, sizes: Sizes) -> LoopState:
     """The state at step 0. Only the loop keeps it, so that its arrays can be donated."""
+    layout = run.layout
     create = method.algorithm.State.create
-    how: Any = {"optimizer": networks.optimizer, **sizes.wanted(create)}
-    train = stage.take(functools.partial(create, **how), networks.trained.params)
+    create = functools.partial(create, optimizer=networks.optimizer, **sizes.wanted(create))
+    train = layout.create(create, networks.trained.params)
     reference = None
     if method.settings.reference_moves:
-        reference = stage.copy(models.policy_params(train.params))
+        reference = layout.copy(models.policy_params(train.params))
     behind = None
     if method.settings.rollouts_ahead:
-        policy = stage.copy(models.policy_params(train.params))
-        behind = TrainState(stage.copy(train.step), policy, ())
-    stage.hold({"moving reference": reference, "policy that samples": behind})
-    return stage.lay_out(LoopState.create(train, method.penalty.init, reference, behind))
+        policy = layout.copy(models.policy_params(train.params))
+        behind = TrainState(layout.copy(train.step), policy, ())
+    run.hold(memory.state_parts(train))
+    run.hold({"moving reference": reference, "policy that samples": behind})
+    return layout.put(LoopState.create(train, method.penalty.init, reference, behind))
+
+
+def policy_of(params: Params, initial: Params) -> Params:
+    """The policy's parameters among the trained ones, without the value head and without those that
+    an algorithm adds, which are in the checkpoints alone.
+
+    Args:
+        initial: the policy's, before the algorithm made its state of them.
+
+    Raises:
+        UserError: the algorithm changed their structure, so that no model could be saved.
+    """
+    trained = models.policy_params(params)
+    policy: Params = {part: trained.get(part) for part in initial if part != "value"}
+    before = {part: leaves for part, leaves in initial.items() if part != "value"}
+    if str(jax.tree.structure(policy)) != str(jax.tree.structure(before)):
+        raise UserError(
+            "the state of the algorithm has other parameters of the policy than it was given; it "
+            "may add some under names of their own beside them"
+        )
+    return policy
 
 
 def compiled(
-    stage: Stage,
+    run: OpenRun,
     policy: LanguageModel,
     method: Method,
-    optimizer: optax.GradientTransformation,
+    transformation: optax.GradientTransformation,
 ) -> Programs:
     """The programs of a run."""
     model = policy.model
+    layout = run.layout
     settings = method.settings
     plain = initial.sampling_config(settings, policy.tokenizer)
     samples = initial.recorded(plain, model.config.vocab_size)
+    validated = initial.validation_config(settings, policy.tokenizer)
     shape, masked = rules(settings, samples, method.is_rewarded)
-    groups: Any = {"group_size": method.config.group_size, "masked": masked}
-    mesh = stage.sampling_mesh or stage.row_mesh
-    respond = functools.partial(iteration.respond, model=model, mesh=mesh)
+    group_size = method.algorithm_config.group_size
+    # Decoding runs layer after layer, whether or not training scans them.
+    by_layers = devices.compiler_options(model.config.num_layers)
+    by_blocks = devices.compiler_options(model.config.num_blocks)
+    plainly = devices.compiler_options(0)
+
+    def respond(config: SamplingConfig, size: int) -> Callable[..., Rollout]:
+        mesh = layout.sampling_mesh or layout.row_mesh
+        program = functools.partial(
+            iteration.respond, model=model, mesh=mesh, config=config, group_size=size
+        )
+        return layout.jit(program, compiler_options=by_layers)
+
+    size = method.shared_by
+    to_groups = respond(samples, size)
+    is_same = size == 1 and validated == plain
     rescored = functools.partial(
         iteration.rescored,
         eos_ids=samples.eos_ids,
@@ -184,41 +241,31 @@ def compiled(
         importance=importance_of(settings),
         expert_gap=expert_gap_of(settings, model, method.score_rows),
     )
+    with_greedy = functools.partial(iteration.with_greedy, shape=shape)
+    num_equal = functools.partial(iteration.num_equal, group_size=group_size, masked=masked)
+    refill = functools.partial(
+        iteration.refill, group_size=group_size, masked=masked, mesh=layout.row_mesh
+    )
     learn = functools.partial(
         iteration.learn,
         algorithm=method.algorithm,
-        config=method.config,
-        optimizer=optimizer,
+        config=method.algorithm_config,
+        optimizer=transformation,
         shape=shape,
         penalty=method.penalty,
         masked=masked,
-        mesh=stage.row_mesh,
+        mesh=layout.row_mesh,
     )
-
-    def jit(program: Callable[..., Any], num_blocks: int = 0, **bound: Any) -> Any:
-        options = devices.compiler_options(num_blocks)
-        return stage.jit(functools.partial(program, **bound), compiler_options=options)
-
-    # Decoding runs layer after layer, whether or not training scans them.
-    layers = model.config.num_layers
-    blocks = model.config.num_blocks
-    greedy = replace(plain, temperature=0.0)
-    size = method.shared_by
-    to_groups = jit(respond, layers, config=samples, group_size=size)
-    validated = initial.validation_config(settings, policy.tokenizer)
-    to_each = to_groups
-    if size > 1 or validated != plain:
-        to_each = jit(respond, layers, config=validated)
     return Programs(
         respond=to_groups,
-        respond_to_each=to_each,
-        respond_greedily=jit(respond, layers, config=greedy, group_size=size),
-        rescored=jit(rescored, blocks),
-        reward=stage.jit(iteration.reward),
-        with_greedy=jit(iteration.with_greedy, shape=shape),
-        num_equal=jit(iteration.num_equal, **groups),
-        refill=jit(iteration.refill, **groups, mesh=stage.row_mesh),
-        learn=stage.jit_update(learn, blocks),
+        respond_to_each=to_groups if is_same else respond(validated, 1),
+        respond_greedily=respond(replace(plain, temperature=0.0), size),
+        rescored=layout.jit(rescored, compiler_options=by_blocks),
+        reward=layout.jit(iteration.reward),
+        with_greedy=layout.jit(with_greedy, compiler_options=plainly),
+        num_equal=layout.jit(num_equal, compiler_options=plainly),
+        refill=layout.jit(refill, compiler_options=plainly),
+        learn=layout.jit_update(learn, model.config.num_blocks),
     )
 
 

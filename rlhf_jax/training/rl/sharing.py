@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rlhf_jax.config import ALGORITHMS, Compute, RLStage
 from rlhf_jax.config.settings import Switch
 from rlhf_jax.training.common import shared_prompts
-from rlhf_jax.training.common.layout import Shares
+from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.method import divisors
 from rlhf_jax.types import AlgorithmConfig
 
@@ -25,7 +25,7 @@ class Answers(NamedTuple):
     wanted: Switch  # ``compute.share_prompts``
     prompt: int  # columns of the longest prompt
     takes_groups: bool  # whether the model computes a prompt once for its group
-    shares: Shares
+    on: Layout
 
     def obstacle(self) -> str | None:
         """Why the answers to a prompt cannot compute it once; None if they can. That an algorithm
@@ -39,7 +39,7 @@ class Answers(NamedTuple):
             return "this network computes each row by itself"
         size = self.settings.batch_size
         num_groups = size // self.own.group_size
-        for parts in divisors(self.name, self.own, self.shares):
+        for parts in divisors(self.name, self.own, self.on):
             if num_groups % math.prod(parts.values()):
                 product = " x ".join(f"{count} {key}" for key, count in parts.items())
                 return f"the {num_groups} groups of rl.batch_size {size} do not divide by {product}"

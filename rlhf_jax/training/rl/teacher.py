@@ -4,10 +4,9 @@ server.
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +20,21 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders.client import TEACHER_KEY, ask_each
 from rlhf_jax.graders.replies import Replies
-from rlhf_jax.iteration import LoopState
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.rl.method import Method
-from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.training.rl.steps import Sampler
-from rlhf_jax.types import AlgorithmConfig, Metrics, Params, Rollout, Scores
+from rlhf_jax.types import AlgorithmConfig, Params, Rollout, Scores
 
 MOST_FOREIGN = 0.1
 """Share of tokens that a server of the same vocabulary may spell in another way."""
 
 
 def load(
-    stage: Stage, method_config: AlgorithmConfig, policy: LanguageModel, length: int
+    run: OpenRun, method_config: AlgorithmConfig, policy: LanguageModel, length: int
 ) -> LanguageModel | None:
-    """The model of the settings' ``teacher``, on the devices; None for a method without one, or
-    with one on a server.
+    """The model of the settings' ``teacher``, on the devices; None if it is on a server.
 
     Args:
         length: of the longest prompt with its response, in tokens.
@@ -48,15 +43,13 @@ def load(
         UserError: none is given, the folder cannot be read, the vocabulary is another one, or the
             model reads shorter texts.
     """
-    if not method_config.needs_teacher:
-        return None
     source = method_config.teacher
     if source is None:
         raise UserError("no teacher: give --distill.teacher the folder of a model, or of its run")
     if method_config.teacher_server is not None:
         return None
     source = model_folder(source)
-    loaded = initial.load_language_model(source, stage.compute, stage.placement)
+    loaded = initial.load_language_model(source, run.config.compute, run.layout.placement)
     _check_vocabulary(source, loaded, policy)
     if "score" in loaded.params:
         raise UserError(f"distill.teacher {source}: a reward model has no probabilities of tokens")
@@ -66,7 +59,7 @@ def load(
             f"distill.teacher {source}: it reads {reads} tokens; shorten prompt and response, now "
             f"{length}"
         )
-    return loaded._replace(params=stage.lay_out(loaded.params))
+    return loaded._replace(params=run.layout.put(loaded.params))
 
 
 def _check_vocabulary(source: str, teacher: LanguageModel, policy: LanguageModel) -> None:
@@ -203,20 +196,16 @@ class Server:
         self._is_checked = True
 
 
-def connect(
-    stage: Stage, method: Method, policy: LanguageModel, asked: EngineServer
-) -> Server | None:
-    """The teacher on a server; None for a method without one, or with one in a folder.
-
-    asked: how the server is asked; the method's config names the model there.
+def connect(run: OpenRun, method: Method, policy: LanguageModel) -> Server | None:
+    """The teacher on a server; None if it is in a folder. The method's config names its model.
 
     Raises:
         UserError: the run samples at another temperature than 1 or from a truncated distribution,
             or as ``Server.api``.
         ServiceError: the server does not reply.
     """
-    method_config = method.config
-    if not method_config.needs_teacher or method_config.teacher_server is None:
+    method_config = method.algorithm_config
+    if method_config.teacher_server is None:
         return None
     settings = method.settings
     if settings.temperature != 1.0:
@@ -229,24 +218,8 @@ def connect(
             f"distill.teacher {method_config.teacher}: the log-probabilities of a server are those "
             "of its whole vocabulary; leave rl.top_k, rl.top_p, rl.min_p and rl.min_new_tokens out"
         )
-    asked = replace(asked, model=method_config.teacher_model)
-    server = Server(method_config.teacher_server, asked, policy.tokenizer, stage.run.judge)
-    if not stage.run.judge.is_dir():
+    asked = replace(run.config.engine, model=method_config.teacher_model)
+    server = Server(method_config.teacher_server, asked, policy.tokenizer, run.folder.judge)
+    if not run.folder.judge.is_dir():
         processes.in_first(lambda: server.api.model)
     return server
-
-
-def taught(stage: Stage, sample: Sampler, ask: Callable[[Rollout], Any]) -> Sampler:
-    """The sampler, whose rollouts also have ``teacher_log_probs``, which ``ask`` returns."""
-
-    def sample_taught(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
-        rollout, metrics = sample(state, batch)
-        rows = processes.fetch(rollout)
-        return stage.shard(replace(rows, teacher_log_probs=ask(rows))), metrics
-
-    return sample_taught
-
-
-def unasked(rollout: Rollout) -> np.ndarray:
-    """Zeros in place of a server's log-probabilities, for a check of memory."""
-    return np.zeros(rollout.tokens.shape, np.float32)

@@ -3,9 +3,10 @@ rows of samples.jsonl.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,85 +16,70 @@ from rlhf_jax.data import chat
 from rlhf_jax.errors import logger
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.graders import filter as filters
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.metrics import mean_interval
 from rlhf_jax.runs import processes, reading
-from rlhf_jax.training.common.loop import Validation
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.progress import Validation
+from rlhf_jax.training.rl.sample import sample
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.training.rl.steps import Sampler, Scored, Scorer
+from rlhf_jax.training.rl.score import Scored, score
 from rlhf_jax.types import Metrics, Rollout
 
-Pairs = Literal["reward", "judge"] | None
-"""Which scorer of a validation compares pairs of responses."""
+if TYPE_CHECKING:
+    from rlhf_jax.training.rl.job import Job
 
 VALIDATED = ("reward/", "safety/", "environment/")
 """Metrics with these prefixes are recorded at validations too, as ``validation/NAME``."""
 
 
-def validator(
-    stage: Stage,
-    policy: LanguageModel,
-    batch: Batch,
-    sample: Sampler,
-    score: Scorer,
-    judge: Scorer | None,
-    pairs: Pairs = None,
-    num_shown: int = 0,
-) -> Callable[[LoopState], Validation]:
-    """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
-    the judge score them.
+def validate(job: "Job", state: LoopState) -> Validation:
+    """Samples a response to each held-out prompt, always with the same key; the reward and the
+    judge score them. Which of them compares pairs does so with the responses of the first
+    validation.
 
     It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide,
     its program.
-
-    Args:
-        pairs: which of the two compares responses: here with those of the first validation.
-        num_shown: examples that are printed.
     """
-    opponents: list[str] = []
-
-    def validate(state: LoopState) -> Validation:
-        sampled, talk_metrics = sample(state, batch)
-        compared = batch
-        if pairs is not None:
-            if not opponents:
-                fetched = processes.fetch(sampled)
-                texts = generator.responses(fetched, policy.tokenizer)
-                opponents.extend(first_responses(stage, batch) or texts)
-            compared = with_opponents(batch, opponents)
-        judged: Metrics = {}
-        verdict = None
-        if judge is not None:
-            # Without the rewards of the environment.
-            verdict = judge(replace(sampled, rewards=None), compared)
-            judged = {"validation/judge": verdict.metrics["objective/score"]}
-        scored = score(sampled, compared)
-        metrics = {"validation/score": scored.metrics["objective/score"]} | judged
-        for name, value in (scored.metrics | talk_metrics).items():
-            if name.startswith(VALIDATED):
-                metrics[f"validation/{name}"] = value
-        of_pairs = verdict if pairs == "judge" else scored
-        if pairs is not None and of_pairs is not None:
-            metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
-        samples = _samples(policy, sampled, scored, batch)
-        shown = [row for row in samples if row["score"] is not None]
-        for row in shown[:num_shown]:
-            logger.info(
-                f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
-                f"Reward:    {row['score']:.4g}\n"
-            )
-        return Validation({name: float(value) for name, value in metrics.items()}, samples)
-
-    return validate
+    batch = job.held_out
+    assert batch is not None
+    policy = job.inputs.initial
+    pairs = job.inputs.pairs
+    sampled, talk_metrics = sample(job, state, batch, "respond_to_each")
+    compared = batch
+    if pairs is not None:
+        if not job.opponents:
+            texts = generator.responses(processes.fetch(sampled), policy.tokenizer)
+            job.opponents.extend(first_responses(job.run.folder.samples, batch) or texts)
+        compared = with_opponents(batch, job.opponents)
+    judged: Metrics = {}
+    verdict = None
+    if job.inputs.judge is not None:
+        # Without the rewards of the environment.
+        verdict = score(job, replace(sampled, rewards=None), compared, job.inputs.judge)
+        judged = {"validation/judge": verdict.metrics["objective/score"]}
+    scored = score(job, sampled, compared)
+    metrics = {"validation/score": scored.metrics["objective/score"]} | judged
+    for name, value in (scored.metrics | talk_metrics).items():
+        if name.startswith(VALIDATED):
+            metrics[f"validation/{name}"] = value
+    of_pairs = verdict if pairs == "judge" else scored
+    if pairs is not None and of_pairs is not None:
+        metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
+    samples = _samples(policy, sampled, scored, batch)
+    shown = [row for row in samples if row["score"] is not None]
+    for row in shown[: job.method.settings.show_examples]:
+        logger.info(
+            f"Prompt:    {row['prompt']}\nGenerated: {row['response']}\n"
+            f"Reward:    {row['score']:.4g}\n"
+        )
+    return Validation({name: float(value) for name, value in metrics.items()}, samples)
 
 
-def first_responses(stage: Stage, batch: Batch) -> list[str]:
+def first_responses(file: Path, batch: Batch) -> list[str]:
     """[B] the responses of the run's first validation, which a run that goes on finds in
-    samples.jsonl; empty if it has none there.
+    samples.jsonl, the ``file``; empty if it has none there.
     """
-    rows = reading.read_rows(stage.run.samples)
+    rows = reading.read_rows(file)
     first = [row for row in rows if row["step"] == rows[0]["step"]]
     texts = iter(first)
     found = []
@@ -153,6 +139,8 @@ def _samples(
         reason = scored.reasons[int(i)] if scored.reasons else None
         unsafe = None
         if scored.verdicts is not None:
+            from rlhf_jax.graders import filter as filters
+
             unsafe = filters.sentence(scored.verdicts[i])
         is_unscored = reason is not None and unsafe is None
         if not (rollout.present[i] or is_unscored):

@@ -5,8 +5,12 @@ without sampling.
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
+from rlhf_jax.training.common.progress import Validation
 from rlhf_jax.training.common.saving import RunResult
-from rlhf_jax.training.supervised import entry, scoring, tasks
+from rlhf_jax.training.supervised import policies, scoring
+from rlhf_jax.training.supervised.job import Job, Learner, Task
+from rlhf_jax.training.supervised.run import run as run_task
+from rlhf_jax.types import TrainState
 
 
 def run(config: RunConfig) -> RunResult:
@@ -16,26 +20,27 @@ def run(config: RunConfig) -> RunResult:
     second forward pass.
 
     Raises:
-        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
-            settings.
+        UserError: as ``supervised.run``.
     """
-    return entry.run(config, SPEC)
+    return run_task(config, TASK)
 
 
-def _task(setting: tasks.Setting) -> tasks.Task:
-    return tasks.policy_task(setting, dpo, setting.settings, baselines=_baselines)
+def _prepare(job: Job) -> Learner:
+    return policies.prepare(job, dpo, job.settings)
 
 
-def _baselines(setting: tasks.Setting) -> dict[str, float]:
-    return {"length_accuracy": scoring.length_accuracy(setting.encoded, setting.held_out)}
+def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
+    accuracy = scoring.length_accuracy(job.encoded, job.held_out)
+    return policies.validate(job, learner, state, length_accuracy=accuracy)
 
 
-SPEC = tasks.TaskSpec(
+TASK = Task(
     section="dpo",
     kind="pairs",
     collate=batches.comparison_batch,
     pack=batches.packed_comparisons,
-    make_task=_task,
+    prepare=_prepare,
+    validate=_validate,
     show=(
         "dpo/loss",
         "dpo/accuracy",

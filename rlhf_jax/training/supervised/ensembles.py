@@ -9,7 +9,6 @@ them all. The folder of an ensemble holds member_0, member_1, ..., each a comple
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import chex
 import jax
@@ -19,39 +18,11 @@ import optax
 from jax import Array
 from jax.random import fold_in
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.config import ModelSource
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.parallel import blocks
-from rlhf_jax.training.common.initial import Trainable, trainable
+from rlhf_jax.training.supervised.job import Job
 from rlhf_jax.types import Comparisons, Metrics, Params, PolicyFn, ScoreFn, TrainState
-
-
-def starts(
-    number: int,
-    source: ModelSource,
-    model: models.Model,
-    params: Params,
-    key: Array,
-) -> list[Trainable]:
-    """The initial parameters of each of so many members: its own score head, and
-    without ``--model`` its own body.
-
-    Raises:
-        UserError: as ``initial.trainable``.
-    """
-    members = []
-    for member in range(number):
-        head_key = fold_in(key, 1 + member)
-        whole = params
-        # The first one has the body that a single model has.
-        if member > 0 and source.model is None:
-            whole = model.init(fold_in(head_key, 0))
-        if "score" not in whole:
-            whole = models.add_head(head_key, whole, "score")
-        members.append(trainable(source.lora, whole, fold_in(head_key, 1)))
-    return members
 
 
 def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -> TrainState:
@@ -62,8 +33,7 @@ def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -
 
 def members(params: Params) -> dict[str, Params]:
     """The members' own parameters, by the names of their folders."""
-    num_members = len(jax.tree.leaves(params)[0])
-    numbers = range(num_members)
+    numbers = range(len(jax.tree.leaves(params)[0]))
     return {f"member_{i}": jax.tree.map(operator.itemgetter(i), params) for i in numbers}
 
 
@@ -98,8 +68,15 @@ def update_members(
         state, weight, number = member
         own = replace(batch, weight=weight)
         member_key = fold_in(key, number)
-        how: Any = {"score_fn": score_fn, "policy_fn": policy_fn, "config": config}
-        return reward_model.update(state, own, member_key, optimizer=optimizer, **how)
+        return reward_model.update(
+            state,
+            own,
+            member_key,
+            score_fn=score_fn,
+            policy_fn=policy_fn,
+            optimizer=optimizer,
+            config=config,
+        )
 
     members = (state, jnp.moveaxis(weights, -1, 0), jnp.arange(num_members))
     if blocks.number():
@@ -108,8 +85,16 @@ def update_members(
         state, metrics = jax.lax.map(of_member, members)
     else:
         state, metrics = jax.vmap(of_member)(members)
-    means = {name: jnp.mean(values) for name, values in metrics.items()}
-    return state, means | {"nonfinite": jnp.max(metrics["nonfinite"])}
+    return state, jax.tree.map(jnp.mean, metrics) | {"nonfinite": jnp.max(metrics["nonfinite"])}
+
+
+def draw(job: Job) -> Job:
+    """The job with a weight of each row for each member, [N, M]: the row's own times how often the
+    member draws it (``bootstrap``); 0 for rows that are held out.
+    """
+    key = fold_in(job.run.key("data"), 2)  # 0 and 1 are the split's and the order's
+    counts = bootstrap(key, job.num_members, len(job.train_rows))
+    return replace(job, encoded=weigh(job.encoded, job.train_rows, counts))
 
 
 def bootstrap(key: Array, num_members: int, num_rows: int) -> np.ndarray:
@@ -126,7 +111,7 @@ def bootstrap(key: Array, num_members: int, num_rows: int) -> np.ndarray:
     return np.stack(counts, axis=1)
 
 
-def with_counts(comparisons: EncodedTexts, rows: np.ndarray, counts: np.ndarray) -> EncodedTexts:
+def weigh(comparisons: EncodedTexts, rows: np.ndarray, counts: np.ndarray) -> EncodedTexts:
     """Comparisons with weights [N, M]: a row's own weight times the counts of its members.
 
     rows: [R] row numbers; counts: [R, M], as of ``bootstrap``. All other rows weigh 0.

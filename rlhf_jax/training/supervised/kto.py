@@ -6,8 +6,12 @@ from rlhf_jax.algorithms import kto
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.errors import logger
+from rlhf_jax.training.common.progress import Validation
 from rlhf_jax.training.common.saving import RunResult
-from rlhf_jax.training.supervised import entry, scoring, tasks
+from rlhf_jax.training.supervised import policies, scoring
+from rlhf_jax.training.supervised.job import Job, Learner, Task
+from rlhf_jax.training.supervised.run import run as run_task
+from rlhf_jax.types import TrainState
 
 
 def run(config: RunConfig) -> RunResult:
@@ -15,21 +19,16 @@ def run(config: RunConfig) -> RunResult:
     ``config.kto.data`` or ``config.data``, and saves ``model/`` in the run folder.
 
     Raises:
-        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
-            settings.
+        UserError: as ``supervised.run``.
     """
-    return entry.run(config, SPEC)
+    return run_task(config, TASK)
 
 
-def _task(setting: tasks.Setting) -> tasks.Task:
-    return tasks.policy_task(setting, kto, setting.settings, baselines=_baselines)
-
-
-def _warn_of_one_kind(setting: tasks.Setting) -> None:
+def warn_of_one_kind(job: Job) -> None:
     """Prints a warning if the answers to train on are all desirable, or all undesirable."""
-    targets = setting.encoded.targets
+    targets = job.encoded.targets
     assert targets is not None, "feedback has them"
-    is_desirable = targets[setting.train_rows, 0] > 0.5
+    is_desirable = targets[job.train_rows, 0] > 0.5
     if is_desirable.all() or not is_desirable.any():
         kind = "desirable" if is_desirable.all() else "undesirable"
         logger.info(
@@ -38,19 +37,24 @@ def _warn_of_one_kind(setting: tasks.Setting) -> None:
         )
 
 
-def _baselines(setting: tasks.Setting) -> dict[str, float]:
-    accuracy = scoring.desirable_length_accuracy(
-        setting.encoded, setting.train_rows, setting.held_out
-    )
-    return {"length_accuracy": accuracy}
+def _prepare(job: Job) -> Learner:
+    if len(job.train_rows):
+        warn_of_one_kind(job)
+    return policies.prepare(job, kto, job.settings)
 
 
-SPEC = tasks.TaskSpec(
+def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
+    accuracy = scoring.desirable_length_accuracy(job.encoded, job.train_rows, job.held_out)
+    return policies.validate(job, learner, state, length_accuracy=accuracy)
+
+
+TASK = Task(
     section="kto",
     kind="feedback",
     collate=batches.feedback_batch,
-    make_task=_task,
-    say=_warn_of_one_kind,
+    pack=None,
+    prepare=_prepare,
+    validate=_validate,
     show=(
         "kto/loss",
         "kto/accuracy",

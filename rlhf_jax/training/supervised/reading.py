@@ -1,7 +1,6 @@
 """The rows that a stage trains and validates on: read from files, split, as token ids."""
 
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,23 +15,24 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.training.common import initial
-from rlhf_jax.training.supervised import store
-from rlhf_jax.training.supervised.tasks import Settings, TaskSpec
+from rlhf_jax.training.supervised.job import Settings, Task
+
+MANY = 2048  # rows; more are encoded in parts and kept for the next run
 
 
-def read(source: DataSource, spec: TaskSpec, settings: Settings) -> tuple[ReadResult, ReadResult]:
+def read(source: DataSource, task: Task, settings: Settings) -> tuple[ReadResult, ReadResult]:
     """The rows to train on, and those to validate on if they have files of their own.
 
     Raises:
         UserError: the data cannot be used, or a file is in both.
     """
-    data = initial.stage_rows(source, spec.kind, settings.data)
+    data = initial.stage_rows(source, task.kind, settings.data)
     if settings.max_rows is not None:
-        data = _sampled(data, settings.max_rows, f"{spec.section}.max_rows", source.seed)
+        data = _sampled(data, settings.max_rows, f"{task.section}.max_rows", source.seed)
     if not settings.validation_data:
         return data, ReadResult([])
-    key = f"{spec.section}.validation_data"
-    to_validate = initial.stage_rows(source, spec.kind, settings.validation_data, f" ({key})")
+    key = f"{task.section}.validation_data"
+    to_validate = initial.stage_rows(source, task.kind, settings.validation_data, f" ({key})")
     trained_on = {digest: name for name, digest in data.fingerprints.items()}
     for name, digest in to_validate.fingerprints.items():
         if digest in trained_on:
@@ -58,7 +58,7 @@ def _sampled(data: ReadResult, most: int, key: str, seed: int) -> ReadResult:
 
 def encoded_rows(
     source: ModelSource,
-    spec: TaskSpec,
+    task: Task,
     settings: Settings,
     language_model: LanguageModel,
     data: ReadResult,
@@ -68,30 +68,28 @@ def encoded_rows(
     """All rows as token ids, and the numbers of those to train on and to validate on. Prints how
     many rows are used, and why the others are not.
     """
-    kind: str = spec.kind
+    kind: str = task.kind
     to_train = data.rows
     own = to_validate.rows
     text = source.text
+    tokenizer = language_model.tokenizer
     longest = longest_text(text, language_model.model.config.max_length)
-    if to_train[0].is_plain_text:
+    are_pieces = to_train[0].is_plain_text
+    template = "{prompt}" if are_pieces else text.template
+    if are_pieces:
         kind = "pieces"
         to_train = _pieces(to_train, language_model, longest)
         own = _pieces(own, language_model, longest)
     else:
-        initial.say_template(source, language_model.tokenizer)
-    template = "{prompt}" if kind == "pieces" else text.template
-    initial.say_spelled([*data.rows, *to_validate.rows], language_model.tokenizer, template)
+        initial.say_template(source, tokenizer)
+    initial.say_spelled([*data.rows, *to_validate.rows], tokenizer, template)
     every_row = [*to_train, *own]
-    encoded = encode(text, every_row, language_model.tokenizer, longest, kind == "pieces")
+    encoded = encode(text, every_row, tokenizer, longest, are_pieces)
     # A piece is a group of its own: its prompt is a token that many have.
-    group: Callable[[Row], Hashable] = encoding.group
-    if kind == "pieces":
-        group = operator.attrgetter("source")
-    group_of = {row.source: group(row) for row in every_row}
+    group_of = {row.source: row.source if are_pieces else encoding.group(row) for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
     if own:
-        own_sources = [row.source for row in own]
-        is_own = np.isin(encoded.sources, own_sources)
+        is_own = np.isin(encoded.sources, [row.source for row in own])
         train_rows = np.flatnonzero(~is_own)
         held_out = np.flatnonzero(is_own)
         initial.say_held_out(kind, groups, train_rows, held_out)
@@ -129,12 +127,14 @@ def encode(
     """Rows as token ids, for a model of that many positions; ``are_pieces``: of plain texts, which
     have no template.
     """
-    return store.encode(
-        rows,
-        tokenizer,
-        template="{prompt}" if are_pieces else text.template,
-        max_length=max_length,
-        too_long=text.too_long,
+    template = "{prompt}" if are_pieces else text.template
+    encode_rows = encoding.encode_texts
+    if len(rows) > MANY:
+        from rlhf_jax.training.supervised import store
+
+        encode_rows = store.encode
+    return encode_rows(
+        rows, tokenizer, template=template, max_length=max_length, too_long=text.too_long
     )
 
 

@@ -9,24 +9,23 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.tree_util import Partial
 
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.config import Answering
-from rlhf_jax.data import encoding
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import logger
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.policies import as_policy
 from rlhf_jax.runs import devices, processes
 from rlhf_jax.training.common import references
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.stage import Stage
+from rlhf_jax.training.common.layout import Layout
+from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.supervised.scoring import evenly
-from rlhf_jax.types import Params, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import Params, PolicyFn, TrainState
 
-BUCKET = 16  # tokens, of which the width of the prompts is a multiple
 OPENING = 16  # tokens of a plain text that stand for its prompt
 Sample = dict[str, Any]
 """A row of samples.jsonl."""
@@ -111,85 +110,71 @@ def _learned(encoded: EncodedTexts, number: int, answer: int) -> tuple[int, int]
 
 
 def answerer(
-    stage: Stage, settings: Answering, asked: Sequence[Question], policy: Policy
+    run: OpenRun, settings: Answering, asked: Sequence[Question], policy: Policy
 ) -> Callable[[TrainState], list[Sample]]:
     """What answers the questions: the rows of samples.jsonl for a state. With a reference each has
     ``log_ratio``, log p(response) - log p_reference(response) in nats, which is 0 before training.
     """
     if not asked:
         return lambda state: []
-    tokenizer = policy.begun.tokenizer
-    missing = -len(asked) % stage.num_parts
-    ids = [*(question.ids for question in asked), *[[]] * missing]
-    longest = max(map(len, ids))
-    room = policy.begun.model.config.max_length - settings.max_new_tokens
-    width = min(-(-longest // BUCKET) * BUCKET, room)
-    prompts = stage.shard(encoding.left_padded(ids, width=width, pad_id=tokenizer.pad_id))
-    program = answering(stage, settings, policy)
-    key = stage.key("eval")
+    model, _, tokenizer = policy.begun
+    ids = [*(question.ids for question in asked), *[[]] * (-len(asked) % run.layout.num_parts)]
+    room = model.config.max_length - settings.max_new_tokens
+    prompts = generator.pad_prompts(ids, room, tokenizer.pad_id)
+    config = greedy_config(settings, tokenizer)
+    compare = compile_log_ratios(run.layout, policy)
+    key = run.key("eval")
 
     def answer(state: TrainState) -> list[Sample]:
-        rollout, log_ratios = processes.fetch(program(state, prompts, key))
-        texts = generator.responses(rollout, tokenizer)[: len(asked)]
-        rows = []
-        for number, (question, text) in enumerate(zip(asked, texts, strict=True)):
-            row = question.shown | {"response": text}
-            if log_ratios is not None:
-                row["log_ratio"] = round(float(log_ratios[number]), 4) + 0.0  # no -0.0
-            rows.append(row)
+        begun = policy.begun._replace(params=sampling_params(state, policy.start.base))
+        rollout, _ = begun.respond(prompts, key, config=config, mesh=run.layout.row_mesh)
+        texts = generator.responses(rollout, tokenizer)
+        rows = [question.shown | {"response": texts[i]} for i, question in enumerate(asked)]
+        if compare is not None:
+            text = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
+            ratios = processes.fetch(compare(state, run.layout.shard(text)))
+            for row, ratio in zip(rows, ratios, strict=False):  # the last rows are missing ones
+                row["log_ratio"] = round(float(ratio), 4) + 0.0  # no -0.0
         return rows
 
     return answer
 
 
-def answering(stage: Stage, settings: Answering, policy: Policy) -> partial[Any]:
-    """The program of the answers, ``(state, prompts ([B, P] tokens, mask), key) -> (responses,
-    log-ratios [B] if there is a reference)``, with its other arrays bound.
-    """
-    model = policy.begun.model
-    tokenizer = policy.begun.tokenizer
-    how = sampling.SamplingConfig(
+def greedy_config(settings: Answering, tokenizer: Tokenizer) -> sampling.SamplingConfig:
+    """How the answers are sampled."""
+    return sampling.SamplingConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=0.0,
         eos_id=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
     )
-    generate = partial(sampling.generate, model, config=how, mesh=stage.row_mesh)
-    shares_prompts = policy.num_answers > 0
-
-    def answered(*inputs: Any, **arrays: Any) -> tuple[Rollout, Array | None]:
-        return _answered(generate, *inputs, shares_prompts=shares_prompts, **arrays)
-
-    options = devices.compiler_options(model.config.num_layers)
-    # They travel through jit as arguments.
-    arrays = {"base": policy.start.base, "ref_fn": policy.reference}
-    arrays["policy_fn"] = policy.start.bind(policy.fn)
-    return partial(stage.jit(answered, compiler_options=options), **arrays)
 
 
-def _answered(
-    generate: Callable[..., Rollout],
-    state: TrainState,
-    prompts: tuple[Array, Array],
-    key: Array,
-    *,
-    base: Params | None,
-    policy_fn: Any,
-    ref_fn: Any,
-    shares_prompts: bool,
-) -> tuple[Rollout, Array | None]:
-    """The responses to prompts ([B, P] tokens, mask), and their log-ratios [B] if there is a
-    reference.
+def sampling_params(state: TrainState, base: Params | None) -> Params:
+    """The parameters of a plain model, with adapters beside their kernels."""
+    return state.params if base is None else models.lora.attach(base, state.params)
+
+
+def compile_log_ratios(on: Layout, policy: Policy) -> partial[Any] | None:
+    """The program of the log-ratios, ``(state, text ([B, T] tokens, masks of attention and of the
+    response)) -> [B]``, with its other arrays bound; None without a reference.
     """
-    params = state.params if base is None else models.lora.attach(base, state.params)
-    rollout = generate(params, *prompts, key)
-    if ref_fn is None:
-        return rollout, None
-    if isinstance(state, references.Followed):
-        ref_fn = Partial(ref_fn, state.reference)
-    numbers = rollout.attention_mask
-    if shares_prompts:  # the prompt is document 1, its answer document 2
-        numbers = numbers + rollout.response_mask
-    text = (rollout.tokens, numbers, None)
-    gap = policy_fn(state.params, *text).log_probs - ref_fn(*text).log_probs
-    return rollout, jnp.sum(ops.masked(gap, rollout.response_mask), axis=1)
+    if policy.reference is None:
+        return None
+
+    def compare(
+        state: TrainState, text: tuple[Array, Array, Array], *, policy_fn: Any, ref_fn: Any
+    ) -> Array:
+        if isinstance(state, references.Followed):
+            ref_fn = as_policy(ref_fn).bind(state.reference)
+        tokens, numbers, response = text
+        if policy.num_answers:  # the prompt is document 1, its answer document 2
+            numbers = numbers + response
+        log_probs = policy_fn(state.params, tokens, numbers, None).log_probs
+        gap = log_probs - ref_fn(tokens, numbers, None).log_probs
+        return jnp.sum(ops.masked(gap, response), axis=1)
+
+    options = devices.compiler_options(policy.begun.model.config.num_layers)
+    # They travel through jit as arguments.
+    arrays = {"policy_fn": policy.start.bind(policy.fn), "ref_fn": policy.reference}
+    return partial(on.jit(compare, compiler_options=options), **arrays)

@@ -17,7 +17,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runs import processes
-from rlhf_jax.training.common import loop
+from rlhf_jax.training.common.progress import in_order
 from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 
@@ -55,7 +55,7 @@ def score_rows(
     answers have no meaning.
     """
     scores = []
-    for numbers in loop.in_order(rows, batch_size):
+    for numbers in in_order(rows, batch_size):
         batch = batches.comparison_batch(comparisons, numbers, bucket_multiple)
         of_batch = processes.fetch(score(shard(batch)))
         if comparisons.shares_prompts:

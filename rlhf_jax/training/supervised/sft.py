@@ -4,7 +4,9 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.training.common.saving import RunResult
-from rlhf_jax.training.supervised import entry, tasks
+from rlhf_jax.training.supervised import policies
+from rlhf_jax.training.supervised.job import Job, Learner, Task
+from rlhf_jax.training.supervised.run import run as run_task
 
 
 def run(config: RunConfig) -> RunResult:
@@ -12,22 +14,22 @@ def run(config: RunConfig) -> RunResult:
     in the run folder.
 
     Raises:
-        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
-            settings.
+        UserError: as ``supervised.run``.
     """
-    return entry.run(config, SPEC)
+    return run_task(config, TASK)
 
 
-def _task(setting: tasks.Setting) -> tasks.Task:
+def _prepare(job: Job) -> Learner:
     """Validations are in nats per token, whatever ``sft.aggregate`` is."""
-    return tasks.policy_task(setting, sft, setting.settings, validation_config=sft.Config())
+    return policies.prepare(job, sft, job.settings, validation_config=sft.Config())
 
 
-SPEC = tasks.TaskSpec(
+TASK = Task(
     section="sft",
     kind="demonstrations",
     collate=batches.demonstration_batch,
     pack=batches.packed_batch,
-    make_task=_task,
+    prepare=_prepare,
+    validate=policies.validate,
     show=("sft/loss", "validation/loss", "grad_norm"),
 )

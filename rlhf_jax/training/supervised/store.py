@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import numpy as safetensors
 
 from rlhf_jax import data
 from rlhf_jax.data.encoding import EncodedTexts, NothingLeft, encode_texts
@@ -33,7 +34,7 @@ ROWS_AT_ONCE = 2048
 LONG = 20.0  # seconds; what takes longer is kept
 KEPT = 4  # entries of the cache
 _SAID_EVERY = 10.0  # seconds
-_VALUES = "values.json"
+FILE = "rows"  # of an entry
 
 
 def encode(rows: Rows, tokenizer: Tokenizer, **settings: Any) -> EncodedTexts:
@@ -43,8 +44,6 @@ def encode(rows: Rows, tokenizer: Tokenizer, **settings: Any) -> EncodedTexts:
     Raises:
       UserError: as `encode_texts`.
     """
-    if len(rows) <= ROWS_AT_ONCE:
-        return encode_texts(rows, tokenizer, **settings)
     base = cache_folder()
     entry = None if base is None else base / "rows" / key(rows, tokenizer, settings)
     is_kept = entry is not None and os.path.lexists(entry)
@@ -105,64 +104,45 @@ def _split(rows: Rows) -> Iterator[list[Row]]:
 
 def join(parts: Sequence[EncodedTexts]) -> EncodedTexts:
     """The rows of all parts as one. Parts may have different numbers of answers."""
-    if len(parts) == 1:
-        return parts[0]
-    num_answers = max(part.num_answers for part in parts)
-    offsets = np.cumsum([0, *map(len, parts)])
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(parts[0]):
-        values = [getattr(part, field.name) for part in parts]
-        if field.name == "tokens":
-            fields["tokens"] = _join_tokens(values, num_answers, parts)
-        elif field.name == "counts":
-            counts = Counter[str]()
-            for value in values:
-                counts.update(value)
-            fields["counts"] = dict(counts)
-        elif isinstance(values[0], dict):  # {(answer, row): values}
-            merged: dict[tuple[int, int], np.ndarray] = {}
-            for offset, value in zip(offsets, values, strict=False):
-                merged |= {(k, n + int(offset)): mask for (k, n), mask in value.items()}
-            fields[field.name] = merged
-        elif isinstance(values[0], list):
-            fields[field.name] = [item for value in values for item in value]
-        elif any(isinstance(value, np.ndarray) for value in values):
-            fields[field.name] = _join_arrays(values, num_answers, parts)
-        else:
-            fields[field.name] = values[0]
-    return type(parts[0])(**fields)
-
-
-def _join_tokens(
-    values: Sequence[list[list[np.ndarray]]], num_answers: int, parts: Sequence[EncodedTexts]
-) -> list[list[np.ndarray]]:
-    """[K][N] arrays; answers that a part does not have are missing."""
+    number = max(part.num_answers for part in parts)
     missing = np.zeros(0, np.int32)
-    joined = []
-    for answer in range(num_answers):
-        texts: list[np.ndarray] = []
-        for tokens, part in zip(values, parts, strict=True):
-            has_answer = answer < len(tokens)
-            texts += tokens[answer] if has_answer else [missing] * len(part)
-        joined.append(texts)
+    tokens: list[list[np.ndarray]] = [[] for _ in range(number)]
+    counts = Counter[str]()
+    learned: dict[tuple[int, int], np.ndarray] = {}
+    for part, first in zip(parts, np.cumsum([0, *map(len, parts)]), strict=False):
+        for k in range(number):
+            tokens[k] += part.tokens[k] if k < part.num_answers else [missing] * len(part)
+        counts.update(part.counts)
+        learned |= {(k, n + int(first)): mask for (k, n), mask in part.learned.items()}
+    return dataclasses.replace(
+        parts[0],
+        tokens=tokens,
+        starts=_join_arrays("starts", parts, number),
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        sources=[source for part in parts for source in part.sources],
+        counts=dict(counts),
+        best=_join_arrays("best", parts),
+        weight=_join_arrays("weight", parts),
+        targets=_join_arrays("targets", parts, number),
+        margin=_join_arrays("margin", parts),
+        learned=learned,
+    )
+
+
+def _join_arrays(name: str, parts: Sequence[EncodedTexts], *answers: int) -> Any:
+    """[N, *answers]; parts that lack the array have zeros. None: all lack it."""
+    arrays = [getattr(part, name) for part in parts]
+    known = next((array for array in arrays if array is not None), None)
+    if known is None:
+        return None
+    joined = np.zeros((sum(map(len, parts)), *answers), known.dtype)
+    end = 0
+    for part, array in zip(parts, arrays, strict=True):
+        end += len(part)
+        if array is not None:
+            place = joined[end - len(part) : end]
+            place[tuple(slice(size) for size in array.shape)] = array
     return joined
-
-
-def _join_arrays(
-    values: Sequence[np.ndarray | None], num_answers: int, parts: Sequence[EncodedTexts]
-) -> np.ndarray:
-    """[N] or [N, K]. A part without the array has zeros."""
-    known = next(value for value in values if value is not None)
-    joined = []
-    for value, part in zip(values, parts, strict=True):
-        shape = (len(part), num_answers)[: known.ndim]
-        padded = np.zeros(shape, known.dtype)
-        if value is not None and known.ndim == 1:
-            padded[:] = value
-        elif value is not None:
-            padded[:, : value.shape[1]] = value
-        joined.append(padded)
-    return np.concatenate(joined)
 
 
 # --- The cache
@@ -206,11 +186,9 @@ def _keep(encoded: EncodedTexts, entry: Path) -> None:
 
 
 def save(encoded: EncodedTexts, new: Path) -> None:
-    """Writes the rows as arrays, and as JSON what is none, with the checksums of the arrays; its
-    first line is the checksum of the rest.
-    """
+    """Writes the rows as arrays, among them the JSON of what is none, behind their checksum."""
     values: dict[str, Any] = {}
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for field in dataclasses.fields(encoded):
         value = getattr(encoded, field.name)
         if field.name == "tokens":
@@ -223,17 +201,9 @@ def save(encoded: EncodedTexts, new: Path) -> None:
             arrays[field.name] = value
         else:
             values[field.name] = value
-    written = {}
-    for name, array in arrays.items():
-        content = array.tobytes()
-        (new / name).write_bytes(content)
-        written[name] = (array.dtype.name, array.shape, _sum(content).decode())
-    content = json.dumps({"values": values, "arrays": written}).encode()
-    (new / _VALUES).write_bytes(_sum(content) + b"\n" + content)
-
-
-def _sum(content: bytes) -> bytes:
-    return hashlib.sha256(content).hexdigest().encode()
+    arrays["values"] = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    content = safetensors.save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
+    (new / FILE).write_bytes(hashlib.sha256(content).digest() + content)
 
 
 def _flat(name: str, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -244,22 +214,17 @@ def _flat(name: str, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def load(entry: Path, kind: type[EncodedTexts] = EncodedTexts) -> EncodedTexts | None:
-    """What `save` wrote of this class; None if it is damaged."""
+def load(entry: Path) -> EncodedTexts | None:
+    """What `save` wrote; None if it is damaged."""
     try:
-        checksum, _, content = read_file(entry / _VALUES, most=None).partition(b"\n")
-        if _sum(content) != checksum:
-            return None
-        written = json.loads(content)
-        arrays = {}
-        for name, (dtype, shape, checksum) in written["arrays"].items():
-            content = read_file(entry / name, most=None)
-            if _sum(content).decode() != checksum:
-                return None
-            arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+        written = read_file(entry / FILE, most=None)
     except UserError:
         return None
-    return kind(**_restored(written["values"], arrays))
+    content = written[hashlib.sha256().digest_size :]
+    if not written.startswith(hashlib.sha256(content).digest()):
+        return None
+    arrays = safetensors.load(content)
+    return EncodedTexts(**_restored(json.loads(arrays.pop("values").tobytes()), arrays))
 
 
 def _restored(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:

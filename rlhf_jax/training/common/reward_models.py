@@ -1,0 +1,74 @@
+"""A reward model of a folder, as rewards call it."""
+
+import functools
+
+from rlhf_jax import models, policies, rewards
+from rlhf_jax.config import Compute
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
+from rlhf_jax.models import hf
+from rlhf_jax.training.common import layout
+from rlhf_jax.training.common.initial import compute_options
+from rlhf_jax.types import ScoreFn
+
+TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
+
+
+def load_reward_model(
+    source: str,
+    compute: Compute,
+    place: layout.Place = None,
+    *,
+    score_rows: int | None = None,
+    length: int = 0,
+    policy: str | None = None,
+    in_chat: bool = False,
+) -> spec.RewardModel:
+    """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
+    ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
+
+    ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
+    the first device of each process; its own length is checked with each text. ``in_chat``: the
+    policy's prompts are in a chat template (``LanguageModel.closing``).
+
+    Raises:
+        UserError: the folder cannot be read, or the model has no score head or fewer positions than
+            ``length``.
+    """
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    options = compute_options(compute, layers)
+    own = tokenizers.load_tokenizer(source).fingerprint
+    reads_texts = policy is not None and own != policy
+    loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
+    model, params, tokenizer = loaded
+    if "score" not in params:
+        raise UserError(
+            f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
+        )
+    closing = loaded.closing(in_chat)
+    reads = model.config.max_length - len(closing)
+    if reads < length and not reads_texts:
+        raise UserError(
+            f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
+            f"{length}"
+        )
+    score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
+    score_fn = models.score_fn(model, one_text=True)
+    in_groups = None
+    if closing:
+        # What is put in the place of a last token could change the prompt of one row alone.
+        score_fn = rewards.behind_turns(score_fn, closing=closing, ends=tokenizer.eos_ids)
+    else:
+        in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
+    score_fn = policies.by_rows(score_fn, score_rows)
+    return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
+
+
+def scorer_of_groups(
+    model: models.Model, *, score_rows: int | None, prompt_length: int, group_size: int
+) -> ScoreFn:
+    """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
+    score_fn = models.score_fn(model, prompt_length=prompt_length, group_size=group_size)
+    return policies.by_rows(score_fn, score_rows, group_size=group_size)

@@ -1,0 +1,75 @@
+"""Scores of mean 0 and variance 1 over samples of the base policy (lm-human-preferences)."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.random import fold_in, permutation
+
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import logger
+from rlhf_jax.training.common import initial
+from rlhf_jax.training.supervised import scoring
+from rlhf_jax.training.supervised.job import Job, Learner
+from rlhf_jax.types import Comparisons, Params, Rollout
+
+
+def normalize_members(
+    job: Job, learner: Learner, members: Mapping[str, Params], number: int
+) -> Mapping[str, Params]:
+    """The members of an ensemble with normalised scores, over so many samples; as they are if there
+    is no base policy.
+    """
+    if job.source.model is None:
+        logger.info(
+            "scores are not normalised: no --model, so there is no base policy to sample from"
+        )
+        return members
+    samples = base_samples(job, number)
+    score = scoring.answer_scorer(learner.start.bind(learner.fn), jit=job.run.layout.jit)
+    return {name: normalize(score, params, samples) for name, params in members.items()}
+
+
+def base_samples(job: Job, number: int) -> Rollout:
+    """So many responses of the base policy to prompts of the data."""
+    key = job.run.key("rollout")
+    # The weights that were loaded first have been freed.
+    language_model = initial.language_model(
+        job.source, (), job.run.key("init"), is_policy=False, place=job.run.layout.placement
+    )
+    distinct = {row.prompt for row in job.rows}
+    prompts = sorted(distinct, key=lambda prompt: (isinstance(prompt, tuple), prompt))
+    order = np.asarray(permutation(fold_in(key, 0), len(prompts)))
+    rows = [
+        Row(prompts[i], (), f"the prompt {prompts[i][:40]!r}") for i in np.resize(order, number)
+    ]
+    settings = job.run.config.rl
+    encoded = initial.prompts_for(
+        job.source.text, settings, job.language_model, rows, " (to normalise scores)"
+    )
+    how = initial.sampling_config(settings, language_model.tokenizer)
+    rollout, _ = language_model.respond(encoded, fold_in(key, 1), config=how)
+    return rollout
+
+
+def normalize(
+    score: Callable[[Params, Comparisons], Array], params: Params, rollout: Rollout
+) -> Params:
+    """The parameters with the gain and shift that normalise the scores of the samples."""
+    unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
+    texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
+    comparisons = Comparisons(*(array[:, None] for array in texts))  # one answer a row
+    scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
+    mean = scores.mean()
+    if np.ptp(scores) == 0.0:  # the deviation of equal numbers is not always 0 in floating point
+        logger.info(
+            f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}"
+        )
+        return params
+    std = scores.std()
+    logger.info(
+        f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}"
+    )
+    head = unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}
+    return params | {"score": head}
