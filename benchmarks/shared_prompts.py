@@ -6,7 +6,7 @@
 Compiled by XLA for H200s that need not be here, not run: prompts of 512 tokens, 16 responses of 512
 to each, products in bfloat16, stacked layers. Figures are those of one device, and loops are
 counted as often as they run: operations are those of the traced program's products, bytes what the
-compiled kernels read and write (``rlhf_jax.cli.planning.hlo``). The update computes no reference.
+compiled kernels read and write (``hlo.py``). The update computes no reference.
 """
 
 import argparse
@@ -15,8 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accelerators
+import targets
+
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.cli.planning import phases, shapes, targets
+from rlhf_jax.cli.planning import shapes
 from rlhf_jax.config import Compute, Mesh, RLStage, RunConfig
 
 TOKENS = 512  # of a prompt, and of a response
@@ -92,9 +95,10 @@ def row_of(case: Case, folder: Path, *, shares_prompts: bool) -> str:
         rl=RLStage(batch_size=GROUP * case.groups, max_prompt_length=TOKENS, max_new_tokens=TOKENS),
         grpo=grpo.Config(group_size=GROUP),
     )
-    program = shapes.shapes_of(config, "grpo", target=target).programs["learn"]
-    compiled = phases.compile_phase(config, "grpo", "learn", program, target)
-    figures = phases.figures_of(None, compiled, program, target)
+    program = shapes.shapes_of(config, "grpo", None, target.devices).programs["learn"]
+    case_of_run = shapes.Case(config, "grpo", target.devices)
+    compiled = accelerators.compile_for(target, case_of_run, "learn", program)
+    figures = accelerators.figures_of(None, compiled, program, target)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     cells = [
         f"{figures.flops / 1e12:.0f}",

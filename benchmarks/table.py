@@ -1,4 +1,4 @@
-"""The table of docs/performance.md: runs its commands one after another, some eleven minutes on two
+"""The table of docs/results.md: runs its commands one after another, some eleven minutes on two
 idle cores.
 
     pip install -e '.[benchmarks]'

@@ -6,6 +6,7 @@ import fnmatch
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 # The package is imported for its docstrings alone; an accelerator must not be taken for that.
 os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference
 
 from rlhf_jax.report import figures
 
@@ -89,6 +93,30 @@ def accessible(
     for part in ("body", "furo_navigation_tree"):
         for tag, complete in ATTRIBUTES.items():
             context[part] = context.get(part, "").replace(tag, complete)
+
+
+class Settings(Directive):
+    """All settings of a run: a heading and a table for each section."""
+
+    def run(self) -> list[nodes.Node]:
+        parts = []
+        for table in reference.tables():
+            name = table.name or "outside the sections"
+            part = nodes.section(ids=[nodes.make_id(f"settings {name}")], names=[name])
+            part += nodes.title("", "", nodes.literal("", name) if table.name else nodes.Text(name))
+            if table.text:
+                part += nodes.paragraph("", table.text)
+            part += _table(["key", "default", ""], [list(row) for row in table.rows], literal=2)
+            parts.append(part)
+        return parts
+
+
+class Names(Directive):
+    """A table of the names of other libraries, from what errors know."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = [list(row) for row in reference.other_names()]
+        return [_table(["theirs", "here"], lines, literal=1)]
 
 
 class Results(Directive):
@@ -224,21 +252,27 @@ def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
     return [_table(["metric", "seed", "value", "95%"], lines)]
 
 
-def _table(head: list[str], lines: list[list[str]]) -> nodes.table:
-    """A table of texts."""
+def _table(head: list[str], lines: list[list[str]], literal: int = 0) -> nodes.table:
+    """A table of texts, of which those of the first ``literal`` columns are code."""
     group = nodes.tgroup("", cols=len(head))
     group += [nodes.colspec(colwidth=1) for _ in head]
 
-    def row(texts: list[str]) -> nodes.row:
-        return nodes.row("", *(nodes.entry("", nodes.paragraph("", text)) for text in texts))
+    def entry(text: str, is_code: bool) -> nodes.entry:
+        part = nodes.literal("", text) if is_code else nodes.Text(text)
+        return nodes.entry("", nodes.paragraph("", "", part))
 
-    group += nodes.thead("", row(head))
-    group += nodes.tbody("", *map(row, lines))
+    def row(texts: list[str], literal: int) -> nodes.row:
+        return nodes.row("", *(entry(text, i < literal) for i, text in enumerate(texts)))
+
+    group += nodes.thead("", row(head, 0))
+    group += nodes.tbody("", *(row(line, literal) for line in lines))
     return nodes.table("", group)
 
 
 def setup(app: Sphinx) -> None:
     app.add_directive("results", Results)
+    app.add_directive("settings", Settings)
+    app.add_directive("names", Names)
     app.connect("html-page-context", accessible, priority=900)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None)

@@ -2,42 +2,48 @@
 
     python experiments/rounds.py runs/rounds-experiment --out rounds.json
 
-The annotators are simulated: of each two answers they name the one that the quickstart's rubric
-scores higher, and the other one in a fifth of the pairs. The reward model learns from them alone;
-the rubric itself, which no stage sees, judges the answers to held-out prompts. Two more ways, one
-round by disagreement and more of it, do not exist: before the first round no reward model
-disagrees. The command goes on where it was stopped.
+A round is one of Christiano et al. (2017) and Ziegler et al. (2019), section 2: the policy answers
+prompts twice, somebody compares the answers, a reward model is trained on all comparisons so far,
+and the policy is trained on it. The annotators are simulated: of each two answers they name the one
+that the quickstart's rubric scores higher, and the other one in a fifth of the pairs. The rubric
+itself, which no stage sees, judges the answers to held-out prompts. With people in their place,
+`rlhf-jax label --serve` compares the pairs. The command goes on where it was stopped.
 """
 
+import json
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import results
 import tyro
 
 from rlhf_jax import cli, training
-from rlhf_jax.config import Rounds, RunConfig, parse
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo
-from rlhf_jax.errors import logger
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import bench, rubric
-from rlhf_jax.inference import asking, rounds
+from rlhf_jax.generation.generator import Generator
+from rlhf_jax.graders import spec
+from rlhf_jax.inference import asking
+from rlhf_jax.inference.labelling import pairs
 from rlhf_jax.report import records
-from rlhf_jax.runs import reading
+from rlhf_jax.runs.writing import write_atomically
+from rlhf_jax.training.pipeline import stage_config
 
 WRONG = 0.2  # share of the pairs in which an annotator names the worse answer
-Choose = Literal["random", "disagreement"]
-VARIANTS: dict[str, tuple[int, Choose]] = {
+VARIANTS = {
     "one round": (1, "random"),
     "four rounds, random": (4, "random"),
     "four rounds, disagreement": (4, "disagreement"),
 }
-MEASURED = {"quality": "gold score", "win_rate": "win rate against the first policy"}
 SAMPLES = 4  # of each held-out prompt, for pairs of the policy's own
 
 
@@ -54,138 +60,161 @@ class Sizes(NamedTuple):
 FULL = Sizes()
 
 
-def gold(
-    prompts: Sequence[str], responses: Sequence[str], category: Sequence[str], topic: Sequence[str]
-) -> list[float]:
-    """The rubric's scores."""
-    return [
-        rubric.score({"category": kind, "topic": what}, response)
-        for kind, what, response in zip(category, topic, responses, strict=True)
+def train(stage: Callable[..., object], config: RunConfig, *parts: Any) -> Path:
+    """Runs a stage, or goes on with it; returns the folder of its run."""
+    folder = Path(str(config.output_dir))
+    if records.model_config(folder) is None:
+        stage(config, *parts)
+    return folder
+
+
+def say(texts: Sequence[str], row: Row) -> int | None:
+    """Which of two answers an annotator prefers; None for a tie. Who is wrong about a pair is wrong
+    in both orders.
+    """
+    first, second = (rubric.score(row.columns, text) for text in texts)
+    if first == second:
+        return None
+    draw = zlib.crc32("\0".join([str(row.prompt), *sorted(texts)]).encode()) / (1 << 32)
+    return int(second > first) ^ int(draw < WRONG)
+
+
+def compare(
+    file: Path, policy: Path, prompts: Sequence[Row], judges: Sequence[str], num: int, seed: int
+) -> None:
+    """Samples pairs of the policy, chooses some if there are judges, has them compared and writes
+    rows of preferences.
+    """
+    if file.exists():
+        return
+    model = asking.open_policy(str(policy), asking.Settings())
+    texts, _ = model.sample(model.ask(prompts, 2), seed)
+    pool = [
+        pairs.Pair(number, asking.as_given(row, model.tokenizer), texts[2 * number :][:2])
+        for number, row in enumerate(prompts)
     ]
+    if judges:
+        pool = pairs.choose(pool, "disagreement", judges, count=num, random_share=0.2, seed=seed)
+    lines = []
+    for pair in [pair for pair in pool if not pair.is_useless][:num]:
+        better = say(pair.answers, prompts[pair.number])
+        if better is not None:
+            chosen = {"chosen": pair.answers[better], "rejected": pair.answers[1 - better]}
+            lines.append(json.dumps({"prompt": pair.prompt, **chosen}) + "\n")
+    if not lines:
+        raise UserError(f"{policy}: its answers to each prompt are equal, nothing to compare")
+    write_atomically(file, "".join(lines))
 
 
-def noisy(
-    prompts: Sequence[str],
-    first: Sequence[str],
-    second: Sequence[str],
-    category: Sequence[str],
-    topic: Sequence[str],
-) -> list[float]:
-    """1 where the first answer is said to be better, 0.5 for a tie of the rubric. Who is wrong
-    about a pair is wrong in both orders.
+def answer(policy: Path, file: Path, seed: int) -> tuple[Generator, Any, list[list[str]], Any]:
+    """A policy, the held-out prompts, SAMPLES answers to each, and their rollout."""
+    model = asking.open_policy(str(policy), asking.Settings())
+    data = asking.read(model, asking.Prompts(prompts=(str(file),)), seed)
+    texts, rollout = model.sample(model.ask(data.rows, SAMPLES), seed)
+    of_prompts = [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
+    return model, data.rows, of_prompts, rollout
+
+
+def gold(rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """[prompts, SAMPLES] the rubric's scores."""
+    scores = [
+        [rubric.score(row.columns, text) for text in own]
+        for row, own in zip(rows, texts, strict=True)
+    ]
+    return np.array(scores)
+
+
+def measure(policy: Path, first: Path, file: Path, seed: int) -> dict[str, float]:
+    """The rubric's mean on held-out prompts, and how often it prefers the policy to the first one,
+    ties half.
     """
-    scores = [gold(prompts, texts, category, topic) for texts in (first, second)]
-    said = []
-    for prompt, *texts, one, other in zip(prompts, first, second, *scores, strict=True):
-        share = 0.5 if one == other else float(one > other)
-        draw = zlib.crc32("\0".join([prompt, *sorted(texts)]).encode()) / (1 << 32)
-        said.append(1 - share if draw < WRONG else share)
-    return said
+    scores, before = (gold(*answer(folder, file, seed)[1:3]) for folder in (policy, first))
+    means = scores.mean(axis=1)
+    half = results.Z * means.std(ddof=1) / np.sqrt(len(means))
+    found = {"gold score": means.mean()}
+    found |= {"gold score low": means.mean() - half, "gold score high": means.mean() + half}
+    won = np.mean((scores > before) + (scores == before) / 2)
+    for edge, value in results.share(won * len(means), len(means)).items():
+        found[f"win rate against the first policy{edge}"] = value
+    return found
 
 
-def first_policy(folder: Path, seed: int) -> Path:
-    """The quickstart's data and supervised policy."""
-    data = folder / "data"
-    demo.write(data, seed=seed)
-    run = folder / "sft"
-    if (run / "report.html").exists():
-        return run
-    config = replace(
-        quickstart(),
-        data=(str(data),),
-        output_dir=str(run),
-        seed=seed,
-        resume=run.exists(),
-    )
-    training.sft.run(config)
-    return run
-
-
-def quickstart() -> RunConfig:
-    """The settings of `rlhf-jax quickstart`."""
-    return parse(RunConfig, ["--config", "quickstart"], prog="rounds")
-
-
-def config_of(folder: Path, variant: str, policy: Path, seed: int, sizes: Sizes) -> RunConfig:
-    """The settings of one way to spend the labels."""
-    number, choose = VARIANTS[variant]
-    pairs = sizes.labels // number
-    run = folder / variant.replace(", ", "-").replace(" ", "-")
-    data = folder / "data"
-    here = Path(__file__).resolve()
-    base = quickstart()
-    reward_model = replace(
-        base.reward_model,
-        ensemble_size=sizes.members,
-        num_epochs=sizes.epochs,
-    )
-    how = Rounds(
-        number=number,
-        pairs=pairs,
-        prompts=sizes.pool * pairs,
-        choose=choose,
-        judge=f"{here}:noisy",
-        gold=f"{here}:gold",
-        held_out=(str(data / "heldout_prompts.json"),),
-    )
-    return replace(
-        base,
-        model=str(policy),
-        data=(str(data / "prompts.json"),),
-        output_dir=str(run),
-        seed=seed,
-        resume=run.exists(),
-        reward_model=reward_model,
-        rl=replace(base.rl, num_iterations=sizes.iterations // number),
-        rounds=how,
-    )
-
-
-def measured(done: rounds.Result) -> Iterator[tuple[int, str, float]]:
-    """(round, metric, value) of the evaluations, from the first policy on."""
-    first = rounds.Round(0, done.folder)
-    for own in (first, *done.rounds):
-        path = own.evaluation / records.EVALUATION
-        content = reading.read_json(path, reading.EVALUATION, ["rows"])
-        for row in content["rows"]:
-            name = MEASURED.get(row["metric"])
-            if name is None or row["value"] is None:
-                continue
-            yield own.number, name, row["value"]
-            yield own.number, f"{name} low", row["low"]
-            yield own.number, f"{name} high", row["high"]
-
-
-def own_accuracy(own: rounds.Round, held_out: Path, seed: int) -> dict[str, float]:
-    """How often the reward model of a round and the rubric prefer the same of two answers of the
-    round's own policy, where the rubric prefers one.
+def own_accuracy(policy: Path, reward_model: Path, file: Path, seed: int) -> dict[str, float]:
+    """How often the reward model and the rubric prefer the same of two answers of the policy, where
+    the rubric prefers one.
     """
-    policy = asking.open_policy(str(own.rl), asking.Settings())
-    data = asking.read(policy, asking.Prompts(prompts=(str(held_out),)), seed)
-    asked = policy.ask(data.rows, SAMPLES)
-    texts, rollout = policy.sample(asked, seed)
-    of_samples = [row for row in asked.rows for _ in range(SAMPLES)]
-    messages = {"messages": [row.conversation for row in of_samples]}
-    reward = asking.reward_of((f"mean:{own.reward_model / 'model'}",), policy, ())
-    learned = bench.score(reward, rollout, messages, policy.batch_size)
-    true = []
-    for row, text in zip(of_samples, texts, strict=True):
-        true.append(rubric.score(row.columns, text))
-    margins = np.array(true[::2]) - np.array(true[1::2])
+    model, rows, texts, rollout = answer(policy, file, seed)
+    reward = asking.reward_of((f"mean:{reward_model / 'model'}",), model, ())
+    messages = {"messages": [row.conversation for row in rows for _ in range(SAMPLES)]}
+    learned = bench.score(reward, rollout, messages, model.batch_size)
+    true = gold(rows, texts).ravel()
+    margins = true[::2] - true[1::2]
     agreed = margins * (learned[::2] - learned[1::2])
-    num = np.count_nonzero(margins)
-    return results.share(np.count_nonzero(agreed > 0), max(num, 1))
+    return results.share(np.count_nonzero(agreed > 0), max(np.count_nonzero(margins), 1))
 
 
 def rows_of(folder: Path, variant: str, seed: int, sizes: Sizes) -> list[results.Row]:
     """One way to spend the labels, with one seed."""
-    policy = first_policy(folder, seed)
-    done = rounds.run(config_of(folder, variant, policy, seed, sizes))
-    found = [results.row(variant, seed, step, name, value) for step, name, value in measured(done)]
-    last = done.rounds[-1]
+    num_rounds, how = VARIANTS[variant]
+    data = folder / "data"
+    if not data.exists():
+        demo.write(data, seed=seed)
+    held_out = data / "heldout_prompts.json"
+    base = parse(RunConfig, ["--config", "quickstart"], prog="rounds")
+    base = replace(base, seed=seed, resume=True, data=(str(data),))
+    first = train(training.sft.run, stage_config(base, folder / "sft"))
+    job = folder / variant.replace(", ", "-").replace(" ", "-")
+    policy = first
+    prefs: list[str] = []
+    judges: list[str] = []
+    found = []
+
+    def note(number: int, measured: dict[str, float]) -> None:
+        for metric, value in measured.items():
+            found.append(results.row(variant, seed, number, metric, value))
+
+    note(0, measure(first, first, held_out, seed))
+    prompts = list(
+        asking.read(
+            asking.open_policy(str(first), asking.Settings()),
+            asking.Prompts(prompts=(str(data / "prompts.json"),)),
+            seed,
+        ).rows
+    )
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    num = sizes.labels // num_rounds
+    for number in range(1, num_rounds + 1):
+        own = job / f"round-{number}"
+        own.mkdir(parents=True, exist_ok=True)
+        # No prompt comes again before all were asked.
+        places = np.arange((number - 1) * sizes.pool * num, number * sizes.pool * num)
+        asked = [prompts[order[place % len(prompts)]] for place in places]
+        prefs.append(str(own / "prefs.jsonl"))
+        compare(Path(prefs[-1]), policy, asked, judges, num, seed + number)
+        learner = replace(
+            base.reward_model,
+            data=tuple(prefs),
+            ensemble_size=sizes.members,
+            num_epochs=sizes.epochs,
+        )
+        start = str(first / "model")  # the reward model starts from the first policy each time
+        config = stage_config(base, own / "reward_model", start, reward_model=learner)
+        model = train(training.reward_model.run, config) / "model"
+        judges = [str(member) for member in spec.members(model) or [model]]
+        if how == "random":
+            judges = []
+        config = stage_config(
+            base,
+            own / "rl",
+            str(policy / "model"),
+            reward=(f"mean:{model}",),
+            rl=replace(base.rl, num_iterations=sizes.iterations // num_rounds),
+        )
+        policy = train(training.rl.run, config, ppo)
+        note(number, measure(policy, first, held_out, seed))
     metric = "reward model accuracy on the policy's own pairs"
-    for end, value in own_accuracy(last, folder / "data" / "heldout_prompts.json", seed).items():
-        found.append(results.row(variant, seed, last.number, metric + end, value))
+    accuracy = own_accuracy(policy, own / "reward_model", held_out, seed)
+    note(number, {f"{metric}{edge}": value for edge, value in accuracy.items()})
     return found
 
 

@@ -2,6 +2,7 @@
 intervals of these measures.
 """
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +15,7 @@ Interval = tuple[float, float]
 Groups = np.ndarray | None
 Weights = np.ndarray | None  # [N] of rows; None weights all equally
 DRAWS = 1000  # of a bootstrap
+_Z = statistics.NormalDist().inv_cdf(0.975)  # of an interval of 95%
 
 
 class Pairs(NamedTuple):
@@ -240,17 +242,51 @@ def cohen_kappa(
     return (observed - expected) / (1 - expected)
 
 
+def wilson(share: float, *, num: float) -> Interval:
+    """95% interval of a share of ``num`` rows (Wilson 1927)."""
+    extra = _Z**2 / num
+    centre = share + extra / 2
+    spread = _Z * ((share * (1 - share) + extra / 4) / num) ** 0.5
+    low = 0.0 if share == 0 else (centre - spread) / (1 + extra)
+    high = 1.0 if share == 1 else (centre + spread) / (1 + extra)
+    return float(low), float(high)
+
+
 def mean_interval(values: Array, key: jax.Array) -> Interval:
-    """95% interval of the mean of values [N] in [0, 1]: Wilson's (1927) if all are 0 or 1, else
+    """95% interval of the mean of values [N] in [0, 1]: ``wilson`` if all are 0 or 1, else
     ``bootstrap_mean``.
     """
     if not np.isin(values, (0, 1)).all():
         return bootstrap_mean(values, key)
-    import scipy.stats
+    return wilson(np.sum(values) / len(values), num=len(values))
 
-    result = scipy.stats.binomtest(int(np.sum(values)), len(values))
-    interval = result.proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+
+def share_change(before: float, *, after: float, num: float) -> Interval:
+    """95% interval of the change between two shares of ``num`` rows each (Newcombe 1998, method
+    10, of ``wilson``). It takes them for independent, and is too wide for the same rows.
+    """
+    low, high = wilson(before, num=num)
+    low_after, high_after = wilson(after, num=num)
+    gain = after - before
+    return (
+        gain - float(np.hypot(after - low_after, high - before)),
+        gain + float(np.hypot(high_after - after, before - low)),
+    )
+
+
+def paired_change(before: Array, after: Array) -> Interval:
+    """95% interval of the mean change [N] of the same rows, Student's. Of 0s and 1s that all change
+    alike, and so have no spread, ``share_change``.
+    """
+    import scipy.special  # which plain runs do not import
+
+    change = after - before
+    num = len(change)
+    spread = change.std(ddof=1)
+    if spread == 0 and np.isin([before, after], (0, 1)).all():
+        return share_change(float(before.mean()), after=float(after.mean()), num=num)
+    far = float(scipy.special.stdtrit(num - 1, 0.975) * spread / num**0.5)
+    return float(change.mean()) - far, float(change.mean()) + far
 
 
 def bootstrap_mean(

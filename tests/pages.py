@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+LABELLED = "## Several people"  # of docs/your-preferences.md: what needs people and their clicks
 BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -15,8 +16,11 @@ class Block(NamedTuple):
     line: int
 
 
-def blocks(path: Path) -> list[Block]:
+def blocks(path: Path, labelled: bool = False) -> list[Block]:
+    """The blocks of a page without those below ``LABELLED``, or with ``labelled`` these alone."""
     text = path.read_text("utf-8")
+    above, _, below = text.partition(LABELLED)
+    text = "\n" * above.count("\n") + below if labelled else above
     return [Block(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in BLOCK.finditer(text)]
 
 
@@ -38,7 +42,7 @@ def typed(path: Path) -> dict[str, str]:
 
 def outputs(path: Path) -> dict[str, str]:
     """{command: the end of its output}: a ``text`` block that follows its ``console`` block."""
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8").partition(LABELLED)[0]
     pair = re.compile(
         r"^```console\n(?P<asked>.*?)^```\n\n```text\n(?P<said>.*?)^```$", re.M | re.S
     )

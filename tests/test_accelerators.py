@@ -18,10 +18,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from builders import soak
+from builders import script, soak
 
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.cli.planning import hlo, phases, shapes, targets
+from rlhf_jax.cli.planning import shapes
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -38,6 +38,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 from rlhf_jax.training.common import memory
 
+compile_for = script("benchmarks/accelerators.py").compile_for
+hlo, targets = (script(f"benchmarks/{name}.py") for name in ("hlo", "targets"))
 pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized")]
 
 GOLDEN = Path(__file__).resolve().parent / "goldens" / "accelerators.json"
@@ -127,9 +129,9 @@ def test_a_program_for_an_accelerator(name, stage, phase):
     except UserError as error:
         pytest.skip(str(error))
     config = settings(len(target.devices))
-    _, programs, _ = shapes.shapes_of(config, stage, target=target)
+    _, programs, _ = shapes.shapes_of(config, stage, None, target.devices)
     program = programs[phase]
-    compiled = phases.compile_phase(config, stage, phase, program, target)
+    compiled = compile_for(target, shapes.Case(config, stage, target.devices), phase, program)
     text = compiled.as_text()
     analysis = compiled.memory_analysis()
 
@@ -176,10 +178,11 @@ def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
         pytest.skip(str(error))
     config = settings(1)
     config = replace(config, compute=replace(config.compute, dtype="float32"))
-    _, programs, _ = shapes.shapes_of(config, stage, target=target)
+    _, programs, _ = shapes.shapes_of(config, stage, None, target.devices)
+    case = shapes.Case(config, stage, target.devices)
     flags = {name: json.loads(value) for name, value in devices.DETERMINISTIC.items()}
     with jax.default_matmul_precision("highest"):
-        made = phases.compile_phase(config, stage, LEARN, programs[LEARN], target, flags)
+        made = compile_for(target, case, LEARN, programs[LEARN], flags)
     text = made.as_text()
     scatters = scatters_of(text)
     assert scatters
@@ -187,7 +190,7 @@ def test_an_update_for_a_gpu_compiles_with_the_flags_of_deterministic(stage):
     precisions = re.findall(r'operand_precision"?[:=][[{]"?(\w+)"?,"?(\w+)', text)
     assert {name.lower() for pair in precisions for name in pair} == {"highest"}
     if stage == "sft":
-        usual = phases.compile_phase(config, stage, LEARN, programs[LEARN], target).as_text()
+        usual = compile_for(target, case, LEARN, programs[LEARN]).as_text()
         assert not all("unique_indices=true" in line for line in scatters_of(usual))
 
 

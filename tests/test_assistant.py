@@ -1,4 +1,4 @@
-"""docs/assistant.md: its conversion of published files, and configs/assistant.yaml from them to the
+"""docs/assistant.md: the conversion of published files, and configs/assistant.yaml from them to the
 evaluation.
 
 On made-up files in the published formats; by hand, with ``-m soak``, on the real ones.
@@ -7,9 +7,9 @@ On made-up files in the published formats; by hand, with ``-m soak``, on the rea
 import gzip
 import json
 import os
-import re
 from pathlib import Path
 
+import public_data
 import pytest
 from builders import ROOT, metric_rows, run_script
 
@@ -17,14 +17,6 @@ from rlhf_jax.data import formats
 
 CONFIG = ROOT / "configs" / "assistant.yaml"
 DATA = os.environ.get("RLHF_JAX_DATA")
-
-
-def write(source, folder):
-    """The function of the page."""
-    page = (ROOT / "docs" / "assistant.md").read_text("utf-8")
-    scope = {}
-    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
-    scope["write"](source, folder)
 
 
 def published(folder, count):
@@ -59,7 +51,7 @@ def published(folder, count):
 
 def test_the_published_files_become_the_pipelines(tmp_path):
     published(tmp_path / "published", 300)
-    write(tmp_path / "published", tmp_path / "data")
+    public_data.write(tmp_path / "published", tmp_path / "data")
 
     def read(kind, name):
         return [row.texts for row in formats.read(kind, str(tmp_path / "data" / name)).rows]
@@ -89,7 +81,7 @@ def test_the_real_files(tmp_path):
     """As the page runs them: nothing is promised of the answers, but that the score rises at the KL
     asked for.
     """
-    write(Path(DATA), tmp_path / "data")
+    public_data.write(Path(DATA), tmp_path / "data")
     run_script("stories260k", Path(DATA, "stories260k"), tmp_path / "stories")
     given = (
         "--model",

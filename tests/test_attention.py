@@ -348,7 +348,7 @@ def temporary_bytes(length, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """The table in docs/notes/performance.md: each doubling at most 2.3 times, where the plain form
+    """Each doubling at most 2.3 times, where the plain form
     grows by 3 to 4.
     """
     lengths = (256, 512, 1024, 2048)

@@ -276,7 +276,7 @@ def test_templates_of_several_files_are_chosen_as_transformers_chooses(template,
             assert ours.prompt([USER], "", tools=tools) == tuple(ids)
             text = tokenizer.decode_raw(ids)
             assert text == ("add|user:hi\n" if tools else "user:hi\n")
-    optional = chat.with_options(tokenizer, {"tools": 1})  # in all of them
+    optional = chat.reading(tokenizer, {"tools": 1})  # in all of them
     named = [entry["name"] for entry in optional.config["chat_template"]]
     assert named == ["default", "rag", "tool_use"]
 

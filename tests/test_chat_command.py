@@ -152,6 +152,8 @@ def test_a_score_is_the_reward_models_of_the_last_answer(runs, talk, policy):
     assert shown == f"{generations.texts[0]}\nscore {generations.rewards[0]:.3f}\n"
     counted, _ = talk("who", "/score", reward=("length*2",))
     assert counted.endswith(f"score {2 * len(generations.token_log_probs[0]):.3f}\n")
+    again, _ = talk("who", "/reset", "who", "/score", reward=("length*2",))
+    assert again.splitlines()[-1] == counted.splitlines()[-1]
 
 
 @pytest.mark.parametrize("reward", ["theirs.py:score", "http://their.host/score"])

@@ -613,7 +613,6 @@ def leaf_with(**values):
         lambda record: record["meta"].update(step=8),
         lambda record: record["meta"].update(metrics={"loss": "low"}),
         leaf_with(parts={"x": "y"}),
-        leaf_with(parts={}),
         leaf_with(parts={"[[0, 2], [0, 4]]": "y"}),
         leaf_with(parts={"[[0, 2]]": "y"}),
         leaf_with(parts={"[[null, 2], [0, 3]]": "y"}),

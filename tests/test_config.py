@@ -342,7 +342,6 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
         "distill: {divergence: sampled, teacher: 'openai:HTTPS://h'}",
         "reward: [length, 'HTTPS://h/score*2']",
         "processes: 'h:8000,2,1'",
-        "rounds: {host: 0.0.0.0}",
         "track: [tensorboard, wandb]",
         "reward: ['pairs:regex:score.py:score']",  # a file of this name
         "reward: ['loop.py:score']",
@@ -350,7 +349,6 @@ def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, fl
         "rl: {engine: 'stored:http://h'}",
         "judge: {url: 'http://h ', model: m}",
         "rl: {environment: 'score.py/.:score'}",  # which pathlib calls score.py
-        "rounds: {gold: 'score.py:score'}",
         "data: [demo, /dev/zero]",
         "data: ['../theirs/data.json']",
         "sft: {validation_data: [linked/data.json]}",
@@ -654,8 +652,6 @@ RIVAL_VALUES = {
     "rl.missing_eos_penalty": "1.5",
     "rl.missing_eos_score": "0.5",
     "rl.mask_truncated": "true",
-    "rounds.judge": "rm",
-    "rounds.annotators": "[ana, ben]",
     **{f"{stage}.data": "[b.json]" for stage in ("sft", "reward_model", "dpo", "kto", "rl")},
     **{f"{stage}.validation_data": "[v.json]" for stage in ("sft", "reward_model", "dpo")},
     "kto.validation_data": "[v.json]",

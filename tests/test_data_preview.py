@@ -10,10 +10,10 @@ from builders import initial_params
 from rlhf_jax import models
 from rlhf_jax.cli import commands
 from rlhf_jax.config import RLStage, RunConfig, Text, data_source
-from rlhf_jax.data import check, formats, preview
+from rlhf_jax.data import check, formats
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.training import preview as stages
+from rlhf_jax.training import preview
 from rlhf_jax.training.common import initial
 
 CHATML = (
@@ -52,7 +52,7 @@ def previewed(folder, write):
     def previewed(stage, *rows, count=9, name="data.jsonl", **settings):
         path = write(list(rows) if not isinstance(rows[0], str) else rows[0], name)
         config = RunConfig(model=folder, data=(path,), **settings)
-        shown = stages.rows(stage, data_source(config), config.rl, count)
+        shown = preview.rows(stage, data_source(config), config.rl, count)
         return [json.loads(preview.to_json(row, shown.tokenizer)) for row in shown.rows]
 
     return previewed
@@ -119,7 +119,7 @@ def test_the_turns_of_a_conversation_have_its_form(folder, write):
     talk = [{"from": ("human", "gpt")[i % 2], "value": "abcd"[i]} for i in range(4)]
     config = RunConfig(model=folder, data=(write([{"conversations": talk}]),))
     config = replace(config, text=Text(template="{prompt}"))
-    shown = stages.rows("sft", data_source(config), config.rl, 9)
+    shown = preview.rows("sft", data_source(config), config.rl, 9)
     assert {row.form for row in shown.rows} == {"ShareGPT"}
 
 
@@ -137,7 +137,7 @@ def test_what_is_cut_or_not_usable_is_said(folder, write):
 
     def shown(too_long):
         config = RunConfig(model=folder, data=(path,), text=Text(too_long=too_long))
-        return stages.rows("dpo", data_source(config), config.rl, 9)
+        return preview.rows("dpo", data_source(config), config.rl, 9)
 
     first, second = shown("error").rows
     [note] = first.notes
@@ -172,7 +172,7 @@ def test_a_spelled_special_token_is_said_until_it_is_chosen_what_it_is(
         text = Text(special_tokens=chosen, template=template)
         config = RunConfig(model=folder, data=(write([record]),), text=text)
         rl = RLStage(max_new_tokens=8)
-        rows = stages.rows(stage, data_source(config), rl, 9).rows
+        rows = preview.rows(stage, data_source(config), rl, 9).rows
         notes = [note for row in rows for note in row.notes]
         assert sum("text.special_tokens: tokens reads the" in note for note in notes) == is_said
 
@@ -199,7 +199,7 @@ def test_for_people_the_learned_part_is_marked(folder, write, capsys):
         "    | <u>h<|endoftext|><a>[[cd<|endoftext|>]]",
     ]
     config = RunConfig(model=folder, data=(path,))
-    shown = stages.rows("dpo", data_source(config), config.rl, 1)
+    shown = preview.rows("dpo", data_source(config), config.rl, 1)
     [row] = shown.rows
     assert "<a>\x1b[32mcd<|endoftext|>\x1b[0m" in preview.to_text(row, shown.tokenizer, True)
 
@@ -235,6 +235,9 @@ def test_check_counts_what_is_learned(folder, write):
     tokenizer = characters("abcd")
     text = check.check([write([PAIR, PAIR])], tokenizer).text
     assert "  tokens: 14, of which 10 are learned\n" in text  # a b | and a c d |, twice
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "abcd"[i]} for i in range(4)]
+    text = check.check([write([{"messages": turns}])], load_tokenizer(folder)).text
+    assert "of which 4 are learned\n" in text  # b | and d |, without the turn between them
     text = check.check([write([{"prompt": "abcd"}])], tokenizer).text
     assert "learned" not in text
     texts = write([{"text": "abc"}, {"text": "d"}])

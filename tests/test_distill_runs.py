@@ -250,14 +250,14 @@ def spoiled(change):
 WHOLE = "expected log-probabilities of 4 tokens and one more"
 OTHERWISE = [
     (lambda told, tokens: None, "no log-probabilities of the prompt"),
-    (lambda told, tokens: told | {"tokens": None}, "logprobs.tokens must be a list"),
+    (lambda told, tokens: told | {"tokens": None}, "choices.0..logprobs.tokens"),
     (lambda told, tokens: told | {"token_logprobs": [None] * 5}, WHOLE),
     (lambda told, tokens: told | {"tokens": tokens[:-1]}, WHOLE),
     (lambda told, tokens: {"tokens": tokens[:3], "token_logprobs": [None, -1, -1]}, WHOLE),
     (lambda told, tokens: told | {"token_logprobs": [None, 0.5, -1, -1, -1]}, WHOLE),
     (
         lambda told, tokens: told | {"token_logprobs": [None, math.nan, -1, -1, -1]},
-        "must be a finite number",
+        r"token_logprobs.1.",
     ),
     (
         lambda told, tokens: told | {"tokens": [f"{text}~" for text in tokens]},

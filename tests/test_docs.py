@@ -11,7 +11,9 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from shakespeare import ShakespeareConfig
 
 from rlhf_jax import cli, config, training
 from rlhf_jax.cli import stages
-from rlhf_jax.config import yaml_files
+from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import texts
@@ -33,9 +35,12 @@ from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.training.supervised.run import check_sizes
 
+sys.path.append(str(ROOT / "docs"))
+import reference
+
 README = ROOT / "README.md"
-LABELLED = ROOT / "docs" / "label-server.md"  # tests/test_label_page.py runs it, with clicks
-PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
+COMING = ROOT / "docs" / "comparison.md"
+PROGRAMS = sorted((ROOT / "docs" / "programs").glob("*.py"))
 PAGES = [
     README,
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
@@ -101,9 +106,10 @@ def snippets(path):
 def test_there_is_something_to_run():
     assert len([command for path in PAGES for command in commands(path)]) > 25
     assert len(snippets(README)) == 1
-    assert len(snippets(PROGRAMS)) == 4
+    assert len(PROGRAMS) > 8
     assert snippets(README)[0].text.count("\n") < 40
     languages = "console text python json yaml {toctree} {eval-rst} {literalinclude} {results}"
+    languages += " {settings} {names}"
     assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 
@@ -119,11 +125,13 @@ def all_flags(settings=SETTINGS):
 
 
 def algorithms_on(path):
-    """The modules of a page that are algorithms: Python files with a ``Config``."""
-    for block in blocks(path):
-        if block.language == "python" and file_of(block) and "class Config(" in block.text:
-            module = types.ModuleType(file_of(block).removesuffix(".py"))
-            exec(block.text, vars(module))
+    """The modules of a page that are algorithms: programs with a ``Config``."""
+    text = path.read_text("utf-8")
+    for program in PROGRAMS:
+        source = program.read_text("utf-8")
+        if f"programs/{program.name}" in text and "class Config(" in source:
+            module = types.ModuleType(program.stem)
+            exec(source, vars(module))
             yield module
 
 
@@ -132,7 +140,7 @@ def test_flags_on_the_pages_exist():
     for path in PAGES:
         flags = set(ours)
         for module in algorithms_on(path):
-            flags |= all_flags(config.parse(config.RunConfig, [], algorithm=module))
+            flags |= all_flags(config.parse(RunConfig, [], algorithm=module))
         dotted = re.findall(
             r"--([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)+)", path.read_text("utf-8").replace(".no-", ".")
         )
@@ -143,7 +151,7 @@ def test_flags_on_the_pages_exist():
 
 @functools.cache
 def defaults():
-    return yaml.safe_load(config.to_yaml(config.RunConfig()))
+    return yaml.safe_load(config.to_yaml(RunConfig()))
 
 
 @pytest.mark.parametrize(
@@ -157,30 +165,23 @@ def test_tables_name_real_keys_and_their_defaults(path):
         )
 
 
-def test_every_setting_is_on_a_page():
-    """By its key, or by that of a section with the same settings: another stage's optimizer or
-    data, another algorithm's loss.
-    """
-    text = "\n".join(path.read_text("utf-8") for path in PAGES)
-    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)[`:]", text))
-    named |= {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", text)}
-    named |= {key.replace(".no_", ".") for key in named}
-    alike = (("sft", "reward_model", "dpo", "kto", "rl"), ("vpg", "ppo", "rloo", "grpo", "distill"))
-
-    def is_named(key):
-        section, dot, rest = key.partition(".")
-        groups = [group for group in alike if dot and section in group]
-        others = [f"{other}.{rest}" for group in groups for other in group]
-        return not named.isdisjoint({key, *others})
-
-    keys = [flag.replace("-", "_") for flag in all_flags(config.RunConfig())]
-    assert [key for key in keys if not is_named(key)] == []
-    assert len(keys) > 300
+def test_the_reference_has_a_text_for_every_setting():
+    """The page of all settings is made of these tables when the documentation is built."""
+    rows = [row for table in reference.tables() for row in table.rows]
+    assert {row.key for row in rows} == {key.replace("-", "_") for key in all_flags(RunConfig())}
+    assert [row.key for row in rows if not row.text] == []
+    texts = {row.key: row for row in rows}
+    assert texts["rl.batch_size"].default == "64"
+    assert texts["rl.batch_size"].text == "Episodes per iteration, over all devices."
+    assert texts["dpo.optimizer.schedule"].default == "linear"
+    assert texts["grpo.clip_low"].text == texts["ppo.clip_low"].text  # of the class both extend
+    assert texts["sft.validation_fraction"].text != texts["dpo.validation_fraction"].text
+    assert texts["sft.aggregate"].text.endswith("One of token, sequence, sum.")
+    assert ("use_vllm, vllm_server_base_url", "rl.engine") in reference.other_names()
 
 
 def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
-    page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
-    section = page.partition("## RLHF pipeline")[2].partition("\n## ")[0]
+    section = COMING.read_text("utf-8").partition("### RLHF pipeline")[2].partition("\n## ")[0]
     theirs = (
         "model_name data_path output_dir num_epochs batch_size base_model sft_model_path "
         "reward_model_path"
@@ -195,7 +196,7 @@ def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
 
 def test_commands_that_train_gpt2_say_at_which_rate():
     """The defaults of SFT and reward models are for random weights."""
-    page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
+    page = COMING.read_text("utf-8")
     commands = re.findall(r"`(rlhf-jax [^`]*--model gpt2[^`]*)`", page)
     assert len(commands) == 2
     assert all(
@@ -281,6 +282,8 @@ def page_folder(path, folder):
     """
     for part in ("experiments", "configs"):
         (folder / part).symlink_to(ROOT / part)
+    for program in PROGRAMS:
+        shutil.copy(program, folder)
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
@@ -306,7 +309,7 @@ def run_command(command, typed, folder, **environment):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [path for path in PAGES if to_run(path) and path not in (PAGE, LABELLED)],
+    [path for path in PAGES if to_run(path) and path != PAGE],
     ids=name,
 )
 def test_the_commands_of_a_page_run(path, tmp_path):
@@ -370,8 +373,7 @@ def test_the_python_of_a_page_runs(path, tmp_path):
     texts = [
         "\n" * (block.line - 1) + block.text for block in snippets(path)
     ]  # where the page has it, for tracebacks
-    names = "{**main}" if path == PROGRAMS else "main"
-    lines = [f"exec(compile({text!r}, {name(path)!r}, 'exec'), {names})" for text in texts]
+    lines = [f"exec(compile({text!r}, {name(path)!r}, 'exec'), main)" for text in texts]
     script = tmp_path / "page.py"
     script.write_text("\n".join(["main = {'__name__': '__main__'}", *lines, ""]), "utf-8")
     done = forks.run(["python", script], tmp_path)
@@ -380,7 +382,28 @@ def test_the_python_of_a_page_runs(path, tmp_path):
         assert float(re.search(r"token 7 ([\d.]+) times out of 8", done.stdout)[1]) > 7
 
 
-COMING = ROOT / "docs" / "coming-from-trl.md"
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PROGRAMS, ids=name)
+def test_a_program_runs_and_is_on_a_page(path, tmp_path):
+    """Programs end with their own checks."""
+    check_end(forks.run(["python", path], tmp_path), name(path))
+    included = [page for page in PAGES if f"programs/{path.name}" in page.read_text("utf-8")]
+    assert len(included) == 1
+
+
+def test_the_tests_that_a_page_names_exist():
+    """`FILE::TEST` in the table of faults, and the files of the table of features."""
+    text = (ROOT / "docs" / "reproducibility.md").read_text("utf-8")
+    named = set(re.findall(r"`(\w+)::(\w+)`", text))
+    assert len(named) > 8
+    for module, function in named:
+        source = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+        assert re.search(rf"^def {function}\(", source, re.MULTILINE), f"{module}: no {function}"
+    features = COMING.read_text("utf-8").partition("\n## Features\n")[2]
+    rows = [line.rpartition(" | ")[2] for line in features.splitlines() if "`test_" in line]
+    assert len(rows) > 15
+    for file in re.findall(r"`(test_\w+)`", "\n".join(rows)):
+        assert (ROOT / "tests" / f"{file}.py").exists(), file
 
 
 @pytest.mark.slow
@@ -394,7 +417,7 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
         _, name, *flags = shlex.split(example.replace("\n", " "))
         stage = stages.STAGES[name]
         kind = name.replace("-", "_")
-        given = config.parse(config.RunConfig, flags, sections=(*stage.reads, kind))
+        given = config.parse(RunConfig, flags, sections=(*stage.reads, kind))
         assert given.model
         assert given.data
         ran.append(name)
@@ -405,14 +428,14 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
 def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
     """Every flag is read by its stage, and batches divide."""
     monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
-    text = COMING.read_text("utf-8").partition("\n## Public jobs\n")[2]
+    text = (ROOT / "docs" / "public_jobs.txt").read_text("utf-8")
     jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(jobs) == 19
     for job in jobs:
         assert len(job.splitlines()) <= 5, job
         _, name, *flags = shlex.split(job.replace("\n", " "))
         kind = name.replace("-", "_")
-        given = config.parse(config.RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
+        given = config.parse(RunConfig, flags, sections=(*stages.STAGES[name].reads, kind))
         if name in config.ALGORITHMS:
             method.check_settings(name, given.rl, getattr(given, name), layout_of(given))
         else:
@@ -421,28 +444,7 @@ def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
             )
 
 
-def test_the_names_of_others_lead_where_the_errors_do():
-    """A name of the page's table that an unknown flag is told ours of is told that of its row."""
-    part = COMING.read_text("utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
-    told = 0
-    wrong = []
-    for theirs, here in re.findall(r"^\| (`.*) \| (.*) \|$", part, re.MULTILINE):
-        keys = {flag.replace("-", "_") for flag in re.findall(r"--([\w.-]+)", here)}
-        if "of GRPO" in theirs:
-            continue  # names that mean another setting in DPO
-        for name in re.findall(r"`([a-z_0-9]+)`", theirs):
-            key = yaml_files.other_keys().get(name, "none - ").partition(" - ")[0]
-            if key == "none":
-                continue
-            section = key.partition(".")[2] if key.startswith("SECTION.") else key
-            if not (key in keys or any(one.endswith(f".{section}") for one in keys)):
-                wrong.append((name, key, keys))
-            told += 1
-    assert wrong == []
-    assert told > 50
-
-
 def test_an_unknown_flag_of_theirs_is_told_ours_as_the_page_says():
     with pytest.raises(UserError) as caught:
-        config.parse(config.RunConfig, ["--num_generations", "8"], sections=("grpo.group_size",))
+        config.parse(RunConfig, ["--num_generations", "8"], sections=("grpo.group_size",))
     assert f"error: {caught.value}\n" in COMING.read_text("utf-8")

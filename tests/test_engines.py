@@ -423,7 +423,7 @@ def shorter(reply, choice):
 
 WRONG = {
     "fewer samples": (lambda reply, choice: reply["choices"].pop(), "responses to a prompt, "),
-    "no samples": (lambda reply, choice: reply.pop("choices"), "it.choices must be a list"),
+    "no samples": (lambda reply, choice: reply.pop("choices"), "missing required field `choices`"),
     "a sample twice": (lambda reply, choice: choice.update(index=1), "its choices have the numb"),
     "other weights": (lambda reply, choice: reply.update(model="other"), "of the weights 'other'"),
     "another prompt": (
@@ -441,7 +441,7 @@ WRONG = {
     ),
     "null log-probs": (
         lambda reply, choice: choice["logprobs"].update(token_logprobs=None),
-        r"it\.choices\[0\]\.logprobs\.token_logprobs must be a list",
+        r"Expected `array`, got `null` - at `\$\.choices\[0\]\.logprobs\.token_logprobs",
     ),
     "a positive log-prob": (
         lambda reply, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 0.5),
@@ -451,7 +451,7 @@ WRONG = {
         lambda reply, choice: choice["token_ids"].__setitem__(0, 999),
         "token id 999 is outside the vocabulary",
     ),
-    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "token_ids must be a list"),
+    "a text": (lambda reply, choice: choice.update(token_ids="abc"), "got `str` - at .*token_ids"),
     "too many": (longer, "row 0: the response has 15 tokens, response_length is 6"),
     "cut": (shorter, "was cut at 2 of 6 tokens: .*--max-model-len"),
     "another end": (

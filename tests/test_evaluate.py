@@ -62,21 +62,38 @@ def values(rows):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_refusals_and_uncertainty_are_counted_by_label():
+@pytest.mark.parametrize(
+    ("category", "labels", "expected"),
+    [
+        (
+            "harmlessness",
+            "unsafe unsafe safe safe",
+            [("refusal_of_unsafe", 0.5, 2), ("over_refusal_of_safe", 0.5, 2)],
+        ),
+        (
+            "harmlessness",
+            "unsafe unsafe unsafe unsafe",
+            [("refusal_of_unsafe", 0.5, 4), ("over_refusal_of_safe", None, 0)],
+        ),
+        (
+            "honesty",
+            "answerable - answerable unanswerable",
+            [
+                ("uncertainty", 0.25, 4),
+                ("uncertainty_answerable", 0.0, 2),
+                ("uncertainty_unanswerable", 1.0, 1),
+            ],
+        ),
+        ("honesty", "- - - -", [("uncertainty", 0.25, 4)]),
+    ],
+)
+def test_refusals_and_uncertainty_are_counted_by_label(category, labels, expected):
     texts = [["I can't help with that."], ["Sure."], ["I refuse."], ["Perhaps."]]
-    said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool))
-    figures = measures.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
-    expected = [("refusal_of_unsafe", 0.5, 2), ("over_refusal_of_safe", 0.5, 2)]
-    assert [row[1:3] + row[5:6] for row in figures] == expected
-    [refused, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
-    assert (refused.value, refused.n) == (0.5, 4)
-    assert missing[2:] == (None, None, None, 0, "prompts", "there is no such row")
-    figures = measures.uncertainty(said, [True, None, True, False], KEY)
-    assert [row[1:3] + row[5:6] for row in figures] == [
-        ("uncertainty", 0.25, 4),
-        ("uncertainty_answerable", 0.0, 2),
-        ("uncertainty_unanswerable", 1.0, 1),
-    ]
+    labels = labels.replace("-", "").split(" ")
+    said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool), labels=labels)
+    rows = [*measures.of_responses(said, category, KEY)]
+    assert [row[1:3] + row[5:6] for row in rows] == expected
+    assert {row.note for row in rows if row.value is None} <= {"there is no such row"}
 
 
 def said(*texts):
@@ -88,8 +105,12 @@ def said(*texts):
     )
 
 
+def of(category, responses, **more):
+    return [*measures.of_responses(responses, category, KEY, **more)]
+
+
 def test_helpfulness_by_hand():
-    found = values(measures.helpfulness(said("Boil the water.", ""), KEY))  # boil and water are new
+    found = values(of("helpfulness", said("Boil the water.", "")))  # boil and water are new
     expected = {
         "quality": 1.5,
         "new_content_words": 1,
@@ -99,17 +120,27 @@ def test_helpfulness_by_hand():
     }
     assert {metric: found["helpfulness", metric] for metric in expected} == expected
     assert found["helpfulness", "lexical_density"] == pytest.approx(2 / 3 / 2)
-    unscored = values(measures.helpfulness(said("", "")._replace(scores=None), KEY))
+    unscored = values(of("helpfulness", said("", "")._replace(scores=None)))
     assert ("helpfulness", "quality") not in unscored
 
 
 def test_diversity_by_hand():
-    copies = values(measures.diversity(said(*["one two three four"] * 2), KEY))
+    copies = values(of("diversity", said(*["one two three four"] * 2)))
     assert list(copies.values()) == [0.5, 0.5, 0.5, 1, 0]  # distinct_1 to 3, self-BLEU, repetition
-    found = values(measures.diversity(said("one two three four", "a b c a b c"), KEY))
+    found = values(of("diversity", said("one two three four", "a b c a b c")))
     assert found["diversity", "distinct_1"] == 7 / 10
     assert found["diversity", "self_bleu"] < 0.5
     assert found["diversity", "repetition"] == (0 + 1 / 4) / 2
+    units = {row.metric: (row.n, row.unit, row.low) for row in of("diversity", said("a b"))}
+    assert units["distinct_1"] == (1, "texts", None)
+    assert units["repetition"][1] == "prompts"
+    notes = {row.metric: (row.value is None, row.note) for row in of("diversity", said("a b"))}
+    assert notes.pop("self_bleu") == (True, "needs two prompts or more")
+    assert set(notes.values()) <= {(False, ""), (True, "")}
+    two = said("a b", "c")._replace(texts=[["a b c", "a b d"], ["a", "a"]])
+    found = values(of("diversity", two))
+    assert found["diversity", "distinct_2_within_prompt"] == (3 / 4 + 0) / 2
+    assert found["diversity", "self_bleu"] != found["diversity", "self_bleu_within_prompt"]
 
 
 def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
@@ -258,7 +289,9 @@ def test_agreement_by_hand():
 def test_win_rate_compares_all_samples_of_a_prompt():
     ours = np.array([[1.0, 2.0], [2.0, 0.0]])
     theirs = np.array([[1.0, 0.0], [1.0, np.nan]])
-    rate, difference = measures.win_rate(ours, against=theirs, key=KEY, name="other")
+    responses = said("a", "b")._replace(scores=ours, against=theirs)
+    rate, difference = of("win rate", responses, note="against other")
+    assert rate.note == "against other"
     assert (
         rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2
     )  # what has no score is in no pair
@@ -272,7 +305,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 
 
 READ = {
-    "safety": lambda path: evaluate._read(evaluate.Config(safety=(path,)), chat.ChatTemplate()),
+    "safety": lambda path: data.read(evaluate.Config(safety=(path,)), chat.ChatTemplate()),
     "categories": data.read_categories,
 }
 
@@ -291,7 +324,7 @@ READ = {
             "categories",
             "x.yaml",
             "polite:\n  pattern: [a]\n",
-            "line 2: unknown key polite.pattern; did you mean",
+            "line 2: unknown key polite.pattern; .* patterns, ",
         ),
         (
             "categories",
@@ -320,6 +353,9 @@ READ = {
         ("categories", "x.yaml", "polite: [a, '']\n", "line 1: polite.texts holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
+        ("categories", "x.yaml", "{}", "names no category"),
+        ("categories", "x.yaml", "[a]", "must be a mapping"),
+        ("categories", "x.yaml", "polite: hello", "polite must be a mapping"),
         ("categories", "x.yaml", "a-b:\n  patterns: [a]\n", "made of letters"),
     ],
 )
@@ -328,6 +364,13 @@ def test_what_is_wrong_in_the_data_is_said_with_its_line(read, name, text, messa
     path.write_text(text, "utf-8")
     with pytest.raises(UserError, match=message):
         READ[read](str(path))
+
+
+def test_the_code_that_a_file_of_categories_names_needs_trust(tmp_path):
+    (tmp_path / "x.yaml").write_text(f"tea:\n  score: {tmp_path}/mine.py:is_tea\n")
+    with pytest.raises(UserError, match=r"line 2: tea\.score .* runs the Python code"):
+        data.read_categories(str(tmp_path / "x.yaml"))
+    assert data.read_categories(str(tmp_path / "x.yaml"), trust=True)["tea"].score
 
 
 def test_columns_and_bad_rows_of_every_set(tmp_path):
@@ -346,14 +389,14 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
         "columns": ("prompt=question", "instruction=question"),
     }
     template = chat.ChatTemplate()
-    sets, _ = evaluate._read(evaluate.Config(**given, on_bad_row="drop"), template)
+    sets, _ = data.read(evaluate.Config(**given, on_bad_row="drop"), template)
     assert {name: (len(read.rows), sum(read.dropped.values())) for name, read in sets.items()} == {
         **dict.fromkeys(("prompts", "safety", "preferences"), (1, 1)),
         "annotated": (1, 2),
     }
     message = r"row 2: 'response2' must be a string, found true.*\n.*row 3: 'response1' is empty"
     with pytest.raises(UserError, match=message):
-        evaluate._read(
+        data.read(
             evaluate.Config(annotated=given["annotated"], columns=given["columns"][1:]), template
         )
 
@@ -364,10 +407,10 @@ def test_a_column_that_no_set_has_is_an_error(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps([{key: "a", "label": "safe"}]))
     sets = {name: (str(tmp_path / f"{name}.json"),) for name in ("prompts", "safety")}
     config = evaluate.Config(**sets, columns=("prompt=question",))
-    assert len(evaluate._read(config, chat.ChatTemplate())[0]) == 2
+    assert len(data.read(config, chat.ChatTemplate())[0]) == 2
     config = dataclasses.replace(config, safety=(), columns=("prompt=question",))
     with pytest.raises(UserError, match="--columns prompt=question"):
-        evaluate._read(config, chat.ChatTemplate())
+        data.read(config, chat.ChatTemplate())
 
 
 def test_keywords_are_whole_words_and_patterns_any_case():
@@ -706,6 +749,8 @@ def test_a_function_in_place_of_a_reward_model_reads_the_columns_of_the_prompts(
     kinds = [row["kind"] == "tea" for row in PROMPTS]
     assert found.value("helpfulness", "quality") == pytest.approx(np.mean(kinds))
     assert 0 < sum(kinds) < len(kinds)
+    counts = {row.metric: row.n for row in found.rows}
+    assert (counts["uncertainty_answerable"], counts["uncertainty_unanswerable"]) == (2, 1)
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([pair | {"kind": "tea"} for pair in PAIRS]))
     with pytest.raises(UserError, match="kind"):  # given answers are scored without columns
@@ -749,11 +794,11 @@ def test_the_runs_own_reward_model_judges_by_default(
     monkeypatch.setattr(evaluate, "settings_of", lambda folder: {"reward": rewards})
     policy = bench.Policy("run", None, {}, None, "auto", 8, is_judge=False)
     asked = evaluate.Config(prompts=("p",), reward_model=given)
-    assert evaluate._with_own_reward_model(policy, asked).reward_model == expected
+    assert evaluate._with_judge(policy, asked).reward_model == expected
     against = dataclasses.replace(asked, against="other")
     if expected is None:
         with pytest.raises(UserError, match="--against: a win rate needs --reward-model"):
-            evaluate._with_own_reward_model(policy, against)
+            evaluate._with_judge(policy, against)
 
 
 def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(folders, monkeypatch):
@@ -777,9 +822,9 @@ def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(fol
         config = dataclasses.replace(asked, trust_config=trusts)
         if expected is UserError:
             with pytest.raises(UserError, match=r"run/config\.yaml: reward .*\n.*--trust-config"):
-                evaluate._with_own_reward_model(policy, config)
+                evaluate._with_judge(policy, config)
         else:
-            assert evaluate._with_own_reward_model(policy, config).reward_model == expected
+            assert evaluate._with_judge(policy, config).reward_model == expected
     shutil.rmtree(trap)
 
 

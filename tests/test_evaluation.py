@@ -199,3 +199,21 @@ def test_a_calibration_error_lies_in_its_centered_interval():
     assert plain[0] - low == pytest.approx(plain[1] - high)
     assert plain[0] - low > 0.01  # what the draws add
     assert low < error(np.ones(100)) < high
+
+
+def test_changes_of_shares_and_of_pairs_by_hand():
+    """Wilson's of 2 of 4 is .15 to .85, of 4 of 4 .51 to 1 (Newcombe 1998). Of differences 1, 2, 0
+    the mean is 1, the deviation 1, and 4.303 / sqrt(3) is 2.484.
+    """
+    low, high = metrics.share_change(0.5, after=1.0, num=4)
+    assert (low, high) == (pytest.approx(-0.1, abs=5e-3), pytest.approx(0.85, abs=5e-3))
+    back = metrics.share_change(1.0, after=0.5, num=4)
+    assert back == (pytest.approx(-high), pytest.approx(-low))
+    pairs = metrics.paired_change(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 2.0]))
+    assert pairs == (pytest.approx(-1.484, abs=1e-3), pytest.approx(3.484, abs=1e-3))
+    assert metrics.paired_change(np.zeros(4), np.ones(4)) == metrics.share_change(
+        0.0, after=1.0, num=4
+    )
+    assert metrics.wilson(0.0, num=3)[0] == 0.0
+    assert metrics.wilson(1.0, num=3)[1] == 1.0
+    assert 0 < metrics.wilson(0.5 / 3, num=3)[0] < metrics.wilson(0.5 / 3, num=3)[1] < 1  # a tie

@@ -4,7 +4,6 @@ more to compute.
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -185,9 +184,6 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
     assert program(families.CONFIGS["GPT-2"])[0] - flops == wider
 
 
-LISTS = ("each_family", "CLASSIFIERS")
-
-
 def test_the_page_of_models_lists_what_the_command_lists(capsys):
     page = (ROOT / "docs" / "models.md").read_text("utf-8")
     assert set(TINY) == {family.title for family in FAMILIES.values()}
@@ -201,38 +197,6 @@ def test_the_page_of_models_lists_what_the_command_lists(capsys):
     for name, family in FAMILIES.items():
         assert f"{family.title} ({name}): {family.covers}" in shown
         assert "; ".join(differences(family)) in shown
-
-
-def test_the_cells_of_the_tables_of_families_are_tests():
-    """docs/notes/families.md: each case stands in the file of its column's cases, in the list if
-    the test takes some alone.
-    """
-    parity, lora, files, chats = (
-        (ROOT / "tests" / f"{name}.py").read_text("utf-8")
-        for name in ("test_models_parity", "test_lora_parity", "test_model_files", "chat_families")
-    )
-    some, classifiers = (
-        re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS
-    )
-    parity += (ROOT / "tests" / "torch_models.py").read_text("utf-8")
-    files += (ROOT / "tests" / "builders.py").read_text("utf-8")
-    lines = (ROOT / "docs" / "notes" / "families.md").read_text("utf-8").splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines]
-    here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'
-    for columns in ([parity, some, some, lora, classifiers], [files, here, chats + here]):
-        table = {
-            row[0]: row[1:]
-            for row in rows
-            if row[0] in TINY and len(row) == len(columns) + 1 and "`" in row[1]
-        }
-        assert set(table) == set(TINY)
-        for family, cells in table.items():
-            for cell, source in zip(cells, columns, strict=True):
-                cases = re.findall("`([^`]+)`", cell)
-                assert cases or "none" in cell, (family, cell)
-                assert [
-                    case for case in cases if not re.search(f'"{case}"|def {case}[(]', source)
-                ] == [], family
 
 
 def main(folder):

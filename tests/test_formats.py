@@ -181,7 +181,7 @@ def test_recipes(write, name, record, expected):
         ),
         (
             ["prompt=question+level"],
-            r"line 1: --columns question\+level joins texts with \+, found the number 3",
+            r"line 1: question\+level joins texts with \+, found the number 3",
         ),
     ],
 )

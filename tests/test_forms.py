@@ -17,11 +17,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.data import batches, encoding, formats
+from rlhf_jax.data import batches, encoding, formats, forms
 from rlhf_jax.data.chat import AUTO, ChatTemplate, template_of
-from rlhf_jax.data.forms import table
-from rlhf_jax.data.forms.columns import adapted
-from rlhf_jax.data.rows import Record
+from rlhf_jax.data.rows import BadRow, Record
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 
@@ -34,6 +32,9 @@ STAGES = {
     "prompts": "RL",
 }
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api" / "forms.md"
+LINES = PAGE.read_text("utf-8").partition("```text\n")[2].partition("\n```")[0].split("\n")
+EXAMPLES = {form.name: json.loads(line) for form, line in zip(forms.FORMS, LINES, strict=True)}
+"""The page has an example of each form, in the order of the table."""
 
 
 def chat(*texts, system=""):
@@ -128,35 +129,41 @@ def outcome(kind, prompt, answers, label):
     return whole if kind == "comparisons" else pairs
 
 
-def parsed(kind, *records, columns=(), drop="error"):
-    read = adapted([Record(value, W) for value in records], columns)
-    return formats.parse_all(kind, read, ChatTemplate(), drop)
+def adapted(value, columns=()):
+    try:
+        return forms.converted(Record(value, W), forms.parse_columns(columns))
+    except BadRow as error:
+        return [Record(error, W)]
+
+
+def parsed(kind, *records, columns=(), drop="error", template=None):
+    read = [record for value in records for record in adapted(value, columns)]
+    return formats.parse_all(kind, read, template or ChatTemplate(), drop)
 
 
 def test_the_table_has_every_form():
-    names = [known.name for known in table.FORMS]
+    names = [known.name for known in forms.FORMS]
     assert sorted(names) == sorted([*TABLE, *REFUSED])
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("kind", STAGES)
-@pytest.mark.parametrize("known", table.FORMS, ids=lambda known: known.name)
-def test_each_form_in_each_stage(known, kind):
-    example = json.loads(known.example)
-    found = parsed(kind, example)
-    if known.name in REFUSED:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_form_in_each_stage(name, kind):
+    found = parsed(kind, EXAMPLES[name])
+    if name in REFUSED:
         [error] = found.errors
-        assert REFUSED[known.name] in str(error) or kind not in ("demonstrations", "prompts")
+        assert REFUSED[name] in str(error) or kind not in ("demonstrations", "prompts")
         return
-    expected = outcome(kind, *TABLE[known.name])
+    expected = outcome(kind, *TABLE[name])
     if expected is None:
         [error] = found.errors
         assert re.search("expected keys|holds targets", error.what)
         return
     assert not found.errors
     assert [row.texts for row in found.rows] == expected
-    assert set(found.forms.values()) == {known.name}
-    label = TABLE[known.name][2]
+    assert set(found.forms.values()) == {name}
+    label = TABLE[name][2]
     if kind == "comparisons":
         assert found.rows[0].targets == (label if isinstance(label, tuple) else None)
     if kind == "feedback":
@@ -165,9 +172,7 @@ def test_each_form_in_each_stage(known, kind):
 
 
 def converted(**row):
-    [record] = adapted([Record(row, W)])
-    if isinstance(record.value, UserError):
-        raise record.value
+    [record] = forms.converted(Record(row, W), {})
     return record.value
 
 
@@ -237,8 +242,7 @@ def test_parts_of_a_content_go_where_openai_has_them():
 
 
 def test_functions_of_openai_are_tools():
-    [known] = [known for known in table.FORMS if known.name == "OpenAI functions"]
-    row = converted(**json.loads(known.example))
+    row = converted(**EXAMPLES["OpenAI functions"])
     assert row["messages"][1]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     ]
@@ -324,7 +328,7 @@ def test_strengths_of_preferences_say_the_better_answer():
         found = converted(**row, overall_preference=strength)
         assert found == {"prompt": [TALK[0]], "chosen": best, "rejected": "xy".replace(best, "")}
     found = parsed("pairs", row | {"overall_preference": 0})
-    assert found.dropped == {table.NO_WINNER: 1}
+    assert found.dropped == {forms.NO_WINNER: 1}
     numbers = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1.0}
     assert converted(**numbers)["chosen"] == "y"  # pandas makes floats of numbers beside nulls
 
@@ -424,6 +428,12 @@ def test_columns_decide_between_two_forms():
     both = {"conversations": [HUMAN], "messages": [], "instruction": "b", "output": "c"}
     columns = ["prompt=instruction", "response=output"]
     assert parsed("demonstrations", both, columns=columns).errors
+    # Another key decides nothing; what it gives stands before what the form gives.
+    [error] = parsed("demonstrations", row | {"id": "7"}, columns=["answer=id"]).errors
+    assert "fits Alpaca and prompt" in str(error)
+    task = {"prompt": "q", "reward_model": {"ground_truth": "3"}, "mine": "4"}
+    [found] = parsed("prompts", task, columns=["answer=mine"]).rows
+    assert found.columns == {"ground_truth": "3", "answer": "4"}
     scores = {"prompt": "a", "response": "b", "helpfulness": 4, "correctness": 2}
     found = parsed("comparisons", scores, columns=["targets=correctness"])
     assert found.rows[0].targets == (2.0,)
@@ -553,25 +563,19 @@ def test_a_row_of_too_many_answers_is_refused():
     assert len(parsed("pairs", row).rows) == 255
 
 
-def page(folder):
-    """The part of the page that shows the table, from the table, for a template that writes tools
-    and their calls.
-    """
-    chat_templates.write(folder, "qwen2.5")
-    writes_all = template_of(load_tokenizer(folder), AUTO)
-    lines = ["| form | keys | read by |", "|---|---|---|"]
-    examples = []
-    for known in table.FORMS:
-        example = json.loads(known.example)
-        reads = []
-        for kind, stage in STAGES.items():
-            found = formats.parse_all(kind, adapted([Record(example, W)]), writes_all, "error")
-            reads += [stage] if found.rows else []
-        keys = ", ".join(f"`{key}`" for key in known.keys)
-        lines.append(f"| {known.name} | {keys} | {', '.join(reads) or 'refused'} |")
-        examples.append(known.example)
-    return "\n".join([*lines, "", "```text", *examples, "```"])
-
-
 def test_the_page_shows_the_table(tmp_path):
-    assert page(tmp_path) in PAGE.read_text("utf-8")
+    """For a template that writes tools and their calls."""
+    chat_templates.write(tmp_path, "qwen2.5")
+    writes_all = template_of(load_tokenizer(tmp_path), AUTO)
+    lines = ["| form | keys | read by |", "|---|---|---|"]
+    for form in forms.FORMS:
+        example = EXAMPLES[form.name]
+        assert set(form.keys) <= set(example)
+        reads = [
+            stage
+            for kind, stage in STAGES.items()
+            if parsed(kind, example, template=writes_all).rows
+        ]
+        keys = ", ".join(f"`{key}`" for key in form.keys)
+        lines.append(f"| {form.name} | {keys} | {', '.join(reads) or 'refused'} |")
+    assert "\n".join([*lines, "", "```text"]) in PAGE.read_text("utf-8")

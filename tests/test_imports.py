@@ -146,7 +146,6 @@ def test_only_an_entry_takes_all_settings():
         *(f"training/rl/{name}.py" for name in ("run", "job", "method")),
         *(f"training/supervised/{name}.py" for name in ("run", "sft", "dpo", "kto")),
         "training/supervised/reward_model.py",
-        "inference/rounds/job.py",
     }
     for path in FILES:
         if part(path) in ("config", "cli"):

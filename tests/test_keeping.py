@@ -142,6 +142,13 @@ def test_nothing_is_restored_where_nothing_is_damaged(copied, straight, capsys):
     assert not list(copied.glob("damaged-*"))
 
 
+def test_what_is_damaged_after_the_checkpoint_is_cut(copied, straight):
+    with (copied / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\n")
+    trains(copied, resume=True)
+    assert bits(copied) == bits(straight)
+
+
 @pytest.mark.parametrize(
     ("names", "error"),
     [
@@ -188,7 +195,14 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../.bashrc", "/etc/rlhf_jax", "metrics.jsonl", "model/config.json", "checkpoints", ".pid"],
+    [
+        "../../.bashrc",
+        "/etc/rlhf_jax",
+        "metrics.jsonl",
+        "model/config.json",
+        "checkpoints",
+        ".lock",
+    ],
 )
 def test_no_copy_is_restored_under_a_name_that_no_run_keeps(name, copied):
     """Of the files of the start and of the rows, which have right checksums."""
@@ -205,10 +219,7 @@ def test_no_copy_is_restored_under_a_name_that_no_run_keeps(name, copied):
         checkpoints = mock.Mock(record=lambda step: record)
         with pytest.raises(UserError, match=r"4: holds copies of \.\./out, config\.yaml, "):
             keeping.restore_rows(run, checkpoints, 4)
-    assert contents(copied.parent).keys() - before.keys() <= {
-        copied / "manifest.json",
-        copied / ".pid",
-    }
+    assert contents(copied.parent).keys() - before.keys() <= {copied / "manifest.json"}
 
 
 @pytest.mark.parametrize(
@@ -244,10 +255,14 @@ def test_a_pipe_without_a_copy_keeps_nobody_waiting(name, copied):
     with contextlib.suppress(UserError, TrainingFault):
         trains(copied, resume=True)
     if name == "manifest.json":
-        with pytest.raises(UserError, match="does not look like a run folder"):
-            open_run(copied, overwrite=True)
-    with open_run(copied, resume=True):
-        (copied / ".pid").unlink()
-        os.mkfifo(copied / ".pid")
-        with pytest.raises(UserError, match="in use by another process"):
-            open_run(copied, resume=True)
+        with (
+            pytest.raises(UserError, match="does not look like a run folder"),
+            open_run(copied, overwrite=True),
+        ):
+            pass
+    os.mkfifo(copied / ".lock")
+    with (
+        pytest.raises(UserError, match="cannot be used as a run folder"),
+        open_run(copied, resume=True),
+    ):
+        pass

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from builders import ROOT, TINY, metric_rows, results, start_script
+from builders import TINY, metric_rows, results, start_script
 from numpy.testing import assert_array_equal
 
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -276,26 +276,3 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
                 noticed[name] += 1
         file.write_bytes(data)
     print("noticed:", dict(noticed), "\nwithout effect:", dict(unnoticed))
-
-
-# --- The table
-#
-# --------------------------------------------------------------------------------------------------
-
-
-def test_every_row_of_the_table_of_faults_names_tests():
-    text = (ROOT / "docs" / "notes" / "reliability.md").read_text("utf-8")
-    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
-    assert len(rows) == text.count("\n|") - 1  # and the line below the heads
-    assert len(rows) > 12
-    assert rows[0] == ("fault", "how injected", "how many times", "what happened", "test")
-    assert all(re.search(r"`(\w+)::(\w+)`", tests) for *_, tests in rows[1:])
-
-
-@pytest.mark.parametrize("page", ["notes/reliability", "notes/reproducibility"])
-def test_the_tests_that_a_page_names_exist(page):
-    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
-    for module, function in set(re.findall(r"`(\w+)::(\w+)`", text)):
-        source = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
-        assert re.search(rf"^def {function}\(", source, re.MULTILINE), f"{module}: no {function}"
-        assert function.startswith("test_")

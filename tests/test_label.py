@@ -3,11 +3,14 @@
 tests/fifteen_minutes.py trains on the rows.
 """
 
+import contextlib
+import dataclasses
 import io
 import json
 import re
 import shutil
 import sys
+import time
 
 import asked_runs
 import jax
@@ -21,7 +24,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.inference import label
 from rlhf_jax.inference.chat import Console
-from rlhf_jax.inference.labelling import pairs, settings, summary
+from rlhf_jax.inference.labelling import pairs, store
+from rlhf_jax.inference.labelling.settings import Config
 
 NUM_PAIRS = 12
 PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
@@ -66,7 +70,7 @@ def ask(runs, tmp_path):
                 yield judge(*both(shown[-1])) if callable(judge) else line
 
         files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / name)}
-        given = label.Config(**files, **config)
+        given = Config(**files, **config)
         console = Console(shown.append, notes.append, is_terminal)
         summary = label.run(str(runs / "policy"), given, lines(), console)
         return shown, notes, summary
@@ -92,11 +96,10 @@ def later(a, b):
 def test_the_rows_say_which_answer_was_chosen(ask, answers, tmp_path):
     shown, _, summary = ask(later)
     rows = json_lines(tmp_path / "out.jsonl")
-    expected = [
-        {"prompt": prompt, "chosen": max(pair), "rejected": min(pair)}
-        for prompt, pair in zip(PROMPTS, answers, strict=True)
-    ]
-    assert rows == expected
+    for row, prompt, pair in zip(rows, PROMPTS, answers, strict=True):
+        assert row["seconds"] < 60
+        assert row == row | {"prompt": prompt, "chosen": max(pair), "rejected": min(pair)}
+        assert (row["annotator"], row["chosen_by"]) == ("you", "random")
     order = [f"a: {pair[0]}\n" in text for text, pair in zip(shown, answers, strict=False)]
     assert 3 <= sum(order) <= 9  # which of the two samples comes first is drawn
     assert ask(later, name="again.jsonl", batch_size=5)[0] == shown
@@ -104,24 +107,24 @@ def test_the_rows_say_which_answer_was_chosen(ask, answers, tmp_path):
     num_first = sum(
         (f"a: {max(pair)}\n" in text) for text, pair in zip(shown, answers, strict=False)
     )
-    assert summary.splitlines()[:2] == [
-        "12 of 12 pairs: 12 preferences, 0 ties, 0 skipped, 0 with equal or empty answers",
-        f"the answer shown first was chosen {num_first} times of 12",
-    ]
+    said = summary.splitlines()
+    assert said[0] == "judgements: 12 of 12 pairs"
+    assert f"skipped 0, first shown chosen {num_first} of 12, longer" in summary
+    assert said[-1] == f"{tmp_path}/out.jsonl: 12 rows for reward-model, dpo and kto"
 
 
 def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
     shown, _, summary = ask(later, again=0.25)
     assert len(shown) == NUM_PAIRS + 3
-    assert "asked again, you said the same 3 times of 3" in summary
+    assert "an annotator prefers the same answer again: 3 of 3" in summary
     for text in shown[NUM_PAIRS:]:
         assert text.startswith("\n[once more] say ")
         a, b = both(text)
         assert any(f"\na: {b}\n\nb: {a}\n" in first for first in shown[:NUM_PAIRS])
     assert len(json_lines(tmp_path / "out.jsonl")) == NUM_PAIRS
     _, _, summary = ask(lambda a, b: "a", name="first.jsonl")
-    assert "chosen 12 times of 12" in summary
-    assert "asked again, you said the same 0 times of 1" in summary
+    assert "first shown chosen 12 of 12" in summary
+    assert "an annotator prefers the same answer again: 0 of 1" in summary
 
 
 def test_ties_skips_undo_and_going_on(ask, tmp_path):
@@ -132,16 +135,17 @@ def test_ties_skips_undo_and_going_on(ask, tmp_path):
     assert ["chosen" in row for row in rows] == [True, False, False]
     assert rows[1] == rows[1] | {"prompt": "say b", "ranks": [0, 0]}
     assert rows[2] == rows[2] | {"prompt": "say c", "ranks": [0, 0]}
-    assert summary.startswith("3 of 12 pairs: 1 preferences, 2 ties, 0 skipped")
+    assert "you: judgements 3, ties, both bad 2, skipped 0," in summary
     read = formats.read("pairs", out)
     assert len(read.rows) == 1
     assert read.dropped == {"all responses are ranked equal": 2}
     shown, _, summary = ask(["s", "a"])
     assert letters(shown) == "def"
-    assert summary.startswith("5 of 12 pairs: 2 preferences, 2 ties, 1 skipped")
+    assert "you: judgements 4, ties, both bad 2, skipped 1," in summary
+    assert "4 of 11 judgements that are needed; 0 pairs with equal" in summary
     assert json_lines(out)[:3] == rows
     _, _, whole = ask(later)
-    assert whole.startswith("12 of 12 pairs: 9 preferences")
+    assert "you: judgements 11, ties, both bad 2, skipped 1," in whole
     assert ask(later)[2] == whole
     _, notes, _ = ask(["u", "what", "undone", "a"], name="none.jsonl", is_terminal=True)
     assert notes == ["nothing to undo", label.QUESTION, label.QUESTION]
@@ -160,12 +164,14 @@ def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
     how = {"max_new_tokens": 6, "temperature": 0.5, "top_k": 9, "template": "{prompt}:"}
     texts = Generator(other, **how)(PROMPTS[:6]).texts
     assert len(shown) == 0  # the same model says the same to the same seed: nothing to choose
-    assert summary.startswith(
-        "6 of 6 pairs: 0 preferences, 0 ties, 0 skipped, 6 with equal or empty"
-    )
     assert f"{runs}/policy was preferred 0 times of 0" in summary
-    session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
-    assert [given["answers"] for given in session["judgements"]] == [[text, text] for text in texts]
+    assert "0 of 0 judgements that are needed; 6 pairs with equal or empty answers" in summary
+    config = Config(answers="a", out=str(tmp_path / "out.jsonl"))
+    with contextlib.closing(store.Store(tmp_path / "out.jsonl.session.sqlite", config)) as kept:
+        assert kept.num_pairs() == 6
+        assert kept._db.execute("SELECT answers FROM pairs").fetchall() == [
+            (json.dumps([text, text]),) for text in texts
+        ]
 
 
 def test_the_summary_counts_whose_answer_was_preferred(runs, ask, tmp_path):
@@ -198,7 +204,7 @@ def test_what_was_begun_otherwise_is_refused(ask, tmp_path):
         ({"count": 0}, "--count .* got 0"),
     ):
         with pytest.raises(UserError, match=said):
-            label.Config(prompts=("a",), out="b", **config)
+            Config(prompts=("a",), out="b", **config)
 
 
 def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatch):
@@ -209,12 +215,37 @@ def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatc
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(label, "write_atomically", killed)
-    with pytest.raises(KeyboardInterrupt):
-        ask(later)
-    monkeypatch.setattr(label, "write_atomically", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(label, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(later)
     ask(["q"])
     assert len(json_lines(tmp_path / "out.jsonl")) == 1
+
+
+def test_a_file_has_the_pairs_of_the_terminal_too_and_the_page_goes_on(tmp_path, monkeypatch):
+    """One store: what is begun in the terminal is continued by several people."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "p", "responses": ["yes", "no"]}\n' * 3)
+    out = tmp_path / "out.jsonl"
+    shown = []
+    console = Console(shown.append, print, False)
+    config = Config(answers=str(file), out=str(out), annotators=("ana",), again=0.0)
+    label.run(None, config, iter(["a", "tie"]), console)
+    assert shown[0].startswith("\n[1 of 3] p\n\na: ")
+    rows = json_lines(out)
+    assert [row["annotator"] for row in rows] == ["ana", "ana"]
+    assert (rows[0]["chosen"], rows[0]["rejected"]) == both(shown[0])
+    later = time.time() + 1000
+    monkeypatch.setattr(time, "time", lambda: later)
+    label.run(None, config, iter(["b"]), console)
+    rows = json_lines(out)
+    assert max(row["seconds"] for row in rows) < 60  # not since the pair was shown before
+    config = dataclasses.replace(config, serve=True, annotators=("ana,ben",))
+    with label.opened(None, config) as (kept, _):
+        assert [given.annotator for given in kept.judgements()] == ["ana"] * 3
+    with pytest.raises(UserError, match="--annotators lacks ana"):
+        label.run(None, Config(answers=str(file), out=str(out), again=0.0), iter([]), console)
 
 
 def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, capsys):
@@ -240,29 +271,24 @@ def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
     answers = [given["answers"] for given in session["judgements"][:NUM_PAIRS]]
     files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
     how = {**files, "serve": True, "annotators": ("ana",)}
-    source = pairs.open_source(str(runs / "policy"), settings.Config(**how))
-    assert [source.pair(i).answers for i in range(NUM_PAIRS)] == answers
+    source = pairs.open_source(str(runs / "policy"), Config(**how))
+    assert [one.answers for batch in source.batches(0) for one in batch] == answers
     assert source.num_pairs == source.settings["count"] == NUM_PAIRS
     how |= {"count": 6, "choose": "close", "reward": (str(runs / "reward"),), "random_share": 0.0}
-    config = settings.Config(**how)
+    config = Config(**how)
     source = pairs.open_source(str(runs / "policy"), config)
-    assert (source.num_pairs, source.settings["count"]) == (NUM_PAIRS, 6)
-    chosen = pairs.choose([source.pair(i) for i in range(NUM_PAIRS)], config)
+    assert source.num_pairs == source.settings["count"] == 6
+    *waiting, chosen = source.batches(0)
+    assert waiting == [[]] * NUM_PAIRS
+    assert [pair.number for pair in chosen] == [*range(6)]
+    assert [*source.batches(6)] == []
     judge = LanguageModel.load(runs / "reward" / "model")
     asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     first, second = (judge.score_texts(asked, column) for column in zip(*answers, strict=True))
     closest = np.argsort(abs(first - second))[:6]
     assert {pair.prompt for pair in chosen} == {PROMPTS[i] for i in closest}
+    policy = [str(runs / "policy")]
     with pytest.raises(UserError, match="has no score head"):
-        pairs.choose([source.pair(0)], settings.Config(**how | {"reward": (str(runs / "policy"),)}))
+        pairs.choose(chosen, "close", policy, count=1, random_share=0, seed=0)
     with pytest.raises(UserError, match="name the folder of a run"):
         pairs.open_source(None, config)
-
-
-def test_the_summary_of_a_terminals_session(ask, tmp_path):
-    ask(later, again=0.25)
-    text = summary.text(summary.read(tmp_path / "out.jsonl")).splitlines()
-    assert text[0] == "judgements: 12 of 12 pairs"
-    assert text[1] == "an annotator prefers the same answer again: 3 of 3"
-    assert text[2] == "best accuracy of a reward model on such judgements: 1.00 to 1.00"
-    assert text[3].startswith("you: judgements 12, ties, both bad 0, skipped 0")

@@ -17,7 +17,7 @@ from pages import blocks
 
 CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(os.environ.get("AXE_CORE", "/nowhere"))  # axe.min.js of the npm package axe-core
-PAGE = ROOT / "docs" / "label-server.md"
+PAGE = ROOT / "docs" / "your-preferences.md"
 PICTURES = os.environ.get("LABEL_PICTURES")  # a folder: draw the pictures of the docs anew
 ATTACK = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
 CODE = "Use `sorted`:\n\n```python\nprint(sorted([3, 1, 2]))\n```\n\nIt gives a **new** list."
@@ -177,7 +177,7 @@ def on_a_phone(browser, address):
     back = phone.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == "rgb(18, 22, 27)"
     assert errors == []
-    picture(opened(browser, address, DESKTOP, "dark")[0], "label_dark.png")
+    assert opened(browser, address, DESKTOP, "dark")[1] == []
 
 
 def test_people_label_by_mouse_by_keys_and_on_a_phone(browser, served, tmp_path):
@@ -201,7 +201,9 @@ def test_the_commands_of_the_page_with_simulated_clicks(browser, served, tmp_pat
     """A person labels on a phone what a model samples, trains a reward model on it, and sees how
     often they agree.
     """
-    console = "".join(block.text for block in blocks(PAGE) if block.language == "console")
+    console = "".join(
+        block.text for block in blocks(PAGE, labelled=True) if block.language == "console"
+    )
     lines = re.sub(r" *\\\n *", " ", console).splitlines()
     commands = [shlex.split(line.removeprefix("$ rlhf-jax ")) for line in lines]
     serving = next(command for command in commands if "--serve" in command)

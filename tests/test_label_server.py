@@ -20,8 +20,7 @@ from builders import json_lines
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
-from rlhf_jax.inference.label import store_file
-from rlhf_jax.inference.labelling import connections, serve, server, store
+from rlhf_jax.inference.labelling import pairs, serve, server, store
 from rlhf_jax.inference.labelling.settings import Config
 
 ATTACK = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
@@ -39,7 +38,7 @@ class Site:
 
     def __init__(self, tmp_path, num_pairs=4, people=PEOPLE, reasons=False, **given):
         how = config(tmp_path, people, reasons=reasons, **given)
-        self.store = store.Store(store_file(tmp_path / "prefs.jsonl"), how)
+        self.store = store.Store(store.file_of(tmp_path / "prefs.jsonl"), how)
         self.store.add(
             store.Pair(i, f"prompt {i} {ATTACK}", [f"yes {ATTACK}", "no"]) for i in range(num_pairs)
         )
@@ -58,10 +57,15 @@ class Site:
 
         async def all_of_them():
             async with self.client() as client:
-                return [
-                    await client.request(method, path, json=content, headers=headers)
-                    for method, path, content in requests
-                ]
+                said = []
+                for method, path, content in requests:
+                    body = None
+                    if content is not None:
+                        text = json.dumps(content, ensure_ascii=False)
+                        body = text.encode("utf-8", "surrogatepass")
+                    own = {"content-type": "application/json"} | headers
+                    said.append(await client.request(method, path, content=body, headers=own))
+                return said
 
         return asyncio.run(all_of_them())
 
@@ -192,11 +196,15 @@ def test_what_is_no_judgement_is_refused(site):
         judgement(task, "useless"),
         judgement(task, seconds=-1),
         judgement(task, seconds="1"),
+        judgement(task, seconds=float("nan")),
+        judgement(task, seconds=1e9),
         judgement(task, seconds=True),
         judgement(task, reason="there is no such field"),
         judgement("1"),
         judgement(True),
         judgement(1 << 64),
+        judgement(1 << 62),
+        judgement(-1),
         ("POST", f"{ANA}/judgement", [1]),
         ("POST", f"{ANA}/undo", {}),
     ]
@@ -211,16 +219,16 @@ def test_what_is_no_judgement_is_refused(site):
 def test_reasons_are_kept_if_they_are_asked(site):
     asked = site(reasons=True)
     task = asked.store.next("ana", is_complete=True).id
+    half = f"\ud800 {ATTACK} "  # of a character
     wrong, long, kept = asked.ask(
         judgement(task, strength="enormous"),
         judgement(task, reason="x" * 2001),
-        judgement(task, strength="clear", reason=f" {ATTACK} "),
+        judgement(task, strength="clear", reason=half),
     )
     assert (wrong.status_code, long.status_code, kept.status_code) == (400, 400, 200)
     (given,) = asked.store.judgements()
-    assert (given.strength, given.reason) == ("clear", ATTACK)
+    assert (given.strength, given.reason) == ("clear", f"? {ATTACK}")
     assert given.seconds <= 1
-    assert server._reason({"reason": "\ud800 half a pair"}) == "? half a pair"
 
 
 def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
@@ -275,9 +283,7 @@ async def listening(app):
     how.load()
     state = uvicorn.server.ServerState()
     loop = asyncio.get_running_loop()
-    listener = await loop.create_server(
-        lambda: connections.Connection(how, state, {}), "127.0.0.1", 0
-    )
+    listener = await loop.create_server(lambda: serve.Connection(how, state, {}), "127.0.0.1", 0)
     writers = []
 
     async def open_(sent):
@@ -338,7 +344,7 @@ def test_a_request_that_does_not_come_is_given_up(site, monkeypatch):
 
 def test_connections_that_say_nothing_keep_nobody_out(site, monkeypatch):
     """The oldest are closed; one whose request is being read is not."""
-    monkeypatch.setattr(connections, "MOST_WAITING", 5)
+    monkeypatch.setattr(serve, "MOST_WAITING", 5)
     asked = site()
     head = f"POST {ANA}/undo HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n"
@@ -482,14 +488,14 @@ def write_pairs(tmp_path, last="no"):
 def test_the_same_command_goes_on(tmp_path, serving, caplog):
     how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
     addresses, end = serving(how)
-    with pytest.raises(UserError, match="is being written by another process"):
+    with pytest.raises(UserError, match="is being written by"):
         serve.run(None, how)
     task = wait_for_pair(addresses["ana"])
     assert post(addresses["ana"], "judgement", {"id": task["id"], "choice": "a", "seconds": 0})
     assert "judgements: 1 of 1 pairs" in end()
     (row,) = json_lines(tmp_path / "prefs.jsonl")
     assert row["annotator"] == "ana"
-    assert store_file(tmp_path / "prefs.jsonl").exists()
+    assert store.file_of(tmp_path / "prefs.jsonl").exists()
     later, end = serving(dataclasses.replace(how, annotators=("ana,ben,cy",), host="0.0.0.0"))
     assert "1 judgements so far" in caplog.text
     assert "TLS" in caplog.text
@@ -515,11 +521,9 @@ def test_what_was_begun_otherwise_is_refused(tmp_path, serving):
     write_pairs(tmp_path, last="never")
     with pytest.raises(UserError, match="begun with answers"):
         serve.run(None, how)
-    with pytest.raises(UserError, match="go on with --serve"):
-        label.run("run", how, iter([]), None)
     other = dataclasses.replace(how, out=str(tmp_path / "other.jsonl"))
     (tmp_path / "other.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="was not begun on the page"):
+    with pytest.raises(UserError, match="begun by another command or version"):
         serve.run(None, other)
 
 
@@ -530,7 +534,7 @@ def test_a_store_that_lost_judgements_is_refused_and_nothing_is_written(
     how = config(tmp_path, answers=write_pairs(tmp_path), port=0)
     addresses, end = serving(how)
     out = tmp_path / "prefs.jsonl"
-    file = store_file(out)
+    file = store.file_of(out)
     for choice in ("a", "skip"):
         task = wait_for_pair(addresses["ana"])
         post(addresses["ana"], "judgement", {"id": task["id"], "choice": choice, "seconds": 0})
@@ -569,11 +573,11 @@ def test_an_undo_is_no_lost_judgement(site, tmp_path):
     for _ in range(2):
         tasks.append(asked.store.next("ana", is_complete=True).id)
         asked.store.judge("ana", tasks[-1], "a", seconds=0)
-    serve.write(asked.store, out)
+    label.write(asked.store, out)
     asked.store.undo("ana", tasks[-1])  # and a kill before the next writing
-    source = serve.pairs.Source({}, 2, None)
+    source = pairs.Source({}, 2, None)
     asked.store.begin(source.settings | {"again": 0.0, "per_pair": 1, "annotators": PEOPLE})
-    serve._begin(asked.store, source, how)
+    label.begin(asked.store, source, how)
     assert len(asked.store.judgements()) == 1
 
 

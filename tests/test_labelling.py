@@ -17,9 +17,9 @@ from builders import write_run
 from rlhf_jax import cli
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference.label import Judgement, store_file
-from rlhf_jax.inference.labelling import agreement, markup, pairs, rows, serve, store, summary
+from rlhf_jax.inference.labelling import markup, pairs, serve, store, summary
 from rlhf_jax.inference.labelling.settings import Config
+from rlhf_jax.inference.labelling.store import Judgement
 from rlhf_jax.report import figures
 
 
@@ -39,7 +39,7 @@ def opened(tmp_path):
 
     def open_(num_pairs=3, **given):
         how = config(tmp_path, **given)
-        opened = store.Store(store_file(tmp_path / "prefs.jsonl"), how)
+        opened = store.Store(store.file_of(tmp_path / "prefs.jsonl"), how)
         stores.append(opened)
         opened.add(pair(number) for number in range(opened.num_pairs(), num_pairs))
         return opened
@@ -68,24 +68,23 @@ def test_krippendorffs_alpha_of_his_own_example():
     observers += [". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
     columns = zip(*map(str.split, observers), strict=True)
     units = [[value for value in column if value != "."] for column in columns]
-    assert agreement.krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
-    assert agreement.krippendorff_alpha([[0, 0], [1, 1]]) == 1
+    assert summary.krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
+    assert summary.krippendorff_alpha([[0, 0], [1, 1]]) == 1
     # Both disagree: 2 labels 0 and 2 labels 1; observed 1, by chance 2 / 3.
-    assert agreement.krippendorff_alpha([[0, 1], [1, 0]]) == pytest.approx(-0.5)
-    assert math.isnan(agreement.krippendorff_alpha([[0, 0], [0], []]))
+    assert summary.krippendorff_alpha([[0, 1], [1, 0]]) == pytest.approx(-0.5)
+    assert math.isnan(summary.krippendorff_alpha([[0, 0], [0], []]))
 
 
 def test_cohens_kappa():
     """The table [[20, 5], [10, 15]]: 35 of 50 the same, 25 by chance; (35 - 25) / (50 - 25)."""
     both = [("y", "y")] * 20 + [("y", "n")] * 5 + [("n", "y")] * 10 + [("n", "n")] * 15
-    assert agreement.cohen_kappa(both) == pytest.approx(0.4)
-    assert math.isnan(agreement.cohen_kappa([(0, 0)]))
-    assert math.isnan(agreement.cohen_kappa([]))
+    assert summary.cohen_kappa(both) == pytest.approx(0.4)
+    assert math.isnan(summary.cohen_kappa([(0, 0)]))
+    assert math.isnan(summary.cohen_kappa([]))
 
 
 def test_agreement_counts_all_pairs_of_labels():
-    assert agreement.agreement([[0, 0, 1], [1], [1, 1]]) == (2, 4)
-    assert agreement.Agreement(2, 4).share == 0.5
+    assert summary.agreement([[0, 0, 1], [1], [1, 1]]) == (2, 4)
 
 
 def test_the_best_accuracy_lies_between_its_bounds():
@@ -93,12 +92,12 @@ def test_the_best_accuracy_lies_between_its_bounds():
     they all agree on 36% of the pairs and toss a coin on the others, they agree with 0.68 too, and
     the model is right with 0.36 + 0.64 / 2: the lower bound.
     """
-    assert agreement.best_accuracy(0.68) == pytest.approx((0.68, 0.8))
-    assert agreement.best_accuracy(1.0) == (1, 1)
-    assert agreement.best_accuracy(0.3) == (0.5, 0.5)
+    assert summary.best_accuracy(0.68) == pytest.approx((0.68, 0.8))
+    assert summary.best_accuracy(1.0) == (1, 1)
+    assert summary.best_accuracy(0.3) == (0.5, 0.5)
     rng = np.random.default_rng(0)
     right = rng.uniform(0.5, 1, 1000)
-    low, high = agreement.best_accuracy((right**2 + (1 - right) ** 2).mean())
+    low, high = summary.best_accuracy((right**2 + (1 - right) ** 2).mean())
     assert low < right.mean() < high
 
 
@@ -114,21 +113,25 @@ def test_a_summary_by_hand():
         judged(1, "a", "ben", seconds=1.0),
         judged(2, "bad", "ben", seconds=1.0),
     ]
-    whole = summary.summarize(given)
-    ana, ben = whole.people
-    assert ana == ("ana", 3, 1, 1, 1, 2, 2, (2, 2), 3.0)
-    assert ben == ("ben", 3, 1, 0, 2, 1, 2, (0, 0), 1.0)
-    assert whole.agreed == (1, 2)  # pair 0: 0 and 1, pair 1: 0 and 0; ties are no choices
-    assert whole.again == (2, 2)
-    assert whole.num_pairs == 3
-    # Labels 0 1 | 0 0 | tie tie: 3 x 0, 1 x 1, 2 x tie; 1 - 5 * 2 / (36 - 14)
-    assert whole.alpha == pytest.approx(1 - 10 / 22)
-    # The same 2 of 3; by chance 2 * 1 + 1 * 1 of 9.
-    assert whole.pairwise == [(("ana", "ben"), pytest.approx((6 - 3) / (9 - 3)), (2, 3))]
+    facts, people, both = summary.summarize(given)
+    ana, ben = ([*row.values()] for row in people)
+    assert ana == ["ana", "3", "1", "1", "1 of 2", "2 of 2", "2 of 2", "3.0"]
+    assert ben == ["ben", "3", "1", "0", "2 of 2", "1 of 2", "0 of 0", "1.0"]
+    assert facts == {
+        "judgements": "6 of 3 pairs",
+        # Labels 0 1 | 0 0 | tie tie: 3 x 0, 1 x 1, 2 x tie; 1 - 5 * 2 / (36 - 14)
+        "Krippendorff's alpha": f"{1 - 10 / 22:.2f}",
+        # Pair 0: 0 and 1, pair 1: 0 and 0; ties are no choices.
+        "two annotators prefer the same answer": "1 of 2",
+        "an annotator prefers the same answer again": "2 of 2",
+        "best accuracy of a reward model on such judgements": "0.50 to 0.50",
+    }
+    # The same 2 of 3; by chance 2 * 1 + 1 * 1 of 9: (6 - 3) / (9 - 3)
+    assert [*both[0].values()] == ["ana", "ben", "0.50", "2 of 3"]
     text = summary.text(given).splitlines()
     assert text[0] == "judgements: 6 of 3 pairs"
-    assert "best accuracy of a reward model on such judgements: 0.50 to 0.50" in text
-    assert "ana and ben: kappa 0.50, the same 2 of 3" in text
+    assert "ben: judgements 3, ties, both bad 1, skipped 0, first shown chosen 2 of 2" in text[-2]
+    assert text[-1] == "ana and ben: kappa 0.50, the same 2 of 3"
 
 
 def test_rows_of_one_judgement_and_votes_of_several(tmp_path):
@@ -144,7 +147,7 @@ def test_rows_of_one_judgement_and_votes_of_several(tmp_path):
         judged(4, "bad", "ben"),
         judged(5, "b", "ben", order=(1, 0)),
     ]
-    first, second, votes, bad, last = rows.rows(given)
+    first, second, votes, bad, last = store.rows(given)
     # B was the first answer, and the row has it first too: what was shown first was rejected.
     assert (last["chosen"], last["order"]) == ("long answer 5", [1, 0])
     assert first == {
@@ -180,7 +183,7 @@ def test_votes_on_messages_are_read(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     given = [judged(0, "a", name)._replace(prompt=messages) for name in ("ana", "ben")]
     file = tmp_path / "prefs.jsonl"
-    file.write_text(json.dumps(*rows.rows(given)) + "\n")
+    file.write_text(json.dumps(*store.rows(given)) + "\n")
     (row,) = formats.read("pairs", str(file)).rows
     assert list(row.messages) == messages
     assert row.responses == ("long answer 0", "short")
@@ -262,13 +265,11 @@ def test_the_total_counts_what_can_still_be_judged(opened):
     judge(kept, "ana", "a")
     judge(kept, "ana", "tie")
     assert kept.progress("ana") == (3, 2, 5)
-    assert not kept.is_done()
     judge(kept, "ben", "bad")
     judge(kept, "ben", "skip")
     assert kept.progress("ben") == (2, 3, 4)
     judge(kept, "ben", "b")
     assert kept.progress("ben") == (3, 4, 4)
-    assert kept.is_done()
 
 
 def test_more_judgements_than_a_pair_needs_do_not_stand_for_others(opened, monkeypatch):
@@ -278,15 +279,14 @@ def test_more_judgements_than_a_pair_needs_do_not_stand_for_others(opened, monke
     judge(kept, "ben", "a")
     assert kept.judge("ana", first.id, "a", seconds=0)
     assert kept.progress("ana") == (1, 1, 2)
-    assert not kept.is_done()
 
 
 def test_pairs_that_everybody_skipped_are_done(opened):
     kept = opened(1, annotators=("ana,ben",))
     judge(kept, "ana", "skip")
-    assert not kept.is_done()
+    assert kept.progress("ana") == (1, 0, 1)
     judge(kept, "ben", "skip")
-    assert kept.is_done()
+    assert kept.progress("ben") == (1, 0, 0)
 
 
 def test_a_file_says_how_its_pairs_were_chosen(tmp_path):
@@ -294,7 +294,7 @@ def test_a_file_says_how_its_pairs_were_chosen(tmp_path):
     row = {"prompt": "p", "responses": ["a", "b"], "chosen_by": "close"}
     file.write_text(json.dumps(row) + "\n")
     source = pairs.open_source(None, config(tmp_path, answers=str(file)))
-    assert source.pair(0).chosen_by == "close"
+    assert next(source.batches(0))[0].chosen_by == "close"
     file.write_text(json.dumps(row | {"chosen_by": 3}) + "\n")
     with pytest.raises(UserError, match="'chosen_by' must be a string"):
         pairs.open_source(None, config(tmp_path, answers=str(file)))
@@ -320,16 +320,15 @@ def test_a_skipped_pair_goes_to_somebody_else(opened):
 
 def test_the_order_is_drawn_for_each_annotator_from_the_seed(opened):
     kept = opened(24, per_pair=2)
-    for _ in range(24):
-        for name in ("ana", "ben"):
-            judge(kept, name, "a")
+    chosen = [judge(kept, name, "a").answers[0] for _ in range(24) for name in ("ana", "ben")]
     drawn = {"ana": [], "ben": []}
     for given in kept.judgements():
         drawn[given.annotator].append(given.order[0])
     assert all(6 <= sum(order) <= 18 for order in drawn.values())
     assert drawn["ana"] != drawn["ben"]
-    for given in kept.judgements():
+    for given, text in zip(kept.judgements(), chosen, strict=True):
         assert given.verdict == given.order[0]
+        assert given.answers[given.verdict] == text  # what was shown first
 
 
 def test_pairs_come_again_in_the_other_order_when_all_are_there(opened):
@@ -429,7 +428,7 @@ def test_what_was_kept_is_there_without_a_close(opened):
 
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
-    file = store_file(tmp_path / "prefs.jsonl")
+    file = store.file_of(tmp_path / "prefs.jsonl")
     file.write_text("no database at all, but a text" * 50)
     for use in (lambda: store.Store(file, config(tmp_path)), lambda: store.read(file)):
         with pytest.raises(UserError, match=r"session.sqlite: cannot be read"):
@@ -502,27 +501,23 @@ def test_tokens_are_long_secret_and_stay(tmp_path):
             serve.tokens(out, ["ana"])
 
 
-def test_which_pairs_are_chosen(tmp_path):
+def test_which_pairs_are_chosen():
     pool = [pair(number) for number in range(10)]
     # Two models; they disagree most about pairs 3 and 7, whose scores are closest too.
     margins = np.full((2, 10), 2.0)
     margins[:, 3] = [4, -4]
     margins[:, 7] = [1, -1]
-    how = {"reward": ("a", "b"), "random_share": 0.0}
+    how = {"count": 2, "random_share": 0.0, "seed": 0}
     for choose in ("disagreement", "close"):
-        given = config(tmp_path, choose=choose, **how)
-        kept = pairs.chosen_by_margins(pool, margins, 2, given)
+        kept = pairs.chosen_by_margins(pool, margins, choose, **how)
         assert {one.prompt for one in kept} == {"prompt 3", "prompt 7"}
         assert {one.number for one in kept} == {3, 7}
         assert {one.chosen_by for one in kept} == {choose}
     margins[:, 5] = [0.5, 0.5]  # close, and they agree
-    given = config(tmp_path, choose="disagreement", **how)
-    assert pairs.preference_spread(margins)[5] == 0
-    assert "prompt 5" not in {
-        one.prompt for one in pairs.chosen_by_margins(pool, margins, 2, given)
-    }
-    given = config(tmp_path, choose="close", **how | {"random_share": 0.5})
-    kept = pairs.chosen_by_margins(pool, margins, 6, given)
+    kept = pairs.chosen_by_margins(pool, margins, "disagreement", **how)
+    assert "prompt 5" not in {one.prompt for one in kept}
+    how |= {"count": 6, "random_share": 0.5}
+    kept = pairs.chosen_by_margins(pool, margins, "close", **how)
     assert sorted(one.chosen_by for one in kept) == ["close"] * 3 + ["random"] * 3
     assert len({one.prompt for one in kept}) == 6
 
@@ -535,9 +530,11 @@ def test_pairs_of_a_file(tmp_path):
     )
     source = pairs.open_source(None, config(tmp_path, answers=str(file)))
     assert source.num_pairs == 2
-    assert source.pair(0) == (0, "p", ["a", "b"], "random")
-    assert source.pair(1).answers == ["c", "d"]
-    assert source.pair(1).prompt == [{"role": "user", "content": "q"}]
+    first, second = (one for batch in source.batches(0) for one in batch)
+    assert first == (0, "p", ["a", "b"], "random")
+    assert second.answers == ["c", "d"]
+    assert second.prompt == [{"role": "user", "content": "q"}]
+    assert [*source.batches(1)] == [[second]]
     with pytest.raises(UserError, match="leave run out"):
         pairs.open_source("run", config(tmp_path, answers=str(file)))
     for row, said in (
@@ -551,7 +548,7 @@ def test_pairs_of_a_file(tmp_path):
 
 
 def test_a_server_that_ends_waits_for_no_batch_and_adds_nothing(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "_PATIENCE", 0.01)
+    monkeypatch.setattr(serve, "_PATIENCE", 0.01)
     kept = opened(0)
     sampling = threading.Event()
     ended = threading.Event()
@@ -561,7 +558,8 @@ def test_a_server_that_ends_waits_for_no_batch_and_adds_nothing(opened, tmp_path
         ended.wait()
         return pair(number)
 
-    feeder = pairs.Feeder(pairs.Source({}, 1, slow), kept, config(tmp_path), ended.set)
+    source = pairs.Source({}, 1, lambda start: ([slow(number)] for number in range(start, 1)))
+    feeder = serve.Feeder(source, kept, 32, ended.set)
     feeder.start()
     sampling.wait()
     feeder.stop()
@@ -581,8 +579,8 @@ def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):
         return pair(number)
 
     ended = threading.Event()
-    source = pairs.Source({}, 10, sampled)
-    feeder = pairs.Feeder(source, kept, config(tmp_path, ahead=4), ended.set)
+    source = pairs.Source({}, 10, lambda start: ([sampled(i)] for i in range(start, 10)))
+    feeder = serve.Feeder(source, kept, 4, ended.set)
     feeder.start()
     while kept.num_waiting() < 4:
         pass
@@ -592,13 +590,13 @@ def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):
     feeder.stop()
     assert asked == [0, 1, 2, 3, 4]
     assert not feeder.is_complete
-    later = pairs.Feeder(source, kept, config(tmp_path, ahead=99), ended.set)
+    later = serve.Feeder(source, kept, 99, ended.set)
     later.run()
     assert asked == [*range(10)]
     assert later.is_complete
     assert not ended.is_set()
-    broken = pairs.Source({}, 11, lambda number: 1 / 0)
-    later = pairs.Feeder(broken, kept, config(tmp_path, ahead=99), ended.set)
+    broken = pairs.Source({}, 11, lambda start: (1 / 0 for _ in range(start, 11)))
+    later = serve.Feeder(broken, kept, 99, ended.set)
     later.run()
     assert ended.is_set()
     assert isinstance(later.error, ZeroDivisionError)
@@ -611,7 +609,8 @@ def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):
         ({"annotators": ("ana", "ana")}, "each once"),
         ({"annotators": ("a/b",)}, "'a/b' is no name"),
         ({"per_pair": 3}, "--per-pair 3 needs as many --annotators, got 2"),
-        ({"serve": False}, "--annotators needs --serve"),
+        ({"serve": False}, "several need --serve"),
+        ({"serve": False, "annotators": (), "port": 1}, "--port needs --serve"),
         ({"prompts": ("p",)}, "not both"),
         ({"answers": None}, "give --prompts"),
         ({"choose": "disagreement", "reward": ("a",)}, "needs 2 reward models"),
@@ -637,7 +636,7 @@ def test_the_summary_command_reads_the_store_and_writes_a_page(opened, tmp_path,
     assert "Krippendorff's alpha: unknown" in said
     assert "ana and ben: kappa unknown, the same 2 of 2" in said
     assert "Krippendorff" in page.read_text("utf-8")
-    with pytest.raises(UserError, match=r"no other.jsonl.session.json"):
+    with pytest.raises(UserError, match=r"no other.jsonl.session.sqlite"):
         cli.run(["label", "--summary", str(tmp_path / "other.jsonl")])
 
 

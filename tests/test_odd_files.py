@@ -192,7 +192,7 @@ def test_a_runs_file_that_is_none_is_refused(name, kind, tmp_path):
     where = put(kind, tmp_path / name)
     read = {".json": reading.read_json, ".yaml": reading.read_yaml}.get((tmp_path / name).suffix)
     with pytest.raises(UserError, match=where):
-        read(tmp_path / name, {}) if read else reading.read_rows(tmp_path / name)
+        read(tmp_path / name, dict) if read else reading.read_rows(tmp_path / name)
 
 
 @pytest.mark.parametrize("ends", ["x", ["x"], 1.5, True, {"a": 1}])

@@ -1,7 +1,6 @@
 """An algorithm from outside the package trains, resumes and reports as the built-in ones do."""
 
 import json
-import re
 import sys
 import types
 from dataclasses import replace
@@ -25,9 +24,8 @@ def module(name, source):
 
 
 def gspo():
-    """The example of docs/your-algorithm.md, taken from the page."""
-    text = (ROOT / "docs" / "your-algorithm.md").read_text("utf-8")
-    source = re.search(r"```python\n(# gspo\.py\n.*?)```", text, re.DOTALL)[1]
+    """The example of docs/your-algorithm.md."""
+    source = (ROOT / "docs" / "programs" / "gspo.py").read_text("utf-8")
     assert len(source.splitlines()) <= 40
     return module("gspo", source)
 

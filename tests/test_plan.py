@@ -13,8 +13,8 @@ import pytest
 from builders import ROOT, initial_params
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import ppo
-from rlhf_jax.cli.planning import case, choices, phases, plan, shapes
+from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.cli.planning import plan, shapes
 from rlhf_jax.config import (
     Compute,
     DistillStage,
@@ -35,7 +35,8 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common import initial, memory, remat
+from rlhf_jax.training.rl.job import rows_at_once
 from rlhf_jax.training.rl.method import method_of
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
@@ -73,7 +74,7 @@ def no_phases(monkeypatch):
         held, programs, parts = shapes_of(*args)
         return shapes.Shapes(held, {"reward": programs["reward"]}, parts)
 
-    monkeypatch.setattr(phases, "shapes_of", short)
+    monkeypatch.setattr(plan, "shapes_of", short)
 
 
 def mebibytes(text):
@@ -124,19 +125,37 @@ def test_ppo_prints_what_it_holds_its_peak_and_a_flag_that_helps(folder, capsys,
 
 
 def test_an_offloaded_reference_is_held_in_the_first_phase_alone(folder, monkeypatch):
-    def compiled(config, name, phase, *_):
-        return phase
-
-    monkeypatch.setattr(phases, "compile_phase", compiled)
     monkeypatch.setattr(memory, "needed", lambda phase: 0)
     rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
     config = RunConfig(model=folder, reward=("length",), rl=rl)
     offload = dataclasses.replace(config.compute, offload=("reference",))
-    moved = phases.plan(dataclasses.replace(config, compute=offload), "vpg")
+    config = dataclasses.replace(config, compute=offload)
+    moved = plan.plan(config, "vpg", compile_phase=lambda case, phase, program: phase)
     assert "reference" not in moved.held
     assert moved.phases[shapes.SAMPLING] == 2 * COUNT
     assert moved.peak == sum(moved.held.values()) + 2 * COUNT
     assert {moved.phases["reward"], moved.phases["learn"]} == {0}
+
+
+def test_a_phase_of_bfloat16_takes_half_but_for_the_gradients_of_the_update(folder, monkeypatch):
+    needed = 10**6
+    monkeypatch.setattr(memory, "needed", lambda phase: needed)
+    rl = RLStage(batch_size=4, max_prompt_length=2, max_new_tokens=2)
+    config = RunConfig(model=folder, reward=("length",), rl=rl, compute=Compute(dtype="bfloat16"))
+    phases = plan.plan(config, "vpg", compile_phase=lambda case, phase, program: phase).phases
+    exact = 2 * 4 * COUNT  # float32 gradients, and as much again
+    assert phases[shapes.SAMPLING] == needed / 2
+    assert phases["learn"] == exact + (needed - exact) / 2
+
+
+def test_rows_that_share_a_prompt_are_counted_by_the_tokens_that_are_left():
+    """Four of them: 8 + 4 * 4 tokens in place of 4 * (8 + 4), half as many."""
+    rl = RLStage(batch_size=32, max_new_tokens=4)
+    config = RunConfig(reward=("length",), rl=rl, grpo=grpo.Config(group_size=4))
+    method = method_of(config, shapes.RL["grpo"], config.grpo)._replace(shared_by=4)
+    assert rows_at_once(method, 8) == 16
+    assert rows_at_once(method._replace(shared_by=1), 8) == 32
+    assert rows_at_once(method, 4) == 20
 
 
 @pytest.mark.slow
@@ -224,7 +243,7 @@ def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, 
     monkeypatch.setattr(plan, "options", lambda case: peaks)
 
     def planned(peak, *_):
-        return phases.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}, {})
+        return plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {})
 
     monkeypatch.setattr(plan, "plan", planned)
     assert plan.report(3, "ppo", None, limit)[-1].startswith(end)
@@ -235,18 +254,17 @@ def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, 
     [
         (3, 3.5, True, "fits in .* 1.000 GiB to spare; where a CPU is .* 512.000 MiB if it starts"),
         (3, 4.5, False, "does not fit in 4.000 GiB where a CPU is .* needs 4.500 GiB for each; on"),
-        (4, 4, True, "fits in 4.000 GiB, with 0.000 MiB to spare$"),  # with a target
         (5, 5.5, False, "does not fit in 4.000 GiB$"),
     ],
 )
 def test_the_verdict_counts_the_process_of_a_cpu_too(peak, of_process, fits, said):
-    text, verdict = plan._verdict(peak * 2**30, of_process * 2**30, 4 * 2**30)
+    text, verdict = plan.judge(peak * 2**30, of_process * 2**30, 4 * 2**30)
     assert re.match(said, text), text
     assert verdict is fits
 
 
 def test_a_process_with_room_for_what_it_keeps_needs_no_variable():
-    said, _ = plan._verdict(3 * 2**30, 4 * 2**30, 8 * 2**30)  # 4 GiB are left
+    said, _ = plan.judge(3 * 2**30, 4 * 2**30, 8 * 2**30)  # 4 GiB are left
     assert said.endswith("where a CPU is the device, with 4.000 GiB")
 
 
@@ -256,7 +274,7 @@ def test_flags_that_are_on_are_not_offered():
     microbatches = (
         "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
     )
-    assert [*plan.options(case.Case(base, "sft", None))] == [
+    assert [*plan.options(shapes.Case(base, "sft"))] == [
         microbatches,
         "--compute.remat",
         "--compute.dtype bfloat16",
@@ -264,9 +282,9 @@ def test_flags_that_are_on_are_not_offered():
     ]
     on = {"compute": Compute(remat=True, dtype="bfloat16"), "lora": LoRA(rank=4)}
     some_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32))
-    assert [*plan.options(case.Case(some_on, "sft", None))] == [microbatches]
+    assert [*plan.options(shapes.Case(some_on, "sft"))] == [microbatches]
     all_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32, num_microbatches=8))
-    assert plan.options(case.Case(all_on, "sft", None)) == {}
+    assert plan.options(shapes.Case(all_on, "sft")) == {}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +322,7 @@ def test_the_answers_at_validations_are_a_phase(folder):
     asked = DPOStage(batch_size=4, validation_prompts=6, max_new_tokens=4)
 
     def planned(section):
-        return case.Case(RunConfig(model=folder, dpo=section), "dpo", None)
+        return shapes.Case(RunConfig(model=folder, dpo=section), "dpo")
 
     made = shapes.shapes_of(planned(asked).config, "dpo").programs
     rollout = jax.eval_shape(*made[shapes.ANSWERING])
@@ -387,30 +405,34 @@ def with_data(tmp_path):
 def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
     alone = dataclasses.replace(with_data, compute=Compute(share_prompts=False))
     narrow = dataclasses.replace(alone, text=Text(bucket_multiple=3))
-    assert choices.longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
+
+    def longest(config, name):
+        return plan.read_data(config, name)[1]
+
+    assert longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
     wide = dataclasses.replace(alone, text=Text(bucket_multiple=50))
-    assert choices.longest(wide, "dpo") == 32  # as many as the model reads
-    assert choices.longest(with_data, "ppo") == 3
+    assert longest(wide, "dpo") == 32  # as many as the model reads
+    assert longest(with_data, "ppo") == 3
     bounded = dataclasses.replace(
         with_data, rl=dataclasses.replace(with_data.rl, max_prompt_length=2)
     )
-    assert choices.longest(bounded, "ppo") is None
-    assert choices.longest(dataclasses.replace(with_data, data=()), "dpo") is None
+    assert longest(bounded, "ppo") is None
+    assert longest(dataclasses.replace(with_data, data=()), "dpo") is None
     network = Network(hidden_size=8, num_layers=1, num_heads=1, max_length=32)
     letters = {"tokenizer": Tokenizer(kind="characters"), "network": network}
     by_letters = dataclasses.replace(with_data, model=None, **letters)
     file = Path(with_data.data[0])
     file.write_text(file.read_text().replace("ab", "xy"))  # letters that only the data has
-    assert choices.longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
-    assert choices.longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
-    assert plan._of_length("ppo", None, 3) == "longest prompt: 3 tokens, of the data"
-    assert plan._of_length("dpo", 8, 8) == "row: 8 tokens (--length)"
+    assert longest(by_letters, "ppo") == 3  # of a tokenizer that the run would train
+    assert longest(dataclasses.replace(by_letters, tokenizer=Tokenizer()), "ppo") < 3
+    assert plan.describe_length("ppo", None, 3) == "longest prompt: 3 tokens, of the data"
+    assert plan.describe_length("dpo", 8, 8) == "row: 8 tokens (--length)"
 
 
 def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):
     """2 + 6 + 2 tokens of a pair with its prompt, in place of two rows for 8."""
     narrow = dataclasses.replace(with_data, text=Text(bucket_multiple=3))
-    config, columns = choices.with_data(narrow, "dpo")
+    config, columns = plan.read_data(narrow, "dpo")
     assert config.compute.share_prompts is True
     assert columns == 12
     made = shapes.shapes_of(config, "dpo", columns)
@@ -438,33 +460,33 @@ def test_a_plan_shares_the_prompts_of_comparisons_as_a_run_does(with_data):
 def test_a_plan_chooses_remat_as_a_run_does(layers, limit, given, chosen, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
     config = RunConfig(model=str(tmp_path), compute=Compute(remat=given))
-    assert choices.with_remat(config, "sft", 16, limit).compute.remat is chosen
+    assert plan.choose_remat(config, "sft", 16, limit).compute.remat is chosen
 
 
 def test_rows_of_an_update_decide_about_remat(tmp_path):
     """A pair is two rows; minibatches and microbatches are as many parts of an iteration."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
     config = RunConfig(model=str(tmp_path), dpo=DPOStage(batch_size=4))
-    model, params = case.Case(config, "dpo", None).model(config.model)
-    stored = memory.stored(model.config, 8 // jax.device_count(), 16)
+    model, params, _ = shapes.Case(config, "dpo").language_model(config.model)
+    stored = remat.stored(model.config, 8 // jax.device_count(), 16)
     # The parameters as they are loaded, and five copies of each in float32.
     size = memory.on_device(jax.eval_shape(model.init, jax.random.key(0)))
     least = memory.on_device(params) + (stored + 5 * size) / 0.9
-    assert choices.with_remat(config, "dpo", 16, least - 4).compute.remat
-    assert not choices.with_remat(config, "dpo", 16, least + 4).compute.remat
+    assert plan.choose_remat(config, "dpo", 16, least - 4).compute.remat
+    assert not plan.choose_remat(config, "dpo", 16, least + 4).compute.remat
     rl = RLStage(batch_size=32, max_new_tokens=8)
     config = dataclasses.replace(
         config, rl=rl, ppo=ppo.Config(num_minibatches=2, num_microbatches=2)
     )
-    assert not choices.with_remat(config, "ppo", 8, least + 4).compute.remat
+    assert not plan.choose_remat(config, "ppo", 8, least + 4).compute.remat
     two = dataclasses.replace(
         config, ppo=PPOStage(num_minibatches=2, num_microbatches=2, value="separate")
     )
-    assert choices.with_remat(two, "ppo", 8, least + 4 * size).compute.remat
+    assert plan.choose_remat(two, "ppo", 8, least + 4 * size).compute.remat
 
 
 def test_a_checked_answer_is_no_part_of_a_plan(folder):
     config = RunConfig(model=folder, reward=("math",))
-    planned = case.Case(config, "ppo", None)
+    planned = shapes.Case(config, "ppo")
     method = method_of(config, ppo, config.ppo)
     assert shapes._reward(planned, method, None) is None

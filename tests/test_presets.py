@@ -186,18 +186,18 @@ def test_the_table_of_methods_is_true():
     rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
     named = set()
     for method, paper, how, code, test in rows:
-        named |= set(re.findall(r"configs/algorithms/(\w+)\.yaml", how))
+        named |= set(re.findall(r"--config (\w+)", how))
         functions = re.findall(r"`(\w+)\.(\w+)`", code)
         assert functions or "rescore" in how, f"{method}: no code"
         for file, function in functions:
             sources = [p.read_text("utf-8") for p in (ROOT / "rlhf_jax").rglob(f"{file}.py")]
             assert any(f"def {function}(" in text for text in sources), f"{file}.{function}"
-        optima = re.findall(r"`test_known_optima::(\w+)`(?: \(([\w`, ]+)\))?", test)
+        optima = re.findall(r"^`(\w+)`(?: \(([\w`, ]+)\))?$", test)
         assert optima, f"{method}: no known optimum"
         assert re.search(r"\w+ (et al\. )?(19|20)\d\d", paper), f"{method}: no paper"
         source = (ROOT / "tests" / "test_known_optima.py").read_text("utf-8")
         for function, cases in optima:
-            assert f"def {function}(" in source, method
+            assert f"def test_{function}(" in source, method
             assert all(f'"{case}"' in source for case in re.findall(r"`(\w+)`", cases)), method
     assert named == set(PRESETS)
 

@@ -194,8 +194,8 @@ mine = [[[0, 1], [4, 5]], [[2, 3], [6, 7]]][number]
 assert sorted(shard.data.tolist() for shard in spread.addressable_shards) == mine
 
 del processes.fetch  # no array is collected from here on
-mesh, placed, put = sharding.make_mesh(1, fsdp=4), [], checkpoint._place
-checkpoint._place = lambda array, target: (placed.append(array.shape), put(array, target))[1]
+mesh, placed, put = sharding.make_mesh(1, fsdp=4), [], checkpoint._moved
+checkpoint._moved = lambda array, target: (placed.append(array.shape), put(array, target))[1]
 
 def state(step, *cut):
     def on(x, *spec):

@@ -6,10 +6,10 @@ import gzip
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
+import public_data
 import pytest
 from builders import ROOT, json_lines, slow
 from numpy.testing import assert_allclose
@@ -27,18 +27,8 @@ SOURCES = {
     "rankings": "oasst/en_trees_first70.jsonl",
     "solutions": "gsm8k/example_model_solutions_first660.jsonl",
 }
-MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 COUNTS = {"dialogues": 120, "rankings": 60, "solutions": 100}  # of generated rows
 WORDS = ("no", "maybe", "the sky", "a red house", "well", "rather not")
-
-
-def conversion(name):
-    """A function of the documentation's page."""
-    page = (ROOT / "docs" / "assistant.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    scope = {}
-    exec(next(block for block in blocks if f"\ndef {name}(" in block), scope)
-    return scope[name]
 
 
 def rows(name, count):
@@ -68,7 +58,7 @@ def rows(name, count):
                 "solution": f"{said(11 * i + k)}{' yes' if label else ''}{' or' * (k % 2)}",
                 "is_correct": label,
             }
-            for k, (model, label) in enumerate(zip(MODELS, labels, strict=True))
+            for k, (model, label) in enumerate(zip(public_data.MODELS, labels, strict=True))
         }
         yield {
             "dialogues": {
@@ -100,7 +90,7 @@ def data_file(name, folder, public=False):
         raw.write_bytes(gzip.compress(text) if raw.suffix == ".gz" else text)
     if name != "solutions":
         return str(raw)
-    conversion("save")(folder / "rows.jsonl", conversion(name)(raw))
+    public_data.save(folder / "rows.jsonl", public_data.solutions(raw))
     return str(folder / "rows.jsonl")
 
 
@@ -172,7 +162,7 @@ def check_accuracies(metrics, samples):
     ],
 )
 def test_they_are_trained_on(name, public, tmp_path):
-    """The twins are learned; of the public files' accuracy, with docs/notes/experiments.md's
+    """The twins are learned; of the public files' accuracy, with docs/assistant.md's
     settings, nothing is promised. All numbers are finite, and each validation writes samples."""
     if public:
         tokenizer = Path(DATA, "gpt2")

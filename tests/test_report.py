@@ -583,6 +583,22 @@ def test_model_cards(member, shift, kind, tmp_path):
     assert ("model.generate(**inputs, max_new_tokens=7)" in card) != shift
 
 
+@pytest.mark.parametrize("linked", ["generation_config.json", "member_1", ""])
+def test_no_link_of_a_strangers_model_is_exported(linked, tmp_path):
+    run = write_run(tmp_path / "run")
+    tokenizers.characters("ab").save(run / "model")
+    place = run / "model" / linked
+    if not linked:
+        place.rename(tmp_path / "elsewhere")
+        place = run / "model"
+    (tmp_path / "secret").mkdir()
+    names = {"": "elsewhere", "member_1": "secret"}
+    place.symlink_to(tmp_path / names.get(linked, "run/model/config.json"))
+    with pytest.raises(UserError, match="symbolic link"):
+        export.export(run, tmp_path / "card")
+    assert not (tmp_path / "card").exists()
+
+
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):
     run = write_run(tmp_path / "run", metrics={}, samples={})
     with pytest.raises(UserError, match="given twice"):

@@ -11,24 +11,21 @@ import optax
 import pytest
 from builders import ROOT
 from numpy.testing import assert_allclose, assert_array_equal
-from pages import blocks
 
 from rlhf_jax import Comparisons, PolicyOutput, Rollout, TrainState, dpo, rewards
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.rewards import Unscored
 
 
-def shown(page, name):
-    """The file of this name that a page shows, as a module."""
-    for block in blocks(ROOT / "docs" / page):
-        if block.text.startswith(f"# {name}.py\n"):
-            module = types.ModuleType(name)
-            exec(compile(block.text, f"{page}: {name}.py", "exec"), vars(module))
-            return module
-    raise LookupError(name)
+def shown(name):
+    """A module of the documentation's."""
+    path = ROOT / "docs" / "programs" / f"{name}.py"
+    module = types.ModuleType(name)
+    exec(compile(path.read_text("utf-8"), path, "exec"), vars(module))
+    return module
 
 
-COPIED = shown("rewards.md", "copied")
+COPIED = shown("copied")
 FENCED = "Here:\n```python\ndef f(x):\n    return {}\n```\nDone."
 
 
@@ -92,7 +89,7 @@ def table_policy(params, tokens, attention_mask, key):
 
 @pytest.mark.slow
 def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
-    online_dpo = shown("algorithms/dpo.md", "online_dpo")
+    online_dpo = shown("online_dpo")
     rollout = pairs_rollout(scores=jnp.array([0.2, 0.8, 0.5, 0.5]))
     pairs = online_dpo.prepare(rollout, config=online_dpo.Config())
     assert pairs.best.tolist() == [1, 0]
@@ -115,13 +112,13 @@ def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
     assert_allclose(metrics["dpo/accuracy"], 0)
     assert float(jnp.abs(after.params - state.params).max()) > 0.01
     assert online_dpo.Config().kl_in_loss is True
-    shorter = shown("algorithms/dpo.md", "prefer").shorter
+    shorter = shown("prefer").shorter
     assert shorter(["p"] * 3, ["a", "aa", "a"], ["aa", "a", "b"]) == [1, 0, 0.5]
 
 
 def test_gdpo_normalises_each_component_in_its_group():
     """Sums 1, 1, 2, 0: GRPO gives the first group nothing; its components differ."""
-    gdpo = shown("your-algorithm.md", "gdpo")
+    gdpo = shown("gdpo")
     components = {
         "correct": jnp.array([1.0, 0, 1, 0]),
         "format": jnp.array([0.0, 1, 1, jnp.nan]),

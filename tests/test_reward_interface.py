@@ -600,7 +600,7 @@ def test_what_a_judge_of_pairs_may_return():
         judge = pairs.by_function("x", lambda first, second, result=result: result, ())
         with pytest.raises(UserError, match=f"^x: .*{message}"):
             judge([pairs.Pair(0, "a", "b")], shown)
-    with pytest.raises(UserError, match="nothing gives its parameter topic"):
+    with pytest.raises(UserError, match=r"x: .*topic.* has parameters of the names prompts, first"):
         pairs.by_function("x", lambda first, topic: [], ())
 
 

@@ -12,14 +12,15 @@ from builders import finished_run
 
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.runs import folder
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.training.pipeline import check_folder
 
 
-def make(folder: Path, *names: str) -> None:
+def make(place: Path, *names: str) -> None:
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(
             '{"versions": {"rlhf-jax": "0"}}' if name.endswith("manifest.json") else ""
         )
 
@@ -31,7 +32,8 @@ def test_a_new_or_empty_folder_is_taken(tmp_path, name):
         assert run.path == tmp_path / name
         assert run.path.is_dir()
         assert not run.resumed
-    open_run(str(run.path)).close()  # a run that ended before it wrote anything blocks nothing
+    with open_run(str(run.path)):  # a run that ended before it wrote anything blocks nothing
+        pass
 
 
 SAVED = "checkpoints/0/x"
@@ -71,7 +73,8 @@ def test_only_a_mistake_found_before_the_first_checkpoint_leaves_the_folder_free
         make(tmp_path, "config.yaml", *written)
         raise error
     assert (tmp_path / "config.yaml").exists() == stays
-    open_run(tmp_path, resume=stays).close()
+    with open_run(tmp_path, resume=stays):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -90,8 +93,8 @@ def test_only_a_mistake_found_before_the_first_checkpoint_leaves_the_folder_free
 )
 def test_a_folder_that_is_refused_stays_as_it_is(tmp_path, path, options, message):
     make(tmp_path, "file", "used/any.txt")
-    with pytest.raises(UserError, match=message):
-        open_run(tmp_path / path, **options)
+    with pytest.raises(UserError, match=message), open_run(tmp_path / path, **options):
+        pass
     assert {entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")} == {
         "file",
         "used",
@@ -122,7 +125,7 @@ def test_overwrite_empties_a_run_folder(tmp_path, names):
     make(tmp_path, "kept/data.json", "run/manifest.json", *(f"run/{name}" for name in names))
     (tmp_path / "run" / "link").symlink_to(tmp_path / "kept")
     with open_run(tmp_path / "run", overwrite=True) as run:
-        assert {p.name for p in run.path.iterdir()} == {".lock", ".pid"}
+        assert {p.name for p in run.path.iterdir()} == {".lock"}
     assert (tmp_path / "kept" / "data.json").exists()
 
 
@@ -133,19 +136,18 @@ def test_overwrite_deletes_nothing_that_is_no_run(tmp_path, manifest):
     if manifest:
         (tmp_path / "manifest.json").write_text(manifest)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(
-        UserError, match=r"not look like a run folder \(it has no manif.* thesis.tex\); nothing was"
-    ):
-        open_run(tmp_path, overwrite=True)
+    message = r"not look like a run folder \(it has no manif.* thesis.tex\); nothing was"
+    with pytest.raises(UserError, match=message), open_run(tmp_path, overwrite=True):
+        pass
     assert sorted(tmp_path.iterdir()) == before
 
 
 HOLDER = """
 import sys, time
 from rlhf_jax.runs.folder import open_run
-run = open_run(sys.argv[1])
-print("open", flush=True)
-time.sleep(60)
+with open_run(sys.argv[1]):
+    print("open", flush=True)
+    time.sleep(60)
 """
 
 
@@ -155,18 +157,34 @@ def test_one_writer(tmp_path):
     try:
         assert process.stdout.readline() == b"open\n"
         for options in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(
-                UserError, match=f"is in use by the process with PID {process.pid};"
-            ):
-                open_run(tmp_path, **options)
+            message = f"is in use by the process with PID {process.pid};"
+            with pytest.raises(UserError, match=message), open_run(tmp_path, **options):
+                pass
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     with open_run(tmp_path) as run:
-        assert (run.path / ".pid").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(UserError, match=f"PID {os.getpid()}"):
-            open_run(tmp_path, resume=True)
-    open_run(tmp_path).close()
+        assert (run.path / ".lock").read_text() == f"{os.getpid()}\n"
+        with (
+            pytest.raises(UserError, match=f"PID {os.getpid()}"),
+            open_run(tmp_path, resume=True),
+        ):
+            pass
+    with open_run(tmp_path):
+        pass
+
+
+def test_what_another_process_wrote_before_the_lock_was_taken_is_kept(tmp_path, monkeypatch):
+    take_lock = folder.take_lock
+
+    def late(*given):
+        make(tmp_path, "manifest.json", "config.yaml")
+        return take_lock(*given)
+
+    monkeypatch.setattr(folder, "take_lock", late)
+    with pytest.raises(UserError, match="holds files already"), open_run(tmp_path):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"manifest.json", "config.yaml"}
 
 
 def test_the_folder_of_a_pipeline(tmp_path, capsys):

@@ -84,9 +84,9 @@ def test_remat_by_depth_and_memory_is_recorded(
 ):
     network = models.GPT2Config(64, 32, 8, layers, 2, remat=given is True)
     begun = LanguageModel(models.build(network), {}, None)
-    stored = memory.stored(network, 4, 32)
+    stored = remat.stored(network, 4, 32)
     monkeypatch.setattr(devices, "free_memory", lambda: share * stored)
-    monkeypatch.setattr(memory, "temporaries", lambda *inputs: stored)
+    monkeypatch.setattr(remat, "temporaries", lambda *inputs: stored)
     config = of_depth(layers, remat=given, scan_layers=True)
     own = opening.OpenRun("sft", a_run(tmp_path), config, layout_of(config))
     own, begun = remat.choose(own, begun, 4 * own.layout.num_parts, 32)
@@ -165,10 +165,10 @@ def test_batches_of_a_deep_model_are_of_few_widths(tmp_path, monkeypatch):
 
 def test_what_an_update_stores():
     network = models.GPT2Config(64, 32, 8, 3, 2)
-    assert memory.stored(network, 5, 32) == 3 * 5 * 32 * (80 + 4 * 32 + 2 * 2 * 32) * 4
+    assert remat.stored(network, 5, 32) == 3 * 5 * 32 * (80 + 4 * 32 + 2 * 2 * 32) * 4
 
 
-ROOM = memory.Room(free=100.0, to_come=50.0)  # a tenth stays free: 40 are left
+ROOM = remat.Room(free=100.0, to_come=50.0)  # a tenth stays free: 40 are left
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ ROOM = memory.Room(free=100.0, to_come=50.0)  # a tenth stays free: 40 are left
         (ROOM, 32.1, 90, True),
         (ROOM, 31.9, None, False),
         (ROOM._replace(to_come=95.0), 1, None, True),
-        (memory.Room(0, 50.0), 1e9, None, False),
+        (remat.Room(0, 50.0), 1e9, None, False),
     ],
 )
 def test_recomputing_is_chosen_by_what_fits(room, stored, compiled, expected):
@@ -191,7 +191,7 @@ def test_recomputing_is_chosen_by_what_fits(room, stored, compiled, expected):
         asked.append(compiled)
         return compiled
 
-    assert memory.wants_remat(room, stored, of_program) is expected
+    assert remat.wants_remat(room, stored, of_program) is expected
     assert asked == ([] if compiled is None else [compiled])
 
 
@@ -199,10 +199,10 @@ def test_recomputing_is_chosen_by_what_fits(room, stored, compiled, expected):
     ("stored", "rows", "factor"), [(40, 8, 1), (41, 8, 2), (300, 8, 8), (300, 4, None)]
 )
 def test_the_microbatches_that_need_no_recomputing(stored, rows, factor):
-    assert memory.more_microbatches(ROOM, stored, rows) == factor
-    said = memory.reason(ROOM, stored, rows, remat=True)
+    assert remat.more_microbatches(ROOM, stored, rows) == factor
+    said = remat.reason(ROOM, stored, rows, remat=True)
     assert (f"with {factor} times as many microbatches" in said) == (factor is not None)
-    assert "saves a quarter" in memory.reason(ROOM, stored, rows, remat=False)
+    assert "saves a quarter" in remat.reason(ROOM, stored, rows, remat=False)
 
 
 def test_a_model_of_135_million_parameters_recomputes_nothing_with_24_gb():
@@ -210,11 +210,11 @@ def test_a_model_of_135_million_parameters_recomputes_nothing_with_24_gb():
     network = models.LlamaConfig(
         49152, 8192, 576, 30, num_heads=9, num_kv_heads=3, intermediate_size=1536
     )
-    stored = memory.stored(network, 32, 112)
+    stored = remat.stored(network, 32, 112)
     assert stored == 30 * 32 * 112 * (10 * 576 + 4 * 1536 + 2 * 9 * 112) * 4
-    room = memory.Room(20e9, memory.COPIES * 4 * 134_515_008)
-    assert not memory.wants_remat(room, stored, None)
-    assert memory.wants_remat(room._replace(free=6e9), stored, None)
+    room = remat.Room(20e9, remat.COPIES * 4 * 134_515_008)
+    assert not remat.wants_remat(room, stored, None)
+    assert remat.wants_remat(room._replace(free=6e9), stored, None)
 
 
 @pytest.mark.slow
@@ -224,9 +224,9 @@ def test_a_compiled_gradient_takes_less_where_it_recomputes():
     params = jax.eval_shape(model.init, jax.random.key(0))
     recomputing = models.build(dataclasses.replace(network, remat=True))
     inputs = (params, 16, 32, None)
-    stores = memory.temporaries(model, *inputs)
-    assert stores > 2 * memory.temporaries(recomputing, *inputs)
-    assert stores == pytest.approx(memory.stored(network, 16, 32), rel=0.4)
+    stores = remat.temporaries(model, *inputs)
+    assert stores > 2 * remat.temporaries(recomputing, *inputs)
+    assert stores == pytest.approx(remat.stored(network, 16, 32), rel=0.4)
 
 
 def test_the_memory_of_this_machine():

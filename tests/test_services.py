@@ -81,21 +81,23 @@ def test_rewards_with_ids_find_their_responses(serve):
 
 OK = {"rewards": [1, 2]}
 NOT_OF_THE_PROTOCOL = {
-    "it.rewards must be a list; got": {"scores": [1, 2]},
-    "it must be an object; got [1, 2]": [1, 2],
-    "it.rewards[1] must be a finite number; got": {"rewards": [1, "2"]},
-    "it.rewards[0] must be a finite number; got": {"rewards": [math.nan, 1]},
-    "it.rewards[1] must be a finite number;": {"rewards": [1, 10**400]},
+    'missing required field `rewards`; got {"scores': {"scores": [1, 2]},
+    "Expected `object`, got `array`; got [1, 2]": [1, 2],
+    "got `str` - at `$.rewards[1]`; got": {"rewards": [1, "2"]},
+    "Expected `float` > -1e+300 - at `$.rewards[0]`; got": {"rewards": [math.nan, 1]},
+    "out of range - at `$.rewards[1]`; got": {"rewards": [1, 10**400]},
     'expected {"rewards": [...]}, a finite number or null for each of 2 responses, got 1': {
         "rewards": [1]
     },
+    "its ids are not those that were sent: []": {"rewards": [1, 2], "ids": []},
+    "at `$.ids[0]`": {"rewards": [1, 2], "ids": [True, 1]},
 }
 
 
 def test_a_reply_that_is_not_the_protocols_is_an_error_at_once(serve):
     for expected, reply in NOT_OF_THE_PROTOCOL.items():
         server = serve(lambda number, body, reply=reply: reply)
-        with pytest.raises(ServiceError, match=re.escape(f"{server.url}: {expected}")):
+        with pytest.raises(ServiceError, match=f"{server.url}: .*{re.escape(expected)}"):
             ask(server)
         assert len(server.asked) == 1
 
@@ -207,7 +209,7 @@ def test_replies_before_a_failure_are_kept(serve, tmp_path):
 
     server = serve(fails)
     judge = rubric_judge(server, tmp_path, concurrency=1)
-    with pytest.raises(ServiceError, match=r"it.choices must be a list; got {\"error\""):
+    with pytest.raises(ServiceError, match=r"missing .*`choices`; got {\"error\""):
         judge(["p"] * 3, ["a", "bb", "ccc"])
     server.stop()
     assert rubric_judge(server, tmp_path)(["p"] * 2, ["a", "bb"]) == [1, 2]
@@ -238,12 +240,12 @@ def test_kept_replies_of_another_form_are_left_out_with_a_line(tmp_path, caplog)
 
 
 REPLIES = {
-    "[]": "it must be an object",
-    "5": "it must be an object",
+    "[]": "Expected `object`",
+    "5": "Expected `object`",
     '{"choices": []}': "no choice",
-    '{"choices": [5]}': "must be an object",
-    '{"choices": [{"message": {"content": [1]}}]}': "content must be",
-    '{"choices": [{"message": null}]}': "message must be an object",
+    '{"choices": [5]}': r"Expected `object`, got `int` - at `\$.choices\[0\]`",
+    '{"choices": [{"message": {"content": [1]}}]}': r"message.content`; got",
+    '{"choices": [{"message": null}]}': r"got `null` - at `\$.choices\[0\].message`",
 }
 
 
@@ -283,7 +285,7 @@ def test_a_wrong_rubric_names_its_file(text, tmp_path):
 
 def test_a_rubric_has_a_scale_and_columns_by_default(tmp_path):
     (tmp_path / "r.yaml").write_text("criteria: ' a '")
-    assert service.read_rubric(tmp_path / "r.yaml") == ("a", (1, 10), [])
+    assert service.read_rubric(tmp_path / "r.yaml") == service.Rubric("a", (1, 10), [])
 
 
 def build(*entries, services=None, columns=()):
@@ -310,6 +312,19 @@ def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
         Judge(url="localhost:8000")
     assert spec.sources(f"judge:{file}*2") == {f"judge:{file}*2": file}
     assert spec.sources("http://a/b") == {}
+
+
+def test_a_reward_of_a_judge_of_pairs_says_so_and_counts_what_was_not_decided(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(RUBRIC)
+    able = Services(Judge(url="http://a/v1", model="m"))
+    for reward in (
+        build(f"pairs:judge:{file}", services=able),
+        build(f"pairs:judge:{file}*2", services=able),
+    ):
+        assert reward.is_pairs
+        assert reward.take_unparsed() == 0
+    assert not build(f"judge:{file}", services=able).is_pairs
 
 
 # --- Runs

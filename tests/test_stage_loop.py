@@ -392,7 +392,7 @@ def test_a_run_of_an_older_version_is_refused_with_its_revision(config):
     for place, more in (
         ("  offload:", "  matmul_precision: null\n"),
         ("  pack:", "  of: {rows: 2}\n"),
-        ("sft:", "lessons: 3\n"),  # a setting of a script
+        ("sft:", "lessons: 3\nlectures: {number: 4}\n"),  # a setting of a script, and a section
     ):
         assert text.count(f"\n{place}") == 1
         text = text.replace(f"\n{place}", f"\n{more}{place}")
@@ -404,8 +404,8 @@ def test_a_run_of_an_older_version_is_refused_with_its_revision(config):
         pass
     assert str(caught.value) == (
         f"--resume: {folder} is a run of revision {COMMIT['commit']}, with settings that are none "
-        "here: compute.matmul_precision, text.of.rows. Go on with that version, or start a new run "
-        "with another --output-dir"
+        "here: compute.matmul_precision, text.of.rows, lectures.number. Go on with that version, "
+        "or start a new run with another --output-dir"
     )
     wheel = "rlhf-jax 0.0.7"
     for git, version in ((COMMIT, f"revision {COMMIT['commit']}"), (None, wheel), (BARE, wheel)):
@@ -414,7 +414,7 @@ def test_a_run_of_an_older_version_is_refused_with_its_revision(config):
             parse(RunConfig, ["--config", str(file)])
         *keys, last = str(caught.value).splitlines()
         assert "unknown key compute.matmul_precision; here it is deterministic" in keys[0]
-        assert len(keys) == 3
+        assert len(keys) == 4
         assert last == f"{file} is of a run of {version}, which reads it"
 
 
@@ -433,7 +433,7 @@ def test_the_restored_state_is_adopted_with_the_settings_that_it_was_saved_with(
 
 def test_every_setting_may_change_freely_or_with_permission_or_never(config, monkeypatch):
     """The three kinds are all settings. What never may is refused by name."""
-    monkeypatch.setattr(manifest, "SETTINGS", {})  # each value is a text here
+    monkeypatch.setattr(manifest, "Settings", dict)  # each value is a text here
     settings = manifest.dotted(dataclasses.asdict(config))
     settings = {key: str(value) for key, value in settings.items()}
     fixed = opening._fixed(config)

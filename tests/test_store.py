@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
 
 from rlhf_jax.config import Text
 from rlhf_jax.data import encoding, formats
@@ -24,7 +24,7 @@ TOKENIZER = characters("abcdefgh ")
 def cache(tmp_path, monkeypatch):
     """The cache folder of the test; parts of three rows, and everything takes long."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(encoding, "ROWS_AT_ONCE", 3)
     monkeypatch.setattr(store, "LONG", -1)
     return tmp_path / "cache" / "rlhf_jax" / "rows"
 
@@ -32,17 +32,9 @@ def cache(tmp_path, monkeypatch):
 def assert_same(found, expected):
     for field in dataclasses.fields(encoding.EncodedTexts):
         ours, theirs = (getattr(encoded, field.name) for encoded in (found, expected))
-        if field.name == "tokens":
-            assert len(ours) == len(theirs)
-            for texts, others in zip(ours, theirs, strict=True):
-                for text, other in zip(texts, others, strict=True):
-                    assert_array_equal(text, other)
-                    assert text.dtype == np.int32
-        elif isinstance(theirs, np.ndarray):
-            assert_array_equal(ours, theirs)
-            assert ours.dtype == theirs.dtype
-        else:
-            assert ours == theirs, field.name
+        np.testing.assert_equal(ours, theirs, field.name)
+        for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert getattr(leaf, "dtype", None) == getattr(other, "dtype", None)
 
 
 def pairs(count):
@@ -69,12 +61,23 @@ def scored(count):
     return [Row("h", ("a",), f"f, row {i}", targets=(float(i),)) for i in range(count)]
 
 
-@pytest.mark.parametrize("rows", [pairs(13), choices(11), scored(7), pairs(3)], ids=len)
+def marked(count):
+    """Every second response has tokens that are not learned."""
+    masks = ((True, False),), ()
+    rows = [Row((2,), ((3, 4),), f"f, row {i}", learned=masks[i % 2]) for i in range(count)]
+    return [*rows, Row((2,), ((3,), (3, 4, 5)), "g", learned=((True,), (False, True, True)))]
+
+
+KINDS = [pairs(13), choices(11), scored(7), marked(6), pairs(3)]
+
+
+@pytest.mark.parametrize("rows", KINDS, ids=len)
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
-def test_parts_give_what_the_whole_gives(rows, too_long):
+def test_parts_give_what_the_whole_gives(rows, too_long, monkeypatch):
     settings = {"max_length": 5, "too_long": too_long}
-    expected = encoding.encode_texts(rows, TOKENIZER, **settings)
-    assert_same(store.in_parts(rows, TOKENIZER, **settings), expected)
+    found = encoding.encode_texts(rows, TOKENIZER, **settings)
+    monkeypatch.setattr(encoding, "ROWS_AT_ONCE", 99)
+    assert_same(found, encoding.encode_texts(rows, TOKENIZER, **settings))
 
 
 def test_the_pairs_of_a_ranking_share_their_weight_across_parts():
@@ -82,46 +85,21 @@ def test_the_pairs_of_a_ranking_share_their_weight_across_parts():
     texts = [("a", "b"), ("b", "c"), ("a" * 9, "c")]
     rows = [*scored(2), *(Row("h", both, "g", weight=1 / 3) for both in texts)]
     rows = [dataclasses.replace(row, targets=None) for row in rows]
-    found = store.in_parts(rows, TOKENIZER, max_length=5, too_long="drop")
+    found = encoding.encode_texts(rows, TOKENIZER, max_length=5, too_long="drop")
     np.testing.assert_allclose(found.weight, [1, 1, 0.5, 0.5], rtol=1e-6)
-
-
-def test_arrays_of_some_texts_keep_their_places(tmp_path):
-    def part(rows, learned):
-        return dataclasses.replace(encoding.encode_texts(rows, TOKENIZER), learned=learned)
-
-    first = part(pairs(2), {(0, 1): np.array([True, False])})
-    second = part(choices(3), {(1, 0): np.array([True]), (3, 2): np.zeros(2, bool)})
-    whole = store.join([first, second])
-    expected = {(0, 1): [True, False], (1, 2): [True], (3, 4): [False, False]}
-    assert {place: mask.tolist() for place, mask in whole.learned.items()} == expected
-    store.save(whole, tmp_path)
-    kept = store.load(tmp_path)
-    assert {place: mask.tolist() for place, mask in kept.learned.items()} == expected
-    assert kept.learned[0, 1].dtype == bool
-
-
-def test_parts_have_the_fields_that_are_joined():
-    """Another field of encoded rows would be the first part's: ``join`` has to learn of it."""
-    joined = {"tokens", "starts", "prompts", "sources", "counts", "best", "weight", "targets"}
-    joined |= {"margin", "learned"}
-    settings = {"pad_id", "max_length", "shares_prompts"}
-    assert {field.name for field in dataclasses.fields(encoding.EncodedTexts)} == joined | settings
 
 
 def test_parts_of_which_nothing_is_left():
     """The first and the last parts are too long as a whole."""
     long = [Row("h" * 9, ("a",), f"f, row {i}") for i in range(4)]
-    rows = [*long, *(Row("h", ("a",), f"f, row {i}") for i in range(4, 9))]
-    rows += [dataclasses.replace(row, source=f"g{row.source}") for row in long]
-    settings = {"max_length": 5, "too_long": "drop"}
-    expected = encoding.encode_texts(rows, TOKENIZER, **settings)
-    assert expected.counts == {encoding.DROPPED: 8}
-    assert_same(store.in_parts(rows, TOKENIZER, **settings), expected)
+    rows = [*long, *(Row("h", ("a",), f"f, row {i}") for i in range(4, 9)), *long]
+    found = encoding.encode_texts(rows, TOKENIZER, max_length=5, too_long="drop")
+    assert found.counts == {encoding.DROPPED: 8}
+    assert found.sources == [f"f, row {i}" for i in range(4, 9)]
     with pytest.raises(UserError, match="none of 8 rows is left to encode"):
-        store.in_parts([*rows[:4], *rows[-4:]], TOKENIZER, **settings)
+        encoding.encode_texts([*long, *long], TOKENIZER, max_length=5, too_long="drop")
     with pytest.raises(UserError, match="row 0: a prompt of 9"):
-        store.in_parts(rows, TOKENIZER, max_length=5)
+        encoding.encode_texts(rows, TOKENIZER, max_length=5)
 
 
 @pytest.fixture
@@ -143,7 +121,7 @@ def encoded_with(monkeypatch):
     return encoded_with
 
 
-@pytest.mark.parametrize("rows", [pairs(13), choices(11), scored(7)], ids=len)
+@pytest.mark.parametrize("rows", KINDS, ids=len)
 def test_the_second_start_reads_the_ids_of_the_first(rows, encoded_with):
     expected = encoding.encode_texts(rows, TOKENIZER)
     assert_same(encoded_with(rows), expected)
@@ -246,10 +224,10 @@ def test_few_rows_and_a_folder_that_cannot_be_written(cache, encoded_with, monke
 
 
 def test_progress_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(store, "_SAID_EVERY", -1)
+    monkeypatch.setattr(encoding, "_SAID_EVERY", -1)
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level("INFO"):
-        store.in_parts(scored(7), TOKENIZER)
+        encoding.encode_texts(scored(7), TOKENIZER)
     assert "3 of 7 rows are token ids, after 0 s" in caplog.text
     assert "7 of 7 rows" in caplog.text
 

@@ -9,10 +9,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from builders import script
 from jax.sharding import PartitionSpec
 
-from rlhf_jax.cli.planning import hlo, phases, plan, targets
 from rlhf_jax.errors import UserError
+
+accelerators, hlo, targets = (
+    script(f"benchmarks/{name}.py") for name in ("accelerators", "hlo", "targets")
+)
 
 # A product of [4, 8] and [8, 2], twice in a loop of 3 turns, and a loop whose end XLA does not
 # know.
@@ -148,7 +152,7 @@ def test_a_loop_that_does_not_count_is_of_unknown_length(text, other):
 def test_a_plan_says_what_it_could_not_count():
     read = hlo.work(PROGRAM, turns=None)
     assert read.kernels == 3 + 2 + 1
-    said = plan._figure_lines("learn", phases.Figures(read, 1e12, 1.0, {}))
+    said = accelerators.Figures(read, 1e12, 1.0, {}).lines("learn")
     assert said[-1] == "  these are lower bounds: 1 loop of unknown length is counted as one turn"
 
 
@@ -255,7 +259,7 @@ def test_plan_for_a_target_prints_what_its_compiler_says(tmp_path, capsys, monke
     flags = ["--model", str(tmp_path), "--rl.max-prompt-length", "8", "--rl.max-new-tokens", "4"]
     flags += ["--rl.batch-size", "4", "--rloo.group-size", "2", "--reward", "length"]
     flags += ["--mesh.fsdp", "2"]
-    assert plan.main(["rloo", "--target", "h200x8", *flags]) == 0
+    accelerators.main(["rloo", "--target", "h200x8", *flags])
     text = capsys.readouterr().out
     assert "rloo on h200x8, on each device: compiled by its compiler, not run" in text
     for phase in ("sample and score", "learn"):

@@ -5,6 +5,7 @@ both, the end of a turn, spelled special tokens, begun answers.
 import json
 
 import chat_templates
+import jinja2
 import numpy as np
 import pytest
 import tokenizer_folders
@@ -245,10 +246,12 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
             assert template.answered(turns[:1], turns[1]["content"], "") == whole
         decoded = tokenizer.decode_raw(ids)
         assert decoded.count(content) >= 2
-        assert f"x {content} y" in tokenizer.decode_raw(row.responses[0])
+        response = tokenizer.decode_raw(row.responses[0])
         count = sum(ids.count(token) for token in tokenizer.special_ids)
         plain = [{"role": "user", "content": "a"}, said("x")]
         [row] = formats.read("demonstrations", write([{"messages": plain}]), template=template).rows
+        begins = tokenizer.decode_raw(row.responses[0]).partition("x")[0]
+        assert response.startswith(f"{begins}x {content} y")
         written = [*row.prompt, *row.responses[0]]
         assert count == sum(written.count(token) for token in tokenizer.special_ids)
     for other in (None, "tokens"):
@@ -395,7 +398,7 @@ def test_options_of_the_template(flag, tmp_path):
     given.write_text(f"text: {{template_options: {flag}}}")
     read = config.parse(RunConfig, ["--config", str(given)])
     assert read.text.template_options == options
-    tokenizer = chat.with_options(load_tokenizer(tmp_path), options)
+    tokenizer = chat.reading(load_tokenizer(tmp_path), options)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     asked = [{"role": "user", "content": "Hi"}]
     how = {"add_generation_prompt": True, "return_dict": False}
@@ -414,12 +417,15 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
     chat_templates.write(tmp_path, "qwen3")
     tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="reads no variable 'enable_thinkin'"):
-        chat.with_options(tokenizer, {"enable_thinkin": False})
+        chat.reading(tokenizer, {"enable_thinkin": False})
     with pytest.raises(UserError, match="no chat template"):
-        chat.with_options(train_bpe(WORDS, 270), {"enable_thinking": False})
-    values = {"enable_thinking": [None, True, {"a": 'x"\n'}]}
-    [line] = chat.with_options(tokenizer, values).config["chat_template"].splitlines()[:1]
-    assert line.endswith('{% set enable_thinking = [none, true, {"a": "x\\"\\n"}] %}{% endif %}')
+        chat.reading(train_bpe(WORDS, 270), {"enable_thinking": False})
+    value = [None, True, -1.5e-7, {"a": "x\"'\n{%é😀"}]
+    read = chat.reading(tokenizer, {"enable_thinking": value}).config["chat_template"]
+    line = read.splitlines()[0]
+    written = jinja2.Template(line + "{{ enable_thinking | tojson }}").render()
+    assert json.loads(written) == value
+    assert read.removeprefix(line + "\n") == tokenizer.config["chat_template"]
 
 
 def test_flags_of_json_are_objects(capsys):

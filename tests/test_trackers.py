@@ -10,9 +10,11 @@ import json
 import sys
 import time
 import types
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+from builders import Killed, run_loop
 
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
@@ -226,3 +228,13 @@ def test_w_and_b_itself_offline(tmp_path, monkeypatch):
     run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(written) == 2
+
+
+def test_a_killed_run_that_is_resumed_sends_no_step_twice(tmp_path, monkeypatch):
+    """Though its rows after the checkpoint have been removed."""
+    init = stand_in(monkeypatch, "trackio")
+    config = RunConfig(output_dir=str(tmp_path), checkpoint_interval=3, track=("trackio",))
+    with pytest.raises(Killed):
+        run_loop(config, num_steps=7, die_at=5)
+    run_loop(replace(config, resume=True), num_steps=7)
+    assert logged(init, "loss") == [1, 2, 3, 4, 5, 6, 7]

@@ -14,7 +14,7 @@ from chat_templates import HELLO, HI, MORE, SYSTEM, YES, encoded, rows_of, spans
 
 from rlhf_jax import kto
 from rlhf_jax.data import batches, chat, encoding, formats
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 
 NO = {"role": "assistant", "content": "No."}
@@ -205,6 +205,7 @@ def test_forms_of_a_message(chatml, qwen3, write):
         ({"messages": [HI | {"content": [{"type": "image"}]}, HELLO]}, "a part of type 'image'"),
         ({"messages": [HI | {"content": None}, HELLO]}, "'content' of message 1 .* found null"),
         ({"messages": [HI, HELLO | {"tool_calls": "x"}]}, "'tool_calls' of message 2 .* a list"),
+        ({"messages": [HI | {"name": END}, HELLO]}, "a user message spells the special token"),
         ({"messages": [HI, HELLO], "tools": "[{"}, "'tools' is not JSON"),
         ({"messages": [HI, HELLO], "tools": {"a": 1}}, "'tools' must be a list"),
         (
@@ -250,8 +251,26 @@ def test_of_a_prompt_and_a_completion_the_completion_is_learned(chatml, write):
         assert read.messages == before
     begun = {"prompt": [HI, HELLO | {"content": "Hel"}], "completion": [HELLO | {"content": "lo!"}]}
     assert learned(chatml, write, begun) == [[f"lo!{END}"]]
+    begun["completion"] += [MORE, NO]
+    assert learned(chatml, write, begun) == [[f"lo!{END}", f"No.{END}"]]
     row = {"prompt": "Hi", "completion": [HELLO, MORE, NO]}
     assert learned(chatml, write, row) == [[f"Hello!{END}", f"No.{END}"]]
+
+
+def test_of_a_begun_answer_that_a_template_marks_the_end_is_learned(tmp_path, write):
+    chat_templates.write(tmp_path, "phi4")  # with {% generation %}
+    begun = {"prompt": [HI, HELLO | {"content": "Hel"}], "completion": [HELLO | {"content": "lo!"}]}
+    assert learned(load_tokenizer(tmp_path), write, begun) == [[f"lo!{END}"]]
+
+
+def test_a_token_of_an_opening_and_an_answer_is_learned(tmp_path, write):
+    train_bpe(["AYes"] * 9, 270).save(tmp_path)
+    source = "{% for m in messages %}{{ 'Q' if m.role == 'user' else 'A' }}{{ m.content }}"
+    source += "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.encode("AYes")) == 1
+    assert learned(tokenizer, write, {"messages": [HI, YES]}) == [["AYes.<|endoftext|>"]]
 
 
 FLAGS = [{"loss": False}, {"train": False}, {"training": False}, {"loss_weight": 0.0}]

@@ -120,6 +120,53 @@ MORE_EXPRESSIONS = [  # for which SymPy takes longer
 ]
 
 
+# (expected, answer, whether they are equal), of expressions with symbols: by values at points
+AT_POINTS = [
+    ("x^{2020}-1", "x^{2020}-2", False),
+    ("10^{30}+x", "x+10^{30}+1", False),
+    ("10^{-40}x", "2\\cdot 10^{-40}x", False),
+    ("10^{-40}x", "x\\cdot 10^{-40}", True),
+    ("0", "\\sin^2 x+\\cos^2 x-1", True),
+    ("|x-1|", "x-1", False),
+    ("|x|", "\\sqrt{x^2}", True),
+    ("\\ln(xy)", "\\ln x+\\ln y", False),
+    ("\\lfloor x+1\\rfloor", "\\lfloor x\\rfloor+1", True),
+    # Equal near 0, and different far from it.
+    ("|x-5|", "5-x", False),
+    ("|x+10|", "x+10", False),
+    ("\\sqrt{(x-5)^2}", "5-x", False),
+    ("\\max(x,5)", "5", False),
+    ("|x-4|+|x+4|", "8", False),
+    ("|x-500|", "500-x", False),
+    ("\\lfloor x/8\\rfloor", "\\lfloor x/9\\rfloor", False),
+    ("\\lfloor n/100\\rfloor", "\\lfloor n/200\\rfloor", False),
+    ("y=|x-5|", "y=5-x", False),
+    ("x<|y-5|", "x<5-y", False),
+    ("|x-y+10|", "x-y+10", False),
+    ("|x-5|", "|5-x|", True),
+    ("\\sqrt{(x-5)^2}", "|x-5|", True),
+    ("2^{x+1}", "2\\cdot 2^x", True),
+    ("e^{x+1}", "e\\cdot e^x", True),
+    ("e^{2x}\\sin(x+1)", "e^x e^x\\sin(1+x)", True),
+    ("x^x", "x\\cdot x^{x-1}", True),
+    ("f(2x)", "2f(x)", False),
+    ("f(x)+1", "1+f(x)", True),
+    ("\\begin{pmatrix}x+1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1+x\\\\2\\end{pmatrix}", True),
+    ("\\begin{pmatrix}x+1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2+x\\\\2\\end{pmatrix}", False),
+    ("\\frac{x+1}{x-1}", "1+\\frac{2}{x-1}", True),
+    ("y=x^5+1", "2y=2x^5+2", True),
+    ("n \\choose 2", "2", False),
+    ("1", "\\frac{(a+b+c+d+e)^{60}}{(e+d+c+b+a)^{60}}", True),
+    ("(x+1)^{300}", "(1+x)^{299}(x+1)", True),
+]
+
+
+@needs_math
+def test_expressions_are_compared_at_points():
+    wrong = [pair for *pair, is_equal in AT_POINTS if verifiable.are_equal(*pair) != is_equal]
+    assert wrong == []
+
+
 def status(gold, response, asked="", **settings):
     return verifiable.verdict(answers.gold(gold), response, asked, settings=Settings(**settings))[0]
 
@@ -186,6 +233,12 @@ HUGE = {
     "many terms": "$" + "+".join(map(str, range(3_000))) + "$",
     "many numbers": "1 " * 50_000,
     "digits of a sine": "$\\sin(10^{100000})$",
+    "tower of exponentials": "$e^{e^{e^{e^{x}}}}+1$",
+    "power of a matrix": "$\\begin{pmatrix}1&x\\\\2&y\\end{pmatrix}^{2000}$",
+    "root of many digits": "$\\sqrt[2500]{x^{2499}+1}$",
+    "many elements": "$\\{" + ",".join(f"x^{{{i}}}+{i}" for i in range(30)) + "\\}$",
+    "integral": "$\\int_0^1 e^{-x^2} dx$",
+    "a series": "$\\sum_{n=1}^{\\infty} \\frac{1}{2^n}$",
 }
 MORE_HUGE = {
     "sum": "$\\sum_{n=1}^{100000} \\frac1n$",
@@ -199,6 +252,7 @@ MORE_HUGE = {
 @pytest.mark.parametrize("huge", [HUGE, slow(MORE_HUGE)], ids=["few", "more"])
 def test_an_answer_that_would_take_long_is_not_equal_at_once(huge):
     assert status("\\sqrt{2}", "\\boxed{\\sqrt{3}}") == "wrong"  # starts the process
+    assert verifiable.are_equal("1999!", "1999!")
     long = {}
     for what, text in huge.items():
         started = time.perf_counter()
@@ -400,19 +454,29 @@ def test_what_the_self_test_finds(monkeypatch):
 
 @needs_math
 def test_a_gold_that_equals_two_unequal_answers_is_a_fault(monkeypatch):
-    equal = verifiable._equal
-    monkeypatch.setattr(verifiable, "_equal", lambda gold, text: gold == "3x" or equal(gold, text))
+    equal = verifiable.are_equal
+    is_broken = lambda gold, text: gold == "3x" or equal(gold, text)  # noqa: E731
+    monkeypatch.setattr(verifiable, "are_equal", is_broken)
     found = faults([("?", gold) for gold in ("3x", "x^2", "y + 1", "2x")])
     assert list(found) == [0]
     assert "both score 1" in found[0]
 
 
+@needs_math
+def test_another_decision_than_recorded_refuses_the_run(monkeypatch):
+    monkeypatch.setattr(verifiable, "are_equal", lambda gold, text: True)
+    with pytest.raises(UserError, match=r"math-verify [\d.]+ says of \(x\+1\)\^2 and x\^2\+2x\+2"):
+        faults([("?", "x + 1")])
+    assert faults([("?", "7")]) == {}  # numbers and words are compared by us
+
+
+@needs_math
 def test_a_column_is_described():
-    golds = map(answers.gold, ["#### 7", "#### 8", "#### x + 1", None, {"a": 1}])
-    column = answers.column(golds)
+    entries = ["#### 7", "#### 8", "#### x + 1", None, {"a": 1}]
+    found = selftest.mathematics(["?"] * 5, entries, Settings())
     line = "3 answers, 3 after ####, number: 2, expression: 1, math.form number, "
-    assert column.describe(column.form) == line + "1 rows without an answer"
-    assert answers.column(map(answers.gold, ["7", "x + 1"])).form == "expression"
+    assert found.line == line + "1 rows without an answer"
+    assert selftest.mathematics(["?"] * 2, ["7", "x + 1"], Settings()).form == "expression"
 
 
 def test_patterns_and_functions_are_warned_of():

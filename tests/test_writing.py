@@ -20,6 +20,7 @@ from rlhf_jax.data import demo, tokenizers
 from rlhf_jax.errors import ServiceError, Stopped, TrainingFault, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.inference import generate, label
+from rlhf_jax.inference.labelling import settings
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import writing
 from rlhf_jax.training.common import opening
@@ -118,7 +119,7 @@ def test_a_full_disk_leaves_all_files_that_belong_together(tmp_path, monkeypatch
 def test_a_second_writer_is_told_who_the_first_is(tmp_path):
     out = tmp_path / "out.jsonl"
     with writing.one_writer(out):
-        message = rf"out\.jsonl is being written by another process \(PID {os.getpid()}\)"
+        message = rf"out\.jsonl is being written by the process with PID {os.getpid()};"
         with pytest.raises(UserError, match=message), writing.one_writer(out):
             pass
         with writing.one_writer(tmp_path / "other.jsonl"):
@@ -153,13 +154,13 @@ def test_a_killed_writer_leaves_a_lock_that_the_next_takes(tmp_path):
     "command",
     [
         lambda out: generate.run("no run", generate.Config(prompts=("a",), out=out)),
-        lambda out: label.run("no run", label.Config(prompts=("a",), out=out), iter(()), None),
+        lambda out: label.run("no run", settings.Config(prompts=("a",), out=out), iter(()), None),
     ],
     ids=["generate", "label"],
 )
 def test_generate_and_label_write_one_at_a_time(command, tmp_path):
     out = tmp_path / "out.jsonl"
-    with writing.one_writer(out), pytest.raises(UserError, match="is being written by another"):
+    with writing.one_writer(out), pytest.raises(UserError, match="is being written by"):
         command(str(out))
     with pytest.raises(UserError, match="no run"):
         command(str(out))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import rlhf_jax
 from rlhf_jax.cli.console import attach_console, run_script, show
-from rlhf_jax.cli.stages import ROUNDS, STAGES, train
+from rlhf_jax.cli.stages import STAGES, train
 from rlhf_jax.errors import UserError, did_you_mean
 
 
@@ -18,14 +18,12 @@ class Command(NamedTuple):
     """A command that is no stage: the function that runs it, and a line for ``--help``."""
 
     function: str
-    """MODULE:FUNCTION in ``rlhf_jax.cli``. ``main`` and ``train_rounds`` read their flags
-    themselves."""
+    """MODULE:FUNCTION in ``rlhf_jax.cli``; ``main`` reads its flags itself."""
     summary: str
 
 
 COMMANDS = {
     "quickstart": Command("quickstart:main", "begin here: SFT, a reward model, PPO in two minutes"),
-    "rounds": Command("stages:train_rounds", ROUNDS.summary),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),
@@ -53,7 +51,6 @@ GROUPS: dict[str, dict[str, str]] = {
         "grpo, rloo, vpg": "the same without a value model",
         "distill": "",
         "pipeline": "",
-        "rounds": "",
     },
     "Use": {"chat": "", "generate": "", "label": "", "export": ""},
     "Look": {"report": "", "evaluate": "", "verify": ""},
@@ -84,7 +81,7 @@ def run(argv: list[str]) -> int | None:
         module, _, function = COMMANDS[name].function.partition(":")
         command = getattr(importlib.import_module(f"rlhf_jax.cli.{module}"), function)
         code: int | None
-        if function in ("main", "train_rounds"):
+        if function == "main":
             code = command(rest)
             return code
         command_line = importlib.import_module("rlhf_jax.config.command_line")

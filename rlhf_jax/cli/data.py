@@ -1,7 +1,6 @@
 """``rlhf-jax data``: files checked and shown, and the generated corpus."""
 
 import dataclasses
-from typing import Any
 
 import tyro
 
@@ -38,11 +37,9 @@ class Reading:
     columns: tuple[str, ...] = ()
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
 
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the functions of ``data.check``."""
-        return vars(self) | {
-            "tokenizer": self.tokenizer and tokenizers.load_tokenizer(self.tokenizer)
-        }
+    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
+        """The tokenizer; None without one."""
+        return None if self.tokenizer is None else tokenizers.load_tokenizer(self.tokenizer)
 
 
 def check_data(
@@ -66,7 +63,14 @@ def check_data(
             score, and the prompt itself, an empty response and another row's answer not?
         math: how math reads answers.
     """
-    tried: Any = {"reward": reward, "math": math}
-    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row, **tried)
+    report = check.check(
+        files,
+        reading.load_tokenizer(),
+        kind=reading.kind,
+        columns=reading.columns,
+        on_bad_row=on_bad_row,
+        reward=reward,
+        math=math,
+    )
     show(report.text)
     return 2 if report.num_problems else 0

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,38 +24,6 @@ from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.sampling import SamplingConfig, rollout
 from rlhf_jax.types import Comparisons, Demonstrations, Metrics, TrainState
-
-
-class Check(NamedTuple):
-    """One line of the doctor's report."""
-
-    name: str
-    passed: bool
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{'ok' if self.passed else 'FAIL':<5} {self.detail}"
-
-
-def machine() -> list[Check]:
-    """Versions, devices with their memory, and an accelerator that JAX does not use (failed)."""
-    names = (*manifest.PACKAGES, "datasets")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    checks = [
-        Check("Python", True, platform.python_version()),
-        Check("versions", True, ", ".join(versions)),
-    ]
-    for device in jax.devices():
-        kind = f"{device.platform}: {device.device_kind}"
-        memory = device.memory_stats()
-        if memory:
-            kind += f", {memory['bytes_limit'] / 2**30:.1f} GiB for JAX"
-        checks.append(Check(f"device {device.id}", True, kind))
-    idle = devices.idle_accelerator()
-    if idle is not None:
-        checks.append(Check("accelerator", False, idle))
-    return checks
-
 
 PHASES: dict[str, Any] = {
     "sft": sft,
@@ -133,30 +101,40 @@ STEPS: dict[str, Callable[[], Metrics]] = {
 } | {"checkpoint": restore_checkpoint}
 
 
-def timed(name: str, step: Callable[[], Metrics]) -> Check:
-    """Runs a step and reports its time, the metrics that are not finite, or its error."""
+def timed(step: Callable[[], Metrics]) -> tuple[bool, str]:
+    """Whether a step passes; and its time, the metrics that are not finite, or its error."""
     started = time.perf_counter()
     try:
         metrics = jax.device_get(step())
     except Exception as error:  # a broken installation may raise anything
         first_line, _, _ = str(error).strip().partition("\n")
-        return Check(name, False, f"{type(error).__name__}: {first_line[:200]}")
+        return False, f"{type(error).__name__}: {first_line[:200]}"
     bad = [metric for metric, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        return Check(name, False, f"not finite: {', '.join(bad)}")
-    seconds = time.perf_counter() - started
-    return Check(name, True, f"{seconds:.1f} s, compiling included")
+        return False, f"not finite: {', '.join(bad)}"
+    return True, f"{time.perf_counter() - started:.1f} s, compiling included"
 
 
 def examine() -> int:
     """Print versions and devices, and try one step of every phase. Exits with 1 if anything is
     wrong.
     """
-    checks = machine()
-    for check in checks:
-        show(f"{check.name:<12} {check}")
+    names = (*manifest.PACKAGES, "datasets")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    facts = {"Python": platform.python_version(), "versions": versions}
+    for device in jax.devices():
+        memory = device.memory_stats()
+        size = f", {memory['bytes_limit'] / 2**30:.1f} GiB for JAX" if memory else ""
+        facts[f"device {device.id}"] = f"{device.platform}: {device.device_kind}{size}"
+    for name, fact in facts.items():
+        show(f"{name:<12} ok    {fact}")
+    idle = devices.idle_accelerator()  # that JAX does not use
+    passed = idle is None
+    if idle is not None:
+        show(f"{'accelerator':<12} FAIL  {idle}")
     for name, step in STEPS.items():
         show(f"{name:<12} ", end="", flush=True)  # a step compiles for seconds
-        checks.append(timed(name, step))
-        show(checks[-1], flush=True)
-    return 0 if all(check.passed for check in checks) else 1
+        fine, detail = timed(step)
+        show(f"{'ok' if fine else 'FAIL':<5} {detail}", flush=True)
+        passed = passed and fine
+    return 0 if passed else 1

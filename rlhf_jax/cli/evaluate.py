@@ -13,7 +13,7 @@ from rlhf_jax.report import page
 
 Settings = tyro.conf.OmitArgPrefixes[evaluate.Config]
 WIDTH = 80
-NOT_RUN = "not run: give "  # how the notes of not_run.yaml begin
+NOT_RUN = "not run: give "  # how the notes of what was not asked for begin
 
 
 def evaluate_run(
@@ -41,31 +41,26 @@ def evaluate_run(
 
 
 def lines(figures: Sequence[measures.Figure]) -> Iterator[str]:
-    """The figures under their categories, in lines that fit a terminal; and in one sentence the
-    flags that would give more of them.
+    """The figures under their categories, in lines that fit a terminal, each with its note below
+    it; and in one sentence the flags that would give more of them.
     """
     yield f"{'':<30}{'value':>8}  {'95% interval':<19} n"
-    missing: dict[str, None] = {}
-    for category, group in itertools.groupby(figures, lambda figure: figure.category):
-        shown = [figure for figure in group if not figure.note.startswith(NOT_RUN)]
-        if shown:
-            yield category
-            yield from itertools.chain.from_iterable(map(_of_figure, shown))
-    for figure in figures:
-        if figure.note.startswith(NOT_RUN):
-            missing[figure.note.removeprefix(NOT_RUN)] = None
+    measured = [figure for figure in figures if not figure.note.startswith(NOT_RUN)]
+    for category, group in itertools.groupby(measured, lambda figure: figure.category):
+        yield category
+        for figure in group:
+            interval = ""
+            if figure.low is not None and figure.high is not None:
+                interval = f"{figure.low:.3f} to {figure.high:.3f}"
+            value = "–" if figure.value is None else f"{figure.value:.3f}"
+            count = f"{figure.n} {figure.unit}" if figure.unit else ""
+            yield f"  {figure.metric:<28}{value:>8}  {interval:<19} {count}".rstrip()
+            indent = "    "
+            yield from textwrap.wrap(
+                figure.note, WIDTH, initial_indent=indent, subsequent_indent=indent
+            )
+    missing = dict.fromkeys(
+        figure.note.removeprefix(NOT_RUN) for figure in figures if figure.note.startswith(NOT_RUN)
+    )
     if missing:
         yield from textwrap.wrap(f"More is measured with {', '.join(missing)}", WIDTH)
-
-
-def _of_figure(figure: measures.Figure) -> Iterator[str]:
-    """A figure, and its note below it."""
-    interval = ""
-    if figure.low is not None and figure.high is not None:
-        interval = f"{figure.low:.3f} to {figure.high:.3f}"
-    value = "–"
-    if figure.value is not None:
-        value = f"{figure.value:.3f}"
-    count = f"{figure.n} {figure.unit}" if figure.unit else ""
-    yield f"  {figure.metric:<28}{value:>8}  {interval:<19} {count}".rstrip()
-    yield from textwrap.wrap(figure.note, WIDTH, initial_indent="    ", subsequent_indent="    ")

@@ -33,19 +33,14 @@ def label_pairs(
         if config.html is not None:
             summary.write_page(judgements, f"Labels in {config.summary}", Path(config.html))
         show(summary.text(judgements))
-    elif config.serve:
-        show(_serve(run, config))
-    elif run is None:
-        raise UserError("name the folder of a run: rlhf-jax label FOLDER --prompts FILE --out FILE")
-    else:
+        return
+    if not config.serve:
         show(label.run(run, config, typed_lines(), console()))
-
-
-def _serve(run: str | None, config: Config) -> str:
+        return
     try:
         from rlhf_jax.inference.labelling import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"--serve needs the package {error.name}: pip install 'rlhf-jax[label]'"
         ) from None
-    return serve.run(run, config)
+    show(serve.run(run, config))

@@ -1,9 +1,8 @@
 """``rlhf-jax data preview``: rows as they are read, or as a stage learns them."""
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tyro
 
@@ -12,9 +11,9 @@ from rlhf_jax.cli.console import show
 from rlhf_jax.cli.data import Positional, Reading
 from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import command_line
-from rlhf_jax.data import check, preview
+from rlhf_jax.data import check
 from rlhf_jax.errors import UserError, did_you_mean, logger
-from rlhf_jax.training import preview as stages
+from rlhf_jax.training import preview
 
 PROGRAM = "rlhf-jax data preview"
 
@@ -42,7 +41,9 @@ def preview_data(
         reading: how it is read.
         count: rows to print.
     """
-    show(check.preview(file, count=count, **reading.arguments()))
+    tokenizer = reading.load_tokenizer()
+    shown = check.preview(file, tokenizer, count, kind=reading.kind, columns=reading.columns)
+    show(shown)
 
 
 def preview_stage(argv: Sequence[str]) -> None:
@@ -60,11 +61,14 @@ def preview_stage(argv: Sequence[str]) -> None:
         raise UserError(f"{PROGRAM}: name the file first: {usage}")
     stage = name.replace("-", "_")
     sections = (*STAGES[name].reads, stage)
-    with _quiet():
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what a run says of its settings is no line of JSON
+    try:
         flags = ["--data", *rest]
         settings = config.parse(config.RunConfig, flags, prog=PROGRAM, sections=sections)
-    shown = stages.rows(stage, config.data_source(settings), settings.rl, options.count)
-    has_colors = sys.stdout.isatty()
+    finally:
+        logger.setLevel(level)
+    shown = preview.rows(stage, config.data_source(settings), settings.rl, options.count)
     if not options.json:
         show(f"{shown.found.describe()}\n{shown.template}\n")
     for row in shown.rows:
@@ -73,16 +77,5 @@ def preview_stage(argv: Sequence[str]) -> None:
             for note in row.notes:
                 show(f"{row.source}: {note}", file=sys.stderr)
         else:
-            text = preview.to_text(row, shown.tokenizer, has_colors)
+            text = preview.to_text(row, shown.tokenizer, sys.stdout.isatty())
             print(text, end="\n\n", file=sys.stdout)  # with the colours, of a text without others
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what a run says of its settings, which is no line of JSON."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

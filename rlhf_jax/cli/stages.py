@@ -37,10 +37,6 @@ STAGES = {
         "SFT, a reward model and PPO, one after the other", (*RL, "sft", "reward_model", "ppo")
     ),
 }
-ROUNDS = TrainingCommand(
-    "by feedback in turns: comparisons, a reward model, RL",
-    (*RL, "reward_model", "ppo"),
-)
 
 
 def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -71,25 +67,6 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
 
     commands = verdict.next_commands(kind, result.folder)
     logger.info("\n    ".join(["Next, for example:", *commands]))
-
-
-def train_rounds(argv: Sequence[str] | None = None) -> None:
-    """Runs rounds of feedback with the settings of a command line (``sys.argv[1:]`` by default)."""
-    from rlhf_jax import config
-    from rlhf_jax.inference import rounds
-    from rlhf_jax.report import verdict
-
-    settings = config.parse(
-        config.RunConfig,
-        argv,
-        prog="rlhf-jax rounds",
-        description=f"Train {ROUNDS.summary}.",
-        sections=(*ROUNDS.reads, "rounds"),
-    )
-    result = rounds.run(settings)
-    commands = verdict.next_commands("policy", result.rounds[-1].rl)
-    page = f"The page of all rounds: {result.folder}/report.html"
-    logger.info("\n    ".join([page, "Next, for example:", *commands]))
 
 
 def train_algorithm(

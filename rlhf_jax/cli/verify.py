@@ -10,7 +10,6 @@ may come from somebody else, does not change.
 
 import contextlib
 import json
-import keyword
 import os
 import random
 import secrets
@@ -18,8 +17,8 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import make_dataclass, replace
-from itertools import chain, zip_longest
+from dataclasses import fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -49,7 +48,6 @@ ROWS = ("metrics.jsonl", "samples.jsonl")
 # In place of the run's: how it was started, and whom it told.
 STARTS: dict[str, Any] = {"output_dir": None, "resume": False, "overwrite": False}
 STARTS |= {"allow_changed": (), "processes": None, "track": ()}
-DATA = ("data", "validation_data")  # settings of a stage's section
 NUM_DRAWN = 3  # steps that --random draws without --steps
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
@@ -58,7 +56,6 @@ MACHINE = ("threads", "backend", "devices", "cpu", "xla_flags", "versions")
 
 Names = Sequence[str]
 Facts = dict[str, Any]  # of a manifest
-Digests = Mapping[str, str]  # {name of what a run reads: sha256}
 Part = str | np.ndarray | None  # what is in one place of a file; None: nothing
 
 
@@ -132,16 +129,12 @@ def verify(
     path = Path(run)
     recorded = _manifest(path)
     folder.check_links(path)
-    if draw is None:
-        spans = [_span(path, start, num_steps, from_scratch)]
-    else:
-        spans = _drawn_spans(path, start, num_steps, from_scratch, draw)
+    spans = _spans(path, start, num_steps, from_scratch, draw)
     stage = recorded["stage"]
     last_start = manifest.last_start(recorded)
-    config = _config(path, model, reward, trust_config)
-    config = _with_data(config, stage, recorded["data"], data)
+    config = _with_data(_config(path, model, reward, trust_config), recorded, data)
     if not trust_config:
-        named = chain(*_data_names(config, stage).values())
+        named = [name for names in _data_names(config, stage).values() for name in names]
         left = tuple(name for name in named if name not in data)
         check_trusted({"data": (left, str(path / "config.yaml"))})
     config = set_up(config, threads=last_start.get("threads"))  # before JAX begins
@@ -150,8 +143,7 @@ def verify(
     differences = _setting_differences(path) + _input_differences(recorded["data"], here)
     for span in spans:
         if span.start is not None:
-            _, damage = _arrays(path, span.start)
-            differences += damage
+            differences += _arrays(path, span.start)[1]
     if differences:
         why = "nothing was repeated: the files or settings at the start differ"
         return Audit(differences, [], unsure, why)
@@ -160,7 +152,7 @@ def verify(
         with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
             ours = Path(scratch) / "run"
             _repeat(path, ours, config, span, {**recorded, "data": here})
-            written = reading.read_json(ours / "manifest.json", reading.MANIFEST)
+            written = reading.read_json(ours / "manifest.json", reading.Manifest)
             found, compared = _compare(path, ours, span)
         differences += found
         sentences.append(compared)
@@ -175,18 +167,17 @@ def _machine(facts: Facts) -> Facts:
 # --- What the run is
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> Facts:
     """The manifest of a run of one of this package's stages that Python gave nothing to."""
     file = path / "manifest.json"
     inner = sorted(str(file.parent) for file in path.glob("*/manifest.json"))
     if not file.is_file() and inner:
         raise UserError(f"{path}: holds several runs; give one of them: {', '.join(inner)}")
     needed = ["stage", "data", "versions"]
-    recorded: dict[str, Any] = reading.read_json(file, reading.MANIFEST, needed)
-    stage = recorded["stage"]
+    recorded: Facts = reading.read_json(file, reading.Manifest, needed)
     why = ""
-    if stage not in TASKS | METHODS:
-        why = f"its stage {stage} is not one of this package"
+    if recorded["stage"] not in TASKS | METHODS:
+        why = f"its stage {recorded['stage']} is not one of this package"
     elif recorded.get("given"):
         why = f"Python gave it {', '.join(recorded['given'])}"
     if why:
@@ -194,71 +185,60 @@ def _manifest(path: Path) -> dict[str, Any]:
     return recorded
 
 
-def _span(path: Path, start: int | None, num_steps: int | None, from_scratch: bool) -> Span:
-    if from_scratch and start is not None:
-        raise UserError("--all begins at the seed, --from at a checkpoint: give one of them")
-    end = _recorded_steps(path, num_steps)[-1]
-    saved = folder.steps(path / "checkpoints")
-    if start is None and not from_scratch and len(saved) > 1:
-        start = saved[-2]
-    first = 0 if start is None else start
-    span = Span(start, min(end, first + (num_steps or end)), end)
-    begins = [step for step in saved if step < end]
-    if start is not None and start not in begins:
-        listed = ", ".join(map(str, begins)) or "none"
-        raise UserError(f"--from {start}: {path} has these checkpoints before its end: {listed}")
-    return span
-
-
-def _recorded_steps(path: Path, num_steps: int | None) -> list[int]:
-    """The steps of metrics.jsonl in their order. ``num_steps`` of them are asked for."""
-    if num_steps is not None and num_steps < 1:
-        raise UserError(f"--steps must be at least 1, got {num_steps}")
-    rows = reading.json_lines(path / "metrics.jsonl")
-    if not rows:
-        raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
-    return sorted({values["step"] for _, values in rows})
-
-
-def _drawn_spans(
-    path: Path, start: int | None, num_steps: int | None, from_scratch: bool, seed: int
+def _spans(
+    path: Path, start: int | None, num_steps: int | None, from_scratch: bool, draw: int | None
 ) -> list[Span]:
-    """Spans that end at steps drawn at random, one for each checkpoint that is the nearest before
-    some of them.
+    """The steps to repeat: one span, or with ``draw`` one for each checkpoint that is the nearest
+    before some of the steps that are drawn.
 
     Raises:
-        UserError: too few steps come after a checkpoint that is kept.
+        UserError: there is no such checkpoint, or too few steps come after one that is kept.
     """
-    if start is not None:
-        raise UserError("--random begins at the nearest checkpoint: leave out --from")
-    steps = _recorded_steps(path, num_steps)
+    if start is not None and (from_scratch or draw is not None):
+        raise UserError(
+            "--random begins at the nearest checkpoint: leave out --from"
+            if draw is not None
+            else "--all begins at the seed, --from at a checkpoint: give one of them"
+        )
+    if num_steps is not None and num_steps < 1:
+        raise UserError(f"--steps must be at least 1, got {num_steps}")
+    steps = sorted({values["step"] for _, values in reading.json_lines(path / "metrics.jsonl")})
+    if not steps:
+        raise UserError(f"{path}: metrics.jsonl has no rows; there is nothing to compare")
     end = steps[-1]
-    begins: list[int | None] = [step for step in folder.steps(path / "checkpoints") if step < end]
-    if from_scratch:
-        begins.insert(0, None)
-    first = (begins[0] or 0) if begins else end
+    saved = folder.steps(path / "checkpoints")
+    begins = [step for step in saved if step < end]
+    listed = ", ".join(map(str, begins)) or "none"
+    if draw is None:
+        if start is None and not from_scratch and len(saved) > 1:
+            start = saved[-2]
+        if start is not None and start not in begins:
+            raise UserError(
+                f"--from {start}: {path} has these checkpoints before its end: {listed}"
+            )
+        return [Span(start, min(end, (start or 0) + (num_steps or end)), end)]
+    places: list[int | None] = [None, *begins] if from_scratch else [*begins]
+    first = (places[0] or 0) if places else end
     steps = [step for step in steps if step > first]
     number = NUM_DRAWN if num_steps is None else num_steps
     if number > len(steps):
         asked = f"--random --steps {number}: {path}"
         if from_scratch:
             raise UserError(f"{asked} has {end} steps; ask for fewer")
-        kept = ", ".join(map(str, begins)) or "none"
         raise UserError(
-            f"{asked} keeps the checkpoints of these steps before its end: {kept}; {len(steps)} of "
-            f"its {end} steps come after one. --all draws from all steps, and repeats from the "
+            f"{asked} keeps the checkpoints of these steps before its end: {listed}; {len(steps)} "
+            f"of its {end} steps come after one. --all draws from all steps, and repeats from the "
             "seed those before the first checkpoint; a run with a larger --keep-last keeps more"
         )
-    drawn = sorted(random.Random(seed).sample(steps, number))
     groups: dict[int | None, tuple[int, ...]] = {}
-    for step in drawn:
-        nearest = [begin for begin in begins if (begin or 0) < step][-1]
+    for step in sorted(random.Random(draw).sample(steps, number)):
+        nearest = [place for place in places if (place or 0) < step][-1]
         groups[nearest] = (*groups.get(nearest, ()), step)
-    return [Span(begin, group[-1], end, group) for begin, group in groups.items()]
+    return [Span(place, drawn[-1], end, drawn) for place, drawn in groups.items()]
 
 
 def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
-    """The settings of config.yaml, those of the script that made the run among them, without what
+    """The settings of config.yaml without those of the script that made the run, and without what
     says how the run was started and whom it told. Whether its data is trusted is asked later.
     """
     file = path / "config.yaml"
@@ -271,11 +251,26 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
         argv += ["--reward", *reward]
     if trust_config:
         argv.append("--trust-config")
-    kind = _settings_class(file)
-    of_stages = (f"{section}.{name}" for section in ("rl", *TASKS) for name in DATA)
-    replaced = [*STARTS, "data", *of_stages]
-    sections = ["lora", "rl.engine", "reward"]
-    config = parse(kind, argv, prog="rlhf-jax verify", sections=sections, replaced=replaced)
+    ours = {field.name for field in fields(RunConfig)}
+    settings = reading.read_yaml(file, reading.Settings)
+    others = [
+        key
+        for key, value in settings.items()
+        if key not in ours and isinstance(value, bool | int | float | str)
+    ]
+    if others:
+        names = ", ".join(others)
+        logger.info(f"{file}: {names} is read by the script that made the run, not here")
+    sections = ("rl", *TASKS)
+    data = [f"{section}.{key}" for section in sections for key in ("data", "validation_data")]
+    config = parse(
+        RunConfig,
+        argv,
+        prog="rlhf-jax verify",
+        sections=["lora", "rl.engine", "reward"],
+        replaced=[*STARTS, "data", *data],
+        ignored=others,
+    )
     config = replace(config, **STARTS)
     if -1 in (config.mesh.fsdp, config.mesh.tensor):
         return config
@@ -283,36 +278,16 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     return replace(config, mesh=replace(config.mesh, data=-1))
 
 
-def _settings_class(file: Path) -> type[RunConfig]:
-    """RunConfig with a field for each setting of the script that made the run."""
-    others = []
-    for key, value in reading.read_yaml(file, reading.SETTINGS).items():
-        is_name = key.isidentifier() and not keyword.iskeyword(key) and not hasattr(RunConfig, key)
-        if is_name and isinstance(value, bool | int | float | str):
-            others.append((key, type(value), value))
-    if others:
-        names = ", ".join(key for key, _, _ in others)
-        logger.info(f"{file}: {names} is read by the script that made the run, not here")
-    return make_dataclass("RunConfig", others, bases=(RunConfig,), frozen=True)
-
-
 def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
     """A sentence for each part of the run that may not repeat."""
-    sentences = []
     named: list[str | None] = []
     if stage in METHODS:
-        named = [
-            *config.reward,
-            *config.rl.judge,
-            config.safety.classifier,
-            config.rl.environment,
-        ]
-    for name in named:
-        if name is not None and ".py:" in name:
-            sentences.append(
-                f"{name} is Python code, which is not known to repeat: it may use a clock or a "
-                "network"
-            )
+        named = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
+    sentences = [
+        f"{name} is Python code, which is not known to repeat: it may use a clock or a network"
+        for name in named
+        if name is not None and ".py:" in name
+    ]
     if last_start.get("backend") == "gpu" and not config.deterministic:
         sentences.append(
             "the run was on a GPU without --deterministic: the order of its sums may differ from "
@@ -327,11 +302,6 @@ def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
 # --- What the run read
 
 
-def _section(stage: str) -> str:
-    """The section of the settings that names the data of a stage."""
-    return "rl" if stage in METHODS else stage
-
-
 def _kind(stage: str) -> Any:
     """Of the rows of its data."""
     return "prompts" if stage in METHODS else TASKS[stage].kind
@@ -339,62 +309,58 @@ def _kind(stage: str) -> Any:
 
 def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
     """{field of the stage's section: the names of its data}."""
-    section = getattr(config, _section(stage))
-    names = {"data": section.data or config.data}
-    if section.validation_data:
-        names["validation_data"] = section.validation_data
-    return names
+    section = getattr(config, "rl" if stage in METHODS else stage)
+    names = {"data": section.data or config.data, "validation_data": section.validation_data}
+    return {field: given for field, given in names.items() if given}
 
 
-def _with_data(config: RunConfig, stage: str, recorded: Digests, given: Names) -> RunConfig:
+def _with_data(config: RunConfig, recorded: Facts, given: Names) -> RunConfig:
     """The settings with the ``given`` files in place of the run's: first files of equal content,
     then the others in their order.
     """
     if not given:
         return config
+    stage = recorded["stage"]
+    known = recorded["data"]
     kind = _kind(stage)
     here = formats.fingerprints(kind, given, seed=config.seed)
     same = {digest: name for name, digest in here.items()}
-    known = recorded.values()
-    others = iter([name for name, digest in here.items() if digest not in known])
-
-    def place_of(name: str) -> str:
-        # The settings may name the folder that holds a file of the manifest.
-        file = name if name in recorded else str(Path(name) / formats.FILES[kind])
-        return same.get(recorded.get(file, "")) or next(others, name)
-
+    others = iter([name for name, digest in here.items() if digest not in known.values()])
     changes: dict[str, Any] = {}
     for field, names in _data_names(config, stage).items():
-        changes[field] = tuple(map(place_of, names))
-    section = _section(stage)
+        # The settings may name the folder that holds a file of the manifest.
+        files = [name if name in known else str(Path(name) / formats.FILES[kind]) for name in names]
+        places = [same.get(known.get(file, "")) for file in files]
+        changes[field] = tuple(
+            place or next(others, name) for place, name in zip(places, names, strict=True)
+        )
+    section = "rl" if stage in METHODS else stage
     sections = {section: replace(getattr(config, section), **changes)}
     return replace(config, **sections)
 
 
-def _inputs(config: RunConfig, stage: str) -> Digests:
+def _inputs(config: RunConfig, stage: str) -> dict[str, str]:
     """The checksums of the files that the run would read on this machine."""
-    kind = _kind(stage)
     others = {}
     if stage in METHODS:
         others = inputs.files(sources_of(config), config.rl, vars(config)[stage])
     digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
-        digests |= formats.fingerprints(kind, names, seed=config.seed)
+        digests |= formats.fingerprints(_kind(stage), names, seed=config.seed)
     return digests
 
 
-def _input_differences(recorded: Digests, here: Digests) -> list[Difference]:
+def _input_differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
     """The files whose content the run did not read. One of a new name takes the place of one that
     is gone.
 
     Raises:
         UserError: one is missing.
     """
-    known = recorded.values()
     gone = [name for name in recorded if name not in here and recorded[name] not in here.values()]
     differences = []
     for name, digest in here.items():
-        if name not in recorded and digest in known:
+        if name not in recorded and digest in recorded.values():
             continue  # a file that was read, in another place
         before = recorded.get(name)
         if before is None:
@@ -416,23 +382,19 @@ def _setting_differences(path: Path) -> list[Difference]:
     saved = folder.steps(path / "checkpoints")
     if not saved:
         return []
-    step = saved[-1]
     try:
         with Checkpoints(path / "checkpoints") as checkpoints:
-            recorded = checkpoints.record(step)["meta"].get("config")
+            recorded = checkpoints.record(saved[-1])["meta"].get("config")
     except CheckpointError as error:
-        return [_damaged(step, error)]
+        return [Difference(saved[-1], f"checkpoints/{saved[-1]}", "", str(error), "")]
     if not isinstance(recorded, dict):
         return []
-    settings = reading.read_yaml(path / "config.yaml", reading.SETTINGS)
+    settings = reading.read_yaml(path / "config.yaml", reading.Settings)
     return [
         Difference(None, "config.yaml", key, old, new)
         for key, (old, new) in manifest.unequal(recorded, settings).items()
         if not manifest.within(key, MAY_CHANGE)
     ]
-
-
-# --- The repetition
 
 
 def _arrays(path: Path, step: int) -> tuple[dict[str, np.ndarray], list[Difference]]:
@@ -441,21 +403,16 @@ def _arrays(path: Path, step: int) -> tuple[dict[str, np.ndarray], list[Differen
         with Checkpoints(path / "checkpoints") as checkpoints:
             return checkpoints.arrays(step), []
     except CheckpointError as error:
-        return {}, [_damaged(step, error)]
+        return {}, [Difference(step, f"checkpoints/{step}", "", str(error), "")]
 
 
-def _damaged(step: int, error: CheckpointError) -> Difference:
-    return Difference(step, f"checkpoints/{step}", "", str(error), "")
+# --- The repetition
 
 
-def _repeat(
-    path: Path,
-    ours: Path,
-    config: RunConfig,
-    span: Span,
-    recorded: Facts,
-) -> None:
-    """Runs the steps of the span in the folder ``ours``, from what the run's own folder holds.
+def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Facts) -> None:
+    """Runs the steps of the span in the folder ``ours``, from what the run's own folder holds: the
+    files that a run goes on from, and the replies of judges and teachers, so that no server is
+    asked again.
 
     Args:
         recorded: the manifest, with this machine's names for the data.
@@ -463,7 +420,17 @@ def _repeat(
     resume = span.start is not None or (path / "judge").is_dir()
     config = replace(config, output_dir=str(ours), resume=resume)
     if resume:
-        _copy(path, ours, span.start)
+        ours.mkdir()
+        names = ["judge"]
+        if span.start is not None:
+            saved = folder.steps(path / "checkpoints")
+            names += [f"checkpoints/{step}" for step in saved if step <= span.start]
+            names += [*ROWS, "alerts.jsonl"]
+        for name in names:
+            if (path / name).is_dir():
+                shutil.copytree(path / name, ours / name)
+            elif (path / name).is_file():
+                shutil.copyfile(path / name, ours / name)
         # --resume compares the other facts with this machine.
         facts = {key: recorded[key] for key in recorded if key not in (*MACHINE, "resumed")}
         (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
@@ -500,23 +467,6 @@ def _stopped_alike(path: Path) -> Iterator[None]:
         raise error.__cause__ or error from None
 
 
-def _copy(path: Path, ours: Path, start: int | None) -> None:
-    """Copies what a run goes on from at the checkpoint ``start``, and the replies of judges and
-    teachers, so that no server is asked again.
-    """
-    ours.mkdir()
-    names = ["judge"]
-    if start is not None:
-        steps = folder.steps(path / "checkpoints")
-        names += [f"checkpoints/{step}" for step in steps if step <= start]
-        names += [*ROWS, "alerts.jsonl"]
-    for name in names:
-        if (path / name).is_dir():
-            shutil.copytree(path / name, ours / name)
-        elif (path / name).is_file():
-            shutil.copyfile(path / name, ours / name)
-
-
 # --- The comparison
 
 
@@ -524,16 +474,33 @@ def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], st
     """The differences, the earliest first, and a sentence about what was compared."""
     names = list(ROWS)
     differences = []
-    for name in ROWS:
-        differences += _row_differences(theirs / name, ours / name, span)
+    for name in ROWS:  # the first row that differs, by the first value that does
+        rows = zip_longest(
+            _rows(theirs / name, span), _rows(ours / name, span), fillvalue=dict[str, str]()
+        )
+        for old, new in rows:
+            found = _differences(int((old | new)["step"]), name, old, new)
+            if found:
+                differences.append(found[0])
+                break
     repeated = folder.steps(ours / "checkpoints")
     for step in folder.steps(theirs / "checkpoints"):
         if step in repeated and span.has(step):
             names.append(f"checkpoints/{step}")
-            differences += _state_differences(theirs, ours, step)
+            arrays, found = _arrays(theirs, step)
+            if not found:
+                found = _differences(step, names[-1], arrays, _arrays(ours, step)[0])
+            if len(found) > 1:
+                place = f"{found[0].place} (first of {len(found)} arrays)"
+                found = [found[0]._replace(place=place)]
+            differences += found
     if span.stop == span.end and (theirs / "model").is_dir():
         names.append("model/")
-        differences += _file_differences(theirs, ours, span.stop)
+        recorded = _results(theirs)
+        written = _results(ours)
+        for name in sorted(recorded.keys() | written.keys()):
+            found = _differences(span.stop, name, recorded.get(name, {}), written.get(name, {}))
+            differences += found
     differences.sort(key=lambda difference: difference.step or 0)
     begin = "the seed" if span.start is None else f"the checkpoint of step {span.start}"
     compared = f"repeated from {begin} to step {span.stop} of {span.end}: {', '.join(names)}"
@@ -542,68 +509,29 @@ def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], st
     return differences, compared
 
 
-def _row_differences(theirs: Path, ours: Path, span: Span) -> list[Difference]:
-    """The first row of a file that differs, by the first value that does."""
-    recorded = _rows(theirs, span)
-    repeated = _rows(ours, span)
-    for old, new in zip_longest(recorded, repeated, fillvalue=dict[str, str]()):
-        differences = _differences(int((old | new)["step"]), theirs.name, old, new)
-        if differences:
-            return differences[:1]
-    return []
-
-
 def _rows(file: Path, span: Span) -> list[dict[str, str]]:
     """The rows of the steps that are repeated: their values as texts, and then their lines."""
-    rows = []
-    for line, values in reading.json_lines(file):
-        if span.has(values["step"]):
-            texts = {key: str(value) for key, value in values.items()}
-            rows.append(texts | {WHOLE: line})
-    return rows
+    return [
+        {key: str(value) for key, value in values.items()} | {WHOLE: line}
+        for line, values in reading.json_lines(file)
+        if span.has(values["step"])
+    ]
 
 
-def _state_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
-    """The first array of a checkpoint that differs."""
-    recorded, damage = _arrays(theirs, step)
-    if damage:
-        return damage
-    repeated, _ = _arrays(ours, step)
-    differences = _differences(step, f"checkpoints/{step}", recorded, repeated)
-    if len(differences) > 1:
-        place = f"{differences[0].place} (first of {len(differences)} arrays)"
-        return [differences[0]._replace(place=place)]
-    return differences
-
-
-def _file_differences(theirs: Path, ours: Path, step: int) -> list[Difference]:
-    """The files of ``model/``, and the weights of ``adapter/``, that differ."""
-    differences = []
-    for name in sorted(_results(theirs) | _results(ours)):
-        differences += _differences(step, name, _bytes(theirs / name), _bytes(ours / name))
-    return differences
-
-
-def _bytes(file: Path) -> dict[str, np.ndarray]:
-    """The content of a file; empty if it is missing."""
-    if not file.is_file():
-        return {}
-    return {"bytes": np.frombuffer(read_file(file, most=None), np.uint8)}
-
-
-def _results(path: Path) -> set[str]:
-    """The names of a run's result files, from its folder."""
-    model = (path / "model").rglob("*")
-    adapters = (path / "adapter").rglob("*.safetensors")
-    results = filter(Path.is_file, chain(model, adapters))
-    return {file.relative_to(path).as_posix() for file in results}
+def _results(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The bytes of the files of ``model/``, and of the weights of ``adapter/``."""
+    files = [*(path / "model").rglob("*"), *(path / "adapter").rglob("*.safetensors")]
+    return {
+        file.relative_to(path).as_posix(): {
+            "bytes": np.frombuffer(read_file(file, most=None), np.uint8)
+        }
+        for file in files
+        if file.is_file()
+    }
 
 
 def _differences(
-    step: int | None,
-    file: str,
-    old: Mapping[str, Part],
-    new: Mapping[str, Part],
+    step: int, file: str, old: Mapping[str, Part], new: Mapping[str, Part]
 ) -> list[Difference]:
     """The places of a file whose contents differ: ``old`` and ``new`` are the contents by place."""
     differences = []
@@ -622,29 +550,21 @@ def _unequal(old: Part, new: Part) -> tuple[str, str, str] | None:
     if isinstance(old, str) and isinstance(new, str):
         place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
         excerpt = slice(max(place - EXCERPT, 0), place + EXCERPT)
-        if old == new:
-            return None
-        return "", old[excerpt], new[excerpt]
-    before = _description(old)
-    now = _description(new)
+        return None if old == new else ("", old[excerpt], new[excerpt])
+    before, now = (
+        f"{part.dtype}{list(part.shape)}"
+        if isinstance(part, np.ndarray)
+        else (part or "not there")[:EXCERPT]
+        for part in (old, new)
+    )
     if not (isinstance(old, np.ndarray) and isinstance(new, np.ndarray)) or before != now:
         return "", before, now
     old_bytes = np.frombuffer(old.tobytes(), np.uint8)
-    new_bytes = np.frombuffer(new.tobytes(), np.uint8)
-    unequal = np.flatnonzero(old_bytes != new_bytes)
+    unequal = np.flatnonzero(old_bytes != np.frombuffer(new.tobytes(), np.uint8))
     if not unequal.size:
         return None
     index = np.unravel_index(unequal[0] // old.itemsize, old.shape)
-    number = ", ".join(map(str, index))
-    return f"[{number}]", str(old[index]), str(new[index])
-
-
-def _description(part: Part) -> str:
-    if part is None:
-        return "not there"
-    if isinstance(part, str):
-        return part[:EXCERPT]
-    return f"{part.dtype}{list(part.shape)}"
+    return f"[{', '.join(map(str, index))}]", str(old[index]), str(new[index])
 
 
 def verify_run(

@@ -50,6 +50,7 @@ def parse(
     sections: Words = (),
     algorithm: Algorithm | None = None,
     replaced: Words = (),
+    ignored: Words = (),
 ) -> C:
     """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of
     this kind.
@@ -67,6 +68,7 @@ def parse(
       algorithm: your own one: its ``Config`` is a section under the module's name, in ``own``. The
         sections of this package's algorithms have no flags then and keep their defaults.
       replaced: settings that the caller replaces afterwards: the files' values need no trust.
+      ignored: keys at the top of a file that are no settings, such as those of a script.
 
     Raises:
       UserError: a file is missing, broken or of another kind, a key or a flag is unknown, or a
@@ -82,7 +84,7 @@ def parse(
     keys += [key for name in own for key in (name, *dotted_keys(own[name], f"{name}."))]
     reads = _keys_read(kind, keys, own, sections, unread)
     typed = {_key(word, keys): word for word in flags if word.startswith("--")}
-    given, problems = _read_files(kind, own, files.config, keys, reads)
+    given, problems = _read_files(kind, own, files.config, keys, reads, ignored)
     problems += _unknown_flags(typed, keys, reads)
     if problems:
         raise UserError("\n".join(problems))
@@ -156,7 +158,12 @@ def _unknown_flags(typed: Mapping[str, str], keys: Words, reads: Words) -> list[
 
 
 def _read_files(
-    kind: type, own: Mapping[str, type], groups: Sequence[Words], keys: Words, reads: Words
+    kind: type,
+    own: Mapping[str, type],
+    groups: Sequence[Words],
+    keys: Words,
+    reads: Words,
+    ignored: Words,
 ) -> tuple[Values, list[str]]:
     """The values of all files, a later one before an earlier one, and a sentence for each mistake
     in them.
@@ -166,7 +173,7 @@ def _read_files(
     suggest = functools.partial(hint, keys=keys, reads=reads)
     for name in (name for group in groups for name in group):
         try:
-            later = read(kind, shipped().get(name, Path(name)), own, suggest)
+            later = read(kind, shipped().get(name, Path(name)), own, suggest, ignored)
         except UserError as error:
             problems.append(str(error))
             continue

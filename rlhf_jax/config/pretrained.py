@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.config.settings import RunConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.reading import SETTINGS, read_yaml
+from rlhf_jax.runs.reading import Settings, read_yaml
 
 # Defaults where --model names pretrained weights: {key: (all weights trained, LoRA)}. Those of the
 # classes suit small networks that start from random weights. docs/pretrained-defaults.md cites
@@ -53,7 +53,7 @@ def is_pretrained(model: str) -> bool:
         own = folder / "config.yaml"  # of a run's folder; else the folder is the run's model/
         try:
             file = own if own.is_file() else folder.parent / "config.yaml"
-            above = read_yaml(file, SETTINGS)["model"]
+            above = read_yaml(file, Settings)["model"]
         except (UserError, KeyError):
             return True
     return above is not None

@@ -713,55 +713,6 @@ class Safety(Section):
 
 
 @dataclass(frozen=True)
-class Rounds(Section):
-    """Rounds of `rlhf-jax rounds`: people or a judge compare answers of the policy, a reward model
-    learns from all comparisons so far, and the policy is trained on it.
-    """
-
-    number: Count = 4
-    """How many rounds."""
-    method: Literal["ppo", "grpo", "rloo", "vpg"] = "ppo"
-    """What trains the policy on the reward model; its own section has its settings."""
-    pairs: Count = 64
-    """Pairs of answers that are compared in each round."""
-    prompts: Count | None = None
-    """Prompts of each round, to which the policy answers twice; `pairs` of them are compared. null:
-    as many as pairs."""
-    choose: Literal["random", "disagreement", "close"] = "random"
-    """Which pairs are compared from the second round on: those on which the members of the reward
-    model's ensemble disagree most, or whose two scores are closest."""
-    random_share: Share = 0.2
-    """Share of these pairs that is random, for an honest accuracy of the reward model."""
-    judge: str | None = None
-    """Who compares: FILE.py:FUNCTION, judge:RUBRIC.yaml or a reward model's folder, as behind
-    `pairs:` in `reward`. null: people, on the page of `rlhf-jax label --serve`."""
-    annotators: Texts = ()
-    """The people, as ana,ben; each has one address in all rounds."""
-    per_pair: Count = 1
-    """People who judge each pair."""
-    host: str = "127.0.0.1"
-    """Where the page listens."""
-    port: CountOrZero = 8765
-    """0: any free port."""
-    held_out: Texts = ()
-    """Files of prompts on which each round's policy is compared with the first one; empty: those of
-    rl.validation_data."""
-    gold: str | None = None
-    """A reward, written as `reward` is, that compares them and is never trained on; null: the
-    round's own reward model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompts is not None and self.prompts < self.pairs:
-            raise ValueError(
-                f"prompts {self.prompts}: a round compares {self.pairs} pairs, each of another "
-                "prompt; give at least as many"
-            )
-        if self.judge is not None and self.annotators:
-            raise ValueError("judge, annotators: either compares; give one")
-
-
-@dataclass(frozen=True)
 class RunConfig(Section):
     """One run. Scripts read the sections that concern them."""
 
@@ -845,7 +796,6 @@ class RunConfig(Section):
     rloo: RLOOConfig = RLOOConfig()
     grpo: GRPOConfig = GRPOConfig()
     distill: DistillStage = DistillStage()
-    rounds: Rounds = Rounds()
     own: dict[str, Any] = field(default_factory=dict, hash=False, metadata={"sections": True})
     """{name: section} of algorithms of the user's own; in YAML each is a section beside these."""
 
@@ -885,8 +835,6 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "rl.missing_eos_penalty": ("rl.missing_eos_score", "rl.mask_truncated"),
     "rl.missing_eos_score": ("rl.missing_eos_penalty", "rl.mask_truncated"),
     "rl.mask_truncated": ("rl.missing_eos_penalty", "rl.missing_eos_score"),
-    "rounds.judge": ("rounds.annotators",),
-    "rounds.annotators": ("rounds.judge",),
     **{f"{stage}.num_epochs": (f"{stage}.max_steps",) for stage in _SUPERVISED},
     **{
         f"{stage}.validation_fraction": (f"{stage}.validation_data",)

@@ -74,7 +74,7 @@ def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:
     if kind == "code":
         file = _real(names[0])
         return f"runs the Python code of {file}" if run or not file.is_relative_to(here) else ""
-    harmless = {"judge.url": "", "processes": "auto", "rounds.host": "127.0.0.1"}
+    harmless = {"judge.url": "", "processes": "auto"}
     is_host = kind == "address" or value != harmless.get(key, value)
     if is_host and (run or not _real(config).is_relative_to(here)):
         return "gets the texts of the run, and your API key"

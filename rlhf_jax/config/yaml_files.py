@@ -25,6 +25,7 @@ def read(
     file: Path,
     own: Mapping[str, type] = {},
     suggest: Callable[[str], str] | None = None,
+    ignored: Sequence[str] = (),
 ) -> Values:
     """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
     line N")}.
@@ -36,6 +37,7 @@ def read(
     Args:
       own: {name: class} of sections beside those of ``config_class``.
       suggest: what to say of an unknown key; None: which one of ``config_class`` may be meant.
+      ignored: keys at the top that are not read.
 
     Raises:
       UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a
@@ -63,6 +65,8 @@ def read(
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _text_of(key_node)
             key = prefix + name
             line = _line(key_node)
+            if key in ignored:
+                continue
             if name not in kinds:
                 problems.append(f"{line}: unknown key {key}; {suggest(key)}")
             elif name in lines:

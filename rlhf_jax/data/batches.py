@@ -57,16 +57,13 @@ def split(
     num_rows = len(groups)
     if not fraction:
         return np.arange(num_rows), np.arange(0)
-    different = enumerate(dict.fromkeys(groups))
-    numbers = {group: number for number, group in different}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     group_of = np.array([numbers[group] for group in groups], np.int64)
     num_held_out = max(1, round(num_rows * fraction))
     sizes = np.bincount(group_of)
     order = _permutation(key, len(sizes))
-    is_large = sizes[order] > num_held_out
-    order = order[np.argsort(is_large, kind="stable")]
-    totals = np.cumsum(sizes[order])
-    num_groups = int(np.searchsorted(totals, num_held_out)) + 1
+    order = order[np.argsort(sizes[order] > num_held_out, kind="stable")]
+    num_groups = int(np.searchsorted(np.cumsum(sizes[order]), num_held_out)) + 1
     if num_groups >= len(sizes):
         raise UserError(
             f"{num_rows} rows leave none to train on after {num_held_out} for validation; give "
@@ -142,24 +139,20 @@ def prompt_rows(
     not from this number.
     """
     positions = step * batch_size + np.arange(batch_size)
-    first_epoch = int(positions[0]) // n
-    end_epoch = int(positions[-1]) // n + 1
-    epochs = range(first_epoch, end_epoch)
-    keys = [jax.random.fold_in(key, epoch) for epoch in epochs]
-    orders = np.concatenate([_permutation(epoch_key, n) for epoch_key in keys])
-    return orders[positions - first_epoch * n]
+    epochs, places = np.divmod(positions, n)
+    orders = {
+        epoch: _permutation(jax.random.fold_in(key, epoch), n)
+        for epoch in np.unique(epochs).tolist()
+    }
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
 def run_length(numbers: np.ndarray) -> int:
     """The length of the runs of equal neighbours among [N] numbers, if all are equally long and
     there is more than one number; else 1.
     """
-    changes = np.flatnonzero(np.diff(numbers))
-    bounds = [-1, *changes, len(numbers) - 1]
-    lengths = np.diff(bounds)
-    if np.ptp(lengths):
-        return 1
-    return int(lengths[0])
+    lengths = {len(list(run)) for _, run in itertools.groupby(numbers.tolist())}
+    return lengths.pop() if len(lengths) == 1 else 1
 
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
@@ -168,11 +161,9 @@ def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
     P. So at most log2(P / multiple) + 2 different widths are compiled.
     """
     columns = attention_mask.shape[1]
-    is_used = np.any(attention_mask, axis=0)
     widths = np.arange(columns, 0, -1)
-    longest = int(np.max(is_used * widths, initial=1))
-    num_multiples = -(-longest // multiple)
-    width = multiple << (num_multiples - 1).bit_length()
+    longest = int(np.max(np.any(attention_mask, axis=0) * widths, initial=1))
+    width = multiple << (-(-longest // multiple) - 1).bit_length()
     return width if width <= 0.75 * columns else columns
 
 
@@ -185,9 +176,9 @@ def narrowed(
     lose their first tokens.
     """
     width = prompt_width(data.attention_mask[rows], multiple)
-    tokens = data.tokens[:, -width:]
-    attention_mask = data.attention_mask[:, -width:]
-    return replace(data, tokens=tokens, attention_mask=attention_mask)
+    return replace(
+        data, tokens=data.tokens[:, -width:], attention_mask=data.attention_mask[:, -width:]
+    )
 
 
 def demonstration_batch(
@@ -258,16 +249,12 @@ def packed_comparisons(
 def _comparisons(
     data: EncodedTexts, texts: Sequence[Place], held: np.ndarray, width: int
 ) -> Comparisons:
-    """Packed comparisons: the numbers [N, C] of those that the rows hold, and where their texts
-    stand.
-    """
-    num_rows, num_comparisons = held.shape
-    firsts = [_documents(data, number)[0] for number in range(num_comparisons)]
-    numbers = np.array(firsts)[:, None] + np.arange(data.num_answers)
+    """Packed comparisons: where their texts stand, and their numbers [N, C] in each row."""
+    firsts = [_first_document(data, number) for number in range(held.shape[1])]
+    documents = np.array(firsts, np.int32)[:, None] + np.arange(data.num_answers, dtype=np.int32)
     labels = _labels_of(data, held)
-    shape = (num_rows, *numbers.shape)
-    labels["documents"] = np.broadcast_to(numbers.astype(np.int32), shape)
-    return Comparisons(*_placed(data, texts, (num_rows, width)), **labels)
+    labels["documents"] = np.broadcast_to(documents, (len(held), *documents.shape))
+    return Comparisons(*_placed(data, texts, (len(held), width)), **labels)
 
 
 class Packing(NamedTuple):
@@ -287,9 +274,8 @@ def columns_of(data: EncodedTexts, rows: np.ndarray, plan: Plan) -> int:
     """The columns of all rows of padded arrays in the first epoch of a plan of these ``rows``."""
     widths = 0
     for step in range(plan.steps_per_epoch):
-        widths += width_of(
-            data, rows[_present(plan.rows(step))], bucket_multiple=plan.bucket_multiple
-        )
+        present = rows[_present(plan.rows(step))]
+        widths += width_of(data, present, bucket_multiple=plan.bucket_multiple)
     return plan.batch_size * data.rows_of_arrays * widths
 
 
@@ -306,17 +292,15 @@ def packing(
     mixed = replace(plan, bucket_multiple=width)  # one bucket holds all
     needed = []
     for step in range(plan.steps_per_epoch):
-        packed = rows[_present(mixed.rows(step))]
-        places = first_fit(totals[packed], width)
-        rows_used = {row for _, row, _ in places}
-        needed.append(len(rows_used))
+        places = first_fit(totals[rows[_present(mixed.rows(step))]], width)
+        needed.append(len({row for _, row, _ in places}))
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
     alone = columns_of(data, rows, plan)
     columns = width * int(_round_up(np.array(needed), multiple).sum())
-    padding_alone = 1 - num_tokens / alone
-    padding = 1 - num_tokens / columns
-    return Packing(mixed, width, multiple, padding_alone, padding, columns)
+    return Packing(
+        mixed, width, multiple, 1 - num_tokens / alone, 1 - num_tokens / columns, columns
+    )
 
 
 def comparison_batch(
@@ -360,8 +344,7 @@ def feedback_batch(
 def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
     """The labels of comparisons. A label that has its default in all rows is None."""
     has_best = data.targets is None and data.best.any()
-    is_ensemble = data.weight.ndim > 1
-    has_weight = is_ensemble or (data.weight != 1).any()
+    has_weight = data.weight.ndim > 1 or (data.weight != 1).any()  # an ensemble has them
     return {
         "best": _labels(data.best, rows) if has_best else None,
         "targets": _labels(data.targets, rows),
@@ -389,17 +372,12 @@ def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]
     prompts the data gives as messages, and ``SOURCE`` where each is from.
     """
     rows = [data.rows[row] for row in row_ids]
-    columns: dict[str, list[Any]] = {}
-    for name in data.columns:
-        columns[name] = [row.columns.get(name) for row in rows]
-    columns["messages"] = []
-    columns[IS_CHAT] = []
-    columns[SOURCE] = []
-    for row in rows:
-        columns["messages"].append(row.conversation)
-        columns[IS_CHAT].append(bool(row.messages))
-        columns[SOURCE].append(row.source)
-    return columns
+    return {
+        **{name: [row.columns.get(name) for row in rows] for name in data.columns},
+        "messages": [row.conversation for row in rows],
+        IS_CHAT: [bool(row.messages) for row in rows],
+        SOURCE: [row.source for row in rows],
+    }
 
 
 def _padded(
@@ -408,16 +386,14 @@ def _padded(
     bucket_multiple: int,
     least: int = 0,
 ) -> tuple[Any, ...]:
-    """[B, K, T] int32, each text in its own row: tokens and both masks. T is at least ``least``,
-    rounded up.
-    """
+    """[B, K, T] int32, T at least ``least``: tokens and both masks, each text in its own row."""
     num_answers = data.num_answers
     width = width_of(data, rows, bucket_multiple=bucket_multiple, least=least)
-    texts = []
     present = np.flatnonzero(rows != ABSENT).tolist()
-    for i, answer in itertools.product(present, range(num_answers)):
-        place = i * num_answers + answer
-        texts.append(Place(rows[i], answer, place, 0, 1))
+    texts = [
+        Place(rows[i], answer, i * num_answers + answer, 0, 1)
+        for i, answer in itertools.product(present, range(num_answers))
+    ]
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
@@ -431,8 +407,7 @@ def width_of(
 ) -> int:
     """The number of columns for the longest text of the given rows, and at least for ``least``."""
     longest = int(data.longest[_present(rows)].max(initial=least))
-    width = _round_up(longest, bucket_multiple)
-    return min(width, data.most)
+    return min(_round_up(longest, bucket_multiple), data.most)
 
 
 def _packed(
@@ -449,42 +424,32 @@ def _packed(
     places = first_fit(data.totals[present], width)
     num_packed = len({place for _, place, _ in places}) or 1
     num_shortest = int(np.searchsorted(data.shortest, width, side="right"))
-    num_rows = _round_up(num_packed, multiple)
-    shape = (num_rows, min(num_shortest, len(rows)))
-    held = np.full(shape, ABSENT)
+    held = np.full((_round_up(num_packed, multiple), min(num_shortest, len(rows))), ABSENT)
     texts: list[Place] = []
     for i, place, start in places:
-        row = present[i]
         number = len(_present(held[place]))
-        held[place, number] = row
-        texts += _texts_of(data, row, place, start, number)
+        held[place, number] = present[i]
+        texts += _texts_of(data, present[i], place, start, number)
     return texts, held
 
 
-def _documents(data: EncodedTexts, number: int) -> tuple[int, int | None]:
-    """The documents of the first answer and of the prompt, if it stands alone, of the comparison
-    of this number in its row.
-    """
-    if not data.shares_prompts:
-        return number * data.num_answers + 1, None
-    prompt = number * (data.num_answers + 1) + 1
-    return prompt + 1, prompt
+def _first_document(data: EncodedTexts, number: int) -> int:
+    """Of the first answer of a row's comparison; a prompt that stands alone is the one before."""
+    return number * (data.num_answers + data.shares_prompts) + 1 + data.shares_prompts
 
 
 def _texts_of(data: EncodedTexts, row: int, place: int, start: int, number: int) -> list[Place]:
-    """Where the texts of a row stand that begins in column ``start`` of row ``place`` and is the
-    comparison of this ``number`` there.
-    """
+    """The places of a row's texts from column ``start`` on, as comparison ``number`` there."""
     texts = []
-    first_answer, prompt = _documents(data, number)
+    document = _first_document(data, number)
     end = 0
-    if prompt is not None:
+    if data.shares_prompts:
         end = int(data.starts[row].max())
         answer = int(data.lengths[row].argmax())  # one that is not missing
-        texts.append(Place(row, answer, place, start, prompt, end=end))
+        texts.append(Place(row, answer, place, start, document - 1, end=end))
         start += end
     for answer in range(data.num_answers):
-        texts.append(Place(row, answer, place, start, first_answer + answer, first=end))
+        texts.append(Place(row, answer, place, start, document + answer, first=end))
         start += max(int(data.lengths[row, answer]) - end, 0)
     return texts
 

@@ -29,9 +29,8 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2.sandbox
 import numpy as np
-import tokenizers
 
-from rlhf_jax.data.conversation import is_answered, text_of
+from rlhf_jax.data.conversation import is_answered, said, text_of
 from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Text, Tools, common_length
 from rlhf_jax.data.tokenizers import Tokenizer, named_templates, stored_templates
 from rlhf_jax.errors import UserError
@@ -50,6 +49,7 @@ PLAIN = (
 _LINES = Path(__file__).with_name("text_template.jinja").read_text("utf-8").splitlines()
 _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
 _MARK = "{{#- text.template: {} -#}}"
+_OUR_MARK = r'^(?:\{#- text\.template: (".*?") -#\})?'
 _GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
 # 26 July 2024, the default date of Llama 3's template, in the formats that templates use. The line
 # end after the macro is removed by trim_blocks, so that the template begins at a line's start.
@@ -61,18 +61,36 @@ _NOT_CONTENT = ("reasoning_content", "tool_calls")  # what a message says beside
 # Keys of a message that are no text, or that few templates need.
 _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
+_ASKS: Message = {"role": "user", "content": "?"}
+_ANSWERS: Message = {"role": "assistant", "content": _PROBE}
 _PRIVATE = re.compile("([\U00108000-\U0010ffff])")  # for private use, but no icons of fonts
 _CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
+
+_REWRITTEN = (
+    "the chat template writes earlier turns otherwise once another follows, so that an answer of "
+    "several turns has no single text; keep the turns before the last one equal in all answers"
+)
+_SEVERAL = (
+    "answers of several turns need a chat template with a token that ends a turn; name a model "
+    "that has one"
+)
+_MOST = 2 * 10**9  # characters that are rendered for one row; about ten seconds
+_OF_A_MESSAGE = 2500  # characters that take as long as a message itself
 
 Span = tuple[int, int]
 """The characters [start, end) of a text."""
 
 
 class Encoded(NamedTuple):
-    """A conversation as a model reads it: its token ids, and which of them it learns."""
+    """A conversation as a model reads it, and which of its token ids are learned; by `PLAIN` its
+    text, and which of its characters are.
+    """
 
-    ids: list[int]
+    text: Text
     learned: list[bool]
+
+    def up_to(self, end: int) -> "Encoded":
+        return Encoded(self.text[:end], self.learned[:end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +125,10 @@ class ChatTemplate:
         """
         messages, tools = self._prepared(messages, tools, where)
         with _template_errors(where):
-            rendered = self._opening(messages, tools)
+            rendered, _ = self._rendered(messages, tools, _opening_of(messages))
             if after:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
-            return rendered if self.tokenizer is None else tuple(self._encode(rendered).ids)
+            return rendered if self.tokenizer is None else tuple(self._encode(rendered)[0])
 
     def conversations(
         self,
@@ -121,10 +139,11 @@ class ChatTemplate:
         tools: Tools = None,
     ) -> list[Encoded]:
         """The ids of a conversation, which are those of transformers' ``apply_chat_template``, and
-        which of them are learned; one for each learned turn if the template rewrites earlier turns.
+        which of them are learned; one for each learned turn if the template rewrites earlier turns
+        or, as `PLAIN`, ends no turn with a token.
 
         If ``before`` and ``answer`` meet inside a turn of the assistant, it is one message: its
-        beginning is given, its end learned. This template has a tokenizer.
+        beginning is given, its end learned.
 
         Args:
           learns: the numbers of the learned turns, counted over ``before`` and then ``answer``.
@@ -133,27 +152,26 @@ class ChatTemplate:
           BadRow: as `prompt`, and if the template writes nothing of the learned turns.
         """
         messages, tools = self._prepared([*before, *answer], tools, where)
-        before, answer = messages[: len(before)], messages[len(before) :]
         with _template_errors(where):
-            turns = [self._turn(before, answer, number, tools) for number in learns]
+            if self.tokenizer is None:
+                return [self._plain_turn(messages, number) for number in learns]
+            joined = _joined(messages[: len(before)], messages[len(before) :])
+            num_joined = len(messages) - len(joined)
+            turns = []
+            for number in learns:
+                begun = messages[number - 1] if num_joined and number == len(before) else None
+                turns.append(self._turn(joined[: number - num_joined + 1], begun, tools))
             whole = turns[-1][0]
             if learns[-1] < len(messages) - 1:
-                whole, _ = self._rendered(_joined(before, answer), tools)
+                whole, _ = self._rendered(joined, tools)
             spans = [span for _, own in turns for span in own]
             if all(whole.startswith(text[: own[-1][1]]) for text, own in turns if own):
                 turns = [(whole, spans)]
-            encoded = [self._encode(text, own) for text, own in turns]
-        if not any(any(learned) for _, learned in encoded):
+            parts = [self._encode(text, own) for text, own in turns]
+            encoded = [Encoded(tuple(ids), learned) for ids, learned in parts]
+        if not any(any(one.learned) for one in encoded):
             raise BadRow(where, "the chat template writes nothing of the turns to learn")
         return encoded
-
-    def answers(
-        self, before: Messages, answer: Messages, where: str, tools: Tools = None
-    ) -> tuple[str, str]:
-        """The texts of a conversation up to the assistant's turn and of that turn, by `PLAIN`."""
-        self._prepared([*before, *answer], tools, where)
-        with _template_errors(where):
-            return self._opening(before, None), text_of(answer[-1])
 
     def answered(
         self, messages: Messages, response: str, where: str, ends: bool = False
@@ -176,18 +194,19 @@ class ChatTemplate:
             end = rendered.rindex(content) + len(content)
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
-            return self._encode(rendered).ids
+            return self._encode(rendered)[0]
 
     def unwritten(self, row: Row) -> set[str]:
         """What a row has and the template leaves out: keys that it never names, and what stands in
         tags of an answer, such as ``<think>``.
         """
-        contents = [text_of(turn) for answer in row.answers for turn in answer]
+        turns = list(itertools.chain(*row.answers))
+        contents = list(map(text_of, turns))
         if not row.messages:
             if not self.reads_plain:
                 return set()
             contents = [response for response in row.responses if isinstance(response, str)]
-        turns = [*row.messages, *itertools.chain.from_iterable(row.answers)]
+        turns += row.messages
         has = {key for turn in turns for key, value in turn.items() if value} - _KNOWN
         if row.tools:
             has.add("tools")
@@ -201,31 +220,44 @@ class ChatTemplate:
     @cached_property
     def end_of_turn(self) -> int | None:
         """The id of the special token that ends an assistant's turn; None if there is none."""
-        ids = self.closing
-        return ids[0] if ids else None
+        return self.closing[0] if self.closing else None
 
     @cached_property
     def closing(self) -> list[int]:
         """The ids of what ends a turn and of what the template writes behind it, such as a line
         end; empty if no special token ends a turn.
         """
-        if self.tokenizer is None:
-            return []
-        found = self._closing_text
-        place = self._end_in(found)
-        if not place:
-            return []
-        return self._encode(self._last_special(found[:place]) + found[place:]).ids
+        return self._from_end(self._closing_text)
 
     @cached_property
     def ends(self) -> list[int]:
         """The ids that end a turn of the assistant: an answer, and a call of a tool."""
-        ids = self.closing[:1]
-        _, name, after = self._with_call({} if self._reads_objects else "{}").rpartition(_PROBE)
-        end = self._end_in(after)
-        if name and end:
-            ids += self._encode(self._last_special(after[:end])).ids
-        return list(dict.fromkeys(ids))
+        behind_call = _behind_probe(self._with_call({} if self._reads_objects else "{}"))
+        return list(dict.fromkeys([*self.closing[:1], *self._from_end(behind_call)[:1]]))
+
+    def _from_end(self, text: str) -> list[int]:
+        """Ids from the last special token on, if only spaces follow it."""
+        place = self._end_in(text)
+        if not place:
+            return []
+        last = max((token for token in self._special if text[:place].endswith(token)), key=len)
+        return self._encode(last + text[place:])[0]
+
+    def _end_in(self, text: str) -> int:
+        """The place behind the last special token of a text if only spaces follow it; else 0."""
+        kept = text.rstrip()
+        return len(kept) if kept.endswith(self._special) else 0
+
+    def _attempt(self, *turns: Message) -> str:
+        """A short conversation; "" if the template fails, as any expression can."""
+        with contextlib.suppress(Exception):
+            return self._rendered(turns, None)[0]
+        return ""
+
+    @cached_property
+    def _closing_text(self) -> str:
+        """What the template writes behind the content of a last assistant's turn."""
+        return _behind_probe(self._attempt(_ASKS, _ANSWERS))
 
     @cached_property
     def _reads_objects(self) -> bool:
@@ -233,85 +265,61 @@ class ChatTemplate:
         return bool(self._with_call({}) or not self._with_call("{}"))
 
     def _with_call(self, arguments: Any) -> str:
-        """A conversation that ends with a call of a tool; "" if the template fails."""
         call = {"name": _PROBE, "arguments": arguments}
         calls = [{"id": "call00001", "type": "function", "function": call}]
-        turn: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-        with contextlib.suppress(Exception):  # a template can fail like any expression
-            return self._rendered([{"role": "user", "content": "?"}, turn], None)[0]
-        return ""
-
-    def _last_special(self, text: str) -> str:
-        """The special token that ends a text."""
-        return max((token for token in self._special if text.endswith(token)), key=len)
+        return self._attempt(_ASKS, _ANSWERS | {"content": "", "tool_calls": calls})
 
     @cached_property
-    def _closing_text(self) -> str:
-        """What the template writes behind the content of a last assistant's turn."""
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        with contextlib.suppress(Exception):  # a template can fail like any expression
-            _, found, closing = self._rendered(turns, None)[0].rpartition(_PROBE)
-            return closing if found else ""
-        return ""
+    def _reads_parts(self) -> bool:
+        """Whether it writes the text of a list of parts, rather than fail or write the list."""
+        written = self._attempt(_ASKS | {"content": [{"type": "text", "text": _PROBE}]})
+        return _PROBE in written and "'type'" not in written
 
     def _turn(
-        self, before: Messages, answer: Messages, number: int, tools: Tools
+        self, messages: Messages, begun: Message | None, tools: Tools
     ) -> tuple[str, list[Span]]:
-        """The conversation up to the turn with this number, and what is learned of that turn. A
-        turn that no special token ends gets EOS, and nothing of the template behind it.
+        """The conversation up to its last turn, and what is learned of that turn: what follows the
+        opening of a turn, or the message that the turn begins with. A turn that no special token
+        ends gets EOS, and nothing of the template behind it.
         """
         assert self.tokenizer is not None
-        messages = [*before, *answer]
-        until = max(number - len(before) + 1, 0)
-        text, spans = self._rendered(_joined(before[: number + 1], answer[:until]), tools)
-        is_begun = number == len(before) and is_answered(before)
-        how = "continue_final_message" if is_begun else "add_generation_prompt"
-        opening, _ = self._rendered(messages[:number], tools, how)
+        text, spans = self._rendered(messages, tools)
+        before = [*messages[:-1]] if begun is None else [*messages[:-1], begun]
+        how = "add_generation_prompt" if begun is None else "continue_final_message"
+        opening, _ = self._rendered(before, tools, how)
         if not text.startswith(opening):
-            history, _ = self._rendered(messages[:number], tools)
+            history, _ = self._rendered(before, tools)
             if not text.startswith(history):
-                turn = self._behind(opening, text)
+                # Mistral leaves the system's message out of the history: the turn is what follows
+                # the last special token of the opening, and the opening behind that token.
+                place = max((opening.rfind(token) for token in self._special), default=-1)
+                tail = opening[place:]
+                if place < 0 or tail not in text:
+                    raise ValueError("it writes a turn of the assistant otherwise than it opens it")
+                turn = text[text.rindex(tail) + len(tail) :]
                 end = self._end_in(turn) or len(turn)
                 return opening + turn, [(len(opening), len(opening) + end)]
         start = common_length(opening, text)
-        if start < len(opening) and not is_begun:  # it opens an answer as this one does not begin
-            other: Message = {"role": "assistant", "content": _PROBE}
-            probe, _ = self._rendered([*messages[:number], other], tools)
+        if start < len(opening) and not begun:  # it opens an answer as this one does not begin
+            probe, _ = self._rendered([*before, _ANSWERS], tools)
             if _PROBE in probe:
                 start = min(start, probe.rindex(_PROBE))
         if _GENERATION.search(self._source_for(tools)):
-            least = start if is_begun else 0
+            least = start if begun else 0
             return text, [(max(least, first), end) for first, end in spans if end > start]
         end = self._end_in(text[start:])
         if end:
             return text, [(start, start + end)]
-        eos = self.tokenizer.spelled([self.tokenizer.eos_id])
-        ended = text.removesuffix(self._closing_text) + eos
+        ended = text.removesuffix(self._closing_text)
+        ended += self.tokenizer.spelled([self.tokenizer.eos_id])
         return ended, [(start, len(ended))]
 
-    def _behind(self, opening: str, text: str) -> str:
-        """The last turn of a text whose history the template writes otherwise than before the turn
-        (Mistral leaves out the system's message): what follows the last special token of the
-        opening, and the opening's characters behind that token.
-        """
-        place = max((opening.rfind(token) for token in self._special), default=-1)
-        tail = opening[place:]
-        if place < 0 or tail not in text:
-            raise ValueError("it writes a turn of the assistant otherwise than it opens it")
-        return text[text.rindex(tail) + len(tail) :]
-
-    def _end_in(self, text: str) -> int:
-        """The place behind the last special token of a text if only spaces follow it; else 0."""
-        kept = text.rstrip()
-        is_ended = any(kept.endswith(token) for token in self._special)
-        return len(kept) if is_ended else 0
-
-    def _opening(self, messages: Messages, tools: Tools) -> str:
-        """The conversation and the opening of the next assistant turn, or up to the end of its
-        last message if that is the assistant's.
-        """
-        how = "continue_final_message" if is_answered(messages) else "add_generation_prompt"
-        return self._rendered(messages, tools, how)[0]
+    def _plain_turn(self, messages: Messages, number: int) -> Encoded:
+        """The conversation up to a turn, as `PLAIN` writes it."""
+        before = messages[:number]
+        opening, _ = self._rendered(before, None, _opening_of(before))
+        turn = text_of(messages[number])
+        return Encoded(opening + turn, [False] * len(opening) + [True] * len(turn))
 
     def _rendered(self, messages: Messages, tools: Tools, how: str = "") -> tuple[str, list[Span]]:
         """The text of the messages, and the spans of ``{% generation %}``. ``how``: the argument of
@@ -323,7 +331,7 @@ class ChatTemplate:
         _check_source(source)
         marks = not how and _GENERATION.search(source) is not None
         options: Any = {how: True} if how else {}
-        rendered, spans = _renderer()(
+        [rendered], spans = _renderer()(
             [[*messages]],
             tools=tools,
             chat_template=(_TODAY if "strftime_now" in source else "") + source,
@@ -331,29 +339,13 @@ class ChatTemplate:
             **options,
             **self.special_tokens,
         )
-        return rendered[0], spans[0] if marks else []
+        return rendered, spans[0] if marks else []
 
     def _source_for(self, tools: Tools) -> str:
         is_for_tools = self.tools_source and (tools or not self.source)
         return self.tools_source if is_for_tools else self.source
 
-    @cached_property
-    def _reads_parts(self) -> bool:
-        """Whether the template writes the text of a list of parts, rather than fail or write the
-        list.
-        """
-        parts = [{"type": "text", "text": _PROBE}]
-        source = self._source_for(None)
-        with contextlib.suppress(Exception):
-            rendered, _ = _renderer()(
-                [[{"role": "user", "content": parts}]],
-                chat_template=(_TODAY if "strftime_now" in source else "") + source,
-                **self.special_tokens,
-            )
-            return _PROBE in rendered[0] and "'type'" not in rendered[0]
-        return False
-
-    def _encode(self, rendered: str, spans: Sequence[Span] = ()) -> Encoded:
+    def _encode(self, rendered: str, spans: Sequence[Span] = ()) -> tuple[list[int], list[bool]]:
         """The ids of a text, and which of them overlap a span. A token without characters, such as
         the space that SentencePiece puts first, is learned if it stands in a span.
         """
@@ -361,57 +353,41 @@ class ChatTemplate:
         ids: list[int] = []
         offsets: list[Span] = []
         place = 0
+        hidden = {character: text for text, character in self._characters.items()}
         for number, piece in enumerate(_PRIVATE.split(rendered)):
-            is_hidden = number % 2 == 1
-            backend = self.tokenizer.backend if is_hidden else self._encoder
-            text = self._texts.get(piece, piece) if is_hidden else piece
-            # SentencePiece would put a space before it.
-            before = "\n" if number and self.tokenizer.begins_with_space else ""
-            lead = backend.encode(before, add_special_tokens=False).ids
-            found = backend.encode(before + text, add_special_tokens=False)
-            if found.ids[: len(lead)] != lead:
-                before, lead = "", []
-                found = backend.encode(text, add_special_tokens=False)
-            if is_hidden:
-                self.tokenizer.check_text(text, found.ids)
-            ids += found.ids[len(lead) :]
-            for first, end in found.offsets[len(lead) :]:
-                inside = (0, 1) if is_hidden else (first - len(before), end - len(before))
-                offsets.append((place + inside[0], place + inside[1]))
+            backend = self.tokenizer.with_special_tokens
+            text = piece
+            if number % 2:
+                backend = self.tokenizer.backend
+                text = hidden.get(piece, piece)
+            own, places = self.tokenizer.encode_inside(text, backend, begins=not number)
+            if number % 2:
+                self.tokenizer.check_text(text, own)
+                places = [(0, 1)] * len(own)
+            ids += own
+            offsets += [(place + first, place + end) for first, end in places]
             place += len(piece)
-        if not spans:
-            return Encoded(ids, [False] * len(ids))
         starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
         learned = np.zeros(len(ids), bool)
         for first, end in spans:
-            is_inside = (ends > first) | (starts == first)
-            learned |= is_inside & (starts < end)
-        return Encoded(ids, learned.tolist())
+            learned |= ((ends > first) | (starts == first)) & (starts < end)
+        return ids, learned.tolist()
 
     def _prepared(
         self, messages: Messages, tools: Tools, where: str
     ) -> tuple[list[Message], Tools]:
-        """The messages and tools as the template gets them: without keys of null, calls with their
-        arguments as objects, the text of parts for a template that cannot read them, and what
-        spells a special token hidden.
-
-        Raises `BadRow` for a conversation that no template is for, for what `PLAIN` would leave
-        out, and for a spelled special token, unless it is to be text.
+        """The messages and tools as the template gets them, what spells a special token hidden.
+        Raises `BadRow` for what no template is for, `PLAIN` would leave out or may not be spelled.
         """
         if not (self.source or (tools and self.tools_source)):
             which = f"the model's folder has the chat templates {', '.join(self.names)}"
             what = f"{which}, and none named default for a conversation without tools"
             raise BadRow(where, f"{what}; save the one that you mean as its chat_template.jinja")
-        parts: list[tuple[str, Any]] = [("the tools", tools)] if tools else []
         others = ["tools"] if tools else []
-        prepared = []
+        prepared: list[Message] = []
         for message in messages:
-            role = message["role"]
-            own = [key for key in _NOT_CONTENT if message.get(key)]
-            others += own
-            name = f"{'an' if role == 'assistant' else 'a'} {role} message"
-            parts += [(name, value) for value in (text_of(message), *map(message.get, own))]
             given = {key: value for key, value in message.items() if value is not None}
+            others += [key for key in _NOT_CONTENT if given.get(key)]
             if isinstance(given.get("content"), list) and not self._reads_parts:
                 given["content"] = text_of(message)
             if isinstance(given.get("tool_calls"), list) and self._reads_objects:
@@ -420,56 +396,48 @@ class ChatTemplate:
         if others and self.source == PLAIN:
             what = f"the plain template writes no {others[-1]}"
             raise BadRow(where, f"{what}; name a model whose own template does")
-        if self.tokenizer is None:
-            return prepared, tools
-        if self.tokenizer.spelled_as != "text":
-            for name, part in parts:
-                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
-                for token in self.tokenizer.spelled_in(text):
-                    what = f"{name} spells the special token {token!r}"
-                    how = "remove it, or read it as ordinary characters: text.special_tokens: text"
-                    raise BadRow(where, f"{what}; {how}")
-        hidden = [self._hidden(message) | {"role": message["role"]} for message in prepared]
-        return hidden, self._hidden(tools)
+        tools = self._hidden(tools, "the tools", where)
+        for given in prepared:
+            role = given["role"]
+            name = f"{'an' if role == 'assistant' else 'a'} {role} message"
+            given |= self._hidden(given | {"role": ""}, name, where) | {"role": role}
+        return prepared, tools
 
-    def _hidden(self, value: Any) -> Any:
+    def _hidden(self, value: Any, name: str = "", where: str = "") -> Any:
         """The value with each special token that its texts spell, and each character of private
-        use, as one such character, which `_encode` reads as that text.
+        use, as one such character, which `_encode` reads as that text. Of what has a name a special
+        token is refused, unless it is to be text.
         """
         if isinstance(value, dict):
-            return {self._hidden(key): self._hidden(inner) for key, inner in value.items()}
+            return {
+                self._hidden(key, name, where): self._hidden(inner, name, where)
+                for key, inner in value.items()
+            }
         if isinstance(value, list):
-            return [self._hidden(inner) for inner in value]
+            return [self._hidden(inner, name, where) for inner in value]
         if not isinstance(value, str) or self.tokenizer is None:
             return value
-        if self.tokenizer.spelled_in(value) or _PRIVATE.search(value):  # faster than the next
-            return self._to_hide.sub(lambda found: self._hide(found[0]), value)
-        return value
+        spelled = self.tokenizer.spelled_in(value)
+        if spelled and name and self.tokenizer.spelled_as != "text":
+            what = f"{name} spells the special token {spelled[0]!r}"
+            how = "remove it, or read it as ordinary characters: text.special_tokens: text"
+            raise BadRow(where, f"{what}; {how}")
+        if not spelled and not _PRIVATE.search(value):
+            return value
 
-    def _hide(self, text: str) -> str:
-        known = {text: character for character, text in self._texts.items()}
-        character = known.get(text) or chr(0x108000 + len(known))
-        self._texts[character] = text
-        return character
+        def hide(found: re.Match[str]) -> str:
+            return self._characters.setdefault(found[0], chr(0x108000 + len(self._characters)))
+
+        return re.sub(f"{self.tokenizer.special_pattern}|{_PRIVATE.pattern}", hide, value)
 
     @cached_property
-    def _texts(self) -> dict[str, str]:
-        """What each character of private use stands for."""
+    def _characters(self) -> dict[str, str]:
+        """The character of private use that stands for a text."""
         return {}
 
     @cached_property
-    def _to_hide(self) -> re.Pattern[str]:
-        longest_first = sorted(self._special, key=len, reverse=True)
-        return re.compile("|".join([*map(re.escape, longest_first), _PRIVATE.pattern]))
-
-    @cached_property
-    def _encoder(self) -> tokenizers.Tokenizer:
-        assert self.tokenizer is not None
-        return self.tokenizer.with_special_tokens
-
-    @cached_property
-    def _special(self) -> list[str]:
-        return [] if self.tokenizer is None else self.tokenizer.special_tokens
+    def _special(self) -> tuple[str, ...]:
+        return () if self.tokenizer is None else tuple(self.tokenizer.special_tokens)
 
 
 @lru_cache(maxsize=1)
@@ -491,10 +459,16 @@ def plain(messages: Messages, how: str = "") -> str:
     return f"{text}Assistant:\n" if how else text
 
 
+def _opening_of(messages: Messages) -> str:
+    return "continue_final_message" if is_answered(messages) else "add_generation_prompt"
+
+
+def _behind_probe(text: str) -> str:
+    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
+
+
 def _joined(before: Messages, answer: Messages) -> list[Message]:
-    """The messages of both. A turn of the assistant that ``before`` begins and ``answer`` continues
-    is one message.
-    """
+    """The messages of both; a turn that ``before`` begins and ``answer`` continues is one."""
     messages = [*before, *answer]
     if not (answer and is_answered(before) and answer[0]["role"] == "assistant"):
         return messages
@@ -506,16 +480,12 @@ def _joined(before: Messages, answer: Messages) -> list[Message]:
 def _is_cut(template: ChatTemplate, closing: str) -> bool:
     """Whether a template leaves out what stands before this tag in a last assistant's message."""
     content = template._hidden(f"{closing.replace('/', '', 1)}{_PROBE}{closing}.")
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-    with contextlib.suppress(Exception):  # a template can fail like any expression
-        return _PROBE not in template._rendered(turns, None)[0]
-    return False
+    written = template._attempt(_ASKS, _ANSWERS | {"content": content})
+    return written != "" and _PROBE not in written
 
 
 def _with_object(call: Any) -> Any:
-    """A call of a tool, its arguments an object if they are the JSON text of one, as in OpenAI's
-    form: templates write JSON themselves.
-    """
+    """A call of a tool, its arguments an object if they are the JSON text of one, as OpenAI's."""
     if not isinstance(call, dict):
         return call
     call = call | ({"function": _with_object(call["function"])} if "function" in call else {})
@@ -558,19 +528,19 @@ def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> Chat
     if tokenizer is None:
         return ChatTemplate()
     named = named_templates(tokenizer.config)
-    is_own = text_template(tokenizer) in (None, "{prompt}")
     source = named.get("default", "")
     is_plain = source in (PLAIN, _beginning(tokenizer) + PLAIN)
+    is_own = text_template(tokenizer) in (None, "{prompt}")
     if is_plain or not named or not (is_own or template == AUTO):
         return ChatTemplate()
-    for_tools = named.get("tool_use", "")
-    named_tokens = {
+    tokens = {
         key: token
         for key, token in tokenizer.config.items()
         if key.endswith("_token") and isinstance(token, str)
     }
     reads_plain = frame(template, tokenizer) is None
-    return ChatTemplate(source, tokenizer, named_tokens, for_tools, tuple(named), reads_plain)
+    for_tools = named.get("tool_use", "")
+    return ChatTemplate(source, tokenizer, tokens, for_tools, tuple(named), reads_plain)
 
 
 def _beginning(tokenizer: Tokenizer) -> str:
@@ -605,15 +575,15 @@ def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
     """A line that says in which template a model gets its prompts. Its tokenizer is the folder's or
     new.
     """
-    around = frame(template, tokenizer)
     if template != AUTO:
         return f"text.template: {template!r}"
-    if around is None:
+    which = frame(template, tokenizer)
+    if which is None:
         which = f"the chat template of {folder}; a plain prompt is a user's message"
     elif text_template(tokenizer) is None:
-        which = f"{around}; there is no chat template"
+        which = f"{which}; there is no chat template"
     else:
-        which = f"{around!r}, with which {folder} was trained"
+        which = f"{which!r}, with which {folder} was trained"
     return f"text.template {AUTO}: {which}"
 
 
@@ -639,40 +609,32 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     own = template_of(tokenizer)
     begun = _beginning(tokenizer)
     source: Any = tokenizer.config.get("chat_template", begun + PLAIN)
-    if template == "{prompt}" and own.source and own.tokenizer is not None:
+    if template not in (AUTO, "{prompt}"):
+        texts = [json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}")]
+        parts = {"MARK": mark, "BEGIN": begun, "AFTER": texts[-1]}
+        parts["FRAMED"] = " + text + ".join(texts[:-1])
+        source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
+    elif template == "{prompt}" and own.source and own.tokenizer is not None:
         default = {"default": mark + own.source.removeprefix(mark)}
         source = stored_templates(named_templates(tokenizer.config) | default)
     elif template == "{prompt}" and text_template(tokenizer) is not None:
         source = begun + PLAIN
-    elif template not in (AUTO, "{prompt}"):
-        *before, after = (
-            json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}")
-        )
-        parts = {"MARK": mark, "FRAMED": " + text + ".join(before), "AFTER": after}
-        parts["BEGIN"] = begun
-        source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
     return replace(tokenizer, config={**tokenizer.config, "chat_template": source})
 
 
 def reading(
     tokenizer: Tokenizer,
     options: Mapping[str, Any] | None,
-    special_tokens: Literal["text", "tokens"] | None,
+    special_tokens: Literal["text", "tokens"] | None = None,
 ) -> Tokenizer:
-    """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads."""
-    return replace(with_options(tokenizer, options), spelled_as=special_tokens)
-
-
-def with_options(
-    tokenizer: Tokenizer, options: Mapping[str, Any] | None, where: str = "text.template_options"
-) -> Tokenizer:
-    """The tokenizer with these variables as defaults of its chat template, also for programs that
-    read its folder.
+    """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads. The
+    options are defaults of its chat template, also for programs that read its folder.
 
     Raises:
-      UserError: it begins with ``where``; there is no chat template, or it does not name one of the
-        variables.
+      UserError: there is no chat template, or it does not name one of the options' variables.
     """
+    where = "text.template_options"
+    tokenizer = replace(tokenizer, spelled_as=special_tokens)
     if not options:
         return tokenizer
     template = template_of(tokenizer)
@@ -682,28 +644,16 @@ def with_options(
         used = re.search(rf"\b{re.escape(name)}\b", template.source + template.tools_source)
         if not (name.isidentifier() and used):
             raise UserError(f"{where}: the chat template of the model reads no variable {name!r}")
-    lines = [
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
-        for name, value in options.items()
-    ]
-
-    named = {}
-    for name, source in named_templates(tokenizer.config).items():
-        mark = re.match(r"(\{#- text\.template: .*? -#\})?", source)
-        end = mark.end() if mark else 0
-        named[name] = source[:end] + "".join(lines) + source[end:]
+    lines = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
+        for name, value in options.items()  # Jinja reads a value as Python writes it
+    )
+    named = {
+        name: re.sub(_OUR_MARK, lambda mark: mark[0] + lines, source, count=1)
+        for name, source in named_templates(tokenizer.config).items()
+    }
     config = {**tokenizer.config, "chat_template": stored_templates(named)}
     return replace(tokenizer, config=config)
-
-
-def _literal(value: Any) -> str:
-    """A value of JSON as Jinja writes it."""
-    if isinstance(value, dict):
-        items = [f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()]
-        return "{" + ", ".join(items) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value)
 
 
 def text_template(tokenizer: Tokenizer) -> str | None:
@@ -711,9 +661,9 @@ def text_template(tokenizer: Tokenizer) -> str | None:
     other.
     """
     source = named_templates(tokenizer.config).get("default", "")
-    made = re.match(r'\{#- text\.template: (".*?") -#\}', source)
+    made = re.match(_OUR_MARK, source)
     with contextlib.suppress(ValueError):  # a folder of others may hold anything
-        return str(json.loads(made[1])) if made else None
+        return str(json.loads(made[1])) if made and made[1] else None
     return None
 
 
@@ -728,5 +678,97 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
         calls = message.get("tool_calls")
         written = json.dumps(calls, ensure_ascii=False) if calls else ""
         messages.append(message | {"content": text_of(message) + written})
-    how = "continue_final_message" if is_answered(messages) else "add_generation_prompt"
-    return plain(messages, how)
+    return plain(messages, _opening_of(messages))
+
+
+def rendered(
+    row: Row, template: ChatTemplate, last: bool = False, is_feedback: bool = False
+) -> list[Row]:
+    """The row with its messages as texts or token ids: one text for the prompt and each response,
+    and which of its tokens are learned; or a row for each learned turn, if a demonstration or
+    feedback has no single text.
+
+    Args:
+      row: has ``messages``. A response that is a text is the assistant's next turn; one of token
+        ids stays.
+      last: only the last turn of each answer is learned.
+      is_feedback: the target of the one answer belongs to each of its turns.
+
+    Raises:
+      BadRow: no turn is learned, the template fails, or a preference has no single text.
+    """
+    if not all(isinstance(response, str) for response in row.responses) or not row.responses:
+        prompt = template.prompt(row.messages, row.source, tools=row.tools)
+        return [replace(row, prompt=prompt)]
+    answers = row.answers or tuple(
+        [{"role": "assistant", "content": response}] for response in row.responses
+    )
+    row = replace(row, answers=answers)
+    of_answers = []
+    for answer in answers:
+        learned = _learned(row, answer, last)
+        texts = template.conversations(row.messages, answer, learned, row.source, row.tools)
+        if len(answers) > 1 or row.targets is not None:  # a score stands where a turn ends
+            texts = [_ended(text, template.end_of_turn) for text in texts]
+        of_answers.append(texts)
+    is_plain = template.tokenizer is None
+    if len(answers) == 1 and (row.targets is None or is_feedback) and (is_plain or len(texts) > 1):
+        rows = []
+        for number, text in zip(learned, texts, strict=True):
+            if any(text.learned):
+                before = [*row.messages, *answers[0]][:number]
+                rows.append(replace(_split(row, [text]), messages=before))
+        if len(rows) == 1:
+            return rows
+        return [
+            replace(one, source=f"{row.source}, turn {number}", first=rows[0].messages)
+            for number, one in enumerate(rows, 1)
+        ]
+    if is_plain and any(len(answer) > 1 for answer in answers):
+        raise BadRow(row.source, _SEVERAL)
+    if any(len(texts) > 1 for texts in of_answers):
+        raise BadRow(row.source, _REWRITTEN)
+    return [_split(row, [text for [text] in of_answers])]
+
+
+def _learned(row: Row, answer: Messages, last: bool) -> list[int]:
+    """The numbers of the assistant's turns that are learned, counted over the row's messages and
+    then the answer's: those that say something and have no weight of 0.
+    """
+    whole = [*row.messages, *answer]
+    first = len(whole) - 1 if last else len(row.messages)
+    learned = []
+    for number, message in enumerate(whole[first:], first):
+        if message["role"] == "assistant" and message.get("weight", 1) != 0 and said(message):
+            learned.append(number)
+    if not learned:
+        raise BadRow(row.source, "no turn of the assistant is learned: each is empty or weighs 0")
+    size = sum(_OF_A_MESSAGE + len(text_of(message)) for message in whole)
+    if len(learned) * size > _MOST:
+        what = f"{len(learned)} turns of {len(whole)} messages would be learned"
+        how = "split the conversation, or learn its last turn alone (sft.turns: last)"
+        raise BadRow(row.source, f"{what}, and each is rendered with all before it; {how}")
+    return learned
+
+
+def _ended(text: Encoded, end_of_turn: int | None) -> Encoded:
+    """The text up to the token that ends its last learned turn, where a score stands."""
+    if not any(text.learned):
+        return text
+    text = text.up_to(len(text.learned) - text.learned[::-1].index(True))
+    ends = [place for place, token in enumerate(text.text, 1) if token == end_of_turn]
+    return text.up_to(ends[-1]) if ends else text
+
+
+def _split(row: Row, texts: Sequence[Encoded]) -> Row:
+    """The row, its prompt what all texts begin with, up to the first place that is learned."""
+    start = min(text.learned.index(True) for text in texts)
+    if len(texts) > 1:
+        start = min(start, common_length(*(text.text for text in texts)))
+    masks = tuple(tuple(text.learned[start:]) for text in texts)
+    return replace(
+        row,
+        prompt=texts[0].text[:start],
+        responses=tuple(text.text[start:] for text in texts),
+        learned=() if all(map(all, masks)) else masks,
+    )

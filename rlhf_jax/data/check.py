@@ -1,5 +1,5 @@
 """Reports on data files and their mistakes, as text: `rlhf-jax data check` and `rlhf-jax data
-preview`.
+preview`. They show the rows that runs read (`formats.load`, `formats.parse_all`).
 
 A problem would stop a run that reads the file; the report has all problems with their places. A
 warning names a key that looks misspelled: the rows have another form than their author meant.
@@ -13,16 +13,24 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, formats
-from rlhf_jax.data.batches import comparison_batch
-from rlhf_jax.data.encoding import EncodedTexts, encode_texts, pieces, prompt_ids, spelled
-from rlhf_jax.data.files import read_source
-from rlhf_jax.data.forms import table
-from rlhf_jax.data.forms.columns import adapted, unused
+from rlhf_jax.data import chat, forms
+from rlhf_jax.data.encoding import encode_texts, pieces, prompt_ids, spelled
+from rlhf_jax.data.formats import (
+    FILES,
+    KNOWN,
+    UNKNOWN,
+    ReadResult,
+    check_labels,
+    form_of,
+    framed,
+    keys_read,
+    load,
+    parse_all,
+)
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.data.verified import reward_lines
@@ -30,12 +38,10 @@ from rlhf_jax.errors import UserError, escaped
 from rlhf_jax.graders.verifiable import DEFAULT, Settings
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
-_ROWS_AT_ONCE = 256
 _EXAMPLE = 200  # characters of a text that a report shows
 _ANSWERS = "prompt, responses, best or ranking or ranks or targets"
-_ALIASES = {"output": "response"}
-_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(table.OURS)[1:])])
-_PUBLIC = f"or of a public form: {', '.join(known.name for known in table.FORMS)}"
+_KNOWN = " | ".join([_ANSWERS, *map(", ".join, list(forms.OURS)[1:])])
+_PUBLIC = f"or of a public form: {', '.join(form.name for form in forms.FORMS)}"
 
 
 class Report(NamedTuple):
@@ -51,7 +57,7 @@ class _File(NamedTuple):
     head: str  # its name, format and number of rows
     kind: Kind
     records: list[Record]
-    found: formats.ReadResult
+    found: ReadResult
 
 
 def check(
@@ -80,51 +86,37 @@ def check(
     if not paths:
         raise UserError("no data file given")
     kind = kind or ("prompts" if reward else None)
-    texts = []
+    texts: list[str] = []
     num_problems = 0
     num_warnings = 0
     rows_of: dict[str, list[Row]] = {}
     for path in paths:
+        tested: list[str] = []
         try:
             file = _read(path, tokenizer, kind, columns, on_bad_row)
-            tested = [reward_lines(entry, file.found, math, on_bad_row) for entry in reward]
+            for entry in reward:
+                tested += reward_lines(entry, file.found, math, on_bad_row)
         except UserError as error:
-            nothing = formats.ReadResult([], errors=[error])
+            nothing = ReadResult([], errors=[error])
             file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
             tested = []
-        text, warnings = _describe(path, file, tokenizer)
-        lines = [line for found in tested for line in found]
-        warnings += sum(line.startswith("  warning") for line in lines)
-        texts.append("\n".join([text, *lines]))
+        lines, warnings = _describe(path, file, tokenizer)
+        texts.append("\n".join([*lines, *tested]))
         rows_of[path] = file.found.rows
         num_problems += len(file.found.errors)
-        num_warnings += warnings
+        num_warnings += warnings + sum(line.startswith("  warning") for line in tested)
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
-        texts.append(_overlap(name, first, other, second))
-    texts.append(_total(num_problems, num_warnings))
+        prompts = {row.prompt for row in first} & {row.prompt for row in second}
+        whole = {row.texts for row in first}
+        num_same = sum(row.texts in whole for row in second)
+        shares = f"{other} shares {len(prompts)} prompts with {name}"
+        texts.append(f"{shares}; {num_same} of its {len(second)} rows are in that file too")
+    if num_problems or num_warnings:
+        stops = "; a run would stop" if num_problems else ""
+        texts.append(f"problems: {num_problems}, warnings: {num_warnings}{stops}")
+    else:
+        texts.append("no problems")
     return Report("\n\n".join(texts), num_problems)
-
-
-def _total(num_problems: int, num_warnings: int) -> str:
-    """The last line of a report."""
-    if not num_problems and not num_warnings:
-        return "no problems"
-    total = f"problems: {num_problems}, warnings: {num_warnings}"
-    return f"{total}; a run would stop" if num_problems else total
-
-
-def _overlap(
-    name: str,
-    first: list[Row],
-    other: str,
-    second: list[Row],
-) -> str:
-    """The number of prompts and of rows that two files share."""
-    prompts = {row.prompt for row in first} & {row.prompt for row in second}
-    texts = {row.texts for row in first}
-    num_same = sum(row.texts in texts for row in second)
-    shares = f"{other} shares {len(prompts)} prompts with {name}"
-    return f"{shares}; {num_same} of its {len(second)} rows are in that file too"
 
 
 def preview(
@@ -145,9 +137,8 @@ def preview(
     """
     file = _read(path, tokenizer, kind, columns, "error")
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
-    findings = "\n".join([*_problems(file.found.errors), *_dropped(file)])
-    blocks = [f"{file.head}, {file.kind}", *shown, findings]
-    return "\n\n".join(filter(None, blocks))
+    findings = "\n".join([*_problems(file.found), *_dropped(file.found)])
+    return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, findings]))
 
 
 def _read(
@@ -158,112 +149,89 @@ def _read(
     on_bad_row: OnBadRow,
 ) -> _File:
     """The rows of a file, of the given or the likely kind."""
-    source = read_source(name, whole_text=kind == "demonstrations")
-    unused_columns = unused(source.records, columns)
-    if unused_columns:
-        raise UserError("\n".join(unused_columns.values()))
-    records = adapted(source.records, columns)
-    kind = kind or _kind_of(name, records)
+    sources, records, _ = load(kind, name, columns)
+    [source] = sources.values()
+    if kind is None:
+        of_names: dict[str, Kind] = {file: kind for kind, file in FILES.items()}
+        kinds = [form_of(record.value).kind for record in records]
+        counts = Counter(kind for kind in kinds if kind is not None)
+        likely: Kind = max(counts, key=counts.__getitem__, default="demonstrations")
+        kind = of_names.get(Path(name).name, likely)
     template = chat.template_of(tokenizer, chat.AUTO)
-    found = formats.parse_all(kind, records, template, on_bad_row)
+    found = parse_all(kind, records, template, on_bad_row)
     return _File(f"{name}: {source.format}, {len(source.records)} rows", kind, records, found)
 
 
-def _kind_of(name: str, records: Sequence[Record]) -> Kind:
-    """The kind that the pipeline has for this file name, or the kind of most records."""
-    of_names: dict[str, Kind] = {file: kind for kind, file in formats.FILES.items()}
-    kinds = [formats.form_of(record.value).kind for record in records]
-    counts = Counter(kind for kind in kinds if kind is not None)
-    likely: Kind = max(counts, key=counts.__getitem__, default="demonstrations")
-    return of_names.get(Path(name).name, likely)
-
-
-def _describe(
-    name: str,
-    file: _File,
-    tokenizer: Tokenizer | None,
-) -> tuple[str, int]:
-    """The report on a file, and its number of warnings. Errors of labels and tokens are added to
+def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[list[str], int]:
+    """The lines on a file, and its number of warnings. Errors of labels and tokens are added to
     ``found.errors``.
     """
-    rows = file.found.rows
-    errors = file.found.errors
+    found = file.found
+    rows = found.rows
     lengths: dict[str, list[int]] = {}
     try:
-        formats.check_labels(rows)
+        check_labels(rows)
         lengths = _lengths(rows, tokenizer) if rows else {}
     except UserError as error:
-        errors.append(error)
+        found.errors.append(error)
+    lines = [f"{file.head}, {len(rows)} {file.kind} kept"]
+    counts = Counter(found.forms.values())
+    if counts:
+        counted = [f"{count} of {form}" for form, count in counts.most_common()]
+        lines.append(f"  rows: {'; '.join(counted)}")
+    if set(counts) == {UNKNOWN.name}:
+        lines.append(f"  a row must have the keys of one of these: {_KNOWN}; {_PUBLIC}")
     warnings = _slips(file)
-    unread = file.found.describe_unread(file.kind)
     if tokenizer is not None:
-        is_chat = chat.frame(chat.AUTO, tokenizer) is None
-        notes = (spelled(rows, tokenizer), formats.framed(rows) if is_chat else "")
-        warnings += [f"  warning: {note}" for note in notes if note]
-    lines = [
-        f"{file.head}, {len(rows)} {file.kind} kept",
-        *_forms(file.found),
-        *_problems(errors),
-        *warnings,
-        *([f"  {escaped(unread)}"] if unread else []),
-        *_dropped(file),
-        *_repeats(rows, name),
-    ]
-    unit = "tokens" if tokenizer else "words"
+        warnings.append(spelled(rows, tokenizer))
+        if chat.frame(chat.AUTO, tokenizer) is None:
+            warnings.append(framed(rows))
+    warnings = [f"  warning: {warning}" for warning in warnings if warning]
+    lines += [*_problems(found), *warnings]
+    unread = found.describe_unread(file.kind)
+    if unread:
+        lines.append(f"  {escaped(unread)}")
+    lines += [*_dropped(found), *_repeats(rows, name)]
     learned = lengths.pop("", None)
     if learned:
         lines.append(f"  tokens: {learned[1]:,}, of which {learned[0]:,} are learned")
-    for text, counts in lengths.items():
-        lines.append(_spread(f"{unit} of a {text}", counts))
+    unit = "tokens" if tokenizer else "words"
+    for text, of_text in lengths.items():
+        most = np.percentile(of_text, 95, method="inverted_cdf")
+        spread = f"median {np.median(of_text):g}, 95% up to {most:g}, longest {max(of_text)}"
+        lines.append(f"  {unit} of a {text}: {spread}")
     if rows:
         lines.append("  examples:")
     lines += [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
-    return "\n".join(lines), len(warnings)
-
-
-def _forms(found: formats.ReadResult) -> list[str]:
-    """The number of records of each form."""
-    if not found.forms:
-        return []
-    most_first = Counter(found.forms.values()).most_common()
-    counted = "; ".join(f"{count} of {name}" for name, count in most_first)
-    lines = [f"  rows: {counted}"]
-    if set(found.forms.values()) == {formats.UNKNOWN.name}:
-        lines.append(f"  a row must have the keys of one of these: {_KNOWN}; {_PUBLIC}")
-    return lines
+    return lines, len(warnings)
 
 
 def _slips(file: _File) -> list[str]:
-    """Warnings of keys that look misspelled. Rows with a problem do not count."""
+    """Sentences on keys that look misspelled. Rows with a problem do not count."""
     bad = {getattr(error, "source", None) for error in file.found.errors}
     slips = defaultdict[str, list[str]](list)
     for record in file.records:
         row = record.value
-        if record.source in bad or not isinstance(row, dict):
-            continue
-        read = formats.keys_read(row, file.kind)
-        for key in row.keys() - read:
-            slips[_slip(key, row, read)].append(record.source)
+        if record.source not in bad and isinstance(row, dict):
+            read = keys_read(row, file.kind)
+            for key in row.keys() - read:
+                slips[_slip(key, row, read)].append(record.source)
     slips.pop("", None)
-    warnings = []
-    for slip, sources in slips.items():
-        warnings.append(f"  warning: {slip} ({len(sources)} rows: {places(sources)})")
-    return sorted(warnings)
+    return sorted(
+        f"{slip} ({len(sources)} rows: {places(sources)})" for slip, sources in slips.items()
+    )
 
 
-def _slip(
-    key: str,
-    row: Fields,
-    read: frozenset[str],
-) -> str:
+def _slip(key: str, row: Fields, read: set[str]) -> str:
     """A sentence if the key looks like a known key that the row lacks, else ""."""
-    missing = [known for known in formats.KNOWN if known not in row]
+    missing = [known for known in KNOWN if known not in row]
     name = key.strip().lower()
-    near = difflib.get_close_matches(_ALIASES.get(name, name), missing, n=1, cutoff=0.85)
-    near = near or table.meant(key, tuple(row))
+    name = "response" if name == "output" else name
+    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.85)
+    near = near or forms.meant(key, tuple(row))
     if near:
         return f"the key {key!r} is not read; did you mean {near[0]!r}?"
-    if key in table.PAIR and read == {"prompt"}:
+    if key in forms.PAIR and read == {"prompt"}:
         return f"the key {key!r} is not read without the other one of a pair"
     return ""
 
@@ -289,24 +257,28 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     there are.
     """
     answered = [row for row in rows if row.responses]
-    prompted = [row for row in rows if not row.is_plain_text]
     if tokenizer is None:
-        parts_of: dict[str, list[Any]] = {
-            "prompt": [_words(row.prompt) for row in prompted],
-            "response": [_words(text) for row in answered for text in row.responses],
+        texts = {
+            "prompt": [row.prompt for row in rows if not row.is_plain_text],
+            "response": [text for row in answered for text in row.responses],
         }
-        return {name: list(map(len, parts)) for name, parts in parts_of.items() if parts}
+        counts = {
+            name: [len(text.split() if isinstance(text, str) else text) for text in texts[name]]
+            for name in texts
+        }
+        return {name: lengths for name, lengths in counts.items() if lengths}
     if not answered:
         return {"prompt": list(map(len, prompt_ids(rows, tokenizer, chat.AUTO)))}
     is_text = answered[0].is_plain_text
     template = "{prompt}" if is_text else chat.AUTO
-    texts = pieces(answered, tokenizer, sys.maxsize) if is_text else answered
-    encoded = encode_texts(texts, tokenizer, template=template)
-    is_there = encoded.lengths > 0
+    cut = pieces(answered, tokenizer, sys.maxsize) if is_text else answered
+    encoded = encode_texts(cut, tokenizer, template=template)
+    num_masked = sum(int((~counts).sum()) for counts in encoded.learned.values())
+    learned = int(encoded.response_lengths.sum()) - num_masked
     lengths = {
         "prompt": encoded.starts[:, 0].tolist(),
-        "response": encoded.response_lengths[is_there].tolist(),
-        "": [_num_learned(encoded), int(encoded.lengths.sum())],
+        "response": encoded.response_lengths[encoded.lengths > 0].tolist(),
+        "": [learned, int(encoded.lengths.sum())],
     }
     if is_text:  # a piece of it begins with the last token of the piece before
         whole = Counter({row.source: 1 for row in answered})
@@ -317,29 +289,14 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     return lengths
 
 
-def _num_learned(encoded: EncodedTexts) -> int:
-    """The tokens that the masks of all batches count."""
-    total = 0
-    for start in range(0, len(encoded), _ROWS_AT_ONCE):
-        numbers = np.arange(start, min(start + _ROWS_AT_ONCE, len(encoded)))
-        total += int(np.sum(comparison_batch(encoded, numbers, 1).response_mask))
-    return total
+def _problems(found: ReadResult) -> list[str]:
+    lines = [f"    {escaped(line)}" for line in summary(found.errors)]
+    return [f"  problems: {len(found.errors)}", *lines] if lines else []
 
 
-def _words(text: Text) -> Sequence[Any]:
-    return text.split() if isinstance(text, str) else text
-
-
-def _problems(errors: Sequence[UserError]) -> list[str]:
-    if not errors:
-        return []
-    lines = [f"    {escaped(line)}" for line in summary(errors)]
-    return [f"  problems: {len(errors)}", *lines]
-
-
-def _dropped(file: _File) -> list[str]:
+def _dropped(found: ReadResult) -> list[str]:
     lines = []
-    for reason, sources in file.found.places.items():
+    for reason, sources in found.places.items():
         lines += _finding(f"dropped, {reason}", sources)
     return lines
 
@@ -354,17 +311,7 @@ def _finding(title: str, lines: Sequence[str]) -> list[str]:
     return shown
 
 
-def _spread(title: str, lengths: list[int]) -> str:
-    median = np.median(lengths)
-    most = np.percentile(lengths, 95, method="inverted_cdf")
-    return f"  {title}: median {median:g}, 95% up to {most:g}, longest {max(lengths)}"
-
-
-def _render_row(
-    row: Row,
-    tokenizer: Tokenizer | None,
-    limit: int | None = None,
-) -> str:
+def _render_row(row: Row, tokenizer: Tokenizer | None, limit: int | None = None) -> str:
     """One row with its place, each text under its name; of a text at most ``limit`` characters."""
     texts = dict(zip(answer_names(row), row.responses, strict=True))
     if not row.is_plain_text:
@@ -372,7 +319,11 @@ def _render_row(
         texts = {"prompt": prompt, **texts}
     lines = [row.source]
     for name, text in texts.items():
-        whole = _as_text(text, tokenizer)
+        whole: str
+        if isinstance(text, str):
+            whole = text
+        else:
+            whole = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
         shown = escaped(whole[:limit])
         if len(whole) > len(whole[:limit]):
             shown += " ..."
@@ -401,9 +352,3 @@ def answer_names(row: Row) -> list[str]:
     if row.best is not None:
         names[row.best] += " (best)"
     return names
-
-
-def _as_text(text: Text, tokenizer: Tokenizer | None) -> str:
-    if isinstance(text, str):
-        return text
-    return tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"

@@ -6,12 +6,13 @@ unchanged: ``tool_calls``, ``tool_call_id``, ``name`` and ``reasoning_content``.
 ``weight`` of 0 says that its turn is not learned.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data import rows
-from rlhf_jax.data.rows import Fields, Message, Messages, Record, Tools, common_length
+from rlhf_jax.data.rows import Fields, Message, Record, Tools, common_length
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
@@ -21,21 +22,20 @@ _OTHER_TEXTS = ("reasoning_content", "name", "tool_call_id")
 
 def is_chat(row: Fields, *keys: str) -> bool:
     """Whether one of these keys holds messages."""
-    for key in keys:
-        value = row.get(key)
-        if isinstance(value, list) and any(isinstance(turn, dict) for turn in value):
-            return True
-    return False
+    values = [row.get(key) for key in keys]
+    lists = [value for value in values if isinstance(value, list)]
+    return any(isinstance(turn, dict) for turn in itertools.chain(*lists))
 
 
 def are_turns(value: Any) -> bool:
     """Whether this is a list of turns, each {role, content} or {from, value}."""
-    return isinstance(value, list) and value != [] and all(map(_is_turn, value))
-
-
-def _is_turn(value: Any) -> bool:
-    has = value.keys() if isinstance(value, dict) and "prompt" not in value else set()
-    return bool(has & {"role", "from"} and has & {"content", "value", "tool_calls"})
+    if not isinstance(value, list) or not value:
+        return False
+    keys = [turn.keys() if isinstance(turn, dict) else {"prompt"} for turn in value]
+    return all(
+        "prompt" not in has and has & {"role", "from"} and has & {"content", "value", "tool_calls"}
+        for has in keys
+    )
 
 
 def is_answered(messages: Any) -> bool:
@@ -57,23 +57,6 @@ def said(message: Message) -> bool:
     return bool(
         text_of(message).strip() or message.get("tool_calls") or message.get("reasoning_content")
     )
-
-
-def learned_turns(
-    messages: Messages,
-    start: int,
-    last: bool = False,
-) -> list[int]:
-    """The numbers of the assistant's turns from message ``start`` on that are learned: those that
-    say something and have no weight of 0. ``last``: only the last message, if it is one of them.
-    """
-    first = len(messages) - 1 if last else start
-    learned = []
-    for number, message in enumerate(messages[first:], first):
-        counts = message["role"] == "assistant" and message.get("weight", 1) != 0
-        if counts and said(message):
-            learned.append(number)
-    return learned
 
 
 def asked(record: Record, key: str) -> list[Message]:
@@ -119,22 +102,18 @@ def exchange(record: Record, key: str) -> tuple[list[Message], list[Message]]:
 
 
 def pair(
-    record: Record,
-    keys: tuple[str, str],
+    record: Record, keys: tuple[str, str]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """The common beginning of two conversations, and the turns of each after it."""
     record.require(keys)
     before, chosen = exchange(record, keys[0])
     other, rejected = exchange(record, keys[1])
     given = len(before) if record.value.get("prompt") is not None else 0
-    first = before + chosen
-    second = other + rejected
+    first, second = before + chosen, other + rejected
     count = common_length(first, second)
-    common = first[:count]
-    roles = {message["role"] for message in common}
-    has_prompt = not roles <= {"system", "developer"}
+    has_prompt = any(turn["role"] not in ("system", "developer") for turn in first[:count])
     record.expect(has_prompt and count >= given, APART)
-    return common, first[count:], second[count:]
+    return first[:count], first[count:], second[count:]
 
 
 def tools_of(record: Record) -> Tools:
@@ -154,7 +133,9 @@ def tools_of(record: Record) -> Tools:
 
 
 def messages_of(record: Record, key: str) -> list[Message]:
-    """The messages under ``key``, checked. Raises `BadRow` naming the message."""
+    """The messages under ``key``: each part has a type that templates can write. Raises `BadRow`
+    naming the message.
+    """
     value = record.value[key]
     is_list = isinstance(value, list) and value
     record.expect(is_list, f"{key!r} must be a list of messages {{role, content}}", value)
@@ -162,41 +143,12 @@ def messages_of(record: Record, key: str) -> list[Message]:
         where = f"message {number} of {key!r}"
         is_object = isinstance(message, dict)
         record.expect(is_object, f"{where} must be an object with role, content", message)
-        _check(record, message, where)
-    messages: list[Message] = value
-    return messages
-
-
-def _check(
-    record: Record,
-    message: Message,
-    where: str,
-) -> None:
-    """Raises `BadRow` unless each part of the message has a type that templates can write."""
-    role = message.get("role")
-    record.expect(isinstance(role, str), f"'role' of {where} must be a string", role)
-    wanted = f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}"
-    record.expect(role in ROLES, wanted)
-    _check_content(record, message, where)
-    for key in _OTHER_TEXTS:
-        other = message.get(key)
-        name = f"{key!r} of {where}"
-        is_text = isinstance(other, str | None)
-        record.expect(is_text, f"{name} must be a string", other)
-        record.checked(name, other or " ")
-    calls = message.get("tool_calls")
-    is_calls = calls is None or isinstance(calls, list)
-    record.expect(is_calls, f"'tool_calls' of {where} must be a list", calls)
-
-
-def _check_content(
-    record: Record,
-    message: Message,
-    where: str,
-) -> None:
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
+        role = message.get("role")
+        record.expect(isinstance(role, str), f"'role' of {where} must be a string", role)
+        wanted = f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}"
+        record.expect(role in ROLES, wanted)
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
             kind = part.get("type", "text") if isinstance(part, dict) else None
             is_text = kind == "text" and isinstance(part.get("text"), str)
             found = f"a part of type {kind!r}" if isinstance(kind, str) else "another part"
@@ -204,8 +156,15 @@ def _check_content(
                 found += f" with {rows.kind(part.get('text'))}"
             what = f"the content of {where} has {found}; only text parts are read"
             record.expect(is_text, what)
-    else:
-        may_be_null = message.get("role") == "assistant"
-        is_text = isinstance(content, str) or (content is None and may_be_null)
-        record.expect(is_text, f"'content' of {where} must be a string", content)
-    record.checked(f"the content of {where}", text_of(message) or " ")
+        may_be = isinstance(content, str | list) or (content is None and role == "assistant")
+        record.expect(may_be, f"'content' of {where} must be a string", content)
+        record.checked(f"the content of {where}", text_of(message) or " ")
+        for name in _OTHER_TEXTS:
+            other = message.get(name)
+            is_text = isinstance(other, str | None)
+            record.expect(is_text, f"{name!r} of {where} must be a string", other)
+            record.checked(f"{name!r} of {where}", other or " ")
+        calls = message.get("tool_calls")
+        is_calls = isinstance(calls, list | None)
+        record.expect(is_calls, f"'tool_calls' of {where} must be a list", calls)
+    return list(value)

@@ -9,6 +9,7 @@ used as they are.
 import bisect
 import itertools
 import sys
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -20,10 +21,9 @@ import numpy as np
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.conversation import text_of
-from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Rows, Text, places
+from rlhf_jax.data.rows import BadRow, Messages, Row, Rows, Text, places
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.data.turns import rendered
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 
 Ids = list[int]
 TooLong = Literal["error", "truncate", "drop"]
@@ -39,8 +39,9 @@ NO_TURN = "dropped, the last turn of the prompt is too long"
 EQUAL_CUT = "dropped, the cut responses are equal"
 
 
-class NothingLeft(UserError):
-    """All rows are too long, or were cut to nothing that can be learned."""
+ROWS_AT_ONCE = 2048  # as Python lists ids take far more memory than as arrays
+_SAID_EVERY = 10.0  # seconds
+_CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,31 +155,39 @@ def encode_texts(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
         left.
     """
-    read = as_read(rows, tokenizer, template)
-    ids_of_prompts = prompt_ids(read, tokenizer, template)
-    ids_of_responses = response_ids(read, tokenizer, template)
     counts = Counter[str]()
     kept: list[Row] = []
-    prompts: list[Ids] = []
-    answers: list[list[Ids]] = []
+    texts: list[list[np.ndarray]] = []  # of each row
+    begins: list[int] = []  # of the responses of each row
     learned: dict[tuple[int, int], np.ndarray] = {}
-    for number, row in enumerate(read):
-        cut = _cut(
-            row, ids_of_prompts[number], ids_of_responses[number], max_length, too_long, counts
-        )
-        if cut is not None:
-            for k, mask in enumerate(row.learned):
-                learned[k, len(kept)] = np.array(mask[: len(cut[k])], bool)
-            kept.append(rows[number])
-            prompts.append(ids_of_prompts[number])
-            answers.append(cut)
+    start = said = time.monotonic()
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[first : first + ROWS_AT_ONCE]
+        read = as_read(part, tokenizer, template)
+        prompts = prompt_ids(read, tokenizer, template)
+        responses = response_ids(read, tokenizer, template)
+        for row, own, prompt, answers in zip(part, read, prompts, responses, strict=True):
+            cut = _cut(own, prompt, answers, max_length, too_long, counts)
+            if cut is not None:
+                for k, mask in enumerate(own.learned):
+                    learned[k, len(kept)] = np.array(mask[: len(cut[k])], bool)
+                kept.append(row)
+                begins.append(len(prompt))
+                texts.append([np.array(prompt + ids, np.int32) for ids in cut])
+        if time.monotonic() - said > _SAID_EVERY:
+            said = time.monotonic()
+            done = first + len(part)
+            logger.info(f"{done:,} of {len(rows):,} rows are token ids, after {said - start:.0f} s")
     _check_some_left(kept, rows, max_length)
     frame = chat.frame(template, tokenizer) or "{prompt}"
+    missing = np.zeros(0, np.int32)
+    num_answers = np.array([[len(own)] for own in texts])
+    is_there = np.arange(num_answers.max()) < num_answers
     targets = itertools.zip_longest(*(row.targets or () for row in kept), fillvalue=0.0)
     margin = np.array([row.margin for row in kept], np.float32)
     return EncodedTexts(
-        tokens=[_whole(prompts, column) for column in itertools.zip_longest(*answers)],
-        starts=_starts(prompts, answers),
+        tokens=[list(column) for column in itertools.zip_longest(*texts, fillvalue=missing)],
+        starts=np.where(is_there, np.array(begins)[:, None], 0),
         prompts=[_shown(row, frame, tokenizer) for row in kept],
         sources=[row.source for row in kept],
         pad_id=tokenizer.pad_id,
@@ -190,20 +199,6 @@ def encode_texts(
         margin=margin if margin.any() else None,
         learned=learned,
     )
-
-
-def _starts(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> np.ndarray:
-    """[N, K] int64 first columns of the responses; 0 for missing ones."""
-    num_answers = np.array([[len(cut)] for cut in answers])
-    lengths = np.array([[len(prompt)] for prompt in prompts])
-    return np.where(np.arange(num_answers.max()) < num_answers, lengths, 0)
-
-
-def _whole(prompts: Sequence[Ids], responses: Sequence[Ids | None]) -> list[np.ndarray]:
-    """Each prompt with its response; without tokens if the response is missing (None)."""
-    pairs = zip(prompts, responses, strict=True)
-    texts = [[] if response is None else prompt + response for prompt, response in pairs]
-    return [np.array(text, np.int32) for text in texts]
 
 
 def _cut(
@@ -241,12 +236,10 @@ def _cut(
 
 
 def _whole_turns(ids: Ids, learned: Sequence[bool]) -> Ids:
-    """The ids up to the end of the last learned turn that they hold whole; all of them if they hold
-    none.
-    """
-    after = [*learned[1:], False]
-    is_last = [learned[place] and not after[place] for place in range(len(ids))]
-    return ids[: len(ids) - is_last[::-1].index(True)] if True in is_last else ids
+    """The ids up to the end of the last learned turn that they hold whole, or all of them."""
+    numbers = range(1, len(ids) + 1)
+    ends = [end for end in numbers if learned[end - 1] and not any(learned[end : end + 1])]
+    return ids[: ends[-1]] if ends else ids
 
 
 def pieces(rows: Rows, tokenizer: Tokenizer, max_length: int) -> list[Row]:
@@ -302,53 +295,46 @@ def encode_prompts(
     kept: list[Row] = []
     prompts: list[Ids] = []
     for row, prompt in zip(rows, ids, strict=True):
-        is_longer = len(prompt) > width
-        if is_longer and too_long == "error":
-            what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
-            raise BadRow(row.source, f"{what}; {_CHOICES}")
-        if is_longer and too_long == "drop":
-            counts[DROPPED] += 1
-            continue
-        cut: tuple[str, Ids] | None = ("", prompt)
-        if is_longer:
-            cut = _shortened(row, prompt, tokenizer, template, width)
-        if cut is None:
-            counts[NO_TURN] += 1
-            continue
-        how, shorter = cut
-        counts[how] += is_longer
-        kept.append(row)
-        prompts.append(shorter)
+        cut: Ids | None = prompt
+        if len(prompt) > width:
+            if too_long == "error":
+                what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
+                raise BadRow(row.source, f"{what}; {_CHOICES}")
+            how, cut = DROPPED, None
+            if too_long == "truncate":
+                how, cut = _shortened(row, prompt, tokenizer, template, width)
+            counts[how] += 1
+        if cut is not None:
+            kept.append(row)
+            prompts.append(cut)
     _check_some_left(kept, rows, width)
     tokens, attention_mask = left_padded(prompts, width=width, pad_id=tokenizer.pad_id)
-    names = [name for row in kept for name in row.columns]
-    columns = list(dict.fromkeys(names))  # in the order of their first appearance
-    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(+counts))
+    # In the order of their first appearance.
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(row.columns for row in kept)))
+    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(counts))
 
 
 def _shortened(
     row: Row, prompt: Ids, tokenizer: Tokenizer, template: str, width: int
-) -> tuple[str, Ids] | None:
+) -> tuple[str, Ids | None]:
     """How a long prompt is cut, and its ids; None if its last turn does not fit."""
     [row] = as_read([row], tokenizer, template)
     if not row.messages:
         begun = tokenizer.beginning if isinstance(row.prompt, str) else []
         end = width - len(begun)
         return PROMPT_CUT, [*begun, *prompt[-end:]] if end > 0 else prompt[-width:]
-    roles = [message["role"] for message in row.messages]
     of_system = [message for message in row.messages if message["role"] in ("system", "developer")]
     of_chat = chat.template_of(tokenizer, template)
 
     @cache
     def kept(start: int) -> Ids:
-        rest: list[Message] = [*of_system, *row.messages[start:]]
-        text = of_chat.prompt(rest, row.source, tools=row.tools)
+        text = of_chat.prompt([*of_system, *row.messages[start:]], row.source, tools=row.tools)
         [ids] = prompt_ids([replace(row, prompt=text)], tokenizer, template)
         return ids
 
-    starts = [start for start, role in enumerate(roles) if role == "user" and start]
+    starts = [i for i, message in enumerate(row.messages) if message["role"] == "user" and i]
     place = bisect.bisect_left(starts, True, key=lambda start: len(kept(start)) <= width)
-    return (PROMPT_TURNS_CUT, kept(starts[place])) if place < len(starts) else None
+    return (PROMPT_TURNS_CUT, kept(starts[place])) if place < len(starts) else (NO_TURN, None)
 
 
 def left_padded(
@@ -377,20 +363,27 @@ def prompt_ids(rows: Rows, tokenizer: Tokenizer, template: str) -> list[Ids]:
     frame = chat.frame(template, tokenizer)
     if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    texts = [_framed(row, template, frame, tokenizer) for row in rows]
+    rows = as_read(rows, tokenizer, template)
+    texts: list[Text] = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            texts.append((frame or "{prompt}").replace("{prompt}", row.prompt))
+        elif template == chat.AUTO:
+            texts.append(row.prompt)
+        else:
+            first, *others = map(tokenizer.encode, template.split("{prompt}"))
+            around = itertools.chain.from_iterable((*row.prompt, *part) for part in others)
+            texts.append((*first, *around))
     encoded = _ids(texts, tokenizer, [row.source for row in rows])
+    begun = tokenizer.beginning
     for row, text, ids in zip(rows, texts, encoded, strict=True):
         if not ids:
             raise BadRow(row.source, f"the tokenizer makes no token of the prompt {row.prompt!r}")
-        if isinstance(text, str) and not _begins(ids, tokenizer):
-            ids[:0] = tokenizer.beginning
+        # A text may spell its beginning itself, where the spelling counts.
+        is_begun = tokenizer.spelled_as == "tokens" and ids[: len(begun)] == begun
+        if isinstance(text, str) and not is_begun:
+            ids[:0] = begun
     return encoded
-
-
-def _begins(ids: Ids, tokenizer: Tokenizer) -> bool:
-    """Whether a text spells its beginning itself, and the spelling counts."""
-    begun = tokenizer.beginning
-    return tokenizer.spelled_as == "tokens" and ids[: len(begun)] == begun
 
 
 def spelled(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -> str:
@@ -418,13 +411,14 @@ def as_read(rows: Rows, tokenizer: Tokenizer, template: str) -> list[Row]:
     """The rows with plain prompts as messages of the tokenizer's chat template, where the template
     in force is that one (`chat.frame`); all other rows as they are.
     """
+    if chat.frame(template, tokenizer) is not None:
+        return list(rows)
     of_chat = chat.template_of(tokenizer)
-    is_framed = chat.frame(template, tokenizer) is not None
     read = []
     for row in rows:
-        if not (is_framed or row.is_plain_text) and isinstance(row.prompt, str):
+        if isinstance(row.prompt, str):
             messages = [{"role": "user", "content": row.prompt}]
-            [row] = rendered(replace(row, messages=messages), of_chat)
+            [row] = chat.rendered(replace(row, messages=messages), of_chat)
         read.append(row)
     return read
 
@@ -438,22 +432,6 @@ def group(row: Row) -> Hashable:
     if not isinstance(prompt, str):
         return prompt
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-
-
-def _framed(row: Row, template: str, frame: str | None, tokenizer: Tokenizer) -> Text:
-    """A text in its frame or as a user's message; token ids in a template other than ``auto``."""
-    if isinstance(row.prompt, str):
-        if frame is not None:
-            return frame.replace("{prompt}", row.prompt)
-        message = {"role": "user", "content": row.prompt}
-        return chat.template_of(tokenizer).prompt([message], row.source, tools=row.tools)
-    if template == chat.AUTO:
-        return row.prompt
-    first, *others = map(tokenizer.encode, template.split("{prompt}"))
-    ids = [*first]
-    for part in others:
-        ids += [*row.prompt, *part]
-    return tuple(ids)
 
 
 def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
@@ -485,21 +463,27 @@ def answered_ids(
         return template.answered(messages, response, where, ends)
     else:
         prompt = template.prompt(messages, where)
-    before, after = _ids([prompt, response], tokenizer, [where, where])
-    if isinstance(prompt, str):
-        [after] = tokenizer.continue_batch([prompt], [response], [where])
-    return [*tokenizer.beginning, *before, *after, tokenizer.eos_id]
+    row = Row(prompt, (response,), where)
+    [before] = prompt_ids([row], tokenizer, "{prompt}")
+    [[after]] = response_ids([row], tokenizer)
+    return before + after
 
 
 def response_ids(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -> list[list[Ids]]:
     """Ids of the responses of each row behind its prompt in the template, with EOS after responses
     that are texts. Raises as `prompt_ids`.
     """
-    texts = [text for row in rows for text in row.responses]
-    sources = [row.source for row in rows for _ in row.responses]
-    encoded = _ids(texts, tokenizer, sources)
-    if tokenizer.begins_with_space:
-        encoded = _continued(rows, tokenizer, template, texts, encoded)
+    frame = chat.frame(template, tokenizer) or "{prompt}"
+    texts: list[Text] = []
+    sources: list[str] = []
+    befores: list[str] = []
+    for row in rows:
+        is_text = isinstance(row.prompt, str) and row.prompt
+        before = frame.replace("{prompt}", str(row.prompt)) if is_text else ""
+        texts += row.responses
+        sources += [row.source] * len(row.responses)
+        befores += [before] * len(row.responses)
+    encoded = _ids(texts, tokenizer, sources, befores)
     for text, ids in zip(texts, encoded, strict=True):
         is_ended = tokenizer.spelled_as == "tokens" and ids[-1:] == [tokenizer.eos_id]
         if isinstance(text, str) and not is_ended:
@@ -508,27 +492,15 @@ def response_ids(rows: Rows, tokenizer: Tokenizer, template: str = "{prompt}") -
     return [list(itertools.islice(rest, len(row.responses))) for row in rows]
 
 
-def _continued(
-    rows: Rows, tokenizer: Tokenizer, template: str, texts: Sequence[Text], encoded: Sequence[Ids]
+def _ids(
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    sources: Sequence[str],
+    befores: Sequence[str] | None = None,
 ) -> list[Ids]:
-    """The ids of responses, those that are texts as they continue their prompt."""
-    frame = chat.frame(template, tokenizer) or "{prompt}"
-    befores = []
-    for row in rows:
-        is_text = isinstance(row.prompt, str)
-        before = frame.replace("{prompt}", str(row.prompt)) if is_text and row.prompt else ""
-        befores += [before] * len(row.responses)
+    """Ids of each text, behind the text before it."""
     strings = [text if isinstance(text, str) else "" for text in texts]
-    continued = tokenizer.continue_batch(befores, strings, [""] * len(strings))
-    return [
-        new if isinstance(text, str) else ids
-        for text, new, ids in zip(texts, continued, encoded, strict=True)
-    ]
-
-
-def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[Ids]:
-    strings = [text if isinstance(text, str) else "" for text in texts]
-    encoded = tokenizer.encode_batch(strings, sources)
+    encoded = tokenizer.continue_batch(befores or [""] * len(texts), strings, sources)
     last = tokenizer.vocab_size - 1
     for i, text in enumerate(texts):
         if isinstance(text, str):
@@ -540,31 +512,19 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
     return encoded
 
 
-_CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
-
-
 def _weights(rows: Rows, kept: Rows) -> np.ndarray:
     """[N] float32 weights of the rows that are kept. If some pairs of a source (a ranking) are
     dropped, its other pairs get their weight, so that the source's total does not change.
     """
-    before = _total_weights(rows)
-    after = _total_weights(kept)
-    weights = []
-    for row in kept:
-        own = row.weight or 1.0
-        weights.append(own * before[row.source] / after[row.source])
-    return np.array(weights, np.float32)
-
-
-def _total_weights(rows: Rows) -> dict[str, float]:
-    """{source: the sum of its rows' weights}."""
-    totals = defaultdict[str, float](float)
-    for row in rows:
-        totals[row.source] += row.weight or 1.0
-    return totals
+    before, after = defaultdict[str, float](float), defaultdict[str, float](float)
+    for totals, some in ((before, rows), (after, kept)):
+        for row in some:
+            totals[row.source] += row.weight or 1.0
+    own = [(row.weight or 1.0) * before[row.source] / after[row.source] for row in kept]
+    return np.array(own, np.float32)
 
 
 def _check_some_left(kept: Rows, rows: Rows, limit: int | None) -> None:
     if not kept:
         what = f"none of {len(rows)} rows is left to encode: all are longer than {limit} tokens"
-        raise NothingLeft(f"{what}; raise the limit")
+        raise UserError(f"{what}; raise the limit")

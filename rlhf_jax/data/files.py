@@ -1,9 +1,9 @@
 """The records of a data file or of a Hugging Face dataset, each with its place.
 
-JSON, JSON lines, CSV (whose cells stay texts), Parquet and plain text are files; datasets are
-loaded by name with the package ``datasets``, which is imported only then. A line or row that cannot
-be read becomes a record that holds its error, so that `check` can name all of them and a run stops
-at the first.
+JSON, JSON lines, CSV (whose cells stay texts), Parquet and plain text are files; folders of
+``save_to_disk`` and datasets of the hub are read by the package ``datasets``, which is imported
+only then. A line or row that cannot be read becomes a record that holds its error, so that `check`
+can name all of them and a run stops at the first.
 """
 
 import csv
@@ -24,18 +24,18 @@ from rlhf_jax.data.conversation import are_turns
 from rlhf_jax.data.rows import BadRow, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean, read_file
 
-_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
-_PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
-_MAY_UNPACK = 1 << 26  # bytes that any gzip file may unpack to
+_ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
+_PACKED_AT_MOST = 100  # a gzip or Parquet file may unpack to this many times its size
+_MAY_UNPACK = 1 << 26  # bytes that any file may unpack to
+_VALUE = 64  # bytes that a value of Parquet takes in memory, even if it is empty
 _DATASET = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII
 )
-_MAY_HOLD = 1 << 20  # values that any Parquet file may hold; beyond it a byte of the file for each
 _MOST_DEEP = 200  # lists and objects inside each other
 _AT_ONCE = 256  # rows of Parquet that are unpacked at once
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # CSV columns whose cells are JSON, since CSV has no lists and numbers.
-_JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "margin")
+_JSON_COLUMNS = {"messages", "responses", "ranking", "ranks", "targets", "best", "margin"}
 _INDEX = "Unnamed: 0"  # what pandas calls the index that it writes without a name
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
@@ -68,16 +68,16 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
       UserError: for a file or dataset that cannot be read at all.
     """
     path = Path(name)
-    if is_saved_dataset(name):
-        return _saved_dataset(path)
-    if os.path.isdir(path):  # the methods of Path raise for a name that is too long
-        raise UserError(f"{name}: is a folder; name the file inside it")
     match = _DATASET.fullmatch(str(name))
-    if os.path.exists(path):
+    if is_saved_dataset(name):
+        source = _saved_dataset(path)
+    elif os.path.isdir(path):  # the methods of Path raise for a name that is too long
+        raise UserError(f"{name}: is a folder; name the file inside it")
+    elif os.path.exists(path):
         source = parse_bytes(_bytes(path), str(name), whole_text)
         if path.suffix.lower() == ".gz":
             source = source._replace(format=f"{source.format}, gzipped")
-    elif match and not str(name).endswith(_SUFFIXES):
+    elif match and not str(name).endswith(_ENDINGS):
         source = _dataset(match["name"], match["config"], match["split"] or "train")
     else:
         others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
@@ -87,27 +87,22 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
     return source
 
 
-def parse_bytes(
-    data: bytes,
-    name: str,
-    whole_text: bool = False,
-) -> Source:
+def parse_bytes(data: bytes, name: str, whole_text: bool = False) -> Source:
     """The records in the bytes of a file, unpacked; the name decides how, as in `read_source`."""
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     fingerprint = hashlib.sha256(data).hexdigest()
     records: Iterable[Record]
     if suffix == ".parquet" or data.startswith(b"PAR1"):
-        form = "Parquet"
-        records = _parquet(data, name)
-    elif suffix in _DELIMITERS:
+        return Source(_of_arrow(_parquet(data, name), name), fingerprint, "Parquet")
+    text = _decode(name, data)
+    del data  # not twice in memory while its lines are read
+    if suffix in _DELIMITERS:
         form = suffix[1:].upper()
-        records = _csv(_decode(name, data), name, _DELIMITERS[suffix])
+        records = _csv(text, name, _DELIMITERS[suffix])
     elif suffix == ".txt":
         form = "text"
-        records = _text(_decode(name, data), name, whole_text)
+        records = _text(text, name, whole_text)
     else:
-        text = _decode(name, data)
-        del data  # not twice in memory while its lines are read
         form, records = _json_records(text, name)
     return Source(list(records), fingerprint, form)
 
@@ -119,22 +114,12 @@ def _numbered(values: Iterable[Any], name: str) -> list[Record]:
 def _lines(text: str, name: str) -> Iterator[Record]:
     """The lines that are not blank, each with its number."""
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
-    start = 0
-    for number in itertools.count(1):
-        end = text.find("\n", start)
-        line = text[start:] if end < 0 else text[start:end]
-        if line and not line.isspace():
-            yield Record(line, f"{name}, line {number}")
-        if end < 0:
-            return
-        start = end + 1
+    for number, line in enumerate(re.finditer(r"(.*)(?:\n|\Z)", text), 1):
+        if line[1] and not line[1].isspace():
+            yield Record(line[1], f"{name}, line {number}")
 
 
-def _text(
-    text: str,
-    name: str,
-    whole_text: bool,
-) -> list[Record]:
+def _text(text: str, name: str, whole_text: bool) -> list[Record]:
     lines = list(_lines(text, name))
     if lines and isinstance(_json(lines[0].value, name), dict):
         fault = "expected a text, found a JSON object; call the file .jsonl"
@@ -195,24 +180,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _decode(name: str, data: bytes) -> str:
+    how = f"convert it to UTF-8: iconv -f {{}} -t UTF-8 {name.removesuffix('.gz')} > NEW_FILE"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
-        width = 32 if b"\0\0" in data[:4] else 16
-        raise UserError(f"{name}: seems to be UTF-{width}; {_to_utf8(f'UTF-{width}', name)}")
+        encoding = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
+        raise UserError(f"{name}: seems to be {encoding}; {how.format(encoding)}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
         line = content.count(b"\n", 0, error.start) + 1
-        byte = content[error.start]
-        advice = f"if it is Windows-1252, {_to_utf8('WINDOWS-1252', name)}"
         raise UserError(
-            f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected; {advice}"
+            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, which is "
+            f"expected; if it is Windows-1252, {how.format('WINDOWS-1252')}"
         ) from error
-
-
-def _to_utf8(encoding: str, name: str) -> str:
-    unpacked = name.removesuffix(".gz")
-    return f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 {unpacked} > NEW_FILE"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
@@ -234,7 +214,10 @@ def _json(text: str, source: str) -> Any:
             raise RecursionError
         return value
     except json.JSONDecodeError as error:
-        what = _describe(error)
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        what = f"{error.msg.lower().removesuffix(' at')} at {line}column {error.colno}"
+        if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
+            what += "; the text ends there (in JSON lines each row is one line)"
     except RecursionError:
         what = "nested too deeply"
     except ValueError as error:  # a key twice, or a number of thousands of digits
@@ -255,22 +238,9 @@ def _is_deep(value: Any, text: str) -> bool:
     return True
 
 
-def _describe(error: json.JSONDecodeError) -> str:
-    """What is wrong, the place, and whether the text ends too early."""
-    line = f"line {error.lineno}, " if error.lineno > 1 else ""
-    what = f"{error.msg.lower().removesuffix(' at')} at {line}column {error.colno}"
-    if error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()):
-        what += "; the text ends there (in JSON lines each row is one line)"
-    return what
-
-
-def _csv(
-    text: str,
-    name: str,
-    delimiter: str,
-) -> Iterator[Record]:
+def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
     """The rows under a header line. Every cell is text, except ``best`` and the columns of lists,
-    which are JSON.
+    which are JSON. (`datasets` fills rows of too few cells silently and knows no lines.)
     """
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     source = f"{name}, line 1"
@@ -286,46 +256,47 @@ def _csv(
             raise UserError(f"{source}: one column {header[0]!r}; {advice}")
         for cells in filter(None, table):
             source = f"{name}, line {table.line_num}"
-            yield Record(_csv_row(header, cells, source), source)
+            if len(cells) != len(header):
+                advice = "quote cells that hold a delimiter or a line break"
+                what = f"{len(cells)} cells under a header of {len(header)}; {advice}"
+                yield Record(BadRow(source, what), source)
+                continue
+            row: Any = dict(zip(header, cells, strict=True))
+            for key in _JSON_COLUMNS.intersection(header):
+                value = _json(row[key] or "null", source)
+                if isinstance(value, UserError):
+                    what = f"the column {key!r} holds JSON, found {row[key][:40]!r}"
+                    row = BadRow(source, what)
+                    break
+                row[key] = value
+            yield Record(row, source)
     except csv.Error as error:  # where the next row would start is unknown
         what = f"{source}: not valid CSV in the row after this one: {error}"
         yield Record(UserError(what), source)
 
 
-def _csv_row(
-    header: list[str],
-    cells: list[str],
-    source: str,
-) -> Fields | BadRow:
-    if len(cells) != len(header):
-        advice = "quote cells that hold a delimiter or a line break"
-        return BadRow(source, f"{len(cells)} cells under a header of {len(header)}; {advice}")
-    row: Fields = dict(zip(header, cells, strict=True))
-    for key in row.keys() & _JSON_COLUMNS:
-        value = _json(row[key] or "null", source)
-        if isinstance(value, UserError):
-            return BadRow(source, f"the column {key!r} holds JSON, found {row[key][:40]!r}")
-        row[key] = value
-    return row
-
-
-def _parquet(data: bytes, name: str) -> list[Record]:
+def _parquet(data: bytes, name: str) -> list[Fields]:
     import pyarrow.parquet  # type: ignore[import-untyped]  # datasets brings it
 
     rows: list[Fields] = []
     num_bytes = 0
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        _check_parquet(file, name, len(data))
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            twice = statistics.mode(names)
+            raise UserError(f"{name}: has two columns {twice!r}; rename one of them")
         for batch in file.iter_batches(_AT_ONCE):
-            num_bytes += batch.nbytes
-            _check_unpacked(name, num_bytes, len(data))
+            num_bytes += batch.nbytes + _VALUE * batch.num_rows * batch.num_columns
+            if num_bytes > max(_MAY_UNPACK, _PACKED_AT_MOST * len(data)):
+                what = f"unpacks to more than {_PACKED_AT_MOST} times its size"
+                raise UserError(f"{name}: {what}; if that is intended, write it as JSON lines")
             rows += batch.to_pylist()
     except UserError:
         raise
     except Exception as error:  # pyarrow's kinds
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
-    return _of_arrow(rows, name)
+    return rows
 
 
 def _of_arrow(rows: Iterable[Fields], name: str) -> list[Record]:
@@ -333,12 +304,19 @@ def _of_arrow(rows: Iterable[Fields], name: str) -> list[Record]:
     with null: such keys are left out of messages and tools, as in TRL. What else a reward reads
     stays as it is.
     """
-
-    def read(key: str, value: Any) -> Any:
-        return _without_nulls(value) if key == "tools" or are_turns(value) else value
-
-    values = [{key: read(key, value) for key, value in row.items()} for row in rows]
+    values = ({key: _unfilled(value, key) for key, value in row.items()} for row in rows)
     return _numbered(values, name)
+
+
+def _unfilled(value: Any, key: str = "") -> Any:
+    """The value without nulls in the messages and tools inside it."""
+    if key in ("tools", "functions") or are_turns([value]):
+        return _without_nulls(value)
+    if isinstance(value, dict):
+        return {key: _unfilled(inner, key) for key, inner in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_unfilled(inner) for inner in value]
+    return value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -349,31 +327,6 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _check_parquet(file: Any, name: str, size: int) -> None:
-    """Raises `UserError` for a Parquet file with two columns of one name, or with far more values
-    than bytes: empty values take no place in the file, but in memory they do.
-    """
-    names = file.schema_arrow.names
-    if len(set(names)) < len(names):
-        twice = statistics.mode(names)
-        raise UserError(f"{name}: has two columns {twice!r}; rename one of them")
-    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    num_values = 0
-    for group in groups:
-        num_values += sum(group.column(i).num_values for i in range(group.num_columns))
-    if num_values > max(_MAY_HOLD, size):
-        what = f"holds {num_values:,} values in {size:,} bytes, which are nearly all empty"
-        raise UserError(f"{name}: {what}; leave out the empty rows and columns")
-
-
-def _check_unpacked(name: str, num_bytes: int, size: int) -> None:
-    if num_bytes > max(_MAY_UNPACK, _PACKED_AT_MOST * size):
-        raise UserError(
-            f"{name}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is intended, "
-            "write it as JSON lines"
-        )
-
-
 def is_saved_dataset(name: str | os.PathLike[str]) -> bool:
     """Whether ``datasets.save_to_disk`` wrote this folder."""
     files = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]
@@ -381,38 +334,21 @@ def is_saved_dataset(name: str | os.PathLike[str]) -> bool:
 
 
 def _saved_dataset(folder: Path) -> Source:
-    """The rows of the Arrow files that the folder's state.json names."""
-    import pyarrow.ipc  # type: ignore[import-untyped]
+    import datasets  # a second, and only for this
 
     if (folder / "dataset_dict.json").exists():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UserError(
             f"{folder}: holds the splits {', '.join(splits)}; name one as {folder}/SPLIT"
         )
-    digest = hashlib.sha256()
-    rows: list[Fields] = []
     try:
-        state = json.loads(read_text(folder / "state.json"))
-        for entry in state["_data_files"]:
-            data = read_file(folder / Path(entry["filename"]).name, most=None)
-            digest.update(data)
-            rows += pyarrow.ipc.open_stream(data).read_all().to_pylist()
-    except UserError:
-        raise
+        return _of_dataset(datasets.load_from_disk(folder), str(folder), "saved dataset")
     except Exception as error:  # pyarrow's kinds, and what a broken state.json makes
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}: cannot be read as a saved dataset: {what}") from error
-    records = _of_arrow(rows, str(folder))
-    if not records:
-        raise UserError(f"{folder}: holds no rows")
-    return Source(records, digest.hexdigest(), "saved dataset")
 
 
-def _dataset(
-    name: str,
-    config: str | None,
-    split: str,
-) -> Source:
+def _dataset(name: str, config: str | None, split: str) -> Source:
     import datasets  # a second, and only for this
 
     configs = [] if config is None else [config]
@@ -423,11 +359,12 @@ def _dataset(
             f"{name}: no such file, and it could not be loaded as a Hugging Face dataset (split "
             f"{split!r}): {type(error).__name__}: {error}"
         ) from error
+    return _of_dataset(rows, f"{'/'.join([name, *configs])}:{split}", "Hugging Face dataset")
+
+
+def _of_dataset(rows: Iterable[Any], name: str, form: str) -> Source:
     values = list(map(dict, rows))
     content = hashlib.sha256()
     for value in values:
         content.update(json.dumps(value, sort_keys=True, default=str).encode())
-    full_name = "/".join([name, *configs])
-    return Source(
-        _of_arrow(values, f"{full_name}:{split}"), content.hexdigest(), "Hugging Face dataset"
-    )
+    return Source(_of_arrow(values, name), content.hexdigest(), form)

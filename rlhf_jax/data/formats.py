@@ -1,5 +1,5 @@
 """Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
-has. Records of public data sets have our keys already (`forms.table`).
+has. Records of public data sets have our keys already (`forms`).
 
 - ``{prompt, response}``: a demonstration.
 - ``{messages}``: a demonstration if it ends with the assistant's turn (`messages`), else a prompt.
@@ -37,10 +37,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data import conversation, demo, rows
-from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.chat import ChatTemplate, rendered
 from rlhf_jax.data.files import Source, is_saved_dataset, parse_bytes, read_source
-from rlhf_jax.data.forms.columns import adapted, unused
-from rlhf_jax.data.forms.table import ANNOTATED, OURS, PAIR
+from rlhf_jax.data.forms import ANNOTATED, OURS, PAIR, converted, parse_columns, unused_columns
 from rlhf_jax.data.rows import (
     BadRow,
     Drop,
@@ -53,7 +52,6 @@ from rlhf_jax.data.rows import (
     Rows,
     Text,
 )
-from rlhf_jax.data.turns import rendered
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -87,6 +85,7 @@ EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
 NO_MAJORITY = "no majority of the annotators prefers one response"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
+_TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # The keys that a record of each kind needs, for errors.
 _EXPECTED: dict[Kind, str] = {
     "demonstrations": "prompt, response",
@@ -97,7 +96,7 @@ _EXPECTED: dict[Kind, str] = {
     "prompts": "prompt, or a string",
 }
 Ranks = tuple[float, ...]
-"""The rank of each response; empty if they have none."""
+"""The rank of each response, of which the lowest is the best; empty if they have none."""
 _FIRST_IS_BEST: Ranks = (0, 1)
 
 
@@ -124,11 +123,10 @@ class ReadResult:
     """The errors of the rows that cannot be used."""
     unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
-    unread: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=Counter)
     """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
-    gets.
-    """
-    unwritten: dict[str, int] = field(default_factory=dict)
+    gets."""
+    unwritten: dict[str, int] = field(default_factory=Counter)
     """{part of messages that the chat template leaves out: number of its rows}."""
     forms: dict[str, str] = field(default_factory=dict)
     """{place of a record: name of its form}."""
@@ -152,13 +150,21 @@ class ReadResult:
         title = (
             "columns for the reward" if kind == "prompts" else "keys that training does not read"
         )
-        titled = {title: self.unread, "the chat template leaves out": self.unwritten}
-        return "; ".join(f"{name}: {_counted(keys)}" for name, keys in titled.items() if keys)
+        parts = []
+        for name, keys in ((title, self.unread), ("the chat template leaves out", self.unwritten)):
+            counted = [f"{key} ({count} rows)" for key, count in Counter(keys).most_common()]
+            parts += [f"{name}: {', '.join(counted)}"] if counted else []
+        return "; ".join(parts)
 
 
-def _counted(keys: dict[str, int]) -> str:
-    most_first = sorted(keys.items(), key=lambda item: -item[1])
-    return ", ".join(f"{key} ({count} rows)" for key, count in most_first)
+class Loaded(NamedTuple):
+    """What sources hold, before it is read as rows."""
+
+    sources: dict[str, Source]
+    records: list[Record]
+    """In our keys; those that cannot be read are errors."""
+    unused_columns: dict[str, str]
+    """{column that no record has: sentence}."""
 
 
 def read(
@@ -188,7 +194,7 @@ def read(
         preference_data.json or prompts.json, or only ``demo``: the corpus that `demo` generates
         from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
-      columns: OURS=THEIRS, as in `columns`. A column that no row has is an error.
+      columns: OURS=THEIRS, as in `forms`. A column that no row has is an error.
       shares_columns: the columns belong to other data too. A column that no row has is then only
         noted in the result.
       on_bad_row: ``error``: one error names all rows that the stage cannot use; ``drop``: these
@@ -198,35 +204,49 @@ def read(
       UserError: no data or no usable row; a file that cannot be read; bad rows; a column that no
         row has.
     """
-    sources = _sources(kind, names, seed)
-    records = [record for source in sources.values() for record in source.records]
-    unused_columns = unused(records, columns)
-    if unused_columns and not shares_columns:
-        raise UserError("\n".join(unused_columns.values()))
-    result = parse_all(
-        kind, adapted(records, columns), template or ChatTemplate(), on_bad_row, turns
-    )
-    result.unused_columns.update(unused_columns)
+    sources, records, unused = load(kind, names, columns, shares_columns, seed)
+    result = parse_all(kind, records, template or ChatTemplate(), on_bad_row, turns)
+    result.unused_columns.update(unused)
+    result.fingerprints.update({name: source.fingerprint for name, source in sources.items()})
     if result.errors:
         lines = rows.summary(result.errors)
         if result.rows and any(isinstance(error, BadRow) for error in result.errors):
             lines.append("--on-bad-row drop leaves such rows out and counts them")
         raise UserError("\n".join(lines))
-    result.fingerprints.update({name: source.fingerprint for name, source in sources.items()})
     if not result.rows:
         raise UserError(f"{', '.join(sources)}: no usable row: {result.describe()}")
     check_labels(result.rows)
     return result
 
 
-def fingerprints(
-    kind: Kind,
+def load(
+    kind: Kind | None,
     names: Names,
-    *,
+    columns: Sequence[str] = (),
+    shares_columns: bool = False,
     seed: int = 0,
-) -> dict[str, str]:
-    """{source: sha256} of the sources that ``read`` would read."""
-    return {name: source.fingerprint for name, source in _sources(kind, names, seed).items()}
+) -> Loaded:
+    """The records that `read` reads as rows.
+
+    Args:
+      kind: None if it is not known yet, of files alone.
+
+    Raises:
+      UserError: no data; a file that cannot be read at all; a column that no record has.
+    """
+    sources = _sources(kind, names, seed)
+    renamed = parse_columns(columns)
+    given = [record for source in sources.values() for record in source.records]
+    unused = unused_columns(given, renamed)
+    if unused and not shares_columns:
+        raise UserError("\n".join(unused.values()))
+    records = []
+    for record in given:
+        try:
+            records += converted(record, renamed)
+        except BadRow as error:
+            records.append(Record(error, record.source))
+    return Loaded(sources, records, unused)
 
 
 def parse_all(
@@ -238,10 +258,7 @@ def parse_all(
 ) -> ReadResult:
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
-    unread = Counter[str]()
-    unwritten = Counter[str]()
     seen: set[Text] = set()
-    left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
         if not isinstance(record.value, UserError):
             result.forms[record.source] = record.form or form_of(record.value).name
@@ -253,43 +270,44 @@ def parse_all(
                 if prompt in seen and has_answers:
                     raise Drop(record.source, "repeated prompt")
                 seen.add(prompt)
-            result.rows.extend(parsed)
-            if isinstance(record.value, dict):
-                unread.update(_unread(record.value, kind))
-            left_unwritten: set[str] = set()
-            unwritten.update(left_unwritten.union(*map(template.unwritten, parsed)))
         except UserError as error:
-            if isinstance(error, left_out):
+            if isinstance(error, BadRow if on_bad_row == "drop" else Drop):
                 result.places.setdefault(error.what, []).append(error.source)
             else:
                 result.errors.append(error)
-    result.unread.update(unread)
-    result.unwritten.update(unwritten)
+            continue
+        result.rows.extend(parsed)
+        for key in _unread(record.value, kind):
+            result.unread[key] += 1
+        for part in {part for row in parsed for part in template.unwritten(row)}:
+            result.unwritten[part] += 1
     return result
 
 
-def _sources(
-    kind: Kind,
-    names: Names,
-    seed: int,
-) -> dict[str, Source]:
+def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
+    """{source: sha256} of the sources that ``read`` would read."""
+    return {name: source.fingerprint for name, source in _sources(kind, names, seed).items()}
+
+
+def _sources(kind: Kind | None, names: Names, seed: int) -> dict[str, Source]:
     several = [names] if isinstance(names, str | os.PathLike) else names
     given = [str(name) for name in several]
+    file = FILES.get(kind, "") if kind else ""
     if not given:
         raise UserError(
-            f"no data: give --data FILE with {kind}, a folder that holds {FILES[kind]}, or "
-            "`--data demo` for the generated corpus"
+            f"no data: give --data FILE with {kind}, a folder that holds {file}, or `--data demo` "
+            "for the generated corpus"
         )
-    if DEMO in given:
+    if DEMO in given and file:
         if len(given) > 1:
             raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
-        name = f"{DEMO}/{FILES[kind]}"
-        return {name: parse_bytes(demo.file_text(FILES[kind], seed=seed).encode(), name)}
+        name = f"{DEMO}/{file}"
+        return {name: parse_bytes(demo.file_text(file, seed=seed).encode(), name)}
     sources = {}
     for name in given:
-        is_folder = kind in FILES and os.path.isdir(name) and not is_saved_dataset(name)
-        file = str(Path(name) / FILES[kind]) if is_folder else name
-        sources[file] = read_source(file, whole_text=kind == "demonstrations")
+        is_folder = file and os.path.isdir(name) and not is_saved_dataset(name)
+        path = str(Path(name) / file) if is_folder else name
+        sources[path] = read_source(path, whole_text=kind == "demonstrations")
     return sources
 
 
@@ -328,14 +346,14 @@ def form_of(value: Any) -> Form:
         return Form("prompts", "text")
     if not isinstance(value, dict):
         return UNKNOWN
-    form = _form_of(tuple(value))
+    form = _form_with(tuple(value))
     if form.name == "messages" and not conversation.is_answered(value["messages"]):
         return Form("prompts", form.name)
     return form
 
 
 @lru_cache(maxsize=256)
-def _form_of(keys: tuple[str, ...]) -> Form:
+def _form_with(keys: tuple[str, ...]) -> Form:
     """The form of a record with these keys, of messages if they end with an answer."""
     if "responses" in keys:
         present = [key for key in ("prompt", "responses", *LABELS) if key in keys]
@@ -346,45 +364,39 @@ def _form_of(keys: tuple[str, ...]) -> Form:
     return UNKNOWN
 
 
-def keys_read(row: Fields, kind: Kind) -> frozenset[str]:
+def keys_read(row: Fields, kind: Kind) -> set[str]:
     """The keys of a record that a stage of this kind reads."""
-    is_chat = conversation.is_chat(row, "messages", "prompt", "response", *PAIR)
-    return _keys_read(form_of(row), kind, is_chat, tuple(row))
-
-
-@lru_cache(maxsize=256)
-def _keys_read(form: Form, kind: Kind, is_chat: bool, present: tuple[str, ...]) -> frozenset[str]:
+    form = form_of(row)
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
-        keys |= {"input", *filter(_ANNOTATOR.fullmatch, present)}
+        keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
     if kind == "comparisons":
         keys |= {"margin", "category", "subset"}
     if kind == "demonstrations":
         keys.add("desirable")
-    if is_chat:
+    if conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
         keys.add("tools")
-    return frozenset(keys.intersection(present))
+    return keys.intersection(row)
 
 
-def _unread(row: Fields, kind: Kind) -> list[str]:
+def _unread(value: Any, kind: Kind) -> list[str]:
     """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
-    it reads (`forms.table`).
+    it reads (`forms`).
     """
+    if not isinstance(value, dict):
+        return []
     if kind == "prompts":
-        return [key for key in row if key not in NO_COLUMNS]
-    read = keys_read(row, kind)
-    values = [id(row[key]) for key in read]
-    return [key for key in row if key not in read and id(row[key]) not in values]
+        return [key for key in value if key not in NO_COLUMNS]
+    read = keys_read(value, kind)
+    copies = [id(value[key]) for key in read]
+    return [key for key in value if key not in read and id(value[key]) not in copies]
 
 
 def parse(
-    kind: Kind,
-    record: Record,
-    template: ChatTemplate,
-    turns: LearnedTurns = "all",
-) -> Rows:
-    """The rows of one record, with the template's text of messages. ``turns``: of the assistant,
-    that are learned.
+    kind: Kind, record: Record, template: ChatTemplate, turns: LearnedTurns = "all"
+) -> list[Row]:
+    """The rows of one record, at least one, with the template's text of messages. ``turns``: of the
+    assistant, that are learned.
 
     Raises:
       UserError: the record could not be read; as `BadRow` if it has another form or a wrong value.
@@ -392,43 +404,64 @@ def parse(
     """
     parsed = _parse(kind, record)
     tools = conversation.tools_of(record)
-    how = {"last": turns == "last", "is_feedback": kind == "feedback"}
-    of_template = []
+    if tools is not None:
+        parsed = [replace(row, tools=tools) for row in parsed]
+    result = []
     for row in parsed:
-        if tools is not None:
-            row = replace(row, tools=tools)
-        of_template += rendered(row, template, **how) if row.messages else [row]
-    return of_template
+        is_text = not row.messages
+        last, feedback = turns == "last", kind == "feedback"
+        result += [row] if is_text else rendered(row, template, last=last, is_feedback=feedback)
+    return result
 
 
-def _parse(kind: Kind, record: Record) -> Rows:
-    """At least one row; prompts of messages have no text yet."""
-    if kind == "prompts" and isinstance(record.value, str):
-        return [Row(record.checked("the prompt", record.value), (), record.source)]
+def _parse(kind: Kind, record: Record) -> list[Row]:
+    """The rows of one record; prompts of messages have no text yet."""
+    value = record.value
+    if kind == "prompts" and isinstance(value, str):
+        return [Row(record.checked("the prompt", value), (), record.source)]
     record.fields(_EXPECTED[kind])
     if kind == "prompts":
-        return [_prompt(record)]
+        columns = {key: value[key] for key in value if key not in NO_COLUMNS}
+        return [_row(record, _asked(record), columns=columns)]
     if kind == "annotated":
         return [_annotated(record)]
-    if kind == "feedback":
-        return _feedback(record)
     if kind == "demonstrations":
         return [_demonstration(record)]
+    if kind == "feedback":
+        return _feedback(record)
     comparison, ranks = _answers(record)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
-    _check_ranked(ranks, kind, record)
+    _check_ranked(record, ranks, kind)
     return _pairs(comparison, ranks)
 
 
-def _check_ranked(
-    ranks: Ranks,
-    kind: Kind,
-    record: Record,
-) -> None:
+def _check_ranked(record: Record, ranks: Ranks, kind: Kind) -> None:
     what = f"holds targets, which are no preference; {kind} need best, ranking or ranks"
     record.expect(ranks, what)
+
+
+def _asked(record: Record) -> Text | Messages:
+    """The prompt of a record of any form."""
+    row = record.value
+    if "responses" in row:
+        record.require(("prompt",))
+    elif "messages" in row:
+        return conversation.asked(record, "messages")
+    if conversation.is_chat(row, "prompt"):
+        return conversation.asked(record, "prompt")
+    if "responses" in row:
+        return _text_or_ids(record, "'prompt'", row["prompt"], may_be_space=True)
+    answer = "chosen" if "chosen" in row else "response"
+    has_turns = conversation.is_chat(row, answer)
+    if not has_turns and ("prompt" in row or answer == "response"):
+        record.require(("prompt",))
+        return record.text("prompt")
+    if has_turns and answer == "chosen" and "prompt" not in row:
+        is_pair = "rejected" in row
+        return conversation.pair(record, PAIR)[0] if is_pair else conversation.asked(record, answer)
+    return _exchange(record, answer)[0]
 
 
 def _demonstration(record: Record) -> Row:
@@ -436,19 +469,17 @@ def _demonstration(record: Record) -> Row:
     row = record.value
     if row.get("desirable") is not None:
         what = "is marked as not desirable, and SFT would learn it; leave such rows out"
-        record.expect(_truth(record, "desirable"), what)
+        record.expect(_desirable(record), what)
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
     if "responses" in row or form.kind == "annotated":
         comparison, ranks = _answers(record)
-        _check_ranked(ranks, "demonstrations", record)
+        _check_ranked(record, ranks, "demonstrations")
         best = comparison.responses[ranks.index(min(ranks))]
         return replace(comparison, responses=(best,), best=None, targets=None, category="")
-    key = "response"
-    if "messages" in row:
-        key = "messages"
-    elif "response" not in row and row.keys() >= set(PAIR):
+    key = "messages" if "messages" in row else "response"
+    if key not in row and row.keys() >= set(PAIR):
         key = "chosen"
     if key == "chosen" and conversation.is_chat(row, "prompt", *PAIR):
         common, chosen, _ = conversation.pair(record, PAIR)
@@ -465,54 +496,35 @@ def _feedback(record: Record) -> list[Row]:
         apart = []
         for pair in _parse("pairs", record):
             for side, target in (slice(0, 1), 1.0), (slice(1, 2), 0.0):
-                own: Any = {"responses": pair.responses[side], "answers": pair.answers[side]}
-                apart.append(replace(pair, targets=(target,), **own))
+                answers = pair.answers[side]
+                one = replace(pair, responses=pair.responses[side], answers=answers)
+                apart.append(replace(one, targets=(target,)))
         return apart
     record.require(("desirable",))
-    targets = (float(_truth(record, "desirable")),)
+    targets = (float(_desirable(record)),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     return [_row(record, before, (response,), targets=targets)]
 
 
-def _truth(record: Record, key: str) -> bool:
-    """The boolean under the key, which may be 1 or 0 or a text, as CSV files have it."""
-    value = record.value[key]
-    truths = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+def _desirable(record: Record) -> bool:
+    """The boolean of feedback, which may be 1 or 0 or a text, as CSV files have it."""
+    value = record.value["desirable"]
     text = str(value).lower() if isinstance(value, bool | int | float | str) else ""
-    record.expect(text in truths, f"{key!r} must be true or false, or 1 or 0", value)
-    return truths[text]
-
-
-def _prompt(record: Record) -> Row:
-    row = record.value
-    before = _before_answers(record) if "responses" in row else _asked(record)
-    columns = {key: value for key, value in row.items() if key not in NO_COLUMNS}
-    return _row(record, before, columns=columns)
-
-
-def _asked(record: Record) -> str | Messages:
-    """The prompt of a record of any form with at most two responses."""
-    row = record.value
-    if "messages" in row:
-        return conversation.asked(record, "messages")
-    answer = "chosen" if "chosen" in row else "response"
-    if "prompt" in row or answer == "response":
-        if conversation.is_chat(row, "prompt"):
-            return conversation.asked(record, "prompt")
-        if not conversation.is_chat(row, answer):
-            record.require(("prompt",))
-            return record.text("prompt")
-    elif conversation.is_chat(row, "chosen"):
-        if "rejected" in row:
-            return conversation.pair(record, PAIR)[0]
-        return conversation.asked(record, "chosen")
-    return _exchange(record, answer)[0]
+    record.expect(text in _TRUTHS, "'desirable' must be true or false, or 1 or 0", value)
+    return _TRUTHS[text]
 
 
 def _annotated(record: Record) -> Row:
     row = record.value
     record.require(ANNOTATED)
-    asked = _instruction(record)
+    asked: str | Messages
+    if conversation.is_chat(row, "instruction"):
+        record.expect(not row.get("input"), "'instruction' is messages, so leave 'input' out")
+        asked = conversation.asked(record, "instruction")
+    else:
+        asked = record.text("instruction")
+        if row.get("input"):
+            asked += "\n\n" + record.text("input")
     responses = (record.text("response1"), record.text("response2"))
     votes = []
     for key in filter(_ANNOTATOR.fullmatch, row):
@@ -523,84 +535,68 @@ def _annotated(record: Record) -> Row:
     return _row(record, asked, responses, votes=tuple(votes))
 
 
-def _instruction(record: Record) -> str | Messages:
-    """The instruction and the input of an annotated record; or messages, which have no input."""
-    row = record.value
-    if conversation.is_chat(row, "instruction"):
-        record.expect(not row.get("input"), "'instruction' is messages, so leave 'input' out")
-        return conversation.asked(record, "instruction")
-    prompt = record.text("instruction")
-    if row.get("input"):
-        prompt += "\n\n" + record.text("input")
-    return prompt
-
-
 def _exchange(record: Record, key: str) -> tuple[str | Messages, str | Messages]:
     """The text or messages before the response under ``key``, and the response, a text or turns. Of
-    a dialogue it is the last response.
+    a dialogue as in hh-rlhf it is the last response.
     """
     row = record.value
     keys = PAIR if key in PAIR else (key,)
     if key == "messages" or conversation.is_chat(row, "prompt", *keys):
         record.require(keys)
         return conversation.exchange(record, key)
-    if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
-        return _dialogue(record, key)
-    record.require(("prompt", *keys))
-    return record.text("prompt"), record.text(key)
-
-
-def _dialogue(record: Record, key: str) -> tuple[str, str]:
-    """The turns of a dialogue of hh-rlhf up to its last response, and that response."""
+    if "prompt" in row or key not in PAIR or not isinstance(row.get(key), str):
+        record.require(("prompt", *keys))
+        return record.text("prompt"), record.text(key)
     before, opening, response = record.text(key).rpartition(ASSISTANT)
-    hint = rows.meant("prompt", [other for other in record.value if other not in PAIR])
+    hint = rows.meant("prompt", [other for other in row if other not in PAIR])
     record.expect(opening, _NO_DIALOGUE.format(key) + hint)
-    ends_with_answer = HUMAN not in response
-    record.expect(ends_with_answer, f"{key!r} ends with a human turn, not with an answer")
+    record.expect(HUMAN not in response, f"{key!r} ends with a human turn, not with an answer")
     record.expect(response.strip(), conversation.NO_RESPONSE)
     return before + opening, response
 
 
 def _row(
-    record: Record,
-    before: Text | Messages,
-    responses: Sequence[Any] = (),
-    **fields: Any,
+    record: Record, before: Text | Messages, responses: Sequence[Any] = (), **fields: Any
 ) -> Row:
     """The row of a prompt, a text or messages, and its responses, which are texts or ids, or all
     turns.
     """
     if isinstance(before, str | tuple):
         return Row(before, tuple(responses), record.source, **fields)
-    if not any(isinstance(response, list) for response in responses):
-        return Row("", tuple(responses), record.source, messages=before, **fields)
-    texts = tuple(map(json.dumps, responses))
-    answers = tuple(responses)
-    return Row("", texts, record.source, messages=before, answers=answers, **fields)
+    fields["messages"] = before
+    if any(isinstance(response, list) for response in responses):
+        fields["answers"] = tuple(responses)
+        responses = list(map(json.dumps, responses))
+    return Row("", tuple(responses), record.source, **fields)
 
 
 def _answers(record: Record) -> tuple[Row, Ranks]:
-    """A row with the responses of a pair, or with K responses, and their ranks. The lowest rank is
-    the best.
-    """
+    """A row with the responses of a pair, or with K responses, and their ranks."""
     row = record.value
+    ranks = _FIRST_IS_BEST
     if form_of(row).kind == "annotated":
-        return _by_majority(_annotated(record)), _FIRST_IS_BEST
+        annotated = _annotated(record)
+        if annotated.responses[0] == annotated.responses[1]:
+            raise Drop(record.source, EQUAL)
+        if annotated.majority not in (1, 2):
+            raise Drop(record.source, NO_MAJORITY)
+        best_first = annotated.responses[:: 1 if annotated.majority == 1 else -1]
+        return replace(annotated, responses=best_first, votes=()), ranks
     if "responses" in row:
         answers, ranks = _several(record)
     else:
         answers = _pair(record)
-        ranks = _FIRST_IS_BEST
     category = str(row.get("category") or row.get("subset") or "")
     return replace(answers, category=category) if category else answers, ranks
 
 
 def _pair(record: Record) -> Row:
     """A chosen and a rejected response."""
+    row = record.value
     before: Text | Messages
     chosen: str | Messages
     rejected: str | Messages
-    if conversation.is_chat(record.value, "prompt", *PAIR):
+    if conversation.is_chat(row, "prompt", *PAIR):
         before, chosen, rejected = conversation.pair(record, PAIR)
     else:
         before, chosen = _exchange(record, "chosen")
@@ -609,24 +605,17 @@ def _pair(record: Record) -> Row:
     if chosen == rejected:
         raise Drop(record.source, EQUAL)
     for label in ("best", "ranking", "ranks"):
-        if record.value.get(label) is not None:
+        if row.get(label) is not None:
             first, second = _ranks(record, label, 2)
             record.expect(first <= second, _CONTRADICTED)
-    return _row(record, before, (chosen, rejected), margin=_margin(record))
-
-
-def _margin(record: Record) -> float:
-    """The margin of a pair, 0 if the row has none."""
-    value = record.value.get("margin")
-    if value in (None, ""):
-        return 0.0
+    given = row.get("margin")
     try:
-        margin = float(value)
+        margin = 0.0 if given in (None, "") else float(given)
     except (TypeError, ValueError):
         margin = math.nan
     what = "'margin' must be a number that is not negative"
-    record.expect(0 <= margin < _MOST, what, value)
-    return margin
+    record.expect(0 <= margin < _MOST, what, given)
+    return _row(record, before, (chosen, rejected), margin=margin)
 
 
 def _several(record: Record) -> tuple[Row, Ranks]:
@@ -651,54 +640,23 @@ def _several(record: Record) -> tuple[Row, Ranks]:
         ranks = _ranks(record, labels[0], count)
         best = [responses[i] for i in range(count) if ranks[i] == min(ranks)]
         record.expect(row.get("chosen", best[0]) in best, _CONTRADICTED)
-    answers = _row(record, _before_answers(record), responses, targets=targets)
-    if labels == ["best"]:
-        answers = replace(answers, best=ranks.index(0))
-    return answers, ranks
+    best_one = ranks.index(0) if labels == ["best"] else None
+    return _row(record, _asked(record), responses, targets=targets, best=best_one), ranks
 
 
-def _by_majority(annotated: Row) -> Row:
-    """The pair whose chosen response most annotators prefer."""
-    first, second = annotated.responses
-    if first == second:
-        raise Drop(annotated.source, EQUAL)
-    if annotated.majority not in (1, 2):
-        raise Drop(annotated.source, NO_MAJORITY)
-    pair = (first, second) if annotated.majority == 1 else (second, first)
-    return replace(annotated, responses=pair, votes=())
-
-
-def _before_answers(record: Record) -> Text | Messages:
-    """The prompt of a row of K responses: text, token ids or messages."""
-    record.require(("prompt",))
-    if conversation.is_chat(record.value, "prompt"):
-        return conversation.asked(record, "prompt")
-    return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
-
-
-def _text_or_ids(
-    record: Record,
-    what: str,
-    value: Any,
-    may_be_space: bool = False,
-) -> Text:
+def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
     if isinstance(value, str):
         return record.checked(what, value, may_be_space)
     is_list = isinstance(value, list)
     record.expect(is_list, f"{what} must be a string or a list of token ids", value)
     for i in value:
-        is_id = type(i) is int and i >= 0
-        record.expect(is_id, f"{what} must hold token ids", i)
+        record.expect(type(i) is int and i >= 0, f"{what} must hold token ids", i)
     ids = tuple(i for i in value if i != PAD_ID)
     record.expect(ids, f"{what} is empty")
     return ids
 
 
-def _ranks(
-    record: Record,
-    label: str,
-    count: int,
-) -> Ranks:
+def _ranks(record: Record, label: str, count: int) -> Ranks:
     """The rank of each response; 0 is the best rank of ``best`` and of ``ranking``."""
     if label == "ranks":
         return _numbers(record, label, count)
@@ -721,11 +679,7 @@ def _ranks(
     return tuple(float(i != value) for i in numbers)
 
 
-def _numbers(
-    record: Record,
-    key: str,
-    count: int,
-) -> tuple[float, ...]:
+def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     values = record.value[key]
     is_list = isinstance(values, list) and len(values) == count
     what = f"{key!r} must be a list of {count} numbers, one for each response"
@@ -747,13 +701,13 @@ def _pairs(row: Row, ranks: Ranks) -> list[Row]:
     if row.is_pair and ranks == _FIRST_IS_BEST and row.best is None:
         return [row]
     ranked = zip(row.responses, ranks, strict=True)
-    pairs = []
-    for (better, rank), (worse, other) in itertools.permutations(ranked, 2):
-        if rank < other and better != worse:
-            pairs.append((better, worse))
+    pairs = [
+        (better, worse)
+        for (better, rank), (worse, other) in itertools.permutations(ranked, 2)
+        if rank < other and better != worse
+    ]
     if not pairs:
         raise Drop(row.source, ALL_EQUAL)
     weight = 1 / len(pairs) if len(pairs) > 1 else None
     # The targets are those of the responses in their order before.
-    labels: Any = {"best": None, "targets": None, "weight": weight}
-    return [replace(row, responses=pair, **labels) for pair in pairs]
+    return [replace(row, responses=pair, best=None, targets=None, weight=weight) for pair in pairs]

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     value: Any  # UserError if the line or row could not be read
     source: str
     form: str = ""
-    """The name of the public form (`forms.table.FORMS`) that it was published in; "" for ours."""
+    """The name of the public form (`forms.FORMS`) that it was published in; "" for ours."""
 
     def fields(self, expected: str) -> Fields:
         """The value as an object; ``expected`` names its keys in the error."""
@@ -52,8 +52,7 @@ class Record(NamedTuple):
         was found if it is given.
         """
         if not holds:
-            kinds = [f", found {kind(value)}" for value in found]
-            raise BadRow(self.source, what + "".join(kinds))
+            raise BadRow(self.source, what + "".join(f", found {kind(value)}" for value in found))
 
     def require(self, keys: Sequence[str]) -> None:
         """Raises `BadRow` if a key is missing; it names the keys found and similar ones."""
@@ -73,12 +72,7 @@ class Record(NamedTuple):
         self.expect(isinstance(value, str), f"{key!r} must be a string", value)
         return self.checked(repr(key), value, may_be_space=key == "prompt")
 
-    def checked(
-        self,
-        what: str,
-        value: str,
-        may_be_space: bool = True,
-    ) -> str:
+    def checked(self, what: str, value: str, may_be_space: bool = True) -> str:
         """The value itself, if it is not empty and can be written as UTF-8."""
         self.expect(value if may_be_space else value.strip(), f"{what} is empty")
         try:

@@ -74,36 +74,35 @@ class Tokenizer:
         return (self.eos_id, *self.other_eos_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: nothing is added before or after.
-
-        Raises:
-          UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown
-            token; or a special token that the vocabulary makes of its spelling.
-        """
+        """Ids of the text alone: nothing is added before or after. Raises as `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(
         self, texts: Sequence[str], sources: Sequence[str] | None = None
     ) -> list[list[int]]:
-        """`encode` of each text, in parallel threads; an error names the text's source."""
+        """`encode` of each text, in parallel threads; an error names the text's source.
+
+        Raises:
+          UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown
+            token; or a special token that the vocabulary makes of its spelling.
+        """
+        wheres = [f"{source}: " for source in sources] if sources else [""] * len(texts)
         try:
-            backend = self.with_special_tokens if self.spelled_as == "tokens" else self.backend
-            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+            encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         except BaseException as error:  # the package raises a bare one for an unknown character
             _raise_unless_its_own(error)
             known = self.backend.get_vocab()
-            for i, text in enumerate(texts):
+            for where, text in zip(wheres, texts, strict=True):
                 unknown = [character for character in text if character not in known]
                 if unknown:
-                    where = f"{sources[i]}: " if sources else ""
                     letter = f"{unknown[0]!r} (U+{ord(unknown[0]):04X})"
                     what = f"the tokenizer's alphabet lacks {letter}, found in {text[:40]!r}"
                     raise UserError(where + what) from error
             raise UserError(f"the tokenizer cannot encode a text: {error!s:.300}") from error
         ids = [encoding.ids for encoding in encodings]
         if self.spelled_as != "tokens":
-            for i, text in enumerate(texts):
-                self.check_text(text, ids[i], f"{sources[i]}: " if sources else "")
+            for where, text, own in zip(wheres, texts, ids, strict=True):
+                self.check_text(text, own, where)
         return ids
 
     def check_text(self, text: str, ids: Sequence[int], where: str = "") -> None:
@@ -125,27 +124,33 @@ class Tokenizer:
         has to write behind the text before: alone, without the space that SentencePiece puts
         first.
         """
-        alone = self.encode_batch(texts, sources)
         if not self.begins_with_space:
-            return alone
-        joins = [before + text for before, text in zip(befores, texts, strict=True)]
+            return self.encode_batch(texts, sources)
         starts = self.encode_batch(befores, sources)
+        joins = [before + text for before, text in zip(befores, texts, strict=True)]
         ids = []
-        for start, join, text in zip(starts, self.encode_batch(joins), texts, strict=True):
+        for start, join, text in zip(starts, self.encode_batch(joins, sources), texts, strict=True):
             is_split = join[: len(start)] == start
-            ids.append(join[len(start) :] if is_split else self._inside(text))
+            ids.append(join[len(start) :] if is_split else self.encode_inside(text)[0])
         return ids
 
-    def _inside(self, text: str) -> list[int]:
-        """Ids of a text that does not begin one: those behind a character that no token joins to
-        it.
+    def encode_inside(
+        self, text: str, backend: tokenizers.Tokenizer | None = None, begins: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a part of a text, and the characters [start, end) of each. A part that does not
+        begin the text has no space before it, as SentencePiece puts there: a mark before it takes
+        that space.
         """
-        for mark in ("\n", "=", "0"):
-            start = self.encode(mark)
-            ids = self.encode(mark + text)
-            if ids[: len(start)] == start:
-                return ids[len(start) :]
-        return self.encode(text)
+        backend = backend or self._encoder
+        for mark in ("",) if begins or not self.begins_with_space else ("\n", "=", "0", ""):
+            lead = backend.encode(mark, add_special_tokens=False).ids
+            found = backend.encode(mark + text, add_special_tokens=False)
+            if found.ids[: len(lead)] == lead:  # no token joins both
+                break
+        offsets = [
+            (first - len(mark), end - len(mark)) for first, end in found.offsets[len(lead) :]
+        ]
+        return found.ids[len(lead) :], offsets
 
     @cached_property
     def begins_with_space(self) -> bool:
@@ -181,6 +186,10 @@ class Tokenizer:
         backend.encode_special_tokens = False
         return backend
 
+    @property
+    def _encoder(self) -> tokenizers.Tokenizer:
+        return self.with_special_tokens if self.spelled_as == "tokens" else self.backend
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad and end-of-text are left out."""
         keep = [i for i in map(int, ids) if i not in (self.pad_id, *self.eos_ids)]
@@ -212,31 +221,34 @@ class Tokenizer:
         return max(self.backend.get_vocab().values()) + 1
 
     @cached_property
+    def _special(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
+
+    @property
     def special_ids(self) -> list[int]:
         """Ids of the special tokens."""
-        added = self.backend.get_added_tokens_decoder()
-        return [i for i, token in added.items() if token.special]
+        return list(self._special.values())
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as they are spelled."""
+        return list(self._special)
+
+    @cached_property
+    def special_pattern(self) -> str:
+        """A regular expression of the special tokens, of those that begin alike the longest."""
+        return "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+
+    def spelled_in(self, text: str) -> list[str]:
+        """The special tokens that a text spells."""
+        if not re.search(self.special_pattern, text):
+            return []
+        return [token for token in self._special if token in text]
 
     def spelled(self, ids: Iterable[int]) -> str:
         """The tokens themselves, as the vocabulary spells them, one after the other."""
         return "".join(self.backend.id_to_token(i) or "" for i in ids)
-
-    @cached_property
-    def special_tokens(self) -> list[str]:
-        """The special tokens as they are spelled."""
-        added = self.backend.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
-
-    def spelled_in(self, text: str) -> list[str]:
-        """The special tokens that a text spells."""
-        if not any(start in text for start in self._special_starts):
-            return []
-        return [token for token in self.special_tokens if token in text]
-
-    @cached_property
-    def _special_starts(self) -> set[str]:
-        """Their first two characters: most texts have none of them."""
-        return {token[:2] for token in self.special_tokens}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -249,23 +261,18 @@ class Tokenizer:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        special = {
-            "eos_token": self.backend.id_to_token(self.eos_id),
-            "pad_token": self.backend.id_to_token(self.pad_id),
-        }
-        config = {
+        ids = {"eos_token": self.eos_id, "pad_token": self.pad_id}
+        special = {key: self.backend.id_to_token(number) for key, number in ids.items()}
+        config: dict[str, Any] = {
             "model_max_length": _NO_LIMIT,
             "clean_up_tokenization_spaces": False,
-            **self.config,
-            **special,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",
         }
+        config |= {**self.config, **special}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        files = {"tokenizer_config.json": config, "special_tokens_map.json": special}
-        for name, content in files.items():
+        for kind, content in (("tokenizer_config", config), ("special_tokens_map", special)):
             text = json.dumps(content, indent=2, ensure_ascii=False)
-            (path / name).write_text(f"{text}\n", encoding="utf-8")
+            (path / f"{kind}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -279,10 +286,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(alphabet) + 2
     if vocab_size < least:
-        raise UserError(
-            f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} "
-            "asked for"
-        )
+        what = f"a byte-level tokenizer needs a vocabulary of at least {least} ids"
+        raise UserError(f"{what}, {vocab_size} asked for")
     lines = list(texts)
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
@@ -332,35 +337,35 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
         folder = Path(path_or_name).parent
     else:
         folder = find_folder(path_or_name, FILES, [f"{MORE_TEMPLATES}/*.jinja"])
-    of_model = _read_if_present(folder / "config.json")
-    config = _read_if_present(folder / "tokenizer_config.json")
+    of_model, config = (
+        read_json(file) if is_there(file) else {}
+        for file in (folder / "config.json", folder / "tokenizer_config.json")
+    )
     if "fast_tokenizer_files" in config:
         raise UserError(f"{folder}: fast_tokenizer_files is not read; keep tokenizer.json alone")
     config = {key: value for key, value in config.items() if not _LEADS_TO_FILES.fullmatch(key)}
     theirs = _read_by_transformers(folder, of_model, config)
-    named: dict[str, Any] = {}
-    for key in ("eos_token", "pad_token"):
-        id_of_model = of_model.get(f"{key}_id")
-        if type(id_of_model) is int and 0 <= id_of_model < 1 << 32:  # some models write -1 for none
-            named[key] = id_of_model
-    special: dict[str, str] = theirs.special_tokens_map
+    backend = theirs.backend_tokenizer
     templates = theirs.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
     if not (isinstance(templates, dict) and all(isinstance(x, str) for x in templates.values())):
         raise UserError(f"{folder}: a chat template is no text")
-    templates = dict(sorted(templates.items()))
-    config |= special  # a chat template may write each of them
     for key in ("added_tokens_decoder", "auto_map", "chat_template"):
         config.pop(key, None)  # the saved tokenizer.json has all tokens
+    config |= theirs.special_tokens_map  # a chat template may write each of them
     if templates:
-        config["chat_template"] = stored_templates(templates)
-    backend = theirs.backend_tokenizer
+        config["chat_template"] = stored_templates(dict(sorted(templates.items())))
     is_template = isinstance(backend.post_processor, processors.TemplateProcessing)
     if is_template and not backend.num_special_tokens_to_add(False):
         backend.post_processor = None  # transformers puts it where the file has none
     _make_special(backend, _markup(backend, "".join(templates.values())))
-    return _tokenizer(backend, named | special, config, str(folder))
+    named: dict[str, Any] = {}
+    for key in ("eos_token", "pad_token"):
+        id_of_model = of_model.get(f"{key}_id")
+        if type(id_of_model) is int and 0 <= id_of_model < 1 << 32:  # some models write -1 for none
+            named[key] = backend.id_to_token(id_of_model)
+    return _tokenizer(backend, named | theirs.special_tokens_map, config, f"{folder}: ")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -465,42 +470,32 @@ def _raise_unless_its_own(error: BaseException) -> None:
         raise error
 
 
-def _read_if_present(file: Path) -> dict[str, Any]:
-    return read_json(file) if is_there(file) else {}
-
-
 def _tokenizer(
     backend: tokenizers.Tokenizer,
     named: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     where: str = "",
 ) -> Tokenizer:
-    """``named`` has the special tokens as texts or ids. If its ``pad_token`` cannot pad, its
+    """``named`` has the spellings of special tokens. If its ``pad_token`` cannot pad, its
     ``unk_token`` does.
     """
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # a text must have the same ids each time
     vocab = backend.get_vocab()
-    tokens = [named.get(key) for key in ("eos_token", "pad_token", "unk_token")]
-    texts = [backend.id_to_token(i) if isinstance(i, int) else i for i in tokens]
-    eos, *fillers = texts
+    eos = named.get("eos_token")
     if eos not in vocab:
-        raise UserError(
-            f"{where}: the tokenizer has no end-of-text token (it names {eos!r}); set eos_token in "
-            "its tokenizer_config.json"
-        )
-    usable = [token for token in fillers if token != eos and token in vocab]
-    pad = usable[0] if usable else PAD
+        what = f"the tokenizer has no end-of-text token (it names {eos!r})"
+        raise UserError(f"{where}{what}; set eos_token in its tokenizer_config.json")
+    fillers = (named.get("pad_token"), named.get("unk_token"))
+    pad = next((token for token in fillers if token != eos and token in vocab), PAD)
     _make_special(backend, (eos, pad))
     backend.no_truncation()  # a setting in tokenizer.json would silently shorten texts
     backend.no_padding()
     backend.encode_special_tokens = True
     ids = backend.get_vocab()
     if list(ids.values()).count(ids[pad]) > 1:
-        raise UserError(
-            f"{where}: the ids of the vocabulary have gaps; name a pad_token in its "
-            "tokenizer_config.json"
-        )
+        what = "the ids of the vocabulary have gaps"
+        raise UserError(f"{where}{what}; name a pad_token in its tokenizer_config.json")
     return Tokenizer(backend, ids[pad], ids[eos], config or {})
 
 

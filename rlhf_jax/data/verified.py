@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import BadRow, OnBadRow, Row
@@ -32,11 +33,11 @@ def pattern_warnings(pattern: str, rows: Sequence[Row]) -> list[str]:
 
 def _questions(rows: Sequence[Row]) -> list[str]:
     """What the prompts ask; "" for token ids."""
-    questions = []
-    for row in rows:
-        prompt = row.prompt if isinstance(row.prompt, str) else ""
-        questions.append(verifiable.question(prompt, row.conversation))
-    return questions
+    prompts = [row.prompt if isinstance(row.prompt, str) else "" for row in rows]
+    return [
+        verifiable.question(prompt, row.conversation)
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
 
 
 def reward_lines(entry: str, file: ReadResult, math: Settings, on_bad_row: OnBadRow) -> list[str]:
@@ -59,7 +60,10 @@ def reward_lines(entry: str, file: ReadResult, math: Settings, on_bad_row: OnBad
         warnings += pattern_warnings(pattern, rows)
     path, _, function = entry.rpartition(":")
     if path.endswith(".py"):
-        columns = {name: [row.columns.get(name) for row in rows] for name in _columns_of(rows)}
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns: dict[str, Sequence[Any]] = {
+            name: [row.columns.get(name) for row in rows] for name in names
+        }
         fn = spec.load_function(f"--reward {entry}", Path(path), function, list(columns))
         if "answer" in columns:
             columns["messages"] = [row.conversation for row in rows]
@@ -69,7 +73,3 @@ def reward_lines(entry: str, file: ReadResult, math: Settings, on_bad_row: OnBad
             f"--reward {entry}: here math, regex:PATTERN and FILE.py:FUNCTION are tried"
         )
     return [f"  warning: {entry}: {warning}" for warning in warnings] or [f"  {entry}: as meant"]
-
-
-def _columns_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.columns))

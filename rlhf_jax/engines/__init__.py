@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from rlhf_jax.config import EngineServer
 from rlhf_jax.errors import UserError, did_you_mean
 from rlhf_jax.sampling import SamplingConfig
@@ -132,18 +134,11 @@ def decoded(text: str, version: str) -> list[Sample]:
     Raises:
         UserError: the text is not JSON of samples.
     """
-    samples = []
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        for kept in json.loads(text):
-            match kept:
-                case [[*tokens], [*log_probs], bool(finished)] if all(
-                    type(token) is int for token in tokens
-                ) and all(type(value) in (int, float) for value in log_probs):
-                    samples.append(Sample(tokens, log_probs, finished, version))
-                case _:
-                    raise ValueError
-        return samples
-    raise UserError(
-        f"engine/: what was kept of the weights {version} is no sample: {text[:80]!r}; delete "
-        "these files, so that the engine is asked again"
-    )
+    try:
+        kept = msgspec.json.decode(text, type=list[tuple[list[int], list[float], bool]])
+    except msgspec.DecodeError:
+        raise UserError(
+            f"engine/: what was kept of the weights {version} is no sample: {text[:80]!r}; delete "
+            "these files, so that the engine is asked again"
+        ) from None
+    return [Sample(*sample, version) for sample in kept]

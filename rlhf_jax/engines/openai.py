@@ -55,7 +55,7 @@ class Completions:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-        reply = self.ask("/v1/completions", client.COMPLETIONS, body)
+        reply = self.ask("/v1/completions", client.Completions, body)
         choices = self.choices(reply)
         version = reply["model"]
         return [self._sample(choice, request, version) for choice in choices]
@@ -72,7 +72,7 @@ class Completions:
             "echo": True,
             "logprobs": 1,
         }
-        reply = self.ask("/v1/completions", client.LOG_PROBS, body)
+        reply = self.ask("/v1/completions", client.LogProbs, body)
         choices = self.choices(reply)
         told = choices[0].get("logprobs") if choices else None
         if told is None:
@@ -110,7 +110,7 @@ class Completions:
         Raises:
             ServiceError: the server has no model, or none of the name in ``server.model``.
         """
-        reply = self.ask("/v1/models", client.MODELS)
+        reply = self.ask("/v1/models", client.Models)
         names = [model["id"] for model in reply["data"]]
         wanted = self.server.model
         if not names or wanted not in (None, *names):

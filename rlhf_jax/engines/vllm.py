@@ -67,7 +67,7 @@ class VLLM(Completions):
             return super().sample(request)
         settings = sampling_settings(request) | {"logprobs": 0, "detokenize": False}
         body = {"model": self._base, "token_ids": request.prompt, "sampling_params": settings}
-        reply = self._command("/inference/v1/generate", body, FULL_NEEDS, client.GENERATIONS)
+        reply = self._command("/inference/v1/generate", body, FULL_NEEDS, client.Generations)
         return [self._versioned(choice) for choice in self.choices(reply)]
 
     def close(self) -> None:

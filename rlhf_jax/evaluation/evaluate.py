@@ -11,18 +11,15 @@ settings and the seed.
 """
 
 import dataclasses
-import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
-from jax import Array
 
 from rlhf_jax.config import check_trusted
-from rlhf_jax.data import chat, encoding, formats, rows
+from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation import bench, data, measures, texts
@@ -37,13 +34,8 @@ from rlhf_jax.runs.reading import settings_file, settings_of
 from rlhf_jax.training.common.setup import enable_compilation_cache
 from rlhf_jax.training.supervised import scoring
 
-Categories = Mapping[str, data.CustomCategory]
-Sets = Mapping[str, formats.ReadResult]
-"""The data of prompts, safety, preferences, annotated and custom NAME."""
-Encoded = Mapping[str, encoding.EncodedTexts]
-"""The pairs of preferences and annotated."""
-
 SAMPLES = "evaluation_samples.jsonl"
+# The categories in the order of the page; the user's own come after these.
 ORDER = (
     "helpfulness",
     "harmlessness",
@@ -53,8 +45,20 @@ ORDER = (
     "diversity",
     "win rate",
 )
-# The kinds of the sets that are not prompts.
-KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}
+# What is listed without a value where nothing was given for it: setting, category, metric, flag.
+NEEDS = (
+    ("prompts", "helpfulness", "all", "--prompts FILE"),
+    ("reward_model", "helpfulness", "quality", "--reward-model FOLDER"),
+    ("safety", "harmlessness", "all", "--safety FILE"),
+    ("prompts", "honesty", "uncertainty", "--prompts FILE"),
+    ("preferences", "honesty", "calibration", "--preferences FILE"),
+    ("preferences", "preferences", "all", "--preferences FILE"),
+    ("judge", "preferences", "reward_model", "--reward-model FOLDER"),
+    ("annotated", "agreement", "all", "--annotated FILE"),
+    ("prompts", "diversity", "all", "--prompts FILE"),
+    ("against", "win rate", "all", "--against RUN with --reward-model and --prompts"),
+    ("categories", "custom", "all", "--categories FILE.yaml"),
+)
 
 
 class Result(NamedTuple):
@@ -78,26 +82,39 @@ def run(folder: str | Path, config: Config) -> Result:
         UserError: nothing to evaluate by, or whatever is wrong with a folder, a file or a row.
     """
     folder = str(folder)
-    output = _output(folder, config)
+    files = (config.prompts, config.safety, config.preferences, config.annotated)
+    if not any((*files, config.categories)):
+        raise UserError(
+            "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
+            "--categories"
+        )
+    if config.output is None and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
+    output = Path(config.output or folder)
+    writing.check_writable(output)
     devices.choose(config.device)
     enable_compilation_cache()
     policy = bench.load(folder, config)
-    _check_flags(policy, config)
-    config = _with_own_reward_model(policy, config)
+    config = _with_judge(policy, config)
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
-    sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
+    sets, categories = data.read(config, chat.template_of(policy.tokenizer, policy.template))
     # Those that each set has. Rows of given answers, which are scored too, have none.
     columns = [{name for row in read.rows for name in row.columns} for read in sets.values()]
-    shared = set.intersection(*columns) if columns else set()
-    opened = bench.open_bench(policy, config, shared)
+    opened = bench.open_bench(policy, config, set.intersection(*columns) if columns else set())
     pairs = {}
     answers = {}
+    left_out = {}
     for name, read in sets.items():
-        if name in KINDS:
-            pairs[name] = bench.encode_pairs(opened, read.rows)
+        encoded: Answers | encoding.EncodedTexts
+        if name in data.KINDS:
+            encoded = pairs[name] = bench.encode_pairs(opened, read.rows)
         else:
-            answers[name] = bench.sample(opened, policy, name, read.rows)
-    left_out = _left_out(sets, {**answers, **pairs})
+            encoded = answers[name] = bench.sample(opened, policy, name, read.rows)
+        reasons = read.dropped | encoded.counts
+        if reasons:
+            counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            logger.info(f"{name}: {counted}")
+            left_out[name] = reasons
     if config.against is not None:
         theirs = bench.against(opened, config.against, sets["prompts"].rows)
         if theirs.rows != answers["prompts"].rows:
@@ -106,9 +123,16 @@ def run(folder: str | Path, config: Config) -> Result:
                 "shorten them"
             )
         answers["prompts, against"] = theirs
-    figures = [*_figures(opened, sets, categories, answers, pairs), *_not_run(policy, config)]
-    places = {name: place for place, name in enumerate(ORDER)}  # the user's own come after these
+    figures = [*_figures(opened, sets, categories, answers, pairs)]
+    given = dataclasses.asdict(config)
+    given["judge"] = config.reward_model or policy.is_judge or not config.preferences
+    for setting, category, metric, flag in NEEDS:
+        of_judges = category in ("preferences", "agreement")
+        if not given[setting] and (of_judges or not policy.is_judge):
+            figures.append(measures.Figure(category, metric, note=f"not run: give {flag}"))
+    places = {name: place for place, name in enumerate(ORDER)}
     figures.sort(key=lambda figure: places.get(figure.category.partition(":")[0], len(ORDER)))
+
     settings = {"run": policy.folder, **dataclasses.asdict(config)}
     del settings["output"], settings["device"]
     settings["template"] = policy.template
@@ -133,13 +157,21 @@ def run(folder: str | Path, config: Config) -> Result:
     return Result(figures, path)
 
 
-def _with_own_reward_model(policy: Policy, config: Config) -> Config:
+def _with_judge(policy: Policy, config: Config) -> Config:
     """The settings with the reward model that the run was trained with, if it had one, and only
     one reward, and the settings name none.
 
     Raises:
-        UserError: a win rate is asked for, and nothing judges.
+        UserError: a reward model is asked for texts, or a win rate is asked for and nothing judges.
     """
+    others = ("prompts", "safety", "categories", "against", "reward_model", "environment")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(config, name)]
+    if policy.is_judge and given:
+        raise UserError(
+            f"{policy.folder}: this is a reward model, which writes no text: it is judged by "
+            f"--preferences and --annotated, not by {', '.join(given)}; or give a policy, and this "
+            "as its --reward-model"
+        )
     entries = settings_of(policy.folder).get("reward", [])
     if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
         kind, names = spec.named(entries[0])
@@ -156,97 +188,8 @@ def _with_own_reward_model(policy: Policy, config: Config) -> Config:
     return config
 
 
-def _output(folder: str, config: Config) -> Path:
-    """The folder to write into.
-
-    Raises:
-        UserError: the folder is missing or cannot be written, or the settings name no data to
-            evaluate by.
-    """
-    sets = (config.prompts, config.safety, config.preferences, config.annotated)
-    if not any((*sets, config.categories)):
-        raise UserError(
-            "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
-            "--categories"
-        )
-    if config.output is None and not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
-    output = Path(config.output or folder)
-    writing.check_writable(output)
-    return output
-
-
-def _left_out(
-    sets: Sets, encoded: Mapping[str, Answers | encoding.EncodedTexts]
-) -> dict[str, dict[str, int]]:
-    """{set: {reason: number of rows}} of the rows that were left out or cut; logs them."""
-    left_out = {}
-    for name, read in sets.items():
-        reasons = read.dropped | encoded[name].counts
-        if reasons:
-            counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            logger.info(f"{name}: {counted}")
-            left_out[name] = reasons
-    return left_out
-
-
-def _check_flags(policy: Policy, config: Config) -> None:
-    """Refuses flags that ask a reward model for texts."""
-    others = ("prompts", "safety", "categories", "against", "reward_model", "environment")
-    given = [f"--{name.replace('_', '-')}" for name in others if getattr(config, name)]
-    if policy.is_judge and given:
-        raise UserError(
-            f"{policy.folder}: this is a reward model, which writes no text: it is judged by "
-            f"--preferences and --annotated, not by {', '.join(given)}; or give a policy, and this "
-            "as its --reward-model"
-        )
-
-
-def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
-    """All data, and the user's own categories. They are read before anything is computed."""
-    categories = {}
-    if config.categories:
-        categories = data.read_categories(config.categories, config.trust_config)
-    read = functools.partial(
-        formats.read,
-        template=template,
-        columns=config.columns,
-        shares_columns=True,
-        on_bad_row=config.on_bad_row,
-    )
-    given: dict[str, Any] = {
-        "prompts": config.prompts,
-        "safety": config.safety,
-        "preferences": config.preferences,
-        "annotated": config.annotated,
-    }
-    given |= {f"custom {name}": category.prompts for name, category in categories.items()}
-    results = {
-        name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
-    }
-    for entry in config.columns:
-        sentences = [result.unused_columns.get(entry) for result in results.values()]
-        if sentences and all(sentences):
-            raise UserError(str(sentences[0]))
-    for name, category in categories.items():
-        place = f"{config.categories}: {name}"
-        prompts = [
-            rows.Row(text, (), f"{place}, prompt {number}")
-            for number, text in enumerate(category.texts, 1)
-        ]
-        if prompts:
-            results[f"custom {name}"] = formats.ReadResult(prompts)
-        elif not (category.prompts or config.prompts):
-            raise UserError(f"{place} has no prompts of its own; add them or give --prompts")
-    if config.safety:
-        data.check_safety(results["safety"].rows)
-    for name, result in results.items():
-        logger.info(f"{name}: {result.describe()}")
-    return results, categories
-
-
 def _fingerprints(
-    folder: str, config: Config, sets: Sets, categories: Categories
+    folder: str, config: Config, sets: data.Sets, categories: data.Categories
 ) -> dict[str, str]:
     """{name that the user gave: sha256} of every file and model that the evaluation reads."""
     fingerprints: dict[str, str] = {}
@@ -263,91 +206,61 @@ def _fingerprints(
     }
 
 
-# --- Figures
-
-
 def _figures(
     opened: Bench,
-    sets: Sets,
-    categories: Categories,
+    sets: data.Sets,
+    categories: data.Categories,
     answers: Mapping[str, Answers],
-    pairs: Encoded,
+    pairs: Mapping[str, encoding.EncodedTexts],
 ) -> Iterator[measures.Figure]:
+    """The figures of each set."""
     key = opened.key
-    if "prompts" in answers:
-        yield from _prompt_figures(answers["prompts"], key)
-    if "safety" in answers:
-        safety = answers["safety"]
-        labels = [row.columns["label"] for row in safety.rows]
-        yield from measures.harmlessness(safety.responses, labels, key)
-    for name, encoded in pairs.items():
-        yield from _pair_figures(opened, name, encoded, sets[name].rows)
-    against = opened.config.against
-    if against is not None:
-        ours = np.asarray(answers["prompts"].responses.scores)
-        theirs = np.asarray(answers["prompts, against"].responses.scores)
-        yield from measures.win_rate(ours, against=theirs, key=key, name=against)
-    for name, category in categories.items():
-        own = answers.get(f"custom {name}") or answers["prompts"]
-        if category.texts:
-            yield from measures.helpfulness(own.responses, key, name)
-        else:
-            yield _category_figure(opened, name, category, own)
-
-
-def _prompt_figures(answers: Answers, key: Array) -> Iterator[measures.Figure]:
-    responses = answers.responses
-    yield from measures.helpfulness(responses, key)
-    answerable = [data.answerable(row) for row in answers.rows]
-    yield from measures.uncertainty(responses, answerable, key)
-    yield from measures.diversity(responses, key)
-    for name, values in answers.talks.items():
-        of_prompts = values.reshape(responses.lengths.shape)
-        yield measures.mean("environment", name, of_prompts, key)
-
-
-def _pair_figures(
-    opened: Bench, name: str, encoded: encoding.EncodedTexts, read: Iterable[rows.Row]
-) -> Iterable[measures.Figure]:
-    """The figures of the set ``name``: preferences or annotated."""
-    by_source = {row.source: row for row in read}
-    given = [by_source[source] for source in encoded.sources]
-    margins = bench.margins(opened, encoded)
-    if name == "annotated":
-        return measures.agreement(margins, given, opened.key)
-    _, _, pairs = scoring.pairs_of(encoded, np.arange(len(encoded)))
-    parts = [row.category for row in given]
-    return measures.preferences(margins, pairs, parts, opened.key)
-
-
-def _category_figure(
-    opened: Bench, name: str, category: data.CustomCategory, own: Answers
-) -> measures.Figure:
-    """The figure of a category of the user's own."""
     config = opened.config
-    scores = None
-    if category.score is not None:
-        flag = f"{config.categories}: {name}.score"
-        judge = bench.reward_of(category.score, opened.policy, own.columns, flag, config)
-        by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
-        scores = by_row.reshape(own.responses.lengths.shape)
-    return measures.custom(name, category, own.responses._replace(scores=scores), opened.key)
-
-
-def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
-    """A figure without a value for each setting that is not given."""
-    given = dataclasses.asdict(config)
-    given["judge"] = config.reward_model or policy.is_judge or not config.preferences
-    figures = []
-    table = yaml.safe_load(Path(__file__).with_name("not_run.yaml").read_text("utf-8"))
-    for setting, category, metric, flag in table:
-        of_judges = category in ("preferences", "agreement")
-        if not given[setting] and (of_judges or not policy.is_judge):
-            figures.append(measures.Figure(category, metric, note=f"not run: give {flag}"))
-    return figures
-
-
-# --- Samples
+    if "prompts" in answers:
+        own = answers["prompts"]
+        known = {True: "answerable", False: "unanswerable", None: ""}
+        labels = [known[data.answerable(row)] for row in own.rows]
+        said = own.responses._replace(labels=labels)
+        for category in ("helpfulness", "honesty", "diversity"):
+            yield from measures.of_responses(said, category, key)
+        for name, values in own.talks.items():
+            yield measures.mean("environment", name, values.reshape(said.lengths.shape), key)
+    if "safety" in answers:
+        labels = [row.columns["label"] for row in answers["safety"].rows]
+        said = answers["safety"].responses._replace(labels=labels)
+        yield from measures.of_responses(said, "harmlessness", key)
+    for name, encoded in pairs.items():
+        by_source = {row.source: row for row in sets[name].rows}
+        rows = [by_source[source] for source in encoded.sources]
+        margins = bench.margins(opened, encoded)
+        if name == "annotated":
+            yield from measures.agreement(margins, rows, key)
+        else:
+            _, _, of_rows = scoring.pairs_of(encoded, np.arange(len(encoded)))
+            parts = [row.category for row in rows]
+            yield from measures.preferences(margins, of_rows, parts, key)
+    if config.against is not None:
+        scores = answers["prompts, against"].responses.scores
+        said = answers["prompts"].responses._replace(against=scores)
+        note = f"against {config.against}"
+        yield from measures.of_responses(said, "win rate", key, note=note)
+    for name, custom in categories.items():
+        own = answers.get(f"custom {name}") or answers["prompts"]
+        if custom.texts:
+            yield from measures.of_responses(own.responses, "helpfulness", key, name=name)
+        elif custom.score is not None:
+            flag = f"{config.categories}: {name}.score"
+            judge = bench.reward_of(custom.score, opened.policy, own.columns, flag, config)
+            by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
+            values = by_row.reshape(own.responses.lengths.shape)
+            yield measures.mean(name, "score", values, key, note=custom.score)
+        else:
+            metric = "patterns" if custom.patterns else "keywords"
+            found = [
+                [custom.pattern.search(text) is not None for text in row]
+                for row in own.responses.texts
+            ]
+            yield measures.mean(name, metric, found, key)
 
 
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

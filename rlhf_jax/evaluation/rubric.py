@@ -36,10 +36,9 @@ def score(prompt_row: Mapping[str, Any], response: str) -> float:
       KeyError: for a category or topic that is not the demo language's.
     """
     category = prompt_row["category"]
-    topic = _topics(category)[prompt_row["topic"]]
+    topic = {topic.phrase: topic for topic in TOPICS[category]}[prompt_row["topic"]]
     words = _words(response)
-    met = parts(category, topic, words)
-    points = sum(WEIGHTS[name] * value for name, value in met.items())
+    points = sum(WEIGHTS[name] * value for name, value in _parts(category, topic, words).items())
     is_cut_off = words[-1:] not in (["."], ["!"], ["?"])
     points -= CUT_OFF * is_cut_off
     num_words = sum(word.isalpha() for word in words)
@@ -48,15 +47,14 @@ def score(prompt_row: Mapping[str, Any], response: str) -> float:
     return round(quality * _fluency(words), 4)
 
 
-def parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
+def _parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
     """How far each part of the rubric is met, in [0, 1]; the last two are faults."""
-    text = _padded(words)
+    text = f" {' '.join(words)} "
 
     def has(phrase: str) -> bool:
         return f" {phrase} " in text
 
-    others = [other.phrase for name, other in _topics(category).items() if name != topic.phrase]
-    astray = any(map(has, others))
+    astray = any(has(other.phrase) for other in TOPICS[category] if other != topic)
     if category == "helpful":
         refused = has("can not help")
         stance = 0.5 if has("just") else 0.0
@@ -74,7 +72,7 @@ def parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
     else:
         fault = has("sure") or has("surely")
         stance = float(has("do not know") and not fault)
-    closes = tuple(_padded(_words(phrase)) for phrase in CLOSES)
+    closes = tuple(f" {' '.join(_words(phrase))} " for phrase in CLOSES)
     return {
         "topic": float(has(topic.phrase)),
         "stance": stance,
@@ -83,11 +81,6 @@ def parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
         "fault": float(fault),
         "astray": float(astray),
     }
-
-
-def _padded(words: list[str]) -> str:
-    """The words with a space around each."""
-    return f" {' '.join(words)} "
 
 
 def _words(text: str) -> list[str]:
@@ -107,11 +100,6 @@ def _fluency(words: list[str]) -> float:
     language = max(0.0, 1 - 4 * (1 - known))
     variety = max(0.0, 1 - 4 * repeated)
     return language * variety
-
-
-@functools.cache
-def _topics(category: str) -> dict[str, Topic]:
-    return {topic.phrase: topic for topic in TOPICS[category]}
 
 
 @functools.cache

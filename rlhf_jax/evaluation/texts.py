@@ -47,8 +47,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     It falls with the amount of text: compare equal numbers of texts of like length.
     """
     grams = [gram for text in texts for gram in _ngrams(text, n)]
-    num_different = len(set(grams))
-    return num_different / max(len(grams), 1)
+    return len(set(grams)) / max(len(grams), 1)
 
 
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
@@ -60,54 +59,31 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     Chen and Cherry 2014). An order of which a text has no n-gram is left out; an empty text scores
     0. There are at least two texts.
     """
-    by_order = [_log_precisions(texts, order) for order in range(1, n + 1)]
+    logs: list[list[float]] = [[] for _ in texts]
+    for order in range(1, n + 1):
+        counted = [Counter(_ngrams(text, order)) for text in texts]
+        two_highest: dict[Ngram, list[int]] = {}
+        for own in counted:
+            for gram, count in own.items():
+                two_highest[gram] = sorted([*two_highest.get(gram, [0, 0]), count])[1:]
+        for own, known in zip(counted, logs, strict=True):
+            matches = 0
+            for gram, count in own.items():
+                second, first = two_highest[gram]
+                # The highest count in another text clips this text's count.
+                matches += second if first == count else count
+            if own:
+                known.append(math.log((matches or 0.1) / own.total()))
     lengths = Counter(map(len, texts))
     scores = []
-    for text, *logs in zip(texts, *by_order, strict=True):
-        known = [log for log in logs if log is not None]
-        if not known:
-            scores.append(0.0)
-            continue
+    for text, known in zip(texts, logs, strict=True):
         length = len(text)
         others = lengths - Counter([length])
         # Of two that are equally close the shorter one, which comes first.
         closest = min(sorted(others), key=lambda other: abs(other - length))
-        brevity = min(0.0, 1 - closest / length)
-        mean_log = sum(known) / len(known)
-        scores.append(math.exp(brevity + mean_log))
+        brevity = min(0.0, 1 - closest / length) if known else 0.0
+        scores.append(math.exp(brevity + sum(known) / len(known)) if known else 0.0)
     return scores
-
-
-def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
-    """For each text the log of the share of its n-grams that another text has. It is None for a
-    text that has no n-gram.
-    """
-    counted = [Counter(_ngrams(text, order)) for text in texts]
-    highest = _two_highest_counts(counted)
-    logs: list[float | None] = []
-    for own in counted:
-        if not own:
-            logs.append(None)
-            continue
-        matches = 0
-        for gram, count in own.items():
-            second, first = highest[gram]
-            # The highest count in another text clips this text's count.
-            matches += second if first == count else count
-        share = (matches or 0.1) / own.total()
-        logs.append(math.log(share))
-    return logs
-
-
-def _two_highest_counts(counted: Sequence[Counter[Ngram]]) -> dict[Ngram, list[int]]:
-    """{n-gram: the second highest and the highest of its counts in the texts}."""
-    highest: dict[Ngram, list[int]] = {}
-    for own in counted:
-        for gram, count in own.items():
-            before = highest.get(gram, [0, 0])
-            _, *two = sorted([*before, count])
-            highest[gram] = two
-    return highest
 
 
 def repetition(text: Tokens, n: int = 3) -> float:
@@ -142,9 +118,7 @@ def lexical_density(text: Tokens) -> float:
     text without words has 0.
     """
     spoken = [word for word in text if word[0].isalnum()]
-    num_content = sum(map(_is_content, spoken))
-    num_words = max(len(spoken), 1)
-    return num_content / num_words
+    return sum(map(_is_content, spoken)) / max(len(spoken), 1)
 
 
 def new_content_words(prompt: Tokens, response: Tokens) -> int:
@@ -153,8 +127,7 @@ def new_content_words(prompt: Tokens, response: Tokens) -> int:
     Content words are those of ``lexical_density``. Word forms are not reduced: "cat" and "cats" are
     two words.
     """
-    content = {word for word in response if _is_content(word)}
-    return len(content - set(prompt))
+    return len(set(filter(_is_content, response)) - set(prompt))
 
 
 def _is_content(word: str) -> bool:
@@ -172,5 +145,4 @@ def _plain(text: str, most: int | None = None) -> str:
 
 
 def _ngrams(text: Tokens, n: int) -> list[Ngram]:
-    shifted = [text[k:] for k in range(n)]
-    return list(zip(*shifted, strict=False))
+    return list(zip(*(text[k:] for k in range(n)), strict=False))

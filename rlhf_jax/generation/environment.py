@@ -122,7 +122,20 @@ def converse(
     if environment is None:
         inputs: Any = (tokens, attention_mask, rows.astype(np.int32))
         return respond(*inputs), {}
-    batch = _add_slots(environment, tokens, attention_mask, rows)
+    slots = environment.slots
+    empty = ((0, 0), (0, slots))
+    tokens = np.pad(tokens, empty, constant_values=environment.tokenizer.pad_id)
+    attention_mask = np.pad(attention_mask, empty)
+    make: Any = Rollout  # of NumPy arrays
+    batch = make(
+        tokens,
+        attention_mask,
+        response_mask=np.zeros_like(attention_mask),
+        log_probs=np.zeros(tokens.shape, np.float32),
+        rewards=np.zeros(tokens.shape, np.float32),
+        stopped=np.zeros(len(rows), bool),
+        row_ids=jnp.int32(rows),
+    )
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     # A text is one message by the user.
     talks = [
@@ -135,23 +148,17 @@ def converse(
     is_open = status == _OPEN
     while is_open.any():
         turns += is_open
-        sampled = processes.fetch(respond(*_as_prompts(batch, is_open, environment.slots)))
+        # The open conversations as prompts, padded on the left; the others are missing rows.
+        padding_first = np.argsort(batch.attention_mask, axis=1, kind="stable")
+        ids = np.take_along_axis(batch.tokens, padding_first, axis=1)
+        mask = np.take_along_axis(batch.attention_mask, padding_first, axis=1)
+        used = np.sum(batch.attention_mask[:, -slots:], axis=1)
+        sampled = processes.fetch(respond(ids, mask * is_open[:, None], batch.row_ids, used))
         own = processes.own_rows((batch, sampled, status))
         answer = partial(_answer, environment, talks, own_data, turns.max(), *own)
         batch, status = processes.gather_rows(processes.agree(answer))
         is_open = status == _OPEN
     return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
-
-
-def _as_prompts(batch: Any, is_open: np.ndarray, slots: int) -> tuple[Any, ...]:
-    """The open conversations of a batch as prompts [B, P + R], padded on the left: token ids,
-    attention mask, data rows and used slots. The others are missing rows.
-    """
-    padding_first = np.argsort(batch.attention_mask, axis=1, kind="stable")
-    ids = np.take_along_axis(batch.tokens, padding_first, axis=1)
-    mask = np.take_along_axis(batch.attention_mask, padding_first, axis=1)
-    used = np.sum(batch.attention_mask[:, -slots:], axis=1)
-    return ids, mask * is_open[:, None], batch.row_ids, used
 
 
 def _answer(
@@ -168,10 +175,23 @@ def _answer(
 
     talks, data: of these rows; each message is added to its talk.
     """
+    batch = batch.replace(truncated=sampled.truncated)
+    names = ["tokens", "attention_mask", "response_mask", "log_probs"]
+    if sampled.support is not None:
+        names.append("support")
+        if batch.support is None:
+            shape = (*batch.tokens.shape, sampled.support.shape[-1])
+            batch = batch.replace(support=np.full(shape, -1, np.int32))
     # Copies, because the arrays of several processes are read-only.
-    batch, status = jax.tree.map(np.array, (_add_support(batch, sampled), status))
+    batch, status = jax.tree.map(np.array, (batch, status))
     for i in np.flatnonzero(status == _OPEN).tolist():
-        response, end = _append_response(batch, sampled, i, environment.slots)
+        start = np.flatnonzero(batch.attention_mask[i])[-1] + 1
+        length = np.sum(sampled.response_mask[i])
+        end = start + length
+        for name in names:
+            own = getattr(sampled, name)[i, -environment.slots :][:length]
+            getattr(batch, name)[i, start:end] = own
+        response = batch.tokens[i, start:end]
         if sampled.stopped is not None:
             batch.stopped[i] = sampled.stopped[i]
         content = environment.tokenizer.decode(response)
@@ -190,50 +210,6 @@ def _answer(
         batch.tokens[i, end:reply_end] = reply
         batch.attention_mask[i, end:reply_end] = 1
     return batch, status
-
-
-def _add_slots(
-    environment: Environment, tokens: np.ndarray, attention_mask: np.ndarray, rows: np.ndarray
-) -> Any:
-    """A Rollout of NumPy arrays: the prompts, and R empty slots after them."""
-    columns = ((0, 0), (0, environment.slots))
-    tokens = np.pad(tokens, columns, constant_values=environment.tokenizer.pad_id)
-    attention_mask = np.pad(attention_mask, columns)
-    make: Any = Rollout  # of NumPy arrays
-    return make(
-        tokens,
-        attention_mask,
-        response_mask=np.zeros_like(attention_mask),
-        log_probs=np.zeros(tokens.shape, np.float32),
-        rewards=np.zeros(tokens.shape, np.float32),
-        stopped=np.zeros(len(rows), bool),
-        row_ids=jnp.int32(rows),
-    )
-
-
-def _add_support(batch: Any, sampled: Rollout) -> Any:
-    """The batch with room for the ``support`` of its responses, if what was sampled has one."""
-    batch = batch.replace(truncated=sampled.truncated)
-    if sampled.support is None or batch.support is not None:
-        return batch
-    shape = (*batch.tokens.shape, sampled.support.shape[-1])
-    return batch.replace(support=np.full(shape, -1, np.int32))
-
-
-def _append_response(batch: Any, sampled: Rollout, i: Any, slots: int) -> tuple[np.ndarray, Any]:
-    """Puts row i's sampled response after its conversation in the batch; its ids, and the column
-    after it.
-    """
-    start = np.flatnonzero(batch.attention_mask[i])[-1] + 1
-    length = np.sum(sampled.response_mask[i])
-    end = start + length
-    names = ["tokens", "attention_mask", "response_mask", "log_probs"]
-    if batch.support is not None:
-        names.append("support")
-    for name in names:
-        response = getattr(sampled, name)[i, -slots:][:length]
-        getattr(batch, name)[i, start:end] = response
-    return batch.tokens[i, start:end], end
 
 
 def _ask(

@@ -36,6 +36,7 @@ from rlhf_jax.runs import devices, processes
 from rlhf_jax.sampling import SamplingConfig, decoding
 from rlhf_jax.types import Params, Rollout
 
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _BUCKET = 16  # tokens: widths of prompts are multiples of it, so that few shapes are compiled
 
 
@@ -153,7 +154,27 @@ class LanguageModel(NamedTuple):
         self.save_tokenizer(folder, template)
         if "score" in self.params:
             return
-        keys = _generation(self.tokenizer, config)
+        known = self.tokenizer.generation
+        keys = {key: value for key, value in known.items() if key not in _LENGTHS}
+        ends = self.tokenizer.eos_ids
+        keys["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+        keys["pad_token_id"] = self.tokenizer.pad_id
+        if self.tokenizer.beginning:
+            keys["bos_token_id"] = self.tokenizer.beginning[0]
+        if config is not None:
+            is_sampled = config.temperature > 0
+            sampled = {
+                "temperature": config.temperature if is_sampled else None,
+                "top_k": (config.top_k or 0) if is_sampled else None,  # missing: the likeliest 50
+                "top_p": (config.top_p or 1.0) if is_sampled else None,
+                "min_p": config.min_p if is_sampled else None,
+                "repetition_penalty": (
+                    config.repetition_penalty if config.repetition_penalty != 1 else None
+                ),
+            }
+            keys = {key: value for key, value in keys.items() if key not in sampled}
+            keys["do_sample"] = is_sampled
+            keys |= {key: value for key, value in sampled.items() if value is not None}
         text = json.dumps(keys, indent=2, ensure_ascii=False) + "\n"
         Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
 
@@ -197,28 +218,20 @@ class LanguageModel(NamedTuple):
         run_length = 1 if environment is not None else batches.run_length(numbers)
         size = run_length if run_length <= batch_size else 1
         multiple = size * (1 if mesh is None else sharding.num_parts(mesh))
-        generate = _sampler(self.model.config.num_layers)
+        generate = functools.partial(
+            _sampler(self.model.config.num_layers),
+            self.model,
+            self.params,
+            config=config,
+            mesh=mesh,
+            group_size=size,
+        )
 
-        def sample_batch(
-            tokens: np.ndarray, mask: np.ndarray, places: np.ndarray, used: np.ndarray | None
-        ) -> Rollout:
-            sampled: Rollout = generate(
-                self.model,
-                self.params,
-                tokens,
-                mask,
-                key,
-                config=config,
-                places=places,
-                mesh=mesh,
-                used=used,
-                group_size=size,
-            )
+        def sample_batch(tokens: Any, mask: Any, places: Any, used: Any) -> Rollout:
+            sampled: Rollout = generate(tokens, mask, key, places=places, used=used)
             return replace(sampled, prompt_length=None)  # which batches need not have in common
 
-        def sample(
-            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
-        ) -> Rollout:
+        def sample(tokens: Any, mask: Any, _: Any, used: Any = None) -> Rollout:
             rows = (tokens, mask, places, used)
             sampled = _by_length(sample_batch, batch_size, *rows, multiple=multiple)
             # The prompts with all their columns: a batch omits some of them.
@@ -264,57 +277,20 @@ class LanguageModel(NamedTuple):
                     f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
                 )
             rows.append(ids)
-        padded = encoding.left_padded(rows, width=_width(rows, limit), pad_id=self.tokenizer.pad_id)
+        padded = pad_prompts(rows, limit, self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
-        return _by_length(score, batch_size, *padded)
-
-
-_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-
-
-def _generation(tokenizer: tokenizers.Tokenizer, config: SamplingConfig | None) -> dict[str, Any]:
-    """The keys of generation_config.json; see ``LanguageModel.save``."""
-    keys = {key: value for key, value in tokenizer.generation.items() if key not in _LENGTHS}
-    ends = tokenizer.eos_ids
-    keys["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
-    keys["pad_token_id"] = tokenizer.pad_id
-    if tokenizer.beginning:
-        keys["bos_token_id"] = tokenizer.beginning[0]
-    if config is None:
-        return keys
-    keys["do_sample"] = config.temperature > 0
-    sampled = {
-        "temperature": config.temperature,
-        "top_k": config.top_k or 0,  # without it transformers takes the likeliest 50
-        "top_p": config.top_p or 1.0,
-        "min_p": config.min_p,
-    }
-    for key, value in sampled.items():
-        keys.pop(key, None)
-        if config.temperature > 0 and value is not None:
-            keys[key] = value
-    keys.pop("repetition_penalty", None)
-    if config.repetition_penalty != 1:
-        keys["repetition_penalty"] = config.repetition_penalty
-    return keys
+        return _by_length(score, batch_size, padded.tokens, padded.attention_mask)
 
 
 def pad_prompts(
     ids: Sequence[Sequence[int]], limit: int, pad_id: int, rows: Sequence[Row] = ()
 ) -> encoding.EncodedPrompts:
-    """Prompts for ``LanguageModel.respond``, of at most ``limit`` columns. ``rows``: those that an
-    environment reads.
+    """Prompts for ``LanguageModel.respond``, of at most ``limit`` columns: a multiple of
+    ``_BUCKET``, so that few shapes are compiled. ``rows``: those that an environment reads.
     """
-    arrays = encoding.left_padded(ids, width=_width(ids, limit), pad_id=pad_id)
+    width = min(-(-max(map(len, ids)) // _BUCKET) * _BUCKET, limit)
+    arrays = encoding.left_padded(ids, width=width, pad_id=pad_id)
     return encoding.EncodedPrompts(*arrays, list(rows), (), {})
-
-
-def _width(rows: Sequence[Sequence[int]], limit: int) -> int:
-    """The columns of a batch of these rows: a multiple of ``_BUCKET``, so that few shapes are
-    compiled.
-    """
-    longest = max(map(len, rows))
-    return min(-(-longest // _BUCKET) * _BUCKET, limit)
 
 
 class Generations(NamedTuple):
@@ -350,21 +326,6 @@ class Asked(NamedTuple):
         """The prompts from ``start`` to ``stop``; their samples are the same."""
         which = slice(start, stop)
         return Asked(self.rows[which], self.ids[which], self.streams[which])
-
-
-def _load(folder: str | Path, compute: dict[str, Any], *, is_judge: bool) -> LanguageModel:
-    """A policy, or a reward model that judges it. Raises UserError if the folder holds the other
-    kind.
-    """
-    loaded = LanguageModel.load(folder, **compute)
-    has_score = "score" in loaded.params
-    if has_score and not is_judge:
-        raise UserError(
-            f"{folder}: this is a reward model, which writes no text; give the policy first"
-        )
-    if is_judge and not has_score:
-        raise UserError(f"{folder}: this model has no score head; give a reward model's folder")
-    return loaded
 
 
 def default_slots(positions: int) -> int:
@@ -432,7 +393,11 @@ class Generator:
         if isinstance(stop, str) or not all(stop):
             raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         self.stop = tuple(stop)
-        loaded = _load(folder, compute, is_judge=False)
+        loaded = LanguageModel.load(folder, **compute)
+        if "score" in loaded.params:
+            raise UserError(
+                f"{folder}: this is a reward model, which writes no text; give the policy first"
+            )
         self._policy = loaded.reading(template_options, special_tokens)
         self.template_options = dict(template_options) if template_options else None
         self.model, _, self.tokenizer = self._policy
@@ -452,24 +417,24 @@ class Generator:
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
         self._reads_texts = False
+        positions = min(max_length or sys.maxsize, self.model.config.max_length)
         if reward_model is not None:
-            self._judge = _load(reward_model, compute, is_judge=True)
+            self._judge = LanguageModel.load(reward_model, **compute)
+            if "score" not in self._judge.params:
+                raise UserError(
+                    f"{reward_model}: this model has no score head; give a reward model's folder"
+                )
             self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
-        if self._reads_texts and self._environment is not None:
-            raise UserError(f"{reward_model}: {SINGLE_TURN}")
-        self.room = self._room(folder, max_length or sys.maxsize)
-
-    def _room(self, folder: str | Path, positions: int) -> int:
-        """The positions that are left for a prompt. Raises UserError if there are none."""
-        positions = min(positions, self.model.config.max_length)
-        if self._judge is not None and not self._reads_texts:
-            positions = min(positions, self._judge.model.config.max_length)
-        slots = self.config.max_new_tokens
-        if slots >= positions:
+            if not self._reads_texts:
+                positions = min(positions, self._judge.model.config.max_length)
+            elif self._environment is not None:
+                raise UserError(f"{reward_model}: {SINGLE_TURN}")
+        if max_new_tokens >= positions:
             raise UserError(
-                f"{folder}: max_new_tokens {slots} leaves no room for a prompt in {positions}"
+                f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in "
+                f"{positions}"
             )
-        return positions - slots
+        self.room = positions - max_new_tokens
 
     def __call__(
         self,
@@ -507,12 +472,21 @@ class Generator:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         texts, rollout = self.sample(asked, seed)
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
-        of_samples = [row for row in rows for _ in range(num_samples)]
+        scores = None
+        if self._judge is not None and self._reads_texts:
+            talks = [row.conversation or () for row in rows for _ in range(num_samples)]
+            scores = self._judge.score_texts(talks, texts, self.batch_size)
+        elif self._judge is not None:
+            in_chat = chat.frame(self.template, self.tokenizer) is None
+            ends = self.tokenizer.eos_ids
+            scorer = _scorer(self._judge.model, self._judge.closing(in_chat), ends)
+            score = functools.partial(scorer, self._judge.params)
+            scores = _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
         return Generations(
             texts=texts,
             transcripts=responses(rollout, self.tokenizer, with_replies=True),
             log_probs=rollout.log_probs.sum(axis=1),
-            rewards=self._rewards(rollout, of_samples, texts),
+            rewards=scores,
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
             finished=ended(rollout, self.config.eos_ids),
         )
@@ -549,21 +523,6 @@ class Generator:
         if self._environment is None:
             texts = [stops.before(text, self.stop) for text in texts]
         return texts, rollout
-
-    def _rewards(
-        self, rollout: Rollout, rows: Sequence[Row], texts: Sequence[str]
-    ) -> np.ndarray | None:
-        """[N] scores of the responses to these rows; None without a reward model."""
-        if self._judge is None:
-            return None
-        if self._reads_texts:
-            conversations = [row.conversation or () for row in rows]
-            return self._judge.score_texts(conversations, texts, self.batch_size)
-        in_chat = chat.frame(self.template, self.tokenizer) is None
-        ends = self.tokenizer.eos_ids
-        scorer = _scorer(self._judge.model, self._judge.closing(in_chat), ends)
-        score = functools.partial(scorer, self._judge.params)
-        return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
         """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""

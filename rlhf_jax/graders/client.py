@@ -20,7 +20,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from rlhf_jax.errors import ServiceError, UserError, escaped, logger
 from rlhf_jax.ops import check_number
@@ -31,7 +34,6 @@ SERVICE_KEY = "REWARD_API_KEY"
 JUDGE_KEY = "OPENAI_API_KEY"
 ENGINE_KEY = "ENGINE_API_KEY"
 TEACHER_KEY = "TEACHER_API_KEY"
-MOST_LEVELS = 32  # of lists and objects in a reply
 SHOWN = 200  # characters of a reply in an error
 _ATTEMPTS = 5
 _SECONDS = 1.0  # before the second attempt; each later one waits twice as long
@@ -39,7 +41,6 @@ _LONGEST_WAIT = 30.0
 _PATIENCE = 10.0  # seconds after which waiting is said; then after twice as many, and so on
 _SCHEMES = ("http", "https")
 _PASSING = (408, 429)  # and from 500 on: statuses after which a request is sent again
-_HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -59,70 +60,51 @@ class Requests:
         check_number("timeout", self.timeout, above=0)
 
 
-# --- The forms of replies
+# --- The forms of replies: a key that may be null may be missing, and other keys are left out
+# ruff: noqa: UP013 (a form is shorter as a call)
 
+_Number = Annotated[float, Meta(gt=-1e300, lt=1e300)]  # finite
+_Index = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Ids = list[_Index] | None
+_Text = str | None
+_Message = TypedDict("_Message", {"content": NotRequired[_Text]})
+_Judged = TypedDict("_Judged", {"message": _Message})
+_Model = TypedDict("_Model", {"id": str})
+_LogProbs = TypedDict(
+    "_LogProbs", {"token_logprobs": list[_Number], "tokens": NotRequired[list[str] | None]}
+)
+_Choice = TypedDict(
+    "_Choice",
+    {
+        "index": _Index,
+        "finish_reason": NotRequired[_Text],
+        "token_ids": NotRequired[_Ids],
+        "prompt_token_ids": NotRequired[_Ids],
+        "logprobs": NotRequired[_LogProbs | None],
+    },
+)
+_Token = TypedDict("_Token", {"token_id": _Index, "logprob": _Number})
+_Tokens = TypedDict("_Tokens", {"content": list[_Token]})
+_Span = TypedDict("_Span", {"version": str | _Index})
+_Generated = TypedDict(
+    "_Generated",
+    {
+        "index": _Index,
+        "finish_reason": NotRequired[_Text],
+        "token_ids": list[_Index],
+        "logprobs": _Tokens,
+        "weight_versions": NotRequired[list[_Span] | None],
+    },
+)
+_Given = TypedDict("_Given", {"tokens": list[str], "token_logprobs": list[_Number | None]})
+_Echo = TypedDict("_Echo", {"index": _Index, "logprobs": NotRequired[_Given | None]})
 
-class Leaf(NamedTuple):
-    """What a value of a reply must be."""
-
-    what: str
-    fits: Callable[[Any], bool]
-
-
-TEXT = Leaf("a text", lambda value: isinstance(value, str))
-NULL = Leaf("null", lambda value: value is None)
-NUMBER = Leaf("a finite number", lambda value: is_number(value))
-INDEX = Leaf("a whole number of 31 bits", lambda value: type(value) is int and 0 <= value < 1 << 31)
-
-_LOG_PROBS = {"token_logprobs": [NUMBER], "tokens": ([TEXT], NULL)}
-_CHOICE = {
-    "index": INDEX,
-    "finish_reason": (TEXT, NULL),
-    "token_ids": ([INDEX], NULL),
-    "prompt_token_ids": ([INDEX], NULL),
-    "logprobs": (NULL, _LOG_PROBS),
-}
-_TOKEN = {"token_id": INDEX, "logprob": NUMBER}
-_GENERATED = {
-    "index": INDEX,
-    "finish_reason": (TEXT, NULL),
-    "token_ids": [INDEX],
-    "logprobs": {"content": [_TOKEN]},
-    "weight_versions": (NULL, [{"version": (TEXT, INDEX)}]),
-}
-_GIVEN = {"tokens": [TEXT], "token_logprobs": [(NUMBER, NULL)]}
-
-# An object has at least the keys of its form; a key that may be null may be missing. A tuple is a
-# choice of forms, a list has the form of each item.
-REWARDS = {"rewards": [(NUMBER, NULL)], "ids": ([INDEX], NULL)}
-JUDGEMENT = {"choices": [{"message": {"content": (TEXT, NULL)}}]}
-MODELS = {"data": [{"id": TEXT}]}
-COMPLETIONS = {"model": TEXT, "choices": [_CHOICE]}
-GENERATIONS = {"choices": [_GENERATED]}
-LOG_PROBS = {"choices": [{"index": INDEX, "logprobs": (NULL, _GIVEN)}]}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold; True and False are."""
-    return isinstance(value, int | float) and abs(value) < 1e300
-
-
-def misfit(value: Any, form: Any, place: str = "it") -> str:
-    """A sentence about the first place where a value differs from a form; "" if it fits."""
-    if isinstance(form, Leaf):
-        return "" if form.fits(value) else f"{place} must be {form.what}"
-    if isinstance(form, tuple):
-        misfits = [misfit(value, choice, place) for choice in form]
-        return "" if "" in misfits else max(misfits, key=len)  # the one that names the inner place
-    if isinstance(form, list):
-        if not isinstance(value, list):
-            return f"{place} must be a list"
-        of_items = (misfit(item, form[0], f"{place}[{i}]") for i, item in enumerate(value))
-        return next(filter(None, of_items), "")
-    if not isinstance(value, dict):
-        return f"{place} must be an object"
-    of_keys = (misfit(value.get(name), inner, f"{place}.{name}") for name, inner in form.items())
-    return next(filter(None, of_keys), "")
+Rewards = TypedDict("Rewards", {"rewards": list[_Number | bool | None], "ids": NotRequired[_Ids]})
+Judgement = TypedDict("Judgement", {"choices": list[_Judged]})
+Models = TypedDict("Models", {"data": list[_Model]})
+Completions = TypedDict("Completions", {"model": str, "choices": list[_Choice]})
+Generations = TypedDict("Generations", {"choices": list[_Generated]})
+LogProbs = TypedDict("LogProbs", {"choices": list[_Echo]})
 
 
 # --- Asking
@@ -143,12 +125,18 @@ def ask(url: str, question: Any, settings: Requests, variable: str, form: Any = 
 
     Args:
       variable: of the environment, whose value is sent as a key if it is set.
+      form: a typed dict, whose keys the result has.
 
     Raises:
       ServiceError: it names the URL and quotes the reply, without the key.
       UserError: the key cannot be a key.
     """
-    key = _key(variable)
+    key = os.environ.get(variable) or None
+    if key and not re.fullmatch("[!-~]+", key):
+        raise UserError(
+            f"{variable}: the key in the environment holds a line end, a space or a character "
+            "beyond ASCII, which no key has; set it again"
+        )
     body = None if question is None else json.dumps(question).encode("utf-8")
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -164,17 +152,6 @@ def ask(url: str, question: Any, settings: Requests, variable: str, form: Any = 
     raise ServiceError(f"{url}: {quoted(fault, key, SHOWN * 4)} (attempt {attempt + 1})") from None
 
 
-def _key(variable: str) -> str | None:
-    """The value of an environment variable, which a header can hold."""
-    key = os.environ.get(variable)
-    if key and not re.fullmatch("[!-~]+", key):
-        raise UserError(
-            f"{variable}: the key in the environment holds a line end, a space or a character "
-            "beyond ASCII, which no key has; set it again"
-        )
-    return key or None
-
-
 async def _exchange(url: str, body: bytes | None, settings: Requests, key: str | None) -> bytes:
     """The body of the reply to one request, which ends at the deadline."""
     # Only runs that ask a server pay for the import.
@@ -185,33 +162,29 @@ async def _exchange(url: str, body: bytes | None, settings: Requests, key: str |
         headers["Authorization"] = f"Bearer {key}"
     method = "GET" if body is None else "POST"
     client = httpx.AsyncClient(trust_env=False, verify=_trusted(), timeout=None)
+    content = bytearray()
     try:
         async with asyncio.timeout(settings.timeout), client:
             request = client.stream(method, url, content=body, headers=headers)
             async with request as response:
-                content = await _content(response, settings.most_bytes)
+                async for piece in response.aiter_raw():
+                    content += piece
+                    if len(content) > settings.most_bytes:
+                        what = f"the reply has more than {settings.most_bytes} bytes"
+                        raise _Fault(what, passes=False)
     except TimeoutError:
         limit = f"{settings.timeout:g} seconds ({settings.section}.timeout)"
         raise _Fault(f"no whole reply within {limit}") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         raise _Fault(f"{type(error).__name__}: {quoted(error, key)}") from None
-    status = response.status_code
     if response.is_success:
-        return content
+        return bytes(content)
+    status = response.status_code
     reason = quoted(response.reason_phrase, key)
     where = quoted(response.headers.get("location", ""), key)
     moved = f", a redirect to {where}, which is not followed" if response.is_redirect else ""
-    said = f"HTTP {status} {reason}{moved}: {quoted(content, key)}"
+    said = f"HTTP {status} {reason}{moved}: {quoted(bytes(content), key)}"
     raise _Fault(said, passes=status in _PASSING or status >= 500)
-
-
-async def _content(response: Any, most_bytes: int) -> bytes:
-    content = bytearray()
-    async for piece in response.aiter_raw():
-        content += piece
-        if len(content) > most_bytes:
-            raise _Fault(f"the reply has more than {most_bytes} bytes", passes=False)
-    return bytes(content)
 
 
 @functools.cache
@@ -233,53 +206,45 @@ def _loop() -> asyncio.AbstractEventLoop:
 def _waited(work: Coroutine[Any, Any, T], what: str, attempt: str) -> T:
     """The result of the work; waiting for it is said after 10, 20, 40, ... seconds."""
     future = asyncio.run_coroutine_threadsafe(work, _loop())
-    started = time.monotonic()
-    patience = _PATIENCE
-    while True:
-        try:
-            left = started + patience - time.monotonic()
-            return future.result(max(left, 0.0))
-        except concurrent.futures.TimeoutError:
-            if future.done():
-                return future.result()
+    pause = patience = _PATIENCE
+    try:
+        while not concurrent.futures.wait([future], pause).done:
             logger.info(f"{what} for {patience:g} seconds ({attempt})")
+            pause = patience
             patience *= 2
-        except BaseException:
-            future.cancel()
-            raise
+    except BaseException:
+        future.cancel()
+        raise
+    return future.result()
 
 
 def _read(content: bytes, form: Any, key: str | None) -> Any:
-    """The JSON of a reply.
+    """The JSON of a reply, of a form, without the key and halves of surrogate pairs.
 
     Raises:
       _Fault: it is none, or has another form.
     """
     try:
-        value = cleaned(json.loads(content), key)
+        value = _cleaned(json.loads(content), key)
+        shown = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         reason = "too many levels" if isinstance(error, RecursionError) else quoted(error, key)
         raise _Fault(f"the reply is no JSON: {reason}; got {quoted(content, key)}") from None
-    wrong = misfit(value, form)
-    if wrong:
-        shown = quoted(json.dumps(value, ensure_ascii=False), key)
-        raise _Fault(f"{wrong}; got {shown}", passes=False)
-    return value
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        said = f"the reply has another form: {error}; got {quoted(shown, key)}"
+        raise _Fault(said, passes=False) from None
 
 
-def cleaned(value: Any, key: str | None, level: int = 0) -> Any:
-    """JSON without the key and without halves of surrogate pairs, which no file can hold.
-
-    Raises ValueError if it has more than ``MOST_LEVELS``.
-    """
+def _cleaned(value: Any, key: str | None) -> Any:
+    """JSON without the key and without halves of surrogate pairs, which no file can hold."""
     if isinstance(value, str):
         return _without(value, key).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if level > MOST_LEVELS:
-        raise ValueError(f"more than {MOST_LEVELS} levels")
     if isinstance(value, list):
-        return [cleaned(item, key, level + 1) for item in value]
+        return [_cleaned(item, key) for item in value]
     if isinstance(value, dict):
-        return {cleaned(name, key): cleaned(item, key, level + 1) for name, item in value.items()}
+        return {_cleaned(name, key): _cleaned(item, key) for name, item in value.items()}
     return value
 
 
@@ -292,10 +257,7 @@ def quoted(said: Any, key: str | None, limit: int = SHOWN) -> str:
 
 
 def _without(text: str, key: str | None) -> str:
-    if not key:
-        return text
-    spelled = json.dumps(key)[1:-1]
-    return text.replace(spelled, _HIDDEN).replace(key, _HIDDEN)
+    return text.replace(json.dumps(key)[1:-1], "***").replace(key, "***") if key else text
 
 
 def ask_each(ask: Callable[[T], None], questions: Iterable[T], settings: Requests) -> None:

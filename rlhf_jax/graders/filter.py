@@ -197,7 +197,13 @@ class Guard:
         if self.classifier is not None:
             judged: Any = on_host(self.classifier, sampled, columns, "safety.classifier")[0]
             for row in np.flatnonzero(judged.present):
-                verdicts[row] |= self._classified(float(np.sum(judged.scores[row])))
+                score = float(np.sum(judged.scores[row]))
+                below = self.settings.below
+                above = self.settings.above
+                if below is not None and score < below:
+                    verdicts[row]["classifier"] = f"score {score:.4g} below {below:g}"
+                elif above is not None and score > above:
+                    verdicts[row]["classifier"] = f"score {score:.4g} above {above:g}"
         unsafe = np.array([bool(verdict) for verdict in verdicts])
         num_present = max(int(sampled.present.sum()), 1)
         metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
@@ -228,16 +234,6 @@ class Guard:
         elif settings.responses == "mask":
             mask = np.where(unsafe.reshape(-1, 1), 0, mask)
         return dataclasses.replace(scored, scores=scores, response_mask=mask)
-
-    def _classified(self, score: float) -> Verdict:
-        """The verdict of the classifier: unsafe if its score is beyond a limit."""
-        below = self.settings.below
-        above = self.settings.above
-        if below is not None and score < below:
-            return {"classifier": f"score {score:.4g} below {below:g}"}
-        if above is not None and score > above:
-            return {"classifier": f"score {score:.4g} above {above:g}"}
-        return {}
 
 
 def rule_files(settings: Any) -> dict[str, Path]:

@@ -14,39 +14,17 @@ from typing import NamedTuple
 MOST_CHARACTERS = 4_000  # of a number
 MOST_EXPONENT = 6_000  # of ten
 
-_UNITS = {
-    "mm": "millimeter millimetre",
-    "cm": "centimeter centimetre",
-    "m": "meter metre",
-    "km": "kilometer kilometre",
-    "in": "inch inches",
-    "ft": "foot feet",
-    "yd": "yard",
-    "mi": "mile",
-    "mg": "milligram",
-    "g": "gram",
-    "kg": "kilogram",
-    "oz": "ounce",
-    "lb": "pound lbs",
-    "ml": "milliliter millilitre",
-    "l": "liter litre",
-    "s": "second sec",
-    "min": "minute mins",
-    "h": "hour hr hrs",
-    "day": "day",
-    "week": "week",
-    "month": "month",
-    "year": "year yr yrs",
-    "$": "dollar usd",
-    "cent": "cent ¢",
-    "€": "euro eur",
-    "£": "gbp",
-    "°": "degree deg",
-    "rad": "radian",
+# A unit and its other names.
+_UNITS = """mm millimeter millimetre; cm centimeter centimetre; m meter metre
+km kilometer kilometre; in inch inches; ft foot feet; yd yard; mi mile; mg milligram; g gram
+kg kilogram; oz ounce; lb pound lbs; ml milliliter millilitre; l liter litre; s second sec
+min minute mins; h hour hr hrs; day; week; month; year yr yrs; $ dollar usd; cent ¢
+€ euro eur; £ gbp; ° degree deg; rad radian"""
+_UNIT_OF = {
+    name: names.split()[0] for names in re.split(r"[;\n]", _UNITS) for name in names.split()
 }
-_UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
-_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt det"
-_FUNCTIONS += " max min gcd lcm sup lim mod pi infty infinity inf oo and or if"
+_FUNCTIONS = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt det max
+min gcd lcm sup lim mod pi infty infinity inf oo and or if"""
 FUNCTION_NAMES = frozenset(_FUNCTIONS.split())
 
 _WRAPPER = re.compile(
@@ -55,9 +33,10 @@ _WRAPPER = re.compile(
 )
 _SPACES = re.compile(r"\\[,;: ]|~|\\q?quad\b|\s+")
 _PRESENTATION = re.compile(r"\\!|\\(?:left|right|big|Big|bigl|bigr|displaystyle)(?![A-Za-z])")
-_WORDS_OF = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "{,}": ","}
-_WORDS_OF |= {"\\%": "%", "\\$": "$", "^\\circ": "°", "^{\\circ}": "°", "\\degree": "°"}
-_WORDS_OF |= {"\\lbrace": "\\{", "\\rbrace": "\\}", "\\le ": "\\leq ", "\\ge ": "\\geq "}
+_DELIMITERS = re.compile(r"\\[()\[\]]")
+_COMMANDS = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "{,}": ","}
+_COMMANDS |= {"\\%": "%", "\\$": "$", "^\\circ": "°", "^{\\circ}": "°", "\\degree": "°"}
+_COMMANDS |= {"\\lbrace": "\\{", "\\rbrace": "\\}", "\\le ": "\\leq ", "\\ge ": "\\geq "}
 _SIGNS = {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "∞": "\\infty "}
 _SIGNS |= {
     "π": "\\pi ",
@@ -69,28 +48,31 @@ _SIGNS |= {
 }
 _SIGNS |= {"²": "^2", "³": "^3", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"}
 _SIGNS |= {"±": "\\pm ", "≠": "\\neq ", "∈": "\\in ", "\u00a0": " ", "\u202f": " ", "º": "°"}
-# Plain signs that LaTeX has commands for.
-_ROOT = re.compile(r"\\?sqrt\s*\(([^()]*)\)")
-_INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])")
-_COMMANDLESS = re.compile(
-    r"(?<![\\A-Za-z])(pi|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp)(?![A-Za-z])"
-)
-_LONG_EXPONENT = re.compile(r"\^(-?\d{2,}|-\d)")
 _TRANSLATION = str.maketrans(_SIGNS)
+# Plain signs that LaTeX has commands for.
+_PLAIN = {
+    re.compile(r"\*\*"): "^",
+    re.compile("<="): r"\\leq ",
+    re.compile(">="): r"\\geq ",
+    re.compile(r"\\?sqrt\s*\(([^()]*)\)"): r"\\sqrt{\1}",
+    re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])"): r"\\infty ",
+    re.compile(
+        r"(?<![\\A-Za-z])(pi|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp)(?![A-Za-z])"
+    ): r"\\\1 ",
+    re.compile(r"\^(-?\d{2,}|-\d)"): r"^{\1}",
+}
 
+_PART = r"\s*(?:\{\s*(-?)(\d+)\s*\}|(\d))"
+_FRACTION = re.compile(rf"\\frac{_PART}{_PART}")
+_TIMES_TEN = re.compile(r"(?<=[\d.])\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
+_POWER_OF_TEN = re.compile(r"(?<![\d.])10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:\ \d{3})+|\d+)"
-_PART = r"(?:\{\s*(?P<{0}>-?\d+)\s*\}|(?P<{0}_digit>\d))"
 _LITERAL = re.compile(
     rf"""
-    (?P<sign>[-+]?)\s*(?P<money>[$€£]?)\s*(?P<sign_behind>-?)\s*
+    (?P<sign>[-+]?)\s*(?P<money>[$€£]?)\s*(?P<sign_behind>(?:(?<!-)-)?)\s*
     (?:
-        (?:(?P<whole>\d+)\s*)?\\frac\s*{_PART.replace("{0}", "above")}\s*
-            {_PART.replace("{0}", "below")}
-      | (?:(?P<plain_whole>\d+)\s+)?(?P<plain_above>{_WHOLE})\s*/\s*(?P<plain_below>{_WHOLE})
-      | (?P<power>10)\s*\^\s*\{{?\s*(?P<power_of_ten>[-+]?\d+)\s*\}}?
-      | (?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)
-        (?:[eE](?P<exponent>[-+]?\d+)
-          | \s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?\s*(?P<times_ten>[-+]?\d+)\s*\}}?)?
+        (?:(?P<whole>\d+)\s+)?(?P<above>{_WHOLE})\s*/\s*(?P<below>{_WHOLE})
+      | (?P<decimal>{_WHOLE}(?:\.\d*)?|\.\d+)(?:[eE](?P<exponent>[-+]?\d+))?
     )
     (?P<rest>.*)
     """,
@@ -103,6 +85,7 @@ _BASE = re.compile(r"_\{?\s*(\d+)\s*\}?")
 _PERCENT = re.compile(r"\s*(?:%|percent\b|per\s?cent\b)\s*", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+|[°¢€£$]")
 _UNIT = re.compile(r"[^\W\d_]+|[°¢€£$]|\^?\{?[23]\}?|[ /.-]")
+_POWERS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 
 
 class Number(NamedTuple):
@@ -119,7 +102,7 @@ class Number(NamedTuple):
 def plain(text: str) -> str:
     """The text without marks that only change how LaTeX looks; other signs as LaTeX has them."""
     text = text.translate(_TRANSLATION)
-    for mark, word in _WORDS_OF.items():
+    for mark, word in _COMMANDS.items():
         text = text.replace(mark, word)
     text = _PRESENTATION.sub("", text)
     for _ in range(3):  # \textbf{\text{...}}
@@ -127,27 +110,24 @@ def plain(text: str) -> str:
     return text
 
 
+def _without_delimiters(text: str) -> str:
+    text = _DELIMITERS.sub(" ", text).strip()
+    # Dollars stand around mathematics; a single one is money.
+    return text.replace("$", "") if text.count("$") % 2 == 0 else text
+
+
 def latex(text: str) -> str:
     r"""An expression as LaTeX, also if it has plain signs: ``sqrt(2)/3``, ``2*pi``, ``x^10``."""
-    text = text.translate(_TRANSLATION).replace("\\(", " ").replace("\\)", " ")
-    text = text.replace("\\[", " ").replace("\\]", " ").strip()
-    if text.count("$") % 2 == 0:
-        text = text.replace("$", "")
-    text = text.replace("**", "^").replace("<=", "\\leq ").replace(">=", "\\geq ")
-    text = _ROOT.sub(r"\\sqrt{\1}", text)
-    text = _INFINITY.sub(r"\\infty ", text)
-    text = _COMMANDLESS.sub(r"\\\1 ", text)
-    return _LONG_EXPONENT.sub(r"^{\1}", text)
+    text = _without_delimiters(text.translate(_TRANSLATION))
+    for sign, command in _PLAIN.items():
+        text = sign.sub(command, text)
+    return text
 
 
 def trimmed(text: str) -> str:
     """Spaces as one space; without dollars around it, Markdown's marks and a full stop."""
-    text = _SPACES.sub(" ", text).strip(" *_`\"'")
-    text = text.replace("\\(", " ").replace("\\)", " ")
-    text = text.replace("\\[", " ").replace("\\]", " ").strip()
-    text = text.rstrip(".,;:*_`\"' ")
-    if text.count("$") % 2 == 0:
-        text = text.replace("$", "")  # around mathematics; a single one is money
+    text = _DELIMITERS.sub(" ", _SPACES.sub(" ", text).strip(" *_`\"'")).strip()
+    text = _without_delimiters(text.rstrip(".,;:*_`\"' "))
     while text.startswith("{") and text.endswith("}") and "{" not in text[1:]:
         text = text[1:-1]
     return text.strip()
@@ -162,32 +142,44 @@ def number(text: str) -> Number | None:
         return None
     periodic = _PERIODIC.fullmatch(text)
     if periodic:
-        return Number(_value_of_period(periodic))
-    match = _LITERAL.fullmatch(text)
+        sign, whole, digits, period = periodic.groups()
+        nines = Fraction(int(period), 10 ** len(period) - 1)
+        value = int(whole) + (int(digits or 0) + nines) / 10 ** len(digits)
+        return Number(-value if sign else value)
+    text = _POWER_OF_TEN.sub(r"1e\1", _TIMES_TEN.sub(r"e\1", _FRACTION.sub(_with_slash, text)))
+    match = _LITERAL.fullmatch(text.strip())
     if match is None:
         return None
     scale = _SCALE.match(match["rest"])
-    found = _unit_of(match, match["rest"][scale.end() if scale else 0 :])
-    value = _value_of(match)
-    if found is None or value is None:
+    unit = _unit_of(match["money"], match["rest"][scale.end() if scale else 0 :])
+    exponent = match["exponent"] or "0"
+    if unit is None or len(exponent) > 6 or abs(int(exponent)) > MOST_EXPONENT:
         return None
-    unit, is_percent = found
-    above = match["above"] or match["above_digit"] or match["plain_above"]
-    below = match["below"] or match["below_digit"] or match["plain_below"]
     is_worked_out = True
-    if below is not None:
-        divisor = _integer(below)
-        if not divisor:
-            return None
-        is_worked_out = divisor > 1 and math.gcd(_integer(above), divisor) == 1
     decimals = None
-    if match["decimal"] and not (match["exponent"] or match["times_ten"] or scale):
-        decimals = len(match["decimal"].partition(".")[2])
+    if match["below"]:
+        above, below = [int(re.sub("[, ]", "", match[part])) for part in ("above", "below")]
+        if not below:
+            return None
+        is_worked_out = below > 1 and math.gcd(above, below) == 1
+        value = int(match["whole"] or 0) + Fraction(above, below)
+    else:
+        digits = re.sub("[, ]", "", match["decimal"])
+        value = Fraction(digits.rstrip(".")) * Fraction(10) ** int(exponent)
+        if not (match["exponent"] or scale):
+            decimals = len(digits.partition(".")[2])
     if scale:
         value *= _SCALES[scale[1]]
-    if "-" in (match["sign"], match["sign_behind"]):
+    if (match["sign"] == "-") != (match["sign_behind"] == "-"):
         value = -value
-    return Number(value, unit, is_percent, is_worked_out, decimals)
+    return Number(value, *unit, is_worked_out, decimals)
+
+
+def _with_slash(match: re.Match[str]) -> str:
+    r"""``\frac{-3}{4}`` as `` -3/4``."""
+    sign, above, digit, other_sign, below, other_digit = match.groups()
+    minus = "-" if (sign or "") != (other_sign or "") else ""
+    return f" {minus}{above or digit}/{below or other_digit}"
 
 
 def equal(gold: Number, answer: Number) -> bool:
@@ -199,8 +191,7 @@ def equal(gold: Number, answer: Number) -> bool:
     if gold.is_percent == answer.is_percent:
         return _same_value(gold.value, answer)
     if gold.is_percent:
-        in_units = gold.value / 100
-        return _same_value(gold.value, answer) or _same_value(in_units, answer)
+        return _same_value(gold.value, answer) or _same_value(gold.value / 100, answer)
     may_be_percent = abs(gold.value) > 1 and _same_value(gold.value, answer)
     return may_be_percent or gold.value == answer.value / 100
 
@@ -209,7 +200,8 @@ def _same_value(value: Fraction, answer: Number) -> bool:
     """Exactly, or rounded if no decimal is exact: 0.333333 is 1/3, with six digits at least."""
     if value == answer.value:
         return True
-    is_endless = value.denominator != 1 and _has_other_factors(value.denominator)
+    # Only denominators of the primes 2 and 5 have an exact decimal.
+    is_endless = pow(10, value.denominator.bit_length(), value.denominator) != 0
     if not is_endless or answer.decimals is None:
         return False
     digits = math.floor(abs(answer.value) * 10**answer.decimals)
@@ -217,48 +209,8 @@ def _same_value(value: Fraction, answer: Number) -> bool:
     return digits >= 10**5 and abs(value - answer.value) <= half_a_digit
 
 
-def _has_other_factors(denominator: int) -> bool:
-    """Whether a prime other than 2 and 5 divides it, so that no decimal is exact."""
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    return denominator != 1
-
-
-def _integer(digits: str) -> int:
-    return int(digits.replace(",", "").replace(" ", ""))
-
-
-def _value_of(match: re.Match[str]) -> Fraction | None:
-    """The absolute value; None beyond the bounds."""
-    exponent = match["exponent"] or match["times_ten"] or match["power_of_ten"] or "0"
-    if len(exponent) > 6 or abs(int(exponent)) > MOST_EXPONENT:
-        return None
-    scale = Fraction(10) ** int(exponent)
-    if match["power"]:
-        return scale
-    if match["decimal"]:
-        digits = match["decimal"].replace(",", "").replace(" ", "")
-        return Fraction(digits.rstrip(".")) * scale
-    above = _integer(match["above"] or match["above_digit"] or match["plain_above"])
-    below = _integer(match["below"] or match["below_digit"] or match["plain_below"])
-    if below == 0:
-        return None
-    whole = int(match["whole"] or match["plain_whole"] or 0)
-    return whole + Fraction(above, below)
-
-
-def _value_of_period(match: re.Match[str]) -> Fraction:
-    r"""``0.1\overline{6}`` is 1/6."""
-    sign, whole, digits, period = match.groups()
-    nines = Fraction(int(period), 10 ** len(period) - 1)
-    value = int(whole) + (int(digits or 0) + nines) / 10 ** len(digits)
-    return -value if sign else value
-
-
-def _unit_of(match: re.Match[str], rest: str) -> tuple[str, bool] | None:
+def _unit_of(money: str, rest: str) -> tuple[str, bool] | None:
     """The unit and whether there is a sign of percent; None if ``rest`` is no unit."""
-    money = match["money"]
     percent = _PERCENT.match(rest)
     if percent:
         rest = rest[percent.end() :]
@@ -275,22 +227,14 @@ def _unit_of(match: re.Match[str], rest: str) -> tuple[str, bool] | None:
     is_letter = len(words[0]) == 1 and words[0].isalpha()
     if is_letter and not (is_apart and words[0] in _UNIT_OF):
         return None  # 4x, 2i and 3m are products, 3 m is a length
-    unit = _known(text)
+    # With its power: ``square inches`` is ``in^2``.
+    power = re.search(r"\^\{?([23])", text)
+    powers = [f"^{power[1]}"] if power else [_POWERS[word] for word in words if word in _POWERS]
+    named = [word for word in words if word not in _POWERS]
+    unit = ""
+    if len(named) == 1 and "/" not in text:
+        unit = _UNIT_OF.get(named[0]) or _UNIT_OF.get(named[0].removesuffix("s"), "")
     if not unit and not is_apart:
         return None
-    return unit or _UNIT_OF.get(money, ""), percent is not None
-
-
-def _known(text: str) -> str:
-    """The unit of the table, with its power: ``square inches`` is ``in^2``."""
-    power = ""
-    for sign, names in {"^2": "square sq", "^3": "cubic"}.items():
-        words = text.replace(".", " ").split()
-        if sign in text.replace("{", "").replace("}", "") or set(names.split()) & set(words):
-            power = sign
-    words = [word for word in _WORD.findall(text) if word not in ("square", "sq", "cubic")]
-    if len(words) != 1 or "/" in text:
-        return ""
-    [word] = words
-    unit = _UNIT_OF.get(word) or _UNIT_OF.get(word.removesuffix("s"), "")
-    return f"{unit}{power}" if unit else ""
+    unit = f"{unit}{powers[-1] if powers else ''}" if unit else _UNIT_OF.get(money, "")
+    return unit, percent is not None

@@ -3,17 +3,15 @@ the other responses to its prompt, or at validations against the first policy's.
 """
 
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.graders.service import ChatJudge, Rubric, Services
-from rlhf_jax.rewards.host import Unscored, copied, got, number
+from rlhf_jax.rewards.host import Unscored, copied, got, number, plain
 from rlhf_jax.rewards.texts import TextScorer
 
 ALONE = Unscored("no other response to compare with: pairs need several responses to a prompt")
@@ -35,8 +33,6 @@ Shares = Sequence[float | None]
 Shown = Mapping[str, Sequence[Any]]
 """{name: one value for each row}: ``prompts``, ``messages`` and columns."""
 PairJudge = Callable[[Pairs, Shown], Shares]
-Places = list[tuple[int, int | None]]
-"""The rows of the first and of the second response; None: the row's opponent."""
 
 
 def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
@@ -54,34 +50,34 @@ def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
         **columns: Any,
     ) -> list[float | Unscored]:
         shown = columns | {"prompts": prompts, "messages": messages}
-        places = _compared(prompts, opponents)
+        by_prompt: dict[str, list[int]] = {}
         pairs = []
-        for row, other in places:
-            second = opponents[row] if other is None else responses[other]
-            pairs.append(Pair(row, responses[row], second or ""))
-        wins = in_both_orders(judge, pairs, shown)
+        others: list[int | None] = []  # the row of the second response; None: the row's opponent
+        for row, prompt in enumerate(prompts):
+            opponent = opponents[row]
+            if opponent is None:
+                for other in by_prompt.setdefault(prompt, []):
+                    pairs.append(Pair(other, responses[other], responses[row]))
+                    others.append(row)
+                by_prompt[prompt].append(row)
+            else:
+                pairs.append(Pair(row, responses[row], opponent))
+                others.append(None)
         of_rows: list[list[float | None]] = [[] for _ in responses]
-        for (row, other), share in zip(places, wins, strict=True):
-            of_rows[row].append(share)
-            if other is not None:
-                of_rows[other].append(None if share is None else 1 - share)
-        return [_mean(shares) for shares in of_rows]
+        wins = in_both_orders(judge, pairs, shown)
+        for pair, second, share in zip(pairs, others, wins, strict=True):
+            of_rows[pair.row].append(share)
+            if second is not None:
+                of_rows[second].append(None if share is None else 1 - share)
+        scores: list[float | Unscored] = []
+        for said in of_rows:
+            decided = [share for share in said if share is not None]
+            undecided = UNDECIDED if said else ALONE
+            scores.append(sum(decided) / len(decided) if decided else undecided)
+        return scores
 
+    shares.take_unparsed = getattr(judge, "take_unparsed", None)  # type: ignore[attr-defined]
     return shares
-
-
-def _compared(prompts: Sequence[str], opponents: Sequence[str | None]) -> Places:
-    """The rows whose responses are compared."""
-    by_prompt: dict[str, list[int]] = {}
-    compared: Places = []
-    for row, prompt in enumerate(prompts):
-        if opponents[row] is None:
-            by_prompt.setdefault(prompt, []).append(row)
-        else:
-            compared.append((row, None))
-    for rows in by_prompt.values():
-        compared += itertools.combinations(rows, 2)
-    return compared
 
 
 def in_both_orders(judge: PairJudge, pairs: Pairs, shown: Shown) -> Shares:
@@ -95,21 +91,16 @@ def in_both_orders(judge: PairJudge, pairs: Pairs, shown: Shown) -> Shares:
     backward = iter(said[len(asked) :])
     shares: list[float | None] = []
     for pair in pairs:
-        share: float | None = 0.5
-        if pair.first != pair.second:
-            one = next(forward)
-            other = next(backward)
-            is_decided = one is not None and other is not None
-            share = ((one or 0.0) + 1 - (other or 0.0)) / 2 if is_decided else None
-        shares.append(share)
+        if pair.first == pair.second:
+            shares.append(0.5)
+            continue
+        first = next(forward)
+        second = next(backward)
+        if first is None or second is None:
+            shares.append(None)
+        else:
+            shares.append((first + 1 - second) / 2)
     return shares
-
-
-def _mean(shares: Shares) -> float | Unscored:
-    decided = [share for share in shares if share is not None]
-    if decided:
-        return sum(decided) / len(decided)
-    return UNDECIDED if shares else ALONE
 
 
 def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) -> PairJudge:
@@ -120,49 +111,37 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
       UserError: it has another parameter; or, when it is called, it returned something else than a
         number from 0 to 1 or None for each pair.
     """
-    names = []
-    unknown = []
-    takes_all = False
     offered = [*_GIVEN, *columns]
-    for name, parameter in inspect.signature(fn).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            takes_all = True
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            names.append(name)
-            is_needed = parameter.default is parameter.empty
-            if is_needed and name not in offered:
-                unknown.append(name)
-    if unknown:
+    signature = inspect.signature(fn)
+    parameters = signature.parameters.values()
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    names = offered if takes_all else [name for name in offered if name in signature.parameters]
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
         raise UserError(
-            f"{where}: nothing gives its parameter {unknown[0]}; a judge of pairs has parameters "
-            f"of the names {', '.join(offered)}"
-        )
+            f"{where}: {error}; a judge of pairs has parameters of the names {', '.join(offered)}"
+        ) from None
 
     def judge(pairs: Pairs, shown: Shown) -> Shares:
         of_pairs = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}
         given = copied(of_pairs)
         given["first"] = [pair.first for pair in pairs]
         given["second"] = [pair.second for pair in pairs]
-        wanted = given if takes_all else [name for name in names if name in given]
-        shares = fn(**{name: given[name] for name in wanted})
-        if hasattr(shares, "tolist"):
-            shares = shares.tolist()
+        shares = plain(fn(**{name: given[name] for name in names if name in given}))
         if not isinstance(shares, list | tuple) or len(shares) != len(pairs):
             raise UserError(
                 f"{where}: expected {len(pairs)} numbers, one for each pair, {got(shares)}"
             )
-        return [_share(where, share) for share in shares]
+        read = [number(share, where) for share in shares]
+        for share in read:
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(
+                    f"{where}: how sure it is that the first is better is from 0 to 1, {got(share)}"
+                )
+        return read
 
     return judge
-
-
-def _share(where: str, entry: Any) -> float | None:
-    share = number(entry, where)
-    if share is not None and not 0 <= share <= 1:
-        raise UserError(
-            f"{where}: how sure it is that the first is better is from 0 to 1, {got(entry)}"
-        )
-    return share
 
 
 def by_model(score_texts: TextScorer) -> PairJudge:
@@ -175,6 +154,8 @@ def by_model(score_texts: TextScorer) -> PairJudge:
         first = score_texts(messages, [pair.first for pair in pairs])
         second = score_texts(messages, [pair.second for pair in pairs])
         gap = np.asarray(first, float) - np.asarray(second, float)
+        from scipy.special import expit  # which other runs do not import
+
         shares: Shares = expit(gap).tolist()
         return shares
 

@@ -1,14 +1,19 @@
 """Replies of servers, kept in a run's folder, so that no question is asked twice."""
 
-import contextlib
 import hashlib
 import json
 import threading
 from pathlib import Path
 
 import jax
+import msgspec
 
 from rlhf_jax.errors import logger, read_file
+
+
+class _Kept(msgspec.Struct):
+    sha256: str
+    reply: str
 
 
 class Replies:
@@ -33,14 +38,11 @@ class Replies:
         for file in sorted(folder.glob(f"{name}_*.jsonl")):
             left_out = 0
             for line in read_file(file, most=None).splitlines():
-                kept = None
-                with contextlib.suppress(ValueError, RecursionError):
-                    kept = json.loads(line)
-                match kept:
-                    case {"sha256": str(key), "reply": str(reply)}:
-                        self._known[key] = reply
-                    case _:
-                        left_out += 1
+                try:
+                    kept = msgspec.json.decode(line, type=_Kept)
+                    self._known[kept.sha256] = kept.reply
+                except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                    left_out += 1
             if left_out:
                 logger.warning(f"{file}: {left_out} lines are no replies and are left out")
         self._file = folder / f"{name}_{jax.process_index()}.jsonl"

@@ -7,11 +7,14 @@ is not worked out must not.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.graders import answers, literals, verifiable
 from rlhf_jax.graders.answers import Form, Gold, Value
 from rlhf_jax.graders.verifiable import Settings
@@ -20,6 +23,18 @@ from rlhf_jax.rewards.texts import on_texts
 
 MOST_COMPARED = 200  # expressions that are compared with another row's: each takes milliseconds
 MOST_ROWS = 16  # for which a Python function is called
+# What math-verify must say of [gold, answer], at any version: else a run does not start.
+RECORDED = {
+    ("\\frac{\\sqrt{8}}{2}", "\\sqrt{2}"): True,
+    ("(x+1)^2", "x^2+2x+1"): True,
+    ("(x+1)^2", "x^2+2x+2"): False,
+    ("[1,2)", "[1,2]"): False,
+    ("x=1, y=2", "y=2, x=1"): True,
+    ("x=1, y=2", "x=2, y=1"): False,
+    ("\\{1,2\\}", "\\{2,1\\}"): True,
+    ("x \\le 3", "x<3"): False,
+    ("\\sqrt{2}\\cdot 10^{-8}", "0"): False,
+}
 _REACH = 20  # rows behind a row, among which another answer is looked for
 
 
@@ -38,18 +53,36 @@ def mathematics(questions: Sequence[str], column: Sequence[Any], settings: Setti
 
     A row without an answer is no fault. Of expressions, only the first 200 are compared with
     another row's answer.
+
+    Raises:
+      UserError: there are expressions, and the installed math-verify decides otherwise than
+        ``RECORDED``.
     """
     golds = list(map(answers.gold, column))
-    counts = answers.column(golds)
-    form = settings.form or counts.form
-    settings = Settings(form, settings.place)
-    test = _Test(golds, questions, settings)
+    marks = Counter(gold.mark for gold in golds if gold.values)
+    kinds = Counter(gold.values[0].kind for gold in golds if gold.values)
+    missing = sum(not (gold.values or gold.fault) for gold in golds)
+    # Where most golds are numbers, an answer to one must be worked out.
+    is_most = 2 * kinds["number"] > kinds.total()
+    form: Form = settings.form or ("number" if is_most else "expression")
+    parts = [f"{kinds.total()} answers"]
+    parts += [f"{count} {mark}" for mark, count in marks.most_common()]
+    parts += [f"{name}: {count}" for name, count in kinds.most_common()]
+    parts += [f"math.form {form}"]
+    parts += [f"{missing} rows without an answer"] if missing else []
+    for (expected, answer), is_equal in RECORDED.items() if kinds["expression"] else ():
+        if verifiable.are_equal(expected, answer) != is_equal:
+            raise UserError(
+                f"--reward math: math-verify {version('math-verify')} says of {expected} and "
+                f"{answer} that they are {'not ' * is_equal}equal; install another version of it"
+            )
+    test = _Test(golds, questions, Settings(form, settings.place))
     faults = {}
     for row, gold in enumerate(golds):
         fault = gold.fault or (test.fault(row) if gold.values else "")
         if fault:
             faults[row] = fault
-    return Tested(counts.describe(form), form, faults)
+    return Tested(", ".join(parts), form, faults)
 
 
 class _Test(NamedTuple):
@@ -59,33 +92,36 @@ class _Test(NamedTuple):
 
     def fault(self, row: int) -> str:
         """Why the answer of a row that has one cannot be verified; "" if it can be."""
-        gold = self.golds[row]
-        for value in gold.values:
+        for value in self.golds[row].values:
             if not self._is_right(row, self._written(value)):
                 return f"its own answer {value.text:.60} does not score 1"
         for what, response in self._wrong(row):
             if self._is_right(row, response):
                 return f"{what} scores 1"
-        return self._other_fault(row)
+        others = list(itertools.islice(self._others(row), 2))
+        if not others or not self._is_right(row, self._written(others[0][1])):
+            return ""
+        number, value = others[0]
+        if value.kind != "expression":
+            return f"{value.text:.60}, the answer of another row, scores 1"
+        # Two expressions may be equal; a gold that equals two unequal ones is misread.
+        for _, second in others[1:]:
+            written = self._written(second)
+            if self._is_right(row, written) and not self._is_right(number, written):
+                return f"the answers {value.text:.60} and {second.text:.60} both score 1"
+        return ""
 
     def _is_right(self, row: int, response: str) -> bool:
         found = verifiable.verdict(
-            self.golds[row],
-            response,
-            self.questions[row],
-            settings=self.settings,
+            self.golds[row], response, self.questions[row], settings=self.settings
         )
         return found.status == "right"
 
     def _written(self, value: Value) -> str:
         """A response with this answer."""
         text = value.text.replace("$", "") if value.kind == "expression" else value.text
-        written = {
-            "hashes": f"#### {text}",
-            "tags": f"<answer>{text}</answer>",
-            "last": text,
-        }
-        return written.get(self.settings.place, f"The answer is \\boxed{{{text}}}.")
+        forms = {"hashes": f"#### {text}", "tags": f"<answer>{text}</answer>", "last": text}
+        return forms.get(self.settings.place, f"The answer is \\boxed{{{text}}}.")
 
     def _wrong(self, row: int) -> Iterator[tuple[str, str]]:
         """Responses that must not score 1, with their names."""
@@ -96,44 +132,24 @@ class _Test(NamedTuple):
         if answers.squeezed(asked) not in allowed:
             yield "the prompt itself", asked
         part = answers.last_expression(asked, "expression")
-        is_answer = answers.squeezed(part) in allowed or literals.number(part) is not None
-        if part and not is_answer:
+        if part and answers.squeezed(part) not in allowed and literals.number(part) is None:
             written = self._written(Value("expression", part))
             yield f"{part!r:.60}, a part of the prompt,", written
-        if self.settings.form == "expression":
-            return
-        for value in values:
-            if value.kind == "number":
-                unworked = f"{value.text} + 0"
-                written = self._written(Value("expression", unworked))
-                yield f"{unworked!r:.60}, which is not worked out,", written
-
-    def _other_fault(self, row: int) -> str:
-        others = self._others(row)
-        for number, value in itertools.islice(others, 1):
-            if not self._is_right(row, self._written(value)):
-                return ""
-            if value.kind != "expression":
-                return f"{value.text:.60}, the answer of another row, scores 1"
-            # Two expressions may be equal; a gold that equals two unequal ones is misread.
-            for _, second in itertools.islice(others, 1):
-                is_right = self._is_right(row, self._written(second))
-                if is_right and not self._is_right(number, self._written(second)):
-                    return f"the answers {value.text:.60} and {second.text:.60} both score 1"
-        return ""
+        if self.settings.form == "number":
+            for text in [f"{value.text} + 0" for value in values if value.kind == "number"]:
+                written = self._written(Value("expression", text))
+                yield f"{text!r:.60}, which is not worked out,", written
 
     def _others(self, row: int) -> Iterator[tuple[int, Value]]:
         """Answers of the same kind with another value, and their rows."""
         values = self.golds[row].values
-        kind = values[0].kind
-        if kind == "expression" and row >= MOST_COMPARED:
+        if values[0].kind == "expression" and row >= MOST_COMPARED:
             return
-        reach = min(_REACH, len(self.golds))
-        for step in range(1, reach):
+        for step in range(1, min(_REACH, len(self.golds))):
             number = (row + step) % len(self.golds)
             for other in self.golds[number].values[:1]:
                 is_same = any(_are_same(value, other) for value in values)
-                if other.kind == kind and not is_same:
+                if other.kind == values[0].kind and not is_same:
                     yield number, other
 
 
@@ -150,9 +166,7 @@ def regex(pattern: str, questions: Sequence[str]) -> list[str]:
     only an empty response and repeated prompts are tried.
     """
     score = verifiable.regex(pattern)
-    warnings = []
-    if score([""], [""]) == [1.0]:
-        warnings.append("an empty response scores 1")
+    warnings = ["an empty response scores 1"] if score([""], [""]) == [1.0] else []
     count = int(sum(score(questions, questions)))
     if count:
         warnings.append(f"the prompt itself scores 1 in {count} of {len(questions)} rows")
@@ -169,41 +183,31 @@ def function(
     prompt itself and an empty response. What a function means is not known: these are no errors.
     """
     golds = list(map(answers.gold, columns["answer"]))
-    rows = [row for row, gold in enumerate(golds) if gold.values]
-    rows = rows[:MOST_ROWS]
+    rows = [row for row, gold in enumerate(golds) if gold.values][:MOST_ROWS]
     if not rows:
         return []
     own = [golds[row].values[0].text for row in rows]
-    asked = [prompts[row] for row in rows]
-    given = {}
-    for name, values in columns.items():
-        given[name] = [values[row] for row in rows]
+    given = {name: [values[row] for row in rows] for name, values in columns.items()}
+
+    def scores(responses: Sequence[str]) -> list[float]:
+        """NaN, which no comparison is true of, for what is no number: unscored, or at tokens."""
+        result = on_texts(fn, [prompts[row] for row in rows], list(responses), given)
+        said = result[0] if host.has_components(result) else result
+        return [
+            float(one) if isinstance(one, int | float | np.number) else math.nan for one in said
+        ]
+
+    expected = scores(own)
     tried = {
         "another row's answer": [*own[1:], own[0]],
-        "the prompt itself": asked,
+        "the prompt itself": [prompts[row] for row in rows],
         "an empty response": [""] * len(rows),
     }
-    expected = _scores(on_texts(fn, list(asked), list(own), given))
     warnings = []
     for what, responses in tried.items():
-        scores = _scores(on_texts(fn, list(asked), list(responses), given))
-        count = 0
-        for i, response in enumerate(responses):
-            is_other = response != own[i]
-            count += is_other and scores[i] >= expected[i]
+        compared = zip(responses, own, scores(responses), expected, strict=True)
+        count = sum(other != text and score >= most for other, text, score, most in compared)
         if count:
             total = f"{count} of {len(rows)} rows"
             warnings.append(f"{what} scores as much as the row's own answer in {total}")
     return warnings
-
-
-def _scores(result: Any) -> list[float]:
-    """The scores of a function's result. NaN, which no comparison is true of, for those that are no
-    numbers: unscored, or rewards at tokens.
-    """
-    scores = result[0] if host.has_components(result) else result
-    found = []
-    for score in scores:
-        is_number = isinstance(score, int | float | np.number)
-        found.append(float(score) if is_number else math.nan)
-    return found

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.graders import client
 from rlhf_jax.graders.client import Requests, ask_each, check_url
 from rlhf_jax.graders.replies import Replies
 from rlhf_jax.ops import check_number
 from rlhf_jax.rewards.host import Unscored
-from rlhf_jax.runs.reading import NUMBER, read_yaml
+from rlhf_jax.runs.reading import read_yaml
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
             json.dumps(question)
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{url}: a column of the prompts is no JSON: {error}") from error
-        reply = client.ask(url, question, settings, client.SERVICE_KEY, client.REWARDS)
+        reply = client.ask(url, question, settings, client.SERVICE_KEY, client.Rewards)
         numbers: list[float | None] = reply["rewards"]
         if len(numbers) != len(responses):
             raise ServiceError(
@@ -77,28 +79,22 @@ def reward_service(url: str, settings: Judge) -> Callable[..., list[float | None
                 f"{len(responses)} responses, got {len(numbers)}"
             )
         told = reply.get("ids")
-        if told is not None and sorted(told) != ids:
+        told = ids if told is None else told
+        if sorted(told) != ids:
             raise ServiceError(f"{url}: its ids are not those that were sent: {told!r:.100}")
-        by_id = dict(zip(told or ids, numbers, strict=True))
+        by_id = dict(zip(told, numbers, strict=True))
         return [by_id[i] for i in ids]
 
     rewards.__name__ = url
     return rewards
 
 
-class Rubric(NamedTuple):
+class Rubric(msgspec.Struct, forbid_unknown_fields=True):
     """The instructions of a judge, from a YAML file."""
 
     criteria: str
-    scale: tuple[float, float]  # the lowest and the highest score
-    columns: list[str]  # of the prompts' rows, which the judge reads too
-
-
-_RUBRIC = {"criteria": str, "scale": [NUMBER], "columns": [str]}  # the types of its values
-_EXPECTED = (
-    "a rubric has criteria, a text, and may have scale, [LOWEST, HIGHEST], such as [1, 10], and "
-    "columns, a list of names"
-)
+    scale: tuple[float, float] = (1.0, 10.0)  # the lowest and the highest score
+    columns: list[str] = []  # of the prompts' rows, which the judge reads too
 
 
 def read_rubric(file: Path) -> Rubric:
@@ -108,20 +104,22 @@ def read_rubric(file: Path) -> Rubric:
     Raises:
       UserError: it names the file.
     """
+    expected = (
+        "a rubric has criteria, a text, and may have scale, [LOWEST, HIGHEST], such as [1, 10], "
+        "and columns, a list of names"
+    )
     try:
-        given = read_yaml(file, _RUBRIC)
+        rubric = msgspec.convert(read_yaml(file, dict), Rubric)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file}: {error}; {expected}") from None
     except UserError as error:
-        raise UserError(f"{error}; {_EXPECTED}") from None
-    settings: dict[str, Any] = {"scale": [1, 10], "columns": []}
-    match settings | given:
-        case {
-            "criteria": str(criteria),
-            "scale": [int() | float() as lowest, int() | float() as highest],
-            "columns": [*columns],
-            **others,
-        } if criteria.strip() and lowest < highest and not others:
-            return Rubric(criteria.strip(), (lowest, highest), columns)
-    raise UserError(f"{file}: {_EXPECTED}; got {client.quoted(given, None)}")
+        raise UserError(f"{error}; {expected}") from None
+    lowest, highest = rubric.scale
+    rubric.criteria = rubric.criteria.strip()
+    if not (rubric.criteria and lowest < highest):
+        said = f"criteria {rubric.criteria!r:.60}, scale [{lowest:g}, {highest:g}]"
+        raise UserError(f"{file}: {expected}; got {said}")
+    return rubric
 
 
 _SYSTEM = """You grade one answer. The user's message is a JSON object with the conversation, the \
@@ -186,7 +184,7 @@ class ChatJudge:
 
     def _ask(self, question: str) -> None:
         reply = client.ask(
-            self.url, json.loads(question), self.settings, client.JUDGE_KEY, client.JUDGEMENT
+            self.url, json.loads(question), self.settings, client.JUDGE_KEY, client.Judgement
         )
         choices = reply["choices"]
         if not choices:

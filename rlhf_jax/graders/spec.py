@@ -37,7 +37,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
-import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -69,7 +68,6 @@ from rlhf_jax.rewards.host import (
     Columns,
     HostReward,
     HostScores,
-    RowScores,
     Score,
     Unscored,
     at_tokens,
@@ -309,44 +307,31 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
     counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        of_rewards: dict[str, RowScores] = {}
+        of_rewards: dict[str, list[Score]] = {}
         components: dict[str, list[Score]] = {}
         for name, host in hosts.items():
             scored = row_scores(host, rollout, columns, f"the reward {name}")
-            of_rewards[name] = scored
-            components[name] = [row_score(value) for value in scored.scores]
+            of_rewards[name] = scored.scores
+            components[name] = list(map(row_score, scored.scores))
             components |= {f"{name}/{part}": v for part, v in scored.components.items()}
         sums: list[Score] = []
         for row, mask in enumerate(rollout.mask):
-            of_row = [(weights[name], said.scores[row]) for name, said in of_rewards.items()]
-            sums.append(_summed(of_row, mask))
+            said = {name: scores[row] for name, scores in of_rewards.items()}
+            given = [(weights[n], x) for n, x in said.items() if not isinstance(x, Unscored)]
+            is_dense = any(isinstance(x, np.ndarray) for _, x in given)
+            if given:
+                sums.append(sum(w * (at_tokens(x, mask) if is_dense else x) for w, x in given))
+            else:
+                reasons = dict.fromkeys(x.reason for x in said.values() if isinstance(x, Unscored))
+                sums.append(Unscored("; ".join(reasons)))
         return sums, components
 
-    def take_unparsed() -> int:
-        return sum(count() for count in counts)
-
-    examples = tuple(itertools.chain.from_iterable(part.examples for part in rewards.values()))
-    is_pairs = any(reward.is_pairs for reward in rewards.values())
     return Reward(
         host=score,
-        take_unparsed=take_unparsed if counts else None,
-        examples=examples,
-        is_pairs=is_pairs,
+        take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
+        examples=tuple(part for reward in rewards.values() for part in reward.examples),
+        is_pairs=any(reward.is_pairs for reward in rewards.values()),
     )
-
-
-def _summed(of_row: Sequence[tuple[float, Score]], mask: np.ndarray) -> Score:
-    """The weighted sum of a row's scores, dense if one of them is."""
-    given = [(weight, score) for weight, score in of_row if not isinstance(score, Unscored)]
-    if not given:
-        reasons = [score.reason for _, score in of_row if isinstance(score, Unscored)]
-        return Unscored("; ".join(dict.fromkeys(reasons)))
-    if not any(isinstance(score, np.ndarray) for _, score in given):
-        return float(sum(weight * score for weight, score in given))
-    dense = np.zeros(len(mask))
-    for weight, score in given:
-        dense = dense + weight * at_tokens(score, mask)
-    return dense
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -381,6 +366,9 @@ class _Reader(NamedTuple):
     def read(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward of any kind."""
         kind, colon, rest = spec.partition(":")
+        file, _, function = spec.rpartition(":")
+        name = spec
+        fn: FunctionOfTexts
         if kind == "count" and colon:
             ids = self.tokenizer.encode(rest)
             if len(ids) != 1:
@@ -388,56 +376,40 @@ class _Reader(NamedTuple):
             return spec, Reward(fn=token_count(ids[0]))
         if kind in _TERMS:
             make, least = _TERMS[kind]
-            if not colon:
-                return spec, Reward(fn=make())
-            if not re.fullmatch("[0-9]{1,9}", rest) or int(rest) < least:
+            is_number = re.fullmatch("[0-9]{1,9}", rest) and int(rest) >= least
+            if colon and not is_number:
                 raise UserError(
                     f"{where}: after `{kind}:` comes a whole number, at least {least}, of tokens; "
                     f"got {rest!r}"
                 )
-            return spec, Reward(fn=make(int(rest)))
+            return spec, Reward(fn=make(int(rest)) if colon else make())
         if kind == "pairs" and rest:
-            return self._read_pairs(rest, where)
-        named = self._read_function(spec, where)
-        if named is None:
-            return self._read_models(spec, where)
-        name, function = named
-        return name, of_texts(function, self.tokenizer)
-
-    def _read_function(self, spec: str, where: str) -> tuple[str, Callable[..., Any]] | None:
-        """A function of texts; None for the SPEC of a reward model."""
-        kind, _, rest = spec.partition(":")
-        file, _, function = spec.rpartition(":")
+            name, judge = self.pair_judge(rest, where)
+            return name, of_texts(pairs.win_shares(judge), self.tokenizer)._replace(is_pairs=True)
         if kind == "regex" and rest:
             check_pattern(f"{where}: {rest!r}", rest)
-            return spec, verifiable.regex(rest)
-        if spec == "math":
+            fn = verifiable.regex(rest)
+        elif spec == "math":
             if importlib.util.find_spec("math_verify") is None:
                 raise UserError(
                     f"{where}: the package math-verify is not installed; pip install "
                     "'rlhf-jax[math]'"
                 )
-            verified = verifiable.mathematics(self.mathematics)
-            check_function(where, verified, self.columns)
-            return spec, verified
-        if file.endswith(".py"):
-            return function, load_function(where, Path(file), function, self.columns)
-        if is_url(spec):
+            fn = verifiable.mathematics(self.mathematics)
+            check_function(where, fn, self.columns)
+        elif file.endswith(".py"):
+            name = function
+            fn = load_function(where, Path(file), function, self.columns)
+        elif is_url(spec):
             check_url(where, spec)
-            name, _, _ = rest.removeprefix("//").partition("?")
-            return name, service.reward_service(spec, self.services.judge)
-        if kind == "judge":
-            rubric = self._rubric(Path(rest), where)
-            return Path(rest).stem, service.RubricJudge(rubric, self.services)
-        return None
-
-    def _read_pairs(self, spec: str, where: str) -> tuple[str, Reward]:
-        """A reward of a judge of pairs."""
-        name, judge = self.pair_judge(spec, where)
-        shares = pairs.win_shares(judge)
-        host = from_text(shares, self.tokenizer, self.tokenizer.decode_raw)
-        take_unparsed = getattr(judge, "take_unparsed", None)
-        return name, Reward(host=host, take_unparsed=take_unparsed, is_pairs=True)
+            name = rest.removeprefix("//").partition("?")[0]
+            fn = service.reward_service(spec, self.services.judge)
+        elif kind == "judge":
+            name = Path(rest).stem
+            fn = service.RubricJudge(self._rubric(Path(rest), where), self.services)
+        else:
+            return self._read_models(spec, where)
+        return name, of_texts(fn, self.tokenizer)
 
     def pair_judge(self, spec: str, where: str) -> tuple[str, pairs.PairJudge]:
         """The name and the judge of what stands behind ``pairs:``."""
@@ -470,25 +442,9 @@ class _Reader(NamedTuple):
     def _read_models(self, spec: str, where: str) -> tuple[str, Reward]:
         """A reward model or an ensemble of several."""
         method, names = _split_method(spec)
-        name = method + ",".join(map(_run_name, names))
-        if method:
-            return name, self._ensemble(method, names, where)
-        if spec.endswith(".py"):
-            raise UserError(f"{where}: {_functions_of(Path(spec))}")
-        if members(spec):
-            raise UserError(
-                f"{where}: the models of an ensemble; say how their scores become one: "
-                f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
-            )
-        kind, colon, rest = spec.partition(":")
-        near = difflib.get_close_matches(kind, _WORDS, n=1, cutoff=0.7)
-        if near and "/" not in spec and not Path(spec).exists():
-            raise UserError(
-                f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
-            )
-        return name, self._model(spec, where)
-
-    def _ensemble(self, method: str, names: Sequence[str], where: str) -> Reward:
+        if not method:
+            self._refuse_other(spec, where)
+            return _run_name(spec), self._model(spec, where)
         how: Any
         how, coef, *_ = method.split(":")
         paths = [path for name in names for path in [*map(str, members(name))] or [name]]
@@ -501,9 +457,32 @@ class _Reader(NamedTuple):
         rewards = [self._model(path, f"{where}: {path}") for path in paths]
         weight = float(coef or 1.0)
         fns = [reward.fn for reward in rewards if reward.fn]
+        name = method + ",".join(map(_run_name, names))
         if len(fns) == len(rewards):
-            return Reward(fn=ensemble(fns, how, weight))
-        return Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+            return name, Reward(fn=ensemble(fns, how, weight))
+        return name, Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+
+    def _refuse_other(self, spec: str, where: str) -> None:
+        """Raises UserError for what is no reward model."""
+        kind, colon, rest = spec.partition(":")
+        if spec.endswith(".py"):
+            text = read_file(Path(spec)).decode("utf-8", "replace")
+            names = re.findall(r"^def ([a-zA-Z]\w*)\(", text, re.MULTILINE)
+            known = f"; it defines {', '.join(names)}" if names else ""
+            raise UserError(
+                f"{where}: name the function of the file too: "
+                f"{spec}:{names[0] if names else 'FUNCTION'}{known}"
+            )
+        if members(spec):
+            raise UserError(
+                f"{where}: the models of an ensemble; say how their scores become one: "
+                f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+            )
+        near = difflib.get_close_matches(kind, _WORDS, n=1, cutoff=0.7)
+        if near and "/" not in spec and not Path(spec).exists():
+            raise UserError(
+                f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
+            )
 
     def _model(self, name: str, where: str) -> Reward:
         model = self.load(name)
@@ -513,14 +492,6 @@ class _Reader(NamedTuple):
             raise UserError(f"{where}: the reward model's tokenizer is not the policy's")
         logger.info(f"{where}: another tokenizer than the policy's, so it reads texts on the host")
         return Reward(host=from_conversations(model.score_texts, self.tokenizer, where))
-
-
-def _functions_of(file: Path) -> str:
-    """What to write for a Python file that is given without a function."""
-    text = read_file(file).decode("utf-8", "replace")
-    names = re.findall(r"^def ([a-zA-Z]\w*)\(", text, re.MULTILINE)
-    known = f"; it defines {', '.join(names)}" if names else ""
-    return f"name the function of the file too: {file}:{names[0] if names else 'FUNCTION'}{known}"
 
 
 def _ensemble_on_host(

@@ -93,43 +93,35 @@ def mathematics(settings: Settings = DEFAULT) -> Reward:
         answer: list[Any],
         messages: Sequence[Any] | None = None,
     ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-        conversations = messages or [None] * len(prompts)
-        questions = list(map(question, prompts, conversations))
+        questions = map(question, prompts, messages or [None] * len(prompts))
         golds = list(map(answers.gold, answer))
-        rows = list(zip(golds, responses, questions, prompts, strict=True))
+        rows = zip(golds, responses, questions, prompts, strict=True)
         verdicts = [verdict(*row, settings) for row in rows]
-        share, common = _most_common(golds, verdicts)
+        scores = [one.score for one in verdicts]
+        # Few answers, or golds most of which are one value too, say nothing about one answer.
+        right = [answers.squeezed(one.answer) for one in verdicts if one.status == "right"]
+        wanted = Counter(answers.squeezed(gold.values[0].text) for gold in golds if gold.values)
+        [(common, count)] = Counter(right).most_common(1) or [("", 0)]
+        is_told = len(right) >= FEWEST and 2 * max(wanted.values()) <= wanted.total()
+        share = count / len(right) if is_told else 0.0
         examples.clear()
-        if common:
+        if is_told:
             examples["one_answer"] = common
         for one, response in zip(verdicts, responses, strict=True):
             if one.status == "repeated":
                 examples.setdefault("repeats_prompt", response)
-        scores = [one.score for one in verdicts]
+
+        def where(status: Status) -> list[float | None]:
+            return [None if one.score is None else float(one.status == status) for one in verdicts]
+
         return scores, {
-            "unreadable": _where(verdicts, "unreadable"),
-            "repeats_prompt": _where(verdicts, "repeated"),
+            "unreadable": where("unreadable"),
+            "repeats_prompt": where("repeated"),
             "one_answer": [None if score is None else share for score in scores],
         }
 
     math.examples = examples  # type: ignore[attr-defined]
     return math
-
-
-def _where(verdicts: Sequence[Verdict], status: Status) -> list[float | None]:
-    return [None if one.score is None else float(one.status == status) for one in verdicts]
-
-
-def _most_common(golds: Sequence[Gold], verdicts: Sequence[Verdict]) -> tuple[float, str]:
-    """The share of the rewarded answers that are the most common one, and this answer; 0 if there
-    are few, or if most golds have one value too.
-    """
-    rewarded = Counter(answers.squeezed(one.answer) for one in verdicts if one.status == "right")
-    wanted = Counter(answers.squeezed(gold.values[0].text) for gold in golds if gold.values)
-    if rewarded.total() < FEWEST or 2 * max(wanted.values()) > wanted.total():
-        return 0.0, ""
-    [(answer, count)] = rewarded.most_common(1)
-    return count / rewarded.total(), answer
 
 
 def question(prompt: str, messages: Any = None) -> str:
@@ -180,39 +172,29 @@ def verdict(
 def _status(value: Value, found: Found, form: Form | None) -> Status:
     """The status of an answer that was found."""
     if value.kind == "words":
-        return _right(value.text in answers.said_words(found.text))
-    if value.kind == "choice":
-        return _same(value.text, answers.choice_of(found.text))
-    if value.kind == "ratio":
-        return _same(value.text, answers.ratio_of(found.text))
+        return "right" if value.text in answers.said_words(found.text) else "wrong"
+    if value.kind in ("choice", "ratio"):
+        read = answers.choice_of if value.kind == "choice" else answers.ratio_of
+        said = read(found.text)
+        if said is None:
+            return "unreadable"
+        return "right" if said == value.text else "wrong"
     if answers.compact(found.text) == answers.compact(value.text):
         return "right"
-    if value.kind == "expression":
-        return _right(_equal(value.text, found.text))
-    read = answers.number_of(found)
-    if form == "expression" and (read is None or not read.is_worked_out):
-        return _right(_equal(value.text, found.text))
-    if read is None or not read.is_worked_out:
+    number = answers.number_of(found) if value.number else None
+    if value.number and number and number.is_worked_out:
+        return "right" if literals.equal(value.number, number) else "wrong"
+    if value.number and form != "expression":
         return "unreadable"
-    assert value.number is not None
-    return _right(literals.equal(value.number, read))
+    return "right" if are_equal(value.text, found.text) else "wrong"
 
 
-def _right(is_right: bool) -> Status:
-    return "right" if is_right else "wrong"
-
-
-def _same(expected: str, read: str | None) -> Status:
-    return "unreadable" if read is None else _right(read == expected)
-
-
-def _equal(expected: str, answer: str) -> bool:
+def are_equal(expected: str, answer: str) -> bool:
     """Whether two expressions are equal; not if one of them cannot be parsed."""
     if not answers.same_brackets(expected, answer):
         return False
-    pair = [literals.latex(expected), literals.latex(answer)]
     try:
-        return bool(_mathematics.ask(pair, SECONDS))
+        return bool(_mathematics.ask([literals.latex(expected), literals.latex(answer)], SECONDS))
     except Ended:
         logger.warning(
             f"math: the process that compares answers ended, or was ended after {SECONDS:g} s; the "

@@ -170,19 +170,18 @@ def described(
     }
 
 
-def read_beside(out: Path, beside: Path, shape: Mapping[Any, Any]) -> dict[str, Any]:
+def read_beside(out: Path, beside: Path, kind: Any) -> dict[str, Any]:
     """The JSON file beside the output, which says how that was made.
 
     Raises:
-        UserError: it is missing, broken, or has another shape (``reading.misfit``).
+        UserError: it is missing, broken, or is not of the kind, a type that msgspec knows.
     """
     if not beside.exists():
         raise UserError(
             f"{out}: exists already, and no {beside.name} says how it was made; choose another "
             "--out"
         )
-    required = [key for key in shape if isinstance(key, str)]
-    return reading.read_json(beside, shape, required)
+    return reading.read_json(beside, kind)
 
 
 def check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

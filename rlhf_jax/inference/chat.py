@@ -64,7 +64,9 @@ class Console(NamedTuple):
 
 @dataclasses.dataclass
 class Speaker:
-    """A model and its history of the conversation."""
+    """A model, its history of the conversation, and its last answer while it is sampled and
+    afterwards.
+    """
 
     label: str
     folder: str
@@ -73,73 +75,63 @@ class Speaker:
     template: chat.ChatTemplate | None
     """Renders the conversation; None: each line is a prompt by itself."""
     turns: list[tuple[Message, Message]] = dataclasses.field(default_factory=list)
-    last: "Answer | None" = None
+    messages: list[Message] = dataclasses.field(default_factory=list)  # that were answered last
+    prompt: list[int] = dataclasses.field(default_factory=list)  # the same as the model reads them
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
 
-    def begin(self, line: str, note: Callable[[str], None]) -> "Answer":
-        """Begins an answer to a line; nothing is sampled yet. Drops the oldest turns until the
-        conversation fits.
+    def ask(self, line: str, note: Callable[[str], None]) -> tuple[list[Message], list[int]]:
+        """The conversation with a line, as messages and as the model reads it. Drops the oldest
+        turns until it fits.
 
         Raises:
             UserError: the line does not fit, or spells a special token.
         """
-        room = self.policy.room
+        policy = self.policy
+        where = "your line"
         for num_dropped in range(len(self.turns) + 1):
             kept = self.turns[num_dropped:]
             before = [message for turn in kept for message in turn]
             messages = [*self.system, *before, Message(role="user", content=line)]
-            ids = self._ids(messages)
-            if len(ids) <= room:
+            prompt: Text = line
+            if self.template is not None:
+                prompt = self.template.prompt(messages, where)
+            [ids] = encoding.prompt_ids([Row(prompt, (), where)], policy.tokenizer, policy.template)
+            if len(ids) <= policy.room:
                 break
         else:
             raise UserError(
-                f"your line makes a prompt of {len(ids)} tokens, and {room} fit beside "
-                f"{self.policy.config.max_new_tokens} for the answer"
+                f"your line makes a prompt of {len(ids)} tokens, and {policy.room} fit beside "
+                f"{policy.config.max_new_tokens} for the answer"
             )
         if num_dropped:
             turns = "turn is" if num_dropped == 1 else f"{num_dropped} turns are"
-            note(f"(the oldest {turns} dropped: {room} tokens fit)")
+            note(f"(the oldest {turns} dropped: {policy.room} tokens fit)")
         self.turns = kept
-        return Answer(self, messages, ids)
+        return messages, ids
 
-    def _ids(self, messages: list[Message]) -> list[int]:
-        where = "your line"
-        prompt: Text = messages[-1]["content"]
-        if self.template is not None:
-            prompt = self.template.prompt(messages, where)
-        row = Row(prompt, (), where)
-        [ids] = encoding.prompt_ids([row], self.policy.tokenizer, self.policy.template)
-        return ids
+    def answer(self, messages: list[Message], prompt: list[int], seed: int) -> Iterator[str]:
+        """The pieces of the answer as they come."""
+        self.messages = messages
+        self.prompt = prompt
+        self.ids = []
+        self.text = ""
 
-    def remember(self, answer: "Answer") -> None:
-        """Adds an answer, whole or stopped, to the conversation."""
-        self.last = answer
-        if self.template is not None:
-            said = Message(role="assistant", content=answer.text)
-            self.turns.append((answer.messages[-1], said))
+        def sampled() -> Iterator[int]:
+            for token in self.policy.stream(self.prompt, seed):
+                self.ids.append(token)
+                yield token
 
-
-@dataclasses.dataclass
-class Answer:
-    """An answer, while it is sampled and afterwards."""
-
-    speaker: Speaker
-    messages: list[Message]  # the prompt as messages
-    prompt: list[int]
-    ids: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""
-
-    def pieces(self, seed: int) -> Iterator[str]:
-        """The pieces of the text as they come."""
-        policy = self.speaker.policy
-        decoded = policy.tokenizer.decode_stream(self._sampled(seed))
-        for piece in stops.until(decoded, policy.stop):
+        decoded = self.policy.tokenizer.decode_stream(sampled())
+        for piece in stops.until(decoded, self.policy.stop):
             self.text += piece
             yield piece
 
-    def _sampled(self, seed: int) -> Iterator[int]:
-        for token in self.speaker.policy.stream(self.prompt, seed):
-            self.ids.append(token)
-            yield token
+    def remember(self) -> None:
+        """Adds the answer, whole or stopped, to the conversation."""
+        if self.template is not None:
+            said = Message(role="assistant", content=self.text)
+            self.turns.append((self.messages[-1], said))
 
 
 def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> None:
@@ -219,42 +211,45 @@ class _Talk:
         if command.startswith("/"):
             self._do(command, words)
         elif command and len(self.speakers) > 1 and self.console.columns is not None:
-            self._answer_side_by_side(line)
+            self._answer_side_by_side(line, self.console.columns)
         elif command:
             for speaker in self.speakers:
                 self._answer(speaker, line)
 
     def _answer(self, speaker: Speaker, line: str) -> None:
         """Shows the answer as it comes, and remembers it. Ctrl-C ends it."""
-        answer = speaker.begin(line, self.console.note)
+        asked = speaker.ask(line, self.console.note)
         self.console.say(f"{speaker.label}: " if len(self.speakers) > 1 else "")
         try:
-            for piece in answer.pieces(self.seed):
+            for piece in speaker.answer(*asked, self.seed):
                 self.console.say(piece)
         except KeyboardInterrupt:
             self.console.note("\n(stopped)")
         self.console.say("\n")
-        speaker.remember(answer)
+        speaker.remember()
 
-    def _answer_side_by_side(self, line: str) -> None:
+    def _answer_side_by_side(self, line: str, columns: Callable[[Sequence[str]], Columns]) -> None:
         """The same with all speakers, who sample a token each in turn. Ctrl-C ends all answers."""
-        assert self.console.columns is not None
-        answers = [speaker.begin(line, self.console.note) for speaker in self.speakers]
+        asked = [speaker.ask(line, self.console.note) for speaker in self.speakers]
         labels = [f"{speaker.label}: {speaker.folder}" for speaker in self.speakers]
+        answers = [
+            speaker.answer(*own, self.seed)
+            for speaker, own in zip(self.speakers, asked, strict=True)
+        ]
         try:
-            with self.console.columns(labels) as show:
-                for _ in itertools.zip_longest(*(answer.pieces(self.seed) for answer in answers)):
-                    show([answer.text for answer in answers])
+            with columns(labels) as show:
+                for _ in itertools.zip_longest(*answers):
+                    show([speaker.text for speaker in self.speakers])
         except KeyboardInterrupt:
             self.console.note("(stopped)")
-        for answer in answers:
-            answer.speaker.remember(answer)
+        for speaker in self.speakers:
+            speaker.remember()
 
     def _do(self, command: str, words: list[str]) -> None:
         if command == "/reset":
             for speaker in self.speakers:
                 speaker.turns.clear()
-                speaker.last = None
+                speaker.messages.clear()
         elif command == "/seed":
             self.seed = int(_number(command, words, int))
         elif command == "/temperature":
@@ -276,28 +271,22 @@ class _Talk:
         if not self.entries:
             raise UserError("/score: the run names no reward; give --reward, such as runs/rm")
         for speaker in self.speakers:
-            answer = speaker.last
-            if answer is None:
+            if not speaker.messages:
                 raise UserError("/score: nothing has been answered yet")
             tokenizer = speaker.policy.tokenizer
             known = tokenizer.fingerprint
             if known not in self.rewards:
                 self.rewards[known] = asking.reward_of(self.entries, speaker.policy, ())
-            columns = {"messages": [answer.messages]}
-            rollout = _rollout(answer, tokenizer.pad_id)
-            [score] = bench.score(self.rewards[known], rollout, columns, 1)
+            ids = [*speaker.prompt, *speaker.ids]
+            width = -(-len(ids) // _BUCKET) * _BUCKET
+            tokens, mask = encoding.left_padded([ids], width=width, pad_id=tokenizer.pad_id)
+            in_response = np.arange(width)[None] >= width - len(speaker.ids)
+            none = np.zeros(tokens.shape, np.float32)
+            arrays: Any = (tokens, mask, in_response.astype(np.int32), none)
+            columns = {"messages": [speaker.messages]}
+            [score] = bench.score(self.rewards[known], Rollout(*arrays), columns, 1)
             name = f"{speaker.label}: " if len(self.speakers) > 1 else ""
             self.console.say(f"{name}score {score:.3f}\n")
-
-
-def _rollout(answer: Answer, pad_id: int) -> Rollout:
-    """The prompt and the response as a batch of one row."""
-    ids = [*answer.prompt, *answer.ids]
-    width = -(-len(ids) // _BUCKET) * _BUCKET
-    tokens, mask = encoding.left_padded([ids], width=width, pad_id=pad_id)
-    in_response = np.arange(width)[None] >= width - len(answer.ids)
-    arrays: Any = (tokens, mask, in_response.astype(np.int32), np.zeros(tokens.shape, np.float32))
-    return Rollout(*arrays)
 
 
 def _number(command: str, words: list[str], kind: type) -> float:

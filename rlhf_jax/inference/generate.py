@@ -55,45 +55,43 @@ def run(folder: str, config: Config) -> int:
             with a folder, a file or a row.
     """
     out = Path(config.out)
-    with one_writer(out):
-        return _complete(folder, config, out)
-
-
-def _complete(folder: str, config: Config, out: Path) -> int:
-    asking.start(config)
-    policy = asking.open_policy(folder, config, reward=config.reward, batch_size=config.batch_size)
-    data = asking.read(policy, config, config.seed)
-    logger.info(f"prompts: {data.describe()}")
-    columns = {name for row in data.rows for name in row.columns}
-    reward = None
-    if config.reward:
-        reward = asking.reward_of(config.reward, policy, columns)
-    asked = policy.ask(data.rows, config.n)
-    total = asked.streams.size
     part_file = out.with_name(f"{out.name}.part")
-    settings = asking.described(folder, policy, config, data)
-    settings |= {"n": config.n, "log_probs": config.log_probs}
-    settings["reward"] = {
-        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
-        for entry in config.reward
-    }
-    num_done = _take(out, part_file, settings)
-    if num_done:
-        logger.info(f"{out}: {num_done} of {total} responses are there")
-    # Whole parts are sampled again, so that a row has the same neighbours as before.
-    size = max(1, _BATCHES * config.batch_size // config.n)
-    first = num_done // config.n // size * size
-    with file_errors(out, "written"), open_to_append(part_file) as file:
-        for start in range(first, len(data.rows), size):
-            part = asked.part(start, start + size)
-            lines = list(_lines(policy, reward, part, config, columns))
-            num_before = start * config.n
-            file.writelines(lines[max(0, num_done - num_before) :])
-            file.flush()
-            logger.info(f"{num_before + len(lines)} of {total} responses")
-        os.fsync(file.fileno())
-        part_file.replace(out)
-    return total
+    with one_writer(out):
+        asking.start(config)
+        policy = asking.open_policy(
+            folder, config, reward=config.reward, batch_size=config.batch_size
+        )
+        data = asking.read(policy, config, config.seed)
+        logger.info(f"prompts: {data.describe()}")
+        columns = {name for row in data.rows for name in row.columns}
+        reward = None
+        if config.reward:
+            reward = asking.reward_of(config.reward, policy, columns)
+        asked = policy.ask(data.rows, config.n)
+        total = asked.streams.size
+        settings = asking.described(folder, policy, config, data)
+        settings |= {"n": config.n, "log_probs": config.log_probs}
+        settings["reward"] = {
+            entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
+            for entry in config.reward
+        }
+        num_done = _take(out, part_file, settings)
+        if num_done:
+            logger.info(f"{out}: {num_done} of {total} responses are there")
+        # Whole parts are sampled again, so that a row has the same neighbours as before.
+        size = max(1, _BATCHES * config.batch_size // config.n)
+        first = num_done // config.n // size * size
+        with file_errors(out, "written"), open_to_append(part_file) as file:
+            for start in range(first, len(data.rows), size):
+                part = asked.part(start, start + size)
+                lines = list(_lines(policy, reward, part, config, columns))
+                num_before = start * config.n
+                file.writelines(lines[max(0, num_done - num_before) :])
+                file.flush()
+                logger.info(f"{num_before + len(lines)} of {total} responses")
+            os.fsync(file.fileno())
+            part_file.replace(out)
+    return int(total)
 
 
 def _lines(
@@ -134,7 +132,7 @@ def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
         with file_errors(beside, "written"):
             write_atomically(beside, json.dumps(settings, indent=1) + "\n")
         return 0
-    asking.check_unchanged(out, asking.read_beside(out, beside, {str: object}), settings)
+    asking.check_unchanged(out, asking.read_beside(out, beside, dict[str, Any]), settings)
     with file_errors(out, "written"):
         if out.exists():  # complete, unless somebody has cut it
             out.replace(part_file)

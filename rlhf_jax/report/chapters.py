@@ -4,36 +4,55 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.report import plots, records, samples, verdict
+from rlhf_jax.report import plots, records, verdict
 from rlhf_jax.report.parts import Facts, Table
-from rlhf_jax.report.records import KINDS, STAGES, Group, RunRecord
+from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
 
 TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}  # others in capitals
+MAX_SAMPLES = 8  # of one group of runs
+# Columns of samples.jsonl for pairs, for answers with target scores, for prompts that the data
+# answers too and for prompts: first those that are the same at each validation, then those that
+# change. A row is of the first of these kinds whose last unchanging column it has, or else of the
+# last kind.
+PAIR = ("prompt", "chosen", "rejected")
+SAMPLE_COLUMNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (PAIR, ("margin",)),
+    (("prompt", "response", "target"), ("score",)),
+    (("prompt", "answer", "desirable"), ("response", "log_ratio")),
+    (("prompt", "answer"), ("response", "log_ratio")),
+    (("prompt",), ("response", "score")),
+)
+NUMBERS = ("score", "margin", "log_ratio")  # what the names of columns of numbers begin with
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """A chapter for each kind of run, in the order of KINDS."""
-    chapters = []
-    for kind in KINDS:
-        of_kind = [record for record in run_records if record.kind == kind]
-        if of_kind:
-            chapters.append(_chapter(of_kind))
-    return chapters
+    by_kind = [[record for record in run_records if record.kind == kind] for kind in KINDS]
+    return [_chapter(of_kind) for of_kind in by_kind if of_kind]
 
 
 def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """The values that ``templates/runs.html`` reads for runs of one kind."""
     groups = records.groups(run_records)
-    firsts = [group.records[0] for group in groups]
     is_one = len(run_records) == 1
     curves, constant = plots.curves(groups)
-    differences = []
-    for key, values in records.differences(groups).items():
-        texts = map(_plain, values)
-        differences.append([key, *texts])
+    differences = [
+        [key, *(_plain(value) for value in values)]
+        for key, values in records.differences(groups).items()
+    ]
+    sampled = [group.records[0] for group in groups if group.records[0].samples]
+    tables = [make(record, is_one) for make in (_samples, _wrong) for record in sampled]
+    metrics = []  # the last value in each run; of one run the first value too
+    for name in itertools.chain(*plots.metric_groups(run_records).values()):
+        values = [record.last.get(name) for record in run_records]
+        if is_one:
+            values.insert(0, records.series(run_records[0].metrics, name)[1][0])
+        metrics.append([name, *values, plots.meaning(name)])
+    columns = ["first", "last"] if is_one else [record.name for record in run_records]
     return {
         "title": _title(run_records, groups),
         "stages": _stages(run_records),
@@ -42,12 +61,12 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
         "rewarded": verdict.rewarded(groups[0]) if len(groups) == 1 else [],
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
-        "samples": samples.tables(firsts, is_one),
+        "samples": [table for table in tables if table.rows],
         "differences": differences,
         "curves": curves,
         "constant": constant,
         "distributions": plots.distributions(groups),
-        "metrics": _metrics(run_records),
+        "metrics": Table("All metrics", ("metric", *columns, "what it is"), metrics),
         "facts": _facts(groups),
         "commands": [_command(record) for record in run_records],
     }
@@ -56,6 +75,10 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
 def _stages(run_records: Sequence[RunRecord]) -> str:
     names = [TITLES.get(record.stage, record.stage.upper()) for record in run_records]
     return ", ".join(dict.fromkeys(names))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
@@ -79,82 +102,103 @@ def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
     return title
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _metrics(run_records: Sequence[RunRecord]) -> Table:
-    """The last value of each metric in each run, in the page's order; of one run the first value
-    too.
-    """
-    is_one = len(run_records) == 1
-    rows = []
-    for name in itertools.chain(*plots.metric_groups(run_records).values()):
-        values = [record.last.get(name) for record in run_records]
-        if is_one:
-            _, recorded = records.series(run_records[0].metrics, name)
-            values.insert(0, recorded[0])
-        rows.append([name, *values, plots.meaning(name)])
-    columns = ["first", "last"] if is_one else [record.name for record in run_records]
-    return Table("All metrics", ("metric", *columns, "what it is"), rows)
-
-
 def _command(record: RunRecord) -> str:
     """The command that runs this stage again by itself, from its recorded settings."""
     if record.stage not in STAGES or record.manifest.get("given"):
         return str(record.manifest["command"])  # Python gave something that no setting holds
-    stage = record.stage.replace("_", "-")
-    config = f"{record.folder}/config.yaml"
-    again = f"{record.folder}-again"
-    return shlex.join(["rlhf-jax", stage, "--config", config, "--output-dir", again])
+    files = ["--config", f"{record.folder}/config.yaml", "--output-dir", f"{record.folder}-again"]
+    return shlex.join(["rlhf-jax", record.stage.replace("_", "-"), *files])
 
 
 def _facts(groups: Sequence[Group]) -> Facts | Table:
     """Stage, seed, pace, state and environment: the facts of one run, or a table with a column for
     each run.
     """
-    columns = {}
-    for group in groups:
-        for record in group.records:
-            columns[record.name] = _of_run(record, group)
+    columns: dict[str, dict[str, Any]] = {}
+    for own, record in ((group, record) for group in groups for record in group.records):
+        manifest = record.manifest
+        facts = {
+            **({"group": own.name} if own.name != record.name else {}),
+            "stage": _stages([record]),
+            "seed": manifest.get("seed"),
+            "steps": record.steps,
+            "s/step (median)": record.seconds_per_step,
+            "state": "finished" if record.finished else "not finished",
+        }
+        known: dict[str, Any] = {}
+        git = manifest.get("git")
+        if git:
+            modified = " (modified)" if git["modified"] else ""
+            known["git commit"] = f"{git['commit'][:12]}{modified}"
+        known |= {"backend": manifest.get("backend"), **manifest.get("versions", {})}
+        devices = manifest.get("devices")
+        if devices:
+            known["devices"] = f"{devices['count']} x {devices['kind']}"
+        for name, digest in manifest.get("data", {}).items():
+            known[f"{name}, sha256"] = f"{digest[:12]}…"
+        if manifest.get("resumed"):
+            known["resumed"] = f"{len(manifest['resumed'])} times"
+        facts |= {name: value for name, value in known.items() if value is not None}
+        columns[record.name] = facts
     if len(columns) == 1:
-        [facts] = columns.values()
         return Facts("Run", facts)
     keys = dict.fromkeys(itertools.chain(*columns.values()))
-    rows = []
-    for key in keys:
-        cells = [facts.get(key) for facts in columns.values()]
-        rows.append([key, *cells])
+    rows = [[key, *(facts.get(key) for facts in columns.values())] for key in keys]
     return Table("Runs", ("", *columns), rows)
 
 
-def _of_run(record: RunRecord, group: Group) -> dict[str, Any]:
-    facts = {"group": group.name} if group.name != record.name else {}
-    return facts | {
-        "stage": _stages([record]),
-        "seed": record.manifest.get("seed"),
-        "steps": record.steps,
-        "s/step (median)": record.seconds_per_step,
-        "state": "finished" if record.finished else "not finished",
-        **_manifest(record.manifest),
-    }
+def _samples(record: RunRecord, is_one: bool) -> Table:
+    """The first rows of the last validation. Each value that changes stands beside the value that
+    the first validation had in the same row. A column without a value is left out.
+
+    is_one: the page's chapter is of one run, which no title has to name.
+    """
+    steps, validations = zip(*record.validations, strict=True)
+    last = validations[-1]
+    kinds = (columns for columns in SAMPLE_COLUMNS if columns[0][-1] in last[0])
+    fixed, changing = next(kinds, SAMPLE_COLUMNS[-1])
+    changing = tuple(name for name in changing if any(name in row for row in last))
+    numbered: list[dict[Any, Row]] = []  # {(what stays the same, how often it came before): row}
+    for validation in validations:
+        count = Counter[str]()
+        by_key = {}
+        for row in validation:
+            values = repr([row.get(name) for name in fixed])
+            by_key[values, count[values]] = row
+            count[values] += 1
+        numbered.append(by_key)
+    rows = []
+    for key, row in list(numbered[-1].items())[:MAX_SAMPLES]:
+        cells = [row.get(name) for name in fixed[1:]]
+        cells += [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
+        rows.append([_prompt(row), *map(_with_line_ends, cells)])
+    columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
+    title = "Samples before and after" if len(steps) > 1 else "Samples"
+    if not is_one:
+        title += f": {record.name}"
+    formats = {name: ".3g" for name in columns if name.startswith(NUMBERS)}
+    note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
+    return Table(title, columns, rows, formats, note)
 
 
-def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of the manifest: code, versions, devices and data."""
-    facts: dict[str, Any] = {}
-    git = manifest.get("git")
-    if git:
-        modified = " (modified)" if git["modified"] else ""
-        facts["git commit"] = f"{git['commit'][:12]}{modified}"
-    facts["backend"] = manifest.get("backend")
-    facts |= manifest.get("versions", {})
-    devices = manifest.get("devices")
-    if devices:
-        facts["devices"] = f"{devices['count']} x {devices['kind']}"
-    for name, digest in manifest.get("data", {}).items():
-        facts[f"{name}, sha256"] = f"{digest[:12]}…"
-    resumed = manifest.get("resumed")
-    if resumed:
-        facts["resumed"] = f"{len(resumed)} times"
-    return {name: value for name, value in facts.items() if value is not None}
+def _wrong(record: RunRecord, is_one: bool) -> Table:
+    """The pairs of the last validation whose rejected answer scores higher, worst margin first."""
+    step, last = record.validations[-1]
+    pairs = [row for row in last if "margin" in row]
+    wrong = sorted((row for row in pairs if row["margin"] < 0), key=lambda row: row["margin"])
+    rows = [
+        [_prompt(row), *(_with_line_ends(row.get(name)) for name in PAIR[1:]), row["margin"]]
+        for row in wrong[:MAX_SAMPLES]
+    ]
+    title = f"Pairs that {'it' if is_one else record.name} gets wrong"
+    note = f"{len(wrong)} of {len(pairs)} in samples.jsonl of step {step}; the worst margins first."
+    return Table(title, [*PAIR, "margin"], rows, {"margin": ".3g"}, note)
+
+
+def _prompt(row: Row) -> str:
+    """Without the empty lines around it, which the template adds."""
+    return str(row.get("prompt") or "").strip("\n")
+
+
+def _with_line_ends(text: Any) -> Any:
+    return text.replace("\n", "↵\n") if isinstance(text, str) else text

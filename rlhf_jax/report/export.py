@@ -66,7 +66,15 @@ def export(run: str | Path, folder: str | Path) -> Path:
         raise UserError(f"{model}: no model here; give the folder of a finished run")
     _check_free(folder)
     check_writable(folder)
-    files, unknown = _files(model)
+    refuse_links([model])
+    members = [entry for entry in model.iterdir() if _MEMBER.fullmatch(entry.name)]
+    folders = [model, *sorted(member for member in members if member.is_dir())]
+    refuse_links(folders)
+    entries = [entry for place in folders for entry in sorted(place.iterdir())]
+    entries = [entry for entry in entries if entry not in folders]
+    known = [entry for entry in entries if entry.name in KNOWN or _SHARD.fullmatch(entry.name)]
+    refuse_links(known)
+    files = [entry for entry in known if entry.is_file()]
     for place in {config.parent, *(file.parent for file in files)}:
         hf.Reader(place)  # complete weights lie there
     [record] = records.find([run])
@@ -92,8 +100,9 @@ def export(run: str | Path, folder: str | Path) -> Path:
             _copy(files, model, new)
             write_atomically(new / "README.md", card)
             _check_free(folder)  # from another process
+    unknown = [str(entry.relative_to(model)) for entry in entries if entry not in files]
     if unknown:
-        names = ", ".join(str(file.relative_to(model)) for file in unknown)
+        names = ", ".join(unknown)
         logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
 
@@ -156,22 +165,3 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"{folder} is in use; give a new folder")
     if folder.resolve() == Path.cwd():  # it is replaced, and a shell would stay in the former one
         raise UserError(f"{folder} is the working folder; give a new folder, such as my-model")
-
-
-def _files(model: Path) -> tuple[list[Path], list[Path]]:
-    """The files to copy, and the files and folders to leave out.
-
-    Raises:
-        UserError: a file to copy, or its folder, is a symbolic link.
-    """
-    refuse_links([model])
-    members = [entry for entry in model.iterdir() if _MEMBER.fullmatch(entry.name)]
-    folders = [model, *sorted(member for member in members if member.is_dir())]
-    refuse_links(folders)
-    entries = [
-        entry for folder in folders for entry in sorted(folder.iterdir()) if entry not in folders
-    ]
-    known = [entry for entry in entries if entry.name in KNOWN or _SHARD.fullmatch(entry.name)]
-    refuse_links(known)
-    copied = [entry for entry in known if entry.is_file()]
-    return copied, [entry for entry in entries if entry not in copied]

@@ -30,10 +30,10 @@ MAX_MARKED = 30  # a curve with at most this many points shows each of them
 SMOOTHED_PART = 25  # a long curve is smoothed by means over this part of its points
 MAX_HOVERED = 400  # points of a curve whose values the page shows under the pointer
 SIZE = (5.2, 3.3)  # inches; the page scales it
+# Inches around the axes, for numbers of seven characters and a label. Matplotlib's layouts measure
+# them, which takes longer than drawing.
+MARGINS = {"left": 0.9, "right": 0.15, "bottom": 0.5, "top": 0.22}
 PNG_DPI = 160
-# Inches of room at the rim, across and along: a browser draws labels in the page's font, which
-# cannot be measured here.
-PADDING = (0.09, 0.06)
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -170,27 +170,34 @@ def svg(plot: Plot, salt: str = "") -> str:
 
     salt: the ids inside the SVG are made from it; give another one to each plot of a page.
     """
-    file, _ = _draw(plot, "svg", salt)
-    return file.decode()
+    return _draw(plot, "svg", salt)[0].decode()
 
 
 def png(plot: Plot) -> bytes:
     """The plot as a PNG file with its title; empty if no series has a finite value."""
-    file, _ = _draw(plot, "png", "")
-    return file
+    return _draw(plot, "png", "")[0]
 
 
 def element(plot: Plot, salt: str) -> str:
     """:func:`svg` as an element of a page: without the head of the file, its fixed size, and the
     ids of groups, which would be the same in each plot. The page's script reads the values that it
-    shows from the attribute ``data-hover``.
+    shows from the attribute ``data-hover``: at most ``MAX_HOVERED`` points of each series, and
+    where the axes begin and end in the SVG.
     """
     file, axes = _draw(plot, "svg", salt)
     text = file.decode()
     tag = re.search(r'<svg [^>]*(viewBox="0 0 (\S+) [^"]*")[^>]*>', text)
     if tag is None:
         return ""
-    hover = json.dumps(_hover(plot, axes, float(tag[2])), ensure_ascii=False)
+    points = []
+    for name, series in plot.shown.items():
+        of_series = np.c_[series.x, series.y]
+        of_series = of_series[np.isfinite(of_series[:, 0])]
+        stride = math.ceil(len(of_series) / MAX_HOVERED)
+        points.append([name, series.kind, np.char.mod("%.5g", of_series[::stride]).tolist()])
+    place = axes.get_position()
+    ends = [*(float(tag[2]) * end for end in (place.x0, place.x1)), *axes.get_xlim()]
+    hover = json.dumps({"x": plot.x_label, "ends": ends, "series": points}, ensure_ascii=False)
     attributes = f'aria-label="{html.escape(alternative(plot))}" data-hover="{html.escape(hover)}"'
     body = re.sub(r'<g id="[^"]*"', "<g", text[tag.end() :])
     return f'<svg {tag[1]} role="img" {attributes}>{body.strip()}'
@@ -204,176 +211,93 @@ def _window(series: Series) -> int:
     return width if width > 2 else 1
 
 
-def _hover(plot: Plot, axes: Any, width: float) -> dict[str, Any]:
-    """Where the axes begin and end in an SVG of this width, and at most ``MAX_HOVERED`` points of
-    each series.
-    """
-    series = []
-    for name, shown in plot.shown.items():
-        points = np.c_[shown.x, shown.y]
-        points = points[np.isfinite(points[:, 0])]
-        stride = math.ceil(len(points) / MAX_HOVERED)
-        numbers = np.char.mod("%.5g", points[::stride])
-        series.append([name, shown.kind, numbers.tolist()])
-    place = axes.get_position()
-    ends = [width * place.x0, width * place.x1, *axes.get_xlim()]
-    return {"x": plot.x_label, "ends": ends, "series": series}
-
-
 def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, Any]:
     """The file, empty if nothing is drawn, and matplotlib's axes."""
     if not plot.shown:
         return b"", None
     # Without a home folder it would say twice that it keeps its fonts elsewhere.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    import matplotlib.style
     from matplotlib.figure import Figure
 
     own = {"svg.hashsalt": f"figure {salt} {plot.title}", "savefig.transparent": kind == "svg"}
-    with matplotlib.rc_context(_style() | own):
+    # Matplotlib's own settings and ours over them: what the user has set must not show.
+    with matplotlib.style.context([STYLE, own], after_reset=True):
         figure = Figure(figsize=SIZE)
-        renderer = FigureCanvasAgg(figure).get_renderer()
         axes = figure.add_subplot()
         title = plot.title if kind == "png" else ""
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=title)
-        handles = _draw_series(axes, plot.shown) | _draw_marks(axes, plot)
-        legend = _draw_legend(figure, handles) if len(handles) > 1 else None
-        _place(axes, legend, renderer)
+        handles = {name: _draw_series(axes, series) for name, series in plot.shown.items()}
+        has_bins = any(series.kind == "steps" for series in plot.shown.values())
+        if has_bins:
+            axes.locator_params(axis="y", nbins=6, integer=True)
+            axes.set_ylim(bottom=0)
+        x = np.concatenate([series.x for series in plot.shown.values()])
+        # The edges of bins of integers lie half-way between them.
+        if np.all(x[np.isfinite(x)] % 1 == (0.5 if has_bins else 0)):
+            steps = [1, 2, 5, 10]
+            axes.locator_params(axis="x", nbins=8, integer=True, steps=steps, min_n_ticks=1)
+        else:
+            axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
+        if plot.band:
+            low, high, label = plot.band
+            handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
+        for i, (label, y) in enumerate(plot.lines.items()):
+            style = LINE_STYLES[1 + i % 3]
+            handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
+        if plot.diagonal:
+            left, _ = axes.get_xlim()
+            dotted: dict[str, Any] = {"color": "#777777", "linewidth": 1, "linestyle": ":"}
+            handles[plot.diagonal] = axes.axline((left, left), slope=1, **dotted)
+        width, height = SIZE
+        above = MARGINS["top"] + (0.25 if title else 0.0)
+        if len(handles) > 1:
+            columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # 50 letters are a line
+            rows = math.ceil(len(handles) / columns)
+            height += 0.22 * (rows - 1)
+            above += 0.22 * rows + 0.06
+            figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=columns)
+        figure.set_size_inches(width, height)
+        figure.subplots_adjust(
+            left=MARGINS["left"] / width,
+            right=1 - MARGINS["right"] / width,
+            bottom=MARGINS["bottom"] / height,
+            top=1 - above / height,
+        )
         file = io.BytesIO()
         metadata = ("Software",) if kind == "png" else ("Creator", "Date", "Format", "Type")
         figure.savefig(file, format=kind, dpi=PNG_DPI, metadata=dict.fromkeys(metadata))
     return file.getvalue(), axes
 
 
-@functools.cache
-def _style() -> Any:
-    """Matplotlib's own settings and ours over them: what the user has set must not show."""
-    import matplotlib
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", STYLE]):
-        return {
-            name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"
-        }
-
-
-def _draw_legend(figure: Any, handles: Mapping[str, Any]) -> Any:
-    """At the top, in as many columns as the longest label leaves room for."""
-    longest = max(map(len, handles))
-    columns = min(4, max(1, 50 // (longest + 6)))  # the plot is about 50 letters wide
-    rows = math.ceil(len(handles) / columns)
-    width, height = SIZE
-    figure.set_size_inches(width, height + 0.22 * (rows - 1))
-    return figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=columns)
-
-
-def _place(axes: Any, legend: Any, renderer: Any) -> None:
-    """Gives the axes the room that its labels, and the legend above it, leave.
-
-    Matplotlib's constrained layout does the same, but measures and draws everything twice. Here
-    the ticks stay those that were measured.
-    """
-    from matplotlib.ticker import FixedLocator
-
-    figure = axes.figure
-    width, height = figure.bbox.size
-    across = PADDING[0] * figure.dpi
-    along = PADDING[1] * figure.dpi
-    top = height - along
-    if legend is not None:
-        extent = legend.get_window_extent(renderer)
-        top -= extent.height + 2 * along
-    axes.set_position((0.15, 0.15, 0.8, top / height - 0.2))
-    for axis in (axes.xaxis, axes.yaxis):
-        ticks = axis.get_majorticklocs()
-        axis.set_major_locator(FixedLocator(ticks))
-    frame = axes.bbox
-    labels = axes.get_tightbbox(renderer, for_layout_only=True)
-    left = across + frame.x0 - labels.x0
-    right = width - across - labels.x1 + frame.x1
-    bottom = along + frame.y0 - labels.y0
-    top += frame.y1 - labels.y1
-    axes.set_position(
-        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
-    )
-
-
-def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
-    """Curves, points and steps; matplotlib's artists by their names in the legend."""
-    handles = {name: _draw_one(axes, series) for name, series in shown.items()}
-    has_bins = any(series.kind == "steps" for series in shown.values())
-    if has_bins:
-        axes.locator_params(axis="y", nbins=6, integer=True)
-        axes.set_ylim(bottom=0)
-    x = np.concatenate([series.x for series in shown.values()])
-    # The edges of bins of integers lie half-way between them.
-    are_integers = np.all(x[np.isfinite(x)] % 1 == (0.5 if has_bins else 0))
-    if are_integers:
-        steps = [1, 2, 5, 10]
-        axes.locator_params(axis="x", nbins=8, integer=True, steps=steps, min_n_ticks=1)
-    else:
-        axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
-    return handles
-
-
-def _draw_one(axes: Any, series: Series) -> Any:
+def _draw_series(axes: Any, series: Series) -> Any:
     """A series with its band, its smoothed curve and its labels; the artist of the legend."""
     x = np.asarray(series.x)
     y = np.asarray(series.y)
     finite = np.isfinite(x)
-    look = _look(series, np.sum(finite))
+    round_of_colors, number = divmod(series.color or 0, len(COLORS))
+    style = LINE_STYLES[(series.style + 2 * round_of_colors) % len(LINE_STYLES)]
+    look: dict[str, Any] = {"color": COLORS[number], "linestyle": style, "linewidth": 1.4}
+    if series.kind == "steps":
+        look["drawstyle"] = "steps-post"
+    elif series.kind == "points" or finite.sum() <= MAX_MARKED:
+        look |= {"marker": "o", "linewidth": 1.0, "zorder": 3}
+    if series.kind == "points":
+        look["linestyle"] = ""
     width = _window(series)
     (artist,) = axes.plot(x, y, alpha=0.35 if width > 1 else 1.0, **look)
     if width > 1:
         before = width // 2
-        after = width - 1 - before
-        known = np.pad(y[finite], (before, after), mode="edge")
+        known = np.pad(y[finite], (before, width - 1 - before), mode="edge")
         means = np.convolve(known, np.full(width, 1 / width), "valid")
         every = math.ceil(width / 8)  # between these points a smooth curve is straight
-        thick = look | {"linewidth": 1.9}
-        (artist,) = axes.plot(x[finite][::every], means[::every], **thick)
+        (artist,) = axes.plot(x[finite][::every], means[::every], **look | {"linewidth": 1.9})
     if series.low is not None:
         step = "post" if series.kind == "steps" else None
         band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(x, series.low, series.high, step=step, **band)
-    above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
     for label, *point in zip(series.labels, x, y, strict=False):
         if np.isfinite(point).all():
+            above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
             axes.annotate(label, point, (0, 5), **above)
     return artist
-
-
-def _look(series: Series, num_points: int) -> dict[str, Any]:
-    """Matplotlib's properties of a series."""
-    number = series.color or 0
-    round_of_colors = number // len(COLORS)
-    style = series.style + 2 * round_of_colors
-    look = {
-        "color": COLORS[number % len(COLORS)],
-        "linestyle": LINE_STYLES[style % len(LINE_STYLES)],
-        "linewidth": 1.4,
-    }
-    if series.kind == "steps":
-        return look | {"drawstyle": "steps-post"}
-    if series.kind == "points":
-        look["linestyle"] = ""
-    elif num_points > MAX_MARKED:
-        return look
-    return look | {"marker": "o", "linewidth": 1.0, "zorder": 3}
-
-
-def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
-    """The band, the lines and the diagonal of the plot."""
-    handles: dict[str, Any] = {}
-    if plot.band:
-        low, high, label = plot.band
-        handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
-    for i, (label, y) in enumerate(plot.lines.items()):
-        style = LINE_STYLES[1 + i % 3]
-        handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
-    if plot.diagonal:
-        left, _ = axes.get_xlim()
-        line = axes.axline((left, left), slope=1, color="#777777", linewidth=1, linestyle=":")
-        handles[plot.diagonal] = line
-    return handles

@@ -21,7 +21,7 @@ import html
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,21 @@ from rlhf_jax.report import chapters, figures, records
 from rlhf_jax.report.parts import Facts, Figures, Gates, Part, Table
 from rlhf_jax.runs.writing import write_atomically
 
-__all__ = [
-    "Facts",
-    "Figures",
-    "Gates",
-    "Table",
-    "default_path",
-    "fill",
-    "render",
-    "write",
-    "write_png",
-]
+__all__ = ["Facts", "Figures", "Gates", "Table", "default_path", "fill", "render", "write"]
+__all__ += ["write_png"]
 
 NAVIGATION = "<!-- links to the sections -->"
 # A part that is folded, or a heading.
 _HEADING = re.compile(
     r'<details>.*?</details>|<(h\d) class="(chapter|section)">(.*?)</h\d>', re.DOTALL
 )
-# A browser would drop or obey control characters. Unicode has pictures of the ASCII ones.
-_PICTURED = [code for code in range(32) if chr(code) not in "\n\t"]
-# Other control characters, and those that turn the direction of the text, become their numbers.
-_NUMBERED = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-PICTURES = {code: chr(0x2400 + code) for code in _PICTURED}
-PICTURES |= {code: f"⟨U+{code:04X}⟩" for code in _NUMBERED}
+# A browser would drop or obey control characters. Unicode has pictures of the ASCII ones; others,
+# and those that turn the direction of the text, become their numbers.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+PICTURES |= {
+    code: f"⟨U+{code:04X}⟩"
+    for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 PICTURES[0x7F] = "␡"
 
 
@@ -105,30 +97,23 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     Raises:
         UserError: as ``write`` does, or no place for the files.
     """
-    images = _images(chapters.of(records.find(runs)))
-    paths = {Path(folder, f"{name}.png"): image for name, image in images.items()}
-    with file_errors(folder, "written"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for path, image in paths.items():
-            write_atomically(path, image)
-    return list(paths)
-
-
-def _images(drawn: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """{file name without its ending: PNG} of the chapters' figures; equal names are numbered."""
-    images: dict[str, bytes] = {}
+    drawn = chapters.of(records.find(runs))
+    images: dict[Path, bytes] = {}
     count = Counter[str]()
     for chapter in drawn:
         for figure in chapter["curves"] + chapter["distributions"]:
             image = figures.png(figure)
             if not image:
                 continue
-            title = f"{chapter['stages']} {figure.title}" if len(drawn) > 1 else figure.title
-            name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+            name = _slug(f"{chapter['stages']} {figure.title}" if len(drawn) > 1 else figure.title)
             count[name] += 1
             numbered = f"{name}--{count[name]}" if count[name] > 1 else name
-            images[numbered] = image
-    return images
+            images[Path(folder, f"{numbered}.png")] = image
+    with file_errors(folder, "written"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path, image in images.items():
+            write_atomically(path, image)
+    return list(images)
 
 
 def default_path(runs: Sequence[str | Path]) -> Path:
@@ -159,8 +144,8 @@ def fill(template: str, **context: Any) -> str:
     environment.filters["notes"] = figures.notes
     environment.filters["cells"] = lambda row, columns: [row.get(column) for column in columns]
     environment.filters["svg"] = lambda plot: figures.element(plot, str(next(salts)))
-    marked = context | {"navigation": NAVIGATION}
-    text = environment.get_template(template).render(marked).translate(PICTURES)
+    text = environment.get_template(template).render(context | {"navigation": NAVIGATION})
+    text = text.translate(PICTURES)
     text = _with_links(text) if NAVIGATION in text else text
     # A model may write half a surrogate pair, which no file can hold.
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -177,18 +162,22 @@ def _with_links(page: str) -> str:
         tag, kind, title = heading.groups()
         if tag is None:
             return heading[0]
-        name = re.sub(r"[^a-z0-9]+", "-", html.unescape(title).lower()).strip("-") or "section"
+        name = _slug(html.unescape(title)) or "section"
         count[name] += 1
         if count[name] > 1:
             name += f"-{count[name]}"
         if tag == "h2":
-            links.append(f'<li><a href="#{name}">{title}</a></li>')
+            links.append(f'<li><a href="#{name}">{title}</a></li>\n')
         return f'<{tag} id="{name}" class="{kind}">{title}</{tag}>'
 
     page = _HEADING.sub(named, page)
-    items = "\n".join(links)
-    shown = f'<nav aria-label="Sections">\n<ul>\n{items}\n</ul>\n</nav>' if links else ""
+    items = "".join(links)
+    shown = f'<nav aria-label="Sections">\n<ul>\n{items}</ul>\n</nav>' if links else ""
     return page.replace(NAVIGATION, shown, 1)
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def _text(value: Any, format_spec: str = "") -> str:
@@ -201,6 +190,4 @@ def _text(value: Any, format_spec: str = "") -> str:
     if isinstance(value, float | np.floating):
         has_many_digits = 1e4 <= abs(float(value)) < 1e9
         return format(value, format_spec or (".0f" if has_many_digits else ".4g"))
-    if isinstance(value, int | np.integer):
-        return format(value, format_spec)
-    return str(value)
+    return format(value, format_spec) if isinstance(value, int | np.integer) else str(value)

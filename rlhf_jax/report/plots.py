@@ -6,9 +6,8 @@ Runs of a group are drawn as their mean with a band from the lowest to the highe
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -21,15 +20,8 @@ MAX_DOTS = 60  # of reward against KL; a longer run is drawn as means over equal
 MAX_NUMBERED = 6  # of these dots
 LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
 Groups = Sequence[Group]
-Members = Sequence[str]
-"""The training metric and that of the validation, or one of them."""
 # The training metric of validation/NAME has one of these prefixes.
 _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "kto/", "")
-
-
-def unit(record: RunRecord) -> str:
-    """The name of a step of the run."""
-    return "iteration" if record.kind == "policy" else "step"
 
 
 def meaning(name: str) -> str:
@@ -44,28 +36,20 @@ def meaning(name: str) -> str:
     return ""
 
 
-def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
+def metric_groups(records: Sequence[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its
     validation]}``.
     """
-    names: dict[str, Any] = {}
-    for record in records:
-        names |= record.last
-    names.pop("step", None)
+    names = dict.fromkeys(name for record in records for name in record.last if name != "step")
     members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
-        base = _training_metric(name, names)
+        base = name
+        if name.startswith("validation/"):
+            rest = name.removeprefix("validation/")
+            known = [prefix + rest for prefix in _TRAINING if prefix + rest in names]
+            base = known[0] if known else name
         members.setdefault(base, []).append(name)
     return {base: together for base, together in members.items() if together}
-
-
-def _training_metric(name: str, names: Collection[str]) -> str:
-    """The training metric that is drawn together with validation/NAME; any other metric itself."""
-    if not name.startswith("validation/"):
-        return name
-    rest = name.removeprefix("validation/")
-    known = [prefix + rest for prefix in _TRAINING if prefix + rest in names]
-    return known[0] if known else name
 
 
 def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,31 +97,12 @@ def curves(groups: Groups) -> tuple[list[Plot], dict[str, float]]:
     return plots, constant
 
 
-def _metric_plot(groups: Groups, base: str, members: Members) -> Plot:
-    """The curves of a metric, with its alerts and its horizontal line."""
-    records = [record for group in groups for record in group.records]
-    drawn = _metric_series(groups, members)
-    alerts = [mark for record in records for mark in _alerts(record, members)]
-    if alerts:
-        steps, values = zip(*alerts, strict=True)
-        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
-    title = members[0]
-    y_label = base.rpartition("/")[2]
-    lines: dict[str, float] = {}
-    if base in LABELS["curves"]:
-        title, y_label, lines = LABELS["curves"][base]
-        title += f": {members[0]}"
-    first, *others = {record.settings.get("rl.kl_target") for record in records}
-    if base == "objective/kl" and first is not None and not others:
-        lines = {"target": first}
-    x_label = unit(records[0])
-    return Plot(title, x_label, y_label, drawn, lines=lines, note=meaning(members[0]))
-
-
-def _metric_series(groups: Groups, members: Members) -> dict[str, Series]:
-    """The curves of each group, by their labels. The colour tells groups apart, the line style
-    validation from training; with one group the colour tells validation from training.
+def _metric_plot(groups: Groups, base: str, members: Sequence[str]) -> Plot:
+    """The curves of a metric and its validation, with its alerts and its horizontal line. The
+    colour tells groups apart, the line style validation from training; with one group the colour
+    tells validation from training.
     """
+    records = [record for group in groups for record in group.records]
     drawn: dict[str, Series] = {}
     for number, group in enumerate(groups):
         for second, name in enumerate(members):
@@ -153,23 +118,24 @@ def _metric_series(groups: Groups, members: Members) -> dict[str, Series]:
             if len(group.records) > 1:
                 line = line._replace(low=y.min(axis=0), high=y.max(axis=0))
             drawn[label] = line
-    return drawn
-
-
-def _alerts(record: RunRecord, members: Members) -> list[tuple[int, float]]:
-    """The alerts of the run that name one of these metrics in their rule or message: step and value
-    of the metric there.
-    """
-    rows = {row["step"]: row for row in record.metrics}
-    marks = []
-    for alert in record.alerts:
-        step = alert["step"]
-        row = rows.get(step, {})
-        words = re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")
-        for name in members:
-            if name in words and name in row:
-                marks.append((step, row[name]))
-    return marks
+    marks = []  # of the alerts that name one of these metrics in their rule or message
+    for record in records:
+        rows = {row["step"]: row for row in record.metrics}
+        for alert in record.alerts:
+            row = rows.get(alert["step"], {})
+            words = re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")
+            marks += [
+                (alert["step"], row[name]) for name in members if name in words and name in row
+            ]
+    if marks:
+        at, measured = zip(*marks, strict=True)
+        drawn["alert"] = Series(at, measured, kind="points", color=len(groups) + 1)
+    title, y_label, lines = LABELS["curves"].get(base, ("", base.rpartition("/")[2], {}))
+    title = f"{title}: {members[0]}" if title else members[0]
+    first, *others = {record.settings.get("rl.kl_target") for record in records}
+    if base == "objective/kl" and first is not None and not others:
+        lines = {"target": first}
+    return Plot(title, records[0].unit, y_label, drawn, lines=lines, note=meaning(members[0]))
 
 
 def reward_against_kl(groups: Groups) -> Plot | None:
@@ -200,66 +166,43 @@ def reward_against_kl(groups: Groups) -> Plot | None:
     return Plot(*_axes("reward_against_kl", ""), drawn, note=note)
 
 
-# --- What samples.jsonl holds
-
-
 def distributions(groups: Groups) -> list[Plot]:
     """Reward against KL and histograms of the first and the last validation; of a reward model also
     its calibration, or scores over target scores."""
     kind = groups[0].records[0].kind
     frontier = reward_against_kl(groups)
     plots = [frontier] if frontier else []
-    keys = ["margin", "score"]
-    if kind == "policy":  # other runs' answers keep their lengths
-        keys.append("length")
-    for key in keys:
-        plots += _histograms(groups, key)
-    if kind == "reward_model":
+    # Other runs' answers keep their lengths.
+    for key in ("margin", "score", "length") if kind == "policy" else ("margin", "score"):
+        drawn: dict[str, dict[str, list[float]]] = {}
         for group in groups:
-            plots += _of_reward_model(group, group.name if len(groups) > 1 else "")
+            for when, (steps, rows) in zip(("before", "after"), group.validations, strict=False):
+                values = [row[key] for row in rows if key in row]
+                if values:
+                    label = f"{when} (step {steps}, n = {len(values)})"
+                    drawn.setdefault(group.name, {})[label] = values
+        pooled = [value for sets in drawn.values() for values in sets.values() for value in values]
+        for name, sets in drawn.items():
+            axes = _axes(key, name if len(groups) > 1 else "")
+            plots.append(histogram(*axes, sets, bin_edges(pooled)))
+    for group in groups if kind == "reward_model" else ():
+        name = group.name if len(groups) > 1 else ""
+        for steps, rows in group.validations[-1:]:
+            margins = [row["margin"] for row in rows if "margin" in row]
+            if margins:
+                plots.append(_calibration(group, name, steps, margins))
+            scored = [(row["target"], row["score"]) for row in rows if "target" in row]
+            if scored:
+                targets, scores = zip(*scored, strict=True)
+                points = {"responses": Series(targets, scores, kind="points")}
+                plots.append(Plot(*_axes("targets", name), points, diagonal="score = target"))
     return plots
 
 
 def _axes(key: str, name: str) -> tuple[str, str, str]:
     """Title and labels of the axes of a plot of the group ``name``; "" if there is only one."""
     title, x_label, y_label = LABELS[key]
-    if name:
-        title += f", {name}"
-    return title, x_label, y_label
-
-
-def _of_reward_model(group: Group, name: str) -> list[Plot]:
-    """Calibration if the samples are pairs, scores over targets if they have targets."""
-    plots = []
-    for steps, rows in group.validations[-1:]:
-        margins = [row["margin"] for row in rows if "margin" in row]
-        if margins:
-            plots.append(_calibration(group, name, steps, margins))
-        scored = [(row["target"], row["score"]) for row in rows if "target" in row]
-        if scored:
-            targets, scores = zip(*scored, strict=True)
-            points = {"responses": Series(targets, scores, kind="points")}
-            plots.append(Plot(*_axes("targets", name), points, diagonal="score = target"))
-    return plots
-
-
-def _histograms(groups: Groups, key: str) -> list[Plot]:
-    """A histogram for each group whose samples have the key, all over the same bins."""
-    drawn: dict[str, dict[str, list[float]]] = {}
-    pooled: list[float] = []
-    for group in groups:
-        for when, (steps, rows) in zip(("before", "after"), group.validations, strict=False):
-            values = [row[key] for row in rows if key in row]
-            if values:
-                label = f"{when} (step {steps}, n = {len(values)})"
-                drawn.setdefault(group.name, {})[label] = values
-                pooled += values
-    edges = bin_edges(pooled)
-    plots = []
-    for name, sets in drawn.items():
-        axes = _axes(key, name if len(groups) > 1 else "")
-        plots.append(histogram(*axes, sets, edges))
-    return plots
+    return f"{title}, {name}" if name else title, x_label, y_label
 
 
 def _calibration(group: Group, name: str, steps: str, margins: Sequence[float]) -> Plot:

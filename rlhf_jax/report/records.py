@@ -73,6 +73,11 @@ class RunRecord:
         return self.stage if self.stage in KINDS else "policy"
 
     @property
+    def unit(self) -> str:
+        """The name of a step of the run."""
+        return "iteration" if self.kind == "policy" else "step"
+
+    @property
     def steps(self) -> int:
         """The last step that it has recorded."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
@@ -190,34 +195,40 @@ def _read(path: Path, name: str, is_inner: bool) -> RunRecord:
     """The run in a folder. is_inner: it is a stage of a pipeline, whose folder is written as "…" in
     its settings: two runs do not differ by it.
     """
-    manifest = reading.read_json(path / "manifest.json", reading.MANIFEST, ["command"])
+    manifest = reading.read_json(path / "manifest.json", reading.Manifest, ["command"])
     place = path / "config.yaml"
-    settings = reading.read_yaml(place, reading.SETTINGS)
+    settings = reading.read_yaml(place, reading.Settings)
     config = read_file(place).decode("utf-8", "replace")
     given = str(settings.get("output_dir"))
     outer = Path(given).parent
     if is_inner and outer.name:
         renamed = config.replace(f"{outer}/", "…/")
-        settings = reading.parse_yaml(renamed, reading.SETTINGS, str(place))
+        settings = reading.parse_yaml(renamed, reading.Settings, str(place))
     evaluation: list[Row] = []
     file = path / EVALUATION
     if file.exists():
-        evaluation = reading.read_json(file, reading.EVALUATION, ["rows"])["rows"]
-    rows = {}
-    incomplete = []
+        evaluation = reading.read_json(file, reading.Evaluation, ["rows"])["rows"]
+    rows: dict[str, Any] = {}
+    cut = []
     for kind in ("metrics", "timing", "samples", "alerts"):
         file = path / f"{kind}.jsonl"
         rows[kind] = reading.read_rows(file)
-        lines = read_file(file, most=None).splitlines() if file.exists() else []
-        if len(lines) > len(rows[kind]):
-            incomplete.append(file.name)
+        if file.exists() and len(read_file(file, most=None).splitlines()) > len(rows[kind]):
+            cut.append(file.name)
     for row in rows["samples"]:
         if "score_chosen" in row and "score_rejected" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
-    cut = tuple(incomplete)
     flat = dotted(settings)
     return RunRecord(
-        path, name, manifest, config, flat, **rows, evaluation=evaluation, cut=cut, folder=given
+        path,
+        name,
+        manifest,
+        config,
+        flat,
+        **rows,
+        evaluation=evaluation,
+        cut=tuple(cut),
+        folder=given,
     )
 
 
@@ -229,19 +240,14 @@ def groups(records: Iterable[RunRecord]) -> list[Group]:
         members.setdefault(key, []).append(record)
     names = []
     for group in members.values():
-        names.append(_common_name([record.name for record in group]))
+        common = os.path.commonprefix([record.name for record in group])  # noqa: RUF071
+        common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", common)
+        name = group[0].name
+        names.append(f"{common or name} (n = {len(group)})" if len(group) > 1 else name)
     if len(set(names)) < len(names):
         names = [f"{group[0].name} (n = {len(group)})" for group in members.values()]
     pairs = zip(names, members.values(), strict=True)
     return [Group(name, tuple(group)) for name, group in pairs]
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """What the names have in common at their beginning."""
-    if len(names) == 1:
-        return names[0]
-    common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", os.path.commonprefix(names))  # noqa: RUF071
-    return f"{common or names[0]} (n = {len(names)})"
 
 
 def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
@@ -283,5 +289,4 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     :class:`rlhf_jax.report.figures.Plot`.
     """
     recorded = [row for row in rows if name in row]
-    steps = [row["step"] for row in recorded]
-    return steps, [row[name] for row in recorded]
+    return [row["step"] for row in recorded], [row[name] for row in recorded]

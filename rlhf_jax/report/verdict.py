@@ -1,10 +1,14 @@
 """The result of a run in a sentence and a few figures, and the commands that may come next."""
 
+import math
 import shlex
 from typing import NamedTuple
 
-from rlhf_jax.report import noise, plots
-from rlhf_jax.report.records import Group, RunRecord
+import numpy as np
+
+from rlhf_jax import metrics
+from rlhf_jax.report import plots
+from rlhf_jax.report.records import Group, RunRecord, series
 from rlhf_jax.runs.log import duration
 
 _LONGEST = 100  # characters of an answer or prompt beside the verdict
@@ -25,57 +29,42 @@ def sentence(group: Group) -> str:
     rows they rest and whether the change may be chance. If a run did not finish, the sentence
     before this one says how it ended.
     """
-    record = group.records[0]
     steps = sorted({record.steps for record in group.records})
-    counts = " or ".join(map(str, steps))
-    length = f"{counts} {plots.unit(record)}s"
+    length = f"{' or '.join(map(str, steps))} {group.records[0].unit}s"
     measured = _measured(group)
     parts = [length]
     if measured:
         main = measured[0]
-        value = main.value
-        if main.note:
-            value += f" ({main.note})"
-        parts = [f"{main.label} {value} in {length}"]
+        note = f" ({main.note})" if main.note else ""
+        parts = [f"{main.label} {main.value}{note} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
         if tile.label == "KL":
-            last = tile.value.rpartition("→ ")[2]
-            parts.append(f"KL {last} {tile.note}")
+            parts.append(f"KL {tile.value.rpartition('→ ')[2]} {tile.note}")
     alerts = _alerts(group)
-    parts.append(alerts.value)
-    if alerts.note:
-        parts[-1] += f": {alerts.note}"
+    parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
     ends = [unfinished(record) for record in group.records]
-    result = ", ".join(parts)
-    return " ".join([*filter(None, ends), f"{result}."])
+    return " ".join([*filter(None, ends), f"{', '.join(parts)}."])
 
 
 def rewarded(group: Group, count: int = 3) -> list[str]:
     """Answers of the last validation with the highest scores, ``3 + 4 = (score 1, to: What ...)``:
     whether they are what was meant, no number says. Empty if none scored more than the others.
     """
-    validations = group.records[0].validations
-    if not validations:
-        return []
-    _, samples = validations[-1]
     rows = []
-    for row in samples:
-        if "response" in row and isinstance(row.get("score"), float):
-            rows.append(row)
+    for _, samples in group.records[0].validations[-1:]:
+        rows = [row for row in samples if "response" in row and isinstance(row.get("score"), float)]
     scores = [row["score"] for row in rows]
     lowest = min(scores, default=0.0)
-    highest = max(scores, default=0.0)
-    if lowest == highest:
+    if lowest == max(scores, default=0.0):
         lowest = 0.0  # all are right, or none is
     shown: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row["score"], reverse=True):
         answer = _ends(row["response"])
-        question = _ends(row.get("prompt", ""))
-        score = row["score"]
-        if score > lowest:
-            shown.setdefault(answer, f"{answer!r} (score {score:.3g}, to {question!r})")
+        if row["score"] > lowest:
+            question = _ends(row.get("prompt", ""))
+            shown.setdefault(answer, f"{answer!r} (score {row['score']:.3g}, to {question!r})")
     return list(shown.values())[:count]
 
 
@@ -87,30 +76,23 @@ def _ends(text: object) -> str:
 
 def next_commands(kind: str, folder: object) -> list[str]:
     """The commands that go on with a finished run of this kind."""
-    run = shlex.quote(str(folder))
-    lines = plots.LABELS["next"][kind]
-    return [line.format(run=run) for line in lines]
+    return [line.format(run=shlex.quote(str(folder))) for line in plots.LABELS["next"][kind]]
 
 
 def tiles(group: Group) -> list[Tile]:
     """The metrics that a run of this kind is judged by, the time and the alerts."""
     record = group.records[0]
-    seconds = 0.0
-    for row in record.timing:
-        for name, value in row.items():
-            if name != "step":
-                seconds += value
+    times = [value for row in record.timing for name, value in row.items() if name != "step"]
     pace = record.seconds_per_step
-    note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
-    time = Tile("Time", duration(seconds), note)
-    return [*_measured(group), time, _alerts(group)]
+    note = f"{pace:.3g} s per {record.unit}" if pace else ""
+    return [*_measured(group), Tile("Time", duration(sum(times)), note), _alerts(group)]
 
 
 def unfinished(record: RunRecord) -> str:
     """A sentence about how a run without a model ended; empty if it has a model."""
     if record.finished:
         return ""
-    where = f"{plots.unit(record)} {record.steps}"
+    where = f"{record.unit} {record.steps}"
     planned = record.settings.get("rl.num_iterations")
     if planned and record.kind == "policy":
         where += f" of {planned}"
@@ -126,41 +108,55 @@ def _measured(group: Group) -> list[Tile]:
     """The metrics that plots.yaml names for this kind of run, before and after."""
     record = group.records[0]
     target = record.settings.get("rl.kl_target")
-    nats = f"of {target:g} nats" if target else "nats"
     found = []
     for choices in plots.LABELS["tiles"][record.kind]:
         for label, name in choices.items():
             means = plots.mean(group, name)
             if not means.size:
                 continue
-            first = f"{means[0]:.3g}"
-            last = f"{means[-1]:.3g}"
-            value = last if first == last else f"{first} → {last}"
+            first, last = (f"{means[end]:.3g}" for end in (0, -1))
             notes = []
             if label == "KL":
-                notes.append(nats)
-            measured_at = _of_earlier_step(group, name)
-            if measured_at:
-                notes.append(measured_at)
-            changed = noise.change(record, name) if len(group.records) == 1 else None
-            if changed is not None:
-                notes.append(changed.text)
-            note = ", ".join(notes)
-            found.append(Tile(label, value, note))
+                notes.append(f"of {target:g} nats" if target else "nats")
+            measured_at = plots.curve(group, name)[0][-1]
+            if measured_at < min(record.steps for record in group.records):
+                notes.append(f"of {record.unit} {measured_at}")
+            if len(group.records) == 1:
+                notes += _change(record, name)
+            value = last if first == last else f"{first} → {last}"
+            found.append(Tile(label, value, ", ".join(notes)))
             break
     return found
 
 
-def _of_earlier_step(group: Group, name: str) -> str:
-    """The step of a metric's last value in words; "" if it is the last step of the runs."""
-    steps, _ = plots.curve(group, name)
-    measured_at = steps[-1]
-    record = group.records[0]
-    last_step = min(record.steps for record in group.records)
-    if measured_at >= last_step:
-        return ""
-    unit = plots.unit(record)
-    return f"of {unit} {measured_at}"
+def _change(record: RunRecord, name: str) -> list[str]:
+    """How much a held-out accuracy or score changed, on how many rows or prompts, and whether that
+    may be chance; empty of other metrics, and if the run does not say on how many rows it was
+    measured, or has one validation alone.
+    """
+    _, values = series(record.metrics, name)
+    num = record.last.get("validation/rows", 0)
+    if len(values) > 1 and name == "validation/accuracy" and num:
+        unit = "rows"
+        low, high = metrics.share_change(values[0], after=values[-1], num=num)
+    elif len(values) > 1 and name == "validation/score" and len(record.validations) > 1:
+        by_prompt: list[dict[str, list[float]]] = [{}, {}]
+        for scores, (_, rows) in zip(by_prompt, record.validations, strict=True):
+            for row in rows:
+                score = row.get("score")
+                if isinstance(score, float) and math.isfinite(score):
+                    scores.setdefault(str(row.get("prompt")), []).append(score)
+        unit = "prompts"
+        both = sorted(by_prompt[0].keys() & by_prompt[1].keys())
+        num = len(both)
+        if num < 2:
+            return []
+        means = np.array([[np.mean(scores[prompt]) for prompt in both] for scores in by_prompt])
+        low, high = metrics.paired_change(*means)
+    else:
+        return []
+    noise = ": within noise" if low <= 0 <= high else ""
+    return [f"{num} held-out {unit}, change {low:.2g} to {high:.2g} at 95%{noise}"]
 
 
 def _alerts(group: Group) -> Tile:

@@ -22,7 +22,6 @@ does a metrics file that is read again.
 
 import difflib
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -123,8 +122,8 @@ def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
         UserError: an entry is no rule; the error quotes it and says what was expected.
     """
     nats = 0.02 if dtype == "float32" else 0.5
-    gap = _default("sampler gap", f"policy/sampler_gap > {nats} for 3")
-    defaults = DEFAULTS | {gap.name: gap}
+    gap = _rule(f"policy/sampler_gap > {nats} for 3", {})
+    defaults = DEFAULTS | {"sampler gap": gap._replace(name="sampler gap")}
     own = [_rule(entry, defaults) for entry in entries if entry != "none"]
     if "none" in entries:
         return tuple(own)
@@ -230,7 +229,7 @@ def _condition(match: re.Match[str]) -> Condition:
 
 
 # --- The default rules. docs/alerts.md says which failure each one detects,
-# docs/notes/measurements.md how often it was wrong.
+# and how often it was wrong.
 
 
 def _beyond(label: str, value: float, sign: str, limit: float) -> str:
@@ -291,10 +290,6 @@ def _noise(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
 
 
-def _default(name: str, text: str) -> Rule:
-    return _rule(text, {})._replace(name=name)
-
-
 _TEXTS = {
     "non-finite update": "nonfinite > 0",
     "KL explosion": "objective/kl / response/length > 2 for 3",
@@ -306,7 +301,7 @@ _TEXTS = {
     "one answer": "reward/one_answer > 0.9 for 5",
 }
 _RULES = (
-    *itertools.starmap(_default, _TEXTS.items()),
+    *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),

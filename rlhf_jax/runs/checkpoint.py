@@ -15,11 +15,12 @@ whole sharded array. The first process merges Orbax's metadata of them, writes t
 renames the folder, which must be on a shared disk. If an array was saved with another sharding,
 each process reads all of it.
 
-Orbax's checkpointers and its CheckpointManager are not used. The former wait ten minutes at a
-barrier for a process that could not write; here the processes tell each other. The latter decides
-what to delete before the new step is complete, forgets those steps when the save then fails, reads
-the metric of "best" without a checksum (a truncated file stops it from opening), and treats NaN as
-a number.
+Of Orbax only the handler of trees is used. Its checkpointers wait ten minutes at a barrier for a
+process that could not write; here the processes tell each other. Its CheckpointManager decides what
+to delete before the new step is complete, forgets those steps when the save then fails, reads the
+metric of "best" without a checksum (a truncated file stops it from opening), and treats NaN as a
+number. Its experimental v1 is built on both, has another layout on the disk, and reads no array
+whose sharding it is not told.
 """
 
 import asyncio
@@ -27,7 +28,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -38,7 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import absl.logging
 import jax
@@ -48,14 +48,46 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import TrainingFault, UserError, read_file
 from rlhf_jax.parallel import sharding
-from rlhf_jax.runs import processes, reading
+from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import check_ordinary, steps
-from rlhf_jax.runs.reading import Row
+from rlhf_jax.runs.reading import Number, Row, parse_json
+from rlhf_jax.runs.writing import write_together
 
 T = TypeVar("T")
 Digests = dict[str, str]  # {place of a part in its array: sha256}
 Shards = dict[str, np.ndarray]  # {place: the part}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Array(TypedDict):
+    dtype: str
+    shape: list[int]
+
+
+class _Leaf(_Array, total=False):
+    sha256: str
+    parts: Digests  # in place of sha256 if several processes wrote the array
+
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Settings(TypedDict, total=False):
+    rl: Row
+
+
+class _Meta(TypedDict, total=False):
+    step: int
+    metrics: dict[str, Number]
+    config: _Settings
+
+
+class _Record(TypedDict):
+    meta: _Meta
+    leaves: dict[str, _Leaf]
+    files: dict[str, _File]
 
 
 class CheckpointError(TrainingFault):
@@ -108,12 +140,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._handler = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
 
-    def __exit__(
-        self,
-        kind: Any,
-        error: BaseException | None,
-        traceback: Any,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Waits for the last save and ends Orbax's threads."""
         try:
             self.wait()
@@ -181,13 +208,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             name: {"bytes": len(content), "sha256": digest_of(content)}
             for name, content in files.items()
         }
-        record = {"meta": meta, "leaves": _described(leaves), "files": about}
+        record = {"meta": meta, "leaves": _kinds(leaves), "files": about}
         record = json.loads(json.dumps(record))
         arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
         parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
         folder = self._directory / f"{step}.orbax-checkpoint-tmp"
+
+        def make_room() -> None:
+            self._delete()
+            for damaged in self._damaged:
+                aside = self._directory / f"damaged-{damaged}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(damaged)).rename(aside)
+            (folder / "state").mkdir(parents=True)
+
         with self._writing(step):
-            processes.in_first(lambda: self._make_room(folder / "state"))
+            processes.in_first(make_room)
             filled = {name: array for name, array in arrays.items() if array.size}
             args = ocp.args.PyTreeSave(filled)
             copied = self._handler.async_save(folder / "state", args=args)
@@ -207,17 +243,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """
         while self._pending:
             self._pending.pop().result()
-
-    def _make_room(self, folder: Path) -> None:
-        """Makes an empty folder for a step, after it has moved damaged steps and deleted
-        leftovers.
-        """
-        self._delete()
-        for damaged in self._damaged:
-            aside = self._directory / f"damaged-{damaged}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self._directory / str(damaged)).rename(aside)
-        folder.mkdir(parents=True)
 
     def _write(
         self,
@@ -241,11 +266,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 leaf |= {"parts": of_all} if len(of_all) > 1 else {"sha256": of_all.popitem()[1]}
             self._handler.finalize(folder / "state")
             text = json.dumps(record)
-            (folder / "record").mkdir()
-            for name, content in files.items():
-                (folder / "record" / name).write_bytes(content)
             item = {"record": text, "sha256": digest_of(text.encode())}
-            (folder / "record" / "metadata").write_text(json.dumps(item), "utf-8")
+            (folder / "record").mkdir()
+            contents: dict[str, str | bytes] = {**files, "metadata": json.dumps(item)}
+            write_together({folder / "record" / name: text for name, text in contents.items()})
             folder.rename(self._directory / str(step))
 
         with self._writing(step):
@@ -253,12 +277,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             processes.agree(lambda: [future.result() for future in written])
             digests = processes.gather(lambda: _digests(record["leaves"], parts))
             processes.in_first(publish)
-        processes.in_first(self._delete_old)
-
-    def _delete_old(self) -> None:
-        """Deletes the steps that are neither among the last nor the best."""
-        old = self.steps()[: -self._keep_last]
-        self._delete(set(old) - {self.best()})
+        old = set(self.steps()[: -self._keep_last])
+        processes.in_first(lambda: self._delete(old - {self.best()}))
 
     def _delete(self, old: Iterable[int] = ()) -> None:
         """Deletes steps, and the leftovers of a killed or failed save or of a killed deletion."""
@@ -340,20 +360,28 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         leaves = _leaves(target)
         saved = record["leaves"]
         _compare(saved, leaves, where)
-        digests = {
-            name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]}
-            for name, kind in saved.items()
-        }
-        arrays = self._read(step, leaves, digests)
-        parts = {
-            name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()
-        }
+        try:
+            digests = {
+                name: kind.get("parts") or {_place_of(kind["shape"]): kind.get("sha256", "")}
+                for name, kind in saved.items()
+            }
+            arrays = self._read(step, leaves, digests)
+            parts = {
+                name: _parts(arrays[name], leaf.shape, digests[name])
+                for name, leaf in leaves.items()
+            }
+        except MemoryError:  # too little memory is no damage
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{where} is damaged: its arrays cannot be read ({_first_line(error)})"
+            ) from error
         for name, of_parts in _digests(saved, parts).items():
             if not of_parts.items() <= digests[name].items():
                 raise CheckpointError(
                     f"{where} is damaged: the array {name} does not match its checksum"
                 )
-        values = [_place(arrays.pop(name), leaf) for name, leaf in leaves.items()]
+        values = [_moved(arrays.pop(name), leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
     def _read(self, step: int, leaves: Row, digests: dict[str, Digests]) -> dict[str, Any]:
@@ -362,31 +390,25 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """
         empty = {}
         how = {}
+        folder = self._directory / str(step) / "state"
+        about = self._handler.metadata(folder).tree
         for name, leaf in leaves.items():
             if not leaf.size:  # Orbax stores none
                 empty[name] = np.zeros(leaf.shape, leaf.dtype)
-            elif _places(leaf) == digests[name].keys():
+                continue
+            array = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+            # Read before it is known, it could take all memory.
+            if (about[name].shape, about[name].dtype) != (array.shape, array.dtype):
+                raise ValueError(f"{name} is stored as {about[name].dtype}{about[name].shape}")
+            cuts: Iterable[Any] = ()
+            if _is_shared(leaf):
+                cuts = leaf.sharding.devices_indices_map(leaf.shape).values()
+            if {_place_of(leaf.shape, cut) for cut in cuts} == digests[name].keys():
                 how[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
             else:
                 how[name] = ocp.RestoreArgs(restore_type=np.ndarray)
         args = ocp.args.PyTreeRestore(how, restore_args=how)
-        folder = self._directory / str(step) / "state"
-        try:
-            about = self._handler.metadata(folder).tree
-            for name in how:
-                leaf = leaves[name]
-                array = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-                # Read before it is known, it could take all memory.
-                if (about[name].shape, about[name].dtype) != (array.shape, array.dtype):
-                    raise ValueError(f"{name} is stored as {about[name].dtype}{about[name].shape}")
-            stored = self._handler.restore(folder, args=args)
-        except MemoryError:  # too little memory is no damage
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._name(step)} is damaged: its arrays cannot be read ({_first_line(error)})"
-            ) from error
-        return empty | stored
+        return empty | self._handler.restore(folder, args=args)
 
     def _name(self, step: int) -> str:
         return f"checkpoint step {step} in {self._directory}"
@@ -408,9 +430,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if not is_whole:
             raise CheckpointError(f"{record} does not match its checksum")
         try:
-            content: Row = reading.parse_json(item["record"], reading.CHECKPOINT, "it")
-            for name, leaf in content["leaves"].items():
-                _check_parts(leaf, name)
+            content: Row = parse_json(item["record"], _Record, "it")
             if content["meta"].get("step", step) != step:
                 raise UserError(f"it is of step {content['meta']['step']}")
         except UserError as error:
@@ -477,19 +497,6 @@ def _leaves(state: Any) -> dict[str, Any]:
     return leaves
 
 
-def _check_parts(leaf: Row, name: str) -> None:
-    """Raises UserError unless the shape of an array, and the places of its parts, can be such."""
-    sizes = leaf["shape"]
-    try:
-        of_parts = [json.loads(place) for place in leaf.get("parts", ())]
-        ends = [(*end, size) for place in of_parts for end, size in zip(place, sizes, strict=True)]
-        is_within = all(0 <= start <= stop <= size for start, stop, size in ends)
-    except (ValueError, TypeError, RecursionError):
-        is_within = False
-    if not is_within or min(sizes, default=0) < 0 or leaf.get("parts") == {}:
-        raise UserError(f"{name} has no shape {sizes} with parts {list(leaf.get('parts', {}))}")
-
-
 def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -509,23 +516,16 @@ def _is_shared(leaf: Any) -> bool:
     return not getattr(getattr(leaf, "sharding", None), "is_fully_addressable", True)
 
 
-def _at(shape: Sequence[int], index: Iterable[slice] = itertools.repeat(slice(None))) -> str:
+def _place_of(shape: Sequence[int], index: Sequence[slice] | None = None) -> str:
     """The place of a shard in its array, [start, end] of each axis as JSON; without ``index`` the
     place of the whole array.
     """
-    ends = [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)]
-    return json.dumps(ends)
+    cuts = [slice(None)] * len(shape) if index is None else index
+    # The data of a key have one axis more than the key.
+    return json.dumps([cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=False)])
 
 
-def _places(leaf: Any) -> set[str]:
-    """The places of the shards of an array that is sharded over several processes; empty for other
-    arrays.
-    """
-    cuts = leaf.sharding.devices_indices_map(leaf.shape).values() if _is_shared(leaf) else ()
-    return {_at(leaf.shape, cut) for cut in cuts}
-
-
-def _described(leaves: Row) -> dict[str, Row]:
+def _kinds(leaves: Row) -> dict[str, Row]:
     """The dtype and shape of each leaf, as the record has them."""
     return {
         name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in leaves.items()
@@ -538,12 +538,11 @@ def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Shar
     """
     if isinstance(array, jax.Array):
         shards = [shard for shard in array.addressable_shards if places or shard.replica_id == 0]
-        return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
-    parts = {}
-    for place in places or [_at(shape)] * processes.is_first():
-        index = tuple(slice(*ends) for ends in json.loads(place))
-        parts[place] = array[index]
-    return parts
+        return {_place_of(shape, shard.index): np.asarray(shard.data) for shard in shards}
+    own = [_place_of(shape)] * processes.is_first()
+    return {
+        place: array[tuple(slice(*ends) for ends in json.loads(place))] for place in places or own
+    }
 
 
 def _digests(leaves: Row, parts: dict[str, Shards]) -> dict[str, Digests]:
@@ -552,18 +551,16 @@ def _digests(leaves: Row, parts: dict[str, Shards]) -> dict[str, Digests]:
     """
 
     def of_leaf(name: str) -> Digests:
-        return {place: _sha256(leaves[name], part) for place, part in parts[name].items()}
+        kind = json.dumps({"dtype": leaves[name]["dtype"], "shape": leaves[name]["shape"]})
+        digests = {}
+        for place, part in parts[name].items():
+            digest = hashlib.sha256(kind.encode())
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            digests[place] = digest.hexdigest()
+        return digests
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(parts, pool.map(of_leaf, parts), strict=True))
-
-
-def _sha256(leaf: Row, part: np.ndarray) -> str:
-    kind = json.dumps({"dtype": leaf["dtype"], "shape": leaf["shape"]})
-    digest = hashlib.sha256(kind.encode())
-    values = np.ascontiguousarray(part).reshape(-1)
-    digest.update(values.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def digest_of(content: bytes) -> str:
@@ -575,13 +572,13 @@ def _compare(saved: Row, target: Row, where: str) -> None:
     """Raises UserError unless the target has the arrays of the checkpoint."""
     kind_of = "{dtype}{shape}".format_map
     held = {path: kind_of(leaf) for path, leaf in saved.items()}
-    wanted = {path: kind_of(leaf) for path, leaf in _described(target).items()}
-    problems = []
-    for path in wanted | held:
-        here = held.get(path, "missing")
-        there = wanted.get(path, "missing")
-        if here != there:
-            problems.append(f"{path} is {here} in the checkpoint and {there} in the state")
+    wanted = {path: kind_of(leaf) for path, leaf in _kinds(target).items()}
+    problems = [
+        f"{path} is {held.get(path, 'missing')} in the checkpoint and "
+        f"{wanted.get(path, 'missing')} in the state"
+        for path in wanted | held
+        if held.get(path) != wanted.get(path)
+    ]
     if problems:
         raise UserError(
             f"{where} is of another model or optimizer, {len(problems)} arrays differ: "
@@ -589,7 +586,7 @@ def _compare(saved: Row, target: Row, where: str) -> None:
         )
 
 
-def _place(array: Any, target: Any) -> Any:
+def _moved(array: Any, target: Any) -> Any:
     """The array where the target is: on the host, on its devices, or free to move (uncommitted)."""
     if isinstance(target, np.ndarray | np.generic):
         return array

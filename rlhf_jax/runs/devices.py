@@ -101,7 +101,8 @@ def choose(
         idle = idle_accelerator()
         if idle is not None:
             raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
-    if deterministic and jax.default_backend() == "gpu" and not is_deterministic():
+    has_flags = "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", "").split()
+    if deterministic and jax.default_backend() == "gpu" and not has_flags:
         raise UserError(
             "--deterministic: XLA did not get its flags, since JAX had started before, or "
             "XLA_FLAGS says otherwise"
@@ -113,17 +114,12 @@ def choose(
         )
 
 
-def is_deterministic() -> bool:
-    """Whether XLA's flags ask for the same bits from run to run on a GPU."""
-    return "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", "").split()
-
-
 def flags_for(device: str | None, *, deterministic: bool = False) -> dict[str, str]:
     """The FLAGS of a device; with None of the one that JAX_PLATFORMS names, or that JAX would
     choose on this machine.
     """
     named = device or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    here = [platform for platform, patterns in FILES.items() if has_file(*patterns)]
+    here = [kind for kind, patterns in FILES.items() if any(map(glob.glob, patterns))]
     platform = {"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0]
     flags = FLAGS.get(platform, {})
     return flags | DETERMINISTIC if deterministic and platform == "gpu" else flags
@@ -165,7 +161,7 @@ def idle_accelerator() -> str | None:
     """
     used = {device.platform for device in _all_devices()}
     for kind, (name, plugin) in PLUGINS.items():
-        if kind not in used and has_file(*FILES[kind]):
+        if kind not in used and any(map(glob.glob, FILES[kind])):
             return (
                 f"This machine has {name}, but JAX does not use it. Install its plugin: pip "
                 f"install {plugin}."
@@ -233,11 +229,6 @@ def _cgroup(name: str) -> int:
     file = CGROUP / name
     text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else 0
-
-
-def has_file(*patterns: str) -> bool:
-    """Whether a file matches one of these patterns."""
-    return any(glob.glob(pattern) for pattern in patterns)
 
 
 def _all_devices() -> list[jax.Device]:

@@ -1,7 +1,7 @@
 """The folder of a run: its files, and its lock.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
-        write_atomically(run.config, to_yaml(config))
+        writing.write_atomically(run.config, to_yaml(config))
 
 - ``config.yaml``: the resolved configuration
 - ``manifest.json``: what reproduces the run (seed, versions, devices, data fingerprints, command)
@@ -24,17 +24,14 @@ import json
 import os
 import re
 import secrets
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import filelock
 
 from rlhf_jax.errors import UserError, file_errors, logger, read_file
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.writing import refuse_links, write_atomically
+from rlhf_jax.runs.writing import delete, refuse_links, take_lock
 
-_LOCK_FILES = (".lock", ".pid")
+_LOCK_FILES = (".lock", ".pid")  # the latter of runs of 0.3
 # What a run, its report and its evaluation write.
 _FILES = (
     "config.yaml",
@@ -53,18 +50,14 @@ _FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "judge", "engine")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.(unfinished|weights)")
 
 
-class Run(contextlib.AbstractContextManager["Run"]):
-    """An open run folder. No other process can open it until it is closed or this process ends.
-
-    Its files and folders are attributes; ``resumed`` says whether it has a checkpoint to continue
-    from.
+class Run:
+    """An open run folder: its files and folders. ``resumed`` says whether it has a checkpoint to
+    continue from.
     """
 
-    def __init__(self, path: Path, resumed: bool, was_empty: bool, lock: filelock.BaseFileLock):
+    def __init__(self, path: Path, resumed: bool):
         self.path = path
         self.resumed = resumed
-        self._was_empty = was_empty
-        self._lock = lock
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"
         self.report = path / "report.html"
@@ -79,23 +72,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
         # For an engine, while the run is open.
         self.weights = path / f".{secrets.token_hex(8)}.weights"
 
-    def close(self) -> None:
-        """Releases the folder."""
-        self._lock.release()
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        is_new = self._was_empty and not steps(self.checkpoints)
-        # Nothing has been computed yet, and the corrected command needs a free folder.
-        if isinstance(error, UserError) and is_new and processes.is_first():
-            _clear(self.path)
-        self.close()
+@contextlib.contextmanager
+def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Run]:
+    """Takes a run folder for this process, and makes it if it is missing. No other process can open
+    it before the ``with`` block or this process ends.
 
-
-def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Run:
-    """Takes a run folder for this process and makes it if it is missing.
-
-    If a UserError leaves the ``with`` block of a new run before its first checkpoint, the folder is
-    emptied again.
+    If a UserError leaves the block of a new run before its first checkpoint, the folder is emptied
+    again.
 
     Args:
       path: the folder. It counts as used as soon as it holds any file.
@@ -109,26 +93,28 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
         folder; what would be written is a symbolic link.
     """
     path = Path(path)
-    lock = filelock.FileLock(path / ".lock")
-    resumed, was_empty = processes.in_first(lambda: _take(path, lock, resume, overwrite))
-    return Run(path, resumed, was_empty, lock)
+    with contextlib.ExitStack() as stack:
+        resumed, was_empty = processes.in_first(lambda: _take(path, resume, overwrite, stack))
+        try:
+            yield Run(path, resumed)
+        except UserError:
+            # Nothing has been computed yet, and the corrected command needs a free folder.
+            if was_empty and not steps(path / "checkpoints") and processes.is_first():
+                _clear(path)
+            raise
 
 
 def _take(
-    path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
+    path: Path, resume: bool, overwrite: bool, stack: contextlib.ExitStack
 ) -> tuple[bool, bool]:
-    """Takes the lock. Returns whether there is a checkpoint to continue from, and whether the
-    folder is empty.
+    """Takes the folder until the stack is closed. Returns whether there is a checkpoint to continue
+    from, and whether the folder is empty.
     """
     check_usable(path, resume=resume, overwrite=overwrite)
-    refuse_links(path / name for name in _LOCK_FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"{path} is in use by {_holder(path)}; wait for it or choose another --output-dir"
-        ) from None
+        advice = "wait for it or choose another --output-dir"
+        stack.callback(take_lock(path / ".lock", f"{path} is in use", advice))
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
     # Another process may have used it in between.
@@ -138,21 +124,13 @@ def _take(
     check_links(path)
     for entry in path.iterdir():
         if _UNFINISHED.fullmatch(entry.name):  # of a process that was killed while it wrote
-            _delete(entry)
-    write_atomically(path / ".pid", f"{os.getpid()}\n")
+            delete(entry)
     resumed = resume and bool(steps(path / "checkpoints"))
     if resume and not resumed:
         logger.info(
             f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"
         )
     return resumed, is_unused(path)
-
-
-def _holder(path: Path) -> str:
-    """The process that has the folder open, as far as it is known."""
-    with contextlib.suppress(OSError, ValueError):
-        return f"the process with PID {int(read_file(path / '.pid'))}"
-    return "another process"
 
 
 def check_links(path: Path) -> None:
@@ -220,11 +198,4 @@ def _clear(path: Path) -> None:
     entries = [entry for entry in path.iterdir() if entry.name not in _LOCK_FILES]
     # The manifest goes last: it is the proof that the rest may be deleted.
     for entry in sorted(entries, key=lambda entry: entry.name == "manifest.json"):
-        _delete(entry)
-
-
-def _delete(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+        delete(entry)

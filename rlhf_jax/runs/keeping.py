@@ -10,16 +10,22 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from rlhf_jax.errors import UserError, logger, read_file
-from rlhf_jax.runs import reading
 from rlhf_jax.runs.checkpoint import Checkpoints, digest_of
 from rlhf_jax.runs.folder import Run
+from rlhf_jax.runs.reading import read_json
 from rlhf_jax.runs.writing import write_atomically
 
 FILES = ("config.yaml", "manifest.json", "tracker.json")
 ROWS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "alerts.jsonl")
 START = Path("checkpoints", "start.json")
+
+
+class _Copies(TypedDict):
+    files: dict[str, str]
+    sha256: str
 
 
 def keep_start(run: Run) -> None:
@@ -40,7 +46,7 @@ def kept_start(path: Path) -> dict[str, str]:
       UserError: one is of a file of which no run keeps a copy.
     """
     try:
-        content = reading.read_json(path / START, reading.START)
+        content = read_json(path / START, _Copies)
     except UserError:
         return {}
     texts: dict[str, str] = content["files"]
@@ -58,10 +64,8 @@ def restore_start(run: Run) -> None:
     if not texts and (run.path / START).exists():
         logger.info(f"--resume: {run.path / START} is damaged; it is written anew")
     for name, text in texts.items():
-        path = run.path / name
-        kept = text.encode()
-        if _content(path) != kept:
-            _restore(path, kept, run.path / START)
+        if _content(run.path / name) != text.encode():
+            _restore(run.path / name, text.encode(), run.path / START)
 
 
 def rows_of(run: Run) -> dict[str, bytes]:
@@ -79,17 +83,15 @@ def restore_rows(run: Run, checkpoints: Checkpoints, step: int) -> None:
       UserError: a file is none of the rows of a run.
     """
     recorded = checkpoints.record(step)["files"]
-    _check_names(run.checkpoints / str(step), recorded, ROWS)
+    folder = run.checkpoints / str(step)
+    _check_names(folder, recorded, ROWS)
     for name, about in recorded.items():
-        path = run.path / name
-        content = _content(path) or b""
-        size = about["bytes"]
-        up_to_step = content[:size]
+        content = _content(run.path / name) or b""
+        up_to_step = content[: about["bytes"]]
         if digest_of(up_to_step) != about["sha256"]:
-            copy = checkpoints.file(step, name)
-            _restore(path, copy, run.checkpoints / str(step))
+            _restore(run.path / name, checkpoints.file(step, name), folder)
         elif len(content) > len(up_to_step):
-            write_atomically(path, up_to_step)
+            write_atomically(run.path / name, up_to_step)
 
 
 def _check_names(source: Path, names: Iterable[str], known: Sequence[str]) -> None:

@@ -99,11 +99,10 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
 
     def compile_ended(self, event: str, duration_secs: float, **about: Any) -> None:
         """A listener of ``jax.monitoring``."""
-        if event != COMPILE_EVENT:
-            return
-        self._compiling.pop(_program(about), None)
-        if duration_secs >= SLOW_COMPILE:
-            self._say(f"compiled the program {_program(about)} in {duration_secs:.0f} s")
+        if event == COMPILE_EVENT:
+            self._compiling.pop(_program(about), None)
+            if duration_secs >= SLOW_COMPILE:
+                self._say(f"compiled the program {_program(about)} in {duration_secs:.0f} s")
 
     def _say(self, line: str) -> None:
         logger.info(line)
@@ -139,8 +138,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """Opens the files.
 
         Args:
-          run: the run whose files are written.
-          total: the last step.
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: the stage, such as ``ppo``.
           show: the metrics of the console's line.
@@ -297,7 +294,13 @@ class RowWriter:
 def as_numbers(metrics: Row) -> dict[str, float]:
     """The scalars as Python numbers; those on a device are waited for."""
     host = jax.device_get(dict(metrics))
-    return {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
+    numbers = {}
+    for name in metrics:  # device_get sorts the keys
+        array = np.asarray(host[name])
+        if array.shape:
+            raise ValueError(f"metric {name}: expected a scalar, got shape {array.shape}")
+        numbers[name] = array.item() if array.dtype.kind in "bui" else float(array)
+    return numbers
 
 
 def duration(seconds: float) -> str:
@@ -313,10 +316,3 @@ def duration(seconds: float) -> str:
 def _program(about: Row) -> str:
     """The name of the function that is compiled."""
     return str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
-
-
-def _number(name: str, value: Any) -> float:
-    array = np.asarray(value)
-    if array.shape:
-        raise ValueError(f"metric {name}: expected a scalar, got shape {array.shape}")
-    return array.item() if array.dtype.kind in "bui" else float(array)

@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
+from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger, read_file
 from rlhf_jax.runs import devices, keeping
 from rlhf_jax.runs.folder import Run
 from rlhf_jax.runs.reading import (
-    MANIFEST,
-    SETTINGS,
+    Manifest,
     Row,
+    Settings,
     parse_json,
     parse_yaml,
     read_json,
@@ -86,32 +86,24 @@ def write_manifest(
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     manifest = start | dict(facts)
     if run.resumed:
-        manifest = read_json(run.manifest, MANIFEST)
+        manifest = read_json(run.manifest, Manifest)
         if changed:
             manifest |= facts
         last = last_start(manifest)
-        recorded = {key: last[key] for key in machine if key in last}
-        now = {key: machine[key] for key in recorded}
-        _report_other_machine(recorded, now, moves=manifest.get("moves") == EXACT)
+        before = {key: last[key] for key in machine if key in last}
+        changes = differences(before, {key: machine[key] for key in before})
+        exact = COUNTS if manifest.get("moves") == EXACT else ()
+        moved = [changes.pop(key) for key in exact if key in changes]
+        if moved:
+            logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
+        if changes:
+            logger.info(
+                f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit "
+                "for bit what it would have been without the stop"
+            )
         starts = manifest.setdefault("resumed", [])
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def _report_other_machine(before: Row, now: Row, moves: bool) -> None:
-    """Prints how this machine differs from the one before.
-
-    moves: whether the bits do not depend on the number of devices.
-    """
-    changes = differences(before, now)
-    moved = [changes.pop(key) for key in COUNTS if moves and key in changes]
-    if moved:
-        logger.info(f"--resume: {'; '.join(moved)}; compute.blocks keeps the bits")
-    if changes:
-        logger.info(
-            f"--resume: {'; '.join(changes.values())}. The run goes on, but is no longer bit for "
-            "bit what it would have been without the stop"
-        )
 
 
 def threads_of(path: Path) -> int | None:
@@ -120,13 +112,10 @@ def threads_of(path: Path) -> int | None:
     """
     file = path / "manifest.json"
     try:
-        kept = keeping.kept_start(path).get(file.name)
-        recorded = (
-            read_json(file, MANIFEST) if kept is None else parse_json(kept, MANIFEST, str(file))
-        )
+        kept = keeping.kept_start(path).get(file.name) or read_file(file)
+        return last_start(parse_json(kept, Manifest, str(file))).get("threads")
     except UserError:  # who opens the run says what is wrong
         return None
-    return last_start(recorded).get("threads")
 
 
 def last_start(recorded: Row) -> Row:
@@ -168,7 +157,7 @@ def check_unchanged(
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
         no setting.
     """
-    after = dotted(parse_yaml(config, SETTINGS, "config.yaml")) | dotted(dict(given))
+    after = dotted(parse_yaml(config, Settings, "config.yaml")) | dotted(dict(given))
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(within(setting, [key]) for setting in after):
@@ -179,7 +168,9 @@ def check_unchanged(
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    unequal = differences(_recorded(run), after | _hashes(data))
+    manifest = read_json(run.manifest, Manifest)
+    before = dotted(read_yaml(run.config, Settings)) | dotted(manifest.get("given", {}))
+    unequal = differences(before | _hashes(manifest.get("data", {})), after | _hashes(data))
     changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
@@ -198,13 +189,6 @@ def check_unchanged(
     if changed:
         logger.info(f"--resume: the run continues with other settings or data: {sentences}")
     return list(changed.values())
-
-
-def _recorded(run: Run) -> Row:
-    """The settings, files and given objects of a run, as its folder records them."""
-    manifest = read_json(run.manifest, MANIFEST)
-    files = _hashes(manifest.get("data", {}))
-    return dotted(read_yaml(run.config, SETTINGS)) | dotted(manifest.get("given", {})) | files
 
 
 def _hashes(fingerprints: Texts) -> dict[str, str]:

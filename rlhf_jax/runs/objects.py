@@ -20,7 +20,7 @@ import pathlib
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,8 +31,6 @@ from rlhf_jax.runs.reading import Row
 UNKNOWN = "cannot be fingerprinted"
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers")
 MOST_PARTS = 5_000  # of one description
-_ARRAYS = (np.ndarray, np.generic, jax.Array)
-_SHOWN = (pathlib.PurePath, enum.Enum, range, np.dtype)  # whose repr has their value
 
 
 def describe(value: Any) -> Any:
@@ -70,67 +68,61 @@ class _Description:
         self.open.pop()
         return description
 
-    def of_object(self, value: Any) -> Any:
-        own = getattr(value, "fingerprint", None)  # as tokenizers have
-        if isinstance(own, str):
-            return {"class": qualified_name(type(value)), "fingerprint": own}
-        if isinstance(value, bytes):
-            return _digest(value)
-        if isinstance(value, _ARRAYS):
-            return _of_array(value)
-        if isinstance(value, re.Pattern):
-            return f"{value.pattern!r}, flags {value.flags}"
-        if isinstance(value, _SHOWN):
-            return repr(value)
-        if isinstance(value, Mapping):
-            return self.of_parts({str(key): part for key, part in value.items()})
-        if isinstance(value, set | frozenset):
-            return sorted(str(self.of(part)) for part in value)
-        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-            return self.of_list(value)
-        if isinstance(value, types.ModuleType):
-            return self.of_module(value)
-        if isinstance(value, type):
-            return {"class": qualified_name(value), **_source(value)}
-        if callable(value) and not dataclasses.is_dataclass(value):
-            return self.of_callable(value)
-        return self.of_instance(value)
-
     def of_parts(self, parts: Mapping[str, Any]) -> Row:
         return {name: self.of(part) for name, part in parts.items()}
 
-    def of_list(self, values: Sequence[Any]) -> Any:
-        described = [self.of(value) for value in values]
-        if any(isinstance(value, dict | list) for value in described):
-            return {str(i): value for i, value in enumerate(described)}
-        return described
+    def of_object(self, value: Any) -> Any:  # noqa: PLR0912
+        own = getattr(value, "fingerprint", None)  # as tokenizers have
+        if isinstance(own, str):
+            return {"class": qualified_name(type(value)), "fingerprint": own}
+        match value:
+            case bytes():
+                return _digest(value)
+            case np.ndarray() | np.generic() | jax.Array():
+                return _of_array(value)
+            case re.Pattern():
+                return f"{value.pattern!r}, flags {value.flags}"
+            case pathlib.PurePath() | enum.Enum() | range() | np.dtype():
+                return repr(value)
+            case Mapping():
+                return self.of_parts({str(key): part for key, part in value.items()})
+            case set() | frozenset():
+                return sorted(str(self.of(part)) for part in value)
+            case list() | tuple() if not hasattr(value, "_fields"):
+                described = [self.of(part) for part in value]
+                if any(isinstance(part, dict | list) for part in described):
+                    return {str(i): part for i, part in enumerate(described)}
+                return described
+            case types.ModuleType():
+                return self.of_module(value)
+            case type():
+                return {"class": qualified_name(value), **_source(value)}
+            case functools.partial():
+                arguments = {str(i): argument for i, argument in enumerate(value.args)}
+                return self.named(value.func) | self.of_parts(arguments | value.keywords)
+            case types.MethodType():
+                return self.named(value.__func__) | {"self": self.of(value.__self__)}
+            case types.FunctionType():
+                parts = self.of_parts(_values_in(value))
+                return {"def": qualified_name(value), **_source(value), **parts}
+        if callable(value) and not dataclasses.is_dataclass(value):
+            if hasattr(value, "__wrapped__"):  # such as jax.jit(function)
+                return self.of(value.__wrapped__)
+            if isinstance(value, types.BuiltinFunctionType | np.ufunc):
+                return {"def": qualified_name(value)}
+        return self.of_instance(value)
 
     def of_module(self, module: types.ModuleType) -> Any:
         """A module by its source, or by its functions and classes if it has none."""
         source = _source(module)
-        if source or _is_versioned(module.__name__):
-            return {"import": module.__name__, **source}
-        members = {
-            name: member
-            for name, member in vars(module).items()
-            if callable(member) and _module_of(member) == module.__name__
-        }
-        return {"import": module.__name__, **self.of_parts(members)}
-
-    def of_callable(self, value: Any) -> Any:
-        if isinstance(value, functools.partial):
-            arguments = {str(i): argument for i, argument in enumerate(value.args)}
-            return self.named(value.func) | self.of_parts(arguments | value.keywords)
-        if isinstance(value, types.MethodType):
-            return self.named(value.__func__) | {"self": self.of(value.__self__)}
-        if isinstance(value, types.FunctionType):
-            parts = _defaults(value) | _closure(value) | _globals(value)
-            return {"def": qualified_name(value), **_source(value), **self.of_parts(parts)}
-        if hasattr(value, "__wrapped__"):  # such as jax.jit(function)
-            return self.of(value.__wrapped__)
-        if isinstance(value, types.BuiltinFunctionType | np.ufunc):
-            return {"def": qualified_name(value)}
-        return self.of_instance(value)
+        members = {}
+        if not source and not _is_versioned(module.__name__):
+            members = {
+                name: member
+                for name, member in vars(module).items()
+                if callable(member) and _module_of(member) == module.__name__
+            }
+        return {"import": module.__name__, **source, **self.of_parts(members)}
 
     def named(self, function: Any) -> Row:
         description = self.of(function)
@@ -145,8 +137,7 @@ class _Description:
         if isinstance(value, tuple):
             fields = value._asdict()  # type: ignore[attr-defined]
         elif dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
-            fields = {name: getattr(value, name) for name in names}
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         elif is_open and hasattr(value, "__dict__"):
             fields = vars(value)
         else:
@@ -154,29 +145,18 @@ class _Description:
         return {"class": qualified_name(kind), **_source(kind), **self.of_parts(fields)}
 
 
-def _defaults(function: types.FunctionType) -> Row:
-    """The defaults of a function's parameters."""
+def _values_in(function: types.FunctionType) -> Row:
+    """The defaults of a function, the variables that it reads from the functions around it and, if
+    it is the user's own, the constants, functions and classes that it reads from its module.
+    """
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    return {part.name: part.default for part in parameters if part.default is not part.empty}
-
-
-def _closure(function: types.FunctionType) -> Row:
-    """The values of the variables that a function reads from the functions around it."""
+    values = {part.name: part.default for part in parameters if part.default is not part.empty}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     not_assigned = types.CellType()
-    return {name: cell.cell_contents for name, cell in cells if cell != not_assigned}
-
-
-def _globals(function: types.FunctionType) -> Row:
-    """The constants, functions and classes of the user's code that a function of the user's code
-    reads from its module.
-    """
+    values |= {name: cell.cell_contents for name, cell in cells if cell != not_assigned}
     if _is_versioned(function.__module__) or _is_installed(function):
-        return {}
-    read: set[str] = set()
-    for code in _codes(function.__code__):
-        read.update(code.co_names)
-    values: Row = {}
+        return values
+    read = {name for code in _codes(function.__code__) for name in code.co_names}
     for name in sorted(read & function.__globals__.keys()):
         value = function.__globals__[name]
         is_recorded = callable(value) and _is_versioned(_module_of(value))
@@ -205,18 +185,16 @@ def _source(value: Any) -> dict[str, str]:
     except (OSError, TypeError):
         if not isinstance(value, types.FunctionType):
             return {}
-    parts = [_code_text(code) for code in _codes(value.__code__)]
-    return {"source sha256": _digest("\n".join(parts).encode())}
-
-
-def _code_text(code: types.CodeType) -> str:
-    constants = []
-    for value in code.co_consts:
-        if isinstance(value, frozenset):  # whose order differs between processes
-            constants.append(sorted(map(repr, value)))
-        elif not isinstance(value, types.CodeType):
-            constants.append(value)
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
+    texts = []
+    for code in _codes(value.__code__):
+        constants: list[Any] = []
+        for constant in code.co_consts:
+            if isinstance(constant, frozenset):  # whose order differs between processes
+                constants.append(sorted(map(repr, constant)))
+            elif not isinstance(constant, types.CodeType):
+                constants.append(constant)
+        texts.append(f"{code.co_code.hex()} {code.co_names} {constants}")
+    return {"source sha256": _digest("\n".join(texts).encode())}
 
 
 def _of_array(array: Any) -> str:

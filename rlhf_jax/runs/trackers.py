@@ -19,16 +19,25 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.folder import Run
-from rlhf_jax.runs.reading import TRACKER, Row, read_json, read_rows
+from rlhf_jax.runs.reading import Row, read_json, read_rows
 from rlhf_jax.runs.writing import write_atomically
 
 Numbers = Mapping[str, float]
 Cells = list[list[Any]]
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
+
+
+class _Place(TypedDict, total=False):
+    """tracker.json."""
+
+    id: str
+    project: str
+    name: str
+    services: list[str]
 
 
 class _Client:
@@ -113,7 +122,6 @@ class Services:
         if not rows:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
-
         cells = [[_cell(row.get(name)) for name in columns] for row in rows]
         self.send("samples", step, columns, cells)
 
@@ -127,12 +135,9 @@ class Services:
             try:
                 getattr(service, what)(*values)
             except Exception as error:  # whatever it is: the training is worth more
+                lacks = "what it lacks is in the run's folder; further errors of it are not shown"
                 if name not in self._warned:
-                    _warn(
-                        name,
-                        error,
-                        "what it lacks is in the run's folder; further errors of it are not shown",
-                    )
+                    _warn(name, error, lacks)
                 self._warned.add(name)
 
 
@@ -157,6 +162,7 @@ def start(
     names: Sequence[str],
     config: Row,
     resume_step: int | None = None,
+    last_sent: int = 0,
 ) -> Services:
     """Opens the services of these names; one that cannot be opened is left out with a warning.
 
@@ -164,22 +170,28 @@ def start(
     continues there. ``WANDB_PROJECT`` and ``WANDB_NAME`` name project and run for W&B and trackio.
 
     Args:
-        run: its metrics.jsonl tells, on resume, what has been sent: call this before later rows are
-            removed from it.
+        run: its metrics.jsonl tells, on resume, what has been sent.
         names: of ``wandb``, ``trackio``, ``tensorboard``.
         config: the run's settings as a tree of JSON values, shown beside the curves.
         resume_step: step of the checkpoint that the run goes on from; None: it starts anew. A
             service that the run did not have before gets the earlier rows of metrics too.
+        last_sent: the last step that services have, if later rows are no longer in metrics.jsonl.
     """
     if not names:
         return Services({}, {})
     path = run.path / "tracker.json"
     rows: list[Row] = []
-    place = _place(run)
+    run_id = secrets.token_hex(4)
+    place = {
+        "id": run_id,
+        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
+        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
+        "services": [],
+    }
     if resume_step is not None:
         rows = read_rows(run.metrics)
         if path.is_file():
-            place |= read_json(path, TRACKER)
+            place |= read_json(path, _Place)
     known = place["services"]
     services: dict[str, Service] = {}
     sent = dict.fromkeys(names, -1)
@@ -193,7 +205,8 @@ def start(
             _warn(name, error, "the run goes on without it")
         if name in known and rows:
             # TensorBoard forgets the steps after the checkpoint, the others do not.
-            sent[name] = resume_step or 0 if name == "tensorboard" else rows[-1]["step"]
+            last = resume_step or 0 if name == "tensorboard" else rows[-1]["step"]
+            sent[name] = last if name == "tensorboard" else max(last, last_sent)
     if services:
         place["services"] = list(dict.fromkeys([*known, *services]))
         write_atomically(path, json.dumps(place, indent=2) + "\n")
@@ -203,17 +216,6 @@ def start(
         if step <= (resume_step or 0):
             opened.send("log", step, row)
     return opened
-
-
-def _place(run: Run) -> Row:
-    """The names of a new run in the services: the content of ``tracker.json``."""
-    run_id = secrets.token_hex(4)
-    return {
-        "id": run_id,
-        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
-        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
-        "services": [],
-    }
 
 
 def _warn(name: str, error: Exception, outcome: str) -> None:

@@ -23,7 +23,6 @@ from typing import TextIO
 from rlhf_jax.errors import UserError, file_errors
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
-_PROBE = bytes(1 << 12)
 
 
 def refuse_links(paths: Iterable[Path]) -> None:
@@ -51,31 +50,23 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
 
     Raises:
       UserError: a path is a symbolic link.
+      OSError: a file cannot be written; it names the file.
     """
     refuse_links(contents)
     with contextlib.ExitStack() as stack:
         unfinished = {}
-        for path, content in contents.items():
-            unfinished[path] = stack.enter_context(_unfinished_file(path))
-            _fill(unfinished[path], content, path)
-        *first, last = contents
-        if first:
-            last.unlink(missing_ok=True)
-        for path, new in unfinished.items():
-            new.replace(path)
-
-
-def _fill(new: Path, content: str | bytes, path: Path) -> None:
-    """Brings the content to the disk; an error names the ``path`` that it is for."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)
-        raise
+        try:
+            for path, content in contents.items():
+                unfinished[path] = stack.enter_context(_unfinished(path, Path.touch))
+                _write(unfinished[path], content)
+            *first, path = contents
+            if first:
+                path.unlink(missing_ok=True)
+            for path, new in unfinished.items():
+                new.replace(path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 @contextlib.contextmanager
@@ -87,16 +78,15 @@ def replacing(path: Path) -> Iterator[Path]:
       UserError: the path is a symbolic link.
     """
     refuse_links([path])
-    _sweep_once(path.parent.absolute())
     former = _free_name(path)
     try:
-        with _held(path, Path.mkdir) as new:
+        with _unfinished(path, Path.mkdir) as new:
             yield new
             if path.exists():
                 path.rename(former)
             new.rename(path)
     finally:
-        _delete(former)
+        delete(former, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -105,27 +95,25 @@ def check_writable(folder: Path) -> None:
     """
     absolute = folder.absolute()
     place = next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
-    with file_errors(folder, "written"), _unfinished_file(place / "probe") as new:
-        _fill(new, _PROBE, folder)
+    with file_errors(folder, "written"), _unfinished(place / "probe", Path.touch) as new:
+        _write(new, bytes(1 << 12))
+
+
+def _write(new: Path, content: str | bytes) -> None:
+    """Brings the content to the disk."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _unfinished_file(path: Path) -> Iterator[Path]:
-    """An empty file beside ``path``, deleted at the end unless it has been renamed."""
-    _sweep_once(path.parent.absolute())
-    try:
-        with _held(path, functools.partial(Path.touch, exist_ok=False)) as new:
-            yield new
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-@contextlib.contextmanager
-def _held(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+def _unfinished(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """What ``make`` makes under a free name beside ``path``, with this process's lock on it. At the
     end it is deleted unless it has been renamed.
     """
+    _sweep_once(path.parent.absolute())
     while True:
         new = _free_name(path)
         make(new)
@@ -138,29 +126,22 @@ def _held(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     try:
         yield new
     finally:
-        _delete(new)
+        delete(new, ignore_errors=True)
         os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
-    """Deletes what killed processes left unfinished in a folder."""
+    """Deletes what killed processes left unfinished in a folder, and no process still holds."""
     with contextlib.suppress(OSError):
         for name in filter(UNFINISHED.fullmatch, os.listdir(folder)):
-            _delete_leftover(folder / name)
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                delete(folder / name, ignore_errors=True)
+            os.close(descriptor)
 
 
 _sweep_once = functools.lru_cache(maxsize=256)(sweep)
-
-
-def _delete_leftover(path: Path) -> None:
-    """Deletes an unfinished file or folder unless a process still holds it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _delete(path)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -171,35 +152,48 @@ def one_writer(path: Path) -> Iterator[None]:
     Raises:
       UserError: another process, named by its PID, writes the file.
     """
-    lock = path.with_name(f".{path.name}.lock")
-    refuse_links([lock])
     with file_errors(path, "written"):
-        descriptor = _locked(lock, path)
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        lock = path.with_name(f".{path.name}.lock")
+        release = take_lock(
+            lock, f"{path} is being written", "wait for it, or choose another --out"
+        )
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        release()
 
 
-def _locked(lock: Path, path: Path) -> int:
-    """The descriptor of the locked file."""
+def take_lock(lock: Path, what: str, advice: str) -> Callable[[], None]:
+    """Locks a file for this process, whose PID it then holds; returns what unlocks and deletes it.
+
+    Raises:
+      UserError: another process holds it: ``WHAT by the process with PID ...; ADVICE``. Or it is a
+        symbolic link.
+    """
+    refuse_links([lock])
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(lock, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            number = os.read(descriptor, 32).strip()
             os.close(descriptor)
-            raise UserError(
-                f"{path} is being written by another process (PID {holder}); wait for it, or "
-                "choose another --out"
-            ) from None
+            holder = (
+                f"the process with PID {int(number)}" if number.isdigit() else "another process"
+            )
+            raise UserError(f"{what} by {holder}; {advice}") from None
         if _is_open_at(descriptor, lock):
-            return descriptor
+            break
         os.close(descriptor)  # its holder has ended and deleted it in between
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+
+    def release() -> None:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+    return release
 
 
 def _is_open_at(descriptor: int, path: Path) -> bool:
@@ -213,9 +207,10 @@ def _free_name(path: Path) -> Path:
     return path.with_name(f".{secrets.token_hex(8)}.unfinished")
 
 
-def _delete(entry: Path) -> None:
+def delete(entry: Path, ignore_errors: bool = False) -> None:
+    """Deletes a file, a link, or a folder with what it holds; nothing where there is none."""
     if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(entry, ignore_errors=ignore_errors)
     else:
         entry.unlink(missing_ok=True)
 
@@ -227,8 +222,8 @@ def open_to_append(path: Path) -> TextIO:
       UserError: the path is a symbolic link.
     """
     refuse_links([path])
-    return open(path, "a", encoding="utf-8", newline="\n", opener=_without_following)
 
+    def without_following(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
-def _without_following(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return open(path, "a", encoding="utf-8", newline="\n", opener=without_following)

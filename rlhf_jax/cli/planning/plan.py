@@ -7,78 +7,225 @@ shapes in place of arrays. They are compiled in float32, since a CPU has no bflo
 another ``compute.dtype`` the memory of a phase is halved, except for the update's float32 arrays:
 gradients, and as much again while the optimizer runs.
 
-With ``--target`` the programs are compiled by the compiler of that accelerator, as for a run on
-it, and nothing is estimated: see ``targets`` and ``hlo``.
+``benchmarks/accelerators.py`` compiles the programs for accelerators.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from rlhf_jax.cli.console import show
-from rlhf_jax.cli.planning import targets
-from rlhf_jax.cli.planning.case import RL, Case
-from rlhf_jax.cli.planning.choices import with_data, with_remat
-from rlhf_jax.cli.planning.phases import OTHERWISE, Figures, plan
+from rlhf_jax.cli.planning.shapes import COMPARING, PAIRS, RL, Case, Program, shapes_of
 from rlhf_jax.cli.stages import STAGES
-from rlhf_jax.config import RunConfig, command_line, parse
+from rlhf_jax.config import RunConfig, command_line, data_source, model_source, parse
+from rlhf_jax.data import batches
+from rlhf_jax.data.rows import texts
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import allocator, devices
-from rlhf_jax.training.common import memory
+from rlhf_jax.training.common import initial, memory, remat
+from rlhf_jax.training.common.layout import Layout, row_parts
+from rlhf_jax.training.rl.job import rows_at_once
+from rlhf_jax.training.supervised import batching, reading
+from rlhf_jax.training.tasks import TASKS
 
-# Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs. Measured in
-# docs/notes/measurements.md.
+# Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs, as measured
+# in runs on a CPU.
 PROCESS = 2**29
+# The advice if no flag lowers the peak.
+OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
+# Of the compiler: optimized code takes longer to compile and needs the same memory.
+OPTIONS = {"xla_backend_optimization_level": 0}
+Compile = Callable[[Case, str, Program], jax.stages.Compiled]
+"""(the stage, a phase, its program) -> the program, compiled."""
 
 
-def report(
+class Plan(NamedTuple):
+    """Bytes on each device."""
+
+    held: dict[str, int]  # all the time, by what it is
+    phases: dict[str, int]  # on top while a phase runs: gradients, activations, the sampler's cache
+    parts: dict[str, int]  # of the phases, what is known exactly: gradients, the cache
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return sum(self.held.values()) + max(self.phases.values())
+
+    def lines(self) -> dict[str, int]:
+        """{what it is: bytes}."""
+        lines = dict(self.held)
+        lines |= {f"more in the phase {phase!r}": size for phase, size in self.phases.items()}
+        lines |= {f"of it {part}": size for part, size in self.parts.items()}
+        return lines | {"at the peak": self.peak}
+
+
+def compile_phase(
+    case: Case, phase: str, program: Program, options: Any = OPTIONS
+) -> jax.stages.Compiled:
+    """The program of a phase, compiled for the devices of the case with ``options`` of XLA."""
+    fn, *arguments = program
+    jitted: Any = Layout(case.mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
+    with case.in_mesh():
+        compiled: jax.stages.Compiled = jitted.lower(*case.inputs(arguments)).compile(options)
+    return compiled
+
+
+def plan(
     config: RunConfig,
     name: str,
     length: int | None = None,
-    limit: float | None = None,
-    target: targets.Target | None = None,
-) -> list[str]:
-    """The plan as lines. With a ``limit`` in bytes of a device, by default a target's memory:
-    whether it fits, and if not which setting helps most.
+    devices: Sequence[jax.Device] | None = None,
+    compile_phase: Compile = compile_phase,
+) -> Plan:
+    """The memory that the stage ``name`` of a run needs on each device; the arguments and errors
+    are those of ``shapes_of``.
     """
-    made = plan(config, name, length, target)
-    rows = dict(made.held)
-    rows |= {f"more in the phase {phase!r}": size for phase, size in made.phases.items()}
-    rows |= {f"of it {part}": size for part, size in made.parts.items()}
-    rows["at the peak"] = made.peak
-    whole = jax.device_count() * made.peak + PROCESS
-    if target is None:
-        rows["of the whole process, where a CPU is the device"] = whole
-    lines = [_title(name, target)]
-    lines += [f"{memory.amount(size):>14}  {what}" for what, size in rows.items()]
-    if target is None:
-        kept = f"{memory.amount(allocator.KEPT)} of what it has freed"
-        lines.append(f"that process may keep {kept}; with RLHF_JAX_KEEP_MEMORY=0 it keeps none")
-    for phase, figures in made.figures.items():
-        lines += _figure_lines(phase, figures)
-    if limit is None and target is not None:
-        limit = target.memory
+    case = Case(config, name, devices)
+    shapes, programs, known = shapes_of(config, name, length, devices)
+    sizes = {part: memory.on_device(tree) for part, tree in shapes.items()}
+    held = {part: size for part, size in sizes.items() if size}
+    is_halved = devices is None and config.compute.dtype != "float32"
+    scale = 0.5 if is_halved else 1.0
+    parts = {"gradients": held["parameters"]}
+    parts |= {part: int(scale * memory.on_device(tree)) for part, tree in known.items()}
+    phases = {}
+    for phase, program in programs.items():
+        needed = memory.needed(compile_phase(case, phase, program))
+        # Gradients, and as much again while the optimizer runs, are float32 in every run.
+        exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
+        phases[phase] = int(exact + scale * (needed - exact))
+    first = next(iter(phases))
+    if "reference" in config.compute.offload:
+        size = held.pop("reference", 0)
+        for phase in phases.keys() & {first, COMPARING}:
+            phases[phase] += size
+    if "reward" in config.compute.offload and "reward models" in held:
+        phases["reward"] += held.pop("reward models")
+    return Plan(held, phases, parts)
+
+
+def read_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
+    """The settings with ``compute.share_prompts`` as a run on its data chooses it for comparisons;
+    and the columns of the widest batch of the data, or in RL of the longest prompt, as the run's
+    tokenizer reads it: that of ``config.model`` or ``config.tokenizer.name``, or one that is
+    trained on the data as the run does.
+
+    The columns are None without data, for a text that is cut into pieces as long as the model
+    reads, and where ``rl.max_prompt_length`` is given.
+    """
+    bounded = name in RL and config.rl.max_prompt_length is not None
+    if bounded or name not in (*TASKS, *RL):
+        return config, None
+    if config.model is not None:
+        config = dataclasses.replace(config, model=hf.model_folder(config.model))
+    case = Case(config, name)
+    settings = case.settings
+    if not (settings.data or config.data):
+        return config, None
+    task = TASKS.get(name)
+    kind = "prompts" if task is None else task.kind
+    source = data_source(config)
+    read = initial.stage_rows(source, kind, settings.data).rows
+    if read[0].is_plain_text:
+        return config, None
+    if config.model is not None:
+        tokenizer = load_tokenizer(config.model)
+    else:
+        held_out = []
+        if settings.validation_data:
+            held_out = initial.stage_rows(source, kind, settings.validation_data).rows
+        tokenizer = initial.new_tokenizer(model_source(config), texts([*read, *held_out]))
+    policy = case.language_model(config.model)._replace(tokenizer=tokenizer)
+    if task is None:
+        prompts = initial.prompts_for(config.text, config.rl, policy, read)
+        return config, int(prompts.tokens.shape[1])
+    network = policy.model.config
+    most = reading.longest_text(config.text, network.max_length)
+    encoded = reading.encode(config.text, read, tokenizer, most, are_pieces=False)
+    every = np.arange(len(encoded))
+    form = functools.partial(
+        batching.form_batches,
+        task=task,
+        settings=settings,
+        text=config.text,
+        num_parts=row_parts(Layout(case.mesh), settings.num_microbatches),
+        rows=every,
+        key=jax.random.key(0),
+        layers=network.num_layers,
+    )
+    chosen = batching.choose_form(config.compute.share_prompts, encoded, form)
+    if encoded.num_answers > 1:
+        shares = chosen.encoded.shares_prompts
+        compute = dataclasses.replace(config.compute, share_prompts=shares)
+        config = dataclasses.replace(config, compute=compute)
+    return config, batches.width_of(chosen.encoded, every, bucket_multiple=chosen.bucket_multiple)
+
+
+def choose_remat(
+    config: RunConfig,
+    name: str,
+    length: int | None,
+    limit: float,
+    devices: Sequence[jax.Device] | None = None,
+) -> RunConfig:
+    """The settings with ``compute.remat`` as a run chooses it where it is auto.
+
+    Args:
+        length, devices: as in ``shapes_of``.
+        limit: bytes of a device; 0: nobody knows.
+    """
+    if name not in (*TASKS, *RL) or (name in RL and not (length or config.rl.max_prompt_length)):
+        return config  # ``shapes_of`` says what is wrong
+    case = Case(config, name, devices)
+    begun = case.language_model(config.model)
+    network = dataclasses.replace(begun.model.config, compute_dtype=config.compute.dtype)
+    begun = begun._replace(model=begun.model._replace(config=network))
+    networks = 1
+    if name in RL:
+        prompt = length or config.rl.max_prompt_length or 0
+        rows = rows_at_once(case.method(prompt), prompt)
+        columns = prompt + config.rl.max_new_tokens
+        networks += case.own.value == "separate"
+    else:
+        texts_of_row = 2 if name in PAIRS and not case.num_answers else 1
+        rows = texts_of_row * case.own.batch_size // case.own.num_microbatches
+        columns = case.columns(begun.model, length)
+    run, _ = remat.choose(case.run, begun, rows, columns, networks, limit)
+    compute = dataclasses.replace(config.compute, remat=run.config.compute.remat)
+    return dataclasses.replace(config, compute=compute)
+
+
+def report(
+    config: RunConfig, name: str, length: int | None = None, limit: float | None = None
+) -> list[str]:
+    """The plan as lines. With a ``limit`` in bytes of a device: whether it fits, and if not which
+    setting helps most.
+    """
+    planned = plan(config, name, length)
+    count = jax.device_count()
+    whole = count * planned.peak + PROCESS
+    sizes = planned.lines() | {"of the whole process, where a CPU is the device": whole}
+    lines = [f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"]
+    lines += [f"{memory.amount(size):>14}  {what}" for what, size in sizes.items()]
+    kept = f"{memory.amount(allocator.KEPT)} of what it has freed"
+    lines.append(f"that process may keep {kept}; with RLHF_JAX_KEEP_MEMORY=0 it keeps none")
     if limit is None:
         return lines
-    of_process = whole / jax.device_count() if target is None else made.peak
-    verdict, fits = _verdict(made.peak, of_process, limit)
-    if fits:
-        return [*lines, verdict]
-    helps = OTHERWISE
-    least = made.peak
-    for flag, other in options(Case(config, name, target)).items():
-        peak = plan(other, name, length, target).peak
-        if peak < least:
-            least = peak
-            helps = f"{flag}, a peak of {memory.amount(peak)}"
-    return [*lines, f"{verdict}; what helps most: {helps}"]
+    verdict, fits = judge(planned.peak, whole / count, limit)
+    if not fits:
+        verdict = f"{verdict}; what helps most: {best_option(config, name, length, planned.peak)}"
+    return [*lines, verdict]
 
 
-def _verdict(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
+def judge(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
     """Whether a stage fits, in words, and as a CPU's process too.
 
     Args:
@@ -93,41 +240,47 @@ def _verdict(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
         needs = memory.amount(of_process)
         cpu = f"{room} where a CPU is the device, whose process needs {needs} for each"
         return f"does not fit in {cpu}; on an accelerator it {spare}", False
-    if of_process > peak:
-        left = limit - of_process
-        spare += f"; where a CPU is the device, with {memory.amount(left)}"
-        if left < allocator.KEPT:
-            spare += " if it starts with RLHF_JAX_KEEP_MEMORY=0"
+    left = limit - of_process
+    spare += f"; where a CPU is the device, with {memory.amount(left)}"
+    if left < allocator.KEPT:
+        spare += " if it starts with RLHF_JAX_KEEP_MEMORY=0"
     return spare, True
 
 
-def _title(name: str, target: targets.Target | None) -> str:
-    if target is not None:
-        return f"{name} on {target.name}, on each device: compiled by its compiler, not run"
-    count = jax.device_count()
-    return f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"
+def best_option(config: RunConfig, name: str, length: int | None, peak: int) -> str:
+    """The flag that lowers the peak most, and the peak with it."""
+    helps = OTHERWISE
+    for flag, other in options(Case(config, name)).items():
+        lower = plan(other, name, length).peak
+        if lower < peak:
+            peak = lower
+            helps = f"{flag}, a peak of {memory.amount(peak)}"
+    return helps
 
 
-def _figure_lines(phase: str, figures: Figures) -> list[str]:
-    """What the program of a phase does, on each device."""
-    work = figures.work
-    per_token = f", {work.in_loop:.0f} of them for each token" if work.in_loop else ""
-    collectives = ", ".join(f"{n} {what}" for what, n in sorted(work.collectives.items()))
-    calls = ", ".join(f"{n} {what}" for what, n in sorted(figures.custom_calls.items()))
-    lines = [
-        f"phase {phase!r}: {work.kernels:,.0f} kernels{per_token}; "
-        f"{figures.flops / 1e12:.3f} TFLOP of products, {work.bytes / 1e9:.1f} GB read and "
-        f"written; at least {figures.seconds:.3g} s",
-        f"  collectives: {collectives or 'none'}",
-        f"  custom calls in the program: {calls or 'none'}",
-    ]
-    if work.unknown:
-        loops = "1 loop" if work.unknown == 1 else f"each of {work.unknown} loops"
-        lines.append(f"  these are lower bounds: {loops} of unknown length is counted as one turn")
-    return lines
+def options(case: Case) -> dict[str, RunConfig]:
+    """{flag: the settings with it} for the settings that save memory."""
+    config = case.config
+    compute = config.compute
+    device_rows = case.settings.batch_size // sharding.num_parts(case.mesh)
+    # Each device has one row in each microbatch.
+    most = device_rows // getattr(case.own, "num_minibatches", 1)
+    most = max(most, case.own.num_microbatches)
+    changes: dict[str, dict[str, Any]] = {
+        f"--{case.name.replace('_', '-')}.num-microbatches {most}": {
+            case.name: dataclasses.replace(case.own, num_microbatches=most)
+        },
+        "--compute.remat": {"compute": dataclasses.replace(compute, remat=True)},
+        "--compute.dtype bfloat16": {"compute": dataclasses.replace(compute, dtype="bfloat16")},
+    }
+    if config.model is not None:
+        lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8)
+        changes["--lora.rank 8"] = {"lora": lora}
+    changed = {flag: dataclasses.replace(config, **change) for flag, change in changes.items()}
+    return {flag: other for flag, other in changed.items() if other != config}
 
 
-def _of_length(name: str, given: int | None, found: int | None) -> str:
+def describe_length(name: str, given: int | None, found: int | None) -> str:
     """Which length a plan is for, and who says so; "" in RL where a setting does."""
     what = "longest prompt" if name in RL else "row"
     if given is not None:
@@ -139,26 +292,26 @@ def _of_length(name: str, given: int | None, found: int | None) -> str:
     return f"{what}: as many tokens as the model reads; --data or --length say how many there are"
 
 
-def options(case: Case) -> dict[str, RunConfig]:
-    """{flag: the settings with it} for the settings that save memory."""
-    config = case.config
-    device_rows = case.settings.batch_size // sharding.num_parts(case.mesh)
-    # Each device has one row in each microbatch.
-    most = device_rows // getattr(case.own, "num_minibatches", 1)
-    most = max(most, case.own.num_microbatches)
-    cut = dataclasses.replace(case.own, num_microbatches=most)
-    changes: dict[str, dict[str, Any]] = {
-        f"--{case.name.replace('_', '-')}.num-microbatches {most}": {case.name: cut},
-        "--compute.remat": {"compute": dataclasses.replace(config.compute, remat=True)},
-        "--compute.dtype bfloat16": {
-            "compute": dataclasses.replace(config.compute, dtype="bfloat16")
-        },
-    }
-    if config.model is not None:
-        lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8)
-        changes["--lora.rank 8"] = {"lora": lora}
-    made = {flag: dataclasses.replace(config, **change) for flag, change in changes.items()}
-    return {flag: other for flag, other in made.items() if other != config}
+def parse_stage(
+    parser: command_line.Parser, argv: Sequence[str] | None
+) -> tuple[Any, RunConfig, str]:
+    """The parsed flags, the settings of a run and its stage, from a command line that begins with
+    the stage.
+    """
+    parser.add_argument(
+        "stage",
+        help="sft, reward-model, dpo, kto, ppo, vpg, rloo or grpo; its settings follow as flags",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="tokens of the longest row, or of the longest prompt in RL; default: of the --data",
+    )
+    given, flags = parser.parse_known_args(argv)
+    stage = given.stage.replace("-", "_")
+    command = STAGES.get(given.stage.replace("_", "-"))
+    sections = (*command.reads, stage) if command else ()  # else ``shapes_of`` names the stages
+    return given, parse(RunConfig, flags, prog=parser.prog, sections=sections), stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,42 +319,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line.Parser(
         "rlhf-jax plan", description="What a stage would take.", allow_abbrev=False
     )
-    parser.add_argument(
-        "stage",
-        help="sft, reward-model, dpo, kto, ppo, vpg, rloo or grpo; its settings follow as flags",
-    )
     parser.add_argument("--devices", type=int, default=1, help="how many there are")
     parser.add_argument(
         "--memory", help="of one, such as 80GB (10^9 bytes) or 75GiB: whether the stage fits"
     )
-    parser.add_argument(
-        "--length",
-        type=int,
-        help="tokens of the longest row, or of the longest prompt in RL; default: of the --data",
-    )
-    parser.add_argument(
-        "--target", help=f"compile for it, in place of --devices: {targets.EXAMPLES}"
-    )
-    given, flags = parser.parse_known_args(argv)
+    given, settings, stage = parse_stage(parser, argv)
     size = re.fullmatch(r"(\d+\.?\d*) ?(GB|GiB)", given.memory or "0GB")
     if size is None:
         raise UserError(f"--memory {given.memory}: expected a number with GB or GiB, such as 80GB")
-    if given.target is None:
-        jax.config.update("jax_num_cpu_devices", given.devices)
-        devices.choose("cpu")  # with the compiler's flags of a run
+    jax.config.update("jax_num_cpu_devices", given.devices)
+    devices.choose("cpu")  # with the compiler's flags of a run
     jax.config.update("jax_platforms", "cpu")  # nothing is run
     limit = float(size[1]) * (1e9 if size[2] == "GB" else 2**30)
-    target = targets.find(given.target) if given.target else None
-    stage = given.stage.replace("-", "_")
-    command = STAGES.get(given.stage.replace("_", "-"))
-    sections = (*command.reads, stage) if command else ()  # else `plan` names the stages
-    settings = parse(RunConfig, flags, prog="rlhf-jax plan", sections=sections)
     length = given.length
     if length is None:
-        settings, length = with_data(settings, stage)
-    about = _of_length(stage, given.length, length)
-    available = limit or (target.memory if target else devices.memory_limit())
-    settings = with_remat(settings, stage, length, available, target)
-    lines = report(settings, stage, length, limit or None, target)
-    show("\n".join(filter(None, [lines[0], about, *lines[1:]])))
+        settings, length = read_data(settings, stage)
+    settings = choose_remat(settings, stage, length, limit or devices.memory_limit())
+    first, *lines = report(settings, stage, length, limit or None)
+    about = describe_length(stage, given.length, length)
+    show("\n".join(filter(None, [first, about, *lines])))
     return 0

@@ -2,44 +2,52 @@
 builders compose them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import types
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from rlhf_jax import iteration, models, ops, sampling
-from rlhf_jax.cli.planning import targets
-from rlhf_jax.cli.planning.case import PAIRS, RL, Case
-from rlhf_jax.config import RLStage, RunConfig, model_source
+from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
+from rlhf_jax.config import Compute, RLStage, RunConfig, model_source
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
+from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
-from rlhf_jax.training.common import layout, reward_models
+from rlhf_jax.training.common import initial, layout, reward_models
+from rlhf_jax.training.common.layout import Layout, laid_out_shapes
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.rl import teacher as teachers
-from rlhf_jax.training.rl.method import Method, method_of
-from rlhf_jax.training.rl.programs import Programs, Sizes, compiled, networks_of
+from rlhf_jax.training.rl.method import Method, completed, method_of
+from rlhf_jax.training.rl.programs import Sizes, compiled, networks_of
 from rlhf_jax.training.rl.programs import first_state as first_state_of_rl
+from rlhf_jax.training.rl.sharing import Answers
 from rlhf_jax.training.supervised import samples
 from rlhf_jax.training.supervised.job import Job, Learner
 from rlhf_jax.training.supervised.run import first_state
 from rlhf_jax.training.tasks import TASKS
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, Params, TrainState
 
+RL = {module.__name__.rpartition(".")[2]: completed(module) for module in (ppo, vpg, rloo, grpo)}
+RL["distill"] = completed(distill)
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of files of weights
+PAIRS = ("reward_model", "dpo")  # two answers in each row
 # The phases with a loop over tokens.
 SAMPLING = "sample and score"
 ANSWERING = "answer at validations"
 COMPARING = "compare answers"  # the phase of their log-ratios
-ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 Program = tuple[Any, ...]  # a function, its arguments
 
 
@@ -51,13 +59,180 @@ class Shapes(NamedTuple):
     known: dict[str, Any]  # {name: tree} of arrays inside the programs
 
 
+class ShapesLayout(Layout):
+    """A layout that makes shapes, with their shardings, in place of parameters. Its programs are
+    not jitted, so that they can be compiled for other devices.
+    """
+
+    def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return program
+
+    def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
+        # A function of its own, whose arguments are not mixed with those that ``update`` binds.
+        return lambda *args, **options: update(*args, **options)
+
+    def put(self, tree: Any) -> Any:
+        return laid_out_shapes(self.mesh, tree)
+
+    def copy(self, tree: Any) -> Any:
+        return tree
+
+    def make(self, make: Callable[..., Any], *trees: Any) -> Any:
+        return self.put(jax.eval_shape(make, *trees))
+
+    def create(self, create: Callable[..., Any], params: Params) -> Any:
+        return self.make(create, params)
+
+
+class PlannedRun(OpenRun):
+    """A run without a folder."""
+
+    def decide(self, compute: Compute) -> OpenRun:
+        return self.change(compute=compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A stage that is planned for JAX's CPU devices in float32, or for other ``devices``, such as
+    accelerators that are not here, as a run on them computes.
+    """
+
+    config: RunConfig
+    name: str
+    devices: Sequence[jax.Device] | None = None
+
+    @property
+    def own(self) -> Any:
+        """The section of the stage."""
+        return getattr(self.config, self.name)
+
+    @property
+    def settings(self) -> Any:
+        """The section with its data and its batch size."""
+        return self.config.rl if self.name in RL else self.own
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        if self.devices is None:
+            return layout.mesh_of(self.config.mesh)
+        return sharding.make_mesh(**self.config.mesh.axes, devices=self.devices)
+
+    @property
+    def num_answers(self) -> int:
+        """The answers of a comparison that compute their prompt once; 0: none do."""
+        return 2 * (self.name in PAIRS and self.config.compute.share_prompts is True)
+
+    @functools.cached_property
+    def run(self) -> PlannedRun:
+        """The run that makes shapes in place of arrays. What lies in the host's memory is counted
+        by ``plan.plan``.
+        """
+        compute = dataclasses.replace(self.config.compute, offload=())
+        config = dataclasses.replace(self.config, compute=compute)
+        folder: Any = None
+        return PlannedRun(self.name, folder, config, ShapesLayout(self.mesh))
+
+    def in_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets the mesh, by which networks know what platform they are for."""
+        is_needed = self.devices is not None or sharding.is_set(self.mesh)
+        return jax.set_mesh(self.mesh) if is_needed else contextlib.nullcontext()
+
+    def inputs(self, tree: Any) -> Any:
+        """The shapes as a program gets them: on a CPU with float32 in place of shorter floats."""
+
+        def widened(x: Any) -> Any:
+            if getattr(x, "dtype", None) not in (jnp.bfloat16, jnp.float16):
+                return x
+            return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+
+        return jax.tree.map(widened, tree) if self.devices is None else tree
+
+    def batch(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        """An array of a batch, its rows over the devices."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh))
+
+    def spread(self, tree: Any) -> Any:
+        """The shapes of a batch, its rows over the devices."""
+        return jax.tree.map(lambda x: self.batch(x.shape, x.dtype), tree)
+
+    def columns(self, model: models.Model, length: int | None) -> int:
+        """The columns of a row of texts, by default the most that the model reads."""
+        most = (self.num_answers or 1) * model.config.max_length
+        if (length or most) > most:
+            raise UserError(
+                f"rlhf-jax plan: rows of {length} tokens are longer than the {most} that the model "
+                "reads"
+            )
+        return length or most
+
+    def method(self, prompt: int) -> Method:
+        """How the policy learns from responses to prompts of so many columns."""
+        config = self.config
+        wanted = config.compute.share_prompts
+        on = Layout(self.mesh)
+        answers = Answers(self.name, self.own, config.rl, wanted, prompt, True, on)
+        method = method_of(config, RL[self.name], self.own)
+        return method._replace(shared_by=answers.group_size())
+
+    def policy(self) -> LanguageModel:
+        """The model that is trained, the shapes of its parameters as ``lora.base`` says."""
+        begun = self.language_model(self.config.model)
+        base = functools.partial(initial.base_of, self.config.lora)
+        return begun._replace(params=jax.eval_shape(base, begun.params))
+
+    def language_model(self, source: str | None) -> LanguageModel:
+        """A model with a tokenizer that knows nothing but its special tokens, and the shapes of its
+        parameters in the dtype that config.json names.
+        """
+        dtype = "float32"
+        if source is None:
+            network = dataclasses.asdict(self.config.network)
+            del network["dropout"]
+            config: Any = models.GPT2Config(self.config.tokenizer.vocab_size, **network)
+        else:
+            folder = hf.find_folder(hf.model_folder(source))
+            config = hf.read_config(folder)
+            keys = hf.read_json(folder / hf.CONFIG)
+            dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
+            if dtype not in DTYPES:
+                raise UserError(
+                    f"{folder / hf.CONFIG}: dtype is {dtype!r}, expected {', '.join(DTYPES)}"
+                )
+        compute = initial.by_depth(self.config.compute, config.num_layers)
+        attention = compute.attention
+        if self.devices is None and attention not in ("auto", "xla"):
+            attention = "blockwise"  # the others do not run on a CPU
+        config = dataclasses.replace(
+            config,
+            attention=attention,
+            remat=compute.remat is True,
+            scan_layers=compute.scan_layers,
+            compute_dtype="float32" if self.devices is None else compute.dtype,
+        )
+        model = models.build(config)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
+        tokenizer: Any = types.SimpleNamespace(eos_ids=0, pad_id=1)
+        return LanguageModel(model, params, tokenizer)
+
+
 def shapes_of(
     config: RunConfig,
     name: str,
     length: int | None = None,
-    target: targets.Target | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Shapes:
-    """The arrays on the devices and the programs of a stage; see ``plan``."""
+    """The arrays on the devices and the programs of a stage.
+
+    Args:
+        length: tokens of a row, or of a prompt in RL; None: the most that the model reads, or
+            ``rl.max_prompt_length``.
+        devices: as in ``Case``.
+
+    Raises:
+        UserError: no such stage, no length of prompts, an ensemble to be trained, a length that the
+            model cannot read, a mesh or microbatches that do not fit; or as the run itself.
+    """
     stages = (*TASKS, *RL)
     if name not in stages:
         raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join(stages)}")
@@ -70,28 +245,18 @@ def shapes_of(
         raise UserError(
             "rlhf-jax plan: compute.blocks and mesh.sampling are not planned; leave them out"
         )
-    case = Case(config, name, target)
+    case = Case(config, name, devices)
     layout.check(model_source(config), case.mesh)
-    cuts = ("num_minibatches", "num_microbatches")
-    section = "rl" if name in RL else name
     layout.check_divides(
-        f"{section}.batch_size",
+        "rl.batch_size" if name in RL else f"{name}.batch_size",
         case.settings.batch_size,
         {"devices": sharding.num_parts(case.mesh)},
-        {f"{name}.{key}": getattr(case.own, key, 1) for key in cuts},
+        {
+            f"{name}.{key}": getattr(case.own, key, 1)
+            for key in ("num_minibatches", "num_microbatches")
+        },
     )
     return _reinforcement(case, length) if name in RL else _supervised(case, length)
-
-
-def fitting(model: models.Model, length: int | None, texts: int = 1) -> int:
-    """The length of a row of so many texts, by default the most that the model reads."""
-    most = texts * model.config.max_length
-    if (length or most) > most:
-        raise UserError(
-            f"rlhf-jax plan: rows of {length} tokens are longer than the {most} that the model "
-            "reads"
-        )
-    return length or most
 
 
 def _supervised(case: Case, length: int | None) -> Shapes:
@@ -103,13 +268,53 @@ def _supervised(case: Case, length: int | None) -> Shapes:
     def learn(state: Any, batch: Any, key: Array, functions: dict[str, Any]) -> Any:
         return update.func(state, batch, key, **functions)
 
-    columns = fitting(job.language_model.model, length, case.texts_of_row)
+    columns = case.columns(job.language_model.model, length)
     key = jax.eval_shape(jax.random.key, 0)
-    batch = case.spread(_batch(case, columns))
-    programs: dict[str, Program] = {"learn": (learn, state, batch, key, update.keywords)}
+    programs: dict[str, Program] = {
+        "learn": (learn, state, _texts(case, columns), key, update.keywords)
+    }
     if TASKS[case.name].is_policy:
         programs |= _answering(case, job, learner, columns, state, key)
-    return Shapes(_held(case.planned, state), programs, {})
+    return Shapes(_held(case.run, state), programs, {})
+
+
+def _job(case: Case) -> Job:
+    """The job of a run whose data has no rows yet."""
+    none = np.zeros(0, np.int64)
+    answers = 2 if case.name in PAIRS else 1
+    starts = np.zeros((0, answers), np.int64)
+    texts: list[list[np.ndarray]] = [[] for _ in range(answers)]
+    shares = case.num_answers > 0
+    return Job(
+        run=case.run,
+        settings=case.own,
+        source=model_source(case.config),
+        language_model=case.policy(),
+        rows=[],
+        encoded=EncodedTexts(
+            texts, starts, [], [], 0, None, {}, none, none, targets=starts, shares_prompts=shares
+        ),
+        train_rows=none,
+        held_out=none,
+        plan=batches.Plan(np.ones(1), case.own.batch_size, jax.random.key(0)),
+        collate=lambda encoded, rows: None,
+        bucket_multiple=1,
+        num_steps=1,
+        optimizer=make_optimizer(case.own.optimizer, 1),
+    )
+
+
+def _texts(case: Case, length: int) -> Any:
+    """A batch of texts."""
+    rows = case.own.batch_size
+    is_pair = case.name in PAIRS
+    tokens = case.batch((rows, 2, length) if is_pair and not case.num_answers else (rows, length))
+    if is_pair:
+        documents = case.batch((rows, 1, case.num_answers)) if case.num_answers else None
+        return Comparisons(tokens, tokens, tokens, documents=documents)
+    if case.name == "sft":
+        return Demonstrations(tokens, tokens, tokens)
+    return Feedback(tokens, tokens, tokens, case.batch((rows,)))
 
 
 def _answering(
@@ -126,144 +331,89 @@ def _answering(
     policy = samples.Policy(
         job.language_model, learner.start, learner.fn, learner.reference, job.num_answers
     )
-    program: Any = samples.compile_log_ratios(job.run.layout, policy)
     config = samples.greedy_config(settings, policy.begun.tokenizer)
 
     def answer(state: Any, prompts: Any, key: Array, base: Any) -> Any:
         inputs = (samples.sampling_params(state, base), *prompts, key)
         return sampling.generate(policy.begun.model, *inputs, config=config, mesh=case.mesh)
 
-    def compare(state: Any, text: Any, functions: dict[str, Any]) -> Any:
-        return program.func(state, text, **functions)
-
     parts = sharding.num_parts(case.mesh)
     rows = -(-settings.validation_prompts // parts) * parts
+    prompts = (case.batch((rows, width)),) * 2
+    programs: dict[str, Program] = {ANSWERING: (answer, state, prompts, key, policy.start.base)}
+    ratios: Any = samples.compile_log_ratios(job.run.layout, policy)
+    if ratios is not None:
 
-    def arrays(columns: int, count: int) -> Any:
-        return case.spread((jax.ShapeDtypeStruct((rows, columns), jnp.int32),) * count)
+        def compare(state: Any, text: Any, functions: dict[str, Any]) -> Any:
+            return ratios.func(state, text, **functions)
 
-    programs: dict[str, Program] = {
-        ANSWERING: (answer, state, arrays(width, 2), key, policy.start.base)
-    }
-    if program is not None:
-        text = arrays(width + settings.max_new_tokens, 3)
-        programs[COMPARING] = (compare, state, text, program.keywords)
+        text = (case.batch((rows, width + settings.max_new_tokens)),) * 3
+        programs[COMPARING] = (compare, state, text, ratios.keywords)
     return programs
-
-
-def _job(case: Case) -> Job:
-    """The job of a run whose data has no rows yet."""
-    settings = case.own
-    none = np.zeros(0, np.int64)
-    answers = 2 if case.name in PAIRS else 1
-    starts = np.zeros((0, answers), np.int64)
-    texts: list[list[np.ndarray]] = [[] for _ in range(answers)]
-    is_shared = case.num_answers > 0
-    encoded = EncodedTexts(
-        texts, starts, [], [], 0, None, {}, none, none, targets=starts, shares_prompts=is_shared
-    )
-    return Job(
-        run=case.planned,
-        settings=settings,
-        source=model_source(case.config),
-        language_model=case.policy(),
-        rows=[],
-        encoded=encoded,
-        train_rows=none,
-        held_out=none,
-        plan=batches.Plan(np.ones(1), settings.batch_size, jax.random.key(0)),
-        collate=lambda encoded, rows: None,
-        bucket_multiple=1,
-        num_steps=1,
-        optimizer=make_optimizer(settings.optimizer, 1),
-    )
-
-
-def _batch(case: Case, length: int) -> Any:
-    """A batch of texts, as shapes."""
-    shape: tuple[int, ...] = (case.own.batch_size, length)
-    if case.name in PAIRS and not case.num_answers:
-        shape = (case.own.batch_size, 2, length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    if case.num_answers:
-        numbers: Any = jax.ShapeDtypeStruct((shape[0], 1, case.num_answers), jnp.int32)
-        return Comparisons(tokens, tokens, tokens, documents=numbers)  # type: ignore[arg-type]
-    if case.name in PAIRS:
-        return Comparisons(tokens, tokens, tokens)  # type: ignore[arg-type]
-    if case.name == "sft":
-        return Demonstrations(tokens, tokens, tokens)  # type: ignore[arg-type]
-    flags: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    return Feedback(tokens, tokens, tokens, flags)  # type: ignore[arg-type]
 
 
 def _reinforcement(case: Case, length: int | None) -> Shapes:
     settings = case.config.rl
-    stage = case.planned
     begun = case.policy()
-    prompt = _prompt_columns(settings, length)
+    prompt = prompt_columns(settings, length)
     columns = prompt + settings.max_new_tokens
-    fitting(begun.model, columns)  # or an error
-    method = method_of(case.config, RL[case.name], case.own)
-    method = method._replace(shared_by=case.shared_by(prompt))
+    case.columns(begun.model, columns)  # or an error
+    method = case.method(prompt)
     teacher = _teacher(case)
     source = None if method.value_source is None else case.language_model(method.value_source)
-    networks = networks_of(stage, begun, method, source, teacher)
-    state = first_state_of_rl(stage, method, networks, Sizes(settings.batch_size, columns, 0))
-    run = compiled(stage, begun, method, networks.optimizer)
+    networks = networks_of(case.run, begun, method, source, teacher)
+    sizes = Sizes(settings.batch_size, columns, 0)
+    state = first_state_of_rl(case.run, method, networks, sizes)
+    run = compiled(case.run, begun, method, networks.optimizer)
     functions = networks.functions
-    inputs = (state, _prompts(case, prompt), jax.eval_shape(jax.random.key, 0))
-    base = networks.start.base
-    collect = functools.partial(_collected, run, method.shared_by)
+
+    def collect(
+        state: Any, prompts: Any, key: Array, functions: iteration.Functions, base: Any
+    ) -> Any:
+        sampled = run.respond(iteration.sampling_params(state, base), prompts, key)
+        sampled = dataclasses.replace(sampled, group_size=method.shared_by)
+        return run.rescored(state, sampled, functions)
+
+    tokens = case.batch((settings.batch_size, prompt))
+    prompts = iteration.Prompts(tokens, tokens, case.batch((settings.batch_size,)))
+    key = jax.eval_shape(jax.random.key, 0)
+    inputs = (state, prompts, key, functions, networks.start.base)
     with case.in_mesh():
-        collected, _ = jax.eval_shape(collect, *case.computed((*inputs, functions, base)))
+        collected, _ = jax.eval_shape(collect, *case.inputs(inputs))
     rollout = case.spread(collected)
     if case.own.needs_teacher and teacher is None:
         rollout = dataclasses.replace(rollout, teacher_log_probs=rollout.log_probs)
-    scores = case.spread(jax.ShapeDtypeStruct((settings.batch_size,), jnp.float32))
-    scored = dataclasses.replace(rollout, scores=scores)
-    programs: dict[str, Program] = {SAMPLING: (collect, *inputs, functions, base)}
-    reward = case.laid_out(_reward(case, method, teacher))
+    programs: dict[str, Program] = {SAMPLING: (collect, *inputs)}
+    reward = laid_out_shapes(case.mesh, _reward(case, method, teacher))
     if reward is not None:
         rewarded = iteration.Functions(None, reward_fn=reward)
         programs["reward"] = (run.reward, rollout, rewarded)
-    programs["learn"] = (run.learn, state, scored, inputs[-1], functions)
-    held = _held(stage, state.train)
-    held["teacher"] = stage.held["teacher"]
+    scores = case.batch((settings.batch_size,), jnp.float32)
+    scored = dataclasses.replace(rollout, scores=scores)
+    programs["learn"] = (run.learn, state, scored, key, functions)
+    held = _held(case.run, state.train)
+    held["teacher"] = case.run.held["teacher"]
     held["reward models"] = reward if case.config.reward else None
-    held["policy that samples"] = stage.held["policy that samples"]
-    sizes = {
-        "num_rows": settings.batch_size,
-        "prompt_length": prompt,
-        "num_slots": settings.max_new_tokens,
-        "group_size": method.shared_by,
-    }
-    cache = jax.eval_shape(lambda: sampling.decoding.cache_of(begun.model, **sizes))
+    held["policy that samples"] = case.run.held["policy that samples"]
+    cache = jax.eval_shape(
+        lambda: sampling.decoding.cache_of(
+            begun.model,
+            num_rows=settings.batch_size,
+            prompt_length=prompt,
+            num_slots=settings.max_new_tokens,
+            group_size=method.shared_by,
+        )
+    )
     return Shapes(held, programs, {"cache": case.spread(cache)})
-
-
-def _collected(
-    run: Programs,
-    shared_by: int,
-    state: iteration.LoopState,
-    prompts: iteration.Prompts,
-    key: Array,
-    functions: iteration.Functions,
-    base: Params | None,
-) -> Any:
-    """A run's sampling and rescoring, as one program."""
-    sampled = run.respond(iteration.sampling_params(state, base), prompts, key)
-    sampled = dataclasses.replace(sampled, group_size=shared_by)
-    return run.rescored(state, sampled, functions)
 
 
 def _held(run: OpenRun, state: TrainState) -> dict[str, Any]:
     """What the models and the optimizer hold."""
-    held = run.held
     return {
         "parameters": state.params,
         "optimizer": state.opt_state,
-        "frozen weights": held["frozen weights"],
-        "reference": held["moving reference"] or held["reference"],
+        "frozen weights": run.held["frozen weights"],
+        "reference": run.held["moving reference"] or run.held["reference"],
     }
 
 
@@ -278,18 +428,17 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
     if not entries:
         return None
 
-    def with_score(params: Params) -> Params:
-        return models.add_head(jax.random.key(0), params, "score")
-
     def load(source: str) -> spec.RewardModel:
-        model, params = case.model(source)
+        model, params, _ = case.language_model(source)
         score_fn = ops.by_rows(models.score_fn(model, one_text=True), rows)
         in_groups = functools.partial(reward_models.scorer_of_groups, model, score_rows=rows)
-        shapes = jax.eval_shape(with_score, params)
+        key = jax.random.key(0)
+        shapes = jax.eval_shape(lambda params: models.add_head(key, params, "score"), params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0], decode_raw=repr)
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
+    # ``--reward math`` asks the data for a column.
+    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=("answer",)).fn
 
 
 def _teacher(case: Case) -> LanguageModel | None:
@@ -301,19 +450,15 @@ def _teacher(case: Case) -> LanguageModel | None:
     if case.own.teacher is None:
         raise UserError("rlhf-jax plan: no teacher; give --distill.teacher")
     teacher = case.language_model(case.own.teacher)
-    return teacher._replace(params=case.laid_out(teacher.params))
+    return teacher._replace(params=laid_out_shapes(case.mesh, teacher.params))
 
 
-def _prompts(case: Case, columns: int) -> iteration.Prompts:
-    """Prompts, as shapes."""
-    rows = case.config.rl.batch_size
-    tokens: Any = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
-    numbers: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    prompts: iteration.Prompts = case.spread(iteration.Prompts(tokens, tokens, numbers))
-    return prompts
+def prompt_columns(settings: RLStage, length: int | None) -> int:
+    """The columns of the longest prompt.
 
-
-def _prompt_columns(settings: RLStage, length: int | None) -> int:
+    Raises:
+        UserError: nobody knows.
+    """
     prompt = length or settings.max_prompt_length
     if prompt is None:
         raise UserError(

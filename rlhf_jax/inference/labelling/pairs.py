@@ -1,31 +1,31 @@
 """The pairs that people compare: sampled by one run or two, or from a file; and which of them."""
 
 import dataclasses
-import threading
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import conversation, files
+from rlhf_jax.data import chat, conversation, files
 from rlhf_jax.data.rows import Message, Messages, Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.inference import label
+from rlhf_jax.inference import asking
 from rlhf_jax.inference.labelling.settings import Config
-from rlhf_jax.inference.labelling.store import Pair, Store
+from rlhf_jax.inference.labelling.store import Pair
 from rlhf_jax.models import hf
 from rlhf_jax.runs import manifest
 
-_PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
-
 
 class Source(NamedTuple):
-    """Pairs by their numbers."""
+    """Pairs to be put into a store."""
 
     settings: dict[str, Any]  # all that determines them
-    num_pairs: int
-    pair: Callable[[int], Pair]
+    num_pairs: int  # that will be shown, as far as it is known before they are sampled
+    batches: Callable[[int], Iterator[list[Pair]]]
+    """The pairs from a number on, some at a time; none at a time while the pairs are sampled from
+    which they will be chosen."""
 
 
 def open_source(folder: str | None, config: Config) -> Source:
@@ -34,47 +34,102 @@ def open_source(folder: str | None, config: Config) -> Source:
     Raises:
         UserError: a run, a file or a row is wrong.
     """
+    is_random = config.choose == "random"
+    count = config.count if is_random else None
     if config.answers is not None:
         if folder is not None:
             raise UserError(f"--answers needs no run; leave {folder} out, or give --prompts")
-        source = _from_file(config.answers, config)
+        settings, num_pairs, pair = _from_file(config.answers, config.seed, count)
     else:
         if folder is None:
-            raise UserError("name the folder of a run: rlhf-jax label FOLDER --prompts FILE ...")
-        source = _from_runs(folder, config)
-    if config.choose == "random":
-        return source
-    models = [
-        manifest.fingerprint(hf.find_folder(hf.model_folder(reward))) for reward in config.reward
-    ]
-    settings = {
+            raise UserError(
+                "name the folder of a run: rlhf-jax label FOLDER --prompts FILE --out FILE"
+            )
+        settings, num_pairs, pair = _from_runs(folder, config, count)
+    if is_random:
+        return Source(
+            settings, num_pairs, lambda start: ([pair(i)] for i in range(start, num_pairs))
+        )
+    models = [hf.find_folder(hf.model_folder(reward)) for reward in config.reward]
+    settings |= {
         "choose": config.choose,
-        "reward": models,
+        "reward": [manifest.fingerprint(model) for model in models],
         "random_share": config.random_share,
         "count": config.count,
     }
-    return source._replace(settings=source.settings | settings)
+
+    def batches(start: int) -> Iterator[list[Pair]]:
+        if start:  # they were added together
+            return
+        pool = []
+        for number in range(num_pairs):
+            pool.append(pair(number))
+            yield []
+        chosen = choose(
+            pool,
+            config.choose,
+            config.reward,
+            count=config.count,
+            random_share=config.random_share,
+            seed=config.seed,
+        )
+        yield [one._replace(number=number) for number, one in enumerate(chosen)]
+
+    return Source(settings, min(config.count or num_pairs, num_pairs), batches)
 
 
-def _from_runs(folder: str, config: Config) -> Source:
-    pool = config if config.choose == "random" else dataclasses.replace(config, count=None)
-    asked = label.ask(folder, pool)
+_Pairs = tuple[dict[str, Any], int, Callable[[int], Pair]]
+"""All that determines pairs, their number, and each of them."""
+
+
+def _from_runs(folder: str, config: Config, count: int | None) -> _Pairs:
+    """A batch is sampled when its first pair is needed."""
+    asking.start(config)
+    policies = [
+        asking.open_policy(name, config, batch_size=config.batch_size)
+        for name in filter(None, (folder, config.against))
+    ]
+    data = asking.read(policies[0], config, config.seed)
+    rows = data.rows[:count]
+    settings = asking.described(folder, policies[0], config, data)
+    if config.against is not None:
+        settings["against"] = asking.described(config.against, policies[1], config, data)
+    settings["count"] = len(rows)
+    num_samples = 3 - len(policies)
+    asked = []
+    for policy in policies:
+        template = chat.template_of(policy.tokenizer, policy.template)
+        own = []  # the rows with messages in the policy's own chat template
+        for row in rows:
+            if row.messages:
+                prompt = template.prompt(row.messages, row.source, tools=row.tools)
+                row = dataclasses.replace(row, prompt=prompt)
+            own.append(row)
+        asked.append(policy.ask(own, num_samples))
+
+    @functools.lru_cache(maxsize=2)
+    def batch(start: int) -> list[tuple[str, ...]]:
+        columns: list[list[str]] = []
+        for policy, prompts in zip(policies, asked, strict=True):
+            texts, _ = policy.sample(prompts.part(start, start + config.batch_size), config.seed)
+            columns += [texts[i::num_samples] for i in range(num_samples)]
+        return list(zip(*columns, strict=True))
 
     def pair(number: int) -> Pair:
-        return Pair(number, asked.prompts[number], asked.answers(number))
+        place = number % config.batch_size
+        prompt = asking.as_given(rows[number], policies[0].tokenizer)
+        return Pair(number, prompt, list(batch(number - place)[place]))
 
-    return Source(asked.settings, len(asked.prompts), pair)
+    return settings, len(rows), pair
 
 
-def _from_file(name: str, config: Config) -> Source:
+def _from_file(name: str, seed: int, count: int | None) -> _Pairs:
     source = files.read_source(name)
-    pairs = [_pair(number, record) for number, record in enumerate(source.records)]
-    if config.choose == "random":
-        pairs = pairs[: config.count]
+    pairs = [_pair(number, record) for number, record in enumerate(source.records)][:count]
     if not pairs:
         raise UserError(f"{name}: holds no rows")
-    settings = {"answers": source.fingerprint, "seed": config.seed, "count": len(pairs)}
-    return Source(settings, len(pairs), lambda number: pairs[number])
+    settings = {"answers": source.fingerprint, "seed": seed, "count": len(pairs)}
+    return settings, len(pairs), lambda number: pairs[number]
 
 
 def _pair(number: int, record: Record) -> Pair:
@@ -97,118 +152,58 @@ def _pair(number: int, record: Record) -> Pair:
     return Pair(number, asked, texts, chosen_by)
 
 
-class Feeder(threading.Thread):
-    """Adds the pairs of a source to a store, in the background, ahead of the readers.
-
-    ``error``: why it ended early, if it did.
-    """
-
-    def __init__(self, source: Source, store: Store, config: Config, on_error: Callable[[], None]):
-        super().__init__(name="pairs", daemon=True)
-        self.error: Exception | None = None
-        self.is_complete = False  # whether all pairs are in the store
-        self._source = source
-        self._store = store
-        self._config = config
-        self._on_error = on_error
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        """Samples until all pairs are in the store, or until it is stopped."""
-        try:
-            self._feed()
-        except Exception as error:  # a thread's own would reach nobody
-            self.error = error
-            self._on_error()
-
-    def stop(self) -> None:
-        """Ends the thread: it adds nothing any more, and a batch that takes long is left."""
-        self._stopping.set()
-        self.join(_PATIENCE)
-
-    def _feed(self) -> None:
-        config = self._config
-        if config.choose != "random":
-            if not self._store.num_pairs():
-                names = [field.name for field in dataclasses.fields(Choice)]
-                choice = Choice(**{name: getattr(config, name) for name in names})
-                chosen = choose(self._sampled(), choice)
-                if self._stopping.is_set():
-                    return
-                self._store.add(pair._replace(number=i) for i, pair in enumerate(chosen))
-            self.is_complete = True
-            return
-        for number in range(self._store.num_pairs(), self._source.num_pairs):
-            while self._store.num_waiting() >= config.ahead:
-                if self._stopping.wait(0.2):
-                    return
-            pair = self._source.pair(number)
-            if self._stopping.is_set():
-                return
-            self._store.add([pair])
-        self.is_complete = True
-
-    def _sampled(self) -> list[Pair]:
-        """All pairs; none if it is stopped before."""
-        pairs = []
-        for number in range(self._source.num_pairs):
-            if self._stopping.is_set():
-                return []
-            pairs.append(self._source.pair(number))
-        return pairs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which pairs are labelled; the names are those of ``Config``."""
-
-    choose: str
-    reward: Sequence[str]
-    random_share: float
-    count: int | None
-    seed: int
-
-
-def choose(pairs: Sequence[Pair], config: Choice) -> list[Pair]:
+def choose(
+    pool: Sequence[Pair],
+    how: str,
+    models: Sequence[str],
+    *,
+    count: int | None,
+    random_share: float,
+    seed: int,
+) -> list[Pair]:
     """The pairs to label, in an order drawn from the seed.
 
-    ``random_share`` of them are drawn from all pairs; the rest are those on which the models
-    disagree most about which answer is better, or whose scores are closest.
+    ``random_share`` of them are drawn from all pairs; the rest are those on which the ``models``,
+    folders of reward models, disagree most about which answer is better, or (``how`` is close)
+    whose scores are closest.
     """
-    useful = [pair for pair in pairs if not label.is_useless(pair.answers)]
-    count = min(config.count or len(useful), len(useful))
+    useful = [pair for pair in pool if not pair.is_useless]
     if not useful:
         return []
-    margins = np.stack([_margins(folder, useful) for folder in config.reward])
-    logger.info(f"{config.choose}: {count} of {len(useful)} pairs are chosen")
-    return chosen_by_margins(useful, margins, count, config)
+    count = min(count or len(useful), len(useful))
+    margins = np.stack([_margins(folder, useful) for folder in models])
+    logger.info(f"{how}: {count} of {len(useful)} pairs are chosen")
+    return chosen_by_margins(
+        useful, margins, how, count=count, random_share=random_share, seed=seed
+    )
 
 
 def chosen_by_margins(
-    pairs: Sequence[Pair], margins: np.ndarray, count: int, config: Choice
+    pairs: Sequence[Pair],
+    margins: np.ndarray,
+    how: str,
+    *,
+    count: int,
+    random_share: float,
+    seed: int,
 ) -> list[Pair]:
-    """As `choose`, from the difference [models, pairs] of the two answers' scores."""
-    rng = np.random.default_rng(config.seed)
-    drawn = rng.permutation(len(pairs))
-    num_random = round(config.random_share * count)
-    at_random = set(drawn[:num_random].tolist())
-    if config.choose == "close":
+    """As `choose`, from the difference [models, pairs] of the two answers' scores.
+
+    Models disagree by the standard deviation of P(the first answer is better), which is the sigmoid
+    of the difference of its scores (Bradley & Terry 1952).
+    """
+    rng = np.random.default_rng(seed)
+    num_random = round(random_share * count)
+    at_random = set(rng.permutation(len(pairs))[:num_random].tolist())
+    if how == "close":
         wanted = np.abs(margins.mean(axis=0))
     else:
-        wanted = -preference_spread(margins)
+        wanted = -(1 / (1 + np.exp(-margins))).std(axis=0)
     rest = [i for i in np.argsort(wanted, kind="stable").tolist() if i not in at_random]
     kept = [(i, "random") for i in at_random]
-    kept += [(i, config.choose) for i in rest[: count - num_random]]
+    kept += [(i, how) for i in rest[: count - num_random]]
     order = rng.permutation(len(kept)).tolist()
     return [pairs[i]._replace(chosen_by=why) for i, why in (kept[place] for place in order)]
-
-
-def preference_spread(margins: np.ndarray) -> np.ndarray:
-    """[pairs] the standard deviation over the models of P(the first answer is better), which is the
-    sigmoid of the difference of its scores (Bradley & Terry 1952).
-    """
-    spread: np.ndarray = (1 / (1 + np.exp(-margins))).std(axis=0)
-    return spread
 
 
 def _margins(folder: str, pairs: Sequence[Pair]) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Serves the page: opens the store, the tokens and the pairs, and keeps OUT up to date."""
+"""Serves the page: its tokens, its connections, the pairs that are sampled while people label, and
+OUT, which is kept up to date.
+"""
 
 import asyncio
 import contextlib
@@ -6,92 +8,40 @@ import json
 import os
 import secrets
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file
-from rlhf_jax.inference import asking, label
-from rlhf_jax.inference.labelling import pairs, rows, server, summary
-from rlhf_jax.inference.labelling.connections import Connection
+from rlhf_jax.inference import label
+from rlhf_jax.inference.labelling import pairs, server
 from rlhf_jax.inference.labelling.settings import Config
-from rlhf_jax.inference.labelling.store import Store, is_new
-from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
+from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.runs.writing import refuse_links, write_atomically
 
+MOST_WAITING = 100
+"""Connections of one address, such as a proxy's, that are open without a whole request; beyond it
+the oldest is closed."""
 _WRITE_EVERY = 2.0  # seconds
+_PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
 _OPEN_TO_ALL = ("0.0.0.0", "::")
 
 
-class Job(NamedTuple):
-    """The larger job that a page is a part of."""
-
-    ends_when_done: bool = False  # the page ends by itself when all pairs are judged
-    tokens_of: Path | None = None  # the file beside which the tokens are; None: OUT
-
-
-ALONE = Job()
-
-
-def run(folder: str | None, config: Config, job: Job = ALONE) -> str:
+def run(folder: str | None, config: Config) -> str:
     """Serves until Ctrl-C or SIGTERM; returns a summary.
 
     Raises:
-        UserError: another process serves the same file; it was begun with other settings; a
-            folder, a file or a row is wrong; nobody may read the tokens; the port is taken.
+        UserError: as ``label.opened``; nobody may read the tokens; the port is taken.
     """
     out = Path(config.out)
-    of_tokens = _beside(job.tokens_of or out, "tokens.json")
-    kinds = ("json", "sqlite", "sqlite-wal", "sqlite-shm", "sqlite-journal")
-    refuse_links([of_tokens, *(_beside(out, kind) for kind in kinds)])
-    with one_writer(out):
-        source = pairs.open_source(folder, config)
-        store = _open_store(out, config)
-        try:
-            _begin(store, source, config)
-            _serve(store, source, config, job)
-        finally:
-            store.close()
-    return summary.text(summary.read(out))
-
-
-def _beside(out: Path, kind: str) -> Path:
-    return out.with_name(f"{out.name}.session.{kind}")
-
-
-def _open_store(out: Path, config: Config) -> Store:
-    path = label.store_file(out)
-    if is_new(path) and (out.exists() or label.session_file(out).exists()):
-        raise UserError(
-            f"{out}: exists already, and {path.name} is missing or empty: it was not begun on the "
-            "page, or its store was lost. Put the store back, or choose another --out"
-        )
-    return Store(path, config)
-
-
-def _begin(store: Store, source: pairs.Source, config: Config) -> None:
-    """Checks that the store was begun with these settings and is whole, or begins it."""
-    out = Path(config.out)
-    now = source.settings | {"again": config.again, "per_pair": config.per_pair}
-    now |= {"annotators": config.people}
-    num_given = len(store.judgements())
-    beside = label.session_file(out)
-    if beside.exists():
-        written = asking.read_beside(out, beside, label.SESSION | {"shown": int})
-        if (store.num_shown(), num_given) < (written["shown"], len(written["judgements"])):
-            raise UserError(
-                f"{store.path}: lacks judgements that {beside.name} has. Put the whole store "
-                "back, with its -wal file, or choose another --out"
-            )
-    before = store.settings()
-    if before is not None:
-        asking.check_unchanged(out, before, now | {"annotators": before["annotators"]})
-        missing = [name for name in before["annotators"] if name not in config.people]
-        if missing:
-            raise UserError(f"{out}: --annotators lacks {', '.join(missing)}, who began to label")
-        logger.info(f"{out}: {num_given} judgements so far; it continues")
-    store.begin(now)
+    refuse_links([_tokens_file(out)])
+    with label.opened(folder, config) as (store, source):
+        _serve(store, source, config, tokens(out, config.people))
+        return label.conclude(store, source, folder, config)
 
 
 def tokens(out: Path, people: list[str]) -> dict[str, str]:
@@ -100,7 +50,7 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
     Raises:
         UserError: the file is broken, or others may read it.
     """
-    path = _beside(out, "tokens.json")
+    path = _tokens_file(out)
     known: Any = {}
     if is_there(path):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -116,8 +66,9 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
             raise UserError(
                 f"{path}: is no file of tokens; delete it, and each annotator gets another"
             )
-    if any(name not in known for name in people):
-        known |= {name: secrets.token_urlsafe(32) for name in people if name not in known}
+    missing = [name for name in people if name not in known]
+    if missing:
+        known |= {name: secrets.token_urlsafe(32) for name in missing}
         before = os.umask(0o077)  # nobody else may read the file at any moment
         try:
             with file_errors(path, "written"):
@@ -127,30 +78,41 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
     return {name: known[name] for name in people}
 
 
-def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None:
+def _tokens_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.session.tokens.json")
+
+
+def _serve(store: Store, source: pairs.Source, config: Config, own: dict[str, str]) -> None:
     """Serves until a signal. The feeder's error ends it too."""
-    out = Path(config.out)
-    write(store, out)
-    own = tokens(job.tokens_of or out, config.people)
-    feeder = pairs.Feeder(source, store, config, on_error=lambda: _stop(web))
+
+    def stop() -> None:
+        web.should_exit = True
+
+    feeder = Feeder(source, store, config.ahead, on_error=stop)
     page = server.Page(
         store,
         {server.digest(token): name for name, token in own.items()},
         names=(*config.names, config.host),
         reasons=config.reasons,
         is_complete=lambda: feeder.is_complete,
-        # That will be shown, as far as it is known before they are sampled.
-        num_pairs=min(config.count or source.num_pairs, source.num_pairs),
+        num_pairs=source.num_pairs,
     )
 
-    def end_if_done() -> None:
-        if job.ends_when_done and feeder.is_complete and store.is_done():
-            _stop(web)
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        stopping = asyncio.Event()
+        feeder.start()
+        writer = asyncio.create_task(_write_often(store, Path(config.out), stopping))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await writer
+            await asyncio.to_thread(feeder.stop)
 
-    application = server.build(page, _keeping(store, feeder, out, end_if_done))
     web = uvicorn.Server(
         uvicorn.Config(
-            application,
+            server.build(page, lifespan),
             host=config.host,
             port=config.port,
             log_config=None,  # its access log would hold tokens
@@ -187,39 +149,8 @@ def _serve(store: Store, source: pairs.Source, config: Config, job: Job) -> None
         raise feeder.error
 
 
-def _stop(web: uvicorn.Server) -> None:
-    web.should_exit = True
-
-
-def _keeping(
-    store: Store, feeder: pairs.Feeder, out: Path, on_writing: Callable[[], None]
-) -> Callable[[Any], Any]:
-    """The lifespan of the application: pairs are added, and OUT is written when it changed.
-
-    on_writing: called each time that it looks whether it changed.
-    """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        stopping = asyncio.Event()
-        feeder.start()
-        writer = asyncio.create_task(_write_often(store, out, stopping, on_writing))
-        try:
-            yield
-        finally:
-            stopping.set()
-            await writer
-            await asyncio.to_thread(feeder.stop)
-
-    return lifespan
-
-
-async def _write_often(
-    store: Store, out: Path, stopping: asyncio.Event, on_writing: Callable[[], None]
-) -> None:
-    """Writes OUT when the store has changed, and a last time at the end. ``on_writing`` is called
-    each time that it looks.
-    """
+async def _write_often(store: Store, out: Path, stopping: asyncio.Event) -> None:
+    """Writes OUT when the store has changed."""
     written = -1
     while not stopping.is_set():
         with contextlib.suppress(TimeoutError):
@@ -227,16 +158,96 @@ async def _write_often(
         now = store.num_changes()
         try:
             if now != written:
-                await asyncio.to_thread(write, store, out)
+                await asyncio.to_thread(label.write, store, out)
                 written = now
-            on_writing()
         except UserError as error:  # a full disk: the store has what it confirmed
             logger.warning(str(error))
 
 
-def write(store: Store, out: Path) -> None:
-    """Writes OUT and OUT.session.json, which hold what the store holds."""
-    num_shown = store.num_shown()  # first: it grows when a judgement is taken back meanwhile
-    judgements = store.judgements()
-    settings = {"settings": store.settings(), "shown": num_shown}
-    label.write(out, settings, judgements, rows.rows(judgements))
+class Feeder(threading.Thread):
+    """Adds the pairs of a source to a store, in the background, ahead of the readers.
+
+    ``error``: why it ended early, if it did.
+    """
+
+    def __init__(
+        self, source: pairs.Source, store: Store, ahead: int, on_error: Callable[[], None]
+    ):
+        super().__init__(name="pairs", daemon=True)
+        self.error: Exception | None = None
+        self.is_complete = False  # whether all pairs are in the store
+        self._source = source
+        self._store = store
+        self._ahead = ahead
+        self._on_error = on_error
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Samples until all pairs are in the store, or until it is stopped."""
+        try:
+            coming = self._source.batches(self._store.num_pairs())
+            while True:
+                while self._store.num_waiting() >= self._ahead:
+                    if self._stopping.wait(0.2):
+                        return
+                added = next(coming, None)
+                if self._stopping.is_set():
+                    return
+                if added is None:
+                    break
+                self._store.add(added)
+            self.is_complete = True
+        except Exception as error:  # a thread's own would reach nobody
+            self.error = error
+            self._on_error()
+
+    def stop(self) -> None:
+        """Ends the thread: it adds nothing any more, and a batch that takes long is left."""
+        self._stopping.set()
+        self.join(_PATIENCE)
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, which would wait for the rest of a request without end. Here the lines
+    before a body have ``MAX_WAIT`` seconds, from the connection or the reply before.
+    """
+
+    _limit: asyncio.TimerHandle | None = None  # set while no request is being answered
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end_wait()
+
+    def on_response_complete(self) -> None:
+        self._wait()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_wait()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._end_wait()
+        self._limit = self.loop.call_later(server.MAX_WAIT, self._give_up)
+        others: set[Any] = self.connections
+        waiting = [one for one in others if one._limit and one._address == self._address]
+        if len(waiting) > MOST_WAITING:
+            min(waiting, key=lambda one: one._limit.when())._give_up()
+
+    def _end_wait(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _give_up(self) -> None:
+        self._end_wait()
+        self.transport.abort()
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""

@@ -12,8 +12,9 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import URL
@@ -25,16 +26,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.inference.labelling import markup
-from rlhf_jax.inference.labelling.store import Store, Task
+from rlhf_jax.inference.labelling.store import Store
 
 MAX_BODY = 16_384
 MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
-MAX_REASON = 2_000
 RATE = 10.0
 """Requests a second of one address, after a burst of ``BURST``; wrong addresses share one rate."""
 BURST = 40.0
-CHOICES = ("a", "b", "tie", "bad", "skip")
-STRENGTHS = ("slight", "clear", "strong")
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {"label.js": "text/javascript", "label.css": "text/css"}
 HEADERS = {
@@ -62,6 +60,19 @@ class Page(NamedTuple):
     num_pairs: int = 0  # there will be, as far as it is known
 
 
+class _Undo(msgspec.Struct):
+    """The body of a request: which judgement is meant."""
+
+    id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class _Judgement(_Undo):
+    choice: Literal["a", "b", "tie", "bad", "skip"]
+    seconds: Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
+    strength: Literal["slight", "clear", "strong"] | None = None
+    reason: Annotated[str, msgspec.Meta(max_length=2_000)] | None = None
+
+
 def digest(token: str) -> str:
     """What is compared of a token: how long that takes says nothing about the token."""
     return hashlib.sha256(token.encode()).hexdigest()
@@ -72,12 +83,32 @@ def build(page: Page, lifespan: Any = None) -> ASGIApp:
 
     lifespan: as of Starlette.
     """
-    routes = [Route(f"/{name}", _asset(name)) for name in _TYPES]
+
+    def of_annotator(answer: Callable[..., Any], form: Any = None) -> Any:
+        """An endpoint of one annotator: 404 for a wrong token."""
+
+        async def respond(request: Request) -> Response:
+            name = page.annotators.get(digest(request.path_params["token"]))
+            if name is None:
+                raise HTTPException(404)
+            given = () if form is None else (await _read(request, form),)
+            content = await run_in_threadpool(answer, page, name, *given)
+            return content if isinstance(content, Response) else JSONResponse(content)
+
+        return respond
+
+    def asset(name: str, kind: str) -> Response:
+        return Response((_FOLDER / name).read_bytes(), media_type=kind)
+
+    routes = [
+        Route(f"/{name}", lambda _, name=name, kind=kind: asset(name, kind))
+        for name, kind in _TYPES.items()
+    ]
     routes += [
-        Route("/{token}", _Of(page, _html), methods=["GET"]),
-        Route("/{token}/pair", _Of(page, _pair), methods=["GET"]),
-        Route("/{token}/judgement", _Of(page, _judge), methods=["POST"]),
-        Route("/{token}/undo", _Of(page, _undo), methods=["POST"]),
+        Route("/{token}", of_annotator(lambda *_: asset("label.html", "text/html"))),
+        Route("/{token}/pair", of_annotator(_state)),
+        Route("/{token}/judgement", of_annotator(_judge, _Judgement), methods=["POST"]),
+        Route("/{token}/undo", of_annotator(_undo, _Undo), methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={UserError: _not_kept})
     app.router.redirect_slashes = False
@@ -89,53 +120,15 @@ async def _not_kept(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"This was not saved. {error}"}, 507)
 
 
-class _Of:
-    """An endpoint of one annotator: 404 for a wrong token."""
-
-    def __init__(self, page: Page, answer: Callable[[Page, str, Any], Response]):
-        self.page = page
-        self.answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        name = self.page.annotators.get(digest(request.path_params["token"]))
-        if name is None:
-            raise HTTPException(404)
-        body = None
-        if request.method == "POST":
-            body = await _json(request)
-        response = await run_in_threadpool(self.answer, self.page, name, body)
-        await response(scope, receive, send)
-
-
-async def _json(request: Request) -> dict[str, Any]:
+async def _read(request: Request, form: type[_Undo]) -> _Undo:
+    """The body of a request, which must be JSON of this form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":
         raise HTTPException(415)
     try:
-        value = json.loads(await request.body())
-    except (ValueError, RecursionError):
+        return msgspec.convert(json.loads(await request.body()), form)
+    except (ValueError, RecursionError):  # msgspec.ValidationError is a ValueError
         raise HTTPException(400) from None
-    if not isinstance(value, dict):
-        raise HTTPException(400)
-    return value
-
-
-def _asset(name: str) -> Callable[[Request], Response]:
-    content = (_FOLDER / name).read_bytes()
-
-    def serve(_: Request) -> Response:
-        return Response(content, media_type=_TYPES[name])
-
-    return serve
-
-
-def _html(page: Page, name: str, _: Any) -> Response:
-    return Response((_FOLDER / "label.html").read_bytes(), media_type="text/html")
-
-
-def _pair(page: Page, name: str, _: Any) -> Response:
-    return JSONResponse(_state(page, name))
 
 
 def _state(page: Page, name: str) -> dict[str, Any]:
@@ -143,9 +136,19 @@ def _state(page: Page, name: str) -> dict[str, Any]:
     is_complete = page.is_complete()  # first: a pair may be added meanwhile
     task = page.store.next(name, is_complete=is_complete)
     progress = page.store.progress(name, 0 if is_complete else page.num_pairs)
+    shown = (
+        None
+        if task is None
+        else {
+            "id": task.id,
+            "again": task.again,
+            "conversation": markup.conversation(task.prompt),
+            "answers": [markup.render(text) for text in task.answers],
+        }
+    )
     return {
         "annotator": name,
-        "pair": None if task is None else _shown(task),
+        "pair": shown,
         "waiting": task is None and not is_complete,
         "undo": page.store.last(name),
         "reasons": page.reasons,
@@ -153,57 +156,25 @@ def _state(page: Page, name: str) -> dict[str, Any]:
     }
 
 
-def _shown(task: Task) -> dict[str, Any]:
-    return {
-        "id": task.id,
-        "again": task.again,
-        "conversation": markup.conversation(task.prompt),
-        "answers": [markup.render(text) for text in task.answers],
-    }
-
-
-def _judge(page: Page, name: str, body: dict[str, Any]) -> Response:
-    number = _number(body)
-    choice = body.get("choice")
-    strength = body.get("strength")
-    if choice not in CHOICES or strength not in (None, *STRENGTHS):
-        raise HTTPException(400)
-    reason = _reason(body)
-    if not page.reasons and (strength or reason):
+def _judge(page: Page, name: str, given: _Judgement) -> dict[str, Any]:
+    # Half of a pair of UTF-16 is no text, and SQLite would refuse it.
+    reason = (given.reason or "").encode("utf-8", "replace").decode().strip() or None
+    if not page.reasons and (given.strength or reason):
         raise HTTPException(400)
     kept = page.store.judge(
-        name, number, choice, seconds=_seconds(body), strength=strength, reason=reason
+        name,
+        given.id,
+        given.choice,
+        seconds=given.seconds,
+        strength=given.strength,
+        reason=reason,
     )
-    return JSONResponse(_state(page, name) | {"kept": kept})
+    return _state(page, name) | {"kept": kept}
 
 
-def _seconds(body: dict[str, Any]) -> float:
-    seconds = body.get("seconds")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise HTTPException(400)
-    if not 0 <= seconds < 1e9:  # nor nan
-        raise HTTPException(400)
-    return seconds
-
-
-def _reason(body: dict[str, Any]) -> str | None:
-    """The reason as UTF-8 text; None if it is empty."""
-    reason = body.get("reason") or ""
-    if not isinstance(reason, str) or len(reason) > MAX_REASON:
-        raise HTTPException(400)
-    return reason.encode("utf-8", "replace").decode().strip() or None
-
-
-def _undo(page: Page, name: str, body: dict[str, Any]) -> Response:
-    kept = page.store.undo(name, _number(body))
-    return JSONResponse(_state(page, name) | {"kept": kept})
-
-
-def _number(body: dict[str, Any]) -> int:
-    number = body.get("id")
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 62:
-        raise HTTPException(400)
-    return number
+def _undo(page: Page, name: str, given: _Undo) -> dict[str, Any]:
+    kept = page.store.undo(name, given.id)
+    return _state(page, name) | {"kept": kept}
 
 
 class Guard:
@@ -236,38 +207,40 @@ class Guard:
 
         request = Request(scope)
         refused = self._refused(request)
-        if refused is not None:
-            await PlainTextResponse(refused.detail, refused.status_code)(
-                scope, receive, with_headers
-            )
-            return
-        body: bytes | None = b""
-        if request.method == "POST":
+        body = b""
+        if refused is None and request.method == "POST":
             try:
                 body = await asyncio.wait_for(_body(receive), MAX_WAIT)
             except TimeoutError:
-                await PlainTextResponse("too slow", 408)(scope, receive, with_headers)
-                return
-        if body is None:
-            await PlainTextResponse("too large", 413)(scope, receive, with_headers)
+                refused = 408, "too slow"
+            if len(body) > MAX_BODY:
+                refused = 413, "too large"
+        if refused is not None:
+            status, why = refused
+            await PlainTextResponse(why, status)(scope, receive, with_headers)
             return
-        await self.app(scope, _replayed(body), with_headers)
 
-    def _refused(self, request: Request) -> HTTPException | None:
+        async def replayed() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, replayed, with_headers)
+
+    def _refused(self, request: Request) -> tuple[int, str] | None:
+        """The status and the reason of a refusal; None: it is allowed."""
         host = request.headers.get("host", "")
         if not self._is_ours(host):
-            return HTTPException(421, "this page is not served under that name; see --names")
+            return 421, "this page is not served under that name; see --names"
         if request.method not in ("GET", "HEAD"):
             try:
                 origin = URL(request.headers.get("origin", "")).netloc
             except ValueError:
-                return HTTPException(400, "the Origin is no address")
+                return 400, "the Origin is no address"
             if origin.lower() != host.lower():
-                return HTTPException(403, "from another page")
+                return 403, "from another page"
         if not request.scope["path"].startswith("/"):
-            return HTTPException(400, "a path begins with /")
+            return 400, "a path begins with /"
         if not self._is_allowed(request):
-            return HTTPException(429, "too many requests; wait a second")
+            return 429, "too many requests; wait a second"
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -276,11 +249,8 @@ class Guard:
         """
         try:
             name = URL(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in ("localhost", *(known.lower() for known in self.page.names)):
-            return True
-        try:
+            if name in ("localhost", *(known.lower() for known in self.page.names)):
+                return True
             ipaddress.ip_address(name)
         except ValueError:
             return False
@@ -300,22 +270,11 @@ class Guard:
         return left >= 1
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The body of a request; None if it is too large."""
+async def _body(receive: Receive) -> bytes:
+    """The body of a request, or its beginning if it is too large."""
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            return None
-        if not message.get("more_body"):
+        if len(body) > MAX_BODY or not message.get("more_body"):
             return body
-
-
-def _replayed(body: bytes) -> Receive:
-    """A ``receive`` that gives a body that was read before."""
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive

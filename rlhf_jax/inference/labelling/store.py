@@ -1,9 +1,11 @@
-"""The pairs and the judgements of the page, in SQLite: one commit a judgement, in WAL, synced to
-the disk. A kill at any moment loses no judgement that the page has confirmed.
+"""The pairs and the judgements of ``rlhf-jax label`` in SQLite: one commit a judgement, in WAL,
+synced to the disk. A kill at any moment loses no judgement that was confirmed. And the rows of
+preferences that follow from them.
 
 SQLite keeps no checksums: a flipped bit in a row would be another answer. So each row has one.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -11,14 +13,13 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.errors import UserError, is_there
-from rlhf_jax.inference import label
 from rlhf_jax.inference.labelling.settings import Config
 
 LEASE = 900.0
@@ -63,6 +64,23 @@ SELECT SUM(MIN(given, :per_pair)), SUM(MIN(MAX(given, :people - skipped), :per_p
     FROM pairs LEFT JOIN judgements ON pair = number AND NOT again
     WHERE NOT useless GROUP BY number)
 """
+_NUM_WAITING = """
+SELECT COUNT(*) FROM pairs
+WHERE NOT useless AND NOT EXISTS (SELECT 1 FROM judgements WHERE pair = number)
+"""
+_LAST = """
+SELECT id FROM judgements WHERE annotator = ? AND choice IS NOT NULL ORDER BY place DESC LIMIT 1
+"""
+_JUDGE = """
+UPDATE judgements SET choice = ?, strength = ?, reason = ?,
+    seconds = ROUND(MAX(0, MIN(?, ? - shown_at)), 1),
+    place = (SELECT IFNULL(MAX(place), 0) + 1 FROM judgements)
+WHERE id = ? AND annotator = ? AND choice IS NULL
+"""
+_JUDGEMENTS = """
+SELECT pair, prompt, answers, first, choice, again, annotator, seconds, strength, reason, chosen_by
+FROM judgements JOIN pairs ON pair = pairs.number WHERE choice IS NOT NULL ORDER BY place
+"""
 
 
 class Pair(NamedTuple):
@@ -70,17 +88,51 @@ class Pair(NamedTuple):
 
     number: int
     prompt: Any  # text or messages
-    answers: list[str]
+    answers: list[str]  # with --against: of RUN, and of the other run
     chosen_by: str = "random"
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether a choice teaches nothing: the answers are equal, or one is empty."""
+        first, second = (text.strip() for text in self.answers)
+        return self.answers[0] == self.answers[1] or not first or not second
 
 
 class Task(NamedTuple):
     """A pair as it is shown to somebody."""
 
     id: int
+    pair: int
     prompt: Any
     answers: list[str]  # in the order in which they are shown
     again: bool
+
+
+class Judgement(NamedTuple):
+    """What somebody said about a pair."""
+
+    pair: int
+    prompt: Any
+    answers: list[str]
+    order: list[int]  # in which the answers were shown
+    choice: str  # a, b, tie, bad (both), or skip
+    again: bool  # whether this annotator was asked for the second time
+    annotator: str
+    seconds: float | None = None  # that the pair was looked at
+    strength: str | None = None  # of the preference: slight, clear or strong
+    reason: str | None = None
+    chosen_by: str = "random"  # how the pair was chosen: --choose
+
+    @property
+    def verdict(self) -> int | str:
+        """The better answer's number, or tie, bad, skip."""
+        place = {"a": 0, "b": 1}.get(self.choice)
+        return self.choice if place is None else self.order[place]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it compares the answers."""
+        return self.choice != "skip"
 
 
 class Progress(NamedTuple):
@@ -135,46 +187,61 @@ class Store:
         with self._errors(), self._lock, self._db:
             yield self._db
 
+    def _value(self, query: str, *values: object) -> Any:
+        with self._transaction() as db:
+            found = db.execute(query, values).fetchone()
+        return None if found is None else found[0]
+
     def settings(self) -> dict[str, Any] | None:
         """The settings that the store was begun with; None: it is new."""
-        with self._transaction() as db:
-            found = db.execute("SELECT content FROM settings").fetchone()
-        return None if found is None else json.loads(found[0])
+        content = self._value("SELECT content FROM settings")
+        return None if content is None else json.loads(content)
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Keeps the settings of a new store, or the later annotators of an old one."""
+        into = "INSERT OR REPLACE INTO settings (one, content) VALUES (1, ?)"
         with self._transaction() as db:
-            into = "INSERT OR REPLACE INTO settings (one, content) VALUES (1, ?)"
             db.execute(into, [json.dumps(settings)])
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """Adds pairs, or none of them. Those whose answers are equal or empty are never shown."""
+        into = "INSERT INTO pairs (number, prompt, answers, chosen_by, useless)"
         rows = [
-            (
-                pair.number,
-                json.dumps(pair.prompt),
-                json.dumps(pair.answers),
-                pair.chosen_by,
-                label.is_useless(pair.answers),
-            )
+            (pair.number, *map(json.dumps, pair[1:3]), pair.chosen_by, pair.is_useless)
             for pair in pairs
         ]
         with self._transaction() as db:
-            into = "INSERT INTO pairs (number, prompt, answers, chosen_by, useless)"
             db.executemany(f"{into} VALUES (?, ?, ?, ?, ?)", rows)
 
     def num_pairs(self) -> int:
         """The pairs that were added."""
-        with self._transaction() as db:
-            count: int = db.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
-        return count
+        return int(self._value("SELECT COUNT(*) FROM pairs"))
+
+    def num_useless(self) -> int:
+        """Those of which a choice teaches nothing."""
+        return int(self._value("SELECT COUNT(*) FROM pairs WHERE useless"))
 
     def num_waiting(self) -> int:
         """The pairs that nobody has been shown."""
-        unseen = "NOT useless AND NOT EXISTS (SELECT 1 FROM judgements WHERE pair = number)"
+        return int(self._value(_NUM_WAITING))
+
+    def num_shown(self) -> int:
+        """The pairs that were shown so far, also those whose judgements were taken back."""
+        return self._value("SELECT seq FROM sqlite_sequence") or 0
+
+    def num_changes(self) -> int:
+        """Grows with each change of the file by this process."""
+        return self._db.total_changes
+
+    def last(self, annotator: str) -> int | None:
+        """The number of the annotator's last judgement, which can be undone."""
+        found: int | None = self._value(_LAST, annotator)
+        return found
+
+    def judgements(self) -> list[Judgement]:
+        """All judgements in the order in which they were given."""
         with self._transaction() as db:
-            count: int = db.execute(f"SELECT COUNT(*) FROM pairs WHERE {unseen}").fetchone()[0]
-        return count
+            return _judgements(db)
 
     def next(self, annotator: str, *, is_complete: bool) -> Task | None:
         """The pair that the annotator is to judge; the same one until it is judged.
@@ -183,45 +250,47 @@ class Store:
             is_complete: whether no pairs will be added; only then pairs are asked again.
         """
         with self._transaction() as db:
-            open_ = "SELECT id FROM judgements WHERE annotator = ? AND choice IS NULL"
-            found = db.execute(open_, [annotator]).fetchone()
-            number = found[0] if found else self._assign(db, annotator, is_complete)
-            return None if number is None else _task(db, number)
-
-    def _assign(self, db: sqlite3.Connection, annotator: str, is_complete: bool) -> int | None:
-        """Gives the annotator a pair; returns the number of the empty judgement."""
-        wanted = {
-            "annotator": annotator,
-            "since": time.time() - LEASE,
-            "per_pair": self.config.per_pair,
-        }
-        found = db.execute(_FREE, wanted).fetchone()
-        if found is not None:
-            pair = found[0]
-            first = int(self._drawn(annotator, pair).integers(2))
-            again = False
-        elif is_complete and (repeat := self._repeat(db, annotator)) is not None:
-            pair = repeat[0]
-            first = 1 - repeat[1]
-            again = True
-        else:
+            is_open = "annotator = ? AND choice IS NULL"
+            query = f"SELECT id FROM judgements WHERE {is_open}"
+            if db.execute(query, [annotator]).fetchone() is None:
+                self._assign(db, annotator, is_complete)
+            joined = f"judgements JOIN pairs ON pair = pairs.number WHERE {is_open}"
+            columns = f"SELECT id, pair, prompt, answers, first, again FROM {joined}"
+            found = db.execute(columns, [annotator]).fetchone()
+        if found is None:
             return None
-        row = (pair, annotator, again, first, time.time())
+        number, pair, prompt, answers, first, again = found
+        texts = json.loads(answers)
+        shown = [texts[first], texts[1 - first]]
+        return Task(number, pair, json.loads(prompt), shown, bool(again))
+
+    def _assign(self, db: sqlite3.Connection, annotator: str, is_complete: bool) -> None:
+        """Gives the annotator a pair, if there is one: a judgement without a choice."""
+        config = self.config
+        person = [config.seed, zlib.crc32(annotator.encode())]
+        names = {"annotator": annotator, "per_pair": config.per_pair}
+        free = db.execute(_FREE, names | {"since": time.time() - LEASE}).fetchone()
+        if free is not None:
+            first = np.random.default_rng([*person, free[0]]).integers(2)
+            chosen = (free[0], annotator, False, int(first))
+        elif is_complete:
+            # A share of the judged pairs, drawn from the seed, in the other order.
+            whose = f"SELECT pair, first FROM judgements WHERE annotator = ? AND {_GIVEN}"
+            firsts = db.execute(f"{whose} AND NOT again ORDER BY pair", [annotator]).fetchall()
+            asked = "SELECT pair FROM judgements WHERE annotator = ? AND again"
+            done = {pair for (pair,) in db.execute(asked, [annotator])}
+            count = round(config.again * len(firsts))
+            if config.again and len(firsts) > 1:
+                count = max(count, 1)
+            drawn = np.random.default_rng(person).permutation(len(firsts))[:count]
+            left = [firsts[i] for i in drawn if firsts[i][0] not in done]
+            if not left:
+                return
+            chosen = (left[0][0], annotator, True, 1 - left[0][1])
+        else:
+            return
         into = "INSERT INTO judgements (pair, annotator, again, first, shown_at)"
-        return db.execute(f"{into} VALUES (?, ?, ?, ?, ?)", row).lastrowid
-
-    def _drawn(self, annotator: str, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, zlib.crc32(annotator.encode()), *numbers])
-
-    def _repeat(self, db: sqlite3.Connection, annotator: str) -> Sequence[int] | None:
-        """The next pair that the annotator is asked again, and the answer shown first before."""
-        whose = f"SELECT pair, first FROM judgements WHERE annotator = ? AND {_GIVEN}"
-        firsts = db.execute(f"{whose} AND NOT again ORDER BY pair", [annotator]).fetchall()
-        asked = "SELECT pair FROM judgements WHERE annotator = ? AND again"
-        done = {pair for (pair,) in db.execute(asked, [annotator])}
-        count = label.num_repeated(self.config.again, len(firsts))
-        drawn = self._drawn(annotator).permutation(len(firsts))[:count]
-        return next((firsts[i] for i in drawn if firsts[i][0] not in done), None)
+        db.execute(f"{into} VALUES (?, ?, ?, ?, ?)", (*chosen, time.time()))
 
     def judge(
         self,
@@ -240,28 +309,16 @@ class Store:
             choice: a, b, tie, bad or skip, of the answers as they were shown.
             seconds: as the page measured them. They are at most those since the pair was shown.
         """
-        now = time.time()
+        said = (choice, strength, reason, seconds, time.time(), number, annotator)
         with self._transaction() as db:
-            kept = db.execute(
-                "UPDATE judgements SET choice = ?, strength = ?, reason = ?,"
-                " seconds = ROUND(MAX(0, MIN(?, ? - shown_at)), 1),"
-                " place = (SELECT IFNULL(MAX(place), 0) + 1 FROM judgements)"
-                " WHERE id = ? AND annotator = ? AND choice IS NULL",
-                (choice, strength, reason, seconds, now, number, annotator),
-            )
-            return kept.rowcount == 1
-
-    def last(self, annotator: str) -> int | None:
-        """The number of the annotator's last judgement, which can be undone."""
-        with self._transaction() as db:
-            return _last(db, annotator)
+            return db.execute(_JUDGE, said).rowcount == 1
 
     def undo(self, annotator: str, number: int) -> bool:
         """Takes the annotator's last judgement back; its pair is the next one, under another
         number. False if the number is another's.
         """
         with self._transaction() as db:
-            if number != _last(db, annotator):
+            if db.execute(_LAST, [annotator]).fetchone() != (number,):
                 return False
             unseen = "DELETE FROM judgements WHERE annotator = ? AND choice IS NULL"
             db.execute(unseen, [annotator])
@@ -287,25 +344,10 @@ class Store:
         num_coming = max(num_pairs - num_there, 0)
         return Progress(num_own, num_given or 0, (num_needed or 0) + num_coming * per_pair)
 
-    def is_done(self) -> bool:
-        """Whether each pair has the judgements that it needs, of those who do not skip it."""
-        progress = self.progress("")
-        return progress.given == progress.needed
 
-    def num_changes(self) -> int:
-        """Grows with each change of the file by this process."""
-        return self._db.total_changes
-
-    def judgements(self) -> list[label.Judgement]:
-        """All judgements in the order in which they were given."""
-        with self._transaction() as db:
-            return _judgements(db)
-
-    def num_shown(self) -> int:
-        """The pairs that were shown so far, also those whose judgements were taken back."""
-        with self._transaction() as db:
-            found = db.execute("SELECT seq FROM sqlite_sequence").fetchone()
-        return 0 if found is None else found[0]
+def file_of(out: Path) -> Path:
+    """The store of a file of preferences."""
+    return out.with_name(f"{out.name}.session.sqlite")
 
 
 def is_new(path: Path) -> bool:
@@ -313,7 +355,7 @@ def is_new(path: Path) -> bool:
     return not is_there(path) or (path.is_file() and not path.stat().st_size)
 
 
-def read(path: Path) -> list[label.Judgement]:
+def read(path: Path) -> list[Judgement]:
     """The judgements of a store, also while a page is open.
 
     Raises:
@@ -357,32 +399,51 @@ def _checksum(*values: object) -> int:
     return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))
 
 
-def _last(db: sqlite3.Connection, annotator: str) -> int | None:
-    whose = "annotator = ? AND choice IS NOT NULL ORDER BY place DESC LIMIT 1"
-    found = db.execute(f"SELECT id FROM judgements WHERE {whose}", [annotator]).fetchone()
-    return None if found is None else found[0]
-
-
-def _task(db: sqlite3.Connection, number: int) -> Task:
-    joined = "judgements JOIN pairs ON pair = pairs.number WHERE id = ?"
-    columns = f"SELECT prompt, answers, first, again FROM {joined}"
-    prompt, answers, first, again = db.execute(columns, [number]).fetchone()
-    texts = json.loads(answers)
-    return Task(number, json.loads(prompt), [texts[first], texts[1 - first]], bool(again))
-
-
-# In the order of `label.Judgement`.
-_COLUMNS = """
-pair, prompt, answers, first, choice, again, annotator, seconds, strength, reason, chosen_by
-"""
-
-
-def _judgements(db: sqlite3.Connection) -> list[label.Judgement]:
-    joined = "judgements JOIN pairs ON pair = pairs.number WHERE choice IS NOT NULL ORDER BY place"
+def _judgements(db: sqlite3.Connection) -> list[Judgement]:
     found = []
-    for pair, prompt, answers, first, choice, again, *others in db.execute(
-        f"SELECT {_COLUMNS} FROM {joined}"
-    ):
+    for pair, prompt, answers, first, choice, again, *others in db.execute(_JUDGEMENTS):
         shown = json.loads(prompt), json.loads(answers), [first, 1 - first]
-        found.append(label.Judgement(pair, *shown, choice, bool(again), *others))
+        found.append(Judgement(pair, *shown, choice, bool(again), *others))
     return found
+
+
+def rows(judgements: Iterable[Judgement]) -> Iterator[dict[str, Any]]:
+    """A row for each pair that was judged, by its number; repeated judgements are left out.
+
+    One judgement is {prompt, chosen, rejected}, or {prompt, responses, ranks} for a tie; several
+    are {instruction, response1, response2, annotator1, ...} with a vote each. ``order`` is that of
+    the shown answers: of [chosen, rejected] or of the responses.
+    """
+    by_pair = collections.defaultdict(list)
+    for given in judgements:
+        if given.is_given and not given.again:
+            by_pair[given.pair].append(given)
+    for pair in sorted(by_pair):
+        of_pair = by_pair[pair]
+        one, *others = of_pair
+        notes: dict[str, list[Any]] = {
+            name: [getattr(given, name) for given in of_pair]
+            for name in ("annotator", "seconds", "order", "strength", "reason")
+        }
+        notes["both_bad"] = [given.choice == "bad" for given in of_pair]
+        for name in ("strength", "reason", "both_bad"):
+            if not any(notes[name]):
+                del notes[name]
+        row: dict[str, Any] = {"prompt": one.prompt}
+        if others:
+            texts = {"response1": one.answers[0], "response2": one.answers[1]}
+            row = {"instruction": one.prompt, **texts}
+            for number, given in enumerate(of_pair, 1):  # 1 or 2, or 0 for a tie
+                vote = given.verdict
+                row[f"annotator{number}"] = vote + 1 if isinstance(vote, int) else 0
+            row["annotators"] = notes.pop("annotator")
+        elif isinstance(one.verdict, int):
+            row["chosen"] = one.answers[one.verdict]
+            row["rejected"] = one.answers[1 - one.verdict]
+            if one.verdict == 1:  # the row has the second answer first
+                notes["order"] = [one.order[::-1]]
+        else:
+            row["responses"] = one.answers
+            row["ranks"] = [0, 0]
+        row |= notes if others else {name: values[0] for name, values in notes.items()}
+        yield row | {"chosen_by": one.chosen_by}

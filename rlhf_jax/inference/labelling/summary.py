@@ -1,239 +1,216 @@
-"""``rlhf-jax label --summary``: what the judgements of a file say about themselves."""
+"""``rlhf-jax label --summary``: how much people agree, with each other and with themselves, their
+bias and speed, and what follows from it.
+"""
 
 import collections
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.errors import UserError, file_errors
-from rlhf_jax.inference import asking, label
-from rlhf_jax.inference.label import Judgement, is_given
-from rlhf_jax.inference.labelling import agreement, store
+from rlhf_jax.inference.labelling import store
+from rlhf_jax.inference.labelling.store import Judgement
 from rlhf_jax.report import page
 from rlhf_jax.report.parts import Part
 from rlhf_jax.runs.writing import write_atomically
 
-ALONE = "you"  # the annotator of the terminal, who has no name
+Labels = Sequence[Hashable]
 
 
-class Person(NamedTuple):
-    """What one annotator did."""
+def krippendorff_alpha(units: Iterable[Labels]) -> float:
+    """Krippendorff's alpha for nominal labels: 1 is full agreement, 0 what chance gives, nan
+    without two different labels.
 
-    name: str
-    given: int
-    ties: int  # and pairs of which both are bad
-    skipped: int
-    first: int  # choices of the answer that was shown first
-    longer: int  # choices of the longer answer
-    unequal: int  # choices between answers of different length
-    again: agreement.Agreement  # with themselves
-    seconds: float  # the median; nan in the terminal
-
-    @property
-    def choices(self) -> int:
-        """Choices of one answer."""
-        return self.given - self.ties
-
-
-class Pairwise(NamedTuple):
-    """Two annotators on the pairs that both judged."""
-
-    names: tuple[str, str]
-    kappa: float
-    agreed: agreement.Agreement
+    Each unit has the labels that people gave it; units with one are left out (Krippendorff 2011,
+    Computing Krippendorff's Alpha-Reliability).
+    """
+    total: collections.Counter[Hashable] = collections.Counter()
+    disagreement = 0.0
+    for labels in units:
+        if len(labels) > 1:
+            counts = collections.Counter(labels)
+            total += counts
+            disagreement += _num_different(counts) / (len(labels) - 1)
+    by_chance = _num_different(total)
+    if not by_chance:
+        return math.nan
+    return 1 - (total.total() - 1) * disagreement / by_chance
 
 
-class Summary(NamedTuple):
-    """Of all judgements of a file."""
+def _num_different(counts: collections.Counter[Hashable]) -> int:
+    """The ordered pairs of labels, among so many of each, that are different."""
+    return counts.total() ** 2 - sum(count**2 for count in counts.values())
 
-    people: list[Person]
-    pairwise: list[Pairwise]
-    alpha: float
-    agreed: agreement.Agreement  # of choices by different annotators
-    again: agreement.Agreement  # of choices by the same annotator
-    num_pairs: int
+
+def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
+    """Cohen's kappa (1960) of two people's labels of the same units; nan if chance alone would
+    make them agree, or without units.
+    """
+    num = len(pairs)
+    firsts = collections.Counter(first for first, _ in pairs)
+    seconds = collections.Counter(second for _, second in pairs)
+    same = sum(first == second for first, second in pairs)
+    by_chance = sum(count * seconds[name] for name, count in firsts.items())
+    if num**2 == by_chance:
+        return math.nan
+    return (same * num - by_chance) / (num**2 - by_chance)
+
+
+def agreement(units: Iterable[Labels]) -> tuple[int, int]:
+    """How many pairs of labels of the same unit are equal, and how many there are."""
+    both = [pair for labels in units for pair in itertools.combinations(labels, 2)]
+    return sum(first == second for first, second in both), len(both)
+
+
+def best_accuracy(share: float) -> tuple[float, float]:
+    """Bounds of the accuracy, on single judgements, of a reward model that always knows what the
+    majority prefers.
+
+    If q_i is the share of people who prefer the better answer of pair i, two of them agree with
+    probability q_i^2 + (1 - q_i)^2 = (1 + d_i^2) / 2, with d_i = 2 q_i - 1 in [0, 1], and the model
+    is right with probability (1 + d_i) / 2. The mean of d_i is at least that of d_i^2 and at most
+    its root (Jensen), so that an agreement ``share`` = (1 + E d^2) / 2 gives
+
+        share <= accuracy <= (1 + sqrt(2 share - 1)) / 2.
+
+    An agreement below one half, which chance gives, counts as one half.
+    """
+    squared = max(2 * share - 1, 0.0)
+    return (1 + squared) / 2, (1 + math.sqrt(squared)) / 2
 
 
 def read(out: Path) -> list[Judgement]:
-    """The judgements of a file of preferences: from the page's store, or of the terminal.
+    """The judgements of a file of preferences.
 
     Raises:
-        UserError: there is no session beside the file, or it is broken.
+        UserError: there is no store beside the file, or it is damaged.
     """
-    stored = label.store_file(out)
-    if stored.exists():
-        return store.read(stored)
-    beside = label.session_file(out)
-    if not beside.exists():
-        raise UserError(f"{out}: no {beside.name} beside it has the judgements")
-    session = asking.read_beside(out, beside, label.SESSION)
-    return [Judgement(**given) for given in session["judgements"]]
+    kept = store.file_of(out)
+    if not kept.exists():
+        raise UserError(f"{out}: no {kept.name} beside it has the judgements")
+    return store.read(kept)
 
 
 def read_all(files: Iterable[str | Path]) -> list[Judgement]:
-    """The judgements of several files, whose pairs are different ones.
-
-    Raises:
-        UserError: as ``read``.
-    """
+    """The judgements of several files, whose pairs are different ones. Raises as ``read``."""
     found: list[Judgement] = []
     num_before = 0
     for file in files:
-        for given in read(Path(file)):
-            found.append(given._replace(pair=given.pair + num_before))
+        found += [given._replace(pair=given.pair + num_before) for given in read(Path(file))]
         num_before = 1 + max((given.pair for given in found), default=-1)
     return found
 
 
+class Summary(NamedTuple):
+    """Of all judgements of files, as texts."""
+
+    facts: dict[str, str]
+    people: list[dict[str, str]]  # a row for each annotator
+    both: list[dict[str, str]]  # a row for each two who judged the same pairs
+
+
 def summarize(judgements: Sequence[Judgement]) -> Summary:
     """Ties and pairs of which both are bad are one label."""
-    by_name = collections.defaultdict(list)
-    for given in judgements:
-        by_name[given.annotator or ALONE].append(given)
-    firsts = [given for given in judgements if is_given(given) and not given.again]
-    pairwise = [
-        _pairwise(names, by_name[names[0]], by_name[names[1]])
-        for names in itertools.combinations(sorted(by_name), 2)
-    ]
-    people = [_person(name, by_name[name]) for name in sorted(by_name)]
-    repeated = [unit for name in by_name for unit in _repeats(by_name[name])]
-    return Summary(
-        people,
-        [both for both in pairwise if both.agreed.num],
-        agreement.krippendorff_alpha(_units(firsts)),
-        agreement.agreement(_units(given for given in firsts if _is_choice(given))),
-        agreement.agreement([unit for unit in repeated if "tie" not in unit]),
-        len({given.pair for given in firsts}),
-    )
+    given = [one for one in judgements if one.is_given]
+    labels: dict[str, dict[int, int | str]] = collections.defaultdict(dict)
+    repeated: dict[str, list[list[int | str]]] = collections.defaultdict(list)
+    by_pair: dict[int, list[int | str]] = collections.defaultdict(list)
+    for one in given:
+        label = one.verdict if one.choice in ("a", "b") else "tie"
+        own = labels[one.annotator]
+        if not one.again:
+            own[one.pair] = label
+            by_pair[one.pair].append(label)
+        elif one.pair in own:
+            repeated[one.annotator].append([own[one.pair], label])
+    names = sorted({one.annotator for one in judgements})
+    people = []
+    for name in names:
+        firsts = [one for one in judgements if one.annotator == name and not one.again]
+        choices = [one for one in firsts if one.choice in ("a", "b")]
+        unequal = [one for one in choices if len(one.answers[0]) != len(one.answers[1])]
+        longer = [
+            one
+            for one in unequal
+            if len(one.answers[int(one.verdict)]) == max(map(len, one.answers))
+        ]
+        seconds = [
+            one.seconds for one in given if one.annotator == name and one.seconds is not None
+        ]
+        same, num = agreement(repeated[name])
+        people.append(
+            {
+                "annotator": name,
+                "judgements": str(len(labels[name])),
+                "ties, both bad": str(len(labels[name]) - len(choices)),
+                "skipped": str(sum(one.choice == "skip" for one in firsts)),
+                "first shown chosen": _of(sum(one.choice == "a" for one in choices), len(choices)),
+                "longer chosen": _of(len(longer), len(unequal)),
+                "same when asked again": _of(same, num),
+                "median seconds": _number(statistics.median(seconds or [math.nan]), ".1f"),
+            }
+        )
+    both = []
+    for first, second in itertools.combinations(names, 2):
+        common = [pair for pair in labels[first] if pair in labels[second]]
+        of_both = [(labels[first][pair], labels[second][pair]) for pair in common]
+        if of_both:
+            kappa = _number(cohen_kappa(of_both), ".2f")
+            row = {"annotator": first, "and": second, "kappa": kappa}
+            both.append(row | {"the same": _of(*agreement(of_both))})
+    num_given = sum(map(len, by_pair.values()))
+    facts = {"judgements": f"{num_given} of {len(by_pair)} pairs"}
+    if len(names) > 1:
+        alpha = krippendorff_alpha(by_pair.values())
+        facts["Krippendorff's alpha"] = _number(alpha, ".2f")
+    choices_of = [[label for label in unit if label != "tie"] for unit in by_pair.values()]
+    again = [unit for units in repeated.values() for unit in units if "tie" not in unit]
+    shares = []
+    for key, units in (
+        ("two annotators prefer the same answer", choices_of),
+        ("an annotator prefers the same answer again", again),
+    ):
+        same, num = agreement(units)
+        if num:
+            facts[key] = _of(same, num)
+            shares.append(same / num)
+    if shares:
+        low, high = best_accuracy(shares[0])
+        facts["best accuracy of a reward model on such judgements"] = f"{low:.2f} to {high:.2f}"
+    return Summary(facts, people, both)
 
 
-def _is_choice(given: Judgement) -> bool:
-    return given.choice in ("a", "b")
-
-
-def _label(given: Judgement) -> int | str:
-    return given.verdict if _is_choice(given) else "tie"
-
-
-def _units(judgements: Iterable[Judgement]) -> list[list[int | str]]:
-    """The labels of each pair."""
-    by_pair = collections.defaultdict(list)
-    for given in judgements:
-        by_pair[given.pair].append(_label(given))
-    return [*by_pair.values()]
-
-
-def _repeats(judgements: Sequence[Judgement]) -> list[list[int | str]]:
-    """The first and the second label of the pairs that somebody was asked again."""
-    given = [one for one in judgements if is_given(one)]
-    firsts = {one.pair: one for one in given if not one.again}
-    return [
-        [_label(firsts[one.pair]), _label(one)] for one in given if one.again and one.pair in firsts
-    ]
-
-
-def _person(name: str, judgements: Sequence[Judgement]) -> Person:
-    firsts = [given for given in judgements if not given.again]
-    given = [one for one in firsts if is_given(one)]
-    choices = [one for one in given if _is_choice(one)]
-    unequal = [one for one in choices if len(one.answers[0]) != len(one.answers[1])]
-    seconds = [one.seconds for one in judgements if one.seconds is not None and is_given(one)]
-    return Person(
-        name,
-        len(given),
-        len(given) - len(choices),
-        sum(one.choice == "skip" for one in firsts),
-        sum(one.choice == "a" for one in choices),
-        sum(_is_longer(one) for one in unequal),
-        len(unequal),
-        agreement.agreement(_repeats(judgements)),
-        statistics.median(seconds) if seconds else math.nan,
-    )
-
-
-def _is_longer(given: Judgement) -> bool:
-    """Whether the longer answer was chosen."""
-    lengths = [len(text) for text in given.answers]
-    return lengths.index(max(lengths)) == given.verdict
-
-
-def _pairwise(
-    names: tuple[str, str], first: Sequence[Judgement], second: Sequence[Judgement]
-) -> Pairwise:
-    labels = [
-        {given.pair: _label(given) for given in own if is_given(given) and not given.again}
-        for own in (first, second)
-    ]
-    both = [(labels[0][pair], labels[1][pair]) for pair in labels[0] if pair in labels[1]]
-    return Pairwise(names, agreement.cohen_kappa(both), agreement.agreement(both))
-
-
-_COLUMNS: dict[str, Callable[[Person], str]] = {
-    "annotator": lambda person: person.name,
-    "judgements": lambda person: str(person.given),
-    "ties, both bad": lambda person: str(person.ties),
-    "skipped": lambda person: str(person.skipped),
-    "first shown chosen": lambda person: f"{person.first} of {person.choices}",
-    "longer chosen": lambda person: f"{person.longer} of {person.unequal}",
-    "same when asked again": lambda person: f"{person.again.same} of {person.again.num}",
-    "median seconds": lambda person: _number(person.seconds, ".1f"),
-}
+def _of(num: int, total: int) -> str:
+    return f"{num} of {total}"
 
 
 def _number(value: float, style: str) -> str:
     return "unknown" if math.isnan(value) else format(value, style)
 
 
-def _facts(summary: Summary) -> dict[str, str]:
-    num_given = sum(person.given for person in summary.people)
-    facts = {"judgements": f"{num_given} of {summary.num_pairs} pairs"}
-    if len(summary.people) > 1:
-        facts["Krippendorff's alpha"] = _number(summary.alpha, ".2f")
-    for key, value in (
-        ("two annotators prefer the same answer", summary.agreed),
-        ("an annotator prefers the same answer again", summary.again),
-    ):
-        if value.num:
-            facts[key] = f"{value.same} of {value.num}"
-    basis = summary.agreed if summary.agreed.num else summary.again
-    if basis.num:
-        low, high = agreement.best_accuracy(basis.share)
-        facts["best accuracy of a reward model on such judgements"] = f"{low:.2f} to {high:.2f}"
-    return facts
-
-
 def text(judgements: Sequence[Judgement]) -> str:
     """The summary in lines."""
-    summary = summarize(judgements)
-    lines = [f"{key}: {value}" for key, value in _facts(summary).items()]
-    for person in summary.people:
-        values = [f"{key} {value(person)}" for key, value in _COLUMNS.items() if key != "annotator"]
-        lines.append(f"{person.name}: {', '.join(values)}")
-    for both in summary.pairwise:
-        kappa = _number(both.kappa, ".2f")
-        names = " and ".join(both.names)
-        lines.append(f"{names}: kappa {kappa}, the same {both.agreed.same} of {both.agreed.num}")
+    facts, people, both = summarize(judgements)
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    for person in people:
+        name, *values = (f"{key} {value}" for key, value in person.items())
+        lines.append(f"{name.removeprefix('annotator ')}: {', '.join(values)}")
+    for row in both:
+        names = f"{row['annotator']} and {row['and']}"
+        lines.append(f"{names}: kappa {row['kappa']}, the same {row['the same']}")
     return "\n".join(lines)
 
 
 def parts(judgements: Sequence[Judgement]) -> list[Part]:
     """The summary as parts of a page of the report's kind."""
-    summary = summarize(judgements)
-    people = [[value(person) for value in _COLUMNS.values()] for person in summary.people]
-    drawn: list[Part] = [
-        page.Facts("Agreement", _facts(summary)),
-        page.Table("Annotators", [*_COLUMNS], people),
-    ]
-    rows = [
-        [*both.names, _number(both.kappa, ".2f"), f"{both.agreed.same} of {both.agreed.num}"]
-        for both in summary.pairwise
-    ]
-    if rows:
-        columns = ["annotator", "and", "kappa", "the same"]
-        drawn.append(page.Table("Pairs of annotators", columns, rows))
+    facts, people, both = summarize(judgements)
+    drawn: list[Part] = [page.Facts("Agreement", facts)]
+    for title, rows in {"Annotators": people, "Pairs of annotators": both}.items():
+        if rows:
+            drawn.append(page.Table(title, [*rows[0]], [[*row.values()] for row in rows]))
     return drawn
 
 

@@ -1,5 +1,5 @@
 """Forms for XLA's CPU backend. Unless stated otherwise, gains were measured on two cores of an AMD
-EPYC with the shapes of ``benchmarks/bench.py --preset char-small`` (docs/notes/performance.md).
+EPYC with the shapes of ``benchmarks/bench.py --preset char-small``.
 """
 
 import functools

@@ -39,7 +39,7 @@ def fastest(config: TransformerConfig) -> str:
     """The implementation of attention for long texts.
 
     A layer of GPT-2 then holds no [B, H, T, T] scores; XLA's compilers for H200 and TPU v5e show
-    three kernels in place of some thirty (docs/notes/accelerators.md).
+    three kernels in place of some thirty.
     """
     if platform() == "tpu" and takes_pallas():
         return "splash"

@@ -5,7 +5,7 @@ and explains an out-of-memory error: which arrays are on each device, and which 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +20,6 @@ from rlhf_jax.runs import devices
 
 Program = Callable[..., Any]
 HOST = "pinned_host"  # JAX's name for memory of the host that devices read
-LEFT_FREE = 0.1  # the share of the free memory that ``compute.remat: auto`` does not count on
-DOUBT = 0.25  # so far from what decides, relative to itself, the estimate of ``stored`` is enough
-# Of a trained parameter an update holds itself, two moments of Adam, its gradient and its change.
-COPIES = 5
-
-
 # What to do about a setting of this name, with its flag and its value.
 ADVICE = {
     "num_microbatches": "more --{} (now {})",
@@ -138,106 +132,6 @@ def score_rows(compute: Compute, num_rows: int, config: Any) -> int | None:
     batch for an update: ``num_minibatches``, if ``config`` has them, and ``num_microbatches``."""
     parts = getattr(config, "num_minibatches", 1) * config.num_microbatches
     return compute.score_rows or (num_rows // parts if config.num_microbatches > 1 else None)
-
-
-def stored(config: Any, rows: int, length: int) -> int:
-    """Bytes that the forward pass of an update keeps for the backward pass without remat, about.
-
-    Of each token and layer: ten values as wide as the residual stream, four of the mlp's width,
-    and two rows of scores of each head (Korthikanti et al. 2022, section 4.1, count the same
-    without dropout).
-
-    Args:
-        config: of the network.
-        rows: of a microbatch on one device.
-        length: columns of a row.
-    """
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    of_token = 10 * config.hidden_size + 4 * width + 2 * config.num_heads * length
-    itemsize = np.dtype(config.compute_dtype).itemsize
-    return config.num_layers * rows * length * of_token * itemsize
-
-
-def temporaries(model: Any, params: Any, rows: int, length: int, place: Any) -> int:
-    """Bytes on a device that the compiled gradient of a network takes without remat, beside the
-    parameters and the gradient.
-
-    Args:
-        params: shapes, with their shardings.
-        rows: of a microbatch, on all devices.
-        length: columns of a row.
-        place: the sharding of the rows.
-    """
-    tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=place)
-
-    def total(params: Any, tokens: Any) -> Any:
-        states = model.hidden(params, tokens, tokens)
-        return states.astype(np.float32).sum()
-
-    compiled = jax.jit(jax.grad(total)).lower(params, tokens).compile()
-    analysis: Any = compiled.memory_analysis()
-    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
-
-
-class Room(NamedTuple):
-    """The memory of a device before an update."""
-
-    free: float  # bytes; 0: unknown
-    to_come: float
-    """Bytes of the arrays that an update needs and that are not there yet: trained parameters,
-    optimizer state, gradients."""
-
-    @property
-    def left(self) -> float:
-        """Bytes for what the forward pass stores. A tenth of the free memory stays free, for
-        logits and whatever else a program takes for itself.
-        """
-        return (1 - LEFT_FREE) * self.free - self.to_come
-
-
-def wants_remat(room: Room, stored: float, compiled: Callable[[], float]) -> bool:
-    """Whether ``compute.remat: auto`` is on: if an update does not fit without it. Where nobody
-    knows the memory it is off.
-
-    Args:
-        stored: about so many bytes are kept for the backward pass, see the function ``stored``.
-        compiled: the same by a compiled program. It takes seconds, and is asked only if ``stored``
-            is within a quarter of what decides.
-    """
-    if not room.free:
-        return False
-    if abs(stored - room.left) < DOUBT * stored:
-        stored = compiled()
-    return stored > room.left
-
-
-def reason(room: Room, stored: float, rows: int, remat: bool) -> str:
-    """Why ``compute.remat: auto`` is on or off, for the console."""
-    free = "nobody knows how much is free" if not room.free else f"{gib(room.free)} are free"
-    sizes = f"an update stores about {gib(stored)} beside {gib(room.to_come)} of arrays, {free}"
-    if not remat:
-        return f"{sizes}; this saves a quarter of the arithmetic of recomputing"
-    factor = more_microbatches(room, stored, rows)
-    if factor is None:
-        return sizes
-    return f"{sizes}; with {factor} times as many microbatches nothing would be recomputed"
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB with one digit."""
-    return f"{size / 2**30:.1f} GiB"
-
-
-def more_microbatches(room: Room, stored: float, rows: int) -> int | None:
-    """The smallest factor of ``num_microbatches``, a power of two, with which an update of so many
-    rows on a device fits without remat; None if single rows do not fit.
-    """
-    factor = 1
-    while factor <= rows:
-        if stored / factor <= room.left:
-            return factor
-        factor *= 2
-    return None
 
 
 def offloaded(fn: Any) -> Any:

@@ -80,7 +80,12 @@ class OpenRun:
     def decide(self, compute: Compute) -> "OpenRun":
         """The run with settings that were auto, which it writes to config.yaml."""
         run = self.change(compute=compute)
-        processes.in_first(lambda: _write_settings(run))
+
+        def write() -> None:
+            writing.write_atomically(run.folder.config, _settings_text(run.config))
+            keeping.keep_start(run.folder)
+
+        processes.in_first(write)
         return run
 
 
@@ -179,7 +184,7 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
     if run.resumed:
         recorded = {}
         with contextlib.suppress(UserError):  # check_unchanged reports what is wrong
-            recorded = reading.read_yaml(run.config, reading.SETTINGS).get("compute", {})
+            recorded = reading.read_yaml(run.config, reading.Settings).get("compute", {})
         for key in ("scan_layers", "remat", "share_prompts"):
             value = recorded.get(key)
             if getattr(compute, key) == "auto" and isinstance(value, bool):
@@ -210,12 +215,35 @@ def _describe(
     resume.
     """
     config = run.config
-    if run.folder.resumed:
-        _check_version(run)
     text = _settings_text(config)
+    if run.folder.resumed:
+        known = dotted_keys(type(config))
+        fields = set(known) - {key.rpartition(".")[0] for key in known}
+        recorded = manifest.dotted(reading.read_yaml(run.folder.config, reading.Settings))
+        tops = {key: key.partition(".")[0] for key in recorded}
+        # Other keys at the top are those of a script; other sections those of one's own algorithms.
+        ours = [key for key, top in tops.items() if top in known or top != key]
+        gone = [key for key in ours if not manifest.within(key, [*fields, *config.own])]
+        if gone:
+            names = ", ".join(gone[:3]) + " and others" * (len(gone) > 3)
+            path = run.folder.path
+            raise UserError(
+                f"--resume: {path} is a run of {reading.revision(path)}, with settings that are "
+                f"none here: {names}. Go on with that version, or start a new run with another "
+                "--output-dir"
+            )
     data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}
-    _report_unknown(python)
+    unknown = [
+        f"{key} ({value.removeprefix(objects.UNKNOWN).removeprefix(': ')})"
+        for key, value in manifest.dotted(python).items()
+        if isinstance(value, str) and value.startswith(objects.UNKNOWN)
+    ]
+    if unknown:
+        logger.info(
+            f"manifest.json: {', '.join(unknown)} cannot be fingerprinted; --resume does not "
+            "notice if it changes"
+        )
     changed = manifest.check_unchanged(
         run.folder,
         config=text,
@@ -237,29 +265,6 @@ def _describe(
     keeping.keep_start(run.folder)
 
 
-def _check_version(run: OpenRun) -> None:
-    """Refuses to resume a run with settings that are none here."""
-    known = dotted_keys(type(run.config))
-    fields = set(known) - {key.rpartition(".")[0] for key in known}
-    recorded = manifest.dotted(reading.read_yaml(run.folder.config, reading.SETTINGS))
-    # Other keys at the top are those of a script, or sections of algorithms of one's own.
-    ours = [key for key in recorded if key.partition(".")[0] in known]
-    gone = [key for key in ours if not manifest.within(key, fields)]
-    if gone:
-        names = ", ".join(gone[:3]) + " and others" * (len(gone) > 3)
-        path = run.folder.path
-        raise UserError(
-            f"--resume: {path} is a run of {reading.revision(path)}, with settings that are none "
-            f"here: {names}. Go on with that version, or start a new run with another --output-dir"
-        )
-
-
-def _write_settings(run: OpenRun) -> None:
-    """Writes config.yaml."""
-    writing.write_atomically(run.folder.config, _settings_text(run.config))
-    keeping.keep_start(run.folder)
-
-
 def _settings_text(config: RunConfig) -> str:
     """The text of config.yaml: the settings of a run, without what says how it was started."""
     started = {"resume": False, "overwrite": False, "allow_changed": (), "processes": None}
@@ -275,19 +280,3 @@ def _fixed(config: RunConfig) -> list[str]:
         if name in config.own or isinstance(section, AlgorithmConfig):
             fixed += [f"{name}.value", f"{name}.value_from"]
     return fixed
-
-
-def _report_unknown(python: dict[str, Any]) -> None:
-    """Names the given objects that cannot be fingerprinted."""
-    for name, description in python.items():
-        parts = manifest.dotted({name: description})
-        unknown = [
-            f"{key} ({value.removeprefix(objects.UNKNOWN).removeprefix(': ')})"
-            for key, value in parts.items()
-            if isinstance(value, str) and value.startswith(objects.UNKNOWN)
-        ]
-        if unknown:
-            logger.info(
-                f"manifest.json: {', '.join(unknown)} cannot be fingerprinted; --resume does not "
-                "notice if it changes"
-            )

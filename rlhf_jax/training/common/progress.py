@@ -13,6 +13,7 @@ Row k of metrics.jsonl describes the state after k steps, and so does checkpoint
 written when the next step has started, so that the devices need not wait for the host.
 """
 
+import contextlib
 import itertools
 import random
 import signal
@@ -157,9 +158,43 @@ class Progress(AbstractContextManager["Progress"]):
             AlertStop: a rule with the action stop is true at the checkpoint.
         """
         run = self.run
+        self._settings = objects.describe(to_dict(run.config))
+        resume_step = None
+        last_sent = 0  # the last step that trackers have
         if run.folder.resumed:
-            self._restore(adopt)
-        self._open_files()
+            target = memory.shapes(self.state)
+            self.state = None  # the first state makes room for the restored one
+            self.state, meta = self.checkpoints.restore(target)
+            if not {"step", "metrics"} <= meta.keys():
+                raise CheckpointError(f"{run.folder.checkpoints}: its newest one is of no run")
+            self.state = adopt(self.state, meta.get("config", {}))
+            self.done = resume_step = meta["step"]
+            self.row = meta["metrics"]
+            with contextlib.suppress(UserError):  # a damaged file is restored now
+                steps = [row["step"] for row in reading.read_rows(run.folder.metrics)]
+                last_sent = max(steps, default=0)
+            processes.in_first(
+                lambda: keeping.restore_rows(run.folder, self.checkpoints, self.done)
+            )
+            rows = reading.read_rows(run.folder.metrics)
+            self.history = [row for row in rows if row["step"] <= self.done]
+            finished = " (finished already)" if self.done >= self.num_steps else ""
+            logger.info(f"resumed from step {self.done} of {self.num_steps}{finished}")
+        tracked = run.config.track if processes.is_first() else ()
+        tracker = Tracker(
+            run.folder,
+            total=self.num_steps,
+            resume_step=resume_step,
+            label=run.name,
+            show=self.show,
+            services=trackers.start(run.folder, tracked, self._settings, resume_step, last_sent),
+            pulse=self._pulse,
+        )
+        self.tracker = self._stack.enter_context(tracker)
+        if tracked:
+            keeping.keep_start(run.folder)
+        alert_rows = RowWriter(run.folder.path / "alerts.jsonl", resume_step)
+        self.alert_rows = self._stack.enter_context(closing(alert_rows))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         for watch, row in itertools.product(self.watches, self.history):
             watch.observe(row)
@@ -282,45 +317,6 @@ class Progress(AbstractContextManager["Progress"]):
         """The last step, in words."""
         return f"after step {self.done} of {self.num_steps}"
 
-    def _restore(self, adopt: Callable[[Any, Mapping[str, Any]], Any]) -> None:
-        """Goes on from the newest checkpoint."""
-        target = memory.shapes(self.state)
-        self.state = None  # the first state makes room for the restored one
-        self.state, meta = self.checkpoints.restore(target)
-        if not {"step", "metrics"} <= meta.keys():
-            raise CheckpointError(f"{self.run.folder.checkpoints}: its newest one is of no run")
-        self.state = adopt(self.state, meta.get("config", {}))
-        self.done = meta["step"]
-        self.row = meta["metrics"]
-        processes.in_first(
-            lambda: keeping.restore_rows(self.run.folder, self.checkpoints, self.done)
-        )
-        rows = reading.read_rows(self.run.folder.metrics)
-        self.history = [row for row in rows if row["step"] <= self.done]
-        finished = " (finished already)" if self.done >= self.num_steps else ""
-        logger.info(f"resumed from step {self.done} of {self.num_steps}{finished}")
-
-    def _open_files(self) -> None:
-        """Opens the files of rows, and the services that get the rows too."""
-        run = self.run
-        resume_step = self.done if run.folder.resumed else None
-        tracked = run.config.track if processes.is_first() else ()
-        self._settings = objects.describe(to_dict(run.config))
-        tracker = Tracker(
-            run.folder,
-            total=self.num_steps,
-            resume_step=resume_step,
-            label=run.name,
-            show=self.show,
-            services=trackers.start(run.folder, tracked, self._settings, resume_step),
-            pulse=self._pulse,
-        )
-        self.tracker = self._stack.enter_context(tracker)
-        if tracked:
-            keeping.keep_start(run.folder)
-        alert_rows = RowWriter(run.folder.path / "alerts.jsonl", resume_step)
-        self.alert_rows = self._stack.enter_context(closing(alert_rows))
-
     def _save_before(self, error: Exception) -> str:
         """Saves the state before the step that failed, by a reward for example. Returns advice how
         to continue; "" where the error has its own. A failed validation saves nothing.
@@ -379,7 +375,17 @@ class Progress(AbstractContextManager["Progress"]):
                 metrics |= self._validated()
         self._log(metrics)
         if not finite:
-            self._raise_nonfinite()
+            self.checkpoints.wait()
+            sources = sorted(set(self._sources()))
+            rows = places(sources, most=len(sources))
+            look = f", or look at the rows of this batch: {rows}" if rows else ""
+            raise TrainingFault(
+                f"{self.run.name}: loss or gradient was not finite at step {self.done}; the "
+                f"update was not applied. The last good checkpoint is step "
+                f"{self.checkpoints.latest()} in {self.run.folder.checkpoints}. Lower the learning "
+                "rate or clip harder (optimizer.max_grad_norm; with --resume, name what changes "
+                f"under --allow-changed){look}"
+            )
         if not self._rules_checked:
             self._rules_checked = True
             for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
@@ -442,20 +448,6 @@ class Progress(AbstractContextManager["Progress"]):
         }
         rows = keeping.rows_of(self.run.folder) if processes.is_first() else {}
         self.checkpoints.save(self.done, self.state, meta, rows)
-
-    def _raise_nonfinite(self) -> None:
-        """Ends the run after an update that was not finite."""
-        self.checkpoints.wait()
-        sources = sorted(set(self._sources()))
-        rows = places(sources, most=len(sources))
-        look = f", or look at the rows of this batch: {rows}" if rows else ""
-        raise TrainingFault(
-            f"{self.run.name}: loss or gradient was not finite at step {self.done}; the update "
-            f"was not applied. The last good checkpoint is step {self.checkpoints.latest()} in "
-            f"{self.run.folder.checkpoints}. Lower the learning rate or clip harder "
-            "(optimizer.max_grad_norm; with --resume, name what changes under --allow-changed)"
-            f"{look}"
-        )
 
 
 def seed_libraries(seed: int, step: int) -> None:

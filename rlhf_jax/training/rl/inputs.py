@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax.config import DataSource, Judge, ModelSource, RLStage, Safety, Text
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.forms.table import PAIR
+from rlhf_jax.data.forms import PAIR
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.data.tokenizers import Tokenizer

@@ -251,19 +251,26 @@ def _share_prompts(run: OpenRun, method: Method, inputs: Inputs) -> tuple[OpenRu
 
 def _choose_remat(run: OpenRun, method: Method, inputs: Inputs) -> tuple[OpenRun, Inputs]:
     """Run and inputs with ``compute.remat`` chosen by the memory that an update needs."""
-    settings = method.settings
-    updates = method.algorithm_config.num_minibatches * method.algorithm_config.num_microbatches
     prompt = inputs.prompts.tokens.shape[1]
-    length = prompt + settings.max_new_tokens
-    rows = settings.batch_size // updates
-    if method.shared_by > 1:
-        from rlhf_jax.training.rl import sharing
-
-        share = sharing.saved(prompt, settings.max_new_tokens, method.shared_by)
-        rows = math.ceil(rows * (1 - share))
+    length = prompt + method.settings.max_new_tokens
+    rows = rows_at_once(method, prompt)
     networks = 1 + (method.algorithm_config.value == "separate")
     run, policy = remat.choose(run, inputs.initial, rows, length, networks)
     return run, inputs._replace(initial=policy)
+
+
+def rows_at_once(method: Method, prompt: int) -> int:
+    """How many rows an update computes at once, those of a group that computes its prompt of so
+    many columns once by the tokens that are left.
+    """
+    own = method.algorithm_config
+    rows = method.settings.batch_size // (own.num_minibatches * own.num_microbatches)
+    if method.shared_by > 1:
+        from rlhf_jax.training.rl import sharing
+
+        share = sharing.saved(prompt, method.settings.max_new_tokens, method.shared_by)
+        rows = math.ceil(rows * (1 - share))
+    return rows
 
 
 def prompts_of(run: OpenRun, method: Method, inputs: Inputs) -> tuple[Schedule, Batch | None]:
