@@ -85,6 +85,7 @@ MOST_RESPONSES = 256  # of a row: a ranking of them has 32,640 pairs
 _MOST = 3.4e38  # the largest float32
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
+REPEATED = "repeated prompt"
 NO_MAJORITY = "no majority of the annotators prefers one response"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
 _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -164,7 +165,7 @@ class ReadResult:
 def account(
     read: Sequence[ReadResult], dropped: Mapping[str, int], cut: Mapping[str, int]
 ) -> RowCounts:
-    """What became of the rows, as manifest.json has it.
+    """What became of the rows, as manifest.json has it. Repeats of a prompt do not count.
 
     Args:
       read: the rows as they were read, with those that could not be used.
@@ -174,9 +175,11 @@ def account(
     reasons = Counter(dropped)
     for part in read:
         reasons.update(part.dropped)
+        reasons.pop(REPEATED, None)
+    later = sum(dropped.values())
+    num_read = sum(len(part.rows) + part.not_drawn for part in read) + reasons.total() - later
     most = dict(reasons.most_common(MOST_REASONS))
     others = reasons.total() - sum(most.values())
-    num_read = sum(len(part.rows) + part.not_drawn + sum(part.dropped.values()) for part in read)
     most |= {"other reasons": others} if others else {}
     return {"read": num_read, "dropped": most, "cut": dict(cut)}
 
@@ -292,7 +295,7 @@ def parse_all(
                 prompt = parsed[0].prompt
                 has_answers = form_of(record.value).kind not in ("prompts", None)
                 if prompt in seen and has_answers:
-                    raise Drop(record.source, "repeated prompt")
+                    raise Drop(record.source, REPEATED)
                 seen.add(prompt)
         except UserError as error:
             if isinstance(error, BadRow if on_bad_row == "drop" else Drop):

@@ -35,7 +35,8 @@ def sentence(group: Group) -> str:
     the sentence before this one says how it ended.
     """
     steps = sorted({record.steps for record in group.records})
-    length = f"{' or '.join(map(str, steps))} {group.records[0].unit}s"
+    unit = group.records[0].unit
+    length = f"{' or '.join(map(str, steps))} {unit if steps == [1] else f'{unit}s'}"
     measured = _measured(group)
     parts = [length]
     if measured:
@@ -73,7 +74,7 @@ def cautions(group: Group) -> list[str]:
         rows = record.manifest.get("rows", {})
         steps = f"{record.unit}s"
         if rates and not any(rates):
-            found.append(f"the learning rate was 0 in all {len(rates)} {steps}: nothing is learned")
+            found.append(f"the learning rate was 0 in each {record.unit}: nothing is learned")
         if num_masked:
             found.append(
                 f"in {num_masked} of {record.steps} {steps} rl.mask_truncated masked every "

@@ -236,11 +236,11 @@ def warn_of_warmup(section: str, optimizer: Optimizer, num_steps: int) -> None:
     if not 0 < num_steps <= steps:
         return
     peak = optimizer.learning_rate
-    key = f"{section}.optimizer.warmup_steps {warmup:g}"
+    key = f"{section}.optimizer.warmup_steps {warmup:g} covers all steps of the run ({num_steps})"
     end = f"the rate rises from 0 to {peak * (num_steps - 1) / steps:g}, not to {peak:g}"
     if num_steps == 1:
         end = "the rate of the only step is 0, which changes nothing"
-    logger.info(f"warning: {key}: the warm-up is as long as the run, {num_steps} steps: {end}")
+    logger.info(f"warning: {key}: {end}")
 
 
 def hold_out(
