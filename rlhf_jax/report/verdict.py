@@ -65,7 +65,7 @@ def cautions(group: Group) -> list[str]:
         rates = series(record.metrics, "lr")[1]
         gradients = series(record.metrics, "grad_norm")[1]
         num_zero = sum(norm < _ZERO for norm in gradients)
-        batch = record.settings.get("rl.batch_size", math.inf)
+        batch = _batch_size(record)
         num_masked = sum(
             row["response/masked"] + row.get("reward/unscored", 0) >= batch
             for row in record.metrics
@@ -240,7 +240,7 @@ def _changed(group: Group) -> str | None:
         if record.kind in ("policy", "reward_model") or len(record.validations) < 2:
             continue
         before, after = (
-            {row["prompt"]: row["response"] for row in rows if "response" in row}
+            {row.get("prompt"): row["response"] for row in rows if "response" in row}
             for _, rows in record.validations
         )
         both = before.keys() & after.keys()
@@ -249,10 +249,15 @@ def _changed(group: Group) -> str | None:
     return f"samples: {num_changed} of {num_asked} changed" if num_asked else None
 
 
+def _batch_size(record: RunRecord) -> float:
+    """The responses of an iteration."""
+    return record.settings.get("rl.batch_size") or math.inf
+
+
 def _masked(group: Group) -> str | None:
     """The share of responses that did not end and were left out; None if none is."""
     shares = [
-        number / record.settings["rl.batch_size"]
+        number / _batch_size(record)
         for record in group.records
         for number in series(record.metrics, "response/masked")[1]
     ]

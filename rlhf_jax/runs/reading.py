@@ -55,7 +55,7 @@ class _Start(TypedDict, total=False):
     changed: list[str]
 
 
-class RowCounts(TypedDict, total=False):
+class RowCounts(TypedDict):
     """What became of the rows of a run's data: how many were read, how many were dropped and cut,
     by reason.
     """
@@ -81,6 +81,7 @@ class _Compute(TypedDict, total=False):
 
 
 class _Rl(TypedDict, total=False):
+    batch_size: int
     kl_target: Number | None
     max_new_tokens: int
     temperature: float
