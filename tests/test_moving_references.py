@@ -159,8 +159,10 @@ def test_a_stage_moves_its_reference_before_a_step(monkeypatch, tmp_path):
     monkeypatch.setattr(layout.Layout, "jit_update", jit_update)
     monkeypatch.setattr(memory, "check", lambda *args: None)
     config = with_stage(letters_run(tmp_path), "dpo", reference_refresh=2)
-    dpo.run(config)
+    rows = dpo.run(config).rows
     assert apart == [0.0, 1.0] * 3
+    assert any("validation/accuracy" in row for row in rows)
+    assert not any("validation/moved" in row for row in rows)  # the start is no longer there
 
 
 def moved(tree, other):

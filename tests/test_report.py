@@ -5,6 +5,7 @@ is missing.
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import chapters, export, figures, page, plots, records
 from rlhf_jax.runs import manifest
+from rlhf_jax.training.common import saving
 
 NO_STEP = "metrics.jsonl, line 2: .* step"
 BROKEN_FOLDERS = [
@@ -236,17 +238,17 @@ def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, 
 
 
 MARGINS = {
-    "dpo": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 2 changed, no alert",
+    "dpo": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 3 changed, no alert",
     "simpo": "margin 0.0007 nats a token, ",
     "normalised": "margin 0.0007 nats a token, ",
-    "kto": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 2 changed, ",
+    "kto": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 3 changed, ",
     "reward_model": "margin 3 in score, moved 0.0004 in score, no alert",
 }
 
 
 @pytest.mark.parametrize("how", MARGINS)
 def test_an_accuracy_has_its_margin_its_scale_and_what_moved(how, tmp_path):
-    """The first "a" of the two prompts gets another answer; the third prompt is new."""
+    """Of the three prompts that both ask one gets another answer; the last one is new."""
     metrics = {
         "validation/accuracy": [0.5, 0.75],
         "validation/rows": [400, 400],
@@ -257,7 +259,7 @@ def test_an_accuracy_has_its_margin_its_scale_and_what_moved(how, tmp_path):
     }
     stage = how if how in ("kto", "reward_model") else "dpo"
     own = {"kind": "simpo"} if how == "simpo" else {"length_normalised": how == "normalised"}
-    said = [{"a": "x", "b": "y"}, {"a": "z", "b": "y", "c": "w"}]
+    said = [{"a": "x", "b": "y", "c": "w"}, {"a": "z", "b": "y", "c": "w", "d": "v"}]
     samples = {
         step: [{"prompt": prompt, "response": text} for prompt, text in of_step.items()]
         for step, of_step in enumerate(said)
@@ -282,11 +284,12 @@ def test_the_verdict_on_a_policy_has_the_share_of_masked_responses(tmp_path):
 
 
 ROWS = {"read": 5, "dropped": {"empty": 1, "too long": 2}, "cut": {"response cut": 4}}
+UNTOUCHED = {"read": 5, "dropped": {}, "cut": {}}
 CAUTIONS = [
-    ({"lr": [0.0, 0.0]}, {}, "learning rate was 0 in each step"),
-    ({"lr": [0.0, 1e-9]}, {}, None),  # a warm-up
-    ({"grad_norm": [0.0, 0.9e-8, 1.0]}, {}, "gradient was 0 in 2 of 3 steps"),
-    ({"grad_norm": [0.0, 1.1e-8]}, {}, None),
+    ({"lr": [0.0, 0.0]}, UNTOUCHED, "learning rate was 0 in each step"),
+    ({"lr": [0.0, 1e-9]}, UNTOUCHED, None),  # a warm-up
+    ({"grad_norm": [0.0, 0.9e-8, 1.0]}, UNTOUCHED, "gradient was 0 in 2 of 3 steps"),
+    ({"grad_norm": [0.0, 1.1e-8]}, UNTOUCHED, None),
     ({"lr": [1.0]}, ROWS, "3 of 5 rows dropped (2 too long, 1 empty), 4 texts: response cut"),
     ({"lr": [1.0]}, ROWS | {"read": 6}, None),
 ]
@@ -300,6 +303,14 @@ def test_a_run_that_cannot_have_learned_says_so(metrics, rows, said, tmp_path):
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
     assert all(caution in " ".join(read_page(tmp_path, run).texts("p")) for caution in found)
+
+
+def test_the_console_ends_with_the_cautions(tmp_path, capsys, pages, undrawn):
+    run = write_run(tmp_path / "run", stage="sft", metrics={"lr": [0.0]}, samples={})
+    saving._draw_page(SimpleNamespace(path=run, report=run / "report.html"))
+    *_, verdict, caution = capsys.readouterr().out.splitlines()
+    assert verdict == "1 step, no alert."
+    assert caution.startswith("caution: the learning rate was 0")
 
 
 def test_the_rows_that_were_dropped_stand_in_the_verdict_most_frequent_reasons_first(tmp_path):

@@ -34,7 +34,7 @@ from rlhf_jax.runs import folder as folders
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import stream_key
+from rlhf_jax.training.common.opening import OpenRun, stream_key
 from rlhf_jax.training.common.progress import PAUSE, Progress, Validation
 from rlhf_jax.training.supervised import ensembles, policies, reading, reward_model
 from rlhf_jax.training.supervised import run as supervised
@@ -422,9 +422,16 @@ def test_a_warm_up_that_the_run_does_not_leave_is_said(warmup, num_steps, said, 
     assert bool(found) == bool(said)
 
 
-def test_a_run_says_its_warm_up_and_counts_its_rows(config, tmp_path, capsys):
+def test_a_run_says_its_warm_up_and_counts_its_rows(config, tmp_path, capsys, monkeypatch):
+    """Also in the copy by which --resume restores the manifest."""
+
     def counted(job):
-        stop(json.loads(job.run.folder.manifest.read_text())["rows"])
+        text = job.run.folder.manifest.read_text()
+        copies = json.loads((job.run.folder.checkpoints / "start.json").read_text())["files"]
+        assert copies["manifest.json"] == text
+        stop(json.loads(text)["rows"])
+
+    monkeypatch.setattr(OpenRun, "decide", lambda run, compute: run)  # which writes copies too
 
     config = replace(config, text=replace(config.text, too_long="drop"))
     config = with_validation_data(config, "dpo", tmp_path, ("a", "s" * 40, "o"), ("e", "s", "o"))
@@ -466,6 +473,8 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config, tmp_p
     assert_array_equal(weight[job.train_rows].sum(axis=0), len(job.train_rows))
     assert_array_equal(weight[job.held_out], 0)
     assert validation.metrics["validation/uncertainty"] > 0
+    assert validation.metrics["validation/moved"] == 0
+    assert validation.metrics["validation/planned_steps"] == job.num_steps
     texts = [(row["chosen"], row["rejected"]) for row in validation.samples]
     assert texts == [("no", "yes")] * len(OPPOSITE)
     assert validation.metrics["validation/length_accuracy"] < 0.5
