@@ -106,7 +106,8 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
 
 
 def moved(params: Params, batch: Any, policy_fn: PolicyFn) -> Mean:
-    """The mean over the present answers of \\|log p - log p_reference\\|, in nats an answer.
+    """How far the policy is from its reference: the mean over the present answers of the absolute
+    value of log p - log p_reference, in nats an answer.
 
     Args:
         batch: as ``dpo.with_reference`` gives it.

@@ -129,17 +129,18 @@ def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
 
 def moved(before: Sequence[Sample], samples: Sequence[Sample]) -> float:
     """How far the margins of the comparisons have moved since the first validation: the mean of
-    the absolute differences, in nats of log-odds.
+    the absolute differences, in score (log-odds in nats).
 
     Args:
         before: samples.jsonl, with the ``samples`` of the earlier validations.
     """
     first = [row for row in before if row["step"] == before[0]["step"]] or samples
-    margins = [
-        np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
-        for rows in (first, samples)
+    both = zip(first, samples, strict=False)  # data that was allowed to change may have other rows
+    changes = [
+        now["score_chosen"] - now["score_rejected"] - row["score_chosen"] + row["score_rejected"]
+        for row, now in both
     ]
-    return float(np.abs(margins[1] - margins[0]).mean())
+    return float(np.abs(changes).mean())
 
 
 def _finish(job: Job, learner: Learner, state: TrainState) -> Mapping[str, Params]:
