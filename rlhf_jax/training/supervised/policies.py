@@ -142,6 +142,7 @@ def validate(
         better, worse = (figures[name] for name in margin_of)
         figures["log_ratio_margin"] = better - worse
     figures |= judges | {"rows": num_rows(job.encoded, job.held_out)}
-    figures["planned_steps"] = job.num_steps
+    if "moved" in figures:
+        figures["planned_steps"] = job.num_steps
     metrics = {f"validation/{name}": value for name, value in figures.items()}
     return Validation(metrics, learner.answer(state) if learner.answer else ())

@@ -123,7 +123,7 @@ def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     )
     if job.encoded.targets is None:
         figures["moved"] = moved(reading.read_rows(job.run.folder.samples), samples)
-    figures["planned_steps"] = job.num_steps
+        figures["planned_steps"] = job.num_steps
     return Validation({f"validation/{name}": value for name, value in figures.items()}, samples)
 
 
