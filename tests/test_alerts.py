@@ -58,6 +58,7 @@ def test_a_rule_about_one_metric(rule, values, expected):
 RAMP = [*np.linspace(0, 1, 41)]  # without noise
 NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
 JUDGED = ("validation/judge", "validation/score")
+MOVED = ("validation/moved", "validation/planned_steps")
 LEARNED = ("objective/score", "objective/kl")
 RAISED = [*NOISE[:10], *(value + 0.95 for value in NOISE[:9])]
 
@@ -98,6 +99,8 @@ THRESHOLDS = [
     ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, -0.26], [1.0, -0.24], 1),
     # The last ten rows lie .95 or .93 higher; two standard errors are .943 or .953.
     ("nothing learned", LEARNED, [RAISED, [0.0] * 19], [-0.05, 0.0], [-0.25, 0.0], 1),
+    ("nothing moved", MOVED, [[0.0], [2.0]], [0.051, 2], [0.049, 2], 1),
+    ("nothing moved", MOVED, [[0.0] * 3, [8.0] * 3], [0, 8], [0, 6], 1),  # in step 3 of 8, of 6
     ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
     # The judge falls from 1; the score stood at 1 at the judge's best.
     ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),

@@ -131,8 +131,13 @@ def of_steps(result, name):
 def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(short):
     fixed, _ = dpo_run(short)
     still, states = dpo_run(short, reference_ema=0.0)
-    for name in ("model/model.safetensors", "metrics.jsonl"):
-        assert (fixed.folder / name).read_bytes() == (still.folder / name).read_bytes()
+    weights, others = (
+        (run.folder / "model/model.safetensors").read_bytes() for run in (fixed, still)
+    )
+    assert weights == others
+    rows = metric_rows(fixed.folder)
+    assert [row.pop("validation/moved", None) is None for row in rows].count(False) > 1
+    assert rows == metric_rows(still.folder)  # whose start is not known to be the reference
     assert all(reference is not None for _, reference in states)
 
 
@@ -154,8 +159,10 @@ def test_a_stage_moves_its_reference_before_a_step(monkeypatch, tmp_path):
     monkeypatch.setattr(layout.Layout, "jit_update", jit_update)
     monkeypatch.setattr(memory, "check", lambda *args: None)
     config = with_stage(letters_run(tmp_path), "dpo", reference_refresh=2)
-    dpo.run(config)
+    rows = dpo.run(config).rows
     assert apart == [0.0, 1.0] * 3
+    assert any("validation/accuracy" in row for row in rows)
+    assert not any("validation/moved" in row for row in rows)  # the start is no longer there
 
 
 def moved(tree, other):

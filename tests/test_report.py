@@ -5,6 +5,7 @@ is missing.
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import chapters, export, figures, page, plots, records
 from rlhf_jax.runs import manifest
+from rlhf_jax.training.common import saving
 
 NO_STEP = "metrics.jsonl, line 2: .* step"
 BROKEN_FOLDERS = [
@@ -178,6 +180,7 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
     is_done = state == "finished"
     stage = "sft" if state == "sft" else "ppo"
     given = {"stage": stage, "settings": settings, "metrics": metrics}
+    given |= {"samples": {}} if state == "sft" else {}
     run = write_run(tmp_path / "run", finished=is_done, **given)
     if state in ("stop", "log"):
         (run / "alerts.jsonl").write_text(json.dumps(FAR | {"action": state}) + "\n")
@@ -230,8 +233,95 @@ def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, 
 
     metrics = {"objective/score": [1.0], "validation/score": [2.0]}
     run = write_run(tmp_path / "run", metrics=metrics, samples={0: rows(before), 1: rows(after)})
-    expected = f"Validation score 1.5 → 2{f' ({said})' if said else ''} in 1 iterations, no alert."
+    expected = f"Validation score 1.5 → 2{f' ({said})' if said else ''} in 1 iteration, no alert."
     assert chapter_of(run)["verdicts"] == {"run": expected}
+
+
+MARGINS = {
+    "dpo": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 3 changed, no alert",
+    "simpo": "margin 0.0007 nats a token, ",
+    "normalised": "margin 0.0007 nats a token, ",
+    "kto": "margin 0.0007 nats, moved 0.0004 nats an answer, samples: 1 of 3 changed, ",
+    "reward_model": "margin 3 in score, moved 0.0004 in score, no alert",
+}
+
+
+@pytest.mark.parametrize("how", MARGINS)
+def test_an_accuracy_has_its_margin_its_scale_and_what_moved(how, tmp_path):
+    """Of the three prompts that both ask one gets another answer; the last one is new."""
+    metrics = {
+        "validation/accuracy": [0.5, 0.75],
+        "validation/rows": [400, 400],
+        "validation/length_accuracy": [0.625, 0.625],
+        "validation/log_ratio_margin": [0.0, 0.0007],
+        "validation/margin": [0.0, 3.0],
+        "validation/moved": [0.0, 0.0004],
+    }
+    stage = how if how in ("kto", "reward_model") else "dpo"
+    own = {"kind": "simpo"} if how == "simpo" else {"length_normalised": how == "normalised"}
+    said = [{"a": "x", "b": "y", "c": "w"}, {"a": "z", "b": "y", "c": "w", "d": "v"}]
+    samples = {
+        step: [{"prompt": prompt, "response": text} for prompt, text in of_step.items()]
+        for step, of_step in enumerate(said)
+    }
+    given = {"settings": {"dpo": own}, "metrics": metrics, "samples": samples}
+    run = write_run(tmp_path / "run", stage=stage, **given)
+    [verdict] = chapter_of(run)["verdicts"].values()
+    assert "400 held-out rows, change 0.18 to 0.31 at 95%, 0.625 by the longer answer" in verdict
+    assert MARGINS[how] in verdict
+
+
+def test_the_verdict_on_a_policy_has_the_share_of_masked_responses(tmp_path):
+    metrics = METRICS | {"response/masked": [2.0, 4.0, 3.0], "response/eos_fraction": [0.5] * 3}
+    metrics |= {"response/length": [1.0, 2.0, 3.0], "grad_norm": [1.0] * 3, "lr": [0.0, 1.0, 1.0]}
+    run = write_run(tmp_path / "run", settings={"rl": {"batch_size": 4}}, metrics=metrics)
+    chapter = chapter_of(run)
+    assert "75% of the responses masked" in chapter["verdicts"]["run"]
+    assert "samples" not in chapter["verdicts"]["run"]  # they are drawn
+    assert ("Response length", "1 → 3", "50% not ended") in chapter["tiles"]
+    [caution] = chapter["cautions"]["run"]
+    assert "in 1 of 3 iterations rl.mask_truncated masked every response" in caution
+
+
+ROWS = {"read": 5, "dropped": {"empty": 1, "too long": 2}, "cut": {"response cut": 4}}
+UNTOUCHED = {"read": 5, "dropped": {}, "cut": {}}
+CAUTIONS = [
+    ({"lr": [0.0, 0.0]}, UNTOUCHED, "learning rate was 0 in each step"),
+    ({"lr": [0.0, 1e-9]}, UNTOUCHED, None),  # a warm-up
+    ({"grad_norm": [0.0, 0.9e-8, 1.0]}, UNTOUCHED, "gradient was 0 in 2 of 3 steps"),
+    ({"grad_norm": [0.0, 1.1e-8]}, UNTOUCHED, None),
+    ({"lr": [1.0]}, ROWS, "3 of 5 rows dropped (2 too long, 1 empty), 4 texts: response cut"),
+    ({"lr": [1.0]}, ROWS | {"read": 6}, None),
+]
+
+
+@pytest.mark.parametrize(("metrics", "rows", "said"), CAUTIONS)
+def test_a_run_that_cannot_have_learned_says_so(metrics, rows, said, tmp_path):
+    run = write_run(tmp_path / "run", stage="sft", metrics=metrics, samples={})
+    change(run, rows=rows)
+    found = chapter_of(run)["cautions"]["run"]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    assert all(caution in " ".join(read_page(tmp_path, run).texts("p")) for caution in found)
+
+
+def test_the_console_ends_with_the_cautions(tmp_path, capsys, pages, undrawn):
+    run = write_run(tmp_path / "run", stage="sft", metrics={"lr": [0.0]}, samples={})
+    saving._draw_page(SimpleNamespace(path=run, report=run / "report.html"))
+    *_, verdict, caution = capsys.readouterr().out.splitlines()
+    assert verdict == "1 step, no alert."
+    assert caution.startswith("caution: the learning rate was 0")
+
+
+def test_the_rows_that_were_dropped_stand_in_the_verdict_most_frequent_reasons_first(tmp_path):
+    run = write_run(tmp_path / "run", stage="sft", metrics={"sft/loss": [1.0, 0.5]}, samples={})
+    dropped = {"a": 1, "b": 5, "c": 2, "d": 4, "e": 3}
+    change(run, rows={"read": 40, "dropped": dropped, "cut": {}})
+    chapter = chapter_of(run)
+    said = "15 of 40 rows dropped (5 b, 4 d, 3 e, 3 for other reasons)"
+    assert chapter["verdicts"] == {"run": f"Loss 1 → 0.5 in 2 steps, {said}, no alert."}
+    assert chapter["facts"].values["data"] == said
+    assert chapter["cautions"] == {"run": []}
 
 
 def test_three_rewarded_answers_stand_beside_the_verdict(tmp_path):
@@ -253,14 +343,16 @@ def test_the_verdict_and_the_title_of_seeds_are_those_of_their_means(tmp_path):
     for seed, values in enumerate(([1.0, 2.0, 4.0], [3.0, 4.0, 6.0])):
         metrics = {"dpo/accuracy": values}
         settings = {"dpo": {"validation_data": ["held.json"]}}
-        given = {"seed": seed, "settings": settings, "metrics": metrics}
+        given = {"seed": seed, "settings": settings, "metrics": metrics, "samples": {}}
         run = write_run(tmp_path / f"{seed}", stage="dpo", **given)
         change(run, data={"model": "0", "prompts.json": "1", "held.json": "2"})
         runs.append(run)
     chapter = chapter_of(*runs)
     expected = "Accuracy 2 → 5 in 3 steps, mean of 2 runs, no alert."
     assert list(chapter["verdicts"].values()) == [expected]
-    assert chapter["title"] == "DPO trained on prompts.json, 2 seeds"
+    assert chapter["title"] == "DPO trained on prompts.json, 2 runs of 2 seeds"
+    change(runs[1], seed=0)
+    assert chapter_of(*runs)["title"].endswith(", 2 runs of 1 seed")
 
 
 def test_a_reward_is_in_the_title_and_what_python_gave_is_not_in_the_command(tmp_path):

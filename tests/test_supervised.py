@@ -32,13 +32,14 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.runs import folder as folders
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.training.common import memory
+from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.initial import Trainable
-from rlhf_jax.training.common.opening import stream_key
+from rlhf_jax.training.common.opening import OpenRun, stream_key
 from rlhf_jax.training.common.progress import PAUSE, Progress, Validation
-from rlhf_jax.training.supervised import ensembles, reading
+from rlhf_jax.training.supervised import ensembles, policies, reading, reward_model
 from rlhf_jax.training.supervised import run as supervised
 from rlhf_jax.training.supervised.job import Learner
+from rlhf_jax.types import Comparisons, PolicyOutput
 
 STAGES = ("sft", "reward_model", "dpo", "kto")
 
@@ -357,7 +358,87 @@ def test_a_policy_is_validated_on_the_rows_that_are_held_out_against_its_start(
     found = job_of(config, stage, validated)
     assert stage == "kto" or found["validation/accuracy"] > 0.9  # KTO's is beside its own point
     assert found["validation/length_accuracy"] < 0.5  # "no" is shorter
-    assert found[f"validation/{good}_log_ratio"] - found[f"validation/{bad}_log_ratio"] > 1.0
+    margin = found[f"validation/{good}_log_ratio"] - found[f"validation/{bad}_log_ratio"]
+    assert margin > 1.0
+    assert found["validation/log_ratio_margin"] == pytest.approx(margin)
+    assert found["validation/moved"] >= margin / 2  # of both answers, |a - b| <= |a| + |b|
+    assert found["validation/planned_steps"] == (16 if stage == "dpo" else 32)
+
+
+def test_no_margin_where_all_answers_that_are_held_out_are_of_one_kind(config, tmp_path):
+    def validated(job):
+        learner = training.kto.TASK.prepare(job)
+        stop(training.kto.TASK.validate(job, learner, supervised.first_state(job, learner)).metrics)
+
+    good = [{"prompt": letter, "response": "no", "desirable": True} for letter in "abcdefgh"]
+    (tmp_path / "good.json").write_text(json.dumps(good))
+    config = changed(config, "kto", validation_data=(str(tmp_path / "good.json"),))
+    found = job_of(config, "kto", validated)
+    assert found["validation/moved"] == 0
+    assert "validation/log_ratio_margin" not in found
+
+
+def test_what_moved_is_the_mean_of_absolute_log_ratios():
+    """The policy gives each token w, the reference has its own sums: 2w - 5, w - 5, and a missing
+    answer, whose number does not count.
+    """
+
+    def policy_fn(params, tokens, attention_mask, key):
+        return PolicyOutput(params["w"] * jnp.ones(tokens.shape), None)
+
+    mask = jnp.array([[[1, 1], [0, 1]], [[0, 1], [0, 0]]])
+    ones = jnp.ones_like(mask)
+    reference = jnp.array([[5.0, 5.0], [8.0, 9.0]])
+    pairs = Comparisons(ones, ones, mask, ref_log_probs=reference)
+    found = policies.moved({"w": 6.0}, pairs, policy_fn)
+    assert float(found.value) == pytest.approx((7 + 1 + 2) / 3)
+
+
+def test_a_reward_model_has_moved_as_far_as_its_margins_since_the_first_validation():
+    def samples(step, *margins):
+        return [{"step": step, "score_chosen": m + 1.0, "score_rejected": 1.0} for m in margins]
+
+    now = samples(9, 0.5, -1.0)
+    assert reward_model.moved([], now) == 0
+    assert reward_model.moved([*samples(0, 1.0, 1.0), *samples(3, 0.0, 0.0)], now) == 1.25
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_steps", "said"),
+    [
+        (0.1, 1, "the rate of the only step is 0"),
+        (6, 3, "rises from 0 to 0.2, not to 0.6"),
+        (3, 3, "rises from 0 to 0.4, not to 0.6"),
+        (3, 4, ""),
+        (0.5, 4, ""),
+        (0, 1, ""),
+    ],
+)
+def test_a_warm_up_that_the_run_does_not_leave_is_said(warmup, num_steps, said, capsys):
+    optimizer = Optimizer(learning_rate=0.6, warmup_steps=warmup)
+    initial.warn_of_warmup("sft", optimizer, num_steps)
+    found = capsys.readouterr().out
+    assert said in found
+    assert bool(found) == bool(said)
+
+
+def test_a_run_says_its_warm_up_and_counts_its_rows(config, tmp_path, capsys, monkeypatch):
+    """Also in the copy by which --resume restores the manifest."""
+
+    def counted(job):
+        text = job.run.folder.manifest.read_text()
+        copies = json.loads((job.run.folder.checkpoints / "start.json").read_text())["files"]
+        assert copies["manifest.json"] == text
+        stop(json.loads(text)["rows"])
+
+    monkeypatch.setattr(OpenRun, "decide", lambda run, compute: run)  # which writes copies too
+
+    config = replace(config, text=replace(config.text, too_long="drop"))
+    config = with_validation_data(config, "dpo", tmp_path, ("a", "s" * 40, "o"), ("e", "s", "o"))
+    config = changed(config, "dpo", max_rows=20, optimizer=Optimizer(warmup_steps=99))
+    found = job_of(config, "dpo", counted)
+    assert found == {"read": 34, "dropped": {"too long": 1}, "cut": {}}
+    assert "dpo.optimizer.warmup_steps 99" in capsys.readouterr().out
 
 
 def test_sft_is_validated_in_nats_per_token_where_it_learns_from_sums(config):
@@ -392,6 +473,8 @@ def test_an_ensemble_trains_on_its_draws_and_validates_on_all_rows(config, tmp_p
     assert_array_equal(weight[job.train_rows].sum(axis=0), len(job.train_rows))
     assert_array_equal(weight[job.held_out], 0)
     assert validation.metrics["validation/uncertainty"] > 0
+    assert validation.metrics["validation/moved"] == 0
+    assert validation.metrics["validation/planned_steps"] == job.num_steps
     texts = [(row["chosen"], row["rejected"]) for row in validation.samples]
     assert texts == [("no", "yes")] * len(OPPOSITE)
     assert validation.metrics["validation/length_accuracy"] < 0.5

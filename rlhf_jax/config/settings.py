@@ -314,7 +314,7 @@ class Supervised(Section):
 class Answering(Supervised):
     """What SFT, DPO and KTO share: a policy, which answers prompts at validations."""
 
-    validation_prompts: CountOrZero = 4
+    validation_prompts: CountOrZero = 16
     """Held-out prompts, at most, that the policy answers greedily at validations, for samples.jsonl
     and the report; 0: none. Metrics are of all held-out rows."""
     max_new_tokens: Count = 32

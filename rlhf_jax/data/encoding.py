@@ -12,7 +12,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Literal
@@ -33,15 +33,24 @@ TURNS_CUT = "conversation cut behind its last turn that fits"
 PROMPT_CUT = "prompt cut at its start"
 PROMPT_TURNS_CUT = "earliest turns of the prompt left out"
 LONGEST_PIECE = 1024  # tokens of a plain text; the default max_length of TRL's SFTConfig
-DROPPED = "dropped, too long"
-NO_ROOM = "dropped, the prompt leaves no room for a response"
-NO_TURN = "dropped, the last turn of the prompt is too long"
-EQUAL_CUT = "dropped, the cut responses are equal"
+_DROPPED = "dropped, "
+DROPPED = f"{_DROPPED}too long"
+NO_ROOM = f"{_DROPPED}the prompt leaves no room for a response"
+NO_TURN = f"{_DROPPED}the last turn of the prompt is too long"
+EQUAL_CUT = f"{_DROPPED}the cut responses are equal"
 
 
 ROWS_AT_ONCE = 2048  # as Python lists ids take far more memory than as arrays
 _SAID_EVERY = 10.0  # seconds
 _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
+
+
+def dropped_and_cut(counts: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """``counts`` of encoded rows: {reason: number} of those that were dropped, {how: number} of
+    texts that were cut.
+    """
+    dropped = {what.removeprefix(_DROPPED): n for what, n in counts.items() if _DROPPED in what}
+    return dropped, {what: n for what, n in counts.items() if _DROPPED not in what}
 
 
 @dataclass(frozen=True, eq=False)

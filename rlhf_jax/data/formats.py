@@ -30,7 +30,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +53,7 @@ from rlhf_jax.data.rows import (
     Text,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.reading import RowCounts
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -79,10 +80,12 @@ _NO_DIALOGUE = (
     "without a prompt"
 )
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
+MOST_REASONS = 20  # why rows were dropped, that manifest.json counts by themselves
 MOST_RESPONSES = 256  # of a row: a ranking of them has 32,640 pairs
 _MOST = 3.4e38  # the largest float32
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
+REPEATED = "repeated prompt"
 NO_MAJORITY = "no majority of the annotators prefers one response"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
 _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -123,6 +126,8 @@ class ReadResult:
     """The errors of the rows that cannot be used."""
     unused_columns: dict[str, str] = field(default_factory=dict)
     """{column that no row has: sentence}."""
+    not_drawn: int = 0
+    """Number of rows that a limit of their number has left out."""
     unread: dict[str, int] = field(default_factory=Counter)
     """{key that the stage does not read: number of its rows}; of prompts the columns that a reward
     gets."""
@@ -155,6 +160,28 @@ class ReadResult:
             counted = [f"{key} ({count} rows)" for key, count in Counter(keys).most_common()]
             parts += [f"{name}: {', '.join(counted)}"] if counted else []
         return "; ".join(parts)
+
+
+def account(
+    read: Sequence[ReadResult], dropped: Mapping[str, int], cut: Mapping[str, int]
+) -> RowCounts:
+    """What became of the rows, as manifest.json has it. Repeats of a prompt do not count.
+
+    Args:
+      read: the rows as they were read, with those that could not be used.
+      dropped: {reason: number} of the rows that were left out later.
+      cut: {how: number} of the texts that were cut.
+    """
+    reasons = Counter(dropped)
+    for part in read:
+        reasons.update(part.dropped)
+        reasons.pop(REPEATED, None)
+    later = sum(dropped.values())
+    num_read = sum(len(part.rows) + part.not_drawn for part in read) + reasons.total() - later
+    most = dict(reasons.most_common(MOST_REASONS))
+    others = reasons.total() - sum(most.values())
+    most |= {"other reasons": others} if others else {}
+    return {"read": num_read, "dropped": most, "cut": dict(cut)}
 
 
 class Loaded(NamedTuple):
@@ -268,7 +295,7 @@ def parse_all(
                 prompt = parsed[0].prompt
                 has_answers = form_of(record.value).kind not in ("prompts", None)
                 if prompt in seen and has_answers:
-                    raise Drop(record.source, "repeated prompt")
+                    raise Drop(record.source, REPEATED)
                 seen.add(prompt)
         except UserError as error:
             if isinstance(error, BadRow if on_bad_row == "drop" else Drop):

@@ -59,6 +59,7 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "records": run_records,
         "groups": groups,
         "verdicts": {group.name: verdict.sentence(group) for group in groups},
+        "cautions": {group.name: verdict.cautions(group) for group in groups},
         "rewarded": verdict.rewarded(groups[0]) if len(groups) == 1 else [],
         "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
         "samples": [table for table in tables if table.rows],
@@ -82,7 +83,7 @@ def _plain(value: Any) -> str:
 
 
 def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
-    """What was trained on what: "PPO rewarded by reward_model, 3 seeds"."""
+    """What was trained on what: "PPO rewarded by reward_model, 3 runs of 3 seeds"."""
     record = run_records[0]
     title = _stages(run_records)
     if len(groups) > 1:
@@ -98,7 +99,8 @@ def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
         names = [re.sub(r"[^\s,:*]*/", "", source) for source in sources]
         title += f" {how} {' and '.join(names)}"
     if len(run_records) > 1:
-        title += f", {len(run_records)} seeds"
+        seeds = len({record.manifest.get("seed") for record in run_records})
+        title += f", {len(run_records)} runs of {seeds} seed{'s' * (seeds > 1)}"
     return title
 
 
@@ -125,7 +127,7 @@ def _facts(groups: Sequence[Group]) -> Facts | Table:
             "s/step (median)": record.seconds_per_step,
             "state": "finished" if record.finished else "not finished",
         }
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = {"data": verdict.data(record)}
         git = manifest.get("git")
         if git:
             modified = " (modified)" if git["modified"] else ""

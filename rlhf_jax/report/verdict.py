@@ -12,6 +12,11 @@ from rlhf_jax.report.records import Group, RunRecord, series
 from rlhf_jax.runs.log import duration
 
 _LONGEST = 100  # characters of an answer or prompt beside the verdict
+_MOST_REASONS = 3  # why rows were dropped
+_ZERO = 1e-8  # norm of a gradient
+# Of the tiles that the sentence has too.
+_UNITS = {"KL": "nats", "Margin": "nats", "Moved": "nats an answer"}
+_PER_TOKEN = ("simpo", "orpo")  # kinds of DPO whose log-ratios are divided by the length
 
 
 class Tile(NamedTuple):
@@ -23,14 +28,15 @@ class Tile(NamedTuple):
 
 
 def sentence(group: Group) -> str:
-    """The main metric of a run, its KL and its alerts: "Validation score 0.12 → 1.05 in 40
-    iterations, KL 1.8 of 2 nats, no alert." Of several seeds it has the means. If the last value is
-    not of the last iteration, it says of which; of held-out accuracies and scores also on how many
-    rows they rest and whether the change may be chance. If a run did not finish, the sentence
-    before this one says how it ended.
+    """The main metric of a run, how far it moved, its data and its alerts: "Validation score 0.12 →
+    1.05 in 40 iterations, KL 1.8 of 2 nats, no alert." Of several runs it has the means. If the
+    last value is not of the last iteration, it says of which; of held-out accuracies and scores
+    also on how many rows they rest and whether the change may be chance. If a run did not finish,
+    the sentence before this one says how it ended.
     """
     steps = sorted({record.steps for record in group.records})
-    length = f"{' or '.join(map(str, steps))} {group.records[0].unit}s"
+    unit = group.records[0].unit
+    length = f"{' or '.join(map(str, steps))} {unit if steps == [1] else f'{unit}s'}"
     measured = _measured(group)
     parts = [length]
     if measured:
@@ -40,12 +46,63 @@ def sentence(group: Group) -> str:
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
     for tile in measured[1:]:
-        if tile.label == "KL":
-            parts.append(f"KL {tile.value.rpartition('→ ')[2]} {tile.note}")
+        if tile.label in _UNITS:
+            name = tile.label if tile.label == "KL" else tile.label.lower()
+            parts.append(f"{name} {tile.value.rpartition('→ ')[2]} {tile.note}")
+    parts += filter(None, [_changed(group), _masked(group), data(group.records[0])])
     alerts = _alerts(group)
     parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
     ends = [unfinished(record) for record in group.records]
     return " ".join([*filter(None, ends), f"{', '.join(parts)}."])
+
+
+def cautions(group: Group) -> list[str]:
+    """Sentences about runs that cannot have learned what their metrics may seem to say: the rate or
+    the gradient was 0, responses were masked, or most rows of the data were dropped.
+    """
+    found = []
+    for record in group.records:
+        rates = series(record.metrics, "lr")[1]
+        gradients = series(record.metrics, "grad_norm")[1]
+        num_zero = sum(norm < _ZERO for norm in gradients)
+        batch = _batch_size(record)
+        num_masked = sum(
+            row["response/masked"] + row.get("reward/unscored", 0) >= batch
+            for row in record.metrics
+            if "response/masked" in row
+        )
+        rows = record.manifest.get("rows", {})
+        steps = f"{record.unit}s"
+        if rates and not any(rates):
+            found.append(f"the learning rate was 0 in each {record.unit}: nothing is learned")
+        if num_masked:
+            found.append(
+                f"in {num_masked} of {record.steps} {steps} rl.mask_truncated masked every "
+                "response: nothing is learned from them; raise rl.max_new_tokens"
+            )
+        elif num_zero > len(gradients) / 2:
+            found.append(f"the gradient was 0 in {num_zero} of {len(gradients)} {steps}")
+        if sum(rows.get("dropped", {}).values()) > rows.get("read", 0) / 2:
+            found.append(f"most of the data is not used: {data(record)}")
+    return list(dict.fromkeys(found))
+
+
+def data(record: RunRecord) -> str | None:
+    """How many rows of the data were dropped and texts cut, and why: "3 of 5 rows dropped (2 too
+    long, 1 empty prompt)"; None if none were.
+    """
+    rows = record.manifest.get("rows", {})
+    parts = []
+    dropped = rows.get("dropped", {})
+    if dropped:
+        by_number = sorted(dropped.items(), key=lambda item: -item[1])
+        reasons = [f"{number} {reason}" for reason, number in by_number[:_MOST_REASONS]]
+        others = sum(number for _, number in by_number[_MOST_REASONS:])
+        reasons += [f"{others} for other reasons"] if others else []
+        total = sum(dropped.values())
+        parts.append(f"{total} of {rows['read']} rows dropped ({', '.join(reasons)})")
+    parts += [f"{number} texts: {how}" for how, number in rows.get("cut", {}).items()]
+    return ", ".join(parts) or None
 
 
 def rewarded(group: Group, count: int = 3) -> list[str]:
@@ -116,13 +173,21 @@ def _measured(group: Group) -> list[Tile]:
                 continue
             first, last = (f"{means[end]:.3g}" for end in (0, -1))
             notes = []
-            if label == "KL":
-                notes.append(f"of {target:g} nats" if target else "nats")
+            if label == "KL" and target:
+                notes.append(f"of {target:g} nats")
+            elif label in _UNITS:
+                notes.append(_unit(record, label))
             measured_at = plots.curve(group, name)[0][-1]
             if measured_at < min(record.steps for record in group.records):
                 notes.append(f"of {record.unit} {measured_at}")
             if len(group.records) == 1:
                 notes += _change(record, name)
+            by_length = plots.mean(group, "validation/length_accuracy")
+            if name == "validation/accuracy" and by_length.size:
+                notes.append(f"{by_length[-1]:.3g} by the longer answer")
+            ended = plots.mean(group, "response/eos_fraction")
+            if name == "response/length" and ended.size:
+                notes.append(f"{1 - ended[-1]:.0%} not ended")
             value = last if first == last else f"{first} → {last}"
             found.append(Tile(label, value, ", ".join(notes)))
             break
@@ -157,6 +222,46 @@ def _change(record: RunRecord, name: str) -> list[str]:
         return []
     noise = ": within noise" if low <= 0 <= high else ""
     return [f"{num} held-out {unit}, change {low:.2g} to {high:.2g} at 95%{noise}"]
+
+
+def _unit(record: RunRecord, label: str) -> str:
+    """The unit of a tile."""
+    settings = record.settings
+    by_token = settings.get("dpo.length_normalised") or settings.get("dpo.kind") in _PER_TOKEN
+    if record.kind == "dpo" and label == "Margin" and by_token:
+        return "nats a token"
+    return "in score" if record.kind == "reward_model" else _UNITS[label]
+
+
+def _changed(group: Group) -> str | None:
+    """How many greedy answers differ from those of the first validation; None without two."""
+    num_changed = num_asked = 0
+    for record in group.records:
+        if record.kind in ("policy", "reward_model") or len(record.validations) < 2:
+            continue
+        before, after = (
+            {row.get("prompt"): row["response"] for row in rows if "response" in row}
+            for _, rows in record.validations
+        )
+        both = before.keys() & after.keys()
+        num_asked += len(both)
+        num_changed += sum(before[prompt] != after[prompt] for prompt in both)
+    return f"samples: {num_changed} of {num_asked} changed" if num_asked else None
+
+
+def _batch_size(record: RunRecord) -> float:
+    """The responses of an iteration."""
+    return record.settings.get("rl.batch_size") or math.inf
+
+
+def _masked(group: Group) -> str | None:
+    """The share of responses that did not end and were left out; None if none is."""
+    shares = [
+        number / _batch_size(record)
+        for record in group.records
+        for number in series(record.metrics, "response/masked")[1]
+    ]
+    return f"{np.mean(shares):.0%} of the responses masked" if shares else None
 
 
 def _alerts(group: Group) -> Tile:

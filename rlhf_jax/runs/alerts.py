@@ -261,6 +261,14 @@ def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
     return f"{is_near}, {stays}: raise rl.optimizer.learning_rate"
 
 
+def _nothing_moved(moved: np.ndarray, step: np.ndarray, planned: np.ndarray) -> str:
+    if step[-1] < planned[-1] / 2:
+        return ""
+    is_near = _beyond("validation/moved", moved[-1], "<", 0.05)
+    when = f"nats after {step[-1]:.0f} of {planned[-1]:.0f} steps"
+    return is_near and f"{is_near} {when}: raise optimizer.learning_rate of the stage"
+
+
 def _reward_collapse(score: np.ndarray) -> str:
     if len(score) < 6:
         return ""
@@ -306,6 +314,7 @@ _RULES = (
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
     Rule("nothing learned", ("objective/score", "objective/kl"), _nothing_learned),
+    Rule("nothing moved", ("validation/moved", "step", "validation/planned_steps"), _nothing_moved),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
 )
 DEFAULTS = {rule.name: rule for rule in _RULES}

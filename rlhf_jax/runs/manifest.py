@@ -106,6 +106,13 @@ def write_manifest(
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
+def add_facts(run: Run, facts: Mapping[str, Any]) -> None:
+    """Adds facts to ``manifest.json``, or replaces them: those that are known last."""
+    manifest = read_json(run.manifest, Manifest) | dict(facts)
+    write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    keeping.keep_start(run)
+
+
 def threads_of(path: Path) -> int | None:
     """XLA's threads at the last start of the run in a folder, as its manifest records them; None
     without a manifest that does.

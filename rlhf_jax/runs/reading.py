@@ -55,6 +55,16 @@ class _Start(TypedDict, total=False):
     changed: list[str]
 
 
+class RowCounts(TypedDict):
+    """What became of the rows of a run's data: how many were read, how many were dropped and cut,
+    by reason.
+    """
+
+    read: int
+    dropped: dict[str, int]
+    cut: dict[str, int]
+
+
 class Manifest(_Start, total=False):
     """manifest.json."""
 
@@ -63,6 +73,7 @@ class Manifest(_Start, total=False):
     data: dict[str, str]
     given: dict[str, Any]
     resumed: list[_Start]
+    rows: RowCounts
 
 
 class _Compute(TypedDict, total=False):
@@ -70,6 +81,7 @@ class _Compute(TypedDict, total=False):
 
 
 class _Rl(TypedDict, total=False):
+    batch_size: int
     kl_target: Number | None
     max_new_tokens: int
     temperature: float

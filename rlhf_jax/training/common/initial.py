@@ -229,6 +229,20 @@ def warn_of_rate(source: ModelSource, section: str, optimizer: Optimizer) -> Non
         logger.info(f"warning: {high} and may undo what they know; {usual}")
 
 
+def warn_of_warmup(section: str, optimizer: Optimizer, num_steps: int) -> None:
+    """Prints a warning if the run ends before its warm-up does."""
+    warmup = optimizer.warmup_steps
+    steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
+    if not 0 < num_steps <= steps:
+        return
+    peak = optimizer.learning_rate
+    key = f"{section}.optimizer.warmup_steps {warmup:g} covers all steps of the run ({num_steps})"
+    end = f"the rate rises from 0 to {peak * (num_steps - 1) / steps:g}, not to {peak:g}"
+    if num_steps == 1:
+        end = "the rate of the only step is 0, which changes nothing"
+    logger.info(f"warning: {key}: {end}")
+
+
 def hold_out(
     what: str, prompts: Sequence[Hashable], fraction: float, key: Array
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -77,6 +77,10 @@ class OpenRun:
         """The run with these sections of its settings."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **sections))
 
+    def count_rows(self, rows: reading.RowCounts) -> None:
+        """Writes to manifest.json what became of the rows of the data."""
+        processes.in_first(lambda: manifest.add_facts(self.folder, {"rows": rows}))
+
     def decide(self, compute: Compute) -> "OpenRun":
         """The run with settings that were auto, which it writes to config.yaml."""
         run = self.change(compute=compute)

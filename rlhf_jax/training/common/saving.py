@@ -145,5 +145,7 @@ def _draw_page(run: folder.Run) -> None:
         answers = verdict.rewarded(group)
         titled = ["Rewarded, for example:", *answers] if answers else []
         logger.info("\n    ".join([verdict.sentence(group), *titled]))
+        for caution in verdict.cautions(group):
+            logger.info(f"caution: {caution}")
     except Exception as error:  # whatever it is: the run is done and its result saved
         logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")

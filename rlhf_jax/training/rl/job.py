@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,13 @@ from rlhf_jax.config import (
     model_source,
     section_name,
 )
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import batches, encoding, formats
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.environment import function_of
 from rlhf_jax.graders import spec
 from rlhf_jax.parallel import sharding
+from rlhf_jax.runs.reading import RowCounts
 from rlhf_jax.sampling import decoding
 from rlhf_jax.training.common import initial, memory, references, remat
 from rlhf_jax.training.common.layout import layout_of
@@ -141,11 +143,15 @@ def open_job(
             engine = stack.enter_context(opened)
         rows = [part.rows for part in data]
         inputs = load(run, method, sources, given, rows, reply)
+        run.count_rows(_account(data, inputs))
         run, method = _share_prompts(run, method, inputs)
         run, inputs = _choose_remat(run, method, inputs)
         schedule, held_out = prompts_of(run, method, inputs)
         run, method = count_iterations(run, method, len(schedule.train_rows))
         settings = method.settings
+        if optimizer is None:
+            num_steps = settings.num_iterations * method.num_updates
+            initial.warn_of_warmup("rl", settings.optimizer, num_steps)
         source = None
         if method.value_source is not None:
             from rlhf_jax.training.rl import critic
@@ -222,6 +228,18 @@ def _check_answers(
     drops = config.on_bad_row == "drop"
     mathematics, data = answers.tested(config.reward, config.math, prompts, drops=drops)
     return replace(config, math=mathematics), data
+
+
+def _account(data: Sequence[ReadResult], inputs: Inputs) -> RowCounts:
+    """What became of the prompts."""
+    dropped = Counter[str]()
+    cut = Counter[str]()
+    for part, encoded in zip(data, (inputs.prompts, inputs.to_validate), strict=False):
+        too_long, own_cut = encoding.dropped_and_cut(encoded.counts)
+        unsafe = len(part.rows) - sum(too_long.values()) - len(encoded)
+        dropped.update({**too_long, "unsafe": unsafe})
+        cut.update(own_cut)
+    return formats.account(data, +dropped, cut)
 
 
 def sources_of(config: RunConfig) -> Sources:

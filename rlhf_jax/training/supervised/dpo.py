@@ -31,7 +31,8 @@ def _prepare(job: Job) -> Learner:
 
 def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     accuracy = scoring.length_accuracy(job.encoded, job.held_out)
-    return policies.validate(job, learner, state, length_accuracy=accuracy)
+    sides = ("chosen_log_ratio", "rejected_log_ratio")
+    return policies.validate(job, learner, state, sides, length_accuracy=accuracy)
 
 
 TASK = Task(
@@ -48,5 +49,7 @@ TASK = Task(
         "validation/loss",
         "validation/accuracy",
         "validation/length_accuracy",
+        "validation/log_ratio_margin",
+        "validation/moved",
     ),
 )

@@ -45,7 +45,8 @@ def _prepare(job: Job) -> Learner:
 
 def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     accuracy = scoring.desirable_length_accuracy(job.encoded, job.train_rows, job.held_out)
-    return policies.validate(job, learner, state, length_accuracy=accuracy)
+    sides = ("desirable_log_ratio", "undesirable_log_ratio")
+    return policies.validate(job, learner, state, sides, length_accuracy=accuracy)
 
 
 TASK = Task(
@@ -62,5 +63,7 @@ TASK = Task(
         "validation/loss",
         "validation/accuracy",
         "validation/length_accuracy",
+        "validation/log_ratio_margin",
+        "validation/moved",
     ),
 )

@@ -5,9 +5,10 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax import models, ops
+from rlhf_jax import losses, models, ops
 from rlhf_jax.config import Answering
 from rlhf_jax.policies import as_policy
 from rlhf_jax.training.common import initial, memory
@@ -15,7 +16,7 @@ from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.progress import Validation, in_order
 from rlhf_jax.training.supervised.job import Job, Learner
 from rlhf_jax.training.supervised.scoring import num_rows
-from rlhf_jax.types import LossMetrics, Metrics, TrainState
+from rlhf_jax.types import LossMetrics, Mean, Metrics, Params, PolicyFn, TrainState
 
 
 def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any = None) -> Learner:
@@ -72,14 +73,14 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
         return updated
 
     def measure(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> LossMetrics:
+        batch = add_reference(state, batch, ref_fn)
+        policy_fn = ops.by_rows(policy_fn, None)
         _, metrics = algorithm.loss(
-            state.params,
-            add_reference(state, batch, ref_fn),
-            None,
-            policy_fn=ops.by_rows(policy_fn, None),
-            config=validation_config or config,
+            state.params, batch, None, policy_fn=policy_fn, config=validation_config or config
         )
-        return metrics
+        if ref_fn is None or job.moving is not None:
+            return metrics
+        return metrics | {f"{job.run.name}/moved": moved(state.params, batch, policy_fn)}
 
     answer = None
     if len(job.held_out) and settings.validation_prompts:
@@ -104,19 +105,44 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
     )
 
 
-def validate(job: Job, learner: Learner, state: TrainState, **judges: float) -> Validation:
+def moved(params: Params, batch: Any, policy_fn: PolicyFn) -> Mean:
+    """How far the policy is from its reference: the mean over the present answers of the absolute
+    value of log p - log p_reference, in nats an answer.
+
+    Args:
+        batch: as ``dpo.with_reference`` gives it.
+    """
+    log_ratios = ops.response_log_probs(policy_fn, params, batch) - batch.ref_log_probs
+    present = ops.response_sums(jnp.ones_like(batch.tokens), batch) > 0
+    return losses.weighted_mean(jnp.abs(log_ratios), ops.float32(present))
+
+
+def validate(
+    job: Job,
+    learner: Learner,
+    state: TrainState,
+    margin_of: tuple[str, str] | None = None,
+    **judges: float,
+) -> Validation:
     """The metrics of all held-out rows, each as one mean, and answers to some of their prompts.
 
     Args:
+        margin_of: the metrics whose difference is ``log_ratio_margin``, if there are rows of both.
         judges: {name: figure} of judges of the held-out rows that need no model.
     """
     found: list[Any] = []  # the metrics of each batch, each a mean or a maximum
     for rows in in_order(job.held_out, job.settings.batch_size):
         found.append(learner.measure(state, job.run.layout.shard(job.batch(rows))))
-    figures: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     for name in found[0]:
         total = reduce(lambda one, other: one.merge(other), [metrics[name] for metrics in found])
-        figures[name.partition("/")[2]] = float(total.value)
+        totals[name.partition("/")[2]] = total
+    figures = {name: float(total.value) for name, total in totals.items()}
+    if margin_of is not None and all(totals[name].count > 0 for name in margin_of):
+        better, worse = (figures[name] for name in margin_of)
+        figures["log_ratio_margin"] = better - worse
     figures |= judges | {"rows": num_rows(job.encoded, job.held_out)}
+    if "moved" in figures:
+        figures["planned_steps"] = job.num_steps
     metrics = {f"validation/{name}": value for name, value in figures.items()}
     return Validation(metrics, learner.answer(state) if learner.answer else ())

@@ -53,7 +53,8 @@ def _sampled(data: ReadResult, most: int, key: str, seed: int) -> ReadResult:
     drawn = np.random.default_rng(seed).permutation(len(places))[:most]
     kept = {places[number] for number in drawn}
     logger.info(f"{key}: {most} of {len(places)} rows are used")
-    return replace(data, rows=[row for row in data.rows if row.source in kept])
+    rows = [row for row in data.rows if row.source in kept]
+    return replace(data, rows=rows, not_drawn=len(data.rows) - len(rows))
 
 
 def encoded_rows(

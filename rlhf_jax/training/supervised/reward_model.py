@@ -2,10 +2,11 @@
 them out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.random import fold_in
 
@@ -14,6 +15,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import ModelSource, RewardModelStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import reading
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.initial import Trainable, trainable
 from rlhf_jax.training.common.optimizer import check_frozen
@@ -24,6 +26,7 @@ from rlhf_jax.training.supervised.job import Job, Learner, Task
 from rlhf_jax.training.supervised.run import run as run_task
 from rlhf_jax.types import Params, TrainState
 
+Sample = Mapping[str, Any]  # a row of samples.jsonl
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 
 
@@ -118,7 +121,26 @@ def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     samples = scoring.samples(
         job.encoded, job.held_out[shown], scores[shown], job.language_model.tokenizer
     )
+    if job.encoded.targets is None:
+        figures["moved"] = moved(reading.read_rows(job.run.folder.samples), samples)
+        figures["planned_steps"] = job.num_steps
     return Validation({f"validation/{name}": value for name, value in figures.items()}, samples)
+
+
+def moved(before: Sequence[Sample], samples: Sequence[Sample]) -> float:
+    """How far the margins of the comparisons have moved since the first validation: the mean of
+    the absolute differences, in score (log-odds in nats).
+
+    Args:
+        before: samples.jsonl, with the ``samples`` of the earlier validations.
+    """
+    first = [row for row in before if row["step"] == before[0]["step"]] or samples
+    both = zip(first, samples, strict=False)  # data that was allowed to change may have other rows
+    changes = [
+        now["score_chosen"] - now["score_rejected"] - row["score_chosen"] + row["score_rejected"]
+        for row, now in both
+    ]
+    return float(np.abs(changes).mean())
 
 
 def _finish(job: Job, learner: Learner, state: TrainState) -> Mapping[str, Params]:
@@ -150,6 +172,8 @@ TASK = Task(
         "reward_model/accuracy",
         "validation/accuracy",
         "validation/length_accuracy",
+        "validation/margin",
+        "validation/moved",
     ),
     is_policy=False,
 )

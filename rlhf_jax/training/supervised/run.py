@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import Reference, RunConfig, SFTStage, Text, data_source, model_source
+from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import texts
 from rlhf_jax.errors import UserError, logger
@@ -52,6 +53,7 @@ def run(
     with open_run(config, task.section, fingerprints, sizes) as opened:
         job = open_job(opened, task, data, to_validate)
         on = job.run.layout
+        initial.warn_of_warmup(task.section, settings.optimizer, job.num_steps)
         learner = task.prepare(job)
         training = job
         if job.num_members > 1:
@@ -148,6 +150,8 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
     encoded, train_rows, held_out = reading.encoded_rows(
         source, task, settings, language_model, data, to_validate, split_key
     )
+    dropped, cut = encoding.dropped_and_cut(encoded.counts)
+    run.count_rows(formats.account([data, to_validate], dropped, cut))
     form = partial(
         batching.form_batches,
         task=task,
