@@ -119,6 +119,9 @@ class Names(Directive):
         return [_table(["theirs", "here"], lines, literal=1)]
 
 
+FEW_SEEDS = 5
+
+
 class Results(Directive):
     """Figures and tables of a file in docs/results/: a page has no number of its own.
 
@@ -146,9 +149,10 @@ class Results(Directive):
         path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
         self.state.document.settings.record_dependencies.add(str(path))
         results = json.loads(path.read_text("utf-8"))
-        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
-        how += f"{results['seconds']} seconds; docs/results/{path.name}"
         rows = self.shown(results["rows"])
+        how = f"{_seeds(rows)}{results['command']}; {results['date']}, revision "
+        how += results["revision"].replace("-dirty", " with changes that were not committed")
+        how += f", {results['machine']}, {results['seconds']} seconds; docs/results/{path.name}"
         metric = self.options.get("metric")
         if metric is not None:
             parts = self.curve(path, rows, metric)
@@ -210,6 +214,13 @@ class Results(Directive):
             nodes.raw("", picture, format="html"),
             _table(["run", x or "step", metric, "95%"], lines),
         ]
+
+
+def _seeds(rows: list[dict[str, Any]]) -> str:
+    """How many seeds the numbers are of, if the file has more than their means."""
+    num = len({row["seed"] for row in rows} - {"all"})
+    few = " (few for an interval)" if num < FEW_SEEDS else ""
+    return {0: "", 1: "one seed; "}.get(num, f"{num} seeds{few}; ")
 
 
 def _short(name: str, names: Iterable[str]) -> str:
