@@ -253,6 +253,12 @@ def wilson(share: float, *, num: float) -> Interval:
     return float(low), float(high)
 
 
+def are_shares(values: Array) -> bool:
+    """Whether all values that are not NaN are 0, .5 or 1."""
+    values = np.asarray(values, np.float64)
+    return bool(np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all())
+
+
 def share_interval(values: Array) -> Interval:
     """95% interval of the mean of rows [N] in [0, 1], such as wins with ties as a half: ``wilson``
     of the number of 0s and 1s whose mean varies as much (the effective size of Korn and Graubard
@@ -277,21 +283,12 @@ def student(values: Array, *, level: float = 0.95) -> Interval:
     return float(values.mean() - far), float(values.mean() + far)
 
 
-def mean_interval(values: Array) -> Interval:
-    """95% interval of the mean of rows [N], or of the means of rows [N, S], S answers to each of N
-    prompts: ``share_interval`` if all values are 0, .5 or 1, else ``student``. NaN is missing.
-    """
-    rows = np.asarray(values, np.float64)
-    means = np.nanmean(rows.reshape(len(rows), -1), axis=1)
-    return share_interval(means) if _are_shares(rows) else student(means)
-
-
 def paired_change(before: Array, after: Array) -> Interval:
     """95% interval of the mean change of the same rows [N]: ``student``, but if all values are 0,
     .5 or 1 ``share_interval``, of which a change is a win, a tie or a loss.
     """
     change = np.asarray(after, np.float64) - before
-    if not (_are_shares(before) and _are_shares(after)):
+    if not (are_shares(before) and are_shares(after)):
         return student(change)
     low, high = share_interval((1 + change) / 2)
     return 2 * low - 1, 2 * high - 1
@@ -317,7 +314,6 @@ def bootstrap_interval(
     *,
     weights: Array,
     groups: Groups = None,
-    centered: bool = False,
 ) -> Interval:
     """Percentile bootstrap (Efron 1979) of a statistic that has no formula: its 2.5th and 97.5th
     percentile over draws with replacement.
@@ -329,9 +325,6 @@ def bootstrap_interval(
       weights: [N] weight of each row.
       groups: [N] group numbers from 0; the rows of a group, such as the pairs of one ranking, are
         drawn together. None makes each row its own group.
-      centered: shift the draws so that their mean is the statistic of the rows themselves, for a
-        statistic that is larger on average when rows are drawn with replacement, such as a
-        calibration error.
 
     Returns:
       The interval; (NaN, NaN) for fewer than ``FEW`` groups, whose draws do not show how far the
@@ -349,16 +342,7 @@ def bootstrap_interval(
         times = np.bincount(drawn, minlength=num_groups)
         draws.append(statistic(weights * times[groups]))
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    if centered:
-        shift = np.nanmean(draws) - statistic(weights)
-        return float(low - shift), float(high - shift)
     return float(low), float(high)
-
-
-def _are_shares(values: Array) -> bool:
-    """Whether all that are not missing are 0, .5 or 1."""
-    values = np.asarray(values, np.float64)
-    return bool(np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all())
 
 
 def _mean(values: Array, weights: Weights) -> float:
