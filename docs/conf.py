@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 from docutils.utils.math import latex2mathml
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
 
+from rlhf_jax import metrics
 from rlhf_jax.report import figures
 
 project = "rlhf_jax"
@@ -129,7 +131,10 @@ class Results(Directive):
     seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
     ``METRIC high``, and the same numbers; with ``only-figure`` without them. The option ``x`` names
     a metric that takes the place of the steps. With ``columns``, metrics with ``|`` between them: a
-    table with a line for each variant, of its last step. Without both: a table of all metrics.
+    table with a line for each variant, of its last step. With ``by-seed``: a metric of each seed,
+    as points and as a table. Without all three: a table of all metrics.
+
+    ``without`` is a seed that means are taken without, such as the one that settings were tried on.
 
     ``variants`` are patterns of the names to show, with ``|`` between them; those like ``dashed``
     have dashed lines in the colours of the others.
@@ -140,6 +145,8 @@ class Results(Directive):
         "metric": directives.unchanged_required,
         "x": directives.unchanged_required,
         "columns": directives.unchanged_required,
+        "by-seed": directives.unchanged_required,
+        "without": directives.unchanged_required,
         "variants": directives.unchanged_required,
         "dashed": directives.unchanged_required,
         "only-figure": directives.flag,
@@ -150,14 +157,17 @@ class Results(Directive):
         self.state.document.settings.record_dependencies.add(str(path))
         results = json.loads(path.read_text("utf-8"))
         rows = self.shown(results["rows"])
-        how = f"{_seeds(rows)}{results['command']}; {results['date']}, revision "
+        left_out = self.options.get("without", "")
+        how = f"{_seeds(rows, left_out)}{results['command']}; {results['date']}, revision "
         how += results["revision"].replace("-dirty", " with changes that were not committed")
         how += f", {results['machine']}, {results['seconds']} seconds; docs/results/{path.name}"
         metric = self.options.get("metric")
         if metric is not None:
             parts = self.curve(path, rows, metric)
         elif columns := self.options.get("columns"):
-            parts = [_by_variant(rows, columns.split(" | "))]
+            parts = [_by_variant(rows, columns.split(" | "), left_out)]
+        elif by_seed := self.options.get("by-seed"):
+            parts = _by_seed(rows, by_seed, left_out)
         else:
             parts = _numbers(rows)
         if "only-figure" in self.options:
@@ -216,11 +226,49 @@ class Results(Directive):
         ]
 
 
-def _seeds(rows: list[dict[str, Any]]) -> str:
+def _seeds(rows: list[dict[str, Any]], left_out: str) -> str:
     """How many seeds the numbers are of, if the file has more than their means."""
-    num = len({row["seed"] for row in rows} - {"all"})
+    num = len({str(row["seed"]) for row in rows} - {"all", left_out})
     few = " (few for an interval)" if num < FEW_SEEDS else ""
-    return {0: "", 1: "one seed; "}.get(num, f"{num} seeds{few}; ")
+    but = f" without seed {left_out}" if left_out else ""
+    return {0: "", 1: f"one seed{but}; "}.get(num, f"{num} seeds{but}{few}; ")
+
+
+def _by_seed(rows: list[dict[str, Any]], metric: str, left_out: str) -> list[nodes.Node]:
+    """A metric of each variant: points and a column for each seed with the interval of its own
+    rows, and the mean without the seed that is left out, with Student's interval.
+    """
+    values = {
+        (row["variant"], row["seed"], row["metric"]): row["value"]
+        for row in rows
+        if row["seed"] != "all"
+    }
+    names = dict.fromkeys(name for name, _, found in values if found == metric)
+    seeds = sorted({seed for _, seed, found in values if found == metric})
+    heads = [f"seed {seed}" + " (tried on)" * (str(seed) == left_out) for seed in seeds]
+    found = {
+        (name, seed): [
+            values.get((name, seed, f"{metric}{edge}")) for edge in ("", " low", " high")
+        ]
+        for name in names
+        for seed in seeds
+    }
+    lines = []
+    for name in names:
+        kept = [found[name, seed][0] for seed in seeds if str(seed) != left_out]
+        of_seeds = [found[name, seed] for seed in seeds]
+        of_seeds.append([sum(kept) / len(kept), *metrics.student(kept)])
+        texts = [f"{value:.3g} ({low:.2g} to {high:.2g})" for value, low, high in of_seeds]
+        lines.append([name, *texts])
+    series = {}
+    for place, (seed, head) in enumerate(zip(seeds, heads, strict=True)):
+        own = np.array([found[name, seed] for name in names], float)
+        x = np.arange(len(names)) * (len(seeds) + 1) + place
+        labels = [name.partition(",")[0] for name in names] if place == len(seeds) // 2 else ()
+        series[head] = figures.Series(x, *own.T, kind="points", labels=labels)
+    picture = figures.element(figures.Plot(metric, "", metric, series), salt=metric)
+    mean = f"mean without seed {left_out}" if left_out else "mean"
+    return [nodes.raw("", picture, format="html"), _table(["", *heads, mean], lines)]
 
 
 def _short(name: str, names: Iterable[str]) -> str:
@@ -230,8 +278,12 @@ def _short(name: str, names: Iterable[str]) -> str:
     return rest if colon and are_alike else name
 
 
-def _by_variant(rows: list[dict[str, Any]], columns: list[str]) -> nodes.table:
-    """A table with a line for each variant that has one of the metrics: means of the last step."""
+def _by_variant(rows: list[dict[str, Any]], columns: list[str], left_out: str) -> nodes.table:
+    """A table with a line for each variant that has one of the metrics: means of the last step, or
+    new ones, without intervals, if a seed is left out.
+    """
+    if left_out:
+        rows = _means(rows, left_out)
     values: dict[str, dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row["step"]):
         of_variant = values.setdefault(row["variant"], {})
@@ -247,6 +299,19 @@ def _by_variant(rows: list[dict[str, Any]], columns: list[str]) -> nodes.table:
         if any(texts):
             lines.append([_short(name, values), *texts])
     return _table(["", *columns], lines)
+
+
+def _means(rows: list[dict[str, Any]], left_out: str) -> list[dict[str, Any]]:
+    """The means of all metrics over the other seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        is_edge = row["metric"].endswith((" low", " high"))
+        if str(row["seed"]) not in ("all", left_out) and not is_edge:
+            found.setdefault((row["variant"], row["metric"]), []).append(row)
+    return [
+        of[-1] | {"seed": "all", "value": sum(row["value"] for row in of) / len(of)}
+        for of in found.values()
+    ]
 
 
 def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:
