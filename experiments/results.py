@@ -20,6 +20,16 @@ EDGES = (" low", " high")  # of an interval, behind the name of its metric
 Row = dict[str, Any]
 
 
+def revision() -> str:
+    """Of the tree that this file lies in; that of one with changes ends with "-dirty"."""
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+REVISION = revision()  # of the code that runs: until the end of a long job the tree may change
+
+
 def row(variant: str, seed: int | str, step: int, metric: str, value: float) -> Row:
     """A number with what it belongs to; the seed is ``ALL`` for a mean over seeds."""
     key = {"variant": variant, "seed": seed, "step": step}
@@ -54,19 +64,15 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def write(path: Path, command: str, seconds: float, rows: list[Row], **more: Any) -> None:
-    """Writes {command, date, revision, machine, seconds, rows} as JSON. The date is UTC's; the
-    revision of a tree with changes that are not committed ends with "-dirty", and a test keeps such
-    a file out of docs/results/.
+    """Writes {command, date, revision, machine, seconds, rows} as JSON. The date is UTC's; a test
+    keeps a file whose revision is "-dirty" out of docs/results/.
 
     more: further keys, such as the settings, or other values of these.
     """
-    here = str(Path(__file__).parent)
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content: Mapping[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "revision": revision,
+        "revision": REVISION,
         "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
         "seconds": round(seconds),
         **more,

@@ -1,5 +1,7 @@
 """How often intervals hold the true value: of 95% all but the lowest few."""
 
+import json
+
 import intervals
 import numpy as np
 import pytest
@@ -66,3 +68,22 @@ def test_no_interval_is_not_counted():
     assert np.isnan(held(one, lambda rows: (np.nan, np.nan), 5, draws=3))
     assert held(one, lambda rows: (-9.0, 9.0), 5, draws=3) == 1
     assert held(one, lambda rows: (rows.max() + 9, 99.0), 5, draws=3) == 0
+
+
+def test_a_job_that_was_cut_off_goes_on_and_one_of_another_revision_does_not(tmp_path, monkeypatch):
+    cases, hows = intervals.KINDS["mean of normal numbers"]
+    monkeypatch.setattr(intervals, "NUMS", (5,))
+    monkeypatch.setattr(intervals, "KINDS", {"a": (cases, {"student": hows["student"]})})
+    out = tmp_path / "out.json"
+    intervals.main(out, draws=8)
+    first = json.loads(out.read_text())
+    assert [row["variant"] for row in first["rows"]] == ["a: student"] * 3
+    monkeypatch.setitem(intervals.KINDS, "kappa b", (cases, {"student": hows["student"]}))
+    asked = []
+    monkeypatch.setattr(intervals, "rows_of", lambda *job: asked.append(job) or [])
+    intervals.main(out, draws=8)
+    assert asked == [("kappa b", 1)]
+    assert json.loads(out.read_text())["rows"] == first["rows"]
+    monkeypatch.setattr(intervals.results, "REVISION", "another")
+    intervals.main(out, draws=8)
+    assert asked[1:] == [("a", 8), ("kappa b", 1)]
