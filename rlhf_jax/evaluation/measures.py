@@ -127,8 +127,7 @@ def of_responses(
         elif values is not None:
             is_alone = metric == "self_bleu" and not values
             why = "needs two prompts or more" if is_alone else note
-            is_share = metric == "win_rate"
-            yield mean(name or category, metric, values, unit, why, is_share=is_share)
+            yield mean(name or category, metric, values, unit, why)
 
 
 def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str]) -> Iterator[Figure]:
@@ -150,7 +149,7 @@ def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str]) ->
         for judge, margin in margins.items():
             right = np.heaviside(margin[chosen], 0.5)
             best = metrics.top_1(right, own)
-            figure = mean(category, f"accuracy_{judge}", best, "rows", is_share=True)
+            figure = mean(category, f"accuracy_{judge}", best, "rows")
             accuracies[judge][part] = figure.value
             yield figure
             if not own.is_single:
