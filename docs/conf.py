@@ -122,6 +122,7 @@ class Names(Directive):
 
 
 FEW_SEEDS = 5
+EDGES = ("", " low", " high")  # behind the name of a metric
 
 
 class Results(Directive):
@@ -202,8 +203,7 @@ class Results(Directive):
         for name in names if "variants" in self.options else sorted(names):
             steps = sorted(step for of, step, found in values if (of, found) == (name, metric))
             found = [
-                [values.get((name, step, f"{metric}{edge}")) for step in steps]
-                for edge in ("", " low", " high")
+                [values.get((name, step, f"{metric}{edge}")) for step in steps] for edge in EDGES
             ]
             has_band = None not in found[1] + found[2]
             places = steps if x is None else [values[name, step, x] for step in steps]
@@ -247,28 +247,32 @@ def _by_seed(rows: list[dict[str, Any]], metric: str, left_out: str) -> list[nod
     seeds = sorted({seed for _, seed, found in values if found == metric})
     heads = [f"seed {seed}" + " (tried on)" * (str(seed) == left_out) for seed in seeds]
     found = {
-        (name, seed): [
-            values.get((name, seed, f"{metric}{edge}")) for edge in ("", " low", " high")
-        ]
+        (name, seed): [values.get((name, seed, metric + edge), np.nan) for edge in EDGES]
         for name in names
         for seed in seeds
     }
     lines = []
     for name in names:
-        kept = [found[name, seed][0] for seed in seeds if str(seed) != left_out]
-        of_seeds = [found[name, seed] for seed in seeds]
-        of_seeds.append([sum(kept) / len(kept), *metrics.student(kept)])
-        texts = [f"{value:.3g} ({low:.2g} to {high:.2g})" for value, low, high in of_seeds]
-        lines.append([name, *texts])
+        others = [found[name, seed][0] for seed in seeds if str(seed) != left_out]
+        kept = [value for value in others if not np.isnan(value)]
+        mean = sum(kept) / len(kept) if kept else np.nan
+        of_seeds = [*(found[name, seed] for seed in seeds), [mean, *metrics.student(kept)]]
+        lines.append([name, *(_with_band(*numbers) for numbers in of_seeds)])
     series = {}
     for place, (seed, head) in enumerate(zip(seeds, heads, strict=True)):
-        own = np.array([found[name, seed] for name in names], float)
-        x = np.arange(len(names)) * (len(seeds) + 1) + place
-        labels = [name.partition(",")[0] for name in names] if place == len(seeds) // 2 else ()
-        series[head] = figures.Series(x, *own.T, kind="points", labels=labels)
-    picture = figures.element(figures.Plot(metric, "", metric, series), salt=metric)
-    mean = f"mean without seed {left_out}" if left_out else "mean"
-    return [nodes.raw("", picture, format="html"), _table(["", *heads, mean], lines)]
+        own = np.array([found[name, seed] for name in names])
+        x = np.arange(len(names)) + 1 + 0.15 * (place - (len(seeds) - 1) / 2)
+        series[head] = figures.Series(x, *own.T, kind="points")
+    places = ", ".join(f"{i} {name.partition(',')[0]}" for i, name in enumerate(names, start=1))
+    picture = figures.element(figures.Plot(metric, places, metric, series), salt=metric)
+    last = f"mean without seed {left_out}" if left_out else "mean"
+    return [nodes.raw("", picture, format="html"), _table(["", *heads, last], lines)]
+
+
+def _with_band(value: float, low: float, high: float) -> str:
+    """A number with its interval, as far as they are known."""
+    band = "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
+    return "" if np.isnan(value) else f"{value:.3g}{band}"
 
 
 def _short(name: str, names: Iterable[str]) -> str:
