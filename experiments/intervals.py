@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,17 +30,29 @@ NUMS = (5, 10, 20, 50, 200)  # rows
 
 
 class Rows(NamedTuple):
-    """A distribution: how n rows are drawn from it, and what is true of them."""
+    """A distribution: how samples of n rows are drawn from it, each with the number of times that
+    it came, and what is true of them.
+    """
 
-    draw: Callable[[np.random.Generator, int], np.ndarray]
+    draw: Callable[[np.random.Generator, int, int], Iterator[tuple[np.ndarray, int]]]
     truth: float
 
 
 def cells(
-    chances: list[float], values: np.ndarray, generator: np.random.Generator, num: int
-) -> np.ndarray:
-    """[num, ...] of the values, drawn with these chances."""
-    return values[generator.choice(len(values), num, p=np.array(chances))]
+    chances: list[float], values: np.ndarray, generator: np.random.Generator, num: int, draws: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Samples [num, ...] of the values, drawn with these chances."""
+    counts = generator.multinomial(num, chances, size=draws)
+    for each, times in zip(*np.unique(counts, axis=0, return_counts=True), strict=True):
+        yield np.repeat(values, each, axis=0), int(times)
+
+
+def numbers(
+    name: str, generator: np.random.Generator, num: int, draws: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Samples [num] of numbers."""
+    for values in getattr(generator, name)(size=(draws, num)):
+        yield values, 1
 
 
 def wins(share: float, ties: float) -> Rows:
@@ -107,9 +119,9 @@ def kappa(values: np.ndarray) -> metrics.Interval:
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 1.0)
 NUMBERS = {
-    "normal": Rows(lambda generator, num: generator.normal(size=num), 0.0),
-    "exponential": Rows(lambda generator, num: generator.exponential(size=num), 1.0),
-    "log-normal": Rows(lambda generator, num: generator.lognormal(size=num), np.exp(0.5)),
+    "normal": Rows(partial(numbers, "normal"), 0.0),
+    "exponential": Rows(partial(numbers, "exponential"), 1.0),
+    "log-normal": Rows(partial(numbers, "lognormal"), np.exp(0.5)),
 }
 # {kind of value: its distributions, and its intervals by their names}
 KINDS: dict[str, tuple[list[Rows], dict[str, Interval]]] = {
@@ -147,21 +159,15 @@ def coverage(
     """In which share of the draws the interval of ``num`` rows holds the true value, and its mean
     width, over the draws that have one; NaN if none has.
     """
-    known: dict[bytes, metrics.Interval] = {}
     found = []
-    for _ in range(draws):
-        values = one.draw(generator, num)
-        values = values[np.lexsort(values.reshape(num, -1).T)]  # their order says nothing
-        key = values.tobytes()
-        if key not in known:
-            known[key] = interval(values)
-        if not np.isnan(known[key][0]):
-            found.append(known[key])
+    for values, times in one.draw(generator, num, draws):
+        low, high = interval(values)
+        if not np.isnan(low):
+            found.append((times, low - 1e-9 <= one.truth <= high + 1e-9, high - low))
     if not found:
         return float("nan"), float("nan")
-    low, high = np.array(found).T
-    holds = (low - 1e-9 <= one.truth) & (one.truth <= high + 1e-9)
-    return float(holds.mean()), float(np.mean(high - low))
+    times_of, holds, widths = np.array(found, float).T
+    return float(np.average(holds, weights=times_of)), float(np.average(widths, weights=times_of))
 
 
 def rows_of(kind: str, draws: int) -> list[results.Row]:
@@ -176,12 +182,12 @@ def rows_of(kind: str, draws: int) -> list[results.Row]:
             continue
         variant = f"{kind}: {name}"
         logger.info(f"{variant}, {num} rows: {held.min():.3f}, in the mean {held.mean():.3f}")
-        numbers = {
+        found = {
             f"{num} rows": held.min(),
             f"mean of {num} rows": held.mean(),
             f"width of {num} rows": widths.mean(),
         }
-        rows += [results.row(variant, results.ALL, 0, *number) for number in numbers.items()]
+        rows += [results.row(variant, results.ALL, 0, *number) for number in found.items()]
     return rows
 
 

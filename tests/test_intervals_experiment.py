@@ -52,15 +52,38 @@ def test_newcombes_interval_of_pairs_by_hand():
     assert (-high, -low) == pytest.approx((0.0569, 0.3404), abs=2e-3)
 
 
-def test_a_kappa_is_that_of_its_distribution():
+def drawn(one, num):
+    """All rows of one draw."""
+    [(rows, times)] = one.draw(np.random.default_rng(0), num, 1)
+    assert (len(rows), times) == (num, 1)
+    return rows
+
+
+def test_distributions_are_what_they_say():
     one = intervals.judges(0.9, 0.3)
-    rows = one.draw(np.random.default_rng(0), 200_000)
+    rows = drawn(one, 200_000)
     assert metrics.cohen_kappa(*rows.T) == pytest.approx(one.truth, abs=0.01)
     assert rows[:, 0].mean() == pytest.approx(0.3, abs=0.01)
     both = intervals.changes(0.5, 0.9, 0.5)
-    before, after = both.draw(np.random.default_rng(0), 200_000).T
+    before, after = drawn(both, 200_000).T
     assert (after - before).mean() == pytest.approx(both.truth, abs=0.01)
     assert before.mean() == pytest.approx(0.5, abs=0.01)
+    assert np.corrcoef(before, after)[0, 1] > 0.1
+    won = intervals.wins(0.8, 0.5)
+    assert drawn(won, 200_000).mean() == pytest.approx(won.truth, abs=0.01)
+    assert np.mean(drawn(won, 200_000) == 0.5) == pytest.approx(0.2, abs=0.01)
+    for one in intervals.NUMBERS.values():
+        assert drawn(one, 200_000).mean() == pytest.approx(one.truth, abs=0.02)
+
+
+def test_samples_that_are_equal_count_as_often_as_they_came():
+    """Of five rows with a share of 1 there is one sample; of two shares both edges count."""
+    always = intervals.wins(1.0, 0.0)
+    [(rows, times)] = always.draw(np.random.default_rng(0), 5, 9)
+    assert (rows.tolist(), times) == ([1] * 5, 9)
+    one = intervals.wins(0.5, 0.0)
+    share = held(one, lambda rows: (0.0, 1.0) if rows.all() else (2.0, 3.0), 1, draws=4000)
+    assert share == pytest.approx(0.5, abs=0.03)
 
 
 def test_no_interval_is_not_counted():
