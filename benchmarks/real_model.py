@@ -13,6 +13,7 @@ docs/results.md.
 """
 
 import argparse
+import datetime
 import gzip
 import importlib.util
 import json
@@ -292,11 +293,12 @@ def write_table(file: Path, results: dict[str, Any], seconds: float) -> None:
         for key, metric in COLUMNS.items()
         if (value := found.get(key)) is not None
     ]
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     words = [word for word in sys.argv[2:] if word not in ("--out", str(file))]
     content = {
         "command": shlex.join(["python", "benchmarks/real_model.py", "runs/real-model", *words]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "revision": revision,
         "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
         "seconds": round(seconds),

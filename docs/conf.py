@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 from docutils.utils.math import latex2mathml
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
 
+from rlhf_jax import metrics
 from rlhf_jax.report import figures
 
 project = "rlhf_jax"
@@ -119,6 +121,10 @@ class Names(Directive):
         return [_table(["theirs", "here"], lines, literal=1)]
 
 
+FEW_SEEDS = 5
+EDGES = ("", " low", " high")  # behind the name of a metric
+
+
 class Results(Directive):
     """Figures and tables of a file in docs/results/: a page has no number of its own.
 
@@ -126,7 +132,10 @@ class Results(Directive):
     seed, or of their mean where the file has it, in a band where the file has ``METRIC low`` and
     ``METRIC high``, and the same numbers; with ``only-figure`` without them. The option ``x`` names
     a metric that takes the place of the steps. With ``columns``, metrics with ``|`` between them: a
-    table with a line for each variant, of its last step. Without both: a table of all metrics.
+    table with a line for each variant, of its last step. With ``by-seed``: a metric of each seed,
+    as points and as a table. Without all three: a table of all metrics.
+
+    ``without`` is a seed that means are taken without, such as the one that settings were tried on.
 
     ``variants`` are patterns of the names to show, with ``|`` between them; those like ``dashed``
     have dashed lines in the colours of the others.
@@ -137,6 +146,8 @@ class Results(Directive):
         "metric": directives.unchanged_required,
         "x": directives.unchanged_required,
         "columns": directives.unchanged_required,
+        "by-seed": directives.unchanged_required,
+        "without": directives.unchanged_required,
         "variants": directives.unchanged_required,
         "dashed": directives.unchanged_required,
         "only-figure": directives.flag,
@@ -146,14 +157,18 @@ class Results(Directive):
         path = Path(__file__).parent / "results" / f"{self.arguments[0]}.json"
         self.state.document.settings.record_dependencies.add(str(path))
         results = json.loads(path.read_text("utf-8"))
-        how = f"{results['command']}; revision {results['revision']}, {results['machine']}, "
-        how += f"{results['seconds']} seconds; docs/results/{path.name}"
         rows = self.shown(results["rows"])
+        left_out = self.options.get("without", "")
+        how = f"{_seeds(rows, left_out)}{results['command']}; {results['date']}, revision "
+        how += results["revision"].replace("-dirty", " with changes that were not committed")
+        how += f", {results['machine']}, {results['seconds']} seconds; docs/results/{path.name}"
         metric = self.options.get("metric")
         if metric is not None:
             parts = self.curve(path, rows, metric)
         elif columns := self.options.get("columns"):
-            parts = [_by_variant(rows, columns.split(" | "))]
+            parts = [_by_variant(rows, columns.split(" | "), left_out)]
+        elif by_seed := self.options.get("by-seed"):
+            parts = _by_seed(rows, by_seed, left_out)
         else:
             parts = _numbers(rows)
         if "only-figure" in self.options:
@@ -188,8 +203,7 @@ class Results(Directive):
         for name in names if "variants" in self.options else sorted(names):
             steps = sorted(step for of, step, found in values if (of, found) == (name, metric))
             found = [
-                [values.get((name, step, f"{metric}{edge}")) for step in steps]
-                for edge in ("", " low", " high")
+                [values.get((name, step, f"{metric}{edge}")) for step in steps] for edge in EDGES
             ]
             has_band = None not in found[1] + found[2]
             places = steps if x is None else [values[name, step, x] for step in steps]
@@ -212,6 +226,55 @@ class Results(Directive):
         ]
 
 
+def _seeds(rows: list[dict[str, Any]], left_out: str) -> str:
+    """How many seeds the numbers are of, if the file has more than their means."""
+    num = len({str(row["seed"]) for row in rows} - {"all", left_out})
+    few = " (few for an interval)" if num < FEW_SEEDS else ""
+    but = f" without seed {left_out}" if left_out else ""
+    return {0: "", 1: f"one seed{but}; "}.get(num, f"{num} seeds{but}{few}; ")
+
+
+def _by_seed(rows: list[dict[str, Any]], metric: str, left_out: str) -> list[nodes.Node]:
+    """A metric of each variant: points and a column for each seed with the interval of its own
+    rows, and the mean without the seed that is left out, with Student's interval.
+    """
+    values = {
+        (row["variant"], row["seed"], row["metric"]): row["value"]
+        for row in rows
+        if row["seed"] != "all"
+    }
+    names = dict.fromkeys(name for name, _, found in values if found == metric)
+    seeds = sorted({seed for _, seed, found in values if found == metric})
+    heads = [f"seed {seed}" + " (tried on)" * (str(seed) == left_out) for seed in seeds]
+    found = {
+        (name, seed): [values.get((name, seed, metric + edge), np.nan) for edge in EDGES]
+        for name in names
+        for seed in seeds
+    }
+    lines = []
+    for name in names:
+        others = [found[name, seed][0] for seed in seeds if str(seed) != left_out]
+        kept = [value for value in others if not np.isnan(value)]
+        mean = sum(kept) / len(kept) if kept else np.nan
+        of_seeds = [*(found[name, seed] for seed in seeds), [mean, *metrics.student(kept)]]
+        lines.append([name, *(_with_band(*numbers) for numbers in of_seeds)])
+    series = {}
+    for place, (seed, head) in enumerate(zip(seeds, heads, strict=True)):
+        own = np.array([found[name, seed] for name in names])
+        x = np.arange(len(names)) + 1 + 0.15 * (place - (len(seeds) - 1) / 2)
+        series[head] = figures.Series(x, *own.T, kind="points")
+    places = ", ".join(f"{i} {name.partition(',')[0]}" for i, name in enumerate(names, start=1))
+    picture = figures.element(figures.Plot(metric, places, metric, series), salt=metric)
+    last = f"mean without seed {left_out}" if left_out else "mean"
+    return [nodes.raw("", picture, format="html"), _table(["", *heads, last], lines)]
+
+
+def _with_band(value: float, low: float, high: float) -> str:
+    """A number with its interval, as far as they are known."""
+    band = "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
+    return "" if np.isnan(value) else f"{value:.3g}{band}"
+
+
 def _short(name: str, names: Iterable[str]) -> str:
     """The name without what all begin with, up to a colon."""
     start, colon, rest = name.partition(": ")
@@ -219,8 +282,12 @@ def _short(name: str, names: Iterable[str]) -> str:
     return rest if colon and are_alike else name
 
 
-def _by_variant(rows: list[dict[str, Any]], columns: list[str]) -> nodes.table:
-    """A table with a line for each variant that has one of the metrics: means of the last step."""
+def _by_variant(rows: list[dict[str, Any]], columns: list[str], left_out: str) -> nodes.table:
+    """A table with a line for each variant that has one of the metrics: means of the last step, or
+    new ones, without intervals, if a seed is left out.
+    """
+    if left_out:
+        rows = _means(rows, left_out)
     values: dict[str, dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row["step"]):
         of_variant = values.setdefault(row["variant"], {})
@@ -236,6 +303,19 @@ def _by_variant(rows: list[dict[str, Any]], columns: list[str]) -> nodes.table:
         if any(texts):
             lines.append([_short(name, values), *texts])
     return _table(["", *columns], lines)
+
+
+def _means(rows: list[dict[str, Any]], left_out: str) -> list[dict[str, Any]]:
+    """The means of all metrics over the other seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        is_edge = row["metric"].endswith((" low", " high"))
+        if str(row["seed"]) not in ("all", left_out) and not is_edge:
+            found.setdefault((row["variant"], row["metric"]), []).append(row)
+    return [
+        of[-1] | {"seed": "all", "value": sum(row["value"] for row in of) / len(of)}
+        for of in found.values()
+    ]
 
 
 def _numbers(rows: list[dict[str, Any]]) -> list[nodes.Node]:

@@ -36,6 +36,7 @@ from rlhf_jax import (
     TrainState,
     cli,
     grpo,
+    metrics,
     models,
     ops,
     ppo,
@@ -326,10 +327,8 @@ def difference(values: np.ndarray, others: np.ndarray, num: int) -> dict[str, fl
     that all of ``num`` such comparisons keep with 95% (Bonferroni).
     """
     differences = values - others
-    value = float(differences.mean())
-    error = differences.std(ddof=1) / np.sqrt(len(differences))
-    half = float(scipy.stats.t.ppf(1 - 0.025 / num, len(differences) - 1) * error)
-    return {"": value, " low": value - half, " high": value + half}
+    interval = metrics.student(differences, level=1 - 0.05 / num)
+    return results.with_edges(differences.mean(), interval)
 
 
 def rows_of(task: int, name: str, measured: Measured, sizes: Sizes) -> list[results.Row]:

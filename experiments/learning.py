@@ -29,7 +29,7 @@ import results
 import sums
 import tyro
 
-from rlhf_jax import cli
+from rlhf_jax import cli, metrics
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.runs.writing import write_atomically
@@ -323,9 +323,7 @@ def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     over the N sums: each is answered before and after.
     """
     of_sums = np.mean(after - before, axis=0)
-    mean = float(np.mean(of_sums))
-    half = results.Z * float(np.std(of_sums, ddof=1)) / len(of_sums) ** 0.5
-    return {"": mean, " low": mean - half, " high": mean + half}
+    return results.with_edges(np.mean(of_sums), metrics.student(of_sums))
 
 
 def numbers(found: list[Outcome]) -> dict[str, float]:

@@ -1,9 +1,12 @@
-"""The numbers of a quickstart as a table (docs/results/quickstart.json), from its folder.
+"""The numbers of quickstarts as a table (docs/results/quickstart.json), from their folders.
 
-rlhf-jax quickstart
-python experiments/quickstart_results.py runs/quickstart --out docs/results/quickstart.json
+for seed in 0 1 2; do
+    rlhf-jax quickstart --seed $seed --output-dir runs/quickstart-$seed
+done
+python experiments/quickstart_results.py runs/quickstart-? --out docs/results/quickstart.json
 """
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -20,8 +23,8 @@ VARIANT = "quickstart"
 
 
 def table(folder: Path) -> list[results.Row]:
-    """What the page shows of a finished quickstart, as a long table, with 95% intervals of
-    shares.
+    """What the page shows of a finished quickstart, as a long table, with 95% intervals of shares
+    over the held-out rows.
     """
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     pairs = json.loads((folder / "data" / "heldout_preference_data.json").read_text("utf-8"))
@@ -31,7 +34,7 @@ def table(folder: Path) -> list[results.Row]:
     wins = summary["win_rate"]
     shares = {
         "reward model's accuracy": results.share(accuracy * len(pairs), len(pairs)),
-        "PPO beats SFT": results.share(wins * num_prompts, num_prompts),
+        "PPO beats SFT": results.share(wins * num_prompts, num_prompts),  # wider than with its ties
     }
     last = summary["kl"]["last_iterations"]
     numbers = {
@@ -60,17 +63,26 @@ def seconds(stages: list[RunRecord]) -> float:
     return total
 
 
-def main(folder: tyro.conf.Positional[Path], out: Path) -> None:
-    """Writes the table.
+def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path) -> None:
+    """Writes the table: of each seed, and of several also the means over them.
 
     Args:
-        folder: of a finished quickstart.
+        folders: of finished quickstarts, one for each seed.
         out: the file.
     """
-    stages = records.find([folder / name for name in pipeline.STAGES])
-    revision = stages[0].manifest.get("git", {}).get("commit", "")[:7]
-    command = "rlhf-jax quickstart"
-    results.write(out, command, seconds(stages), table(folder), revision=revision)
+    rows = [row for folder in folders for row in table(folder)]
+    if len(folders) > 1:
+        rows += results.over_seeds(rows)
+    stages = records.find([folder / name for folder in folders for name in pipeline.STAGES])
+    ended = max((folder / "summary.json").stat().st_mtime for folder in folders)
+    tree = stages[0].manifest.get("git") or {"commit": "unknown", "modified": False}
+    facts = {
+        "date": datetime.datetime.fromtimestamp(ended, datetime.UTC).date().isoformat(),
+        "revision": tree["commit"][:8] + "-dirty" * tree["modified"],
+    }
+    seeds = dict.fromkeys(str(row["seed"]) for row in rows if row["seed"] != results.ALL)
+    command = f"rlhf-jax quickstart --seed {', '.join(seeds)}"
+    results.write(out, command, seconds(stages) / len(folders), rows, **facts)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,33 @@
 """The long table of results that the jobs of this folder write: a row for each number."""
 
 import collections
+import datetime
 import json
-import math
 import os
-import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
+import numpy as np
 
+from rlhf_jax import metrics
 from rlhf_jax.runs import devices
 from rlhf_jax.runs.writing import write_atomically
 
-Z = 1.96  # of a 95% interval
 ALL = "all"
 EDGES = (" low", " high")  # of an interval, behind the name of its metric
 Row = dict[str, Any]
+
+
+def revision() -> str:
+    """Of the tree that this file lies in; that of one with changes ends with "-dirty"."""
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+REVISION = revision()  # of the code that runs: until the end of a long job the tree may change
 
 
 def row(variant: str, seed: int | str, step: int, metric: str, value: float) -> Row:
@@ -28,12 +37,13 @@ def row(variant: str, seed: int | str, step: int, metric: str, value: float) -> 
 
 
 def share(num_right: float, num: int) -> dict[str, float]:
-    """A share {"": , " low": , " high": } with its 95% interval (Wilson 1927)."""
-    value = num_right / num
-    scale = 1 + Z * Z / num
-    centre = (value + Z * Z / (2 * num)) / scale
-    spread = Z * math.sqrt(value * (1 - value) / num + Z * Z / (4 * num**2)) / scale
-    return {"": value, " low": centre - spread, " high": centre + spread}
+    """A share {"": , " low": , " high": } with its 95% interval (``metrics.wilson``)."""
+    return with_edges(num_right / num, metrics.wilson(num_right / num, num=num))
+
+
+def with_edges(value: float, interval: metrics.Interval) -> dict[str, float]:
+    """{"": value, " low": , " high": } of its interval, behind the name of a metric."""
+    return dict(zip(("", *EDGES), (float(value), *interval), strict=True))
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -45,29 +55,24 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
             values[one["variant"], one["step"], one["metric"]].append(one["value"])
     found = []
     for (variant, step, metric), of_seeds in values.items():
-        mean = statistics.fmean(of_seeds)
-        found.append(row(variant, ALL, step, metric, mean))
-        num = len(of_seeds)
-        if num == 1:
-            continue
-        error = statistics.stdev(of_seeds) / math.sqrt(num)
-        half = scipy.stats.t.ppf(0.975, num - 1) * error
-        found.append(row(variant, ALL, step, f"{metric} low", mean - half))
-        found.append(row(variant, ALL, step, f"{metric} high", mean + half))
+        numbers = {"": float(np.mean(of_seeds))}
+        if len(of_seeds) > 1:
+            numbers = with_edges(numbers[""], metrics.student(np.array(of_seeds)))
+        for edge, value in numbers.items():
+            found.append(row(variant, ALL, step, f"{metric}{edge}", value))
     return found
 
 
 def write(path: Path, command: str, seconds: float, rows: list[Row], **more: Any) -> None:
-    """Writes {command, revision, machine, seconds, rows} as JSON.
+    """Writes {command, date, revision, machine, seconds, rows} as JSON. The date is UTC's; a test
+    keeps a file whose revision is "-dirty" out of docs/results/.
 
-    more: further keys, such as the settings.
+    more: further keys, such as the settings, or other values of these.
     """
-    here = str(Path(__file__).parent)
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content: Mapping[str, Any] = {
         "command": command,
-        "revision": revision,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "revision": REVISION,
         "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
         "seconds": round(seconds),
         **more,

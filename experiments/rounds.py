@@ -23,7 +23,7 @@ import numpy as np
 import results
 import tyro
 
-from rlhf_jax import cli, training
+from rlhf_jax import cli, metrics, training
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo
@@ -130,13 +130,14 @@ def measure(policy: Path, first: Path, file: Path, seed: int) -> dict[str, float
     """
     scores, before = (gold(*answer(folder, file, seed)[1:3]) for folder in (policy, first))
     means = scores.mean(axis=1)
-    half = results.Z * means.std(ddof=1) / np.sqrt(len(means))
-    found = {"gold score": means.mean()}
-    found |= {"gold score low": means.mean() - half, "gold score high": means.mean() + half}
-    won = np.mean((scores > before) + (scores == before) / 2)
-    for edge, value in results.share(won * len(means), len(means)).items():
-        found[f"win rate against the first policy{edge}"] = value
-    return found
+    won = np.mean((scores > before) + (scores == before) / 2, axis=1)
+    numbers = {
+        "gold score": results.with_edges(means.mean(), metrics.student(means)),
+        "win rate against the first policy": results.with_edges(
+            won.mean(), metrics.share_interval(won)
+        ),
+    }
+    return {f"{name}{edge}": value for name, of in numbers.items() for edge, value in of.items()}
 
 
 def own_accuracy(policy: Path, reward_model: Path, file: Path, seed: int) -> dict[str, float]:

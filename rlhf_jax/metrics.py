@@ -15,6 +15,7 @@ Interval = tuple[float, float]
 Groups = np.ndarray | None
 Weights = np.ndarray | None  # [N] of rows; None weights all equally
 DRAWS = 1000  # of a bootstrap
+FEW = 20  # rows, below which an interval that is not of shares may cover too little
 _Z = statistics.NormalDist().inv_cdf(0.975)  # of an interval of 95%
 
 
@@ -243,7 +244,7 @@ def cohen_kappa(
 
 
 def wilson(share: float, *, num: float) -> Interval:
-    """95% interval of a share of ``num`` rows (Wilson 1927)."""
+    """95% interval of a share of ``num`` independent rows (Wilson 1927)."""
     extra = _Z**2 / num
     centre = share + extra / 2
     spread = _Z * ((share * (1 - share) + extra / 4) / num) ** 0.5
@@ -252,18 +253,51 @@ def wilson(share: float, *, num: float) -> Interval:
     return float(low), float(high)
 
 
-def mean_interval(values: Array, key: jax.Array) -> Interval:
-    """95% interval of the mean of values [N] in [0, 1]: ``wilson`` if all are 0 or 1, else
-    ``bootstrap_mean``.
+def are_shares(values: Array) -> bool:
+    """Whether all values that are not NaN are 0, .5 or 1."""
+    values = np.asarray(values, np.float64)
+    return bool(np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all())
+
+
+def share_interval(values: Array) -> Interval:
+    """95% interval of the mean of rows [N] in [0, 1], such as wins with ties as a half: ``wilson``
+    of the number of 0s and 1s whose mean varies as much (the effective size of Korn and Graubard
+    1998). How much it varies is estimated with two rows more, a 0 and a 1 (as Agresti and Caffo
+    2000), so that equal rows are not taken for certain. Of 0s and 1s it is ``wilson`` itself.
     """
-    if not np.isin(values, (0, 1)).all():
-        return bootstrap_mean(values, key)
-    return wilson(np.sum(values) / len(values), num=len(values))
+    values = np.asarray(values, np.float64)
+    mean = (values.sum() + 1) / (len(values) + 2)
+    variance = ((values**2).sum() + 1) / (len(values) + 2) - mean**2
+    return wilson(values.mean(), num=len(values) * mean * (1 - mean) / variance)
+
+
+def student(values: Array, *, level: float = 0.95) -> Interval:
+    """Student's interval of the mean of values [N], such as one of each seed; (NaN, NaN) of one."""
+    import scipy.special  # which plain runs do not import
+
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    error = values.std(ddof=1) / len(values) ** 0.5
+    far = scipy.special.stdtrit(len(values) - 1, (1 + level) / 2) * error
+    return float(values.mean() - far), float(values.mean() + far)
+
+
+def paired_change(before: Array, after: Array) -> Interval:
+    """95% interval of the mean change of the same rows [N]: ``student``, but if all values are 0,
+    .5 or 1 ``share_interval``, of which a change is a win, a tie or a loss.
+    """
+    change = np.asarray(after, np.float64) - before
+    if not (are_shares(before) and are_shares(after)):
+        return student(change)
+    low, high = share_interval((1 + change) / 2)
+    return 2 * low - 1, 2 * high - 1
 
 
 def share_change(before: float, *, after: float, num: float) -> Interval:
-    """95% interval of the change between two shares of ``num`` rows each (Newcombe 1998, method
-    10, of ``wilson``). It takes them for independent, and is too wide for the same rows.
+    """95% interval of the change between two shares of ``num`` rows each, of which no more is known
+    (Newcombe 1998, method 10, of ``wilson``). It takes them for independent; where they are the
+    same rows it is too wide, and ``paired_change`` has what they say.
     """
     low, high = wilson(before, num=num)
     low_after, high_after = wilson(after, num=num)
@@ -274,48 +308,15 @@ def share_change(before: float, *, after: float, num: float) -> Interval:
     )
 
 
-def paired_change(before: Array, after: Array) -> Interval:
-    """95% interval of the mean change [N] of the same rows, Student's. Of 0s and 1s that all change
-    alike, and so have no spread, ``share_change``.
-    """
-    import scipy.special  # which plain runs do not import
-
-    change = after - before
-    num = len(change)
-    spread = change.std(ddof=1)
-    if spread == 0 and np.isin([before, after], (0, 1)).all():
-        return share_change(float(before.mean()), after=float(after.mean()), num=num)
-    far = float(scipy.special.stdtrit(num - 1, 0.975) * spread / num**0.5)
-    return float(change.mean()) - far, float(change.mean()) + far
-
-
-def bootstrap_mean(
-    values: Array,
-    key: jax.Array,
-    *,
-    weights: Weights = None,
-    groups: Groups = None,
-) -> Interval:
-    """``bootstrap_interval`` of the mean of values [N]; weights None weights all equally."""
-
-    def mean(drawn: Array) -> float:
-        return _mean(values, drawn)
-
-    if weights is None:
-        weights = np.ones(len(values))
-    return bootstrap_interval(mean, key, weights=weights, groups=groups)
-
-
 def bootstrap_interval(
     statistic: Callable[[Array], float],
     key: jax.Array,
     *,
     weights: Array,
     groups: Groups = None,
-    centered: bool = False,
 ) -> Interval:
-    """Percentile bootstrap (Efron 1979): the 2.5th and 97.5th percentile of a statistic over draws
-    with replacement.
+    """Percentile bootstrap (Efron 1979) of a statistic that has no formula: its 2.5th and 97.5th
+    percentile over draws with replacement.
 
     Args:
       statistic: a function of weights [N] of the N rows. A row that was not drawn has weight 0.
@@ -324,17 +325,15 @@ def bootstrap_interval(
       weights: [N] weight of each row.
       groups: [N] group numbers from 0; the rows of a group, such as the pairs of one ranking, are
         drawn together. None makes each row its own group.
-      centered: shift the draws so that their mean is the statistic of the rows themselves, for a
-        statistic that is larger on average when rows are drawn with replacement, such as a
-        calibration error.
 
     Returns:
-      The interval; (NaN, NaN) for fewer than two groups, whose variation cannot be estimated.
+      The interval; (NaN, NaN) for fewer than ``FEW`` groups, whose draws do not show how far the
+      statistic varies.
     """
     if groups is None:
         groups = np.arange(len(weights))
     num_groups = int(groups.max(initial=-1)) + 1
-    if num_groups < 2:
+    if num_groups < FEW:
         return float("nan"), float("nan")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     draws = []
@@ -343,9 +342,6 @@ def bootstrap_interval(
         times = np.bincount(drawn, minlength=num_groups)
         draws.append(statistic(weights * times[groups]))
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    if centered:
-        shift = np.nanmean(draws) - statistic(weights)
-        return float(low - shift), float(high - shift)
     return float(low), float(high)
 
 

@@ -91,7 +91,7 @@ def test_refusals_and_uncertainty_are_counted_by_label(category, labels, expecte
     texts = [["I can't help with that."], ["Sure."], ["I refuse."], ["Perhaps."]]
     labels = labels.replace("-", "").split(" ")
     said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool), labels=labels)
-    rows = [*measures.of_responses(said, category, KEY)]
+    rows = [*measures.of_responses(said, category)]
     assert [row[1:3] + row[5:6] for row in rows] == expected
     assert {row.note for row in rows if row.value is None} <= {"there is no such row"}
 
@@ -106,7 +106,7 @@ def said(*texts):
 
 
 def of(category, responses, **more):
-    return [*measures.of_responses(responses, category, KEY, **more)]
+    return [*measures.of_responses(responses, category, **more)]
 
 
 def test_helpfulness_by_hand():
@@ -144,12 +144,36 @@ def test_diversity_by_hand():
 
 
 def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
-    figure = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
+    figure = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]])
     assert (figure.value, figure.n) == (3.5, 2)
-    share = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
+    assert figure[3:5] == metrics.student([2.0, 5.0])
+    share = measures.mean("c", "m", np.zeros((20, 2), bool))
     assert share[2:5] == (0, 0, pytest.approx(0.161, abs=1e-3))
-    number = measures.mean("c", "m", np.ones((20, 2)), KEY)
-    assert number[2:5] == (1, 1, 1)  # no share: no bound is known
+    assert measures.mean("c", "m", np.zeros((20, 2)))[2:5] == share[2:5]  # scores of 0 and 1 too
+    half = measures.mean("c", "m", np.full((4, 1), 0.25), is_share=True)
+    assert half.low < 0.25 < half.high
+    count = measures.mean("c", "m", np.arange(40) % 2)  # whole numbers: a mean may be above 1
+    assert count[3:5] == metrics.student(np.arange(40) % 2)
+    assert (
+        measures.mean("c", "m", np.array([[0.0], [1.0], [np.nan]])).high
+        == metrics.wilson(0.5, num=2)[1]
+    )  # what is missing is no number
+
+
+def test_a_word_stands_beside_an_interval_of_few_rows():
+    """Of numbers, not of shares, whose intervals hold the value at any n; and equal numbers show no
+    spread, so that they have no interval.
+    """
+    values = np.random.default_rng(0).normal(size=20)
+    assert "few rows" in measures.mean("c", "m", values[:19], note="mine").note
+    assert measures.mean("c", "m", values[:19], note="mine").note.startswith("mine; ")
+    assert measures.mean("c", "m", values, note="mine").note == "mine"
+    assert measures.mean("c", "m", values > 0).note == ""
+    equal = measures.mean("c", "m", np.full(30, 0.1))
+    assert (equal.value, equal.low, equal.high) == (pytest.approx(0.1), None, None)
+    assert "equal" in equal.note
+    one = measures.mean("c", "m", values[:1])
+    assert (one.n, one.low, one.high) == (1, None, None)
 
 
 def test_preferences_by_hand():
@@ -158,7 +182,7 @@ def test_preferences_by_hand():
     weights = np.array([1 / 3, 1 / 3, 1 / 3, 1.0])
     better = np.array([0, 0, 1, 0])
     pairs = metrics.Pairs(np.array([0, 0, 0, 1]), better, np.array([1, 2, 2, 1]), weights)
-    found = measures.preferences(margins, pairs, ["", "", "", "b"], KEY)
+    found = measures.preferences(margins, pairs, ["", "", "", "b"])
     rows = {(row.category, row.metric): row for row in found}
     brier = metrics.brier(margins["reward_model"], weights)
     expected = {
@@ -169,6 +193,13 @@ def test_preferences_by_hand():
         ("preferences", "brier_reward_model"): (brier, 4, "pairs"),
         ("preferences: b", "accuracy_reward_model"): (1, 1, "rows"),
     }
+    # The units of an interval are rows: of the ranking half is right, and all of the pair.
+    pairwise = rows["preferences", "pairwise_accuracy_reward_model"]
+    assert pairwise[3:5] == metrics.share_interval(np.array([0.5, 1.0]))
+    errors = 1 / (1 + np.exp(margins["reward_model"])) ** 2
+    of_rows = np.array([errors[:3].mean(), errors[3]])
+    found = rows["preferences", "brier_reward_model"]
+    assert found[3:5] == pytest.approx(metrics.student(of_rows))
     for key, (value, n, unit) in expected.items():
         row = rows[key]
         assert (row.value, row.n, row.unit) == (pytest.approx(value), n, unit), key
@@ -177,13 +208,26 @@ def test_preferences_by_hand():
     assert not {"ece_longer", "brier_longer"} & {metric for _, metric in rows}
 
 
+def test_a_calibration_error_stands_beside_that_of_right_confidences():
+    """40 pairs of which each confidence .6 is right six times in ten: as many draws have .062 on
+    average, sqrt(2 / pi * .24 / 40).
+    """
+    margins = np.where(np.arange(40) % 5 < 3, 1, -1) * np.log(0.6 / 0.4)
+    zeros = np.zeros(40, int)
+    pairs = metrics.Pairs(np.arange(40), zeros, zeros + 1, np.ones(40))
+    found = measures.preferences({"reward_model": margins}, pairs, [""] * 40)
+    [row] = [row for row in found if row.metric == "ece_reward_model"]
+    assert (row.value, row.low, row.n, row.unit) == (pytest.approx(0), None, 40, "rows")
+    assert "0.062" in row.note
+
+
 def averages(**right):
     """The averages of a judge that is right on so many of the rows of each part."""
     parts = [name.replace("_", "-") for name, row in right.items() for _ in row]
     margins = {"judge": np.array([1.0 if x else -1.0 for row in right.values() for x in row])}
     zeros = np.zeros(len(parts), int)
     pairs = metrics.Pairs(np.arange(len(parts)), zeros, zeros + 1, zeros + 1.0)
-    rows = measures.preferences(margins, pairs, parts, KEY)
+    rows = measures.preferences(margins, pairs, parts)
     return {
         (row.category, row.n): pytest.approx(row.value)
         for row in rows
@@ -281,9 +325,23 @@ def test_agreement_by_hand():
         (3 / 4 - 7 / 16) / (1 - 7 / 16)
     )  # by chance .5*.75 + .25*.25
     assert found["agreement_of_annotators"].value == pytest.approx((1 / 3 + 1 + 1 / 3 + 0 + 1) / 5)
+    assert found["agreement_of_annotators"][3:5] == metrics.share_interval(
+        np.array([1 / 3, 1, 1 / 3, 0, 1])
+    )
     array = np.array(votes).T
     kappas = [metrics.cohen_kappa(array[i], array[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found["kappa_of_annotators"].value == pytest.approx(np.mean(kappas))
+
+
+@pytest.mark.parametrize(("num", "word"), [(19, "no interval"), (49, "too narrow"), (50, None)])
+def test_a_kappa_of_few_rows_has_no_interval_or_a_word(num, word):
+    votes = np.random.default_rng(0).integers(1, 3, size=(num, 2))
+    annotated = [Row("p", ("a", "b"), "r", votes=tuple(map(int, vote))) for vote in votes]
+    rows = measures.agreement({}, annotated, KEY)
+    [row] = [row for row in rows if row.metric == "kappa_of_annotators"]
+    assert (row.low is None) == (num < 20)
+    assert row.low is None or row.low < row.value < row.high
+    assert word in row.note if word else row.note == "mean over 1 pairs of annotators"
 
 
 def test_win_rate_compares_all_samples_of_a_prompt():
@@ -296,7 +354,16 @@ def test_win_rate_compares_all_samples_of_a_prompt():
         rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2
     )  # what has no score is in no pair
     assert difference.value == ((0 + 2) / 2 + 1) / 2
-    assert rate.low < rate.value < rate.high
+    assert rate[3:5] == metrics.share_interval(np.array([3.5 / 4, 0.5]))
+
+
+def test_a_win_rate_of_all_prompts_is_not_certain():
+    responses = said(*"abcdefghijklmnopqrst")
+    above = responses._replace(against=responses.scores - 1)
+    assert of("win rate", above)[0][2:5] == (1, pytest.approx(0.839, abs=1e-3), 1)
+    equal = of("win rate", responses._replace(against=responses.scores))[0]
+    assert equal.value == 0.5
+    assert 0.35 < equal.low < 0.45 < 0.55 < equal.high < 0.65
 
 
 # --- Data

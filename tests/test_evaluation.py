@@ -2,6 +2,7 @@
 with target scores.
 """
 
+import functools
 import math
 
 import jax
@@ -145,60 +146,67 @@ def test_cohen_kappa_by_hand():
 
 @pytest.mark.parametrize(("wins", "expected"), [(0, (0.0, 0.161125)), (7, (0.181192, 0.567145))])
 def test_shares_have_wilsons_interval(wins, expected):
-    assert metrics.mean_interval(np.arange(20) < wins, KEY) == pytest.approx(expected, abs=1e-6)
+    assert metrics.share_interval(np.arange(20) < wins) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
-    values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.bootstrap_mean(values, KEY)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
-    assert low < values.mean() < high
-    assert metrics.bootstrap_mean(values, KEY) == (low, high)
-    assert metrics.bootstrap_mean(values, jax.random.key(1)) != (low, high)
-    assert all(
-        map(
-            math.isnan,
-            metrics.bootstrap_mean(values[:1], KEY),
-        )
-    )
+def test_wins_with_ties_have_wilsons_interval_of_more_rows():
+    """Three wins and a tie: with a win and a loss more the mean is .75 and the variance 4.25 / 6 -
+    .75^2 = .1458, so that they vary as 4 * .1875 / .1458 = 5.143 zeros and ones.
+    """
+    found = metrics.share_interval(np.array([1.0, 1.0, 1.0, 0.5]))
+    assert found == pytest.approx(metrics.wilson(0.875, num=36 / 7))
+    turned = metrics.share_interval(np.array([0.0, 0.0, 0.0, 0.5]))
+    assert turned == (pytest.approx(1 - found[1]), pytest.approx(1 - found[0]))
+    low, high = metrics.share_interval(np.full(20, 0.5))  # ties alone: narrow, but not certain
+    assert 0.35 < low < 0.45 < 0.55 < high < 0.65
+    assert metrics.share_interval(np.full(20, 1.0)) == pytest.approx(metrics.wilson(1.0, num=20))
+
+
+def test_students_interval_by_hand():
+    """Of 1 and 3 the mean is 2 and its error 1; t of one degree is 12.7062, of 90% 6.3138."""
+    assert metrics.student(np.array([1.0, 3.0])) == pytest.approx((-10.7062, 14.7062), abs=1e-4)
+    narrow = metrics.student(np.array([1.0, 3.0]), level=0.9)
+    assert narrow == pytest.approx((-4.3138, 8.3138), abs=1e-4)
+    assert all(map(math.isnan, metrics.student(np.array([1.0]))))
+
+
+def correlation(values, weights):
+    """Of the two columns of values [N, 2] with weights."""
+    return np.corrcoef(np.repeat(values, weights.astype(int), axis=0).T)[0, 1]
+
+
+def test_a_bootstrap_is_as_wide_as_the_standard_error():
+    values = np.random.default_rng(0).normal(size=(400, 2))
+
+    def of(key, num=400):
+        statistic = functools.partial(correlation, values[:num])
+        return metrics.bootstrap_interval(statistic, key, weights=np.ones(num))
+
+    low, high = of(KEY)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)  # of a correlation of 0
+    assert low < correlation(values, np.ones(400)) < high
+    assert of(KEY) == (low, high)
+    assert of(jax.random.key(1)) != (low, high)
+    assert all(map(math.isnan, of(KEY, num=19)))  # too few to draw from
+    assert not any(map(math.isnan, of(KEY, num=20)))
 
 
 def test_a_bootstrap_draws_groups_whole():
-    """Each value four times over says no more than once."""
+    """Each row four times over says no more than once."""
     values = np.random.default_rng(0).normal(size=100)
     groups = np.repeat(np.arange(100), 4)
-    once = np.ptp(metrics.bootstrap_mean(values, KEY))
-    grouped = np.ptp(
-        metrics.bootstrap_mean(
-            np.repeat(values, 4),
-            KEY,
-            weights=None,
-            groups=groups,
+
+    def of(rows, groups=None):
+        def mean(weights):
+            return np.average(rows, weights=weights)
+
+        return np.ptp(
+            metrics.bootstrap_interval(mean, KEY, weights=np.ones(len(rows)), groups=groups)
         )
-    )
-    apart = np.ptp(
-        metrics.bootstrap_mean(
-            np.repeat(values, 4),
-            KEY,
-        )
-    )
-    assert grouped == pytest.approx(once)
-    assert apart == pytest.approx(once / 2, rel=0.15)
 
-
-def test_a_calibration_error_lies_in_its_centered_interval():
-    margins = np.random.default_rng(0).normal(size=100)
-
-    def error(weights):
-        return metrics.expected_calibration_error(margins, weights=weights)
-
-    plain, (low, high) = (
-        metrics.bootstrap_interval(error, KEY, weights=np.ones(100), centered=centered)
-        for centered in (False, True)
-    )
-    assert plain[0] - low == pytest.approx(plain[1] - high)
-    assert plain[0] - low > 0.01  # what the draws add
-    assert low < error(np.ones(100)) < high
+    once = of(values)
+    assert of(np.repeat(values, 4), groups) == pytest.approx(once)
+    assert of(np.repeat(values, 4)) == pytest.approx(once / 2, rel=0.15)
 
 
 def test_changes_of_shares_and_of_pairs_by_hand():
@@ -211,9 +219,15 @@ def test_changes_of_shares_and_of_pairs_by_hand():
     assert back == (pytest.approx(-high), pytest.approx(-low))
     pairs = metrics.paired_change(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 2.0]))
     assert pairs == (pytest.approx(-1.484, abs=1e-3), pytest.approx(3.484, abs=1e-3))
-    assert metrics.paired_change(np.zeros(4), np.ones(4)) == metrics.share_change(
-        0.0, after=1.0, num=4
-    )
+    # Of 0s and 1s a change is a win, a tie or a loss: two of four changed, both upwards.
+    before = np.array([0.0, 0.0, 1.0, 0.0])
+    after = np.array([1.0, 1.0, 1.0, 0.0])
+    low, high = metrics.share_interval(np.array([1.0, 1.0, 0.5, 0.5]))
+    assert metrics.paired_change(before, after) == (2 * low - 1, 2 * high - 1)
+    assert metrics.paired_change(after, before) == pytest.approx((1 - 2 * high, 1 - 2 * low))
+    low, high = metrics.paired_change(np.zeros(4), np.zeros(4))
+    assert low < -0.2 < 0.2 < high  # four rows that did not change show little
+    assert metrics.paired_change(np.full(4, 2.0), np.full(4, 2.0)) == (0, 0)  # no shares
     assert metrics.wilson(0.0, num=3)[0] == 0.0
     assert metrics.wilson(1.0, num=3)[1] == 1.0
     assert 0 < metrics.wilson(0.5 / 3, num=3)[0] < metrics.wilson(0.5 / 3, num=3)[1] < 1  # a tie

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from builders import json_lines
 
-from rlhf_jax import cli, sampling
+from rlhf_jax import cli, metrics, sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import Generator, LanguageModel
@@ -181,7 +181,9 @@ def test_the_summary_counts_whose_answer_was_preferred(runs, ask, tmp_path):
     of_run = [given["order"][0] == 0 for given in session["judgements"] if given["choice"] == "a"]
     won = sum(of_run[:6])
     assert 0 < won < 6
-    assert f"{runs}/policy was preferred {won} times of 6" in summary
+    low, high = metrics.wilson(won / 6, num=6)
+    assert f"{runs}/policy was preferred {won} times of 6, which speaks for {low:.0%} to" in summary
+    assert f" to {high:.0%} (95%" in summary
 
 
 def test_what_was_begun_otherwise_is_refused(ask, tmp_path):

@@ -101,6 +101,14 @@ def test_the_best_accuracy_lies_between_its_bounds():
     assert low < right.mean() < high
 
 
+def test_pairs_that_many_judge_are_the_rows_of_the_best_accuracy():
+    """Two pairs with twenty equal labels each are two rows, not 380 agreements."""
+    given = [judged(pair, "a", f"p{i}") for pair in range(2) for i in range(20)]
+    facts, _, _ = summary.summarize(given)
+    assert facts["two annotators prefer the same answer"] == "380 of 380"
+    assert facts["best accuracy of a reward model on such judgements"] == "0.50 to 1.00"
+
+
 def test_a_summary_by_hand():
     given = [
         judged(0, "a", "ana", seconds=2.0),
@@ -124,7 +132,8 @@ def test_a_summary_by_hand():
         # Pair 0: 0 and 1, pair 1: 0 and 0; ties are no choices.
         "two annotators prefer the same answer": "1 of 2",
         "an annotator prefers the same answer again": "2 of 2",
-        "best accuracy of a reward model on such judgements": "0.50 to 0.50",
+        # One pair of two: Wilson's interval is .0945 to .9055, whose best ones are .5 and .95.
+        "best accuracy of a reward model on such judgements": "0.50 to 0.95",
     }
     # The same 2 of 3; by chance 2 * 1 + 1 * 1 of 9: (6 - 3) / (9 - 3)
     assert [*both[0].values()] == ["ana", "ben", "0.50", "2 of 3"]

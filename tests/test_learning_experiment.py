@@ -52,7 +52,8 @@ def test_a_change_is_the_mean_over_sums_of_the_mean_over_seeds():
     after = np.array([[1.0, 0, 1, 1], [1, 0, 1, 1]])
     # Of each sum: 1, 0, .5, 0: mean .375, standard deviation .4787, error .2394.
     found = learning.change(before, after)
-    expected = {"": 0.375, " low": 0.375 - 1.96 * 0.23936, " high": 0.375 + 1.96 * 0.23936}
+    half = 3.18245 * 0.23936  # Student's t of three degrees
+    expected = {"": 0.375, " low": 0.375 - half, " high": 0.375 + half}
     assert found == pytest.approx(expected, abs=1e-4)
 
 

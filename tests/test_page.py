@@ -327,6 +327,19 @@ def test_a_band_lies_around_its_curve(kind, more):
     assert set(map(tuple, at.tolist())) == {(0, 0), (0, 2), (1, 1), (1, 4)} | more
 
 
+def test_points_have_bars_in_place_of_a_band():
+    points = Series([0, 1], [1.0, 2.0], low=[0.0, 1.5], high=[2.0, 4.0], color=1, kind="points")
+    html = drawn(Plot("p", "x", "y", {"a": points, "scale": Series([0, 2], [0.0, 4.0], color=2)}))
+    zero, end = vertices(html, COLORS[2])
+    bars = re.findall(rf'<path d="([^"]*)" clip-path[^>]*stroke: {COLORS[1]}', html)
+    ends = [
+        [(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", bar)] for bar in bars
+    ]
+    at = ((np.array(ends) - zero) / (end - zero) * (2, 4)).round(3)
+    assert at.tolist() == [[[0, 0], [0, 2]], [[1, 1.5], [1, 4]]]
+    assert "fill-opacity" not in html
+
+
 def test_a_long_curve_has_a_smoothed_one_and_short_ones_do_not():
     """Noise of 1 around a ramp: the means over the 25th part of the points lie near the ramp."""
     x = np.arange(1000)

@@ -3,6 +3,7 @@ first command of tests/fifteen_minutes.py, which CI runs.
 """
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,15 +38,19 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
         assert cli.run(command.split()[1:]) is None
 
 
-def test_the_table_of_a_quickstart(tmp_path):
-    """3 of 4 wins: Wilson's interval is .301 to .954."""
-    write_run(tmp_path / "ppo")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "heldout_preference_data.json").write_text("[1, 2, 3, 4]")
+def write_quickstart(folder, **more):
+    write_run(folder / "ppo")
+    (folder / "data").mkdir()
+    (folder / "data" / "heldout_preference_data.json").write_text("[1, 2, 3, 4]")
     summary = {"seed": 7, "heldout_prompts": 4, "win_rate": 0.75}
     summary |= {"reward_model": {"accuracy": 1.0}, "kl": {"last_iterations": [2.0, 1.0, 3.0]}}
     summary |= {"rubric": {"sft": 0.25, "ppo": 0.5}}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary | more))
+
+
+def test_the_table_of_a_quickstart(tmp_path):
+    """3 of 4 wins: Wilson's interval is .301 to .954."""
+    write_quickstart(tmp_path)
     rows = quickstart_results.table(tmp_path)
     assert {(row["variant"], row["seed"], row["step"]) for row in rows} == {("quickstart", 7, 3)}
     assert {row["metric"]: row["value"] for row in rows} == {
@@ -60,6 +65,26 @@ def test_the_table_of_a_quickstart(tmp_path):
         "PPO beats SFT low": 0.3006,
         "PPO beats SFT high": 0.9544,
     }
+
+
+def test_the_table_of_several_quickstarts_has_their_means(tmp_path, monkeypatch):
+    """The date is that of the last, and the revision that of the runs' own tree."""
+    monkeypatch.setattr(pipeline, "STAGES", ("ppo",))
+    for seed, wins in ((7, 0.75), (8, 0.25)):
+        write_quickstart(tmp_path / str(seed), seed=seed, win_rate=wins)
+        os.utime(tmp_path / str(seed) / "summary.json", (0, 86400 * seed))  # seconds from 1970
+        path = tmp_path / str(seed) / "ppo" / "manifest.json"
+        manifest = json.loads(path.read_text()) | {"git": {"commit": "a" * 40, "modified": True}}
+        path.write_text(json.dumps(manifest))
+    out = tmp_path / "out.json"
+    quickstart_results.main((tmp_path / "7", tmp_path / "8"), out)
+    found = json.loads(out.read_text())
+    assert (found["date"], found["revision"]) == ("1970-01-09", "aaaaaaaa-dirty")
+    assert found["command"] == "rlhf-jax quickstart --seed 7, 8"
+    values = {(row["seed"], row["metric"]): row["value"] for row in found["rows"]}
+    assert values["all", "PPO beats SFT"] == 0.5
+    assert values["all", "PPO beats SFT low"] < 0 < 1 < values["all", "PPO beats SFT high"]
+    assert (values[7, "PPO beats SFT"], values[8, "PPO beats SFT"]) == (0.75, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,12 @@ def test_the_verdict_on_a_share_says_on_how_many_rows(num, shares, said, tmp_pat
     ("before", "after", "said"),
     [
         # Differences 1, 2, 0: mean 1, sd 1, and 4.303 / sqrt(3) is 2.484.
-        ("0 1 2", "1 3 2", "3 held-out prompts, change -1.5 to 3.5 at 95%: within noise"),
-        ("0.0 0.5 1.0", "1 1.6 2", "3 held-out prompts, change 0.89 to 1.2 at 95%"),
-        # All change alike: as two shares, 1 - sqrt(.49^2 + .49^2) = .31.
-        ("0 0 0 0", "1 1 1 1", "4 held-out prompts, change 0.31 to 1 at 95%"),
+        ("0 1 2", "1 3 2", "3 held-out prompts (few), change -1.5 to 3.5 at 95%: within noise"),
+        ("0.0 0.5 1.0", "1 1.6 2", "3 held-out prompts (few), change 0.89 to 1.2 at 95%"),
+        # All better: Wilson's interval of 4 of 4 is .51 to 1; a change is twice that less 1.
+        ("0 0 0 0", "1 1 1 1", "4 held-out prompts, change 0.02 to 1 at 95%"),
+        ("0 2 0 0", "1 3 1 1", "4 held-out prompts, each changed by 1"),  # no shares: no spread
+        ("2 0 " * 10, "3 0 " * 10, "20 held-out prompts, change 0.26 to 0.74 at 95%"),  # not few
         ("0 0", "NaN 1", None),  # one prompt is left
     ],
 )

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from builders import Killed, json_lines, metric_rows
@@ -15,7 +14,7 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.metrics import mean_interval
+from rlhf_jax.metrics import share_interval
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.opening import open_run
@@ -131,11 +130,10 @@ def test_the_interval_of_a_win_rate_is_one_over_prompts():
     ones = np.ones((8, 2), np.int32)
     scores = np.repeat(np.float32([0.0, 1.0]), 4)
     scored = Rollout(ones, ones, ones, 0.0 * ones, scores=scores)
-    key = jax.random.key(0)
-    by_prompt = validation.win_rate(scored, np.repeat([5, 9], 4), key)
-    apart = validation.win_rate(scored, np.arange(8), key)
+    by_prompt = validation.win_rate(scored, np.repeat([5, 9], 4))
+    apart = validation.win_rate(scored, np.arange(8))
     assert by_prompt["validation/win_rate"] == apart["validation/win_rate"] == 0.5
-    low, high = mean_interval(np.float32([0.0, 1.0]), key)
+    low, high = share_interval(np.float32([0.0, 1.0]))
     assert (
         by_prompt["validation/win_rate_low"] == np.float32(low) < apart["validation/win_rate_low"]
     )

@@ -10,6 +10,7 @@ import pytest
 import rounds
 from builders import json_lines
 
+from rlhf_jax import metrics
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
@@ -46,6 +47,24 @@ def test_useful_pairs_become_rows_once(by_length, tmp_path, monkeypatch):
     texts[:] = ["same"] * 8
     with pytest.raises(UserError, match="nothing to compare"):
         rounds.compare(tmp_path / "other", tmp_path, prompts, [], 2, seed=0)
+
+
+def test_a_policy_is_measured_by_prompt_with_ties_half(tmp_path, monkeypatch):
+    """Four answers to each of three prompts; a prompt is a row of the intervals."""
+    said = {"new": [[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], "first": [[0.0] * 4] * 3}
+    monkeypatch.setattr(
+        rounds, "answer", lambda folder, file, seed: (None, folder.name, None, None)
+    )
+    monkeypatch.setattr(rounds, "gold", lambda rows, texts: np.array(said[rows]))
+    found = rounds.measure(tmp_path / "new", tmp_path / "first", tmp_path, seed=0)
+    means = np.array([0.5, 1.0, 0.25])
+    wins = np.array([0.75, 1.0, 0.625])
+    edges = zip(("", " low", " high"), (np.mean(means), *metrics.student(means)), strict=True)
+    expected = {f"gold score{edge}": value for edge, value in edges}
+    won = (np.mean(wins), *metrics.share_interval(wins))
+    for edge, value in zip(("", " low", " high"), won, strict=True):
+        expected[f"win rate against the first policy{edge}"] = value
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.slow

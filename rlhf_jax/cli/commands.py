@@ -23,7 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("quickstart:main", "begin here: SFT, a reward model, PPO in two minutes"),
+    "quickstart": Command("quickstart:main", "begin here: SFT, reward model, PPO in three minutes"),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),

@@ -1,4 +1,5 @@
-"""A language model gets better at what people prefer, in a minute or two on two CPU cores.
+"""A language model gets better at what people prefer, in about three minutes on two CPU
+cores.
 
     rlhf-jax quickstart
 
@@ -91,7 +92,9 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     pipeline.check_folder(folder, config)
     data = folder / "data"
     set_up(config, [folder / name for name in pipeline.STAGES])
-    show("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
+    show(
+        "Three stages, from nothing to a policy: about three minutes on two CPU cores.", flush=True
+    )
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows

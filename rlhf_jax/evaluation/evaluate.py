@@ -214,7 +214,6 @@ def _figures(
     pairs: Mapping[str, encoding.EncodedTexts],
 ) -> Iterator[measures.Figure]:
     """The figures of each set."""
-    key = opened.key
     config = opened.config
     if "prompts" in answers:
         own = answers["prompts"]
@@ -222,45 +221,45 @@ def _figures(
         labels = [known[data.answerable(row)] for row in own.rows]
         said = own.responses._replace(labels=labels)
         for category in ("helpfulness", "honesty", "diversity"):
-            yield from measures.of_responses(said, category, key)
+            yield from measures.of_responses(said, category)
         for name, values in own.talks.items():
-            yield measures.mean("environment", name, values.reshape(said.lengths.shape), key)
+            yield measures.mean("environment", name, values.reshape(said.lengths.shape))
     if "safety" in answers:
         labels = [row.columns["label"] for row in answers["safety"].rows]
         said = answers["safety"].responses._replace(labels=labels)
-        yield from measures.of_responses(said, "harmlessness", key)
+        yield from measures.of_responses(said, "harmlessness")
     for name, encoded in pairs.items():
         by_source = {row.source: row for row in sets[name].rows}
         rows = [by_source[source] for source in encoded.sources]
         margins = bench.margins(opened, encoded)
         if name == "annotated":
-            yield from measures.agreement(margins, rows, key)
+            yield from measures.agreement(margins, rows, opened.key)
         else:
             _, _, of_rows = scoring.pairs_of(encoded, np.arange(len(encoded)))
             parts = [row.category for row in rows]
-            yield from measures.preferences(margins, of_rows, parts, key)
+            yield from measures.preferences(margins, of_rows, parts)
     if config.against is not None:
         scores = answers["prompts, against"].responses.scores
         said = answers["prompts"].responses._replace(against=scores)
         note = f"against {config.against}"
-        yield from measures.of_responses(said, "win rate", key, note=note)
+        yield from measures.of_responses(said, "win rate", note=note)
     for name, custom in categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
         if custom.texts:
-            yield from measures.of_responses(own.responses, "helpfulness", key, name=name)
+            yield from measures.of_responses(own.responses, "helpfulness", name=name)
         elif custom.score is not None:
             flag = f"{config.categories}: {name}.score"
             judge = bench.reward_of(custom.score, opened.policy, own.columns, flag, config)
             by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
             values = by_row.reshape(own.responses.lengths.shape)
-            yield measures.mean(name, "score", values, key, note=custom.score)
+            yield measures.mean(name, "score", values, note=custom.score)
         else:
             metric = "patterns" if custom.patterns else "keywords"
             found = [
                 [custom.pattern.search(text) is not None for text in row]
                 for row in own.responses.texts
             ]
-            yield measures.mean(name, metric, found, key)
+            yield measures.mean(name, metric, found)
 
 
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """The figures of an evaluation, computed from responses, scores and labels, without models.
 
 ``values_of`` is the table of what is measured on responses; judges of pairs are measured by
-``preferences`` and ``agreement``. Intervals are 95%: Wilson's for shares of 0s and 1s, for means
-the bootstrap over prompts or comparisons.
+``preferences`` and ``agreement``. Intervals are 95%, over prompts or comparisons, and those of
+`metrics`; docs/evaluation.md says how often they hold the true value.
 """
 
-import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +54,7 @@ class Responses(NamedTuple):
     against: np.ndarray | None = None  # [N, S] scores of another run
 
 
-_ERRORS = {"ece": metrics.expected_calibration_error, "brier": metrics.brier}
+_FEW_LABELS = 50  # rows, below which the bootstrap of a kappa is too narrow if a label is rare
 _OF_TEXTS = ("distinct_1", "distinct_2", "distinct_3", "self_bleu")  # of each prompt's first one
 
 
@@ -118,7 +117,7 @@ def values_of(said: Responses) -> dict[str, dict[str, Any]]:
 
 
 def of_responses(
-    said: Responses, category: str, key: Array, *, name: str = "", note: str = ""
+    said: Responses, category: str, *, name: str = "", note: str = ""
 ) -> Iterator[Figure]:
     """The figures of a category of ``values_of``, under another ``name`` if it is given."""
     for metric, values in values_of(said)[category].items():
@@ -128,12 +127,10 @@ def of_responses(
         elif values is not None:
             is_alone = metric == "self_bleu" and not values
             why = "needs two prompts or more" if is_alone else note
-            yield mean(name or category, metric, values, key, unit, why)
+            yield mean(name or category, metric, values, unit, why)
 
 
-def preferences(
-    margins: Margins, pairs: metrics.Pairs, parts: Sequence[str], key: Array
-) -> Iterator[Figure]:
+def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str]) -> Iterator[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated: accuracy
     is the share of rows whose best answer scores above all others, and if rows have several pairs
     there is the share of right pairs too.
@@ -152,24 +149,21 @@ def preferences(
         for judge, margin in margins.items():
             right = np.heaviside(margin[chosen], 0.5)
             best = metrics.top_1(right, own)
-            figure = mean(category, f"accuracy_{judge}", best, key, "rows", is_share=True)
+            figure = mean(category, f"accuracy_{judge}", best, "rows")
             accuracies[judge][part] = figure.value
             yield figure
             if not own.is_single:
-                share = functools.partial(np.average, right)
                 metric = f"pairwise_accuracy_{judge}"
-                yield _statistic(category, metric, share, key, own.weights, own.groups, "pairs")
+                yield _of_pairs(category, metric, right, own, is_share=True)
         if part:
             continue
         for judge, margin in margins.items():
             if judge == "longer":  # whose margins are no log-odds
                 continue
             category = "preferences" if judge == "reward_model" else "honesty"
-            unit = "rows" if own.is_single else "pairs"
-            for name, error in _ERRORS.items():
-                statistic = functools.partial(error, margin)
-                metric = f"{name}_{judge}"
-                yield _statistic(category, metric, statistic, key, own.weights, own.groups, unit)
+            yield _calibration(category, f"ece_{judge}", margin, own)
+            each = np.vectorize(metrics.brier, otypes=[float])(margin)
+            yield _of_pairs(category, f"brier_{judge}", each, own)
     for judge, values in accuracies.items():
         yield from _average(judge, values)
 
@@ -211,15 +205,16 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> Iterato
         verdict = np.select([margin > 0, margin < 0], [1, 2], TIE)[has_majority]
         agrees = verdict == truth
         decided = agrees[truth != TIE]
-        yield mean("agreement", f"agreement_{judge}", agrees, key, "rows", note)
-        yield mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note)
+        yield mean("agreement", f"agreement_{judge}", agrees, "rows", note)
+        yield mean("agreement", f"agreement_decided_{judge}", decided, "rows", note)
         yield _kappa(judge, [(verdict, truth)], key, note)
     votes = [row.votes for row in annotated]
     if len({len(of_row) for of_row in votes}) == 1 and len(votes[0]) > 1:
         pairs = list(itertools.combinations(np.array(votes).T, 2))
         same = np.mean([a == b for a, b in pairs], axis=0)
         note = f"mean over {len(pairs)} pairs of annotators"
-        yield mean("agreement", "agreement_of_annotators", same, key, "rows", note)
+        agreement_of = "agreement_of_annotators"
+        yield mean("agreement", agreement_of, same, "rows", note, is_share=True)
         yield _kappa("of_annotators", pairs, key, note)
 
 
@@ -231,28 +226,34 @@ def _kappa(
     def mean_kappa(weights: np.ndarray) -> float:
         return float(np.mean([metrics.cohen_kappa(a, b, weights=weights) for a, b in judges]))
 
-    equal = np.ones(len(judges[0][0]))
-    metric = f"kappa_{name}"
-    if not equal.size:
-        return Figure("agreement", metric, unit="rows", note=note)
-    if np.isnan(mean_kappa(equal)):
-        note = "both say one and the same to all rows"
-        return Figure("agreement", metric, n=equal.size, unit="rows", note=note)
-    return _statistic("agreement", metric, mean_kappa, key, equal, None, "rows", note)
+    num = len(judges[0][0])
+    equal = np.ones(num)
+    figure = Figure("agreement", f"kappa_{name}", n=num, unit="rows", note=note)
+    if not num:
+        return figure
+    value = mean_kappa(equal)
+    if np.isnan(value):
+        return figure._replace(note="both say one and the same to all rows")
+    own_key = jax.random.fold_in(key, zlib.crc32(f"agreement/{figure.metric}".encode()))
+    ends = metrics.bootstrap_interval(mean_kappa, own_key, weights=equal)
+    why = f"fewer than {_FEW_LABELS} rows: the interval is too narrow if a label is rare"
+    if num < metrics.FEW:
+        why = f"no interval of fewer than {metrics.FEW} rows"
+    return _with_interval(figure._replace(value=value), ends, why if num < _FEW_LABELS else "")
 
 
 def mean(
     category: str,
     metric: str,
     values: Any,
-    key: Array,
     unit: str = "prompts",
     note: str = "",
     *,
     is_share: bool = False,
 ) -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; NaN is a missing
-    value and does not count. Of shares, such as bools, `metrics.mean_interval` may be Wilson's.
+    value and does not count. Values that are all 0, .5 or 1 are shares too, but not whole numbers,
+    which are counts. There is no interval of other numbers that are all equal.
     """
     array = np.asarray(values)
     rows = array.reshape(len(array), -1 if array.size else 1).astype(np.float64)
@@ -260,44 +261,39 @@ def mean(
     if not len(kept):
         return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
-    is_share = is_share or array.dtype == bool
-    interval = metrics.mean_interval if is_share else metrics.bootstrap_mean
-    ends = interval(means, _stream(key, category, metric))
-    return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
+    figure = Figure(category, metric, float(means.mean()), n=len(means), unit=unit, note=note)
+    if is_share or (array.dtype.kind not in "iu" and metrics.are_shares(kept)):
+        return _with_interval(figure, metrics.share_interval(means))
+    if np.ptp(means) == 0:
+        return _with_interval(figure, None, "all are equal" if len(means) > 1 else "")
+    is_few = len(means) < metrics.FEW
+    return _with_interval(figure, metrics.student(means), "few rows" if is_few else "")
 
 
-def _statistic(
-    category: str,
-    metric: str,
-    statistic: Callable[..., float],
-    key: Array,
-    weights: np.ndarray,
-    groups: np.ndarray | None,
-    unit: str,
-    note: str = "",
+def _of_pairs(
+    category: str, metric: str, values: np.ndarray, pairs: metrics.Pairs, *, is_share: bool = False
 ) -> Figure:
-    """A function of the rows' weights [N], with the bootstrap's interval."""
-    centered = metric.startswith("ece_")  # which is larger on average in draws
-    low, high = metrics.bootstrap_interval(
-        lambda drawn: statistic(weights=drawn),
-        _stream(key, category, metric),
-        weights=weights,
-        groups=groups,
-        centered=centered,
-    )
-    if centered:
-        low = np.maximum(low, 0)  # an error's
-    value = statistic(weights=weights)
-    return _figure(category, metric, value, (low, high), len(weights), unit, note)
+    """The mean over rows of the weighted mean of a row's pairs; values are [P]."""
+    of_rows = np.bincount(pairs.groups, pairs.weights * values)
+    unit = "rows" if pairs.is_single else "pairs"
+    return mean(category, metric, of_rows, unit, is_share=is_share)._replace(n=len(values))
 
 
-def _figure(
-    category: str, metric: str, value: float, ends: Sequence, n: int, unit: str, note: str
-) -> Figure:
-    low, high = (None if np.isnan(end) else float(end) for end in ends)
-    return Figure(category, metric, float(value), low, high, n, unit, note)
+def _calibration(category: str, metric: str, margin: np.ndarray, pairs: metrics.Pairs) -> Figure:
+    """The calibration error and, in place of an interval, what it is on average where all
+    confidences are right: an error is never below 0, and draws of the rows make it larger.
+    """
+    weights, confidence, _ = metrics.reliability(margin, pairs.weights)
+    by_chance = np.sqrt(2 / np.pi * weights * confidence * (1 - confidence)).sum() / weights.sum()
+    value = metrics.expected_calibration_error(margin, pairs.weights)
+    unit = "rows" if pairs.is_single else "pairs"
+    note = f"a judge whose confidences are right has about {by_chance:.2g} on so many"
+    return Figure(category, metric, value, n=len(margin), unit=unit, note=note)
 
 
-def _stream(key: Array, category: str, metric: str) -> Array:
-    """The figure's own key, so that no figure depends on which other figures are computed."""
-    return jax.random.fold_in(key, zlib.crc32(f"{category}/{metric}".encode()))
+def _with_interval(figure: Figure, ends: metrics.Interval | None, why: str = "") -> Figure:
+    """The figure with an interval, where there is one, and a word about it."""
+    note = "; ".join(filter(None, (figure.note, why)))
+    if ends is None or np.isnan(ends).any():
+        return figure._replace(note=note)
+    return figure._replace(low=ends[0], high=ends[1], note=note)

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+
+from rlhf_jax import metrics
 from rlhf_jax.data.conversation import text_of
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.inference import asking
@@ -110,8 +113,15 @@ def conclude(store: Store, source: pairs.Source, folder: str | None, config: Con
     ]
     if config.against is not None:
         choices = [given for given in judgements if given.choice in ("a", "b") and not given.again]
-        won = sum(given.verdict == 0 for given in choices)
-        lines.append(f"{folder} was preferred {won} times of {len(choices)}")
+        wins: dict[int, list[bool]] = {}
+        for given in choices:
+            wins.setdefault(given.pair, []).append(given.verdict == 0)
+        won = sum(map(sum, wins.values()))
+        line = f"{folder} was preferred {won} times of {len(choices)}"
+        if wins:
+            low, high = metrics.share_interval(np.array([np.mean(own) for own in wins.values()]))
+            line += f", which speaks for {low:.0%} to {high:.0%} (95%, over pairs)"
+        lines.append(line)
     num_rows = len(list(rows(judgements)))
     return "\n".join([*lines, f"{config.out}: {num_rows} rows for reward-model, dpo and kto"])
 

@@ -45,7 +45,7 @@ class Series(NamedTuple):
     x: ArrayLike
     y: ArrayLike
     low: ArrayLike | None = None
-    """With ``high`` [N], the edges of a band around the curve."""
+    """With ``high`` [N], the edges of a band around the curve, or of a bar through each point."""
     high: ArrayLike | None = None
     color: int | None = None
     """Number of the colour. None: the number of the series in its plot."""
@@ -292,7 +292,9 @@ def _draw_series(axes: Any, series: Series) -> Any:
         means = np.convolve(known, np.full(width, 1 / width), "valid")
         every = math.ceil(width / 8)  # between these points a smooth curve is straight
         (artist,) = axes.plot(x[finite][::every], means[::every], **look | {"linewidth": 1.9})
-    if series.low is not None:
+    if series.kind == "points" and series.low is not None and series.high is not None:
+        axes.vlines(x, series.low, series.high, color=look["color"], linewidth=1.0, alpha=0.6)
+    elif series.low is not None:
         step = "post" if series.kind == "steps" else None
         band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(x, series.low, series.high, step=step, **band)

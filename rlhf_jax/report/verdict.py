@@ -218,6 +218,10 @@ def _change(record: RunRecord, name: str) -> list[str]:
             return []
         means = np.array([[np.mean(scores[prompt]) for prompt in both] for scores in by_prompt])
         low, high = metrics.paired_change(*means)
+        if low == high:
+            return [f"{num} held-out prompts, each changed by {low:.2g}"]
+        if num < metrics.FEW and not metrics.are_shares(means):
+            unit = "prompts (few)"
     else:
         return []
     noise = ": within noise" if low <= 0 <= high else ""

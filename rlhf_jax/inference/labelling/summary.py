@@ -10,6 +10,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from rlhf_jax import metrics
 from rlhf_jax.errors import UserError, file_errors
 from rlhf_jax.inference.labelling import store
 from rlhf_jax.inference.labelling.store import Judgement
@@ -113,7 +116,9 @@ class Summary(NamedTuple):
 
 
 def summarize(judgements: Sequence[Judgement]) -> Summary:
-    """Ties and pairs of which both are bad are one label."""
+    """Ties and pairs of which both are bad are one label. The bounds of the best accuracy are those
+    of the 95% interval of the share that agrees, over pairs.
+    """
     given = [one for one in judgements if one.is_given]
     labels: dict[str, dict[int, int | str]] = collections.defaultdict(dict)
     repeated: dict[str, list[list[int | str]]] = collections.defaultdict(list)
@@ -168,7 +173,7 @@ def summarize(judgements: Sequence[Judgement]) -> Summary:
         facts["Krippendorff's alpha"] = _number(alpha, ".2f")
     choices_of = [[label for label in unit if label != "tie"] for unit in by_pair.values()]
     again = [unit for units in repeated.values() for unit in units if "tie" not in unit]
-    shares = []
+    of_units: list[list[float]] = []
     for key, units in (
         ("two annotators prefer the same answer", choices_of),
         ("an annotator prefers the same answer again", again),
@@ -176,9 +181,11 @@ def summarize(judgements: Sequence[Judgement]) -> Summary:
         same, num = agreement(units)
         if num:
             facts[key] = _of(same, num)
-            shares.append(same / num)
-    if shares:
-        low, high = best_accuracy(shares[0])
+            each = [agreement([unit]) for unit in units]
+            of_units.append([equal / both for equal, both in each if both])
+    if of_units:
+        least, most = metrics.share_interval(np.array(of_units[0]))
+        low, high = best_accuracy(least)[0], best_accuracy(most)[1]
         facts["best accuracy of a reward model on such judgements"] = f"{low:.2f} to {high:.2f}"
     return Summary(facts, people, both)
 

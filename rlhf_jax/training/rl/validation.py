@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from rlhf_jax.data import chat
 from rlhf_jax.errors import logger
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import LoopState
-from rlhf_jax.metrics import mean_interval
+from rlhf_jax.metrics import share_interval
 from rlhf_jax.runs import processes, reading
 from rlhf_jax.training.common.progress import Validation
 from rlhf_jax.training.rl.sample import sample
@@ -64,7 +63,7 @@ def validate(job: "Job", state: LoopState) -> Validation:
             metrics[f"validation/{name}"] = value
     of_pairs = verdict if pairs == "judge" else scored
     if pairs is not None and of_pairs is not None:
-        metrics |= win_rate(of_pairs.rollout, batch.rows, batch.key)
+        metrics |= win_rate(of_pairs.rollout, batch.rows)
     samples = _samples(policy, sampled, scored, batch)
     shown = [row for row in samples if row["score"] is not None]
     for row in shown[: job.method.settings.show_examples]:
@@ -103,7 +102,7 @@ def with_opponents(batch: Batch, opponents: Sequence[str]) -> Batch:
     return batch._replace(prompts=replace(batch.prompts, rows=rows, columns=names))
 
 
-def win_rate(scored: Rollout, prompts: np.ndarray, key: Array) -> Metrics:
+def win_rate(scored: Rollout, prompts: np.ndarray) -> Metrics:
     """The mean of scores in [0, 1] over present rows, with its 95% interval over prompts.
 
     prompts: [B] the number of each row's prompt; the samples of one prompt are not independent.
@@ -115,7 +114,7 @@ def win_rate(scored: Rollout, prompts: np.ndarray, key: Array) -> Metrics:
         return {}
     numbers = prompts[present]
     by_prompt = [np.mean(shares[numbers == number]) for number in dict.fromkeys(numbers)]
-    low, high = mean_interval(np.array(by_prompt, shares.dtype), key)
+    low, high = share_interval(np.array(by_prompt))
     return {
         "validation/win_rate": jnp.float32(np.mean(shares)),
         "validation/win_rate_low": jnp.float32(low),
