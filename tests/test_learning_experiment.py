@@ -87,21 +87,22 @@ def test_each_library_has_its_own_curve(tmp_path, monkeypatch):
 
 def test_the_table_has_each_stage_before_and_after():
     found = {
-        "SFT": [
-            learning.Outcome(
+        "SFT": {
+            seed: learning.Outcome(
                 7, {"right answers": (np.array(before), np.array([1.0, right]))}, (2.0, loss), {}
             )
-            for before, right, loss in (([0.0, 0], 1.0, 1.0), ([1.0, 0], 0.0, 1.5))
-        ],
-        learning.JUDGE: [learning.Outcome(9, {}, (0.5, 0.75), {"length": 0.25})] * 2,
+            for seed, before, right, loss in ((1, [0.0, 0], 1.0, 1.0), (4, [1.0, 0], 0.0, 1.5))
+        },
+        learning.JUDGE: {1: learning.Outcome(9, {}, (0.5, 0.75), {"length": 0.25})},
     }
     rows = learning.table(found)
     values = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in rows}
     assert values["SFT", "all", "right answers before"] == 0.25
     assert values["SFT", "all", "right answers after"] == 0.75
     assert values["SFT", "all", "change of right answers"] == 0.5
-    assert [values["SFT", seed, "right answers before"] for seed in (0, 1)] == [0, 0.5]
-    assert [values["SFT", seed, "right answers after"] for seed in (0, 1)] == [1, 0.5]
+    assert [values["SFT", seed, "right answers before"] for seed in (1, 4)] == [0, 0.5]
+    assert [values["SFT", seed, "right answers after"] for seed in (1, 4)] == [1, 0.5]
+    assert [values["SFT", seed, "change of right answers"] for seed in (1, 4)] == [1, 0]
     assert values["SFT", "all", "held-out rows before"] == 2
     assert values["SFT", "all", "held-out rows after"] == 1.25
     assert values[learning.JUDGE, "all", "held-out rows after"] == 0.75
@@ -259,4 +260,4 @@ def test_the_seconds_are_those_of_all_stages(tmp_path):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": 7, "timing/step": value}) for value in rows]
         (tmp_path / name / "timing.jsonl").write_text("\n".join(lines), "utf-8")
-    assert learning.seconds_of(tmp_path) == 3.75
+    assert learning.sums.seconds_of(tmp_path) == 3.75
