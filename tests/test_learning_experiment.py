@@ -111,6 +111,22 @@ def test_the_table_has_each_stage_before_and_after():
     assert {row["step"] for row in rows if row["variant"] == "SFT"} == {7}
 
 
+@pytest.mark.parametrize("only", [(), ("DPO",)])
+def test_the_seed_of_the_tuning_is_none_of_the_seeds(tmp_path, monkeypatch, only):
+    """And of the stages some can be chosen."""
+    monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
+    told = learning.Outcome(7, {"right answers": (np.zeros(2), np.ones(2))}, (0.5, 1.0), {})
+    monkeypatch.setattr(learning, "outcome", lambda *of_stage: told)
+    out = tmp_path / "learning.json"
+    learning.main(tmp_path / "runs", out, only=only, sizes=SIZES)
+    found = json.loads(out.read_text("utf-8"))
+    assert {row["seed"] for row in found["rows"]} == {1, 2, 3, "all"}
+    names = {row["variant"] for row in found["rows"]}
+    assert names == (set(only) or {*learning.stages(tmp_path, tmp_path, SIZES, 1)})
+    asked = "--seeds 1 2 3" + (" --only DPO" if only else "")
+    assert found["command"] == f"python experiments/learning.py runs/learning {asked}"
+
+
 def write_samples(run, scores):
     """{step: scores} as a run's samples."""
     run.mkdir(parents=True)

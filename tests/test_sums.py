@@ -25,7 +25,7 @@ def test_all_sums_are_there_once():
 
 def test_held_out_sums_are_told_apart_by_their_mirrors():
     held_out = [{"prompt": question(text)} for text in ("3 + 9", "2 + 11", "4 + 4", "5 + 6")]
-    trained_on = [{"prompt": question(text)} for text in ("9 + 3", "11 + 21", "6 + 5", "1 + 12")]
+    trained_on = [{"prompt": question(text)} for text in ("9 + 3", "1 + 21", "6 + 5", "1 + 12")]
     kinds = sums.kinds_of(held_out, trained_on)
     assert kinds["held out"] == held_out
     assert kinds[sums.MIRRORED] == [held_out[0], held_out[3]]
