@@ -256,8 +256,7 @@ def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
         more = ["--resume"]
     if not (run / "model").exists():
         subprocess.run([sys.executable, "-m", "rlhf_jax", *flags, *more], check=True)
-    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return sums.rows_of(run / "metrics.jsonl")
 
 
 class Outcome(NamedTuple):
@@ -272,8 +271,7 @@ class Outcome(NamedTuple):
 def scores(run: Path) -> Pair:
     """What the reward gave to a run's answers to held-out prompts."""
     by_step = collections.defaultdict(list)
-    for line in (run / "samples.jsonl").read_text("utf-8").splitlines():
-        sample = json.loads(line)
+    for sample in sums.rows_of(run / "samples.jsonl"):
         by_step[sample["step"]].append(sample["score"])
     return np.array(by_step[min(by_step)]), np.array(by_step[max(by_step)])
 
@@ -369,8 +367,11 @@ def main(
         if out is not None:
             words = ["python experiments/learning.py runs/learning --seeds", *seeds[:done], asked]
             command = " ".join(map(str, words)).strip()
-            seconds = sum(sums.seconds_of(folder / f"seed-{one}") for one in seeds[:done])
-            results.write(out, command, seconds, table(found), sizes=sizes._asdict())
+            files = [
+                file for one in seeds[:done] for file in folder.glob(f"seed-{one}/*/timing.jsonl")
+            ]
+            rows = table(found)
+            results.write(out, command, sums.seconds_of(files), rows, sizes=sizes._asdict())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,13 @@ from rlhf_jax.runs.writing import write_atomically
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUMBERS = range(1, 16)
 LARGER = range(16, 24)  # numbers that no sum of the training has
-LARGER_SUMS = f"of numbers from {LARGER[0]} to {LARGER[-1]}"
 HELD_OUT = 64
-MIRRORED = "held out, their mirror trained on"
-OTHERS = "held out, their mirror not trained on"
+HELD = "held out"
+LARGE = f"numbers from {LARGER[0]} to {LARGER[-1]}"
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 SAMPLES = 8  # answers to a sum at temperature 1
 Problem = dict[str, str]
-Answered = dict[tuple[int, str], dict[str, float]]  # {(step, how): {prompt: share right}}
+Answered = dict[str, dict[str, float]]  # {"greedy before" and so on: {prompt: share right}}
 CONFIG = Path(__file__).parents[1] / "configs" / "sums.yaml"
 
 
@@ -89,19 +89,34 @@ def problems(numbers: range) -> list[Problem]:
 
 def kinds_of(held_out: list[Problem], trained_on: list[Problem]) -> dict[str, list[Problem]]:
     """{what kind of sums: those that the model is asked before and after}"""
-    known = {row["prompt"] for row in trained_on}
-    kinds: dict[str, list[Problem]] = {"held out": held_out, MIRRORED: [], OTHERS: []}
-    for row in held_out:
-        mirror = re.sub(r"(\d+) \+ (\d+)", r"\2 + \1", row["prompt"])
-        kinds[MIRRORED if mirror in known else OTHERS].append(row)
-    return kinds | {LARGER_SUMS: problems(LARGER)}
+    known = {numbers_of(row) for row in trained_on}
+    larger = problems(LARGER)
+
+    def some(rows: list[Problem], holds: Callable[[int, int], bool]) -> list[Problem]:
+        return [row for row in rows if holds(*numbers_of(row))]
+
+    return {
+        HELD: held_out,
+        f"{HELD}, mirror trained on": some(held_out, lambda a, b: (b, a) in known),
+        f"{HELD}, mirror not trained on": some(held_out, lambda a, b: (b, a) not in known),
+        f"{HELD}, one digit before two": some(held_out, lambda a, b: a < 10 <= b),
+        f"{HELD}, other digits": some(held_out, lambda a, b: not a < 10 <= b),
+        LARGE: larger,
+        f"{LARGE}, with a carry": some(larger, lambda a, b: a % 10 + b % 10 > 9),
+        f"{LARGE}, without a carry": some(larger, lambda a, b: a % 10 + b % 10 < 10),
+    }
 
 
-def curve(run: Path, seed: int) -> list[results.Row]:
+def numbers_of(row: Problem) -> tuple[int, int]:
+    """The two numbers of a question."""
+    first, second = re.findall(r"\d+", row["prompt"])
+    return int(first), int(second)
+
+
+def curve(metrics: list[dict[str, Any]], seed: int) -> list[results.Row]:
     """The validations of a run, with 95% intervals of a share."""
     found = []
-    for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
-        row = json.loads(line)
+    for row in metrics:
         if "validation/score" in row:
             share = results.share(row["validation/score"] * HELD_OUT, HELD_OUT)
             for edge, value in share.items():
@@ -136,19 +151,19 @@ def right_answers(
     return right
 
 
-def asked(
-    before: Path, run: Path, rows: list[Problem], steps: int, tokens: int, seed: int
-) -> Answered:
+def asked(before: Path, run: Path, rows: list[Problem], tokens: int, seed: int) -> Answered:
     """What the model before and that of the run answer, the likeliest answer and sampled ones."""
     found = {}
-    for step, model in ((0, before), (steps, run / "model")):
+    for when, model in (("before", before), ("after", run / "model")):
         for how, temperature in TEMPERATURES.items():
-            file = run / f"{step}-{how}.json"
-            found[step, how] = right_answers(model, rows, temperature, tokens, seed, file)
+            file = run / f"{how}-{when}.json"
+            found[f"{how} {when}"] = right_answers(model, rows, temperature, tokens, seed, file)
     return found
 
 
-def table(kinds: dict[str, list[Problem]], found: dict[int, Answered]) -> list[results.Row]:
+def table(
+    kinds: dict[str, list[Problem]], found: dict[int, Answered], steps: int
+) -> list[results.Row]:
     """The shares of right answers to each kind of sums, of each seed and of all, with 95% intervals
     in which a sum counts once, however often it is asked.
     """
@@ -156,23 +171,24 @@ def table(kinds: dict[str, list[Problem]], found: dict[int, Answered]) -> list[r
     of_seeds[results.ALL] = list(found.values())
     rows = []
     for seed, some in of_seeds.items():
-        for step, how in some[0]:
+        for how in some[0]:
             for kind, of_kind in kinds.items():
-                right = [one[step, how][row["prompt"]] for one in some for row in of_kind]
+                right = [one[how][row["prompt"]] for one in some for row in of_kind]
                 share = results.share(sum(right) / len(some), len(of_kind))
                 for edge, value in share.items():
-                    rows.append(results.row(kind, seed, step, f"{how}{edge}", value))
+                    rows.append(results.row(kind, seed, steps, f"{how}{edge}", value))
     return rows
 
 
-def seconds_of(folder: Path) -> float:
-    """Of the steps and validations of the runs in a folder, however often they were stopped."""
-    total = 0.0
-    for path in folder.glob("*/timing.jsonl"):
-        for line in path.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            total += sum(value for name, value in row.items() if name.startswith("timing/"))
-    return total
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def seconds_of(files: Iterable[Path]) -> float:
+    """Of the steps and validations in timing.jsonl of runs, however often they were stopped."""
+    rows = [row for file in files for row in rows_of(file)]
+    return sum(row[name] for row in rows for name in row if name.startswith("timing/"))
 
 
 def main(
@@ -187,12 +203,12 @@ def main(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model")
-    rows = problems(NUMBERS)
-    parts = {"held_out": rows[:HELD_OUT], "prompts": rows[HELD_OUT:]}
+    every = problems(NUMBERS)
+    parts = {"held_out": every[:HELD_OUT], "prompts": every[HELD_OUT:]}
     for name, part in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(part, indent=0), encoding="utf-8")
     kinds = kinds_of(parts["held_out"], parts["prompts"])
-    to_ask = [row for name in ("held out", LARGER_SUMS) for row in kinds[name]]
+    to_ask = [row for name in (HELD, LARGE) for row in kinds[name]]
     curves = []
     found: dict[int, Answered] = {}
     for seed in seeds:
@@ -208,13 +224,14 @@ def main(
         logger.info(f"rlhf-jax report {run}, and open its report.html: the curve, samples")
         if out is None:
             continue
-        steps = config.rl.num_iterations
-        tokens = config.rl.max_new_tokens
-        curves += curve(run, seed)
-        found[seed] = asked(folder / "model", run, to_ask, steps, tokens, seed)
+        metrics = rows_of(run / "metrics.jsonl")
+        curves += curve(metrics, seed)
+        found[seed] = asked(folder / "model", run, to_ask, config.rl.max_new_tokens, seed)
         words = " ".join(map(str, found))
         command = f"python experiments/sums.py runs/sums --seeds {words} --out sums.json"
-        results.write(out, command, seconds_of(folder), [*curves, *table(kinds, found)])
+        seconds = seconds_of(folder / f"seed-{one}" / "timing.jsonl" for one in found)
+        rows = [*curves, *table(kinds, found, metrics[-1]["step"])]
+        results.write(out, command, seconds, rows)
 
 
 if __name__ == "__main__":

@@ -276,4 +276,4 @@ def test_the_seconds_are_those_of_all_stages(tmp_path):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": 7, "timing/step": value}) for value in rows]
         (tmp_path / name / "timing.jsonl").write_text("\n".join(lines), "utf-8")
-    assert learning.sums.seconds_of(tmp_path) == 3.75
+    assert learning.sums.seconds_of(tmp_path.glob("*/timing.jsonl")) == 3.75

@@ -1,7 +1,5 @@
 """The experiment of sums: which are held out, and how shares of right answers are counted."""
 
-import json
-
 import pytest
 import sums
 
@@ -23,39 +21,45 @@ def test_all_sums_are_there_once():
     assert rows == sums.problems(range(2, 5))
 
 
-def test_held_out_sums_are_told_apart_by_their_mirrors():
-    held_out = [{"prompt": question(text)} for text in ("3 + 9", "2 + 11", "4 + 4", "5 + 6")]
-    trained_on = [{"prompt": question(text)} for text in ("9 + 3", "1 + 21", "6 + 5", "1 + 12")]
+def test_sums_are_told_apart_by_their_mirrors_and_digits():
+    held_out = [{"prompt": question(text)} for text in ("3 + 9", "2 + 11", "11 + 4", "4 + 4")]
+    trained_on = [{"prompt": question(text)} for text in ("9 + 3", "1 + 21", "4 + 11", "1 + 12")]
     kinds = sums.kinds_of(held_out, trained_on)
     assert kinds["held out"] == held_out
-    assert kinds[sums.MIRRORED] == [held_out[0], held_out[3]]
-    assert kinds[sums.OTHERS] == held_out[1:3]
-    larger = {row["prompt"] for row in kinds[sums.LARGER_SUMS]}
+    assert kinds["held out, mirror trained on"] == [held_out[0], held_out[2]]
+    assert kinds["held out, mirror not trained on"] == [held_out[1], held_out[3]]
+    assert kinds["held out, one digit before two"] == [held_out[1]]
+    assert kinds["held out, other digits"] == [held_out[0], *held_out[2:]]
+    larger = {row["prompt"] for row in kinds[sums.LARGE]}
     trained = {row["prompt"] for row in sums.problems(sums.NUMBERS)}
     assert len(larger) == 64
     assert not larger & trained
+    carried = {row["prompt"] for row in kinds[f"{sums.LARGE}, with a carry"]}
+    assert question("17 + 23") in carried
+    assert question("17 + 22") not in carried
+    assert larger - carried == {row["prompt"] for row in kinds[f"{sums.LARGE}, without a carry"]}
 
 
 def test_shares_count_a_sum_once_and_are_means_over_seeds():
     rows = sums.problems(range(1, 3))
     prompts = [row["prompt"] for row in rows]
     found = {
-        1: {(0, "sampled"): dict.fromkeys(prompts, 0.0)},
-        4: {(0, "sampled"): dict(zip(prompts, (1.0, 0.5, 0.5, 0.0), strict=True))},
+        1: {"sampled after": dict.fromkeys(prompts, 0.0)},
+        4: {"sampled after": dict(zip(prompts, (1.0, 0.5, 0.5, 0.0), strict=True))},
     }
     kinds = {"all": rows, "first": rows[:1]}
     values = {
         (row["variant"], row["seed"], row["metric"]): row["value"]
-        for row in sums.table(kinds, found)
+        for row in sums.table(kinds, found, 7)
     }
-    assert values["all", 1, "sampled"] == 0
-    assert values["all", 4, "sampled"] == 0.5
-    assert values["first", 4, "sampled"] == 1
-    assert values["all", "all", "sampled"] == 0.25
-    assert values["first", "all", "sampled"] == 0.5
+    assert values["all", 1, "sampled after"] == 0
+    assert values["all", 4, "sampled after"] == 0.5
+    assert values["first", 4, "sampled after"] == 1
+    assert values["all", "all", "sampled after"] == 0.25
+    assert values["first", "all", "sampled after"] == 0.5
     # Wilson's interval of 1 of 4
-    assert values["all", "all", "sampled low"] == pytest.approx(0.0456, abs=1e-4)
-    assert values["all", "all", "sampled high"] == pytest.approx(0.6994, abs=1e-4)
+    assert values["all", "all", "sampled after low"] == pytest.approx(0.0456, abs=1e-4)
+    assert values["all", "all", "sampled after high"] == pytest.approx(0.6994, abs=1e-4)
 
 
 class Said:
@@ -79,23 +83,24 @@ def test_each_sum_is_asked_greedily_and_eight_times_before_and_after(tmp_path, m
     rows = [{"prompt": "a", "answer": "0"}, {"prompt": "b", "answer": "1"}]
     (tmp_path / "run").mkdir()
     for _ in range(2):
-        found = sums.asked(tmp_path / "model", tmp_path / "run", rows, 7, 12, 5)
+        found = sums.asked(tmp_path / "model", tmp_path / "run", rows, 12, 5)
     models = [tmp_path / "model"] * 2 + [tmp_path / "run" / "model"] * 2
     assert [(model, how["temperature"]) for model, how in Said.made] == list(
         zip(models, [0, 1] * 2, strict=True)
     )
     assert {how["max_new_tokens"] for _, how in Said.made} == {12}
-    assert list(found) == [(0, "greedy"), (0, "sampled"), (7, "greedy"), (7, "sampled")]
-    assert found[0, "greedy"] == {"a": 1, "b": 1}  # 0 and 1
-    assert found[7, "sampled"] == {"a": 3 / 8, "b": 2 / 8}  # of 0 1 2 0 1 2 0 1 and 2 0 1 2 0 1 2 0
+    assert list(found) == ["greedy before", "sampled before", "greedy after", "sampled after"]
+    assert found["greedy before"] == {"a": 1, "b": 1}  # 0 and 1
+    assert found["sampled after"] == {
+        "a": 3 / 8,
+        "b": 2 / 8,
+    }  # of 0 1 2 0 1 2 0 1 and 2 0 1 2 0 1 2 0
 
 
-def test_a_curve_is_of_the_validations(tmp_path):
-    lines = [{"step": 0, "validation/score": 0.25}, {"step": 1}, {"step": 2, "loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    rows = sums.curve(tmp_path, 3)
+def test_a_curve_is_of_the_validations():
+    metrics = [{"step": 0, "validation/score": 0.25}, {"step": 1}, {"step": 2, "loss": 1.0}]
+    rows = sums.curve(metrics, 3)
     assert {(row["seed"], row["step"]) for row in rows} == {(3, 0)}
-    assert {row["metric"]: row["value"] for row in rows}["held-out score"] == 0.25
-    assert [row["metric"] for row in rows] == [
-        f"held-out score{edge}" for edge in ("", " low", " high")
-    ]
+    values = {row["metric"]: row["value"] for row in rows}
+    assert values["held-out score"] == 0.25
+    assert values["held-out score low"] < 0.25 < values["held-out score high"]
