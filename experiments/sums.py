@@ -33,6 +33,7 @@ NUMBERS = range(1, 16)
 LARGER = range(16, 24)  # numbers that no sum of the training has
 HELD_OUT = 64
 HELD = "held out"
+TRAINED = "trained on, one digit before two"  # what the policy learns last
 LARGE = f"numbers from {LARGER[0]} to {LARGER[-1]}"
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 SAMPLES = 8  # answers to a sum at temperature 1
@@ -100,6 +101,7 @@ def kinds_of(held_out: list[Problem], trained_on: list[Problem]) -> dict[str, li
         f"{HELD}, mirror trained on": some(held_out, lambda a, b: (b, a) in known),
         f"{HELD}, mirror not trained on": some(held_out, lambda a, b: (b, a) not in known),
         f"{HELD}, one digit before two": some(held_out, lambda a, b: a < 10 <= b),
+        TRAINED: some(trained_on, lambda a, b: a < 10 <= b),
         f"{HELD}, other digits": some(held_out, lambda a, b: not a < 10 <= b),
         LARGE: larger,
         f"{LARGE}, with a carry": some(larger, lambda a, b: a % 10 + b % 10 > 9),
@@ -208,7 +210,7 @@ def main(
     for name, part in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(part, indent=0), encoding="utf-8")
     kinds = kinds_of(parts["held_out"], parts["prompts"])
-    to_ask = [row for name in (HELD, LARGE) for row in kinds[name]]
+    to_ask = [row for name in (HELD, TRAINED, LARGE) for row in kinds[name]]
     curves = []
     found: dict[int, Answered] = {}
     for seed in seeds:

@@ -29,6 +29,7 @@ def test_sums_are_told_apart_by_their_mirrors_and_digits():
     assert kinds["held out, mirror trained on"] == [held_out[0], held_out[2]]
     assert kinds["held out, mirror not trained on"] == [held_out[1], held_out[3]]
     assert kinds["held out, one digit before two"] == [held_out[1]]
+    assert kinds[sums.TRAINED] == trained_on[1:]
     assert kinds["held out, other digits"] == [held_out[0], *held_out[2:]]
     larger = {row["prompt"] for row in kinds[sums.LARGE]}
     trained = {row["prompt"] for row in sums.problems(sums.NUMBERS)}
