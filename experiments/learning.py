@@ -72,15 +72,9 @@ FULL = Sizes()
 Pair = tuple[np.ndarray, np.ndarray]  # [N] before a stage, [N] after it
 
 
-def problems(sizes: Sizes) -> list[dict[str, Any]]:
+def problems(sizes: Sizes) -> list[sums.Problem]:
     """All sums, in one drawn order."""
-    numbers = range(1, sizes.largest + 1)
-    pairs = [(a, b) for a in numbers for b in numbers]
-    random.Random(0).shuffle(pairs)
-    return [
-        {"prompt": f"What is {a} + {b}? Reply with the number only.", "answer": str(a + b)}
-        for a, b in pairs
-    ]
+    return sums.problems(range(1, sizes.largest + 1))
 
 
 def model_of(folder: Path, runs: Path, start: str) -> Path:
@@ -262,18 +256,7 @@ def finished(run: Path, flags: list[str]) -> list[dict[str, Any]]:
         more = ["--resume"]
     if not (run / "model").exists():
         subprocess.run([sys.executable, "-m", "rlhf_jax", *flags, *more], check=True)
-    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def seconds_of(runs: Path) -> float:
-    """Of the steps and validations of all stages of a seed, however often they were stopped."""
-    total = 0.0
-    for path in runs.glob("*/timing.jsonl"):
-        for line in path.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            total += sum(value for name, value in row.items() if name.startswith("timing/"))
-    return total
+    return sums.rows_of(run / "metrics.jsonl")
 
 
 class Outcome(NamedTuple):
@@ -288,8 +271,7 @@ class Outcome(NamedTuple):
 def scores(run: Path) -> Pair:
     """What the reward gave to a run's answers to held-out prompts."""
     by_step = collections.defaultdict(list)
-    for line in (run / "samples.jsonl").read_text("utf-8").splitlines():
-        sample = json.loads(line)
+    for sample in sums.rows_of(run / "samples.jsonl"):
         by_step[sample["step"]].append(sample["score"])
     return np.array(by_step[min(by_step)]), np.array(by_step[max(by_step)])
 
@@ -341,62 +323,53 @@ def numbers(found: list[Outcome]) -> dict[str, float]:
     return values
 
 
-def table(found: dict[str, list[Outcome]]) -> list[results.Row]:
+def table(found: dict[str, dict[int, Outcome]]) -> list[results.Row]:
     """The rows of all stages: of each seed and of all."""
     rows = []
     for name, outcomes in found.items():
-        steps = outcomes[0].steps
-        for seed, one in enumerate(outcomes):
-            for metric, value in numbers([one]).items():
-                if "change" not in metric:
-                    rows.append(
-                        results.row(
-                            name,
-                            seed,
-                            steps,
-                            metric,
-                            value,
-                        )
-                    )
-        for metric, value in numbers(outcomes).items():
-            rows.append(
-                results.row(
-                    name,
-                    results.ALL,
-                    steps,
-                    metric,
-                    value,
-                )
-            )
+        of_seeds: dict[int | str, list[Outcome]] = {seed: [one] for seed, one in outcomes.items()}
+        of_seeds[results.ALL] = list(outcomes.values())
+        steps = of_seeds[results.ALL][0].steps
+        for seed, some in of_seeds.items():
+            for metric, value in numbers(some).items():
+                rows.append(results.row(name, seed, steps, metric, value))
     return rows
 
 
 def main(
     folder: tyro.conf.Positional[Path],
     out: Path | None = None,
-    seeds: int = 3,
+    seeds: tuple[int, ...] = (1, 2, 3),
+    only: tuple[str, ...] = (),
     sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
 ) -> None:
     """Makes the model and the data, runs the stages, and says what each has changed.
 
     Args:
-        folder: of everything: model/, the data, seed-0/ and so on.
+        folder: of everything: model/, the data, seed-1/ and so on.
         out: a file for the results as a table.
-        seeds: how many.
+        seeds: of the runs. Rates and sizes were tried on seed 0, which is none of them.
+        only: the names of stages, with those that they start from; none: all.
         sizes: of the experiment.
     """
     prepare(folder, sizes)
-    found: dict[str, list[Outcome]] = collections.defaultdict(list)
-    for seed in range(seeds):
+    found: dict[str, dict[int, Outcome]] = collections.defaultdict(dict)
+    asked = " ".join(["--only", *map(shlex.quote, only)]) if only else ""
+    for done, seed in enumerate(seeds, start=1):
         runs = folder / f"seed-{seed}"
         runs.mkdir(exist_ok=True)
         for name, stage in stages(folder, runs, sizes, seed).items():
-            found[name].append(outcome(folder, runs, stage, sizes, seed))
-            logger.info(f"seed {seed}, {name}: {numbers(found[name][-1:])}")
+            if not only or name in only:
+                found[name][seed] = outcome(folder, runs, stage, sizes, seed)
+                logger.info(f"seed {seed}, {name}: {numbers([found[name][seed]])}")
         if out is not None:
-            command = f"python experiments/learning.py runs/learning --seeds {seed + 1}"
-            seconds = sum(seconds_of(folder / f"seed-{one}") for one in range(seed + 1))
-            results.write(out, command, seconds, table(found), sizes=sizes._asdict())
+            words = ["python experiments/learning.py runs/learning --seeds", *seeds[:done], asked]
+            command = " ".join(map(str, words)).strip()
+            files = [
+                file for one in seeds[:done] for file in folder.glob(f"seed-{one}/*/timing.jsonl")
+            ]
+            rows = table(found)
+            results.write(out, command, sums.seconds_of(files), rows, sizes=sizes._asdict())
 
 
 if __name__ == "__main__":

@@ -344,24 +344,9 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
     for number in range(stride - 1, len(steps), stride):
         step = steps[number]
         for name, values in (("gold", curve.gold), ("proxy", curve.proxy)):
-            rows.append(
-                results.row(
-                    f"{variant}, {name}",
-                    seed,
-                    step,
-                    "reward",
-                    values[number],
-                )
-            )
-            rows.append(
-                results.row(
-                    f"{variant}, {name}",
-                    seed,
-                    step,
-                    "sqrt(KL)",
-                    distance[number],
-                )
-            )
+            shown_as = f"{variant}, {name}"
+            rows.append(results.row(shown_as, seed, step, "reward", values[number]))
+            rows.append(results.row(shown_as, seed, step, "sqrt(KL)", distance[number]))
     is_moved = distance > 0.2  # before, the KL is noise
     alpha, beta = fitted(distance[is_moved], curve.gold[is_moved], not variant.startswith("best"))
     highest = int(np.argmax(curve.gold))
@@ -375,16 +360,7 @@ def curve_rows(variant: str, seed: int, steps: list[int], curve: Curve) -> list[
         "proxy at the end": curve.proxy[-1],
         "sqrt(KL) at the end": distance[-1],
     }
-    rows += [
-        results.row(
-            variant,
-            seed,
-            steps[-1],
-            name,
-            value,
-        )
-        for name, value in found.items()
-    ]
+    rows += [results.row(variant, seed, steps[-1], name, value) for name, value in found.items()]
     return rows
 
 
@@ -439,47 +415,16 @@ def take(tree: Tree, index: np.ndarray) -> Tree:
     return taken
 
 
-def best_of_n_rows(lanes: list[Lane], worlds: World, proxies: Proxy) -> list[results.Row]:
-    """Best of n by the proxies of all numbers of comparisons."""
-    gold = np.asarray(worlds.gold_of_pool)
-    scores = np.asarray(proxies.scores)
-    num_pool = gold.shape[1]
-    numbers = [2**power for power in range(1, 20) if 2**power <= num_pool // 8]
-    kls = np.array([sampling.best_of_n_kl(n) for n in numbers])
-    rows = []
-    for lane, of_lane in zip(lanes, scores, strict=True):
-        if lane.member or lane.wrong:
-            continue
-        found = [best_of(gold[lane.seed], of_lane, n) for n in numbers]
-        curve = Curve(*np.array(found).T, kls)
-        variant = f"best of n: {lane.comparisons} comparisons"
-        rows += curve_rows(
-            variant,
-            lane.seed,
-            numbers,
-            curve,
-        )
-        rank = scipy.stats.spearmanr(gold[lane.seed], of_lane).statistic
-        rows.append(
-            results.row(
-                variant,
-                lane.seed,
-                numbers[-1],
-                "rank correlation",
-                rank,
-            )
-        )
-    return rows
+class Measured(NamedTuple):
+    """What the proxies score and the policies reach, as NumPy arrays."""
+
+    gold_of_pool: np.ndarray  # [seeds, pool]
+    scores: np.ndarray  # [lanes, pool] of lanes_of
+    curves: Curve  # [runs, measurements] of runs_of
 
 
-def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
-    """Trains proxies and policies, and says where the gold reward is highest.
-
-    Args:
-        out: a file for the results as a table.
-        sizes: of the experiment.
-    """
-    started = time.monotonic()
+def measure(sizes: Sizes) -> Measured:
+    """Trains all proxies, then all policies."""
     keys = jax.vmap(jax.random.key)(np.arange(sizes.seeds))
     worlds = jax.jit(jax.vmap(functools.partial(make_world, sizes=sizes)))(keys)
 
@@ -488,7 +433,6 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     proxy_keys = jax.vmap(jax.random.key)(1000 + 10 * seeds + members)
     train = jax.jit(jax.vmap(functools.partial(train_proxy, sizes=sizes)))
     proxies = train(take(worlds, seeds), first, nums, wrong, proxy_keys)
-    rows = best_of_n_rows(lanes, worlds, proxies)
 
     runs = runs_of(sizes.seeds)
     members_of = []
@@ -508,10 +452,42 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
         how,
         policy_keys,
     )
+    found: Measured = jax.device_get(Measured(worlds.gold_of_pool, proxies.scores, curves))
+    return found
+
+
+def best_of_n_rows(lanes: list[Lane], measured: Measured) -> list[results.Row]:
+    """Best of n by the proxies of all numbers of comparisons."""
+    num_pool = measured.gold_of_pool.shape[1]
+    numbers = [2**power for power in range(1, 20) if 2**power <= num_pool // 8]
+    kls = np.array([sampling.best_of_n_kl(n) for n in numbers])
+    rows = []
+    for lane, scores in zip(lanes, measured.scores, strict=True):
+        if lane.member or lane.wrong:
+            continue
+        gold = measured.gold_of_pool[lane.seed]
+        curve = Curve(*np.array([best_of(gold, scores, n) for n in numbers]).T, kls)
+        variant = f"best of n: {lane.comparisons} comparisons"
+        rows += curve_rows(variant, lane.seed, numbers, curve)
+        rank = scipy.stats.spearmanr(gold, scores).statistic
+        rows.append(results.row(variant, lane.seed, numbers[-1], "rank correlation", rank))
+    return rows
+
+
+def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
+    """Trains proxies and policies, and says where the gold reward is highest.
+
+    Args:
+        out: a file for the results as a table.
+        sizes: of the experiment.
+    """
+    started = time.monotonic()
+    measured = measure(sizes)
+    rows = best_of_n_rows(lanes_of(sizes.seeds), measured)
     steps = list(range(sizes.every, sizes.steps + 1, sizes.every))
     seen = collections.defaultdict(list)
-    for number, run in enumerate(runs):
-        curve = Curve(*(np.asarray(values[number]) for values in curves))
+    for run, *values in zip(runs_of(sizes.seeds), *measured.curves, strict=True):
+        curve = Curve(*values)
         rows += curve_rows(run.variant, run.seed, steps, curve)
         if run.variant.startswith("RL"):
             alerts = hacking_alerts.seen(curve, steps)
@@ -527,13 +503,8 @@ def main(out: Path | None = None, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL
     if out is not None:
         command = "python experiments/overoptimisation.py --out overoptimisation.json"
         seconds = time.monotonic() - started
-        results.write(
-            out,
-            command,
-            seconds,
-            [*shown(means), *(row for row in rows if row["metric"] in OF_SEEDS)],
-            sizes=sizes._asdict(),
-        )
+        rows = [*shown(means), *(row for row in rows if row["metric"] in OF_SEEDS)]
+        results.write(out, command, seconds, rows, sizes=sizes._asdict())
 
 
 def ends_of(rows: list[results.Row]) -> list[results.Row]:

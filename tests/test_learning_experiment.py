@@ -88,27 +88,44 @@ def test_each_library_has_its_own_curve(tmp_path, monkeypatch):
 
 def test_the_table_has_each_stage_before_and_after():
     found = {
-        "SFT": [
-            learning.Outcome(
+        "SFT": {
+            seed: learning.Outcome(
                 7, {"right answers": (np.array(before), np.array([1.0, right]))}, (2.0, loss), {}
             )
-            for before, right, loss in (([0.0, 0], 1.0, 1.0), ([1.0, 0], 0.0, 1.5))
-        ],
-        learning.JUDGE: [learning.Outcome(9, {}, (0.5, 0.75), {"length": 0.25})] * 2,
+            for seed, before, right, loss in ((1, [0.0, 0], 1.0, 1.0), (4, [1.0, 0], 0.0, 1.5))
+        },
+        learning.JUDGE: {1: learning.Outcome(9, {}, (0.5, 0.75), {"length": 0.25})},
     }
     rows = learning.table(found)
     values = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in rows}
     assert values["SFT", "all", "right answers before"] == 0.25
     assert values["SFT", "all", "right answers after"] == 0.75
     assert values["SFT", "all", "change of right answers"] == 0.5
-    assert [values["SFT", seed, "right answers before"] for seed in (0, 1)] == [0, 0.5]
-    assert [values["SFT", seed, "right answers after"] for seed in (0, 1)] == [1, 0.5]
+    assert [values["SFT", seed, "right answers before"] for seed in (1, 4)] == [0, 0.5]
+    assert [values["SFT", seed, "right answers after"] for seed in (1, 4)] == [1, 0.5]
+    assert [values["SFT", seed, "change of right answers"] for seed in (1, 4)] == [1, 0]
     assert values["SFT", "all", "held-out rows before"] == 2
     assert values["SFT", "all", "held-out rows after"] == 1.25
     assert values[learning.JUDGE, "all", "held-out rows after"] == 0.75
     assert values[learning.JUDGE, "all", "length"] == 0.25
     assert (learning.JUDGE, "all", "right answers after") not in values
     assert {row["step"] for row in rows if row["variant"] == "SFT"} == {7}
+
+
+@pytest.mark.parametrize("only", [(), ("DPO",)])
+def test_the_seed_of_the_tuning_is_none_of_the_seeds(tmp_path, monkeypatch, only):
+    """And of the stages some can be chosen."""
+    monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
+    told = learning.Outcome(7, {"right answers": (np.zeros(2), np.ones(2))}, (0.5, 1.0), {})
+    monkeypatch.setattr(learning, "outcome", lambda *of_stage: told)
+    out = tmp_path / "learning.json"
+    learning.main(tmp_path / "runs", out, only=only, sizes=SIZES)
+    found = json.loads(out.read_text("utf-8"))
+    assert {row["seed"] for row in found["rows"]} == {1, 2, 3, "all"}
+    names = {row["variant"] for row in found["rows"]}
+    assert names == (set(only) or {*learning.stages(tmp_path, tmp_path, SIZES, 1)})
+    asked = "--seeds 1 2 3" + (" --only DPO" if only else "")
+    assert found["command"] == f"python experiments/learning.py runs/learning {asked}"
 
 
 def write_samples(run, scores):
@@ -260,4 +277,4 @@ def test_the_seconds_are_those_of_all_stages(tmp_path):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": 7, "timing/step": value}) for value in rows]
         (tmp_path / name / "timing.jsonl").write_text("\n".join(lines), "utf-8")
-    assert learning.seconds_of(tmp_path) == 3.75
+    assert learning.sums.seconds_of(tmp_path.glob("*/timing.jsonl")) == 3.75

@@ -161,10 +161,8 @@ def test_the_best_of_n_by_the_judge_is_not_among_the_proxies():
     rng = np.random.default_rng(0)
     gold = rng.normal(size=(1, 64))
     scores = rng.normal(size=(len(lanes), 64))
-    none = dict.fromkeys(("start", "values", "mean", "sd", "pool", "pairs", "best", "luck"))
-    world = overoptimisation.World(**none, gold_of_pool=gold)
-    proxies = overoptimisation.Proxy(None, scores, None)
-    rows = overoptimisation.best_of_n_rows(lanes, world, proxies)
+    found = overoptimisation.Measured(gold, scores, None)
+    rows = overoptimisation.best_of_n_rows(lanes, found)
     ranks = [row["variant"] for row in rows if row["metric"] == "rank correlation"]
     assert sorted(ranks) == sorted(f"best of n: {num} comparisons" for num in COMPARISONS)
 
