@@ -444,7 +444,7 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
             for letter in "abcdfghi"
         ]
         (tmp_path / "feedback.json").write_text(json.dumps(rows))
-        training.kto.warn_of_one_kind(read(config, "kto"))
+        training.kto.weighted(SimpleNamespace(settings=config.kto, **vars(read(config, "kto"))))
         return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
 
     assert "are desirable; " in " ".join(warned("abcdfghi"))
@@ -452,6 +452,56 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
     assert not warned("abcd")
     with pytest.raises(ValueError, match="batch_size must be at least 2"):
         KTOStage(batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "expected"),
+    [
+        ({}, (300, 1200), (6.0, 1.0)),
+        ({}, (1200, 300), (1.0, 8 / 3)),
+        ({}, (10, 10), (1.5, 1.0)),
+        ({}, (3.0, 4.5), (2.25, 1.0)),
+        ({"desirable_weight": 4.0}, (300, 1200), (4.0, 1.0)),
+        ({"undesirable_weight": 0.0}, (300, 1200), (1.0, 0.0)),
+        ({"desirable_weight": 1.0, "undesirable_weight": 1.0}, (300, 1200), (1.0, 1.0)),
+        ({}, (0, 1200), (1.0, 1.0)),
+        ({}, (1200, 0), (1.0, 1.0)),
+    ],
+)
+def test_the_weights_of_kto_by_hand(given, counts, expected):
+    """Eq. 9 of the paper: desirable answers weigh 1.5 times as much in all."""
+    found = training.kto.with_weights(KTOStage(**given, beta=0.3), *counts)
+    assert (found.desirable_weight, found.undesirable_weight) == pytest.approx(expected)
+    assert found.beta == 0.3
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(None, 4.5), (1.0, 1.0)])
+def test_kto_weighs_the_rows_that_it_trains_on(
+    weights, expected, config, tmp_path, monkeypatch, capsys
+):
+    """Of 16 rows to train on, with the weight of a ranking's pairs, one weighs a third of three."""
+    rows = [
+        {"prompt": letter, "response": "yes", "desirable": number < 4}
+        for number, letter in enumerate(LETTERS)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "other.json").write_text(json.dumps([row | {"desirable": True} for row in rows]))
+    config = changed(
+        replace(config, data=(str(tmp_path / "train.json"),)),
+        "kto",
+        desirable_weight=weights,
+        undesirable_weight=weights,
+        validation_data=(str(tmp_path / "other.json"),),
+    )
+    monkeypatch.setattr(kto, "update", lambda *_, config, **__: stop(config))
+    with pytest.raises(Seen) as seen:
+        training.kto.run(config)
+    [of_update] = seen.value.args
+    assert (of_update.desirable_weight, of_update.undesirable_weight) == (expected, 1.0)
+    said = capsys.readouterr().out
+    assert f"desirable_weight {expected:g} for 4 answers" in said
+    assert "for 12\n" in said
+    assert ("weigh 0.33" in said) == (weights == 1.0)
 
 
 def test_experts_that_a_model_has_not_cannot_be_balanced(config):

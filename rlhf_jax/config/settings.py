@@ -384,6 +384,12 @@ class KTOStage(Answering, kto.Config):
     {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
     one is not."""
 
+    desirable_weight: NonNegative | None = None  # type: ignore[assignment]
+    """Weight lambda of desirable answers. null, as both weights are by default: 1, and the rarer
+    kind of the training rows gets so much that weight times number is equal for both; null beside
+    a number: 1."""
+    undesirable_weight: NonNegative | None = None  # type: ignore[assignment]
+    """Weight lambda of undesirable answers; null: as for desirable ones."""
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
 
     def __post_init__(self) -> None:
