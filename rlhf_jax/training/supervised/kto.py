@@ -30,20 +30,19 @@ def run(config: RunConfig) -> RunResult:
     return run_task(config, TASK)
 
 
-def with_weights(settings: KTOStage, num_desirable: float, num_undesirable: float) -> KTOStage:
-    """The settings with a number for each weight, for these many answers of each kind. Two null
-    weights make the desirable answers weigh `TOTAL` times as much as the undesirable ones in all,
-    by more than 1 for one of the kinds; one null is 1.
+def weights(
+    settings: KTOStage, num_desirable: float, num_undesirable: float
+) -> tuple[float, float]:
+    """The weights of desirable and of undesirable answers, of which there are so many. Two null
+    weights make the desirable ones weigh `TOTAL` times as much in all, by more than 1 for one of
+    the kinds; one null is 1.
     """
-    desirable, undesirable = settings.desirable_weight, settings.undesirable_weight
+    desirable = settings.desirable_weight
+    undesirable = settings.undesirable_weight
     if desirable is None and undesirable is None and num_desirable and num_undesirable:
         ratio = TOTAL * num_undesirable / num_desirable
-        desirable, undesirable = max(ratio, 1.0), max(1 / ratio, 1.0)
-    return replace(
-        settings,
-        desirable_weight=1.0 if desirable is None else desirable,
-        undesirable_weight=1.0 if undesirable is None else undesirable,
-    )
+        return max(ratio, 1.0), max(1 / ratio, 1.0)
+    return 1.0 if desirable is None else desirable, 1.0 if undesirable is None else undesirable
 
 
 def weighted(job: Job) -> KTOStage:
@@ -55,31 +54,27 @@ def weighted(job: Job) -> KTOStage:
     targets = job.encoded.targets
     assert targets is not None, "feedback has them"
     is_desirable = targets[job.train_rows, 0] > 0.5
-    weights = job.encoded.weight[job.train_rows]
-    good, bad = (float(weights[kind].sum()) for kind in (is_desirable, ~is_desirable))
-    settings = with_weights(settings, good, bad)
-    if not len(is_desirable):  # a plan has no rows
-        return settings
-    if not good or not bad:
+    shares = job.encoded.weight[job.train_rows]
+    good, bad = (float(shares[kind].sum()) for kind in (is_desirable, ~is_desirable))
+    desirable, undesirable = weights(settings, good, bad)
+    if good and bad:
+        logger.info(
+            f"kto.desirable_weight {desirable:.3g} for {is_desirable.sum():,} answers, "
+            f"kto.undesirable_weight {undesirable:.3g} for {(~is_desirable).sum():,}"
+        )
+        if desirable * good < undesirable * bad:
+            logger.info(
+                f"warning: in all, desirable answers weigh {desirable * good:.3g} and undesirable "
+                f"ones {undesirable * bad:.3g}: the policy may move away from both; leave "
+                "kto.desirable_weight and kto.undesirable_weight out"
+            )
+    elif len(is_desirable):  # a plan has no rows
         kind = "desirable" if good else "undesirable"
         logger.info(
             f"warning: all {len(is_desirable)} answers to train on are {kind}; the policy then "
             "learns only how far to move from the reference, not what tells good from bad answers"
         )
-        return settings
-    logger.info(
-        f"kto.desirable_weight {settings.desirable_weight:.3g} for {is_desirable.sum():,} "
-        f"answers, kto.undesirable_weight {settings.undesirable_weight:.3g} for "
-        f"{(~is_desirable).sum():,}"
-    )
-    ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad)
-    if ratio < 1:
-        logger.info(
-            f"warning: in all, desirable answers weigh {ratio:.2g} of what undesirable ones do; "
-            "below 1 the policy may move away from all answers, good ones too: leave "
-            "kto.desirable_weight and kto.undesirable_weight out"
-        )
-    return settings
+    return replace(settings, desirable_weight=desirable, undesirable_weight=undesirable)
 
 
 def _prepare(job: Job) -> Learner:
