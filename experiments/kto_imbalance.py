@@ -8,11 +8,10 @@ seen. A rule, which labels the data too, says of an answer whether it is good, a
 the language at all. Weights, rates and seeds are lanes of one program (``jax.vmap``).
 
 With ``totals 1.5`` desirable answers weigh 1.5 times as much as undesirable ones in all. This was
-chosen on the task ``letters`` with 300 good answers and other seeds; all else was kept for the end,
-above all ``sentences``, the corpus of ``rlhf-jax data demo``.
+chosen on the task ``letters`` with 300 good answers and other seeds; the task ``lengths`` and the
+other numbers were kept for the end.
 """
 
-import functools
 import itertools
 import json
 import sys
@@ -33,12 +32,12 @@ from jax import Array
 from jax.tree_util import Partial
 
 from rlhf_jax import Demonstrations, Feedback, TrainState, cli, kto, models, ops, sampling, sft
-from rlhf_jax.data import demo, tokenizers
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import logger
-from rlhf_jax.evaluation import rubric
 from rlhf_jax.types import Params
 
 BATCH_SIZE = 32
+NUM_EPOCHS = 2
 
 
 class Text(NamedTuple):
@@ -50,10 +49,7 @@ class Task(NamedTuple):
     """A language, and what is good in it."""
 
     draw: Callable[[int, int], list[Text]]  # (number, seed)
-    ask: Callable[[int], list[str]]  # prompts that are not trained on
     judge: Callable[[Text], tuple[bool, bool]]  # is it well-formed, is it good
-    tokenizer: Callable[[list[str]], tokenizers.Tokenizer]  # of texts
-    num_epochs: int
 
 
 def letters(num: int, seed: int) -> list[Text]:
@@ -79,47 +75,29 @@ def judge_letters(text: Text) -> tuple[bool, bool]:
     return is_formed, is_formed and sum(map(group.__contains__, said)) >= 0.85 * len(said)
 
 
-def sentences(num: int, seed: int) -> list[Text]:
-    """Demonstrations of the demo corpus."""
-    rows = json.loads(demo.file_text("sft_data.json", seed=seed, size=num))
-    return [Text(row["prompt"], row["response"]) for row in rows]
+def lengths(num: int, seed: int) -> list[Text]:
+    """Answers have letters and a mark; a digit in the prompt says how many letters, which holds in
+    one answer of four.
+    """
+    rng = Random(f"lengths {seed}")
+    found = []
+    for _ in range(num):
+        asked = rng.randint(3, 6)
+        said = asked if rng.random() < 0.25 else asked + rng.choice((-2, -1, 1, 2))
+        prompt = rng.choice("xyz") + str(asked) + rng.choice("xyz")
+        found.append(Text(prompt, "".join(rng.choices("lmnr", k=said)) + rng.choice(".!?")))
+    return found
 
 
-SUBJECTS = {
-    demo.fill(phrasing, topic): {"category": category, "topic": topic.phrase}
-    for category, topics in demo.TOPICS.items()
-    for phrasings in (demo.PHRASINGS, demo.HELDOUT_PHRASINGS)
-    for phrasing, topic in itertools.product(phrasings[category], topics)
-}
+def judge_lengths(text: Text) -> tuple[bool, bool]:
+    """Good: as many letters as asked for."""
+    said = text.answer[:-1]
+    is_formed = text.answer[-1:] in (".", "!", "?") and 1 <= len(said) <= 8
+    is_formed = is_formed and set(said) <= set("lmnr")
+    return is_formed, is_formed and len(said) == int(text.prompt[1])
 
 
-def held_out_prompts(num: int) -> list[str]:
-    rows = json.loads(demo.file_text("heldout_prompts.json", size=num))
-    return [row["prompt"] for row in rows]
-
-
-def judge_sentences(text: Text) -> tuple[bool, bool]:
-    """By the rubric of the corpus, which gives 0 to what is not of its language."""
-    score = rubric.score(SUBJECTS[text.prompt], text.answer)
-    return score > 0, score >= 0.85
-
-
-TASKS = {
-    "letters": Task(
-        letters,
-        lambda num: [text.prompt for text in letters(num, -1)],
-        judge_letters,
-        tokenizers.characters,
-        2,
-    ),
-    "sentences": Task(
-        sentences,
-        held_out_prompts,
-        judge_sentences,
-        functools.partial(tokenizers.train_bpe, vocab_size=400),
-        1,
-    ),
-}
+TASKS = {"letters": Task(letters, judge_letters), "lengths": Task(lengths, judge_lengths)}
 
 
 class Sizes(NamedTuple):
@@ -157,8 +135,8 @@ class Bench:
         self.task = task
         self.sizes = sizes
         texts = task.draw(2000, 0)
-        self.asked = task.ask(sizes.asked)
-        self.tokenizer = task.tokenizer([part for text in texts for part in text])
+        self.asked = [text.prompt for text in task.draw(sizes.asked, 1)]
+        self.tokenizer = tokenizers.characters([part for text in texts for part in text])
         prompts = self.tokenizer.encode_batch([*self.asked, *(text.prompt for text in texts)])
         answers = self.tokenizer.encode_batch([text.answer for text in texts])
         self.start = max(map(len, prompts))
@@ -171,7 +149,7 @@ class Bench:
         self.sampler = sampling.SamplingConfig(room, **ids)
         self.questions = self.arrays([Text(prompt, "") for prompt in self.asked])
         self.begin = jax.jit(self._begin)
-        self.train = jax.jit(jax.vmap(self._train))
+        self.train = jax.jit(jax.vmap(self._train, (0, 0, 0, None, None, None)))
 
     def arrays(self, texts: list[Text]) -> Demonstrations:
         """[N, T]: all prompts end, and all answers begin, at one column."""
@@ -213,7 +191,7 @@ class Bench:
         return jax.lax.scan(step, state, numbers)[0].params
 
     def _train(
-        self, lane: Lane, begun: Params, rows: Feedback, numbers: Array, exam: Feedback, key: Array
+        self, lane: Lane, rows: Feedback, numbers: Array, begun: Params, exam: Feedback, key: Array
     ) -> tuple[Array, Array]:
         """A run: FIGURES, and the tokens of answers to the questions."""
         optimizer = optax.chain(
@@ -262,13 +240,13 @@ class Bench:
         return {"well-formed": formed, "good": good}
 
 
-def order(num_good: int, num_bad: int, epochs: int, seed: int, in_proportion: bool) -> np.ndarray:
+def order(num_good: int, num_bad: int, seed: int, in_proportion: bool) -> np.ndarray:
     """[steps, BATCH_SIZE] numbers of rows, the good ones first: shuffled, or with both kinds in
     their proportion in each batch.
     """
     rng = np.random.default_rng(seed)
     found = []
-    for _ in range(epochs):
+    for _ in range(NUM_EPOCHS):
         numbers = rng.permutation(num_good + num_bad)
         if in_proportion:
             places = [(rng.permutation(num) + rng.random()) / num for num in (num_good, num_bad)]
@@ -278,64 +256,57 @@ def order(num_good: int, num_bad: int, epochs: int, seed: int, in_proportion: bo
     return np.concatenate(found)
 
 
-def variants(task: str, num_good: int, num_bad: int, rates: tuple[float, ...]) -> dict[str, Lane]:
+def variants(num_good: int, num_bad: int, rates: tuple[float, ...], why: bool) -> dict[str, Lane]:
     """The runs by their names: weights and rates, and what else may be the cause."""
     ratio = num_bad / num_good
     totals = {f"totals {times:g}": times * ratio for times in (1.0, 1.5)}
     weights = {"weights 1": 1.0} | {name: value for name, value in totals.items() if value != 1}
-    found = {}
+    found = {"before": Lane(0.0, 1.0, 1.0)}
     for (name, desirable), rate in itertools.product(weights.items(), rates):
         found[f"{name}, {rate:g}"] = Lane(rate, max(desirable, 1.0), max(1 / desirable, 1.0))
-    if task == "letters" and num_good < num_bad:
-        for rate in rates[1:]:
-            even, more = (found[f"totals {times}, {rate:g}"] for times in ("1", "1.5"))
-            found |= {
-                f"totals 1, not clamped, {rate:g}": even._replace(least=-np.inf),
-                f"totals 1, in proportion, {rate:g}": even._replace(in_proportion=1.0),
-                f"totals 1, beta 0.5, {rate:g}": even._replace(beta=0.5),
-                f"totals 1.5, beta 0.5, {rate:g}": more._replace(beta=0.5),
-            }
+    for rate in rates[1:] if why else ():
+        even, more = (found[f"totals {times}, {rate:g}"] for times in ("1", "1.5"))
+        found |= {
+            f"totals 1, not clamped, {rate:g}": even._replace(least=-np.inf),
+            f"totals 1, in proportion, {rate:g}": even._replace(in_proportion=1.0),
+            f"totals 1, beta 0.5, {rate:g}": even._replace(beta=0.5),
+            f"totals 1.5, beta 0.5, {rate:g}": more._replace(beta=0.5),
+        }
     return found
 
 
-def measure(bench: Bench, name: str, num_good: int, seeds: list[int]) -> list[results.Row]:
-    """The rows of all variants of a task, with so many good answers."""
+def measure(bench: Bench, name: str, seed: int) -> list[results.Row]:
+    """The rows of all variants of a task, in one program."""
     sizes = bench.sizes
-    num_bad = sizes.rows - num_good
-    lanes, inputs, labels = [], [], []
+    demonstrations = bench.arrays(bench.task.draw(2000, seed))
+    seen = np.random.default_rng(seed).integers(0, 2000, (sizes.demonstrations, 64))
+    begun = bench.begin(demonstrations, seen, jax.random.key(seed))
+    exam = bench.feedback(sizes.asked, sizes.asked, 200 + seed)
+    runs: dict[str, Any] = {}
+    for num_good in (sizes.rare, sizes.rows // 2, sizes.rows - sizes.rare):
+        counts = (num_good, sizes.rows - num_good)
+        data = bench.feedback(*counts, 100 + seed)
+        why = name == "letters" and num_good == sizes.rare
+        for variant, lane in variants(*counts, sizes.rates, why).items():
+            numbers = order(*counts, seed, bool(lane.in_proportion))
+            title = f"{name}, {num_good} of {sizes.rows} good: {variant}"
+            runs[title] = (Lane(*np.float32(lane)), data, numbers)
+    many = jax.tree.map(lambda *x: np.stack(x), *runs.values())
+    figures, answers = jax.device_get(bench.train(*many, begun, exam, jax.random.key(seed)))
     rows = []
-    for seed in seeds:
-        demonstrations = bench.arrays(bench.task.draw(2000, 10 + seed))
-        seen = np.random.default_rng(seed).integers(0, 2000, (sizes.demonstrations, 64))
-        begun = bench.begin(demonstrations, seen, jax.random.key(seed))
-        data = bench.feedback(num_good, num_bad, 100 + seed)
-        exam = bench.feedback(sizes.asked, sizes.asked, 200 + seed)
-        for variant, lane in variants(name, num_good, num_bad, sizes.rates).items():
-            numbers = order(
-                num_good, num_bad, bench.task.num_epochs, seed, bool(lane.in_proportion)
-            )
-            lanes.append(lane)
-            inputs.append((begun, data, numbers, exam, jax.random.key(seed)))
-            labels.append((f"{name}, {num_good} of {sizes.rows} good: {variant}", seed))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
-    figures, answers = jax.device_get(bench.train(Lane(*np.float32(lanes).T), *stacked))
-    for (variant, seed), values, said in zip(labels, figures, answers, strict=True):
+    for variant, values, said in zip(runs, figures, answers, strict=True):
         measured = dict(zip(FIGURES, values, strict=True)) | bench.scores(said)
-        steps = len(inputs[0][2])
+        steps = len(many[2][0])
         rows += [results.row(variant, seed, steps, *item) for item in measured.items()]
     return rows
 
 
-def main(
-    out: Path,
-    tasks: tuple[str, ...] = tuple(TASKS),
-    sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
-) -> None:
-    """Trains all variants, and says what came out. What the file has is passed over.
+def main(out: Path, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
+    """Trains all variants, and says what came out. Tasks and seeds that the file has are passed
+    over.
 
     Args:
         out: the file of the results, a table; it grows.
-        tasks: which.
         sizes: of the experiment.
     """
     rows: list[results.Row] = []
@@ -345,20 +316,15 @@ def main(
         rows = [row for row in content["rows"] if row["seed"] != results.ALL]
         seconds = content["seconds"]
     started = time.monotonic() - seconds
-    for name in tasks:
-        bench = Bench(TASKS[name], sizes)
-        for num_good in (sizes.rare, sizes.rows // 2, sizes.rows - sizes.rare):
-            for seed in range(10, 10 + sizes.seeds):
-                title = f"{name}, {num_good} of {sizes.rows} good: "
-                if any(row["variant"].startswith(title) and row["seed"] == seed for row in rows):
-                    continue
-                rows += measure(bench, name, num_good, [seed])
-                command = "python experiments/kto_imbalance.py --out kto_imbalance.json"
-                table = [*rows, *results.over_seeds(rows)]
-                results.write(
-                    out, command, time.monotonic() - started, table, sizes=sizes._asdict()
-                )
-                logger.info(f"{title}seed {seed}, {time.monotonic() - started:.0f} s")
+    benches = {name: Bench(task, sizes) for name, task in TASKS.items()}
+    for seed, name in itertools.product(range(10, 10 + sizes.seeds), TASKS):
+        if any(row["variant"].startswith(name) and row["seed"] == seed for row in rows):
+            continue
+        rows += measure(benches[name], name, seed)
+        command = "python experiments/kto_imbalance.py --out kto_imbalance.json"
+        table = [*rows, *results.over_seeds(rows)]
+        results.write(out, command, time.monotonic() - started, table, sizes=sizes._asdict())
+        logger.info(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
