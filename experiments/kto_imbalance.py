@@ -108,7 +108,7 @@ class Sizes(NamedTuple):
     rare: int = 300  # of the rarer kind
     asked: int = 128  # prompts, and held-out rows of each kind
     seeds: int = 3
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-4,)
 
 
 FULL = Sizes()
@@ -264,7 +264,7 @@ def variants(num_good: int, num_bad: int, rates: tuple[float, ...], why: bool) -
     found = {"before": Lane(0.0, 1.0, 1.0)}
     for (name, desirable), rate in itertools.product(weights.items(), rates):
         found[f"{name}, {rate:g}"] = Lane(rate, max(desirable, 1.0), max(1 / desirable, 1.0))
-    for rate in rates[1:] if why else ():
+    for rate in rates if why else ():
         even, more = (found[f"totals {times}, {rate:g}"] for times in ("1", "1.5"))
         found |= {
             f"totals 1, not clamped, {rate:g}": even._replace(least=-np.inf),
