@@ -385,11 +385,10 @@ class KTOStage(Answering, kto.Config):
     one is not."""
 
     desirable_weight: NonNegative | None = None  # type: ignore[assignment]
-    """Weight lambda of desirable answers. null, as both weights are by default: 1, and the rarer
-    kind of the training rows gets so much that weight times number is equal for both; null beside
-    a number: 1."""
+    """Weight lambda of desirable answers. null, if the other is null too: so large that the
+    desirable rows to train on weigh 1.5 times as much in all, and at least 1; else 1."""
     undesirable_weight: NonNegative | None = None  # type: ignore[assignment]
-    """Weight lambda of undesirable answers; null: as for desirable ones."""
+    """Weight lambda of undesirable answers; null: 1."""
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
 
     def __post_init__(self) -> None:

@@ -15,9 +15,9 @@ from rlhf_jax.training.supervised.job import Job, Learner, Task
 from rlhf_jax.training.supervised.run import run as run_task
 from rlhf_jax.types import TrainState
 
-# What desirable answers weigh in all, as a multiple of undesirable ones: from 1 to 1.5 in eq. 9 of
-# Ethayarajh et al. 2024. The more, the less both log-ratios fall: docs/algorithms/kto.md.
-TOTAL = 1.5
+# Desirable answers weigh at least so many times as much in all as undesirable ones. It is the most
+# of eq. 9 in Ethayarajh et al. 2024; docs/algorithms/kto.md shows what less does.
+LEAST_TOTAL = 1.5
 
 
 def run(config: RunConfig) -> RunResult:
@@ -33,15 +33,14 @@ def run(config: RunConfig) -> RunResult:
 def weights(
     settings: KTOStage, num_desirable: float, num_undesirable: float
 ) -> tuple[float, float]:
-    """The weights of desirable and of undesirable answers, of which there are so many. Two null
-    weights make the desirable ones weigh `TOTAL` times as much in all, by more than 1 for one of
-    the kinds; one null is 1.
+    """The weights of desirable and of undesirable answers, of which there are so many. Where both
+    are null, the first is so large that desirable answers weigh `LEAST_TOTAL` times as much in all,
+    but at least 1. Any other null weight is 1.
     """
     desirable = settings.desirable_weight
     undesirable = settings.undesirable_weight
     if desirable is None and undesirable is None and num_desirable and num_undesirable:
-        ratio = TOTAL * num_undesirable / num_desirable
-        return max(ratio, 1.0), max(1 / ratio, 1.0)
+        desirable = max(LEAST_TOTAL * num_undesirable / num_desirable, 1.0)
     return 1.0 if desirable is None else desirable, 1.0 if undesirable is None else undesirable
 
 
