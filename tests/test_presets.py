@@ -51,7 +51,7 @@ SAYS = {
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4"
     " rate=None kl_coef=None",
     "ipo": "dpo kind=ipo beta=0.1 rate=None",
-    "kto": "kto beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 batch_size=32 rate=5e-06",
+    "kto": "kto beta=0.1 desirable_weight=None undesirable_weight=None batch_size=32 rate=5e-06",
     "luspo": "grpo ratio=sequence surrogate=clip aggregate=sum kl_in_loss=False"
     " rate=None kl_coef=None",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32 rate=5e-06",

@@ -527,7 +527,7 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
             for letter in "abcdfghi"
         ]
         (tmp_path / "feedback.json").write_text(json.dumps(rows))
-        training.kto.warn_of_one_kind(read(config, "kto"))
+        weights_of(config)
         return [line for line in capsys.readouterr().out.splitlines() if "warning: all" in line]
 
     assert "are desirable; " in " ".join(warned("abcdfghi"))
@@ -535,6 +535,65 @@ def test_kto_says_that_all_answers_are_of_one_kind_and_needs_two_rows(config, tm
     assert not warned("abcd")
     with pytest.raises(ValueError, match="batch_size must be at least 2"):
         KTOStage(batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "expected"),
+    [
+        ({}, (300, 1200), (6.0, 1.0)),
+        ({}, (1200, 300), (1.0, 1.0)),
+        ({}, (10, 10), (1.5, 1.0)),
+        ({}, (12, 10), (1.25, 1.0)),
+        ({}, (3.0, 4.5), (2.25, 1.0)),
+        ({"desirable_weight": 4.0}, (300, 1200), (4.0, 1.0)),
+        ({"undesirable_weight": 0.0}, (300, 1200), (1.0, 0.0)),
+        ({"desirable_weight": 1.0, "undesirable_weight": 1.0}, (300, 1200), (1.0, 1.0)),
+        ({}, (0, 1200), (1.0, 1.0)),
+        ({}, (1200, 0), (1.0, 1.0)),
+    ],
+)
+def test_the_weights_of_kto_by_hand(given, counts, expected):
+    """The most of the paper's eq. 9: desirable answers weigh 1.5 times as much in all, or more."""
+    assert training.kto.weights(KTOStage(**given), *counts) == pytest.approx(expected)
+
+
+def weights_of(config):
+    """The settings of KTO for the rows of the data."""
+    job = SimpleNamespace(settings=config.kto, **vars(read(config, "kto")))
+    return training.kto.weighted(job)
+
+
+def test_the_pairs_of_a_ranking_weigh_as_one_row(config, tmp_path):
+    """Three pairs of a ranking are a third of a row each: one desirable row beside two."""
+    ranked = {"prompt": "a", "responses": ["yes", "no", "yes no"], "ranking": [0, 1, 2]}
+    bad = {"prompt": "a", "response": "no no", "desirable": False}
+    (tmp_path / "rows.json").write_text(json.dumps([ranked, bad]))
+    found = weights_of(changed(config, "kto", validation_fraction=0.0))
+    assert (found.desirable_weight, found.undesirable_weight) == pytest.approx((3.0, 1.0))
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(None, 4.5), (1.0, 1.0)])
+def test_kto_weighs_the_rows_that_it_trains_on(
+    weights, expected, config, tmp_path, monkeypatch, capsys
+):
+    """Four of 16 are desirable, and all those that are held out."""
+    rows = [
+        {"prompt": letter, "response": "yes", "desirable": number < 4}
+        for number, letter in enumerate(LETTERS)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "other.json").write_text(json.dumps([row | {"desirable": True} for row in rows]))
+    given = {"desirable_weight": weights, "undesirable_weight": weights}
+    given["validation_data"] = (str(tmp_path / "other.json"),)
+    monkeypatch.setattr(kto, "update", lambda *_, config, **__: stop(config))
+    with pytest.raises(Seen) as seen:
+        training.kto.run(changed(config, "kto", **given))
+    [of_update] = seen.value.args
+    assert (of_update.desirable_weight, of_update.undesirable_weight) == (expected, 1.0)
+    said = capsys.readouterr().out
+    assert f"desirable_weight {expected:g} for 4 answers" in said
+    assert "undesirable_weight 1 for 12\n" in said
+    assert ("weigh 4 and undesirable ones 12" in said) == (weights == 1.0)
 
 
 def test_experts_that_a_model_has_not_cannot_be_balanced(config):

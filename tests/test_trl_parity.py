@@ -25,7 +25,7 @@ from rlhf_jax.config import DPOStage
 from rlhf_jax.data import batches, chat, encoding, formats
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 from rlhf_jax.training.common import references
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.parity
 
@@ -282,6 +282,70 @@ def test_kto(policy, reference, tmp_path, write):
     assert kl > 0
     options = {"policy_fn": policy.fn, "config": kto.Config(**weights)}
     assert_equal(policy, lambda params: kto.loss(params, batch, None, **options), expected)
+
+
+def test_kto_step_by_step(reference, folder, tmp_path, write):
+    """Two desirable answers among ten, none of them in the second batch: reference points, losses
+    and all weights of six steps of Adam. The longest of the mismatched texts is cut.
+    """
+    import torch
+
+    side = Side(folder, seed=1)
+    size = 5
+    asked = [[WARM, NO, WHY], [WHY], [WARM], [BRIEF, WARM], [WARM]] * 2
+    answers = [NO, FROZEN, YES, NO, FROZEN, NO, FROZEN, FROZEN, NO, YES]
+    rows = [
+        {"prompt": prompt, "completion": [answer], "label": number in (1, 3)}
+        for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    weights = {"desirable_weight": 4.0, "undesirable_weight": 1.0}
+    texts = [[*row["prompt"], *row["completion"]] for row in rows]
+    longest = max(len(side.theirs.apply_chat_template(text)["input_ids"]) for text in texts)
+    settings = {"per_device_train_batch_size": size, "max_length": longest, **weights}
+    turned = [row for start in (0, size) for row in rows[start : start + size][::-1]]
+    given = {"ref_model": reference.torch}
+    trainer = trainer_of("KTO", side, turned, tmp_path, given, **settings)
+    theirs = torch.optim.Adam(side.torch.parameters(), lr=3e-3)
+
+    names = {"completion": "response", "label": "desirable"}
+    ours = [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    chat_template = chat.template_of(side.tokenizer, "auto")
+    found = formats.read("feedback", write(ours), template=chat_template).rows
+    encoded = encoding.encode_texts(found, side.tokenizer, template="auto", max_length=longest)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    state = TrainState.create(side.params, optimizer)
+    is_cut = False
+    points = []
+    for step in range(6):
+        numbers = np.arange(size) + size * (step % 2)
+        inputs = trainer.data_collator([trainer.train_dataset[int(i)] for i in numbers])
+        expected = trainer.compute_loss(trainer.model, dict(inputs))
+        theirs.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(side.torch.parameters(), 1.0)
+        theirs.step()
+        batch = batches.feedback_batch(encoded, numbers, 8)
+        batch = kto.with_reference(batch, Partial(side.fn, reference.params))
+        others = real(batch.mismatched.tokens, batch.mismatched.attention_mask)
+        assert others[::-1] == real(inputs["KL_input_ids"], inputs["KL_attention_mask"])
+        whole = [len(row["prompt_ids"] + row["KL_completion_ids"]) for row in trainer.train_dataset]
+        is_cut |= max(whole) > longest == max(map(len, others))
+        state, metrics = kto.update(
+            state,
+            batch,
+            None,
+            policy_fn=side.fn,
+            optimizer=optimizer,
+            config=kto.Config(**weights),
+        )
+        assert_allclose(metrics["kto/loss"], expected.item(), rtol=1e-4)
+        points.append(trainer._metrics["eval"]["kl"][-1])
+        assert_allclose(metrics["kto/reference_point"], points[-1], rtol=1e-4, atol=1e-5)
+    assert is_cut
+    assert min(points) == 0 < max(points)
+    side.torch.save_pretrained(tmp_path / "trained")
+    _, trained = models.load(tmp_path / "trained")
+    jax.tree.map(lambda x, y: assert_allclose(x, y, atol=2e-4), state.params, trained)
 
 
 def test_losses_without_a_reference():

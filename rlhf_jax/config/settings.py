@@ -384,6 +384,11 @@ class KTOStage(Answering, kto.Config):
     {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
     one is not."""
 
+    desirable_weight: NonNegative | None = None  # type: ignore[assignment]
+    """Weight lambda of desirable answers. null, if the other is null too: so large that the
+    desirable rows to train on weigh 1.5 times as much in all, and at least 1; else 1."""
+    undesirable_weight: NonNegative | None = None  # type: ignore[assignment]
+    """Weight lambda of undesirable answers; null: 1."""
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
 
     def __post_init__(self) -> None:
