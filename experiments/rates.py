@@ -5,7 +5,7 @@
 The networks of .1 and 1 million parameters start from random weights. A first training on answers
 that are half noise gives them a form; the stages then teach them to answer well, each at rates from
 one that does nothing to one that breaks the network. A run is one pure function, the package's own
-losses and optimizer with the stage's default schedule; one program maps it over rates, tasks and
+losses and optimizer with the stage's default schedule; one program maps it over rates and
 seeds (``jax.lax.map``: on a core as fast as ``jax.vmap``, and compiled in half the time).
 
 Two tasks. ``reverse``: four letters are to be written backwards, and half of the letters of the
@@ -67,8 +67,6 @@ PROMPT = 4
 RESPONSE = 7
 RANK = 8
 SIZES = {"0.1 M": (64, 2), "1 M": (144, 4)}  # width and layers
-STAGES = ("sft", "reward_model", "dpo", "kto", "rl")
-TASKS = ("reverse", "taste")
 # Half powers of ten, by stage: the least and the largest exponent, of full training
 RANGES = {"sft": (-4, -1), "reward_model": (-4, -1), "dpo": (-5, -2), "kto": (-5, -2)}
 RANGES |= {"rl": (-4.5, -1.5)}
@@ -90,20 +88,20 @@ FULL = Sizes()
 
 
 class Part(NamedTuple):
-    """What one program measures."""
+    """A stage at several rates."""
 
     size: str
     is_adapter: bool
     stage: str
-    num_tasks: int = 1
+    task: str
     longer: int = 1  # times the usual steps
 
     @property
     def name(self) -> str:
-        """The variants in the table begin with it; the task follows."""
+        """The variant in the table."""
         how = "adapters" if self.is_adapter else "full"
         length = f" x {self.longer}" * (self.longer > 1)
-        return f"{self.stage}, {self.size}, {how}{length}"
+        return f"{self.stage}, {self.size}, {how}, {self.task}{length}"
 
 
 def network(size: str) -> models.Model:
@@ -319,60 +317,62 @@ def rates_of(part: Part, sizes: Sizes) -> np.ndarray:
     if sizes.rates is not None:
         middle = (len(exponents) - sizes.rates + 1) // 2
         exponents = exponents[middle : middle + sizes.rates]
-    return 10.0**exponents
+    return np.float32(10.0**exponents)
 
 
 def measure(part: Part, sizes: Sizes) -> list[results.Row]:
-    """Trains at all rates, on all tasks, with all seeds, in one program."""
+    """Trains at all rates with all seeds."""
     rates = rates_of(part, sizes)
-    shape = (len(rates), part.num_tasks, sizes.seeds)
-    lanes = tuple(np.unravel_index(np.arange(np.prod(shape)), shape))
-    starts = _starts(part.size, part.num_tasks, sizes)
-    train = trainer(part, sizes)
-
-    def lane(numbers: tuple[Array, Array, Array]) -> dict[str, Array]:
-        rate, task, seed = numbers
-        start = jax.tree.map(lambda x: x[task, seed], starts)
-        return train(task == 1, start, jax.random.key(seed), jnp.float32(rates)[rate])
-
-    found = jax.device_get(jax.jit(functools.partial(jax.lax.map, lane))(lanes))
-    found = {metric: values.reshape(shape) for metric, values in found.items()}
+    is_taste = np.bool_(part.task == "taste")
+    starts = _starts(part.size, sizes)(is_taste)
+    found = jax.device_get(_runs(part._replace(task=""), sizes)(is_taste, starts, rates))
     table = []
     for metric, values in found.items():
-        for (number, task, seed), value in np.ndenumerate(values):
-            variant = f"{part.name}, {TASKS[task]}"
+        for (number, seed), value in np.ndenumerate(values.reshape(len(rates), sizes.seeds)):
             name = f"{metric} at {rates[number]:.1g}"
-            table.append(results.row(variant, seed, part.longer * sizes.steps, name, value))
+            table.append(results.row(part.name, seed, part.longer * sizes.steps, name, value))
     return table
 
 
 @functools.cache
-def _starts(size: str, num_tasks: int, sizes: Sizes) -> Params:
-    """[tasks, seeds, ...] weights."""
-    tasks, seeds = np.indices((num_tasks, sizes.seeds)).reshape(2, -1)
+def _starts(size: str, sizes: Sizes) -> Callable[[Array], Params]:
+    """[seeds, ...] weights that the stages of a task start from."""
 
-    def lane(numbers: tuple[Array, Array]) -> Params:
-        task, seed = numbers
-        return begin(size, sizes, task == 1, jax.random.key(1000 + seed))
+    def begin_all(is_taste: Array) -> Params:
+        keys = jax.vmap(jax.random.key)(1000 + jnp.arange(sizes.seeds))
+        return jax.lax.map(functools.partial(begin, size, sizes, is_taste), keys)
 
-    found = jax.jit(functools.partial(jax.lax.map, lane))((tasks, seeds))
-    return jax.tree.map(lambda x: x.reshape(num_tasks, sizes.seeds, *x.shape[1:]), found)
+    return jax.jit(begin_all)
+
+
+@functools.cache
+def _runs(part: Part, sizes: Sizes) -> Callable[..., dict[str, Array]]:
+    """A part's measures [rates * seeds], of either task."""
+    train = trainer(part, sizes)
+
+    def run_all(is_taste: Array, starts: Params, rates: Array) -> dict[str, Array]:
+        def lane(inputs: tuple[Array, Array]) -> dict[str, Array]:
+            rate, seed = inputs
+            start = jax.tree.map(lambda x: x[seed], starts)
+            return train(is_taste, start, jax.random.key(seed), rate)
+
+        seeds = jnp.tile(jnp.arange(sizes.seeds), len(rates))
+        return jax.lax.map(lane, (jnp.repeat(rates, sizes.seeds), seeds))
+
+    return jax.jit(run_all)
 
 
 def parts() -> list[Part]:
-    """All parts, those that others wait for first."""
-    small = [
-        Part("0.1 M", is_adapter, stage, 1 if is_adapter else len(TASKS))
-        for is_adapter in (False, True)
-        for stage in ("rl", "dpo", "kto", "reward_model", "sft")
+    """All parts, the most telling ones first."""
+    stages = ("dpo", "rl", "sft", "kto", "reward_model")
+    return [
+        *(Part("0.1 M", False, stage, "reverse") for stage in stages),
+        *(Part("0.1 M", True, stage, "reverse") for stage in stages),
+        *(Part("0.1 M", False, stage, "taste") for stage in stages),
+        *(Part("1 M", False, stage, "reverse") for stage in stages),
+        *(Part("0.1 M", False, stage, "reverse", 4) for stage in ("dpo", "rl", "sft")),
+        *(Part("1 M", True, stage, "reverse") for stage in stages),
     ]
-    larger = [
-        Part("1 M", is_adapter, stage)
-        for is_adapter in (False, True)
-        for stage in ("dpo", "rl", "sft", "reward_model", "kto")
-    ]
-    longer = [Part("0.1 M", False, stage, longer=4) for stage in ("sft", "dpo", "rl")]
-    return [*small, *larger, *longer]
 
 
 def describe(table: list[results.Row]) -> str:
@@ -381,8 +381,7 @@ def describe(table: list[results.Row]) -> str:
     for row in results.over_seeds(table):
         metric, _, rate = row["metric"].partition(" at ")
         if not rate.endswith(results.EDGES):
-            task = row["variant"].rpartition(", ")[2]
-            lines.setdefault(f"{task} {metric}", []).append(f"{rate}: {row['value']:.3f}")
+            lines.setdefault(metric, []).append(f"{rate}: {row['value']:.3f}")
     return "; ".join(f"{metric} {', '.join(values)}" for metric, values in lines.items())
 
 
@@ -402,7 +401,7 @@ def main(
     table, seconds = before["rows"], before["seconds"]
     done = {row["variant"] for row in table}
     for part in parts():
-        if f"{part.name}, {TASKS[0]}" in done or only not in part.name:
+        if part.name in done or only not in part.name:
             continue
         began = time.monotonic()
         found = measure(part, sizes)
