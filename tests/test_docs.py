@@ -407,9 +407,8 @@ def test_the_tests_that_a_page_names_exist():
 
 
 @pytest.mark.slow
-def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
+def test_the_same_jobs_are_commands_that_parse():
     """Each example has their command and ours; ours reads every flag that it has."""
-    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
     part = COMING.read_text("utf-8").partition("## The same job")[2].partition("\n## ")[0]
     examples = re.findall(r"^rlhf-jax .*(?:\n    .*)*", part, re.MULTILINE)
     ran = []
@@ -425,9 +424,8 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
+def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit():
     """Every flag is read by its stage, and batches divide."""
-    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
     text = (ROOT / "docs" / "public_jobs.txt").read_text("utf-8")
     jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(jobs) == 19

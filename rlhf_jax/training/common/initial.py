@@ -20,10 +20,8 @@ from rlhf_jax.config import (
     LoRA,
     ModelSource,
     Network,
-    Optimizer,
     RLStage,
     Text,
-    is_pretrained,
 )
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow, Row
@@ -208,25 +206,6 @@ def stage_rows(
     if unread:
         logger.info(f"{kind}{note}: {unread}")
     return data
-
-
-def warn_of_rate(source: ModelSource, section: str, optimizer: Optimizer) -> None:
-    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits
-    random ones.
-    """
-    rate = optimizer.learning_rate
-    if (
-        source.model is not None
-        and not source.lora.rank
-        and rate >= 1e-4
-        and is_pretrained(source.model)
-    ):
-        high = (
-            f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
-            f"{source.model}"
-        )
-        usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
-        logger.info(f"warning: {high} and may undo what they know; {usual}")
 
 
 def hold_out(
