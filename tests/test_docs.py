@@ -195,7 +195,7 @@ def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
 
 
 def test_commands_that_train_gpt2_say_at_which_rate():
-    """The defaults of SFT and reward models are for random weights."""
+    """Those of the systems that they come from."""
     page = COMING.read_text("utf-8")
     commands = re.findall(r"`(rlhf-jax [^`]*--model gpt2[^`]*)`", page)
     assert len(commands) == 2

@@ -241,7 +241,7 @@ class Optimizer(Section):
     """Adam or AdamW with clipping and a schedule (optax)."""
 
     learning_rate: NonNegative | None = None
-    """Peak learning rate; null: by the size of the model, see docs/rates.md."""
+    """Peak learning rate; null: by the size of what is trained, printed at the start of a run."""
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     """After the warm-up: linear and cosine decay from the peak to 0 over the run; plateau divides
     the rate by ten after 5 validations in a row without improvement of keep_best's metric, without
