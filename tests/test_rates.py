@@ -24,7 +24,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.training.common import rates
-from rlhf_jax.training.common.optimizer import learning_rates
+from rlhf_jax.training.common.optimizer import learning_rates, make_optimizer
 from rlhf_jax.training.common.rates import POWERS, Size, default_rate
 from rlhf_jax.training.rl import job, programs
 from rlhf_jax.training.rl.method import Method
@@ -68,6 +68,11 @@ def test_a_given_rate_stays_and_one_far_above_the_default_warns(capsys):
         assert out.startswith("warning: dpo.optimizer.learning_rate") == warns
         assert bool(out) == warns
     assert rates.with_rate("dpo", Optimizer(0.0), size) == Optimizer(0.0)
+
+
+def test_an_optimizer_needs_a_rate():
+    with pytest.raises(ValueError, match="learning_rate is null"):
+        make_optimizer(Optimizer(), 1)
 
 
 def test_adapters_count_the_network_that_they_adapt(capsys):
@@ -130,6 +135,12 @@ def test_who_gives_an_optimizer_hears_of_no_rate(capsys):
     given = Method(vpg, vpg.Config(), RLStage(), NO_PENALTY, None, optimizer=optax.sgd(0.1))
     programs.make_optimizer(given, params, Size(2, False))
     assert "rate " not in capsys.readouterr().out
+    # The value function has an optimizer of its own, by the settings.
+    critic = given._replace(algorithm=ppo, algorithm_config=PPOStage(value_warmup=1))
+    made = programs.make_optimizer(critic, params | {"value": params["w"]}, Size(2, False))
+    assert "rate " in capsys.readouterr().out
+    found = learning_rates(made.init(params | {"value": params["w"]}))
+    assert float(found["value/lr"]) == pytest.approx(default_rate("rl", Size(2, False)))
 
 
 def test_the_value_function_keeps_a_rate_that_it_is_given():
