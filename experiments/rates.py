@@ -66,7 +66,7 @@ PAD = LETTERS + 1
 PROMPT = 4
 RESPONSE = 7
 RANK = 8
-SIZES = {"0.1 M": (64, 2), "1 M": (144, 4)}  # width and layers
+SIZES = {"0.1 M": (64, 2), "1 M": (208, 2)}  # width and layers
 # Half powers of ten, by stage: the least and the largest exponent, of full training
 RANGES = {"sft": (-4, -1), "reward_model": (-4, -1), "dpo": (-5, -2), "kto": (-5, -2)}
 RANGES |= {"rl": (-4.5, -1.5)}
