@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from builders import UNASKED, initial_params, letters_run, metric_rows, with_rl
+from builders import ROOT, UNASKED, initial_params, letters_run, metric_rows, with_rl
 
 from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.cli.planning import shapes
@@ -157,3 +157,21 @@ def test_a_plan_needs_no_rate(stage, config):
     planned = with_rl(replace(config, reward=("length",)), batch_size=4, max_new_tokens=2)
     found = shapes.shapes_of(planned, stage, 4)
     assert jax.tree.leaves(found.held["optimizer"])
+
+
+def test_the_page_has_the_rates_of_the_rule():
+    """SFT, DPO and RL of all weights, then of adapters."""
+    page = (ROOT / "docs" / "rates.md").read_text("utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if " M | " in line]
+    assert len(lines) == 6
+    for size, *cells in lines:
+        number = round(float(size.removesuffix(" M").replace(",", "")) * MILLION)
+        found = [
+            default_rate(stage, Size(number, is_adapter))
+            for is_adapter in (False, True)
+            for stage in ("sft", "dpo", "rl")
+        ]
+        assert [float(cell) for cell in cells] == found
+        for alike, stage in (("reward_model", "sft"), ("kto", "dpo")):
+            rates = [default_rate(name, Size(number, False)) for name in (alike, stage)]
+            assert rates[0] == rates[1]
