@@ -40,6 +40,7 @@ def test_a_rate_is_a_power_of_the_size(monkeypatch):
     assert [default_rate("sft", Size(size, False)) for size in sizes] == [4e-3, 2e-3, 2e-4]
     assert default_rate("sft", Size(100 * MILLION, True)) == 2e-3
     assert default_rate("sft", Size(3 * MILLION, False)) == 1e-3  # 1.155e-3, in one digit
+    assert default_rate("sft", Size(MILLION, True)) == 1e-2  # at most
 
 
 @pytest.mark.parametrize("stage", POWERS)

@@ -19,6 +19,7 @@ POWERS = {
     "rl": (5e-4, 0.75),
 }
 OF_ADAPTERS = 10.0  # times the rate of all weights
+MOST = 1e-2  # of adapters too; above it small networks break
 SMALLEST, LARGEST = 1e5, 8e9  # parameters: of a size beyond, the rate of this one
 HIGH = 10.0  # times the default: a rate above it warns
 
@@ -47,7 +48,7 @@ def default_rate(stage: str, size: Size) -> float:
     rate, exponent = POWERS[stage]
     millions = min(max(size.num_params, SMALLEST), LARGEST) / 1e6
     rate *= millions**-exponent * (OF_ADAPTERS if size.is_adapter else 1.0)
-    return float(f"{rate:.0e}")
+    return float(f"{min(rate, MOST):.0e}")
 
 
 def with_rate(stage: str, optimizer: Optimizer, size: Size) -> Optimizer:
