@@ -53,7 +53,8 @@ def write(text):
 def test_flag_goes_before_file_before_default():
     file = write("sft: {optimizer: {eps: 1e-3, b1: 0.5}}\nseed: 7\n")
     # Other sections keep their values, though their default is the same object.
-    expected = RunConfig(seed=7, sft=SFTStage(optimizer=Optimizer(eps=1e-3, b1=0.25)))
+    adam = replace(RunConfig().sft.optimizer, eps=1e-3, b1=0.25)
+    expected = RunConfig(seed=7, sft=SFTStage(optimizer=adam))
     for argv in ([*file, "--sft.optimizer.b1", "0.25"], ["--sft.optimizer.b1", "0.25", *file]):
         assert parse(RunConfig, argv, sections=("sft.optimizer",)) == expected
     # Of several files each setting counts where it is given last.
@@ -874,4 +875,4 @@ def test_counts_are_numbers_that_a_program_can_count_to():
             RLStage(batch_size=wrong)
     assert RLStage(batch_size=2**31 - 1).batch_size == 2147483647
     with pytest.raises(UserError, match="optimizer steps are more than can be counted"):
-        make_optimizer(Optimizer(), 2**31)
+        make_optimizer(Optimizer(1e-3), 2**31)

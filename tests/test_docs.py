@@ -195,7 +195,7 @@ def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
 
 
 def test_commands_that_train_gpt2_say_at_which_rate():
-    """The defaults of SFT and reward models are for random weights."""
+    """Those of the systems that they come from."""
     page = COMING.read_text("utf-8")
     commands = re.findall(r"`(rlhf-jax [^`]*--model gpt2[^`]*)`", page)
     assert len(commands) == 2
@@ -407,9 +407,8 @@ def test_the_tests_that_a_page_names_exist():
 
 
 @pytest.mark.slow
-def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
+def test_the_same_jobs_are_commands_that_parse():
     """Each example has their command and ours; ours reads every flag that it has."""
-    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
     part = COMING.read_text("utf-8").partition("## The same job")[2].partition("\n## ")[0]
     examples = re.findall(r"^rlhf-jax .*(?:\n    .*)*", part, re.MULTILINE)
     ran = []
@@ -425,9 +424,8 @@ def test_the_same_jobs_are_commands_that_parse(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit(monkeypatch):
+def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit():
     """Every flag is read by its stage, and batches divide."""
-    monkeypatch.setattr("rlhf_jax.config.flags.pretrained_defaults", lambda *_: {})
     text = (ROOT / "docs" / "public_jobs.txt").read_text("utf-8")
     jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(jobs) == 19

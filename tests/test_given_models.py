@@ -1,25 +1,19 @@
-"""What ``--model`` and ``--reward`` may name, and at which rate given weights are trained."""
+"""What ``--model`` and ``--reward`` may name."""
 
-import operator
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from builders import run_ppo, save_base, slow
+from builders import run_ppo, save_base
 
 from rlhf_jax import models, training
 from rlhf_jax.config import (
-    PRETRAINED,
     LoRA,
     Network,
-    Optimizer,
     RunConfig,
-    model_source,
     parse,
-    to_yaml,
 )
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
@@ -63,85 +57,6 @@ def test_a_runs_folder_means_its_model(tmp_path):
     assert loaded == [inner]
 
 
-@pytest.mark.parametrize(
-    ("above", "rate", "rank", "warns"),
-    [
-        ("none", 1e-4, 0, True),  # a folder from elsewhere
-        ("none", 9e-5, 0, False),
-        ("none", 1e-3, 8, False),
-        ("random", 1e-3, 0, False),  # a run of ours, from random weights
-        ("gpt2", 1e-3, 0, True),  # one from given weights
-    ],
-)
-def test_a_rate_that_suits_random_weights_warns_with_pretrained_ones(
-    above, rate, rank, warns, tmp_path, capsys
-):
-    (tmp_path / "model").mkdir()
-    if above != "none":
-        started = RunConfig(model=None if above == "random" else "gpt2")
-        (tmp_path / "config.yaml").write_text(to_yaml(started), "utf-8")
-    given = RunConfig(model=str(tmp_path / "model"), lora=LoRA(rank=rank))
-    initial.warn_of_rate(model_source(given), "sft", Optimizer(learning_rate=rate))
-    said = (
-        f"warning: sft.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
-        f"{Path(given.model)}"
-    )
-    assert (said in capsys.readouterr().out) == warns
-
-
-SFT = [key for key in PRETRAINED if key.startswith("sft")]
-
-
-def values_of(parsed, keys):
-    return {key: operator.attrgetter(key)(parsed) for key in keys}
-
-
-@pytest.mark.parametrize(("rank", "column"), [(0, 0), (8, 1)])
-def test_pretrained_weights_have_defaults_of_their_own(rank, column, capsys):
-    parsed = parse(
-        RunConfig, ["--model", "gpt2", "--lora.rank", str(rank)], sections=("sft", "lora")
-    )
-    assert values_of(parsed, PRETRAINED) == {key: both[column] for key, both in PRETRAINED.items()}
-    listed = ", ".join(f"{key} {PRETRAINED[key][column]}" for key in SFT)
-    said = f"defaults for the pretrained gpt2: {listed}\n"
-    assert capsys.readouterr().out == said
-
-
-@pytest.mark.parametrize("flag", ["--sft.optimizer.learning-rate=1e-3", "--config"])
-def test_what_was_given_wins_and_is_not_named(flag, tmp_path, capsys):
-    """Also where it is the class's default."""
-    (tmp_path / "own.yaml").write_text("sft: {optimizer: {learning_rate: 1.0e-3}}")
-    argv = ["--model", "gpt2", flag, *[str(tmp_path / "own.yaml")] * (flag == "--config")]
-    parsed = parse(RunConfig, argv)
-    assert parsed.sft.optimizer.learning_rate == 1e-3
-    assert parsed.sft.optimizer.warmup_steps == 0.1
-    assert "sft.optimizer.learning_rate" not in capsys.readouterr().out
-    (tmp_path / "config.yaml").write_text(to_yaml(parsed), "utf-8")
-    assert parse(RunConfig, ["--config", str(tmp_path / "config.yaml")]) == parsed
-    assert capsys.readouterr().out == ""  # everything is given
-
-
-@pytest.mark.parametrize("name", [slow("run"), "run/model"])
-def test_a_model_that_a_run_of_ours_trained_from_random_weights_keeps_the_defaults(name, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "second" / "model").mkdir(parents=True)
-    above = {"run": None, "second": str(tmp_path / name)}
-    for folder, model in above.items():
-        (tmp_path / folder / "config.yaml").write_text(to_yaml(RunConfig(model=model)), "utf-8")
-    for model in (name, "second"):
-        parsed = parse(RunConfig, ["--model", str(tmp_path / model)])
-        assert parsed == RunConfig(model=str(tmp_path / model))
-    # That of a run from given weights, and one that names itself.
-    for model in ("gpt2", str(tmp_path / name)):
-        (tmp_path / "run" / "config.yaml").write_text(to_yaml(RunConfig(model=model)), "utf-8")
-        assert parse(RunConfig, ["--model", str(tmp_path / "second")]).dpo.batch_size == 64
-
-
-def test_a_small_network_from_random_weights_keeps_the_defaults(capsys):
-    assert parse(RunConfig, []) == RunConfig()
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.slow
 def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):
     base = save_base(tmp_path / "base", data)
@@ -149,7 +64,7 @@ def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):
     parsed = parse(RunConfig, ["--config", "chat", *places, "--sft.num-epochs", "1"])
     assert training.sft.run(parsed).metrics["nonfinite"] == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8"))
-    assert saved["sft"]["optimizer"]["learning_rate"] == 2e-4
+    assert saved["sft"]["optimizer"]["learning_rate"] is None
     assert saved["sft"]["optimizer"]["warmup_steps"] == 0.1
 
 

@@ -192,7 +192,7 @@ def test_a_run_draws_as_many_reserves_as_its_settings_say(tmp_path):
 @pytest.mark.parametrize(("taken", "said"), [(4, "too early"), (1, ""), (0, "too late")])
 def test_a_schedule_that_counts_other_steps_than_are_taken_is_said(taken, said, capsys):
     """Of 9 iterations with a step each, of which one is done."""
-    optimizer = make_optimizer(Optimizer(schedule="linear"), 9)
+    optimizer = make_optimizer(Optimizer(1e-3, schedule="linear"), 9)
     params = {"w": jnp.zeros(2)}
     update = jax.jit(optimizer.update)
     _, opt_state = update(params, optimizer.init(params), params)

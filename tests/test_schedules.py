@@ -285,7 +285,7 @@ def test_a_state_holds_no_setting_that_would_win_over_a_changed_one(algorithm):
     """Beside parameters and their moments: counters; the rate and the scale of a plateau, which are
     computed anew; a mean of scores; the coefficient of the KL, see ``Job.adopt``.
     """
-    optimizer = make_optimizer(Optimizer(schedule="plateau"), 10)
+    optimizer = make_optimizer(Optimizer(1e-3, schedule="plateau"), 10)
     kind = getattr(algorithm, "State", TrainState)
     train = kind.create({"c_fc": {"kernel": jnp.ones((2, 2))}}, optimizer=optimizer)
     state = jax.tree.leaves_with_path(LoopState.create(train, 0.05))

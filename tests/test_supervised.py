@@ -407,8 +407,8 @@ def test_a_reward_model_has_moved_as_far_as_its_margins_since_the_first_validati
     ("warmup", "num_steps", "said"),
     [
         (0.1, 1, "the rate of the only step is 0"),
-        (6, 3, "rises from 0 to 0.2, not to 0.6"),
-        (3, 3, "rises from 0 to 0.4, not to 0.6"),
+        (6, 3, "rises from 0 to 33%"),
+        (3, 3, "rises from 0 to 67%"),
         (3, 4, ""),
         (0.5, 4, ""),
         (0, 1, ""),

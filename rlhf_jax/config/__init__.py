@@ -7,7 +7,6 @@ flags by ``parse``.
 """
 
 from rlhf_jax.config.flags import parse
-from rlhf_jax.config.pretrained import PRETRAINED, is_pretrained
 from rlhf_jax.config.sections import for_algorithm, section_name
 from rlhf_jax.config.settings import (
     ALGORITHMS,
@@ -39,7 +38,6 @@ from rlhf_jax.graders.service import Judge
 
 __all__ = [
     "ALGORITHMS",
-    "PRETRAINED",
     "Answering",
     "Compute",
     "DPOStage",
@@ -66,7 +64,6 @@ __all__ = [
     "check_trusted",
     "data_source",
     "for_algorithm",
-    "is_pretrained",
     "model_source",
     "parse",
     "read",

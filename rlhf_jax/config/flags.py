@@ -6,7 +6,7 @@ import functools
 import operator
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,7 +15,6 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from rlhf_jax.config import command_line
-from rlhf_jax.config.pretrained import pretrained_defaults
 from rlhf_jax.config.sections import own_section, section_name
 from rlhf_jax.config.settings import ALGORITHMS, RIVALS, RunConfig
 from rlhf_jax.config.trust import check_trusted, shipped
@@ -25,7 +24,6 @@ from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
-R = TypeVar("R", bound=RunConfig)
 Words = Sequence[str]
 
 
@@ -105,7 +103,6 @@ def parse(
     config = _with_values(config, lost)
     if isinstance(config, RunConfig):
         _check_unread(config, typed)
-        config = _with_pretrained(config, typed.keys() | left.keys(), reads)
     if own:
         vars(config)["own"] = {
             name: _checked(vars(config).pop(name), f"{name}.", left, problems) for name in own
@@ -286,17 +283,6 @@ def _check_unread(config: RunConfig, typed: Mapping[str, str]) -> None:
         "so this would change nothing; leave it out. Texts are limited by --text.max-length, "
         "--rl.max-prompt-length and --rl.max-new-tokens"
     )
-
-
-def _with_pretrained(config: R, chosen: Collection[str], reads: Words) -> R:
-    """The config with the defaults for pretrained weights, if its model has such. What was
-    ``chosen``, by a flag or a file, stays. Prints those that the command reads.
-    """
-    filled = pretrained_defaults(config, chosen)
-    listed = [f"{key} {filled[key]}" for key in filled if key in reads]
-    if listed:
-        logger.info(f"defaults for the pretrained {config.model}: {', '.join(listed)}")
-    return _with_values(config, filled)
 
 
 def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:

@@ -240,8 +240,8 @@ class Text(Section):
 class Optimizer(Section):
     """Adam or AdamW with clipping and a schedule (optax)."""
 
-    learning_rate: NonNegative = 1e-3
-    """Peak learning rate."""
+    learning_rate: NonNegative | None = None
+    """Peak learning rate; null: by the size of what is trained, printed at the start of a run."""
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     """After the warm-up: linear and cosine decay from the peak to 0 over the run; plateau divides
     the rate by ten after 5 validations in a row without improvement of keep_best's metric, without
@@ -296,7 +296,7 @@ class Supervised(Section):
     """The run's length in optimizer steps, which replaces num_epochs; null: that of num_epochs."""
     batch_size: Count = 32
     """Rows (comparisons, pairs) per optimizer step, over all devices."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = Optimizer(schedule="cosine", warmup_steps=0.1)
     validation_fraction: ShareBelow1 = 0.1
     """Share of the rows held out for validation; rows with equal prompts stay together."""
     validation_data: Texts = ()
@@ -367,7 +367,7 @@ class DPOStage(Answering, Reference, dpo.Config):
     pairs or rankings.
     """
 
-    optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
+    optimizer: Optimizer = Optimizer(schedule="linear", warmup_steps=0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -389,7 +389,7 @@ class KTOStage(Answering, kto.Config):
     desirable rows to train on weigh 1.5 times as much in all, and at least 1; else 1."""
     undesirable_weight: NonNegative | None = None  # type: ignore[assignment]
     """Weight lambda of undesirable answers; null: 1."""
-    optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
+    optimizer: Optimizer = Optimizer(schedule="linear", warmup_steps=0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -468,7 +468,7 @@ class RLStage(Reference):
     """Replaces the score of a response that did not end."""
     score_clip: Positive | None = None
     """Scores are clipped to this distance from 0, before any penalty; null: not clipped."""
-    optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
+    optimizer: Optimizer = Optimizer(schedule="linear")
     train_routers: bool = False
     """Train the routers of a mixture of experts too. By default RL leaves them as they are: what a
     token's experts are then changes with its state alone."""

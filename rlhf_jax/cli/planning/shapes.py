@@ -25,7 +25,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
-from rlhf_jax.training.common import initial, layout, reward_models
+from rlhf_jax.training.common import initial, layout, rates, reward_models
 from rlhf_jax.training.common.layout import Layout, laid_out_shapes
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import make_optimizer
@@ -285,11 +285,13 @@ def _job(case: Case) -> Job:
     starts = np.zeros((0, answers), np.int64)
     texts: list[list[np.ndarray]] = [[] for _ in range(answers)]
     shares = case.num_answers > 0
+    policy = case.policy()
+    size = rates.size_of(case.config.lora, policy.params)
     return Job(
         run=case.run,
         settings=case.own,
         source=model_source(case.config),
-        language_model=case.policy(),
+        language_model=policy,
         rows=[],
         encoded=EncodedTexts(
             texts, starts, [], [], 0, None, {}, none, none, targets=starts, shares_prompts=shares
@@ -300,7 +302,7 @@ def _job(case: Case) -> Job:
         collate=lambda encoded, rows: None,
         bucket_multiple=1,
         num_steps=1,
-        optimizer=make_optimizer(case.own.optimizer, 1),
+        optimizer=make_optimizer(rates.with_rate(case.name, case.own.optimizer, size), 1),
     )
 
 

@@ -23,7 +23,6 @@ from rlhf_jax.config import (
     Optimizer,
     RLStage,
     Text,
-    is_pretrained,
 )
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow, Row
@@ -210,34 +209,14 @@ def stage_rows(
     return data
 
 
-def warn_of_rate(source: ModelSource, section: str, optimizer: Optimizer) -> None:
-    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits
-    random ones.
-    """
-    rate = optimizer.learning_rate
-    if (
-        source.model is not None
-        and not source.lora.rank
-        and rate >= 1e-4
-        and is_pretrained(source.model)
-    ):
-        high = (
-            f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
-            f"{source.model}"
-        )
-        usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
-        logger.info(f"warning: {high} and may undo what they know; {usual}")
-
-
 def warn_of_warmup(section: str, optimizer: Optimizer, num_steps: int) -> None:
     """Prints a warning if the run ends before its warm-up does."""
     warmup = optimizer.warmup_steps
     steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     if not 0 < num_steps <= steps:
         return
-    peak = optimizer.learning_rate
     key = f"{section}.optimizer.warmup_steps {warmup:g} covers all steps of the run ({num_steps})"
-    end = f"the rate rises from 0 to {peak * (num_steps - 1) / steps:g}, not to {peak:g}"
+    end = f"the rate rises from 0 to {(num_steps - 1) / steps:.0%} of its peak"
     if num_steps == 1:
         end = "the rate of the only step is 0, which changes nothing"
     logger.info(f"warning: {key}: {end}")

@@ -42,10 +42,13 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
 
     Raises:
         UserError: there are more steps than its counter, an int32, can count.
+        ValueError: the settings have no learning rate.
     """
     if num_steps > MOST:
         raise UserError(f"{num_steps} optimizer steps are more than can be counted, {MOST}")
     peak = settings.learning_rate
+    if peak is None:
+        raise ValueError("learning_rate is null: rates.with_rate gives the default of a size")
     warmup_steps = int(settings.warmup_steps)
     if settings.warmup_steps < 1:
         warmup_steps = math.ceil(settings.warmup_steps * num_steps)

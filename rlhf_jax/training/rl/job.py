@@ -122,8 +122,6 @@ def open_job(
     config = _without_given(config, given)
     config = set_up(config, [run_folder(config, name)])
     settings = config.rl
-    if optimizer is None:
-        initial.warn_of_rate(model_source(config), "rl", settings.optimizer)
     helping_sizes = check_settings(name, settings, own, layout_of(config))
     method = method_of(config, complete, own, given)
     reply = function_of(settings.environment, "rl.environment")

@@ -13,7 +13,7 @@ from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.data.rows import texts
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.training.common import initial, layout, memory, remat
+from rlhf_jax.training.common import initial, layout, memory, rates, remat
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.training.common.opening import OpenRun, open_run, run_folder
 from rlhf_jax.training.common.optimizer import make_optimizer
@@ -46,7 +46,6 @@ def run(
         from rlhf_jax.training.common import references
 
         references.check(model_source(config), settings)
-    initial.warn_of_rate(model_source(config), task.section, settings.optimizer)
     sizes = check_sizes(task, settings, config.text, layout_of(config))
     data, to_validate = reading.read(data_source(config), task, settings)
     fingerprints = data.fingerprints | to_validate.fingerprints
@@ -173,6 +172,8 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
         run, language_model, members * rows_at_once, int(encoded.longest.max()), members
     )
     num_steps = settings.max_steps or settings.num_epochs * chosen.plan.steps_per_epoch
+    size = rates.size_of(source.lora, language_model.params)
+    optimizer = rates.with_rate(task.section, settings.optimizer, size)
     return Job(
         run,
         settings,
@@ -186,7 +187,7 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
         chosen.collate,
         chosen.bucket_multiple,
         num_steps,
-        make_optimizer(settings.optimizer, num_steps),
+        make_optimizer(optimizer, num_steps),
     )
 
 
