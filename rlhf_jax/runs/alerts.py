@@ -251,7 +251,9 @@ def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
 def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
     if len(score) < 20:
         return ""
-    is_near = _beyond("mean 5 of objective/kl", abs(kl[-5:].mean()), "<", 0.05)
+    # At a constant pace the KL grows with the square of the rows: 0.05 nats by row 100.
+    limit = 0.05 * min(1.0, len(kl) / 100) ** 2
+    is_near = _beyond("mean 5 of objective/kl", abs(kl[-5:].mean()), "<", limit)
     ends = (score[:10], score[-10:])
     before, after = (float(end.mean()) for end in ends)
     error = math.sqrt(sum(end.var(ddof=1) for end in ends) / 10)
@@ -261,40 +263,77 @@ def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
     return f"{is_near}, {stays}: raise rl.optimizer.learning_rate"
 
 
-def _reward_collapse(score: np.ndarray) -> str:
-    if len(score) < 6:
+def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
+    if len(loss) < 6:
         return ""
-    means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
-    highest = means[:-1].max()
-    gain = highest - means[0]
-    fall = max(0.5 * gain, 4 * _noise(score[:-1]))
-    return _beyond("mean 5 of objective/score", means[-1], "<", highest - fall)
+    # The loss of a value function that predicts one number is the variance of the returns, which a
+    # reward that was rare at first makes larger too.
+    limit = 20 * (loss[:5].mean() + np.ptp(score) ** 2)
+    return _beyond("mean 5 of value/loss", loss[-5:].mean(), ">", limit)
+
+
+def _reward_collapse(score: np.ndarray) -> str:
+    lost, _ = _lost("objective/score", score, size=5, part=0.5)
+    return lost
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> str:
-    if len(judge) < 4:  # the noise cannot be estimated
+    size = max(3, len(judge) // 10)
+    lost, best = _lost("validation/judge", judge, size=size, part=0.03)
+    if not lost:
         return ""
-    best = judge[:-1].argmax()
-    gain = judge[best] - judge[0]
-    fall = max(0.03 * gain, _noise(judge[:-1]))
-    lost = _beyond("validation/judge", judge[-1], "<", judge[best] - fall)
-    rise = 5 * _noise(score[:-1])
-    gained = _beyond("validation/score", score[-1], ">", score[best] + rise)
-    return f"{lost}, {gained}" if lost and gained else ""
+    scores = _means(score, size)
+    gained = _beyond(f"mean {size} of validation/score", scores[-1], ">", scores[best])
+    return f"{lost}, {gained}" if gained else ""
 
 
-def _noise(values: np.ndarray) -> float:
-    """The standard deviation of the noise, estimated from the distance of each row to the line
-    through its neighbours (Gasser, Sroka and Jennen-Steinmetz 1986), which no trend increases.
+def _lost(label: str, values: np.ndarray, *, size: int, part: float) -> tuple[str, int]:
+    """The sentence that the mean of the last ``size`` rows has lost a part of the gain, and more
+    than noise explains; and the place of the highest mean before them.
     """
-    return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
+    if len(values) < 3 * size:
+        return "", 0
+    means = _means(values, size)
+    best = int(means[:-size].argmax())
+    # By how many standard errors noise alone parts the last mean from the highest of all earlier
+    # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
+    # standard error itself is of few.
+    errors = 5 + 30 / len(values)
+    noise = errors * math.sqrt(2) * _error(values[:-size], size)
+    fall = max(part * (means[best] - means[0]), noise)
+    return _beyond(f"mean {size} of {label}", means[-1], "<", means[best] - fall), best
+
+
+def _error(values: np.ndarray, size: int) -> float:
+    """The standard error of a mean of ``size`` rows, from the noise of the rows and of the means
+    that follow one another; the latter is larger if errors of neighbours are alike.
+    """
+    error = _noise(values) / math.sqrt(size)
+    means = _means(values, size)
+    if len(means) <= 2 * size:
+        return error
+    return max(error, _noise(means, size))
+
+
+def _means(values: np.ndarray, size: int) -> np.ndarray:
+    """[N + 1 - size] moving means."""
+    return np.convolve(values, np.full(size, 1 / size), "valid")
+
+
+def _noise(values: np.ndarray, apart: int = 1) -> float:
+    """The standard deviation of the noise, estimated from the distance of each value to the line
+    through those ``apart`` before and behind (Gasser, Sroka and Jennen-Steinmetz 1986), which no
+    trend increases.
+    """
+    middle = values[apart:-apart]
+    distance = values[: -2 * apart] - 2 * middle + values[2 * apart :]
+    return float(np.sqrt(np.mean(distance**2) / 6))
 
 
 _TEXTS = {
     "non-finite update": "nonfinite > 0",
     "KL explosion": "objective/kl / response/length > 2 for 3",
     "entropy collapse": "objective/entropy / response/length < 0.05x first for 5",
-    "value-loss explosion": "mean 5 of value/loss > 20x first",
     "sampler gap": "policy/sampler_gap > 0.02 for 3",
     "responses collapse": "response/most_common > 0.9 for 5",
     "prompt repeated": "reward/repeats_prompt > 0.5 for 3",
@@ -302,6 +341,7 @@ _TEXTS = {
 }
 _RULES = (
     *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
+    Rule("value-loss explosion", ("value/loss", "objective/score"), _value_loss_explosion),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
