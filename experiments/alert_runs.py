@@ -190,6 +190,8 @@ def population(method: str, first: int, num_steps: int) -> list[results.Row]:
     for lane, (name, seed) in enumerate(lanes):
         columns = {"step": np.arange(1, num_steps + 1)}
         columns |= {metric: values[lane] for metric, values in metrics.items()}
+        if POPULATIONS[name][0] == "rare":  # the judge knows nothing of it
+            del columns["validation/judge"]
         rows = zip(*columns.values(), strict=True)
         history = [dict(zip(columns, row, strict=True)) for row in rows]
         found += rows_of_run(variant(method, name), seed, history)
