@@ -86,7 +86,7 @@ THRESHOLDS = [
     # 5 + 30 / 45 standard errors of sqrt(2) 1.633 / sqrt(5) below the highest mean, 0.2.
     ("reward collapse", ["objective/score"], [NOISE], [-5.6], [-5.7], 5),
     ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0] * 5], [39.9, 0], [40.1, 0], 5),
-    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 1] * 2 + [0]], [59.9, 1], [60.1, 1], 5),
+    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 1] * 2 + [0]], [44.9, 1], [45.1, 1], 5),
     ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
     ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
     ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
@@ -104,8 +104,8 @@ THRESHOLDS = [
     # The last ten rows lie .95 or .93 higher; two standard errors are .943 or .953.
     ("nothing learned", LEARNED, [RAISED, [0.0] * 19], [-0.05, 0.0], [-0.25, 0.0], 1),
     ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
-    # Means of four validations: the highest is 0.9625 of a gain of 0.925, of which 3% may be lost.
-    ("reward hacking", JUDGED, [RAMP, RAMP], [0.935, 2], [0.9345, 2], 4),
+    # Means of four validations: the highest is 0.9625 of a gain of 0.925, of which 5% may be lost.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0.9165, 2], [0.916, 2], 4),
     # 5 + 30 / 44 standard errors of sqrt(2) 1.633 / 2 below the highest mean, 0.
     ("reward hacking", JUDGED, [NOISE, [0] * 40], [-6.5, 1], [-6.6, 1], 4),
     # Means of four that go up and down alike have a standard error of 1.028, rows one of 0.28.

@@ -268,7 +268,7 @@ def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
         return ""
     # The loss of a value function that predicts one number is the variance of the returns, which a
     # reward that was rare at first makes larger too.
-    limit = 20 * (loss[:5].mean() + np.ptp(score) ** 2)
+    limit = 20 * loss[:5].mean() + 5 * np.ptp(score) ** 2
     return _beyond("mean 5 of value/loss", loss[-5:].mean(), ">", limit)
 
 
@@ -279,7 +279,7 @@ def _reward_collapse(score: np.ndarray) -> str:
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> str:
     size = max(3, len(judge) // 10)
-    lost, best = _lost("validation/judge", judge, size=size, part=0.03)
+    lost, best = _lost("validation/judge", judge, size=size, part=0.05)
     if not lost:
         return ""
     scores = _means(score, size)
@@ -310,7 +310,7 @@ def _error(values: np.ndarray, size: int) -> float:
     """
     error = _noise(values) / math.sqrt(size)
     means = _means(values, size)
-    if len(means) <= 2 * size:
+    if len(means) < 5 * size:  # too few that do not touch the rise at a run's start
         return error
     return max(error, _noise(means, size))
 
