@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,6 @@ def of_hacking() -> Iterable[Family]:
     levels: dict[str, tuple[Level, Level]] = {
         "both saturate": (functools.partial(saturating, scale=0.15),) * 2,
         "judge saturates first": (first, slow),
-        "judge flat": (np.zeros_like, slow),
         "both rise": (np.copy, np.copy),
     }
     turns = {
@@ -145,13 +144,15 @@ def of_hacking() -> Iterable[Family]:
         "falls by 100%, suddenly": (0.6, 1.0, 0.61),
         "falls by 100%, late": (0.85, 1.0, 1.0),
     }
+    for name, noise in NOISES.items():  # flat: the same at any sd
+        flat = judged(np.zeros_like, slow, 0.1, noise)
+        yield Family("reward hacking", f"judge flat, {name}", flat)
+        make = judged(first, slow, 0.1, noise)
+        yield Family("reward hacking", f"judge saturates first, {name}", make)
     for sd in SDS:
         for name, of_level in levels.items():
             make = judged(*of_level, sd, NOISES["normal"])
             yield Family("reward hacking", f"{name}, sd {sd}", make)
-        for name, noise in list(NOISES.items())[1:]:
-            make = judged(first, slow, sd, noise)
-            yield Family("reward hacking", f"judge saturates first, {name}, sd {sd}", make)
         for name, (at, fall, end) in turns.items():
             level = functools.partial(turning, at=at, fall=fall, end=end)
             make = judged(level, slow, sd, NOISES["normal"])
@@ -163,12 +164,12 @@ def of_hacking() -> Iterable[Family]:
 
 def of_collapse() -> Iterable[Family]:
     """Of the score of a batch."""
-    levels = {"saturates": functools.partial(saturating, scale=0.15), "flat": np.zeros_like}
+    for name, noise in NOISES.items():
+        make = scored(np.zeros_like, 0.1, noise)
+        yield Family("reward collapse", f"flat, {name}", make)
     for sd in SDS:
-        for name, noise in NOISES.items():
-            for shape, level in levels.items():
-                make = scored(level, sd, noise)
-                yield Family("reward collapse", f"{shape}, {name}, sd {sd}", make)
+        make = scored(functools.partial(saturating, scale=0.15), sd, NOISES["normal"])
+        yield Family("reward collapse", f"saturates, sd {sd}", make)
         make = scored(lambda t: turning(t, 0.4, 0.3, 1.0), sd, NOISES["normal"])
         yield Family("reward collapse", f"falls by 30%, sd {sd}", make)
         make = scored(lambda t: turning(t, 0.6, 1.0, 0.65), sd, NOISES["normal"])
@@ -270,16 +271,31 @@ def rare(t: np.ndarray, start: float = 0.003) -> np.ndarray:
     return 1 / (1 + np.exp(-logit - (np.log(19) - logit) * t))
 
 
-def first_alert(rule: alerts.Rule, history: History) -> int | None:
-    """The place of the row in which the rule raises its first alert, as ``alerts.Watch`` has it."""
-    columns = [history[name] for name in rule.metrics]
-    streak = 0
-    for place in range(len(columns[0])):
-        holds = rule.condition(*(values[: place + 1] for values in columns))
-        streak = streak + 1 if holds else 0
-        if streak == rule.rows:
-            return place
-    return None
+def first_alerts(rule: alerts.Rule, histories: Sequence[History]) -> list[int | None]:
+    """For each history the place of the row in which the rule raises its first alert."""
+    columns = [np.stack([history[name] for history in histories]) for name in rule.metrics]
+    holds = np.zeros(columns[0].shape, bool)  # [histories, N]
+    for place in range(holds.shape[1]):
+        for number in np.flatnonzero(may_hold(rule, columns, place)):
+            so_far = (values[number, : place + 1] for values in columns)
+            holds[number, place] = bool(rule.condition(*so_far))
+    streaks = np.lib.stride_tricks.sliding_window_view(holds, rule.rows, axis=1).all(axis=2)
+    return [rule.rows - 1 + int(row.argmax()) if row.any() else None for row in streaks]
+
+
+def may_hold(rule: alerts.Rule, columns: list[np.ndarray], place: int) -> np.ndarray:
+    """[histories] where the condition must be asked: of the two rules that are slow, where the
+    first metric has fallen.
+    """
+    values = columns[0][:, : place + 1]
+    size = {"reward collapse": 5, "reward hacking": max(3, values.shape[1] // 10)}.get(rule.name)
+    if size is None:
+        return np.ones(len(values), bool)
+    if values.shape[1] < 3 * size:
+        return np.zeros(len(values), bool)
+    part = {"reward collapse": 0.5, "reward hacking": 0.05}[rule.name]
+    mean, limit, _ = alerts.fall(values, size=size, part=part)
+    return mean < limit + 1e-9
 
 
 def simulate(family: Family, sizes: Sizes) -> list[results.Row]:
@@ -289,8 +305,8 @@ def simulate(family: Family, sizes: Sizes) -> list[results.Row]:
     for length in LENGTHS:
         rng = np.random.default_rng(7)
         t = np.linspace(0, 1, length)
-        histories = (family.make(rng, t) for _ in range(num))
-        places = [first_alert(RULES[family.rule], history) for history in histories]
+        histories = [family.make(rng, t) for _ in range(num)]
+        places = first_alerts(RULES[family.rule], histories)
         found += rates(family, length, places)
     return found
 

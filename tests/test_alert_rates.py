@@ -33,14 +33,16 @@ def test_the_first_alert_is_that_of_a_run():
     ]
     for name in ("nothing to learn", "reward hacking"):
         rule = alert_rates.RULES[name]
-        assert alert_rates.first_alert(rule, noisy) == alerts.check([rule], rows)[0].step
-    assert alert_rates.first_alert(alert_rates.RULES["reward hacking"], history(TURNS[:20])) is None
+        expected = alerts.check([rule], rows)[0].step
+        assert alert_rates.first_alerts(rule, [noisy, noisy]) == [expected] * 2
+    rises = history(np.linspace(0, 1, 40))
+    assert alert_rates.first_alerts(alert_rates.RULES["reward hacking"], [rises]) == [None]
 
 
 def test_alerts_before_the_failure_are_not_counted(monkeypatch):
     monkeypatch.setattr(alert_rates, "LENGTHS", (101,))
-    places = iter([None, 30, 59, 60, 64, 80])
-    monkeypatch.setattr(alert_rates, "first_alert", lambda rule, history: next(places))
+    places = [None, 30, 59, 60, 64, 80]
+    monkeypatch.setattr(alert_rates, "first_alerts", lambda rule, histories: places)
     family = Family("reward hacking", "turns", lambda rng, t: {}, onset=0.6)
     rows = alert_rates.simulate(family, Sizes(failed=6))
     found = {row["metric"]: row["value"] for row in rows}

@@ -273,61 +273,66 @@ def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
 
 
 def _reward_collapse(score: np.ndarray) -> str:
-    lost, _ = _lost("objective/score", score, size=5, part=0.5)
-    return lost
+    if len(score) < 15:
+        return ""
+    mean, limit, _ = fall(score, size=5, part=0.5)
+    return _beyond("mean 5 of objective/score", float(mean), "<", float(limit))
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> str:
-    size = max(3, len(judge) // 10)
-    lost, best = _lost("validation/judge", judge, size=size, part=0.05)
-    if not lost:
+    if len(judge) < 9:
         return ""
+    size = max(3, len(judge) // 10)
+    mean, limit, best = fall(judge, size=size, part=0.05)
+    lost = _beyond(f"mean {size} of validation/judge", float(mean), "<", float(limit))
     scores = _means(score, size)
     gained = _beyond(f"mean {size} of validation/score", scores[-1], ">", scores[best])
-    return f"{lost}, {gained}" if gained else ""
+    return f"{lost}, {gained}" if lost and gained else ""
 
 
-def _lost(label: str, values: np.ndarray, *, size: int, part: float) -> tuple[str, int]:
-    """The sentence that the mean of the last ``size`` rows has lost a part of the gain, and more
-    than noise explains; and the place of the highest mean before them.
+def fall(values: np.ndarray, *, size: int, part: float) -> tuple[np.ndarray, ...]:
+    """Whether values [..., N] have fallen, N at least 3 ``size``.
+
+    Returns:
+        The mean of the last ``size`` rows; the limit below which it has lost a part of the gain,
+        and more than noise explains; and the place of the highest mean before them.
     """
-    if len(values) < 3 * size:
-        return "", 0
     means = _means(values, size)
-    best = int(means[:-size].argmax())
+    best = means[..., :-size].argmax(axis=-1)
+    highest = means[..., :-size].max(axis=-1)
     # By how many standard errors noise alone parts the last mean from the highest of all earlier
     # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
     # standard error itself is of few.
-    errors = 5 + 30 / len(values)
-    noise = errors * math.sqrt(2) * _error(values[:-size], size)
-    fall = max(part * (means[best] - means[0]), noise)
-    return _beyond(f"mean {size} of {label}", means[-1], "<", means[best] - fall), best
+    errors = 5 + 30 / values.shape[-1]
+    noise = errors * math.sqrt(2) * _error(values[..., :-size], size)
+    return means[..., -1], highest - np.maximum(part * (highest - means[..., 0]), noise), best
 
 
-def _error(values: np.ndarray, size: int) -> float:
+def _error(values: np.ndarray, size: int) -> np.ndarray:
     """The standard error of a mean of ``size`` rows, from the noise of the rows and of the means
     that follow one another; the latter is larger if errors of neighbours are alike.
     """
     error = _noise(values) / math.sqrt(size)
     means = _means(values, size)
-    if len(means) < 5 * size:  # too few that do not touch the rise at a run's start
+    if means.shape[-1] < 5 * size:  # too few that do not touch the rise at a run's start
         return error
-    return max(error, _noise(means, size))
+    return np.maximum(error, _noise(means, size))
 
 
 def _means(values: np.ndarray, size: int) -> np.ndarray:
-    """[N + 1 - size] moving means."""
-    return np.convolve(values, np.full(size, 1 / size), "valid")
+    """[..., N + 1 - size] moving means."""
+    return np.lib.stride_tricks.sliding_window_view(values, size, axis=-1).mean(axis=-1)
 
 
-def _noise(values: np.ndarray, apart: int = 1) -> float:
+def _noise(values: np.ndarray, apart: int = 1) -> np.ndarray:
     """The standard deviation of the noise, estimated from the distance of each value to the line
     through those ``apart`` before and behind (Gasser, Sroka and Jennen-Steinmetz 1986), which no
     trend increases.
     """
-    middle = values[apart:-apart]
-    distance = values[: -2 * apart] - 2 * middle + values[2 * apart :]
-    return float(np.sqrt(np.mean(distance**2) / 6))
+    middle = values[..., apart:-apart]
+    distance = values[..., : -2 * apart] - 2 * middle + values[..., 2 * apart :]
+    noise: np.ndarray = np.sqrt(np.mean(distance**2, axis=-1) / 6)
+    return noise
 
 
 _TEXTS = {
