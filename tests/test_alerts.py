@@ -86,7 +86,7 @@ THRESHOLDS = [
     # 5 + 30 / 45 standard errors of sqrt(2) 1.633 / sqrt(5) below the highest mean, 0.2.
     ("reward collapse", ["objective/score"], [NOISE], [-5.6], [-5.7], 5),
     ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0] * 5], [39.9, 0], [40.1, 0], 5),
-    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 1] * 2 + [0]], [44.9, 1], [45.1, 1], 5),
+    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 2] * 2 + [0]], [59.9, 2], [60.1, 2], 5),
     ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
     ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
     ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
@@ -110,6 +110,8 @@ THRESHOLDS = [
     ("reward hacking", JUDGED, [NOISE, [0] * 40], [-6.5, 1], [-6.6, 1], 4),
     # Means of four that go up and down alike have a standard error of 1.028, rows one of 0.28.
     ("reward hacking", JUDGED, [WAVES, [0] * 40], [-7.2, 1], [-7.3, 1], 4),
+    # The score's mean of four at the judge's best is 0.9625 too.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.92], [0, 0.93], 1),
     ("reward hacking", JUDGED, [RAMP, [1.0] * 41], [0, 1.0], [0, 1.01], 1),
     # The last nine validations are the first on which the rule has a say.
     ("reward hacking", JUDGED, [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0] * 6], [0.1, 0], [0, 1], 3),
