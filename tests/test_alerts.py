@@ -110,8 +110,8 @@ THRESHOLDS = [
     ("reward hacking", JUDGED, [NOISE, [0] * 40], [-6.5, 1], [-6.6, 1], 4),
     # Means of four that go up and down alike have a standard error of 1.028, rows one of 0.28.
     ("reward hacking", JUDGED, [WAVES, [0] * 40], [-7.2, 1], [-7.3, 1], 4),
-    # The score's mean of four at the judge's best is 0.9625 too.
-    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.92], [0, 0.93], 1),
+    # The score's mean of four at the judge's best, before the last four rows, is 0.8875 too.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.62], [0, 0.63], 1),
     ("reward hacking", JUDGED, [RAMP, [1.0] * 41], [0, 1.0], [0, 1.01], 1),
     # The last nine validations are the first on which the rule has a say.
     ("reward hacking", JUDGED, [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0] * 6], [0.1, 0], [0, 1], 3),
