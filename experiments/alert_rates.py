@@ -385,9 +385,10 @@ def main(
         seconds = content["seconds"]
     started = time.monotonic() - seconds
     done = {(row["variant"], row["seed"]) for row in rows}
-    for found in itertools.chain.from_iterable(measure(part, sizes, done) for part in parts):
+    parts_of = itertools.chain.from_iterable(measure(part, sizes, done) for part in parts)
+    for found in itertools.chain(parts_of, [[]]):  # the last one writes if all was done before
         rows += found
-        logger.info(f"{found[0]['variant']}, seed {found[0]['seed']}: done")
+        logger.info(f"{len(rows)} rows")
         command = "python experiments/alert_rates.py --out alert_rates.json"
         seconds = time.monotonic() - started
         results.write(out, command, seconds, [*summary(rows), *rows], sizes=sizes._asdict())
