@@ -353,6 +353,8 @@ def summary(rows: list[results.Row]) -> list[results.Row]:
         read = rule.removesuffix(alert_runs.LOOKS_ON)
         reading = [run for run in runs if (run[0], f"reads {read}", results.ALL) in values]
         honest = [run for run in reading if not alert_runs.failed_rules(run[0])]
+        if rule != read:  # in these gold is the score itself
+            honest = []
         failed = [run for run in reading if read in alert_runs.failed_rules(run[0])]
         if read == "reward hacking":
             failed = [run for run in failed if values[run[0], "gold lost", run[1]] > 1]
