@@ -57,6 +57,8 @@ def test_a_rule_about_one_metric(rule, values, expected):
 
 RAMP = [*np.linspace(0, 1, 41)]  # without noise
 NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
+WAVES = [*([1.0] * 4 + [-1.0] * 4) * 5]  # whose means of four lie as far apart
+VALUED = ("value/loss", "objective/score")
 JUDGED = ("validation/judge", "validation/score")
 MOVED = ("validation/moved", "validation/planned_steps")
 LEARNED = ("objective/score", "objective/kl")
@@ -82,8 +84,10 @@ THRESHOLDS = [
         [0.49],
         5,
     ),  # means from 0.05 to 0.95
-    ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
-    ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
+    # 5 + 30 / 45 standard errors of sqrt(2) 1.633 / sqrt(5) below the highest mean, 0.2.
+    ("reward collapse", ["objective/score"], [NOISE], [-5.6], [-5.7], 5),
+    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0] * 5], [39.9, 0], [40.1, 0], 5),
+    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 2] * 2 + [0]], [59.9, 2], [60.1, 2], 5),
     ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
     ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
     ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
@@ -95,18 +99,25 @@ THRESHOLDS = [
         [0, 0.9e-8],
         5,
     ),
-    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, 0.26], [1.0, 0.24], 1),
-    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, -0.26], [1.0, -0.24], 1),
+    # The limit of the KL is 0.002 in row 20.
+    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, 0.0101], [1.0, 0.0099], 1),
+    ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, -0.0101], [1.0, -0.0099], 1),
     # The last ten rows lie .95 or .93 higher; two standard errors are .943 or .953.
     ("nothing learned", LEARNED, [RAISED, [0.0] * 19], [-0.05, 0.0], [-0.25, 0.0], 1),
     ("nothing moved", MOVED, [[0.0], [2.0]], [0.051, 2], [0.049, 2], 1),
     ("nothing moved", MOVED, [[0.0] * 3, [8.0] * 3], [0, 8], [0, 6], 1),  # in step 3 of 8, of 6
     ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
-    # The judge falls from 1; the score stood at 1 at the judge's best.
-    ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
-    ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),
-    ("reward hacking", JUDGED, [RAMP, [*NOISE, 1]], [0, 9.1], [0, 9.3], 1),
-    ("reward hacking", JUDGED, [[*RAMP, 0.99], [*RAMP, 1.5]], [0, 1.1], [0, 1.3], 1),
+    # Means of four validations: the highest is 0.9625 of a gain of 0.925, of which 5% may be lost.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0.9165, 2], [0.916, 2], 4),
+    # 5 + 30 / 44 standard errors of sqrt(2) 1.633 / 2 below the highest mean, 0.
+    ("reward hacking", JUDGED, [NOISE, [0] * 40], [-6.5, 1], [-6.6, 1], 4),
+    # Means of four that go up and down alike have a standard error of 1.028, rows one of 0.28.
+    ("reward hacking", JUDGED, [WAVES, [0] * 40], [-7.2, 1], [-7.3, 1], 4),
+    # The score's mean of four at the judge's best, before the last four rows, is 0.8875 too.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.62], [0, 0.63], 1),
+    ("reward hacking", JUDGED, [RAMP, [1.0] * 41], [0, 1.0], [0, 1.01], 1),
+    # The last nine validations are the first on which the rule has a say.
+    ("reward hacking", JUDGED, [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0] * 6], [0.1, 0], [0, 1], 3),
 ]
 
 
@@ -125,11 +136,57 @@ def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising,
 
 
 def test_the_alert_for_a_policy_that_stays_names_the_learning_rate():
-    rows = [{"step": step, "objective/score": 0.0625, "objective/kl": 0.006} for step in range(20)]
+    rows = [{"step": step, "objective/score": 0.0625, "objective/kl": 0.001} for step in range(20)]
     [alert] = alerts.check(alerts.parse(["none", "nothing learned"]), rows)
-    expected = "mean 5 of objective/kl is 0.006 < 0.05, objective/score was 0.0625 in the first 10 "
+    expected = (
+        "mean 5 of objective/kl is 0.001 < 0.002, objective/score was 0.0625 in the first 10 "
+    )
     expected += "rows and is 0.0625 in the last: raise rl.optimizer.learning_rate"
     assert (alert.step, alert.message) == (19, expected)
+
+
+def test_a_policy_that_will_be_far_from_its_reference_by_row_100_has_not_stayed():
+    """0.05 (89 / 100)^2 is 0.0396 and 0.05 (90 / 100)^2 0.0405."""
+    for kl, expected in ((0.04, [89]), (0.051, [])):
+        history = {"objective/score": [1.0] * 300, "objective/kl": [kl] * 300}
+        assert steps(["nothing learned"], history) == expected
+
+
+def judged_runs(level, num, sd=0.1):
+    """Histories of 30 validations [num, 2, 30] of a judge, and of a score that goes on rising."""
+    t = np.linspace(0, 1, 30)
+    noise = np.random.default_rng(0).normal(scale=sd, size=(num, 2, 30))
+    return np.stack([level(t), t]) + noise
+
+
+@pytest.mark.parametrize(
+    ("level", "lowest", "highest"),
+    [
+        (lambda t: 1 - np.exp(-t / 0.1), 0.0, 0.1),  # the judge saturates long before the score
+        (np.zeros_like, 0.0, 0.1),
+        (lambda t: np.where(t < 0.5, np.sqrt(t), -0.5), 0.8, 1.0),  # it turns
+    ],
+)
+def test_how_often_a_judge_raises_the_alert(level, lowest, highest):
+    runs = judged_runs(level, 200)
+    raised = [steps(["reward hacking"], dict(zip(JUDGED, run, strict=True))) for run in runs]
+    assert lowest <= np.mean([bool(alert) for alert in raised]) <= highest
+
+
+def test_rows_to_come_change_no_alert():
+    """So a run that is resumed anywhere raises the same ones."""
+    rng = np.random.default_rng(0)
+    names = sorted({name for rule in alerts.DEFAULTS.values() for name in rule.metrics})
+    level = np.linspace(0, 1, 60) * np.linspace(1, -1, 60)
+    rows = [
+        {"step": step} | {name: level[step] + 0.01 * rng.normal() for name in names}
+        for step in range(60)
+    ]
+    whole = alerts.check(alerts.parse([]), rows)
+    assert "reward collapse" in {alert.name for alert in whole}
+    for step in (15, 31, 47):
+        so_far = alerts.check(alerts.parse([]), rows[:step])
+        assert so_far == [alert for alert in whole if alert.step < step]
 
 
 def test_default_rules_are_on_until_none_and_can_stop():

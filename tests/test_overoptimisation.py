@@ -171,22 +171,24 @@ def measured(gold, proxy, judge):
     return Curve(np.array(gold), np.array(proxy), np.zeros(len(gold)), np.array(judge))
 
 
-RISE = [0.0, 0.21, 0.39, 0.6, 0.81]
+RISE = [0.1 * number for number in range(11)]
 
 
 def test_an_alert_is_late_by_the_steps_from_the_highest_gold():
-    """Gold falls in the sixth measurement, the judge in the eighth only."""
-    gold = [*RISE, 0.4, 0.0, -0.5, -1.0, -1.6]
-    judge = [*RISE, 1.01, 1.19, 0.4, -0.2, -0.9]
-    steps = list(range(5, 55, 5))
-    found = hacking_alerts.seen(measured(gold, np.arange(10.0), judge), steps)
-    assert found["gold"] == (30, 5, pytest.approx(0.41))
-    assert found["judge"] == (40, 15, pytest.approx(1.31))
+    """Gold falls in the twelfth measurement, the judge in the fourteenth only; the mean of three is
+    lower in the next one.
+    """
+    gold = [*RISE, 0.4, -0.2, -0.8, -1.4, -2.0]
+    judge = [*RISE, 1.1, 1.2, 0.4, -0.2, -0.8]
+    steps = list(range(5, 85, 5))
+    found = hacking_alerts.seen(measured(gold, np.arange(16.0), judge), steps)
+    assert found["gold"] == (65, 10, pytest.approx(1.2))
+    assert found["judge"] == (75, 20, pytest.approx(2.4))
 
 
 def test_a_run_that_only_gets_better_raises_no_alert():
-    gold = [0.0, 0.21, 0.39, 0.6, 0.81, 1.0, 1.19, 1.4]
-    found = hacking_alerts.seen(measured(gold, np.arange(8.0), gold), list(range(8)))
+    gold = [0.0, 0.21, 0.39, 0.6, 0.81, 1.0, 1.19, 1.4, 1.6, 1.8, 2.0]
+    found = hacking_alerts.seen(measured(gold, np.arange(11.0), gold), list(range(11)))
     assert found == {"judge": (None, 0, 0.0), "gold": (None, 0, 0.0)}
 
 

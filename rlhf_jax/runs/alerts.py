@@ -251,7 +251,9 @@ def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
 def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
     if len(score) < 20:
         return ""
-    is_near = _beyond("mean 5 of objective/kl", abs(kl[-5:].mean()), "<", 0.05)
+    # At a constant pace the KL grows with the square of the rows: 0.05 nats by row 100.
+    limit = 0.05 * min(1.0, len(kl) / 100) ** 2
+    is_near = _beyond("mean 5 of objective/kl", abs(kl[-5:].mean()), "<", limit)
     ends = (score[:10], score[-10:])
     before, after = (float(end.mean()) for end in ends)
     error = math.sqrt(sum(end.var(ddof=1) for end in ends) / 10)
@@ -269,40 +271,82 @@ def _nothing_moved(moved: np.ndarray, step: np.ndarray, planned: np.ndarray) -> 
     return is_near and f"{is_near} {when}: raise optimizer.learning_rate of the stage"
 
 
-def _reward_collapse(score: np.ndarray) -> str:
-    if len(score) < 6:
+def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
+    if len(loss) < 6:
         return ""
-    means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
-    highest = means[:-1].max()
-    gain = highest - means[0]
-    fall = max(0.5 * gain, 4 * _noise(score[:-1]))
-    return _beyond("mean 5 of objective/score", means[-1], "<", highest - fall)
+    # The loss of a value function that predicts one number is the variance of the returns, which a
+    # reward that was rare at first makes larger too.
+    limit = 20 * loss[:5].mean() + 5 * np.ptp(score) ** 2
+    return _beyond("mean 5 of value/loss", loss[-5:].mean(), ">", limit)
+
+
+def _reward_collapse(score: np.ndarray) -> str:
+    if len(score) < 15:
+        return ""
+    mean, limit, _ = fall(score, size=5, part=0.5)
+    return _beyond("mean 5 of objective/score", float(mean), "<", float(limit))
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> str:
-    if len(judge) < 4:  # the noise cannot be estimated
+    if len(judge) < 9:
         return ""
-    best = judge[:-1].argmax()
-    gain = judge[best] - judge[0]
-    fall = max(0.03 * gain, _noise(judge[:-1]))
-    lost = _beyond("validation/judge", judge[-1], "<", judge[best] - fall)
-    rise = 5 * _noise(score[:-1])
-    gained = _beyond("validation/score", score[-1], ">", score[best] + rise)
+    size = max(3, len(judge) // 10)
+    mean, limit, best = fall(judge, size=size, part=0.05)
+    lost = _beyond(f"mean {size} of validation/judge", float(mean), "<", float(limit))
+    scores = _means(score, size)
+    gained = _beyond(f"mean {size} of validation/score", scores[-1], ">", scores[best])
     return f"{lost}, {gained}" if lost and gained else ""
 
 
-def _noise(values: np.ndarray) -> float:
-    """The standard deviation of the noise, estimated from the distance of each row to the line
-    through its neighbours (Gasser, Sroka and Jennen-Steinmetz 1986), which no trend increases.
+def fall(values: np.ndarray, *, size: int, part: float) -> tuple[np.ndarray, ...]:
+    """Whether values [..., N] have fallen, N at least 3 ``size``.
+
+    Returns:
+        The mean of the last ``size`` rows; the limit below which it has lost a part of the gain,
+        and more than noise explains; and the place of the highest mean before them.
     """
-    return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
+    means = _means(values, size)
+    best = means[..., :-size].argmax(axis=-1)
+    highest = means[..., :-size].max(axis=-1)
+    # By how many standard errors noise alone parts the last mean from the highest of all earlier
+    # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
+    # standard error itself is of few.
+    errors = 5 + 30 / values.shape[-1]
+    noise = errors * math.sqrt(2) * _error(values[..., :-size], size)
+    return means[..., -1], highest - np.maximum(part * (highest - means[..., 0]), noise), best
+
+
+def _error(values: np.ndarray, size: int) -> np.ndarray:
+    """The standard error of a mean of ``size`` rows, from the noise of the rows and of the means
+    that follow one another; the latter is larger if errors of neighbours are alike.
+    """
+    error = _noise(values) / math.sqrt(size)
+    means = _means(values, size)
+    if means.shape[-1] < 5 * size:  # too few that do not touch the rise at a run's start
+        return error
+    return np.maximum(error, _noise(means, size))
+
+
+def _means(values: np.ndarray, size: int) -> np.ndarray:
+    """[..., N + 1 - size] moving means."""
+    return np.lib.stride_tricks.sliding_window_view(values, size, axis=-1).mean(axis=-1)
+
+
+def _noise(values: np.ndarray, apart: int = 1) -> np.ndarray:
+    """The standard deviation of the noise, estimated from the distance of each value to the line
+    through those ``apart`` before and behind (Gasser, Sroka and Jennen-Steinmetz 1986), which no
+    trend increases.
+    """
+    middle = values[..., apart:-apart]
+    distance = values[..., : -2 * apart] - 2 * middle + values[..., 2 * apart :]
+    noise: np.ndarray = np.sqrt(np.mean(distance**2, axis=-1) / 6)
+    return noise
 
 
 _TEXTS = {
     "non-finite update": "nonfinite > 0",
     "KL explosion": "objective/kl / response/length > 2 for 3",
     "entropy collapse": "objective/entropy / response/length < 0.05x first for 5",
-    "value-loss explosion": "mean 5 of value/loss > 20x first",
     "sampler gap": "policy/sampler_gap > 0.02 for 3",
     "responses collapse": "response/most_common > 0.9 for 5",
     "prompt repeated": "reward/repeats_prompt > 0.5 for 3",
@@ -310,6 +354,7 @@ _TEXTS = {
 }
 _RULES = (
     *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
+    Rule("value-loss explosion", ("value/loss", "objective/score"), _value_loss_explosion),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
