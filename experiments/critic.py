@@ -326,34 +326,33 @@ def measure(task: str, method: Method, sizes: Sizes) -> Measured:
 
 
 def rows_of(variant: str, measured: Measured, sizes: Sizes) -> list[results.Row]:
-    """The rows of one method on one task: of each seed at the chosen rate and at every rate."""
+    """The rows of one method on one task, of seeds and of their means: at every rate, and at the
+    chosen one without its name.
+    """
     chosen = int(measured.sweep.argmax())
-    num_steps = measured.curves.score.shape[2]
+    curves = measured.curves
+    num_steps = curves.score.shape[2]
+    of_seeds = {
+        MEAN: curves.score.mean(axis=2),
+        FINAL: curves.score[..., -sizes.last :].mean(axis=2),
+        EXPLAINED: np.median(curves.explained[..., num_steps // 2 :], axis=2),
+    }
     row = functools.partial(results.row, variant, step=num_steps)
     rows = []
-    for number, rate in enumerate(RATES):
-        score, explained = (x[number] for x in measured.curves)
-        of_seeds = {
-            MEAN: score.mean(axis=1),
-            FINAL: score[:, -sizes.last :].mean(axis=1),
-            EXPLAINED: np.median(explained[:, num_steps // 2 :], axis=1),
-        }
-        names = {metric: f"{metric} at {rate:g}" for metric in of_seeds}
-        for name in [names, *([{metric: metric for metric in of_seeds}] * (number == chosen))]:
-            for metric, values in of_seeds.items():
-                rows += [
-                    row(seed=seed, metric=name[metric], value=value)
-                    for seed, value in enumerate(values)
-                ]
-    return [
-        *results.over_seeds(rows),
-        *rows,
-        row(seed=results.ALL, metric="learning rate", value=RATES[chosen]),
-        *(
-            row(seed=results.ALL, metric=f"choosing seeds: {MEAN} at {rate:g}", value=value)
-            for rate, value in zip(RATES, measured.sweep, strict=True)
-        ),
+    for metric, values in of_seeds.items():
+        named = {f"{metric} at {rate:g}": values[number] for number, rate in enumerate(RATES)}
+        for name, of_rate in [*named.items(), (metric, values[chosen])]:
+            rows += [row(seed, metric=name, value=value) for seed, value in enumerate(of_rate)]
+    curve = [
+        results.row(variant, seed, (number + 1) * sizes.last, "score", value)
+        for seed, scores in enumerate(curves.score[chosen])
+        for number, value in enumerate(scores.reshape(-1, sizes.last).mean(axis=1))
     ]
+    of_all = {"learning rate": RATES[chosen]}
+    for rate, value in zip(RATES, measured.sweep, strict=True):
+        of_all[f"choosing seeds: {MEAN} at {rate:g}"] = value
+    more = [row(results.ALL, metric=metric, value=value) for metric, value in of_all.items()]
+    return [*results.over_seeds([*curve, *rows]), *rows, *more]
 
 
 def comparisons(rows: list[results.Row]) -> list[results.Row]:

@@ -302,7 +302,8 @@ def test_a_recipe_starts(name, data, tmp_path, monkeypatch):
 DEFAULTS = {
     "trl": "text.max_length=1024 sft.optimizer.schedule=linear sft.validation_fraction=0.0"
     " reward_model.normalize_samples=0 dpo.optimizer.warmup_steps=0.0 rl.num_epochs=3"
-    " grpo.kl_loss_coef=0.0 grpo.aggregate=token rl.optimizer.eps=1e-08",
+    " grpo.kl_loss_coef=0.0 grpo.aggregate=token rl.optimizer.eps=1e-08 ppo.num_epochs=4"
+    " ppo.gae_lambda=0.95 ppo.value_clip=0.2 ppo.value_coef=0.1",
     "openrlhf": "text.max_length=2048 sft.optimizer.min_lr_ratio=0.1 rl.optimizer.b2=0.95"
     " rl.optimizer.schedule=cosine rl.score_clip=10.0 rl.kl_coef=0.01 ppo.gae_lambda=1.0"
     " ppo.value_clip=0.5 ppo.value_learning_rate=9e-06 ppo.num_epochs=1 ppo.value_coef=1.0",
