@@ -13,7 +13,7 @@ from critic import EXPLAINED, FINAL, MEAN, Curve, Measured, Sizes
 from rlhf_jax import ppo
 from rlhf_jax.types import Rollout
 
-SIZES = Sizes(seeds=1, calls=1, comparisons=2, last=2, most_steps=4)
+SIZES = Sizes(seeds=1, calls=2, comparisons=2, last=2, most_steps=4)
 
 
 def paid(pay, *rows):

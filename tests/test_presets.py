@@ -317,10 +317,12 @@ DEFAULTS = {
 def test_the_defaults_of_another_library(name):
     """On top of a method's paper, and before one's own flags, for a pretrained model too."""
     rate = ["--rl.optimizer.learning-rate", "5e-7"]
-    config = parse(RunConfig, ["--config", "tiny", "ppo", name, "--model", "gpt2", *rate])
     said = [word.partition("=") for word in DEFAULTS[name].split()]
-    values = [operator.attrgetter(key)(config) for key, _, _ in said]
-    assert [str(value) for value in values] == [value for _, _, value in said]
+    for paper in ([], ["ppo"]):
+        files = ["--config", "tiny", *paper, name]
+        config = parse(RunConfig, [*files, "--model", "gpt2", *rate])
+        values = [operator.attrgetter(key)(config) for key, _, _ in said]
+        assert [str(value) for value in values] == [value for _, _, value in said]
     assert config.rl.optimizer.learning_rate == 5e-7
     assert config.ppo.value == "separate"
     text = (ROOT / "configs" / "defaults" / f"{name}.yaml").read_text("utf-8")
