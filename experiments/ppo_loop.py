@@ -52,7 +52,7 @@ class Settings:
     save_every: int = 10
     """Steps between two checkpoints."""
     seed: int = 0
-    num_epochs: int = 4
+    num_epochs: int = 1
     """Passes over the responses of a step."""
     num_minibatches: int = 2
 

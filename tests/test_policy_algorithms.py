@@ -34,7 +34,51 @@ def start(optimizer=SGD):
     return TrainState.create(policy_params(0), optimizer)
 
 
-def test_explained_variance():
+def explained(rewards, values, mask, **config):
+    prepared = Rollout(
+        np.zeros(mask.shape, np.int32), mask, mask, np.zeros(mask.shape), values=values
+    ).replace(rewards=np.asarray(rewards, np.float32))
+    config = ppo.Config(**config)
+    prepared = ppo.prepare(prepared, config=config)
+    return ppo.explained_variance(prepared, config, None)["value/explained_variance"]
+
+
+@pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
+def test_explained_variance_by_hand(gae_lambda):
+    """Returns (3, 2) and (1): variance 2/3. Errors (3, 1) and (-1) of values (0, 1) and (2): 8/3.
+    Lambda, and what stands behind a response, count nowhere.
+    """
+    rewards, values = [[1, 2], [1, 9]], np.array([[0.0, 1.0], [2.0, np.nan]])
+    found = explained(rewards, values, np.array([[1, 1], [1, 0]]), gae_lambda=gae_lambda)
+    assert found == pytest.approx(1 - (8 / 3) / (2 / 3))
+    # gamma 1/2: returns (2, 2) and (3).
+    rewards = [[1, 2], [3, 0]]
+    values = np.array([[2.0, 2.5], [3.0, 0.0]])
+    found = explained(rewards, values, np.array([[1, 1], [1, 0]]), gamma=0.5)
+    assert found == pytest.approx(1 - (1 / 18) / (2 / 9))
+
+
+def test_a_random_critic_explains_nothing():
+    """Of its own lambda-return it would explain .8 at 128 tokens."""
+    rng = np.random.default_rng(0)
+    mask = np.ones((64, 128), int)
+    rewards = np.zeros((64, 128))
+    rewards[:, -1] = rng.integers(0, 2, 64)
+    values = rng.normal(size=(64, 128)).astype(np.float32)
+    assert explained(rewards, values, mask, gae_lambda=0.95) < -1.0
+    assert explained(0 * rewards + 0.1, values, mask, gamma=0.0) == 0.0  # returns are equal
+
+
+def test_rewards_are_explained_as_they_are_learned_from():
+    """Values of whitened rewards."""
+    rewards = np.array([[2.0, 4.0], [6.0, 8.0]])
+    white = (rewards - 5) / np.sqrt(5) + 5
+    mask = np.ones((2, 2), int)
+    found = explained(rewards, white, mask, gamma=0.0, whiten_rewards=True)
+    assert found == pytest.approx(1.0, abs=1e-6)
+
+
+def test_explained_variance_of_an_update():
     """gamma = lambda = 0: the return is the reward, so values equal to it explain everything, and
     twice it nothing.
     """

@@ -302,7 +302,8 @@ def test_a_recipe_starts(name, data, tmp_path, monkeypatch):
 DEFAULTS = {
     "trl": "text.max_length=1024 sft.optimizer.schedule=linear sft.validation_fraction=0.0"
     " reward_model.normalize_samples=0 dpo.optimizer.warmup_steps=0.0 rl.num_epochs=3"
-    " grpo.kl_loss_coef=0.0 grpo.aggregate=token dpo.optimizer.learning_rate=1e-06",
+    " grpo.kl_loss_coef=0.0 grpo.aggregate=token dpo.optimizer.learning_rate=1e-06"
+    " ppo.num_epochs=4 ppo.gae_lambda=0.95 ppo.value_clip=0.2 ppo.value_coef=0.1",
     "openrlhf": "text.max_length=2048 sft.optimizer.min_lr_ratio=0.1"
     " sft.optimizer.learning_rate=5e-06 reward_model.optimizer.learning_rate=9e-06"
     " rl.optimizer.b2=0.95"
@@ -318,10 +319,12 @@ DEFAULTS = {
 def test_the_defaults_of_another_library(name):
     """On top of a method's paper, and before one's own flags, for a pretrained model too."""
     rate = ["--rl.optimizer.learning-rate", "5e-7"]
-    config = parse(RunConfig, ["--config", "tiny", "ppo", name, "--model", "gpt2", *rate])
     said = [word.partition("=") for word in DEFAULTS[name].split()]
-    values = [operator.attrgetter(key)(config) for key, _, _ in said]
-    assert [str(value) for value in values] == [value for _, _, value in said]
+    for paper in ([], ["ppo"]):
+        files = ["--config", "tiny", *paper, name]
+        config = parse(RunConfig, [*files, "--model", "gpt2", *rate])
+        values = [operator.attrgetter(key)(config) for key, _, _ in said]
+        assert [str(value) for value in values] == [value for _, _, value in said]
     assert config.rl.optimizer.learning_rate == 5e-7
     assert config.ppo.value == "separate"
     text = (ROOT / "configs" / "defaults" / f"{name}.yaml").read_text("utf-8")

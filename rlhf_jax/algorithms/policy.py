@@ -319,7 +319,7 @@ def _kl_term(log_probs: Array, ratio: Array, rollout: Rollout, estimator: ops.KL
 def updater(
     prepare: Callable[..., Rollout],
     loss: LossFn,
-    rollout_metrics: Callable[[Rollout, AxisName], Metrics] = lambda prepared, axis_name: {},
+    rollout_metrics: Callable[..., Metrics] = lambda prepared, config, axis_name: {},
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then
     ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
@@ -330,7 +330,7 @@ def updater(
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
-      rollout_metrics: ``(prepared rollout, axis_name) -> metrics``.
+      rollout_metrics: ``(prepared rollout, config, axis_name) -> metrics``.
     """
 
     def update_policy(
@@ -375,6 +375,6 @@ def updater(
             minibatch_sharding=minibatch_sharding,
             group_size=rollout.group_size,
         )
-        return state, {**metrics, **rollout_metrics(prepared, axis_name)}
+        return state, {**metrics, **rollout_metrics(prepared, config, axis_name)}
 
     return update_policy

@@ -35,17 +35,17 @@ VALUES_HINT = "the policy needs a value function"
 class Config(policy.Config):
     """Proximal policy optimisation."""
 
-    num_epochs: int = 4
+    num_epochs: int = 1
     """Passes over each rollout."""
-    value_clip: float | None = 0.2
+    value_clip: float | None = None
     """How far values may move from the rollout's and still lower the loss; null: as far as they
     like.
     """
-    value_coef: float = 0.1
+    value_coef: float = 1.0
     """Weight of the value loss."""
     gamma: float = 1.0
     """Discount per response token."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 1.0
     """Decay of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout's response tokens."""
@@ -60,9 +60,9 @@ class Config(policy.Config):
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
-    Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the
-    rewards, after their whitening if there is any, and are not whitened themselves. A rollout that
-    has advantages is a ValueError: they would not be used.
+    Whitening uses the response tokens of all devices of ``axis_name``. The result has the rewards
+    after their whitening, if there is any; returns come from these and are not whitened themselves.
+    A rollout that has advantages is a ValueError: they would not be used.
     """
     policy.check_unprepared(rollout)
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
@@ -73,7 +73,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.whiten_advantages:
         advantage = ops.whiten(advantage, mask, axis_name=axis_name)
-    return replace(rollout, advantages=advantage, returns=returns)
+    return replace(rollout, rewards=rewards, advantages=advantage, returns=returns)
 
 
 def loss(
@@ -105,14 +105,19 @@ def loss(
     return total, {**metrics, "value/loss": value_loss}
 
 
-def explained_variance(rollout: Rollout, axis_name: AxisName) -> Metrics:
-    """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(returns - values)
-    / var(returns)``; 0 where the returns do not vary."""
-    returns = policy.field(rollout, "returns")
-    errors = returns - policy.field(rollout, "values")
+def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:
+    """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(G - values) /
+    var(G)`` over response tokens; 0 where G does not vary.
+
+    G is the Monte-Carlo return, the discounted sum of the rewards from the token on. It does not
+    contain the values, as the lambda-return does, which is why a value function of noise is below
+    0 at any length.
+    """
     mask = rollout.response_mask
+    values = policy.field(rollout, "values")
+    returns = advantages.discounted_returns(policy.field(rollout, "rewards"), mask, config.gamma)
     var_returns = ops.masked_var(returns, mask, axis_name=axis_name)
-    var_errors = ops.masked_var(errors, mask, axis_name=axis_name)
+    var_errors = ops.masked_var(returns - values, mask, axis_name=axis_name)
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)

@@ -1,0 +1,95 @@
+"""The tasks and the statistics of experiments/critic.py by hand, and a short form of the whole."""
+
+import json
+
+import critic
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import results
+from critic import EXPLAINED, FINAL, MEAN, Curve, Measured, Sizes
+
+from rlhf_jax import ppo
+from rlhf_jax.types import Rollout
+
+SIZES = Sizes(seeds=1, calls=2, comparisons=2, last=2, most_steps=4)
+
+
+def paid(pay, *rows):
+    tokens = jnp.array(rows)
+    said = jnp.ones_like(tokens).at[:, 0].set(0)
+    batch = pay(Rollout(tokens, jnp.ones_like(tokens), said, jnp.zeros(tokens.shape)), {})
+    given = batch.rewards if batch.dense else batch.scores
+    return np.asarray(given).round(4).tolist()
+
+
+def test_what_answers_are_paid():
+    assert paid(critic.right_letter, [1, 5, 0, 5], [1, 0, 5, 0], [0, 0, 5, 5]) == [1, 0, 1]
+    assert paid(critic.prompts_letter, [7, 7, 1], [7, 1, 7]) == [1, 0]
+    assert paid(critic.next_letters, [18, 19, 0, 2, 3]) == [[0, 0.25, 0.25, 0, 0.25]]
+    assert paid(critic.near_sum, [2, 5, 6], [2, 10, 10], [2, 19, 3]) == [-9, 0, -2]
+
+
+def test_the_rule_behind_the_comparisons():
+    order = sorted(set(critic.ENGLISH) - {" "})
+    a, t = order.index("a"), order.index("t")
+    assert len(order) <= critic.LETTERS
+    assert critic.liked(jnp.array([[t, a, t, t], [a, a, t, t]])).tolist() == [7, 4]
+
+
+def test_texts_are_of_letters():
+    found = np.asarray(critic.texts(jax.random.key(0), 500, 24))
+    assert found.shape == (500, 25)
+    assert set(found.ravel().tolist()) == set(range(critic.LETTERS))
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_a_method_without_a_critic_differs_in_that_alone(passes):
+    ours, theirs = (
+        critic.METHODS[f"PPO, {passes} pass{'es' * (passes > 1)}{more}"]
+        for more in ("", ", no critic")
+    )
+    assert ours.config == theirs.config
+    assert ours.config.num_epochs == passes
+    assert ours.changes | critic.NO_CRITIC == theirs.changes
+    assert {**vars(ours.config), **ours.changes, "value_clip": None} == vars(
+        ppo.Config(num_epochs=passes)
+    )
+
+
+def test_rates_are_chosen_by_some_seeds_and_measured_by_others():
+    """Of three rates the second is the best of the seeds that choose."""
+    score = np.zeros((3, 2, 4))
+    score[1] = [[0.0, 0.0, 0.4, 0.6], [0.0, 0.2, 0.4, 0.8]]
+    explained = np.zeros((3, 2, 4))
+    explained[1] = [0.9, 0.9, -0.2, 0.4]
+    ours = Measured(np.array([0.1, 0.3, 0.2]), Curve(score, explained))
+    theirs = Measured(np.array([0.3, 0.1, 0.1]), Curve(score + 0.1, explained))
+    rows = critic.rows_of("dense: PPO, 1 pass", ours, SIZES)
+    rows += critic.rows_of("dense: PPO, 1 pass, no critic", theirs, SIZES)
+    rows += critic.comparisons(rows)
+    values = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in rows}
+    of_all = {
+        metric: value
+        for (of, seed, metric), value in values.items()
+        if seed == results.ALL and of == "dense: PPO, 1 pass"
+    }
+    assert of_all["learning rate"] == critic.RATES[1]
+    assert of_all[MEAN] == of_all[f"{MEAN} at 0.003"] == 0.3
+    assert of_all[FINAL] == 0.55
+    assert of_all[EXPLAINED] == 0.1
+    assert of_all[f"{MEAN} minus no critic's"] == pytest.approx(0.3 - 0.1)
+    assert of_all[f"{MEAN} at 0.003 minus no critic's"] == pytest.approx(-0.1)
+    assert values["dense: PPO, 1 pass", 1, FINAL] == 0.6
+
+
+@pytest.mark.slow
+def test_the_short_form(tmp_path):
+    out = tmp_path / "critic.json"
+    for _ in range(2):  # the second call has nothing to do
+        critic.main(out, ("reward model",), ("RLOO", "PPO, 1 pass"), SIZES)
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    names = [row["variant"] for row in rows if row["metric"] == "learning rate"]
+    assert names == ["reward model: RLOO", "reward model: PPO, 1 pass"]
+    assert any(row["metric"] == f"{MEAN} minus RLOO's" for row in rows)
