@@ -26,7 +26,6 @@ from rlhf_jax.models import lora, mlp
 from rlhf_jax.models.kernels import grouped
 from rlhf_jax.models.model import balance
 from rlhf_jax.parallel import auxiliary
-from rlhf_jax.training.common.rates import Size
 from rlhf_jax.training.rl import programs
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.types import Demonstrations, Mean, Rollout, TrainState
@@ -229,9 +228,7 @@ def test_rl_leaves_routers_as_they_are_unless_asked(trained):
     ones = {"kernel": np.ones(2, np.float32)}
     params = {"h": {"mlp": {"router": ones, "experts": ones}}, "value": ones}
     own = PPOStage(value_learning_rate=0.1)
-    optimizer = programs.make_optimizer(
-        Method(ppo, own, settings, NO_PENALTY, None), params, Size(2, False)
-    )
+    optimizer = programs.make_optimizer(Method(ppo, own, settings, NO_PENALTY, None), params)
 
     @jax.jit
     def updated(params):

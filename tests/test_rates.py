@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import yaml
 from builders import ROOT, UNASKED, initial_params, letters_run, metric_rows, with_rl
 
 from rlhf_jax import models, ppo, training, vpg
@@ -27,7 +28,7 @@ from rlhf_jax.training.common import rates
 from rlhf_jax.training.common.optimizer import learning_rates, make_optimizer
 from rlhf_jax.training.common.rates import POWERS, Size, default_rate
 from rlhf_jax.training.rl import job, programs
-from rlhf_jax.training.rl.method import Method
+from rlhf_jax.training.rl.method import Method, choose_rate, completed
 
 MILLION = 10**6
 
@@ -104,7 +105,9 @@ def config(tmp_path):
     )
 
 
-def test_dpo_by_its_defaults_moves_a_small_network_and_goes_on_at_the_same_rate(config, capsys):
+def test_dpo_by_its_defaults_moves_a_small_network_and_goes_on_at_the_same_rate(
+    config, capsys, monkeypatch
+):
     result = training.dpo.run(config)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rate ")]
     params = LanguageModel.load(config.model).params
@@ -115,8 +118,13 @@ def test_dpo_by_its_defaults_moves_a_small_network_and_goes_on_at_the_same_rate(
     assert max(row["lr"] for row in steps) == pytest.approx(usual)
     assert steps[0]["lr"] < usual / 2  # a warm-up
     assert steps[-1]["dpo/margin"] > 0.01
-    training.dpo.run(replace(config, resume=True))
-    assert line in capsys.readouterr().out
+    recorded = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert recorded["dpo"]["optimizer"]["learning_rate"] == usual
+    monkeypatch.setitem(POWERS, "dpo", (1.0, 0.0))  # of another version
+    longer = replace(config, resume=True, allow_changed=("dpo.num_epochs",))
+    longer = replace(longer, dpo=replace(config.dpo, num_epochs=7))
+    training.dpo.run(longer)
+    assert max(row["lr"] for row in metric_rows(result.folder) if "lr" in row) <= usual * 1.001
 
 
 @pytest.mark.parametrize("adapters", [0, 2])
@@ -131,24 +139,37 @@ def test_an_rl_run_has_the_rate_of_its_policy(adapters, config, tmp_path, capsys
     assert f": {size}\n" in capsys.readouterr().out
 
 
+class Opened:
+    """A run as far as it decides on settings."""
+
+    config = RunConfig()
+
+    def decide(self, **sections):
+        return sections
+
+
 def test_who_gives_an_optimizer_hears_of_no_rate(capsys):
     params = {"w": np.zeros(2, np.float32)}
     given = Method(vpg, vpg.Config(), RLStage(), NO_PENALTY, None, optimizer=optax.sgd(0.1))
-    programs.make_optimizer(given, params, Size(2, False))
+    run = Opened()
+    assert choose_rate(run, given, params) == (run, given)
     assert "rate " not in capsys.readouterr().out
     # The value function has an optimizer of its own, by the settings.
-    critic = given._replace(algorithm=ppo, algorithm_config=PPOStage(value_warmup=1))
-    made = programs.make_optimizer(critic, params | {"value": params["w"]}, Size(2, False))
+    critic = given._replace(algorithm=completed(ppo), algorithm_config=PPOStage(value_warmup=1))
+    decided, critic = choose_rate(run, critic, params)
     assert "rate " in capsys.readouterr().out
+    assert decided == {"rl": critic.settings}
+    made = programs.make_optimizer(critic, params | {"value": params["w"]})
     found = learning_rates(made.init(params | {"value": params["w"]}))
     assert float(found["value/lr"]) == pytest.approx(default_rate("rl", Size(2, False)))
 
 
 def test_the_value_function_keeps_a_rate_that_it_is_given():
     params = {"w": np.zeros(2, np.float32), "value": np.zeros(2, np.float32)}
-    method = Method(ppo, PPOStage(value_learning_rate=0.3), RLStage(), NO_PENALTY, None)
-    made = programs.make_optimizer(method, params, Size(MILLION, False))
-    found = learning_rates(made.init(params))
+    own = PPOStage(value_learning_rate=0.3)
+    method = Method(completed(ppo), own, RLStage(), NO_PENALTY, None)
+    _, method = choose_rate(Opened(), method, {"w": np.zeros(MILLION, np.float32)})
+    found = learning_rates(programs.make_optimizer(method, params).init(params))
     assert float(found["value/lr"]) == pytest.approx(0.3)
     assert float(found["lr"]) == pytest.approx(default_rate("rl", Size(MILLION, False)))
 

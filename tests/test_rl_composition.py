@@ -17,7 +17,6 @@ from rlhf_jax.generation.environment import Environment
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import NO_PENALTY, LoopState
 from rlhf_jax.training.common import memory, remat
-from rlhf_jax.training.common.rates import Size
 from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.training.rl.programs import Programs, make_optimizer
@@ -132,7 +131,7 @@ def test_a_schedule_is_as_long_as_all_optimizer_steps_of_a_run():
     own = ppo.Config(num_epochs=3, num_minibatches=2)
     method = Method(ppo, own, RLStage(num_iterations=5, optimizer=linear), NO_PENALTY, None)
     params = {"kernel": jnp.zeros(1)}
-    optimizer = make_optimizer(method, params, Size(1, False))
+    optimizer = make_optimizer(method, params)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     rates = []

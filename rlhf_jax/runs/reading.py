@@ -80,7 +80,15 @@ class _Compute(TypedDict, total=False):
     dtype: str
 
 
-class _Rl(TypedDict, total=False):
+class _Optimizer(TypedDict, total=False):
+    learning_rate: Number | None
+
+
+class _Stage(TypedDict, total=False):
+    optimizer: _Optimizer
+
+
+class _Rl(_Stage, total=False):
     batch_size: int
     kl_target: Number | None
     max_new_tokens: int
@@ -101,6 +109,10 @@ class Settings(TypedDict, total=False):
     model: str | None
     output_dir: str | None
     compute: _Compute
+    sft: _Stage
+    reward_model: _Stage
+    dpo: _Stage
+    kto: _Stage
     rl: _Rl
     reward: list[str]
     text: _Text

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import iteration, models, ops, sampling
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
-from rlhf_jax.config import Compute, RLStage, RunConfig, model_source
+from rlhf_jax.config import RLStage, RunConfig, model_source
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError
@@ -30,7 +30,7 @@ from rlhf_jax.training.common.layout import Layout, laid_out_shapes
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import make_optimizer
 from rlhf_jax.training.rl import teacher as teachers
-from rlhf_jax.training.rl.method import Method, completed, method_of
+from rlhf_jax.training.rl.method import Method, choose_rate, completed, method_of
 from rlhf_jax.training.rl.programs import Sizes, compiled, networks_of
 from rlhf_jax.training.rl.programs import first_state as first_state_of_rl
 from rlhf_jax.training.rl.sharing import Answers
@@ -87,8 +87,8 @@ class ShapesLayout(Layout):
 class PlannedRun(OpenRun):
     """A run without a folder."""
 
-    def decide(self, compute: Compute) -> OpenRun:
-        return self.change(compute=compute)
+    def decide(self, **sections: Any) -> OpenRun:
+        return self.change(**sections)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +363,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     method = case.method(prompt)
     teacher = _teacher(case)
     source = None if method.value_source is None else case.language_model(method.value_source)
+    _, method = choose_rate(case.run, method, begun.params)
     networks = networks_of(case.run, begun, method, source, teacher)
     sizes = Sizes(settings.batch_size, columns, 0)
     state = first_state_of_rl(case.run, method, networks, sizes)

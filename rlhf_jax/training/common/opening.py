@@ -13,12 +13,12 @@ from typing import Any, Literal
 import jax
 from jax import Array
 
-from rlhf_jax.config import Compute, RunConfig, model_source, to_dict
+from rlhf_jax.config import RunConfig, model_source, to_dict
 from rlhf_jax.config.yaml_files import dotted_keys, dumped
 from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import folder, keeping, manifest, objects, processes, reading, writing
-from rlhf_jax.training.common import initial, memory
+from rlhf_jax.training.common import initial, memory, rates
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import AlgorithmConfig
 
@@ -81,9 +81,9 @@ class OpenRun:
         """Writes to manifest.json what became of the rows of the data."""
         processes.in_first(lambda: manifest.add_facts(self.folder, {"rows": rows}))
 
-    def decide(self, compute: Compute) -> "OpenRun":
-        """The run with settings that were auto, which it writes to config.yaml."""
-        run = self.change(compute=compute)
+    def decide(self, **sections: Any) -> "OpenRun":
+        """The run with these sections, whose settings were auto; it writes them to config.yaml."""
+        run = self.change(**sections)
 
         def write() -> None:
             writing.write_atomically(run.folder.config, _settings_text(run.config))
@@ -134,7 +134,7 @@ def open_run(
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
         if opened.resumed:
             processes.in_first(lambda: keeping.restore_start(opened))
-        config = _decided(config, opened)
+        config = _decided(config, name, opened)
         run = OpenRun(name, opened, config, layout_of(config))
         with _explained(run, sizes):
             processes.in_first(lambda: _describe(run, fingerprints, files, given))
@@ -180,20 +180,28 @@ def _explained(run: OpenRun, sizes: Mapping[str, int]) -> Iterator[None]:
         raise memory.fault(run.name, run.held, {**sizes, **off}, error) from error
 
 
-def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
+def _decided(config: RunConfig, name: str, run: folder.Run) -> RunConfig:
     """The settings without auto. A resumed run gets the recorded values, so that it continues in
-    the same way on any machine; a new run gets ``compute.scan_layers`` by depth.
+    the same way on any machine and at the same rate; a new run gets ``compute.scan_layers`` by
+    depth.
     """
     compute = config.compute
     if run.resumed:
-        recorded = {}
+        recorded: Mapping[str, Any] = {}
         with contextlib.suppress(UserError):  # check_unchanged reports what is wrong
-            recorded = reading.read_yaml(run.config, reading.Settings).get("compute", {})
+            recorded = reading.read_yaml(run.config, reading.Settings)
         for key in ("scan_layers", "remat", "share_prompts"):
-            value = recorded.get(key)
+            value = recorded.get("compute", {}).get(key)
             if getattr(compute, key) == "auto" and isinstance(value, bool):
                 changes: dict[str, Any] = {key: value}
                 compute = dataclasses.replace(compute, **changes)
+        section = name if name in rates.POWERS else "rl"
+        stage = getattr(config, section)
+        if stage.optimizer.learning_rate is None:
+            rate = recorded.get(section, {}).get("optimizer", {}).get("learning_rate")
+            adam = dataclasses.replace(stage.optimizer, learning_rate=rate)
+            changes = {section: dataclasses.replace(stage, optimizer=adam)}
+            config = dataclasses.replace(config, **changes)
     if compute.scan_layers == "auto":
         compute = initial.by_depth(compute, initial.num_layers(model_source(config)))
     return dataclasses.replace(config, compute=compute)

@@ -168,7 +168,7 @@ def choose(
             logger.info(f"{line} ({reason(room, estimate, own_rows, remat)})")
         else:
             remat = wants_remat(room, estimate, lambda: estimate)
-    run = run.decide(dataclasses.replace(compute, remat=remat))
+    run = run.decide(compute=dataclasses.replace(compute, remat=remat))
     if remat:
         model = models.build(dataclasses.replace(model.config, remat=True))
     return run, language_model._replace(model=model)

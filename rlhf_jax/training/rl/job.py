@@ -40,6 +40,7 @@ from rlhf_jax.training.rl.method import (
     Method,
     check_settings,
     check_value_settings,
+    choose_rate,
     completed,
     count_iterations,
     method_of,
@@ -145,6 +146,7 @@ def open_job(
         run, method = _share_prompts(run, method, inputs)
         run, inputs = _choose_remat(run, method, inputs)
         schedule, held_out = prompts_of(run, method, inputs)
+        run, method = choose_rate(run, method, inputs.initial.params)
         run, method = count_iterations(run, method, len(schedule.train_rows))
         settings = method.settings
         if optimizer is None:
@@ -249,7 +251,7 @@ def _share_prompts(run: OpenRun, method: Method, inputs: Inputs) -> tuple[OpenRu
     """Run and method with ``compute.share_prompts`` chosen by the work that it saves."""
     wanted = run.config.compute.share_prompts
     if method.algorithm_config.group_size == 1 and wanted is not True:  # nothing to share
-        return run.decide(replace(run.config.compute, share_prompts=False)), method
+        return run.decide(compute=replace(run.config.compute, share_prompts=False)), method
     from rlhf_jax.training.rl import sharing
 
     answers = sharing.Answers(
@@ -262,7 +264,7 @@ def _share_prompts(run: OpenRun, method: Method, inputs: Inputs) -> tuple[OpenRu
         on=run.layout,
     )
     compute, size = sharing.decided(run.config.compute, answers)
-    return run.decide(compute), method._replace(shared_by=size)
+    return run.decide(compute=compute), method._replace(shared_by=size)
 
 
 def _choose_remat(run: OpenRun, method: Method, inputs: Inputs) -> tuple[OpenRun, Inputs]:

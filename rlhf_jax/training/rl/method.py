@@ -13,10 +13,10 @@ from rlhf_jax.config import ModelSource, RLStage, RunConfig, model_source
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
-from rlhf_jax.training.common import layout, memory, references
+from rlhf_jax.training.common import layout, memory, rates, references
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.common.opening import OpenRun
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, TrainState
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, TrainState
 
 
 class Given(NamedTuple):
@@ -245,6 +245,22 @@ def check_warmup(name: str, settings: RLStage, config: AlgorithmConfig) -> None:
             f"{name}.value_warmup {warmup}: of {settings.num_iterations} iterations, no iteration "
             "is left for the policy"
         )
+
+
+def choose_rate(run: OpenRun, method: Method, params: Params) -> tuple[OpenRun, Method]:
+    """Run and method with a learning rate, by the size of the policy where the settings have none.
+    They keep none where an optimizer from Python trains all.
+    """
+    own = method.algorithm_config
+    has_critic = method.algorithm.needs_values and (
+        own.value == "separate" or has_own_schedule(own)
+    )
+    if method.optimizer is not None and not has_critic:
+        return run, method
+    size = rates.size_of(run.config.lora, params)
+    adam = rates.with_rate("rl", method.settings.optimizer, size)
+    settings = dataclasses.replace(method.settings, optimizer=adam)
+    return run.decide(rl=settings), method._replace(settings=settings)
 
 
 def count_iterations(run: OpenRun, method: Method, prompts: int) -> tuple[OpenRun, Method]:

@@ -19,7 +19,7 @@ from rlhf_jax.policies import Policy
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.sampling.routing import has_experts
-from rlhf_jax.training.common import initial, memory, optimizer, rates
+from rlhf_jax.training.common import initial, memory, optimizer
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.common.optimizer import check_frozen
@@ -81,7 +81,6 @@ def networks_of(
     """
     settings = method.settings
     layout = run.layout
-    size = rates.size_of(run.config.lora, policy.params)
     key = run.key("init")
     value = method.algorithm_config.value if method.algorithm.needs_values else None
     model = policy.model if value else policy.model._replace(values=None)
@@ -138,18 +137,13 @@ def networks_of(
     functions = Functions(
         trained.bind(learner), ref_fn=reference, base=base, teacher=teacher_params
     )
-    made = make_optimizer(method, trained.params, size)
-    return Networks(start, trained, made, functions)
+    return Networks(start, trained, make_optimizer(method, trained.params), functions)
 
 
-def make_optimizer(
-    method: Method, params: Params, size: rates.Size
-) -> optax.GradientTransformation:
+def make_optimizer(method: Method, params: Params) -> optax.GradientTransformation:
     """The optimizer of all trained parameters: ``rl.optimizer``, or the one that Python gives. A
     value model, or a value head with a rate or a warm-up of its own, has its own. Routers are left
     alone unless ``rl.train_routers``.
-
-    size: of the policy, for the default learning rate.
     """
     settings = method.settings
     given = method.optimizer
@@ -159,8 +153,6 @@ def make_optimizer(
     else:
         use = "trains the value function alone" if has_critic else "is not used"
         logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
-    if given is None or has_critic:
-        settings = replace(settings, optimizer=rates.with_rate("rl", settings.optimizer, size))
     if has_critic:
         from rlhf_jax.training.rl import critic
 

@@ -165,7 +165,7 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
     encoded = chosen.encoded
     if encoded.num_answers > 1:
         compute = replace(run.config.compute, share_prompts=encoded.shares_prompts)
-        run = run.decide(compute)
+        run = run.decide(compute=compute)
     rows_at_once = encoded.rows_of_arrays * settings.batch_size // settings.num_microbatches
     members = getattr(settings, "ensemble_size", 1)
     run, language_model = remat.choose(
@@ -174,6 +174,8 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
     num_steps = settings.max_steps or settings.num_epochs * chosen.plan.steps_per_epoch
     size = rates.size_of(source.lora, language_model.params)
     optimizer = rates.with_rate(task.section, settings.optimizer, size)
+    settings = replace(settings, optimizer=optimizer)
+    run = run.decide(**{task.section: settings})
     return Job(
         run,
         settings,
