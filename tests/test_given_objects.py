@@ -210,7 +210,7 @@ def test_the_algorithm_s_config_that_runs_is_in_config_yaml(begin):
         num_epochs=3, gae_lambda=0.5
     )
     begin(ppo, ppo.Config(num_epochs=3, gae_lambda=0.5), config=config, resume=True)
-    with pytest.raises(UserError, match=r"ppo\.gae_lambda was 0\.5 and is now 0\.95"):
+    with pytest.raises(UserError, match=r"ppo\.gae_lambda was 0\.5 and is now 1\.0"):
         begin(ppo, ppo.Config(num_epochs=3), config=config, resume=True)
     allowed = replace(config, allow_changed=("ppo.gae-lambda",))
     recorded, _ = begin(ppo, ppo.Config(num_epochs=3), config=allowed, resume=True)

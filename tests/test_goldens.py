@@ -202,7 +202,8 @@ def test_every_config_fits(file):
     layout = layout_of(config)
     check_sizes(training.sft.TASK, config.sft, config.text, layout)
     check_sizes(training.reward_model.TASK, config.reward_model, config.text, layout)
-    for name in ("vpg", "ppo", "rloo", "grpo"):
+    grouped = ("rloo", "grpo")
+    for name in grouped if config.rl.dynamic_sampling else ("vpg", "ppo", *grouped):
         method.check_settings(name, config.rl, getattr(config, name), layout)
 
 

@@ -47,7 +47,7 @@ def of_depth(layers, **compute):
     [(7, "auto", False), (8, "auto", True), (8, False, False), (7, True, True)],
 )
 def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, chosen):
-    config = opening._decided(of_depth(layers, scan_layers=given), a_run(tmp_path))
+    config = opening._decided(of_depth(layers, scan_layers=given), "ppo", a_run(tmp_path))
     assert config.compute == Compute(scan_layers=chosen)
     assert initial.compute_options(config.compute, 2)["scan_layers"] is chosen
     assert initial.compute_options(Compute(scan_layers=given), layers)["scan_layers"] is chosen
@@ -56,16 +56,18 @@ def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, 
 def test_a_resumed_run_keeps_what_is_recorded_where_nothing_is_said(tmp_path):
     text = to_yaml(of_depth(8, scan_layers=False, remat=True))
     run = a_run(tmp_path, True, text)
-    assert opening._decided(of_depth(8), run).compute == Compute(scan_layers=False, remat=True)
+    assert opening._decided(of_depth(8), "ppo", run).compute == Compute(
+        scan_layers=False, remat=True
+    )
     said = of_depth(8, scan_layers=True, remat=False)
-    assert opening._decided(said, run).compute == said.compute
+    assert opening._decided(said, "ppo", run).compute == said.compute
     undecided = a_run(tmp_path, True, to_yaml(of_depth(8)))
-    assert opening._decided(of_depth(8), undecided).compute == Compute(scan_layers=True)
+    assert opening._decided(of_depth(8), "ppo", undecided).compute == Compute(scan_layers=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "compute: 3", "compute: {remat: maybe}", ": ["])
 def test_a_damaged_record_is_left_to_who_compares_it(tmp_path, text):
-    decided = opening._decided(of_depth(8), a_run(tmp_path, True, text))
+    decided = opening._decided(of_depth(8), "ppo", a_run(tmp_path, True, text))
     assert decided.compute == Compute(scan_layers=True)
 
 

@@ -335,7 +335,7 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path, m
     not forgotten.
     """
     monkeypatch.setattr(optimizer, "PLATEAU_PATIENCE", 2)
-    options = {"scores": SCORES, "optimizer": Optimizer(schedule="plateau")}
+    options = {"scores": SCORES, "optimizer": Optimizer(1e-3, schedule="plateau")}
     config = replace(config, early_stopping_patience=3)
     straight = replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5

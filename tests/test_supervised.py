@@ -431,7 +431,7 @@ def test_a_run_says_its_warm_up_and_counts_its_rows(config, tmp_path, capsys, mo
         assert copies["manifest.json"] == text
         stop(json.loads(text)["rows"])
 
-    monkeypatch.setattr(OpenRun, "decide", lambda run, compute: run)  # which writes copies too
+    monkeypatch.setattr(OpenRun, "decide", lambda run, **sections: run)  # which writes copies too
 
     config = replace(config, text=replace(config.text, too_long="drop"))
     config = with_validation_data(config, "dpo", tmp_path, ("a", "s" * 40, "o"), ("e", "s", "o"))

@@ -223,7 +223,7 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_a_network_with_a_value_head_of_its_own_gets_no_other(value):
     model = MODEL._replace(values=lambda params, states: states[..., 0])
-    config = RunConfig()
+    config = RunConfig(rl=RLStage(optimizer=Optimizer(1e-3)))
     run = OpenRun("ppo", None, config, layout_of(config))
     method = Method(ppo, PPOStage(value=value), config.rl, NO_PENALTY, None)
     policy = LanguageModel(model, {"body": jnp.ones(2)}, None)

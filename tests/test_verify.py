@@ -351,7 +351,7 @@ def test_a_number_that_is_written_in_another_way_is_no_difference(copied):
     assert verify.verify(copied, trust_config=True).differences == []
     file.write_text(text.replace("warmup_steps: 0.0", "warmup_steps: 1", 1))
     [difference, *_] = verify.verify(copied, trust_config=True).differences
-    assert difference[1:] == ("config.yaml", "sft.optimizer.warmup_steps", "0.0", "1")
+    assert difference[1:] == ("config.yaml", "rl.optimizer.warmup_steps", "0.0", "1")
 
 
 @pytest.mark.usefixtures("repeated")
