@@ -214,7 +214,7 @@ def test_the_algorithm_s_config_that_runs_is_in_config_yaml(begin):
         begin(ppo, ppo.Config(num_epochs=3), config=config, resume=True)
     allowed = replace(config, allow_changed=("ppo.gae-lambda",))
     recorded, _ = begin(ppo, ppo.Config(num_epochs=3), config=allowed, resume=True)
-    assert recorded["ppo"]["gae_lambda"] == 0.95
+    assert recorded["ppo"]["gae_lambda"] == 1.0
 
 
 def test_a_reward_of_the_other_sign_is_another_run(begin):
