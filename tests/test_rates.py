@@ -22,6 +22,7 @@ from rlhf_jax.config import (
     Text,
 )
 from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import NO_PENALTY
 from rlhf_jax.training.common import rates
@@ -123,6 +124,9 @@ def test_dpo_by_its_defaults_moves_a_small_network_and_goes_on_at_the_same_rate(
     monkeypatch.setitem(POWERS, "dpo", (1.0, 0.0))  # of another version
     longer = replace(config, resume=True, allow_changed=("dpo.num_epochs",))
     longer = replace(longer, dpo=replace(config.dpo, num_epochs=7))
+    optimizer = replace(longer.dpo.optimizer, learning_rate=0.5)
+    with pytest.raises(UserError, match=r"dpo\.optimizer\.learning_rate was"):
+        training.dpo.run(replace(longer, dpo=replace(longer.dpo, optimizer=optimizer)))
     training.dpo.run(longer)
     assert max(row["lr"] for row in metric_rows(result.folder) if "lr" in row) <= usual * 1.001
 

@@ -292,7 +292,7 @@ CAUTIONS = [
     ({"lr": [0.0, 1e-9]}, UNTOUCHED, None),  # a warm-up
     ({"grad_norm": [0.0, 0.9e-8, 1.0]}, UNTOUCHED, "gradient was 0 in 2 of 3 steps"),
     ({"grad_norm": [0.0, 1.1e-8]}, UNTOUCHED, None),
-    ({"lr": [1.0]}, ROWS, "3 of 5 rows dropped (2 too long, 1 empty), 4 texts: response cut"),
+    ({"lr": [1.0]}, ROWS, "3 of 5 answers dropped (2 too long, 1 empty), 4 texts: response cut"),
     ({"lr": [1.0]}, ROWS | {"read": 6}, None),
 ]
 
@@ -320,7 +320,7 @@ def test_the_rows_that_were_dropped_stand_in_the_verdict_most_frequent_reasons_f
     dropped = {"a": 1, "b": 5, "c": 2, "d": 4, "e": 3}
     change(run, rows={"read": 40, "dropped": dropped, "cut": {}})
     chapter = chapter_of(run)
-    said = "15 of 40 rows dropped (5 b, 4 d, 3 e, 3 for other reasons)"
+    said = "15 of 40 answers dropped (5 b, 4 d, 3 e, 3 for other reasons)"
     assert chapter["verdicts"] == {"run": f"Loss 1 → 0.5 in 2 steps, {said}, no alert."}
     assert chapter["facts"].values["data"] == said
     assert chapter["cautions"] == {"run": []}

@@ -65,10 +65,22 @@ def test_a_resumed_run_keeps_what_is_recorded_where_nothing_is_said(tmp_path):
     assert opening._decided(of_depth(8), "ppo", undecided).compute == Compute(scan_layers=True)
 
 
-@pytest.mark.parametrize("text", ["[]", "compute: 3", "compute: {remat: maybe}", ": ["])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "compute: 3",
+        "compute: {remat: maybe}",
+        ": [",
+        "rl: {optimizer: {learning_rate: .nan}}",
+        "rl: {optimizer: {learning_rate: -1.0}}",
+        "rl: {optimizer: {learning_rate: high}}",
+    ],
+)
 def test_a_damaged_record_is_left_to_who_compares_it(tmp_path, text):
     decided = opening._decided(of_depth(8), "ppo", a_run(tmp_path, True, text))
     assert decided.compute == Compute(scan_layers=True)
+    assert decided.rl == RunConfig().rl
 
 
 @pytest.mark.parametrize(

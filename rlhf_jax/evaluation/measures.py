@@ -127,7 +127,8 @@ def of_responses(
         elif values is not None:
             is_alone = metric == "self_bleu" and not values
             why = "needs two prompts or more" if is_alone else note
-            yield mean(name or category, metric, values, unit, why)
+            is_share = False if metric == "score_difference" else None  # between -1 and 1
+            yield mean(name or category, metric, values, unit, why, is_share=is_share)
 
 
 def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str]) -> Iterator[Figure]:
@@ -249,11 +250,11 @@ def mean(
     unit: str = "prompts",
     note: str = "",
     *,
-    is_share: bool = False,
+    is_share: bool | None = None,
 ) -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; NaN is a missing
-    value and does not count. Values that are all 0, .5 or 1 are shares too, but not whole numbers,
-    which are counts. There is no interval of other numbers that are all equal.
+    value and does not count. By default values that are all 0, .5 or 1 are shares, but not whole
+    numbers, which are counts. There is no interval of other numbers that are all equal.
     """
     array = np.asarray(values)
     rows = array.reshape(len(array), -1 if array.size else 1).astype(np.float64)
@@ -262,7 +263,9 @@ def mean(
         return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
     figure = Figure(category, metric, float(means.mean()), n=len(means), unit=unit, note=note)
-    if is_share or (array.dtype.kind not in "iu" and metrics.are_shares(kept)):
+    if is_share is None:
+        is_share = array.dtype.kind not in "iu" and metrics.are_shares(kept)
+    if is_share:
         return _with_interval(figure, metrics.share_interval(means))
     if np.ptp(means) == 0:
         return _with_interval(figure, None, "all are equal" if len(means) > 1 else "")

@@ -14,6 +14,8 @@ from rlhf_jax.runs.log import duration
 _LONGEST = 100  # characters of an answer or prompt beside the verdict
 _MOST_REASONS = 3  # why rows were dropped
 _ZERO = 1e-8  # norm of a gradient
+# What manifest.json counts; a ranking has several pairs, a conversation several answers.
+_EXAMPLES = {"sft": "answers", "reward_model": "pairs", "dpo": "pairs", "kto": "answers"}
 # Of the tiles that the sentence has too.
 _UNITS = {"KL": "nats", "Margin": "nats", "Moved": "nats an answer"}
 _PER_TOKEN = ("simpo", "orpo")  # kinds of DPO whose log-ratios are divided by the length
@@ -66,11 +68,7 @@ def cautions(group: Group) -> list[str]:
         gradients = series(record.metrics, "grad_norm")[1]
         num_zero = sum(norm < _ZERO for norm in gradients)
         batch = _batch_size(record)
-        num_masked = sum(
-            row["response/masked"] + row.get("reward/unscored", 0) >= batch
-            for row in record.metrics
-            if "response/masked" in row
-        )
+        num_masked = sum(row.get("response/masked", 0) >= batch for row in record.metrics)
         rows = record.manifest.get("rows", {})
         steps = f"{record.unit}s"
         if rates and not any(rates):
@@ -88,8 +86,8 @@ def cautions(group: Group) -> list[str]:
 
 
 def data(record: RunRecord) -> str | None:
-    """How many rows of the data were dropped and texts cut, and why: "3 of 5 rows dropped (2 too
-    long, 1 empty prompt)"; None if none were.
+    """How many examples of the data were dropped and texts cut, and why: "3 of 5 pairs dropped (2
+    too long, 1 empty prompt)"; None if none were.
     """
     rows = record.manifest.get("rows", {})
     parts = []
@@ -100,8 +98,10 @@ def data(record: RunRecord) -> str | None:
         others = sum(number for _, number in by_number[_MOST_REASONS:])
         reasons += [f"{others} for other reasons"] if others else []
         total = sum(dropped.values())
-        parts.append(f"{total} of {rows['read']} rows dropped ({', '.join(reasons)})")
-    parts += [f"{number} texts: {how}" for how, number in rows.get("cut", {}).items()]
+        unit = _EXAMPLES.get(record.kind, "prompts")
+        parts.append(f"{total} of {rows['read']} {unit} dropped ({', '.join(reasons)})")
+    for how, number in rows.get("cut", {}).items():
+        parts.append(f"{number} text{'s' * (number != 1)}: {how}")
     return ", ".join(parts) or None
 
 

@@ -268,7 +268,7 @@ def _nothing_moved(moved: np.ndarray, step: np.ndarray, planned: np.ndarray) -> 
         return ""
     is_near = _beyond("validation/moved", moved[-1], "<", 0.05)
     when = f"nats after {step[-1]:.0f} of {planned[-1]:.0f} steps"
-    return is_near and f"{is_near} {when}: raise optimizer.learning_rate of the stage"
+    return is_near and f"{is_near} {when}: raise optimizer.learning_rate of the stage, or shorten its warm-up"
 
 
 def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
@@ -312,7 +312,11 @@ def fall(values: np.ndarray, *, size: int, part: float) -> tuple[np.ndarray, ...
     # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
     # standard error itself is of few.
     errors = 5 + 30 / values.shape[-1]
-    noise = errors * math.sqrt(2) * _error(values[..., :-size], size)
+    before = _error(values[..., :-size], size)
+    # The spread of the last rows too: of a task that was solved from the start no earlier row has
+    # any, and one wrong answer is no collapse.
+    last = values[..., -size:].std(axis=-1, ddof=1) / math.sqrt(size)
+    noise = errors * np.hypot(before, np.maximum(before, last))
     return means[..., -1], highest - np.maximum(part * (highest - means[..., 0]), noise), best
 
 

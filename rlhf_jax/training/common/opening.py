@@ -5,6 +5,7 @@ to resume.
 import contextlib
 import dataclasses
 import errno
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -199,9 +200,10 @@ def _decided(config: RunConfig, name: str, run: folder.Run) -> RunConfig:
         stage = getattr(config, section)
         if stage.optimizer.learning_rate is None:
             rate = recorded.get(section, {}).get("optimizer", {}).get("learning_rate")
-            adam = dataclasses.replace(stage.optimizer, learning_rate=rate)
-            changes = {section: dataclasses.replace(stage, optimizer=adam)}
-            config = dataclasses.replace(config, **changes)
+            if rate is not None and math.isfinite(rate) and rate >= 0:
+                adam = dataclasses.replace(stage.optimizer, learning_rate=rate)
+                changes = {section: dataclasses.replace(stage, optimizer=adam)}
+                config = dataclasses.replace(config, **changes)
     if compute.scan_layers == "auto":
         compute = initial.by_depth(compute, initial.num_layers(model_source(config)))
     return dataclasses.replace(config, compute=compute)
