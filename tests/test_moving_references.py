@@ -137,6 +137,8 @@ def test_a_share_of_0_is_a_fixed_reference_bit_for_bit(short):
     assert weights == others
     rows = metric_rows(fixed.folder)
     assert [row.pop("validation/moved", None) is None for row in rows].count(False) > 1
+    for row in rows:
+        row.pop("validation/planned_steps", None)
     assert rows == metric_rows(still.folder)  # whose start is not known to be the reference
     assert all(reference is not None for _, reference in states)
 

@@ -14,7 +14,7 @@ from builders import grid, initial_params, letters_run, metric_rows, slow, stopp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
-from rlhf_jax.config import KTOStage, SFTStage, Text
+from rlhf_jax.config import KTOStage, Optimizer, SFTStage, Text
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -332,6 +332,7 @@ def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
         getattr(config, stage),
         batch_size=16,
         num_epochs=3,
+        optimizer=Optimizer(1e-3),
         validation_fraction=0.0,
         **own,
     )

@@ -440,8 +440,10 @@ class Memory(TrainState):
 
 def update(state, rollout, key, *, policy_fn, optimizer, config, **sharded):
     """One step on PPO's loss."""
-    prepared = ppo.prepare(rollout, config=ppo.Config(value_coef=config.rate))
-    bound = partial(ppo.loss, policy_fn=policy_fn, config=ppo.Config(value_coef=config.rate))
+    # With lambda 1 equal rewards and values would give equal advantages, which are whitened to 0.
+    own = ppo.Config(value_coef=config.rate, gae_lambda=0.95)
+    prepared = ppo.prepare(rollout, config=own)
+    bound = partial(ppo.loss, policy_fn=policy_fn, config=own)
     after, metrics = gradient_step(bound, state, optimizer, batch=prepared, key=key)
     seen = jnp.pad(rollout.values, ((0, 0), (state.values.shape[1] - rollout.values.shape[1], 0)))
     return after.replace(values=state.values.at[rollout.row_ids].set(seen)), metrics
