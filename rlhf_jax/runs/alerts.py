@@ -268,10 +268,8 @@ def _nothing_moved(moved: np.ndarray, step: np.ndarray, planned: np.ndarray) -> 
         return ""
     is_near = _beyond("validation/moved", moved[-1], "<", 0.05)
     when = f"nats after {step[-1]:.0f} of {planned[-1]:.0f} steps"
-    return (
-        is_near
-        and f"{is_near} {when}: raise optimizer.learning_rate of the stage, or shorten its warm-up"
-    )
+    remedy = "raise optimizer.learning_rate of the stage, or shorten its warm-up"
+    return is_near and f"{is_near} {when}: {remedy}"
 
 
 def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
