@@ -56,6 +56,13 @@ class Preset(NamedTuple):
 
 
 GROUP = 4  # answers to a prompt, of GRPO
+# As the opponents have it: the defaults of TRL and of lm-human-preferences.
+TRL_PPO: dict[str, Any] = {
+    "num_epochs": 4,
+    "gae_lambda": 0.95,
+    "value_clip": 0.2,
+    "value_coef": 0.1,
+}
 PRESETS: dict[str, Preset] = {
     "char-nano": Preset(models.GPT2Config(65, 64, 64, 2, 4), 32, 16, 16),
     "char-small": Preset(models.GPT2Config(65, 112, 128, 4, 4), 64, 64, 48),
@@ -179,8 +186,9 @@ def _rl_work(
 ) -> Work:
     how = sampling.SamplingConfig(preset.response, temperature=temperature, eos_id=None, pad_id=0)
     algorithm = completed({"grpo": grpo, "vpg": vpg}.get(name, ppo))
-    group = {"grpo": {"group_size": GROUP}, "iteration": {"num_epochs": 4}}.get(name, {})
-    group |= {"num_microbatches": preset.num_microbatches}
+    settings: dict[str, dict[str, Any]] = {"grpo": {"group_size": GROUP}, "iteration": TRL_PPO}
+    group = settings.get(name, {})
+    group = group | {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
     policy_fn = models.policy_fn(model, value_model=own, prompt_length=preset.prompt)
