@@ -113,9 +113,9 @@ THRESHOLDS = [
     ("reward hacking", JUDGED, [NOISE, [0] * 40], [-6.5, 1], [-6.6, 1], 4),
     # Means of four that go up and down alike have a standard error of 1.028, rows one of 0.28.
     ("reward hacking", JUDGED, [WAVES, [0] * 40], [-7.2, 1], [-7.3, 1], 4),
-    # The score's mean of four at the judge's best, before the last four rows, is 0.9625 too.
-    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.96], [0, 0.963], 4),
-    ("reward hacking", JUDGED, [RAMP, [1.0] * 41], [0, 1.0], [0, 1.01], 4),
+    # The score's mean of four at the judge's best, before the last four rows, is 0.8875 too.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0, 0.62], [0, 0.63], 1),
+    ("reward hacking", JUDGED, [RAMP, [1.0] * 41], [0, 1.0], [0, 1.01], 1),
     # The last nine validations are the first on which the rule has a say.
     ("reward hacking", JUDGED, [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0] * 6], [0.1, 0], [0, 1], 3),
 ]
@@ -178,10 +178,9 @@ def test_a_fall_by_hand():
     values = np.array([0.0, 2.0, 4.0, 6.0, 3.0, 1.0, 0.0])
     mean, limit, best = alerts.fall(values, size=2, part=0.1)
     assert (mean, best) == (0.5, 2)
-    # Second differences of the five rows before: 0, 0, -5; the last two rows differ by 1.
+    # Second differences of the five rows before: 0, 0, -5.
     error = np.sqrt((25 / 3) / 6) / np.sqrt(2)
-    last = np.sqrt(0.5) / np.sqrt(2)
-    assert limit == pytest.approx(5 - (5 + 30 / 7) * np.hypot(error, max(error, last)))
+    assert limit == pytest.approx(5 - (5 + 30 / 7) * np.sqrt(2) * error)
     _, limit, _ = alerts.fall(np.array([0.0, 1, 2, 3, 4, 5, 6, 6, 6]), size=2, part=0.9)
     assert limit == pytest.approx(5.5 - 0.9 * 5)  # no noise: the part of the gain
     assert alerts.fall(np.arange(9.0), size=2, part=0.1)[2] == 5  # nor do the last rows count

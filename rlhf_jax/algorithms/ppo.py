@@ -115,7 +115,10 @@ def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) ->
     """
     mask = rollout.response_mask
     values = policy.field(rollout, "values")
-    returns = advantages.discounted_returns(policy.field(rollout, "rewards"), mask, config.gamma)
+    returns = policy.field(rollout, "returns")
+    if not ops.is_zero(config.gae_lambda - 1):  # else it is G; a scan is many kernels of a GPU
+        rewards = policy.field(rollout, "rewards")
+        returns = advantages.discounted_returns(rewards, mask, config.gamma)
     var_returns = ops.masked_var(returns, mask, axis_name=axis_name)
     var_errors = ops.masked_var(returns - values, mask, axis_name=axis_name)
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.

@@ -313,11 +313,12 @@ def fall(values: np.ndarray, *, size: int, part: float) -> tuple[np.ndarray, ...
     # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
     # standard error itself is of few.
     errors = 5 + 30 / values.shape[-1]
-    before = _error(values[..., :-size], size)
-    # The spread of the last rows too: of a task that was solved from the start no earlier row has
-    # any, and one wrong answer is no collapse.
-    last = values[..., -size:].std(axis=-1, ddof=1) / math.sqrt(size)
-    noise = errors * np.hypot(before, np.maximum(before, last))
+    error = _error(values[..., :-size], size)
+    # Of a task that was solved from the start all rows are equal until one answer is wrong, which
+    # is no fall.
+    is_new = np.ptp(values[..., :-size], axis=-1) == 0
+    error = np.where(is_new, _noise(values[..., -size - 2 :]) / math.sqrt(size), error)
+    noise = errors * math.sqrt(2) * error
     return means[..., -1], highest - np.maximum(part * (highest - means[..., 0]), noise), best
 
 
