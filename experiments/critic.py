@@ -47,6 +47,7 @@ from rlhf_jax import (
     vpg,
 )
 from rlhf_jax.errors import logger
+from rlhf_jax.training.rl.critic import as_value_head, split
 from rlhf_jax.types import Params
 
 LETTERS = 20
@@ -66,11 +67,11 @@ NETWORK = models.GPT2Config(
 )
 MODEL = models.build(NETWORK)
 SCORE_FN = models.score_fn(MODEL)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MEAN = "mean score"
 FINAL = "final score"
 EXPLAINED = "explained variance"
-OURS = ("PPO, 1 pass", "PPO, 2 passes", "PPO, 4 passes")
+OURS = ("PPO, 1 pass", "PPO, 4 passes")
 AGAINST = ("no critic", "PPO before", "RLOO", "VPG")  # with which PPO is compared
 
 
@@ -80,6 +81,8 @@ class Method(NamedTuple):
     module: Any
     config: Any
     changes: dict[str, float] = {}  # noqa: RUF012 (of settings, which need no other program)
+    value: str = "shared"  # a head of the policy; "separate": its own network; "judge": from that
+    only: str = ""  # the task that it is for; "": all
 
 
 # As PPO was until its defaults changed, and as it is in lm-human-preferences and TRL.
@@ -89,17 +92,22 @@ BEFORE = ppo.Config(
 # A head that learns nothing stays 0.
 NO_CRITIC = {"value_coef": 0.0}
 UNCLIPPED = {"gae_lambda": 1.0, "value_coef": 1.0, "value_clip": 1e9}  # as today's defaults
+ONE_PASS = ppo.Config(num_epochs=1)
 METHODS = {
-    "PPO, 1 pass": Method(ppo, ppo.Config(num_epochs=1)),
-    "PPO, 1 pass, no critic": Method(ppo, ppo.Config(num_epochs=1), NO_CRITIC),
-    "PPO, 1 pass, lambda 0.95": Method(ppo, ppo.Config(num_epochs=1), {"gae_lambda": 0.95}),
+    "PPO, 1 pass": Method(ppo, ONE_PASS),
+    "PPO, 1 pass, no critic": Method(ppo, ONE_PASS, NO_CRITIC),
+    "PPO, 1 pass, lambda 0.95": Method(ppo, ONE_PASS, {"gae_lambda": 0.95}),
+    "PPO, 1 pass, value loss times 1e-4": Method(ppo, ONE_PASS, {"value_coef": 1e-4}, only="sum"),
     "VPG": Method(vpg, vpg.Config()),
     "RLOO": Method(rloo, rloo.Config()),
-    "PPO, 2 passes": Method(ppo, ppo.Config(num_epochs=2)),
-    "PPO, 2 passes, no critic": Method(ppo, ppo.Config(num_epochs=2), NO_CRITIC),
     "PPO before": Method(ppo, BEFORE),
     "PPO, 4 passes": Method(ppo, BEFORE, UNCLIPPED),
     "PPO, 4 passes, no critic": Method(ppo, BEFORE, UNCLIPPED | NO_CRITIC),
+    "PPO, 1 pass, separate critic": Method(ppo, ONE_PASS, value="separate"),
+    "PPO, 4 passes, separate critic": Method(ppo, BEFORE, UNCLIPPED, value="separate"),
+    "PPO, 4 passes, critic from the reward model": Method(
+        ppo, BEFORE, UNCLIPPED, value="judge", only="reward model"
+    ),
 }
 
 
@@ -243,9 +251,10 @@ class Curve(NamedTuple):
     explained: Array  # share of the returns' variance; 0 without a critic
 
 
-def trainer(task: Task, module: Any, config: Any, sizes: Sizes) -> Callable[..., Curve]:
+def trainer(task: Task, module: Any, config: Any, value: str, sizes: Sizes) -> Callable[..., Curve]:
     """``train(key, judge, rate, changes)``: a whole run, as one pure function."""
-    policy_fn = models.policy_fn(MODEL, prompt_length=1)
+    value_model = None if value == "shared" else MODEL
+    policy_fn = models.policy_fn(MODEL, prompt_length=1, value_model=value_model)
     sampler = sampling.SamplingConfig(task.length, eos_id=None, pad_id=PAD)
     group_size = getattr(config, "group_size", 1)
     num_steps = min(task.steps, sizes.most_steps)
@@ -255,8 +264,14 @@ def trainer(task: Task, module: Any, config: Any, sizes: Sizes) -> Callable[...,
         changed = replace(config, **changes)
         init_key, run_key = jax.random.split(key)
         start = MODEL.init(init_key)
-        if module.needs_values:
-            start = models.add_head(init_key, start, "value")
+        with_head = models.add_head(init_key, start, "value")
+        if value == "judge":
+            with_head = judge | {"value": as_value_head(judge["score"])}
+        if value != "shared":  # each clips its own gradients
+            start = {"policy": start, "value": with_head}
+            optimizer = split(optimizer, optimizer, start)
+        elif module.needs_values:
+            start = with_head
 
         def step(state: Any, key: Array) -> tuple[Any, Curve]:
             prompt_key, sample_key, update_key = jax.random.split(key, 3)
@@ -293,9 +308,9 @@ def trainer(task: Task, module: Any, config: Any, sizes: Sizes) -> Callable[...,
 
 
 @functools.cache
-def program(task: str, module: Any, config: Any, sizes: Sizes) -> Callable[..., Curve]:
+def program(task: str, module: Any, config: Any, value: str, sizes: Sizes) -> Callable[..., Curve]:
     """Runs of seeds and rates, compiled once for all changes of settings."""
-    train = trainer(TASKS[task], module, config, sizes)
+    train = trainer(TASKS[task], module, config, value, sizes)
     return jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None)))
 
 
@@ -308,7 +323,7 @@ class Measured(NamedTuple):
 
 def measure(task: str, method: Method, sizes: Sizes) -> Measured:
     """One program for all calls: rates and seeds are its lanes."""
-    train = program(task, method.module, method.config, sizes)
+    train = program(task, method.module, method.config, method.value, sizes)
     traced = [name for name in UNCLIPPED if getattr(method.config, name, None) is not None]
     changes = {name: getattr(method.config, name) for name in traced} | method.changes
     rates = np.repeat(np.float32(RATES), sizes.seeds)
@@ -397,6 +412,8 @@ def main(
     for task in tasks:
         for name in methods:
             variant = f"{task}: {name}"
+            if METHODS[name].only not in ("", task):
+                continue
             if any(row["variant"] == variant for row in rows):
                 continue
             measured = measure(task, METHODS[name], sizes)

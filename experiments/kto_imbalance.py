@@ -107,7 +107,7 @@ class Sizes(NamedTuple):
     rows: int = 1500
     rare: int = 300  # of the rarer kind
     asked: int = 128  # prompts, and held-out rows of each kind
-    seeds: int = 3
+    seeds: int = 12
     rates: tuple[float, ...] = (3e-4,)
 
 
@@ -126,6 +126,9 @@ class Lane(NamedTuple):
 
 
 FIGURES = ("accuracy", "desirable log-ratio", "undesirable log-ratio", "reference point", "KL")
+
+
+GAIN = "good minus weights 1's"
 
 
 class Bench:
@@ -301,6 +304,20 @@ def measure(bench: Bench, name: str, seed: int) -> list[results.Row]:
     return rows
 
 
+def gains(rows: list[results.Row]) -> list[results.Row]:
+    """The share of good answers minus that with weights of 1, by the rows of single seeds."""
+    good: dict[tuple[str, int], float] = {
+        (row["variant"], row["seed"]): row["value"] for row in rows if row["metric"] == "good"
+    }
+    found = []
+    for (variant, seed), value in good.items():
+        cell, _, name = variant.partition(": ")
+        plain = good.get((f"{cell}: weights 1, {name.rpartition(', ')[2]}", seed))
+        if plain is not None and not name.startswith("weights 1"):
+            found.append(results.row(variant, seed, rows[-1]["step"], GAIN, value - plain))
+    return found
+
+
 def main(out: Path, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
     """Trains all variants, and says what came out. Tasks and seeds that the file has are passed
     over.
@@ -314,6 +331,7 @@ def main(out: Path, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
     if out.exists():
         content = json.loads(out.read_text("utf-8"))
         rows = [row for row in content["rows"] if row["seed"] != results.ALL]
+        rows = [row for row in rows if row["metric"] != GAIN]
         seconds = content["seconds"]
     started = time.monotonic() - seconds
     benches = {name: Bench(task, sizes) for name, task in TASKS.items()}
@@ -322,7 +340,8 @@ def main(out: Path, sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL) -> None:
             continue
         rows += measure(benches[name], name, seed)
         command = "python experiments/kto_imbalance.py --out kto_imbalance.json"
-        table = [*rows, *results.over_seeds(rows)]
+        with_gains = [*rows, *gains(rows)]
+        table = [*with_gains, *results.over_seeds(with_gains)]
         results.write(out, command, time.monotonic() - started, table, sizes=sizes._asdict())
         logger.info(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s")
 

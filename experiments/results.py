@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,19 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def write(path: Path, command: str, seconds: float, rows: list[Row], **more: Any) -> None:
-    """Writes {command, date, revision, machine, seconds, rows} as JSON. The date is UTC's; a test
-    keeps a file whose revision is "-dirty" out of docs/results/.
+    """Writes {command, date, revision, machine, seconds, rows} as JSON, a row a line. The date
+    is UTC's; a test keeps a file whose revision is "-dirty" out of docs/results/.
 
     more: further keys, such as the settings, or other values of these.
     """
-    content: Mapping[str, Any] = {
+    content = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "revision": REVISION,
         "machine": f"{os.cpu_count()} cores, {devices.cpu()}",
         "seconds": round(seconds),
         **more,
-        "rows": rows,
     }
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    head, end = json.dumps(content | {"rows": [0]}, indent=1, ensure_ascii=False).rsplit("0", 1)
+    lines = ",\n  ".join(json.dumps(one, ensure_ascii=False) for one in rows)
+    write_atomically(path, f"{head}{lines}{end}\n")

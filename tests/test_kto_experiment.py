@@ -83,6 +83,19 @@ def test_weights_of_the_variants(num_good, expected):
     assert not expected
 
 
+def test_gains_are_of_the_same_rate_and_seed():
+    cell = "letters, 16 of 80 good"
+    values = {"weights 1, 0.001": 0.25, "weights 1, 0.01": 0.5, "totals 1.5, 0.001": 1.0}
+    rows = [
+        results.row(f"{cell}: {name}", seed, 9, "good", value - seed)
+        for name, value in values.items()
+        for seed in (0, 1)
+    ]
+    rows.append(results.row("lengths, 16 of 80 good: totals 1.5, 0.001", 0, 9, "good", 1))
+    found = [(row["variant"], row["seed"], row["value"]) for row in kto_imbalance.gains(rows)]
+    assert found == [(f"{cell}: totals 1.5, 0.001", seed, 0.75) for seed in (0, 1)]
+
+
 @pytest.mark.slow
 def test_a_short_form(tmp_path):
     out = tmp_path / "results.json"
@@ -93,7 +106,10 @@ def test_a_short_form(tmp_path):
     assert "lengths, 64 of 80 good: totals 1.5, 0.0001" in names
     assert not any("64 of 80" in name and "beta" in name for name in names)
     of_one = [row for row in content["rows"] if row["seed"] == 11]
-    assert {row["metric"] for row in of_one} == {*kto_imbalance.FIGURES, "well-formed", "good"}
+    assert {row["metric"] for row in of_one} == {
+        *(*kto_imbalance.FIGURES, "well-formed", "good"),
+        kto_imbalance.GAIN,
+    }
     assert any(row["seed"] == results.ALL for row in content["rows"])
     before = out.read_text("utf-8")
     kto_imbalance.main(out, SIZES)
