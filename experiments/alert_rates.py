@@ -162,8 +162,16 @@ def of_hacking() -> Iterable[Family]:
         yield Family("reward hacking", f"judge saturates first, 0 or 1 of {prompts}", make)
 
 
+def solved(prompts: int) -> Callable[..., History]:
+    """Shares of prompts that are right from the first row on."""
+    return lambda rng, t: {"objective/score": rng.binomial(prompts, 0.98, len(t)) / prompts}
+
+
 def of_collapse() -> Iterable[Family]:
     """Of the score of a batch."""
+    for prompts in PROMPTS:
+        name = f"solved from the start, 0 or 1 of {prompts}"
+        yield Family("reward collapse", name, solved(prompts))
     for name, noise in NOISES.items():
         make = scored(np.zeros_like, 0.1, noise)
         yield Family("reward collapse", f"flat, {name}", make)

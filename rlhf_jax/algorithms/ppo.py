@@ -28,6 +28,7 @@ from rlhf_jax.types import (
 State = TrainState
 needs_values = True
 kl_coef = 0.05
+UNIT_FREE_COEF = 0.3  # docs/algorithms/ppo.md
 VALUES_HINT = "the policy needs a value function"
 
 
@@ -41,8 +42,10 @@ class Config(policy.Config):
     """How far values may move from the rollout's and still lower the loss; null: as far as they
     like.
     """
-    value_coef: float = 1.0
-    """Weight of the value loss."""
+    value_coef: float | None = None
+    """Weight of the value loss; null: 0.3 / mean of R^2 + V^2, which does not depend on the unit of
+    the rewards.
+    """
     gamma: float = 1.0
     """Discount per response token."""
     gae_lambda: float = 1.0
@@ -82,6 +85,11 @@ def loss(
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
     ``value/loss``.
 
+    With ``value_coef`` None they are two Means, each divided by its own count; the second is
+    ``UNIT_FREE_COEF`` * sum of value losses / sum of R^2 + V^2 over the minibatch's returns and the
+    rollout's values. Schaul et al. 2021 (arXiv 2105.05347) divide squared errors by the scale of
+    returns too; the values keep this one finite where all returns are 0.
+
     Args:
       key: unused: dropout is off in RL.
     """
@@ -100,9 +108,13 @@ def loss(
     value_clip = math.inf if config.value_clip is None else config.value_clip
     per_token = losses.clipped_value(values, old_values, returns, value_clip)
     value_loss = config.mean(per_token, mask)
+    metrics["value/loss"] = value_loss
+    if config.value_coef is None:
+        size = config.mean(ops.frozen(jnp.square(returns) + jnp.square(old_values)), mask)
+        return (policy_loss, Mean(UNIT_FREE_COEF * value_loss.total, size.total)), metrics
     # Both are means over the same tokens or rows, and so is their sum.
     total = Mean(policy_loss.total + config.value_coef * value_loss.total, policy_loss.count)
-    return total, {**metrics, "value/loss": value_loss}
+    return total, metrics
 
 
 def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:
