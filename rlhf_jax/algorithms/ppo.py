@@ -8,7 +8,9 @@ over the whole rollout of all devices. Column t of every [B, T] array belongs to
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages, losses, ops
@@ -28,7 +30,6 @@ from rlhf_jax.types import (
 State = TrainState
 needs_values = True
 kl_coef = 0.05
-UNIT_FREE_COEF = 0.3  # docs/algorithms/ppo.md
 VALUES_HINT = "the policy needs a value function"
 
 
@@ -39,17 +40,19 @@ class Config(policy.Config):
     num_epochs: int = 1
     """Passes over each rollout."""
     value_clip: float | None = None
-    """How far values may move from the rollout's and still lower the loss; null: as far as they
-    like.
+    """How far values may move from the rollout's and still lower the loss, in the unit of
+    ``returns``; null: as far as they like.
     """
-    value_coef: float | None = None
-    """Weight of the value loss; null: 0.3 / mean of R^2 + V^2, which does not depend on the unit of
-    the rewards.
-    """
+    value_coef: float = 1.0
+    """Weight of the value loss."""
     gamma: float = 1.0
     """Discount per response token."""
     gae_lambda: float = 1.0
     """Decay of generalised advantage estimation."""
+    normalize_returns: bool = True
+    """The value function predicts returns with mean 0 and variance 1 over the rollout's response
+    tokens, so that the unit of rewards does not matter.
+    """
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout's response tokens."""
     whiten_rewards: bool = False
@@ -63,9 +66,15 @@ class Config(policy.Config):
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
-    Whitening uses the response tokens of all devices of ``axis_name``. The result has the rewards
-    after their whitening, if there is any; returns come from these and are not whitened themselves.
-    A rollout that has advantages is a ValueError: they would not be used.
+    With ``normalize_returns`` a value v stands for ``mean + sd * v``, with mean and standard
+    deviation of the Monte-Carlo returns of all response tokens, and so do ``returns``. Where these
+    are all equal, the mean alone is the value. This is the value normalisation of PopArt (van
+    Hasselt et al. 2016) and MAPPO (Yu et al. 2022), with the numbers of the rollout in place of
+    running ones.
+
+    Means are over the response tokens of all devices of ``axis_name``. The result has the rewards
+    after their whitening, if there is any; returns come from these. A rollout that has advantages
+    is a ValueError: they would not be used.
     """
     policy.check_unprepared(rollout)
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
@@ -73,10 +82,26 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     mask = rollout.response_mask
     if config.whiten_rewards:
         rewards = ops.whiten(rewards, mask, shift_mean=False, axis_name=axis_name)
-    advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.gae_lambda)
+    gae = partial(advantages.gae, gamma=config.gamma, lam=config.gae_lambda)
+    if config.normalize_returns:
+        monte_carlo = advantages.discounted_returns(rewards, mask, config.gamma)
+        differences, mean = ops.centred(monte_carlo, mask, axis_name=axis_name)
+        variance = ops.masked_mean(jnp.square(differences), mask, axis_name=axis_name)
+        values = ops.masked(mean + jnp.sqrt(variance) * ops.float32(values), mask)
+        advantage, returns = monte_carlo - values, monte_carlo
+        if not _is_monte_carlo(config):
+            advantage, returns = gae(rewards, values, mask)
+        returns = ops.masked((returns - mean) * jax.lax.rsqrt(variance + 1e-8), mask)
+    else:
+        advantage, returns = gae(rewards, values, mask)
     if config.whiten_advantages:
         advantage = ops.whiten(advantage, mask, axis_name=axis_name)
     return replace(rollout, rewards=rewards, advantages=advantage, returns=returns)
+
+
+def _is_monte_carlo(config: Config) -> bool:
+    """Whether returns are Monte-Carlo returns. These need no second scan, of many GPU kernels."""
+    return ops.is_zero(config.gae_lambda - 1)
 
 
 def loss(
@@ -84,11 +109,6 @@ def loss(
 ) -> LossAndMetrics:
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
     ``value/loss``.
-
-    With ``value_coef`` None they are two Means, each divided by its own count; the second is
-    ``UNIT_FREE_COEF`` * sum of value losses / sum of R^2 + V^2 over the minibatch's returns and the
-    rollout's values. Schaul et al. 2021 (arXiv 2105.05347) divide squared errors by the scale of
-    returns too; the values keep this one finite where all returns are 0.
 
     Args:
       key: unused: dropout is off in RL.
@@ -108,13 +128,9 @@ def loss(
     value_clip = math.inf if config.value_clip is None else config.value_clip
     per_token = losses.clipped_value(values, old_values, returns, value_clip)
     value_loss = config.mean(per_token, mask)
-    metrics["value/loss"] = value_loss
-    if config.value_coef is None:
-        size = config.mean(ops.frozen(jnp.square(returns) + jnp.square(old_values)), mask)
-        return (policy_loss, Mean(UNIT_FREE_COEF * value_loss.total, size.total)), metrics
     # Both are means over the same tokens or rows, and so is their sum.
     total = Mean(policy_loss.total + config.value_coef * value_loss.total, policy_loss.count)
-    return total, metrics
+    return total, {**metrics, "value/loss": value_loss}
 
 
 def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:
@@ -128,9 +144,11 @@ def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) ->
     mask = rollout.response_mask
     values = policy.field(rollout, "values")
     returns = policy.field(rollout, "returns")
-    if not ops.is_zero(config.gae_lambda - 1):  # else it is G; a scan is many kernels of a GPU
+    if not _is_monte_carlo(config):
         rewards = policy.field(rollout, "rewards")
         returns = advantages.discounted_returns(rewards, mask, config.gamma)
+        if config.normalize_returns:
+            returns = ops.whiten(returns, mask, axis_name=axis_name)
     var_returns = ops.masked_var(returns, mask, axis_name=axis_name)
     var_errors = ops.masked_var(returns - values, mask, axis_name=axis_name)
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.

@@ -54,7 +54,7 @@ class Responses(NamedTuple):
     against: np.ndarray | None = None  # [N, S] scores of another run
 
 
-_FEW_LABELS = 50  # rows, below which the bootstrap of a kappa is too narrow if a label is rare
+_FEW_LABELS = 50  # rows, below which the bootstrap of a kappa holds it too seldom
 _OF_TEXTS = ("distinct_1", "distinct_2", "distinct_3", "self_bleu")  # of each prompt's first one
 
 
@@ -236,11 +236,11 @@ def _kappa(
     if np.isnan(value):
         return figure._replace(note="both say one and the same to all rows")
     own_key = jax.random.fold_in(key, zlib.crc32(f"agreement/{figure.metric}".encode()))
+    if num < _FEW_LABELS:
+        why = f"no interval of fewer than {_FEW_LABELS} rows"
+        return _with_interval(figure._replace(value=value), None, why)
     ends = metrics.bootstrap_interval(mean_kappa, own_key, weights=equal)
-    why = f"fewer than {_FEW_LABELS} rows: the interval is too narrow if a label is rare"
-    if num < metrics.FEW:
-        why = f"no interval of fewer than {metrics.FEW} rows"
-    return _with_interval(figure._replace(value=value), ends, why if num < _FEW_LABELS else "")
+    return _with_interval(figure._replace(value=value), ends)
 
 
 def mean(
