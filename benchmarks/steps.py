@@ -62,6 +62,7 @@ TRL_PPO: dict[str, Any] = {
     "gae_lambda": 0.95,
     "value_clip": 0.2,
     "value_coef": 0.1,
+    "normalize_returns": False,
 }
 PRESETS: dict[str, Preset] = {
     "char-nano": Preset(models.GPT2Config(65, 64, 64, 2, 4), 32, 16, 16),

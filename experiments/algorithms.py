@@ -75,7 +75,16 @@ OF_GRPO: dict[str, Any] = {**GROUPED, "kl_loss_coef": 0.0}
 # Each with the values of its preset in configs/algorithms/ that do not depend on a run's size.
 # PPO's rewards are not whitened here, and DAPO does not sample dynamically.
 METHODS: dict[str, tuple[Any, Any]] = {
-    "PPO": (ppo, ppo.Config(**PASSES, gae_lambda=0.95, value_clip=0.2, value_coef=0.1)),
+    "PPO": (
+        ppo,
+        ppo.Config(
+            **PASSES,
+            gae_lambda=0.95,
+            value_clip=0.2,
+            value_coef=0.1,
+            normalize_returns=False,
+        ),
+    ),
     "RLOO": (rloo, rloo.Config(**GROUPED)),
     "REINFORCE++": (
         rloo,
