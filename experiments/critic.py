@@ -180,7 +180,7 @@ def rising(batch: Rollout, judge: Params) -> Rollout:
 
 
 def matching(batch: Rollout, judge: Params) -> Rollout:
-    """At once .3 for each letter that is odd where the prompt is, or even, and -1 for each other."""
+    """At once .3 for a letter that is odd where the prompt is, or even, and -1 for another one."""
     is_right = batch.tokens[:, 1:] % 2 == batch.tokens[:, :1] % 2
     paid = jnp.pad(jnp.where(is_right, 0.3, -1.0), [(0, 0), (1, 0)])
     return batch.replace(rewards=paid, dense=True)

@@ -34,13 +34,81 @@ def start(optimizer=SGD):
     return TrainState.create(policy_params(0), optimizer)
 
 
+def prepared(rewards, values, mask, **config):
+    made = Rollout(np.zeros(mask.shape, np.int32), mask, mask, np.zeros(mask.shape), values=values)
+    made = made.replace(rewards=np.asarray(rewards, np.float32))
+    return jax.jit(partial(ppo.prepare, config=ppo.Config(**config)))(made)
+
+
 def explained(rewards, values, mask, **config):
-    prepared = Rollout(
-        np.zeros(mask.shape, np.int32), mask, mask, np.zeros(mask.shape), values=values
-    ).replace(rewards=np.asarray(rewards, np.float32))
-    config = ppo.Config(**config)
-    prepared = ppo.prepare(prepared, config=config)
-    return ppo.explained_variance(prepared, config, None)["value/explained_variance"]
+    config = {"normalize_returns": False} | config
+    of_rollout = prepared(rewards, values, mask, **config)
+    found = ppo.explained_variance(of_rollout, ppo.Config(**config), None)
+    return found["value/explained_variance"]
+
+
+@pytest.mark.parametrize(
+    ("gae_lambda", "advantages", "returns"),
+    [
+        (1.0, [[-1.5, -1, 0], [1, 2, 0]], [[-1, -1, 0], [1, 1, 0]]),
+        (0.5, [[-1, -1, 0], [0, 2, 0]], [[-0.5, -1, 0], [0, 1, 0]]),
+    ],
+)
+def test_normalized_returns_by_hand(gae_lambda, advantages, returns):
+    """Monte-Carlo returns (1, 1) and (3, 3) have mean 2 and deviation 1, so that the values stand
+    for (2.5, 2) and (2, 1). With lambda 1/2 deltas are (-.5, -1) and (-1, 2).
+    """
+    mask = np.array([[1, 1, 0], [1, 1, 0]])
+    values = np.array([[0.5, 0, np.nan], [0, -1, 9]])
+    found = prepared(
+        [[0, 1, 7], [0, 3, 0]], values, mask, gae_lambda=gae_lambda, whiten_advantages=False
+    )
+    assert_allclose(found.advantages, advantages, atol=1e-6)
+    assert_allclose(found.returns, returns, atol=1e-6)
+    assert_allclose(found.values, values)  # they are the head's
+
+
+@pytest.mark.parametrize("gae_lambda", [0.95, 1.0])
+@pytest.mark.parametrize(("unit", "shift"), [(0.01, 0.0), (100.0, 0.0), (1.0, -50.0)])
+def test_the_unit_of_rewards_does_not_matter(gae_lambda, unit, shift):
+    """Nor does a number that is added to each answer's reward."""
+    rng = np.random.default_rng(0)
+    mask = (np.arange(6) < rng.integers(1, 7, (16, 1))).astype(int)
+    last = np.arange(6) == mask.sum(axis=1, keepdims=True) - 1
+    rewards, values = rng.normal(size=(2, 16, 6))
+    config = {"gae_lambda": gae_lambda, "gamma": 1.0}
+    first = prepared(rewards, values, mask, **config)
+    second = prepared(unit * rewards + shift * last, values, mask, **config)
+    assert_allclose(second.advantages, first.advantages, atol=2e-3)
+    assert_allclose(second.returns, first.returns, atol=2e-3)
+    found = [
+        float(explained(factor * rewards, values, mask, **config, normalize_returns=True))
+        for factor in (1.0, unit)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_critic_of_equal_returns_is_no_noise():
+    """Whitening would scale its values to variance 1."""
+    values = np.random.default_rng(0).normal(size=(8, 3))
+    rewards = np.zeros((8, 3))
+    rewards[:, -1] = 10.1
+    found = prepared(rewards, values, np.ones((8, 3), int))
+    assert not np.any(found.advantages)
+    assert not np.any(found.returns)
+
+
+def test_explained_variance_is_of_normalized_returns():
+    """Values that are the normalised Monte-Carlo returns explain all of them at any lambda."""
+    rewards = np.random.default_rng(0).normal(3.0, 5.0, (64, 1)) * np.array([[0, 0, 1.0]])
+    mask = np.ones((64, 3), int)
+    values = np.broadcast_to((rewards.sum(1, keepdims=True) - rewards.sum(1).mean()), (64, 3))
+    values = values / rewards.sum(1).std()
+    for gae_lambda in (0.5, 1.0):
+        config = {"gae_lambda": gae_lambda, "normalize_returns": True}
+        assert explained(rewards, values, mask, **config) == pytest.approx(1.0, abs=1e-5)
+        less = explained(rewards, values * 0.5, mask, **config)
+        assert less == pytest.approx(0.75, abs=1e-5)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
@@ -82,7 +150,8 @@ def test_explained_variance_of_an_update():
     """gamma = lambda = 0: the return is the reward, so values equal to it explain everything, and
     twice it nothing.
     """
-    greedy = jax.jit(updater(ppo, num_epochs=1, gamma=0.0, gae_lambda=0.0))
+    settings = {"gamma": 0.0, "gae_lambda": 0.0, "normalize_returns": False}
+    greedy = jax.jit(updater(ppo, **settings))
     batch = rollout(0, [3, 4]).replace(advantages=None)
     constant = np.where(batch.mask, np.float32(0.1), np.float32(np.nan))
     _, metrics = greedy(
