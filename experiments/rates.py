@@ -371,6 +371,7 @@ def parts() -> list[Part]:
         *(Part("0.1 M", False, stage, "taste") for stage in stages),
         *(Part("1 M", False, stage, "reverse") for stage in stages),
         *(Part("0.1 M", False, stage, "reverse", 4) for stage in ("dpo", "rl", "sft")),
+        *(Part("1 M", False, stage, "taste") for stage in ("dpo", "kto", "rl")),
         *(Part("1 M", True, stage, "reverse") for stage in stages),
     ]
 
