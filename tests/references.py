@@ -372,7 +372,14 @@ def ppo(params, stopped, batch, config):
     rewards = batch.rewards
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.gae_lambda)
+    known = batch.values
+    if config.normalize_returns:
+        _, sums = gae(rewards, np.zeros(mask.shape), mask, config.gamma, 1.0)
+        mean, variance = sums[mask].mean(), sums[mask].var()
+        known = mean + math.sqrt(variance) * known
+    advantages, returns = gae(rewards, known, mask, config.gamma, config.gae_lambda)
+    if config.normalize_returns:
+        returns = (returns - mean) / math.sqrt(variance + 1e-8)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     value, metrics = _clipped(params, stopped, batch, advantages, config)

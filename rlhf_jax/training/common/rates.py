@@ -14,8 +14,8 @@ from rlhf_jax.types import Params
 POWERS = {
     "sft": (1e-3, 0.5),
     "reward_model": (1e-3, 0.5),
-    "dpo": (8e-5, 0.6),
-    "kto": (8e-5, 0.6),
+    "dpo": (4e-5, 0.5),
+    "kto": (4e-5, 0.5),
     "rl": (5e-4, 0.75),
 }
 OF_ADAPTERS = 10.0  # times the rate of all weights
