@@ -61,7 +61,7 @@ POPULATIONS: dict[str, tuple[str, tuple[float, float], str]] = {
     "rare reward": ("rare", (3e-3, 3e-3), ""),
     "proxy": ("proxy", (1e-3, 1e-3), "reward hacking"),
     "rate 1e-6": ("gold", (1e-6, 1e-6), "nothing learned"),
-    "rate .1 from the middle on": ("gold", (3e-3, 0.1), "reward collapse | value-loss explosion"),
+    "rate .1 from the middle on": ("gold", (3e-3, 0.1), "reward collapse"),
     "one reward for all": ("constant", (3e-3, 3e-3), "nothing to learn"),
 }
 
