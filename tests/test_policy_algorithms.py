@@ -88,6 +88,19 @@ def test_the_unit_of_rewards_does_not_matter(gae_lambda, unit, shift):
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+def test_returns_are_normalized_over_all_devices():
+    batch = rollout(0, LENGTHS).replace(advantages=None)
+    config = ppo.Config(gae_lambda=0.9)
+    mapped = jax.shard_map(
+        partial(ppo.prepare, config=config, axis_name="data"),
+        mesh=sharding.make_mesh(4),
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    whole = jax.jit(partial(ppo.prepare, config=config))(batch)
+    assert_close(jax.jit(mapped)(batch), whole)
+
+
 def test_a_critic_of_equal_returns_is_no_noise():
     """Whitening would scale its values to variance 1."""
     values = np.random.default_rng(0).normal(size=(8, 3))

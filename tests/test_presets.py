@@ -303,15 +303,18 @@ DEFAULTS = {
     "trl": "text.max_length=1024 sft.optimizer.schedule=linear sft.validation_fraction=0.0"
     " reward_model.normalize_samples=0 dpo.optimizer.warmup_steps=0.0 rl.num_epochs=3"
     " grpo.kl_loss_coef=0.0 grpo.aggregate=token dpo.optimizer.learning_rate=1e-06"
-    " ppo.num_epochs=4 ppo.gae_lambda=0.95 ppo.value_clip=0.2 ppo.value_coef=0.1",
+    " ppo.num_epochs=4 ppo.gae_lambda=0.95 ppo.value_clip=0.2 ppo.value_coef=0.1"
+    " ppo.normalize_returns=False",
     "openrlhf": "text.max_length=2048 sft.optimizer.min_lr_ratio=0.1"
     " sft.optimizer.learning_rate=5e-06 reward_model.optimizer.learning_rate=9e-06"
     " rl.optimizer.b2=0.95"
     " rl.optimizer.schedule=cosine rl.score_clip=10.0 rl.kl_coef=0.01 ppo.gae_lambda=1.0"
-    " ppo.value_clip=0.5 ppo.value_learning_rate=9e-06 ppo.num_epochs=1 ppo.value_coef=1.0",
+    " ppo.value_clip=0.5 ppo.value_learning_rate=9e-06 ppo.num_epochs=1 ppo.value_coef=1.0"
+    " ppo.normalize_returns=False",
     "verl": "rl.optimizer.schedule=constant rl.optimizer.weight_decay=0.01 rl.kl_coef=0.0"
     " rl.validation_temperature=0.0 ppo.dual_clip=3.0 ppo.gae_lambda=1.0 ppo.num_epochs=1"
-    " grpo.aggregate=token grpo.kl_loss_coef=0.0 rl.num_epochs=30 ppo.value_coef=1.0",
+    " grpo.aggregate=token grpo.kl_loss_coef=0.0 rl.num_epochs=30 ppo.value_coef=1.0"
+    " ppo.normalize_returns=False",
 }
 
 

@@ -37,8 +37,9 @@ def test_a_share_has_wilsons_interval():
 
 def test_what_is_written_says_when_and_where_and_of_which_revision(tmp_path):
     path = tmp_path / "a.json"
-    rows = [results.row("a", 0, 1, "score", 0.25)]
+    rows = [results.row("a", seed, 1, "score", 0.25) for seed in (0, 1)]
     results.write(path, "python a.py", 1.6, rows, sizes={"n": 3})
+    assert sum('"metric"' in line for line in path.read_text("utf-8").splitlines()) == 2
     found = json.loads(path.read_text("utf-8"))
     keys = ["command", "date", "revision", "machine", "seconds", "sizes", "rows"]
     assert list(found) == keys
