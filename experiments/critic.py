@@ -1,4 +1,4 @@
-"""Does PPO's critic earn its place? Six tasks, and one that nothing was chosen on.
+"""Does PPO's critic earn its place? Seven tasks, and one that nothing was chosen on.
 
     python experiments/critic.py --out critic.json
 
@@ -11,10 +11,12 @@ A network of one layer learns from scratch, with equal numbers of samples for al
 - ``sum``: sixteen letters, as numbers, pay minus the distance of their sum from the one that the
   prompt names: rewards of tens;
 - ``rise``: of sixteen letters each that comes later in the alphabet than the one before it pays
-  .01, at the end. Both were held out until they showed that a critic in units of reward fails
-  there, and returns were normalised;
+  .01, at the end;
 - ``match``: of ten letters, each that is odd where the prompt is, or even, pays .3, and each other
-  costs 1, at once. No setting was chosen on this task.
+  costs 1, at once. These three were held out in their turn, until the first two showed that a
+  critic in units of reward fails there, and the weight of the value loss was chosen on all;
+- ``thrice``: of sixteen letters three are to be the prompt's; each more or less costs 1, at the
+  end. No setting was chosen on this task.
 
 Rates and seeds are lanes of one program (``jax.vmap``). Four seeds choose the rate of a method, and
 twelve others measure it at all rates.
@@ -76,7 +78,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MEAN = "mean score"
 FINAL = "final score"
 EXPLAINED = "explained variance"
-OURS = ("PPO, 1 pass", "PPO, 2 passes", "PPO, 4 passes")
+OURS = ("PPO, 1 pass", "PPO, 4 passes")
 AGAINST = ("no critic", "PPO before", "RLOO", "VPG")  # with which PPO is compared
 
 
@@ -104,15 +106,14 @@ METHODS = {
     "PPO, 1 pass": Method(ppo, ppo.Config(num_epochs=1)),
     "PPO, 1 pass, no critic": Method(ppo, ppo.Config(num_epochs=1), NO_CRITIC),
     "PPO, 1 pass, lambda 0.95": Method(ppo, ppo.Config(num_epochs=1), {"gae_lambda": 0.95}),
-    "PPO, 1 pass, raw returns": Method(ppo, ppo.Config(num_epochs=1, normalize_returns=False)),
+    "PPO, 1 pass, raw returns": Method(
+        ppo, ppo.Config(num_epochs=1, normalize_returns=False), {"value_coef": 1.0}
+    ),
     "VPG": Method(vpg, vpg.Config()),
     "RLOO": Method(rloo, rloo.Config()),
-    "PPO, 2 passes": Method(ppo, ppo.Config(num_epochs=2)),
-    "PPO, 2 passes, no critic": Method(ppo, ppo.Config(num_epochs=2), NO_CRITIC),
     "PPO, 4 passes": Method(ppo, ppo.Config(num_epochs=4)),
     "PPO, 4 passes, no critic": Method(ppo, ppo.Config(num_epochs=4), NO_CRITIC),
     "PPO before": Method(ppo, BEFORE),
-    "PPO, 1 pass, separate critic": Method(ppo, ppo.Config(num_epochs=1), value="separate"),
     "PPO, 4 passes, separate critic": Method(ppo, ppo.Config(num_epochs=4), value="separate"),
     "PPO, 4 passes, critic from the reward model": Method(
         ppo, ppo.Config(num_epochs=4), value="judge", only="reward model"
@@ -186,6 +187,12 @@ def matching(batch: Rollout, judge: Params) -> Rollout:
     return batch.replace(rewards=paid, dense=True)
 
 
+def three_times(batch: Rollout, judge: Params) -> Rollout:
+    """Minus how many more or less than three letters are the prompt's."""
+    is_prompts = batch.tokens[:, 1:] == batch.tokens[:, :1]
+    return batch.replace(scores=-jnp.abs(jnp.sum(is_prompts, axis=1) - 3.0))
+
+
 TASKS = {
     "sparse": Task(12, 12, right_letter, steps=100, batch_size=64),
     "dense": Task(12, LETTERS, next_letters),
@@ -194,6 +201,7 @@ TASKS = {
     "sum": Task(16, LETTERS, near_sum),
     "rise": Task(16, LETTERS, rising),
     "match": Task(10, LETTERS, matching),
+    "thrice": Task(16, LETTERS, three_times),
 }
 
 

@@ -15,7 +15,7 @@ from rlhf_jax.types import Rollout
 
 METHODS = (
     "RLOO",
-    "PPO, 1 pass, separate critic",
+    "PPO, 4 passes, separate critic",
     "PPO, 4 passes, critic from the reward model",
     "VPG",
 )
@@ -36,6 +36,11 @@ def test_what_answers_are_paid():
     assert paid(critic.next_letters, [18, 19, 0, 2, 3]) == [[0, 0.25, 0.25, 0, 0.25]]
     assert paid(critic.near_sum, [2, 5, 6], [2, 10, 10], [2, 19, 3]) == [-9, 0, -2]
     assert paid(critic.rising, [9, 5, 6, 6, 7], [0, 1, 0, 0, 0]) == pytest.approx([0.02, 0])
+    assert paid(critic.three_times, [2, 2, 2, 2, 5], [2, 2, 2, 2, 2], [2, 0, 0, 2, 0]) == [
+        0,
+        -1,
+        -2,
+    ]
     assert paid(critic.matching, [18, 19, 0, 2])[0] == pytest.approx([0, -1, 0.3, 0.3])
 
 
@@ -52,7 +57,7 @@ def test_texts_are_of_letters():
     assert set(found.ravel().tolist()) == set(range(critic.LETTERS))
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4])
+@pytest.mark.parametrize("passes", [1, 4])
 def test_a_method_without_a_critic_differs_in_that_alone(passes):
     ours, theirs = (
         critic.METHODS[f"PPO, {passes} pass{'es' * (passes > 1)}{more}"]

@@ -43,7 +43,7 @@ class Config(policy.Config):
     """How far values may move from the rollout's and still lower the loss, in the unit of
     ``returns``; null: as far as they like.
     """
-    value_coef: float = 1.0
+    value_coef: float = 0.3
     """Weight of the value loss."""
     gamma: float = 1.0
     """Discount per response token."""
