@@ -111,7 +111,7 @@ def test_a_run_that_is_destroyed_alerts(tmp_path):
     _, alerts = history(
         tmp_path, "judge", 0, rl=worse, **options, resume=True, allow_changed=allowed
     )
-    assert {row["name"] for row in alerts} >= {"reward collapse", "value-loss explosion"}
+    assert "reward collapse" in {row["name"] for row in alerts}
     assert min(row["step"] for row in alerts) > 15
 
 

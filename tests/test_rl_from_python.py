@@ -440,8 +440,9 @@ class Memory(TrainState):
 
 def update(state, rollout, key, *, policy_fn, optimizer, config, **sharded):
     """One step on PPO's loss."""
-    # With lambda 1 equal rewards and values would give equal advantages, which are whitened to 0.
-    own = ppo.Config(value_coef=config.rate, gae_lambda=0.95)
+    # With lambda 1 equal rewards and values would give equal advantages, which are whitened to 0,
+    # and equal returns are not normalised.
+    own = ppo.Config(value_coef=config.rate, gae_lambda=0.95, normalize_returns=False)
     prepared = ppo.prepare(rollout, config=own)
     bound = partial(ppo.loss, policy_fn=policy_fn, config=own)
     after, metrics = gradient_step(bound, state, optimizer, batch=prepared, key=key)
