@@ -386,8 +386,10 @@ def rows_of(variant: str, measured: Measured, sizes: Sizes) -> list[results.Row]
     row = functools.partial(results.row, variant, step=num_steps)
     rows = []
     for metric, values in of_seeds.items():
-        named = {f"{metric} at {rate:g}": values[number] for number, rate in enumerate(RATES)}
-        for name, of_rate in [*named.items(), (metric, values[chosen])]:
+        named = {metric: values[chosen]}
+        if metric == MEAN:
+            named |= {f"{MEAN} at {rate:g}": of for rate, of in zip(RATES, values, strict=True)}
+        for name, of_rate in named.items():
             rows += [row(seed, metric=name, value=value) for seed, value in enumerate(of_rate)]
     curve = [
         results.row(variant, seed, (number + 1) * sizes.last, "score", value)
