@@ -180,10 +180,22 @@ FAST_HELP = {"reward-model", "ppo", "dpo", "data check", "evaluate", "chat", "la
 def test_a_commands_help_describes_it_and_its_own_options(name):
     text = help_of(name)
     assert text.startswith(f"usage: rlhf-jax {name} ")
-    assert text.count("\n") < (275 if name == "pipeline" else 215)
+    assert text.count("\n") < (460 if name == "pipeline" else 370)
     sections = set(re.findall(r"--([a-z-]+)\.", text)) & set(STAGES)
     own = {"sft", "reward-model", "ppo"} if name == "pipeline" else {name} & set(STAGES)
     assert sections == own
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stages_help_begins_with_examples_and_the_ten_flags_that_matter_most(name):
+    text = help_of(name)
+    assert max(map(len, text.splitlines())) <= 100
+    examples, rest = text.split("The flags that matter most")
+    most, others = rest.split("\nThe run\n")
+    assert len(re.findall("^  --", most, re.MULTILINE)) == 10
+    flags = set(re.findall(r"(?<= )--[\w.-]+", examples))
+    assert flags <= set(re.findall(r"^  (--[\w.-]+) ", most + others, re.MULTILINE))
+    assert examples.count(f"\n  rlhf-jax {name} --") == 2
 
 
 def test_the_list_of_commands_waits_for_no_package():

@@ -13,12 +13,14 @@ import types
 import typing
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 from builders import ROOT
 
 import rlhf_jax
-from rlhf_jax import config
+from rlhf_jax import config, ppo
 from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import (
     Compute,
@@ -31,6 +33,7 @@ from rlhf_jax.config import (
     SFTStage,
     Tokenizer,
     check_trusted,
+    flag_help,
     parse,
     to_yaml,
     yaml_files,
@@ -612,25 +615,88 @@ def test_a_command_has_the_flags_of_its_sections_alone(capsys):
     assert not {"sft.num-epochs", "rl.top-p", "reward", "grpo.clip-low", "lora.rank"} & shown
 
 
-def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
+def test_help_shows_values_in_force_and_sentences_and_on_demand_texts(capsys):
     for flag, parts in {
+        "-h": ["Trains things.", "For example rlhf-jax x --b1 0.5 The flags that matter most"],
         "--help": [
-            "Trains things.",
-            "--b1 FLOAT (default: 0.31)",
-            "--max-grad-norm {null}|FLOAT (default: 1.0)",
-            "--config [STR [STR ...]]",
-            "--trust-config",
-            "--help-verbose show verbose help",
+            "--b1 Adam's decay of the first moment. [0.31]",
+            "--max-grad-norm Clip gradients to this global norm; null does not clip. [1.0]",
+            "[constant; or linear, cosine, plateau]",
+            "the four lowest layers. [null]",
+            "--trust-config Use the Python files",
+            "--help-verbose prints the whole texts",
         ],
         "--help-verbose": [
             "Adam's decay of the first moment. (default: 0.31)",
             "YAML files with values for these options",
         ],
     }.items():
+        about = {"description": "Trains things.", "examples": ["rlhf-jax x --b1 0.5"]}
         with pytest.raises(SystemExit, match="0"):
-            parse(Optimizer, [*write("b1: 0.31\n"), flag], description="Trains things.")
+            parse(Optimizer, [*write("b1: 0.31\n"), flag], first=("b2", "eps"), **about)
         text = words(capsys.readouterr().out)
-        assert all(part in text for part in parts)
+        assert [part for part in parts if part not in text] == []
+
+
+def test_help_names_each_flag_once_those_that_matter_first(capsys):
+    with mock.patch.dict(os.environ, COLUMNS="80"), pytest.raises(SystemExit, match="0"):
+        parse(RunConfig, ["--help"], first=("data", "ppo.clip_low"), sections=("ppo", "rl.top_k"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert flags[:3] == ["--config", "--data", "--ppo.clip-low"]
+    assert len(flags) == len(set(flags))
+    assert {"--seed", "--rl.top-k", "--ppo.value", "--trust-config"} < {*flags}
+    assert "--rl.top-p" not in flags
+    assert [line for line in lines if line.startswith("ppo: ")]
+    at = lines.index(next(line for line in lines if line.startswith("  --ppo.num-epochs ")))
+    assert (
+        " ".join(lines[at].split()[1:]) == f"Passes over each rollout. [{ppo.Config().num_epochs}]"
+    )
+
+
+def test_help_cuts_a_text_after_its_first_sentence():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        scale: bool = True
+        """As FILE.py:f of Dr. GRPO says. It is
+        more."""
+        names: tuple[str, ...] = ("a", "b")
+        text: str = "a\n"
+        rule: Literal["x", "y"] | None = None
+        """Two
+        lines."""
+
+    texts = {flag.key: flag.text for flag in flag_help.flags_of(Own(), "own")}
+    assert texts == {
+        "own.scale": "As FILE.py:f of Dr. GRPO says. [on]",
+        "own.names": "[a b]",
+        "own.text": '["a\\n"]',
+        "own.rule": "Two lines. [null; or x, y]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ("--deterministic maybe", "maybe"),
+        ("--deterministic=true --seed 3", "true"),
+        ("--no-deterministic 1", "1"),
+    ],
+)
+def test_what_is_on_or_off_takes_no_value(argv, value):
+    flag = re.split("[ =]", argv)[0]
+    turns = "--deterministic turns it on, --no-deterministic off"
+    with pytest.raises(UserError, match=f"^{flag} takes no value, got {value}: {turns}$"):
+        parse(RunConfig, argv.split())
+    right = parse(RunConfig, ["--compute.remat", "true", "--text.no-pack"])
+    assert right.compute.remat is True
+    fast = dataclasses.make_dataclass("Fast", [("fast", bool, False)], frozen=True)
+    own = types.SimpleNamespace(__name__="vapo", Config=fast)
+    with pytest.raises(
+        UserError, match=r"^--vapo\.fast takes no value, got no: --vapo\.fast turns"
+    ):
+        parse(RunConfig, ["--vapo.fast", "no"], algorithm=own)
 
 
 def nested(key, value):

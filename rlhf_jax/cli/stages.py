@@ -15,26 +15,80 @@ RL = (*MODEL, "rl", "safety", "judge", "engine")
 REWARD = (*RL, "reward")
 
 
+STEPS = ("rl.num_iterations", "rl.batch_size", "rl.max_new_tokens", "rl.optimizer.learning_rate")
+BEGUN = ("data", "model", "output_dir")
+PAID = (*BEGUN, "reward", *STEPS)
+PIPELINE = ("sft.num_epochs", "reward_model.num_epochs", *STEPS)
+
+
 class TrainingCommand(NamedTuple):
     """A command that trains."""
 
     summary: str
     reads: tuple[str, ...]
     """What it reads of a RunConfig beside the section of its own name."""
+    first: tuple[str, ...]
+    """What matters most beside --config, for ``--help``."""
+    given: str
+    """The flags of a run on data of one's own, beside the folders of the model and of the run."""
 
 
+def _first(section: str) -> tuple[str, ...]:
+    of_stage = (
+        f"{section}.{key}" for key in ("num_epochs", "batch_size", "optimizer.learning_rate")
+    )
+    return (*BEGUN, *of_stage, "text.max_length", "lora.rank", "resume")
+
+
+PROMPTS = "--data prompts.jsonl --reward rewards.py:score"
 STAGES = {
-    "sft": TrainingCommand("a language model on demonstrations {prompt, response}", MODEL),
-    "reward-model": TrainingCommand("a reward model on preferences", (*MODEL, *SAMPLES)),
-    "ppo": TrainingCommand("a policy by PPO, on prompts and a reward", REWARD),
-    "grpo": TrainingCommand("by GRPO: rewards normalised among answers to a prompt", REWARD),
-    "rloo": TrainingCommand("by RLOO: each answer to a prompt against the others", REWARD),
-    "vpg": TrainingCommand("by REINFORCE with a running-mean baseline", REWARD),
-    "distill": TrainingCommand("to say on its own samples what a teacher says", REWARD),
-    "dpo": TrainingCommand("a policy on preferences, without samples", MODEL),
-    "kto": TrainingCommand("a policy on answers called desirable or not", MODEL),
+    "sft": TrainingCommand(
+        "a language model on demonstrations {prompt, response}",
+        MODEL,
+        _first("sft"),
+        "--data rows.jsonl",
+    ),
+    "reward-model": TrainingCommand(
+        "a reward model on preferences",
+        (*MODEL, *SAMPLES),
+        _first("reward_model"),
+        "--data pairs.jsonl",
+    ),
+    "ppo": TrainingCommand(
+        "a policy by PPO, on prompts and a reward", REWARD, (*PAID, "rl.kl_coef"), PROMPTS
+    ),
+    "grpo": TrainingCommand(
+        "by GRPO: rewards normalised among answers to a prompt",
+        REWARD,
+        (*PAID, "grpo.group_size"),
+        PROMPTS,
+    ),
+    "rloo": TrainingCommand(
+        "by RLOO: each answer to a prompt against the others",
+        REWARD,
+        (*PAID, "rloo.group_size"),
+        PROMPTS,
+    ),
+    "vpg": TrainingCommand(
+        "by REINFORCE with a running-mean baseline", REWARD, (*PAID, "rl.kl_coef"), PROMPTS
+    ),
+    "distill": TrainingCommand(
+        "to say on its own samples what a teacher says",
+        REWARD,
+        (*PAID, "distill.teacher"),
+        "--data prompts.jsonl --distill.teacher LARGE",
+    ),
+    "dpo": TrainingCommand(
+        "a policy on preferences, without samples", MODEL, _first("dpo"), "--data pairs.jsonl"
+    ),
+    "kto": TrainingCommand(
+        "a policy on answers called desirable or not", MODEL, _first("kto"), "--data rows.jsonl"
+    ),
     "pipeline": TrainingCommand(
-        "SFT, a reward model and PPO, one after the other", (*RL, "sft", "reward_model", "ppo")
+        "SFT, a reward model and PPO, one after the other",
+        (*RL, "sft", "reward_model", "ppo"),
+        (*BEGUN, *PIPELINE),
+        "--data FOLDER",
     ),
 }
 
@@ -52,6 +106,11 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
         argv,
         prog=prog,
         description=f"Train {stage.summary}.",
+        examples=(
+            f"rlhf-jax {name} --config tiny --output-dir runs/{name}",
+            f"rlhf-jax {name} --model MODEL {stage.given} --output-dir runs/mine",
+        ),
+        first=stage.first,
         sections=(*stage.reads, kind),
     )
     result: Any
@@ -85,6 +144,7 @@ def train_algorithm(
         config.RunConfig,
         argv,
         description=summary(algorithm),
+        first=PAID,
         sections=(*REWARD, config.section_name(algorithm)),
         algorithm=algorithm,
     )

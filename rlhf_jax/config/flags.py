@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import operator
 import re
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from rlhf_jax.config import command_line
+from rlhf_jax.config import command_line, flag_help
 from rlhf_jax.config.sections import own_section, section_name
 from rlhf_jax.config.settings import ALGORITHMS, RIVALS, RunConfig
 from rlhf_jax.config.trust import check_trusted, shipped
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections, types_of
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, escaped, logger
 from rlhf_jax.runs.reading import Row
 from rlhf_jax.types import Algorithm
 
@@ -45,6 +47,8 @@ def parse(
     *,
     prog: str | None = None,
     description: str = "",
+    examples: Words = (),
+    first: Words = (),
     sections: Words = (),
     algorithm: Algorithm | None = None,
     replaced: Words = (),
@@ -55,11 +59,13 @@ def parse(
 
     A flag overrides the files, a later file an earlier one, and the files the defaults of the
     class; also where they say the same thing by another setting, see ``RIVALS``. ``--help`` shows
-    the values in force, ``--help-verbose`` the text of each setting too. Rules are checked once, on
-    the final values. A file that names somebody else's Python files needs ``--trust-config``, see
-    ``check_trusted``.
+    the values in force and a sentence for each setting, ``--help-verbose`` the whole texts. Rules
+    are checked once, on the final values. A file that names somebody else's Python files needs
+    ``--trust-config``, see ``check_trusted``.
 
     Args:
+      examples: command lines for ``--help``.
+      first: the keys with which ``--help`` begins, after ``--config``.
       sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside
         the settings at the top; empty: all. A file may hold keys of other sections too, since
         several stages share it.
@@ -84,6 +90,8 @@ def parse(
     typed = {_key(word, keys): word for word in flags if word.startswith("--")}
     given, problems = _read_files(kind, own, files.config, keys, reads, ignored)
     problems += _unknown_flags(typed, keys, reads)
+    switches = _switches(kind).union(*(_switches(own[name], f"{name}.") for name in own))
+    problems += _valued_switches(flags, keys, switches)
     if problems:
         raise UserError("\n".join(problems))
     given = {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
@@ -94,6 +102,15 @@ def parse(
     config = kind()
     vars(config).update({name: section() for name, section in own.items()})  # until it is checked
     config = _with_values(config, {key: value for key, (value, _) in given.items()})
+    if {"-h", "--help"} & {*flags}:
+        inside = {"": config, **{name: vars(config)[name] for name in own}}
+        known = [flag for name in inside for flag in flag_help.flags_of(inside[name], name)]
+        shown = [*flag_help.flags_of(Files()), *(flag for flag in known if flag.key in reads)]
+        text = flag_help.layout(shown, ("config", *first))
+        lines = [f"usage: {prog or Path(sys.argv[0]).name} [FLAGS]", "", description]
+        lines += ["", "For example", *(f"  {line}" for line in examples)] if examples else []
+        print(escaped("\n".join([*lines, text])), file=sys.stdout)
+        raise SystemExit(0)
     if flags:  # else there is nothing to wait for: tyro takes half a second
         config = _with_flags(config, own, flags, reads, prog, description)
     values = {key: operator.attrgetter(key)(config) for key in typed}
@@ -138,6 +155,26 @@ def _key(word: str, keys: Words) -> str:
     section, dot, name = key.rpartition(".")
     turned_off = f"{section}{dot}{name.removeprefix('no_')}"
     return turned_off if turned_off in keys else key
+
+
+def _switches(kind: type, prefix: str = "") -> set[str]:
+    """The keys that the flag's name alone turns on or off."""
+    keys = {prefix + name for name, inner in types_of(kind).items() if inner is bool}
+    inside = [_switches(inner, f"{prefix}{name}.") for name, inner in subsections(kind).items()]
+    return keys.union(*inside)
+
+
+def _valued_switches(flags: Words, keys: Words, switches: set[str]) -> list[str]:
+    """A sentence for each value behind a flag that takes none."""
+    problems = []
+    for word, after in itertools.pairwise([*flags, "--"]):
+        key = _key(word, keys)
+        value = word.partition("=")[2] or ("" if after.startswith("--") else after)
+        if word.startswith("--") and key in switches and value:
+            section, dot, name = key.replace("_", "-").rpartition(".")
+            turns = f"--{section}{dot}{name} turns it on, --{section}{dot}no-{name} off"
+            problems.append(f"{word.partition('=')[0]} takes no value, got {value}: {turns}")
+    return problems
 
 
 def _unknown_flags(typed: Mapping[str, str], keys: Words, reads: Words) -> list[str]:
