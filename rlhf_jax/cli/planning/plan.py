@@ -12,6 +12,7 @@ gradients, and as much again while the optimizer runs.
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,10 +27,10 @@ from rlhf_jax.config import RunConfig, command_line, data_source, model_source, 
 from rlhf_jax.data import batches
 from rlhf_jax.data.rows import texts
 from rlhf_jax.data.tokenizers import load_tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
-from rlhf_jax.runs import allocator, devices
+from rlhf_jax.runs import devices
 from rlhf_jax.training.common import initial, memory, remat
 from rlhf_jax.training.common.layout import Layout, row_parts
 from rlhf_jax.training.rl.job import rows_at_once
@@ -113,29 +114,27 @@ def plan(
 
 
 def read_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
-    """The settings with ``compute.share_prompts`` as a run on its data chooses it for comparisons;
-    and the columns of the widest batch of the data, or in RL of the longest prompt, as the run's
-    tokenizer reads it: that of ``config.model`` or ``config.tokenizer.name``, or one that is
-    trained on the data as the run does.
+    """The settings with ``compute.share_prompts`` as a run on its data chooses it for comparisons,
+    and with as many tokens as a tokenizer has that is trained on them; and the columns of the
+    widest batch of the data, or in RL of the longest prompt, as the run's tokenizer reads it: that
+    of ``config.model`` or ``config.tokenizer.name``, or the trained one.
 
     The columns are None without data, for a text that is cut into pieces as long as the model
     reads, and where ``rl.max_prompt_length`` is given.
     """
-    bounded = name in RL and config.rl.max_prompt_length is not None
-    if bounded or name not in (*TASKS, *RL):
+    if name not in (*TASKS, *RL):
         return config, None
     if config.model is not None:
         config = dataclasses.replace(config, model=hf.model_folder(config.model))
     case = Case(config, name)
     settings = case.settings
-    if not (settings.data or config.data):
+    bounded = name in RL and config.rl.max_prompt_length is not None
+    if not (settings.data or config.data) or (bounded and config.model is not None):
         return config, None
     task = TASKS.get(name)
     kind = "prompts" if task is None else task.kind
     source = data_source(config)
     read = initial.stage_rows(source, kind, settings.data).rows
-    if read[0].is_plain_text:
-        return config, None
     if config.model is not None:
         tokenizer = load_tokenizer(config.model)
     else:
@@ -143,6 +142,11 @@ def read_data(config: RunConfig, name: str) -> tuple[RunConfig, int | None]:
         if settings.validation_data:
             held_out = initial.stage_rows(source, kind, settings.validation_data).rows
         tokenizer = initial.new_tokenizer(model_source(config), texts([*read, *held_out]))
+        entries = dataclasses.replace(config.tokenizer, vocab_size=tokenizer.vocab_size)
+        config = dataclasses.replace(config, tokenizer=entries)
+        case = Case(config, name)
+    if read[0].is_plain_text or bounded:
+        return config, None
     policy = case.language_model(config.model)._replace(tokenizer=tokenizer)
     if task is None:
         prompts = initial.prompts_for(config.text, config.rl, policy, read)
@@ -206,56 +210,51 @@ def choose_remat(
 def report(
     config: RunConfig, name: str, length: int | None = None, limit: float | None = None
 ) -> list[str]:
-    """The plan as lines. With a ``limit`` in bytes of a device: whether it fits, and if not which
-    setting helps most.
+    """The plan as lines: whether it fits, and if not which setting helps most; then the sizes.
+
+    Args:
+        limit: bytes of a device; None: a process on this machine's CPU has what is free.
     """
     planned = plan(config, name, length)
     count = jax.device_count()
-    whole = count * planned.peak + PROCESS
-    sizes = planned.lines() | {"of the whole process, where a CPU is the device": whole}
-    lines = [f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"]
-    lines += [f"{memory.amount(size):>14}  {what}" for what, size in sizes.items()]
-    kept = f"{memory.amount(allocator.KEPT)} of what it has freed"
-    lines.append(f"that process may keep {kept}; with RLHF_JAX_KEEP_MEMORY=0 it keeps none")
+    sizes = planned.lines()
     if limit is None:
-        return lines
-    verdict, fits = judge(planned.peak, whole / count, limit)
-    if not fits:
-        verdict = f"{verdict}; what helps most: {best_option(config, name, length, planned.peak)}"
-    return [*lines, verdict]
+        limit = count * devices.free_memory()
+        number = functools.partial(of_process, count)
+        sizes["of the whole process at the peak"] = number(planned.peak)
+        has = f"this machine has {gib(limit)} free" if limit else "give --memory to compare it"
+    else:
+        number = int
+        has = f"each device has {gib(limit)}"
+    verdict = f"needs {gib(number(planned.peak))} at the peak; {has}"
+    if limit and number(planned.peak) <= limit:
+        verdict += ": fits"
+    elif limit:
+        flag, peak = best_option(config, name, length, planned.peak)
+        verdict += f": does not fit. What helps most: {flag}"
+        verdict += f", needs {gib(number(peak))}" if peak < planned.peak else ""
+    lines = [verdict, f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"]
+    return [*lines, *(f"{memory.amount(size):>14}  {what}" for what, size in sizes.items())]
 
 
-def judge(peak: float, of_process: float, limit: float) -> tuple[str, bool]:
-    """Whether a stage fits, in words, and as a CPU's process too.
-
-    Args:
-        peak: bytes of the arrays on a device.
-        of_process: a device's part of the whole process, where a CPU is the device.
-    """
-    room = memory.amount(limit)
-    if peak > limit:
-        return f"does not fit in {room}", False
-    spare = f"fits in {room}, with {memory.amount(limit - peak)} to spare"
-    if of_process > limit:
-        needs = memory.amount(of_process)
-        cpu = f"{room} where a CPU is the device, whose process needs {needs} for each"
-        return f"does not fit in {cpu}; on an accelerator it {spare}", False
-    left = limit - of_process
-    spare += f"; where a CPU is the device, with {memory.amount(left)}"
-    if left < allocator.KEPT:
-        spare += " if it starts with RLHF_JAX_KEEP_MEMORY=0"
-    return spare, True
+def of_process(count: int, peak: int) -> int:
+    """The bytes of a process with so many devices of a CPU."""
+    return count * peak + PROCESS
 
 
-def best_option(config: RunConfig, name: str, length: int | None, peak: int) -> str:
+def gib(size: float) -> str:
+    """Three digits of a verdict, whose two sizes have one unit."""
+    return f"{size / 2**30:.3g} GiB"
+
+
+def best_option(config: RunConfig, name: str, length: int | None, peak: int) -> tuple[str, int]:
     """The flag that lowers the peak most, and the peak with it."""
     helps = OTHERWISE
     for flag, other in options(Case(config, name)).items():
         lower = plan(other, name, length).peak
         if lower < peak:
-            peak = lower
-            helps = f"{flag}, a peak of {memory.amount(peak)}"
-    return helps
+            helps, peak = flag, lower
+    return helps, peak
 
 
 def options(case: Case) -> dict[str, RunConfig]:
@@ -317,11 +316,15 @@ def parse_stage(
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan of a command line."""
     parser = command_line.Parser(
-        "rlhf-jax plan", description="What a stage would take.", allow_abbrev=False
+        "rlhf-jax plan",
+        description="Whether a stage fits into memory, and what takes it; nothing is run.",
+        epilog="For example: rlhf-jax plan ppo --config tiny --devices 8 --memory 80GB",
+        allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, default=1, help="how many there are")
     parser.add_argument(
-        "--memory", help="of one, such as 80GB (10^9 bytes) or 75GiB: whether the stage fits"
+        "--memory",
+        help="of one, such as 80GB (10^9 bytes) or 75GiB; default: what is free on this machine",
     )
     given, settings, stage = parse_stage(parser, argv)
     size = re.fullmatch(r"(\d+\.?\d*) ?(GB|GiB)", given.memory or "0GB")
@@ -332,10 +335,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is run
     limit = float(size[1]) * (1e9 if size[2] == "GB" else 2**30)
     length = given.length
-    if length is None:
-        settings, length = read_data(settings, stage)
-    settings = choose_remat(settings, stage, length, limit or devices.memory_limit())
-    first, *lines = report(settings, stage, length, limit or None)
-    about = describe_length(stage, given.length, length)
-    show("\n".join(filter(None, [first, about, *lines])))
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what a run says of its data and rates
+    try:
+        if length is None or settings.model is None:
+            settings, found = read_data(settings, stage)
+            length = length or found
+        settings = choose_remat(settings, stage, length, limit or devices.memory_limit())
+        verdict, about, *lines = report(settings, stage, length, limit or None)
+    finally:
+        logger.setLevel(level)
+    about_length = describe_length(stage, given.length, length)
+    show("\n".join(filter(None, [verdict, about, about_length, *lines])))
     return 0
