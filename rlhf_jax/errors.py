@@ -28,6 +28,9 @@ _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FEW = 12  # folders that an error lists
+
 
 class UserError(ValueError):
     """What went wrong, where (file and line, row, config key) and what to do about it.
@@ -79,6 +82,31 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The hint ``; did you mean OTHER?`` with the most similar known name; "" without one."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name may be one on the Hugging Face hub, NAME or OWNER/NAME; else it is a path:
+    with an OWNER that is a folder here, or ``runs``.
+    """
+    owner, slash, _ = name.partition("/")
+    is_path = slash and (owner == "runs" or os.path.isdir(owner))
+    return bool(_HUB_NAME.fullmatch(name)) and not is_path
+
+
+def no_folder(name: str | os.PathLike[str]) -> UserError:
+    """The error of a folder that is not there. It names the most similar of those beside it, or the
+    first ones.
+    """
+    path = Path(name)
+    beside: list[str] = []
+    if os.path.isdir(path.parent):
+        beside = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    if beside and not near and path.parent != Path():
+        more = ", ..." if len(beside) > _FEW else ""
+        hint = f" ({path.parent} has {', '.join(beside[:_FEW])}{more})"
+    return UserError(f"{name}: no such folder{hint}")
 
 
 @contextlib.contextmanager

@@ -265,7 +265,7 @@ def test_a_value_that_is_nested_too_deep_is_refused(write):
     assert files.read_source(write(f'{{"prompt": {deep}}}')).records
 
 
-def test_hugging_face_datasets(monkeypatch):
+def test_hugging_face_datasets(monkeypatch, tmp_path):
     def load_dataset(name, *configs, split):
         if configs:
             return [{"prompt": f"{configs[0]} of {name}"}]
@@ -279,8 +279,13 @@ def test_hugging_face_datasets(monkeypatch):
     assert rows[1].source == "Some-Org/some_data:test[:2], row 2"
     [row] = formats.read("prompts", "openai/gsm8k/main:test").rows
     assert (row.prompt, row.source) == ("main of openai/gsm8k", "openai/gsm8k/main:test, row 1")
-    with pytest.raises(UserError, match=r"no such file.*ConnectionError: offline"):
+    with pytest.raises(UserError, match=r"no such file.*\(split 'train'\): offline$"):
         formats.read("pairs", "nobody/nothing")
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("org/name", "runs/mine", "./name", "org/name/config:train"):
+        with pytest.raises(UserError, match=f"^{path}: no such file$"):
+            formats.read("prompts", path)
 
 
 FAULTS_OF_JSON = [

@@ -6,6 +6,7 @@ import math
 import re
 import tracemalloc
 from dataclasses import replace
+from unittest import mock
 
 import huggingface_hub
 import jax
@@ -598,7 +599,7 @@ def test_files_that_are_missing_or_broken_are_named(folder):
     refuses(folder / "config.json", r"config\.json: not a folder")
     refuses(
         folder / "nowhere",
-        r"nowhere: no such folder \(.* has ",
+        r"nowhere: no such folder$",
     )
 
 
@@ -609,7 +610,12 @@ def test_hub_names_fetch_json_and_safetensors_alone(folder, monkeypatch):
             "ignore_patterns": ["*/*"],
         }
         if name.endswith("/offline"):
-            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nAt length.")
+            raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -2]")
+        if name.startswith("somebody/not-"):
+            gone = name.endswith("mine")
+            kinds = huggingface_hub.errors
+            kind = kinds.RepositoryNotFoundError if gone else kinds.GatedRepoError
+            raise kind("401 Client Error.", response=mock.MagicMock())
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -617,11 +623,42 @@ def test_hub_names_fetch_json_and_safetensors_alone(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     (folder.parent / "runs/mine").mkdir(parents=True)
     refuses("runs/nosuch/model", r"^runs/nosuch/model: no such folder$")
-    refuses("runs/offline", r"^runs/offline: no such folder here \(runs has mine\), and the Hug")
     refuses(
-        "somebody/offline",
-        r"somebody/offline: no such folder here, and .* hub did not.*no connection$",
+        "somebody/offline", r"^somebody/offline: no such folder here, .* it was not reached, and"
     )
+    refuses("somebody/not-mine", r"did not give it: it has no public model of that name")
+    refuses("somebody/not-accepted", r"did not give it: it gives this model to those who accepted")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("runs/offline", r" \(runs has mine, yours\)"),
+        ("runs/mien", r"; did you mean runs/mine\?"),
+        ("models/mine", r" \(models has other\)"),
+        ("./mine", ""),
+        ("../mine", None),
+        ("~/mine", ""),
+        ("mine/", ""),
+        ("/no/such", ""),
+        ("a/b/c", ""),
+        (".mine", ""),
+    ],
+)
+def test_the_hub_is_not_asked_for_a_path(name, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    for folder in ("runs/mine", "runs/yours", "models/other"):
+        (tmp_path / "here" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    refuses(name, f"^{re.escape(name)}: no such folder" + ("" if said is None else f"{said}$"))
+    monkeypatch.chdir(tmp_path)  # where no folder is called so
+    if name == "runs/mien":
+        refuses(name, r"^runs/mien: no such folder$")
+
+
+def test_a_run_without_a_model_says_so(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    refuses(tmp_path, "a run that has no model yet: go on with it by --resume")
 
 
 def test_reward_model_round_trip(tmp_path):

@@ -29,7 +29,15 @@ from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.config import RunConfig, check_trusted, parse, to_yaml
 from rlhf_jax.data import formats
-from rlhf_jax.errors import AlertStop, ServiceError, Stopped, UserError, logger, read_file
+from rlhf_jax.errors import (
+    AlertStop,
+    ServiceError,
+    Stopped,
+    UserError,
+    logger,
+    no_folder,
+    read_file,
+)
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
@@ -169,6 +177,8 @@ def _machine(facts: Facts) -> Facts:
 
 def _manifest(path: Path) -> Facts:
     """The manifest of a run of one of this package's stages that Python gave nothing to."""
+    if not path.is_dir():
+        raise no_folder(path)
     file = path / "manifest.json"
     inner = sorted(str(file.parent) for file in path.glob("*/manifest.json"))
     if not file.is_file() and inner:

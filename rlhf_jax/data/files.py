@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data.conversation import are_turns
 from rlhf_jax.data.rows import BadRow, Fields, Record
-from rlhf_jax.errors import UserError, did_you_mean, read_file
+from rlhf_jax.errors import UserError, did_you_mean, is_hub_name, read_file
 
 _ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST = 100  # a gzip or Parquet file may unpack to this many times its size
@@ -77,7 +77,7 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
         source = parse_bytes(_bytes(path), str(name), whole_text)
         if path.suffix.lower() == ".gz":
             source = source._replace(format=f"{source.format}, gzipped")
-    elif match and not str(name).endswith(_ENDINGS):
+    elif match and is_hub_name(match["name"]) and not str(name).endswith(_ENDINGS):
         source = _dataset(match["name"], match["config"], match["split"] or "train")
     else:
         others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
@@ -355,9 +355,10 @@ def _dataset(name: str, config: str | None, split: str) -> Source:
     try:
         rows = datasets.load_dataset(name, *configs, split=split)
     except Exception as error:  # the library raises a dozen kinds, offline or for a wrong name
+        reason = str(error) or type(error).__name__
         raise UserError(
             f"{name}: no such file, and it could not be loaded as a Hugging Face dataset (split "
-            f"{split!r}): {type(error).__name__}: {error}"
+            f"{split!r}): {reason}"
         ) from error
     return _of_dataset(rows, f"{'/'.join([name, *configs])}:{split}", "Hugging Face dataset")
 

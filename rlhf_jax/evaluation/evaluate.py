@@ -21,7 +21,7 @@ import numpy as np
 from rlhf_jax.config import check_trusted
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, is_hub_name, logger, no_folder
 from rlhf_jax.evaluation import bench, data, measures, texts
 from rlhf_jax.evaluation.bench import Answers, Bench, Policy
 from rlhf_jax.evaluation.settings import Config
@@ -89,6 +89,8 @@ def run(folder: str | Path, config: Config) -> Result:
             "--categories"
         )
     if config.output is None and not Path(folder).is_dir():
+        if not is_hub_name(folder):
+            raise no_folder(folder)
         raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
     output = Path(config.output or folder)
     writing.check_writable(output)

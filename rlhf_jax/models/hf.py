@@ -25,7 +25,14 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhf_jax.errors import UserError, is_there, read_file, refuse_links_out
+from rlhf_jax.errors import (
+    UserError,
+    is_hub_name,
+    is_there,
+    no_folder,
+    read_file,
+    refuse_links_out,
+)
 from rlhf_jax.models import families, names
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import HEADS
@@ -39,8 +46,6 @@ OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FEW = 12  # folders that an error lists
 PIECE_NUMBERS = 2**24  # of a leaf that are read at once
 FILE_BYTES = 5 * 10**9  # the largest file of weights that is written, except for a single tensor
 
@@ -290,15 +295,18 @@ def find_folder(
     path = Path(path_or_hf_name)
     name = os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises
+        if is_there(path / "manifest.json") and not is_there(path / CONFIG):
+            raise UserError(
+                f"{path}: a run that has no model yet: go on with it by --resume, or give another"
+            )
         refuse_links_out(path)
         return path
     if os.path.exists(path):
         raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
-    beside = _folders_beside(path)
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name}: no such folder{beside}")
+    if not is_hub_name(name):
+        raise no_folder(name)
     # Imported here: slow, and not needed for local folders.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
         if nested:
@@ -306,20 +314,17 @@ def find_folder(
         return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # its HTTP errors and bad names are kinds of these
         reason = str(error).partition("\n")[0]
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            reason = (
+                "it was not reached, and no copy of that name lies in its cache on this machine"
+            )
+        elif isinstance(error, errors.GatedRepoError):
+            reason = "it gives this model to those who accepted its terms there; HF_TOKEN says who"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "it has no public model of that name; HF_TOKEN opens private ones"
         raise UserError(
-            f"{name}: no such folder here{beside}, and the Hugging Face hub did not give it: "
-            f"{reason}"
+            f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}"
         ) from error
-
-
-def _folders_beside(path: Path) -> str:
-    """In brackets, the folders where ``path`` was looked for; "" for a name without a slash."""
-    parent = path.parent
-    if os.path.dirname(path) == "" or not os.path.isdir(parent):
-        return ""
-    names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
-    more = ", ..." if len(names) > _FEW else ""
-    return f" ({parent} has {', '.join(names[:_FEW]) or 'no folders'}{more})"
 
 
 def refuse_adapter(folder: Path) -> None:

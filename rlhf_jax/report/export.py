@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from rlhf_jax import models
 from rlhf_jax.config import ALGORITHMS
 from rlhf_jax.data import chat, tokenizers
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, logger, no_folder
 from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
@@ -55,6 +55,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
     folder = Path(folder)
     if (run / hf.ADAPTER_CONFIG).is_file():
         return export_merged(run, folder)
+    if not run.is_dir():
+        raise no_folder(run)
     model = run / "model"
     config = records.model_config(run)
     if records.is_own(run):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError, read_file
+from rlhf_jax.errors import UserError, no_folder, read_file
 from rlhf_jax.models.hf import OWN_NOTE
 from rlhf_jax.runs import reading
 from rlhf_jax.runs.manifest import dotted
@@ -174,6 +174,8 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
         if is_outer:
             inner = [*path.glob("*/manifest.json"), *path.glob("round-*/*/manifest.json")]
             runs = sorted(file.parent for file in inner)
+        if not path.is_dir():
+            raise no_folder(path)
         if not runs:
             raise UserError(
                 f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "
