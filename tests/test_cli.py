@@ -373,13 +373,15 @@ def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
         cli.run(["report", *argv.split()])
         assert capsys.readouterr().out == f"{path}\n"
         assert "<h1>PPO trained on " in Path(path).read_text("utf-8")
-    with pytest.raises(UserError, match="no run"):
+    Path("c").mkdir()
+    with pytest.raises(UserError, match="c: this folder holds no run"):
         cli.run(["report", "c"])
 
 
 def test_export_makes_a_folder_with_a_card(tmp_path):
     run = tmp_path / "run"
     folder = tmp_path / "out"
+    run.mkdir()
     with pytest.raises(UserError, match="no model here"):
         cli.run(["export", str(run), str(folder)])
     settings = {"model": "gpt2", "text": {"template": "Q: {prompt} A:"}}

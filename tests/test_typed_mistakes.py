@@ -210,7 +210,10 @@ TABLE = [
         "this is a reward model, which writes no text",
         {"rm": model("score")},
     ),
-    Mistake("export run exported", "run/model: no model here; give the folder of a finished run"),
+    Mistake("export run exported", "error: run: no such folder"),
+    Mistake("report run", "error: run: no such folder"),
+    Mistake("verify run", "error: run: no such folder"),
+    Mistake("evaluate ./run --prompts p.txt", "error: ./run: no such folder"),
     Mistake(
         lambda: page.render(NAME, [page.Facts("", {NAME: 1})]),
         "⟨U+202E⟩nosj.␛",

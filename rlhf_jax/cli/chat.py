@@ -16,6 +16,8 @@ def chat_with(
 
     The answers go to stdout and all else to stderr. /help lists the commands.
 
+    For example: rlhf-jax chat runs/ppo --compare runs/sft
+
     Args:
         run: the folder of a finished run, or of a model.
         config: who answers, and how.

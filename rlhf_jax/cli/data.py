@@ -54,6 +54,8 @@ def check_data(
 
     Exits with 2 if a run could not read one of them.
 
+    For example: rlhf-jax data check pairs.jsonl --kind pairs
+
     Args:
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
         reading: how they are read.

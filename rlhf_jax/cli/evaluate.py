@@ -26,6 +26,8 @@ def evaluate_run(
     Writes evaluation.json and evaluation_samples.jsonl into the run's folder and draws its report
     again.
 
+    For example: rlhf-jax evaluate runs/ppo --preferences pairs.jsonl --against runs/sft
+
     Args:
         run: the folder of a finished run, or of a model.
         config: what it is judged by.

@@ -14,6 +14,8 @@ def generate_answers(
 
     The same command completes a file that was interrupted.
 
+    For example: rlhf-jax generate runs/ppo --prompts prompts.txt --out answers.jsonl
+
     Args:
         run: the folder of a finished run, or of a model.
         config: which prompts, and how they are asked.

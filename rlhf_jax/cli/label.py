@@ -24,6 +24,8 @@ def label_pairs(
     In the terminal, or with --serve on a web page for several people. Who wrote which answer is not
     shown. The same command goes on where it was left.
 
+    For example: rlhf-jax label runs/sft --prompts prompts.txt --out labels.jsonl
+
     Args:
         run: the folder of a finished run, or of a model.
         config: which answers are compared, and where.

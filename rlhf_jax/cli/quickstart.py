@@ -333,5 +333,12 @@ def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequ
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = ["--config", "quickstart", *(sys.argv[1:] if argv is None else argv)]
-    config = parse(QuickstartConfig, argv, description=__doc__, sections=STAGES["pipeline"].reads)
+    config = parse(
+        QuickstartConfig,
+        argv,
+        prog="rlhf-jax quickstart",
+        description=__doc__,
+        first=("output_dir", "seed", "device", "overwrite", "shuffle_labels"),
+        sections=STAGES["pipeline"].reads,
+    )
     return 0 if all(run(config)["checks"].values()) else 1

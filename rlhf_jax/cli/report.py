@@ -20,6 +20,8 @@ def report_runs(
     Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands
     for its stages.
 
+    For example: rlhf-jax report runs/sft runs/ppo --output both.html
+
     Args:
         runs: folders of runs, finished or not.
         output: the page; by default report.html in the run's folder (stages.html in a folder of
@@ -44,6 +46,8 @@ def _of_labels(files: Sequence[str]) -> list[Part]:
 def export_run(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[str]) -> None:
     """Copy a run's model to a Hugging Face folder with its tokenizer and a model card; or merge a
     PEFT adapter into the base model that it names.
+
+    For example: rlhf-jax export runs/ppo my-model
 
     Args:
         run: the folder of a finished run, or of an adapter.

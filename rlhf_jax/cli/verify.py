@@ -595,6 +595,8 @@ def verify_run(
     Writes nothing into the run's folder, which may be somebody else's. Exits with 1 if anything
     differs, after a table of what differs first.
 
+    For example: rlhf-jax verify runs/ppo --random
+
     Args:
         run: the folder of a run of one stage.
         start: the step of a checkpoint to begin at; by default the last but one.

@@ -106,8 +106,8 @@ def parse(
         inside = {"": config, **{name: vars(config)[name] for name in own}}
         known = [flag for name in inside for flag in flag_help.flags_of(inside[name], name)]
         shown = [*flag_help.flags_of(Files()), *(flag for flag in known if flag.key in reads)]
-        text = flag_help.layout(shown, ("config", *first))
-        lines = [f"usage: {prog or Path(sys.argv[0]).name} [FLAGS]", "", description]
+        text = flag_help.layout(shown, ("config", *first) if first else ())
+        lines = [f"usage: {prog or Path(sys.argv[0]).name} [FLAGS]", "", description.strip()]
         lines += ["", "For example", *(f"  {line}" for line in examples)] if examples else []
         print(escaped("\n".join([*lines, text])), file=sys.stdout)
         raise SystemExit(0)

@@ -174,7 +174,7 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
         if is_outer:
             inner = [*path.glob("*/manifest.json"), *path.glob("round-*/*/manifest.json")]
             runs = sorted(file.parent for file in inner)
-        if not path.is_dir():
+        if not path.exists():
             raise no_folder(path)
         if not runs:
             raise UserError(
