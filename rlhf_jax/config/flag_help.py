@@ -32,11 +32,12 @@ class Flag(NamedTuple):
 
 def flags_of(section: Any, name: str = "") -> Iterator[Flag]:
     """The settings of a section with a dotted name, after them those of the sections in it."""
-    info = StructTypeInfo.make(type(section), section, in_union_context=False)
+    cls: Any = type(section)
+    info = StructTypeInfo.make(cls, section, in_union_context=False)
     spec: Any = ConstructorRegistry().get_struct_spec(info)
-    title = f"{name}: {_sentence(inspect.getdoc(type(section)))}" if name else "The run"
-    kinds = types_of(type(section))
-    inside = subsections(type(section))
+    title = f"{name}: {_sentence(inspect.getdoc(cls))}" if name else "The run"
+    kinds = types_of(cls)
+    inside = subsections(cls)
     for field in spec.fields:
         if field.name in kinds.keys() - inside.keys():
             text = field.helptext() if callable(field.helptext) else field.helptext

@@ -220,7 +220,7 @@ def report(
     sizes = planned.lines()
     if limit is None:
         limit = count * devices.free_memory()
-        number = functools.partial(of_process, count)
+        number: Callable[[int], int] = functools.partial(of_process, count)
         sizes["of the whole process at the peak"] = number(planned.peak)
         has = f"this machine has {gib(limit)} free" if limit else "give --memory to compare it"
     else:
