@@ -1,6 +1,7 @@
 """``rlhf-jax report`` and ``rlhf-jax export``: a page of what runs did, and a folder of a model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
@@ -14,6 +15,7 @@ def report_runs(
     output: str | None = None,
     png: str | None = None,
     labels: tuple[str, ...] = (),
+    follow: bool = False,
 ) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
@@ -29,9 +31,17 @@ def report_runs(
         png: a folder for the page's figures as PNG files too, called by their titles.
         labels: files that `rlhf-jax label` wrote, such as those that a reward model was trained on:
             the page ends with their agreement, bias and speed.
+        follow: write the page again while the runs train, until they end; the open page loads
+            itself again.
     """
-    path = page.default_path(runs) if output is None else output
-    page.write(runs, path, _of_labels(labels) if labels else ())
+    parts = _of_labels(labels) if labels else ()
+    path: str | Path = page.default_path(runs) if output is None else output
+    if follow:
+        from rlhf_jax.report.follow import follow as follow_runs
+
+        path = follow_runs(runs, output, parts)
+    else:
+        page.write(runs, path, parts)
     show(path)
     if png is not None:
         show(f"{len(page.write_png(runs, png))} figures in {png}")

@@ -316,7 +316,8 @@ class Answering(Supervised):
 
     validation_prompts: CountOrZero = 16
     """Held-out prompts, at most, that the policy answers greedily at validations, for samples.jsonl
-    and the report; 0: none. Metrics are of all held-out rows."""
+    and the report; 0: none. If nothing is held out, training prompts before and after training.
+    Metrics are of all held-out rows."""
     max_new_tokens: Count = 32
     """Most tokens of these answers."""
 

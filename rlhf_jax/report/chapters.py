@@ -26,7 +26,12 @@ SAMPLE_COLUMNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("prompt", "answer"), ("response", "log_ratio")),
     (("prompt",), ("response", "score")),
 )
-NUMBERS = ("score", "margin", "log_ratio")  # what the names of columns of numbers begin with
+NUMBERS = (
+    "score",
+    "margin",
+    "log_ratio",
+    "reward/",
+)  # what the names of columns of numbers begin with
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -44,8 +49,14 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         [key, *(_plain(value) for value in values)]
         for key, values in records.differences(groups).items()
     ]
-    sampled = [group.records[0] for group in groups if group.records[0].samples]
-    tables = [make(record, is_one) for make in (_samples, _wrong) for record in sampled]
+    firsts = [group.records[0] for group in groups]
+    tables = [
+        make(record, is_one)
+        for make in (_samples, _wrong)
+        for record in firsts
+        if record.validations
+    ]
+    tables += [table for record in firsts for table in _training_samples(record, is_one)]
     metrics = []  # the last value in each run; of one run the first value too
     for name in itertools.chain(*plots.metric_groups(run_records).values()):
         values = [record.last.get(name) for record in run_records]
@@ -67,7 +78,9 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
         "curves": curves,
         "constant": constant,
         "distributions": plots.distributions(groups),
-        "metrics": Table("All metrics", ("metric", *columns, "what it is"), metrics),
+        "metrics": Table(
+            "All metrics", ("metric", *columns, "what it is"), metrics, note=_numbers(groups)
+        ),
         "facts": _facts(groups),
         "commands": [_command(record) for record in run_records],
     }
@@ -76,6 +89,16 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
 def _stages(run_records: Sequence[RunRecord]) -> str:
     names = [TITLES.get(record.stage, record.stage.upper()) for record in run_records]
     return ", ".join(dict.fromkeys(names))
+
+
+def _numbers(groups: Sequence[Group]) -> str:
+    """On how many rows the means in the table of all metrics rest."""
+    kinds = {"Means of training": "", "Means of validation": "validation/"}
+    found = {
+        what: dict.fromkeys(verdict.number(group, of) for group in groups)
+        for what, of in kinds.items()
+    }
+    return " ".join(f"{what}: {'; '.join(filter(None, n))}." for what, n in found.items() if any(n))
 
 
 def _plain(value: Any) -> str:
@@ -150,16 +173,43 @@ def _facts(groups: Sequence[Group]) -> Facts | Table:
 
 
 def _samples(record: RunRecord, is_one: bool) -> Table:
-    """The first rows of the last validation. Each value that changes stands beside the value that
-    the first validation had in the same row. A column without a value is left out.
+    """The samples of the last validation.
 
     is_one: the page's chapter is of one run, which no title has to name.
     """
-    steps, validations = zip(*record.validations, strict=True)
+    return _before_and_after(record.validations, "Samples", "" if is_one else f": {record.name}")
+
+
+def _training_samples(record: RunRecord, is_one: bool) -> list[Table]:
+    """Answers to prompts, or pairs, that were trained on: before and after, or in RL, whose prompts
+    change, those of the first and of the last step that has them.
+    """
+    name = "" if is_one else f": {record.name}"
+    note = "No validation: the run trains on these {}. "
+    if record.kind != "policy":
+        note = note.format("pairs" if record.kind == "reward_model" else "prompts")
+        ends = [record.training_samples] if record.training_samples else []
+        return [_before_and_after(rows, "Training samples", name, note) for rows in ends]
+    temperature = record.settings.get("rl.temperature", 1.0)
+    note = note.format("answers") + f"Sampled at temperature {temperature:g}, before the update. "
+    return [
+        _before_and_after([(step, rows)], f"Training samples of iteration {step}", name, note)
+        for step, rows in record.training_samples
+    ]
+
+
+def _before_and_after(
+    ends: Sequence[tuple[int, list[Row]]], title: str, name: str, note: str = ""
+) -> Table:
+    """The first rows of the last step. Each value that changes stands beside the value that the
+    first step had in the same row. A column without a value is left out.
+    """
+    steps, validations = zip(*ends, strict=True)
     last = validations[-1]
     kinds = (columns for columns in SAMPLE_COLUMNS if columns[0][-1] in last[0])
     fixed, changing = next(kinds, SAMPLE_COLUMNS[-1])
-    changing = tuple(name for name in changing if any(name in row for row in last))
+    parts = dict.fromkeys(key for row in last for key in row if key.startswith("reward/"))
+    changing = tuple(key for key in (*changing, *parts) if any(key in row for row in last))
     numbered: list[dict[Any, Row]] = []  # {(what stays the same, how often it came before): row}
     for validation in validations:
         count = Counter[str]()
@@ -175,11 +225,9 @@ def _samples(record: RunRecord, is_one: bool) -> Table:
         cells += [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
         rows.append([_prompt(row), *map(_with_line_ends, cells)])
     columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
-    title = "Samples before and after" if len(steps) > 1 else "Samples"
-    if not is_one:
-        title += f": {record.name}"
-    formats = {name: ".3g" for name in columns if name.startswith(NUMBERS)}
-    note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
+    title += f" before and after{name}" if len(steps) > 1 else name
+    formats = {column: ".3g" for column in columns if column.startswith(NUMBERS)}
+    note += f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
     return Table(title, columns, rows, formats, note)
 
 

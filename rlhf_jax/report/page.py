@@ -14,7 +14,7 @@ job can draw a page of its own parts:
 
 A page loads nothing. Its script, which shows values under the pointer, is the same on each page.
 The same input gives the same bytes: a page holds no time, no path and no random identifier of its
-own.
+own. ``follow`` writes pages that say when, and load themselves again.
 """
 
 import html
@@ -62,12 +62,18 @@ def render(title: str, parts: Sequence[Part], summary: str = "") -> str:
     return fill("report.html", title=title, summary=summary, level=2, parts=parts)
 
 
-def write(runs: Sequence[str | Path], path: str | Path, parts: Sequence[Part] = ()) -> None:
+def write(
+    runs: Sequence[str | Path],
+    path: str | Path,
+    parts: Sequence[Part] = (),
+    following: str = "",
+) -> None:
     """Writes the page of one run or several. A folder of runs, such as a pipeline's, stands for the
     runs in it.
 
     Args:
         parts: what stands behind the runs.
+        following: how far runs that still train are; the open page loads itself again.
 
     Raises:
         UserError: a folder that holds no run, a run given twice, a broken file in one, or no place
@@ -81,7 +87,8 @@ def write(runs: Sequence[str | Path], path: str | Path, parts: Sequence[Part] = 
         stages = ", ".join(chapter["stages"] for chapter in drawn)
         title = f"{stages}: {len(run_records)} runs"
         level = 3
-    text = fill("runs.html", title=title, summary="", level=level, chapters=drawn, parts=parts)
+    values = {"chapters": drawn, "parts": parts, "following": following}
+    text = fill("runs.html", title=title, summary="", level=level, **values)
     with file_errors(path, "written"):
         write_atomically(Path(path), text)
 

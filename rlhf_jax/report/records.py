@@ -82,6 +82,14 @@ class RunRecord:
         """The last step that it has recorded."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
+    @property
+    def planned_steps(self) -> int | None:
+        """How many steps it is to have; None if it does not say."""
+        if self.kind == "policy":
+            return self.settings.get("rl.num_iterations")
+        planned = self.last.get("validation/planned_steps")
+        return int(planned) if planned else self.settings.get(f"{self.stage}.max_steps")
+
     @functools.cached_property
     def last(self) -> Row:
         """The last value of each metric."""
@@ -105,11 +113,12 @@ class RunRecord:
         """The samples of the first and of the last validation, each with its step; one if there was
         only one.
         """
-        by_step: dict[int, list[Row]] = {}
-        for row in self.samples:
-            by_step.setdefault(row["step"], []).append(row)
-        validations = sorted(by_step.items())
-        return validations[:1] + validations[1:][-1:]
+        return _first_and_last(row for row in self.samples if "split" not in row)
+
+    @functools.cached_property
+    def training_samples(self) -> list[tuple[int, list[Row]]]:
+        """The same of answers to prompts, or of pairs, that were trained on."""
+        return _first_and_last(row for row in self.samples if "split" in row)
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -145,6 +154,14 @@ class Group:
         return pooled
 
 
+def _first_and_last(samples: Iterable[Row]) -> list[tuple[int, list[Row]]]:
+    by_step: dict[int, list[Row]] = {}
+    for row in samples:
+        by_step.setdefault(row["step"], []).append(row)
+    steps = sorted(by_step.items())
+    return steps[:1] + steps[1:][-1:]
+
+
 def model_config(run: Path) -> Path | None:
     """config.json of the saved model, or of the first member of an ensemble; None if there is no
     model yet.
@@ -167,15 +184,11 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
     """
     if not paths:
         raise UserError("expected the folder of a run, or several")
-    folders: dict[Path, tuple[Path, bool]] = {}
+    found: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
-        is_outer = not (path / "manifest.json").is_file()
-        runs = [path]
-        if is_outer:
-            inner = [*path.glob("*/manifest.json"), *path.glob("round-*/*/manifest.json")]
-            runs = sorted(file.parent for file in inner)
         if not path.exists():
             raise no_folder(path)
+        runs = folders(path)
         if not runs:
             raise UserError(
                 f"{path}: this folder holds no run: it has no manifest.json; give the folder of a "
@@ -183,14 +196,22 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
             )
         for run in runs:
             place = run.resolve()
-            if place in folders:
+            if place in found:
                 raise UserError(f"{run}: this run is given twice")
-            folders[place] = (run, is_outer)
-    common = os.path.commonpath([place.parent for place in folders])
+            found[place] = (run, run != path)
+    common = os.path.commonpath([place.parent for place in found])
     return [
         _read(run, place.relative_to(common).as_posix(), is_inner)
-        for place, (run, is_inner) in folders.items()
+        for place, (run, is_inner) in found.items()
     ]
+
+
+def folders(path: Path) -> list[Path]:
+    """The folder of a run, or those of the runs in a folder of runs; empty if it holds none."""
+    if (path / "manifest.json").is_file():
+        return [path]
+    inner = [*path.glob("*/manifest.json"), *path.glob("round-*/*/manifest.json")]
+    return sorted(file.parent for file in inner)
 
 
 def _read(path: Path, name: str, is_inner: bool) -> RunRecord:

@@ -1,5 +1,6 @@
 """The result of a run in a sentence and a few figures, and the commands that may come next."""
 
+import itertools
 import math
 import shlex
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
+    number: str = ""  # on how many rows the figure rests, if the note does not say it
 
 
 def sentence(group: Group) -> str:
@@ -43,7 +45,8 @@ def sentence(group: Group) -> str:
     parts = [length]
     if measured:
         main = measured[0]
-        note = f" ({main.note})" if main.note else ""
+        notes = ", ".join(filter(None, (main.note, main.number)))
+        note = f" ({notes})" if notes else ""
         parts = [f"{main.label} {main.value}{note} in {length}"]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
@@ -150,9 +153,8 @@ def unfinished(record: RunRecord) -> str:
     if record.finished:
         return ""
     where = f"{record.unit} {record.steps}"
-    planned = record.settings.get("rl.num_iterations")
-    if planned and record.kind == "policy":
-        where += f" of {planned}"
+    if record.planned_steps:
+        where += f" of {record.planned_steps}"
     if record.last.get("nonfinite", 0) > 0:
         return f"Failed in {where}: the loss or the gradient was not finite."
     for alert in record.alerts[-1:]:
@@ -180,8 +182,8 @@ def _measured(group: Group) -> list[Tile]:
             measured_at = plots.curve(group, name)[0][-1]
             if measured_at < min(record.steps for record in group.records):
                 notes.append(f"of {record.unit} {measured_at}")
-            if len(group.records) == 1:
-                notes += _change(record, name)
+            change = _change(record, name) if len(group.records) == 1 else []
+            notes += change
             by_length = plots.mean(group, "validation/length_accuracy")
             if name == "validation/accuracy" and by_length.size:
                 notes.append(f"{by_length[-1]:.3g} by the longer answer")
@@ -189,9 +191,28 @@ def _measured(group: Group) -> list[Tile]:
             if name == "response/length" and ended.size:
                 notes.append(f"{1 - ended[-1]:.0%} not ended")
             value = last if first == last else f"{first} → {last}"
-            found.append(Tile(label, value, ", ".join(notes)))
+            rows = "" if change else number(group, name)
+            found.append(Tile(label, value, ", ".join(notes), rows))
             break
     return found
+
+
+def number(group: Group, name: str) -> str:
+    """On how many rows each value of a metric rests: "n = 54 held-out rows"; "" if the run does not
+    say it.
+    """
+    record = group.records[0]
+    each = " a run" if len(group.records) > 1 else ""
+    if not name.startswith("validation/"):
+        section, unit = ("rl", "responses") if record.kind == "policy" else (record.kind, "rows")
+        size = record.settings.get(f"{section}.batch_size")
+        return f"n = {size} {unit} each {record.unit}{each}" if size else ""
+    if record.kind != "policy":
+        rows = record.last.get("validation/rows")
+        return f"n = {rows:.0f} held-out rows{each}" if rows else ""
+    rows = itertools.chain(*(rows for _, rows in record.validations[-1:]))
+    prompts = {str(row.get("prompt")) for row in rows if isinstance(row.get("score"), float)}
+    return f"n = {len(prompts)} held-out prompts{each}" if prompts else ""
 
 
 def _change(record: RunRecord, name: str) -> list[str]:

@@ -196,6 +196,21 @@ def take_lock(lock: Path, what: str, advice: str) -> Callable[[], None]:
     return release
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock of ``take_lock``. Nothing is written."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _is_open_at(descriptor: int, path: Path) -> bool:
     """Whether the path still names the open file."""
     with contextlib.suppress(FileNotFoundError):

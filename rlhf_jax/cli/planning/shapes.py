@@ -322,13 +322,12 @@ def _texts(case: Case, length: int) -> Any:
 def _answering(
     case: Case, job: Job, learner: Learner, columns: int, state: TrainState, key: Array
 ) -> dict[str, Program]:
-    """The programs of the answers at validations, if there are any. A prompt may be as long as a
+    """The programs of the answers in samples.jsonl, if there are any. A prompt may be as long as a
     row, or as the model leaves room for.
     """
     settings = case.own
     width = min(columns, job.language_model.model.config.max_length - settings.max_new_tokens)
-    validates = settings.validation_fraction > 0 or settings.validation_data
-    if not (validates and settings.validation_prompts and width > 0):
+    if not (settings.validation_prompts and width > 0):
         return {}
     policy = samples.Policy(
         job.language_model, learner.start, learner.fn, learner.reference, job.num_answers

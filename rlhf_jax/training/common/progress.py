@@ -44,6 +44,10 @@ PAUSE = "pause"
 """What ``on_step`` returns to end the run without a last validation, as a signal does."""
 
 
+TRAIN = {"split": "train"}
+"""Of the rows of samples.jsonl that are no validation: their prompts are trained on."""
+
+
 class Validation(NamedTuple):
     """Metrics of a validation, and texts for samples.jsonl."""
 
@@ -60,6 +64,8 @@ class Progress(AbstractContextManager["Progress"]):
     Args:
         state: of step 0; its arrays are donated. ``progress.state`` is that of the last step.
         validate: ``(state) -> Validation``; None: nothing is held out.
+        sample: ``(state) -> rows of samples.jsonl``, of training prompts: the first and the last
+            state are asked, if nothing is held out.
         show: metrics of the console's line.
         optimizer: whose schedule may be lowered by validations.
         monitor: the metric of early stopping and of the schedule plateau, unless ``keep_best``
@@ -76,6 +82,7 @@ class Progress(AbstractContextManager["Progress"]):
         *,
         num_steps: int,
         validate: Callable[[Any], Validation] | None = None,
+        sample: Callable[[Any], Sequence[dict[str, Any]]] | None = None,
         validation_interval: int = 1,
         show: tuple[str, ...] = (),
         optimizer: Optimizer | None = None,
@@ -86,6 +93,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.state = state
         self.num_steps = num_steps
         self.validate = validate
+        self.sample = sample
         self.validation_interval = validation_interval
         self.show = show
         self.patience = Patience(
@@ -271,7 +279,7 @@ class Progress(AbstractContextManager["Progress"]):
         kept = self.run.config
         is_last = self.done == self.num_steps
         is_due = self.done % self.validation_interval == 0
-        validates = self.validate is not None and (is_last or is_due)
+        validates = is_last or (is_due and self.validate is not None)
         saves = received or is_last or self.done % kept.checkpoint_interval == 0
         may_stop = on_step is not None or "stop" in {rule.action for rule in self.rules}
         if not (validates or saves or may_stop):
@@ -370,7 +378,7 @@ class Progress(AbstractContextManager["Progress"]):
             raise
         if ending:
             self.ended = self.ended or "on_step asked for it"
-            if ending is not PAUSE and not validates and self.validate is not None:
+            if ending is not PAUSE and not validates:
                 validates = True
                 metrics |= self._validated()
         self._log(metrics)
@@ -404,8 +412,12 @@ class Progress(AbstractContextManager["Progress"]):
             )
 
     def _validated(self) -> Row:
-        """The metrics of a validation of the state; its texts are written."""
+        """The metrics of a validation of the state; its texts are written. If nothing is held out,
+        there are texts alone.
+        """
         if self.validate is None:
+            if self.sample is not None:
+                self.tracker.samples(self.done, self.sample(self.state))
             return {}
         started = time.perf_counter()
         metrics, samples = self.validate(self.state)

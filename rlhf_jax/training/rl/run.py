@@ -32,7 +32,7 @@ from rlhf_jax.training.rl.programs import Sizes, first_state, policy_of
 from rlhf_jax.training.rl.sample import sample
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.training.rl.score import score
-from rlhf_jax.training.rl.validation import validate
+from rlhf_jax.training.rl.validation import training_samples, validate
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
 
 OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], object]
@@ -133,6 +133,9 @@ def run(
                     sources=partial(job.schedule.sources, step - 1),
                     examples=dict(collections.ChainMap(*map(dict, job.inputs.reward.examples))),
                 )
+                is_due = step % settings.validation_interval == 0
+                if job.held_out is None and (is_due or step in (1, settings.num_iterations)):
+                    progress.tracker.samples(step, training_samples(job, rollout))
                 if counted is not None:  # the first step of this process
                     check_optimizer_steps(job.method, state, counted, learned)
                     counted = None

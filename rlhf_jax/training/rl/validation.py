@@ -1,5 +1,5 @@
 """The validations of an RL run: responses to held-out prompts, their scores and win rate, and the
-rows of samples.jsonl.
+rows of samples.jsonl; without held-out prompts those of training rollouts.
 """
 
 import math
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +19,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.metrics import share_interval
 from rlhf_jax.runs import processes, reading
-from rlhf_jax.training.common.progress import Validation
+from rlhf_jax.training.common.progress import TRAIN, Validation
 from rlhf_jax.training.rl.sample import sample
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.training.rl.score import Scored, score
@@ -78,7 +79,7 @@ def first_responses(file: Path, batch: Batch) -> list[str]:
     """[B] the responses of the run's first validation, which a run that goes on finds in
     samples.jsonl, the ``file``; empty if it has none there.
     """
-    rows = reading.read_rows(file)
+    rows = [row for row in reading.read_rows(file) if "split" not in row]
     first = [row for row in rows if row["step"] == rows[0]["step"]]
     texts = iter(first)
     found = []
@@ -155,10 +156,43 @@ def _samples(
         if reason is not None:
             row["score"] = None
             row["unscored"] = reason
-        for name, values in (rollout.components or {}).items():
-            value = float(values[i])
-            row[f"reward/{name}"] = None if math.isnan(value) else value
+        row |= _components(rollout, i)
         if scored.verdicts is not None:
             row["unsafe"] = unsafe
         samples.append(row)
     return samples
+
+
+def training_samples(job: "Job", rollout: Rollout) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl for a run that holds nothing out: of a scored training rollout all
+    answers to the first two prompts, or if each prompt has one answer the first eight. Answers
+    without a score, and those that the filter took out, are left out.
+    """
+    tokenizer = job.inputs.initial.tokenizer
+    group_size = job.method.algorithm_config.group_size
+    rollout = processes.fetch(replace(rollout, support=None))
+    present = np.flatnonzero(rollout.present)
+    groups = np.unique(present // group_size)[: 2 if group_size > 1 else 8]
+    places = present[np.isin(present // group_size, groups)]
+    few = jax.tree.map(lambda values: values[places], rollout)
+    texts = generator.responses(few, tokenizer, with_replies=True)
+    return [
+        {
+            "prompt": chat.shown(job.schedule.prompts.rows[few.row_ids[i]], tokenizer),
+            "response": text,
+            "score": float(few.scores[i]),
+            "length": int(np.sum(few.mask[i])),
+            **_components(few, i),
+            **TRAIN,
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def _components(rollout: Any, i: int) -> dict[str, float | None]:
+    """What the reward of a row is made of; None where it has no score of a component."""
+    found = {}
+    for name, values in (rollout.components or {}).items():
+        value = float(values[i])
+        found[f"reward/{name}"] = None if math.isnan(value) else value
+    return found

@@ -38,7 +38,8 @@ class Learner(NamedTuple):
     measure: Callable[..., Any]  # what a task validates by
     fn: Any  # the model's policy_fn or score_fn, of the parameters of a plain model
     reference: Any = None  # a policy, or a function of the state's reference; None: none is read
-    answer: Callable[[TrainState], list[Any]] | None = None  # rows of samples.jsonl
+    answer: Callable[[TrainState], list[Any]] | None = None
+    """Rows of samples.jsonl; without held-out rows those of training prompts."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from rlhf_jax.config import Answering
 from rlhf_jax.policies import as_policy
 from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.optimizer import check_frozen
-from rlhf_jax.training.common.progress import Validation, in_order
+from rlhf_jax.training.common.progress import TRAIN, Validation, in_order
 from rlhf_jax.training.supervised.job import Job, Learner
-from rlhf_jax.training.supervised.scoring import num_rows
+from rlhf_jax.training.supervised.scoring import evenly, num_rows
 from rlhf_jax.types import LossMetrics, Mean, Metrics, Params, PolicyFn, TrainState
 
 
@@ -83,13 +83,19 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
         return metrics | {f"{job.run.name}/moved": moved(state.params, batch, policy_fn)}
 
     answer = None
-    if len(job.held_out) and settings.validation_prompts:
+    if settings.validation_prompts:
         from rlhf_jax.training.supervised import samples
 
+        rows = job.held_out
+        if not len(rows):  # many have equal prompts or leave no room
+            most = 16 * settings.validation_prompts
+            rows = job.train_rows[evenly(len(job.train_rows), most)]
         tokenizer = job.language_model.tokenizer
         room = model.config.max_length - settings.max_new_tokens
         is_plain = job.rows[0].is_plain_text
-        asked = samples.questions(job.encoded, job.held_out, tokenizer, settings, room, is_plain)
+        asked = samples.questions(job.encoded, rows, tokenizer, settings, room, is_plain)
+        if not len(job.held_out):
+            asked = [question._replace(shown=question.shown | TRAIN) for question in asked]
         policy = samples.Policy(job.language_model, start, policy_fn, reference, job.num_answers)
         answer = samples.answerer(job.run, settings, asked, policy)
     # Both functions travel through jit as arguments.

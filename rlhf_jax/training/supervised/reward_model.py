@@ -19,7 +19,7 @@ from rlhf_jax.runs import reading
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.initial import Trainable, trainable
 from rlhf_jax.training.common.optimizer import check_frozen
-from rlhf_jax.training.common.progress import Validation
+from rlhf_jax.training.common.progress import TRAIN, Validation
 from rlhf_jax.training.common.saving import RunResult
 from rlhf_jax.training.supervised import scoring
 from rlhf_jax.training.supervised.job import Job, Learner, Task
@@ -28,6 +28,7 @@ from rlhf_jax.types import Params, TrainState
 
 Sample = Mapping[str, Any]  # a row of samples.jsonl
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
+FEW_SAMPLES = 16  # training rows, if nothing is held out
 
 
 def run(config: RunConfig) -> RunResult:
@@ -90,27 +91,46 @@ def _prepare(job: Job) -> Learner:
         create, update = ensembles.create, ensembles.update_members
     update = partial(update, optimizer=job.optimizer, config=settings)
     bound = start.bind(score_fn)
+    measure = scoring.answer_scorer(bound, job.num_members, on.jit)
     return Learner(
         start,
         create,
         partial(
             on.jit_update(update, model.config.num_blocks), score_fn=bound, policy_fn=policy_fn
         ),
-        scoring.answer_scorer(bound, job.num_members, on.jit),
+        measure,
         score_fn,
+        answer=partial(_training_samples, job, measure),
     )
 
 
-def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
-    """Figures over all rows that are held out, samples of some."""
-    scores = scoring.score_rows(
-        partial(learner.measure, state.params),
+def _score(job: Job, measure: Callable[..., Any], state: TrainState, rows: np.ndarray) -> Any:
+    """Scores [N, K] of N rows, [N, K, M] of an ensemble."""
+    return scoring.score_rows(
+        partial(measure, state.params),
         job.encoded,
-        job.held_out,
+        rows,
         batch_size=job.settings.batch_size,
         bucket_multiple=job.bucket_multiple,
         shard=job.run.layout.shard,
     )
+
+
+def _training_samples(
+    job: Job, measure: Callable[..., Any], state: TrainState
+) -> list[dict[str, Any]]:
+    """A few of the rows that are trained on, with their scores."""
+    rows = job.train_rows[scoring.evenly(len(job.train_rows), FEW_SAMPLES)]
+    scores = _score(job, measure, state, rows)
+    if job.num_members > 1:
+        scores = scores.mean(axis=2)
+    found = scoring.samples(job.encoded, rows, scores, job.language_model.tokenizer)
+    return [sample | TRAIN for sample in found]
+
+
+def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
+    """Figures over all rows that are held out, samples of some."""
+    scores = _score(job, learner.measure, state, job.held_out)
     figures = {}
     if job.num_members > 1:
         figures["uncertainty"] = scoring.disagreement(job.encoded, job.held_out, scores)
@@ -134,6 +154,7 @@ def moved(before: Sequence[Sample], samples: Sequence[Sample]) -> float:
     Args:
         before: samples.jsonl, with the ``samples`` of the earlier validations.
     """
+    before = [row for row in before if "split" not in row]
     first = [row for row in before if row["step"] == before[0]["step"]] or samples
     both = zip(first, samples, strict=False)  # data that was allowed to change may have other rows
     changes = [

@@ -69,6 +69,7 @@ def run(
             first_state(job, learner),
             num_steps=job.num_steps,
             validate=partial(task.validate, job, learner) if len(job.held_out) else None,
+            sample=learner.answer,
             validation_interval=settings.validation_interval,
             show=task.show,
             optimizer=settings.optimizer,

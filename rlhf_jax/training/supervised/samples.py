@@ -1,5 +1,6 @@
 """Greedy answers to a few held-out prompts, beside the data's answers, at the validations of SFT,
-DPO and KTO: what the loss does not show, whether anything changed.
+DPO and KTO: what the loss does not show, whether anything changed. If nothing is held out, the
+prompts are training prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ Sample = dict[str, Any]
 
 
 class Question(NamedTuple):
-    """A held-out prompt."""
+    """A prompt."""
 
     ids: list[int]
     shown: Sample  # what is the same at each validation: prompt, the data's answer
@@ -53,21 +54,21 @@ class Policy(NamedTuple):
 
 def questions(
     encoded: EncodedTexts,
-    held_out: np.ndarray,
+    rows: np.ndarray,
     tokenizer: Tokenizer,
     settings: Answering,
     room: int,
     are_pieces: bool = False,
 ) -> list[Question]:
-    """At most ``settings.validation_prompts`` of the held-out rows, evenly spread, with different
-    prompts. In a conversation the answer is the first turn that is learned.
+    """At most ``settings.validation_prompts`` of these rows, evenly spread, with different prompts.
+    In a conversation the answer is the first turn that is learned.
 
     Args:
         room: the most tokens of a prompt.
         are_pieces: the rows are parts of plain texts, whose first ``OPENING`` tokens are asked.
     """
     found: dict[tuple[int, ...], tuple[int, int, int]] = {}
-    for number in map(int, held_out):
+    for number in map(int, rows):
         answer = int(encoded.best[number])
         ids = encoded.tokens[answer][number]
         first, last = _learned(encoded, number, answer)
@@ -76,10 +77,10 @@ def questions(
             last = min(first + settings.max_new_tokens, len(ids))
         if 0 < first <= room:
             found.setdefault(tuple(ids[:first].tolist()), (number, answer, last))
-    if settings.validation_prompts and len(held_out) and not found:
+    if settings.validation_prompts and len(rows) and not found:
         logger.info(
-            f"no held-out prompt of at most {room} tokens, which leave room for max_new_tokens "
-            f"{settings.max_new_tokens}: validations write no answers"
+            f"no prompt of at most {room} tokens, which leave room for max_new_tokens "
+            f"{settings.max_new_tokens}: samples.jsonl gets no answers"
         )
     places = list(found.items())
     chosen = []
