@@ -157,7 +157,8 @@ def test_three_samples_and_four_curves_are_shown_and_the_others_folded(tmp_path,
     assert prompts[:3] == ["p0", "p0", "p1"]
 
 
-KL = "Validation score 1.5 (of iteration 0) in 3 iterations, KL 1.5 of 2 nats"
+SCORE = "Validation score 1.5 (of iteration 0, n = 2 held-out prompts)"
+KL = f"{SCORE} in 3 iterations, KL 1.5 of 2 nats"
 FAR = {"step": 3, "name": "far", "rule": "far: log", "message": "objective/kl is 3 > 2"}
 VERDICTS = {
     "finished": f"{KL}, no alert.",
@@ -185,6 +186,61 @@ def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
     if state in ("stop", "log"):
         (run / "alerts.jsonl").write_text(json.dumps(FAR | {"action": state}) + "\n")
     assert chapter_of(run)["verdicts"] == {"run": VERDICTS[state]}
+
+
+def test_each_figure_says_on_how_many_rows_it_rests(tmp_path):
+    metrics = {"sft/loss": [1.0, 0.5], "validation/loss": [2.0, 1.0], "validation/rows": [54, 54]}
+    given = {"stage": "sft", "settings": {"sft": {"batch_size": 8}}, "samples": {}}
+    run = write_run(tmp_path / "run", metrics=metrics, **given)
+    chapter = chapter_of(run)
+    numbers = [tile.number for tile in chapter["tiles"]]
+    assert numbers == ["n = 54 held-out rows", "n = 8 rows each step", "", ""]
+    assert "Validation loss 2 → 1 (n = 54 held-out rows) in 2 steps" in chapter["verdicts"]["run"]
+    assert "n = 8 rows each step" in chapter["metrics"].note
+    assert "n = 54 held-out rows" in chapter["metrics"].note
+    twice = [write_run(tmp_path / f"{i}", seed=i, metrics=metrics, **given) for i in range(2)]
+    assert "n = 54 held-out rows a run" in next(iter(chapter_of(*twice)["verdicts"].values()))
+
+
+def training(rows):
+    return [row | {"split": "train"} for row in rows]
+
+
+def test_training_samples_of_rl_stand_by_step_and_are_no_validation(tmp_path):
+    rows = [
+        {"prompt": "p", "response": f"r{i}", "score": i / 2, "reward/a": 0.25} for i in range(4)
+    ]
+    samples = {1: training(rows[:2]), 2: training(rows[1:3]), 3: training(rows[2:])}
+    settings = {"rl": {"temperature": 0.7}}
+    run = write_run(tmp_path / "run", samples=samples, settings=settings)
+    chapter = chapter_of(run)
+    assert [table.title for table in chapter["samples"]] == [
+        f"Training samples of iteration {step}" for step in (1, 3)
+    ]
+    first, last = chapter["samples"]
+    assert first.columns == ["prompt", "response, step 1", "score, step 1", "reward/a, step 1"]
+    assert first.rows == [["p", "r0", 0.0, 0.25], ["p", "r1", 0.5, 0.25]]
+    assert last.rows == [["p", "r2", 1.0, 0.25], ["p", "r3", 1.5, 0.25]]
+    assert "No validation" in last.note
+    assert "temperature 0.7" in last.note
+    assert {plot.title for plot in chapter["distributions"]} == {"Reward against KL"}
+    assert chapter["rewarded"] == []
+
+
+def test_training_samples_stand_before_and_after_and_are_no_validation(tmp_path):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    samples = {
+        step: training([pair | {"score_chosen": score, "score_rejected": 1.0}])
+        for step, score in ((0, 0.5), (3, 4.0))
+    }
+    metrics = {"reward_model/loss": [1.0, 0.5, 0.25]}
+    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
+    chapter = chapter_of(run)
+    [table] = chapter["samples"]
+    assert table.title == "Training samples before and after"
+    assert table.rows == [["p", "c", "r", -0.5, 3.0]]
+    assert "No validation: the run trains on these pairs" in table.note
+    assert chapter["distributions"] == []
 
 
 @pytest.mark.parametrize(
@@ -220,7 +276,7 @@ def test_the_verdict_on_a_share_says_on_how_many_rows(num, shares, said, tmp_pat
         ("0 0 0 0", "1 1 1 1", "4 held-out prompts, change 0.02 to 1 at 95%"),
         ("0 2 0 0", "1 3 1 1", "4 held-out prompts, each changed by 1"),  # no shares: no spread
         ("2 0 " * 10, "3 0 " * 10, "20 held-out prompts, change 0.26 to 0.74 at 95%"),  # not few
-        ("0 0", "NaN 1", None),  # one prompt is left
+        ("0 0", "NaN 1", "n = 2 held-out prompts"),  # one prompt is left to compare
     ],
 )
 def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, said, tmp_path):
@@ -235,7 +291,7 @@ def test_the_verdict_on_a_score_compares_the_answers_to_a_prompt(before, after, 
 
     metrics = {"objective/score": [1.0], "validation/score": [2.0]}
     run = write_run(tmp_path / "run", metrics=metrics, samples={0: rows(before), 1: rows(after)})
-    expected = f"Validation score 1.5 → 2{f' ({said})' if said else ''} in 1 iteration, no alert."
+    expected = f"Validation score 1.5 → 2 ({said}) in 1 iteration, no alert."
     assert chapter_of(run)["verdicts"] == {"run": expected}
 
 
@@ -280,7 +336,8 @@ def test_the_verdict_on_a_policy_has_the_share_of_masked_responses(tmp_path):
     chapter = chapter_of(run)
     assert "75% of the responses masked" in chapter["verdicts"]["run"]
     assert "samples" not in chapter["verdicts"]["run"]  # they are drawn
-    assert ("Response length", "1 → 3", "50% not ended") in chapter["tiles"]
+    number = "n = 4 responses each iteration"
+    assert ("Response length", "1 → 3", "50% not ended", number) in chapter["tiles"]
     [caution] = chapter["cautions"]["run"]
     assert "in 1 of 3 iterations rl.mask_truncated masked every response" in caution
 

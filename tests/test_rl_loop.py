@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import metric_rows
+from builders import Killed, json_lines, metric_rows
 from recorded import rl_job
 
 from rlhf_jax import iteration, training, vpg
@@ -182,6 +183,35 @@ def test_a_rollout_is_gone_when_the_next_is_sampled(parts, monkeypatch):
     monkeypatch.setattr(loop, "sample", sample)
     parts.run(lambda step, state, row, rollout: None)
     assert len(rollouts) == 3
+
+
+def test_without_held_out_prompts_some_rollouts_are_kept_and_none_twice(parts, monkeypatch):
+    """At the first step, every second and the last: those that were learned from. A run that is
+    killed before it saves goes on to the same bytes.
+    """
+    parts.fields["held_out"] = None
+    monkeypatch.setattr(loop, "training_samples", lambda job, rollout: [{"of": names(rollout)}])
+
+    def kill(step, *_):
+        if step == 4:
+            raise Killed
+
+    how = {"rl": {"num_iterations": 5, "dynamic_sampling": 2}}
+    file = Path(parts.config.output_dir, "samples.jsonl")
+    parts.run(**how)
+    straight = file.read_bytes()
+    rows = [(row["step"], row["of"]) for row in json_lines(file)]
+    assert rows == [(k, [10 * k - 10 + i for i in range(3)]) for k in (1, 2, 4, 5)]
+    with pytest.raises(Killed):
+        parts.run(kill, overwrite=True, **how)
+    assert json_lines(file)[-1]["step"] == 4
+    parts.run(resume=True, **how)
+    assert file.read_bytes() == straight
+
+
+def test_a_run_with_validations_keeps_no_training_rollouts(parts, monkeypatch):
+    monkeypatch.setattr(loop, "training_samples", pytest.fail)
+    parts.run()
 
 
 def test_a_row_of_metrics_is_that_of_its_step_also_if_nobody_waits_for_it(parts):

@@ -5,14 +5,19 @@ samples.jsonl.
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import Killed, json_lines, metric_rows
+from recorded import rl_job
 
-from rlhf_jax import training, vpg
+from rlhf_jax import grpo, training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import share_interval
 from rlhf_jax.runs import folder
@@ -123,6 +128,40 @@ def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, va
     assert found.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
     with pytest.raises(ValueError, match="validation_samples: with validation_temperature 0"):
         replace(config.rl, validation_samples=4, validation_temperature=0.0)
+
+
+def test_training_samples_have_the_score_of_their_own_text():
+    """Of the first two groups with a score, in which prompts stand in any order, as after dynamic
+    sampling: the reward counts an e.
+    """
+    tokenizer = tokenizers.characters(["abcdef?"])
+    texts = ["", "", "e", "ee", "", "f", "eee", "e"]  # no text: without a score
+    numbers = np.array([3, 3, 0, 0, 2, 2, 1, 1])
+    asked = [Row(f"{c}?", (), "") for c in "abcd"]
+    tokens = np.full((8, 5), tokenizer.pad_id)
+    mask = np.zeros((8, 5), int)
+    for i, text in enumerate(texts):
+        tokens[i, : 2 + len(text)] = tokenizer.encode(asked[numbers[i]].prompt + text)
+        mask[i, 2 : 2 + len(text)] = 1
+    scores = np.float32([text.count("e") for text in texts])
+    part = np.where(scores > 1, scores / 2, np.nan)
+    own = {"scores": scores, "components": {"half": part}}
+    rollout = Rollout(tokens, 1.0 * (tokens > 0), mask, 0.0 * mask, numbers, **own)
+    job = rl_job(
+        own=grpo.Config(group_size=2),
+        inputs={"initial": SimpleNamespace(tokenizer=tokenizer)},
+        schedule=SimpleNamespace(prompts=SimpleNamespace(rows=asked)),
+    )
+    rows = validation.training_samples(job, jax.tree.map(jnp.asarray, rollout))
+    assert [(row["prompt"], row["response"], row["score"], row["length"]) for row in rows] == [
+        ("a?", "e", 1.0, 1),
+        ("a?", "ee", 2.0, 2),
+        ("c?", "f", 0.0, 1),
+    ]
+    assert [row["reward/half"] for row in rows] == [None, 1.0, None]
+    assert {row["split"] for row in rows} == {"train"}
+    job.method = job.method._replace(algorithm_config=vpg.Config())
+    assert len(validation.training_samples(job, rollout)) == 5  # at most eight, each a prompt
 
 
 def test_the_interval_of_a_win_rate_is_one_over_prompts():

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from builders import Killed, finished_run, go_on, metric_rows, run_loop, slow
+from builders import Killed, finished_run, go_on, json_lines, metric_rows, run_loop, slow
 
 from rlhf_jax.config import (
     Optimizer,
@@ -34,7 +34,7 @@ from rlhf_jax.runs import checkpoint, folder, keeping, manifest
 from rlhf_jax.training.common import memory, opening, optimizer
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import open_run
-from rlhf_jax.training.common.progress import Progress
+from rlhf_jax.training.common.progress import PAUSE, Progress
 from rlhf_jax.training.common.saving import finish
 
 
@@ -113,6 +113,26 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
     assert " ".join(order(checkpoint_interval=4)) == ahead
     each = [f"{what}{step}" for step in range(1, 9) for what in "sr"]
     assert order(checkpoint_interval=4, alerts=("nonfinite > 1: stop",), overwrite=True) == each
+
+
+@pytest.mark.parametrize(
+    ("end", "steps"),
+    [(None, [0, 4]), (True, [0, 2]), (PAUSE, [0])],
+    ids=["last", "ended", "paused"],
+)
+def test_without_validations_the_first_and_the_last_state_are_sampled(config, end, steps):
+    def advance(state, step):
+        return {"n": state["n"] + 1}, {"nonfinite": jnp.float32(0)}
+
+    def sample(state):
+        return [{"n": int(state["n"])}]
+
+    with open_run(config, "sft", {}) as run:
+        start = run.layout.copy({"n": jnp.float32(0)})
+        progress = Progress(run, start, num_steps=4, validation_interval=1, sample=sample)
+        go_on(progress, advance, on_step=lambda step, *_: end if step == 2 else None)
+    rows = json_lines(Path(config.output_dir, "samples.jsonl"))
+    assert rows == [{"step": step, "n": step} for step in steps]
 
 
 @pytest.mark.parametrize("losses", [[1.0] * 6, [1.0] * 4 + [jnp.nan, 1.0]])

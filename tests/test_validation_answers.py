@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import initial_params, json_lines, perturbed, save_base
+from builders import LETTERS, initial_params, json_lines, letters_run, perturbed, save_base
 
 from rlhf_jax import models, training
 from rlhf_jax.config import Answering, LoRA, Optimizer
@@ -59,7 +59,7 @@ def test_the_chosen_answers_of_different_prompts_that_leave_room():
 def test_a_prompt_without_room_is_said(capsys):
     encoded = encode([Row("abc", ("d",), "line 1")])
     assert shown(encoded, room=2) == ([], [])
-    assert "no held-out prompt of at most 2 tokens" in capsys.readouterr().out
+    assert "no prompt of at most 2 tokens" in capsys.readouterr().out
 
 
 def test_feedback_says_whether_its_answer_is_desirable():
@@ -189,3 +189,24 @@ def test_a_run_writes_what_its_models_say(config, data, tmp_path):
     expected = np.sum(np.where(said.mask, policy - reference, 0.0), axis=1)
     assert np.abs(expected).min() > 0.01
     np.testing.assert_allclose([row["log_ratio"] for row in rows[3:]], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_training_prompts_are_shown_if_nothing_is_held_out(stage, tmp_path):
+    config = letters_run(tmp_path)
+    own = {"validation_fraction": 0.0, "validation_interval": 1, "max_steps": 2}
+    own |= {"max_new_tokens": 2, "validation_prompts": 3} if stage == "sft" else {}
+    file = {"sft": "texts", "reward_model": "pairs"}[stage]
+    section = replace(getattr(config, stage), **own)
+    config = replace(config, data=(str(tmp_path / f"{file}.json"),), **{stage: section})
+    rows = json_lines(getattr(training, stage).run(config).folder / "samples.jsonl")
+    number = 3 if stage == "sft" else 16
+    assert [row["step"] for row in rows] == [0] * number + [2] * number
+    assert {row["split"] for row in rows} == {"train"}
+    shown = ["say a", "say i", "say p"] if stage == "sft" else [f"say {c}" for c in LETTERS]
+    assert [row["prompt"].strip() for row in rows] == shown * 2
+    if stage == "sft":
+        assert {row["answer"] for row in rows} == {"yes"}
+        assert {len(row["response"]) for row in rows} <= {0, 1, 2}
+    else:
+        assert rows[0]["score_chosen"] != rows[number]["score_chosen"]

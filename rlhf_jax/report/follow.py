@@ -35,14 +35,16 @@ def follow(runs: Sequence[str], output: str | None = None, parts: Sequence[Part]
         while True:
             by_run = {run: records.folders(Path(run)) for run in runs}
             folders = [folder for inner in by_run.values() for folder in inner]
-            if any(is_locked(folder / ".lock") for folder in folders):
+            trains = any(is_locked(folder / ".lock") for folder in folders)
+            if trains:
                 trained_at = time.monotonic()
             # The sizes are read after the locks: a run that has ended writes no more.
             files = [folder / name for folder in folders for name in WATCHED]
             written = [file.stat().st_size if file.exists() else 0 for file in files]
             waited_for = [run for run, inner in by_run.items() if not inner]
             patience = 0.0 if set(folders) == set(map(Path, runs)) else BETWEEN_STAGES
-            if not waited_for and time.monotonic() - trained_at > patience:
+            is_over = not trains and time.monotonic() - trained_at >= patience
+            if is_over and not waited_for:
                 break
             waited_for += [
                 str(file)

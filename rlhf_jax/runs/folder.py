@@ -7,7 +7,7 @@
 - ``manifest.json``: what reproduces the run (seed, versions, devices, data fingerprints, command)
 - ``metrics.jsonl``: a JSON object of numbers per step, equal for equal seeds
 - ``timing.jsonl``: a JSON object of seconds per step
-- ``samples.jsonl``: texts of the validations
+- ``samples.jsonl``: texts of the validations, or without any of training prompts
 - ``checkpoints/``: the state of the loop
 - ``model/``: the result as a Hugging Face folder, LoRA's adapters merged in
 - ``adapter/``: LoRA's adapters
