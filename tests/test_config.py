@@ -210,7 +210,7 @@ THEIRS = {
     "save_strategy": "here it is checkpoint_interval: in steps; ",
     "reward_weights": "here it is reward: the weight behind each, as 'mine.py:score*0.5'",
     "push_to_hub": "there is no such setting here: `rlhf-jax export RUN FOLDER` makes the folder",
-    "log_completions": "there is no such setting here: validations write responses into samples",
+    "log_completions": "there is no such setting here: every run writes responses into samples",
     "metric_for_best_model": "here it is keep_best: max:METRIC or min:METRIC",
     "eos_tokens_id": "`rlhf-jax STAGE --help` shows the keys",
 }

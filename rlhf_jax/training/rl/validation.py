@@ -156,7 +156,7 @@ def _samples(
         if reason is not None:
             row["score"] = None
             row["unscored"] = reason
-        row |= _components(rollout, i)
+        row |= _components(rollout, int(i))
         if scored.verdicts is not None:
             row["unsafe"] = unsafe
         samples.append(row)

@@ -86,14 +86,14 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
     if settings.validation_prompts:
         from rlhf_jax.training.supervised import samples
 
-        rows = job.held_out
-        if not len(rows):  # many have equal prompts or leave no room
+        shown = job.held_out
+        if not len(shown):  # many have equal prompts or leave no room
             most = 16 * settings.validation_prompts
-            rows = job.train_rows[evenly(len(job.train_rows), most)]
+            shown = job.train_rows[evenly(len(job.train_rows), most)]
         tokenizer = job.language_model.tokenizer
         room = model.config.max_length - settings.max_new_tokens
         is_plain = job.rows[0].is_plain_text
-        asked = samples.questions(job.encoded, rows, tokenizer, settings, room, is_plain)
+        asked = samples.questions(job.encoded, shown, tokenizer, settings, room, is_plain)
         if not len(job.held_out):
             asked = [question._replace(shown=question.shown | TRAIN) for question in asked]
         policy = samples.Policy(job.language_model, start, policy_fn, reference, job.num_answers)
