@@ -5,7 +5,6 @@ texts below their fields, which are those of ``--help``.
 import ast
 import dataclasses
 import inspect
-import json
 import re
 import textwrap
 import typing
@@ -66,7 +65,8 @@ def rows_of(section: Any, defaults: dict[str, Any], prefix: str) -> list[Setting
         if dataclasses.is_dataclass(inner):
             rows += rows_of(inner, value, f"{prefix}{key}.")
         else:
-            shown = value if isinstance(value, str) else json.dumps(value)
+            as_yaml = yaml.safe_dump(value, default_flow_style=True)
+            shown = value if isinstance(value, str) else as_yaml.partition("\n")[0]
             text = texts.get(key, "")
             words = choices(kinds[key])
             named = re.findall(r"\w+", text)

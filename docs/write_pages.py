@@ -29,6 +29,7 @@ A program is shown whole, or its ``part`` between the lines ``# --- N`` and the 
 """
 
 import fnmatch
+import functools
 import io
 import json
 import re
@@ -43,7 +44,10 @@ from rlhf_jax import metrics
 from rlhf_jax.report import figures
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"<!-- (results|program|reference) (\S+)\s(.*?)-->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(
+    r"<!-- (results|program|reference) (\S+)\s((?:(?!-->).)*)-->\n(?:(?!<!--).)*<!-- end -->",
+    re.DOTALL,
+)
 OPTIONS = {
     *("columns", "curve", "numbers", "x", "names", "dashed", "bars", "by-seed", "figure"),
     *("labels", "variants", "without", "part"),
@@ -60,8 +64,11 @@ def outputs() -> dict[Path, str]:
     files: dict[Path, str] = {}
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text("utf-8")
-        if "_build" not in page.parts and BLOCK.search(text):
-            files[page] = BLOCK.sub(lambda block, page=page: _filled(block, page, files), text)
+        if "_build" in page.parts or "<!--" not in text:
+            continue
+        if 2 * len(BLOCK.findall(text)) != text.count("<!--"):
+            raise SystemExit(f"{page}: a comment is neither the begin nor the end of a block")
+        files[page] = BLOCK.sub(functools.partial(_filled, page=page, files=files), text)
     return files
 
 
@@ -89,8 +96,9 @@ def _filled(block: re.Match[str], page: Path, files: dict[Path, str]) -> str:
             svg, seen, *parts = parts
             files[DOCS / "figures" / f"{options['figure']}.svg"] = card(svg)
             parts = [f"![{seen}]({up}figures/{options['figure']}.svg)", *parts]
-        if not block.string[block.end() :].startswith(f"\n\n<!-- results {name}\n"):
-            link = f"{up}results/{name}.json"  # else the next block says it
+        section = re.split("^#", block.string[block.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+        if f"<!-- results {name}\n" not in section:  # else a later block of the section says it
+            link = f"{up}results/{name}.json"
             parts.append(_origin(results, options.get("without", ""), link))
     head = block[0].partition("-->")[0]
     return "\n\n".join([f"{head}-->", *parts, "<!-- end -->"])
@@ -148,7 +156,7 @@ def _origin(results: Mapping[str, Any], without: str, link: str) -> str:
     num = len({str(row["seed"]) for row in results["rows"]} - {"all", without})
     few = " (few for an interval)" if num < FEW_SEEDS else ""
     but = f" without seed {without}" if without else ""
-    seeds = {0: "", 1: f"one seed{but}; "}.get(num, f"{num} seeds{but}{few}; ")
+    seeds = {0: "", 1: f"One seed{but}; "}.get(num, f"{num} seeds{but}{few}; ")
     return (
         f"{seeds}`{results['command']}`; {results['date']}, revision {results['revision']}, "
         f"{results['machine']}, {results['seconds']} seconds; "
@@ -230,8 +238,9 @@ def _before_and_after(
         names.append(name if metric == wanted[0] else f"{name}: {metric}")
         for when, of_series in series.items():
             share = found[f"{metric} {when}"]
-            edges = [found.get(f"{metric} {when}{edge}") for edge in EDGES[1:]]
-            low, high = metrics.wilson(share, num=num) if None in edges and num else edges
+            low, high = (found.get(f"{metric} {when}{edge}", np.nan) for edge in EDGES[1:])
+            if np.isnan(low) and num:
+                low, high = metrics.wilson(share, num=num)
             of_series.append((share, low, high))
     return names, series
 
@@ -261,7 +270,7 @@ def _by_seed(rows: Sequence[Row], metric: str, without: str) -> tuple[list[str],
         kept = [value for value in others if value is not None]
         mean = sum(kept) / len(kept) if kept else np.nan
         of_seeds = [*(of_series[i] for of_series in series.values())]
-        numbers = [*of_seeds, (mean, *metrics.student(kept))]
+        numbers = [*of_seeds, (mean, *metrics.student(np.array(kept)))]
         lines.append([name, *(_with_band(*of, ".2g") for of in numbers)])
     last = f"mean without seed {without}" if without else "mean"
     return names, series, _table(["", *heads, last], lines)

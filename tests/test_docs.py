@@ -3,8 +3,8 @@ links are true.
 
 In docs/ a command is a line ``$ ...`` of a ``console`` block, and lines ``> ...`` after it are
 typed into it; a block that opens with ``# NAME.py`` is that file, other ``python`` blocks run.
-``text`` blocks are not run. In README a command is an indented line. A backslash at the end of a
-line continues it.
+``text`` blocks are not run, nor ``py`` blocks, which write_pages.py takes from programs that run.
+In README a command is an indented line. A backslash at the end of a line continues it.
 """
 
 import functools
@@ -108,8 +108,7 @@ def test_there_is_something_to_run():
     assert len(snippets(README)) == 1
     assert len(PROGRAMS) > 8
     assert snippets(README)[0].text.count("\n") < 40
-    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude} {results}"
-    languages += " {settings} {names}"
+    languages = "console text python py json yaml {eval-rst}"
     assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 
@@ -166,7 +165,7 @@ def test_tables_name_real_keys_and_their_defaults(path):
 
 
 def test_the_reference_has_a_text_for_every_setting():
-    """The page of all settings is made of these tables when the documentation is built."""
+    """docs/write_pages.py puts these tables into the page of all settings."""
     rows = [row for table in reference.tables() for row in table.rows]
     assert {row.key for row in rows} == {key.replace("-", "_") for key in all_flags(RunConfig())}
     assert [row.key for row in rows if not row.text] == []
@@ -265,11 +264,12 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_page_is_in_a_table_of_contents():
-    listed = "\n".join(block.text for block in blocks(ROOT / "docs" / "index.md")).split("\n")
-    pages = {
-        name(path).removeprefix("docs/").removesuffix(".md") for path in PAGES if path != README
-    }
-    assert pages - {"index"} <= set(listed)
+    """docs/conf.py makes the sidebar of these lists."""
+    index = ROOT / "docs" / "index.md"
+    lists = re.findall(r"^## .*\n\n((?:- .*\n)+)", index.read_text("utf-8"), re.MULTILINE)
+    listed = re.findall(r"^- \[.*?\]\((\S+)\)", "".join(lists), re.MULTILINE)
+    pages = {path for path in PAGES if path not in (README, index)}
+    assert sorted(pages) == sorted(index.parent / page for page in listed)
 
 
 def check_end(done, where):
@@ -426,7 +426,7 @@ def test_the_same_jobs_are_commands_that_parse():
 @pytest.mark.slow
 def test_nineteen_public_jobs_are_commands_of_five_lines_that_fit():
     """Every flag is read by its stage, and batches divide."""
-    text = (ROOT / "docs" / "public_jobs.txt").read_text("utf-8")
+    text = COMING.read_text("utf-8").partition("\n## Public jobs\n")[2].partition("\n## ")[0]
     jobs = re.findall(r"^rlhf-jax .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(jobs) == 19
     for job in jobs:
