@@ -67,12 +67,13 @@ def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-# What a screen reader needs and the theme leaves out: the level of the sidebar's headings, and code
-# and tables that scroll by the keyboard.
+# What a screen reader needs and the theme leaves out: the level of the sidebar's headings, and
+# code, equations and tables that scroll by the keyboard.
 ATTRIBUTES = {
     '<p class="caption" role="heading">': '<p class="caption" role="heading" aria-level="2">',
     "<pre>": '<pre tabindex="0">',
     '<div class="table-wrapper ': '<div tabindex="0" class="table-wrapper ',
+    '<div class="math-wrapper ': '<div tabindex="0" class="math-wrapper ',
 }
 
 

@@ -141,7 +141,7 @@ def _settings() -> list[str]:
         parts.append(f"## `{table.name}`" if table.name else "## Outside the sections")
         parts += [_plain(table.text)] * bool(table.text)
         rows = [[f"`{row.key}`", f"`{row.default}`", row.text] for row in table.rows]
-        parts.append(_table(["key", "default", ""], rows))
+        parts.append(_table(["key", "default", "meaning"], rows))
     return parts
 
 
@@ -273,7 +273,7 @@ def _by_seed(rows: Sequence[Row], metric: str, without: str) -> tuple[list[str],
         numbers = [*of_seeds, (mean, *metrics.student(np.array(kept)))]
         lines.append([name, *(_with_band(*of, ".2g") for of in numbers)])
     last = f"mean without seed {without}" if without else "mean"
-    return names, series, _table(["", *heads, last], lines)
+    return names, series, _table(["variant", *heads, last], lines)
 
 
 def _by_variant(rows: Sequence[Row], columns: Sequence[str], without: str) -> str:
@@ -286,7 +286,7 @@ def _by_variant(rows: Sequence[Row], columns: Sequence[str], without: str) -> st
         ]
         if any(texts):
             lines.append([name, *texts])
-    table = _table(["", *columns], lines)
+    table = _table(["variant", *columns], lines)
     if len(lines) <= LONG:
         return table
     summary = f"<summary>The table: {len(lines)} lines</summary>"
@@ -327,7 +327,9 @@ def _by_metric(rows: Sequence[Row]) -> str:
         for metric in dict.fromkeys(row["metric"] for row in rows)
         if not metric.endswith(EDGES[1:])
     ]
-    return _table(["", *("mean" if seed == "all" else f"seed {seed}" for seed in seeds)], lines)
+    return _table(
+        ["metric", *("mean" if seed == "all" else f"seed {seed}" for seed in seeds)], lines
+    )
 
 
 def _with_band(value: float, low: float, high: float, digits: str = ".3g") -> str:

@@ -101,7 +101,7 @@ def test_columns_are_of_the_last_step_in_the_order_of_the_variants(fill):
     ]
     table, origin = fill("results a\ncolumns: m | k\nvariants: x: t* | x: *\n", rows)
     assert table.splitlines() == [
-        "|  | m | k |",
+        "| variant | m | k |",
         "| --- | --- | --- |",
         "| two | 0.123 |  |",
         "| one | 0.25 (0.125 to 0.5) |  |",
@@ -133,7 +133,7 @@ def test_a_seed_is_left_out_of_means_and_the_others_have_students_interval(fill)
     )
     assert figure == ("![change: a seed 0 (tried on) 9, seed 1 1, seed 2 3](../figures/f.svg)")
     head, _, line = table.splitlines()
-    assert head == "|  | seed 0 (tried on) | seed 1 | seed 2 | mean without seed 0 |"
+    assert head == "| variant | seed 0 (tried on) | seed 1 | seed 2 | mean without seed 0 |"
     assert line == f"| a | 9 (8 to 10) | 1 (0 to 10) | 3 (2 to 10) | 2 ({low:.2g} to {high:.2g}) |"
     assert origin.startswith("2 seeds without seed 0 (few for an interval); ")
 
