@@ -108,6 +108,12 @@ def _results(results: Mapping[str, Any], options: Mapping[str, str], where: str)
     """The figure of the results as SVG and in words, if the block has one, and their table."""
     rows = results["rows"]
     without = options.get("without", "")
+    ends = {"columns": "", "curve": "", "x": "", "by-seed": "", "bars": " after"}
+    named = [
+        one + ends[key] for key in ends.keys() & options.keys() for one in options[key].split(" | ")
+    ]
+    if unknown := set(named) - {row["metric"] for row in rows}:
+        raise SystemExit(f"{where}: no variant has {', '.join(sorted(unknown))}")
     if curve := options.get("curve"):
         if "names" in options and "variants" not in options:
             raise SystemExit(f"{where}: names without variants, whose order they have")

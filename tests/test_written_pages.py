@@ -96,15 +96,17 @@ def test_columns_are_of_the_last_step_in_the_order_of_the_variants(fill):
         *row("x: one", "all", 3, 7),
         *row("x: two", "all", 2, 0.12345),
         *row("x: two", 0, 5, 8),
-        *row("x: empty", "all", 2, 1, metric="n"),
+        *row("x: other", "all", 2, 1, metric="n"),
+        *row("x: neither", "all", 2, 1, metric="k"),
         *row("y", "all", 2, 1),
     ]
-    table, origin = fill("results a\ncolumns: m | k\nvariants: x: t* | x: *\n", rows)
+    table, origin = fill("results a\ncolumns: m | n\nvariants: x: t* | x: *\n", rows)
     assert table.splitlines() == [
-        "| variant | m | k |",
+        "| variant | m | n |",
         "| --- | --- | --- |",
         "| two | 0.123 |  |",
         "| one | 0.25 (0.125 to 0.5) |  |",
+        "| other |  | 1 |",
     ]
     assert origin == (
         "One seed; `python a.py`; 2026-11-01, revision abc, 2 cores, 3 seconds; "
@@ -205,6 +207,8 @@ def test_the_last_block_of_a_section_says_where_the_numbers_come_from(between, n
     [
         ("results a\ncolumn: m\n", r"page\.md:3: no option 'column: m'"),
         ("results a\ncolumns: m\nvariants: a | z*\n", r"page\.md:3: no variant is like 'z\*'"),
+        ("results a\ncolumns: m | n\n", r"page\.md:3: no variant has n"),
+        ("results a\nbars: m\nlabels: x\n", r"page\.md:3: no variant has m after"),
         ("results a\ncurve: m\nnames: A\nlabels: x | y\n", r"page\.md:3: names without variants"),
     ],
 )
