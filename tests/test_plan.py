@@ -329,9 +329,12 @@ def test_the_answers_at_validations_are_a_phase(folder):
     assert [array.shape for array in text] == [(8, 12 + 4)] * 3
     assert jax.eval_shape(compare, state, text, functions).shape == (8,)
     job = shapes._job(planned(asked))
-    for other in ({"validation_prompts": 0}, {"validation_fraction": 0}, {"max_new_tokens": 16}):
+    for other in ({"validation_prompts": 0}, {"max_new_tokens": 16}):
         none = planned(dataclasses.replace(asked, **other))
         assert shapes._answering(none, job, None, 16, None, None) == {}
+    training = dataclasses.replace(asked, validation_fraction=0)  # training prompts are answered
+    programs = shapes.shapes_of(planned(training).config, "dpo").programs
+    assert jax.eval_shape(*programs[shapes.ANSWERING]).tokens.shape == (8, 12 + 4)
 
 
 def test_the_reference_of_kto_is_counted(folder):

@@ -83,7 +83,7 @@ def prepare(job: Job, algorithm: ModuleType, config: Any, validation_config: Any
         return metrics | {f"{job.run.name}/moved": moved(state.params, batch, policy_fn)}
 
     answer = None
-    if settings.validation_prompts:
+    if settings.validation_prompts and job.rows:  # a plan has none
         from rlhf_jax.training.supervised import samples
 
         shown = job.held_out
