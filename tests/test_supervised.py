@@ -120,7 +120,8 @@ def read(config, stage):
     begun = LanguageModel.load(config.model)
     task = getattr(training, stage).TASK
     settings = getattr(config, stage)
-    data, to_validate = reading.read(data_source(config), task, settings)
+    parts, _ = initial.stage_data(config.data, settings, None, None)
+    data, to_validate = reading.read(data_source(config), task, settings, parts)
     source = model_source(config)
     encoded, train_rows, held_out = reading.encoded_rows(
         source, task, settings, begun, data, to_validate, jax.random.key(1)

@@ -100,7 +100,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
     config = RunConfig(data=(str(tmp_path / "data.jsonl"),), text=Text(too_long="drop"))
     settings = RewardModelStage(validation_fraction=0.3)
     spec = training.reward_model.TASK
-    data, none = reading.read(data_source(config), spec, settings)
+    data, none = reading.read(data_source(config), spec, settings, [config.data])
     model = models.build(models.GPT2Config(99, 16, 8, 1, 1))
     begun = LanguageModel(model, {}, characters("abcdefghijklmnopqrstuvwxyz"))
     key = jax.random.key(0)

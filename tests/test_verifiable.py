@@ -20,8 +20,8 @@ from rlhf_jax.graders.verifiable import Settings
 from rlhf_jax.graders.worker import Worker
 from rlhf_jax.runs import reading
 from rlhf_jax.training import rl
+from rlhf_jax.training.common import initial
 from rlhf_jax.training.rl import answers as trial
-from rlhf_jax.training.rl import inputs
 
 needs_math = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
@@ -525,7 +525,7 @@ def test_the_report_on_a_file_tries_the_rewards(write, tmp_path):
 
 
 def trial_of(config):
-    prompts = inputs.read_prompts(data_source(config), config.rl)
+    prompts = [initial.stage_rows(data_source(config), "prompts", config.data)]
     drops = config.on_bad_row == "drop"
     return trial.tested(config.reward, config.math, prompts, drops=drops)
 

@@ -16,12 +16,12 @@ import os
 import re
 import statistics
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.conversation import are_turns
-from rlhf_jax.data.rows import BadRow, Fields, Record
+from rlhf_jax.data.rows import BadRow, Fields, Record, kind
 from rlhf_jax.errors import UserError, did_you_mean, is_hub_name, read_file
 
 _ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
@@ -85,6 +85,47 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
     if not source.records:
         raise UserError(f"{name}: holds no rows")
     return source
+
+
+def from_python(rows: Iterable[Any], name: str) -> Source:
+    """Rows of Python, such as dicts or a ``datasets.Dataset``, as JSON holds them: arrays become
+    lists, and the nulls that `datasets` adds to messages go. Iterated once; named ``NAME, row N``.
+
+    Raises:
+      UserError: these are no rows, or there are none.
+    """
+    is_table = isinstance(rows, Mapping) or hasattr(rows, "columns")  # which yields no rows
+    if is_table or isinstance(rows, str) or not hasattr(rows, "__iter__"):
+        found = type(rows).__name__
+        if isinstance(rows, Mapping):
+            found += f" of {', '.join(map(str, rows))}; give one split, or rows"
+        raise UserError(f"{name}: expected a list of dicts or a datasets.Dataset, found {found}")
+    is_arrow = hasattr(rows, "features")
+    content = hashlib.sha256()
+    records = []
+    for number, row in enumerate(rows, 1):
+        source = f"{name}, row {number}"
+        value = _as_json(row, source)
+        content.update(json.dumps(value, default=str).encode() + b"\n")
+        records.append(Record(_unfilled(value) if is_arrow else value, source))
+    if not records:
+        raise UserError(f"{name}: holds no rows")
+    return Source(records, content.hexdigest(), "Python")
+
+
+def _as_json(row: Any, source: str) -> Any:
+    """The row, or the error of its first value that JSON cannot hold."""
+    if not isinstance(row, Mapping):
+        return row
+    fields = {}
+    for key, value in row.items():
+        try:
+            text = json.dumps(value, default=lambda array: array.tolist())
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            what = f"JSON cannot hold {key!r}, found {kind(value)}"
+            return BadRow(source, f"{what}; convert it or leave it out")
+        fields[str(key)] = json.loads(text)
+    return fields
 
 
 def parse_bytes(data: bytes, name: str, whole_text: bool = False) -> Source:

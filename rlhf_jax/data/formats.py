@@ -55,7 +55,7 @@ from rlhf_jax.data.rows import (
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.reading import RowCounts
 
-Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Source]
 
 LABELS = ("best", "ranking", "ranks", "targets")
 _PREFERENCES = "preference_data.json"
@@ -219,7 +219,7 @@ def read(
     Args:
       names: files or datasets (`files.read_source`), folders with sft_data.json,
         preference_data.json or prompts.json, or only ``demo``: the corpus that `demo` generates
-        from ``seed``.
+        from ``seed``; or what was read already, {name: source}.
       template: renders messages; by default `chat.PLAIN`.
       columns: OURS=THEIRS, as in `forms`. A column that no row has is an error.
       shares_columns: the columns belong to other data too. A column that no row has is then only
@@ -317,6 +317,8 @@ def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
 
 
 def _sources(kind: Kind | None, names: Names, seed: int) -> dict[str, Source]:
+    if isinstance(names, Mapping):
+        return dict(names)
     several = [names] if isinstance(names, str | os.PathLike) else names
     given = [str(name) for name in several]
     file = FILES.get(kind, "") if kind else ""

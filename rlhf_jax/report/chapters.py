@@ -113,7 +113,7 @@ def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
         return f"{title}: {len(run_records)} runs compared"
     how = "trained on"
     validation = record.settings.get(f"{record.stage}.validation_data") or []
-    others = {"model", "tokenizer", *validation}
+    others = {"model", "tokenizer", "validation_data", *validation}
     sources = [name for name in record.manifest.get("data", {}) if name not in others]
     if record.kind == "policy" and record.settings.get("reward"):
         how = "rewarded by"

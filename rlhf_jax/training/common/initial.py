@@ -24,7 +24,8 @@ from rlhf_jax.config import (
     RLStage,
     Text,
 )
-from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
+from rlhf_jax.config.settings import Supervised
+from rlhf_jax.data import batches, chat, encoding, files, formats, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
@@ -33,6 +34,8 @@ from rlhf_jax.policies import Policy, as_policy
 from rlhf_jax.training.common import layout, memory
 from rlhf_jax.types import EosId, Params, PolicyFn
 
+Rows = Iterable[Any] | None
+"""A list of dicts, a ``datasets.Dataset``, or what else yields dicts; None: none are given."""
 DEEP = 8  # a model of so many layers takes long to compile if each layer is compiled by itself
 FEWEST_WIDTHS = 4  # a deep model gets programs for at least so many row widths
 
@@ -176,7 +179,7 @@ def tokenizer_of(source: ModelSource) -> tokenizers.Tokenizer | None:
 
 
 def read_rows(
-    source: DataSource, kind: Kind, names: Sequence[str], on_bad_row: OnBadRow
+    source: DataSource, kind: Kind, names: formats.Names, on_bad_row: OnBadRow
 ) -> formats.ReadResult:
     """The rows of files, messages rendered by the chat template of the model's tokenizer.
 
@@ -190,7 +193,7 @@ def read_rows(
 
 
 def stage_rows(
-    source: DataSource, kind: Kind, names: Sequence[str], note: str = ""
+    source: DataSource, kind: Kind, names: formats.Names, note: str = ""
 ) -> formats.ReadResult:
     """The rows of a stage; prints their number, and the columns that it does not read.
 
@@ -207,6 +210,29 @@ def stage_rows(
     if unread:
         logger.info(f"{kind}{note}: {unread}")
     return data
+
+
+def stage_data(
+    shared: Sequence[str], own: Supervised | RLStage, data: Rows, validation_data: Rows
+) -> tuple[list[formats.Names], dict[str, Any]]:
+    """What a stage trains on, and validates on if that is no share of it: rows of Python, {name:
+    source}, or files, its own or those ``shared`` by all; and what the manifest says of the rows.
+
+    Raises:
+        UserError: there are both, or the rows cannot be read at all.
+    """
+    parts: dict[str, Any] = {"data": own.data or shared, "validation_data": own.validation_data}
+    given: dict[str, Any] = {}
+    for name, rows in (("data", data), ("validation_data", validation_data)):
+        if rows is None:
+            continue
+        if parts[name]:
+            both = f"Python gives rows, and the settings name {' '.join(parts[name])}"
+            raise UserError(f"{name}: {both}; leave one of them out")
+        source = files.from_python(rows, name)
+        parts[name] = {name: source}
+        given[name] = f"{len(source.records)} rows"
+    return [part for name, part in parts.items() if part or name == "data"], given
 
 
 def warn_of_warmup(section: str, optimizer: Optimizer, num_steps: int) -> None:

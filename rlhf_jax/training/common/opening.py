@@ -127,10 +127,15 @@ def open_run(
             and "optimizer", or None. See ``runs.objects``.
 
     Raises:
-        UserError: the folder is used or locked, or the run to resume is another one.
+        UserError: the folder is used or locked, the run to resume is another one, or processes
+            read different data.
         TrainingFault: the disk or the device's memory is full, now or at any time while the run
             is open.
     """
+    if len({*processes.gather(lambda: str([*fingerprints.values()]))}) > 1:
+        raise UserError(
+            "the processes read different data; give all of them the same rows or files"
+        )
     path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
         if opened.resumed:

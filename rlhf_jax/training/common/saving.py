@@ -28,6 +28,10 @@ class RunResult(NamedTuple):
     metrics: dict[str, Any]  # of the last step, or of the best one with ``keep_best``
     rows: list[dict[str, Any]]  # of metrics.jsonl: each step's, with its "step" and validation
 
+    def language_model(self) -> LanguageModel:
+        """The trained model and its tokenizer, as ``LanguageModel.load`` reads ``model_folder``."""
+        return LanguageModel.load(self.model_folder)
+
 
 def finish(
     run: OpenRun,

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import DataSource, Judge, ModelSource, RLStage, Safety, Text
-from rlhf_jax.data import chat, formats
+from rlhf_jax.config import Judge, ModelSource, RLStage, Safety, Text
+from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.forms import PAIR
 from rlhf_jax.data.rows import Row
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
     initial: LanguageModel  # the policy before training
     prompts: EncodedPrompts
-    to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
+    to_validate: EncodedPrompts  # the same rows, unless there are rows to validate on
     reward: spec.Reward
     judge: spec.Reward | None
     guard: Guarded | None  # the filter of responses, which follows a reward on the host
@@ -81,14 +81,6 @@ class Inputs(NamedTuple):
         return self._replace(
             environment=environment, reward=reward, guard=None, ask_teacher=ask_teacher
         )
-
-
-def read_prompts(source: DataSource, settings: RLStage) -> list[formats.ReadResult]:
-    """The prompts to train on, and those to validate on if they have files of their own."""
-    files = [settings.data]
-    if settings.validation_data:
-        files.append(settings.validation_data)
-    return [initial.stage_rows(source, "prompts", names) for names in files]
 
 
 def files(sources: Sources, settings: RLStage, section: AlgorithmConfig) -> dict[str, Path]:
@@ -128,7 +120,7 @@ def load(
     """Loads the models, encodes the prompts and builds the rewards.
 
     Args:
-        data: the rows of ``read_prompts``.
+        data: the rows to train on, and those to validate on if there are any.
         reply: the environment's function.
 
     Raises:

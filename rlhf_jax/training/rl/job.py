@@ -34,7 +34,7 @@ from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.common.opening import OpenRun, open_run, run_folder
 from rlhf_jax.training.common.progress import pad_rows
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.rl.inputs import Inputs, Sources, files, load, read_prompts
+from rlhf_jax.training.rl.inputs import Inputs, Sources, files, load
 from rlhf_jax.training.rl.method import (
     Given,
     Method,
@@ -102,6 +102,8 @@ def open_job(
     reward: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     policy: models.Model | None = None,
+    data: initial.Rows = None,
+    validation_data: initial.Rows = None,
 ) -> Iterator[Job]:
     """Opens the folder of a run and loads what its loop uses; the arguments are those of
     ``run.run``.
@@ -126,13 +128,17 @@ def open_job(
     helping_sizes = check_settings(name, settings, own, layout_of(config))
     method = method_of(config, complete, own, given)
     reply = function_of(settings.environment, "rl.environment")
-    config, data = _check_answers(config, read_prompts(data_source(config), settings))
-    fingerprints = {source: digest for part in data for source, digest in part.fingerprints.items()}
+    parts, of_python = initial.stage_data(config.data, settings, data, validation_data)
+    read_by = data_source(config)
+    prompts = [initial.stage_rows(read_by, "prompts", part) for part in parts]
+    config, prompts = _check_answers(config, prompts)
+    fingerprints = dict(item for part in prompts for item in part.fingerprints.items())
     sources = sources_of(config)
     read = files(sources, settings, own)
+    of_python |= given._asdict()
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(
-            open_run(config, name, fingerprints, helping_sizes, read, given._asdict())
+            open_run(config, name, fingerprints, helping_sizes, read, of_python)
         )
         engine = None
         if settings.engine is not None:
@@ -140,9 +146,9 @@ def open_job(
 
             opened = engines.opened(settings.engine, config.engine, run.folder.weights)
             engine = stack.enter_context(opened)
-        rows = [part.rows for part in data]
+        rows = [part.rows for part in prompts]
         inputs = load(run, method, sources, given, rows, reply)
-        run.count_rows(_account(data, inputs))
+        run.count_rows(_account(prompts, inputs))
         run, method = _share_prompts(run, method, inputs)
         run, inputs = _choose_remat(run, method, inputs)
         schedule, held_out = prompts_of(run, method, inputs)
@@ -298,10 +304,11 @@ def prompts_of(run: OpenRun, method: Method, inputs: Inputs) -> tuple[Schedule, 
     longest = inputs.prompts.tokens.shape[1]
     multiple = initial.bucket_multiple(run.config.text, layers=layers, longest=longest)
     split_key, order_key = jax.random.split(run.key("data"))
-    fraction = 0.0 if settings.validation_data else settings.validation_fraction
+    has_own = inputs.to_validate.rows is not inputs.prompts.rows
+    fraction = 0.0 if has_own else settings.validation_fraction
     texts = list(map(encoding.group, inputs.prompts.rows))
     train_rows, held_out = initial.hold_out("prompts", texts, fraction, split_key)
-    if settings.validation_data:
+    if has_own:
         held_out = np.arange(len(inputs.to_validate))
     schedule = Schedule(
         inputs.prompts,

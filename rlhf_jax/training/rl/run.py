@@ -54,6 +54,8 @@ def run(
     reward: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     policy: models.Model | None = None,
+    data: initial.Rows = None,
+    validation_data: initial.Rows = None,
     on_step: OnStep | None = None,
 ) -> RunResult:
     """Trains the policy in ``config.model`` and saves ``model/`` in the run folder.
@@ -74,6 +76,7 @@ def run(
         policy: takes the place of ``config.model`` and ``config.network``: a network of your own
             (``own.from_functions``). ``model/`` gets its parameters and tokenizer, which are no
             Hugging Face folder.
+        data, validation_data: prompts in place of files, as rows of ``training.sft.run``.
         on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
             step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
             scored rollout that it learned from. If it returns True the run ends there, as early
@@ -85,7 +88,8 @@ def run(
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
-    with open_job(config, algorithm, algorithm_config, reward, optimizer, policy) as job:
+    rows = (data, validation_data)
+    with open_job(config, algorithm, algorithm_config, reward, optimizer, policy, *rows) as job:
         settings = job.method.settings
         learn_key = job.run.key("update")
         progress = Progress(

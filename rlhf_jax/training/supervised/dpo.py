@@ -5,6 +5,7 @@ without sampling.
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches
+from rlhf_jax.training.common.initial import Rows
 from rlhf_jax.training.common.progress import Validation
 from rlhf_jax.training.common.saving import RunResult
 from rlhf_jax.training.supervised import policies, scoring
@@ -13,16 +14,16 @@ from rlhf_jax.training.supervised.run import run as run_task
 from rlhf_jax.types import TrainState
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -> RunResult:
     """Trains the policy in ``config.model``, which is the reference too, on the pairs of
-    ``config.dpo.data`` or ``config.data``, and saves ``model/`` in the run folder. A ranking is
-    trained on as its pairs. A kind that needs no reference has none: no copy of the policy, no
-    second forward pass.
+    ``config.dpo.data`` or ``config.data``, or on given rows as ``sft.run``, and saves ``model/`` in
+    the run folder. A ranking is trained on as its pairs. A kind that needs no reference has none:
+    no copy of the policy, no second forward pass.
 
     Raises:
         UserError: as ``supervised.run``.
     """
-    return run_task(config, TASK)
+    return run_task(config, TASK, data=data, validation_data=validation_data)
 
 
 def _prepare(job: Job) -> Learner:

@@ -8,6 +8,7 @@ from rlhf_jax.algorithms import kto
 from rlhf_jax.config import KTOStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.errors import logger
+from rlhf_jax.training.common.initial import Rows
 from rlhf_jax.training.common.progress import Validation
 from rlhf_jax.training.common.saving import RunResult
 from rlhf_jax.training.supervised import policies, scoring
@@ -20,14 +21,15 @@ from rlhf_jax.types import TrainState
 LEAST_TOTAL = 1.5
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -> RunResult:
     """Trains the policy in ``config.model``, which is the reference too, on the feedback of
-    ``config.kto.data`` or ``config.data``, and saves ``model/`` in the run folder.
+    ``config.kto.data`` or ``config.data``, or on given rows as ``sft.run``, and saves ``model/`` in
+    the run folder.
 
     Raises:
         UserError: as ``supervised.run``.
     """
-    return run_task(config, TASK)
+    return run_task(config, TASK, data=data, validation_data=validation_data)
 
 
 def weights(

@@ -20,19 +20,22 @@ from rlhf_jax.training.supervised.job import Settings, Task
 MANY = 2048  # rows; more are encoded in parts and kept for the next run
 
 
-def read(source: DataSource, task: Task, settings: Settings) -> tuple[ReadResult, ReadResult]:
-    """The rows to train on, and those to validate on if they have files of their own.
+def read(
+    source: DataSource, task: Task, settings: Settings, parts: Sequence[formats.Names]
+) -> tuple[ReadResult, ReadResult]:
+    """The rows of ``initial.stage_data``: to train on, and to validate on, of which there may be
+    none.
 
     Raises:
         UserError: the data cannot be used, or a file is in both.
     """
-    data = initial.stage_rows(source, task.kind, settings.data)
+    data = initial.stage_rows(source, task.kind, parts[0])
     if settings.max_rows is not None:
         data = _sampled(data, settings.max_rows, f"{task.section}.max_rows", source.seed)
-    if not settings.validation_data:
+    if len(parts) == 1:
         return data, ReadResult([])
     key = f"{task.section}.validation_data"
-    to_validate = initial.stage_rows(source, task.kind, settings.validation_data, f" ({key})")
+    to_validate = initial.stage_rows(source, task.kind, parts[1], f" ({key})")
     trained_on = {digest: name for name, digest in data.fingerprints.items()}
     for name, digest in to_validate.fingerprints.items():
         if digest in trained_on:

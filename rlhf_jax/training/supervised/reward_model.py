@@ -17,7 +17,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import reading
 from rlhf_jax.training.common import memory
-from rlhf_jax.training.common.initial import Trainable, trainable
+from rlhf_jax.training.common.initial import Rows, Trainable, trainable
 from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.progress import TRAIN, Validation
 from rlhf_jax.training.common.saving import RunResult
@@ -31,8 +31,9 @@ MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 FEW_SAMPLES = 16  # training rows, if nothing is held out
 
 
-def run(config: RunConfig) -> RunResult:
-    """Trains on the comparisons of ``config.reward_model.data`` or ``config.data``.
+def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -> RunResult:
+    """Trains on the comparisons of ``config.reward_model.data`` or ``config.data``, or on
+    given rows as ``sft.run``.
 
     ``--model`` is the body to start from and also taken for the base policy, over whose samples
     scores are normalised. With ``ensemble_size`` above 1 the members are saved as
@@ -42,7 +43,7 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: as ``supervised.run``.
     """
-    return run_task(config, TASK)
+    return run_task(config, TASK, data=data, validation_data=validation_data)
 
 
 def start_of_member(

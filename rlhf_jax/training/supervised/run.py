@@ -29,12 +29,16 @@ def run(
     config: RunConfig,
     task: Task,
     on_step: Callable[[int, TrainState, Row], object] | None = None,
+    *,
+    data: initial.Rows = None,
+    validation_data: initial.Rows = None,
 ) -> RunResult:
     """Trains on the rows of the section's own data or ``config.data`` and saves ``model/`` in the
     run folder.
 
     Args:
         on_step: ``(step, state after it, its row of metrics)``, as in ``Progress.settle``.
+        data, validation_data: rows of Python, as of ``sft.run``.
 
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
@@ -47,10 +51,11 @@ def run(
 
         references.check(model_source(config), settings)
     sizes = check_sizes(task, settings, config.text, layout_of(config))
-    data, to_validate = reading.read(data_source(config), task, settings)
-    fingerprints = data.fingerprints | to_validate.fingerprints
-    with open_run(config, task.section, fingerprints, sizes) as opened:
-        job = open_job(opened, task, data, to_validate)
+    parts, given = initial.stage_data(config.data, settings, data, validation_data)
+    to_train, to_validate = reading.read(data_source(config), task, settings, parts)
+    fingerprints = to_train.fingerprints | to_validate.fingerprints
+    with open_run(config, task.section, fingerprints, sizes, given=given) as opened:
+        job = open_job(opened, task, to_train, to_validate)
         on = job.run.layout
         initial.warn_of_warmup(task.section, settings.optimizer, job.num_steps)
         learner = task.prepare(job)
