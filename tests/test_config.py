@@ -205,7 +205,7 @@ THEIRS = {
     "learning_rate": "here it is sft.optimizer.learning_rate, or the same of another stage",
     "per_device_train_batch_size": "here it is sft.batch_size, or the same of another stage: of ",
     "max_length": "here it is text.max_length: text.too_long says what becomes of longer texts",
-    "load_in_4bit": "there is no such setting here: weights are not quantised",
+    "load_in_4bit": "here it is lora.base: nf4 or int4, with lora.rank",
     "num_generations": "here it is grpo.group_size",
     "save_strategy": "here it is checkpoint_interval: in steps; ",
     "reward_weights": "here it is reward: the weight behind each, as 'mine.py:score*0.5'",

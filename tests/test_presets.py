@@ -21,7 +21,7 @@ from builders import ROOT, Checker, initial_params, slow, soak
 
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
-from rlhf_jax.config import DPOStage, RunConfig, model_source, parse
+from rlhf_jax.config import ALGORITHMS, DPOStage, RunConfig, model_source, parse
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -31,6 +31,7 @@ from rlhf_jax.training.common import initial as start
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.supervised.job import Job
+from rlhf_jax.training.tasks import TASKS
 
 TINY_RUN = parse(RunConfig, ["--config", "tiny"])
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
@@ -336,3 +337,24 @@ def test_the_defaults_of_another_library(name):
     assert sorted(path.stem for path in (ROOT / "configs" / "defaults").iterdir()) == sorted(
         DEFAULTS
     )
+
+
+@pytest.mark.parametrize("stage", [*TASKS, *ALGORITHMS])
+def test_the_length_that_is_typed_wins_over_a_preset(stage):
+    """Also over the passes of the preset; and passes that are typed over its length."""
+    is_rl = stage in ALGORITHMS
+    section = "rl" if is_rl else stage
+    key = "num_iterations" if is_rl else "max_steps"
+    length, passes = (f"{section}.{name}" for name in (key, "num_epochs"))
+
+    def typed(setting, *presets):
+        flags = [f"--{setting}".replace("_", "-"), "2", "--config", "tiny", *presets]
+        return getattr(parse(RunConfig, flags, sections=(length, passes)), section)
+
+    for preset in ("trl", "openrlhf", "verl"):
+        own = typed(length, preset)
+        assert getattr(own, key) == 2
+        assert not is_rl or own.num_epochs is None
+    own = typed(passes, "verl")
+    assert own.num_epochs == 2
+    assert is_rl or own.max_steps is None
