@@ -17,6 +17,7 @@ import sys
 import types
 from pathlib import Path
 
+import chat_families
 import forks
 import pytest
 import yaml
@@ -30,6 +31,7 @@ from rlhf_jax.cli import stages
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check, demo
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.report import records
 from rlhf_jax.rewards import texts
 from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
@@ -284,6 +286,8 @@ def page_folder(path, folder):
         (folder / part).symlink_to(ROOT / part)
     for program in PROGRAMS:
         shutil.copy(program, folder)
+    if path.stem == "from-trl":
+        chat_families.write_model(folder / "chat-model", max_length=256)
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
@@ -319,6 +323,10 @@ def test_the_commands_of_a_page_run(path, tmp_path):
     for command in to_run(path):
         done = run_command(command, lines.get(command, ""), tmp_path, **pages)
         check_end(done, f"{name(path)}: {command}")
+        length = re.search(r"--(?:[\w-]+\.max-steps|rl\.num-iterations) (\d+)", command)
+        if length and (folder := re.search(r"--output-dir (\S+)", command)):
+            rows = records.read_rows(tmp_path / folder[1] / "metrics.jsonl")
+            assert rows[-1]["step"] == int(length[1]), command
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration
         rows = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text("utf-8").splitlines()
         assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [
