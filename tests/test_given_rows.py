@@ -16,6 +16,8 @@ from rlhf_jax import grpo, models, training
 from rlhf_jax.cli import verify
 from rlhf_jax.data import files, formats
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.report import chapters, records
 from rlhf_jax.runs import processes
 
 PROMPTS = [{"prompt": f"say {c}", "letter": c} for c in LETTERS]
@@ -76,9 +78,15 @@ def test_rows_as_a_list_a_dataset_and_a_file_train_the_same_bits(stage, tmp_path
     recorded["given"].pop("reward", None)
     assert recorded["given"] == {"data": "12 rows", "validation_data": "4 rows"}
     assert recorded["rows"] == manifest(of_files.folder)["rows"]
+    of_report = records.find([of_rows.folder])
+    assert "validation_data" not in chapters._title(of_report, records.groups(of_report))
     trained = of_rows.language_model()
     jax.tree.map(assert_array_equal, trained.params, models.load(of_files.model_folder)[1])
     assert trained.tokenizer.decode(trained.tokenizer.encode("say a")) == "say a"
+    trained.save(tmp_path / "again")  # for the model of a next run
+    again = LanguageModel.load(tmp_path / "again")
+    jax.tree.map(assert_array_equal, trained.params, again.params)
+    assert again.tokenizer.fingerprint == trained.tokenizer.fingerprint
 
 
 def test_what_json_cannot_hold_is_converted_or_refused_by_row_and_key():
@@ -196,5 +204,5 @@ def test_a_stopped_run_goes_on_with_the_same_rows_alone(stage, tmp_path):
 
 def test_processes_must_be_given_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda work: [work(), "another"])
-    with pytest.raises(UserError, match="processes read different data"):
+    with pytest.raises(UserError, match="read different data"):
         start(stage_config(tmp_path, "sft"), "sft", data=TEXTS)

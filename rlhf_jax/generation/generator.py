@@ -137,7 +137,9 @@ class LanguageModel(NamedTuple):
         """The model with ``text.template_options`` and ``text.special_tokens``."""
         return self._replace(tokenizer=chat.reading(self.tokenizer, options, special_tokens))
 
-    def save(self, folder: str | Path, *, template: str, config: SamplingConfig | None) -> None:
+    def save(
+        self, folder: str | Path, *, template: str = chat.AUTO, config: SamplingConfig | None = None
+    ) -> None:
         """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
         run formatted prompts and sampled.
 

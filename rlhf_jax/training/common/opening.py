@@ -133,9 +133,7 @@ def open_run(
             is open.
     """
     if len({*processes.gather(lambda: str([*fingerprints.values()]))}) > 1:
-        raise UserError(
-            "the processes read different data; give all of them the same rows or files"
-        )
+        raise UserError("processes of one run read different data; give them the same")
     path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
         if opened.resumed:
