@@ -227,7 +227,7 @@ def test_troubleshooting_turns_settings_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     flags = all_flags()
     for heading in ("Out of memory", "Reward hacking", "Mode collapse", "Poor results"):
-        part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        part = text.partition(f"\n## {heading}")[2].partition("\n## ")[0]
         assert "| look at |" in part, heading
         turned = set(re.findall(r"^\| `--([\w.-]+)", part, re.MULTILINE))
         assert len(turned) >= 3, heading
