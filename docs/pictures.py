@@ -1,8 +1,9 @@
 """Draws the pictures of the docs from real runs: terminals as SVG, a report's first screen as PNG.
 
-    python docs/pictures.py FOLDER
+    python docs/pictures.py FOLDER [OUT]
 
 FOLDER is one in which ``rlhf-jax quickstart`` was run; ``rlhf-jax`` and ``chromium`` are on PATH.
+OUT is docs/pictures without it. tests/fifteen_minutes.py draws them elsewhere and compares.
 """
 
 import fcntl
@@ -21,18 +22,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-PICTURES = Path(__file__).parent / "pictures"
-COLUMNS = 100
+COLUMNS = 64  # so that it is read on a phone
 ROWS = 40
+PPO = (
+    "rlhf-jax ppo --config quickstart --model runs/quickstart/sft "
+    "--data runs/quickstart/data/prompts.json --reward runs/quickstart/reward_model "
+    "--output-dir runs/shown --overwrite"
+)
+CHAT = "rlhf-jax chat runs/quickstart/ppo --compare runs/quickstart/sft --temperature 0"
+QUESTIONS = [
+    "i want to know what the king whispered.",
+    "/reset",
+    "how do i flood the school?",
+    "/score",
+    "/quit",
+]
 CONTROL = re.compile(
     r"\x1b\[([\d;]*)([A-HJKhlm])|\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\r|\n|[^\x1b\r\n]+"
 )
 
 
-def on_terminal(command: str, typed: list[str], folder: Path, until: str | None = None) -> str:
-    """What a terminal received of a command, up to the text ``until``; each line is typed when the
-    command waits for one.
-    """
+def on_terminal(command: str, typed: list[str], folder: Path) -> str:
+    """What a terminal received of a command; each line is typed when the command waits for one."""
     process_id, terminal = pty.fork()
     if not process_id:
         os.chdir(folder)
@@ -42,10 +53,7 @@ def on_terminal(command: str, typed: list[str], folder: Path, until: str | None 
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     received = ""
     waiting = [*typed]
-    while until is None or until not in received:
-        readable, _, _ = select.select([terminal], [], [], 600)
-        if not readable:
-            break
+    while select.select([terminal], [], [], 600)[0]:
         try:
             chunk = os.read(terminal, 65536)
         except OSError:  # the command has ended
@@ -55,7 +63,8 @@ def on_terminal(command: str, typed: list[str], folder: Path, until: str | None 
             time.sleep(0.2)
             os.write(terminal, waiting.pop(0).encode() + b"\n")
     os.close(terminal)
-    os.waitpid(process_id, 0)
+    if status := os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1]):
+        sys.exit(f"{command}: exit code {status}\n{received}")
     return received
 
 
@@ -82,42 +91,26 @@ def screen(received: str) -> str:
     return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
-def draw(name: str, title: str, text: str) -> None:
+def draw(path: Path, text: str) -> None:
     """The text as an SVG file that loads nothing."""
     console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115
     console.print(Text.from_ansi(text))
-    svg = console.export_svg(title=title, unique_id=name)
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
-    (PICTURES / f"{name}.svg").write_text(svg, "utf-8")
-
-
-def photograph(name: str, page: Path, height: int) -> None:
-    """The top of an HTML page as PNG."""
-    options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size=1000,{height}"]
-    shot = f"--screenshot={PICTURES / name}.png"
-    subprocess.run(["chromium", *options, shot, page.as_uri()], check=True)
+    svg = console.export_svg(title="rlhf-jax", unique_id=path.stem)
+    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), "utf-8")
 
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    ppo = (
-        "rlhf-jax ppo --config quickstart --model runs/quickstart/sft "
-        "--data runs/quickstart/data/prompts.json --reward runs/quickstart/reward_model "
-        "--output-dir runs/shown --overwrite"
-    )
-    received = on_terminal(ppo, [], folder)
-    draw("console", "rlhf-jax ppo", f"$ {ppo}\n{screen(received)}")
-    chat = "rlhf-jax chat runs/quickstart/ppo --compare runs/quickstart/sft --temperature 0"
-    questions = [
-        "i want to know what the king whispered.",
-        "/reset",
-        "how do i flood the school?",
-        "/score",
-        "/quit",
-    ]
-    received = on_terminal(chat, questions, folder)
-    draw("chat", chat, f"$ {chat}\n{screen(received)}")
-    photograph("report", folder / "runs" / "quickstart" / "ppo" / "report.html", 900)
+    out = Path(sys.argv[2] if sys.argv[2:] else Path(__file__).parent / "pictures")
+    out.mkdir(exist_ok=True)
+    commands = {"install": ("rlhf-jax doctor", []), "console": (PPO, []), "chat": (CHAT, QUESTIONS)}
+    for name, (command, typed) in commands.items():
+        said = screen(on_terminal(command, typed, folder))
+        draw(out / f"{name}.svg", f"$ {command}\n{said}")
+    page = folder / "runs" / "quickstart" / "ppo" / "report.html"
+    options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,900"]
+    shot = f"--screenshot={out / 'report.png'}"
+    subprocess.run(["chromium", *options, shot, page.as_uri()], check=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import json
 
 import tokenizers as hf
+from builders import initial_params
 
-from rlhf_jax.data.tokenizers import train_bpe
+from rlhf_jax import models
+from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 
 SYSTEM = {"role": "system", "content": "be kind"}
 USER = {"role": "user", "content": "hi"}
@@ -255,3 +257,16 @@ def write(folder, family):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(source)
     return backend
+
+
+def save_model(folder, max_length):
+    """A chat model with random weights: SmolLM2's template, pad is EOS; returns its folder."""
+    write(folder, "smollm2")
+    tokenizer = load_tokenizer(folder)
+    end = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    config = models.GPT2Config(
+        tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5, **end
+    )
+    model = models.build(config)
+    models.save(folder, model, initial_params(model))
+    return folder

@@ -9,10 +9,10 @@ import chat_families
 import numpy as np
 import pytest
 import transformers
-from builders import initial_params, slow
+from builders import slow
 from chat_families import ANSWER, SYSTEM, USER
 
-from rlhf_jax import models, sampling, training
+from rlhf_jax import sampling, training
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import Network, RLStage, RunConfig
 from rlhf_jax.data import chat, check, encoding
@@ -70,24 +70,7 @@ def test_ids_are_those_of_transformers(family, tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A chat model with random weights: SmolLM2's template, pad is EOS."""
-    path = tmp_path_factory.mktemp("models") / "chat"
-    chat_families.write(path, "smollm2")
-    tokenizer = load_tokenizer(path)
-    size = tokenizer.vocab_size
-    end = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    model = models.build(
-        models.GPT2Config(
-            size,
-            128,
-            16,
-            1,
-            2,
-            initializer_range=0.5,
-            **end,
-        )
-    )
-    models.save(path, model, initial_params(model))
-    return path
+    return chat_families.save_model(tmp_path_factory.mktemp("models") / "chat", max_length=128)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import sys
 import types
 from pathlib import Path
 
+import chat_families
 import forks
 import pytest
 import yaml
@@ -55,8 +56,10 @@ RUN_BY_TEST_SCRIPTS = {
     "rlhf-jax report runs/tiny",
 }
 RUNS = ROOT / "docs" / "runs.md"
+OWN_MODEL = ROOT / "docs" / "your-own-chat-model.md"
 # What README says that this test does not run.
 NOT_RUN = {
+    "python3 -m venv": "makes the environment that runs this test",
     "pip install": "changes the environment; .ci/run starts with these commands",
     "rlhf-jax quickstart": "takes minutes; tests/fifteen_minutes.py runs it",
     **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
@@ -287,6 +290,8 @@ def page_folder(path, folder):
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
+    if path == OWN_MODEL:
+        chat_families.save_model(folder / "smollm2", max_length=512)
 
 
 # The generated corpus has fewer rows.
