@@ -3,10 +3,12 @@
     python docs/pictures.py FOLDER [OUT]
 
 FOLDER is one in which ``rlhf-jax quickstart`` was run; ``rlhf-jax`` and ``chromium`` are on PATH.
-OUT is docs/pictures without it. tests/fifteen_minutes.py draws them elsewhere and compares.
+With OUT they are drawn there, and it is an error if a terminal says something else than in
+docs/pictures; tests/fifteen_minutes.py does so.
 """
 
 import fcntl
+import html
 import os
 import pty
 import re
@@ -22,7 +24,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS = 64  # so that it is read on a phone
+PICTURES = Path(__file__).parent / "pictures"
+COLUMNS = 72  # so that it is read on a phone
 ROWS = 40
 PPO = (
     "rlhf-jax ppo --config quickstart --model runs/quickstart/sft "
@@ -94,19 +97,34 @@ def screen(received: str) -> str:
 def draw(path: Path, text: str) -> None:
     """The text as an SVG file that loads nothing."""
     console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    console.print(Text.from_ansi(text))
+    console.print(Text.from_ansi(text + "\n "))  # room below the last line
     svg = console.export_svg(title="rlhf-jax", unique_id=path.stem)
     path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), "utf-8")
 
 
+def said_in(picture: str) -> str:
+    """What an SVG file's terminal says without the answers of models, which stand in tables or in
+    quotes and depend on the kind of CPU; N for each number, no space, no bar.
+    """
+    lines: dict[str, str] = {}
+    for height, text in re.findall(r'<text [^>]* y="([\d.]+)"[^>]*>([^<]*)</text>', picture):
+        lines[height] = lines.get(height, "") + html.unescape(text)
+    said = "".join(line for line in lines.values() if line[:1] not in set("┏┡┃│└"))
+    said = re.sub(r"\s|━", "", said)
+    return re.sub(r"-?\d[\d.:]*", "N", re.sub(r"'[^']*'", "''", said))
+
+
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    out = Path(sys.argv[2] if sys.argv[2:] else Path(__file__).parent / "pictures")
+    out = Path(sys.argv[2]) if sys.argv[2:] else PICTURES
     out.mkdir(exist_ok=True)
     commands = {"install": ("rlhf-jax doctor", []), "console": (PPO, []), "chat": (CHAT, QUESTIONS)}
     for name, (command, typed) in commands.items():
         said = screen(on_terminal(command, typed, folder))
         draw(out / f"{name}.svg", f"$ {command}\n{said}")
+        now, shown = [said_in((at / f"{name}.svg").read_text("utf-8")) for at in (out, PICTURES)]
+        if now != shown:
+            sys.exit(f"docs/pictures/{name}.svg: draw it anew\nnow   {now}\nshown {shown}")
     page = folder / "runs" / "quickstart" / "ppo" / "report.html"
     options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,900"]
     shot = f"--screenshot={out / 'report.png'}"
