@@ -103,15 +103,15 @@ def draw(path: Path, text: str) -> None:
 
 
 def said_in(picture: str) -> str:
-    """What an SVG file's terminal says without the answers of models, which stand in tables or in
-    quotes and depend on the kind of CPU; N for each number, no space, no bar.
+    """What an SVG file's terminal says, without spaces, N for each number; left out are tables and
+    quotes, which have the answers of models, and lines with a bar.
     """
     lines: dict[str, str] = {}
     for height, text in re.findall(r'<text [^>]* y="([\d.]+)"[^>]*>([^<]*)</text>', picture):
         lines[height] = lines.get(height, "") + html.unescape(text)
-    said = "".join(line for line in lines.values() if line[:1] not in set("┏┡┃│└"))
-    said = re.sub(r"\s|━", "", said)
-    return re.sub(r"-?\d[\d.:]*", "N", re.sub(r"'[^']*'", "''", said))
+    said = "".join(line for line in lines.values() if not set("━│─") & set(line))
+    said = re.sub(r"'[^']*'", "''", re.sub(r"\s", "", said))
+    return re.sub(r"-?\d[\d.:]*", "N", said)
 
 
 def main() -> None:

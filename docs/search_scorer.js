@@ -1,5 +1,5 @@
-// How Sphinx' search orders its results: pages before the API, and among pages first those whose title has most of the
-// words that were typed. The numbers without a comment are Sphinx' own.
+// How Sphinx' search orders its results: pages before the API and the table of all settings, and among pages first those
+// whose title has most of the words that were typed. The numbers below `score` are Sphinx' own.
 const wordsOf = (text) => text.toLowerCase().split(/\W+/).filter(Boolean);
 
 var Scorer = {
@@ -7,7 +7,7 @@ var Scorer = {
     const asked = wordsOf(new URLSearchParams(location.search).get("q") ?? "");
     const words = wordsOf(title);
     const share = words.filter((word) => asked.includes(word)).length / words.length;
-    return score + 10 * share - (page.startsWith("api/") ? 100 : 0);
+    return score + 10 * share - (/^(api\/|settings-reference$)/.test(page) ? 100 : 0);
   },
   objNameMatch: 11,
   objPartialMatch: 6,
