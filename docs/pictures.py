@@ -3,8 +3,8 @@
     python docs/pictures.py FOLDER [OUT]
 
 FOLDER is one in which ``rlhf-jax quickstart`` was run; ``rlhf-jax`` and ``chromium`` are on PATH.
-With OUT they are drawn there, and it is an error if a terminal says something else than in
-docs/pictures; tests/fifteen_minutes.py does so.
+With OUT the terminals alone are drawn, there, and it is an error if one says something else than
+in docs/pictures; tests/fifteen_minutes.py does so.
 """
 
 import fcntl
@@ -125,10 +125,11 @@ def main() -> None:
         now, shown = [said_in((at / f"{name}.svg").read_text("utf-8")) for at in (out, PICTURES)]
         if now != shown:
             sys.exit(f"docs/pictures/{name}.svg: draw it anew\nnow   {now}\nshown {shown}")
-    page = folder / "runs" / "quickstart" / "ppo" / "report.html"
-    options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,900"]
-    shot = f"--screenshot={out / 'report.png'}"
-    subprocess.run(["chromium", *options, shot, page.as_uri()], check=True)
+    if out == PICTURES:
+        page = folder / "runs" / "quickstart" / "ppo" / "report.html"
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,900"]
+        shot = f"--screenshot={out / 'report.png'}"
+        subprocess.run(["chromium", *options, shot, page.as_uri()], check=True)
 
 
 if __name__ == "__main__":
