@@ -360,6 +360,7 @@ def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
     first = README.read_text("utf-8").partition("\n## ")[2].partition("\n## ")[0]
     shown = re.findall(r"^    (?:pip install -e \. && )?(rlhf-jax .*)$", first, re.MULTILINE)
     assert shown == list(FIRST)[:2]
+    assert first.index("python3 -m venv") < first.index("pip install")
     assert "tests/fifteen_minutes.py" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert len(outputs(PAGE)) == 2
     assert set(outputs(PAGE)) < set(typed(PAGE)) == set(commands(PAGE))
@@ -395,20 +396,24 @@ def test_the_data_of_the_chat_model_page_is_what_the_page_says(tmp_path, monkeyp
 
 
 def test_readmes_results_are_the_published_ones():
-    """`before | after (low to high)`, of the first seed."""
-    rows = README.read_text("utf-8").partition("\n## What was learned\n")[2].partition("\n## ")[0]
+    """Of the first seed; those of the tutorial as its page says."""
+    text = README.read_text("utf-8").partition("\n## What was learned\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    rows = {re.search(r"docs/([\w-]+)\.md", row[0])[1]: row[1:4] for row in cells}
     for page, variant, metric in (
         ("quickstart", "quickstart", "PPO beats SFT"),
         ("sums", "held out", "sampled after"),
     ):
         file = json.loads((ROOT / "docs" / "results" / f"{page}.json").read_text("utf-8"))
-        value = {(r["variant"], r["seed"], r["metric"]): r["value"] for r in file["rows"]}
+        value = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in file["rows"]}
         found = [value[variant, 0, metric + edge] for edge in ("", " low", " high")]
-        numbers = [f"{number:.2f}".removeprefix("0") for number in found]
-        assert (
-            f"| {numbers[0]} ({numbers[1]} to {numbers[2]}) |"
-            in re.search(rf"^\| \[.*\]\(docs/{page}\.md\).*", rows, re.MULTILINE)[0]
-        ), page
+        score, low, high = (f"{number:.2f}".removeprefix("0") for number in found)
+        assert rows[page][2] == f"{score} ({low} to {high})"
+    num, before, after = rows[OWN_MODEL.stem]
+    page = OWN_MODEL.read_text("utf-8")
+    assert f"| model | score, n = {num} |" in page
+    assert f"\n| SmolLM2-135M-Instruct | {before} |" in page
+    assert re.search(rf"^\| after GRPO, .* \| {re.escape(after)} \|", page, re.MULTILINE)
 
 
 def test_a_picture_of_a_terminal_is_compared_without_numbers_and_answers():
