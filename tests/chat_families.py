@@ -259,14 +259,12 @@ def write(folder, family):
     return backend
 
 
-def save_model(folder, max_length):
-    """A chat model with random weights: SmolLM2's template, pad is EOS; returns its folder."""
+def write_model(folder, max_length=128):
+    """A chat model with random weights: SmolLM2's template, pad is EOS. Returns its folder."""
     write(folder, "smollm2")
     tokenizer = load_tokenizer(folder)
     end = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    config = models.GPT2Config(
-        tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5, **end
-    )
-    model = models.build(config)
+    sizes = (tokenizer.vocab_size, max_length, 16, 1, 2)
+    model = models.build(models.GPT2Config(*sizes, initializer_range=0.5, **end))
     models.save(folder, model, initial_params(model))
     return folder

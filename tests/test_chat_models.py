@@ -69,8 +69,7 @@ def test_ids_are_those_of_transformers(family, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A chat model with random weights: SmolLM2's template, pad is EOS."""
-    return chat_families.save_model(tmp_path_factory.mktemp("models") / "chat", max_length=128)
+    return chat_families.write_model(tmp_path_factory.mktemp("models") / "chat")
 
 
 @pytest.fixture(scope="module")

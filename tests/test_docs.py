@@ -292,7 +292,7 @@ def page_folder(path, folder):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
     if path == OWN_MODEL:
-        chat_families.save_model(folder / "smollm2", max_length=512)
+        chat_families.write_model(folder / "smollm2", max_length=512)
 
 
 # The generated corpus has fewer rows.
