@@ -23,6 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"rlhf_jax {release}"
+html_search_scorer = __file__.removesuffix("conf.py") + "search_scorer.js"
 html_show_sphinx = False
 html_show_copyright = False
 html_math_renderer = "mathml"

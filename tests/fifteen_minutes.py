@@ -5,8 +5,9 @@
 It works in FOLDER, which is empty, with the command ``rlhf-jax`` that is on PATH: ``.ci/run`` puts
 an environment there that has the built package alone. The commands are those of README's first
 screen, those of docs/your-preferences.md in their order, whose outputs must be what the page
-shows, and at last ``report`` and ``export``. The Python that runs this script needs torch and
-transformers, which read the exported folder.
+shows, and at last ``report`` and ``export``; the docs' pictures are drawn from the folder, and must
+say what the committed ones say. The Python that runs this script needs torch and transformers,
+which read the exported folder.
 
 It is no test of pytest: there the package is the checkout's, and files of the checkout are at hand.
 """
@@ -176,6 +177,8 @@ def main() -> None:
     for command in said["rlhf-jax quickstart"].splitlines()[-3:-1]:  # as it says itself
         run(command, "", folder)
     check(folder, said)
+    pictures = ["docs/pictures.py", str(folder), str(folder / "pictures")]
+    subprocess.run([sys.executable, *pictures], cwd=ROOT, check=True)
     answer = answer_of(folder / "my-model")
     assert answer.strip(), "transformers gives an empty answer"
     print(f"transformers: {answer!r}\nall of it: {time.monotonic() - start:.0f} s")

@@ -21,7 +21,7 @@ import chat_families
 import forks
 import pytest
 import yaml
-from builders import ROOT
+from builders import ROOT, json_lines
 from fifteen_minutes import FIRST, PAGE, ends_as_shown
 from pages import BLOCK, blocks, outputs, typed
 from shakespeare import ShakespeareConfig
@@ -38,6 +38,7 @@ from rlhf_jax.training.rl import method
 from rlhf_jax.training.supervised.run import check_sizes
 
 sys.path.append(str(ROOT / "docs"))
+import pictures
 import reference
 
 README = ROOT / "README.md"
@@ -57,8 +58,10 @@ RUN_BY_TEST_SCRIPTS = {
     "rlhf-jax report runs/tiny",
 }
 RUNS = ROOT / "docs" / "runs.md"
+OWN_MODEL = ROOT / "docs" / "your-own-chat-model.md"
 # What README says that this test does not run.
 NOT_RUN = {
+    "python3 -m venv": "makes the environment that runs this test",
     "pip install": "changes the environment; .ci/run starts with these commands",
     "rlhf-jax quickstart": "takes minutes; tests/fifteen_minutes.py runs it",
     **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
@@ -228,7 +231,7 @@ def test_troubleshooting_turns_settings_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     flags = all_flags()
     for heading in ("Out of memory", "Reward hacking", "Mode collapse", "Poor results"):
-        part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        part = text.partition(f"\n## {heading}")[2].partition("\n## ")[0]
         assert "| look at |" in part, heading
         turned = set(re.findall(r"^\| `--([\w.-]+)", part, re.MULTILINE))
         assert len(turned) >= 3, heading
@@ -291,6 +294,8 @@ def page_folder(path, folder):
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
+    if path == OWN_MODEL:
+        chat_families.write_model(folder / "smollm2", max_length=512)
 
 
 # The generated corpus has fewer rows.
@@ -362,9 +367,73 @@ def test_readmes_first_screen_is_what_the_first_fifteen_minutes_run():
     first = README.read_text("utf-8").partition("\n## ")[2].partition("\n## ")[0]
     shown = re.findall(r"^    (?:pip install -e \. && )?(rlhf-jax .*)$", first, re.MULTILINE)
     assert shown == list(FIRST)[:2]
+    assert first.index("python3 -m venv") < first.index("pip install")
     assert "tests/fifteen_minutes.py" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert len(outputs(PAGE)) == 2
     assert set(outputs(PAGE)) < set(typed(PAGE)) == set(commands(PAGE))
+
+
+def test_the_data_of_the_chat_model_page_is_what_the_page_says(tmp_path, monkeypatch):
+    """Half the demonstrations earn the reward, and nothing held out was trained on."""
+    monkeypatch.chdir(tmp_path)
+    files = {file_of(block): block.text for block in blocks(OWN_MODEL) if file_of(block)}
+    exec(files["make_data.py"], {})
+    shown = json_lines(Path("demonstrations.jsonl"))
+    asked = json_lines(Path("prompts.jsonl"))
+    held_out = json_lines(Path("held_out.jsonl"))
+    exec(files["cites.py"], page := {})
+
+    def scores(rows, responses):
+        prompts, notes, facts = ([row[k] for row in rows] for k in ("prompt", "note", "fact"))
+        return page["cites"](prompts, responses, notes, facts)
+
+    earned = scores(asked, [row["response"] for row in shown])
+    assert 0.4 < sum(earned) / len(earned) < 0.6
+    assert set(earned) == {0.0, 1.0}
+    assert len({row["prompt"] for row in asked}) == len(asked) == 192
+    assert len({row["prompt"] for row in held_out}) == len(held_out) == 48
+    assert not {row["prompt"].partition("?")[0] for row in held_out} & {
+        row["prompt"].partition("?")[0] for row in asked
+    }
+    last = held_out[0]
+    good = f"The zoo opens {last['fact']}. [{last['note']}]"
+    others = [good + " Bye.", good.replace(last["fact"], "at 9"), "so " * 15 + good]
+    assert scores([last] * 4, [good, *others]) == [1, 0, 0, 0]
+    assert check.check(sorted(map(str, tmp_path.glob("*.jsonl")))).num_problems == 0
+
+
+def test_readmes_results_are_the_published_ones():
+    """Of the first seed; those of the tutorial as its page says."""
+    text = README.read_text("utf-8").partition("\n## What was learned\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    rows = {re.search(r"docs/([\w-]+)\.md", row[0])[1]: row[1:4] for row in cells}
+    for page, variant, metric in (
+        ("quickstart", "quickstart", "PPO beats SFT"),
+        ("sums", "held out", "sampled after"),
+    ):
+        file = json.loads((ROOT / "docs" / "results" / f"{page}.json").read_text("utf-8"))
+        value = {(row["variant"], row["seed"], row["metric"]): row["value"] for row in file["rows"]}
+        found = [value[variant, 0, metric + edge] for edge in ("", " low", " high")]
+        score, low, high = (f"{number:.2f}".removeprefix("0") for number in found)
+        assert rows[page][2] == f"{score} ({low} to {high})"
+    num, before, after = rows[OWN_MODEL.stem]
+    page = OWN_MODEL.read_text("utf-8")
+    assert f"| model | score, n = {num} |" in page
+    assert f"\n| SmolLM2-135M-Instruct | {before} |" in page
+    assert re.search(rf"^\| after GRPO, .* \| {re.escape(after)} \|", page, re.MULTILINE)
+
+
+def test_a_picture_of_a_terminal_is_compared_without_numbers_and_answers():
+    shown = (pictures.PICTURES / "chat.svg").read_text("utf-8")
+    same = re.sub(r"score&#160;-?[\d.]+", "score&#160;9.999", shown)
+    same = re.sub("nobody", "somebody", same)
+    assert same != shown
+    assert pictures.said_in(same) == pictures.said_in(shown)
+    assert "--compareruns/quickstart/sft" in pictures.said_in(shown)
+    for line in ("/quit", "reset"):
+        assert pictures.said_in(shown.replace(line, "other")) != pictures.said_in(shown)
+    run = pictures.said_in((pictures.PICTURES / "console.svg").read_text("utf-8"))
+    assert re.search(r"ValidationscoreN→N\(N.*Rewarded,forexample:''\(scoreN,to''\)", run)
 
 
 def test_an_output_is_compared_up_to_its_numbers():
