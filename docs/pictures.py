@@ -103,14 +103,16 @@ def draw(path: Path, text: str) -> None:
 
 
 def said_in(picture: str) -> str:
-    """What an SVG file's terminal says, without spaces, N for each number; left out are tables and
-    quotes, which have the answers of models, and lines with a bar.
+    """What an SVG file's terminal says, without spaces, N for each number. Left out are lines with
+    a bar, and what another kind of CPU may say otherwise: tables and quotes, which have the answers
+    of models, and the sentence on what was learned, which has alerts.
     """
     lines: dict[str, str] = {}
     for height, text in re.findall(r'<text [^>]* y="([\d.]+)"[^>]*>([^<]*)</text>', picture):
         lines[height] = lines.get(height, "") + html.unescape(text)
     said = "".join(line for line in lines.values() if not set("━│─") & set(line))
-    said = re.sub(r"'[^']*'", "''", re.sub(r"\s", "", said))
+    said = re.sub(r"Validationscore.*Next,", "Next,", re.sub(r"\s", "", said))
+    said = re.sub(r"'[^']*'", "''", said)
     return re.sub(r"-?\d[\d.:]*", "N", said)
 
 

@@ -432,8 +432,11 @@ def test_a_picture_of_a_terminal_is_compared_without_numbers_and_answers():
     assert "--compareruns/quickstart/sft" in pictures.said_in(shown)
     for line in ("/quit", "reset"):
         assert pictures.said_in(shown.replace(line, "other")) != pictures.said_in(shown)
-    run = pictures.said_in((pictures.PICTURES / "console.svg").read_text("utf-8"))
-    assert re.search(r"ValidationscoreN→N\(N.*Rewarded,forexample:''\(scoreN,to''\)", run)
+    run = (pictures.PICTURES / "console.svg").read_text("utf-8")
+    alerted = run.replace("no&#160;alert.", "1&#160;alert:&#160;KL&#160;explosion.")
+    assert alerted != run
+    assert pictures.said_in(alerted) == pictures.said_in(run)
+    assert re.search(r"savedruns/shown/report.htmlNext,.*rlhf-jaxexport", pictures.said_in(run))
 
 
 def test_an_output_is_compared_up_to_its_numbers():
