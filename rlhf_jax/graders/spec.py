@@ -227,25 +227,6 @@ def build_reward(
     return Reward(fn=weighted(fns) if others or weight != 1 else fn)
 
 
-def build_pair_judge(
-    entry: str,
-    *,
-    tokenizer: PolicyTokenizer,
-    load: Load,
-    columns: Collection[str],
-    flag: str,
-    services: Services,
-) -> tuple[str, pairs.PairJudge]:
-    """A judge of pairs and its name, from a SPEC as it stands behind ``pairs:``; the other
-    arguments are those of ``build_reward``.
-
-    Raises:
-      UserError: it does not exist or does not fit.
-    """
-    reader = _Reader(tokenizer, load, columns, services, verifiable.DEFAULT)
-    return reader.pair_judge(model_folder(entry), f"{flag} {entry}")
-
-
 def named(
     entry: str,
 ) -> tuple[Literal["code", "address", "models", "places", "nothing"], list[str]]:

@@ -26,12 +26,7 @@ SAMPLE_COLUMNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("prompt", "answer"), ("response", "log_ratio")),
     (("prompt",), ("response", "score")),
 )
-NUMBERS = (
-    "score",
-    "margin",
-    "log_ratio",
-    "reward/",
-)  # what the names of columns of numbers begin with
+NUMBERS = ("score", "margin", "log_ratio", "reward/")  # begin the names of columns of numbers
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
