@@ -697,6 +697,8 @@ def test_what_is_on_or_off_takes_no_value(argv, value):
         UserError, match=r"^--vapo\.fast takes no value, got no: --vapo\.fast turns"
     ):
         parse(RunConfig, ["--vapo.fast", "no"], algorithm=own)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse(RunConfig, ["--deterministic", "-h"])
 
 
 def nested(key, value):

@@ -30,6 +30,15 @@ def between(monkeypatch):
     return happen
 
 
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds of each sleep, by a clock that runs in them alone."""
+    times = []
+    clock = SimpleNamespace(sleep=times.append, monotonic=lambda: sum(times), strftime=str)
+    monkeypatch.setattr(following, "time", clock)
+    return times
+
+
 def interrupt():
     raise KeyboardInterrupt
 
@@ -87,19 +96,42 @@ def test_nothing_is_drawn_again_while_nothing_is_written(between, tmp_path, monk
     assert [bool(how) for how in drawn] == [True, False]  # the last one stands still
 
 
-def test_a_run_that_has_died_is_an_error_and_on_the_page(between, tmp_path):
+def test_a_run_that_has_died_is_an_error_and_on_the_page(slept, tmp_path):
+    """After the seconds in which a command may still be starting."""
     run = write_run(tmp_path / "run", settings=SETTINGS, finished=False)
     (run / ".lock").write_text("1\n")  # of a killed process
-    between()
     message = (
         r"run: no process trains here\. Not finished: the last record is of iteration 3 of 5\."
     )
     with pytest.raises(UserError, match=message):
         following.follow([str(run)])
     assert RELOADS not in (run / "report.html").read_text()
+    assert sum(slept) == following.STARTING
 
 
-def test_all_runs_are_followed_and_stages_of_a_pipeline_waited_for(between, tmp_path, monkeypatch):
+def test_a_run_that_begins_anew_is_followed_from_before_its_process_has_the_folder(
+    between, tmp_path, caplog
+):
+    caplog.set_level("INFO", "rlhf_jax")
+    run = write_run(tmp_path / "run", settings=SETTINGS)  # an earlier one, which has ended
+    seen = []
+
+    def begin():
+        seen.append((run / "report.html").exists())
+        seen.append(take_lock(run / ".lock", "", ""))
+
+    def end():
+        seen.append((run / "report.html").read_text())
+        seen[1]()
+
+    between(begin, end)
+    assert following.follow([str(run)]) == run / "report.html"
+    assert not seen[0]
+    assert RELOADS in seen[2]
+    assert f"waiting for a process that trains in {run}; Ctrl-C ends" in caplog.text
+
+
+def test_all_runs_are_followed(between, tmp_path):
     one, other = (
         write_run(tmp_path / "all" / name, seed=i, settings=SETTINGS) for i, name in enumerate("ab")
     )
@@ -114,9 +146,10 @@ def test_all_runs_are_followed_and_stages_of_a_pipeline_waited_for(between, tmp_
     between(end)
     assert following.follow([str(one), str(other)], str(out)) == out
     assert "a: iteration 3 of 5, b: iteration 3 of 5, refreshed " in seen[0]
-    slept = []
-    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept), strftime=str)
-    monkeypatch.setattr(following, "time", clock)
+
+
+def test_stages_of_a_pipeline_are_waited_for(slept, tmp_path):
+    write_run(tmp_path / "all" / "sft", settings=SETTINGS)
     following.follow([str(tmp_path / "all")])
     assert sum(slept) == following.BETWEEN_STAGES  # in which another stage may begin
 

@@ -89,21 +89,28 @@ def test_rows_as_a_list_a_dataset_and_a_file_train_the_same_bits(stage, tmp_path
     assert again.tokenizer.fingerprint == trained.tokenizer.fingerprint
 
 
-def test_what_json_cannot_hold_is_converted_or_refused_by_row_and_key():
+def test_what_json_cannot_hold_is_converted_or_stays_for_who_reads_it():
     """As a file of JSON would hold it; rows are counted from 1."""
     row = {"prompt": "a", "x": np.float32(0.5), 7: np.arange(2), "y": (None, {"z": np.True_})}
     [record] = files.from_python(iter([row]), "data").records
     assert record.value == {"prompt": "a", "x": 0.5, "7": [0, 1], "y": [None, {"z": True}]}
     assert type(record.value["x"]) is float
     assert record.source == "data, row 1"
-    bad = [{"prompt": "a"}, {"prompt": "b", "day": datetime.date(2026, 1, 1)}, 7]
+    day = datetime.date(2026, 1, 1)
+    rows = [{"prompt": "a", "day": day}, {"prompt": day}, 7]
     with pytest.raises(UserError) as caught:
-        formats.read("prompts", {"data": files.from_python(bad, "data")})
-    assert "data, row 2: JSON cannot hold 'day'" in str(caught.value)
+        formats.read("prompts", {"data": files.from_python(rows, "data")})
+    assert "data, row 2: 'prompt'" in str(caught.value)
     assert "data, row 3" in str(caught.value)
-    source = files.from_python(bad, "data")
+    source = files.from_python(rows, "data")
     read = formats.read("prompts", {"data": source}, on_bad_row="drop")
-    assert (len(read.rows), sum(read.dropped.values())) == (1, 2)
+    assert [row.columns for row in read.rows] == [{"day": day}]
+
+
+def test_the_name_of_a_file_is_no_prompt(tmp_path):
+    file = lines(tmp_path / "rows.jsonl", PROMPTS)
+    with pytest.raises(UserError, match=r"^data, row 2: .*rows\.jsonl is a file; name it in the"):
+        files.from_python(["say a", file], "data")
 
 
 def test_the_nulls_that_a_dataset_adds_to_messages_are_left_out():
@@ -125,8 +132,9 @@ def test_the_nulls_that_a_dataset_adds_to_messages_are_left_out():
     [
         (datasets.DatasetDict(train=[], test=[]), "found DatasetDict of train, test; give one"),
         ({"prompt": ["a"]}, "found dict of prompt"),
-        (pd.DataFrame(PROMPTS), "found DataFrame"),
+        (pd.DataFrame(PROMPTS), "found DataFrame; .*to_dict"),
         ("rows.jsonl", "found str"),
+        (b"rows", "found bytes"),
         (3, "found int"),
         ([], "holds no rows"),
     ],

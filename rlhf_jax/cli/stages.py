@@ -15,10 +15,15 @@ RL = (*MODEL, "rl", "safety", "judge", "engine")
 REWARD = (*RL, "reward")
 
 
-STEPS = ("rl.num_iterations", "rl.batch_size", "rl.max_new_tokens", "rl.optimizer.learning_rate")
-BEGUN = ("data", "model", "output_dir")
-PAID = (*BEGUN, "reward", *STEPS)
-PIPELINE = ("sft.num_epochs", "reward_model.num_epochs", *STEPS)
+RL_LENGTHS = (
+    "rl.num_iterations",
+    "rl.batch_size",
+    "rl.max_new_tokens",
+    "rl.optimizer.learning_rate",
+)
+FOLDERS = ("data", "model", "output_dir")
+RL_FIRST = (*FOLDERS, "reward", *RL_LENGTHS)
+PIPELINE_FIRST = ("sft.num_epochs", "reward_model.num_epochs", *RL_LENGTHS)
 
 
 class TrainingCommand(NamedTuple):
@@ -33,11 +38,11 @@ class TrainingCommand(NamedTuple):
     """The flags of a run on data of one's own, beside the folders of the model and of the run."""
 
 
-def _first(section: str) -> tuple[str, ...]:
+def _supervised_first(section: str) -> tuple[str, ...]:
     of_stage = (
         f"{section}.{key}" for key in ("num_epochs", "batch_size", "optimizer.learning_rate")
     )
-    return (*BEGUN, *of_stage, "text.max_length", "lora.rank", "resume")
+    return (*FOLDERS, *of_stage, "text.max_length", "lora.rank", "resume")
 
 
 PROMPTS = "--data prompts.jsonl --reward rewards.py:score"
@@ -45,49 +50,55 @@ STAGES = {
     "sft": TrainingCommand(
         "a language model on demonstrations {prompt, response}",
         MODEL,
-        _first("sft"),
+        _supervised_first("sft"),
         "--data rows.jsonl",
     ),
     "reward-model": TrainingCommand(
         "a reward model on preferences",
         (*MODEL, *SAMPLES),
-        _first("reward_model"),
+        _supervised_first("reward_model"),
         "--data pairs.jsonl",
     ),
     "ppo": TrainingCommand(
-        "a policy by PPO, on prompts and a reward", REWARD, (*PAID, "rl.kl_coef"), PROMPTS
+        "a policy by PPO, on prompts and a reward", REWARD, (*RL_FIRST, "rl.kl_coef"), PROMPTS
     ),
     "grpo": TrainingCommand(
         "by GRPO: rewards normalised among answers to a prompt",
         REWARD,
-        (*PAID, "grpo.group_size"),
+        (*RL_FIRST, "grpo.group_size"),
         PROMPTS,
     ),
     "rloo": TrainingCommand(
         "by RLOO: each answer to a prompt against the others",
         REWARD,
-        (*PAID, "rloo.group_size"),
+        (*RL_FIRST, "rloo.group_size"),
         PROMPTS,
     ),
     "vpg": TrainingCommand(
-        "by REINFORCE with a running-mean baseline", REWARD, (*PAID, "rl.kl_coef"), PROMPTS
+        "by REINFORCE with a running-mean baseline", REWARD, (*RL_FIRST, "rl.kl_coef"), PROMPTS
     ),
     "distill": TrainingCommand(
         "to say on its own samples what a teacher says",
         REWARD,
-        (*PAID, "distill.teacher"),
+        (*RL_FIRST, "distill.teacher"),
         "--data prompts.jsonl --distill.teacher LARGE",
     ),
     "dpo": TrainingCommand(
-        "a policy on preferences, without samples", MODEL, _first("dpo"), "--data pairs.jsonl"
+        "a policy on preferences, without samples",
+        MODEL,
+        _supervised_first("dpo"),
+        "--data pairs.jsonl",
     ),
     "kto": TrainingCommand(
-        "a policy on answers called desirable or not", MODEL, _first("kto"), "--data rows.jsonl"
+        "a policy on answers called desirable or not",
+        MODEL,
+        _supervised_first("kto"),
+        "--data rows.jsonl",
     ),
     "pipeline": TrainingCommand(
         "SFT, a reward model and PPO, one after the other",
         (*RL, "sft", "reward_model", "ppo"),
-        (*BEGUN, *PIPELINE),
+        (*FOLDERS, *PIPELINE_FIRST),
         "--data FOLDER",
     ),
 }
@@ -144,7 +155,7 @@ def train_algorithm(
         config.RunConfig,
         argv,
         description=summary(algorithm),
-        first=PAID,
+        first=RL_FIRST,
         sections=(*REWARD, config.section_name(algorithm)),
         algorithm=algorithm,
     )

@@ -169,7 +169,7 @@ def _valued_switches(flags: Words, keys: Words, switches: set[str]) -> list[str]
     problems = []
     for word, after in itertools.pairwise([*flags, "--"]):
         key = _key(word, keys)
-        value = word.partition("=")[2] or ("" if after.startswith("--") else after)
+        value = word.partition("=")[2] or ("" if after.startswith("-") else after)
         if word.startswith("--") and key in switches and value:
             section, dot, name = key.replace("_", "-").rpartition(".")
             turns = f"--{section}{dot}{name} turns it on, --{section}{dot}no-{name} off"

@@ -6,6 +6,7 @@ only then. A line or row that cannot be read becomes a record that holds its err
 can name all of them and a run stops at the first.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.conversation import are_turns
-from rlhf_jax.data.rows import BadRow, Fields, Record, kind
+from rlhf_jax.data.rows import BadRow, Fields, Record
 from rlhf_jax.errors import UserError, did_you_mean, is_hub_name, read_file
 
 _ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
@@ -89,23 +90,28 @@ def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> So
 
 def from_python(rows: Iterable[Any], name: str) -> Source:
     """Rows of Python, such as dicts or a ``datasets.Dataset``, as JSON holds them: arrays become
-    lists, and the nulls that `datasets` adds to messages go. Iterated once; named ``NAME, row N``.
+    lists, and the nulls that `datasets` adds to messages go. What JSON cannot hold, such as a date,
+    stays: it is a fault only where a stage reads it. Iterated once; named ``NAME, row N``.
 
     Raises:
       UserError: these are no rows, or there are none.
     """
     is_table = isinstance(rows, Mapping) or hasattr(rows, "columns")  # which yields no rows
-    if is_table or isinstance(rows, str) or not hasattr(rows, "__iter__"):
+    if is_table or isinstance(rows, str | bytes) or not hasattr(rows, "__iter__"):
         found = type(rows).__name__
         if isinstance(rows, Mapping):
             found += f" of {', '.join(map(str, rows))}; give one split, or rows"
+        elif is_table:
+            found += '; of a table of pandas give table.to_dict("records")'
         raise UserError(f"{name}: expected a list of dicts or a datasets.Dataset, found {found}")
     is_arrow = hasattr(rows, "features")
     content = hashlib.sha256()
     records = []
     for number, row in enumerate(rows, 1):
         source = f"{name}, row {number}"
-        value = _as_json(row, source)
+        if isinstance(row, str) and os.path.isfile(row):
+            raise UserError(f"{source}: {row} is a file; name it in the settings' data")
+        value = _as_json(row)
         content.update(json.dumps(value, default=str).encode() + b"\n")
         records.append(Record(_unfilled(value) if is_arrow else value, source))
     if not records:
@@ -113,18 +119,15 @@ def from_python(rows: Iterable[Any], name: str) -> Source:
     return Source(records, content.hexdigest(), "Python")
 
 
-def _as_json(row: Any, source: str) -> Any:
-    """The row, or the error of its first value that JSON cannot hold."""
+def _as_json(row: Any) -> Any:
     if not isinstance(row, Mapping):
         return row
     fields = {}
     for key, value in row.items():
-        try:
+        fields[str(key)] = value
+        with contextlib.suppress(AttributeError, TypeError, ValueError, RecursionError):
             text = json.dumps(value, default=lambda array: array.tolist())
-        except (AttributeError, TypeError, ValueError, RecursionError):
-            what = f"JSON cannot hold {key!r}, found {kind(value)}"
-            return BadRow(source, f"{what}; convert it or leave it out")
-        fields[str(key)] = json.loads(text)
+            fields[str(key)] = json.loads(text)
     return fields
 
 

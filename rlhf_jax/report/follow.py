@@ -11,7 +11,8 @@ from rlhf_jax.runs.writing import is_locked
 
 WATCHED = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
 SECONDS = 2.0  # between looks at the files
-BETWEEN_STAGES = 60.0  # seconds in which no stage of a pipeline may train
+STARTING = 20.0  # seconds in which a command may not have taken its folder yet
+BETWEEN_STAGES = 60.0  # the same of a stage of a pipeline
 
 
 def follow(runs: Sequence[str], output: str | None = None, parts: Sequence[Part] = ()) -> Path:
@@ -31,21 +32,26 @@ def follow(runs: Sequence[str], output: str | None = None, parts: Sequence[Part]
     said = ""
     drawn: list[int] = []
     trained_at = time.monotonic()
+    has_trained = False
     try:
         while True:
             by_run = {run: records.folders(Path(run)) for run in runs}
             folders = [folder for inner in by_run.values() for folder in inner]
             trains = any(is_locked(folder / ".lock") for folder in folders)
+            has_trained |= trains
             if trains:
                 trained_at = time.monotonic()
             # The sizes are read after the locks: a run that has ended writes no more.
             files = [folder / name for folder in folders for name in WATCHED]
             written = [file.stat().st_size if file.exists() else 0 for file in files]
             waited_for = [run for run, inner in by_run.items() if not inner]
-            patience = 0.0 if set(folders) == set(map(Path, runs)) else BETWEEN_STAGES
-            is_over = not trains and time.monotonic() - trained_at >= patience
-            if is_over and not waited_for:
-                break
+            patience = 0.0 if has_trained else STARTING
+            if set(folders) != set(map(Path, runs)):
+                patience = BETWEEN_STAGES
+            if not trains and not waited_for:
+                if time.monotonic() - trained_at >= patience:
+                    break
+                waited_for = [f"a process that trains in {run}" for run in runs]
             waited_for += [
                 str(file)
                 for file, size in zip(files, written, strict=True)

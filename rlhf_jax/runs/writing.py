@@ -200,7 +200,7 @@ def is_locked(lock: Path) -> bool:
     """Whether a process holds the lock of ``take_lock``. Nothing is written."""
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
+    except OSError:  # there is none, or it is somebody else's
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
