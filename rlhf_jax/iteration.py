@@ -1,4 +1,5 @@
-"""The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn.
+"""The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn;
+and ``iterate``, all of them in one.
 
 ``respond`` samples, ``rescored`` adds the log-probs of the update's own forward pass, ``reward``
 scores, a ``Rule`` and a ``Penalty`` shape the scores into the rewards of the update, and ``learn``
@@ -8,7 +9,7 @@ program, which gives the same parameters up to rounding.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import rollout
-from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
+from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, Scores, TrainState
 
 
 @flax.struct.dataclass
@@ -56,7 +57,7 @@ class Prompts(NamedTuple):
 
     tokens: Array  # [B, P] int32
     attention_mask: Array  # [B, P]
-    row_ids: Array  # [B] data row of each prompt
+    row_ids: Array | None = None  # [B] data row of each prompt
     used: Array | None = None  # [B] of conversations, see ``sampling.generate``
     places: Array | None = None
     """[B] int32: row i samples with the key folded with ``places[i]``. None means 0 .. B - 1."""
@@ -93,6 +94,17 @@ def sampling_params(loop: LoopState, base: Params | None) -> Params:
     return trained if base is None else models.lora.attach(base, trained)
 
 
+def reference_params(loop: LoopState, functions: Functions, base: Params | None) -> Params:
+    """The parameters that sample as the reference: the last that ``functions.ref_fn`` carries, or
+    those of one that moves, under LoRA with the ``base``; None if there is no reference.
+    """
+    if functions.ref_fn is None:
+        return None
+    if loop.reference is None:
+        return functions.ref_fn.bound[-1]
+    return loop.reference if base is None else models.lora.attach(base, loop.reference)
+
+
 def respond(
     policy: Params,
     prompts: Prompts,
@@ -124,6 +136,44 @@ def respond(
     return replace(sampled, row_ids=prompts.row_ids)
 
 
+def respond_by(
+    policies: tuple[Params, Params],
+    prompts: Prompts,
+    key: Array,
+    *,
+    algorithm: Any,
+    settings: Any,
+    model: models.Model,
+    config: sampling.SamplingConfig,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """Responses by ``algorithm.respond(sample, prompts, key, *, model, policy, reference,
+    config)``, whose log-probs are those of what sampled them.
+
+    ``sample(params, prompts, key, *, model=model, **changes) -> Rollout`` is ``respond`` by any
+    parameters and model, with changes of the SamplingConfig. Some of the prompts are
+    ``jax.tree.map(lambda x: x[::2], prompts)``.
+
+    Args:
+        policies: parameters of the policy and of the reference, see ``sampling_params``.
+        settings: the algorithm's ``config``.
+    """
+    usual = model
+
+    def sample(
+        params: Params, prompts: Prompts, key: Array, *, model: Any = usual, **changes: Any
+    ) -> Rollout:
+        # Some of the prompts may be fewer than the devices.
+        fits = mesh is not None and len(prompts.tokens) % sharding.num_parts(mesh) == 0
+        own: Any = {"config": replace(config, **changes), "mesh": mesh if fits else None}
+        return respond(params, prompts, key, model=model, **own)
+
+    policy, reference = policies
+    by_name = {"model": model, "policy": policy, "reference": reference, "config": settings}
+    sampled: Rollout = algorithm.respond(sample, prompts, key, **by_name)
+    return sampled
+
+
 def rescored(
     loop: LoopState,
     sampled: Rollout,
@@ -133,11 +183,15 @@ def rescored(
     score_rows: int | None = None,
     importance: tuple[float, losses.ImportanceSampling] | None = None,
     expert_gap: Callable[[Params, Rollout], Array] | None = None,
+    keep_log_probs: bool = False,
+    extras: Collection[str] = (),
 ) -> tuple[Rollout, Metrics]:
     """The samples with log-probs and values of the update's own forward pass, the log-probs of the
     reference, and metrics.
 
     Args:
+        keep_log_probs: the log-probs stay those of what sampled, which need not be the policy.
+        extras: what the algorithm reads; with ``sampler_log_probs`` the rollout has these.
         score_rows: rows that the policy scores at once, see ``ops.by_rows``.
         importance: cap and kind of the weights that correct an engine's log-probs
             (``losses.importance_weights``); None: no weights.
@@ -172,6 +226,11 @@ def rescored(
     if expert_gap is not None:
         policy = sampling_params(loop, functions.base)
         metrics["policy/expert_gap"] = expert_gap(policy, sampled)
+    if keep_log_probs:
+        scored = replace(scored, log_probs=sampled.log_probs)
+    if "sampler_log_probs" in extras:
+        of_sampler = {"sampler_log_probs": sampled.log_probs}
+        scored = replace(scored, extras={**(scored.extras or {}), **of_sampler})
     return scored, metrics
 
 
@@ -208,15 +267,15 @@ def scored(
     components: dict[str, Array],
     has_score: Mapping[str, Array] | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Fills ``scores`` [B] and ``components``, and ``rewards`` [B, T] where the scores are dense;
-    scores are then their row sums.
+    """Fills ``scores`` [B], ``extras`` with the components, and ``rewards`` [B, T] where the scores
+    are dense; scores are then their row sums.
 
     The ``rewards`` of an environment stay, and the score is added to them at the end of the
     response.
 
     Args:
         has_score: {component: [B] bool}, the rows over which its metric is; None: all that are
-            present.
+            present. Of a component [B, T] it is the mean of row sums.
     """
     is_dense = scores.ndim == 2
     if rollout.rewards is not None:
@@ -229,11 +288,12 @@ def scored(
     metrics = {}
     for name, values in components.items():
         own = present if has_score is None else present & has_score[name]
-        metrics[f"reward/{name}"] = ops.masked_mean(values, own)
+        of_rows = values if values.ndim == 1 else _row_sums(values, rollout)
+        metrics[f"reward/{name}"] = ops.masked_mean(of_rows, own)
     metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
     metrics["objective/score"] = ops.masked_mean(scores, present)
-    rollout = replace(rollout, scores=scores, components=components or None, dense=is_dense)
-    return rollout, metrics
+    extras = {**(rollout.extras or {}), **components} or None
+    return replace(rollout, scores=scores, extras=extras, dense=is_dense), metrics
 
 
 # --- Shape: from scores to the rewards of the update
@@ -485,6 +545,64 @@ def learn(
     # An update that is not finite keeps the policy; the coefficient must then not move either.
     kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
     return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+
+
+def iterate(
+    state: Any,
+    prompts: Prompts,
+    key: Array,
+    *,
+    model: models.Model,
+    sampling: sampling.SamplingConfig,
+    algorithm: Any,
+    config: Any,
+    policy_fn: Any,
+    optimizer: optax.GradientTransformation,
+    reward_fn: Callable[[Rollout], Scores],
+    ref_fn: Any = None,
+    kl_coef: Array | float = 0.0,
+) -> tuple[Any, Metrics]:
+    """One iteration of a loop of your own: collect, score, shape, update. A pure function: whole
+    runs are a ``jax.lax.scan`` of it, and many of them its ``jax.vmap``.
+
+    Args:
+        state: of the algorithm, such as ``TrainState``.
+        prompts: the ``config.group_size`` rows of a prompt are adjacent.
+        key: of sampling and of the update.
+        policy_fn, ref_fn: a PolicyFn, and one that carries its parameters
+            (``policy_fn.bind(params)``).
+        kl_coef: of the KL penalty in the reward, which needs ``ref_fn`` unless it is the number 0.
+
+    Returns:
+        The state after the update, and the metrics of ``scored``, the penalty and the update.
+    """
+    sample_key, update_key = jax.random.split(key)
+    how = replace(sampling, record_support=sampling.truncates)
+    policy = models.policy_params(state.params)
+    respond_as = getattr(algorithm, "respond", None)
+    if respond_as is None:
+        sampled = respond(policy, prompts, sample_key, model=model, config=how)
+    else:
+        by = (policy, None if ref_fn is None else policies.as_policy(ref_fn).bound[-1])
+        own: Any = {"algorithm": algorithm, "settings": config}
+        sampled = respond_by(by, prompts, sample_key, model=model, config=how, **own)
+    batch = rollout.rescore(sampled, state.params, policy_fn=policy_fn, ref_fn=ref_fn)
+    if respond_as is not None:
+        batch = replace(batch, log_probs=sampled.log_probs)
+    groups = jnp.arange(len(batch.tokens), dtype=jnp.int32) // config.group_size
+    batch = replace(batch, group_ids=groups)
+    batch, metrics = scored(batch, *reward_fn(batch))
+    penalty = NO_PENALTY if ops.is_zero(kl_coef) else kl_penalty(0.0)
+    shaped, _, of_penalty = penalty.apply(ops.float32(kl_coef), batch)
+    state, learned = algorithm.update(
+        state,
+        replace(batch, rewards=shaped),
+        update_key,
+        policy_fn=policy_fn,
+        optimizer=optimizer,
+        config=config,
+    )
+    return state, metrics | of_penalty | learned
 
 
 def _checked(made: Any) -> tuple[TrainState, Metrics]:

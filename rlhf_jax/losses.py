@@ -181,7 +181,7 @@ def cispo(
     Returns:
       The loss of each token, float32, and bool: where the weight is clipped.
     """
-    ratio = ops.frozen(ops.bounded_exp(log_ratio))
+    ratio = jax.lax.stop_gradient(ops.bounded_exp(log_ratio))
     weight = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     return _weigh(log_probs, weight, advantages), weight != ratio
 
@@ -233,7 +233,7 @@ def vespo(
     power = jnp.where(advantages >= 0, powers[0], powers[1])
     decay = jnp.where(advantages >= 0, decays[0], decays[1])
     fall = decay * (1.0 - ops.bounded_exp(log_ratio))
-    weight = ops.frozen(jnp.exp(power * log_ratio + fall))
+    weight = jax.lax.stop_gradient(jnp.exp(power * log_ratio + fall))
     return _weigh(log_probs, weight, advantages), weight < 0.5
 
 

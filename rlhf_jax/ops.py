@@ -9,6 +9,7 @@ NaN or 1e4 there reaches neither value nor gradient.
 split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
+import contextvars
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -97,9 +98,28 @@ def float32(x: Any) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
+_is_differentiable = contextvars.ContextVar("differentiable", default=False)
+
+
 def frozen(x: Any) -> Array:
-    """``x`` in float32 as a constant: no gradient flows through it."""
-    return jax.lax.stop_gradient(float32(x))
+    """``x`` in float32, of what a loss is given, such as advantages: a constant, through which no
+    gradient flows, but in a function that is ``differentiable``.
+    """
+    x = float32(x)
+    return x if _is_differentiable.get() else jax.lax.stop_gradient(x)
+
+
+def differentiable(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, in which ``frozen`` gives what it is given, while it is traced."""
+
+    def unfrozen(*args: Any, **named: Any) -> Any:
+        token = _is_differentiable.set(True)
+        try:
+            return fn(*args, **named)
+        finally:
+            _is_differentiable.reset(token)
+
+    return unfrozen
 
 
 def masked(x: Array, mask: Array) -> Array:

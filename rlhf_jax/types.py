@@ -8,7 +8,8 @@ D width, L layers, H heads, S cache length.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol, Self
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, Self
 
 import flax.struct
 import jax
@@ -199,9 +200,13 @@ class Rollout(_Rows):
     """[B, T]: of a teacher that is asked for these tokens alone."""
     stopped: Array | None = None
     """[B] bool: a stop string ended the last response, so that it needs no EOS. None: none did."""
-    components: dict[str, Array] | None = flax.struct.field(default=None, kw_only=True)
-    """{name: [B]}: what the reward is made of, before weights; NaN where a row has no score of this
-    component."""
+    extras: dict[str, Array] | None = flax.struct.field(
+        metadata=PER_TOKEN, default=None, kw_only=True
+    )
+    """{name: [B] or [B, T]}: what else the reward, the environment or the engine says of rows and
+    tokens. The components of a reward are here, before weights; NaN [B]: no score of this one."""
+    group_ids: Array | None = flax.struct.field(default=None, kw_only=True)
+    """[B] int32: rows with the same number are answers to one prompt."""
     dense: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
     """Whether the reward function gave ``rewards`` at tokens, whose places advantages keep."""
 
@@ -289,7 +294,7 @@ ScoreFn = Callable[[Params, Array, Array, DropoutKey], Array]
 
 Scores = tuple[Array, dict[str, Array]]
 RewardFn = Callable[[Rollout], Scores]
-"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a component: [B]}). No
+"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a component: [B] or [B, T]}). No
 components: an empty dict.
 """
 
@@ -313,8 +318,13 @@ class AlgorithmConfig:
     """Blocks of the global batch inside which rows are shuffled."""
     baseline: str = "none"
     """"greedy": the update reads ``rollout.greedy_rewards``."""
-    needs_components: bool = False
-    """Whether the update reads ``rollout.components``."""
+    whole_groups: bool = False
+    """Whether the answers to a prompt stay together in minibatches and microbatches, as a loss of
+    pairs needs."""
+    extras: Mapping[str, Literal["row", "token"]] = MappingProxyType({})
+    """The names that the update reads of ``rollout.extras``: [B] of rows, [B, T] of tokens. The run
+    fills ``sampler_log_probs`` [B, T], those of what sampled; all others the reward, as components,
+    or the environment."""
 
     # Read if the algorithm has ``needs_values``.
     value: str = "shared"
@@ -354,7 +364,11 @@ class Algorithm(Protocol):
 
     - ``State``: ``TrainState``, or a subclass with further arrays that updates carry on,
     - ``needs_values``: whether the update reads ``rollout.values``; False if it is left out,
-    - ``kl_coef``: weight of the KL penalty in the reward where a run sets none; 0 if left out.
+    - ``kl_coef``: weight of the KL penalty in the reward where a run sets none; 0 if left out,
+    - ``respond(sample, prompts, key, *, model, policy, reference, config) -> Rollout``: what
+      samples in training, see ``iteration.respond_by``,
+    - ``choose(state, key, *, rows, number, config) -> [number] int32``: the data rows of the next
+      step's prompts, among ``rows`` [N]; without it they are drawn in epochs.
 
     ``prepare(rollout, *, config, axis_name=None)`` and ``loss(params, rollout, key, *, policy_fn,
     config)`` of this package's algorithms are for those who compose them: no run calls them.

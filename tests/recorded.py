@@ -28,7 +28,7 @@ from rlhf_jax.runs import devices
 from rlhf_jax.training.common.saving import RunResult
 from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.inputs import Inputs
-from rlhf_jax.training.rl.method import Given, Method
+from rlhf_jax.training.rl.method import Given, Method, completed
 from rlhf_jax.types import TrainState
 
 STOP = ("ya", "s", "oo")  # that end responses of the first two runs
@@ -51,7 +51,11 @@ def rl_job(*, settings=None, own=None, inputs=None, programs=None, folder=None, 
                 config=RunConfig(),
             ),
             "method": Method(
-                vpg, own or vpg.Config(), settings or RLStage(), iteration.NO_PENALTY, None
+                completed(vpg),
+                own or vpg.Config(),
+                settings or RLStage(),
+                iteration.NO_PENALTY,
+                None,
             ),
             "given": Given(),
             "inputs": rl_inputs(**inputs or {}),

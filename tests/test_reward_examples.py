@@ -124,9 +124,9 @@ def test_gdpo_normalises_each_component_in_its_group():
         "format": jnp.array([0.0, 1, 1, jnp.nan]),
         "other": jnp.array([9.0, 0, 0, 0]),
     }
-    rollout = pairs_rollout(components=components)
+    rollout = pairs_rollout(extras=components)
     config = gdpo.Config(group_size=2, eps=0.0, weights=(2.0, 1.0))
-    assert config.needs_components
+    assert config.extras == {"correct": "row", "format": "row"}
     found = jax.jit(partial(gdpo.prepare, config=config))(rollout).advantages
     half = math.sqrt(0.5)
     total = np.array([2 * half - half, half - 2 * half, 2 * half, -2 * half])

@@ -108,8 +108,8 @@ def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
     scored = score(job, sampled, batch)
     assert scored.rollout.scores.tolist() == [2, 3, 0]
     assert scored.rollout.present.tolist() == [True, True, False]
-    assert_array_equal(scored.rollout.components["maths"], [2, math.nan, math.nan])
-    assert_array_equal(scored.rollout.components["code"], [math.nan, 3, math.nan])
+    assert_array_equal(scored.rollout.extras["maths"], [2, math.nan, math.nan])
+    assert_array_equal(scored.rollout.extras["code"], [math.nan, 3, math.nan])
     metrics = {name: float(value) for name, value in scored.metrics.items()}
     assert (metrics["reward/maths"], metrics["reward/code"]) == (2, 3)
     assert (metrics["reward/rows/maths"], metrics["reward/rows/code"]) == (1, 1)
@@ -502,11 +502,11 @@ def test_the_gradient_of_dense_rewards_is_unbiased():
     assert_allclose(gradient, [2 * (3 + 1) / 2 * 1.0, 2 * 1 / 2 * 1.0], atol=1e-6)
 
 
-# --- Components in an algorithm
+# --- Extras of an algorithm
 
 
 class Watched:
-    """GRPO, which notes the components that it is given."""
+    """GRPO, which notes the extras that it is given."""
 
     __name__ = "watched"
     State = grpo.State
@@ -514,51 +514,38 @@ class Watched:
     kl_coef = 0.0
 
     class Config(grpo.Config):
-        needs_components = True
+        extras = {"count:e": "row", "sampler_log_probs": "token"}  # noqa: RUF012
 
     def __init__(self):
         self.seen = []
 
     def update(self, state, rollout, key, **options):
-        self.seen.append(sorted(rollout.components))
+        self.seen.append({name: x.ndim for name, x in rollout.extras.items()})
         return grpo.update(state, rollout, key, **options)
 
 
-def test_only_an_algorithm_that_needs_components_gets_them():
-    for own, expected in ((grpo.Config(), None), (Watched.Config(), {"a": 1})):
-        rollout = Rollout(*[np.zeros((1, 2))] * 4, components={"a": 1})
-        read, key, _ = loop._update_arguments(rl_job(own=own), rollout, "key")
-        assert (read.components, key) == (expected, "key")
-    assert (grpo.Config().needs_components, Watched.Config().needs_components) == (False, True)
-
-
-@pytest.mark.parametrize(
-    ("needs", "components", "is_checked"),
-    [(True, None, False), (True, {"a": np.zeros(1)}, True), (False, None, True)],
-)
-def test_memory_is_checked_for_components_whose_names_are_known(
-    needs, components, is_checked, monkeypatch
-):
-    """Those of the user's Python are known when it has scored, which the check does not ask for."""
-    checked = []
-    monkeypatch.setattr(loop.memory, "check", lambda phase, *_: checked.append(phase))
-    rollout = Rollout(*[np.zeros((1, 2))] * 4, components=components)
-    monkeypatch.setattr(loop, "collect", lambda job, state, batch: (rollout, {}))
-    own = Watched.Config() if needs else grpo.Config()
-    schedule = SimpleNamespace(widest=tuple)
-    job = rl_job(own=own, schedule=schedule, programs={"learn": None}, rehearsal=lambda: None)
-    loop.check_memory(job, None)
-    assert checked == ["learn"] * is_checked
+def test_an_algorithm_gets_the_extras_that_it_declares():
+    rows, tokens = np.zeros(1), np.zeros((1, 2))
+    given = {"count:e": rows, "other": rows, "sampler_log_probs": tokens}
+    rollout = Rollout(*[tokens] * 4, extras=given, group_ids=rows)
+    read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), rollout, "key")
+    assert (read.extras, read.group_ids, key) == (None, None, "key")
+    watched = rl_job(own=Watched.Config())
+    read, _, _ = loop._update_arguments(watched, rollout, "key")
+    assert sorted(read.extras) == ["count:e", "sampler_log_probs"]
+    for others in ({"other": rows}, {**given, "count:e": tokens}):
+        with pytest.raises(UserError, match=r"reads count:e of each row.*there are "):
+            loop._update_arguments(watched, replace(rollout, extras=others), "key")
 
 
 @pytest.mark.slow
-def test_a_run_gives_its_algorithm_the_components(tmp_path):
+def test_a_run_gives_its_algorithm_the_extras(tmp_path):
     config = letters_run(tmp_path)
     config = with_rl(config, num_iterations=1, validation_interval=9)
     config = replace(config, reward=("count:e", "length*-0.1"))
     algorithm = Watched()
     folder = training.rl.run(config, algorithm, Watched.Config(group_size=2)).folder
-    assert algorithm.seen[-1] == ["count:e", "length"]
+    assert algorithm.seen[-1] == {"count:e": 1, "sampler_log_probs": 2}
     assert "reward/count:e" in metric_rows(folder)[-1]
     line = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     assert line["score"] == pytest.approx(line["reward/count:e"] - 0.1 * line["reward/length"])
@@ -577,20 +564,20 @@ def test_a_judge_of_pairs_is_a_reward_over_the_group_in_both_orders():
     judge = pairs.by_function("--reward pairs:mine.py:longer", longer, ())
     shares = pairs.win_shares(judge)
     none = [None] * 4
-    said = shares(["p", "p", "q", "p"], ["aaa", "a", "b", "a"], none, none)
+    said = shares(["p", "p", "p", "p"], ["aaa", "a", "b", "a"], none, none, [0, 0, 1, 0])
     # Against "a" twice, both orders: (1 + 1 - .2) / 2; equal responses tie.
     assert said[:2] == [pytest.approx(0.9), pytest.approx((0.1 + 0.5) / 2)]
     assert said[2] == pairs.ALONE
     assert said[3] == said[1]
-    against = shares(["p"] * 2, ["aa", "b"], none, ["a", "b"])
+    against = shares(["p"] * 2, ["aa", "b"], none, ["a", "b"], [0, 0])
     assert against == [pytest.approx((0.8 + 1 - 0.4) / 2), 0.5]
     undecided = pairs.win_shares(lambda pairs, shown: [None] * len(pairs))
-    assert undecided(["p"] * 2, ["a", "b"], none, none) == [pairs.UNDECIDED] * 2
+    assert undecided(["p"] * 2, ["a", "b"], none, none, [0, 0]) == [pairs.UNDECIDED] * 2
 
 
 def test_a_reward_model_judges_by_bradley_and_terry():
     judge = pairs.by_model(lambda messages, texts: np.array([len(text) for text in texts]))
-    (said, _) = pairs.win_shares(judge)(["p"] * 2, ["aaa", "a"], ["m"] * 2, [None] * 2)
+    (said, _) = pairs.win_shares(judge)(["p"] * 2, ["aaa", "a"], ["m"] * 2, [None] * 2, [3] * 2)
     assert said == pytest.approx(1 / (1 + math.exp(-2)))
 
 

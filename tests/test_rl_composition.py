@@ -21,7 +21,7 @@ from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.method import Method
 from rlhf_jax.training.rl.programs import Programs, make_optimizer
 from rlhf_jax.training.rl.run import adopt_coefficient
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import AlgorithmConfig, Rollout
 
 WORLD = """
 def silent(conversation, row):
@@ -42,9 +42,10 @@ def test_a_check_of_memory_has_silent_parts():
         guard=refused,
         environment=Environment(refused, None, None, 1),
         ask_teacher=refused,
-    ).without_python()
-    scores, no_parts = inputs.reward.host(rollout, {})
-    assert (scores.tolist(), no_parts) == ([0.0, 0.0], {})
+    ).without_python({"cost": "row", "step_end": "token"})
+    scores, extras = inputs.reward.host(rollout, {})
+    assert scores.tolist() == [0.0, 0.0]
+    assert {name: x.shape for name, x in extras.items()} == {"cost": (2,), "step_end": (2, 3)}
     assert inputs.environment.fn([], {}) is None
     assert inputs.guard is None
     np.testing.assert_array_equal(inputs.ask_teacher(rollout), np.zeros((2, 3)))
@@ -64,6 +65,7 @@ def test_a_rehearsal_checks_the_programs_that_run_here_and_calls_no_engine(clien
     parts = dict.fromkeys(field.name for field in fields(job.Job))
     parts |= {
         "run": opened,
+        "method": SimpleNamespace(algorithm_config=AlgorithmConfig()),
         "inputs": rl_inputs(reward=spec.Reward(host=refused)),
         "programs": Programs(*[jax.jit(lambda x: x + 1)] * len(Programs._fields)),
         "client": client,
@@ -72,9 +74,10 @@ def test_a_rehearsal_checks_the_programs_that_run_here_and_calls_no_engine(clien
     rehearsal = job.Job(**parts).rehearsal()
     assert (rehearsal.client, rehearsal.ahead) == (None, None)
     assert rehearsal.inputs.reward.host is not refused
-    for program in rehearsal.programs:
+    assert rehearsal.programs.choose is None  # the widest batch has the rows of the schedule
+    for program in rehearsal.programs[:-1]:
         np.testing.assert_array_equal(program(jnp.ones(2)), np.zeros(2))
-    elsewhere = {"respond", "respond_greedily"} if client else set()
+    elsewhere = {"choose"} | ({"respond", "respond_greedily"} if client else set())
     assert checked == [phase for phase in Programs._fields if phase not in elsewhere]
 
 

@@ -26,7 +26,7 @@ from rlhf_jax.iteration import LoopState
 from rlhf_jax.training.common import opening
 from rlhf_jax.training.common.optimizer import Patience
 from rlhf_jax.training.common.progress import Validation
-from rlhf_jax.training.rl.method import Given, Method
+from rlhf_jax.training.rl.method import Given, Method, completed
 from rlhf_jax.training.rl.score import Scored
 from rlhf_jax.types import Rollout, TrainState
 
@@ -36,7 +36,7 @@ loop = importlib.import_module("rlhf_jax.training.rl.run")  # ``rl.run`` is its 
 def named(*numbers):
     """The rollout of these prompts."""
     ones = np.ones((len(numbers), 2), np.float32)
-    return Rollout(ones, ones, ones, ones, np.array(numbers), components={"part": ones[:, 0]})
+    return Rollout(ones, ones, ones, ones, np.array(numbers), extras={"part": ones[:, 0]})
 
 
 def names(rollout):
@@ -57,6 +57,7 @@ class Parts:
         settings = RLStage(num_iterations=3, validation_interval=2, kl_coef=0.5, kl_target=1.0)
         self.config = RunConfig(output_dir=str(folder / "run"), rl=settings)
         self.fields = {}  # of the job
+        self.choose = None
         self.reference = None
         self.faulty = None  # the number of the step whose update is not finite
         self.failing = None  # the prompts that cannot be scored
@@ -69,9 +70,9 @@ class Parts:
     def open_job(self, config, *given):
         settings = config.rl
         penalty = iteration.kl_penalty(settings.kl_coef, target=settings.kl_target, horizon=10)
-        programs = ("rescored", "learn", "num_equal", "refill")
+        programs = ("rescored", "learn", "num_equal", "refill", "choose")
         parts = {
-            "method": Method(vpg, vpg.Config(), settings, penalty, None),
+            "method": Method(completed(vpg), vpg.Config(), settings, penalty, None),
             "inputs": {"reward": spec.Reward(examples=({"note": "an example"},))},
             "programs": {name: getattr(self, name) for name in programs},
             "held_out": "held out",
@@ -80,11 +81,14 @@ class Parts:
         with opening.open_run(config, "vpg", {}) as run:
             yield rl_job(**parts | {"run": run} | self.fields)
 
-    def batches(self, step):
-        return [10 * step + i for i in range(3)]
+    def rows(self, step):
+        return step
 
-    def sources(self, step):
-        return [f"prompts.json, line {step + 1}"]
+    def batches(self, step, rows=None):
+        return [10 * (step if rows is None else rows) + i for i in range(3)]
+
+    def sources(self, rows):
+        return [f"prompts.json, line {rows + 1}"]
 
     def first_state(self, job):
         state = optax.ScaleByScheduleState(count=jnp.int32(0))
@@ -114,7 +118,7 @@ class Parts:
         self.notes["learn"].append((names(rollout), policy_of(state)))
         self.notes["keys"].append(jax.random.key_data(key).tolist())
         self.notes["coefficients"].append(float(state.kl_coef))
-        self.notes["components"].append(rollout.components)
+        self.notes["extras"].append(rollout.extras)
         if state.reference is not None:
             self.notes["references"].append(float(state.reference["w"]))
         train = state.train
@@ -152,7 +156,7 @@ def test_a_step_samples_scores_and_learns_and_the_next_goes_on_from_there(parts)
 
     def on_step(step, state, row, rollout):
         seen.append((step, policy_of(state), row["first"], row["nonfinite"], names(rollout)))
-        assert rollout.components is not None
+        assert rollout.extras is not None
 
     row = parts.run(on_step)
     notes = parts.notes
@@ -160,7 +164,7 @@ def test_a_step_samples_scores_and_learns_and_the_next_goes_on_from_there(parts)
     assert notes["sample"] == [(0, 0.0), (10, 1.0), (20, 2.0)]
     assert notes["score"] == [(0, [0], 2.0), (10, [10], 2.0), (20, [20], 2.0)]
     assert notes["learn"] == [([0], 0.0), ([10], 1.0), ([20], 2.0)]
-    assert notes["components"] == [None] * 3
+    assert notes["extras"] == [None] * 3
     key = opening.stream_key(0, "vpg", "update")
     expected = [jax.random.key_data(jax.random.fold_in(key, step)).tolist() for step in range(3)]
     assert notes["keys"] == expected

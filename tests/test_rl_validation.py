@@ -145,7 +145,7 @@ def test_training_samples_have_the_score_of_their_own_text():
         mask[i, 2 : 2 + len(text)] = 1
     scores = np.float32([text.count("e") for text in texts])
     part = np.where(scores > 1, scores / 2, np.nan)
-    own = {"scores": scores, "components": {"half": part}}
+    own = {"scores": scores, "extras": {"half": part}}
     rollout = Rollout(tokens, 1.0 * (tokens > 0), mask, 0.0 * mask, numbers, **own)
     job = rl_job(
         own=grpo.Config(group_size=2),

@@ -12,13 +12,16 @@ from rlhf_jax.algorithms import policy
 class Config(grpo.Config):
     components: tuple[str, ...] = ("correct", "format")
     weights: tuple[float, ...] = (1.0, 1.0)
-    needs_components = True
+
+    @property
+    def extras(self):
+        return dict.fromkeys(self.components, "row")
 
 
 def prepare(rollout, *, config, axis_name=None):
     total = jnp.zeros(len(rollout.tokens))
     for name, weight in zip(config.components, config.weights, strict=True):
-        values = rollout.components[name]
+        values = rollout.extras[name]
         is_scored = rollout.present & ~jnp.isnan(values)
         groups = jnp.where(is_scored, values, 0.0).reshape(-1, config.group_size)
         mask = is_scored.reshape(groups.shape)

@@ -20,6 +20,7 @@ Column t of every [B, T] array belongs to ``tokens[:, t]``.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -135,7 +136,7 @@ def loss(
         )
     mask = rollout.mask  # [B, T]
     if is_sampled:
-        gap = ops.masked(teacher_log_probs - ops.frozen(output.log_probs), mask)
+        gap = ops.masked(teacher_log_probs - jax.lax.stop_gradient(output.log_probs), mask)
         taught = advantages.discounted_returns(gap, mask, config.discount)
         own = ops.masked(policy.field(rollout, "advantages", "call distill.prepare first"), mask)
         rollout = replace(rollout, advantages=own + config.teacher_coef * taught)

@@ -238,7 +238,7 @@ def with_entropy(
     mask = rollout.mask
     metrics: LossMetrics = {"objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
     if rollout.importance_weights is not None:
-        weights = jax.lax.stop_gradient(field(rollout, "importance_weights"))
+        weights = ops.frozen(field(rollout, "importance_weights"))
         policy_loss = weights * policy_loss
         metrics["policy/importance_weight_mean"] = losses.aggregate(weights, mask)
     metrics["policy/loss"] = config.mean(policy_loss, mask)
@@ -280,7 +280,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
         log_ratio = jnp.where(mask, ops.masked_mean(of_token, mask, axis=1, keepdims=True), 0.0)
     elif config.ratio == "product":
         log_ratio = jnp.where(mask, jnp.sum(of_token, axis=1, keepdims=True), 0.0)
-    ratio = ops.frozen(ops.bounded_exp(log_ratio))
+    ratio = jax.lax.stop_gradient(ops.bounded_exp(log_ratio))
     per_token, is_clipped = losses.surrogate(
         config.surrogate,
         log_probs,
@@ -316,10 +316,23 @@ def _kl_term(log_probs: Array, ratio: Array, rollout: Rollout, estimator: ops.KL
     return weight * ops.kl(log_probs, ref_log_probs, estimator)
 
 
+def extra(rollout: Rollout, name: str) -> Array:
+    """``rollout.extras[name]``, [B] or [B, T]; ValueError if it is missing."""
+    given = rollout.extras or {}
+    if name not in given:
+        raise ValueError(
+            f"rollout.extras[{name!r}] is needed, there are {', '.join(given) or 'none'}"
+        )
+    return ops.float32(given[name])
+
+
 def updater(
     prepare: Callable[..., Rollout],
     loss: LossFn,
     rollout_metrics: Callable[..., Metrics] = lambda prepared, config, axis_name: {},
+    *,
+    advance: Callable[..., Any] | None = None,
+    differentiable: bool = False,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then
     ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
@@ -331,6 +344,12 @@ def updater(
     Args:
       prepare, loss: as in ``types.Algorithm``.
       rollout_metrics: ``(prepared rollout, config, axis_name) -> metrics``.
+      advance: ``(state, prepared rollout, *, config, axis_name) -> state``, of an algorithm with a
+        ``State`` of its own: changes what is its own in it after the passes. ``prepare`` then gets
+        the keyword ``state``, the one before them. A step that is not finite keeps the old values.
+      differentiable: gradients flow through the whole update: advantages, returns, old values and
+        importance weights are otherwise constants. A loss with weights that stay constants, a
+        surrogate with weights or a KL term, is a ValueError then.
     """
 
     def update_policy(
@@ -346,8 +365,19 @@ def updater(
     ) -> tuple[State, Metrics]:
         """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
         ``loss``; see ``policy.updater``."""
-        prepared = prepare(rollout, config=config, axis_name=axis_name)
-        bound = partial(loss, policy_fn=policy_fn, config=config)
+        own: Any = {} if advance is None else {"state": state}
+        prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
+        bound: LossFn = partial(loss, policy_fn=policy_fn, config=config)
+        if differentiable:
+            if getattr(config, "surrogate", "clip") in ("cispo", "vespo") or config.kl_in_loss:
+                raise ValueError(
+                    "differentiable: cispo, vespo and a KL term in the loss have weights that are "
+                    "constants by their definition; use another surrogate and kl_loss_coef 0"
+                )
+            bound = ops.differentiable(bound)
+        group_size = rollout.group_size
+        if getattr(config, "whole_groups", False):
+            group_size = config.group_size
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
@@ -360,7 +390,7 @@ def updater(
                 by_length=can_cut(minibatch),
                 axis_name=axis_name,
                 minibatch_sharding=minibatch_sharding,
-                group_size=rollout.group_size,
+                group_size=group_size,
             )
 
         state, metrics = minibatch_epochs(
@@ -373,8 +403,11 @@ def updater(
             shuffle_blocks=config.shuffle_blocks,
             axis_name=axis_name,
             minibatch_sharding=minibatch_sharding,
-            group_size=rollout.group_size,
+            group_size=group_size,
         )
+        if advance is not None:
+            advanced = advance(state, prepared, config=config, axis_name=axis_name)
+            state = jax.tree.map(partial(jnp.where, metrics["nonfinite"] == 0), advanced, state)
         return state, {**metrics, **rollout_metrics(prepared, config, axis_name)}
 
     return update_policy

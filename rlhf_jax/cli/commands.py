@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import rlhf_jax
 from rlhf_jax.cli.console import attach_console, run_script, show
-from rlhf_jax.cli.stages import STAGES, train
+from rlhf_jax.cli.stages import STAGES, find_method, train, train_algorithm
 from rlhf_jax.errors import UserError, did_you_mean
 
 
@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "ppo": "",
         "grpo, rloo, vpg": "the same without a value model",
         "distill": "",
+        "METHOD": "any other method by its name, such as maxrl",
         "pipeline": "",
     },
     "Use": {"chat": "", "generate": "", "label": "", "export": ""},
@@ -87,6 +88,9 @@ def run(argv: list[str]) -> int | None:
         command_line = importlib.import_module("rlhf_jax.config.command_line")
         code = command_line.call(command, rest, prog)
         return code
+    if (method := find_method(name)) is not None:
+        train_algorithm(method, rest, prog=prog)
+        return 0
     last_word = [*argv, "--help"][words - 1]
     if last_word not in ("-h", "--help"):
         known = [*STAGES, *COMMANDS]

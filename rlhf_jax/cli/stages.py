@@ -1,6 +1,8 @@
 """The commands that train, with the settings of a command line; and what they can be given."""
 
 import importlib
+import importlib.util
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,14 +141,31 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     logger.info("\n    ".join(["Next, for example:", *commands]))
 
 
+def find_method(name: str) -> "Algorithm | None":
+    """The module of ``rlhf_jax.algorithms`` with this name that learns from rollouts and is no
+    stage, such as ``maxrl``; None if there is none.
+    """
+    module_name = f"rlhf_jax.algorithms.{name.replace('-', '_')}"
+    is_name = re.fullmatch(r"[a-z][a-z0-9_-]*", name) and name.replace("_", "-") not in STAGES
+    if not is_name or importlib.util.find_spec(module_name) is None:
+        return None
+    module: Any = importlib.import_module(module_name)
+    return module if hasattr(module, "Config") and hasattr(module, "update") else None
+
+
 def train_algorithm(
-    algorithm: "Algorithm", argv: Sequence[str] | None = None, **parts: Any
+    algorithm: "Algorithm",
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    **parts: Any,
 ) -> None:
     """Runs your own algorithm, a module, with the settings of a command line: those of any RL
     stage, and its ``Config`` as flags (``--vapo.alpha 0.1``) or as a section of a YAML file.
 
     Args:
         argv: ``sys.argv[1:]`` by default.
+        prog: the name of the command in messages.
         parts: what else ``training.rl.run`` takes, such as ``reward``.
     """
     from rlhf_jax import config, training
@@ -154,6 +173,7 @@ def train_algorithm(
     settings = config.parse(
         config.RunConfig,
         argv,
+        prog=prog,
         description=summary(algorithm),
         first=RL_FIRST,
         sections=(*REWARD, config.section_name(algorithm)),

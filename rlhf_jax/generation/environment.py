@@ -11,13 +11,16 @@ prompt is one message of the "user"), the policy's responses as "assistant", and
 - a message such as {"role": "tool", "content": "42"}: the same, in the chat template that renders
   the messages of data files (the tokenizer's own, or `chat.PLAIN`), up to the opening of the next
   assistant turn;
-- a pair of one of these and a number, the reward of the last response.
+- a pair of one of these and a number, the reward of the last response;
+- these two and {name: number}, which stand in ``rollout.extras`` at the last token of the response,
+  for an algorithm that reads them.
 
 It is called on the host, once after each response. A run is reproducible and resumes exactly if the
 function depends only on its two arguments.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,8 +112,8 @@ def converse(
         A Rollout of NumPy arrays [B, P + R], and a dict with the turns of each row, whether a limit
         cut it, and the sum of its rewards, [B] each. The attention mask covers responses and
         replies, the response mask and the log-probs only responses; ``rewards`` are the
-        environment's, on the last token of a response. Without an environment: the result of
-        ``respond`` and an empty dict.
+        environment's, on the last token of a response, and so are its ``extras``. Without an
+        environment: the result of ``respond`` and an empty dict.
 
     Raises:
         UserError: the environment failed or returned a value of a wrong type; it names the data row
@@ -135,6 +138,7 @@ def converse(
         rewards=np.zeros(tokens.shape, np.float32),
         stopped=np.zeros(len(rows), bool),
         row_ids=jnp.int32(rows),
+        extras={},
     )
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     # A text is one message by the user.
@@ -156,8 +160,16 @@ def converse(
         sampled = processes.fetch(respond(ids, mask * is_open[:, None], batch.row_ids, used))
         own = processes.own_rows((batch, sampled, status))
         answer = partial(_answer, environment, talks, own_data, turns.max(), *own)
-        batch, status = processes.gather_rows(processes.agree(answer))
+        answered: tuple[Any, np.ndarray] = processes.agree(answer)
+        own_batch, own_status = answered
+        # Each process knows the names in its own replies.
+        of_processes: list[list[str]] = processes.gather(partial(list, own_batch.extras))
+        names = sorted(set(itertools.chain(*of_processes)))
+        none = np.zeros(own_batch.tokens.shape, np.float32)
+        extras = {name: own_batch.extras.get(name, none) for name in names}
+        batch, status = processes.gather_rows((own_batch.replace(extras=extras), own_status))
         is_open = status == _OPEN
+    batch = batch.replace(extras=batch.extras or None)
     return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
 
 
@@ -198,8 +210,11 @@ def _answer(
         talks[i].append({"role": "assistant", "content": content})
         where = f"environment: {data[i].source}, turn {turn}"
         is_closed = not {*response[-1:].tolist()}.isdisjoint(environment.tokenizer.eos_ids)
-        reply, reward = _ask(environment, talks[i], data[i].columns, where, is_closed)
+        reply, reward, extras = _ask(environment, talks[i], data[i].columns, where, is_closed)
         batch.rewards[i, end - 1] = reward
+        for name, number in extras.items():
+            column = batch.extras.setdefault(name, np.zeros(batch.tokens.shape, np.float32))
+            column[i, end - 1] = number
         if reply is None:
             status[i] = _DONE
             continue
@@ -214,26 +229,28 @@ def _answer(
 
 def _ask(
     environment: Environment, talk: list[Message], row: Fields, where: str, is_closed: bool
-) -> tuple[list[int] | None, float]:
-    """The ids of the reply to a conversation's last response, and the reward of that response. The
-    reply is added to the conversation.
+) -> tuple[list[int] | None, float, dict[str, float]]:
+    """The ids of the reply to a conversation's last response, and the reward and the extras of that
+    response. The reply is added to the conversation.
 
     is_closed: whether the response ends with an EOS id.
     """
     try:
         answer = called(where, environment.fn, copy.deepcopy(talk), copy.deepcopy(dict(row)))
-        reply, reward = answer if isinstance(answer, tuple) else (answer, 0.0)
+        parts = answer if isinstance(answer, tuple) else (answer, 0.0)
+        reply, reward, extras = parts if len(parts) != 2 else (*parts, {})
         message = reply if isinstance(reply, dict) else {"role": "user", "content": reply or ""}
         is_text = all(isinstance(message.get(part), str) for part in ("role", "content"))
-        if not is_text or not np.isfinite(reward):
-            expected = "None, a text or a message, or (one of these, a number)"
+        is_right = is_text and isinstance(extras, dict)
+        if not is_right or not np.all(np.isfinite([reward, *extras.values()])):
+            expected = "None, a text or a message, or (one of these, a number[, {name: number}])"
             raise TypeError(f"expected {expected}, got {answer!r:.80}")
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if reply is None:
-        return None, reward
+        return None, reward, extras
     talk.append(copy.deepcopy(message))
     text = reply
     if isinstance(reply, dict):
@@ -245,4 +262,4 @@ def _ask(
     # Where the policy has sampled the end of its turn, the template's is left out. A string of
     # rl.stop does not close a turn.
     is_end = is_closed and text[:1] and text[0] in environment.tokenizer.eos_ids
-    return list(text[1:] if is_end else text), reward
+    return list(text[1:] if is_end else text), reward, extras

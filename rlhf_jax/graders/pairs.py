@@ -39,7 +39,7 @@ def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
     """A reward function, for ``rewards.from_text``. Each pair is judged in both orders, so that a
     judge that likes the first answer decides nothing; equal responses are a tie.
 
-    Without ``opponents`` the responses to equal prompts are compared, each with each other.
+    Without ``opponents`` the responses of a group are compared, each with each other.
     """
 
     def shares(
@@ -47,19 +47,20 @@ def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
         responses: list[str],
         messages: list[Any],
         opponents: list[str | None],
+        group_ids: list[int],
         **columns: Any,
     ) -> list[float | Unscored]:
         shown = columns | {"prompts": prompts, "messages": messages}
-        by_prompt: dict[str, list[int]] = {}
+        by_group: dict[int, list[int]] = {}
         pairs = []
         others: list[int | None] = []  # the row of the second response; None: the row's opponent
-        for row, prompt in enumerate(prompts):
+        for row, group in enumerate(group_ids):
             opponent = opponents[row]
             if opponent is None:
-                for other in by_prompt.setdefault(prompt, []):
+                for other in by_group.setdefault(group, []):
                     pairs.append(Pair(other, responses[other], responses[row]))
                     others.append(row)
-                by_prompt[prompt].append(row)
+                by_group[group].append(row)
             else:
                 pairs.append(Pair(row, responses[row], opponent))
                 others.append(None)

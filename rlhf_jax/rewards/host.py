@@ -40,7 +40,7 @@ HostValues = Sequence[Any] | np.ndarray
 """[B] or [B, T] numbers; or for each row a number, dense rewards [T], None or `Unscored`."""
 
 HostScores = tuple[HostValues, Mapping[str, HostValues]]
-"""Scores, and {name of a component: a number, None or `Unscored` for each row}."""
+"""Scores, and {name of a component: as the scores, for each row}."""
 
 HostReward = Callable[[Rollout, Columns], HostScores]
 """A reward in ordinary Python, of a rollout of NumPy arrays and the columns."""
@@ -62,20 +62,12 @@ class RowScores(NamedTuple):
     components: Components
 
     def arrays(self, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores [B] float32, or [B, T] if a row has dense rewards: a number then stands at the
-        last token of its row. An unscored row is 0. And the components [B] float32, NaN where a
-        row has none.
+        """Scores and components [B] float32, or [B, T] if a row has numbers at tokens: a number for
+        the row then stands at its last token. Where a row has none, scores are 0 and components
+        NaN.
         """
-        components = {}
-        for name, values in self.components.items():
-            components[name] = _filled(values, math.nan)
-        if not any(isinstance(score, np.ndarray) for score in self.scores):
-            return _filled(self.scores, 0.0), components
-        dense = np.zeros(mask.shape, np.float32)
-        for row, score in enumerate(self.scores):
-            if not isinstance(score, Unscored):
-                dense[row] = at_tokens(score, mask[row])
-        return dense, components
+        components = {n: _filled(values, math.nan, mask) for n, values in self.components.items()}
+        return _filled(self.scores, 0.0, mask), components
 
     def reasons(self) -> list[str | None]:
         """[B] why each row with a response has no score; None: it has one, or no response."""
@@ -86,12 +78,13 @@ class RowScores(NamedTuple):
         return reasons
 
 
-def _filled(scores: Sequence[Score], instead: float) -> np.ndarray:
-    numbers = []
-    for score in scores:
-        is_unscored = isinstance(score, Unscored)
-        numbers.append(instead if is_unscored else score)
-    return np.array(numbers, np.float32)
+def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.ndarray:
+    is_dense = any(isinstance(score, np.ndarray) for score in scores)
+    filled = np.full(mask.shape if is_dense else len(mask), instead, np.float32)
+    for row, score in enumerate(scores):
+        if not isinstance(score, Unscored):
+            filled[row] = at_tokens(score, mask[row]) if is_dense else score
+    return filled
 
 
 def at_tokens(score: float | np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -119,8 +112,8 @@ def on_host(
 
     Returns:
       The Rollout with ``scores`` [B] float32, or [B, T] if the reward is dense, and {component: [B]
-      float32}, as NumPy arrays. An unscored row gets an empty ``response_mask``, which makes it a
-      missing row; its score is 0. A component that is unscored is NaN.
+      or [B, T] float32}, as NumPy arrays. An unscored row gets an empty ``response_mask``, which
+      makes it a missing row; its score is 0. A component that is unscored is NaN.
 
     Raises:
       FloatingPointError: the score or a component of a row is not finite; it names the row.
@@ -209,14 +202,10 @@ def checked(
     scores, components = result
     of_rows = _of_rows(name, scores, labels, present, place)
     is_scored = [not isinstance(score, Unscored) for score in of_rows]
-
-    def no_place(row: int, rewards: list[Any]) -> np.ndarray:
-        raise UserError(f"{name}, {labels[row]}: a component is one number, {got(rewards)}")
-
     of_components = {}
     for component, values in components.items():
         where = f"{name}, component {component!r}"
-        of_components[component] = _of_rows(where, values, labels, is_scored, no_place)
+        of_components[component] = _of_rows(where, values, labels, is_scored, place)
     return of_rows, of_components
 
 

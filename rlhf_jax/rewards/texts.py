@@ -21,7 +21,16 @@ from rlhf_jax.types import Rollout
 TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
 """(conversations, responses) -> scores [N]; a conversation is a list of messages."""
 
-TEXTS = ("prompts", "responses", "completions", "completion_ids", "messages", "opponents")
+TEXTS = (
+    "prompts",
+    "responses",
+    "completions",
+    "completion_ids",
+    "messages",
+    "opponents",
+    "group_ids",
+    "group_sizes",
+)
 """Parameters that a function of texts may have, beside the columns of the prompts' rows."""
 
 IS_CHAT = "is chat"
@@ -53,6 +62,8 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
       ``response_mask``, pads and EOS; ``completion_ids``: these tokens, EOS included,
     - ``messages``: the prompts as messages, before any template,
     - ``opponents``: of a judge of pairs, the responses that are compared with these at validations,
+    - ``group_ids``: rows with the same number answer the same prompt, and no other call has rows of
+      this group; ``group_sizes``: how many rows the group has, missing ones too,
     - the columns of the prompts' data rows; a ``**`` parameter gets all.
 
     A function that names ``completions`` is one of TRL: they are the responses, and where the data
@@ -137,6 +148,8 @@ def on_texts(fn: Function, prompts: list[str], responses: list[str], columns: Co
     """
     number = len(prompts)
     shown: Texts = {name: [None] * number for name in ("messages", "opponents")}
+    shown["group_ids"] = [prompts.index(prompt) for prompt in prompts]
+    shown["group_sizes"] = [prompts.count(prompt) for prompt in prompts]
     shown |= host.copied(columns)
     shown |= {"prompts": prompts, "responses": responses, "completions": responses}
     shown["completion_ids"] = [[] for _ in responses]
@@ -157,6 +170,9 @@ def _shown(
         shown[key] = [column[row] for row in rows]
     for name in ("messages", "opponents"):
         shown.setdefault(name, [None] * len(rows))
+    ids = np.arange(len(rollout.tokens)) if rollout.group_ids is None else rollout.group_ids
+    shown["group_ids"] = ids[rows].tolist()
+    shown["group_sizes"] = np.sum(ids[rows, None] == ids, axis=1).tolist()
     shown["prompts"] = [spell(rollout.tokens[row, in_prompt[row]].tolist()) for row in rows]
     shown["completion_ids"] = [rollout.tokens[row, in_response[row]].tolist() for row in rows]
     shown["responses"] = [tokenizer.decode(ids) for ids in shown["completion_ids"]]

@@ -8,7 +8,7 @@ one function compiled in two programs: it was within 1e-6 of 1 in float32, withi
 Samples of another engine (``from_text``) are rescored in the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -165,6 +165,7 @@ def from_text(
     response_length: int | None = None,
     row_ids: Ids | None = None,
     temperature: float | None = None,
+    extras: Mapping[str, Sequence[float | Sequence[float] | np.ndarray]] | None = None,
 ) -> Rollout:
     """A rollout of samples that another engine drew: B rows of texts or token ids with their
     log-probabilities.
@@ -189,10 +190,12 @@ def from_text(
       row_ids: [B] the data row of each prompt; None means 0..B-1.
       temperature: of the samples; ``rescore`` refuses a ``policy_fn`` of another one. None:
         unknown.
+      extras: what else the engine says, {name: for each row a number, or one for each response
+        token, EOS included}.
 
     Returns:
       A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R]
-      float32 and row_ids.
+      float32, row_ids, and extras [B] or [B, P + R] float32.
 
     Raises:
       UserError: naming the row: not one log-probability (or mask) for each token, one that is
@@ -215,7 +218,31 @@ def from_text(
     r = _width("response", [len(row.response) for row in rows], response_length)
     ids = np.arange(num_rows) if row_ids is None else _column("row_ids", row_ids, num_rows)
     padded = _padded(rows, p, r, tokenizer.pad_id)
-    return replace(padded, row_ids=jnp.asarray(ids, jnp.int32), temperature=temperature)
+    arrays = {
+        name: _extra(name, _column(name, column, num_rows), rows, padded.tokens.shape, p)
+        for name, column in (extras or {}).items()
+    }
+    return replace(
+        padded,
+        row_ids=jnp.asarray(ids, jnp.int32),
+        temperature=temperature,
+        extras=arrays or None,
+    )
+
+
+def _extra(name: str, column: Any, rows: list[_Row], shape: tuple[int, ...], p: int) -> Array:
+    """An extra [B] of numbers; or [B, T], 0 outside the response, of numbers for its tokens."""
+    if all(np.ndim(entry) == 0 for entry in column):
+        return jnp.asarray(column, jnp.float32)
+    values = np.zeros(shape, np.float32)
+    for i, (row, entry) in enumerate(zip(rows, column, strict=True)):
+        if np.shape(entry) != row.response.shape:
+            raise UserError(
+                f"row {i}: extras {name!r} has {np.size(entry)} numbers for {len(row.response)} "
+                "response tokens, EOS included"
+            )
+        values[i, p : p + len(row.response)] = entry
+    return jnp.asarray(values)
 
 
 def _padded(rows: list[_Row], p: int, r: int, pad_id: int) -> Rollout:

@@ -23,7 +23,7 @@ from rlhf_jax.training.common import initial, memory, rates
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import AlgorithmConfig
 
-Stream = Literal["init", "data", "rollout", "update", "eval"]
+Stream = Literal["init", "data", "rollout", "update", "eval", "choice"]
 
 # A resumed run may change these settings and stays the same run.
 MAY_CHANGE = (

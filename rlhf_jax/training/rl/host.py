@@ -70,7 +70,10 @@ def score_on_host(
     if not np.array_equal(after.row_ids, before.row_ids):
         raise TrainingFault("the scores of the processes are not in the order of their rows")
     scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
-    has_score = {name: ~jnp.isnan(values) for name, values in components.items()}
+    has_score = {
+        name: ~jnp.any(jnp.isnan(values).reshape(len(values), -1), axis=1)
+        for name, values in components.items()
+    }
     scored, metrics = iteration.scored(after, scores, components, has_score)
     metrics["reward/unscored"] = jnp.float32(unscored)
     for name, is_own in has_score.items():

@@ -1,7 +1,7 @@
 """What an RL run reads and loads by its settings: prompts, models, rewards, a teacher."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.service import Services
+from rlhf_jax.rewards.host import Columns, HostScores
 from rlhf_jax.rewards.texts import check_function
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.opening import OpenRun
@@ -67,14 +68,22 @@ class Inputs(NamedTuple):
             return "judge"
         return "reward" if self.reward.is_pairs else None
 
-    def without_python(self) -> "Inputs":
-        """The inputs of a check of memory, which call no server and none of the user's Python."""
+    def without_python(self, extras: Mapping[str, str]) -> "Inputs":
+        """The inputs of a check of memory, which call no server and none of the user's Python. The
+        reward has these extras.
+        """
         environment = self.environment
         if environment is not None:
             environment = environment._replace(fn=lambda conversation, row: None)
         reward = self.reward
         if reward.host is not None:
-            reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
+
+            def score(rollout: Rollout, columns: Columns) -> HostScores:
+                of_rows = np.zeros(len(rollout.tokens))
+                zeros = {"row": of_rows, "token": np.zeros(rollout.tokens.shape)}
+                return of_rows, {name: zeros[kind] for name, kind in extras.items()}
+
+            reward = spec.Reward(host=score)
         ask_teacher = None
         if self.ask_teacher is not None:
             ask_teacher = lambda rollout: np.zeros(rollout.tokens.shape, np.float32)  # noqa: E731

@@ -38,6 +38,7 @@ from rlhf_jax.training.rl.inputs import Inputs, Sources, files, load
 from rlhf_jax.training.rl.method import (
     Given,
     Method,
+    check_sampling,
     check_settings,
     check_value_settings,
     choose_rate,
@@ -81,14 +82,15 @@ class Job:
         programs = {
             phase: memory.rehearsed(phase, program)
             for phase, program in self.programs._asdict().items()
+            if phase != "choose"
         }
         if self.client is not None or self.run.layout.sampling_mesh is not None:
             for phase in ("respond", "respond_greedily"):  # they run elsewhere
                 programs[phase] = memory.unchecked(getattr(self.programs, phase))
         return replace(
             self,
-            programs=Programs(**programs),
-            inputs=self.inputs.without_python(),
+            programs=Programs(**programs, choose=None),
+            inputs=self.inputs.without_python(self.method.algorithm_config.extras),
             client=None,
             ahead=None,
         )
@@ -126,6 +128,7 @@ def open_job(
     config = set_up(config, [run_folder(config, name)])
     settings = config.rl
     helping_sizes = check_settings(name, settings, own, layout_of(config))
+    check_sampling(complete, settings, config.compute, layout_of(config))
     method = method_of(config, complete, own, given)
     reply = function_of(settings.environment, "rl.environment")
     parts, of_python = initial.stage_data(config.data, settings, data, validation_data)
@@ -327,7 +330,8 @@ def prompts_of(run: OpenRun, method: Method, inputs: Inputs) -> tuple[Schedule, 
     prompts = batches.narrowed(inputs.to_validate, chosen, multiple)
     each = np.repeat(chosen, settings.validation_samples)
     padded = pad_rows(each, settings.batch_size)
-    return schedule, Batch(prompts, padded, run.key("eval"))
+    key = run.key("eval")
+    return schedule, Batch(prompts, padded, key, group_size=settings.validation_samples)
 
 
 def _hold_cache(run: OpenRun, method: Method, inputs: Inputs, schedule: Schedule) -> None:

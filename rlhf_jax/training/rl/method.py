@@ -9,14 +9,14 @@ import jax
 import optax
 
 from rlhf_jax import iteration, models
-from rlhf_jax.config import ModelSource, RLStage, RunConfig, model_source
+from rlhf_jax.config import Compute, ModelSource, RLStage, RunConfig, model_source
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Penalty
 from rlhf_jax.training.common import layout, memory, rates, references
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.common.opening import OpenRun
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, TrainState
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, Rollout, TrainState
 
 
 class Given(NamedTuple):
@@ -45,6 +45,8 @@ class CompleteAlgorithm:
     State: type[TrainState] = TrainState
     needs_values: bool = False
     kl_coef: float = 0.0
+    respond: Callable[..., Rollout] | None = None
+    choose: Callable[..., jax.Array] | None = None
 
     @property
     def __name__(self) -> str:
@@ -216,8 +218,30 @@ def check_settings(
     microbatches = {f"{name}.num_microbatches": config.num_microbatches}
     groups = {f"answers to one prompt ({name}.group_size)": config.group_size}
     parts = divisors(name, config, on)
+    if config.whole_groups:
+        parts = [part | groups for part in parts]
     layout.check_divides("rl.batch_size", settings.batch_size, groups, *parts)
     return microbatches | {"rl.batch_size": settings.batch_size}
+
+
+def check_sampling(
+    algorithm: CompleteAlgorithm, settings: RLStage, compute: Compute, on: Layout
+) -> None:
+    """Raises UserError for settings by which something else samples, or samples earlier, than an
+    algorithm with ``respond`` or ``choose`` of its own says.
+    """
+    refused = {
+        "rl.rollouts_ahead": bool(settings.rollouts_ahead),
+        "rl.engine": settings.engine is not None,
+        "mesh.sampling": on.sampling_mesh is not None,
+        "compute.offload reference": "reference" in compute.offload,
+    }
+    own = "respond" if algorithm.respond is not None else "choose"
+    for name in refused if own == "respond" else ["rl.rollouts_ahead"]:
+        if getattr(algorithm, own) is not None and refused[name]:
+            raise UserError(
+                f"{name}: {algorithm.__name__}.{own} says how each step samples; leave it out"
+            )
 
 
 def divisors(name: str, config: AlgorithmConfig, on: Layout) -> list[dict[str, int]]:

@@ -66,6 +66,7 @@ class Programs(NamedTuple):
     num_equal: Callable[..., Array]  # iteration.num_equal
     refill: Callable[..., Rollout]  # iteration.refill
     learn: Callable[..., tuple[LoopState, Metrics]]  # iteration.learn
+    choose: Callable[..., Array] | None  # the algorithm's own choice of prompts, if it has one
 
 
 def networks_of(
@@ -232,7 +233,18 @@ def compiled(
         return layout.jit(program, compiler_options=by_layers)
 
     size = method.shared_by
-    to_groups = respond(samples, size)
+    algorithm = method.algorithm
+    to_groups = to_each = respond(samples, size)
+    if algorithm.respond is not None:
+        by_algorithm = functools.partial(
+            iteration.respond_by,
+            algorithm=algorithm,
+            settings=method.algorithm_config,
+            model=model,
+            config=samples,
+            mesh=layout.row_mesh,
+        )
+        to_groups = layout.jit(by_algorithm, compiler_options=by_layers)
     is_same = size == 1 and validated == plain
     rescored = functools.partial(
         iteration.rescored,
@@ -240,12 +252,19 @@ def compiled(
         score_rows=method.score_rows,
         importance=importance_of(settings),
         expert_gap=expert_gap_of(settings, model, method.score_rows),
+        keep_log_probs=algorithm.respond is not None,
+        extras=tuple(method.algorithm_config.extras),
     )
     with_greedy = functools.partial(iteration.with_greedy, shape=shape)
     num_equal = functools.partial(iteration.num_equal, group_size=group_size, masked=masked)
     refill = functools.partial(
         iteration.refill, group_size=group_size, masked=masked, mesh=layout.row_mesh
     )
+    choose = None
+    if algorithm.choose is not None:
+        number = (1 + settings.dynamic_sampling) * settings.batch_size // group_size
+        of_run = functools.partial(algorithm.choose, number=number, config=method.algorithm_config)
+        choose = layout.jit(of_run)
     learn = functools.partial(
         iteration.learn,
         algorithm=method.algorithm,
@@ -258,7 +277,7 @@ def compiled(
     )
     return Programs(
         respond=to_groups,
-        respond_to_each=to_groups if is_same else respond(validated, 1),
+        respond_to_each=to_each if is_same else respond(validated, 1),
         respond_greedily=respond(replace(plain, temperature=0.0), size),
         rescored=layout.jit(rescored, compiler_options=by_blocks),
         reward=layout.jit(iteration.reward),
@@ -266,6 +285,7 @@ def compiled(
         num_equal=layout.jit(num_equal, compiler_options=plainly),
         refill=layout.jit(refill, compiler_options=plainly),
         learn=layout.jit_update(learn, model.config.num_blocks),
+        choose=choose,
     )
 
 

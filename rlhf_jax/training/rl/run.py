@@ -21,8 +21,9 @@ import optax
 from rlhf_jax import iteration, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import RunConfig
-from rlhf_jax.errors import logger
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.iteration import LoopState
+from rlhf_jax.runs import processes
 from rlhf_jax.training.common import initial, memory, references
 from rlhf_jax.training.common.progress import Progress
 from rlhf_jax.training.common.saving import RunResult, finish
@@ -88,8 +89,10 @@ def run(
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
-    rows = (data, validation_data)
-    with open_job(config, algorithm, algorithm_config, reward, optimizer, policy, *rows) as job:
+    data_rows = (data, validation_data)
+    with open_job(
+        config, algorithm, algorithm_config, reward, optimizer, policy, *data_rows
+    ) as job:
         settings = job.method.settings
         learn_key = job.run.key("update")
         progress = Progress(
@@ -117,7 +120,10 @@ def run(
                 if job.ahead is not None:  # the policy of now samples the next rollout
                     behind = job.ahead.start(job, state, step)
 
-                prompts, *spares = job.schedule.batches(step - 1)
+                rows = job.schedule.rows(step - 1)
+                if job.programs.choose is not None:
+                    rows = choose_rows(job, state, step)
+                prompts, *spares = job.schedule.batches(step - 1, rows)
                 rollout, metrics = collect(job, state, prompts)
                 if settings.dynamic_sampling:
                     from rlhf_jax.training.rl.dynamic import replace_uninformative
@@ -134,7 +140,7 @@ def run(
                 progress.record(  # raises if the update of the step before was not finite
                     state,
                     metrics | learned,
-                    sources=partial(job.schedule.sources, step - 1),
+                    sources=partial(job.schedule.sources, rows),
                     examples=dict(collections.ChainMap(*map(dict, job.inputs.reward.examples))),
                 )
                 is_due = step % settings.validation_interval == 0
@@ -171,12 +177,41 @@ def collect(job: Job, state: LoopState, prompts: Batch) -> tuple[Rollout, Metric
     return rollout, metrics
 
 
-def _update_arguments(job: Job, rollout: Rollout, key: jax.Array) -> tuple[Rollout, jax.Array, Any]:
-    """The arguments of the update. It reads components of the reward only if it needs them, so that
-    others have one program whatever the reward is made of.
+def choose_rows(job: Job, state: LoopState, step: int) -> np.ndarray:
+    """The rows of a step's prompts that the algorithm chooses, as ``schedule.rows`` has them.
+
+    Raises:
+        UserError: one of them is no prompt to train on.
     """
-    if not job.method.algorithm_config.needs_components:
-        rollout = replace(rollout, components=None)
+    assert job.programs.choose is not None
+    key = jax.random.fold_in(job.run.key("choice"), step - 1)
+    train_rows = job.schedule.train_rows
+    chosen = np.asarray(processes.fetch(job.programs.choose(state.train, key, rows=train_rows)))
+    others = np.setdiff1d(chosen, train_rows)
+    if len(others):
+        name = job.method.algorithm.__name__
+        raise UserError(f"{name}.choose: data row {others[0]} is no prompt to train on")
+    return chosen.reshape(job.schedule.samplings, -1)
+
+
+def _update_arguments(job: Job, rollout: Rollout, key: jax.Array) -> tuple[Rollout, jax.Array, Any]:
+    """The arguments of the update. It reads the extras that it declares and no others, so that it
+    has one program whatever the reward is made of.
+
+    Raises:
+        UserError: one of them is missing, or is not of rows or of tokens as it says.
+    """
+    given = rollout.extras or {}
+    wanted = job.method.algorithm_config.extras
+    for name, kind in wanted.items():
+        if name not in given or given[name].ndim != ("row", "token").index(kind) + 1:
+            found = [f"{key} (of each {('row', 'token')[x.ndim - 1]})" for key, x in given.items()]
+            raise UserError(
+                f"{job.method.algorithm.__name__} reads {name} of each {kind}, a component of the "
+                f"reward or an extra of the environment; there are {', '.join(found) or 'none'}"
+            )
+    extras = {name: given[name] for name in wanted} or None
+    rollout = replace(rollout, group_ids=None, extras=extras)
     return rollout, key, job.networks.functions
 
 
@@ -189,8 +224,6 @@ def check_memory(job: Job, state: LoopState) -> None:
     """
     logger.info("compiling; the first steps take longest")
     rollout, _ = collect(job.rehearsal(), state, job.schedule.widest())
-    if job.method.algorithm_config.needs_components and rollout.components is None:
-        return  # their names are not known before the user's Python has scored
     arguments = _update_arguments(job, rollout, job.run.key("update"))
     memory.check("learn", job.programs.learn, state, *arguments)
 

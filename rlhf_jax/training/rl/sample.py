@@ -51,14 +51,17 @@ def sample(
         own = (batch.prompts, batch.rows[places])
         parts.append(converse(job.inputs.environment, respond_until_stop, *own))
     rollout, talks = parts[0]
-    if len(parts) > 1:
+    if len(parts) > 1:  # of validations, which read no extras
+        parts = [(replace(own, extras=None), own_talks) for own, own_talks in parts]
         rollout, talks = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
     present = batch.rows >= 0
     metrics = {
         f"environment/{name}": jnp.float32(np.mean(values[present]))
         for name, values in talks.items()
     }
-    rollout = job.run.layout.shard(replace(rollout, group_size=batch.shared_by))
+    groups = np.arange(len(batch.rows), dtype=np.int32) // batch.group_size
+    rollout = replace(rollout, group_size=batch.shared_by, group_ids=groups)
+    rollout = job.run.layout.shard(rollout)
     ask_teacher = job.inputs.ask_teacher
     if ask_teacher is not None and kind != "respond_greedily":  # a teacher on a server
         rows = processes.fetch(rollout)
@@ -83,6 +86,10 @@ def _responder(job: "Job", state: LoopState, kind: Kind) -> Respond:
     else:
         program = getattr(job.programs, kind)
         policy = iteration.sampling_params(state, job.sampling_base)
+        if kind == "respond" and job.method.algorithm.respond is not None:
+            functions = job.networks.functions
+            reference = iteration.reference_params(state, functions, job.sampling_base)
+            policy = (policy, reference)
         return lambda prompts, key: program(policy, layout.shard(prompts), key)
     # The thread of the next rollout and a validation must not sample at the same time.
     return respond if job.ahead is None else job.ahead.alone(respond)

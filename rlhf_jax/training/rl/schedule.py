@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     rows: np.ndarray  # [B] row numbers in ``prompts``; -1 is a missing row
     key: Array
     shared_by: int = 1  # adjacent rows that compute their prompt once
+    group_size: int = 1  # adjacent rows that answer the same prompt
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Schedule:
         ]
         return self.train_rows[np.stack(drawn)]
 
-    def batches(self, step: int) -> list[Batch]:
-        """The batches of a step, all as wide as the longest prompt of the step."""
-        rows = self.rows(step)
+    def batches(self, step: int, rows: np.ndarray | None = None) -> list[Batch]:
+        """The batches of a step, all as wide as the longest prompt of the step.
+
+        Args:
+            rows: as ``rows`` draws them; None: these.
+        """
+        rows = self.rows(step) if rows is None else rows
         prompts = batches.narrowed(self.prompts, rows.ravel(), self.multiple)
         first = step * self.samplings
         return [self._batch(prompts, own, first + i) for i, own in enumerate(rows)]
@@ -62,9 +67,9 @@ class Schedule:
         prompts = batches.narrowed(self.prompts, self.train_rows, self.multiple)
         return self._batch(prompts, self.rows(0)[0], 0)
 
-    def sources(self, step: int) -> list[str]:
+    def sources(self, rows: np.ndarray) -> list[str]:
         """The places of a step's prompts, as "FILE, line N"."""
-        return [self.prompts.rows[row].source for row in self.rows(step).ravel()]
+        return [self.prompts.rows[row].source for row in rows.ravel()]
 
     def _batch(
         self,
@@ -73,4 +78,5 @@ class Schedule:
         number: int,
     ) -> Batch:
         key = jax.random.fold_in(self.rollout_key, number)
-        return Batch(prompts, np.repeat(rows, self.group_size), key, self.shared_by)
+        each = np.repeat(rows, self.group_size)
+        return Batch(prompts, each, key, self.shared_by, self.group_size)

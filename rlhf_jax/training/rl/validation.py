@@ -192,7 +192,9 @@ def training_samples(job: "Job", rollout: Rollout) -> list[dict[str, Any]]:
 def _components(rollout: Any, i: int) -> dict[str, float | None]:
     """What the reward of a row is made of; None where it has no score of a component."""
     found = {}
-    for name, values in (rollout.components or {}).items():
+    for name, values in (rollout.extras or {}).items():
+        if values.ndim > 1:  # of tokens
+            continue
         value = float(values[i])
         found[f"reward/{name}"] = None if math.isnan(value) else value
     return found

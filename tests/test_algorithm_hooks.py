@@ -1,0 +1,434 @@
+"""What an algorithm may say of a run beside its update: extras, what samples, which prompts come
+next, a state of its own; and one iteration as a function.
+"""
+
+import functools
+import types
+from dataclasses import dataclass, replace
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tabular
+from builders import goes_on_alike, initial_params, letters_run, with_rl
+from jax.tree_util import Partial
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax import (
+    TrainState,
+    grpo,
+    iteration,
+    losses,
+    models,
+    ops,
+    ppo,
+    rewards,
+    rloo,
+    rollout,
+    sampling,
+    training,
+)
+from rlhf_jax.algorithms import policy
+from rlhf_jax.cli.stages import find_method
+from rlhf_jax.config import Compute, RLStage
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.common.layout import layout_of
+from rlhf_jax.training.rl import method
+from rlhf_jax.types import Rollout
+
+UPDATE = {"policy_fn": tabular.policy_fn, "optimizer": optax.sgd(0.5)}
+
+
+def scored_rollout(scores):
+    """Four rows of two prompts, with these scores alone."""
+    batch = tabular.rollout(0, (4, 2, 3, 4))
+    unset = dict.fromkeys(("rewards", "advantages", "returns", "importance_weights"))
+    return replace(batch, scores=jnp.array(scores), **unset)
+
+
+def module(name, **parts):
+    return types.SimpleNamespace(__name__=name, **parts)
+
+
+# --- What samples
+
+
+@dataclass(frozen=True)
+class Halves(rloo.Config):
+    group_size: int = 2
+    kl_in_loss = True  # a reference
+
+
+def respond(sample, prompts, key, *, model, policy, reference, config):
+    """The policy answers even rows, the reference odd ones at half the temperature."""
+    assert config.group_size == 2
+
+    def half(first, params, **changes):
+        return sample(params, jax.tree.map(lambda x: x[first::2], prompts), key, **changes)
+
+    ours, theirs = half(0, policy), half(1, reference, temperature=0.5)
+    return jax.tree.map(
+        lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]),
+        ours,
+        replace(theirs, temperature=ours.temperature),
+    )
+
+
+def test_an_algorithm_says_what_samples(tmp_path):
+    seen = []
+    config = with_rl(letters_run(tmp_path), num_iterations=3, validation_interval=9)
+    optimizer = optax.sgd(3.0)
+    training.rl.run(
+        config,
+        module("halves", Config=Halves, update=rloo.update, respond=respond),
+        optimizer=optimizer,
+        reward=lambda rollout: (jnp.sin(jnp.sum(rollout.tokens * rollout.mask, axis=1)), {}),
+        on_step=lambda step, state, row, batch: seen.append(jax.device_get(batch)),
+    )
+    for step, batch in enumerate(seen):
+        gap = np.abs(batch.log_probs - batch.ref_log_probs) * batch.mask
+        assert np.all(batch.row_ids[::2] == batch.row_ids[1::2])
+        assert (gap[::2].max() > 1e-3) == (step > 0)  # the policy's own
+        assert gap[1::2].max() > 1e-3  # of another temperature than the reference's pass
+    same = np.all(seen[0].tokens[::2] == seen[0].tokens[1::2], axis=1)
+    assert not np.all(same)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "compute", "refused"),
+    [
+        ("respond", {"rollouts_ahead": 1}, {}, "rl.rollouts_ahead"),
+        ("choose", {"rollouts_ahead": 1}, {}, "rl.rollouts_ahead"),
+        ("respond", {"engine": "openai:http://localhost:1"}, {}, "rl.engine"),
+        ("choose", {"engine": "openai:http://localhost:1"}, {}, None),
+        ("respond", {}, {"offload": ("reference",)}, "compute.offload reference"),
+        ("none", {"rollouts_ahead": 1}, {}, None),
+    ],
+)
+def test_settings_by_which_something_else_would_sample_are_refused(
+    own, settings, compute, refused, tmp_path
+):
+    complete = method.completed(module("mine", Config=Halves, update=rloo.update, **{own: respond}))
+    config = letters_run(tmp_path)
+    arguments = (complete, RLStage(**settings), Compute(**compute), layout_of(config))
+    if refused is None:
+        method.check_sampling(*arguments)
+    else:
+        with pytest.raises(UserError, match=f"^{refused}: mine.{own} says"):
+            method.check_sampling(*arguments)
+
+
+# --- Which prompts come next, by a state of its own
+
+
+@flax.struct.dataclass
+class Counting(TrainState):
+    """How often each prompt was sampled."""
+
+    counts: jax.Array
+
+    @classmethod
+    def create(cls, params, optimizer, prompts):
+        start = TrainState.create(params, optimizer)
+        return cls(**vars(start), counts=jnp.zeros(prompts))
+
+
+def fewest(state, key, *, rows, number, config):
+    """The rows that were sampled least, the last of them first."""
+    order = jnp.lexsort((-rows, state.counts[rows]))
+    return rows[order[:number]]
+
+
+def count(state, prepared, *, config, axis_name):
+    return replace(state, counts=state.counts.at[prepared.row_ids].add(1.0))
+
+
+def prepare(rollout, *, config, axis_name, state):
+    assert isinstance(state, Counting)
+    return rloo.prepare(rollout, config=config, axis_name=axis_name)
+
+
+COUNTING = {
+    "Config": Halves,
+    "State": Counting,
+    "update": policy.updater(prepare, rloo.loss, advance=count),
+}
+
+
+def test_an_algorithm_chooses_its_prompts_and_goes_on_exactly(tmp_path):
+    seen = []
+    config = with_rl(letters_run(tmp_path), num_iterations=4, validation_interval=9)
+    config = replace(config, checkpoint_interval=2)
+    chooser = module("chooser", choose=fewest, **COUNTING)
+
+    def run(config):
+        return training.rl.run(
+            config,
+            chooser,
+            reward=rewards.length(),
+            on_step=lambda step, state, row, batch: seen.append(
+                (np.asarray(batch.row_ids).tolist(), np.asarray(state.train.counts).tolist())
+            ),
+        )
+
+    straight = run(config)
+    trained = sorted({row for rows, _ in seen for row in rows})
+    drawn = [row for rows, _ in seen for row in rows[::2]]
+    assert drawn == sorted(trained, reverse=True)
+    assert len(trained) == 8
+    assert seen[-1][1] == [2.0 * (row in trained) for row in range(16)]
+    first = seen[:]
+    goes_on_alike(run, config, straight)
+    assert first[-1] == seen[-1]
+
+
+def test_a_row_that_is_held_out_is_never_chosen(tmp_path):
+    config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
+
+    def choose(state, key, *, rows, number, config):
+        others = jnp.setdiff1d(jnp.arange(16), rows, size=4)
+        return others[:number]
+
+    with pytest.raises(UserError, match=r"cheat.choose: data row \d+ is no prompt to train on"):
+        training.rl.run(config, module("cheat", choose=choose, **COUNTING), reward=rewards.length())
+
+
+def test_a_state_of_its_own_stays_where_a_step_is_not_finite():
+    params = tabular.policy_params(0)
+    batch = replace(scored_rollout([0.0, 1, 2, 4]), row_ids=jnp.array([0, 0, 1, 1]))
+    state = Counting.create(params, UPDATE["optimizer"], 3)
+    after, _ = COUNTING["update"](state, batch, jax.random.key(0), config=Halves(), **UPDATE)
+    assert_array_equal(after.counts, [2, 2, 0])
+    batch = replace(batch, scores=batch.scores.at[0].set(jnp.nan))
+    after, metrics = COUNTING["update"](state, batch, jax.random.key(0), config=Halves(), **UPDATE)
+    assert metrics["nonfinite"] == 1
+    assert_array_equal(after.counts, [0, 0, 0])
+
+
+# --- Groups
+
+
+def test_the_answers_to_a_prompt_stay_together_where_a_loss_needs_them():
+    @dataclass(frozen=True)
+    class Whole(rloo.Config):
+        group_size: int = 2
+        num_minibatches: int = 2
+        num_microbatches: int = 2
+        whole_groups = True
+
+    def loss(params, rollout, key, *, policy_fn, config):
+        total, metrics = rloo.loss(params, rollout, key, policy_fn=policy_fn, config=config)
+        apart = jnp.abs(rollout.row_ids[::2] - rollout.row_ids[1::2])
+        return total, {**metrics, "apart": losses.Mean.of(apart)}
+
+    def apart(config):
+        one = scored_rollout([0.0, 1, 2, 3])
+        batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), one)
+        batch = replace(batch, row_ids=jnp.arange(16) // 2)
+        state = TrainState.create(tabular.policy_params(0), UPDATE["optimizer"])
+        update = policy.updater(rloo.prepare, loss)
+        return float(update(state, batch, jax.random.key(3), config=config, **UPDATE)[1]["apart"])
+
+    assert apart(Whole()) == 0
+    assert apart(rloo.Config(group_size=2, num_minibatches=2, num_microbatches=2)) > 0
+
+
+def test_a_reward_is_told_the_groups():
+    def spread(prompts, responses, group_ids, group_sizes):
+        return [10 * group + size for group, size in zip(group_ids, group_sizes, strict=True)]
+
+    tokens = np.array([[3, 4], [3, 5], [3, 4], [3, 5]], np.int32)
+    mask = np.array([[0, 1], [0, 0], [0, 1], [0, 1]])
+    batch = Rollout(tokens, np.ones_like(mask), mask, np.zeros((4, 2)))
+    reward = rewards.from_text(spread, characters("abcd"))
+    grouped = replace(batch, group_ids=np.array([0, 0, 1, 1], np.int32))
+    scored, _ = rewards.on_host(reward, grouped, {})
+    assert_array_equal(scored.scores, [2, 0, 12, 12])  # the second row is missing
+    scored, _ = rewards.on_host(reward, batch, {})
+    assert_array_equal(scored.scores, [1, 0, 21, 31])  # no groups: each row by itself
+
+
+def test_an_engine_gives_extras_of_rows_and_of_tokens():
+    batch = rollout.from_text(
+        [[3], [4, 5]],
+        [[3, 4], [5]],
+        characters("abcd"),
+        log_probs=[[-1, -1], [-1]],
+        extras={"cost": [1, 2], "entropy": [[0.5, 0.25], [0.125]]},
+    )
+    assert_array_equal(batch.extras["cost"], [1, 2])
+    assert_array_equal(batch.extras["entropy"], [[0, 0, 0.5, 0.25], [0, 0, 0.125, 0]])
+    with pytest.raises(UserError, match=r"row 1: extras 'entropy' has 2 numbers for 1 response"):
+        rollout.from_text(
+            [[3], [4]],
+            [[3, 4], [5]],
+            characters("abcd"),
+            log_probs=[[-1, -1], [-1]],
+            extras={"entropy": [[0.5, 0.25], [0.125, 0]]},
+        )
+
+
+# --- Gradients through an update
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def final_score(update, kl_coef, weights, batch, params):
+    """A score of the parameters after three updates of PPO."""
+    batch = replace(
+        batch, ref_log_probs=batch.log_probs - 0.3, values=0.1 * jnp.ones(batch.tokens.shape)
+    )
+    config = ppo.Config(num_minibatches=1, clip_low=5.0, clip_high=5.0)
+    state = TrainState.create(params, optax.sgd(0.05))
+    for number in range(3):
+        shaped = replace(
+            batch,
+            rewards=rewards.kl_shaped(replace(batch, rewards=None), kl_coef),
+            importance_weights=weights[:, None] * batch.mask,
+        )
+        state, _ = update(
+            state,
+            shaped,
+            jax.random.key(number),
+            policy_fn=tabular.policy_fn,
+            optimizer=optax.sgd(0.05),
+            config=config,
+        )
+        output = tabular.policy_fn(state.params, batch.tokens, batch.attention_mask, None)
+        batch = replace(batch, log_probs=ops.masked(output.log_probs, batch.mask))
+    return jnp.sum(jnp.sin(10 * output.log_probs) * batch.mask)
+
+
+def test_gradients_flow_through_updates_where_they_are_asked_for():
+    kl, weights = (jnp.float32(0.2), jnp.array([1.0, 0.5, 2.0, 1.0]))
+    start = (scored_rollout([0.0, 1, 2, 4]), tabular.policy_params(0))
+    exact = policy.updater(ppo.prepare, ppo.loss, differentiable=True)
+    gradient = jax.jit(jax.grad(final_score, argnums=(1, 2)), static_argnums=0)
+    of_kl, of_weights = gradient(exact, kl, weights, *start)
+    step = 1e-2
+
+    def difference(change):
+        ends = [final_score(ppo.update, *change(sign * step), *start) for sign in (1, -1)]
+        return (ends[0] - ends[1]) / (2 * step)
+
+    assert abs(of_kl) > 1e-2
+    assert_allclose(of_kl, difference(lambda h: (kl + h, weights)), rtol=2e-2, atol=1e-3)
+    for row in range(4):
+        found = difference(lambda h, row=row: (kl, weights.at[row].add(h)))
+        assert_allclose(of_weights[row], found, rtol=2e-2, atol=1e-3)
+    frozen = gradient(ppo.update, kl, weights, *start)
+    assert_array_equal(frozen[0], 0)
+    assert_array_equal(frozen[1], np.zeros(4))
+    ends = [final_score(update, kl, weights, *start) for update in (exact, ppo.update)]
+    assert ends[0] == ends[1]
+
+
+def test_a_loss_whose_weights_are_constants_is_no_function_to_differentiate():
+    update = policy.updater(grpo.prepare, grpo.loss, differentiable=True)
+    batch = scored_rollout([0.0, 1, 2, 3])
+    state = TrainState.create(tabular.policy_params(0), UPDATE["optimizer"])
+    for config in (
+        grpo.Config(group_size=2),
+        grpo.Config(group_size=2, kl_loss_coef=0.0, surrogate="cispo"),
+    ):
+        with pytest.raises(ValueError, match="constants by their definition"):
+            update(state, batch, jax.random.key(0), config=config, **UPDATE)
+
+
+# --- One iteration
+
+SAMPLER = sampling.SamplingConfig(max_new_tokens=3, eos_id=None, pad_id=0)
+MODEL = models.build(
+    models.GPT2Config(vocab_size=5, max_length=5, hidden_size=8, num_layers=1, num_heads=1)
+)
+POLICY_FN = models.policy_fn(MODEL, prompt_length=2)
+OPTIMIZER = optax.adam(1e-2)
+REWARD = rewards.token_count(2, include_prompt=False)
+PROMPTS = jnp.array([[1, 2], [3, 4]]).repeat(2, axis=0)
+STEP = functools.partial(
+    iteration.iterate,
+    model=MODEL,
+    sampling=SAMPLER,
+    policy_fn=POLICY_FN,
+    optimizer=OPTIMIZER,
+    reward_fn=REWARD,
+)
+
+
+def test_an_iteration_is_collect_score_shape_update():
+    params = initial_params(MODEL)
+    ref_fn = POLICY_FN.bind(jax.tree.map(lambda x: 1.5 * x, params))
+    config = rloo.Config(group_size=2)
+    state = TrainState.create(params, OPTIMIZER)
+
+    @jax.jit
+    def by_hand(state, key):
+        sample_key, update_key = jax.random.split(key)
+        ones = jnp.ones_like(PROMPTS)
+        batch = rollout.collect(
+            MODEL,
+            state.params,
+            PROMPTS,
+            ones,
+            sample_key,
+            sampling=SAMPLER,
+            policy_fn=POLICY_FN,
+            ref_fn=ref_fn,
+        )
+        batch = replace(batch, scores=REWARD(batch)[0])
+        batch = replace(batch, rewards=rewards.kl_shaped(batch, 0.5))
+        how = {"policy_fn": POLICY_FN, "optimizer": OPTIMIZER, "config": config}
+        return rloo.update(state, batch, update_key, **how), batch
+
+    prompts = iteration.Prompts(PROMPTS, jnp.ones_like(PROMPTS))
+    step = functools.partial(STEP, algorithm=rloo, config=config, ref_fn=ref_fn, kl_coef=0.5)
+    key = jax.random.key(5)
+    (expected, by_update), batch = by_hand(state, key)
+    found, metrics = jax.jit(step)(state, prompts, key)
+    jax.tree.map(functools.partial(assert_allclose, atol=1e-6), found, expected)
+    assert metrics["objective/score"] == batch.scores.mean()
+    assert_allclose(metrics["grad_norm"], by_update["grad_norm"], rtol=1e-5)
+    assert metrics["objective/kl"] != 0
+
+    def whole_run(key):
+        keys = jax.random.split(key, 3)
+        return jax.lax.scan(lambda state, key: step(state, prompts, key), state, keys)
+
+    states, metrics = jax.jit(jax.vmap(whole_run))(jax.random.split(key, 2))
+    assert metrics["objective/score"].shape == (2, 3)
+    assert_array_equal(states.step, [3, 3])
+
+
+def test_an_iteration_samples_as_its_algorithm_says():
+    params = initial_params(MODEL)
+    reference = jax.tree.map(lambda x: 5.0 * x, params)
+    seen = []
+
+    def update(state, batch, key, **how):
+        seen.append(batch)
+        return state, {"nonfinite": jnp.float32(0)}
+
+    STEP(
+        TrainState.create(params, OPTIMIZER),
+        iteration.Prompts(PROMPTS, jnp.ones_like(PROMPTS)),
+        jax.random.key(0),
+        algorithm=module("halves", update=update, respond=respond),
+        config=Halves(),
+        ref_fn=Partial(POLICY_FN, reference),
+    )
+    (batch,) = seen
+    gap = np.abs(batch.log_probs - batch.ref_log_probs)
+    assert gap[::2].max() > 0.01
+    cold = models.policy_fn(MODEL, 0.5, prompt_length=2)
+    theirs = cold(reference, batch.tokens, batch.attention_mask, None).log_probs
+    assert_allclose((batch.log_probs * batch.mask)[1::2], (theirs * batch.mask)[1::2], atol=1e-5)
+    assert_array_equal(batch.group_ids, [0, 0, 1, 1])
+
+
+def test_a_command_is_a_stage_or_a_method():
+    assert find_method("gspo") is None
+    for name in ("policy", "step", "reward_model", "reward-model", "../ppo", "ppo.x", "ppo", ""):
+        assert find_method(name) is None
