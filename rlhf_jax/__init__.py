@@ -8,7 +8,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_jax import advantages, losses, models, ops, rewards, sampling, training
+    from rlhf_jax import advantages, iteration, losses, models, ops, rewards, sampling, training
     from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
     from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
     from rlhf_jax.parallel import sharding
@@ -46,8 +46,8 @@ __all__ = [
 ]
 # The maths they are made of
 __all__ += ["Mean", "advantages", "losses", "ops"]
-# Networks, samples, rewards, devices
-__all__ += ["models", "rewards", "rollout", "sampling", "sharding"]
+# Networks, samples, rewards, devices, and all of one iteration
+__all__ += ["iteration", "models", "rewards", "rollout", "sampling", "sharding"]
 # Whole runs
 __all__ += ["checkpoint", "training"]
 # What travels between them, and what plugs in

@@ -252,6 +252,23 @@ def test_a_reward_is_told_the_groups():
     assert_array_equal(scored.scores, [1, 0, 21, 31])  # no groups: each row by itself
 
 
+def test_a_component_may_have_numbers_of_tokens():
+    def parts(prompts, responses):
+        return [1.0, None, 3.0], {"step": [[1, 2], [9, 9], 4], "row": [1, 2, None]}
+
+    tokens = np.full((3, 3), 3, np.int32)
+    mask = np.array([[0, 1, 1]] * 3)
+    batch = Rollout(tokens, np.ones_like(mask), mask, np.zeros((3, 3)))
+    scored, components = rewards.on_host(rewards.from_text(parts, characters("abcd")), batch, {})
+    assert_array_equal(components["step"], [[0, 1, 2], [np.nan] * 3, [0, 0, 4]])
+    assert_array_equal(components["row"], [1, np.nan, np.nan])
+    assert_array_equal(scored.scores, [1, 0, 3])
+    scored = jax.tree.map(jnp.asarray, scored)
+    filled, metrics = iteration.scored(scored, scored.scores, components)
+    assert metrics["reward/step"] == 3.5  # the mean of row sums
+    assert sorted(filled.extras) == ["row", "step"]
+
+
 def test_an_engine_gives_extras_of_rows_and_of_tokens():
     batch = rollout.from_text(
         [[3], [4, 5]],
@@ -270,6 +287,27 @@ def test_an_engine_gives_extras_of_rows_and_of_tokens():
             log_probs=[[-1, -1], [-1]],
             extras={"entropy": [[0.5, 0.25], [0.125, 0]]},
         )
+
+
+@pytest.mark.parametrize("declared", [(), ("sampler_log_probs",)])
+def test_the_log_probs_of_what_sampled_are_an_extra(declared):
+    params = initial_params(MODEL)
+    sampled = sampling.generate(
+        MODEL, params, PROMPTS, jnp.ones_like(PROMPTS), jax.random.key(0), config=SAMPLER
+    )
+    sampled = replace(sampled, log_probs=sampled.log_probs - sampled.mask)
+    loop = iteration.LoopState.create(TrainState.create(params, OPTIMIZER), 0.0)
+    functions = iteration.Functions(Partial(POLICY_FN))
+    for keeps in (False, True):
+        scored, _ = iteration.rescored(
+            loop, sampled, functions, eos_ids=(0,), extras=declared, keep_log_probs=keeps
+        )
+        expected = sampled.log_probs + sampled.mask * (not keeps)
+        assert_allclose(scored.log_probs, expected, atol=1e-5)
+        if declared:
+            assert_array_equal(scored.extras["sampler_log_probs"], sampled.log_probs)
+        else:
+            assert scored.extras is None
 
 
 # --- Gradients through an update

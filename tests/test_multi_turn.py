@@ -121,6 +121,23 @@ def test_a_conversation_by_hand():
     assert {name: x.tolist() for name, x in metrics.items()} == by_row
 
 
+def test_an_environment_gives_extras_at_the_end_of_responses():
+    def with_costs(conversation, row):
+        said = len(conversation)
+        answer = replies(conversation, row)
+        reply, reward = answer if isinstance(answer, tuple) else (answer, 0.0)
+        return reply, reward, {"cost": reward + 3, "turn": said}
+
+    encoded = prompts_of("a", "ca", "a")
+    rollout, _ = talk(with_costs, encoded, [0, 1, -1, 2])
+    costs, turns = np.zeros((2, 4, P + R))
+    costs[[0, 0, 1, 3, 3], [3, 7, 3, 3, 8]] = [3.5, 5.0, 2.0, 3.0, 3.0]
+    turns[[0, 0, 1, 3, 3], [3, 7, 3, 3, 8]] = [2, 4, 2, 2, 4]
+    assert_array_equal(rollout.extras["cost"], costs)
+    assert_array_equal(rollout.extras["turn"], turns)
+    assert talk(replies, encoded, [0, 1, -1, 2])[0].extras is None
+
+
 def test_after_the_last_turn_the_environment_is_asked_and_nothing_follows():
     encoded = prompts_of("a", "ca", "a")
     rollout, metrics = talk(replies, encoded, [0, 1, -1, 2], max_turns=1)

@@ -1,14 +1,11 @@
 """A whole run of RLOO for five seeds in one program, each beside its optimum."""
 
 import itertools
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import Partial
 
-from rlhf_jax import TrainState, models, rewards, rloo, rollout, sampling
+from rlhf_jax import TrainState, iteration, models, rewards, rloo, sampling
 
 V, R, KL_COEF, NUM_ITERATIONS = 3, 2, 0.5, 200
 model = models.build(
@@ -17,32 +14,33 @@ model = models.build(
 policy_fn = models.policy_fn(model, prompt_length=1)
 optimizer = optax.adam(optax.linear_schedule(1e-2, 0.0, NUM_ITERATIONS))
 sampler = sampling.SamplingConfig(max_new_tokens=R, eos_id=None, pad_id=0)
-collect = partial(rollout.collect, model, sampling=sampler, policy_fn=policy_fn)
 reward_fn = rewards.token_count(2, include_prompt=False)
-prompts = jnp.zeros((128, 1), jnp.int32)
+tokens = jnp.zeros((128, 1), jnp.int32)
+prompts = iteration.Prompts(tokens, jnp.ones_like(tokens))
 
 
 def train(key):
     init_key, loop_key = jax.random.split(key)
     params = model.init(init_key)
-    ref_fn = Partial(policy_fn, params)
 
-    def iteration(state, key):
-        rollout_key, update_key = jax.random.split(key)
-        batch = collect(state.params, prompts, jnp.ones_like(prompts), rollout_key, ref_fn=ref_fn)
-        batch = batch.replace(scores=reward_fn(batch)[0])
-        batch = batch.replace(rewards=rewards.kl_shaped(batch, KL_COEF))
-        return rloo.update(
+    def step(state, key):
+        return iteration.iterate(
             state,
-            batch,
-            update_key,
+            prompts,
+            key,
+            model=model,
+            sampling=sampler,
+            algorithm=rloo,
+            config=rloo.Config(group_size=4),
             policy_fn=policy_fn,
             optimizer=optimizer,
-            config=rloo.Config(group_size=4),
+            reward_fn=reward_fn,
+            ref_fn=policy_fn.bind(params),
+            kl_coef=KL_COEF,
         )
 
     state = TrainState.create(params, optimizer)
-    state, metrics = jax.lax.scan(iteration, state, jax.random.split(loop_key, NUM_ITERATIONS))
+    state, metrics = jax.lax.scan(step, state, jax.random.split(loop_key, NUM_ITERATIONS))
     return params, state.params, metrics
 
 
