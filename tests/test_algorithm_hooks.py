@@ -186,6 +186,22 @@ def test_an_algorithm_chooses_its_prompts_and_goes_on_exactly(tmp_path):
     assert first[-1] == seen[-1]
 
 
+def test_each_step_has_a_key_of_its_own_for_its_prompts(tmp_path):
+    seen = []
+    config = with_rl(letters_run(tmp_path), num_iterations=4, validation_interval=9)
+
+    def choose(state, key, *, rows, number, config):
+        return jax.random.choice(key, rows, (number,), replace=False)
+
+    training.rl.run(
+        config,
+        module("random", choose=choose, **COUNTING),
+        reward=rewards.length(),
+        on_step=lambda step, state, row, batch: seen.append(tuple(batch.row_ids.tolist())),
+    )
+    assert len(set(seen)) > 2
+
+
 def test_a_row_that_is_held_out_is_never_chosen(tmp_path):
     config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
 
