@@ -124,7 +124,9 @@ def record(place, config, algorithm, algorithm_config=None, *, ends_at=None, **g
     def recording(*how):
         programs.append(compiled(*how))
         made = zip(programs[0]._fields, programs[0], strict=True)
-        return programs[0]._make(Recording(name, program, calls) for name, program in made)
+        return programs[0]._make(
+            program and Recording(name, program, calls) for name, program in made
+        )
 
     def noting(fn, **options):
         of_blocks = options.pop("compiler_options", None)

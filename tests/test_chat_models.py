@@ -59,7 +59,7 @@ def test_ids_are_those_of_transformers(family, tmp_path):
             assert list(template.prompt(messages, "row")) == expected
     if family.startswith(("smol", "qwen", "llama")):  # where EOS ends each turn
         setting = Environment(lambda *_: USER, tokenizer, chat.template_of(tokenizer), 9)
-        reply, _ = environment._ask(setting, [USER, ANSWER], {}, "", is_closed=True)
+        reply, *_ = environment._ask(setting, [USER, ANSWER], {}, "", is_closed=True)
         said = [*theirs(tmp_path, [USER]), *tokenizer.encode("hello"), tokenizer.eos_id]
         assert said + reply == theirs(tmp_path, [USER, ANSWER, USER])
     assert refused == (2 if family in ("gemma2", "mistral") else 0)
