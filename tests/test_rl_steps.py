@@ -98,7 +98,7 @@ def test_a_batch_is_sampled_in_parts_and_the_environment_counts_the_rows_that_ar
         return rollout, {"turns": np.array([turns[row] for row in rows.tolist()])}
 
     monkeypatch.setattr(sample_module, "converse", converse)
-    batch = batch._replace(rows=np.array([2, 0, 1, -1]), shared_by=2)
+    batch = batch._replace(rows=np.array([2, 0, 1, -1]), shared_by=2, group_size=4)
     job = rl_job(
         settings=RLStage(batch_size=2),
         inputs={
@@ -112,6 +112,7 @@ def test_a_batch_is_sampled_in_parts_and_the_environment_counts_the_rows_that_ar
     rollout, metrics = sample(job, state, batch)
     assert seen == [([0, 1], [2, 0], True), ([2, 3], [1, -1], True)]
     assert (rollout.row_ids.tolist(), rollout.group_size) == ([2, 0, 1, -1], 2)
+    assert rollout.group_ids.tolist() == [0] * 4
     assert metrics == {"environment/turns": 2.0}
     assert rollout.teacher_log_probs[:, 1].tolist() == [-2, 0, -1, 1]
     greedy, _ = sample(job, state, batch, "respond_greedily")

@@ -1,6 +1,7 @@
 """A whole run of RLOO for five seeds in one program, each beside its optimum."""
 
 import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
