@@ -285,6 +285,24 @@ def test_a_component_may_have_numbers_of_tokens():
     assert sorted(filled.extras) == ["row", "step"]
 
 
+def test_a_run_tells_a_reward_its_groups_in_training_and_validation(tmp_path):
+    calls = []
+
+    def score(prompts, responses, group_ids, group_sizes):
+        calls.append((prompts, group_ids, group_sizes))
+        return [0.0] * len(prompts)
+
+    config = with_rl(
+        letters_run(tmp_path), num_iterations=1, validation_interval=1, validation_samples=3
+    )
+    training.rl.run(config, rloo, rloo.Config(group_size=2), reward=score)
+    assert sorted({sizes[0] for _, _, sizes in calls}) == [2, 3]
+    for prompts, group_ids, sizes in calls:
+        together = {(a, b) for a, b in zip(prompts, group_ids, strict=True)}
+        assert len(together) == len(set(prompts)) == len(set(group_ids)) > 1
+        assert set(sizes) == {sizes[0]}
+
+
 def test_an_engine_gives_extras_of_rows_and_of_tokens():
     batch = rollout.from_text(
         [[3], [4, 5]],
