@@ -3,6 +3,7 @@ next, a state of its own; and one iteration as a function.
 """
 
 import functools
+import re
 import types
 from dataclasses import dataclass, replace
 
@@ -33,9 +34,9 @@ from rlhf_jax import (
 )
 from rlhf_jax.algorithms import policy
 from rlhf_jax.cli.stages import find_method
-from rlhf_jax.config import Compute, RLStage
+from rlhf_jax.config import Compute, RLStage, RunConfig
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import Rollout
@@ -203,6 +204,21 @@ def test_each_step_has_a_key_of_its_own_for_its_prompts(tmp_path):
     assert len(set(seen)) > 2
 
 
+def test_an_update_that_is_not_finite_names_the_prompts_that_were_chosen(tmp_path):
+    config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
+
+    def same(state, key, *, rows, number, config):
+        return jnp.full(number, jnp.max(rows))  # where the schedule has two
+
+    def broken(state, rollout, key, **how):
+        return state, {"nonfinite": jnp.float32(1)}
+
+    parts = {**COUNTING, "update": broken, "choose": same}
+    with pytest.raises(TrainingFault) as fault:
+        training.rl.run(config, module("broken", **parts), reward=rewards.length())
+    assert len(set(re.findall(r"prompts\.json, row \d+", str(fault.value)))) == 1
+
+
 def test_a_row_that_is_held_out_is_never_chosen(tmp_path):
     config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
 
@@ -252,6 +268,22 @@ def test_the_answers_to_a_prompt_stay_together_where_a_loss_needs_them():
 
     assert apart(Whole()) == 0
     assert apart(rloo.Config(group_size=2, num_minibatches=2, num_microbatches=2)) > 0
+
+
+def test_a_batch_must_have_whole_groups_in_each_minibatch():
+    @dataclass(frozen=True)
+    class Whole(rloo.Config):
+        group_size: int = 2
+        num_minibatches: int = 16
+        whole_groups = True
+
+    check = functools.partial(method.check_settings, "mine", RLStage(batch_size=16))
+    layout = layout_of(RunConfig())
+    check(rloo.Config(group_size=2, num_minibatches=16), layout)
+    with pytest.raises(
+        UserError, match=r"rl.batch_size 16 does not divide by 16 mine.num_mini.* 2 "
+    ):
+        check(Whole(), layout)
 
 
 def test_a_reward_is_told_the_groups():
