@@ -281,7 +281,7 @@ def test_a_batch_must_have_whole_groups_in_each_minibatch():
     layout = layout_of(RunConfig())
     check(rloo.Config(group_size=2, num_minibatches=16), layout)
     with pytest.raises(
-        UserError, match=r"rl.batch_size 16 does not divide by 16 mine.num_mini.* 2 "
+        UserError, match=r"rl.batch_size 16 does not divide by 16 mine.* 2 "
     ):
         check(Whole(), layout)
 
