@@ -229,6 +229,11 @@ def _align(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
 
 
+def from_column(x: Array, first: int) -> Array:
+    """[B, N, ...] as [B, first + N, ...], with zeros before it."""
+    return jnp.pad(x, [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
 def _predicted(support: Array | None) -> Array | None:
     """The support [B, T - 1, K] of the tokens that logits predict."""
     return None if support is None else support[..., 1:, :]
@@ -377,13 +382,19 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
         key: DropoutKey,
         *,
         support: Array | None = None,
+        statistic: Callable[..., Any] | None = None,
+        arrays: tuple[Array, ...] = (),
     ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
         log_probs = token_log_probs(logits, tokens, temperature, support)
-        return PolicyOutput(log_probs, entropy(logits, temperature, support))
+        output = PolicyOutput(log_probs, entropy(logits, temperature, support))
+        if statistic is None:
+            return output
+        made = statistic(_predicting_logits(logits, temperature), *(x[:, 1:] for x in arrays))
+        return output._replace(statistic=jax.tree.map(lambda x: from_column(x, 1), made))
 
     known = temperature if isinstance(temperature, int | float) else None
-    return Policy(apply_policy, temperature=known)
+    return Policy(apply_policy, temperature=known, takes_statistic=True)
 
 
 def response_log_probs(

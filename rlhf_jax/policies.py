@@ -3,7 +3,7 @@ can be compared with what was sampled; and functions of rows, applied to some ro
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ class Policy:
     """In place of ``prompt_length``: the last columns alone are computed."""
     takes_response_mask: bool = flax.struct.field(pytree_node=False, default=False)
     """As a keyword: columns outside it may be left out, and are 0 then."""
+    takes_statistic: bool = flax.struct.field(pytree_node=False, default=False)
+    """As a keyword, with its ``arrays``: a function of the logits; see ``evaluate``."""
 
     __name__ = "policy"  # of the program of ``jax.jit(policy)``
 
@@ -49,21 +51,36 @@ class Policy:
         return replace(self, bound=(*self.bound, *first))
 
     def evaluate(
-        self, batch: Rollout | Demonstrations, key: DropoutKey = None, *, name: str = "policy_fn"
+        self,
+        batch: Rollout | Demonstrations,
+        key: DropoutKey = None,
+        *,
+        name: str = "policy_fn",
+        statistic: Callable[..., Any] | None = None,
+        arrays: Sequence[Array] = (),
     ) -> PolicyOutput:
         """The output on the rows of a batch, for a policy that carries its parameters. Raises as
         the function ``evaluate`` does.
         """
         chex.assert_rank(batch.tokens, 2)
         self.check(batch, name)
-        more: dict[str, Array] = {}
+        more: dict[str, Any] = {}
+        if statistic is not None:
+            if not self.takes_statistic:
+                raise ValueError(
+                    f"{name} gives no statistic of its logits: it is no policy of models.policy_fn "
+                    "or ops.policy_fn, which policies.wrap keeps one"
+                )
+            # As a Partial it passes through jit.
+            more = {"statistic": Partial(statistic), "arrays": tuple(arrays)}
         support = getattr(batch, "support", None)
         if support is not None:
             more["support"] = support
         if self.takes_response_mask:
             more["response_mask"] = batch.response_mask
         output = self(batch.tokens, batch.attention_mask, key, **more)
-        chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output)])
+        chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output._replace(statistic=None))])
+        chex.assert_equal_shape_prefix([batch.tokens, *jax.tree.leaves(output.statistic)], 2)
         return output
 
     def check(self, rollout: Any, name: str = "policy_fn") -> None:
@@ -161,23 +178,35 @@ def evaluate(
     key: DropoutKey = None,
     *,
     name: str = "policy_fn",
+    statistic: Callable[..., Any] | None = None,
+    arrays: Sequence[Array] = (),
 ) -> PolicyOutput:
     """The policy's output on the rows of a batch, of use where the ``response_mask`` is not 0: a
     policy of ``models.policy_fn`` may leave out other columns, which are 0 then. Raises
     AssertionError unless its shape is that of the tokens, [B, T], and ValueError, with the ``name``
     of the function, if its settings do not fit the batch (``Policy.check``); a plain function has
     none, which is logged once.
+
+    Args:
+        statistic: what a loss needs of the next-token distributions, as ``output.statistic``:
+            ``statistic(logits, *arrays)`` of logits [..., V] over the whole vocabulary, float32
+            and divided by the temperature, returns a tree of [...] or [..., K]. Its leaves [B, T,
+            ...] are aligned as ``log_probs``: column t comes from the logits at t - 1, and from
+            column t of the arrays. The logits of a whole text need not exist at once, and gradients
+            flow through it. A policy that cannot be asked is a ValueError.
+        arrays: [B, T, ...] each.
     """
     if line := unchecked(policy_fn, name):
         _log_once(line)
-    return as_policy(policy_fn).bind(params).evaluate(batch, key, name=name)
+    how: Any = {"name": name, "statistic": statistic, "arrays": arrays}
+    return as_policy(policy_fn).bind(params).evaluate(batch, key, **how)
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) -> Callable[..., Any]:
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
     gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
     B. With ``rows`` None it is applied to all rows at once. Further arrays [B, ...] go to ``fn``
-    too, also those with a keyword, such as ``support``.
+    too, also those with a keyword, such as ``support``, and a ``statistic``.
 
     The parts are those of ``split_rows``, of each block in ``blocks.replicated``. They hold whole
     groups of ``group_size`` adjacent rows.
@@ -190,8 +219,10 @@ def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) ->
         attention_mask: Array,
         key: None = None,
         *further: Array,
-        **of_rows: Array,
+        statistic: Callable[..., Any] | None = None,
+        **of_rows: Any,
     ) -> Any:
+        fn = fn if statistic is None else functools.partial(fn, statistic=statistic)
         at_once = rows and max(rows // max(blocks.number(), 1), 1)
 
         def apply(part: Any) -> Any:

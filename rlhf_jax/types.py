@@ -275,12 +275,15 @@ class PolicyOutput(NamedTuple):
     values: Array | None = None
     teacher_log_probs: Array | None = None  # of the same tokens, with a teacher
     divergence: Array | None = None  # from the teacher, over the whole vocabulary
+    statistic: Any = None
+    """Of the next-token distributions, where one is asked for: a tree of [B, T, ...]."""
 
 
 PolicyFn = Callable[..., PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
 ``key=None`` turns dropout off, as RL, DPO and all scoring do. Of a rollout with ``support`` it gets
 that too, as a keyword: log-probs and entropies are then those of the distribution among these ids.
+Where a loss asks for one it gets ``statistic`` and its ``arrays``, see ``ops.evaluate``.
 A ``policies.Policy`` carries settings, which ``ops.evaluate`` compares with the rollout's; of a
 plain function nothing is checked."""
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rlhf_jax import models, ops, rollout, sampling
+from rlhf_jax import Demonstrations, models, ops, rollout, sampling
 
 V, P, R = 5, 1, 3
 model = models.build(
@@ -21,17 +21,16 @@ params, ref_params = (
 )
 
 
-def exact_kl(params, ref_params, tokens, attention_mask):
+def kl(logits, log_q):
+    """KL(policy || reference) in nats of logits of the policy, and log-probs of the reference."""
+    log_p = jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def exact_kl(params, ref_params, rows):
     """KL(policy || reference) [B, T] in nats of the distribution of each response token."""
-
-    def log_softmax(params):
-        hidden = model.hidden(params, tokens, attention_mask)[
-            :, P - 1 : -1
-        ]  # [B, R, D], the states before the tokens
-        return jax.nn.log_softmax(model.unembed(params, hidden))  # [B, R, V]
-
-    log_p, log_q = log_softmax(params), log_softmax(ref_params)
-    return jnp.pad(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), ((0, 0), (P, 0)))
+    log_q = ops.evaluate(policy_fn, ref_params, rows, statistic=jax.nn.log_softmax).statistic
+    return ops.evaluate(policy_fn, params, rows, statistic=kl, arrays=(log_q,)).statistic
 
 
 @jax.jit
@@ -43,9 +42,9 @@ def estimates(params, ref_params, key):
     batch = collect(
         params, prompts, jnp.ones_like(prompts), key, ref_fn=Partial(policy_fn, ref_params)
     )
-    kl = {name: ops.kl(batch.log_probs, batch.ref_log_probs, name) for name in ("k1", "k3")}
-    kl["exact"] = exact_kl(params, ref_params, batch.tokens, batch.attention_mask)
-    return {name: jnp.sum(x, axis=1) for name, x in kl.items()}
+    found = {name: ops.kl(batch.log_probs, batch.ref_log_probs, name) for name in ("k1", "k3")}
+    found["exact"] = exact_kl(params, ref_params, batch)
+    return {name: jnp.sum(x, axis=1) for name, x in found.items()}
 
 
 @partial(jax.jit, static_argnums=2)
@@ -53,10 +52,11 @@ def enumerated(params, ref_params, length):
     """All responses of this length: log-probs of policy and reference [N], exact KLs [N, T]."""
     texts = jnp.array([(0, *response) for response in itertools.product(range(V), repeat=length)])
     ones = jnp.ones_like(texts)
+    rows = Demonstrations(texts, ones, ones.at[:, :P].set(0))
     log_probs = (
         policy_fn(p, texts, ones, None).log_probs.sum(axis=1) for p in (params, ref_params)
     )
-    return *log_probs, exact_kl(params, ref_params, texts, ones)
+    return *log_probs, exact_kl(params, ref_params, rows)
 
 
 # One step: the sum over all tokens that can follow the prompt.

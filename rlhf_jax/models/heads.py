@@ -124,7 +124,8 @@ def policy_fn(
         of column t come from the logits at t - 1 (equal to ``ops.token_log_probs`` and
         ``ops.entropy``), and so do values from the head, and with the teacher's parameters
         ``teacher_log_probs`` and ``divergence``, in the same chunks. With the keyword ``support``
-        [B, T, K] all of these but the values are of the distributions among its ids. With the
+        [B, T, K] all of these but the values are of the distributions among its ids; a
+        ``statistic`` (``ops.evaluate``) is of the whole vocabulary, in the same chunks. With the
         keyword ``response_mask`` [B, T] columns outside it may be left out: logits of many columns
         are computed in chunks, on CPUs those with columns of responses alone.
 
@@ -148,6 +149,8 @@ def policy_fn(
         *,
         support: Array | None = None,
         response_mask: Array | None = None,
+        statistic: Callable[..., Any] | None = None,
+        arrays: tuple[Array, ...] = (),
     ) -> PolicyOutput:
         width = tokens.shape[1]
         prompt = prompt_length if response_length is None else width - response_length
@@ -166,25 +169,28 @@ def policy_fn(
             before = answers(attention_mask, num_answers).previous[:, first:]
         rows = (tokens, attention_mask)
         hidden = states(model, body, *rows, policy_key, before)
-        columns = [tokens[:, first:], hidden]
-        compare = None
+        of_teacher = compare = None
         if teacher is not None and teacher_params is not None:
             of_teacher = states(teacher.model, teacher_params, *rows, None, before)
-            columns.append(of_teacher)
             compare = partial(_compared, teacher, teacher_params, temperature)
-        of_chunk: Any = partial(_of_tokens, model, body, temperature, compare)
-        if support is not None:
-            columns.append(support[:, first:])
-            of_chunk = partial(_in_support, of_chunk)
+        in_support = None if support is None else support[:, first:]
+        own = (x[:, first:] for x in arrays)
+        columns = (tokens[:, first:], hidden, of_teacher, in_support, *own)
+        present, layout = jax.tree.flatten(columns)  # without what is None
+
+        def of_chunk(_: Array, *parts: Array) -> PolicyOutput:
+            columns = layout.unflatten(parts)
+            return _of_tokens(model, body, temperature, compare, statistic, *columns)
+
         read = None if response_mask is None else response_mask[:, first:] != 0
-        output = _by_chunks(of_chunk, model.config.vocab_size, *columns, read=read)
+        output = _by_chunks(of_chunk, model.config.vocab_size, *present, read=read)
         critic = params
         if value_model is not None:
             critic = params["value"]
             hidden = states(value_model, critic, *rows, value_key, before)
         if value_model is not None or model.values is not None or "value" in params:
             output = output._replace(values=_values(value_model or model, critic, hidden))
-        return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
+        return jax.tree.map(lambda columns: ops.from_column(columns, first), output)
 
     known = temperature if isinstance(temperature, int | float) else None
     return Policy(
@@ -193,6 +199,7 @@ def policy_fn(
         prompt_length=prompt_length,
         response_length=response_length,
         takes_response_mask=True,
+        takes_statistic=True,
     )
 
 
@@ -300,16 +307,18 @@ def _of_tokens(
     model: Model,
     params: Params,
     temperature: float | Array,
-    compare: Callable[..., dict[str, Array]] | None,
-    _: Array,
+    compare: Callable[..., dict[str, Any]] | None,
+    statistic: Callable[..., Any] | None,
     targets: Array,
     hidden: Array,
-    *of_teacher: Array,
-    support: Array | None = None,
+    of_teacher: Array | None,
+    support: Array | None,
+    *arrays: Array,
 ) -> PolicyOutput:
     """Log-probabilities and entropies [B, n] of the targets, from states [B, n, D].
 
-    compare: ``compare(logits [B, n, V], targets, support, *of_teacher)`` gives further fields.
+    compare: ``compare(logits [B, n, V], targets, support, of_teacher)`` gives further fields.
+    statistic: ``statistic(logits, *arrays)`` is a further field.
     support: [B, n, K] ids among which the targets were drawn; None: the whole vocabulary.
     """
     whole = model.unembed(params, hidden) / temperature
@@ -318,14 +327,10 @@ def _of_tokens(
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     probs = jnp.exp(logits - normalizer[..., None])
     entropy = normalizer - jnp.sum(probs * logits, axis=-1)
-    further = {} if compare is None else compare(whole, targets, support, *of_teacher)
+    further = {} if compare is None else compare(whole, targets, support, of_teacher)
+    if statistic is not None:
+        further["statistic"] = statistic(ops.float32(whole), *arrays)
     return PolicyOutput(chosen - normalizer, entropy, **further)
-
-
-def _in_support(of_tokens: Callable[..., PolicyOutput], *columns: Array) -> PolicyOutput:
-    """``of_tokens`` with the last of the columns as its ``support``."""
-    *others, support = columns
-    return of_tokens(*others, support=support)
 
 
 def _by_chunks(
