@@ -9,6 +9,7 @@ program, which gives the same parameters up to rounding.
 """
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -181,7 +182,7 @@ def rescored(
     *,
     eos_ids: tuple[int, ...],
     score_rows: int | None = None,
-    importance: tuple[float, losses.ImportanceSampling] | None = None,
+    importance: tuple[float, losses.ImportanceSampling, float] | None = None,
     expert_gap: Callable[[Params, Rollout], Array] | None = None,
     keep_log_probs: bool = False,
     extras: Collection[str] = (),
@@ -193,7 +194,7 @@ def rescored(
         keep_log_probs: the log-probs stay those of what sampled, which need not be the policy.
         extras: what the algorithm reads; with ``sampler_log_probs`` the rollout has these.
         score_rows: rows that the policy scores at once, see ``ops.by_rows``.
-        importance: cap and kind of the weights that correct an engine's log-probs
+        importance: cap, kind and floor of the weights that correct an engine's log-probs
             (``losses.importance_weights``); None: no weights.
         expert_gap: ``sampling.expert_gap`` of a mixture of experts; None: it is not measured.
     """
@@ -203,7 +204,8 @@ def rescored(
     policy_fn = ops.by_rows(functions.policy_fn, score_rows, group_size=sampled.group_size)
     weights: Any = {}
     if importance is not None:
-        weights = {"importance_cap": importance[0], "importance_sampling": importance[1]}
+        cap, how, floor = importance
+        weights = {"importance_cap": cap, "importance_sampling": how, "importance_floor": floor}
     params = loop.train.params
     scored = rollout.rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn, **weights)
     is_eos = jnp.isin(scored.tokens, jnp.asarray(eos_ids)) & scored.mask
@@ -222,7 +224,12 @@ def rescored(
         "response/most_common": most_common(scored),
     }
     if importance is not None:
-        metrics["policy/importance_limited"] = rollout.truncated_share(scored, importance[0])
+        # The cap of a mask by a divergence is none of weights.
+        cap, floor = (math.inf, 0.0) if how in ("tv_mask", "kl_mask") else (cap, floor)
+        raw = ops.masked(ops.ratio(scored.log_probs, sampled.log_probs), sampled.mask)
+        metrics["policy/importance_limited"] = rollout.truncated_share(scored, cap, floor)
+        metrics["policy/importance_raw_mean"] = ops.masked_mean(raw, sampled.mask)
+        metrics["policy/importance_raw_max"] = jnp.max(raw)
     if expert_gap is not None:
         policy = sampling_params(loop, functions.base)
         metrics["policy/expert_gap"] = expert_gap(policy, sampled)

@@ -21,10 +21,20 @@ from rlhf_jax import ops
 from rlhf_jax.types import Mean
 
 DPOKind = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
-Surrogate = Literal["clip", "cispo", "sapo", "vespo"]
+Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo"]
 Aggregation = Literal["token", "sequence", "sum", "fixed"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+ImportanceSampling = Literal[
+    "token_truncate",
+    "token_mask",
+    "sequence_truncate",
+    "sequence_mask",
+    "geometric_truncate",
+    "geometric_mask",
+    "tv_mask",
+    "kl_mask",
+]
+Gate = Literal["none", "tv", "kl", "drift"]
 
 
 def comparison(
@@ -237,6 +247,29 @@ def vespo(
     return _weigh(log_probs, weight, advantages), weight < 0.5
 
 
+def gmpo(
+    log_ratio: Array, advantages: Array, *, mask: Array, clip_low: float, clip_high: float
+) -> tuple[Array, Array]:
+    """GMPO's surrogate: ``-A * ratio`` with the geometric mean of the response's ratios, each of
+    which is clipped first: to at most ``exp(clip_high)`` where A > 0, to at least
+    ``exp(-clip_low)`` where A < 0.
+
+    Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv 2507.20673, eq. 4.
+
+    Args:
+      log_ratio, advantages, mask: [B, T], of tokens.
+
+    Returns:
+      The loss of each token, float32, and bool: where the token's ratio is clipped.
+    """
+    advantages = ops.frozen(advantages)
+    sign = jnp.sign(advantages)
+    limit = jnp.where(sign > 0, clip_high, clip_low)
+    held = sign * jnp.minimum(sign * log_ratio, limit)
+    ratio = ops.bounded_exp(ops.masked_mean(held, mask, axis=1, keepdims=True))
+    return -advantages * ratio, sign * log_ratio > limit
+
+
 def _weigh(log_probs: Array, weight: Array, advantages: Array) -> Array:
     """``-weight * A * log_prob``, of which only ``log_probs`` is differentiated."""
     chex.assert_equal_shape([log_probs, weight, advantages])
@@ -252,11 +285,13 @@ def surrogate(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    mask: Array | None = None,
 ) -> tuple[Array, Array]:
     """The policy loss of each token by the surrogate of this name, and which tokens are clipped.
 
     Args:
       log_probs, advantages, log_ratio: [B, T], 0 outside the response.
+      mask: [B, T] of the response, for ``gmpo``; None: all.
 
     Returns:
       [B, T] float32, and [B, T] bool.
@@ -267,6 +302,12 @@ def surrogate(
         "cispo": partial(cispo, log_probs=log_probs, clip_low=clip_low, clip_high=clip_high),
         "sapo": sapo,
         "vespo": partial(vespo, log_probs=log_probs),
+        "gmpo": partial(
+            gmpo,
+            mask=jnp.ones_like(log_ratio) if mask is None else mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+        ),
     }
     return surrogates[kind](log_ratio, advantages)
 
@@ -276,39 +317,87 @@ def importance_weights(
     *,
     behaviour_log_probs: Array,
     mask: Array,
-    cap: float,
+    cap: float | None,
+    floor: float = 0.0,
     how: ImportanceSampling = "token_truncate",
 ) -> Array:
     """Weights of tokens that another engine drew, ``w = exp(log_probs - behaviour_log_probs)``,
-    limited by ``cap``.
+    limited by ``floor`` and ``cap``.
 
     - ``token_...``: each token's own w (Yao et al. 2025, "Your Efficient RL Framework Secretly
       Brings You Off-Policy RL Training").
     - ``sequence_...``: every token of a response gets the product of w over the response. Only this
       product is unbiased for the whole response (Liu et al. 2025, "When Speed Kills Stability").
-    - ``..._truncate``: min(w, cap) (Ionides 2008).
-    - ``..._mask``: 0 in place of w > cap, so that the token, or the row, has no gradient; it still
-      counts in the loss's denominator.
+    - ``geometric_...``: every token gets the geometric mean of w over the response.
+    - ``..._truncate``: w clipped to [floor, cap] (Ionides 2008, with a cap).
+    - ``..._mask``: 0 in place of w outside [floor, cap], so that the token, or the row, has no
+      gradient; it still counts in the loss's denominator. ``token_mask`` is IcePop (Ling team 2025,
+      "Every Step Evolves").
+    - ``tv_mask``, ``kl_mask``: w where the token's ``binary_divergence`` from the engine is at most
+      cap, else 0; no floor.
 
     Args:
       log_probs: [B, T] of the policy.
       behaviour_log_probs, mask: [B, T] of the engine.
+      cap: None or ``math.inf``: no bound, the raw weights if ``floor`` is 0.
 
     Returns:
       [B, T] float32, 0 outside the response; no gradient flows through it.
     """
+    cap = jnp.inf if cap is None else cap
     ops.check_number("cap", cap, above=0)
+    ops.check_number("floor", floor, at_least=0, at_most=cap)
     ops.check_choice("how", how, ImportanceSampling)
     chex.assert_equal_shape([log_probs, behaviour_log_probs, mask])
-    log_ratio = ops.masked(log_probs, mask) - ops.masked(behaviour_log_probs, mask)
-    if how.startswith("sequence"):
+    log_probs, behaviour = (ops.masked(x, mask) for x in (log_probs, behaviour_log_probs))
+    log_ratio = log_probs - behaviour
+    level, kind = how.split("_")
+    if level == "sequence":
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
+    elif level == "geometric":
+        log_ratio = ops.masked_mean(log_ratio, mask, axis=1, keepdims=True)
     weight = ops.bounded_exp(log_ratio)
-    if how.endswith("truncate"):
-        weight = jnp.minimum(weight, cap)
+    if kind == "truncate":
+        weight = jnp.clip(weight, floor, cap)
+    elif level in ("tv", "kl"):
+        apart = binary_divergence(log_probs, behaviour, level)
+        weight = jnp.where(apart <= cap, weight, 0.0)
     else:
-        weight = jnp.where(weight <= cap, weight, 0.0)
+        weight = jnp.where((weight >= floor) & (weight <= cap), weight, 0.0)
     return ops.frozen(ops.masked(weight, mask))
+
+
+def binary_divergence(log_probs: Array, old_log_probs: Array, kind: Literal["tv", "kl"]) -> Array:
+    """How far a token's probability p is from an older q, for this token and all others together:
+    ``tv``, ``|p - q|``; ``kl``, ``q log(q / p) + (1 - q) log((1 - q) / (1 - p))`` nats (Qi et al.
+    2026, arXiv 2602.04879, eqs. 13 and 14). Any shape, float32.
+    """
+    new, old = ops.float32(log_probs), ops.float32(old_log_probs)
+    q = jnp.exp(old)
+    if kind == "tv":
+        return jnp.abs(jnp.exp(new) - q)
+    # A probability of 1, whose complement has an infinite logarithm, is replaced by exp(-1e-6).
+    others, old_others = (jnp.log(-jnp.expm1(jnp.minimum(x, -1e-6))) for x in (new, old))
+    return q * (old - new) + (1.0 - q) * (old_others - others)
+
+
+def gated(
+    gate: Gate, log_probs: Array, old_log_probs: Array, advantages: Array, mask: Array, limit: float
+) -> Array:
+    """The tokens whose policy loss a gate drops, [B, T] bool of arrays [B, T] that are 0 outside
+    the response.
+
+    - ``tv``, ``kl``: where the loss moves the token further away from the old policy (A > 0 and
+      ratio > 1, or A < 0 and ratio < 1) and ``binary_divergence`` is above the limit (DPPO, Qi et
+      al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning", eq. 12).
+    - ``drift``: A < 0 in rows whose mean of ``log(old / new)`` over the response is above the limit
+      ("DeepSeek-V3.2", 2025, eq. 9).
+    """
+    if gate == "drift":
+        drift = ops.masked_mean(old_log_probs - log_probs, mask, axis=1, keepdims=True)
+        return (advantages < 0) & (drift > limit)
+    apart = binary_divergence(log_probs, old_log_probs, "tv" if gate == "tv" else "kl")
+    return (advantages * (log_probs - old_log_probs) > 0) & (apart > limit)
 
 
 def clipped_value(values: Array, old_values: Array, returns: Array, clip: float = 0.2) -> Array:

@@ -243,9 +243,17 @@ def test_lengths_are_those_of_responses_and_weights_of_the_kind_that_is_given():
         sampled,
         iteration.Functions(policy_fn),
         eos_ids=(9,),
-        importance=(2.0, "sequence_truncate"),
+        importance=(2.0, "sequence_truncate", 0.0),
     )
     assert float(metrics["response/length"]) == 1.5
+    weights = {key: float(x) for key, x in metrics.items() if "importance" in key}
+    assert weights == pytest.approx(
+        {
+            "policy/importance_limited": 0.0,
+            "policy/importance_raw_mean": 1.5,  # of 1, 1/2 and 3, the tokens' own
+            "policy/importance_raw_max": 3.0,
+        }
+    )
     assert_allclose(made.importance_weights[:, 3:], [[1, 0], [1.5, 1.5]], rtol=1e-6)
     _, metrics = scored(made, f32(1.0, 2.0), {})
     assert_allclose(metrics["reward/length_correlation"], 1.0, rtol=1e-6)

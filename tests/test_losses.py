@@ -133,6 +133,65 @@ def test_importance_weights_by_hand(how, expected):
     assert_allclose(weights, expected, rtol=1e-6)
 
 
+RAW = [[0.25, 0, 2, 4], [0, 3 / 4, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("how", "floor", "cap", "expected"),
+    [
+        ("token_truncate", 0.5, 3.0, [[0.5, 0, 2, 3], [0, 3 / 4, 0, 0]]),
+        ("token_mask", 0.5, 3.0, [[0, 0, 2, 0], [0, 3 / 4, 0, 0]]),
+        ("sequence_mask", 1.0, 3.0, [[2, 0, 2, 2], [0, 0, 0, 0]]),  # 0.25 * 2 * 4 = 2
+        ("sequence_truncate", 1.0, 1.5, [[1.5, 0, 1.5, 1.5], [0, 1, 0, 0]]),
+        ("geometric_truncate", 1.0, 1.2, [[1.2, 0, 1.2, 1.2], [0, 1, 0, 0]]),
+        ("geometric_mask", 0.0, 1.2, [[0, 0, 0, 0], [0, 3 / 4, 0, 0]]),  # 2^(1/3) = 1.26
+        ("geometric_mask", 0.8, 1.3, [[2 ** (1 / 3), 0, 2 ** (1 / 3), 2 ** (1 / 3)], [0] * 4]),
+        # From an engine's 1/8: to 1/32, 1/4, 1/2 and 3/32.
+        ("tv_mask", 0.0, 0.2, [[0.25, 0, 2, 0], [0, 3 / 4, 0, 0]]),
+        ("tv_mask", 0.0, 0.09, [[0, 0, 0, 0], [0, 3 / 4, 0, 0]]),
+        # .084, .048, .317 and .0046 nats.
+        ("kl_mask", 0.0, 0.06, [[0, 0, 2, 0], [0, 3 / 4, 0, 0]]),
+        ("kl_mask", 0.0, 0.1, [[0.25, 0, 2, 0], [0, 3 / 4, 0, 0]]),
+        ("token_mask", 0.0, None, RAW),
+        ("token_truncate", 0.0, math.inf, RAW),
+        ("tv_mask", 0.0, None, RAW),
+    ],
+)
+def test_bounds_of_importance_weights_by_hand(how, floor, cap, expected):
+    """On both sides, by means of rows, and by the distance of a token's probability."""
+    ratios = f32([0.25, math.nan, 2, 4], [math.nan, 3 / 4, math.nan, math.nan])
+    mask = np.array([[1, 0, 1, 1], [0, 1, 0, 0]])
+    how = {"cap": cap, "floor": floor, "how": how}
+    behaviour = np.full((2, 4), math.log(1 / 8), np.float32)
+    policy = np.log(ratios / 8)
+    weights = losses.importance_weights(policy, behaviour_log_probs=behaviour, mask=mask, **how)
+    assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_what_no_bound_of_weights_can_be_is_refused():
+    zeros = np.zeros((1, 2), np.float32)
+    weights = functools.partial(losses.importance_weights, zeros, behaviour_log_probs=zeros)
+    for changes, message in (
+        ({"cap": 0.0}, "cap must be above 0"),
+        ({"cap": 2.0, "floor": -0.5}, "floor must be at least 0"),
+        ({"cap": 2.0, "floor": 3.0}, "floor must be at most 2.0"),
+        ({"cap": 2.0, "how": "token_clip"}, "how must be one of token_truncate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights(mask=zeros, **changes)
+
+
+def test_a_binary_divergence_is_that_of_two_outcomes():
+    """Also where a token is certain, or nearly so."""
+    p, q = np.array([[0.3, 0.9, 0.999, 1e-4]]), np.array([[0.5, 0.2, 0.99, 0.5]])
+    kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+    found = [losses.binary_divergence(f32(*np.log(p)), f32(*np.log(q)), k) for k in ("tv", "kl")]
+    assert_allclose(found[0], np.abs(p - q), rtol=1e-5, atol=1e-7)
+    assert_allclose(found[1], kl, rtol=1e-4, atol=1e-7)
+    certain = losses.binary_divergence(f32(0.0, 0.0), f32(0.0, math.log(0.5)), "kl")
+    assert_allclose(certain, [0.0, 0.5 * math.log(0.5) + 0.5 * math.log(0.5 / 1e-6)], atol=1e-3)
+
+
 # One number from many
 
 

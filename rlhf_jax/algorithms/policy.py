@@ -104,12 +104,20 @@ class Config(Batching):
     surrogate: losses.Surrogate = "clip"
     """clip: PPO's loss, in which clipped tokens have no gradient; cispo: the clipped ratio is each
     token's weight; sapo: the gradient fades with the ratio; vespo: the weight of the whole row
-    fades, needs ratio: product.
+    fades, needs ratio: product; gmpo: the geometric mean of the row's ratios, each clipped in log
+    space to [-clip_low, clip_high].
     """
     ratio: Ratio = "token"
     """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its
     tokens (GSPO); product: their product.
     """
+    gate: losses.Gate = "none"
+    """Drop the policy loss of tokens that have moved too far: tv, kl: by the total variation, or
+    KL, of the token's probability (DPPO); drift: of whole rows with a negative advantage.
+    """
+    gate_limit: float = 0.15
+    """How far is too far for the gate: usual are 0.15 with tv, 0.05 nats with kl, and 0.5 nats, the
+    mean over the row, with drift."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,6 +126,8 @@ class Config(Batching):
         ops.check_choice("surrogate", self.surrogate, losses.Surrogate)
         ops.check_choice("ratio", self.ratio, Ratio)
         ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, ops.KLEstimator)
+        ops.check_choice("gate", self.gate, losses.Gate)
+        ops.check_numbers(self, "gate_limit", at_least=0)
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(
                 f"dual_clip: only for the surrogate 'clip', not {self.surrogate!r}; use null"
@@ -126,6 +136,8 @@ class Config(Batching):
             raise ValueError(
                 f"ratio: the surrogate 'vespo' weighs whole rows, by 'product', not {self.ratio!r}"
             )
+        if self.surrogate == "gmpo" and self.ratio != "token":
+            raise ValueError(f"ratio: 'gmpo' clips each 'token' itself, not {self.ratio!r}")
         if self.kl_loss_estimator == "k1":
             raise ValueError(
                 "kl_loss_estimator 'k1' has expected gradient 0: use it in the reward, or 'k2' or "
@@ -266,7 +278,8 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
       The loss and the metrics of ``with_entropy``, ``policy/clip_fraction`` (see
       ``losses.surrogate``),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020),
-      ``policy/ratio_max`` and, with a KL term, ``policy/kl_loss`` and
+      ``policy/ratio_max``, with a gate ``policy/gated_fraction`` (tokens whose policy loss it
+      drops, ``losses.gated``) and, with a KL term, ``policy/kl_loss`` and
       ``policy/kl_capped_fraction`` (tokens whose ratio is above ``KL_RATIO_CAP``).
     """
     mask = rollout.mask  # [B, T]
@@ -289,9 +302,16 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
+        mask=mask,
     )
+    of_gate: LossMetrics = {}
+    if config.gate != "none":
+        moved = (log_probs, old_log_probs, advantages, mask)
+        is_gated = losses.gated(config.gate, *moved, config.gate_limit)
+        per_token = jnp.where(is_gated, 0.0, per_token)
+        of_gate["policy/gated_fraction"] = losses.aggregate(is_gated, mask)
     per_token, metrics = with_entropy(per_token, output, rollout, config)
-    metrics |= {
+    metrics |= of_gate | {
         "policy/clip_fraction": losses.aggregate(is_clipped, mask),
         "policy/approx_kl": losses.aggregate(0.5 * jnp.square(of_token), mask),
         "policy/ratio_max": Max(jnp.max(ops.masked(ratio, mask))),

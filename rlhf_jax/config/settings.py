@@ -513,11 +513,15 @@ class RLStage(Reference):
     --model; stored:FOLDER, the samples that another run kept. null: none."""
     engine_importance: Literal[ImportanceSampling, "off"] = "token_truncate"
     """What corrects the log-probabilities of an engine, or of rollouts_ahead: each token's loss is
-    multiplied by the ratio of the policy's own probability to that of the sampler. token, sequence:
-    the ratio of the token, or of its whole response; truncate, mask: a ratio above engine_cap
-    becomes engine_cap, or 0. off: no correction."""
-    engine_cap: Positive = 2.0
-    """The largest such ratio."""
+    multiplied by the ratio of the policy's own probability to that of the sampler. token, sequence,
+    geometric: the ratio of the token, of its whole response, or the geometric mean over it;
+    truncate: a ratio outside [engine_floor, engine_cap] becomes the nearer bound; mask: it becomes
+    0. tv_mask, kl_mask: the token's ratio becomes 0 where the total variation, or KL, of its
+    probability is above engine_cap. off: no correction."""
+    engine_cap: Positive | None = 2.0
+    """The largest such ratio, or divergence of tv_mask and kl_mask; null: no bound."""
+    engine_floor: NonNegative = 0.0
+    """The least such ratio; tv_mask and kl_mask have none."""
     engine_check: bool = True
     """Stop the run when the log-probabilities of an engine differ from the policy's by more than
     rounding explains; false: train on its samples anyway."""
@@ -530,6 +534,7 @@ class RLStage(Reference):
         check_number("overlong_buffer", self.overlong_buffer, at_most=self.max_new_tokens)
         if self.overlong_penalty != 1 and self.overlong_buffer is None:
             raise ValueError("overlong_penalty: nothing is subtracted without an overlong_buffer")
+        check_number("engine_floor", self.engine_floor, at_most=self.engine_cap or math.inf)
         check_number("min_new_tokens", self.min_new_tokens, at_most=self.max_new_tokens)
         if self.min_new_tokens and self.environment is not None:
             raise ValueError(

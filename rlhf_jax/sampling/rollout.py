@@ -72,6 +72,7 @@ def rescore(
     policy_fn: PolicyFn,
     ref_fn: BoundPolicyFn | None = None,
     importance_cap: float | None = None,
+    importance_floor: float = 0.0,
     importance_sampling: losses.ImportanceSampling = "token_truncate",
 ) -> Rollout:
     """The rollout with ``log_probs`` and ``values`` [B, T] of ``policy_fn``, ``ref_log_probs`` [B,
@@ -84,7 +85,7 @@ def rescore(
     With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too,
     which correct for an engine whose probabilities differ from the policy's:
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
-    per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
+    per row, truncated at the floor and the cap or masked beyond them. ``math.inf`` is no limit.
     """
     mask = rollout.mask
     output = ops.evaluate(policy_fn, params, rollout)
@@ -97,6 +98,7 @@ def rescore(
             behaviour_log_probs=rollout.log_probs,
             mask=mask,
             cap=importance_cap,
+            floor=importance_floor,
             how=importance_sampling,
         )
         scored = replace(scored, importance_weights=weights)
@@ -116,16 +118,19 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> Array:
     return jnp.max(ops.masked(gap, sampled.mask), initial=0.0)
 
 
-def truncated_share(rollout: Rollout, importance_cap: float) -> Array:
-    """The share [] of response tokens whose importance weight reached the cap given to
-    ``rescore``, or was masked beyond it; 0 if there are no response tokens.
+def truncated_share(
+    rollout: Rollout, importance_cap: float, importance_floor: float = 0.0
+) -> Array:
+    """The share [] of response tokens whose importance weight reached the cap or the floor given to
+    ``rescore``, or was masked beyond them; 0 if there are no response tokens. Weights masked by a
+    divergence have no cap of their own: give ``math.inf``.
     """
     weights = rollout.importance_weights
     if weights is None:
         raise ValueError(
             "rollout.importance_weights is None: give rollout.rescore an importance_cap"
         )
-    is_limited = (weights >= importance_cap) | (weights == 0)
+    is_limited = (weights >= importance_cap) | (weights <= importance_floor)
     return ops.masked_mean(is_limited, rollout.response_mask)
 
 

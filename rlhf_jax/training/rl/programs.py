@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -289,14 +290,15 @@ def compiled(
     )
 
 
-def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling] | None:
-    """Cap and kind of the importance weights of responses that another policy sampled: an engine's,
+def importance_of(settings: RLStage) -> tuple[float, losses.ImportanceSampling, float] | None:
+    """Cap, kind and floor of the weights of responses that another policy sampled: an engine's,
     or the policy before the last update. None if there are no weights.
     """
     is_current = settings.engine is None and not settings.rollouts_ahead
     if is_current or settings.engine_importance == "off":
         return None
-    return settings.engine_cap, settings.engine_importance
+    cap = math.inf if settings.engine_cap is None else settings.engine_cap
+    return cap, settings.engine_importance, settings.engine_floor
 
 
 def expert_gap_of(

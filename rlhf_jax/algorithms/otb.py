@@ -1,0 +1,62 @@
+"""Optimal token baseline (arXiv 2602.07078): ``b_t = sum_i W_it R_it / sum_i W_it`` over a group's
+answers with a token in column t; R are the rewards from t on, and W the sum over the answer's
+tokens up to t of ``1 - 2 p_t + sum_v p_v^2``, the squared norm of the gradient of log p_t with
+respect to the logits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax import advantages, ops
+from rlhf_jax.algorithms import grpo, policy
+from rlhf_jax.types import Metrics, Params, PolicyFn, Rollout
+
+
+@dataclass(frozen=True)
+class Config(policy.Config):
+    """Optimal token baseline."""
+
+    group_size: int = 8
+    """Answers to each prompt, in adjacent rows of the rollout."""
+
+
+def sum_squares(logits: Array) -> Array:
+    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V]."""
+    return jnp.exp(jax.nn.logsumexp(2 * logits, -1) - 2 * jax.nn.logsumexp(logits, -1))
+
+
+def prepare(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, config: Config) -> Rollout:
+    """The rollout with ``advantages`` [B, T], ``R_it - b_t``, from its ``rewards``, by a pass of
+    the policy that sampled, of as many rows at once as in a step.
+    """
+    policy.check_unprepared(rollout)
+    mask = rollout.mask
+    rows = len(mask) // (config.num_minibatches * config.num_microbatches)
+    by_rows = ops.by_rows(policy_fn, rows, group_size=rollout.group_size)
+    output = ops.evaluate(by_rows, params, rollout, statistic=sum_squares)
+    energy = ops.masked(1.0 - 2.0 * jnp.exp(output.log_probs) + output.statistic, mask)
+    to_go = advantages.discounted_returns(policy.field(rollout, "rewards"), mask)
+    groups = (-1, config.group_size, mask.shape[1])
+    present = mask.reshape(groups)
+    weight = ops.masked(jnp.cumsum(energy, axis=1).reshape(groups), present)
+    # Of the distances from the mean, so that equal rewards have advantages of exactly 0.
+    centred, _ = ops.centred(to_go.reshape(groups), present, axis=1)
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    baseline = jnp.sum(weight * centred, axis=1, keepdims=True) / jnp.maximum(total, 1e-8)
+    estimated = ops.masked(centred - baseline, present).reshape(mask.shape)
+    return replace(rollout, advantages=estimated)
+
+
+_passes = policy.updater(lambda rollout, **_: rollout, grpo.loss)
+
+
+def update(
+    state: Any, rollout: Rollout, key: Array, *, policy_fn: PolicyFn, config: Config, **how: Any
+) -> tuple[Any, Metrics]:
+    """``prepare``, then the passes of ``policy.updater``."""
+    rollout = prepare(rollout, state.params, policy_fn=policy_fn, config=config)
+    return _passes(state, rollout, key, policy_fn=policy_fn, config=config, **how)
