@@ -254,13 +254,8 @@ def gmpo(
     which is clipped first: to at most ``exp(clip_high)`` where A > 0, to at least
     ``exp(-clip_low)`` where A < 0.
 
-    Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv 2507.20673, eq. 4.
-
-    Args:
-      log_ratio, advantages, mask: [B, T], of tokens.
-
-    Returns:
-      The loss of each token, float32, and bool: where the token's ratio is clipped.
+    Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv 2507.20673, eq. 4. Of tokens, [B,
+    T] each; the results are as in ``clip``.
     """
     advantages = ops.frozen(advantages)
     sign = jnp.sign(advantages)
@@ -297,17 +292,13 @@ def surrogate(
       [B, T] float32, and [B, T] bool.
     """
     ops.check_choice("kind", kind, Surrogate)
+    mask = jnp.ones_like(log_ratio) if mask is None else mask
     surrogates: dict[Surrogate, Callable[..., tuple[Array, Array]]] = {
         "clip": partial(clip, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
         "cispo": partial(cispo, log_probs=log_probs, clip_low=clip_low, clip_high=clip_high),
         "sapo": sapo,
         "vespo": partial(vespo, log_probs=log_probs),
-        "gmpo": partial(
-            gmpo,
-            mask=jnp.ones_like(log_ratio) if mask is None else mask,
-            clip_low=clip_low,
-            clip_high=clip_high,
-        ),
+        "gmpo": partial(gmpo, mask=mask, clip_low=clip_low, clip_high=clip_high),
     }
     return surrogates[kind](log_ratio, advantages)
 
@@ -360,7 +351,7 @@ def importance_weights(
     if kind == "truncate":
         weight = jnp.clip(weight, floor, cap)
     elif level in ("tv", "kl"):
-        apart = binary_divergence(log_probs, behaviour, level)
+        apart = binary_divergence(log_probs, behaviour, "tv" if level == "tv" else "kl")
         weight = jnp.where(apart <= cap, weight, 0.0)
     else:
         weight = jnp.where((weight >= floor) & (weight <= cap), weight, 0.0)

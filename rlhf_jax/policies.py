@@ -188,12 +188,11 @@ def evaluate(
     none, which is logged once.
 
     Args:
-        statistic: what a loss needs of the next-token distributions, as ``output.statistic``:
-            ``statistic(logits, *arrays)`` of logits [..., V] over the whole vocabulary, float32
-            and divided by the temperature, returns a tree of [...] or [..., K]. Its leaves [B, T,
-            ...] are aligned as ``log_probs``: column t comes from the logits at t - 1, and from
-            column t of the arrays. The logits of a whole text need not exist at once, and gradients
-            flow through it. A policy that cannot be asked is a ValueError.
+        statistic: of the next-token distributions: ``statistic(logits, *arrays)``, of logits [...,
+            V] over the whole vocabulary, float32 and divided by the temperature, returns a tree of
+            [...] or [..., K], which ``output.statistic`` has as [B, T, ...]. Column t comes from
+            the logits at t - 1 and column t of the arrays. The logits of a whole text need not
+            exist at once, and gradients flow through it. ValueError for a plain function.
         arrays: [B, T, ...] each.
     """
     if line := unchecked(policy_fn, name):

@@ -16,7 +16,19 @@ from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
 
 from rlhf_jax import iteration, losses, ops, rewards, rollout
-from rlhf_jax.algorithms import distill, dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.algorithms import (
+    clip_cov,
+    distill,
+    dpo,
+    grpo,
+    kto,
+    otb,
+    ppo,
+    reward_model,
+    rloo,
+    sft,
+    vpg,
+)
 from rlhf_jax.config import DPOStage
 from rlhf_jax.training.common import references
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
@@ -142,6 +154,8 @@ GROUPS = {
     "luspo": gspo(0.4, each_token, aggregate="sum"),
     "vespo": vespo(0.5),
     "dapo": dapo(0.2),
+    "dppo": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, gate="tv", clip_low=1.0, clip_high=1e3),
+    "gmpo": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row, scale=False, surrogate="gmpo"),
 }
 
 
@@ -223,12 +237,25 @@ LEARNERS["reinforce_pp"] = with_kl_in_reward(rloo, rloo.Config(baseline="global"
 LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(
     rloo, rloo.Config(baseline="both", group_size=2)
 )
+# It draws one token of thousands.
+COV = (clip_cov, unscaled, "k3", 0.2, by_row)
+LEARNERS["clip_cov"] = with_kl_in_loss(*COV, scale=False)
+LEARNERS["kl_cov"] = with_kl_in_loss(*COV, scale=False, kind="kl")
 LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="greedy"))
+# Its baseline has a share of the token's own reward, which is small in a large group.
+LEARNERS["otb"] = with_kl_in_reward(otb, otb.Config(group_size=64, aggregate="sum"))
 LEARNERS["other_engine"] = with_kl_in_reward(rloo, rloo.Config(group_size=2))  # see train
+
+
+@ops.policy_fn
+def of_logits(params, tokens, attention_mask, key):
+    """The same policy, as one that gives statistics."""
+    return params["logits"][jnp.minimum(tiny.prefixes(tokens), tiny.NUM_OPEN - 1)]
 
 
 def train(name, algorithm, config, kl_coef, num_steps, rows):
     optimizer = adam(num_steps)
+    policy_fn = of_logits if name == "otb" else tiny.policy_fn
 
     def sample(params, uniform):
         if name in OFF_POLICY:
@@ -249,7 +276,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     def one_iteration(state, uniform):
         batch = shaped(name, sample(state.params, uniform), kl_coef)
         return algorithm.update(
-            state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config
+            state, batch, KEY, policy_fn=policy_fn, optimizer=optimizer, config=config
         )
 
     uniform = np.random.default_rng(3).random(
@@ -258,7 +285,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     )
     state, metrics = repeat(
         one_iteration,
-        algorithm.State.create(tiny.params(), optimizer),
+        getattr(algorithm, "State", TrainState).create(tiny.params(), optimizer),
         uniform,
     )
     assert not metrics["nonfinite"].any()

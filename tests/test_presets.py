@@ -21,6 +21,7 @@ from builders import ROOT, Checker, initial_params, slow, soak
 
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
+from rlhf_jax.cli.stages import find_method
 from rlhf_jax.config import ALGORITHMS, DPOStage, RunConfig, model_source, parse
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
@@ -39,23 +40,32 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*
 # follow from others, and the learning rate and the KL coefficient of the reward that its file
 # has. None: not in the file.
 SAYS = {
+    "clip_cov": "clip_cov kind=clip share=0.0002 cov_low=1.0 cov_high=5.0 kl_in_loss=False"
+    " rate=None kl_coef=None",
     "cispo": "grpo surrogate=cispo clip_low=1.0 aggregate=token kl_in_loss=False"
     " rate=None kl_coef=None",
     "dapo": "grpo clip_low=0.2 clip_high=0.28 aggregate=token kl_in_loss=False group_size=16"
     " rate=1e-06 kl_coef=None",
     "dpo": "dpo kind=sigmoid beta=0.1 needs_reference=True batch_size=64 rate=1e-06",
     "dpo_by_length": "dpo kind=sigmoid length_normalised=True beta=5.0 rate=5e-07",
+    "dppo": "grpo gate=tv gate_limit=0.15 surrogate=clip clip_low=1.0 clip_high=inf"
+    " aggregate=token kl_in_loss=False rate=None kl_coef=None",
     "dr_grpo": "grpo scale=False aggregate=fixed length=3000 kl_in_loss=False"
     " rate=1e-06 kl_coef=None",
+    "gmpo": "grpo surrogate=gmpo ratio=token clip_low=0.4 clip_high=0.4 aggregate=sequence"
+    " kl_in_loss=False rate=None kl_coef=None",
     "grpo": "grpo group_size=64 kl_loss_coef=0.04 kl_loss_estimator=k3 aggregate=sequence"
     " rate=1e-06 kl_coef=None",
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4"
     " rate=None kl_coef=None",
     "ipo": "dpo kind=ipo beta=0.1 rate=None",
+    "kl_cov": "clip_cov kind=kl share=0.002 kl_cov_coef=1.0 clip_low=1.0 clip_high=inf"
+    " kl_in_loss=False rate=None kl_coef=None",
     "kto": "kto beta=0.1 desirable_weight=None undesirable_weight=None batch_size=32 rate=5e-06",
     "luspo": "grpo ratio=sequence surrogate=clip aggregate=sum kl_in_loss=False"
     " rate=None kl_coef=None",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32 rate=5e-06",
+    "otb": "otb group_size=8 aggregate=token kl_in_loss=False rate=None kl_coef=None",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True"
     " rate=1e-05 kl_coef=0.15",
     "reinforce_pp": "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence"
@@ -86,14 +96,14 @@ SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     section, *said = SAYS[name].split()
-    config = parse(RunConfig, ["--config", "tiny", name])
+    config = parse(RunConfig, ["--config", "tiny", name], algorithm=find_method(section))
     text = (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8")
     given = yaml.safe_load(text)
     trained = given[section] if section in ("dpo", "kto") else given.get("rl", {})
     rates = {"rate": trained.get("optimizer", {}).get("learning_rate")}
     rates["kl_coef"] = trained.get("kl_coef")
     keys = [word.partition("=")[0] for word in said]
-    settings = getattr(config, section)
+    settings = config.own.get(section) or getattr(config, section)
     values = [rates[key] if key in rates else getattr(settings, key) for key in keys]
     assert [f"{key}={value}" for key, value in zip(keys, values, strict=True)] == said
     assert (config.rl.dynamic_sampling > 0) == (name == "dapo")
@@ -169,8 +179,10 @@ def test_a_preset_starts(name, data, monkeypatch):
     monkeypatch.setattr(
         start, "reference_of", lambda *args: copies.append(reference_of(*args)) or copies[-1]
     )
-    config = parse(RunConfig, [*flags(name, section, data), "--overwrite"])
     module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section)
+    method = find_method(section)
+    config = parse(RunConfig, [*flags(name, section, data), "--overwrite"], algorithm=method)
+    module = module or method
     if module is None:
         last = getattr(training, section).run(config).metrics
         assert last[f"{section}/loss"] > 0

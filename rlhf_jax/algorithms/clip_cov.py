@@ -1,6 +1,5 @@
-"""Clip-Cov and KL-Cov (Cui et al. 2025, "The Entropy Mechanism", arXiv 2505.22617, section 4): GRPO
-that spares the few tokens whose log-probability and advantage covary most, as they cost entropy.
-"""
+"""Clip-Cov and KL-Cov (Cui et al. 2025, "The Entropy Mechanism", arXiv 2505.22617): GRPO that holds
+back a few of the tokens whose log-probability and advantage covary, as these cost entropy."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,10 +17,10 @@ class Config(grpo.Config):
     """Clip-Cov and KL-Cov."""
 
     kind: Literal["clip", "kl"] = "clip"
-    """clip: tokens drawn from a band of covariances have no policy loss; kl: those of the largest
-    covariances have a KL from the policy that sampled."""
+    """clip: tokens drawn from a band of covariances have no policy loss; kl: the tokens of the
+    largest covariances have a KL from the policy that sampled."""
     share: float = 2e-4
-    """Share of the tokens that are spared, at least one of a microbatch."""
+    """Share of the tokens that are held back, at least one of a microbatch."""
     cov_low: float = 1.0
     """Lower end of the band."""
     cov_high: float = 5.0
@@ -35,14 +34,12 @@ class Config(grpo.Config):
 def loss(
     params: Params, rollout: Rollout, key: jax.Array, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
-    """``policy.loss`` without the tokens that ``key`` draws from the band; or plus ``kl_cov_coef *
-    |log_probs - old_log_probs|`` at those of the largest covariances.
-    """
+    """``policy.loss`` without the tokens that ``key`` draws from the band, or plus ``kl_cov_coef *
+    |log_probs - old_log_probs|`` at those of the largest covariances, of a prepared rollout."""
     output = ops.evaluate(policy_fn, params, rollout)
     mask = rollout.mask
     advantages = policy.field(rollout, "advantages", "call prepare first")
-    log_probs, _ = ops.centred(jax.lax.stop_gradient(output.log_probs), mask)
-    covariance = log_probs * ops.centred(advantages, mask)[0]
+    covariance = ops.centred(output.log_probs, mask)[0] * ops.centred(advantages, mask)[0]
     order, among = -covariance, mask
     if config.kind == "clip":
         order = jax.random.uniform(key, mask.shape)
@@ -50,14 +47,13 @@ def loss(
     rank = jnp.argsort(jnp.argsort(jnp.where(among, order, jnp.inf), axis=None))
     number = jnp.maximum(jnp.floor(config.share * jnp.sum(mask)), 1)
     chosen = among & (rank.reshape(mask.shape) < number)
-    if config.kind == "clip":
-        rollout = replace(rollout, advantages=jnp.where(chosen, 0.0, advantages))
-    value, metrics = policy.loss(output, rollout, config)
+    is_dropped = chosen & (config.kind == "clip")
+    left = replace(rollout, advantages=jnp.where(is_dropped, 0.0, advantages))
+    value, metrics = policy.loss(output, left, config)
     metrics["policy/chosen_fraction"] = losses.aggregate(chosen, mask)
-    if config.kind == "clip":
-        return value, metrics
-    moved = jnp.where(chosen, jnp.abs(output.log_probs - rollout.log_probs), 0.0)
-    return (value, config.kl_cov_coef * config.mean(moved, mask)), metrics
+    moved = jnp.abs(output.log_probs - rollout.log_probs)
+    kl = config.mean(jnp.where(chosen & ~is_dropped, moved, 0.0), mask)
+    return (value, config.kl_cov_coef * kl), metrics
 
 
 prepare = grpo.prepare

@@ -1,7 +1,6 @@
-"""Optimal token baseline (arXiv 2602.07078): ``b_t = sum_i W_it R_it / sum_i W_it`` over a group's
-answers with a token in column t; R are the rewards from t on, and W the sum over the answer's
-tokens up to t of ``1 - 2 p_t + sum_v p_v^2``, the squared norm of the gradient of log p_t with
-respect to the logits.
+"""Optimal token baseline (Li et al. 2026, arXiv 2602.07078): ``b_t = sum_i W_it R_it / sum_i W_it``
+over a group's answers with a token in column t; R are the rewards from t on, W the sum up to t of
+``1 - 2 p + sum_v p_v^2``, the squared gradient of a token's log p with respect to the logits.
 """
 
 from dataclasses import dataclass, replace
@@ -30,9 +29,8 @@ def sum_squares(logits: Array) -> Array:
 
 
 def prepare(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, config: Config) -> Rollout:
-    """The rollout with ``advantages`` [B, T], ``R_it - b_t``, from its ``rewards``, by a pass of
-    the policy that sampled, of as many rows at once as in a step.
-    """
+    """The rollout with ``advantages`` [B, T], ``R_it - b_t`` of its ``rewards``, by a pass of the
+    policy that sampled, of as many rows at once as in a step."""
     policy.check_unprepared(rollout)
     mask = rollout.mask
     rows = len(mask) // (config.num_minibatches * config.num_microbatches)

@@ -179,7 +179,7 @@ def policy_fn(
         present, layout = jax.tree.flatten(columns)  # without what is None
 
         def of_chunk(_: Array, *parts: Array) -> PolicyOutput:
-            columns = layout.unflatten(parts)
+            columns = jax.tree.unflatten(layout, parts)
             return _of_tokens(model, body, temperature, compare, statistic, *columns)
 
         read = None if response_mask is None else response_mask[:, first:] != 0
