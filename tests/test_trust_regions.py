@@ -175,7 +175,8 @@ def test_clip_cov_draws_its_share_from_the_band():
     def gradient(log_probs, key):
         policy_fn = lambda *_: PolicyOutput(log_probs, jnp.zeros(MASK.shape))  # noqa: E731
         batch = rollout()
-        return clip_cov.loss(None, batch, key, policy_fn=policy_fn, config=config)[0].value
+        terms, _ = clip_cov.loss(None, batch, key, policy_fn=policy_fn, config=config)
+        return sum(term.value for term in terms)
 
     keys = jax.random.split(jax.random.key(0), 600)
     of_keys = jax.jit(jax.vmap(jax.grad(gradient), in_axes=(None, 0)))
