@@ -227,7 +227,8 @@ def rescored(
         # The cap of a mask by a divergence is none of weights.
         cap, floor = (math.inf, 0.0) if how in ("tv_mask", "kl_mask") else (cap, floor)
         raw = ops.masked(ops.ratio(scored.log_probs, sampled.log_probs), sampled.mask)
-        metrics["policy/importance_limited"] = rollout.truncated_share(scored, cap, floor)
+        limited = rollout.truncated_share(scored, cap, importance_floor=floor)
+        metrics["policy/importance_limited"] = limited
         metrics["policy/importance_raw_mean"] = ops.masked_mean(raw, sampled.mask)
         metrics["policy/importance_raw_max"] = jnp.max(raw)
     if expert_gap is not None:

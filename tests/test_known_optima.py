@@ -155,6 +155,7 @@ GROUPS = {
     "vespo": vespo(0.5),
     "dapo": dapo(0.2),
     "dppo": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, gate="tv", clip_low=1.0, clip_high=1e3),
+    "drift": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, gate="drift", gate_limit=0.5),
     "gmpo": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row, scale=False, surrogate="gmpo"),
 }
 

@@ -119,7 +119,7 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> Array:
 
 
 def truncated_share(
-    rollout: Rollout, importance_cap: float, importance_floor: float = 0.0
+    rollout: Rollout, importance_cap: float, *, importance_floor: float = 0.0
 ) -> Array:
     """The share [] of response tokens whose importance weight reached the cap or the floor given to
     ``rescore``, or was masked beyond them; 0 if there are no response tokens. Weights masked by a
