@@ -20,7 +20,8 @@ from jax import Array
 from rlhf_jax import ops
 from rlhf_jax.types import Mean
 
-DPOKind = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
+DPOKind = Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo", "orpo"]
+KTOKind = Literal["kto", "bco"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo"]
 Aggregation = Literal["token", "sequence", "sum", "fixed"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -430,6 +431,11 @@ def dpo(
       fraction s of the labels is flipped (Chowdhury et al. 2024).
     - ``hinge``: ``max(0, 1 - h)`` (SLiC, Zhao et al. 2023).
     - ``ipo``: ``(Delta - 1 / (2 beta))^2`` (Azar et al. 2023, eq. 17).
+    - ``apo_zero``: ``1 - sigmoid(beta l_w) + sigmoid(beta l_l)`` of the two log-ratios, for chosen
+      answers that are better than the policy's own (D'Oosterlinck et al. 2024, "Anchored Preference
+      Optimization", arXiv 2408.06266, eq. 7, plus 1).
+    - ``apo_down``: ``sigmoid(beta l_w) + 1 - sigmoid(h)``, for chosen answers that are worse than
+      the policy's own (the same, eq. 8, plus 1).
     - ``simpo``: ``-log sigmoid(h)`` with the target margin gamma (Meng et al. 2024, eq. 6),
       smoothed as ``sigmoid``.
     - ``orpo``: ``-l_w - beta log sigmoid(log odds(l_w) - log odds(l_l))`` of the chosen l_w and the
@@ -451,7 +457,11 @@ def dpo(
     rejected = ops.float32(log_ratio_rejected)
     if kind == "orpo":
         return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
+    if kind == "apo_zero":
+        return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
     delta = chosen - rejected
+    if kind == "apo_down":
+        return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * delta)
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
     if kind == "hinge":
@@ -476,7 +486,7 @@ def check_dpo(kind: DPOKind, *, label_smoothing: float, gamma: float = 0.0) -> N
     """
     ops.check_choice("kind", kind, DPOKind)
     ops.check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    if not ops.is_zero(label_smoothing) and kind in ("hinge", "ipo", "orpo"):
+    if not ops.is_zero(label_smoothing) and kind not in ("sigmoid", "robust", "simpo"):
         raise ValueError(
             f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0"
         )
@@ -484,24 +494,36 @@ def check_dpo(kind: DPOKind, *, label_smoothing: float, gamma: float = 0.0) -> N
         raise ValueError(f"gamma is the target margin of 'simpo'; {kind!r} has no margin, so use 0")
 
 
-def kto(log_ratio: Array, *, reference_point: Array, desirable: Array, beta: float) -> Array:
-    """KTO's loss: ``1 - sigmoid(beta (l - z))`` for a desirable answer and ``1 - sigmoid(beta (z -
-    l))`` for an undesirable one.
+def kto(
+    log_ratio: Array,
+    *,
+    reference_point: Array,
+    desirable: Array,
+    beta: float,
+    kind: KTOKind = "kto",
+) -> Array:
+    """The loss of single answers that are desirable or not, with ``s = beta (l - z)`` of a
+    desirable answer and ``s = beta (z - l)`` of an undesirable one.
 
-    Ethayarajh et al. 2024, eq. 8, before the weights lambda.
+    - ``kto``: ``1 - sigmoid(s)`` (Ethayarajh et al. 2024, eq. 8, before the weights lambda).
+    - ``bco``: ``-log sigmoid(s)``, the cross-entropy of a classifier whose logit is the reward,
+      where beta z is the reward shift delta (Jung et al. 2024, "Binary Classifier Optimization for
+      Large Language Model Alignment", arXiv 2404.04656).
 
     Args:
       log_ratio: [B], l: policy minus reference log-probability in nats, summed over the response.
-      reference_point: z, the KL in nats to which l is compared; [] or [B]. It is not
-        differentiated.
+      reference_point: z, in nats, to which l is compared; [] or [B]. It is not differentiated.
       desirable: [B], true or non-zero for yes.
 
     Returns:
-      [B] float32, in (0, 1).
+      [B] float32; of ``kto`` in (0, 1).
     """
     chex.assert_equal_shape([log_ratio, desirable])
+    ops.check_choice("kind", kind, KTOKind)
     above = ops.float32(log_ratio) - jax.lax.stop_gradient(reference_point)
     better = jnp.where(jnp.asarray(desirable) != 0, above, -above)
+    if kind == "bco":
+        return -jax.nn.log_sigmoid(beta * better)
     return jax.nn.sigmoid(-beta * better)
 
 

@@ -4,16 +4,18 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from tabular import policy_fn, policy_params
+from tabular import assert_close, numbers, policy_fn, policy_params
 
 from rlhf_jax import kto
 from rlhf_jax.data import batches, check, encoding, formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Feedback
+from rlhf_jax.types import Feedback, PolicyOutput, TrainState
 
 TOKENIZER = characters("abcdefgh")  # ids: a..h are 2..9, EOS is 1
 FEEDBACK = [
@@ -67,6 +69,75 @@ def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
         others = rows.replace(response_mask=mask, ref_log_probs=ref - np.float32(gap))
         found = reference_point(policy_params(0), rows.replace(mismatched=others))
         assert_allclose(found, [expected] * 4, rtol=1e-5)
+
+
+# Of TRL 1.13 (PYTHONPATH=trl-1.13.0), the last version with BCO, in float64: the mean of
+#   BCOTrainer.bco_loss(SimpleNamespace(beta=0.3, running=RunningMoments(accelerator),
+#       match_underlying_distribution=False), policy[:4], policy[4:], ref[:4], ref[4:], None, None)
+# for a first batch, whose running mean is its own; delta; and the gradient by the log-probs.
+BCO = 0.753006157554919
+BCO_DELTA = 0.04066614434123039
+BCO_GRADIENT = [
+    -0.024394453650920092,
+    -0.029404467676425676,
+    -0.020223794486646546,
+    -0.029640636283231936,
+    0.025059227758903277,
+    0.028619837951028845,
+]
+
+
+def rows_of(params, tokens, attention_mask, key):
+    """The policy whose log-probs are its parameters, those of one row if it is asked for one."""
+    rows = params[tokens[:, 0]]
+    return PolicyOutput(rows, jnp.zeros(rows.shape))
+
+
+def classified():
+    """Six rows of three response tokens, the first four desirable; column 0 says which row it
+    is."""
+    places = np.arange(24.0).reshape(2, 4, 3)
+    policy = np.concatenate(-1.5 + np.sin(3 * places + 1))[:6]
+    reference = np.concatenate(-1.5 + np.cos(5 * places))[:6]
+    tokens = np.pad(np.arange(6)[:, None], ((0, 0), (0, 3))).astype(np.int32)
+    mask = np.ones_like(tokens)
+    feedback = Feedback(tokens, mask, mask * (np.arange(4) > 0), np.arange(6) < 4)
+    feedback = feedback.replace(ref_log_probs=np.float32(reference.sum(axis=1)))
+    return np.float32(np.pad(policy, ((0, 0), (1, 0)))), feedback
+
+
+def test_bco_is_trls():
+    policy, feedback = classified()
+    config = kto.Config(kind="bco", beta=0.3)
+    loss = functools.partial(numbers(kto.loss), policy_fn=rows_of, config=config)
+    found = jax.jit(jax.value_and_grad(lambda params: loss(params, feedback, None), has_aux=True))
+    (value, metrics), gradient = found(policy)
+    assert_allclose(value, BCO, rtol=1e-6)
+    assert_allclose(0.3 * metrics["kto/reference_point"], BCO_DELTA, rtol=1e-5)
+    by_row = np.array(BCO_GRADIENT)[:, None]
+    assert_allclose(gradient[:, 1:], np.repeat(by_row, 3, axis=1), atol=1e-6)
+    assert_allclose(gradient[:, 0], 0)
+
+
+def test_the_shift_of_bco_is_that_of_the_whole_batch():
+    """Also in microbatches; a missing row has no share in it."""
+    policy, feedback = classified()
+    missing = feedback.response_mask * (np.arange(6) != 2)[:, None]
+    feedback = feedback.replace(response_mask=missing)
+    steps = []
+    for parts in (1, 3):
+        config = kto.Config(kind="bco", num_microbatches=parts)
+        update = jax.jit(
+            functools.partial(
+                kto.update, policy_fn=rows_of, optimizer=optax.sgd(1.0), config=config
+            )
+        )
+        state = TrainState.create(jnp.asarray(policy), optax.sgd(1.0))
+        after, metrics = update(state, feedback, None)
+        steps.append((after.params, metrics["kto/reference_point"], metrics["kto/loss"]))
+    assert_close(*steps)
+    moved = policy[:, 1:].sum(axis=1) - feedback.ref_log_probs
+    assert_allclose(steps[0][1], np.mean(np.delete(moved, 2)), rtol=1e-5)
 
 
 def test_a_batch_leaves_room_for_the_next_response():

@@ -108,6 +108,34 @@ def test_dpo_by_hand(kind, smoothing, delta, expected, at_start):
     assert_allclose(found, [expected, at_start], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["apo_zero", "apo_down"])
+def test_apo_and_its_gradient_by_hand(kind):
+    """D'Oosterlinck et al. 2024, eqs. 7 and 8, plus 1, in float64."""
+    chosen, rejected, beta = np.array([[7.0, -3.0, 0.0], [-5.0, -4.0, 2.0], [0.3] * 3])
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-beta * x))
+
+    def slope(x):
+        return beta * sigmoid(x) * (1 - sigmoid(x))
+
+    expected = 1 - sigmoid(chosen) + sigmoid(rejected)
+    by_chosen, by_rejected = -slope(chosen), slope(rejected)
+    if kind == "apo_down":
+        expected = sigmoid(chosen) + 1 - sigmoid(chosen - rejected)
+        by_chosen = slope(chosen) - slope(chosen - rejected)
+        by_rejected = slope(chosen - rejected)
+
+    def total(*ratios):
+        loss = losses.dpo(*ratios, 0.3, kind)
+        return loss.sum(), loss
+
+    found = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    gradients, loss = found(np.float32(chosen), np.float32(rejected))
+    assert_allclose(loss, expected, rtol=1e-6)
+    assert_allclose(gradients, [by_chosen, by_rejected], atol=1e-7)
+
+
 def test_orpo_of_a_certain_answer_is_finite():
     """Whose odds are infinite."""
     quarter = f32(math.log(0.25))

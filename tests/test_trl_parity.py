@@ -203,6 +203,8 @@ KINDS = {
     "hinge": (dpo.Config(kind="hinge", beta=0.2), {}),
     "robust": (dpo.Config(kind="robust", label_smoothing=0.2), {"label_smoothing": 0.2}),
     "ipo": (dpo.Config(kind="ipo", **NORMAL), {}),  # theirs is of means over tokens
+    "apo_zero": (dpo.Config(kind="apo_zero"), {}),
+    "apo_down": (dpo.Config(kind="apo_down"), {}),
     "sigmoid_norm": (dpo.Config(**NORMAL), {}),
     "aot_unpaired": (dpo.Config(label_smoothing=0.2), {"label_smoothing": 0.2}),
     "sigmoid, sft": (dpo.Config(sft_coef=0.5), {"loss_weights": [1.0, 0.5]}),

@@ -320,7 +320,7 @@ OF_ONE = [
     ("distill", {"group_size": 3}, "16 rows .* group_size=3"),
     ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
     ("sft", {"aggregate": "mean"}, "token, sequence, sum"),
-    ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo, simpo, orpo"),
+    ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo, apo_zero, apo_down, simpo, orpo"),
     ("dpo", {"gamma": 0.5}, "gamma is the target margin of 'simpo'; 'sigmoid' has no margin"),
     ("dpo", {"kind": "orpo", "label_smoothing": 0.1}, "label_smoothing: not defined for 'orpo'"),
     ("kto", {"beta": 0.0}, "beta must be above 0"),

@@ -119,7 +119,13 @@ def loss(
       the loss is two means, and ``dpo/sft_loss`` the second one before the weight: nats per token
       of the chosen answers.
     """
-    log_probs = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
+    log_probs = ops.response_log_probs(policy_fn, params, comparisons)
+    return pair_loss(log_probs, comparisons, config)
+
+
+def pair_loss(log_probs: Array, comparisons: Comparisons, config: Config) -> LossAndMetrics:
+    """``loss`` of answers whose log-probabilities under the policy are known, [B, 2] or [B, C,
+    2]."""
     chex.assert_shape(log_probs, (..., 2))  # a ranking is several pairs
     log_ratios = log_probs
     if config.needs_reference:

@@ -5,7 +5,8 @@ desirable or not.
 ``v = sigmoid(beta (z - l))`` of an undesirable one (eq. 8), where ``l = log p(answer) - log
 p_reference(answer)``, summed over its tokens, and z, the reference point, estimates KL(policy ||
 reference) without samples: the mean of l over prompts with another row's answer, at least 0
-(section 4.2).
+(section 4.2). With ``kind="bco"`` it is binary classifier optimisation (Jung et al. 2024, arXiv
+2404.04656): ``losses.kto`` of that kind, with the mean of l over the batch as z.
 """
 
 from dataclasses import dataclass, replace
@@ -38,6 +39,10 @@ class Config:
 
     beta: float = 0.1
     """Reward per nat of log-ratio: the larger, the nearer to the reference the policy stays."""
+    kind: losses.KTOKind = "kto"
+    """kto: a bounded loss around an estimate of the KL; bco: the cross-entropy of a classifier of
+    desirable answers around the batch's mean reward.
+    """
     desirable_weight: float = 1.0
     """Weight lambda of desirable answers; raise it where they are few."""
     undesirable_weight: float = 1.0
@@ -53,6 +58,7 @@ class Config:
 
     def __post_init__(self) -> None:
         ops.check_number("router_aux_coef", self.router_aux_coef, at_least=0)
+        ops.check_choice("kind", self.kind, losses.KTOKind)
         ops.check_numbers(self, "beta", above=0)
         ops.check_numbers(self, "desirable_weight", "undesirable_weight", at_least=0)
 
@@ -103,12 +109,17 @@ def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
 
 
 def reference_point(
-    params: Params, feedback: Feedback, *, policy_fn: PolicyFn, axis_name: AxisName = None
+    params: Params,
+    feedback: Feedback,
+    *,
+    policy_fn: PolicyFn,
+    axis_name: AxisName = None,
+    kind: losses.KTOKind = "kto",
 ) -> Array:
-    """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
-    rows of all devices, at least 0. It is not differentiated.
+    """z in nats, the same number in each row [B]: the mean log-ratio of the mismatched rows of all
+    devices, at least 0 (eq. 8); of ``bco`` that of the rows themselves. It is not differentiated.
     """
-    rows = feedback.mismatched
+    rows = feedback if kind == "bco" else feedback.mismatched
     if rows is None or rows.ref_log_probs is None:
         raise ValueError(
             "feedback.mismatched with ref_log_probs is needed: kto.with_reference makes them"
@@ -116,7 +127,7 @@ def reference_point(
     frozen = jax.lax.stop_gradient(params)
     log_probs = ops.response_log_probs(ops.by_rows(policy_fn, None), frozen, rows)
     mean = ops.masked_mean(log_probs - rows.ref_log_probs, rows.present, axis_name=axis_name)
-    return jnp.full(log_probs.shape, jnp.maximum(mean, 0.0))
+    return jnp.full(log_probs.shape, mean if kind == "bco" else jnp.maximum(mean, 0.0))
 
 
 def loss(
@@ -142,7 +153,7 @@ def loss(
         )
     point = feedback.reference_point
     if point is None:
-        point = reference_point(params, feedback, policy_fn=policy_fn)
+        point = reference_point(params, feedback, policy_fn=policy_fn, kind=config.kind)
     weight = losses.row_weights(feedback.weight, present=feedback.present)
     chex.assert_equal_shape([weight, feedback.desirable, feedback.ref_log_probs])
     desirable = jnp.asarray(feedback.desirable) != 0
@@ -151,7 +162,11 @@ def loss(
     log_ratios = losses.readable(log_ratios, weight)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
     per_row = lambdas * losses.kto(
-        log_ratios, reference_point=point, desirable=desirable, beta=config.beta
+        log_ratios,
+        reference_point=point,
+        desirable=desirable,
+        beta=config.beta,
+        kind=config.kind,
     )
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
     mean = losses.weighted_mean(per_row, weight)
@@ -168,7 +183,13 @@ _step = batch_updater(loss)
 
 
 def update(
-    state: TrainState, feedback: Feedback, key: DropoutKey, *, policy_fn: PolicyFn, **options: Any
+    state: TrainState,
+    feedback: Feedback,
+    key: DropoutKey,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
+    **options: Any,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on feedback [B, T] as ``with_reference`` makes it; see
     ``step.batch_updater``.
@@ -176,7 +197,12 @@ def update(
     The reference point is that of the whole batch, whatever its microbatches and devices. The key
     is not used.
     """
-    axis_name = options.get("axis_name")
-    point = reference_point(state.params, feedback, policy_fn=policy_fn, axis_name=axis_name)
+    point = reference_point(
+        state.params,
+        feedback,
+        policy_fn=policy_fn,
+        axis_name=options.get("axis_name"),
+        kind=config.kind,
+    )
     batch = replace(feedback, mismatched=None, reference_point=point)
-    return _step(state, batch, key, policy_fn=policy_fn, **options)
+    return _step(state, batch, key, policy_fn=policy_fn, config=config, **options)

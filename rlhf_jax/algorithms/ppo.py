@@ -37,6 +37,8 @@ VALUES_HINT = "the policy needs a value function"
 class Config(policy.Config):
     """Proximal policy optimisation."""
 
+    group_size: int = 1
+    """Answers to each prompt, in adjacent rows; they are not compared with each other."""
     num_epochs: int = 1
     """Passes over each rollout."""
     value_clip: float | None = None
@@ -49,6 +51,9 @@ class Config(policy.Config):
     """Discount per response token."""
     gae_lambda: float = 1.0
     """Decay of generalised advantage estimation."""
+    length_adaptive: float | None = None
+    """alpha of advantages whose decay grows with the answer, 1 - 1 / (alpha * its tokens) and at
+    least 0; returns keep gae_lambda (VAPO). null: both have gae_lambda."""
     normalize_returns: bool = True
     """The value function predicts returns with mean 0 and variance 1 over the rollout's response
     tokens, so that the unit of rewards does not matter.
@@ -57,10 +62,13 @@ class Config(policy.Config):
     """Scale advantages to mean 0 and variance 1 over the rollout's response tokens."""
     whiten_rewards: bool = False
     """Scale rewards to variance 1, keeping their mean, before the advantages."""
+    positive_coef: float = 0.0
+    """Weight of the negative log-likelihood per token of answers whose score is above 0 (VAPO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_numbers(self, "value_clip", above=0)
+        ops.check_numbers(self, "value_clip", "length_adaptive", above=0)
+        ops.check_numbers(self, "positive_coef", at_least=0)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
@@ -71,6 +79,9 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     are all equal, the mean alone is the value. This is the value normalisation of PopArt (van
     Hasselt et al. 2016) and MAPPO (Yu et al. 2022), with the numbers of the rollout in place of
     running ones.
+
+    With ``length_adaptive`` the advantages have a lambda of their own in each row (VAPO, Yue et al.
+    2025, arXiv 2504.05118, section 4.2).
 
     Means are over the response tokens of all devices of ``axis_name``. The result has the rewards
     after their whitening, if there is any; returns come from these. A rollout that has advantages
@@ -94,6 +105,10 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
         returns = ops.masked((returns - mean) * jax.lax.rsqrt(variance + 1e-8), mask)
     else:
         advantage, returns = gae(rewards, values, mask)
+    if config.length_adaptive is not None:
+        lengths = jnp.maximum(jnp.sum(rollout.mask, axis=1), 1)
+        decay = jnp.maximum(1.0 - 1.0 / (config.length_adaptive * lengths), 0.0)
+        advantage, _ = gae(rewards, values, mask, lam=decay)
     if config.whiten_advantages:
         advantage = ops.whiten(advantage, mask, axis_name=axis_name)
     return replace(rollout, rewards=rewards, advantages=advantage, returns=returns)
@@ -108,7 +123,8 @@ def loss(
     params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
-    ``value/loss``.
+    ``value/loss``; with ``positive_coef`` a second mean, of right answers (VAPO, section 4.3), and
+    its metric ``policy/positive_loss`` in nats per token.
 
     Args:
       key: unused: dropout is off in RL.
@@ -130,7 +146,14 @@ def loss(
     value_loss = config.mean(per_token, mask)
     # Both are means over the same tokens or rows, and so is their sum.
     total = Mean(policy_loss.total + config.value_coef * value_loss.total, policy_loss.count)
-    return total, {**metrics, "value/loss": value_loss}
+    metrics["value/loss"] = value_loss
+    if ops.is_zero(config.positive_coef):
+        return total, metrics
+    is_right = policy.field(rollout, "scores", "a reward function makes them", ndim=1) > 0
+    right = mask & is_right[:, None]
+    positive = losses.aggregate(losses.cross_entropy(output.log_probs, right), right)
+    metrics["policy/positive_loss"] = positive
+    return (total, config.positive_coef * positive), metrics
 
 
 def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:

@@ -6,6 +6,7 @@ from rlhf_jax.sampling.decoding import (
     best_of_n,
     best_of_n_kl,
     generate,
+    mixture,
     uncached,
 )
 from rlhf_jax.sampling.routing import expert_gap
@@ -17,5 +18,6 @@ __all__ = [
     "best_of_n_kl",
     "expert_gap",
     "generate",
+    "mixture",
     "uncached",
 ]

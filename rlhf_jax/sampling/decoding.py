@@ -189,6 +189,36 @@ class _Uncached:
         return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
 
 
+def mixture(model: CachedModel, weight: float) -> CachedModel:
+    """The geometric mixture of two sets of parameters of a model: a CachedModel of params
+    ``(first, second)`` whose tokens have the probabilities ``first^(1 - weight) *
+    second^weight``, normalised for each token. Hashable, as ``model`` is.
+    """
+    return _Mixture(model, weight)
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    model: Any
+    weight: float
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.model, "config", None)
+
+    def for_decoding(self, params: Params) -> Params:
+        return tuple(map(getattr(self.model, "for_decoding", lambda params: params), params))
+
+    def init_cache(self, batch: int, length: int, /) -> Any:
+        return self.model.init_cache(batch, length), self.model.init_cache(batch, length)
+
+    def decode(self, params: Params, *inputs: Any) -> tuple[Array, Any]:
+        *before, (cache, other_cache), index = inputs
+        logits, cache = self.model.decode(params[0], *before, cache, index)
+        others, other_cache = self.model.decode(params[1], *before, other_cache, index)
+        return (1.0 - self.weight) * logits + self.weight * others, (cache, other_cache)
+
+
 class Rows(NamedTuple):
     """The state of the sampler that stays the same from token to token."""
 
