@@ -214,8 +214,8 @@ def rescored(
         ended |= scored.stopped
     lengths, _ = rewards.length()(scored)
     repeated, _ = rewards.repetition()(scored)
-    # With ``behind`` the gap holds the last update, otherwise it is rounding.
-    gap = "sampler_gap" if loop.behind is None else "update_gap"
+    # Of samples of another policy the gap is more than rounding.
+    gap = "update_gap" if keep_log_probs or loop.behind is not None else "sampler_gap"
     metrics = {
         f"policy/{gap}": rollout.sampler_gap(sampled, scored),
         "response/length": ops.masked_mean(lengths, scored.present),

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
-from builders import slow, tiny
+from builders import goes_on_alike, letters_run, slow, tiny, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_identical, numbers
 
-from rlhf_jax import iteration, ops, sampling
+from rlhf_jax import iteration, ops, sampling, training
 from rlhf_jax.algorithms import nash_md, online_dpo, xpo
 from rlhf_jax.types import PolicyOutput, Rollout
 
@@ -232,6 +232,36 @@ def test_a_mixture_has_no_more_columns_than_its_model():
     how = replace(HOW, max_new_tokens=8)
     with pytest.raises(ValueError, match="max_length 10"):
         sampling.generate(mixed, (policy, policy), *prompts[:2], jax.random.key(0), config=how)
+
+
+@pytest.mark.parametrize("module", [slow(online_dpo), xpo, slow(nash_md)])
+def test_a_run_learns_and_goes_on_exactly(module, tmp_path):
+    """Kept log-probs are those of what sampled: in XPO's odd rows the reference's own."""
+    seen = []
+    config = with_rl(letters_run(tmp_path), num_iterations=4, batch_size=16, validation_interval=9)
+    config = replace(config, checkpoint_interval=2)
+    how = {nash_md: {"preference": "scores"}, xpo: {"alpha": 0.01}}.get(module, {})
+
+    def run(config):
+        return training.rl.run(
+            config,
+            module,
+            module.Config(num_minibatches=2, **how),
+            reward=lambda rollout: (jnp.sin(jnp.sum(rollout.tokens * rollout.mask, axis=1)), {}),
+            optimizer=optax.sgd(3.0),
+            on_step=lambda step, state, row, batch: seen.append((row, jax.device_get(batch))),
+        )
+
+    straight = run(config)
+    for step, (row, batch) in enumerate(seen):
+        gap = np.abs(batch.log_probs - batch.ref_log_probs).max(axis=1)
+        assert row["grad_norm"] > 0
+        assert batch.row_ids[::2].tolist() == batch.row_ids[1::2].tolist()
+        assert (gap[::2].max() > 1e-3) == (step > 0)
+        if module is xpo:
+            assert gap[1::2].max() < 1e-5
+        assert ("policy/sampler_gap" in row) == (module is online_dpo)
+    goes_on_alike(run, config, straight)
 
 
 # --- What they converge to: answers of one token, all pairs of them with their probability
