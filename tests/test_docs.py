@@ -129,8 +129,12 @@ def all_flags(settings=SETTINGS):
 
 
 def algorithms_on(path):
-    """The modules of a page that are algorithms: programs with a ``Config``."""
+    """The modules of a page that are algorithms: programs with a ``Config``, and methods that are
+    commands."""
     text = path.read_text("utf-8")
+    yield from filter(
+        None, map(stages.find_method, set(re.findall(r"^\$ rlhf-jax (\w+)", text, re.M)))
+    )
     for program in PROGRAMS:
         source = program.read_text("utf-8")
         if f"programs/{program.name}" in text and "class Config(" in source:

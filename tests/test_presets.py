@@ -42,6 +42,8 @@ PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*
 SAYS = {
     "clip_cov": "clip_cov kind=clip share=0.0002 cov_low=1.0 cov_high=5.0 kl_in_loss=False"
     " rate=None kl_coef=None",
+    "apo_zero": "dpo kind=apo_zero beta=0.1 needs_reference=True rate=None",
+    "bco": "kto kind=bco beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 rate=5e-07",
     "cispo": "grpo surrogate=cispo clip_low=1.0 aggregate=token kl_in_loss=False"
     " rate=None kl_coef=None",
     "dapo": "grpo clip_low=0.2 clip_high=0.28 aggregate=token kl_in_loss=False group_size=16"
@@ -56,6 +58,7 @@ SAYS = {
     " kl_in_loss=False rate=None kl_coef=None",
     "grpo": "grpo group_size=64 kl_loss_coef=0.04 kl_loss_estimator=k3 aggregate=sequence"
     " rate=1e-06 kl_coef=None",
+    "grpo_wins": "grpo group_size=8 kl_loss_coef=0.04 rate=None kl_coef=0.0",
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4"
     " rate=None kl_coef=None",
     "ipo": "dpo kind=ipo beta=0.1 rate=None",
@@ -64,6 +67,10 @@ SAYS = {
     "kto": "kto beta=0.1 desirable_weight=None undesirable_weight=None batch_size=32 rate=5e-06",
     "luspo": "grpo ratio=sequence surrogate=clip aggregate=sum kl_in_loss=False"
     " rate=None kl_coef=None",
+    "nash_md": "nash_md mixture=0.5 kl_loss_coef=0.1 kl_loss_estimator=k2 preference=wins"
+    " group_size=2 aggregate=sum rate=5e-07 kl_coef=None",
+    "online_dpo": "online_dpo kind=sigmoid beta=0.1 group_size=2 kl_in_loss=True"
+    " rate=5e-07 kl_coef=None",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32 rate=5e-06",
     "otb": "otb group_size=8 aggregate=token kl_in_loss=False rate=None kl_coef=None",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True"
@@ -79,11 +86,15 @@ SAYS = {
     " rate=None kl_coef=None",
     "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128 rate=6e-07",
     "tr_dpo": "dpo kind=sigmoid beta=0.1 reference_ema=0.6 reference_refresh=None rate=None",
+    "vapo": "ppo group_size=16 num_minibatches=16 clip_low=0.2 clip_high=0.28 aggregate=token"
+    " gae_lambda=1.0 length_adaptive=0.05 positive_coef=0.1 normalize_returns=False value=separate"
+    " value_warmup=50 value_learning_rate=2e-06 rate=1e-06 kl_coef=0.0",
     "vespo": "grpo surrogate=vespo ratio=product aggregate=token kl_in_loss=False"
     " rate=None kl_coef=None",
+    "xpo": "xpo alpha=1e-05 kind=sigmoid beta=0.1 group_size=2 rate=5e-07 kl_coef=None",
 }
 # One of each kind: what other presets change is the settings that SAYS tells.
-STARTED = ("dapo", "kto", "remax", "simpo", "tr_dpo")
+STARTED = ("bco", "dapo", "kto", "nash_md", "remax", "simpo", "tr_dpo", "vapo")
 SMALL = (
     "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "
 )
@@ -164,10 +175,11 @@ def flags(name, section, folder):
         return [*argv, *f"--{section}.batch-size 64 --{section}.validation-fraction 0".split()]
     many = (
         [f"--{section}.group-size", "4"]
-        if section in ("rloo", "grpo") and name != "reinforce_pp"
+        if (section in ("rloo", "grpo") or name == "vapo") and name != "reinforce_pp"
         else []
     )
-    return [*argv, *many, "--rl.batch-size", "64" if name == "dapo" else "16"]
+    many += ["--ppo.value-warmup", "0"] if name == "vapo" else []
+    return [*argv, *many, "--rl.batch-size", "64" if name in ("dapo", "vapo") else "16"]
 
 
 @pytest.mark.parametrize("name", [slow(x) if x in STARTED else soak(x) for x in PRESETS])
@@ -189,7 +201,8 @@ def test_a_preset_starts(name, data, monkeypatch):
         assert len(copies) == (name not in ("simpo", "orpo"))
     else:
         last = training.rl.run(config, module).metrics
-        assert ("policy/loss" in last, "objective/greedy_score" in last) == (True, name == "remax")
+        assert {"policy/loss", "dpo/loss"} & last.keys()
+        assert ("objective/greedy_score" in last) == (name == "remax")
     assert last["nonfinite"] == 0
 
 

@@ -459,7 +459,12 @@ def test_ppo_needs_values_and_returns():
 def test_every_weight_of_an_update_may_be_traced(name):
     """An argument of the caller's jit or vmap in place of a number."""
     case = UPDATES[name]
-    unfit = ("gamma", "centering", "sft_coef")  # unless a case has them, refused with a sentence
+    unfit = (
+        "gamma",
+        "centering",
+        "sft_coef",
+        "positive_coef",
+    )  # unless a case has them, refused with a sentence
     fields = [
         key
         for key, value in vars(case.config).items()
