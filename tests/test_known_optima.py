@@ -234,6 +234,8 @@ LEARNERS = {
     "ppo": with_kl_in_reward(ppo, ppo.Config()),
     **GROUPS,
 }
+# Without the likelihood of right answers, which moves the optimum.
+LEARNERS["vapo"] = with_kl_in_reward(ppo, ppo.Config(length_adaptive=0.8, clip_high=0.28))
 LEARNERS["reinforce_pp"] = with_kl_in_reward(rloo, rloo.Config(baseline="global", group_size=1))
 LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(
     rloo, rloo.Config(baseline="both", group_size=2)
@@ -680,6 +682,40 @@ def test_kto_reaches_its_optimum():
     assert np.asarray(metrics["kto/reference_point"])[-1] == 0
     assert tiny.distance(learnt, kto_optimum(liked, 0.5)) < 0.02
     assert tiny.distance(learnt, kto_optimum(liked, 1.0)) > 0.1
+
+
+@pytest.mark.slow
+def test_apo_zero_reaches_the_optimum_of_kto_around_0():
+    """On pairs of a good and a bad answer its sum is KTO's with the reference point 0."""
+    liked = np.median(tiny.REWARDS) < tiny.REWARDS
+    good, bad = np.flatnonzero(liked), np.flatnonzero(~liked)
+    pairs = np.stack([good, bad[: len(good)]], axis=1)
+    lists = (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)
+    batch = with_reference(
+        Comparisons(*(x[pairs] for x in lists)), Partial(tiny.policy_fn, tiny.params())
+    )
+    options = {"policy_fn": tiny.policy_fn, "config": dpo.Config(kind="apo_zero", beta=0.5)}
+    params, _ = fit(dpo, tiny.params(), batch, 400, 0.2, **options)
+    learnt = tiny.probabilities(params["logits"])
+    assert tiny.distance(learnt, kto_optimum(liked, 0.5)) < 0.02
+    assert tiny.distance(learnt, kto_optimum(liked, 1.0)) > 0.1
+
+
+@pytest.mark.slow
+def test_bco_reaches_its_optimum():
+    """Labels whose log-odds are the rewards, with mean 0: then they are beta times the log-ratios
+    up to the shift, ``ref * exp(r / beta)``. Both labels of each answer, with their probability.
+    """
+    share = sigmoid(tiny.REWARDS - tiny.REWARDS.mean())
+    twice = (np.concatenate([x, x]) for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK))
+    weight = np.concatenate([share, 1 - share]).astype(np.float32)
+    batch = Feedback(*twice, np.arange(242) < 121, weight)
+    batch = jax.jit(kto.with_reference)(batch, Partial(tiny.policy_fn, tiny.params()))
+    options = {"policy_fn": tiny.policy_fn, "config": kto.Config(kind="bco", beta=0.5)}
+    params, _ = fit(kto, tiny.params(), batch, 400, 0.2, **options)
+    learnt = tiny.probabilities(params["logits"])
+    assert tiny.distance(learnt, tiny.tilted(0.5)) < 0.01
+    assert tiny.distance(learnt, tiny.tilted(1.0)) > 0.1
 
 
 # Best of n

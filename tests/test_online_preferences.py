@@ -13,11 +13,19 @@ import pytest
 import scipy.optimize
 from builders import goes_on_alike, letters_run, slow, tiny, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
-from tabular import assert_identical, numbers
+from tabular import (
+    assert_close,
+    assert_identical,
+    every_way,
+    numbers,
+    policy_fn,
+    policy_params,
+    rollout,
+)
 
 from rlhf_jax import iteration, ops, sampling, training
 from rlhf_jax.algorithms import nash_md, online_dpo, xpo
-from rlhf_jax.types import PolicyOutput, Rollout
+from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
 
 def given(params, tokens, attention_mask, key):
@@ -162,6 +170,29 @@ def test_online_dpo_compares_the_best_answer_with_the_worst():
 def test_a_wrong_setting_is_named(module, fields, message):
     with pytest.raises(ValueError, match=message):
         module.Config(**fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "fields"),
+    [(online_dpo, {"group_size": 4}), (xpo, {"alpha": 0.5}), (nash_md, {"preference": "scores"})],
+)
+def test_an_update_is_the_same_on_any_devices_and_in_microbatches(module, fields):
+    lengths = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]
+    scores = np.float32(np.sin(np.arange(16)))
+    batch = rollout(0, lengths).replace(advantages=None, rewards=None, scores=scores)
+    optimizer = optax.sgd(0.3)
+    state = TrainState.create(policy_params(0), optimizer)
+    how = {"policy_fn": policy_fn, "optimizer": optimizer}
+    key = jax.random.key(0)
+    update = functools.partial(module.update, config=module.Config(**fields), **how)
+    expected = jax.jit(update)(state, batch, key)
+    assert expected[1]["grad_norm"] > 0
+    for found in every_way(update, state, batch, key):
+        assert_close(found, expected)
+    parts = replace(module.Config(**fields), num_microbatches=2)
+    found = jax.jit(functools.partial(module.update, config=parts, **how))(state, batch, key)
+    assert_close(found, expected)
 
 
 # --- What samples
