@@ -161,13 +161,8 @@ def loss(
     # What does not count must not reach the loss.
     log_ratios = losses.readable(log_ratios, weight)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
-    per_row = lambdas * losses.kto(
-        log_ratios,
-        reference_point=point,
-        desirable=desirable,
-        beta=config.beta,
-        kind=config.kind,
-    )
+    how: Any = {"reference_point": point, "desirable": desirable, "kind": config.kind}
+    per_row = lambdas * losses.kto(log_ratios, beta=config.beta, **how)
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
     mean = losses.weighted_mean(per_row, weight)
     return mean, {
@@ -183,13 +178,7 @@ _step = batch_updater(loss)
 
 
 def update(
-    state: TrainState,
-    feedback: Feedback,
-    key: DropoutKey,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
-    **options: Any,
+    state: TrainState, feedback: Feedback, key: DropoutKey, *, policy_fn: PolicyFn, **options: Any
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on feedback [B, T] as ``with_reference`` makes it; see
     ``step.batch_updater``.
@@ -197,12 +186,7 @@ def update(
     The reference point is that of the whole batch, whatever its microbatches and devices. The key
     is not used.
     """
-    point = reference_point(
-        state.params,
-        feedback,
-        policy_fn=policy_fn,
-        axis_name=options.get("axis_name"),
-        kind=config.kind,
-    )
+    how: Any = {"axis_name": options.get("axis_name"), "kind": options["config"].kind}
+    point = reference_point(state.params, feedback, policy_fn=policy_fn, **how)
     batch = replace(feedback, mismatched=None, reference_point=point)
-    return _step(state, batch, key, policy_fn=policy_fn, config=config, **options)
+    return _step(state, batch, key, policy_fn=policy_fn, **options)

@@ -56,8 +56,9 @@ def read(
         """Puts every value below ``node`` into ``values``, and mistakes into ``problems``."""
         if not isinstance(node, yaml.MappingNode):
             name = prefix[:-1] or "the file"
+            meant = f"; of another library: {suggest(name)}" if name in other_keys() else ""
             problems.append(
-                f"{_line(node)}: {name} must be a mapping of keys, found {_text_of(node)}"
+                f"{_line(node)}: {name} must be a mapping of keys, found {_text_of(node)}{meant}"
             )
             return
         lines: dict[str, str] = {}
