@@ -161,8 +161,13 @@ def loss(
     # What does not count must not reach the loss.
     log_ratios = losses.readable(log_ratios, weight)
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
-    how: Any = {"reference_point": point, "desirable": desirable, "kind": config.kind}
-    per_row = lambdas * losses.kto(log_ratios, beta=config.beta, **how)
+    per_row = lambdas * losses.kto(
+        log_ratios,
+        reference_point=point,
+        desirable=desirable,
+        beta=config.beta,
+        kind=config.kind,
+    )
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
     mean = losses.weighted_mean(per_row, weight)
     return mean, {
@@ -186,7 +191,12 @@ def update(
     The reference point is that of the whole batch, whatever its microbatches and devices. The key
     is not used.
     """
-    how: Any = {"axis_name": options.get("axis_name"), "kind": options["config"].kind}
-    point = reference_point(state.params, feedback, policy_fn=policy_fn, **how)
+    point = reference_point(
+        state.params,
+        feedback,
+        policy_fn=policy_fn,
+        axis_name=options.get("axis_name"),
+        kind=options["config"].kind,
+    )
     batch = replace(feedback, mismatched=None, reference_point=point)
     return _step(state, batch, key, policy_fn=policy_fn, **options)
