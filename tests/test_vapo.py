@@ -29,7 +29,7 @@ def by_loop(batch, config, values):
 def test_advantages_have_a_lambda_of_their_own_and_returns_keep_theirs(normalize):
     batch = rollout(0, LENGTHS).replace(advantages=None, returns=None)
     common = {"gamma": 0.9, "normalize_returns": normalize, "whiten_advantages": False}
-    config = ppo.Config(length_adaptive=0.8, **common)  # 1 - 1 / (0.8 * 1) is below 0
+    config = ppo.Config(length_adaptive=0.4, **common)  # 1 - 1 / (0.4 * 2) is below 0
     prepared = jax.jit(lambda batch: ppo.prepare(batch, config=config))(batch)
     plain = jax.jit(lambda batch: ppo.prepare(batch, config=ppo.Config(**common)))(batch)
     values = np.asarray(batch.values, np.float64)
