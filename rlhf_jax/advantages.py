@@ -115,6 +115,57 @@ def group_normalized(
     return jnp.where(varied, centred * (1.0 / (std + eps / unit)), 0.0)
 
 
+def max_likelihood(scores: Array, mask: Array | None = None) -> Array:
+    """MaxRL (Tajwar et al. 2026, arXiv 2602.02710, algorithm 1): ``(r - mean) / mean`` within each
+    group. Of rewards 0 and 1 the expected gradient of the mean over G answers is that of
+    ``sum_(k = 1 .. G - 1) pass@k / k``, the first terms of the series of ``log(pass@1)``.
+
+    Args:
+      scores: [N, G], at least 0; the paper has 0 and 1.
+      mask: [N, G], non-zero where the answer is present; None means all are.
+
+    Returns:
+      [N, G] float32; equal scores give exactly 0, as does a group whose mean is 0.
+    """
+    differences, _ = _centred(scores, mask)
+    mean = ops.masked_mean(scores, _present(scores, mask), axis=1, keepdims=True)
+    return jnp.where(mean == 0, 0.0, differences / jnp.where(mean == 0, 1.0, mean))
+
+
+def pass_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:
+    """Pass@k as an objective (Walder and Karkhanis 2025, arXiv 2505.15201, eq. 33): n times the
+    paper's ``sloo_minus_one``, so that the mean over the n answers of ``A_i`` times the gradient of
+    the log-probability is an unbiased gradient of the expected best score of k answers.
+
+    ``A_i = k * mean over sets J of k - 1 other answers of max(r_i - max_J r, 0)``, in O(G log G):
+    from the worst answer on, a step up to the next score counts as often as all of J lie before it.
+
+    Args:
+      scores: [N, G]; 0 and 1 for pass@k.
+      k: from 2 to G.
+      mask: [N, G], non-zero where the answer is present; None means all are.
+
+    Returns:
+      [N, G] float32, at least 0; equal scores give exactly 0, as does a group with fewer than k
+      present answers.
+    """
+    chex.assert_rank(scores, 2)
+    if not 2 <= k <= scores.shape[1]:
+        raise ValueError(f"k: expected 2 to {scores.shape[1]}, the answers in a group, got {k}")
+    scores, present = ops.float32(scores), _present(scores, mask)
+    count = jnp.sum(present, axis=1, keepdims=True)
+    order = jnp.argsort(jnp.where(present, scores, jnp.inf), axis=1)  # missing answers last
+    is_there = jnp.take_along_axis(present, order, axis=1)
+    ordered = jnp.where(is_there, jnp.take_along_axis(scores, order, axis=1), 0.0)
+    steps = jnp.where(is_there, jnp.diff(ordered, axis=1, prepend=ordered[:, :1]), 0.0)
+    # C(answers before, k - 1) / C(count - 1, k - 1)
+    taken = jnp.arange(k - 1)
+    before = jnp.arange(scores.shape[1])[:, None] - taken
+    share = jnp.prod(before / jnp.maximum(count[:, :, None] - 1 - taken, 1), axis=2)
+    gained = jnp.cumsum(jnp.where(count >= k, k * share * steps, 0.0), axis=1)
+    return ops.masked(jnp.take_along_axis(gained, jnp.argsort(order, axis=1), axis=1), present)
+
+
 def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
     """Scores [N, G] minus the group's mean, 0 for missing answers and for the only answer of a
     group; and the number of answers that are not missing [N, 1].
