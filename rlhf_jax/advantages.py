@@ -159,8 +159,8 @@ def pass_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:
     ordered = jnp.where(is_there, jnp.take_along_axis(scores, order, axis=1), 0.0)
     steps = jnp.where(is_there, jnp.diff(ordered, axis=1, prepend=ordered[:, :1]), 0.0)
     # C(answers before, k - 1) / C(count - 1, k - 1)
-    taken = jnp.arange(k - 1)
-    before = jnp.arange(scores.shape[1])[:, None] - taken
+    taken = jnp.arange(k - 1)[None, None, :]
+    before = jnp.arange(scores.shape[1])[None, :, None] - taken
     share = jnp.prod(before / jnp.maximum(count[:, :, None] - 1 - taken, 1), axis=2)
     gained = jnp.cumsum(jnp.where(count >= k, k * share * steps, 0.0), axis=1)
     return ops.masked(jnp.take_along_axis(gained, jnp.argsort(order, axis=1), axis=1), present)

@@ -2,6 +2,7 @@
 intervals of these measures.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -209,6 +210,53 @@ def win_rate(
     scores = np.asarray(scores)
     against = np.asarray(against)
     return _mean((scores > against) + 0.5 * (scores == against), weights)
+
+
+def best_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:
+    """[N] the mean over all choices of k of the n answers to a prompt of the best score: of scores
+    0 and 1 the unbiased estimate of pass@k, ``1 - C(n - c, k) / C(n, k)`` of c right answers (Chen
+    et al. 2021, arXiv 2107.03374, eq. 1). NaN for a prompt with fewer than k scored answers.
+
+    scores: [N, n]; mask: [N, n], non-zero where the answer has a score; None: all have.
+    """
+    import scipy.special  # which plain runs do not import
+
+    present = np.ones(np.shape(scores), bool) if mask is None else np.asarray(mask) != 0
+    count = present.sum(axis=1, keepdims=True)
+    ordered = np.sort(np.where(present, scores, -np.inf), axis=1)  # scored answers last
+    before = np.arange(ordered.shape[1]) - ordered.shape[1] + count
+    share = scipy.special.comb(before, k - 1) / np.maximum(scipy.special.comb(count, k), 1)
+    best = np.sum(share * np.where(before >= 0, ordered, 0.0), axis=1)
+    return np.where(count[:, 0] >= k, best, np.nan)
+
+
+def majority_at_k(answers: Array, correct: Array, k: int) -> float:
+    """The mean over all choices of k of the n answers to one prompt, without sampling any, of how
+    correct the most common answer is; those that tie share (self-consistency, Wang et al. 2023,
+    arXiv 2203.11171). NaN if fewer than k answers count.
+
+    answers: [n]; equal ones are one. correct: [n] in [0, 1], the mean of equal answers counts; NaN:
+    not known, and the answer does not count.
+    """
+    known = ~np.isnan(correct)
+    if known.sum() < k:
+        return float("nan")
+    _, number, counts = np.unique(answers[known], return_inverse=True, return_counts=True)
+    right = np.bincount(number, correct[known]) / counts
+    total = 0.0
+    for winner in np.flatnonzero(right):
+        for votes in range(1, min(counts[winner], k) + 1):
+            # ways[c, t]: choices of c votes for the others, t of which have as many as the winner
+            ways = np.zeros((k - votes + 1, k // votes + 1))
+            ways[0, 0] = math.comb(counts[winner], votes)
+            for count in np.delete(counts, winner):
+                before, ways = ways, np.zeros_like(ways)
+                for given in range(min(count, votes, k - votes) + 1):
+                    ties = int(given == votes)
+                    kept = before[: len(ways) - given, : ways.shape[1] - ties]
+                    ways[given:, ties:] += math.comb(count, given) * kept
+            total += right[winner] * np.sum(ways[-1] / np.arange(1, ways.shape[1] + 1))
+    return float(total / math.comb(counts.sum(), k))
 
 
 def brier(margin: Array, weights: Weights = None) -> float:

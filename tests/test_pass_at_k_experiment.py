@@ -2,13 +2,15 @@
 
 import json
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pass_at_k
 import pytest
 import results
 from numpy.testing import assert_allclose
 from pass_at_k import FREQUENCIES, KS, LIKELIHOOD, Sizes
+
+from rlhf_jax.types import PolicyOutput
 
 SIZES = Sizes(steps=4, every=2, sweep_seeds=1, seeds=2)
 
@@ -35,25 +37,23 @@ def test_no_policy_passes_more_than_the_best():
             assert pass_at_k.passes(near, frequency, k) <= highest + 1e-9
 
 
-def test_pass_at_k_of_a_network_is_that_of_its_samples():
-    params = jax.tree.map(lambda x: 8 * x, pass_at_k.MODEL.init(jax.random.key(0)))
-    found = pass_at_k.measured(params)
-    prompts = np.repeat(np.arange(pass_at_k.LETTERS), 8 * 400)[:, None]
-    said = pass_at_k.sampling.generate(
-        pass_at_k.MODEL,
-        params,
-        prompts,
-        np.ones_like(prompts),
-        jax.random.key(1),
-        config=pass_at_k.SAMPLER,
-    )
-    answers = np.asarray(said.tokens[:, 1]).reshape(pass_at_k.LETTERS, 400, 8)
+def test_pass_at_k_of_a_network_is_that_of_its_probabilities():
+    """A prompt's next letter has a quarter, all others a twentieth."""
+
+    def policy_fn(params, tokens, attention_mask, key):
+        is_common = tokens[:, 1] == (tokens[:, 0] + 1) % pass_at_k.LETTERS
+        log_probs = np.log(np.where(is_common, 0.25, 0.05))
+        return PolicyOutput(jnp.stack([jnp.zeros(len(tokens)), log_probs], axis=1), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pass_at_k, "POLICY_FN", policy_fn)
+        found = pass_at_k.measured({})
+    frequency = FREQUENCIES[np.arange(16), (np.arange(16) + 1) % 16].mean()
     for i, k in enumerate(KS):
-        once = [
-            np.mean([sum(frequency[list({*few[:k]})]) for few in of_prompt])
-            for frequency, of_prompt in zip(FREQUENCIES, answers, strict=True)
-        ]
-        assert_allclose(found.passes[i], np.mean(once), atol=0.02)
+        expected = frequency * (1 - 0.75**k) + (1 - frequency) * (1 - 0.95**k)
+        assert_allclose(found.passes[i], expected, rtol=1e-5)
+    mean = frequency * np.log(0.25) + (1 - frequency) * np.log(0.05)
+    assert_allclose(found.likelihood, mean, rtol=1e-5)
 
 
 @pytest.mark.slow

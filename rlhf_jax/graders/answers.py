@@ -255,6 +255,15 @@ def _sides(text: str) -> tuple[str, str]:
     return (left[1], text[left.end() :]) if left else ("", text)
 
 
+def vote(entry: Any, response: str, place: Place) -> str:
+    """The answer of a response to a row with the answer ``entry``, as a majority counts it: equal
+    numbers are one; "": there is none.
+    """
+    found = find(after_thoughts(response), gold(entry).values[0].kind, place)
+    number = number_of(found) if found else None
+    return str(number[:3]) if number else squeezed(found.text) if found else ""
+
+
 # --- The values of what was found
 
 

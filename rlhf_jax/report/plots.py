@@ -29,7 +29,7 @@ def meaning(name: str) -> str:
     meanings: Mapping[str, str] = LABELS["meanings"]
     rest = name.removeprefix("validation/")
     of_training = [prefix + rest for prefix in _TRAINING]
-    kinds = ["/".join(rest.split("/")[:number]) for number in (2, 1)]
+    kinds = ["/".join(rest.split("/")[:number]) for number in (2, 1)] + [rest.partition("@")[0]]
     for key in (name, *of_training, *kinds):
         if key in meanings:
             return meanings[key]

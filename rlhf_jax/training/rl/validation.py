@@ -17,7 +17,7 @@ from rlhf_jax.errors import logger
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import LoopState
-from rlhf_jax.metrics import share_interval
+from rlhf_jax.metrics import best_at_k, majority_at_k, share_interval, student
 from rlhf_jax.runs import processes, reading
 from rlhf_jax.training.common.progress import TRAIN, Validation
 from rlhf_jax.training.rl.sample import sample
@@ -65,6 +65,8 @@ def validate(job: "Job", state: LoopState) -> Validation:
     of_pairs = verdict if pairs == "judge" else scored
     if pairs is not None and of_pairs is not None:
         metrics |= win_rate(of_pairs.rollout, batch.rows)
+    if job.method.settings.validation_samples > 1:
+        metrics |= of_several(job, sampled, processes.fetch(scored.rollout), batch)
     samples = _samples(policy, sampled, scored, batch)
     shown = [row for row in samples if row["score"] is not None]
     for row in shown[: job.method.settings.show_examples]:
@@ -121,6 +123,47 @@ def win_rate(scored: Rollout, prompts: np.ndarray) -> Metrics:
         "validation/win_rate_low": jnp.float32(low),
         "validation/win_rate_high": jnp.float32(high),
     }
+
+
+def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> dict[str, float]:
+    """Of several answers to a prompt ``best@k`` for k = 1, 2, 4, ... and all, also as ``pass@k`` if
+    all scores are 0 or 1, and with the reward ``math`` from k = 3 on ``maj@k``: the mean over the
+    prompts that have k answers with a score, and its 95% interval.
+
+    rollout: the scored one, as NumPy arrays.
+    """
+    num = job.method.settings.validation_samples
+    rows = batch.rows[batch.rows >= 0]  # padding stands behind them
+    by_prompt = lambda values: np.asarray(values)[: len(rows)].reshape(-1, num)  # noqa: E731
+    scores, present = by_prompt(rollout.scores), by_prompt(rollout.present)
+    are_shares = bool(np.isin(scores[present], (0, 1)).all())
+    votes = None
+    if "math" in (rollout.extras or {}) and "answer" in batch.prompts.columns:
+        from rlhf_jax.graders import answers
+
+        right = by_prompt(np.where(rollout.present, rollout.extras["math"], np.nan))
+        texts = generator.responses(processes.fetch(sampled), job.inputs.initial.tokenizer)
+        place = job.run.config.math.place
+        votes = ["right"] * len(rows)  # all that equal the answer of the data row are one
+        for i in np.flatnonzero(right == 0):
+            entry = batch.prompts.rows[rows[i]].columns["answer"]
+            votes[i] = answers.vote(entry, texts[i], place)
+    metrics = {}
+    for k in sorted({*(2**i for i in range(num.bit_length())), num}):
+        values = {"best": best_at_k(scores, k, present)}
+        if are_shares:
+            values["pass"] = values["best"]
+        if votes is not None and k > 2:
+            of_prompts = zip(by_prompt(votes), right, strict=True)
+            values["maj"] = np.array([majority_at_k(*of_one, k) for of_one in of_prompts])
+        for name, of_each in values.items():
+            known = of_each[~np.isnan(of_each)]
+            if len(known):
+                interval = share_interval if are_shares or name == "maj" else student
+                numbers = (known.mean(), *interval(known))
+                for edge, number in zip(("", "_low", "_high"), numbers, strict=True):
+                    metrics[f"validation/{name}@{k}{edge}"] = number
+    return metrics
 
 
 def _samples(

@@ -1,0 +1,239 @@
+"""MaxRL, the pass@k objective, GDPO and the mean of the batch as a baseline: against their formulas
+in NumPy, their objectives by enumeration, and in whole runs.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tabular
+from jax.sharding import PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax import advantages, sharding
+from rlhf_jax.algorithms import gdpo, maxrl, pass_at_k, rloo
+
+SIZES = [(2, 2), (3, 2), (4, 3), (6, 4), (7, 7)]  # answers, k
+
+
+def best_without(scores, k):
+    """n times eq. 33 of Walder and Karkhanis: over all sets of k answers with i, the best score of
+    the set minus the best of the set without i."""
+    n = len(scores)
+    found = np.zeros(n)
+    for chosen in itertools.combinations(range(n), k):
+        for i in chosen:
+            others = [scores[j] for j in chosen if j != i]
+            found[i] += max(*others, scores[i]) - max(others)
+    return n * found / math.comb(n, k)
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_pass_at_k_is_its_formula(n, k):
+    """Also with ties, missing answers (which hold NaN) and a group with fewer than k answers."""
+    rng = np.random.default_rng(n)
+    scores = np.full((3, n + 2), np.nan, np.float32)
+    mask = np.zeros((3, n + 2))
+    mask[:2, rng.permutation(n + 2)[:n]] = 1
+    mask[2, : k - 1] = 1
+    scores[0, mask[0] > 0] = rng.integers(0, 2, n)
+    scores[1, mask[1] > 0] = rng.normal(size=n).round(1)
+    scores[2, mask[2] > 0] = np.arange(k - 1)
+    found = jax.jit(advantages.pass_at_k, static_argnames="k")(scores, k, mask)
+    for row in (0, 1):
+        expected = best_without(scores[row, mask[row] > 0], k)
+        assert_allclose(found[row, mask[row] > 0], expected, rtol=1e-6, atol=1e-6)
+    assert_array_equal(np.asarray(found)[mask == 0], 0)
+    assert_array_equal(found[2], 0)
+
+
+def test_max_likelihood_is_its_formula():
+    scores = np.array([[1, 0, 0, 1], [0, 0, 0, np.nan], [3, 1, 5, np.nan], [1, 1, 1, 1]])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    found = jax.jit(advantages.max_likelihood)(scores.astype(np.float32), mask)
+    expected = [[1, -1, -1, 1], [0, 0, 0, 0], [0, -2 / 3, 2 / 3, 0], [0, 0, 0, 0]]
+    assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_a_k_that_is_no_number_of_other_answers_is_refused(k):
+    with pytest.raises(ValueError, match=f"expected 2 to 4, the answers in a group, got {k}"):
+        advantages.pass_at_k(jnp.ones((2, 4)), k)
+    with pytest.raises(ValueError, match="at least 2 answers in a group"):
+        advantages.max_likelihood(jnp.ones((2, 1)))
+
+
+# --- The objectives, by enumeration of all groups
+
+GROUP = 4
+P = np.array([0.45, 0.2, 0.35])  # of three answers
+SCORES = np.array([0.0, 1.0, 0.0])
+ONE_HOT = np.eye(3)
+
+
+def expected_gradient(estimate, scores):
+    """The mean over a group of advantages times the gradients of log-probabilities, with respect to
+    the logits of P: over all groups that can be drawn, each with its probability. [3]
+    """
+    groups = np.array(list(itertools.product(range(3), repeat=GROUP)))
+    found = np.asarray(jax.jit(estimate)(np.float32(scores)[groups]), np.float64)
+    gradients = np.mean(found[:, :, None] * (ONE_HOT[groups] - P), axis=1)
+    return np.prod(P[groups], axis=1) @ gradients
+
+
+def gradient_of_best(k, scores=SCORES):
+    """Of the expected best score of k answers, over all k that can be drawn. [3]"""
+    drawn = np.array(list(itertools.product(range(3), repeat=k)))
+    values = np.prod(P[drawn], axis=1) * scores[drawn].max(axis=1)
+    return values @ np.sum(ONE_HOT[drawn] - P, axis=1)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_expected_gradient_is_that_of_the_best_of_k(k):
+    """Of scores 0 and 1 pass@k, whose gradient is known."""
+    estimate = partial(advantages.pass_at_k, k=k)
+    found = expected_gradient(estimate, SCORES)
+    assert_allclose(found, k * (1 - P[1]) ** (k - 1) * P[1] * (ONE_HOT[1] - P), atol=1e-6)
+    scores = np.array([0.2, 2.0, -1.0])
+    assert_allclose(expected_gradient(estimate, scores), gradient_of_best(k, scores), atol=1e-6)
+
+
+def test_the_expected_gradient_of_maxrl_is_that_of_the_likelihood_up_to_an_order():
+    """Of the sum over k below the group's size of pass@k / k, and of no other number of terms."""
+    found = expected_gradient(advantages.max_likelihood, SCORES)
+    terms = np.cumsum([gradient_of_best(k) / k for k in range(1, GROUP + 1)], axis=0)
+    assert_allclose(found, terms[GROUP - 2], atol=1e-6)
+    assert np.abs(terms - found).max(axis=1)[[GROUP - 3, GROUP - 1]].min() > 0.01
+
+
+# --- Updates against NumPy
+
+LENGTHS = [4, 1, 2, 0, 3, 2, 1, 4]  # two groups of four; the last of the first is missing
+
+
+def component_scores(rng):
+    """Two components; the second says nothing of one row."""
+    return {
+        "correct": np.float32(rng.integers(0, 2, 8)),
+        "format": np.where(np.arange(8) == 5, np.nan, np.float32(rng.normal(size=8))),
+        "other": np.float32(rng.normal(size=8)),
+    }
+
+
+def grpo_advantages(values, there):
+    values = values[there]
+    return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+
+
+def numpy_advantages(name, rollout):
+    """[B] of rows that are not missing; 0 of the others."""
+    present = np.array(LENGTHS) > 0
+    scores = np.asarray(rollout.scores)
+    found = np.zeros(8)
+    if name == "batch":
+        found[present] = scores[present] - scores[present].mean()
+        return found
+    for group in np.split(np.arange(8), 2):
+        there = group[present[group]]
+        if name == "maxrl":
+            mean = scores[there].mean()
+            found[there] = (scores[there] - mean) / mean
+        elif name == "pass_at_k":
+            found[there] = best_without(scores[there], 3)
+        else:
+            for component, weight in (("correct", 2.0), ("format", 0.5)):
+                values = np.asarray(rollout.extras[component])
+                known = there[~np.isnan(values[there])]
+                found[known] += weight * grpo_advantages(values, known)
+    if name == "gdpo":
+        found[present] -= found[present].mean()
+        found[present] /= found[present].std()
+    return found
+
+
+METHODS = {
+    "maxrl": (maxrl, {"group_size": 4}),
+    "pass_at_k": (pass_at_k, {"group_size": 4, "k": 3}),
+    "gdpo": (
+        gdpo,
+        {"group_size": 4, "components": ("correct", "format"), "weights": (2.0, 0.5)}
+        | {"kl_loss_coef": 0.0},
+    ),
+    "batch": (rloo, {"baseline": "batch", "group_size": 1}),
+}
+
+
+def of_four(seed=0):
+    rng = np.random.default_rng(seed)
+    unset = dict.fromkeys(("rewards", "advantages", "returns", "importance_weights"))
+    scores = np.float32([1, 0, 2, 9, 0, 1, 1, 3])
+    batch = tabular.rollout(seed, LENGTHS)
+    return batch.replace(scores=scores, extras=component_scores(rng), **unset)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_equal_numpy(name):
+    """The clipped loss of a table of logits, summed over the tokens of a row, and its gradient by
+    hand. GDPO means over a row's tokens, as GRPO."""
+    module, settings = METHODS[name]
+    config = module.Config(**settings)
+    rollout = of_four()
+    params = tabular.policy_params(0)
+    prepared = jax.jit(partial(module.prepare, config=config))(rollout)
+    advantage = numpy_advantages(name, rollout)
+    mask = np.asarray(rollout.mask)
+    assert_allclose(prepared.advantages, advantage[:, None] * mask, rtol=1e-5, atol=1e-6)
+    how = {"policy_fn": tabular.policy_fn, "config": config}
+
+    def loss(params):
+        found, _ = module.loss(params, prepared, None, **how)
+        return found.total / found.count
+
+    total, gradient = jax.jit(jax.value_and_grad(loss))(params)
+
+    logits = np.asarray(params["logits"], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    tokens = np.asarray(rollout.tokens)
+    expected, by_hand = 0.0, np.zeros_like(logits)
+    num_rows = (mask.any(axis=1)).sum()
+    for row, column in zip(*np.nonzero(mask), strict=True):
+        before, said = tokens[row, column - 1], tokens[row, column]
+        weight = 1 / (mask[row].sum() if name == "gdpo" else 1) / num_rows
+        ratio = p[before, said] / np.exp(float(rollout.log_probs[row, column]))
+        clipped = np.clip(ratio, 0.8, 1.2)
+        losses = -advantage[row] * ratio, -advantage[row] * clipped
+        expected += weight * max(losses)
+        if losses[0] >= losses[1]:
+            by_hand[before] += weight * losses[0] * (np.eye(5)[said] - p[before])
+    assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+    assert_allclose(gradient["logits"], by_hand, rtol=1e-4, atol=1e-6)
+    assert np.abs(by_hand).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gdpo", "batch"])
+def test_the_mean_of_the_batch_is_over_all_devices(name):
+    module, settings = METHODS[name]
+    prepare = partial(module.prepare, config=module.Config(**settings), axis_name="data")
+    rollout = of_four()
+    places = {"in_specs": PartitionSpec("data"), "out_specs": PartitionSpec("data")}
+    split = jax.jit(jax.shard_map(prepare, mesh=sharding.make_mesh(2), **places))
+    whole = jax.jit(partial(module.prepare, config=module.Config(**settings)))(rollout)
+    assert_allclose(split(rollout).advantages, whole.advantages, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_update_needs_is_named():
+    """Also that advantages are not overwritten, and what GDPO's run must bring."""
+    config = gdpo.Config(group_size=4, components=("correct", "tone"))
+    assert config.extras == {"correct": "row", "tone": "row"}
+    with pytest.raises(ValueError, match=r"rollout\.extras\['tone'\] is needed"):
+        gdpo.prepare(of_four(), config=config)
+    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
+        rloo.Config(baseline="both", group_size=1)
+    for module, settings in METHODS.values():
+        given = of_four().replace(advantages=np.zeros((8, 7), np.float32))
+        with pytest.raises(ValueError, match=r"rollout\.advantages is given"):
+            module.prepare(given, config=module.Config(**settings))
