@@ -4,6 +4,7 @@ in NumPy, their objectives by enumeration, and in whole runs.
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
+from builders import goes_on_alike, letters_run, metric_rows, slow, soak, with_rl
 from jax.sharding import PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import advantages, sharding
+from rlhf_jax import advantages, sharding, training
 from rlhf_jax.algorithms import gdpo, maxrl, pass_at_k, rloo
+from rlhf_jax.config import Optimizer
+from rlhf_jax.metrics import best_at_k, majority_at_k
 
 SIZES = [(2, 2), (3, 2), (4, 3), (6, 4), (7, 7)]  # answers, k
 
@@ -108,6 +112,58 @@ def test_the_expected_gradient_of_maxrl_is_that_of_the_likelihood_up_to_an_order
     terms = np.cumsum([gradient_of_best(k) / k for k in range(1, GROUP + 1)], axis=0)
     assert_allclose(found, terms[GROUP - 2], atol=1e-6)
     assert np.abs(terms - found).max(axis=1)[[GROUP - 3, GROUP - 1]].min() > 0.01
+
+
+# --- Measures of several answers
+
+
+def test_best_at_k_is_the_mean_over_all_choices():
+    """Missing answers hold NaN; of scores 0 and 1 it is the estimator of Chen et al."""
+    rng = np.random.default_rng(0)
+    for n, k in [(1, 1), (3, 1), (3, 2), (6, 4), (6, 6)]:
+        scores = np.full((2, n + 2), np.nan)
+        mask = np.zeros((2, n + 2))
+        mask[0, 1:-1] = mask[1, : k - 1] = 1
+        scores[0, 1:-1] = rng.normal(size=n)
+        scores[1, : k - 1] = 1
+        expected = np.mean([max(few) for few in itertools.combinations(scores[0, 1:-1], k)])
+        found = best_at_k(scores, k, mask)
+        assert_allclose(found[0], expected, rtol=1e-12)
+        assert np.isnan(found[1])
+    right = np.arange(8) < 3
+    expected = 1 - math.comb(5, 4) / math.comb(8, 4)
+    assert_allclose(best_at_k(1.0 * right[None], 4), [expected], rtol=1e-12)
+
+
+def mean_of_majorities(answers, correct, k):
+    found = []
+    for chosen in itertools.combinations(range(len(answers)), k):
+        said = [answers[i] for i in chosen]
+        most = max(map(said.count, said))
+        tied = {answer for answer in said if said.count(answer) == most}
+        found.append(np.mean([correct[answers == answer].mean() for answer in tied]))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 8])
+def test_majority_at_k_is_the_mean_over_all_choices(n):
+    """Ties share; equal answers with different verdicts count as their mean."""
+    rng = np.random.default_rng(n)
+    answers = rng.integers(0, 3, n).astype(str)
+    correct = np.where(answers == "1", 1.0, np.where(answers == "2", rng.integers(0, 2, n), 0.0))
+    for k in range(1, n + 1):
+        found = majority_at_k(answers, correct, k)
+        assert_allclose(found, mean_of_majorities(answers, correct, k), rtol=1e-9, atol=1e-12)
+    unknown = np.append(correct, np.nan)
+    assert majority_at_k(np.append(answers, "1"), unknown, n) == majority_at_k(answers, correct, n)
+    assert np.isnan(majority_at_k(np.append(answers, "1"), unknown, n + 1))
+
+
+def test_a_majority_of_many_answers():
+    """Of 64 answers 40 are right, and of 32 of them almost always most."""
+    answers = np.array(["1"] * 40 + [str(i % 12 + 2) for i in range(24)])
+    assert majority_at_k(answers, 1.0 * (answers == "1"), 32) == pytest.approx(1, abs=1e-6)
+    assert majority_at_k(answers, 1.0 * (answers == "1"), 1) == pytest.approx(40 / 64)
 
 
 # --- Updates against NumPy
@@ -237,3 +293,46 @@ def test_what_an_update_needs_is_named():
         given = of_four().replace(advantages=np.zeros((8, 7), np.float32))
         with pytest.raises(ValueError, match=r"rollout\.advantages is given"):
             module.prepare(given, config=module.Config(**settings))
+
+
+# --- Whole runs
+
+
+PARTS = """
+def parts(prompts, responses, letter):
+    right = [float(len(set(text)) % 2) for text in responses]
+    short = [-float(len(text)) for text in responses]
+    return right, {"correct": right, "format": short}
+"""
+OF_RUN = {
+    "maxrl": {"group_size": 4},
+    "pass_at_k": {"group_size": 4, "k": 2},
+    "gdpo": {"group_size": 4, "kl_loss_coef": 0.0},
+    "batch": {"baseline": "batch", "group_size": 1},
+}
+
+
+@pytest.mark.parametrize("name", [soak("maxrl"), "pass_at_k", slow("gdpo"), slow("batch")])
+def test_a_run_learns_and_goes_on_exactly(name, tmp_path):
+    """Eight answers a step, and three to each of the prompts of validations."""
+    module, _ = METHODS[name]
+    config = letters_run(tmp_path)
+    (tmp_path / "parts.py").write_text(PARTS)
+    config = replace(config, reward=(f"{tmp_path / 'parts.py'}:parts",), checkpoint_interval=1)
+    config = with_rl(
+        config,
+        num_iterations=2,
+        batch_size=8,
+        validation_interval=2,
+        validation_samples=3,
+        optimizer=Optimizer(learning_rate=0.1, schedule="constant"),
+    )
+
+    def run(config):
+        return training.rl.run(config, module, module.Config(**OF_RUN[name]))
+
+    straight = run(config)
+    rows = metric_rows(straight.folder)
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 0
+    assert {"validation/pass@3", "validation/best@3_low"} <= rows[-1].keys()
+    goes_on_alike(run, config, straight)

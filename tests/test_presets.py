@@ -2,6 +2,7 @@
 says.
 """
 
+import importlib
 import importlib.util
 import json
 import operator
@@ -59,6 +60,10 @@ SAYS = {
     "grpo": "grpo group_size=64 kl_loss_coef=0.04 kl_loss_estimator=k3 aggregate=sequence"
     " rate=1e-06 kl_coef=None",
     "grpo_wins": "grpo group_size=8 kl_loss_coef=0.04 rate=None kl_coef=0.0",
+    "flash_reinforce": "rloo baseline=batch group_size=1 num_epochs=1 num_minibatches=1"
+    " aggregate=sequence kl_in_loss=False rate=1e-06 kl_coef=0.0",
+    "gdpo": "gdpo group_size=4 num_minibatches=4 aggregate=token kl_in_loss=False scale=True"
+    " rate=1e-06 kl_coef=0.0",
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4"
     " rate=None kl_coef=None",
     "ipo": "dpo kind=ipo beta=0.1 rate=None",
@@ -73,6 +78,11 @@ SAYS = {
     " rate=5e-07 kl_coef=None",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32 rate=5e-06",
     "otb": "otb group_size=8 aggregate=token kl_in_loss=False rate=None kl_coef=None",
+    "maxrl": "maxrl group_size=16 num_epochs=1 aggregate=token kl_in_loss=False"
+    " rate=1e-06 kl_coef=0.0",
+    "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32 rate=5e-06",
+    "pass_at_k": "pass_at_k group_size=16 k=8 aggregate=sum kl_in_loss=False"
+    " rate=1e-06 kl_coef=0.0",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True"
     " rate=1e-05 kl_coef=0.15",
     "reinforce_pp": "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence"
@@ -104,10 +114,18 @@ SMALL += (
 SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
 
 
+def method_of(section):
+    """The module of a section that RunConfig does not have, a method by its name; else None."""
+    if hasattr(RunConfig(), section):
+        return None
+    return importlib.import_module(f"rlhf_jax.algorithms.{section}")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     section, *said = SAYS[name].split()
     config = parse(RunConfig, ["--config", "tiny", name], algorithm=find_method(section))
+    config = parse(RunConfig, ["--config", "tiny", name], algorithm=method_of(section))
     text = (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8")
     given = yaml.safe_load(text)
     trained = given[section] if section in ("dpo", "kto") else given.get("rl", {})
@@ -115,6 +133,7 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     rates["kl_coef"] = trained.get("kl_coef")
     keys = [word.partition("=")[0] for word in said]
     settings = config.own.get(section) or getattr(config, section)
+    settings = getattr(config, section, None) or config.own[section]
     values = [rates[key] if key in rates else getattr(settings, key) for key in keys]
     assert [f"{key}={value}" for key, value in zip(keys, values, strict=True)] == said
     assert (config.rl.dynamic_sampling > 0) == (name == "dapo")
@@ -176,6 +195,7 @@ def flags(name, section, folder):
     many = (
         [f"--{section}.group-size", "4"]
         if (section in ("rloo", "grpo") or name == "vapo") and name != "reinforce_pp"
+        if section in ("rloo", "grpo") and name not in ("reinforce_pp", "flash_reinforce")
         else []
     )
     many += ["--ppo.value-warmup", "0"] if name == "vapo" else []
@@ -195,6 +215,11 @@ def test_a_preset_starts(name, data, monkeypatch):
     method = find_method(section)
     config = parse(RunConfig, [*flags(name, section, data), "--overwrite"], algorithm=method)
     module = module or method
+    method = method_of(section)
+    own = {"gdpo": ["--gdpo.components", "count:e", "length"]}.get(name, [])
+    more = ["--overwrite", *own, *["--reward", "count:e", "length"] * bool(own)]
+    config = parse(RunConfig, [*flags(name, section, data), *more], algorithm=method)
+    module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section, method)
     if module is None:
         last = getattr(training, section).run(config).metrics
         assert last[f"{section}/loss"] > 0

@@ -2,6 +2,7 @@
 samples.jsonl.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -19,7 +20,7 @@ from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
-from rlhf_jax.metrics import share_interval
+from rlhf_jax.metrics import share_interval, student
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.opening import open_run
@@ -27,6 +28,7 @@ from rlhf_jax.training.common.progress import Progress
 from rlhf_jax.training.rl import validation
 from rlhf_jax.training.rl.inputs import files
 from rlhf_jax.training.rl.job import sources_of
+from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.types import Rollout
 
 PROMPTS = [
@@ -90,9 +92,9 @@ def validated(config, monkeypatch):
     def begin(progress, adopt):
         raise Killed(progress.validate(progress.state))
 
-    def run(**settings):
+    def run(own=config, **settings):
         with pytest.raises(Killed) as killed:
-            training.rl.run(replace(config, rl=replace(config.rl, **settings)), vpg)
+            training.rl.run(replace(own, rl=replace(own.rl, **settings)), vpg)
         return killed.value.args[0]
 
     monkeypatch.setattr(Progress, "begin", begin)
@@ -110,6 +112,7 @@ def test_greedy_validations_of_a_run_as_long_as_a_pass(config, validated, tmp_pa
     assert said in capsys.readouterr().out
     first, second = (row["response"] for row in found.samples)
     assert first == second
+    assert not [name for name in found.metrics if "@" in name]
     assert "num_epochs: 1" in (tmp_path / "run" / "config.yaml").read_text()
     own = replace(config.rl, temperature=0.5)
     characters = tokenizers.characters(["ab"])
@@ -118,16 +121,99 @@ def test_greedy_validations_of_a_run_as_long_as_a_pass(config, validated, tmp_pa
     assert initial.sampling_config(own, characters).temperature == 0.5
 
 
-def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, validated):
-    """Three prompts x 4 samples are two batches of eight; the metric is the mean of all twelve."""
+def test_several_samples_of_a_validation_are_of_one_prompt_and_differ(config, validated, tmp_path):
+    """Three prompts x 4 samples are two batches of eight; the metric is the mean of all twelve. Two
+    of the prompts are equal, and stay two."""
+    write(tmp_path / "others.json", [OTHERS[0], OTHERS[2], OTHERS[2]])
     found = validated(validation_samples=4, show_examples=0)
     rows = found.samples
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS for _ in range(4)]
+    assert [row["prompt"] for row in rows] == ["tell fable"] * 4 + ["bees"] * 8
     assert len({row["response"] for row in rows[:4]}) > 1
-    mean = np.mean([row["score"] for row in rows])
-    assert found.metrics["validation/score"] == pytest.approx(mean, rel=1e-6)
+    scores = np.array([row["score"] for row in rows]).reshape(3, 4)
+    assert found.metrics["validation/score"] == pytest.approx(scores.mean(), rel=1e-6)
+    pairs = [np.maximum(scores[:, i], scores[:, j]) for i, j in itertools.combinations(range(4), 2)]
+    best = {1: scores.mean(axis=1), 2: np.mean(pairs, axis=0), 4: scores.max(axis=1)}
+    for k, of_prompts in best.items():
+        numbers = np.array([of_prompts.mean(), *student(of_prompts)])
+        got = [found.metrics[f"validation/best@{k}{edge}"] for edge in ("", "_low", "_high")]
+        assert got == pytest.approx(numbers, rel=1e-6)
+    assert {name for name in found.metrics if "@" in name} == {
+        f"validation/best@{k}{edge}" for k in best for edge in ("", "_low", "_high")
+    }
     with pytest.raises(ValueError, match="validation_samples: with validation_temperature 0"):
         replace(config.rl, validation_samples=4, validation_temperature=0.0)
+
+
+def test_a_verified_answer_is_voted_for(config, validated, tmp_path):
+    """Whichever answers there are: those of one majority are right, and few of the others."""
+    for name, rows in {"prompts": PROMPTS, "others": OTHERS}.items():
+        write(tmp_path / f"{name}.json", [row | {"answer": "7"} for row in rows])
+    found = validated(replace(config, reward=("math",)), validation_samples=3, show_examples=0)
+    assert {f"validation/{name}@3" for name in ("best", "pass", "maj")} <= found.metrics.keys()
+    assert "validation/maj@2" not in found.metrics
+
+
+def sampled_answers(texts, numbers, scores, components=None):
+    """A rollout of these texts, and its batch; of number -1 a padded row, without a text one that
+    has no score.
+    """
+    tokenizer = tokenizers.characters(["0123456789 ?."])
+    tokens = np.full((len(texts), 8), tokenizer.pad_id)
+    mask = np.zeros((len(texts), 8), int)
+    for i, text in enumerate(texts):
+        tokens[i, : 2 + len(text)] = tokenizer.encode("? " + text)
+        mask[i, 2 : 2 + len(text)] = 1
+    rollout = Rollout(tokens, 1 * (tokens > 0), mask, 0.0 * mask)
+    rollout = rollout.replace(scores=np.float32(scores), extras=components)
+    rows = [Row("?", (), "", columns={"answer": "7"}) for _ in range(3)]
+    prompts = SimpleNamespace(rows=rows, columns=("answer",))
+    batch = Batch(prompts, np.array(numbers), jax.random.key(0))
+    job = rl_job(
+        settings=RLStage(validation_samples=3),
+        inputs={"initial": SimpleNamespace(tokenizer=tokenizer)},
+        run=SimpleNamespace(config=RunConfig()),
+    )
+    return validation.of_several(job, rollout, rollout, batch)
+
+
+def test_several_answers_by_hand():
+    """Prompts 0 and 2, of which the second is equal to the first: 7, 7 and 8; 9, 9.0 and none that
+    has a score. A padded row and its score count nowhere."""
+    texts = ["7", "7", "8", "9", "9.0", "", "7"]
+    scores = [1, 1, 0, 0, 0, 1, 1]
+    right = np.array([1, 1, 0, 0, 0, np.nan, 1])
+    found = sampled_answers(texts, [0, 0, 0, 2, 2, 2, -1], scores, {"math": right})
+    assert found["validation/pass@1"] == pytest.approx(1 / 3)
+    assert found["validation/pass@2"] == pytest.approx(1 / 2)
+    assert found["validation/pass@3"] == found["validation/maj@3"] == 1  # of the first prompt alone
+    low, high = share_interval(np.array([1.0, 0.0]))
+    assert found["validation/best@2_low"] == found["validation/pass@2_low"] == pytest.approx(low)
+    assert found["validation/pass@2_high"] == pytest.approx(high)
+    assert found["validation/maj@3_low"] == share_interval(np.ones(1))[0]
+    assert not {"validation/maj@1", "validation/maj@2"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["7", "8", "9"], 1 / 3),
+        (["7", "8", "8"], 0),
+        (["7", "8.0", "8"], 0),  # as numbers they are one
+        (["7", " 7", "8"], 1),
+    ],
+)
+def test_a_majority_is_of_equal_answers(texts, expected):
+    right = np.float32([float(text.strip() == "7") for text in texts])
+    found = sampled_answers(texts, [0, 0, 0], right, {"math": right})
+    assert found["validation/maj@3"] == pytest.approx(expected)
+
+
+def test_scores_that_are_no_shares_are_no_passes():
+    found = sampled_answers(["1", "2", "3"], [0, 0, 0], [0.5, 2.0, 1.0])
+    assert found["validation/best@3"] == 2
+    assert found["validation/best@2"] == pytest.approx((2 + 2 + 1) / 3)
+    assert not [name for name in found if name[:15] in ("validation/pass", "validation/maj@")]
+    assert "validation/best@3_low" not in found  # one prompt has no interval
 
 
 def test_training_samples_have_the_score_of_their_own_text():

@@ -162,7 +162,8 @@ def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> dict
                 interval = share_interval if are_shares or name == "maj" else student
                 numbers = (known.mean(), *interval(known))
                 for edge, number in zip(("", "_low", "_high"), numbers, strict=True):
-                    metrics[f"validation/{name}@{k}{edge}"] = number
+                    if not math.isnan(number):  # of one prompt
+                        metrics[f"validation/{name}@{k}{edge}"] = number
     return metrics
 
 
