@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
-from builders import goes_on_alike, letters_run, metric_rows, slow, soak, with_rl
+from builders import goes_on_alike, letters_run, metric_rows, soak, with_rl
 from jax.sharding import PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -307,12 +307,17 @@ def parts(prompts, responses, letter):
 OF_RUN = {
     "maxrl": {"group_size": 4},
     "pass_at_k": {"group_size": 4, "k": 2},
-    "gdpo": {"group_size": 4, "kl_loss_coef": 0.0},
+    "gdpo": {
+        "group_size": 4,
+        "kl_loss_coef": 0.0,
+        "components": ("parts/correct", "parts/format"),
+    },
     "batch": {"baseline": "batch", "group_size": 1},
 }
 
 
-@pytest.mark.parametrize("name", [soak("maxrl"), "pass_at_k", slow("gdpo"), slow("batch")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [soak("maxrl"), "pass_at_k", "gdpo", "batch"])
 def test_a_run_learns_and_goes_on_exactly(name, tmp_path):
     """Eight answers a step, and three to each of the prompts of validations."""
     module, _ = METHODS[name]

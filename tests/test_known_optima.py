@@ -23,6 +23,13 @@ from rlhf_jax.algorithms import (
     grpo,
     kto,
     otb,
+    distill,
+    dpo,
+    gdpo,
+    grpo,
+    kto,
+    maxrl,
+    pass_at_k,
     ppo,
     reward_model,
     rloo,
@@ -52,6 +59,24 @@ def scaled(probs, rewards=tiny.REWARDS):
     """
     difference = rewards[:, None] - rewards[None, :]
     return (0.5 * difference / (np.abs(difference) / np.sqrt(2.0) + 1e-4)) @ probs
+
+
+def better_than_another(probs):
+    """Pass@k of pairs with k = 2: twice how much better than the other, at least 0."""
+    return 2.0 * np.maximum(tiny.REWARDS[:, None] - tiny.REWARDS[None, :], 0.0) @ probs
+
+
+def of_the_mean(probs):
+    """MaxRL of exp(r), in pairs: half the difference over the mean."""
+    return np.tanh(0.5 * (tiny.REWARDS[:, None] - tiny.REWARDS[None, :])) @ probs
+
+
+def of_components(probs):
+    """GDPO of reward and brevity: who wins each, over the deviation of the sum in the batch."""
+    parts = (np.asarray(x, np.float64) for x in (tiny.REWARDS, -tiny.LENGTHS))
+    gaps = (x[:, None] - x[None, :] for x in parts)
+    sums = sum(0.5 * gap / (np.abs(gap) / np.sqrt(2.0) + 1e-4) for gap in gaps)
+    return sums @ probs / np.sqrt(probs @ sums**2 @ probs)
 
 
 def each_token(probs):
@@ -157,6 +182,8 @@ GROUPS = {
     "dppo": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, gate="tv", clip_low=1.0, clip_high=1e3),
     "drift": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, gate="drift", gate_limit=0.5),
     "gmpo": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row, scale=False, surrogate="gmpo"),
+    "maxrl": with_kl_in_loss(maxrl, of_the_mean, "k2", 0.3),
+    "pass_at_k": with_kl_in_loss(pass_at_k, better_than_another, "k2", 0.5, k=2),
 }
 
 
@@ -168,6 +195,11 @@ def optimum_of(name, factor=1):
 def shaped(name, batch, kl_coef):
     if name == "dapo":
         batch = DAPO(batch)
+    elif name == "maxrl":
+        batch = batch.replace(scores=jnp.exp(batch.scores))
+    elif name == "gdpo":
+        brevity = -jnp.sum(batch.response_mask, axis=1, dtype=jnp.float32)
+        batch = batch.replace(extras={"correct": batch.scores, "format": brevity})
     return batch.replace(rewards=rewards.kl_shaped(batch, kl_coef)) if kl_coef else batch
 
 
@@ -244,6 +276,8 @@ LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(
 COV = (clip_cov, unscaled, "k3", 0.2, by_row)
 LEARNERS["clip_cov"] = with_kl_in_loss(*COV, scale=False)
 LEARNERS["kl_cov"] = with_kl_in_loss(*COV, scale=False, kind="kl")
+LEARNERS["flash_reinforce"] = with_kl_in_reward(rloo, rloo.Config(baseline="batch", group_size=1))
+LEARNERS["gdpo"] = with_kl_in_loss(gdpo, of_components, "k3", 0.2, by_row)
 LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="greedy"))
 # Its baseline has a share of the token's own reward, which is small in a large group.
 LEARNERS["otb"] = with_kl_in_reward(otb, otb.Config(group_size=64, aggregate="sum"))

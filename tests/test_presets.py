@@ -2,7 +2,6 @@
 says.
 """
 
-import importlib
 import importlib.util
 import json
 import operator
@@ -114,13 +113,6 @@ SMALL += (
 SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
 
 
-def method_of(section):
-    """The module of a section that RunConfig does not have, a method by its name; else None."""
-    if hasattr(RunConfig(), section):
-        return None
-    return importlib.import_module(f"rlhf_jax.algorithms.{section}")
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     section, *said = SAYS[name].split()
@@ -179,6 +171,9 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind):
     assert (task.prepare(job).reference is None) == (kind != "sigmoid")
 
 
+PARTS = {"gdpo": ["--reward", "count:e", "length", "--gdpo.components", "count:e", "length"]}
+
+
 def flags(name, section, folder):
     argv = [
         "--config",
@@ -189,6 +184,7 @@ def flags(name, section, folder):
         folder,
         "--output-dir",
         f"{folder}/{name}",
+        *PARTS.get(name, []),
     ]
     if section in ("dpo", "kto"):
         return [*argv, *f"--{section}.batch-size 64 --{section}.validation-fraction 0".split()]
@@ -220,6 +216,10 @@ def test_a_preset_starts(name, data, monkeypatch):
     more = ["--overwrite", *own, *["--reward", "count:e", "length"] * bool(own)]
     config = parse(RunConfig, [*flags(name, section, data), *more], algorithm=method)
     module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section, method)
+    method = find_method(section)
+    config = parse(RunConfig, [*flags(name, section, data), "--overwrite"], algorithm=method)
+    module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section)
+    module = module or method
     if module is None:
         last = getattr(training, section).run(config).metrics
         assert last[f"{section}/loss"] > 0

@@ -1,8 +1,6 @@
 """The rewards and algorithms that the documentation shows, as it shows them."""
 
-import math
 import types
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -111,21 +109,3 @@ def test_online_dpo_makes_the_step_of_dpo_on_the_judged_pairs():
 def test_the_judge_of_pairs_prefers_the_shorter_response():
     shorter = shown("prefer").shorter
     assert shorter(["p"] * 3, ["a", "aa", "a"], ["aa", "a", "b"]) == [1, 0, 0.5]
-
-
-def test_gdpo_normalises_each_component_in_its_group():
-    """Sums 1, 1, 2, 0: GRPO gives the first group nothing; its components differ."""
-    gdpo = shown("gdpo")
-    components = {
-        "correct": jnp.array([1.0, 0, 1, 0]),
-        "format": jnp.array([0.0, 1, 1, jnp.nan]),
-        "other": jnp.array([9.0, 0, 0, 0]),
-    }
-    rollout = pairs_rollout(extras=components)
-    config = gdpo.Config(group_size=2, eps=0.0, weights=(2.0, 1.0))
-    assert config.extras == {"correct": "row", "format": "row"}
-    found = jax.jit(partial(gdpo.prepare, config=config))(rollout).advantages
-    half = math.sqrt(0.5)
-    total = np.array([2 * half - half, half - 2 * half, 2 * half, -2 * half])
-    assert_allclose(found[:, 1], total / total.std(), rtol=1e-4)
-    assert_array_equal(found[3], [0, found[3, 1], 0])
