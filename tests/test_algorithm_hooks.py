@@ -280,9 +280,7 @@ def test_a_batch_must_have_whole_groups_in_each_minibatch():
     check = functools.partial(method.check_settings, "mine", RLStage(batch_size=16))
     layout = layout_of(RunConfig())
     check(rloo.Config(group_size=2, num_minibatches=16), layout)
-    with pytest.raises(
-        UserError, match=r"rl.batch_size 16 does not divide by 16 mine.* 2 "
-    ):
+    with pytest.raises(UserError, match=r"rl.batch_size 16 does not divide by 16 mine.* 2 "):
         check(Whole(), layout)
 
 

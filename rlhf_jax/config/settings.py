@@ -488,8 +488,8 @@ class RLStage(Reference):
     validation_temperature: NonNegative | None = None
     """Sampling temperature of validations, 0: the likeliest tokens; null: temperature."""
     validation_samples: Count = 1
-    """Responses to each prompt of a validation; its metrics are means over all of them. Several also
-    have best@k, pass@k and maj@k."""
+    """Responses to each prompt of a validation; its metrics are means over all of them. Several
+    have best@k, pass@k and maj@k too."""
     dynamic_sampling: CountOrZero = 0
     """At most so many times in an iteration, groups whose answers all have one score are replaced
     by groups of new prompts; such groups that are left then stay in the batch. The scores are those
