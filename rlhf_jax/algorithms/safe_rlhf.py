@@ -1,0 +1,74 @@
+"""Safe RLHF (Dai et al. 2023, arXiv 2310.12773): the reward is maximised while the mean cost stays
+below a limit, by a Lagrange multiplier that moves with the policy.
+
+``A = (A_r - lambda A_c) / (1 + lambda)``, then ``log lambda += rate lambda (mean cost - limit)``.
+Penalties such as the KL's are taken from the reward and added to the cost: they keep their weight.
+The advantages are those of ``rloo``; the paper has value functions and GAE. Lambda starts at 1.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax import ops
+from rlhf_jax.algorithms import policy, rloo
+from rlhf_jax.types import AxisName, Metrics, Rollout, TrainState
+
+kl_coef = 0.01
+
+
+@dataclass(frozen=True)
+class Config(rloo.Config):
+    """Safe RLHF."""
+
+    cost: str = "cost"
+    """The component of the reward that is the cost. A row without a cost is left out."""
+    limit: float = 0.0
+    """What the mean cost shall not exceed."""
+    multiplier_rate: float = 0.1
+    """How fast the logarithm of the multiplier moves."""
+    multiplier_max: float = 5.0
+    """The largest multiplier."""
+
+    @property
+    def extras(self) -> dict[str, Any]:  # type: ignore[override]
+        """The cost, one of each row."""
+        return {self.cost: "row"}
+
+
+@flax.struct.dataclass
+class State(TrainState):
+    """A TrainState with the logarithm of the multiplier, which starts at 0."""
+
+    log_multiplier: Array = flax.struct.field(default_factory=lambda: jnp.zeros(()))  # [] float32
+
+
+def prepare(rollout: Rollout, *, state: State, config: Config, **how: Any) -> Rollout:
+    """``rloo.prepare`` of the combined rewards; dense rewards count as their sum."""
+    cost = policy.extra(rollout, config.cost)
+    mask = jnp.where(jnp.isnan(cost)[:, None], 0, rollout.response_mask)
+    scores = policy.field(rollout, "scores", ndim=1)
+    weight = jnp.exp(state.log_multiplier)
+    penalties = scores - policy.row_rewards(rollout)
+    combined = (scores - weight * cost) / (1.0 + weight) - penalties
+    known = replace(rollout, response_mask=mask, rewards=ops.at_end(combined, mask), dense=False)
+    return rloo.prepare(known, config=config, **how)
+
+
+def _advance(state: State, prepared: Rollout, *, config: Config, axis_name: AxisName) -> State:
+    cost = ops.masked_mean(policy.extra(prepared, config.cost), prepared.present, None, axis_name)
+    step = config.multiplier_rate * jnp.exp(state.log_multiplier) * (cost - config.limit)
+    most = jnp.log(config.multiplier_max)
+    return replace(state, log_multiplier=jnp.minimum(state.log_multiplier + step, most))
+
+
+_passes = policy.updater(prepare, rloo.loss, advance=_advance)
+
+
+def update(state: State, rollout: Rollout, key: Array, **how: Any) -> tuple[State, Metrics]:
+    """See ``policy.updater``; the metric ``safe/multiplier`` is the next lambda."""
+    state, metrics = _passes(state, rollout, key, **how)
+    return state, {**metrics, "safe/multiplier": jnp.exp(state.log_multiplier)}

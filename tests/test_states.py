@@ -1,0 +1,378 @@
+"""Algorithms with a state of their own: Safe RLHF, single-stream policy optimisation, curriculum by
+pass rate, replay of old answers; and self-distillation, whose other prompt comes by the reward.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+import tabular
+from builders import goes_on_alike, letters_run, slow, with_rl
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax import TrainState, ops, rewards, training
+from rlhf_jax.algorithms import curriculum, grpo, replay, safe_rlhf, spo
+from rlhf_jax.types import Rollout
+
+RATE = 0.5
+HOW = {"policy_fn": tabular.policy_fn, "optimizer": optax.sgd(RATE)}
+KEY = jax.random.key(0)
+EXACT = {"atol": 1e-6, "rtol": 1e-5}
+
+
+def batch_of(scores, row_ids, lengths=None, seed=0, **fields):
+    """Rows with responses of these lengths, a 0 among them a missing row."""
+    batch = tabular.rollout(seed, lengths or (4, 2, 3, 4, 0, 3)[: len(scores)])
+    unset = dict.fromkeys(("rewards", "advantages", "returns", "importance_weights"))
+    given = {"scores": jnp.float32(np.array(scores)), "row_ids": jnp.array(row_ids)}
+    return replace(batch, **unset, **given, **fields)
+
+
+def reference_gradient(params, batch, weights, mean_over):
+    """The gradient of ``-sum(weights * log p) / mean_over`` with respect to the table, in NumPy."""
+    tokens = np.asarray(batch["tokens"])
+    probs = scipy.special.softmax(np.asarray(params["logits"], np.float64), axis=1)
+    gradient = np.zeros_like(probs)
+    for row, column in zip(*np.nonzero(weights), strict=True):
+        before, said = tokens[row, column - 1], tokens[row, column]
+        here = -probs[before]
+        here[said] += 1.0
+        gradient[before] -= weights[row, column] * here / mean_over
+    return gradient
+
+
+def moved(algorithm, state, batch, config):
+    """The state after an update, what the loss was, and the gradient of the logits that it used."""
+    after, metrics = jax.jit(functools.partial(algorithm.update, config=config, **HOW))(
+        state, batch, KEY
+    )
+    gradient = (np.asarray(state.params["logits"]) - np.asarray(after.params["logits"])) / RATE
+    return after, metrics, gradient
+
+
+def arrays(batch):
+    return {name: np.asarray(getattr(batch, name), np.float64) for name in ("log_probs",)} | {
+        "tokens": np.asarray(batch.tokens),
+        "mask": np.asarray(batch.mask),
+    }
+
+
+def table_log_probs(params, tokens):
+    """[B, T] float64, 0 in column 0."""
+    table = scipy.special.log_softmax(np.asarray(params["logits"], np.float64), axis=1)
+    chosen = table[tokens[:, :-1], tokens[:, 1:]]
+    return np.pad(chosen, ((0, 0), (1, 0)))
+
+
+def on_policy(params, batch):
+    """The batch with log-probs of these parameters, so that all ratios are 1."""
+    now = table_log_probs(params, np.asarray(batch.tokens))
+    return replace(batch, log_probs=jnp.float32(np.where(batch.mask, now, 0.0)))
+
+
+def names(module):
+    return module.__name__.rpartition(".")[2]
+
+
+# --- Safe RLHF
+
+
+def test_safe_rlhf_is_its_formula():
+    """Of two groups, with a KL penalty in the rewards and a row without a cost."""
+    params = tabular.policy_params(0)
+    cost = np.array([1.0, -0.5, 2.0, np.nan, 3.0, 0.5])
+    batch = batch_of([1.0, 0.2, -1.0, 5.0, 9.0, 0.7], [0, 0, 0, 1, 1, 1], (4, 2, 3, 4, 0, 3))
+    batch = replace(on_policy(params, batch), extras={"harm": jnp.float32(cost)})
+    penalty = np.array([0.3, 0.1, -0.2, 0.0, 0.0, 0.4])
+    at_end = np.asarray(ops.at_end(batch.scores - jnp.float32(penalty), batch.response_mask))
+    batch = replace(batch, rewards=jnp.asarray(at_end))
+    config = safe_rlhf.Config(group_size=3, cost="harm", limit=0.25, multiplier_rate=0.2)
+    state = safe_rlhf.State.create(params, HOW["optimizer"])
+    state = replace(state, log_multiplier=jnp.float32(np.log(1.5)))
+    after, metrics, gradient = moved(safe_rlhf, state, batch, config)
+
+    # The paper: rewards less the penalty, costs plus the penalty.
+    scores = np.asarray(batch.scores, np.float64)
+    rewards_, costs = scores - penalty, cost + penalty
+
+    def others(x, row, group):
+        return x[row] - np.mean([x[i] for i in group if i != row])
+
+    advantage = np.zeros(6)
+    for row in (0, 1, 2):  # of the second group one row is left: its advantage is 0
+        reward_part, cost_part = (others(x, row, (0, 1, 2)) for x in (rewards_, costs))
+        advantage[row] = (reward_part - 1.5 * cost_part) / 2.5
+    weights = advantage[:, None] * np.asarray(batch.mask)
+    expected = reference_gradient(params, arrays(batch), weights, mean_over=4)
+    assert_allclose(gradient, expected, **EXACT)
+    excess = np.mean(cost[[0, 1, 2, 5]]) - 0.25
+    assert_allclose(metrics["safe/multiplier"], 1.5 * np.exp(0.2 * 1.5 * excess), **EXACT)
+    assert_allclose(after.log_multiplier, np.log(1.5) + 0.2 * 1.5 * excess, **EXACT)
+    state = replace(state, log_multiplier=jnp.log(4.9))
+    capped, _, _ = moved(safe_rlhf, state, batch, config)
+    assert_allclose(np.exp(capped.log_multiplier), 5.0, rtol=1e-6)
+    assert config.extras == {"harm": "row"}
+
+
+def constrained(reward, cost, reference, limit, coef):
+    """The policy of Safe RLHF's saddle point and its multiplier, by bisection: for each multiplier
+    the optimum is reference * exp((r - m c) / ((1 + m) coef)), normalised.
+    """
+
+    def best(multiplier):
+        tilt = (reward - multiplier * cost) / ((1.0 + multiplier) * coef)
+        return scipy.special.softmax(np.log(reference) + tilt)
+
+    low, high = 0.0, 5.0
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if best(middle) @ cost > limit else (low, middle)
+    return best(low), low
+
+
+def test_safe_rlhf_finds_the_constrained_optimum():
+    """A bandit of five arms, with the KL in the reward; the limit holds at the optimum."""
+    reward = np.array([0.0, 1.0, 0.3, 0.9, -0.5])
+    cost = np.array([-0.5, 1.0, -0.2, 0.8, -1.0])
+    params = tabular.policy_params(3)
+    reference = scipy.special.softmax(np.asarray(params["logits"][0], np.float64))
+    optimum, multiplier = constrained(reward, cost, reference, -0.2, 0.15)
+    unsafe, _ = constrained(reward, cost, reference, 10.0, 0.15)
+    assert unsafe @ cost > 0.2
+    assert 0.3 < multiplier < 0.7
+    optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, 300))
+    config = safe_rlhf.Config(group_size=4, multiplier_rate=0.3, limit=-0.2)
+    mask = jnp.tile(jnp.array([[0, 1]]), (1024, 1))
+
+    def iteration(state, key):
+        logits = jax.nn.log_softmax(state.params["logits"][0])
+        arms = jax.random.categorical(key, logits, shape=(1024,))
+        tokens = jnp.stack([jnp.zeros_like(arms), arms], axis=1)
+        log_probs = jnp.where(mask != 0, logits[arms][:, None], 0.0)
+        batch = Rollout(tokens, jnp.ones_like(tokens), mask, log_probs)
+        batch = replace(batch, ref_log_probs=mask * jnp.log(jnp.float32(reference))[arms][:, None])
+        batch = replace(batch, scores=jnp.float32(reward)[arms])
+        batch = replace(batch, rewards=rewards.kl_shaped(batch, 0.15))
+        batch = replace(batch, extras={"cost": jnp.float32(cost)[arms]})
+        how = {"policy_fn": tabular.policy_fn, "optimizer": optimizer, "config": config}
+        return safe_rlhf.update(state, batch, key, **how)
+
+    start = safe_rlhf.State.create(params, optimizer)
+    state, _ = jax.jit(lambda s, keys: jax.lax.scan(iteration, s, keys))(
+        start, jax.random.split(KEY, 300)
+    )
+    learnt = scipy.special.softmax(np.asarray(state.params["logits"][0], np.float64))
+    assert 0.5 * np.abs(learnt - optimum).sum() < 0.02
+    assert abs(learnt @ cost + 0.2) < 0.02
+    assert_allclose(np.exp(state.log_multiplier), multiplier, rtol=0.1)
+
+
+# --- Single-stream policy optimisation
+
+
+def spo_state(params, alpha, beta, seen, distance):
+    state = spo.State.create(params, HOW["optimizer"], prompts=len(alpha))
+    given = dict(zip(("alpha", "beta", "seen"), map(jnp.float32, (alpha, beta, seen)), strict=True))
+    return replace(state, **given, moved=jnp.float32(distance))
+
+
+def test_spo_is_its_formula():
+    """Two answers to prompt 2, none to prompt 1, a missing row of prompt 3, which stays."""
+    params = tabular.policy_params(0)
+    alpha, beta = [3.0, 1.0, 0.5, 2.0, 4.0], [1.0, 1.0, 0.5, 6.0, 2.0]
+    seen = [0.0, 0.1, 0.24, 0.1, 0.235]
+    state = spo_state(params, alpha, beta, seen, 0.25)
+    batch = batch_of([1.0, 0.0, 0.25, 1.0, 7.0], [0, 2, 2, 4, 3], (4, 2, 3, 4, 0))
+    batch = on_policy(params, batch)
+    after, metrics, gradient = moved(spo, state, batch, spo.Config())
+
+    values = np.array([0.75, 0.5, 0.5, 0.25, 4.0 / 6.0])
+    gaps = np.array([1.0, 0.0, 0.25, 1.0]) - values[[0, 2, 2, 4]]
+    advantage = np.append((gaps - gaps.mean()) / gaps.std(), 0.0)
+    weights = advantage[:, None] * np.asarray(batch.mask)
+    assert_allclose(
+        gradient, reference_gradient(params, arrays(batch), weights, mean_over=13), **EXACT
+    )
+    # The distances since are .25, .01 and .015: below, between and between the bounds.
+    rho = [max(2 ** (-0.25 / 0.06), 0.875), 2 ** (-0.01 / 0.06), max(2 ** (-0.015 / 0.06), 0.875)]
+    assert rho[0] == rho[2] == 0.875
+    assert 0.875 < rho[1] < 0.96
+    assert_allclose(
+        after.alpha, [0.875 * 3 + 1, 1, rho[1] * 0.5 + 0.25, 2, 0.875 * 4 + 1], rtol=1e-6
+    )
+    assert_allclose(after.beta, [0.875, 1, rho[1] * 0.5 + 1.75, 6, 0.875 * 2], rtol=1e-6)
+    assert_allclose(after.seen, [0.25, 0.1, 0.25, 0.1, 0.25], rtol=1e-6)
+    change = table_log_probs(after.params, np.asarray(batch.tokens)) - np.asarray(batch.log_probs)
+    distance = np.abs(change)[np.asarray(batch.mask)].mean()
+    assert distance > 0.01
+    assert_allclose(metrics["spo/distance"], distance, **EXACT)
+    assert_allclose(after.moved, 0.25 + distance, **EXACT)
+
+
+def test_spo_forgets_little_of_a_policy_that_hardly_moved():
+    params = tabular.policy_params(0)
+    batch = on_policy(params, batch_of([1.0, 0.0], [0, 1]))
+    state = spo_state(params, [2.0, 2.0], [2.0, 2.0], [0.25, 0.25], 0.25)
+    after, _, _ = moved(spo, state, batch, spo.Config())
+    assert_allclose(after.alpha, [0.96 * 2 + 1, 0.96 * 2], rtol=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_no_record():
+    params = tabular.policy_params(0)
+    state = spo_state(params, [1.0, 1.0], [1.0, 1.0], [0.0, 0.0], 0.5)
+    batch = batch_of([np.nan, 1.0], [0, 1])
+    batch = replace(batch, log_probs=batch.log_probs.at[1, 3].set(jnp.nan))
+    after, metrics, _ = moved(spo, state, batch, spo.Config())
+    assert metrics["nonfinite"] == 1
+    jax.tree.map(assert_array_equal, after, state)
+
+
+@pytest.mark.parametrize("algorithm", [spo, curriculum], ids=names)
+def test_prompts_are_drawn_in_proportion_to_their_deviation(algorithm):
+    """4,000 draws of one prompt, and draws of all, among rows that are not the first."""
+    state = spo_state(tabular.policy_params(0), [9, 9, 1, 0, 5], [1, 0, 1, 3, 1], [0] * 5, 0.0)
+    rows = jnp.array([1, 2, 3, 4])
+    config = algorithm.Config(exploration=0.1)
+
+    def draw(key, number):
+        return algorithm.choose(state, key, rows=rows, number=number, config=config)
+
+    drawn = jax.vmap(lambda key: draw(key, 1)[0])(jax.random.split(KEY, 4000))
+    rate = np.array([1.0, 0.5, 0.0, 5 / 6])
+    weights = np.sqrt(rate * (1 - rate)) + 0.1
+    shares = np.bincount(np.asarray(drawn), minlength=5)[1:] / 4000
+    assert_allclose(shares, weights / weights.sum(), atol=0.03)
+    assert sorted(np.asarray(draw(KEY, 4)).tolist()) == [1, 2, 3, 4]
+    assert len(draw(KEY, 6)) == 6
+
+
+# --- Curriculum
+
+
+def test_a_curriculum_is_grpo_with_pass_rates():
+    params = tabular.policy_params(0)
+    batch = on_policy(params, batch_of([1.0, 0.0, 1.0, 1.0], [2, 2, 0, 0]))
+    config = curriculum.Config(group_size=2, decay=0.6, kl_loss_coef=0.0)
+    state = curriculum.State.create(params, HOW["optimizer"], prompts=3)
+    after, _, gradient = moved(curriculum, state, batch, config)
+    plain = grpo.Config(group_size=2, kl_loss_coef=0.0)
+    _, _, expected = moved(grpo, TrainState.create(params, HOW["optimizer"]), batch, plain)
+    assert np.abs(expected).max() > 0.01
+    assert_array_equal(gradient, expected)
+    assert_allclose(after.alpha, [0.6 * 0.5 + 2, 0.5, 0.6 * 0.5 + 1], rtol=1e-6)
+    assert_allclose(after.beta, [0.6 * 0.5, 0.5, 0.6 * 0.5 + 1], rtol=1e-6)
+
+
+# --- Replay
+
+
+def old_rows(state, batch, config):
+    """The rows of a full buffer that the update with this state draws."""
+    prepared = replay.prepare(batch, state=state, config=config)
+    return prepared, jax.tree.map(lambda x: np.asarray(x)[len(batch.tokens) :], prepared)
+
+
+def test_replay_is_truncated_importance_sampling_of_old_groups():
+    """A loss and gradient on new and old rows, in NumPy."""
+    params = tabular.policy_params(0)
+    config = replay.Config(group_size=2, kl_loss_coef=0.0, clip_high=0.5, aggregate="token")
+    state = replay.State.create(params, HOW["optimizer"], rows=4, columns=9)
+    seen = []
+    for number in range(6):  # the buffer has room for four
+        batch = batch_of(np.arange(4.0) ** 2 + number, [0, 0, 1, 1], seed=number)
+        seen.append(grpo.prepare(batch, config=config))
+        state = replay._advance(
+            state,
+            replay.prepare(batch, state=state, config=config),
+            config=config,
+            axis_name=None,
+        )
+    kept = np.concatenate([np.asarray(batch.tokens) for batch in seen[2:]])
+    assert_array_equal(state.buffer["tokens"][:, 2:], kept)
+    assert_array_equal(state.buffer["attention_mask"][:, :2], 0)
+    state = replace(state, step=jnp.int32(7))
+
+    batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], seed=9)
+    prepared, old = old_rows(state, batch, config)
+    assert old.prompt_length is None
+    groups = [
+        [np.flatnonzero((np.asarray(state.buffer["log_probs"]) == row).all(axis=1)) for row in pair]
+        for pair in np.asarray(old.log_probs).reshape(2, 2, -1)
+    ]
+    assert all(first % 2 == 0 and second == first + 1 for first, second in groups)
+    assert groups[0][0] != groups[1][0]
+    assert_allclose(np.asarray(prepared.advantages)[4:], np.asarray(old.advantages))
+
+    after, metrics, gradient = moved(replay, state, batch, config)
+    parts = arrays(prepared)
+    now = table_log_probs(params, parts["tokens"])
+    ratio = np.minimum(np.exp(np.where(parts["mask"], now - parts["log_probs"], 0.0)), 1.5)
+    assert (ratio == 1.5).any()
+    weights = ratio * np.asarray(prepared.advantages) * parts["mask"]
+    expected = reference_gradient(params, parts, weights, mean_over=parts["mask"].sum())
+    assert_allclose(gradient, expected, **EXACT)
+    loss = -np.sum(weights * np.where(parts["mask"], now, 0.0)) / parts["mask"].sum()
+    assert_allclose(metrics["loss"], loss, **EXACT)
+    assert_array_equal(after.buffer["tokens"][-4:, 2:], batch.tokens)
+    assert_array_equal(after.buffer["tokens"][:-4], state.buffer["tokens"][4:])
+
+
+def test_an_empty_buffer_teaches_nothing():
+    params = tabular.policy_params(0)
+    config = replay.Config(group_size=2, kl_loss_coef=0.1)
+    batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], prompt_length=3)
+    state = replay.State.create(params, HOW["optimizer"], rows=4, columns=9)
+    assert old_rows(state, batch, config)[0].prompt_length == 5
+    _, _, gradient = moved(replay, state, batch, config)
+    plain = {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 1.0}
+    start = TrainState.create(params, HOW["optimizer"])
+    config = grpo.Config(group_size=2, kl_loss_coef=0.1, **plain)
+    _, _, expected = moved(grpo, start, batch, config)
+    assert_allclose(gradient, expected, **EXACT)
+
+
+# --- Runs
+
+
+def lengths(prompts, responses):
+    """Half of what is said is right; the cost is of all."""
+    scores = [float(len(response) > 1 and response < "h") for response in responses]
+    return scores, {"cost": [len(response) - 1.0 for response in responses]}
+
+
+RUNS = {
+    safe_rlhf: {"group_size": 2},
+    spo: {"num_minibatches": 2},
+    curriculum: {"group_size": 2},
+    replay: {"group_size": 2, "kl_loss_coef": 0.0},
+}
+
+
+@pytest.mark.parametrize("algorithm", [x if x is spo else slow(x) for x in RUNS], ids=names)
+def test_a_run_goes_on_exactly(algorithm, tmp_path):
+    config = with_rl(letters_run(tmp_path), num_iterations=4, validation_interval=9, kl_coef=None)
+    config = replace(config, checkpoint_interval=2)
+    states = []
+
+    def run(config):
+        return training.rl.run(
+            config,
+            algorithm,
+            algorithm.Config(**RUNS[algorithm]),
+            reward=lengths,
+            optimizer=optax.sgd(0.5),
+            on_step=lambda step, state, row, batch: states.append(jax.device_get(state.train)),
+        )
+
+    straight = run(config)
+    own = set(vars(states[0])) - {"step", "params", "opt_state"}
+    first, last = ({name: getattr(states[i], name) for name in own} for i in (0, 3))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True))
+    last = states[3]
+    goes_on_alike(run, config, straight)
+    jax.tree.map(assert_array_equal, states[-1], last)
