@@ -3,6 +3,7 @@ pass rate, replay of old answers; and self-distillation, whose other prompt come
 """
 
 import functools
+import types
 from dataclasses import replace
 
 import jax
@@ -12,7 +13,7 @@ import optax
 import pytest
 import scipy.special
 import tabular
-from builders import goes_on_alike, letters_run, slow, with_rl
+from builders import ROOT, goes_on_alike, letters_run, slow, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, ops, rewards, training
@@ -351,6 +352,32 @@ RUNS = {
     curriculum: {"group_size": 2},
     replay: {"group_size": 2, "kl_loss_coef": 0.0},
 }
+
+
+@pytest.mark.slow
+def test_the_program_of_a_state_of_its_own_is_a_run(tmp_path):
+    path = ROOT / "docs" / "programs" / "pass_rates.py"
+    source = path.read_text("utf-8")
+    assert len(source.splitlines()) <= 40
+    program = types.ModuleType("pass_rates")
+    exec(source, vars(program))
+    config = with_rl(letters_run(tmp_path), num_iterations=2, validation_interval=9)
+    seen = []
+    training.rl.run(
+        config,
+        program,
+        program.Config(group_size=2),
+        reward=lengths,
+        on_step=lambda step, state, row, batch: seen.append(
+            (np.asarray(batch.row_ids), np.asarray(batch.scores), np.asarray(state.train.rates))
+        ),
+    )
+    rates = np.full(16, 0.5)
+    for rows, scores, found in seen:
+        for row in set(rows.tolist()):
+            rates[row] = 0.7 * rates[row] + 0.3 * scores[rows == row].mean()
+        assert_allclose(found, rates, rtol=1e-6)
+    assert np.any(rates > 0.5)
 
 
 @pytest.mark.parametrize("algorithm", [x if x is spo else slow(x) for x in RUNS], ids=names)
