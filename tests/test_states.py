@@ -16,8 +16,9 @@ import tabular
 from builders import ROOT, goes_on_alike, letters_run, slow, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import TrainState, ops, rewards, training
-from rlhf_jax.algorithms import curriculum, grpo, replay, safe_rlhf, spo
+from rlhf_jax import TrainState, losses, ops, rewards, training
+from rlhf_jax.algorithms import curriculum, grpo, replay, safe_rlhf, self_distill, spo
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
 
 RATE = 0.5
@@ -337,6 +338,130 @@ def test_an_empty_buffer_teaches_nothing():
     assert_allclose(gradient, expected, **EXACT)
 
 
+# --- Self-distillation
+
+
+def bag_of_tokens(params, tokens, attention_mask, key):
+    """Logits of the token before and of all that are attended to, so that a prompt tells."""
+    attended = params["context"][tokens] * (attention_mask != 0)[..., None]
+    return params["logits"][tokens] + jnp.cumsum(attended, axis=1)
+
+
+BAG_FN = ops.policy_fn(bag_of_tokens)
+
+
+def with_other_prompts(batch):
+    """The same responses after other prompts, the last of which has a token more."""
+    tokens, attended = np.array(batch.tokens), np.array(batch.attention_mask)
+    tokens[:, :3] = (tokens[:, :3] + np.array([[1, 2, 3]])) % tabular.VOCAB_SIZE
+    attended[:-1, 0] = 0
+    attended[-1, :3] = 1
+    extras = {"teacher_tokens": tokens, "teacher_mask": attended}
+    missing = ~np.asarray(batch.present)[:, None]
+    extras = {name: jnp.float32(np.where(missing, np.nan, x)) for name, x in extras.items()}
+    return replace(batch, extras=extras), tokens, attended
+
+
+@pytest.mark.parametrize("top_k", [2, 100])
+def test_self_distillation_is_its_formula(top_k):
+    """Of five tokens, two by themselves or all; the teacher is a constant."""
+    rng = np.random.default_rng(0)
+    params = {name: jnp.float32(rng.normal(size=(5, 5))) for name in ("logits", "context")}
+    batch = batch_of([0.0] * 4, [0, 1, 2, 3], (4, 2, 0, 3))
+    batch, told, attended = with_other_prompts(batch)
+    state = TrainState.create(params, optax.sgd(RATE))
+    how = {"policy_fn": BAG_FN, "optimizer": optax.sgd(RATE)}
+    config = self_distill.Config(top_k=top_k)
+    after, metrics = self_distill.update(state, batch, KEY, config=config, **how)
+
+    tables = {name: np.asarray(table, np.float64) for name, table in params.items()}
+    gradient = {name: np.zeros((5, 5)) for name in tables}
+    total = 0.0
+
+    def probs(tokens, mask):
+        seen = np.bincount(tokens[mask != 0], minlength=5)
+        return scipy.special.softmax(tables["logits"][tokens[-1]] + seen @ tables["context"])
+
+    mask = np.asarray(batch.mask)
+    for row, column in zip(*np.nonzero(mask), strict=True):
+        tokens, own = (np.asarray(x)[row, :column] for x in (batch.tokens, batch.attention_mask))
+        student, teacher = probs(tokens, own), probs(told[row, :column], attended[row, :column])
+        bucket = np.full(5, top_k)
+        bucket[np.argsort(-teacher)[:top_k]] = np.arange(min(top_k, 5))
+        p, q = (np.bincount(bucket, x)[bucket] for x in (student, teacher))  # of a token's bucket
+        divergence = np.sum(student * np.log(p / q))
+        total += divergence
+        of_logits = student * (np.log(p / q) - divergence)
+        gradient["logits"][tokens[-1]] += of_logits
+        gradient["context"] += np.bincount(tokens[own != 0], minlength=5)[:, None] * of_logits
+    count = mask.sum()
+    assert total / count > 0.1
+    assert_allclose(metrics["distill/divergence"], total / count, **EXACT)
+    assert_allclose(metrics["loss"], total / count, **EXACT)
+    for name, expected in gradient.items():
+        found = (np.asarray(params[name]) - np.asarray(after.params[name])) / RATE
+        assert_allclose(found, expected / count, **EXACT)
+
+
+def test_the_divergence_of_the_likeliest_tokens_is_that_of_trl():
+    """Of trl 1.16.0's experimental/sdpo/loss_utils.py: ids = teacher.topk(2).indices; parts =
+    [add_tail_bucket(torch.log_softmax(x, -1)[ids]) for x in (student, teacher)];
+    compute_divergence(*parts, 1.0).
+    """
+    student = jnp.array([0.5, -1.0, 2.0, 0.0, 1.0])
+    teacher = jnp.array([1.5, 0.2, 0.3, -0.7, 0.9])
+
+    def divergence(student):
+        ids, log_probs = self_distill.likeliest(teacher, top_k=2)
+        return losses.divergence(self_distill.at_ids(student, ids), teacher_logits=log_probs)
+
+    loss, gradient = jax.value_and_grad(divergence)(student)
+    assert_allclose(loss, 0.3240035572, rtol=1e-6)
+    expected = [-0.20036792, 0.01272411, 0.25557061, 0.03458772, -0.10251452]
+    assert_allclose(gradient, expected, **EXACT)
+
+
+def test_a_student_reaches_what_its_other_prompt_says():
+    """After token 0 it learns to go on as after token 1, which stays as it is."""
+    policy_fn = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
+    params = tabular.policy_params(0)
+    tokens = jnp.array([[0, 2], [0, 4]])
+    ones = jnp.ones_like(tokens)
+    mask = jnp.array([[0, 1], [0, 1]])
+    extras = {"teacher_tokens": jnp.float32(tokens.at[:, 0].set(1)), "teacher_mask": ones}
+    batch = Rollout(tokens, ones, mask, jnp.zeros((2, 2)), extras=extras)
+    how = {"policy_fn": policy_fn, "optimizer": optax.sgd(2.0), "config": self_distill.Config()}
+    start = TrainState.create(params, optax.sgd(2.0))
+    state, _ = jax.jit(
+        lambda state: jax.lax.scan(
+            lambda state, key: self_distill.update(state, batch, key, **how),
+            state,
+            jax.random.split(KEY, 200),
+        )
+    )(start)
+    learnt = jax.nn.softmax(state.params["logits"], axis=1)
+    assert 0.5 * jnp.abs(learnt[0] - learnt[1]).sum() < 1e-3
+    assert_array_equal(state.params["logits"][1:], params["logits"][1:])
+    assert 0.5 * jnp.abs(jax.nn.softmax(params["logits"][0]) - learnt[0]).sum() > 0.2
+
+
+def test_other_prompts_stand_before_the_same_responses():
+    tokens = np.array([[0, 5, 6, 7, 8], [4, 5, 6, 7, 0], [4, 5, 6, 7, 8]], np.int32)
+    attended = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    response = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+    batch = Rollout(tokens, attended, response, np.zeros(tokens.shape))
+    reward = rewards.teacher_prompts(lambda text: [ord(c) - 96 for c in text], "hint")
+    scored, extras = rewards.on_host(reward, batch, {"hint": ["abc", "b", "abcdef"]})
+    assert_array_equal(scored.scores, [0, 0, 0])
+    assert_array_equal(extras["teacher_tokens"][0, :3], [1, 2, 3])
+    assert extras["teacher_tokens"][1, 2] == 2
+    assert_array_equal(extras["teacher_tokens"][:2, 3:], tokens[:2, 3:])
+    assert_array_equal(extras["teacher_mask"][:2], [[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
+    assert np.isnan(extras["teacher_mask"][2]).all()
+    with pytest.raises(UserError, match="hint: a prompt of 4 tokens, and the policy's has 3 slots"):
+        rewards.on_host(reward, batch, {"hint": ["abc", "abcd", "b"]})
+
+
 # --- Runs
 
 
@@ -346,11 +471,13 @@ def lengths(prompts, responses):
     return scores, {"cost": [len(response) - 1.0 for response in responses]}
 
 
+REWARDS = {self_distill: rewards.teacher_prompts(lambda letter: [3, ord(letter) % 10, 4], "letter")}
 RUNS = {
     safe_rlhf: {"group_size": 2},
     spo: {"num_minibatches": 2},
     curriculum: {"group_size": 2},
     replay: {"group_size": 2, "kl_loss_coef": 0.0},
+    self_distill: {"top_k": 3},
 }
 
 
@@ -391,13 +518,13 @@ def test_a_run_goes_on_exactly(algorithm, tmp_path):
             config,
             algorithm,
             algorithm.Config(**RUNS[algorithm]),
-            reward=lengths,
+            reward=REWARDS.get(algorithm, lengths),
             optimizer=optax.sgd(0.5),
             on_step=lambda step, state, row, batch: states.append(jax.device_get(state.train)),
         )
 
     straight = run(config)
-    own = set(vars(states[0])) - {"step", "params", "opt_state"}
+    own = set(vars(states[0])) - {"step", "params", "opt_state"} or {"params"}
     first, last = ({name: getattr(states[i], name) for name in own} for i in (0, 3))
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True))
     last = states[3]

@@ -25,7 +25,7 @@ from rlhf_jax.rewards.shaping import (
     missing_eos,
     overlong_penalty,
 )
-from rlhf_jax.rewards.texts import Decoder, from_text
+from rlhf_jax.rewards.texts import Decoder, from_text, teacher_prompts
 
 # Traced: scores from counts, models and n-grams, and sums of them
 __all__ = [
@@ -40,6 +40,6 @@ __all__ = [
     "weighted",
 ]
 # In Python, between two jits
-__all__ += ["Decoder", "HostReward", "Unscored", "from_text", "on_host"]
+__all__ += ["Decoder", "HostReward", "Unscored", "from_text", "on_host", "teacher_prompts"]
 # From scores to what an update reads
 __all__ += ["adaptive_kl", "kl_shaped", "length_penalty", "missing_eos", "overlong_penalty"]

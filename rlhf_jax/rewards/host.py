@@ -64,10 +64,11 @@ class RowScores(NamedTuple):
     def arrays(self, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores and components [B] float32, or [B, T] if a row has numbers at tokens: a number for
         the row then stands at its last token. Where a row has none, scores are 0 and components
-        NaN.
+        NaN. Outside the response scores are 0; components may say something of the prompt.
         """
         components = {n: _filled(values, math.nan, mask) for n, values in self.components.items()}
-        return _filled(self.scores, 0.0, mask), components
+        scores = _filled(self.scores, 0.0, mask)
+        return (np.where(mask != 0, scores, 0.0) if scores.ndim == 2 else scores), components
 
     def reasons(self) -> list[str | None]:
         """[B] why each row with a response has no score; None: it has one, or no response."""
@@ -90,7 +91,7 @@ def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.nda
 def at_tokens(score: float | np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Dense rewards [T] of a row with the response mask [T]: a number stands at its last token."""
     if isinstance(score, np.ndarray):
-        return np.where(mask != 0, score, 0.0)
+        return score
     dense = np.zeros(len(mask))
     dense[np.flatnonzero(mask)[-1]] = score
     return dense
@@ -205,7 +206,11 @@ def checked(
     of_components = {}
     for component, values in components.items():
         where = f"{name}, component {component!r}"
-        of_components[component] = _of_rows(where, values, labels, is_scored, place)
+        of_component = _of_rows(where, values, labels, is_scored, place)
+        if getattr(values, "ndim", 1) == 2:  # it is of tokens, also where no row has any
+            nothing = np.full(np.shape(values)[1], math.nan)
+            of_component = [nothing if isinstance(x, Unscored) else x for x in of_component]
+        of_components[component] = of_component
     return of_rows, of_components
 
 

@@ -116,6 +116,35 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
     return score
 
 
+def teacher_prompts(encode: Callable[[Any], Sequence[int]], column: str) -> HostReward:
+    """A HostReward that scores all rows 0; its components ``teacher_tokens`` and ``teacher_mask``
+    [B, T] have another prompt before each response, for ``algorithms.self_distill``.
+
+    Args:
+      encode: ``tokenizer.encode``, or another function of an entry of the column: the tokens of the
+        whole prompt, as the policy reads it.
+
+    Raises:
+      UserError: when it is called: a prompt has more tokens than there are slots.
+    """
+
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        tokens, mask = (np.array(x) for x in (rollout.tokens, rollout.attention_mask))
+        for row in np.flatnonzero(rollout.present).tolist():
+            ids = encode(columns[column][row])
+            slots = int(np.argmax(rollout.mask[row]))
+            if len(ids) > slots:
+                raise UserError(
+                    f"{column}: a prompt of {len(ids)} tokens, and the policy's has {slots} slots; "
+                    "give a larger text.bucket_multiple"
+                )
+            mask[row, :slots] = np.arange(slots) >= slots - len(ids)
+            tokens[row, slots - len(ids) : slots] = ids
+        return np.zeros(len(tokens)), {"teacher_tokens": tokens, "teacher_mask": mask}
+
+    return score
+
+
 def _labels(rows: Sequence[int], shown: Texts) -> list[str]:
     """What messages call the rows of a function: its texts, and where the prompt is from."""
     sources = shown.get(SOURCE, [None] * len(rows))
