@@ -1,5 +1,5 @@
-"""Reward models from comparisons of K answers (Ziegler et al. 2019; K = 2: Bradley-Terry), or from
-target scores.
+"""Reward models from comparisons of K answers (Ziegler et al. 2019; K = 2: Bradley-Terry), from
+target scores, or from labels of the steps of an answer.
 
 The model is a ``score_fn(params, tokens [B, T], attention_mask [B, T], key) -> scores [B]``; the
 answers of a comparison are scored as rows of one batch [B * K, T].
@@ -18,6 +18,7 @@ from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
 from rlhf_jax.types import (
     Comparisons,
+    Demonstrations,
     DropoutKey,
     LossAndMetrics,
     LossMetrics,
@@ -50,13 +51,15 @@ class Config:
 
 
 def answer_scores(
-    score_fn: Any, params: Params, comparisons: Comparisons, key: DropoutKey = None
+    score_fn: Any, params: Params, comparisons: Comparisons | Demonstrations, key: DropoutKey = None
 ) -> Array:
     """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
-    ``documents`` too.
+    ``documents`` too. Of solutions the scores [B, T] of a ``models.score_fn`` with ``at_tokens``.
     """
     tokens = comparisons.tokens
     mask = comparisons.attention_mask
+    if isinstance(comparisons, Demonstrations):
+        return score_fn(params, tokens, mask, key)
     documents = comparisons.documents
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
@@ -70,7 +73,7 @@ def answer_scores(
 
 def loss(
     params: Params,
-    comparisons: Comparisons,
+    comparisons: Comparisons | Demonstrations,
     key: DropoutKey,
     *,
     score_fn: ScoreFn,
@@ -80,12 +83,19 @@ def loss(
     """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors
     over answers.
 
+    Of solutions, for a process reward model (Lightman et al. 2023, "Let's Verify Step by Step",
+    arXiv 2305.20050; Wang et al. 2024, "Math-Shepherd", arXiv 2312.08935), the mean over steps of
+    the binary cross-entropy in nats: the sigmoid of a score is the probability that the step that
+    ends there is right. With the answer as one step it is an outcome reward model.
+
     Answers with an empty response mask are missing: they enter as -inf and have no target. Rows
     whose best answer is missing count neither in the loss nor in the metrics. Weights are relative:
     the loss divides by their sum.
 
     Args:
-      comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0.
+      comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0. Solutions are
+        Demonstrations whose ``response_mask`` is 2 at the last token of a right step, 1 at that of
+        a wrong one, else 0.
       key: of dropout of the scores; None turns it off.
       policy_fn: of the same parameters; ``config.sft_coef`` needs it (Yang et al. 2024, arXiv
         2406.10216).
@@ -97,6 +107,12 @@ def loss(
       ``reward_model/sft_loss`` the second before its weight: nats per token of the best answers.
     """
     scores = answer_scores(score_fn, params, comparisons, key)
+    if isinstance(comparisons, Demonstrations):
+        is_end = comparisons.mask
+        signed = ops.masked(jnp.where(comparisons.response_mask == 2, scores, -scores), is_end)
+        mean = losses.aggregate(-jax.nn.log_sigmoid(signed), is_end)
+        accuracy = losses.aggregate(0.5 * (1.0 + jnp.sign(ops.frozen(signed))), is_end)
+        return mean, {"reward_model/loss": mean, "reward_model/accuracy": accuracy}
     lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     likelihoods = None
     if not ops.is_zero(config.sft_coef):
@@ -150,4 +166,4 @@ def loss(
 
 
 update = batch_updater(loss)
-"""See ``step.batch_updater``; of comparisons [B, K, T], or packed ones."""
+"""See ``step.batch_updater``; of comparisons [B, K, T], or packed ones, or solutions [B, T]."""

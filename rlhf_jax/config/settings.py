@@ -343,6 +343,14 @@ class RewardModelStage(Supervised, reward_model.Config):
     ensemble_size: Count = 1
     """Reward models that are trained together. Each has its own rows, drawn with replacement, and
     its own initial score head; without --model also its own initial body."""
+    steps: bool = False
+    """A process reward model: rows are {prompt, steps, labels}, and each step has a score, which is
+    not normalised."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps and (self.ensemble_size > 1 or self.centering or self.sft_coef):
+            raise ValueError("steps: leave out ensemble_size, centering and sft_coef")
 
 
 @dataclass(frozen=True)

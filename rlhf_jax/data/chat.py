@@ -589,11 +589,15 @@ def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
 
 def boundaries(template: str, tokenizer: Tokenizer) -> str:
     """A line that says what ends the turns of the assistant and what begins a plain text."""
-    around = frame(template, tokenizer)
-    end = None if around is not None else template_of(tokenizer).end_of_turn
     begins = tokenizer.spelled(tokenizer.beginning) or "no special token"
-    ends = tokenizer.spelled([tokenizer.eos_id if end is None else end])
+    ends = tokenizer.spelled([end_of_response(template, tokenizer)])
     return f"turns end with {ends}, texts begin with {begins}"
+
+
+def end_of_response(template: str, tokenizer: Tokenizer) -> int:
+    """The token that ends a response under a ``text.template``."""
+    end = None if frame(template, tokenizer) is not None else template_of(tokenizer).end_of_turn
+    return tokenizer.eos_id if end is None else end
 
 
 def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:

@@ -30,6 +30,7 @@ TooLong = Literal["error", "truncate", "drop"]
 
 CUT = "response cut, its EOS with it"
 TURNS_CUT = "conversation cut behind its last turn that fits"
+STEPS_CUT = "solution cut behind its last step that fits"
 PROMPT_CUT = "prompt cut at its start"
 PROMPT_TURNS_CUT = "earliest turns of the prompt left out"
 LONGEST_PIECE = 1024  # tokens of a plain text; the default max_length of TRL's SFTConfig
@@ -72,8 +73,8 @@ class EncodedTexts:
     targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
     margin: np.ndarray | None = None  # [N] float32; None if all are 0
     learned: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """{(k, n): [response length] bool}, which tokens of the response ``tokens[k][n]`` count, for
-    those responses of which some do not."""
+    """{(k, n): [response length] int8}, which tokens of the response ``tokens[k][n]`` count, for
+    those responses of which some do not; of a solution a `rows.Mask` of steps."""
     shares_prompts: bool = False
     """Whether batches hold the prompt of a comparison once, before all its answers."""
 
@@ -173,13 +174,14 @@ def encode_texts(
     for first in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[first : first + ROWS_AT_ONCE]
         read = as_read(part, tokenizer, template)
+        read = [_joined(row, tokenizer, template) if row.steps else row for row in read]
         prompts = prompt_ids(read, tokenizer, template)
         responses = response_ids(read, tokenizer, template)
         for row, own, prompt, answers in zip(part, read, prompts, responses, strict=True):
             cut = _cut(own, prompt, answers, max_length, too_long, counts)
             if cut is not None:
                 for k, mask in enumerate(own.learned):
-                    learned[k, len(kept)] = np.array(mask[: len(cut[k])], bool)
+                    learned[k, len(kept)] = np.array(mask[: len(cut[k])], np.int8)
                 kept.append(row)
                 begins.append(len(prompt))
                 texts.append([np.array(prompt + ids, np.int32) for ids in cut])
@@ -238,13 +240,27 @@ def _cut(
         return None
     if row.learned and longer:
         cut = [_whole_turns(ids, mask) for ids, mask in zip(cut, row.learned, strict=True)]
-        counts[TURNS_CUT] += len(longer)
+        counts[STEPS_CUT if row.steps else TURNS_CUT] += len(longer)
     else:
         counts[CUT] += len(longer)
     return cut
 
 
-def _whole_turns(ids: Ids, learned: Sequence[bool]) -> Ids:
+def _joined(row: Row, tokenizer: Tokenizer, template: str) -> Row:
+    """The steps of a solution as one response with its end. Each is encoded by itself, so that no
+    token belongs to two, and is marked at its last token.
+    """
+    num_steps = len(row.steps)
+    steps = tokenizer.continue_batch(["\n"] * num_steps, row.steps, [row.source] * num_steps)
+    steps[-1].append(chat.end_of_response(template, tokenizer))
+    marks = [
+        [0] * (len(ids) - 1) + [1 + right] for ids, right in zip(steps, row.labels, strict=True)
+    ]
+    ids, mask = (tuple(itertools.chain.from_iterable(parts)) for parts in (steps, marks))
+    return replace(row, responses=(ids,), learned=(mask,))
+
+
+def _whole_turns(ids: Ids, learned: Sequence[int]) -> Ids:
     """The ids up to the end of the last learned turn that they hold whole, or all of them."""
     numbers = range(1, len(ids) + 1)
     ends = [end for end in numbers if learned[end - 1] and not any(learned[end : end + 1])]

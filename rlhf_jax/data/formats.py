@@ -7,6 +7,8 @@ has. Records of public data sets have our keys already (`forms`).
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
 - ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
   desirable, a boolean or 1 or 0. In messages that is said of each turn that is learned.
+- ``{prompt, steps, labels}``: a solution: the texts of its steps, and whether each is right.
+  Feedback is read as a solution of one step.
 - ``{prompt, chosen, rejected}``: a comparison; each value may be messages. ``margin`` is the least
   difference of the scores that a reward model should give.
 - ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
@@ -65,6 +67,7 @@ FILES: dict[Kind, str] = {
     "prompts": "prompts.json",
     "feedback": _PREFERENCES,
     "pairs": _PREFERENCES,
+    "solutions": _PREFERENCES,
     "comparisons": _PREFERENCES,
 }
 KNOWN = tuple(dict.fromkeys(itertools.chain(*OURS, LABELS, ("desirable", "margin"))))
@@ -72,6 +75,7 @@ NO_COLUMNS = ("prompt", "messages", "responses")
 """Keys that are no columns for a reward, which has parameters of these names."""
 DEMO = "demo"  # the data of this name is generated
 
+STEP_END = "\n"  # ends each step of a solution but the last
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 _CONTRADICTED = "'chosen' is not the response that the row's label says is the best"
@@ -93,6 +97,7 @@ _TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 _EXPECTED: dict[Kind, str] = {
     "demonstrations": "prompt, response",
     "feedback": "prompt, response, desirable",
+    "solutions": "prompt, steps, labels",
     "pairs": "prompt, chosen, rejected",
     "comparisons": "prompt, chosen, rejected",
     "annotated": ", ".join(ANNOTATED),
@@ -449,9 +454,13 @@ def _parse(kind: Kind, record: Record) -> list[Row]:
     if kind == "prompts" and isinstance(value, str):
         return [Row(record.checked("the prompt", value), (), record.source)]
     record.fields(_EXPECTED[kind])
+    if kind == "solutions":
+        return [_solution(record)]
     if kind == "prompts":
         columns = {key: value[key] for key in value if key not in NO_COLUMNS}
         return [_row(record, _asked(record), columns=columns)]
+    what = "labels the steps of a solution, which reward_model.steps: true alone trains on"
+    record.expect(form_of(value).kind != "solutions", what)
     if kind == "annotated":
         return [_annotated(record)]
     if kind == "demonstrations":
@@ -498,7 +507,7 @@ def _demonstration(record: Record) -> Row:
     row = record.value
     if row.get("desirable") is not None:
         what = "is marked as not desirable, and SFT would learn it; leave such rows out"
-        record.expect(_desirable(record), what)
+        record.expect(_truth(record, "'desirable'", row["desirable"]), what)
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
@@ -530,16 +539,36 @@ def _feedback(record: Record) -> list[Row]:
                 apart.append(replace(one, targets=(target,)))
         return apart
     record.require(("desirable",))
-    targets = (float(_desirable(record)),)
+    targets = (float(_truth(record, "'desirable'", row["desirable"])),)
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     return [_row(record, before, (response,), targets=targets)]
 
 
-def _desirable(record: Record) -> bool:
-    """The boolean of feedback, which may be 1 or 0 or a text, as CSV files have it."""
-    value = record.value["desirable"]
+def _solution(record: Record) -> Row:
+    """The steps of a solution with their labels; of feedback its response as one step."""
+    row = record.value
+    if "desirable" in row:
+        record.require(("prompt", "response"))
+        steps, labels = [row["response"]], [row["desirable"]]
+    else:
+        record.require(("prompt", "steps", "labels"))
+        steps, labels = row["steps"], row["labels"]
+    for key, values in {"'steps'": steps, "'labels'": labels}.items():
+        record.expect(isinstance(values, list) and values, f"{key} must be a list", values)
+    counts = f"has {len(steps)} steps and {len(labels)} labels; each step needs a label"
+    record.expect(len(steps) == len(labels), counts)
+    for i, step in enumerate(steps):
+        record.expect(isinstance(step, str) and step.strip(), f"step {i} must be a text", step)
+        record.checked(f"step {i}", step)
+    are_right = tuple(_truth(record, f"label {i}", label) for i, label in enumerate(labels))
+    texts = (*(f"{step}{STEP_END}" for step in steps[:-1]), steps[-1])
+    return _row(record, _asked(record), steps=texts, labels=are_right)
+
+
+def _truth(record: Record, what: str, value: Any) -> bool:
+    """A boolean, which may be 1 or 0 or a text, as CSV files have it."""
     text = str(value).lower() if isinstance(value, bool | int | float | str) else ""
-    record.expect(text in _TRUTHS, "'desirable' must be true or false, or 1 or 0", value)
+    record.expect(text in _TRUTHS, f"{what} must be true or false, or 1 or 0", value)
     return _TRUTHS[text]
 
 

@@ -3,7 +3,8 @@ forms, `FORMS`. To add a form is to add its row, and an example to docs/api/form
 
 Our keys are ``messages`` (as OpenAI writes them) with ``tools``; ``prompt`` with ``response``, with
 ``chosen`` and ``rejected``, or with ``responses`` and one of ``best``, ``ranking``, ``ranks`` and
-``targets``; ``desirable``; ``margin``. All other keys are columns for a reward.
+``targets``; ``steps`` with ``labels``; ``desirable``; ``margin``. All other keys are columns for a
+reward.
 
 THEIRS is one of:
 
@@ -37,6 +38,7 @@ OURS: dict[tuple[str, ...], Kind] = {
     ("messages", "desirable"): "feedback",
     ("messages",): "demonstrations",
     ("prompt", "response", "desirable"): "feedback",
+    ("prompt", "steps", "labels"): "solutions",
     ("prompt", "response"): "demonstrations",
     ANNOTATED: "annotated",
     ("prompt",): "prompts",
@@ -705,12 +707,7 @@ FORMS = (
     ),
     PublicForm("BeaverTails", "prompt response desirable=is_safe"),
     PublicForm("ms-swift with label", "prompt=query response desirable=label", also=_BEFORE),
-    PublicForm(
-        "TRL stepwise",
-        "prompt completions labels",
-        refused="labels the steps of an answer, and no stage trains on labels of steps; give whole "
-        "answers, as {prompt, response, desirable}",
-    ),
+    PublicForm("TRL stepwise", "prompt steps=completions labels"),
     # Tasks with a known answer, which is a column for the reward
     PublicForm("GSM8K", "prompt=question response=answer answer", without=_ONLY_IN_OURS),
     PublicForm(

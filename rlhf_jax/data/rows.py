@@ -12,7 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.errors import UserError
 
-Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated"]
+Kind = Literal[
+    "demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated", "solutions"
+]
 OnBadRow = Literal["error", "drop"]
 LearnedTurns = Literal["all", "last"]
 Fields = dict[str, Any]  # an object of JSON
@@ -21,8 +23,9 @@ Message = Fields
 Messages = Sequence[Message]
 Tools = list[Fields] | None
 """The definitions of tools, as JSON schemas, that a chat template writes."""
-Mask = tuple[bool, ...]
-"""Which tokens of a text are learned."""
+Mask = tuple[int, ...]
+"""Which tokens of a text are learned. Of a solution those that end steps: 1 where the step is
+wrong, 2 where it is right."""
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 # Token ids are used as they are: they are not tokenised again and get no EOS.
@@ -109,6 +112,9 @@ class Row:
     answers: tuple[Messages, ...] = field(default=(), compare=False)
     """The turns of which each response was rendered, from the first that differs; empty for texts
     or token ids of the data."""
+    steps: tuple[str, ...] = ()
+    """Of a solution, in place of responses: each but the last with the newline that ends it."""
+    labels: tuple[bool, ...] = ()  # whether each step is right
     learned: tuple[Mask, ...] = ()
     """For each response of token ids which of them are learned; empty: all of them."""
     first: Messages = field(default=(), compare=False)
@@ -131,8 +137,8 @@ class Row:
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        """The prompt and then the responses."""
-        return self.prompt, *self.responses
+        """The prompt and then the responses, or the steps of a solution."""
+        return self.prompt, *self.responses, *self.steps
 
     @property
     def is_pair(self) -> bool:

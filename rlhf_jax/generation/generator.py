@@ -138,7 +138,12 @@ class LanguageModel(NamedTuple):
         return self._replace(tokenizer=chat.reading(self.tokenizer, options, special_tokens))
 
     def save(
-        self, folder: str | Path, *, template: str = chat.AUTO, config: SamplingConfig | None = None
+        self,
+        folder: str | Path,
+        *,
+        template: str = chat.AUTO,
+        config: SamplingConfig | None = None,
+        score_position: str = hf.END_OF_TURN,
     ) -> None:
         """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
         run formatted prompts and sampled.
@@ -151,8 +156,9 @@ class LanguageModel(NamedTuple):
                 model's author wrote, with our ends of a text. Other keys of the author stay, but no
                 maximum length: lm-eval and vLLM would end all responses there, whatever their task
                 allows. A reward model has no such file.
+            score_position: of a reward model, as in ``models.save``.
         """
-        models.save(folder, self.model, self.params)
+        models.save(folder, self.model, self.params, score_position=score_position)
         self.save_tokenizer(folder, template)
         if "score" in self.params:
             return

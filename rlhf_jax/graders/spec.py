@@ -60,6 +60,7 @@ from rlhf_jax.rewards.functions import (
     deviation,
     ensemble,
     from_model,
+    from_steps,
     length,
     token_count,
     weighted,
@@ -117,6 +118,7 @@ class RewardModel(NamedTuple):
     fingerprint: str  # of its tokenizer
     score_texts: TextScorer | None = None  # for a policy of another tokenizer
     in_groups: Callable[..., ScoreFn] | None = None  # see ``rewards.from_model``
+    ends: np.ndarray | None = None  # of a process reward model, see ``rewards.from_steps``
 
 
 Load = Callable[[str], RewardModel]
@@ -467,6 +469,8 @@ class _Reader(NamedTuple):
 
     def _model(self, name: str, where: str) -> Reward:
         model = self.load(name)
+        if model.ends is not None:
+            return Reward(fn=from_steps(model.score_fn, model.params, jnp.asarray(model.ends)))
         if model.fingerprint == self.tokenizer.fingerprint:
             return Reward(fn=from_model(model.score_fn, model.params, model.in_groups))
         if model.score_texts is None:

@@ -245,6 +245,7 @@ def score_fn(
     group_size: int = 1,
     num_answers: int = 0,
     one_text: bool = False,
+    at_tokens: bool = False,
 ) -> ScoreFn:
     """Turns a model with a "score" head into a ScoreFn.
 
@@ -252,6 +253,8 @@ def score_fn(
         model: the reward model's body.
         prompt_length, group_size: the columns that G adjacent rows share, as in ``policy_fn``.
         num_answers, one_text: as in ``policy_fn``.
+        at_tokens: the scores [B, T] of the states at all tokens, 0 at padding, in place of the last
+            one's; without ``documents``.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift``
@@ -277,13 +280,14 @@ def score_fn(
         real = mask != 0 if documents is None else mask == documents[..., None]
         columns = jnp.arange(tokens.shape[1])[None, None]
         last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
-        rows = (tokens, attention_mask, key, last)
+        rows = (tokens, attention_mask, key, None if at_tokens else last)
         hidden = _states(shared, one_text, model, params, *rows)
         scores = _scalar(params, "score", hidden)
         head = params["score"]
         gain, shift = lax.stop_gradient((head["gain"], head["shift"]))
-        scores = jnp.where(jnp.any(real, axis=2), gain * scores + shift, 0.0)
-        return scores[:, 0] if documents is None else scores
+        is_scored = attention_mask != 0 if at_tokens else jnp.any(real, axis=2)
+        scores = jnp.where(is_scored, gain * scores + shift, 0.0)
+        return scores if at_tokens or documents is not None else scores[:, 0]
 
     return score
 

@@ -64,6 +64,7 @@ _FORMER = ("reward_shift", "score_position", "torch_dtype")
 END_OF_TURN = "end_of_turn"
 """The ``score_position`` of our reward models: the score stands at the token that ends the answer.
 In any other folder it stands at the end of all that the chat template writes."""
+STEP_ENDS = "step_ends"  # of a process reward model: a score at the end of each step of the answer
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
     "vocab_size",
@@ -134,7 +135,7 @@ def save(
     *,
     file_bytes: int = FILE_BYTES,
     both_tables: bool = False,
-    scores_turns: bool = True,
+    score_position: str | None = END_OF_TURN,
 ) -> None:
     """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
     the same bytes.
@@ -150,8 +151,8 @@ def save(
             folder has no output table of its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
         both_tables: a tied output table is also written under its own name.
-        scores_turns: whether a reward model's score stands at the end of a turn, as that of a
-            model trained here does; else it reads the whole text of its chat template.
+        score_position: `END_OF_TURN` or `STEP_ENDS`, where a reward model's score stands; None: it
+            was not trained here and reads the whole text of its chat template.
 
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something; or the score has a shift
@@ -165,7 +166,9 @@ def save(
         kernel, _ = folded_score(params["score"])
         tensors[families.SCORE] = _Tensor(kernel, kernel.shape)
     keys = _config_keys(model, params, tensors)
-    if not scores_turns:
+    if "score" in params:
+        keys["score_position"] = score_position
+    if score_position is None:
         keys.pop("score_position", None)
         if keys.pop("reward_shift", 0.0) != 0.0:
             raise ValueError("a score that is shifted is that of a model trained here")
@@ -206,7 +209,6 @@ def _config_keys(model: Model, params: Params, tensors: Mapping[str, "_Tensor"])
         # transformers refuses the problem_type "single_label_classification" with one label.
         keys["problem_type"] = "regression"
         _, keys["reward_shift"] = folded_score(params["score"])
-        keys["score_position"] = END_OF_TURN
     # transformers gives all tensors the dtype named here: the widest one keeps every bit.
     dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
     keys["dtype"] = str(jnp.result_type(*dtypes))
@@ -352,14 +354,15 @@ def read_config(folder: Path) -> ModelConfig:
     if not names.is_number(shift):
         raise UserError(f"{file}: reward_shift is {shift!r}, expected a number")
     position = config.other_keys.get("score_position", END_OF_TURN)
-    if position != END_OF_TURN:
-        raise UserError(f"{file}: score_position is {position!r}, expected {END_OF_TURN!r} or none")
+    known = (END_OF_TURN, STEP_ENDS)
+    if position not in known:
+        raise UserError(f"{file}: score_position is {position!r}, expected one of {known} or none")
     return config
 
 
 def scores_turns(config: ModelConfig) -> bool:
-    """Whether a reward model's score stands at the end of a turn (`END_OF_TURN`). Folders that have
-    a ``reward_shift`` alone are ours too.
+    """Whether a reward model's score, or that of the last step, stands at the end of a turn
+    (`END_OF_TURN`). Folders that have a ``reward_shift`` alone are ours too.
     """
     return "score_position" in config.other_keys or "reward_shift" in config.other_keys
 

@@ -146,7 +146,7 @@ def export_merged(adapter: Path, folder: Path) -> Path:
     of_base = hf.find_folder(base)
     of_tokenizer = adapter if tokenizers.files_of(adapter) else of_base
     with file_errors(folder, "written"), replacing(folder) as new:
-        models.save(new, model, merged, scores_turns=is_ours)
+        models.save(new, model, merged, score_position=hf.END_OF_TURN if is_ours else None)
         files = tokenizers.files_of(of_tokenizer)
         _copy((file for file in files if file.name != hf.CONFIG), of_tokenizer, new)
         _copy([of_base / "generation_config.json"], of_base, new)

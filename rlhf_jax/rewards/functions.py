@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
@@ -84,6 +85,29 @@ def from_model(
     return Partial(_model_score, _as_pytree(score_fn), in_groups, params)
 
 
+def from_steps(score_fn: Callable[..., Array], params: Params, ends: Array) -> Partial:
+    """Dense reward [B, T] of a process reward model: at the end of each step of the response the
+    probability, the sigmoid of its score, that the step is right. The component ``step_end`` [B, T]
+    is 1 there. A step ends at the last of adjacent tokens of ``ends`` and at the end of the
+    response.
+
+    Args:
+      score_fn: ``models.score_fn(model, at_tokens=True)``.
+      ends: [V] bool: the tokens with a newline in their text, and those that end a response.
+    """
+    return Partial(_step_rewards, _as_pytree(score_fn), params, ends)
+
+
+def _step_rewards(
+    score_fn: Callable[..., Array], params: Params, ends: Array, rollout: Rollout
+) -> Scores:
+    is_one = ends[rollout.tokens] & rollout.mask
+    goes_on = jnp.pad(is_one[:, 1:], ((0, 0), (0, 1)))
+    step_end = (is_one & ~goes_on) | ops.is_last(rollout.mask)
+    scores = score_fn(params, rollout.tokens, rollout.attention_mask, None)
+    return ops.masked(jax.nn.sigmoid(scores), step_end), {"step_end": ops.float32(step_end)}
+
+
 def behind_turns(score_fn: ScoreFn, *, closing: Sequence[int], ends: Sequence[int]) -> ScoreFn:
     """The ScoreFn of texts with what a chat template writes at their end: for models that were
     trained on whole conversations.
@@ -134,7 +158,7 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     eq. 5; population).
 
     Args:
-      fns: RewardFns giving scores [B]; their parts are dropped.
+      fns: RewardFns giving scores [B], or all of them [B, T]; their parts are dropped.
       coef: weight of the variance, per unit of score squared.
 
     Returns:
@@ -151,7 +175,7 @@ def _ensemble(
     how: EnsembleMethod, coef: float, fns: Sequence[RewardFn], rollout: Rollout
 ) -> Scores:
     of_members = [ops.float32(fn(rollout)[0]) for fn in fns]
-    chex.assert_shape(of_members, rollout.tokens.shape[:1])
+    chex.assert_shape(of_members, rollout.tokens.shape[: of_members[0].ndim])
     scores = jnp.stack(of_members)
     return combined(how, scores, coef), {"uncertainty": deviation(scores)}
 

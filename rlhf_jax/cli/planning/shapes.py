@@ -236,10 +236,11 @@ def shapes_of(
     stages = (*TASKS, *RL)
     if name not in stages:
         raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join(stages)}")
-    if name == "reward_model" and config.reward_model.ensemble_size > 1:
+    own = config.reward_model
+    if name == "reward_model" and (own.ensemble_size > 1 or own.steps):
         raise UserError(
-            "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
-            "the base"
+            "rlhf-jax plan: reward_model.ensemble_size must be 1 and steps false; members take as "
+            "much each, save the base"
         )
     if config.compute.blocks or config.mesh.sampling:
         raise UserError(

@@ -2,9 +2,11 @@
 
 import functools
 
+import numpy as np
+
 from rlhf_jax import models, policies, rewards
 from rlhf_jax.config import Compute
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -47,6 +49,11 @@ def load_reward_model(
         raise UserError(
             f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
         )
+    scores_steps = model.config.other_keys.get("score_position") == hf.STEP_ENDS
+    if scores_steps and reads_texts:
+        raise UserError(
+            f"{source}: a model that scores steps needs the tokenizer of the policy, not another"
+        )
     closing = loaded.closing(in_chat)
     reads = model.config.max_length - len(closing)
     if reads < length and not reads_texts:
@@ -55,6 +62,12 @@ def load_reward_model(
             f"{length}"
         )
     score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
+    if scores_steps:
+        at_tokens = models.score_fn(model, one_text=True, at_tokens=True)
+        texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+        ends = np.array([formats.STEP_END in text for text in texts])
+        ends[list(tokenizer.eos_ids)] = True
+        return spec.RewardModel(policies.by_rows(at_tokens, score_rows), params, own, ends=ends)
     score_fn = models.score_fn(model, one_text=True)
     in_groups = None
     if closing:

@@ -43,7 +43,12 @@ def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -
     Raises:
         UserError: as ``supervised.run``.
     """
-    return run_task(config, TASK, data=data, validation_data=validation_data)
+    task = TASK
+    if config.reward_model.steps:
+        from rlhf_jax.training.supervised import process_reward
+
+        task = process_reward.TASK
+    return run_task(config, task, data=data, validation_data=validation_data)
 
 
 def start_of_member(
@@ -72,7 +77,9 @@ def _prepare(job: Job) -> Learner:
         memory.free(member.loaded)
     start = starts[0].put(on)
     check_frozen(job.run.name, settings.optimizer, start.params)
-    score_fn = models.score_fn(model, num_answers=job.num_answers, one_text=job.one_text)
+    score_fn = models.score_fn(
+        model, num_answers=job.num_answers, one_text=job.one_text, at_tokens=settings.steps
+    )
     policy_fn = None
     if settings.sft_coef:
         if not getattr(model.config, "tie_embeddings", True) and "lm_head" not in params:

@@ -100,7 +100,8 @@ def run(
         if not job.language_model.tokenizer.generation:
             how = initial.sampling_config(config.rl, job.language_model.tokenizer)
         trained = task.finish(job, learner, state)
-        return finish(job.run, job.source, job.language_model, learner.start, trained, row, how=how)
+        of_model = (job.source, job.language_model, learner.start)
+        return finish(job.run, *of_model, trained, row, how=how, save=task.save)
 
 
 def check_memory(job: Job, learner: Learner, state: TrainState, key: jax.Array) -> None:
