@@ -29,6 +29,7 @@ STAGES = {
     "comparisons": "reward model",
     "pairs": "DPO",
     "feedback": "KTO",
+    "solutions": "process reward model",
     "prompts": "RL",
 }
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api" / "forms.md"
@@ -98,6 +99,7 @@ TABLE = {
     "Alpaca with kto_tag": ("Add the numbers.\n\n1 2", ["3"], True),
     "ms-swift with label": (ICE, ["No."], True),
     "BeaverTails": (ICE, ["No."], True),
+    "TRL stepwise": ("1 + 2 + 3 =", ["1 + 2 = 3.\n", "3 + 3 = 7."], (True, False)),
     "problems and answers": ("What is $1 + 2$?", [], "prompt"),
     "MT-Bench": ("Name a prime.", [], "prompt"),
     "verl": (chat("What is 1 + 2?"), [], "prompt"),
@@ -105,7 +107,6 @@ TABLE = {
 REFUSED = {
     "OpenAI functions": "the plain template writes no tool_calls",
     "Open Assistant messages": "is one message of a tree",
-    "TRL stepwise": "no stage trains on labels of steps",
 }
 
 
@@ -115,6 +116,10 @@ def outcome(kind, prompt, answers, label):
     pairs = [(prompt, answers[0], other) for other in answers[1:]]
     if kind == "prompts":
         return [(prompt,)]
+    if label == (True, False):
+        return [(prompt, *answers)] if kind == "solutions" else None
+    if kind == "solutions":  # feedback of a text is one step
+        return [first] if label is True and "Assistant:" not in prompt else None
     if label == "prompt" or (
         isinstance(label, tuple) and len(label) == 1 and kind != "comparisons"
     ):
@@ -158,7 +163,7 @@ def test_each_form_in_each_stage(name, kind):
     expected = outcome(kind, *TABLE[name])
     if expected is None:
         [error] = found.errors
-        assert re.search("expected keys|holds targets", error.what)
+        assert re.search("expected keys|holds targets|labels the steps", error.what)
         return
     assert not found.errors
     assert [row.texts for row in found.rows] == expected

@@ -34,7 +34,14 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.config import DPOStage
 from rlhf_jax.training.common import references
-from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
+from rlhf_jax.types import (
+    Comparisons,
+    Demonstrations,
+    Feedback,
+    PolicyOutput,
+    Rollout,
+    TrainState,
+)
 
 KEY = jax.random.key(7)
 
@@ -496,6 +503,51 @@ def test_reward_model_recovers_the_rewards():
     )
     scores = np.asarray(params["scores"])[tiny.ENDS]
     assert_allclose(scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02)
+
+
+def test_process_reward_model_recovers_the_probabilities():
+    """Each prefix ends a step that is right in 1 to 7 of 8 rows: the optimum is that share."""
+    marks = np.stack([1 + (np.arange(8) < 1 + i % 7) for i in range(tiny.NUM_PREFIXES)], axis=1)
+    prefixes = np.broadcast_to(np.arange(tiny.NUM_PREFIXES), marks.shape)
+    batch = Demonstrations(*map(jnp.asarray, (prefixes, np.ones_like(marks), marks)))
+    params, _ = fit(
+        reward_model,
+        jnp.zeros(tiny.NUM_PREFIXES),
+        batch,
+        learning_rate=0.3,
+        score_fn=lambda params, tokens, *_: params[tokens],
+        config=reward_model.Config(),
+    )
+    expected = (1 + np.arange(tiny.NUM_PREFIXES) % 7) / 8
+    assert_allclose(jax.nn.sigmoid(params), expected, atol=0.01)
+
+
+def test_rewards_of_steps_teach_each_step():
+    """Three steps of one token each, whose rewards are known: the policy learns the best token of
+    each, which neither rewards of other steps nor those at earlier ends say.
+    """
+    table = np.random.default_rng(0).permutation(12).reshape(3, 4).astype(np.float32)
+    places = jnp.arange(3)
+    ones = jnp.ones((64, 3))
+    config = grpo.Config(group_size=8, step_end="end", kl_loss_coef=0.0)
+
+    def policy_fn(params, tokens, mask, key):
+        log_probs = jax.nn.log_softmax(params)[places, tokens]
+        return PolicyOutput(log_probs, jnp.zeros_like(log_probs))
+
+    def one_iteration(state, key):
+        tokens = jax.random.categorical(key, jnp.broadcast_to(state.params, (64, 3, 4)))
+        log_probs = policy_fn(state.params, tokens, None, None).log_probs
+        batch = Rollout(tokens, ones, ones, log_probs, rewards=jnp.asarray(table)[places, tokens])
+        batch = batch.replace(extras={"end": ones}, dense=True)
+        how = {"policy_fn": policy_fn, "optimizer": optimizer, "config": config}
+        return grpo.update(state, batch, key, **how)
+
+    optimizer = adam(100)
+    start = grpo.State.create(jnp.zeros((3, 4)), optimizer)
+    state, _ = repeat(one_iteration, start, jax.random.split(KEY, 100))
+    best = jax.nn.softmax(state.params)[places, table.argmax(axis=1)]
+    assert best.min() > 0.9
 
 
 @pytest.mark.slow

@@ -139,6 +139,16 @@ def test_a_row_that_is_no_solution_is_named(changes, what, write):
         formats.read("solutions", write([SUM | changes]))
 
 
+def test_a_prompt_of_messages_and_of_rl(write):
+    asked = [{"role": "user", "content": "1+2?"}]
+    [row] = formats.read("solutions", write([SUM | {"prompt": asked}])).rows
+    assert row.messages == asked
+    assert row.steps == ("a=1\n", "a+2=3\n", "3")
+    assert row.labels == (True, False, True)
+    [row] = formats.read("prompts", write([SUM])).rows
+    assert (row.prompt, row.columns["labels"]) == ("1+2?", SUM["labels"])
+
+
 @pytest.mark.parametrize("kind", ["demonstrations", "comparisons", "pairs", "feedback"])
 def test_other_stages_name_the_setting(kind, write):
     with pytest.raises(UserError, match=r"reward_model\.steps"):
